@@ -30,10 +30,16 @@ from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
 from gateway.http.sender import SenderAuthenticator
 from gateway.http.sessions import SessionAuthenticator
+from gateway.ingest.capacity import IngestCapacity
 from gateway.ingest.delivery_log import DeliveryLog
+from gateway.ingest.event_dispatch import EventDispatcher
+from gateway.ingest.ingest import RequestIngestor
+from gateway.ingest.mail_verification import MailVerifier
+from gateway.ingest.redrive_runs import RunRedriver
 from gateway.ingest.rejected_samples import RejectedSamples
 from gateway.ingest.sns_certificates import MAX_ANSWER_BYTES, SnsCertificateCache
 from gateway.ingest.subscription_cache import SubscriptionCache
+from gateway.ingest.verification import TriggerVerifier
 from gateway.pods import pod_state
 from gateway.pods.forwarding import WakeupForwarder
 from gateway.pods.pod_state import PodState
@@ -75,7 +81,12 @@ class GatewayState:
     sender_authenticator: SenderAuthenticator
     deliveries: DeliveryLog
     samples: RejectedSamples
-    subscribers: SubscriptionCache
+    capacity: IngestCapacity
+    ingestor: RequestIngestor
+    events: EventDispatcher
+    redriver: RunRedriver
+    verifier: TriggerVerifier
+    mail_verifier: MailVerifier
     workflows: WorkflowCache
     workflow_editor: WorkflowEditor
     acceptances: RunAcceptor
@@ -99,8 +110,6 @@ class GatewayState:
     certificates: SnsCertificateCache
     sessions: SessionAuthenticator
     sign_in: BrowserSignIn
-    mail_attempts: PasswordAttempts
-    """Limit of wrong passwords that accompany mails."""
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]]
@@ -150,8 +159,10 @@ async def assemble_state(
     rates = RunRateLimiter(broker, settings)
     backlog = BacklogLimits(database, settings)
     activation = DeploymentActivator(database, broker, waiting)
+    deployed = DeployedDefinitions(database, catalog)
     access = ExecutionAccess(database)
     workflows = WorkflowCache(database, catalog)
+    capacity = IngestCapacity(rates, backlog, workflows)
     live_events = LiveEvents(
         database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
     )
@@ -162,6 +173,7 @@ async def assemble_state(
         allowed_networks=settings.outbound_allowed_networks, max_response_bytes=MAX_ANSWER_BYTES
     )
     certificates = SnsCertificateCache(OutboundClient(to_sns))
+    mail_attempts = PasswordAttempts("Too many mails from this address had a wrong password")
     await waiting.start()
     await pod_logs.start()
     await activation.start()
@@ -169,6 +181,9 @@ async def assemble_state(
         async with pod_state.open_pod_state(
             settings, database, store, broker, catalog, vault, poll_hub
         ) as for_pods:
+            ingestor = RequestIngestor(
+                database, workflows, activation, deployed, acceptances, access, deliveries
+            )
             yield GatewayState(
                 settings=settings,
                 database=database,
@@ -180,7 +195,14 @@ async def assemble_state(
                 sender_authenticator=sender_authenticator,
                 deliveries=deliveries,
                 samples=samples,
-                subscribers=subscribers,
+                capacity=capacity,
+                ingestor=ingestor,
+                events=EventDispatcher(
+                    database, subscribers, workflows, activation, deployed, capacity, ingestor
+                ),
+                redriver=RunRedriver(database, blobs, capacity, ingestor),
+                verifier=TriggerVerifier(database, workflows, deployed, for_pods.sources),
+                mail_verifier=MailVerifier(workflows, for_pods.sources, certificates, mail_attempts),
                 workflows=workflows,
                 workflow_editor=WorkflowEditor(database, catalog, vault),
                 acceptances=acceptances,
@@ -190,7 +212,7 @@ async def assemble_state(
                 backlog=backlog,
                 deployer=DeployerClient(database, broker, acceptances, waiting, settings.settle_seconds),
                 activation=activation,
-                deployed=DeployedDefinitions(database, catalog),
+                deployed=deployed,
                 waiting=waiting,
                 access=access,
                 live_events=live_events,
@@ -205,22 +227,24 @@ async def assemble_state(
                 clock=database.clock.now,
                 sessions=authenticator.sessions,
                 sign_in=BrowserSignIn(database, (settings.secret, *settings.previous_secrets)),
-                mail_attempts=PasswordAttempts("Too many mails from this address had a wrong password"),
             )
     finally:
-        await acceptances.drain()
-        await event_wait_delivery.drain()
-        await rates.drain()
-        await backlog.close()
-        await activation.close()
-        await waiting.close()
-        await live_events.close()
-        await certificates.close()
-        await blobs.close()
-        await forms.close()
-        await workflows.close()
-        await deliveries.drain()
-        await samples.drain()
-        await subscribers.drain()
-        await sender_authenticator.close()
-        await authenticator.close()
+        for finish in (
+            acceptances.drain,
+            event_wait_delivery.drain,
+            rates.drain,
+            backlog.close,
+            activation.close,
+            waiting.close,
+            live_events.close,
+            certificates.close,
+            blobs.close,
+            forms.close,
+            workflows.close,
+            deliveries.drain,
+            samples.drain,
+            subscribers.drain,
+            sender_authenticator.close,
+            authenticator.close,
+        ):
+            await finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from gateway.http.content_encoding import ContentDecoder
 from gateway.http.preconditions import RequestedObject
 from gateway.http.query import QueryString
 from gateway.http.sender import refuse_sender
+from senders.sender_request import RequestHeaders, SenderRequest
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
@@ -111,6 +112,16 @@ class GatewayRequest(StarletteRequest):
         # replaced.
         token = self._sender.token
         return f"{token.kind}-token:{token.workflow_id or token.id}"
+
+    def to_sender_request(
+        self, content: bytes, *, path: str = "", query: Mapping[str, Sequence[str]] | None = None
+    ) -> SenderRequest:
+        """Return the request in the form that sender adapters use, with a body that was read.
+
+        It has no path by default, since that may contain a token.
+        """
+        headers = RequestHeaders(self.scope["headers"])
+        return SenderRequest(self.method, path, query or {}, headers, content, self.gateway.clock())
 
     def send_with_answer(self, name: str, value: str) -> None:
         """Add a header to the answer, be it a success or a refusal."""

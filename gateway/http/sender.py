@@ -45,6 +45,7 @@ KEPT_SECONDS: Final = 1.0
 """Maximum delay of a revocation, in every process."""
 MAX_KEPT: Final = 10_000
 MAX_QUERY_FIELDS: Final = 20
+UNAUTHORIZED: Final = 401
 USE_RECORDED_EVERY: Final = timedelta(minutes=1)
 
 
@@ -56,6 +57,11 @@ class RequestSender:
     label: str
     """`api-key:`, `trigger-token:` or `event-token:` with an id, or the name of a provider that signed."""
     token: FoundSenderToken | None = None
+
+    @property
+    def token_workflow_id(self) -> str:
+        """Id of the workflow that a trigger token is for."""
+        return str(self.token and self.token.workflow_id)
 
     def may_send_to(self, workflow_id: str) -> bool:
         """Return whether the sender's token allows requests to a workflow."""
@@ -92,6 +98,21 @@ class SenderAuthenticator:
             return RequestSender(caller, f"api-key:{caller.key_id}")
         token = _read_token(scope)
         return None if token is None else await self.by_token(scope, token)
+
+    async def by_path_token(self, scope: Scope, token: str) -> RequestSender:
+        """Return the sender of a trigger token in the path of a URL, which identifies the workflow too.
+
+        Raises 404 for any other token, and 429 after too many failures.
+        """
+        try:
+            sender = await self.by_token(scope, token)
+        except ApiError as error:
+            if error.status == UNAUTHORIZED:
+                raise errors.not_found("object") from error
+            raise
+        if sender.token is None or sender.token.kind is not SenderTokenKind.TRIGGER:
+            raise errors.not_found("object")
+        return sender
 
     async def by_token(self, scope: Scope, token: str) -> RequestSender:
         """Return the sender of a token; raises 401 for an invalid one, 429 after too many failures."""

@@ -101,9 +101,13 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
         count, found = await _choose_dead_letters(connection, stored.workflow, body)
 
     async def again(execution_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
-        return await redrive_runs.redrive_dead_letter(request, found[execution_id], idempotency_key)
+        return await request.gateway.redriver.redrive_dead_letter(
+            request.caller, found[execution_id], idempotency_key
+        )
 
-    done = await redrive_runs.redrive_each(request, [] if body.dry_run else list(found), again)
+    done = await redrive_runs.redrive_each(
+        request.path_params["id"], [] if body.dry_run else list(found), again
+    )
     return JsonResponse(counted(count, done))
 
 

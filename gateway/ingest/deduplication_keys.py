@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from hashlib import sha256
 from typing import Final
 
+import msgspec
+
 from gateway.http import idempotency, limits
 from journal.store import IdempotencyKey
+from json_text import decoding
 
 YEAR_SECONDS: Final = 366 * 86_400
 """Longer than the usual retention of redriven and purged runs."""
@@ -32,6 +35,16 @@ def derive_key(kind: str, place: str, key: str, *, content: str = "") -> Idempot
 def redrive_key(workflow_id: str, resource_id: str) -> IdempotencyKey:
     """Return the key that a dead letter or delivery uses up when it is redriven by a list or purged."""
     return _build_key("settled", workflow_id, resource_id, YEAR_SECONDS)
+
+
+def encode_key(key: IdempotencyKey) -> str:
+    """Return a key as a delivery stores it, so that a redrive and a sender's repetition share the key."""
+    return msgspec.json.encode(astuple(key)).decode()
+
+
+def decode_key(text: str) -> IdempotencyKey:
+    """Return the key that a delivery stores."""
+    return IdempotencyKey(*decoding.decode(text, tuple[str, str, str, int]))
 
 
 def _build_key(kind: str, place: str, key: str, lifetime_seconds: int) -> IdempotencyKey:

@@ -141,7 +141,9 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     idempotency_key = request.idempotency_key(
         {"delivery": delivery.id}, workflow_id=str(delivery.workflow_id)
     )
-    accepted, kind = await redrive_runs.redrive_delivery(request, delivery, idempotency_key)
+    accepted, kind = await request.gateway.redriver.redrive_delivery(
+        request.caller, delivery, idempotency_key
+    )
     headers = location(request.gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
@@ -164,11 +166,11 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
         count, found = await delivery_rows.find_not_redriven(connection, stored.workflow, wanted, body.limit)
 
     async def again(delivery_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
-        return await redrive_runs.redrive_delivery(
-            request, await _readable(request, delivery_id), idempotency_key
+        return await request.gateway.redriver.redrive_delivery(
+            request.caller, await _readable(request, delivery_id), idempotency_key
         )
 
-    done = await redrive_runs.redrive_each(request, [] if body.dry_run else found, again)
+    done = await redrive_runs.redrive_each(request.path_params["id"], [] if body.dry_run else found, again)
     return JsonResponse(counted(count, done))
 
 

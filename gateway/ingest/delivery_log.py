@@ -1,30 +1,40 @@
-"""Log of inbound requests without new runs, written in groups, since floods of them are common.
+"""Inbound requests, and the log of their deliveries.
 
-Deliveries with runs are committed with these by the store.
+Deliveries with runs are committed with these by the store. Those without new runs are written in groups, since
+floods of them are common.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from sqlalchemy import insert
 
 from gateway.http import limits
 from gateway.http.errors import ApiError
+from gateway.ingest import deduplication_keys
 from journal.group_commit import GroupCommit
+from journal.store import IngestWrite
 from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand
+from models import ids
 from models.errors import DatabaseUnavailable
-from models.ingest import Delivery, DeliveryOutcome
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.http.sender import RequestSender
+    from journal.store import EmittedEvent, IdempotencyKey, IngestedRun
     from models.database import Database
 
 log = structlog.get_logger()
@@ -37,6 +47,112 @@ KEPT: Final = BucketRate(per_second=100_000, burst=20_000_000)
 """Characters of refused content stored per organization, so that a flood of it fills no disk."""
 UNVERIFIED: Final = BucketRate(per_second=60 / 3_600, burst=60)
 """Rate of unverified requests stored per workflow."""
+LARGE_BYTES: Final = 256_000
+"""Longer bodies are hashed in a thread."""
+REASON_LENGTH: Final = 500
+TOO_MANY: Final = 429
+
+
+@dataclass(slots=True)
+class InboundRequest:
+    """Sender, route, target and content of one request."""
+
+    route: IngestRoute
+    sender: RequestSender
+    content_hash: str
+    """SHA-256 of the body, in hexadecimal."""
+    content_bytes: int
+    workflow_id: str | None = None
+    """None: an event, which goes to all its subscribers."""
+    payload: str | None = None
+    """Input of a run as JSON, once it is known; stored with a refusal, so that the request can be redriven.
+    """
+    deduplication_key: IdempotencyKey | None = None
+    """Key derived from the sender's own id; a redrive uses up the same key as a repetition."""
+    redriven_from: str | None = None
+    delivery_id: str = field(default_factory=lambda: ids.new_id("dlv"))
+
+    def to_write(
+        self,
+        runs: Sequence[IngestedRun],
+        *,
+        status: int,
+        outcome: DeliveryOutcome = DeliveryOutcome.ACCEPTED,
+        event: EmittedEvent | None = None,
+        answer: str | None = None,
+        idempotency: IdempotencyKey | None = None,
+    ) -> IngestWrite:
+        """Return the write that ingests the request with its runs."""
+        caller = self.sender.caller
+        return IngestWrite(
+            delivery_id=self.delivery_id,
+            shard=caller.shard,
+            organization_id=caller.organization_id,
+            workflow_id=self.workflow_id,
+            user_id=caller.user_id,
+            route=self.route,
+            sender=self.sender.label,
+            content_hash=self.content_hash,
+            content_bytes=self.content_bytes,
+            outcome=outcome,
+            status=status,
+            runs=runs,
+            event=event,
+            answer=answer,
+            idempotency=idempotency,
+            redriven_from=self.redriven_from,
+        )
+
+    def repetition_delivery(self, now: datetime, *, status: int, execution_id: str | None) -> Delivery:
+        """Return the delivery of a repetition."""
+        return self._delivery(
+            now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
+        )
+
+    def noted_delivery(self, now: datetime, *, status: int, reason: str) -> Delivery:
+        """Return the delivery of a valid request without a run."""
+        return self._delivery(
+            now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
+        )
+
+    def refusal_delivery(self, now: datetime, error: ApiError) -> Delivery:
+        """Return the delivery of a refused request."""
+        is_shed = error.status == TOO_MANY
+        return self._delivery(
+            now,
+            outcome=DeliveryOutcome.SHED if is_shed else DeliveryOutcome.REJECTED,
+            status=error.status,
+            reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
+            payload=None if is_shed else self.payload,
+            deduplication_key=None
+            if self.deduplication_key is None
+            else deduplication_keys.encode_key(self.deduplication_key),
+        )
+
+    def _delivery(self, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
+        caller = self.sender.caller
+        return Delivery(
+            id=self.delivery_id,
+            shard=caller.shard,
+            organization_id=caller.organization_id,
+            workflow_id=self.workflow_id,
+            user_id=caller.user_id,
+            route=self.route,
+            sender=self.sender.label,
+            content_hash=self.content_hash,
+            content_bytes=self.content_bytes,
+            redriven_from=self.redriven_from,
+            created_at=now,
+            **values,
+        )
+
+
+async def describe_request(
+    route: IngestRoute, sender: RequestSender, content: bytes, *, workflow_id: str | None = None
+) -> InboundRequest:
+    """Return an inbound request with the hash of its body; a large body is hashed off the event loop."""
+    hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
+    return InboundRequest(route, sender, hashed.hexdigest(), len(content), workflow_id)
 
 
 class DeliveryLog:
@@ -60,7 +176,7 @@ class DeliveryLog:
             log.warning("delivery not stored", delivery_id=delivery.id, error=str(error))
 
     @asynccontextmanager
-    async def refusals(self, sent: InboundRequest) -> AsyncIterator[None]:
+    async def refusals(self, inbound: InboundRequest) -> AsyncIterator[None]:
         """Store a delivery for a request that the block refuses.
 
         Faults of the server are no refusals, since senders retry the same request. Faults of the workflow's
@@ -75,7 +191,7 @@ class DeliveryLog:
                 raise  # the object doesn't exist for this sender: nobody could read the delivery
             error.is_noted = True
             if error.status < SERVER_ERROR or error.is_for_owner:
-                delivery = sent.refusal_delivery(self._database.clock.now(), error)
+                delivery = inbound.refusal_delivery(self._database.clock.now(), error)
                 if not self._may_store_content(delivery):
                     delivery.payload = None
                 if delivery.outcome != DeliveryOutcome.SHED:
@@ -86,22 +202,22 @@ class DeliveryLog:
 
     @asynccontextmanager
     async def unverified(
-        self, sent: InboundRequest, describe: Callable[[], Awaitable[None]]
+        self, inbound: InboundRequest, describe: Callable[[], Awaitable[None]]
     ) -> AsyncIterator[None]:
         """Store a delivery for a request that can't be verified since its trigger isn't ready.
 
-        Anybody can send such a request, hence a low rate per workflow. `describe` adds to `sent` the content
+        Anybody can send such a request, hence a low rate per workflow. `describe` adds to `inbound` the content
         that a redrive needs.
         """
         try:
             yield
         except ApiError as error:
-            bucket = TokenDemand(f"unverified {sent.workflow_id}", UNVERIFIED, needed=1, wanted=1)
+            bucket = TokenDemand(f"unverified {inbound.workflow_id}", UNVERIFIED, needed=1, wanted=1)
             if error.is_for_owner and self._kept.take(bucket, monotonic()).tokens:
                 error.is_noted = True
                 with suppress(ApiError, RequestRefused, ValueError):
                     await describe()
-                await self.note(sent.refusal_delivery(self._database.clock.now(), error))
+                await self.note(inbound.refusal_delivery(self._database.clock.now(), error))
             raise
 
     def _may_store_content(self, delivery: Delivery) -> bool:

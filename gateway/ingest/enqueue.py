@@ -13,7 +13,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, WireStruct, convert, json_of
-from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
+from gateway.ingest import deduplication_keys, delivery_log
 from gateway.ingest.ingest import RunInput
 from journal.store import AcceptanceVerdict
 from models.ingest import IngestRoute
@@ -109,29 +109,33 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
     gateway, workflow_id = request.gateway, request.path_params["id"]
     sender = request.sender
     content = await request.body()
-    vouched = await verification.message_signature(request, QUEUE, content)
-    note = await inbound_request.describe_request(
+    signature = await gateway.verifier.verify_message(
+        sender, workflow_id, QUEUE, request.to_sender_request(content)
+    )
+    inbound = await delivery_log.describe_request(
         IngestRoute.ENQUEUE, sender, content, workflow_id=workflow_id
     )
-    async with gateway.deliveries.refusals(note):
+    async with gateway.deliveries.refusals(inbound):
         value = await json_of(request, content)
         now = gateway.clock()
         body = _parse_message(value, now, request.warnings)
-        own_key, idempotency_key = await offload.run(_idempotency_keys, request, value, body, vouched)
+        own_key, idempotency_key = await offload.run(_idempotency_keys, request, value, body, signature)
         message = body.planned(now, idempotency_key, body.callback_url)
-        note.payload = message.text
+        inbound.payload = message.text
 
         async def plan(target: RunTarget) -> RunInput:
-            if vouched is not None:
-                await vouched.require_on(gateway, target)
-            await capacity.require_capacity(request, target)
+            if signature is not None:
+                await gateway.verifier.verify_again(signature, target)
+            await gateway.capacity.require(request, target)
             if body.callback_url is not None:
                 await request.gateway.callbacks.require_reachable(
                     body.callback_url, request.caller.organization_id, has_key=request.has_key
                 )
             return message
 
-        accepted = await ingest.ingest_request(gateway, note, QUEUE, plan, idempotency_key, own_key=own_key)
+        accepted = await gateway.ingestor.ingest_request(
+            inbound, QUEUE, plan, idempotency_key, own_key=own_key
+        )
     headers = location(gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
@@ -139,12 +143,12 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
 
 
 def _idempotency_keys(
-    request: GatewayRequest, value: Json, body: EnqueueRequest, vouched: VerifiedSignature | None
+    request: GatewayRequest, value: Json, body: EnqueueRequest, signature: VerifiedSignature | None
 ) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
     """Return the request's own key, if there are several, and the idempotency key of the message."""
     workflow_id = request.path_params["id"]
     keys = [
-        find_signed_key(vouched, workflow_id),
+        find_signed_key(signature, workflow_id),
         request.idempotency_key(value, workflow_id=workflow_id),
         deduplication_keys.sender_key(workflow_id, body.deduplication_id)
         if body.deduplication_id is not None
@@ -154,11 +158,11 @@ def _idempotency_keys(
     return found[0] if len(found) > 1 else None, found[-1] if found else None
 
 
-def find_signed_key(vouched: VerifiedSignature | None, workflow_id: str) -> IdempotencyKey | None:
+def find_signed_key(signature: VerifiedSignature | None, workflow_id: str) -> IdempotencyKey | None:
     """Return the key of a signed request, regardless of its other keys, which aren't signed."""
-    if vouched is None or vouched.delivery_key is None:
+    if signature is None or signature.delivery_key is None:
         return None
-    return deduplication_keys.derive_key(DELIVERY, workflow_id, vouched.delivery_key)
+    return deduplication_keys.derive_key(DELIVERY, workflow_id, signature.delivery_key)
 
 
 def check_message(

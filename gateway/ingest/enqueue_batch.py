@@ -19,7 +19,7 @@ from gateway.http.refusals import ErrorDetail
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
-from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
+from gateway.ingest import deduplication_keys, delivery_log
 from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, find_signed_key
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
 from json_text import decoding
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from engine.values import Json
-    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.ingest.delivery_log import InboundRequest
     from gateway.ingest.verification import VerifiedSignature
     from journal.store import IngestedRun
 
@@ -110,18 +110,20 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
     gateway, workflow_id = request.gateway, request.path_params["id"]
     sender = request.sender
     content = await request.body()
-    vouched = await verification.message_signature(request, QUEUE, content)
-    note = await inbound_request.describe_request(
+    signature = await gateway.verifier.verify_message(
+        sender, workflow_id, QUEUE, request.to_sender_request(content)
+    )
+    inbound = await delivery_log.describe_request(
         IngestRoute.ENQUEUE_BATCH, sender, content, workflow_id=workflow_id
     )
-    async with gateway.deliveries.refusals(note):
+    async with gateway.deliveries.refusals(inbound):
         value = await json_of(request, content)
         batch = body_of(request, value, _UncheckedBatch)
         if batch.callback_url is not None:
             await request.gateway.callbacks.require_reachable(
                 batch.callback_url, request.caller.organization_id, has_key=request.has_key
             )
-        own_key = find_signed_key(vouched, workflow_id)
+        own_key = find_signed_key(signature, workflow_id)
         given = await offload.run(request.idempotency_key, value, workflow_id=workflow_id)
         given = given or own_key
         planned, refused = await offload.run(
@@ -130,7 +132,9 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         if not planned:
             raise _refuse_batch(refused)
         first, repeats = _split_repeats(planned)
-        answers = await _ingest_messages(request, note, vouched, first, batch.callback_url, own_key or given)
+        answers = await _ingest_messages(
+            request, inbound, signature, first, batch.callback_url, own_key or given
+        )
     results = dict(refused)
     for one, answer in zip(first, answers.accepted, strict=True):
         results[one.place] = _result(answer)
@@ -139,16 +143,14 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         results[place] = repeated if repeated.error else _duplicate_of(repeated)
     shape = _count_results([results[place] for place in range(len(batch.messages))])
     if answers.is_repeated or (not shape.accepted and shape.duplicates):
-        await gateway.deliveries.note(
-            note.repetition_delivery(gateway.clock(), status=201, execution_id=None)
-        )
+        await gateway.ingestor.note_repetition(inbound, status=201, execution_id=None)
     return JsonResponse(shape, status=201, headers=idempotency.REPLAYED if answers.is_repeated else None)
 
 
 async def _ingest_messages(
     request: GatewayRequest,
-    note: InboundRequest,
-    vouched: VerifiedSignature | None,
+    inbound: InboundRequest,
+    signature: VerifiedSignature | None,
     planned: Sequence[PlannedMessage],
     callback_url: str | None,
     key: IdempotencyKey | None,
@@ -160,25 +162,25 @@ async def _ingest_messages(
     gateway, now = request.gateway, request.gateway.clock()
     runs: list[IngestedRun] = []
 
-    async def arrival() -> IngestWrite:
-        target = await ingest.resolve_target(gateway, note.sender.caller, str(note.workflow_id), QUEUE)
-        if vouched is not None:
-            await vouched.require_on(gateway, target)
-        await capacity.require_capacity(request, target, len(planned))
+    async def plan_write() -> IngestWrite:
+        target = await gateway.ingestor.resolve_target(inbound.sender.caller, str(inbound.workflow_id), QUEUE)
+        if signature is not None:
+            await gateway.verifier.verify_again(signature, target)
+        await gateway.capacity.require(request, target, len(planned))
         runs[:] = [
-            ingest.build_run(gateway, target, one.body.planned(now, one.idempotency_key, callback_url))
+            gateway.ingestor.build_run(target, one.body.planned(now, one.idempotency_key, callback_url))
             for one in planned
         ]
         outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
-        return note.for_arrival(runs, status=201, outcome=outcome, idempotency=key)
+        return inbound.to_write(runs, status=201, outcome=outcome, idempotency=key)
 
     accepted: Sequence[AcceptanceResult] = ()
     try:
-        taken = await ingest.ingest_batch(gateway, arrival)
+        taken = await gateway.ingestor.ingest_batch(plan_write)
         verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
     except ApiError:
         # A request that was answered before gets the same answer, even if the workflow has changed since.
-        earlier = key and await acceptance.find_earlier(gateway.database, note.sender.caller.shard, key)
+        earlier = key and await acceptance.find_earlier(gateway.database, inbound.sender.caller.shard, key)
         if not earlier:
             raise
         verdict, delivery_id = earlier.verdict, earlier.execution_id
@@ -186,7 +188,7 @@ async def _ingest_messages(
         raise idempotency.mismatch_error()
     if verdict is AcceptanceVerdict.REPEATED:
         return BatchAnswers(await _first_results(request, planned, delivery_id), is_repeated=True)
-    ingest.wake_deployments(gateway, runs, accepted)
+    gateway.ingestor.wake_deployments(runs, accepted)
     return BatchAnswers(accepted)
 
 

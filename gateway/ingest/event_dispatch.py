@@ -19,7 +19,6 @@ from gateway.deployments.deployed_definitions import DefinitionMissing
 from gateway.executions import acceptance
 from gateway.http import errors, idempotency, limits
 from gateway.http.errors import ApiError
-from gateway.ingest import ingest
 from gateway.ingest.event_subscriptions import SUBSCRIBING
 from gateway.ingest.ingest import RunInput, RunTarget
 from gateway.workflows import graph_shapes
@@ -36,11 +35,16 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from gateway.deployments.activation import CountedDeployment
-    from gateway.ingest.inbound_request import InboundRequest
-    from gateway.state import GatewayState
+    from gateway.deployments.activation import CountedDeployment, DeploymentActivator
+    from gateway.deployments.deployed_definitions import DeployedDefinitions
+    from gateway.ingest.capacity import IngestCapacity
+    from gateway.ingest.delivery_log import InboundRequest
+    from gateway.ingest.ingest import RequestIngestor
+    from gateway.ingest.subscription_cache import SubscriptionCache
+    from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow
     from journal.store import IdempotencyKey, IngestedRun, IngestResult, IngestWrite
+    from models.database import Database
     from senders.sender_event import SenderEvent
 
 ANSWERED: Final = 200
@@ -116,117 +120,164 @@ def build_event_input(event: SenderEvent) -> dict[str, Json]:
     return event_input
 
 
-async def dispatch_event(
-    gateway: GatewayState, sent: InboundRequest, event: SenderEvent, idempotency_key: IdempotencyKey | None
-) -> EventDispatchResult:
-    """Ingest an event with a run of every subscribed workflow, or return the outcomes of its first delivery.
+class EventDispatcher:
+    """Runs the workflows that subscribe to an event, and commits the runs together with it."""
 
-    Raises 400 when the event can't be stored, and 409 when workflows change all the time. Raises 413 and 429
-    over a limit, 422 when its idempotency key had another body, and 503.
-    """
-    trigger = build_event_input(event)
-    try:
-        text = (await offload.run(values.encode_json, trigger)).decode()
-    except InvalidJson as error:
-        raise ApiError(400, error.code, error.message) from error
-    emitted = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
-    planned = EventDispatchPlan()
+    def __init__(
+        self,
+        database: Database,
+        subscribers: SubscriptionCache,
+        workflows: WorkflowCache,
+        activation: DeploymentActivator,
+        deployed: DeployedDefinitions,
+        capacity: IngestCapacity,
+        ingestor: RequestIngestor,
+    ) -> None:
+        self._database = database
+        self._subscribers = subscribers
+        self._workflows = workflows
+        self._activation = activation
+        self._deployed = deployed
+        self._capacity = capacity
+        self._ingestor = ingestor
 
-    async def plan() -> IngestWrite:
-        nonlocal planned
-        planned = await _plan_dispatch(gateway, sent.sender.caller.organization_id, RunInput(trigger, text))
-        outcome = (
-            DeliveryOutcome.DEFERRED
-            if 0 < len(planned.runs) == planned.deferred
-            else DeliveryOutcome.ACCEPTED
+    async def dispatch(
+        self, inbound: InboundRequest, event: SenderEvent, idempotency_key: IdempotencyKey | None
+    ) -> EventDispatchResult:
+        """Ingest an event with a run of every subscribed workflow, or return the outcomes of its first delivery.
+
+        Raises 400 when the event can't be stored, and 409 when workflows change all the time. Raises 413 and 429
+        over a limit, 422 when its idempotency key had another body, and 503.
+        """
+        trigger = build_event_input(event)
+        try:
+            text = (await offload.run(values.encode_json, trigger)).decode()
+        except InvalidJson as error:
+            raise ApiError(400, error.code, error.message) from error
+        emitted = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
+        planned = EventDispatchPlan()
+
+        async def plan() -> IngestWrite:
+            nonlocal planned
+            planned = await self._plan_dispatch(
+                inbound.sender.caller.organization_id, RunInput(trigger, text)
+            )
+            outcome = (
+                DeliveryOutcome.DEFERRED
+                if 0 < len(planned.runs) == planned.deferred
+                else DeliveryOutcome.ACCEPTED
+            )
+            answer = _encode(planned.outcomes).decode()
+            return inbound.to_write(
+                planned.runs,
+                status=ANSWERED,
+                outcome=outcome,
+                event=emitted,
+                answer=answer,
+                idempotency=idempotency_key,
+            )
+
+        try:
+            taken = await self._ingestor.ingest_batch(plan)
+        except ApiError:
+            # An event that was answered before gets the same answer, even if it could not be ingested now.
+            shard = inbound.sender.caller.shard
+            earlier = idempotency_key and await acceptance.find_earlier(
+                self._database, shard, idempotency_key
+            )
+            if not earlier:
+                raise
+            return await self._repeat_result(inbound, earlier.verdict, earlier.execution_id)
+        if taken.verdict is not AcceptanceVerdict.ACCEPTED:
+            return await self._repeat_result(inbound, taken.verdict, taken.delivery_id)
+        self._ingestor.wake_deployments(planned.runs, taken.runs)
+        return EventDispatchResult(emitted.event_id, event.event_type, _merge_outcomes(planned, taken))
+
+    async def _plan_dispatch(self, organization_id: str, message: RunInput) -> EventDispatchPlan:
+        event_type = str(_read_field(message.trigger, "event_type"))
+        subscribed = await self._subscribers.find(organization_id, event_type)
+        found, deployed = subscribed.found, subscribed.deployed
+        _require_size(message, len(found))
+        revisions = {one.workflow_id: one.revision for one in found}
+        workflows = await self._workflows.load_several(organization_id, revisions)
+        counted = await self._activation.count_several(deployed) if deployed else {}
+        planned, share = EventDispatchPlan(), LoopShare()
+        for one in found:
+            await share.yield_if_due()
+            workflow = workflows.get(one.workflow_id)
+            if workflow is not None and workflow.status in SUBSCRIBING:
+                await self._plan_one(planned, workflow, counted.get(workflow.id), message)
+        if planned.refusal is not None and not planned.has_other:
+            raise planned.refusal
+        return planned
+
+    async def _plan_one(
+        self,
+        planned: EventDispatchPlan,
+        workflow: LoadedWorkflow,
+        counted: CountedDeployment | None,
+        message: RunInput,
+    ) -> None:
+        """Add the outcome of an event for one workflow, if the definition that will run is subscribed to it."""
+        is_held = workflow.status is WorkflowStatus.PAUSED
+        if counted is not None:
+            try:
+                workflow = await self._deployed.load(workflow, counted.deployment)
+            except DefinitionMissing as error:
+                planned.fail(workflow, "invalid-definition", str(error))
+                return
+        trigger = workflow.trigger
+        if trigger is None or not _matches_subscription(trigger.kind, trigger.config, message.trigger):
+            return
+        try:
+            if not _passes_filter(trigger.config.get("filter"), message.trigger):
+                return
+            graph_shapes.require_valid(workflow.validation)
+        except ExpressionError as error:
+            planned.fail(
+                workflow, "filter-failed", f"The filter of the trigger could not be evaluated: {error}"
+            )
+            return
+        except ApiError as error:
+            planned.fail(workflow, error.code, error.message)
+            return
+        try:
+            await self._capacity.require_of_workflow(workflow)
+        except ApiError as error:
+            planned.refuse(workflow, error)
+            return
+        is_deferred = is_held or (counted is not None and counted.refusal is not None)
+        assigned_deployment_id = None if counted is None else workflow.id
+        run = self._ingestor.build_run(
+            RunTarget(workflow, trigger, assigned_deployment_id, is_deferred, is_held), message
         )
-        answer = _encode(planned.outcomes).decode()
-        return sent.for_arrival(
-            planned.runs,
-            status=ANSWERED,
-            outcome=outcome,
-            event=emitted,
-            answer=answer,
-            idempotency=idempotency_key,
-        )
+        planned.add(workflow, run, is_deferred=is_deferred)
 
-    try:
-        taken = await ingest.ingest_batch(gateway, plan)
-    except ApiError:
-        # An event that was answered before gets the same answer, even if it could not be ingested now.
-        shard = sent.sender.caller.shard
-        earlier = idempotency_key and await acceptance.find_earlier(gateway.database, shard, idempotency_key)
-        if not earlier:
-            raise
-        return await _repeat_result(gateway, sent, earlier.verdict, earlier.execution_id)
-    if taken.verdict is not AcceptanceVerdict.ACCEPTED:
-        return await _repeat_result(gateway, sent, taken.verdict, taken.delivery_id)
-    ingest.wake_deployments(gateway, planned.runs, taken.runs)
-    return EventDispatchResult(emitted.event_id, event.event_type, _merge_outcomes(planned, taken))
+    async def _repeat_result(
+        self, inbound: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str
+    ) -> EventDispatchResult:
+        """Return the outcomes of the first event with the same key; raises 422 when it had another body."""
+        if verdict is AcceptanceVerdict.MISMATCH:
+            raise idempotency.mismatch_error()
+        async with self._database.read() as connection:
+            row = (
+                await connection.execute(
+                    select(col(Delivery.answer), col(EventRow.id), col(EventRow.event_type))
+                    .join(EventRow, col(EventRow.id) == col(Delivery.event_id))
+                    .where(
+                        col(Delivery.id) == delivery_id,
+                        col(Delivery.organization_id) == inbound.sender.caller.organization_id,
+                    )
+                )
+            ).first()
+            if row is None:
+                raise errors.not_ready("The outcome of this event is no longer kept")
+            found = await _resolve_outcomes(connection, row.answer)
+        await self._ingestor.note_repetition(inbound, status=ANSWERED, execution_id=_single_run(found))
+        return EventDispatchResult(row.id, row.event_type, found, is_repeated=True)
 
 
 # ── planning ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _plan_dispatch(gateway: GatewayState, organization_id: str, message: RunInput) -> EventDispatchPlan:
-    event_type = str(_read_field(message.trigger, "event_type"))
-    subscribed = await gateway.subscribers.find(organization_id, event_type)
-    found, deployed = subscribed.found, subscribed.deployed
-    _require_size(message, len(found))
-    revisions = {one.workflow_id: one.revision for one in found}
-    workflows = await gateway.workflows.load_several(organization_id, revisions)
-    counted = await gateway.activation.count_several(deployed) if deployed else {}
-    planned, share = EventDispatchPlan(), LoopShare()
-    for one in found:
-        await share.yield_if_due()
-        workflow = workflows.get(one.workflow_id)
-        if workflow is not None and workflow.status in SUBSCRIBING:
-            await _plan_one(gateway, planned, workflow, counted.get(workflow.id), message)
-    if planned.refusal is not None and not planned.has_other:
-        raise planned.refusal
-    return planned
-
-
-async def _plan_one(
-    gateway: GatewayState,
-    planned: EventDispatchPlan,
-    workflow: LoadedWorkflow,
-    counted: CountedDeployment | None,
-    message: RunInput,
-) -> None:
-    """Add the outcome of an event for one workflow, if the definition that will run is subscribed to it."""
-    is_held = workflow.status is WorkflowStatus.PAUSED
-    if counted is not None:
-        try:
-            workflow = await gateway.deployed.load(workflow, counted.deployment)
-        except DefinitionMissing as error:
-            planned.fail(workflow, "invalid-definition", str(error))
-            return
-    trigger = workflow.trigger
-    if trigger is None or not _matches_subscription(trigger.kind, trigger.config, message.trigger):
-        return
-    try:
-        if not _passes_filter(trigger.config.get("filter"), message.trigger):
-            return
-        graph_shapes.require_valid(workflow.validation)
-    except ExpressionError as error:
-        planned.fail(workflow, "filter-failed", f"The filter of the trigger could not be evaluated: {error}")
-        return
-    except ApiError as error:
-        planned.fail(workflow, error.code, error.message)
-        return
-    try:
-        await gateway.rates.spend(gateway.rates.of_workflow(workflow.id))
-        await gateway.backlog.require_capacity(workflow.organization_id, workflow.id)
-    except ApiError as error:
-        planned.refuse(workflow, error)
-        return
-    is_deferred = is_held or (counted is not None and counted.refusal is not None)
-    assigned_deployment_id = None if counted is None else workflow.id
-    run = ingest.build_run(
-        gateway, RunTarget(workflow, trigger, assigned_deployment_id, is_deferred, is_held), message
-    )
-    planned.add(workflow, run, is_deferred=is_deferred)
 
 
 def _matches_subscription(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
@@ -274,32 +325,6 @@ def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> Workf
     if is_there:
         return msgspec.structs.replace(outcome, error=None)
     return msgspec.structs.replace(outcome, execution_id=None)
-
-
-async def _repeat_result(
-    gateway: GatewayState, sent: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str
-) -> EventDispatchResult:
-    """Return the outcomes of the first event with the same key; raises 422 when it had another body."""
-    if verdict is AcceptanceVerdict.MISMATCH:
-        raise idempotency.mismatch_error()
-    async with gateway.database.read() as connection:
-        row = (
-            await connection.execute(
-                select(col(Delivery.answer), col(EventRow.id), col(EventRow.event_type))
-                .join(EventRow, col(EventRow.id) == col(Delivery.event_id))
-                .where(
-                    col(Delivery.id) == delivery_id,
-                    col(Delivery.organization_id) == sent.sender.caller.organization_id,
-                )
-            )
-        ).first()
-        if row is None:
-            raise errors.not_ready("The outcome of this event is no longer kept")
-        found = await _resolve_outcomes(connection, row.answer)
-    await gateway.deliveries.note(
-        sent.repetition_delivery(gateway.clock(), status=ANSWERED, execution_id=_single_run(found))
-    )
-    return EventDispatchResult(row.id, row.event_type, found, is_repeated=True)
 
 
 async def read_outcomes(connection: AsyncConnection, delivery: Delivery) -> Sequence[WorkflowEventOutcome]:

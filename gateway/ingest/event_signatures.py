@@ -46,7 +46,7 @@ def seal_secrets(
     return vault.encrypt(_encode(secrets), organization_id=organization_id, object_id=token_id)
 
 
-async def verify_event(arrival: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
+async def verify_event(request: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
     """Verify the signature of an event and return its provider; None for the API's own format.
 
     A request with an API key needs no signature. With a token, requests of a provider known to sign must be
@@ -54,18 +54,18 @@ async def verify_event(arrival: SenderRequest, sender: RequestSender, vault: Sec
     can't be read.
     """
     try:
-        claimed = event_senders.recognize_sender(arrival)
+        claimed = event_senders.recognize_sender(request)
         if sender.token is not None:
-            await offload.run(_require_signature, arrival, claimed, _opened(sender, vault))
+            await offload.run(_require_signature, request, claimed, _opened(sender, vault))
     except RequestRefused as error:
         raise refusal_error(error) from error
     return claimed
 
 
-def _require_signature(arrival: SenderRequest, claimed: Provider | None, secrets: Secrets) -> None:
+def _require_signature(request: SenderRequest, claimed: Provider | None, secrets: Secrets) -> None:
     verifier = None if claimed is None else VERIFIERS.get(claimed)
     if claimed is not None and verifier is not None:
-        verifier(arrival, secrets.get(claimed, []))
+        verifier(request, secrets.get(claimed, []))
     elif secrets:
         raise RequestRefused(
             "missing-signature", "The request is not signed, but this token requires a signature"

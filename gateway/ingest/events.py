@@ -31,14 +31,12 @@ from gateway.http.wire import (
     json_of,
 )
 from gateway.ingest import (
-    capacity,
     deduplication_keys,
+    delivery_log,
     event_dispatch,
     event_signatures,
-    inbound_request,
-    ingest,
 )
-from gateway.ingest.inbound_request import InboundRequest
+from gateway.ingest.delivery_log import InboundRequest
 from gateway.ingest.ingest import RunInput
 from journal.store import AcceptanceVerdict
 from journal.waits import event_waits
@@ -50,7 +48,7 @@ from senders import event_senders
 from senders import sender_event as sent_events
 from senders.request_refusal import RequestRefused
 from senders.sender_event import EventBatch, SenderEvent, UrlChallenge
-from senders.sender_request import RequestHeaders, SenderRequest
+from senders.sender_request import SenderRequest
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -186,28 +184,21 @@ async def emit(request: GatewayRequest) -> JsonResponse:
     if sender.token is not None and sender.token.kind is not SenderTokenKind.EVENT:
         raise refuse_sender()
     content = await request.body()
-    arrival = SenderRequest(
-        request.method,
-        request.url.path,
-        {},
-        RequestHeaders(request.scope["headers"]),
-        content,
-        gateway.clock(),
-    )
-    provider = await event_signatures.verify_event(arrival, sender, gateway.vault)
-    note = await inbound_request.describe_request(IngestRoute.EVENTS, sender, content)
-    async with gateway.deliveries.refusals(note):
+    sent = request.to_sender_request(content, path=request.url.path)
+    provider = await event_signatures.verify_event(sent, sender, gateway.vault)
+    inbound = await delivery_log.describe_request(IngestRoute.EVENTS, sender, content)
+    async with gateway.deliveries.refusals(inbound):
         await gateway.rates.take(request)
-        meaning = await _parse_request(request, arrival, provider)
+        meaning = await _parse_request(request, sent, provider)
         if isinstance(meaning, UrlChallenge):
-            await gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
+            await gateway.acceptances.ingest(inbound.to_write([], status=event_dispatch.ANSWERED))
             return JsonResponse(EndpointChallenge(challenge=meaning.text))
         if isinstance(meaning, SenderEvent):
             idempotency_key = await offload.run(_idempotency_key, request, sender, meaning)
-            emission = await event_dispatch.dispatch_event(gateway, note, meaning, idempotency_key)
+            emission = await gateway.events.dispatch(inbound, meaning, idempotency_key)
             headers = idempotency.REPLAYED if emission.is_repeated else None
             return JsonResponse(_shape(emission), headers=headers)
-        return await _ingest_batch(request, note, meaning)
+        return await _ingest_batch(request, inbound, meaning)
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -285,7 +276,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     async with gateway.database.read() as connection:
         event, delivery = await _readable(connection, request)
     idempotency_key = request.idempotency_key({"event": event.id}, workflow_id=workflow_id)
-    note = InboundRequest(
+    inbound = InboundRequest(
         route=IngestRoute.EVENTS,
         sender=RequestSender(caller, f"api-key:{caller.key_id}"),
         content_hash=delivery.content_hash if delivery else "",
@@ -295,11 +286,11 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     )
 
     async def plan(target: RunTarget) -> RunInput:
-        await capacity.require_not_paused(request, target)
+        await gateway.capacity.require_not_paused(caller, target)
         return RunInput(decoding.decode(event.data), event.data, idempotency_key=idempotency_key)
 
-    async with gateway.deliveries.refusals(note):
-        accepted = await ingest.ingest_request(gateway, note, EVENT, plan, idempotency_key)
+    async with gateway.deliveries.refusals(inbound):
+        accepted = await gateway.ingestor.ingest_request(inbound, EVENT, plan, idempotency_key)
     headers = location(gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
@@ -317,33 +308,31 @@ async def handshake(request: GatewayRequest) -> NoContent:
     return NoContent(headers)
 
 
-async def _ingest_batch(request: GatewayRequest, note: InboundRequest, batch: EventBatch) -> JsonResponse:
+async def _ingest_batch(request: GatewayRequest, inbound: InboundRequest, batch: EventBatch) -> JsonResponse:
     """Ingest the events of a batch in order, each with its own key, so that partial repetitions are detected."""
     if not batch.events:
-        await request.gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
+        await request.gateway.acceptances.ingest(inbound.to_write([], status=event_dispatch.ANSWERED))
     whole: Json = [event_dispatch.build_event_input(one) for one in batch.events]
     given = await offload.run(request.idempotency_key, whole)
     emissions: list[EventDispatchResult] = []
     for place, event in enumerate(batch.events):
-        of_event = replace(note, delivery_id=ids.new_id("dlv"))
-        idempotency_key = _derived_key(note.sender, event)
+        of_event = replace(inbound, delivery_id=ids.new_id("dlv"))
+        idempotency_key = _derived_key(inbound.sender, event)
         if given is not None:
             idempotency_key = replace(given, key=fingerprint([given.key, place]))
-        emissions.append(
-            await event_dispatch.dispatch_event(request.gateway, of_event, event, idempotency_key)
-        )
+        emissions.append(await request.gateway.events.dispatch(of_event, event, idempotency_key))
     is_repeated = bool(emissions) and all(emission.is_repeated for emission in emissions)
     shape = EmitEventResults(results=[_shape(emission) for emission in emissions])
     return JsonResponse(shape, headers=idempotency.REPLAYED if is_repeated else None)
 
 
 async def _parse_request(
-    request: GatewayRequest, arrival: SenderRequest, provider: Provider | None
+    request: GatewayRequest, sent: SenderRequest, provider: Provider | None
 ) -> SenderEvent | EventBatch | UrlChallenge:
     if provider is None:
-        return _native_event(body_of(request, await json_of(request, arrival.body), EmitEventRequest))
+        return _native_event(body_of(request, await json_of(request, sent.body), EmitEventRequest))
     try:
-        return await offload.run(event_senders.parse_event, arrival, provider)
+        return await offload.run(event_senders.parse_event, sent, provider)
     except RequestRefused as error:
         raise event_signatures.refusal_error(error) from error
 

@@ -20,15 +20,12 @@ from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import WireStruct
 from gateway.ingest import (
     deduplication_keys,
+    delivery_log,
     event_signatures,
-    inbound_request,
-    ingest,
-    verification,
     webhook_responses,
     webhook_triggers,
 )
 from gateway.ingest.ingest import RunInput
-from gateway.ingest.path_tokens import find_path_sender, find_token_workflow
 from gateway.ingest.verification import SigningProvider
 from gateway.ingest.webhook_responses import WorkflowAnswer
 from gateway.ingest.webhook_triggers import ResponseMode
@@ -49,7 +46,7 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.http.sender import RequestSender
-    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.ingest.delivery_log import InboundRequest
     from gateway.ingest.ingest import RunTarget
     from gateway.ingest.verification import VerifiedSignature
     from gateway.ingest.webhook_triggers import WebhookTrigger
@@ -94,11 +91,11 @@ class VerifiedWebhookRequest:
     """Verified request of a sender of the webhook."""
 
     hook: WebhookTrigger
-    vouched: VerifiedSignature
+    signature: VerifiedSignature
 
     @property
-    def arrival(self) -> SenderRequest:
-        return self.vouched.arrival
+    def sent(self) -> SenderRequest:
+        return self.signature.request
 
 
 async def receive(request: GatewayRequest) -> ASGIApp:
@@ -111,17 +108,17 @@ async def receive(request: GatewayRequest) -> ASGIApp:
     started = asyncio.get_running_loop().time()
     for name, value in webhook_responses.POLICY.items():
         request.send_with_answer(name, value)
-    sender = await find_path_sender(request)
+    sender = await _find_sender(request)
     verified = await _verify_sender(request, sender)
-    note = await inbound_request.describe_request(
-        IngestRoute.HOOK, sender, verified.arrival.body, workflow_id=find_token_workflow(sender)
+    inbound = await delivery_log.describe_request(
+        IngestRoute.HOOK, sender, verified.sent.body, workflow_id=sender.token_workflow_id
     )
-    async with request.gateway.deliveries.refusals(note):
+    async with request.gateway.deliveries.refusals(inbound):
         await request.gateway.rates.take(
-            request, note.workflow_id, key=sender.caller.key_id, also=_extra_limits(verified, sender)
+            request, inbound.workflow_id, key=sender.caller.key_id, also=_extra_limits(verified, sender)
         )
         try:
-            return await _answer_request(request, note, verified, started)
+            return await _answer_request(request, inbound, verified, started)
         except RequestRefused as error:
             raise event_signatures.refusal_error(error) from error
 
@@ -134,9 +131,9 @@ async def options(request: GatewayRequest) -> NoContent:
     """
     methods: Collection[str] = METHODS
     try:
-        sender = await find_path_sender(request)
-        methods = await verification.verify_with_current_secret(
-            request.gateway, sender.caller, find_token_workflow(sender), _accepted_methods
+        sender = await _find_sender(request)
+        methods = await request.gateway.verifier.verify_with_current_secret(
+            sender.caller, sender.token_workflow_id, _accepted_methods
         )
     except ApiError as error:
         if error.status not in _OPENS_NOTHING:
@@ -145,28 +142,33 @@ async def options(request: GatewayRequest) -> NoContent:
 
 
 async def _answer_request(
-    request: GatewayRequest, note: InboundRequest, verified: VerifiedWebhookRequest, started: float
+    request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest, started: float
 ) -> ASGIApp:
     """Return the answer to a verified request; raises `RequestRefused` for invalid content."""
-    hook, arrival = verified.hook, verified.arrival
-    meaning = await offload.run(webhook_triggers.parse_request, hook, arrival)
+    hook, sent = verified.hook, verified.sent
+    meaning = await offload.run(webhook_triggers.parse_request, hook, sent)
     if isinstance(meaning, UrlChallenge):
-        await _note_only(request, note, "challenge: the sender checks the address")
+        await _note_only(request, inbound, "challenge: the sender checks the address")
         return JsonResponse(WebhookReceipt(status=WebhookStatus.IGNORED, challenge=meaning.text or None))
     if not hook.runs_for(meaning.event_type):
-        await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'no event type'}")
+        await _note_only(request, inbound, f"event-not-allowed: {meaning.event_type or 'no event type'}")
         return JsonResponse(WebhookReceipt(status=WebhookStatus.IGNORED))
-    trigger = await offload.run(webhook_triggers.build_input, hook, arrival, meaning.body)
+    trigger = await offload.run(webhook_triggers.build_input, hook, sent, meaning.body)
     encoded = await offload.run(_encode_trigger, trigger)
     if len(encoded.content) <= limits.KEPT_REFUSED_CHARACTERS:
-        note.payload = encoded.content.decode()
-    accepted, is_deferred = await _ingest(request, note, verified, trigger, encoded)
+        inbound.payload = encoded.content.decode()
+    accepted, is_deferred = await _ingest(request, inbound, verified, trigger, encoded)
     if hook.config.respond is ResponseMode.AT_ONCE or is_deferred:
         return _accepted_response(request, hook, accepted)
-    return await _await_response(request, hook, accepted, note, started + hook.config.deadline_seconds)
+    return await _await_response(request, hook, accepted, inbound, started + hook.config.deadline_seconds)
 
 
 # ── senders ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _find_sender(request: GatewayRequest) -> RequestSender:
+    """Return the sender of the token in the path; raises 404, and 429."""
+    return await request.gateway.sender_authenticator.by_path_token(request.scope, request.path_params["id"])
 
 
 async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> VerifiedWebhookRequest:
@@ -190,12 +192,10 @@ async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> Veri
             content = await request.body_up_to(limit)
         elif len(content) > limit.bytes:
             raise limit.exceeded()
-        arrival = verification.build_inbound_request(request, query, content)
-        return VerifiedWebhookRequest(hook, await verification.verify_signature(gateway, workflow, arrival))
+        sent = request.to_sender_request(content, query=query)
+        return VerifiedWebhookRequest(hook, await gateway.verifier.verify_signature(workflow, sent))
 
-    return await verification.verify_with_current_secret(
-        gateway, sender.caller, find_token_workflow(sender), use
-    )
+    return await gateway.verifier.verify_with_current_secret(sender.caller, sender.token_workflow_id, use)
 
 
 async def _accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
@@ -234,15 +234,15 @@ def _encode_trigger(trigger: Mapping[str, Json]) -> EncodedTrigger:
         raise RequestRefused(error.code, error.message) from error
 
 
-async def _note_only(request: GatewayRequest, note: InboundRequest, reason: str) -> None:
+async def _note_only(request: GatewayRequest, inbound: InboundRequest, reason: str) -> None:
     await request.gateway.deliveries.note(
-        note.noted_delivery(request.gateway.clock(), status=OK, reason=reason)
+        inbound.noted_delivery(request.gateway.clock(), status=OK, reason=reason)
     )
 
 
 async def _ingest(
     request: GatewayRequest,
-    note: InboundRequest,
+    inbound: InboundRequest,
     verified: VerifiedWebhookRequest,
     trigger: Json,
     encoded: EncodedTrigger,
@@ -252,20 +252,20 @@ async def _ingest(
     A large body is durable as a blob before its run.
     """
     gateway = request.gateway
-    idempotency_key = _idempotency_key(request, note, verified)
+    idempotency_key = _idempotency_key(request, inbound, verified)
     is_deferred = False
-    execution_id, text = ids.new_id("exec"), None if encoded.is_large else note.payload
+    execution_id, text = ids.new_id("exec"), None if encoded.is_large else inbound.payload
     if encoded.is_large and idempotency_key is not None:
         # A repetition needs no second copy of its body.
-        earlier = await ingest.find_repetition(gateway, note, idempotency_key, status=ACCEPTED)
+        earlier = await gateway.ingestor.find_repetition(inbound, idempotency_key, status=ACCEPTED)
         if earlier is not None:
             return earlier, False
 
     async def plan(target: RunTarget) -> RunInput:
         nonlocal is_deferred, text
         is_deferred = target.is_deferred
-        await verified.vouched.require_on(gateway, target)
-        await gateway.backlog.require_capacity(target.workflow.organization_id, target.workflow.id)
+        await gateway.verifier.verify_again(verified.signature, target)
+        await gateway.capacity.require_backlog(target.workflow)
         if text is None:
             owner = BlobOwner(target.workflow.organization_id, execution_id)
             try:
@@ -274,27 +274,27 @@ async def _ingest(
                 raise errors.not_ready(f"{error}: try again") from error
         return RunInput(trigger, text, idempotency_key=idempotency_key, execution_id=execution_id)
 
-    accepted = await ingest.ingest_request(
-        gateway, note, webhook_triggers.KIND, plan, idempotency_key, status=ACCEPTED
+    accepted = await gateway.ingestor.ingest_request(
+        inbound, webhook_triggers.KIND, plan, idempotency_key, status=ACCEPTED
     )
     return accepted, is_deferred
 
 
 def _idempotency_key(
-    request: GatewayRequest, note: InboundRequest, verified: VerifiedWebhookRequest
+    request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest
 ) -> IdempotencyKey | None:
     """Return the key of a request: from the sender's own id, an `Idempotency-Key`, or `webhook-id`."""
-    workflow_id = str(note.workflow_id)
-    if verified.vouched.delivery_key is not None:
-        note.deduplication_key = deduplication_keys.derive_key(
-            DELIVERY, workflow_id, verified.vouched.delivery_key
+    workflow_id = str(inbound.workflow_id)
+    if verified.signature.delivery_key is not None:
+        inbound.deduplication_key = deduplication_keys.derive_key(
+            DELIVERY, workflow_id, verified.signature.delivery_key
         )
-        return note.deduplication_key
+        return inbound.deduplication_key
     given = idempotency.read_key(request.headers)
     if given is not None:
         key = deduplication_keys.derive_key(NAMED, workflow_id, given)
-        return replace(key, fingerprint=note.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)
-    name = verified.arrival.headers.single("webhook-id")
+        return replace(key, fingerprint=inbound.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)
+    name = verified.sent.headers.single("webhook-id")
     return (
         deduplication_keys.derive_key(DELIVERY, workflow_id, delivery_keys.delivery_key("webhook-id", name))
         if name
@@ -306,13 +306,15 @@ async def _await_response(
     request: GatewayRequest,
     hook: WebhookTrigger,
     accepted: AcceptanceResult,
-    note: InboundRequest,
+    inbound: InboundRequest,
     until: float,
 ) -> ASGIApp:
     """Return the run's own answer, or report its end, or that it continues after the deadline."""
-    key = ExecutionKey(accepted.execution_id, note.sender.caller.shard)
+    key = ExecutionKey(accepted.execution_id, inbound.sender.caller.shard)
     seconds = until - asyncio.get_running_loop().time()
-    standing = await webhook_responses.await_answer(request.gateway, key, seconds)
+    standing = await webhook_responses.await_answer(
+        request.gateway.database, request.gateway.waiting, key, seconds
+    )
     if standing is not None and standing.answer is not None:
         return WorkflowAnswer(standing.answer, _replay_headers(accepted))
     if standing is None or standing.status not in TERMINAL_STATUSES:

@@ -28,17 +28,22 @@ from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.ingest.inbound_request import InboundRequest
-    from gateway.state import GatewayState
+    from gateway.deployments.activation import DeploymentActivator
+    from gateway.deployments.deployed_definitions import DeployedDefinitions
+    from gateway.executions.acceptance import RunAcceptor
+    from gateway.executions.execution_access import ExecutionAccess
+    from gateway.ingest.delivery_log import DeliveryLog, InboundRequest
+    from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow, TriggerNode
     from journal.store import IdempotencyKey, IngestWrite
     from models.access import ApiCaller
+    from models.database import Database
 
 _encode = msgspec.json.Encoder().encode
 ATTEMPTS: Final = 5
 """Number of plans before the ingest gives up, when workflows change in the meantime."""
 
-PlanArrival: TypeAlias = Callable[[], Awaitable["IngestWrite"]]
+WritePlanner: TypeAlias = Callable[[], Awaitable["IngestWrite"]]
 """Return the planned write; raises `ApiError`. Called again when a workflow has changed."""
 
 
@@ -74,183 +79,199 @@ class RunInput:
     """Id of the run, if blobs are already stored for it."""
 
 
-async def resolve_target(gateway: GatewayState, caller: ApiCaller, workflow_id: str, kind: str) -> RunTarget:
-    """Return the target of a request, for a workflow that the caller may read and its trigger of a kind.
+class RequestIngestor:
+    """Turns inbound requests into runs of their workflows, each request in one transaction."""
 
-    Raises 404, 409 for a workflow that is neither active nor paused, and 422 for another trigger or an
-    invalid graph.
-    """
-    workflow = await gateway.workflows.load(workflow_id, caller)
-    try:
-        return await _resolve_target(gateway, workflow, kind)
-    except ApiError:
-        # Reload before a refusal: the workflow may have been corrected or activated since it was cached.
-        gateway.workflows.forget(workflow.organization_id, workflow.id)
-        current = await gateway.workflows.load(workflow_id, caller)
-        if current is workflow:
-            raise
-        return await _resolve_target(gateway, current, kind)
+    def __init__(
+        self,
+        database: Database,
+        workflows: WorkflowCache,
+        activation: DeploymentActivator,
+        deployed: DeployedDefinitions,
+        acceptances: RunAcceptor,
+        access: ExecutionAccess,
+        deliveries: DeliveryLog,
+    ) -> None:
+        self._database = database
+        self._workflows = workflows
+        self._activation = activation
+        self._deployed = deployed
+        self._acceptances = acceptances
+        self._access = access
+        self._deliveries = deliveries
 
+    async def resolve_target(self, caller: ApiCaller, workflow_id: str, kind: str) -> RunTarget:
+        """Return the target of a request, for a workflow that the caller may read and its trigger of a kind.
 
-async def _resolve_target(gateway: GatewayState, workflow: LoadedWorkflow, kind: str) -> RunTarget:
-    is_held = workflow.status is WorkflowStatus.PAUSED
-    if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
-        raise errors.workflow_not_active()
-    assigned_deployment_id, is_deferred = None, is_held
-    if workflow.is_deployed:
-        found = await gateway.activation.count(workflow.id)
-        if found is not None:
-            workflow = await gateway.deployed.load(workflow, found.deployment)
-            assigned_deployment_id, is_deferred = workflow.id, is_held or found.refusal is not None
-    if workflow.trigger is None or workflow.trigger.kind != kind:
-        raise errors.no_such_trigger(kind)
-    graph_shapes.require_valid(workflow.validation)
-    return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
+        Raises 404, 409 for a workflow that is neither active nor paused, and 422 for another trigger or an
+        invalid graph.
+        """
+        workflow = await self._workflows.load(workflow_id, caller)
+        try:
+            return await self._resolve_target(workflow, kind)
+        except ApiError:
+            # Reload before a refusal: the workflow may have been corrected or activated since it was cached.
+            self._workflows.forget(workflow.organization_id, workflow.id)
+            current = await self._workflows.load(workflow_id, caller)
+            if current is workflow:
+                raise
+            return await self._resolve_target(current, kind)
 
-
-def build_run(gateway: GatewayState, target: RunTarget, message: RunInput) -> IngestedRun:
-    """Return the run of a message; it runs for the workflow's owner, regardless of the sender."""
-    workflow = target.workflow
-    definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
-    limit = (
-        concurrency_limits.concurrency_limit(workflow.settings, workflow.id, message.trigger)
-        if message.is_read
-        else None
-    )
-    return IngestedRun(
-        execution_id=message.execution_id or ids.new_id("exec"),
-        shard=workflow.shard,
-        organization_id=workflow.organization_id,
-        workflow_id=workflow.id,
-        workflow_revision=workflow.revision,
-        user_id=workflow.owner_id,
-        trigger_type=target.trigger.kind,
-        trigger=message.text or _encode(message.trigger).decode(),
-        config=workflow.config,
-        definition_hash=workflow.definition_hash,
-        definition=None if gateway.acceptances.is_stored(definition) else workflow.definition,
-        timeout_seconds=workflow.timeout_seconds,
-        total_nodes=workflow.total_nodes,
-        channel=gateway.broker.channel,
-        priority=message.priority,
-        idempotency=message.idempotency_key,
-        concurrency_key=limit.key if limit else None,
-        concurrency_limit=limit.runs if limit else None,
-        may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
-        follow_up=completion.requested_actions(workflow.settings, callback_url=message.callback_url),
-        assigned_deployment_id=target.assigned_deployment_id,
-        delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
-        is_read=message.is_read,
-    )
-
-
-async def ingest_request(
-    gateway: GatewayState,
-    sent: InboundRequest,
-    kind: str,
-    plan: Callable[[RunTarget], Awaitable[RunInput]],
-    idempotency_key: IdempotencyKey | None,
-    *,
-    status: int = 201,
-    own_key: IdempotencyKey | None = None,
-    reused: ApiError | None = None,
-) -> AcceptanceResult:
-    """Ingest the one run of a request, or return the earlier run with the same idempotency key.
-
-    `own_key` identifies the request itself; if it was used for other content, the request is refused with
-    `reused`. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
-    is stored as a duplicate.
-    """
-    caller, workflow_id = sent.sender.caller, str(sent.workflow_id)
-    runs: list[IngestedRun] = []
-
-    async def arrival() -> IngestWrite:
-        target = await resolve_target(gateway, caller, workflow_id, kind)
-        runs[:] = [build_run(gateway, target, await plan(target))]
-        if not trigger_body.is_separate(runs[0].trigger):
-            sent.payload = runs[0].trigger
-        outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
-        return sent.for_arrival(runs, status=status, outcome=outcome, idempotency=own_key)
-
-    try:
-        taken = await ingest_batch(gateway, arrival)
-        if taken.verdict is AcceptanceVerdict.MISMATCH:
-            raise reused or idempotency.mismatch_error()
-        accepted = taken.runs[0] if taken.runs else await _ingest_first(gateway, taken)
-    except ApiError:
-        # A request that was answered before gets the same answer, even if the workflow has changed since.
-        earlier = idempotency_key and await acceptance.find_earlier(
-            gateway.database, caller.shard, idempotency_key
+    def build_run(self, target: RunTarget, message: RunInput) -> IngestedRun:
+        """Return the run of a message; it runs for the workflow's owner, regardless of the sender."""
+        workflow = target.workflow
+        definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
+        limit = (
+            concurrency_limits.concurrency_limit(workflow.settings, workflow.id, message.trigger)
+            if message.is_read
+            else None
         )
-        if not earlier:
-            raise
-        accepted = earlier
-    if accepted.verdict is AcceptanceVerdict.MISMATCH:
-        raise idempotency.mismatch_error()
-    if accepted.verdict is AcceptanceVerdict.FULL:
-        raise errors.concurrency_limit()
-    if accepted.verdict is AcceptanceVerdict.REPEATED:
-        now = gateway.clock()
-        await gateway.deliveries.note(
-            sent.repetition_delivery(now, status=status, execution_id=accepted.execution_id)
+        return IngestedRun(
+            execution_id=message.execution_id or ids.new_id("exec"),
+            shard=workflow.shard,
+            organization_id=workflow.organization_id,
+            workflow_id=workflow.id,
+            workflow_revision=workflow.revision,
+            user_id=workflow.owner_id,
+            trigger_type=target.trigger.kind,
+            trigger=message.text or _encode(message.trigger).decode(),
+            config=workflow.config,
+            definition_hash=workflow.definition_hash,
+            definition=None if self._acceptances.is_stored(definition) else workflow.definition,
+            timeout_seconds=workflow.timeout_seconds,
+            total_nodes=workflow.total_nodes,
+            channel=self._acceptances.channel,
+            priority=message.priority,
+            idempotency=message.idempotency_key,
+            concurrency_key=limit.key if limit else None,
+            concurrency_limit=limit.runs if limit else None,
+            may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
+            follow_up=completion.requested_actions(workflow.settings, callback_url=message.callback_url),
+            assigned_deployment_id=target.assigned_deployment_id,
+            delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
+            is_read=message.is_read,
         )
-    else:
-        wake_deployments(gateway, runs, [accepted])
-    gateway.access.allow(accepted.execution_id, caller)
-    return accepted
 
+    async def ingest_request(
+        self,
+        inbound: InboundRequest,
+        kind: str,
+        plan: Callable[[RunTarget], Awaitable[RunInput]],
+        idempotency_key: IdempotencyKey | None,
+        *,
+        status: int = 201,
+        own_key: IdempotencyKey | None = None,
+        reused: ApiError | None = None,
+    ) -> AcceptanceResult:
+        """Ingest the one run of a request, or return the earlier run with the same idempotency key.
 
-async def find_repetition(
-    gateway: GatewayState, sent: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
-) -> AcceptanceResult | None:
-    """Return the run of an earlier request with the same key, and store this one as a duplicate.
+        `own_key` identifies the request itself; if it was used for other content, the request is refused with
+        `reused`. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
+        is stored as a duplicate.
+        """
+        caller, workflow_id = inbound.sender.caller, str(inbound.workflow_id)
+        runs: list[IngestedRun] = []
 
-    None for a first request.
-    """
-    earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.shard, idempotency_key)
-    if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
-        return None
-    await gateway.deliveries.note(
-        sent.repetition_delivery(gateway.clock(), status=status, execution_id=earlier.execution_id)
-    )
-    return earlier
+        async def plan_write() -> IngestWrite:
+            target = await self.resolve_target(caller, workflow_id, kind)
+            runs[:] = [self.build_run(target, await plan(target))]
+            if not trigger_body.is_separate(runs[0].trigger):
+                inbound.payload = runs[0].trigger
+            outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
+            return inbound.to_write(runs, status=status, outcome=outcome, idempotency=own_key)
 
+        try:
+            taken = await self.ingest_batch(plan_write)
+            if taken.verdict is AcceptanceVerdict.MISMATCH:
+                raise reused or idempotency.mismatch_error()
+            accepted = taken.runs[0] if taken.runs else await self._ingest_first(taken)
+        except ApiError:
+            # A request that was answered before gets the same answer, even if the workflow has changed since.
+            earlier = idempotency_key and await acceptance.find_earlier(
+                self._database, caller.shard, idempotency_key
+            )
+            if not earlier:
+                raise
+            accepted = earlier
+        if accepted.verdict is AcceptanceVerdict.MISMATCH:
+            raise idempotency.mismatch_error()
+        if accepted.verdict is AcceptanceVerdict.FULL:
+            raise errors.concurrency_limit()
+        if accepted.verdict is AcceptanceVerdict.REPEATED:
+            await self.note_repetition(inbound, status=status, execution_id=accepted.execution_id)
+        else:
+            self.wake_deployments(runs, [accepted])
+        self._access.allow(accepted.execution_id, caller)
+        return accepted
 
-def wake_deployments(
-    gateway: GatewayState, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]
-) -> None:
-    """Wake the deployments of accepted runs that may start now."""
-    for assigned_deployment_id in {
-        run.assigned_deployment_id
-        for run, answer in zip(runs, answers, strict=True)
-        if answer.verdict is AcceptanceVerdict.ACCEPTED
-        and run.assigned_deployment_id is not None
-        and run.delay_until is None
-    }:
-        gateway.activation.wake_deployment(assigned_deployment_id)
+    async def ingest_batch(self, plan: WritePlanner) -> IngestResult:
+        """Ingest the planned runs; plan again when a workflow has changed in the meantime.
 
+        Raises the errors of `plan`, 409 when workflows change all the time, and 503.
+        """
+        for _ in range(ATTEMPTS):
+            write = await plan()
+            taken = await self._acceptances.ingest(write)
+            if taken.verdict is not AcceptanceVerdict.STALE:
+                return taken
+            for workflow_id in {run.workflow_id for run in write.runs}:
+                self._workflows.forget(write.organization_id, workflow_id)
+        raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
 
-async def _ingest_first(gateway: GatewayState, taken: IngestResult) -> AcceptanceResult:
-    """Return the answer to the first request with the same key; raises 503 when it isn't stored yet."""
-    async with gateway.database.read() as connection:
-        execution_id = await connection.scalar(
-            select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
+    async def find_repetition(
+        self, inbound: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
+    ) -> AcceptanceResult | None:
+        """Return the run of an earlier request with the same key, and store this one as a duplicate.
+
+        None for a first request.
+        """
+        earlier = await acceptance.find_earlier(self._database, inbound.sender.caller.shard, idempotency_key)
+        if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
+            return None
+        await self.note_repetition(inbound, status=status, execution_id=earlier.execution_id)
+        return earlier
+
+    async def note_repetition(
+        self, inbound: InboundRequest, *, status: int, execution_id: str | None
+    ) -> None:
+        """Store the delivery of a request that repeats an earlier one with the run `execution_id`."""
+        now = self._database.clock.now()
+        await self._deliveries.note(
+            inbound.repetition_delivery(now, status=status, execution_id=execution_id)
         )
-    if execution_id is None:
-        raise errors.not_ready("The outcome of this delivery is not stored yet: try again")
-    return AcceptanceResult(taken.verdict, execution_id)
 
+    def wake_deployments(self, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]) -> None:
+        """Wake the deployments of accepted runs that may start now."""
+        for assigned_deployment_id in {
+            run.assigned_deployment_id
+            for run, answer in zip(runs, answers, strict=True)
+            if answer.verdict is AcceptanceVerdict.ACCEPTED
+            and run.assigned_deployment_id is not None
+            and run.delay_until is None
+        }:
+            self._activation.wake_deployment(assigned_deployment_id)
 
-async def ingest_batch(gateway: GatewayState, plan: PlanArrival) -> IngestResult:
-    """Ingest the planned runs; plan again when a workflow has changed in the meantime.
+    async def _resolve_target(self, workflow: LoadedWorkflow, kind: str) -> RunTarget:
+        is_held = workflow.status is WorkflowStatus.PAUSED
+        if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
+            raise errors.workflow_not_active()
+        assigned_deployment_id, is_deferred = None, is_held
+        if workflow.is_deployed:
+            found = await self._activation.count(workflow.id)
+            if found is not None:
+                workflow = await self._deployed.load(workflow, found.deployment)
+                assigned_deployment_id, is_deferred = workflow.id, is_held or found.refusal is not None
+        if workflow.trigger is None or workflow.trigger.kind != kind:
+            raise errors.no_such_trigger(kind)
+        graph_shapes.require_valid(workflow.validation)
+        return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
 
-    Raises the errors of `plan`, 409 when workflows change all the time, and 503.
-    """
-    for _ in range(ATTEMPTS):
-        arrival = await plan()
-        taken = await gateway.acceptances.ingest(arrival)
-        if taken.verdict is not AcceptanceVerdict.STALE:
-            return taken
-        for workflow_id in {run.workflow_id for run in arrival.runs}:
-            gateway.workflows.forget(arrival.organization_id, workflow_id)
-    raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
+    async def _ingest_first(self, taken: IngestResult) -> AcceptanceResult:
+        """Return the answer to the first request with the same key; raises 503 when it isn't stored yet."""
+        async with self._database.read() as connection:
+            execution_id = await connection.scalar(
+                select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
+            )
+        if execution_id is None:
+            raise errors.not_ready("The outcome of this delivery is not stored yet: try again")
+        return AcceptanceResult(taken.verdict, execution_id)

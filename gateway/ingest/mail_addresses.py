@@ -8,11 +8,11 @@ from gateway.http import errors
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
 from gateway.ingest import email_trigger
-from gateway.ingest.path_tokens import find_path_sender, find_token_workflow
 from models.workflow_triggers import TriggerKind
 
 if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
+    from gateway.http.sender import RequestSender
 
 
 class MailAddress(WireStruct):
@@ -24,8 +24,8 @@ class MailAddress(WireStruct):
 
 async def show(request: GatewayRequest) -> JsonResponse:
     """Check whether a token is an address that accepts mails, before a mail server sends any."""
-    sender = await find_path_sender(request)
-    workflow = await request.gateway.workflows.load(find_token_workflow(sender), sender.caller)
+    sender = await _find_sender(request)
+    workflow = await request.gateway.workflows.load(sender.token_workflow_id, sender.caller)
     if workflow.trigger is None or workflow.trigger.kind != TriggerKind.EMAIL:
         raise errors.not_found("object")
     return JsonResponse(MailAddress(max_bytes=request.gateway.settings.max_mail_bytes))
@@ -37,5 +37,9 @@ async def receive(request: GatewayRequest) -> JsonResponse:
     The headers `X-Envelope-From` and `X-Envelope-To` contain the envelope. Other formats of mails are
     accepted too.
     """
-    sender = await find_path_sender(request)
-    return await email_trigger.receive_for(request, find_token_workflow(sender), sender)
+    sender = await _find_sender(request)
+    return await email_trigger.receive_for(request, sender.token_workflow_id, sender)
+
+
+async def _find_sender(request: GatewayRequest) -> RequestSender:
+    return await request.gateway.sender_authenticator.by_path_token(request.scope, request.path_params["id"])

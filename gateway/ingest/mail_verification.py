@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
 
 import msgspec
 import structlog
@@ -20,7 +20,7 @@ from gateway.http.client_address import client_of
 from gateway.http.errors import ApiError
 from gateway.http.sender import RequestSender, refuse_sender
 from gateway.ingest import trigger_secrets
-from journal.unparsed_mail import ScreeningRules
+from journal.unparsed_mail import ScreeningRules, UnparsedMail
 from models.access import ApiCaller, KeyScope, UserRole
 from models.workflow_triggers import TriggerKind
 from senders import basic_auth, mail_kinds, mailgun, sendgrid, sns
@@ -29,7 +29,10 @@ from senders.mail_kinds import MailKind
 from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
-    from gateway.state import GatewayState
+    from execution.stored_data_sources import StoredDataSources
+    from gateway.http.failed_attempts import PasswordAttempts
+    from gateway.ingest.sns_certificates import SnsCertificateCache
+    from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow
     from senders.sender_request import SenderRequest
     from senders.signatures import SignatureResult
@@ -119,77 +122,160 @@ class MailTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class MailVerification:
-    """Verification result of a mail, for mails without a key or token and for signed mails."""
+class VerifiedMail:
+    """Mail of a verified sender, and the workflow that it is for."""
 
-    label: str
-    """Verified sender: `sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty when none was needed."""
+    target: MailTarget
+    content: SenderRequest
+    kind: MailKind
+    verified_by: str = ""
+    """`sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty for an unsigned mail with a key or token.
+    """
     delivery_key: str | None = None
     """The sender's own id of the delivery."""
 
-
-async def find_target(gateway: GatewayState, workflow_id: str, known: RequestSender | None) -> MailTarget:
-    """Return the target workflow.
-
-    Raises 404 for authenticated callers, and 401 when the trigger accepts no anonymous mail.
-    """
-    if known is not None:
-        workflow = await gateway.workflows.load(workflow_id, known.caller)
-        return MailTarget(workflow, _trigger_config(workflow))
-    found = await gateway.workflows.load_for_sender(workflow_id)
-    if found is None or not (config := _trigger_config(found)).accepts_anonymous:
-        raise refuse_sender()
-    return MailTarget(found, config)
+    def unparsed(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
+        """Return the mail as it is stored for a worker."""
+        screening = self.target.trigger.screening
+        return UnparsedMail(self.kind, self.content.received_at, screening=screening, **fields)
 
 
-async def recognize_service(arrival: SenderRequest) -> MailKind:
+class MailVerifier:
+    """Verifies mails by the configs of their triggers, with the secrets that these name."""
+
+    def __init__(
+        self,
+        workflows: WorkflowCache,
+        sources: StoredDataSources,
+        certificates: SnsCertificateCache,
+        attempts: PasswordAttempts,
+    ) -> None:
+        self._workflows = workflows
+        self._sources = sources
+        self._certificates = certificates
+        self._attempts = attempts
+
+    async def find_target(self, workflow_id: str, known: RequestSender | None) -> MailTarget:
+        """Return the target workflow.
+
+        Raises 404 for authenticated callers, and 401 when the trigger accepts no anonymous mail.
+        """
+        if known is not None:
+            workflow = await self._workflows.load(workflow_id, known.caller)
+            return MailTarget(workflow, _trigger_config(workflow))
+        found = await self._workflows.load_for_sender(workflow_id)
+        if found is None or not (config := _trigger_config(found)).accepts_anonymous:
+            raise refuse_sender()
+        return MailTarget(found, config)
+
+    async def verify(
+        self, target: MailTarget, content: SenderRequest, known: RequestSender | None, *, address: str
+    ) -> VerifiedMail:
+        """Verify a mail; raises `ApiError` when it is refused.
+
+        A signature is checked whenever the mail has one and the trigger has its key, even for authenticated
+        callers. Wrong passwords are limited by the client's `address`. A trigger that isn't ready is loaded
+        again, since its owner may have corrected it a moment ago.
+        """
+        kind = await recognize_service(content)
+        try:
+            return await self._verify(VerifiedMail(target, content, kind), known, address)
+        except ApiError as error:
+            if not error.is_for_owner:
+                raise
+            workflow = target.workflow
+            self._workflows.forget(workflow.organization_id, workflow.id)
+            current = await self.find_target(workflow.id, known)
+            if current.trigger == target.trigger:
+                raise
+            return await self._verify(VerifiedMail(current, content, kind), known, address)
+
+    async def _verify(self, mail: VerifiedMail, known: RequestSender | None, address: str) -> VerifiedMail:
+        """Return a mail with the result of its verification; refusals are those of its service."""
+        with refuse_until_later(mail.kind), answer_once(mail.kind):
+            signed = await self._verify_signature(mail)
+            if signed is not None:
+                label, verified = signed
+                return replace(mail, verified_by=label, delivery_key=verified.delivery_key)
+            if mail.target.trigger.require_signature:
+                raise sent_signatures.missing_signature("a signature that the trigger can check")
+            if known is not None:
+                return mail
+            return replace(mail, verified_by=await self._try_credentials(mail, client=client_of(address)))
+
+    async def _verify_signature(self, mail: VerifiedMail) -> tuple[str, SignatureResult] | None:
+        """Verify a mail's signature; return the kind of its sender, and the result.
+
+        None when the mail has none or the trigger has no key for it.
+        """
+        trigger = mail.target.trigger
+        if mail.kind in SENDGRID and trigger.sendgrid is not None:
+            if (
+                sendgrid.SIGNATURE_HEADER not in mail.content.headers
+                and sendgrid.TIME_HEADER not in mail.content.headers
+            ):
+                return None
+            verified = await offload.run(sendgrid.verify, mail.content, trigger.sendgrid.public_keys)
+            return "sendgrid", verified
+        if mail.kind in MAILGUN and trigger.mailgun is not None:
+            source = await trigger_secrets.find_secret_source(
+                self._sources, mail.target.workflow, trigger.mailgun.signing_key, {"webhook-secret"}
+            )
+            verified = await offload.run(mailgun.verify, mail.content, [source.secrets.get("secret", "")])
+            return "mailgun", verified
+        if mail.kind is MailKind.SNS and trigger.ses is not None:
+            return "sns", await self._verify_sns(mail.content, trigger.ses.topics)
+        return None
+
+    async def _verify_sns(self, sent: SenderRequest, topics: Sequence[str]) -> SignatureResult:
+        message = await offload.run(sns.parse_sns_message, sent)
+        # Anybody can have a topic: fetch nothing for topics that the trigger doesn't name.
+        sns.require_topic(message, topics)
+        pem = await self._certificates.get(sns.signing_certificate_url(message), sent.received_at)
+        return sns.verify(message, pem, topics, sent.received_at)
+
+    async def _try_credentials(self, mail: VerifiedMail, *, client: str) -> str:
+        """Return the kind of a mail's credentials; raises 429 for a client with too many wrong ones."""
+        attempt = f"{mail.target.workflow.id} {client}"
+        offered = f"{mail.target.workflow.id} {mail.content.headers.single('Authorization')}"
+        self._attempts.require_allowed(attempt, offered)
+        try:
+            label = await self._verify_credentials(mail)
+        except RequestRefused:
+            self._attempts.note(attempt, offered, is_right=False)
+            raise
+        if label is None:
+            raise refuse_sender()
+        self._attempts.note(attempt, offered, is_right=True)
+        return label
+
+    async def _verify_credentials(self, mail: VerifiedMail) -> str | None:
+        """Verify a mail's credentials and return their kind; None when it has none, or none are configured."""
+        trigger = mail.target.trigger
+        scheme, _, given = (mail.content.headers.single("Authorization") or "").partition(" ")
+        if scheme.lower() == "basic" and trigger.basic_auth:
+            source = await trigger_secrets.find_secret_source(
+                self._sources, mail.target.workflow, trigger.basic_auth, {"http-basic"}
+            )
+            username, password = source.settings.get("username"), source.secrets.get("password", "")
+            basic_auth.verify(mail.content, [basic_auth.BasicCredentials(str(username), password)])
+            return "basic-auth"
+        if scheme.lower() == "bearer" and trigger.bearer:
+            source = await trigger_secrets.find_secret_source(
+                self._sources, mail.target.workflow, trigger.bearer, {"http-bearer"}
+            )
+            expected = sent_signatures.usable_secrets([source.secrets.get("token", "")])
+            sent_signatures.require_match([sent_signatures.header_bytes(given.strip())], expected)
+            return "bearer"
+        return None
+
+
+async def recognize_service(sent: SenderRequest) -> MailKind:
     """Return the format of a mail; raises the API error for a request that contains no mail."""
     try:
-        return await offload.run(mail_kinds.recognize_mail, arrival)
+        return await offload.run(mail_kinds.recognize_mail, sent)
     except RequestRefused as error:
         raise refusal_error(error) from error
-
-
-async def verify_mail(
-    gateway: GatewayState,
-    addressee: MailTarget,
-    arrival: SenderRequest,
-    kind: MailKind,
-    *,
-    address: str,
-    is_known: bool,
-) -> MailVerification:
-    """Verify a mail; raises `ApiError` when it is refused, and `RequestRefused` for an invalid signature.
-
-    A signature is checked whenever the mail has one and the trigger has its key, even for authenticated
-    callers. Wrong passwords are limited by the client's `address`.
-    """
-    signed = await _verify_signature(gateway, addressee, arrival, kind)
-    if signed is not None:
-        return signed
-    if addressee.trigger.require_signature:
-        raise sent_signatures.missing_signature("a signature that the trigger can check")
-    if is_known:
-        return MailVerification("")
-    return MailVerification(await _try_credentials(gateway, addressee, arrival, client=client_of(address)))
-
-
-async def _try_credentials(
-    gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, *, client: str
-) -> str:
-    """Return the kind of a mail's credentials; raises 429 for a client with too many wrong ones."""
-    attempt = f"{addressee.workflow.id} {client}"
-    offered = f"{addressee.workflow.id} {arrival.headers.single('Authorization')}"
-    gateway.mail_attempts.require_allowed(attempt, offered)
-    try:
-        label = await _verify_credentials(gateway, addressee, arrival)
-    except RequestRefused:
-        gateway.mail_attempts.note(attempt, offered, is_right=False)
-        raise
-    if label is None:
-        raise refuse_sender()
-    gateway.mail_attempts.note(attempt, offered, is_right=True)
-    return label
 
 
 @contextmanager
@@ -246,67 +332,3 @@ def _trigger_config(workflow: LoadedWorkflow) -> MailTrigger:
         return msgspec.convert(trigger.config, MailTrigger)
     except msgspec.ValidationError:
         return MailTrigger(require_signature=True)
-
-
-# ── signatures ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _verify_signature(
-    gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, kind: MailKind
-) -> MailVerification | None:
-    """Verify a mail's signature; None when the mail has none or the trigger has no key for it."""
-    trigger = addressee.trigger
-    if kind in SENDGRID and trigger.sendgrid is not None:
-        if sendgrid.SIGNATURE_HEADER not in arrival.headers and sendgrid.TIME_HEADER not in arrival.headers:
-            return None
-        verified = await offload.run(sendgrid.verify, arrival, trigger.sendgrid.public_keys)
-        return _build_verification("sendgrid", verified)
-    if kind in MAILGUN and trigger.mailgun is not None:
-        source = await trigger_secrets.find_secret_source(
-            gateway, addressee.workflow, trigger.mailgun.signing_key, {"webhook-secret"}
-        )
-        verified = await offload.run(mailgun.verify, arrival, [source.secrets.get("secret", "")])
-        return _build_verification("mailgun", verified)
-    if kind is MailKind.SNS and trigger.ses is not None:
-        return _build_verification("sns", await _verify_sns(gateway, arrival, trigger.ses.topics))
-    return None
-
-
-def _build_verification(label: str, verified: SignatureResult) -> MailVerification:
-    return MailVerification(label, verified.delivery_key)
-
-
-async def _verify_sns(
-    gateway: GatewayState, arrival: SenderRequest, topics: Sequence[str]
-) -> SignatureResult:
-    message = await offload.run(sns.parse_sns_message, arrival)
-    # Anybody can have a topic: fetch nothing for topics that the trigger doesn't name.
-    sns.require_topic(message, topics)
-    pem = await gateway.certificates.get(sns.signing_certificate_url(message), arrival.received_at)
-    return sns.verify(message, pem, topics, arrival.received_at)
-
-
-# ── credentials in a header ─────────────────────────────────────────────────────────────────────────────────
-
-
-async def _verify_credentials(
-    gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest
-) -> str | None:
-    """Verify a mail's credentials and return their kind; None when it has none, or none are configured."""
-    trigger = addressee.trigger
-    scheme, _, given = (arrival.headers.single("Authorization") or "").partition(" ")
-    if scheme.lower() == "basic" and trigger.basic_auth:
-        source = await trigger_secrets.find_secret_source(
-            gateway, addressee.workflow, trigger.basic_auth, {"http-basic"}
-        )
-        username, password = source.settings.get("username"), source.secrets.get("password", "")
-        basic_auth.verify(arrival, [basic_auth.BasicCredentials(str(username), password)])
-        return "basic-auth"
-    if scheme.lower() == "bearer" and trigger.bearer:
-        source = await trigger_secrets.find_secret_source(
-            gateway, addressee.workflow, trigger.bearer, {"http-bearer"}
-        )
-        expected = sent_signatures.usable_secrets([source.secrets.get("token", "")])
-        sent_signatures.require_match([sent_signatures.header_bytes(given.strip())], expected)
-        return "bearer"
-    return None

@@ -13,18 +13,21 @@ from sqlmodel import col
 from gateway.http import errors
 from gateway.http.errors import ApiError
 from gateway.http.sender import RequestSender
-from gateway.ingest import capacity, deduplication_keys, delivery_rows, ingest, stored_keys
+from gateway.ingest import deduplication_keys, delivery_rows
 from gateway.ingest.blob_sharing import share_blobs
-from gateway.ingest.inbound_request import InboundRequest
+from gateway.ingest.delivery_log import InboundRequest
 from journal.blobs.blob_storage import BlobOwner
 from journal.store import AcceptanceResult, AcceptanceVerdict
 from models.execution import Execution, ExecutionData
 from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
-    from gateway.http.request import GatewayRequest
-    from gateway.ingest.ingest import RunInput, RunTarget
+    from gateway.ingest.capacity import IngestCapacity
+    from gateway.ingest.ingest import RequestIngestor, RunInput, RunTarget
+    from journal.blobs.blob_store import BlobStore
     from journal.store import IdempotencyKey
+    from models.access import ApiCaller
+    from models.database import Database
     from models.ingest import Delivery
 
 TOGETHER: Final = 10
@@ -53,18 +56,16 @@ class RedriveResult:
 
 
 async def redrive_each(
-    request: GatewayRequest,
+    workflow_id: str,
     resource_ids: Sequence[str],
     redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> RedriveResult:
-    """Redrive each object of a list unless a list has redriven it before; return the result."""
+    """Redrive each object of a workflow unless a list has redriven it before; return the result."""
     done = RedriveResult()
 
     async def once(resource_id: str) -> AcceptanceResult | ApiError:
         try:
-            accepted, _ = await redrive(
-                resource_id, deduplication_keys.redrive_key(request.path_params["id"], resource_id)
-            )
+            accepted, _ = await redrive(resource_id, deduplication_keys.redrive_key(workflow_id, resource_id))
         except ApiError as error:
             return error
         return accepted
@@ -79,87 +80,99 @@ async def redrive_each(
     return done
 
 
-async def redrive_delivery(
-    request: GatewayRequest, one: Delivery, idempotency_key: IdempotencyKey | None
-) -> tuple[AcceptanceResult, str]:
-    """Run the workflow of a delivery on its content; return the run, and the kind of its trigger.
+class RunRedriver:
+    """Runs workflows again on the inputs of earlier runs and refused deliveries."""
 
-    Raises 409 when the delivery has no content to run, or several runs, and the errors of the ingest.
-    """
-    kind = delivery_rows.KINDS.get(IngestRoute(one.route))
-    if kind is None:
-        raise errors.conflict(
-            "not-redrivable", "Batches are redriven by their dead letters, and events by a replay"
+    def __init__(
+        self, database: Database, blobs: BlobStore, capacity: IngestCapacity, ingestor: RequestIngestor
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._capacity = capacity
+        self._ingestor = ingestor
+
+    async def redrive_delivery(
+        self, caller: ApiCaller, one: Delivery, idempotency_key: IdempotencyKey | None
+    ) -> tuple[AcceptanceResult, str]:
+        """Run the workflow of a delivery on its content; return the run, and the kind of its trigger.
+
+        Raises 409 when the delivery has no content to run, or several runs, and the errors of the ingest.
+        """
+        kind = delivery_rows.KINDS.get(IngestRoute(one.route))
+        if kind is None:
+            raise errors.conflict(
+                "not-redrivable", "Batches are redriven by their dead letters, and events by a replay"
+            )
+        given, source = one.payload, None
+        if one.execution_id is not None:
+            given, source = await self._read_input(caller, one.execution_id)
+        if given is None:
+            raise errors.conflict(
+                "not-redrivable", "The content of the delivery is not kept, or could not be parsed"
+            )
+        # The sender may retry it, too: the first of the two creates the run, and the other gets its answer.
+        key = (
+            idempotency_key
+            if one.deduplication_key is None
+            else deduplication_keys.decode_key(one.deduplication_key)
         )
-    given, source = one.payload, None
-    if one.execution_id is not None:
-        given, source = await _read_input(request, one.execution_id)
-    if given is None:
-        raise errors.conflict(
-            "not-redrivable", "The content of the delivery is not kept, or could not be parsed"
+        own_key = idempotency_key if one.deduplication_key is not None else None
+        return await self._redrive_run(
+            caller, str(one.workflow_id), kind, RedriveInput(given, source), key, one, own_key
+        ), kind
+
+    async def redrive_dead_letter(
+        self, caller: ApiCaller, failed: Execution, idempotency_key: IdempotencyKey
+    ) -> tuple[AcceptanceResult, str]:
+        """Run the workflow of a failed run on the same input; raises 409, and the errors of the ingest."""
+        given, source = await self._read_input(caller, failed.id)
+        if given is None:
+            raise errors.conflict("not-redrivable", "The input of the run is no longer kept")
+        kind = failed.trigger_type
+        return await self._redrive_run(
+            caller, failed.workflow_id, kind, RedriveInput(given, source), idempotency_key, None
+        ), kind
+
+    async def _redrive_run(
+        self,
+        caller: ApiCaller,
+        workflow_id: str,
+        kind: str,
+        given: RedriveInput,
+        idempotency_key: IdempotencyKey | None,
+        origin: Delivery | None,
+        own_key: IdempotencyKey | None = None,
+    ) -> AcceptanceResult:
+        inbound = InboundRequest(
+            route=ROUTES.get(kind, IngestRoute.EVENTS),
+            sender=RequestSender(caller, f"api-key:{caller.key_id}"),
+            content_hash=origin.content_hash if origin else "",
+            content_bytes=origin.content_bytes if origin else len(given.text),
+            workflow_id=workflow_id,
+            redriven_from=origin.id if origin else None,
         )
-    # The sender may retry it, too: the first of the two creates the run, and the other gets its answer.
-    key = idempotency_key if one.deduplication_key is None else stored_keys.decode_key(one.deduplication_key)
-    own_key = idempotency_key if one.deduplication_key is not None else None
-    return await _redrive_run(
-        request, str(one.workflow_id), kind, RedriveInput(given, source), key, one, own_key
-    ), kind
 
+        async def plan(target: RunTarget) -> RunInput:
+            await self._capacity.require_not_paused(caller, target)
+            await self._capacity.require_backlog(target.workflow)
+            return await share_blobs(self._blobs, given.text, given.source, idempotency_key)
 
-async def redrive_dead_letter(
-    request: GatewayRequest, failed: Execution, idempotency_key: IdempotencyKey
-) -> tuple[AcceptanceResult, str]:
-    """Run the workflow of a failed run on the same input; raises 409, and the errors of the ingest."""
-    given, source = await _read_input(request, failed.id)
-    if given is None:
-        raise errors.conflict("not-redrivable", "The input of the run is no longer kept")
-    kind = failed.trigger_type
-    return await _redrive_run(
-        request, failed.workflow_id, kind, RedriveInput(given, source), idempotency_key, None
-    ), kind
-
-
-async def _redrive_run(
-    request: GatewayRequest,
-    workflow_id: str,
-    kind: str,
-    given: RedriveInput,
-    idempotency_key: IdempotencyKey | None,
-    origin: Delivery | None,
-    own_key: IdempotencyKey | None = None,
-) -> AcceptanceResult:
-    caller = request.caller
-    sent = InboundRequest(
-        route=ROUTES.get(kind, IngestRoute.EVENTS),
-        sender=RequestSender(caller, f"api-key:{caller.key_id}"),
-        content_hash=origin.content_hash if origin else "",
-        content_bytes=origin.content_bytes if origin else len(given.text),
-        workflow_id=workflow_id,
-        redriven_from=origin.id if origin else None,
-    )
-
-    async def plan(target: RunTarget) -> RunInput:
-        await capacity.require_not_paused(request, target)
-        await request.gateway.backlog.require_capacity(target.workflow.organization_id, target.workflow.id)
-        return await share_blobs(request.gateway.blobs, given.text, given.source, idempotency_key)
-
-    # A refusal is not stored: the delivery would exist twice.
-    return await ingest.ingest_request(
-        request.gateway, sent, kind, plan, idempotency_key, status=CREATED, own_key=own_key
-    )
-
-
-async def _read_input(request: GatewayRequest, execution_id: str) -> tuple[str | None, BlobOwner | None]:
-    """Return a run's input while it is kept, and the owner of its blobs."""
-    organization_id = request.caller.organization_id
-    statement = (
-        select(col(ExecutionData.trigger), col(Execution.key_id))
-        .join(Execution, col(Execution.id) == col(ExecutionData.execution_id))
-        .where(
-            col(ExecutionData.execution_id) == execution_id,
-            col(ExecutionData.organization_id) == organization_id,
+        # A refusal is not stored: the delivery would exist twice.
+        return await self._ingestor.ingest_request(
+            inbound, kind, plan, idempotency_key, status=CREATED, own_key=own_key
         )
-    )
-    async with request.gateway.database.read() as connection:
-        row = (await connection.execute(statement)).first()
-    return (None, None) if row is None else (row.trigger, BlobOwner(organization_id, row.key_id))
+
+    async def _read_input(self, caller: ApiCaller, execution_id: str) -> tuple[str | None, BlobOwner | None]:
+        """Return a run's input while it is kept, and the owner of its blobs."""
+        organization_id = caller.organization_id
+        statement = (
+            select(col(ExecutionData.trigger), col(Execution.key_id))
+            .join(Execution, col(Execution.id) == col(ExecutionData.execution_id))
+            .where(
+                col(ExecutionData.execution_id) == execution_id,
+                col(ExecutionData.organization_id) == organization_id,
+            )
+        )
+        async with self._database.read() as connection:
+            row = (await connection.execute(statement)).first()
+        return (None, None) if row is None else (row.trigger, BlobOwner(organization_id, row.key_id))

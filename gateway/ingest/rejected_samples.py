@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from gateway.http import metrics
-from gateway.ingest.inbound_request import REASON_LENGTH, TOO_MANY
+from gateway.ingest.delivery_log import REASON_LENGTH, TOO_MANY
 from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand
 from models import ids
 from models.errors import DatabaseUnavailable

@@ -13,7 +13,7 @@ from gateway.http import errors
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from gateway.state import GatewayState
+    from execution.stored_data_sources import StoredDataSources
     from journal.definition_snapshot import LoadedWorkflow
     from nodes.connections.data_source import ConnectionSource
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 
 async def find_secrets(
-    gateway: GatewayState, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
+    sources: StoredDataSources, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource | None:
     """Return a data source that the workflow's owner may use, at most two seconds old.
 
@@ -30,7 +30,7 @@ async def find_secrets(
     """
     owner = RunCaller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
     try:
-        found = await gateway.runners.sources.find(owner, source_id)
+        found = await sources.find(owner, source_id)
     except NodeError as error:
         if error.retryable or error.code == "data-source-unreadable":
             raise errors.not_ready(
@@ -41,13 +41,13 @@ async def find_secrets(
 
 
 async def find_secret_source(
-    gateway: GatewayState, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
+    sources: StoredDataSources, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource:
     """Return the data source as `find_secrets` does; raises 503 when there is none.
 
     The error doesn't name the data source, since senders read it.
     """
-    found = await find_secrets(gateway, workflow, source_id, types)
+    found = await find_secrets(sources, workflow, source_id, types)
     if found is None:
         log.warning("data source of a trigger missing", workflow_id=workflow.id, data_source_id=source_id)
         wanted = " or ".join(sorted(types))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -22,16 +22,19 @@ from senders import basic_auth, github, hmac_signature, slack, standard_webhooks
 from senders.basic_auth import BasicCredentials
 from senders.hmac_signature import HmacScheme, SignatureAlgorithm, SignatureEncoding
 from senders.request_refusal import RequestRefused
-from senders.sender_request import RequestHeaders, SenderRequest
+from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.http.request import GatewayRequest
+    from execution.stored_data_sources import StoredDataSources
+    from gateway.deployments.deployed_definitions import DeployedDefinitions
+    from gateway.http.sender import RequestSender
     from gateway.ingest.ingest import RunTarget
-    from gateway.state import GatewayState
+    from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow
     from models.access import ApiCaller
+    from models.database import Database
     from nodes.connections.data_source import ConnectionSource
 
 Used = TypeVar("Used")
@@ -95,116 +98,112 @@ class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
 class VerifiedSignature:
     """Result of a verification by a trigger's config."""
 
-    arrival: SenderRequest
-    said: Json
+    request: SenderRequest
+    config: Json
     """`verification` of the config; None when there was none, and none was needed."""
     delivery_key: str | None
     """The sender's own id of the delivery."""
 
-    async def require_on(self, gateway: GatewayState, target: RunTarget) -> None:
-        """Verify the request again if the target's `verification` has changed.
+
+class TriggerVerifier:
+    """Verifies senders by the `verification` in the config of a workflow's trigger."""
+
+    def __init__(
+        self,
+        database: Database,
+        workflows: WorkflowCache,
+        deployed: DeployedDefinitions,
+        sources: StoredDataSources,
+    ) -> None:
+        self._database = database
+        self._workflows = workflows
+        self._deployed = deployed
+        self._sources = sources
+
+    async def verify_with_current_secret(
+        self,
+        caller: ApiCaller,
+        workflow_id: str,
+        use: Callable[[LoadedWorkflow], Awaitable[Used]],
+    ) -> Used:
+        """Return the result of `use` with the executed definition of a workflow.
+
+        No refusal rests on an outdated config. Raises 404, and the errors of `use`.
+        """
+        workflow = await self._executed_workflow(await self._workflows.load(workflow_id, caller))
+        try:
+            return await use(workflow)
+        except ApiError as error:
+            if error.status not in _MAY_BE_OLD and not error.is_for_owner:
+                raise
+            self._workflows.forget(workflow.organization_id, workflow.id)
+            current = await self._executed_workflow(await self._workflows.load(workflow_id, caller))
+            if current.trigger == workflow.trigger:
+                raise
+            return await use(current)
+
+    async def verify_message(
+        self, sender: RequestSender, workflow_id: str, kind: str, request: SenderRequest
+    ) -> VerifiedSignature | None:
+        """Verify a message sent with a trigger token, if its trigger of a kind requires that.
+
+        None for senders with a key. Raises the errors of `verify_signature`.
+        """
+        if sender.token is None:
+            return None
+
+        async def use(workflow: LoadedWorkflow) -> VerifiedSignature:
+            trigger = workflow.trigger
+            if trigger is None or trigger.kind != kind or trigger.config.get(FIELD) is None:
+                return VerifiedSignature(request, None, None)
+            return await self.verify_signature(workflow, request)
+
+        return await self.verify_with_current_secret(sender.caller, workflow_id, use)
+
+    async def verify_again(self, verified: VerifiedSignature, target: RunTarget) -> None:
+        """Verify a request again if the `verification` of its target has changed.
 
         Raises the errors of `verify_signature`.
         """
         current = target.trigger.config.get(FIELD)
-        if current is not None and current != self.said:
-            await verify_signature(gateway, target.workflow, self.arrival)
+        if current is not None and current != verified.config:
+            await self.verify_signature(target.workflow, verified.request)
 
+    async def verify_signature(self, workflow: LoadedWorkflow, request: SenderRequest) -> VerifiedSignature:
+        """Verify a request by the workflow's trigger and return the result.
 
-# ── the trigger ─────────────────────────────────────────────────────────────────────────────────────────────
+        Raises 401 for an invalid signature, and 400 for a request that can't be parsed. Raises 422 when the
+        trigger has no valid `verification`, and 503 when its secret is missing or can't be read.
+        """
+        said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
+        verification = parse_config(said)
+        if verification.provider is SigningProvider.NONE:
+            return VerifiedSignature(request, said, None)
+        is_basic = verification.provider is SigningProvider.BASIC
+        types = {DataSourceType.HTTP_BASIC if is_basic else DataSourceType.WEBHOOK_SECRET}
+        sources = [
+            await trigger_secrets.find_secret_source(self._sources, workflow, source_id, types)
+            for source_id in verification.data_sources
+        ]
+        try:
+            verified = await offload.run(_check_signature, request, verification, sources)
+        except RequestRefused as error:
+            refusal = event_signatures.refusal_error(error)
+            if is_basic and refusal.status == errors.unauthorized().status:
+                refusal.headers |= CHALLENGE
+            raise refusal from error
+        return VerifiedSignature(request, said, verified.delivery_key)
 
-
-async def verify_with_current_secret(
-    gateway: GatewayState,
-    caller: ApiCaller,
-    workflow_id: str,
-    use: Callable[[LoadedWorkflow], Awaitable[Used]],
-) -> Used:
-    """Return the result of `use` with the executed definition of a workflow.
-
-    No refusal rests on an outdated config. Raises 404, and the errors of `use`.
-    """
-    workflow = await _executed_workflow(gateway, await gateway.workflows.load(workflow_id, caller))
-    try:
-        return await use(workflow)
-    except ApiError as error:
-        if error.status not in _MAY_BE_OLD and not error.is_for_owner:
-            raise
-        gateway.workflows.forget(workflow.organization_id, workflow.id)
-        current = await _executed_workflow(gateway, await gateway.workflows.load(workflow_id, caller))
-        if current.trigger == workflow.trigger:
-            raise
-        return await use(current)
-
-
-async def _executed_workflow(gateway: GatewayState, workflow: LoadedWorkflow) -> LoadedWorkflow:
-    """Return a workflow with its deployed definition, if any; unlike a run's lookup, it records no activity."""
-    if not workflow.is_deployed:
-        return workflow
-    statement = select(Deployment).where(
-        col(Deployment.workflow_id) == workflow.id, col(Deployment.is_deployed)
-    )
-    async with gateway.database.read() as connection:
-        row = (await connection.execute(statement)).mappings().first()
-    return workflow if row is None else await gateway.deployed.load(workflow, Deployment(**row))
-
-
-# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def build_inbound_request(
-    request: GatewayRequest, query: Mapping[str, Sequence[str]], content: bytes
-) -> SenderRequest:
-    """Return a request in the form that sender adapters use; without its path, which may contain a token."""
-    headers = RequestHeaders(request.scope["headers"])
-    return SenderRequest(request.method, "", query, headers, content, request.gateway.clock())
-
-
-async def message_signature(request: GatewayRequest, kind: str, content: bytes) -> VerifiedSignature | None:
-    """Verify a message sent with a trigger token, if its trigger of a kind requires that.
-
-    None for a request with an API key, which needs no signature. Raises 400, 401, 404, 422 and 503.
-    """
-    gateway, sender = request.gateway, request.sender
-    if sender.token is None:
-        return None
-    arrival = build_inbound_request(request, {}, content)
-
-    async def use(workflow: LoadedWorkflow) -> VerifiedSignature:
-        trigger = workflow.trigger
-        if trigger is None or trigger.kind != kind or trigger.config.get(FIELD) is None:
-            return VerifiedSignature(arrival, None, None)
-        return await verify_signature(gateway, workflow, arrival)
-
-    return await verify_with_current_secret(gateway, sender.caller, request.path_params["id"], use)
-
-
-async def verify_signature(
-    gateway: GatewayState, workflow: LoadedWorkflow, arrival: SenderRequest
-) -> VerifiedSignature:
-    """Verify a request by the workflow's trigger and return the result.
-
-    Raises 401 for an invalid signature, and 400 for a request that can't be parsed. Raises 422 when the
-    trigger has no valid `verification`, and 503 when its secret is missing or can't be read.
-    """
-    said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
-    verification = parse_config(said)
-    if verification.provider is SigningProvider.NONE:
-        return VerifiedSignature(arrival, said, None)
-    is_basic = verification.provider is SigningProvider.BASIC
-    types = {DataSourceType.HTTP_BASIC if is_basic else DataSourceType.WEBHOOK_SECRET}
-    sources = [
-        await trigger_secrets.find_secret_source(gateway, workflow, source_id, types)
-        for source_id in verification.data_sources
-    ]
-    try:
-        verified = await offload.run(_check_signature, arrival, verification, sources)
-    except RequestRefused as error:
-        refusal = event_signatures.refusal_error(error)
-        if is_basic and refusal.status == errors.unauthorized().status:
-            refusal.headers |= CHALLENGE
-        raise refusal from error
-    return VerifiedSignature(arrival, said, verified.delivery_key)
+    async def _executed_workflow(self, workflow: LoadedWorkflow) -> LoadedWorkflow:
+        """Return a workflow with its deployed definition, if any; unlike a run's lookup, it records no activity."""
+        if not workflow.is_deployed:
+            return workflow
+        statement = select(Deployment).where(
+            col(Deployment.workflow_id) == workflow.id, col(Deployment.is_deployed)
+        )
+        async with self._database.read() as connection:
+            row = (await connection.execute(statement)).mappings().first()
+        return workflow if row is None else await self._deployed.load(workflow, Deployment(**row))
 
 
 def parse_config(said: Json) -> VerificationConfig:
@@ -225,23 +224,23 @@ def parse_config(said: Json) -> VerificationConfig:
 
 
 def _check_signature(
-    arrival: SenderRequest, verification: VerificationConfig, sources: Sequence[ConnectionSource]
+    request: SenderRequest, verification: VerificationConfig, sources: Sequence[ConnectionSource]
 ) -> SignatureResult:
     if verification.provider is SigningProvider.BASIC:
         accepted = [
             BasicCredentials(str(source.settings["username"]), source.secrets["password"])
             for source in sources
         ]
-        return basic_auth.verify(arrival, accepted)
+        return basic_auth.verify(request, accepted)
     secrets = [source.secrets["secret"] for source in sources]
     match verification.provider:
         case SigningProvider.GITHUB:
-            return github.verify(arrival, secrets)
+            return github.verify(request, secrets)
         case SigningProvider.STRIPE:
-            return stripe.verify(arrival, secrets, tolerance=verification.tolerance)
+            return stripe.verify(request, secrets, tolerance=verification.tolerance)
         case SigningProvider.SLACK:
-            return slack.verify(arrival, secrets, tolerance=verification.tolerance)
+            return slack.verify(request, secrets, tolerance=verification.tolerance)
         case SigningProvider.STANDARD_WEBHOOKS:
-            return standard_webhooks.verify(arrival, secrets, tolerance=verification.tolerance)
+            return standard_webhooks.verify(request, secrets, tolerance=verification.tolerance)
         case _:
-            return hmac_signature.verify(arrival, secrets, verification.scheme)
+            return hmac_signature.verify(request, secrets, verification.scheme)

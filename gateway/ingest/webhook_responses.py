@@ -22,9 +22,9 @@ from nodes import webhook_responses
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from gateway.executions.long_poll import ExecutionWaiter
-    from gateway.state import GatewayState
+    from gateway.executions.long_poll import ExecutionPollHub, ExecutionWaiter
     from journal.store import ExecutionKey
+    from models.database import Database
     from nodes.webhook_responses import WebhookResponse
 
 NODE_TYPE: Final = "webhook-response"
@@ -59,40 +59,41 @@ class AwaitedRunState:
     """First response that the run has given."""
 
 
-async def await_answer(gateway: GatewayState, key: ExecutionKey, seconds: float) -> AwaitedRunState | None:
+async def await_answer(
+    database: Database, waiting: ExecutionPollHub, key: ExecutionKey, seconds: float
+) -> AwaitedRunState | None:
     """Return the state of a run once it has answered or ended, or the time is over; None if there is none.
 
     Raises 503 when too many requests wait.
     """
-    waiting = gateway.waiting
     if waiting.polls >= limits.POLLS_WAITING:
         raise errors.not_ready("Too many requests wait for executions to end")
     waiting.polls += 1
     with waiting.waiter(key.execution_id) as waiter:
         timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), waiter.end)
         try:
-            return await _answer_when_ended(gateway, key, waiter)
+            return await _answer_when_ended(database, waiting, key, waiter)
         finally:
             timer.cancel()
             waiting.polls -= 1
 
 
 async def _answer_when_ended(
-    gateway: GatewayState, key: ExecutionKey, waiter: ExecutionWaiter
+    database: Database, waiting: ExecutionPollHub, key: ExecutionKey, waiter: ExecutionWaiter
 ) -> AwaitedRunState | None:
     while True:
         waiter.changed.clear()
         # Watch before the read, so that no change in between is missed.
-        if not gateway.waiting.is_watched(key.execution_id):
-            await gateway.waiting.watch([key.execution_id])
-        state = await _read_run_state(gateway, key)
+        if not waiting.is_watched(key.execution_id):
+            await waiting.watch([key.execution_id])
+        state = await _read_run_state(database, key)
         if state is None or state.answer is not None or state.status in TERMINAL_STATUSES or waiter.is_over:
             return state
         await waiter.changed.wait()
 
 
-async def _read_run_state(gateway: GatewayState, key: ExecutionKey) -> AwaitedRunState | None:
-    async with gateway.database.read() as connection:
+async def _read_run_state(database: Database, key: ExecutionKey) -> AwaitedRunState | None:
+    async with database.read() as connection:
         row = (await connection.execute(_RUN_STATE, key._asdict())).first()
     if row is None:
         return None

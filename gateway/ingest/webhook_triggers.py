@@ -121,33 +121,33 @@ class ParsedWebhookRequest:
     body: Json
 
 
-def parse_request(hook: WebhookTrigger, arrival: SenderRequest) -> ParsedWebhookRequest | UrlChallenge:
+def parse_request(hook: WebhookTrigger, request: SenderRequest) -> ParsedWebhookRequest | UrlChallenge:
     """Return the event type and body of a request, or its challenge; raises `RequestRefused`."""
     match hook.verification.provider:
         case SigningProvider.GITHUB:
-            name = arrival.headers.single("X-GitHub-Event")
-            return ParsedWebhookRequest(name, github.parse_event(arrival).data if name else _body(arrival))
+            name = request.headers.single("X-GitHub-Event")
+            return ParsedWebhookRequest(name, github.parse_event(request).data if name else _body(request))
         case SigningProvider.SLACK:
-            meaning = slack.parse_event(arrival)
+            meaning = slack.parse_event(request)
             if isinstance(meaning, UrlChallenge):
                 return meaning
             return ParsedWebhookRequest(meaning.event_type.removeprefix(f"{slack.SOURCE}."), meaning.data)
-    body = _body(arrival)
+    body = _body(request)
     event_type = body.get("type") if isinstance(body, dict) else None
     return ParsedWebhookRequest(event_type if isinstance(event_type, str) else None, body)
 
 
-def build_input(hook: WebhookTrigger, arrival: SenderRequest, body: Json) -> dict[str, Json]:
+def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dict[str, Json]:
     """Return the output of the trigger node."""
     query: dict[str, Json] = {
         sender_event.storable_text(name): _one_or_all([sender_event.storable_text(value) for value in values])
-        for name, values in arrival.query.items()
+        for name, values in request.query.items()
     }
     return {
         "body": body,
-        "headers": _headers(hook, arrival.headers),
+        "headers": _headers(hook, request.headers),
         "query": query,
-        "method": arrival.method,
+        "method": request.method,
         "respond": hook.config.respond.value,
     }
 
@@ -162,27 +162,27 @@ def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
     }
 
 
-def _body(arrival: SenderRequest) -> Json:
+def _body(request: SenderRequest) -> Json:
     """Return a body, decoded by its media type."""
-    name = arrival.media_type.name
-    if not arrival.body:
+    name = request.media_type.name
+    if not request.body:
         return {}
-    if arrival.media_type.is_json:
-        return arrival.json
+    if request.media_type.is_json:
+        return request.json
     if name in {posted_forms.URLENCODED_TYPE, posted_forms.MULTIPART_TYPE}:
-        return _fields(arrival.form)
-    arrival.require_offloaded()
+        return _fields(request.form)
+    request.require_offloaded()
     if name.startswith("text/") or name.endswith("+xml") or name in _TEXTS:
-        return sender_event.storable_text(_text(arrival))
-    return _bytes(arrival.body, name)
+        return sender_event.storable_text(_text(request))
+    return _bytes(request.body, name)
 
 
-def _text(arrival: SenderRequest) -> str:
-    charset = arrival.media_type.parameters.get("charset", "utf-8")
+def _text(request: SenderRequest) -> str:
+    charset = request.media_type.parameters.get("charset", "utf-8")
     try:
-        return arrival.body.decode(charset)
+        return request.body.decode(charset)
     except (LookupError, ValueError):
-        return posted_forms.decode_value(arrival.body)
+        return posted_forms.decode_value(request.body)
 
 
 def _fields(form: PostedForm) -> dict[str, Json]:

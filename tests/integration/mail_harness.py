@@ -20,6 +20,8 @@ from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
 from execution.trials import TrialGate
 from gateway import state
+from gateway.http.failed_attempts import PasswordAttempts
+from gateway.ingest.mail_verification import MailVerifier
 from gateway.ingest.sns_certificates import SnsCertificateCache
 from gateway.main import create_app
 from gateway.state import GatewayState
@@ -261,7 +263,10 @@ async def run_mail_harness(harness: GatewayHarness) -> AsyncIterator[MailHarness
     @asynccontextmanager
     async def opened() -> AsyncIterator[GatewayState]:
         async with state.assemble_state(here.settings, here.database, here.store, broker) as gateway:
-            yield replace(gateway, clock=lambda: now[0], certificates=SnsCertificateCache(sns))
+            certificates = SnsCertificateCache(sns)
+            attempts = PasswordAttempts("Too many wrong passwords")
+            verifier = MailVerifier(gateway.workflows, gateway.runners.sources, certificates, attempts)
+            yield replace(gateway, clock=lambda: now[0], certificates=certificates, mail_verifier=verifier)
 
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
