@@ -1,7 +1,8 @@
 """Checks of the project's prose and imports: `python -m tests.source_checks`, part of `make check`.
 
 Docstrings begin with the noun or verb that a reader would search for, and name things instead of paraphrasing them.
-No module imports itself through others, not even for its types.
+No module imports itself through others, not even for its types. In the gateway, only handlers and the modules around
+them get a whole request or the state of the process; functions below them get what they need.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ ROOT = Path(__file__).parent.parent
 _PRONOUN = r"(?:what|whatever|who|whom|whoever|whomever|whose)"
 _LEANING = re.compile(rf"\b{_PRONOUN}\b", re.IGNORECASE)
 _OPENING = re.compile(rf"\W*(?:{_PRONOUN}|how|where|that (?:which|what))\b", re.IGNORECASE)
+
+WHOLE_TYPES = frozenset({"GatewayRequest", "GatewayState"})
+WHOLE_TYPE_MODULES = ("gateway.http.", "gateway.main", "gateway.state", "gateway.pods.pod_endpoint")
+"""Endpoints, which make requests for handlers, and the modules that build the state."""
 
 MAX_LEANING_SHARE = 0.03
 """Greatest share of docstrings that may lean on a pronoun: a relative clause is sometimes the plainest wording."""
@@ -89,6 +94,59 @@ def find_cycles(sources: Sources) -> list[list[str]]:
     return [sorted(group) for group in _strongly_connected(graph) if len(group) > 1]
 
 
+def find_whole_parameters(sources: Sources) -> Iterator[str]:
+    """Yield a complaint for each use of a whole request or state in a module of the gateway without handlers.
+
+    A use is a parameter of a function or a field of a class. Handlers are named in the route tables. Records
+    with such a field are complaints in every module.
+    """
+    gateway = {_module_name(path): tree for path, tree in sources.items() if path.startswith("gateway/")}
+    with_handlers = _find_handler_modules(gateway)
+    for name, tree in gateway.items():
+        if name.startswith(WHOLE_TYPE_MODULES):
+            continue
+        for node in _statements(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and name not in with_handlers:
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                annotated = [(argument.arg, argument.annotation) for argument in arguments]
+            elif isinstance(node, ast.ClassDef):
+                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+                annotated = [(ast.unparse(field.target), field.annotation) for field in fields]
+            else:
+                continue
+            for label, annotation in annotated:
+                if annotation is not None and WHOLE_TYPES & set(_names(annotation)):
+                    yield f"takes {ast.unparse(annotation)}: {label} of {node.name} in {name}, line {node.lineno}"
+
+
+def _find_handler_modules(modules: Sources) -> set[str]:
+    """Return the names of modules with a function that a route table names."""
+    found: set[str] = set()
+    for name, table in modules.items():
+        if name.endswith(".routes"):
+            used = {
+                (node.value.id, node.attr)
+                for node in ast.walk(table)
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            }
+            for module in _imported_modules(table, modules):
+                functions = [
+                    node.name for node in modules[module].body if isinstance(node, ast.AsyncFunctionDef)
+                ]
+                if any((module.rpartition(".")[2], function) in used for function in functions):
+                    found.add(module)
+    return found
+
+
+def _names(annotation: ast.expr) -> Iterator[str]:
+    """Yield the names in an annotation, which may be quoted."""
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"\w+", node.value)
+
+
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
     """Yield the module and its statements at every depth; expressions are skipped, which takes half the time."""
     stack: list[ast.AST] = [tree]
@@ -156,6 +214,7 @@ def main() -> int:
     """Print each complaint to standard error; return 1 if there is any."""
     sources = read_sources()
     complaints = [*find_wordy_docstrings([*list_docstrings(sources)])]
+    complaints += find_whole_parameters(sources)
     complaints += [f"import cycle: {', '.join(cycle)}" for cycle in find_cycles(sources)]
     if complaints:
         print(*complaints, sep="\n", file=sys.stderr)  # noqa: T201 - its output is its product

@@ -58,3 +58,19 @@ def test_cycles_include_imports_for_types_and_none_inside_functions() -> None:
         a__five="import a.four",
     )
     assert source_checks.find_cycles(sources) == [["a.one", "a.three", "a.two"]]
+
+
+def test_only_handlers_may_take_a_whole_request_or_state() -> None:
+    sources = parse(
+        gateway__runs__routes="from gateway.runs import runs, shapes\nTABLE = [runs.start, shapes.Run]",
+        gateway__runs__runs="async def start(request: GatewayRequest): ...\ndef _plan(request: GatewayRequest): ...",
+        gateway__runs__shapes="class Run:\n  request: GatewayRequest\n  def show(self, gateway: 'GatewayState'): ...",
+        gateway__runs__rows="async def insert(*, request: GatewayRequest | None): ...\ndef find(key: Key): ...",
+        gateway__http__endpoint="def call(request: GatewayRequest): ...",
+        workers__main="def run(gateway: GatewayState): ...",
+    )
+    assert sorted(source_checks.find_whole_parameters(sources)) == [
+        "takes 'GatewayState': gateway of show in gateway.runs.shapes, line 3",
+        "takes GatewayRequest | None: request of insert in gateway.runs.rows, line 1",
+        "takes GatewayRequest: request of Run in gateway.runs.shapes, line 1",
+    ]
