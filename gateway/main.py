@@ -81,7 +81,9 @@ async def _serve(settings: GatewaySettings) -> None:
         if not settings.public_url:
             effect = "URLs of triggers name the address of each request"
             log.warning("PILOTFLAME_PUBLIC_URL is not set", effect=effect)
-        await build_server(create_app(lambda: nullcontext(opened)), settings).serve()
+        server = build_server(create_app(lambda: nullcontext(opened)), settings)
+        inherited = None if settings.listen_fd is None else [socket.socket(fileno=settings.listen_fd)]
+        await server.serve(sockets=inherited)
 
 
 class GatewayServer(uvicorn.Server):

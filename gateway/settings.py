@@ -24,6 +24,14 @@ class GatewaySettings(ServerSettings):
 
     host: str = Field(default="127.0.0.1", description="Address that the gateway listens on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the gateway listens on.")
+    listen_fd: int | None = Field(
+        default=None,
+        ge=3,
+        description=(
+            "Descriptor of an inherited socket that listens instead of `HOST` and `PORT`. Set by"
+            " `pilotflame server`; systemd passes sockets as 3."
+        ),
+    )
     public_url: str = Field(
         default="",
         description=(

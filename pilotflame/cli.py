@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from models.settings import ServerSettings
     from pilotflame.client import ApiClient
 
-PROCESSES: Final = frozenset({"dev", "bridge", *server_processes.PROCESSES})
+PROCESSES: Final = frozenset({"dev", "server", "bridge", *server_processes.PROCESSES})
 SHOWN_IDS: Final = 20
 
 
@@ -120,6 +120,14 @@ def run_every_role(
         definition,
         _inputs_of(example),
     )
+
+
+@app.command("server")
+def run_server(
+    has_deployer: Annotated[bool, Option("--deployer", help="Run a deployer too.")] = False,
+) -> None:
+    """Run gateway, worker and scheduler of one machine, and restart them when they end."""
+    server_processes.run_server(has_deployer=has_deployer)
 
 
 for _name, _run in server_processes.PROCESSES.items():

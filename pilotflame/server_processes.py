@@ -148,6 +148,23 @@ def run_runner() -> None:
     main.serve(settings)
 
 
+def run_server(*, has_deployer: bool) -> NoReturn:
+    """Run the processes of one machine as children of this one, until a stop signal; exits with their code."""
+    from gateway.settings import GatewaySettings
+
+    settings = GatewaySettings()
+    begin(settings)
+    settings.check_for_production()
+    from pilotflame import supervisor
+
+    names = [*("gateway", "worker", "scheduler"), *(["deployer"] if has_deployer else [])]
+    with supervisor.open_listener(settings.host, settings.port) as listener:
+        if has_deployer:
+            port = listener.getsockname()[1]
+            os.environ.setdefault("PILOTFLAME_RUNNER_GATEWAY_URL", f"http://127.0.0.1:{port}")
+        sys.exit(supervisor.Supervisor(names, listener).run())
+
+
 PROCESSES: Final[dict[str, Callable[[], None]]] = {
     "gateway": run_gateway,
     "worker": run_worker,

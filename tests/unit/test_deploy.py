@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from configparser import ConfigParser
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from docs.tables import ROOT
 from gateway import health
 from models import ids
 from models.settings import InvalidSettings, ServerSettings
+from pilotflame import supervisor
 from tests.cluster import cluster_harness
 from tests.cluster.fake_api import object_rules
 from tests.cluster.fake_api.schema import KINDS, ObjectKind
@@ -746,3 +748,14 @@ async def dry_run(api: client.ApiClient, found: Json) -> None:
     )
     answer = (await api.call_api(*await request)).response
     assert answer.status == 201, await answer.content.read()
+
+
+def test_the_unit_of_systemd_starts_the_server_and_leaves_the_order_of_its_stop_to_it() -> None:
+    unit = ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]  # names of systemd have capitals
+    unit.read_string((DEPLOY / "pilotflame.service").read_text())
+    service = unit["Service"]
+    assert service["ExecStart"] == "/opt/pilotflame/bin/pilotflame server"
+    assert service["KillMode"] == "mixed"
+    children = len(supervisor.STOP_ORDER)
+    assert float(service["TimeoutStopSec"]) >= (children - 1) * supervisor.STOP_SECONDS

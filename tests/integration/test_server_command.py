@@ -1,0 +1,123 @@
+"""`pilotflame server`: the processes of one machine under one supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pilotflame import supervisor
+from pilotflame.client import ApiClient
+from tests import command_runs, databases, services
+from tests.command_runs import RunningCommand, command_environment
+from tests.http_receiver import run_receiver
+
+KEY = "sk-of-the-server-0123456789"
+CHILDREN = ("gateway", "worker", "scheduler")
+PATIENCE_SECONDS = 60.0
+REFUSED = 2
+
+
+def child_ids(server: RunningCommand) -> dict[str, int]:
+    """Return the process ids of the running children, by name."""
+    found = {}
+    for child in psutil.Process(server.process.pid).children():
+        command = child.cmdline()
+        if command[1:3] == ["-m", "pilotflame"]:
+            found[command[3]] = child.pid
+    return found
+
+
+async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly_stop(
+    postgres: services.PostgresServer, redis_server: services.RedisServer, tmp_path: Path, free_tcp_port: int
+) -> None:
+    given = command_environment(
+        tmp_path,
+        DATABASE_URL=await databases.create_database(postgres, "server_command"),
+        REDIS_URL=redis_server.url,
+        SECRET_KEY="a secret for tests, and long enough to be one",
+        BOOTSTRAP_API_KEY=KEY,
+        PORT=str(free_tcp_port),
+        OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32",
+    )
+    client = ApiClient(f"http://127.0.0.1:{free_tcp_port}", KEY)
+    async with run_receiver() as receiver:
+        with command_runs.run_command("server", given=given, log=tmp_path / "server.log") as server:
+            receiver.may_answer.clear()
+            node = {"url": receiver.url(), "method": "POST"}
+            definition = {
+                "name": "Held",
+                "nodes": [
+                    {"id": "start", "nodeId": "manual"},
+                    {"id": "post", "nodeId": "http-request", "config": node},
+                ],
+                "connections": [{"source": "start", "target": "post"}],
+            }
+            await asyncio.to_thread(server.says, "process started")
+            # The socket listens by now, so the first request waits until the gateway answers.
+            workflow_id = await asyncio.to_thread(client.apply, definition)
+            run = await asyncio.to_thread(client.execute, workflow_id, {})
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not receiver.received:  # noqa: ASYNC110 - of other processes
+                    await asyncio.sleep(0.02)
+            await asyncio.to_thread(server.says, "scheduler ready")
+            first = child_ids(server)
+            assert set(first) == set(CHILDREN)
+
+            second = await asyncio.to_thread(partial(command_runs.run, "server", given=given))
+            assert second.returncode == REFUSED
+            assert f"Port {free_tcp_port} of 127.0.0.1 is not available" in second.stderr
+
+            for pid in first.values():
+                os.kill(pid, signal.SIGKILL)
+            # Connections wait for the restarted gateway.
+            other = await asyncio.to_thread(client.execute, workflow_id, {})
+            receiver.may_answer.set()
+            for execution_id in (run, other):
+                result = await asyncio.to_thread(client.result, execution_id)
+                assert result["status"] == "completed"
+            await asyncio.to_thread(server.says, "scheduler ready.*scheduler ready")
+            again = child_ids(server)
+            assert set(again) == set(CHILDREN)
+            assert not set(first.values()) & set(again.values())
+
+            assert await asyncio.to_thread(server.stop) == 0
+            stops = [
+                server.log().rindex(text) for text in ("server stops", "worker stops", "scheduler stops")
+            ]
+            assert stops == sorted(stops)
+            assert not any(psutil.pid_exists(pid) for pid in again.values())
+
+
+def test_a_setting_that_is_missing_ends_the_server_with_one_line(tmp_path: Path) -> None:
+    done = command_runs.run("server", given=command_environment(tmp_path))
+    assert done.returncode == REFUSED
+    assert "PILOTFLAME_SECRET_KEY" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pause", "lived", "following"),
+    [(0.0, 1.0, 0.25), (0.25, 1.0, 0.5), (16.0, 1.0, 30.0), (30.0, 1.0, 30.0), (30.0, 60.0, 0.25)],
+)
+def test_pauses_grow_until_a_child_is_stable(pause: float, lived: float, following: float) -> None:
+    assert supervisor.next_pause(pause, lived) == following
+
+
+def test_a_child_that_refuses_its_first_start_ends_the_server(tmp_path: Path, free_tcp_port: int) -> None:
+    given = command_environment(
+        tmp_path,
+        REDIS_URL="redis://127.0.0.1:1/0",
+        SECRET_KEY="a secret for tests, and long enough to be one",
+        PORT=str(free_tcp_port),
+        SCHEDULE_SECONDS="never",
+    )
+    done = command_runs.run("server", given=given)
+    assert done.returncode == REFUSED
+    assert "PILOTFLAME_SCHEDULE_SECONDS" in done.stderr
+    assert '"process":"scheduler"' in done.stdout
