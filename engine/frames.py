@@ -1,20 +1,27 @@
-"""Position of a run in its graph: section frames, node visits and loops in progress."""
+"""Position of a run in its graph: section frames, node visits, loops in progress, ready nodes and the work list.
+
+Readiness is decided without a clock or I/O; each step costs time linear in its edges.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import asyncio
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from heapq import heapify, heappush
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine.node_api import CONTINUE, ERROR, NodeResult
-from engine.readiness import ReadinessChange, ReadinessTracker
+from engine.run_records import SETTLED_STATUSES
 
 if TYPE_CHECKING:
+    from engine.graph import GraphEdge, ParsedGraph
     from engine.program import NodeProgram
     from engine.run_records import NodeSpan, RunError
     from engine.sections import GraphSection
@@ -255,3 +262,136 @@ class LoopProgress:
             {"index": index, "error": error.as_json()} for index, error in sorted(self.errors.items())
         ]
         return {"results": self.results, "count": len(self.items), "errors": errors}
+
+
+@dataclass(slots=True)
+class ReadinessChange:
+    """Result of one step: nodes that may start now, and nodes that never will."""
+
+    ready: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+class ReadinessTracker:
+    """Tracker of one run's readiness in its graph.
+
+    A node is ready when every edge into it is decided and at least one was taken. If none was taken, the node
+    is skipped, and so are its outgoing edges. The decision depends only on the settled nodes, not on their
+    order. An eager node, however, is ready as soon as one edge into it was taken; later decisions change
+    nothing for it.
+    """
+
+    def __init__(self, graph: ParsedGraph, triggers: Iterable[str], eager: Collection[str] = ()) -> None:
+        self._inbound = graph.inbound
+        self._outbound = graph.outbound
+        self._undecided = dict(graph.inbound_counts)
+        self._reached: set[str] = set()
+        self._ports: dict[str, str] = {}
+        self._triggers = frozenset(triggers)
+        self._eager = eager
+        self._first: dict[str, GraphEdge] = {}
+        """Edge by which each eager node was reached."""
+
+    def start(self) -> ReadinessChange:
+        """Return the triggers as ready; other nodes without incoming edges are skipped."""
+        step = ReadinessChange()
+        roots = [node_id for node_id, count in self._undecided.items() if count == 0]
+        step.ready = [node_id for node_id in roots if node_id in self._triggers]
+        self._skip((node_id for node_id in roots if node_id not in self._triggers), step)
+        return step
+
+    def settle(self, node_id: str, port: str) -> ReadinessChange:
+        """Record that a node has left by `port`: its edges at that port are taken, the others are not."""
+        step = ReadinessChange()
+        unreachable: list[str] = []
+        self._ports[node_id] = port
+        for edge in self._outbound[node_id]:
+            if edge.source_port == port:
+                self._mark_reached(edge, step)
+            self._decide(edge.target, step, unreachable)
+        self._skip(unreachable, step)
+        return step
+
+    def parents(self, node_id: str) -> Sequence[GraphEdge]:
+        """Return the taken edges into a node, in graph order; only the first taken for an eager node."""
+        if node_id in self._first:
+            return [self._first[node_id]]
+        return [edge for edge in self._inbound[node_id] if self._ports.get(edge.source) == edge.source_port]
+
+    def _mark_reached(self, edge: GraphEdge, step: ReadinessChange) -> None:
+        target = edge.target
+        if target in self._eager and target not in self._reached:
+            self._first[target] = edge
+            step.ready.append(target)
+        self._reached.add(target)
+
+    def _decide(self, target: str, step: ReadinessChange, unreachable: list[str]) -> None:
+        self._undecided[target] -= 1
+        if self._undecided[target] > 0:
+            return
+        if target not in self._reached:
+            unreachable.append(target)
+        elif target not in self._eager:
+            step.ready.append(target)
+
+    def _skip(self, node_ids: Iterable[str], step: ReadinessChange) -> None:
+        queue = deque(node_ids)
+        while queue:
+            node_id = queue.popleft()
+            step.skipped.append(node_id)
+            unreachable: list[str] = []
+            for edge in self._outbound[node_id]:
+                self._decide(edge.target, step, unreachable)
+            queue.extend(unreachable)
+
+
+@dataclass(slots=True)
+class Worklist:
+    """Remaining work in all frames of a run."""
+
+    settled_before: list[tuple[int, str, SectionFrame]] = field(default_factory=list)
+    """Heap of ready nodes that settled in an earlier attempt, in the order in which they settled."""
+    ready: deque[tuple[SectionFrame, str]] = field(default_factory=deque)
+    tasks: dict[asyncio.Task[None], NodeVisit] = field(default_factory=dict)
+    sleeping: dict[NodeVisit, SleepingNode] = field(default_factory=dict)
+
+    def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
+        """Add ready nodes."""
+        frame.open += len(node_ids)
+        if not frame.recorded:
+            for node_id in node_ids:
+                self.ready.append((frame, node_id))
+            return
+        for node_id in node_ids:
+            recorded = frame.recorded.get(node_id)
+            if recorded is not None and recorded.status in SETTLED_STATUSES:
+                heappush(self.settled_before, (recorded.sequence, node_id, frame))
+            else:
+                self.ready.append((frame, node_id))
+
+    def drop_frames(self, frames: Collection[SectionFrame]) -> list[NodeVisit]:
+        """Remove unbegun nodes of frames and cancel their reads in progress; returns their sleeping visits."""
+        dropped = [frame for frame, _ in self.ready if frame in frames]
+        dropped += [frame for _, _, frame in self.settled_before if frame in frames]
+        if dropped:
+            self.ready = deque(entry for entry in self.ready if entry[0] not in frames)
+            self.settled_before = [entry for entry in self.settled_before if entry[2] not in frames]
+            heapify(self.settled_before)
+        asleep = [visit for visit in self.sleeping if visit.frame in frames]
+        for visit in asleep:
+            del self.sleeping[visit]
+        for frame in (*dropped, *(visit.frame for visit in asleep)):
+            frame.open -= 1
+        for task, visit in self.tasks.items():
+            if visit.frame in frames and not visit.is_write:
+                task.cancel()
+        return asleep
+
+    @property
+    def has_write_at_work(self) -> bool:
+        return any(visit.is_write for visit in self.tasks.values())
+
+    @property
+    def next_wake(self) -> float | None:
+        """Earliest wake time of the sleeping nodes, by `time.monotonic`."""
+        return min((one.wakes_at for one in self.sleeping.values() if one.wakes_at is not None), default=None)

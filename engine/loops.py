@@ -14,15 +14,13 @@ from engine.run_records import SETTLED_STATUSES, RunError, SpanStatus
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
-    from engine.frames import NodeVisit
+    from engine.frames import NodeVisit, ReadinessChange, Worklist
     from engine.node_api import LoopRequest
-    from engine.readiness import ReadinessChange
     from engine.run_limits import RunLimits
     from engine.run_records import NodeSpan
     from engine.sections import GraphSection
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
-    from engine.worklist import Worklist
 
 MAX_TURNS_AT_ONCE: Final = 1_000
 """Maximum number of iterations in progress in all loops of a run. Each loop always has one, or enclosing

@@ -18,14 +18,13 @@ from engine.run_records import NodeSpan, RunError, SpanStatus
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
+    from engine.frames import ReadinessChange, Worklist
     from engine.node_inputs import NodeInputs
     from engine.program import WorkflowProgram
-    from engine.readiness import ReadinessChange
     from engine.run_limits import RunLimits
     from engine.sections import GraphSection
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
-    from engine.worklist import Worklist
 
 NodeAnswers: TypeAlias = Mapping[tuple[str, str], bytes]
 """Wait answers by node and iteration: `{output, port}` or `{error: {code, message}}`."""

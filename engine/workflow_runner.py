@@ -22,7 +22,7 @@ from concurrency import offload
 from concurrency.offload import BudgetExceeded
 from engine import node_key, outcomes
 from engine.expressions import ExpressionError
-from engine.frames import NodeVisit, SectionFrame, WakeAction
+from engine.frames import NodeVisit, SectionFrame, WakeAction, Worklist
 from engine.node_api import NodeCall, NodeOutcome
 from engine.node_inputs import NodeInputs
 from engine.outcomes import LOST_ATTEMPT_CODE, NEEDS_CONFIRM_CODE, TIMEOUT_CODE, to_node_error
@@ -42,7 +42,6 @@ from engine.run_records import (
 from engine.services import collect_source_uses
 from engine.span_recorder import SpanRecorder
 from engine.values import InvalidJson
-from engine.worklist import Worklist
 
 if TYPE_CHECKING:
     from engine.graph import GraphNode

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.frames import ReadinessChange, ReadinessTracker
 from engine.graph import GraphEdge, GraphNode, ParsedGraph
-from engine.readiness import ReadinessChange, ReadinessTracker
 
 PORTS = ("output", "other")
 
