@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from journal.waits import children
-from messages import end_requests
+from messages import wakeups
 
 if TYPE_CHECKING:
     from journal.store import JournalStore
@@ -17,7 +17,7 @@ async def end_abandoned_runs(database: Database, store: JournalStore, broker: Br
     """Request the end of abandoned runs and notify their executors; raises `DatabaseUnavailable`."""
     for child in await children.request_abandoned_ends(database, store):
         requested = child.requested
-        await end_requests.notify_end_request(
+        await wakeups.notify_end_request(
             broker,
             child.execution_id,
             child.request,

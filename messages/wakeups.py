@@ -1,21 +1,26 @@
-"""Wakeups for processes that would otherwise find the work by their next sweep.
+"""Wakeups and notifications for processes that would otherwise notice a change later: by a sweep, poll or renewal.
 
 Send them after the commit. An unavailable broker is ignored, since the rows are committed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from messages.broker import BrokerUnavailable
+from messages.broker import Broker, BrokerUnavailable, DirectMessage
 from messages.deployer_messages import ReconcileDeployment
 
 if TYPE_CHECKING:
-    from messages.broker import Broker, RunBroker
+    from collections.abc import Iterable, Sequence
+
+    from messages.broker import Notification, RunBroker
 
 log = structlog.get_logger()
+
+_TAKEN: Final = "taken"
 
 
 async def wake_workers(broker: RunBroker) -> None:
@@ -40,3 +45,45 @@ async def wake_deployer(broker: Broker, workflow_id: str) -> None:
         await broker.notify_deployer(ReconcileDeployment(workflow_id))
     except BrokerUnavailable as error:
         log.debug("deployer not woken", reason=str(error))
+
+
+class TakenRun(Protocol):
+    """Claimed run with the channel of its gateway."""
+
+    @property
+    def execution_id(self) -> str: ...
+
+    @property
+    def channel(self) -> str:
+        """Channel of the gateway that accepted it."""
+
+
+async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
+    """Notify each gateway of the claimed runs that it accepted.
+
+    If a message is lost, the gateway polls once a second.
+    """
+    by_channel: dict[str, list[str]] = {}
+    for run in runs:
+        if run.channel:
+            by_channel.setdefault(run.channel, []).append(run.execution_id)
+    with suppress(BrokerUnavailable):
+        for channel, execution_ids in by_channel.items():
+            await broker.send(channel, {_TAKEN: " ".join(execution_ids)})
+
+
+def parse_taken_runs(notification: Notification) -> Sequence[str]:
+    """Return the IDs of the claimed executions in a notification."""
+    return notification.message.get(_TAKEN, "").split() if isinstance(notification, DirectMessage) else ()
+
+
+async def notify_end_request(
+    broker: Broker, execution_id: str, request: str, *, lease_owner: str | None, channel: str
+) -> None:
+    """Send the `request` to the worker that holds the run, or notify the waiting clients if the run has ended by it."""
+    # Without the broker, the worker learns of it when it renews its lease, and clients poll once a second.
+    with suppress(BrokerUnavailable):
+        if lease_owner is None:
+            await broker.publish({execution_id: channel})
+        else:
+            await broker.send(lease_owner, {"execution_id": execution_id, "request": request})

@@ -25,7 +25,7 @@ from gateway.http.wire import optional_instant
 from journal.deployments import activity, decisions, wakes
 from journal.deployments.wakes import StartRefused
 from journal.group_commit import GroupCommit
-from messages import taken_runs, wakeups
+from messages import wakeups
 from models import lifecycle_policy
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
@@ -286,7 +286,7 @@ class DeploymentActivator:
                 self._waiters.pop(execution_id, None)
 
     def _receive(self, notification: Notification) -> None:
-        for execution_id in taken_runs.parse_taken_runs(notification):
+        for execution_id in wakeups.parse_taken_runs(notification):
             self._heard.put(execution_id, value=True)
             self._notify(execution_id, is_taken=True)
 

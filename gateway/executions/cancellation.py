@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from messages import end_requests
+from messages import wakeups
 
 if TYPE_CHECKING:
     from journal.store import EndRequestOutcome, ExecutionKey, JournalStore
@@ -17,7 +17,7 @@ async def request_end_of_run(
     """Request the `stop` or `cancel` of an execution; None if it does not exist."""
     requested = await store.request_end(key, action)
     if requested is not None:
-        await end_requests.notify_end_request(
+        await wakeups.notify_end_request(
             broker,
             key.execution_id,
             action,

@@ -40,7 +40,7 @@ from gateway.pods.pod_endpoint import decode_call
 from journal import blocked_intervals
 from journal.deployments import pod_leases
 from journal.store import ClaimQuery, LeaseRenewal
-from messages import taken_runs
+from messages import wakeups
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
@@ -122,7 +122,7 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
             max_isolation_losses=call.max_isolation_losses,
         )
     )
-    await taken_runs.notify_taken_runs(request.gateway.broker, claimed)
+    await wakeups.notify_taken_runs(request.gateway.broker, claimed)
     await _record_wakes(request.gateway, holder, claimed)
     # Completion actions are not the pod's business and may contain addresses that it must not see.
     own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]

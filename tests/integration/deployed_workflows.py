@@ -12,7 +12,7 @@ from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from journal.store import ClaimQuery
-from messages import taken_runs
+from messages import wakeups
 from messages.deployer_messages import DeployerMessage, ReadPodLogs
 from models.deployment import Deployment, ObservedState
 from models.execution import Execution, ExecutionData
@@ -104,7 +104,7 @@ async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
                 ]
             for workflow_id in found:
                 claim = ClaimQuery(f"pod:{workflow_id}:1", 30, 50, target=workflow_id)
-                await taken_runs.notify_taken_runs(
+                await wakeups.notify_taken_runs(
                     harness.gateway.broker, await harness.gateway.store.claim(claim)
                 )
 
