@@ -4,7 +4,8 @@ The broker holds nothing that must happen. A wakeup or notification that is lost
 the time at which a process reads the rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
@@ -14,6 +15,8 @@ from messages.token_buckets import TokenDemand, TokenGrant
 from messages.worker_wakeup import ALL_SHARDS
 
 WATCH_SECONDS: Final = 15 * 60
+CHANGED_EXECUTIONS: Final = "changed executions"
+"""Subject of notifications about changed executions; that of a direct message is any key of it."""
 
 
 class BrokerError(Exception):
@@ -41,6 +44,35 @@ class DirectMessage:
 
 
 Notification: TypeAlias = ChangedExecutions | DirectMessage
+
+
+class NotificationListeners:
+    """Listeners of one process, each to all notifications or to those of one subject."""
+
+    def __init__(self) -> None:
+        self._listeners: list[tuple[Callable[[Notification], None], str | None]] = []
+
+    def add(self, on_notification: Callable[[Notification], None], subject: str | None) -> None:
+        self._listeners.append((on_notification, subject))
+
+    def deliver(self, notification: Notification) -> None:
+        """Call the listeners to the subject of a notification, each by the event loop.
+
+        So an exception of one listener ends neither the others nor this task.
+        """
+        subjects: Collection[str] = (
+            notification.message if isinstance(notification, DirectMessage) else (CHANGED_EXECUTIONS,)
+        )
+        loop = asyncio.get_running_loop()
+        for on_notification, subject in self._listeners:
+            if subject is None or subject in subjects:
+                loop.call_soon(on_notification, notification)
+
+    def clear(self) -> None:
+        self._listeners.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._listeners)
 
 
 class RunBroker(Protocol):
@@ -80,6 +112,11 @@ class RunBroker(Protocol):
 
 class Broker(RunBroker, Protocol):
     """Complete broker, for processes with a database."""
+
+    async def listen(
+        self, on_notification: Callable[[Notification], None], *, subject: str | None = None
+    ) -> None:
+        """Listen as `RunBroker` does, by a `subject` only to direct messages with that key or `CHANGED_EXECUTIONS`."""
 
     async def wake_mail_parsers(self) -> None:
         """Announce unparsed mail after the commit. Sends nothing while an earlier wakeup is still in the queue."""

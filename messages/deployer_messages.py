@@ -8,6 +8,8 @@ QUEUE: Final = "deployments"
 # Never rename it: an older deployer would dead-letter a message for an unknown actor.
 ACTOR: Final = "deployments"
 VERSION: Final = 1
+POD_LOGS: Final = "pod_logs"
+"""Subject of answers to `ReadPodLogs`: a key of the direct message."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ import dramatiq
 from dramatiq.brokers.stub import StubBroker
 
 from messages import wakeup_worker, worker_wakeup
-from messages.broker import WATCH_SECONDS, ChangedExecutions, DirectMessage, Notification
+from messages.broker import (
+    WATCH_SECONDS,
+    ChangedExecutions,
+    DirectMessage,
+    Notification,
+    NotificationListeners,
+)
 from messages.deployer_messages import DeployerMessage
 from messages.token_buckets import LocalTokenBuckets, TokenDemand, TokenGrant
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
@@ -34,7 +40,7 @@ class LocalBroker:
         self.channel = channel
         self._queues = LocalQueues()
         self._worker: dramatiq.Worker | None = None
-        self._listeners: list[Callable[[Notification], None]] = []
+        self._listeners = NotificationListeners()
         self._deployer: Callable[[DeployerMessage], None] | None = None
         self._mail_parser: Callable[[], None] | None = None
         self._queued_shards: set[int] = set()
@@ -63,17 +69,19 @@ class LocalBroker:
             if self._watched_until.pop(execution_id, None) is not None or channel == self.channel
         )
         if notified:
-            self._deliver(ChangedExecutions(notified))
+            self._listeners.deliver(ChangedExecutions(notified))
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         if channel == self.channel:
-            self._deliver(DirectMessage(dict(message)))
+            self._listeners.deliver(DirectMessage(dict(message)))
 
     async def is_heard(self, channel: str) -> bool:
         return channel == self.channel and bool(self._listeners)
 
-    async def listen(self, on_notification: Callable[[Notification], None]) -> None:
-        self._listeners.append(on_notification)
+    async def listen(
+        self, on_notification: Callable[[Notification], None], *, subject: str | None = None
+    ) -> None:
+        self._listeners.add(on_notification, subject)
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         def taken(shard: int) -> None:
@@ -119,11 +127,6 @@ class LocalBroker:
     async def close(self) -> None:
         self._listeners.clear()
         await self.stop_worker()
-
-    def _deliver(self, notification: Notification) -> None:
-        loop = asyncio.get_running_loop()
-        for on_notification in self._listeners:
-            loop.call_soon(on_notification, notification)
 
     def _forget_watches_before(self, now: float) -> None:
         # All watches last equally long, and a renewed one moves to the end: the first expires next.

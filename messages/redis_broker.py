@@ -24,6 +24,7 @@ from messages.broker import (
     ChangedExecutions,
     DirectMessage,
     Notification,
+    NotificationListeners,
     RedisMayEvict,
 )
 from messages.deployer_messages import DeployerMessage
@@ -197,7 +198,7 @@ class RedisBroker:
         self._worker: dramatiq.Worker | None = None
         self._mail_parser: dramatiq.Worker | None = None
         self._deployer: dramatiq.Worker | None = None
-        self._listeners: list[Callable[[Notification], None]] = []
+        self._listeners = NotificationListeners()
         self._listening: asyncio.Task[None] | None = None
         self._is_channel_open = asyncio.Event()
 
@@ -262,8 +263,10 @@ class RedisBroker:
             ((_, listeners),) = await self.client.pubsub_numsub(CHANNELS + channel)
             return int(listeners) > 0
 
-    async def listen(self, on_notification: Callable[[Notification], None]) -> None:
-        self._listeners.append(on_notification)
+    async def listen(
+        self, on_notification: Callable[[Notification], None], *, subject: str | None = None
+    ) -> None:
+        self._listeners.add(on_notification, subject)
         if self._listening is None:
             self._listening = asyncio.create_task(self._keep_listening())
         with suppress(TimeoutError):
@@ -336,10 +339,7 @@ class RedisBroker:
         except ValueError:
             log.warning("notification unreadable", channel=self.channel)
             return
-        loop = asyncio.get_running_loop()
-        for on_notification in self._listeners:
-            # Called by the loop, so that an exception of one listener ends neither the others nor this task.
-            loop.call_soon(on_notification, notification)
+        self._listeners.deliver(notification)
 
 
 def _parse_message(body: bytes) -> Notification:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_TAKEN: Final = "taken"
+TAKEN_RUNS: Final = "taken"
+"""Subject of direct messages about claimed runs."""
 
 
 async def wake_workers(broker: RunBroker) -> None:
@@ -69,12 +70,12 @@ async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
             by_channel.setdefault(run.channel, []).append(run.execution_id)
     with suppress(BrokerUnavailable):
         for channel, execution_ids in by_channel.items():
-            await broker.send(channel, {_TAKEN: " ".join(execution_ids)})
+            await broker.send(channel, {TAKEN_RUNS: " ".join(execution_ids)})
 
 
 def parse_taken_runs(notification: Notification) -> Sequence[str]:
     """Return the IDs of the claimed executions in a notification."""
-    return notification.message.get(_TAKEN, "").split() if isinstance(notification, DirectMessage) else ()
+    return notification.message.get(TAKEN_RUNS, "").split() if isinstance(notification, DirectMessage) else ()
 
 
 async def notify_end_request(

@@ -114,7 +114,7 @@ class DeploymentActivator:
 
     async def start(self) -> None:
         """Subscribe to notifications of taken runs."""
-        await self._broker.listen(self._receive)
+        await self._broker.listen(self._receive, subject=wakeups.TAKEN_RUNS)
 
     def release(self) -> None:
         """End all waits, because the process is about to stop."""

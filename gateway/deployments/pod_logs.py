@@ -11,7 +11,7 @@ import msgspec
 from gateway.http import errors
 from json_text import decoding
 from messages.broker import DirectMessage
-from messages.deployer_messages import ReadPodLogs
+from messages.deployer_messages import POD_LOGS, ReadPodLogs
 from models import ids
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PodLogReader:
 
     async def start(self) -> None:
         """Subscribe to the answers of deployers."""
-        await self._broker.listen(self._receive)
+        await self._broker.listen(self._receive, subject=POD_LOGS)
 
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
         """Return the last lines of a workflow's pods. Raises 503 if no deployer answers, or its cluster doesn't."""
@@ -62,7 +62,7 @@ class PodLogReader:
     def _receive(self, notification: Notification) -> None:
         if not isinstance(notification, DirectMessage):
             return
-        answer = self._asked.get(notification.message.get("pod_logs", ""))
+        answer = self._asked.get(notification.message.get(POD_LOGS, ""))
         if answer is None or answer.done():
             return
         lines = notification.message.get("lines")

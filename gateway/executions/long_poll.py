@@ -18,7 +18,7 @@ import structlog
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors, limits
 from journal.group_commit import GroupCommit
-from messages.broker import WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
+from messages.broker import CHANGED_EXECUTIONS, WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
 from models.execution_status import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ExecutionPollHub:
 
     async def start(self) -> None:
         """Open the channel, or continue without it while the broker is away."""
-        await self._broker.listen(self._handle_notification)
+        await self._broker.listen(self._handle_notification, subject=CHANGED_EXECUTIONS)
         self._looking = asyncio.create_task(self._look_again())
 
     def release(self) -> None:

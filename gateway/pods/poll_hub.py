@@ -20,7 +20,7 @@ from sqlmodel import col
 from concurrency.ttl_cache import TTLCache
 from execution.pod_api import WorkPollRequest, WorkPollResponse
 from gateway.http import errors
-from messages.broker import WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
+from messages.broker import CHANGED_EXECUTIONS, WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
 from models.errors import DatabaseUnavailable
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -83,7 +83,7 @@ class PodPollHub:
 
     async def start(self) -> None:
         """Subscribe to notifications of runs at other gateways."""
-        await self._broker.listen(self._receive)
+        await self._broker.listen(self._receive, subject=CHANGED_EXECUTIONS)
 
     async def wait(self, holder: LeaseHolder, call: WorkPollRequest) -> WorkPollResponse:
         """Wait until a pod may have runs to claim, or new requests to its runs, and return that; empty at its

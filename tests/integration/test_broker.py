@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from messages import redis_broker, redis_consumer
 from messages.broker import (
+    CHANGED_EXECUTIONS,
     Broker,
     BrokerUnavailable,
     ChangedExecutions,
@@ -201,6 +202,24 @@ async def test_every_listener_of_a_process_hears_everything(
     await other_broker.listen(others.put_nowait)
     await other_broker.send(other_broker.channel, END)
     assert await _next_item(notifications) == await _next_item(others) == DirectMessage(END)
+
+
+async def test_a_listener_to_a_subject_hears_nothing_else(
+    other_broker: Broker, notifications: Queue[Notification]
+) -> None:
+    ends: Queue[Notification] = Queue()
+    changes: Queue[Notification] = Queue()
+    await other_broker.listen(ends.put_nowait, subject=next(iter(END)))
+    await other_broker.listen(changes.put_nowait, subject=CHANGED_EXECUTIONS)
+    await other_broker.send(other_broker.channel, {"other": "a"})
+    await other_broker.publish({"a": other_broker.channel})
+    await other_broker.send(other_broker.channel, END)
+    heard = [await _next_item(notifications) for _ in range(3)]
+    assert heard == [DirectMessage({"other": "a"}), ChangedExecutions(("a",)), DirectMessage(END)]
+    assert await _next_item(ends) == DirectMessage(END)
+    assert await _next_item(changes) == ChangedExecutions(("a",))
+    assert ends.empty()
+    assert changes.empty()
 
 
 async def test_an_idle_worker_stops_though_nothing_wakes_it(

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from messages.broker import BrokerUnavailable
-from messages.deployer_messages import DeployerMessage, ReadPodLogs
+from messages.deployer_messages import POD_LOGS, DeployerMessage, ReadPodLogs
 from models import deployment_token, ids
 from models.errors import DatabaseUnavailable
 from workers.cluster.driver import ClusterError, PodLogLine
@@ -211,9 +211,9 @@ class Deployer:
             driver = await self._connection.driver()
             lines = await driver.logs(asked.workflow_id, limit=asked.limit)
         except ClusterError as error:
-            direct_message = {"pod_logs": asked.asked, "error": str(error)}
+            direct_message = {POD_LOGS: asked.asked, "error": str(error)}
         else:
-            direct_message = {"pod_logs": asked.asked, "lines": _encode_log_lines(lines)}
+            direct_message = {POD_LOGS: asked.asked, "lines": _encode_log_lines(lines)}
         with suppress(BrokerUnavailable):  # the gateway asks its client to try again
             await self._broker.send(asked.channel, direct_message)
 
