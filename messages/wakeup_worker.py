@@ -8,6 +8,7 @@ import dramatiq
 
 from messages import deployer_messages, mail_parser_wakeup, worker_wakeup
 from messages.deployer_messages import DeployerMessage
+from messages.worker_wakeup import WorkerWakeup
 
 # The actor returns at once: the second thread passes a message on while the first acknowledges another.
 THREADS: Final = 2
@@ -21,7 +22,7 @@ def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq
         broker,
         worker_wakeup.QUEUE,
         worker_wakeup.ACTOR,
-        lambda payload: on_wakeup(worker_wakeup.parse_wakeup(payload).shard),
+        lambda payload: on_wakeup(parse_wakeup(payload).shard),
     )
 
 
@@ -61,3 +62,11 @@ def stop(worker: dramatiq.Worker) -> None:
     """Stop the worker and its broker. Blocks for a quarter of a second, or a few seconds if Redis hangs."""
     worker.stop(timeout=STOP_MILLISECONDS)
     worker.broker.close()
+
+
+def parse_wakeup(payload: Mapping[str, object]) -> WorkerWakeup:
+    """Return the wakeup of a payload. A payload of an unknown version still means "there is work", in all shards."""
+    match payload:
+        case {"v": 1, "shard": int(shard)}:
+            return WorkerWakeup(shard=shard)
+    return WorkerWakeup()
