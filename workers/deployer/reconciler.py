@@ -33,8 +33,7 @@ from workers.deployer import deployment_rows, reconcile
 from workers.deployer.reconcile import ReconcileStep
 from workers.deployer.reconcile_queue import RetryBackoff, ScheduledRetry
 from workers.deployer.refusal_budget import AttemptDeferred, Refusal, RefusalBudget
-from workers.deployer.start_clock import StartClock
-from workers.deployer.start_gate import StartGate
+from workers.deployer.starts import StartClock, StartGate
 
 if TYPE_CHECKING:
     from journal.store import JournalStore
