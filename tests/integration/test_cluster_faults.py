@@ -48,7 +48,7 @@ from workers.cluster.driver import ClusterDriver
 from workers.cluster.kubernetes_api import KubernetesApi
 from workers.cluster.kubernetes_driver import KubernetesDriver
 from workers.cluster.manifests import DEFINITION_ANNOTATION
-from workers.deployer import deployment_rows, reconcile, refusal_budget
+from workers.deployer import deployment_rows, reconcile, reconcile_queue
 from workers.deployer.deployer import Deployer
 from workers.deployer.main import LOCAL_COMMAND
 
@@ -421,7 +421,7 @@ async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
     cluster: DriverUnderTest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(refusal_budget, "SECONDS_PER_REQUEST", 0.1)
+    monkeypatch.setattr(reconcile_queue, "SECONDS_PER_REQUEST", 0.1)
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
     async with run_deployer_on(harness, cluster) as found:
         before = await wait_for_deployment(harness, workflow_id, is_running)

@@ -35,7 +35,7 @@ from tests.services import PostgresServer
 from workers.cluster import quota_watch, watch_cache
 from workers.cluster.kubernetes_driver import KubernetesDriver
 from workers.cluster.manifests import WORKFLOW_LABEL
-from workers.deployer import deployment_rows, reconciler, refusal_budget
+from workers.deployer import deployment_rows, reconcile_queue, reconciler
 from workers.deployer.reconcile_queue import RetryBackoff, ScheduledRetry
 
 OFTEN = RetryBackoff(0.02, 0.02)
@@ -115,7 +115,7 @@ def shorten_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the pauses after refusals, so that a minute of them takes a moment."""
     share = MINUTE_SECONDS / 60
     for module, name in (
-        (refusal_budget, "SECONDS_PER_REQUEST"),
+        (reconcile_queue, "SECONDS_PER_REQUEST"),
         (watch_cache, "PROBE_SECONDS"),
         (quota_watch, "PAUSE_SECONDS"),
     ):

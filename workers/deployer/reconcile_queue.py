@@ -1,4 +1,7 @@
-"""Queue of workflows to reconcile: each is reconciled by one task at a time, and has at most one retry timer."""
+"""Queue of workflows to reconcile, one task and at most one retry timer each, and the budget of refused changes.
+
+A workflow whose changes the cluster refuses may send at most six requests a minute.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,17 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from workers.cluster.driver import ClusterForbidden, ClusterRefused
+
 MAX_DOUBLINGS: Final = 16
 JITTER: Final = 0.25
 """Share of a delay that is added at random, so that retries of many workflows spread out."""
 MIN_DELAY_SECONDS: Final = 0.05
+
+SECONDS_PER_REQUEST: Final = 10.0
+"""Time without another attempt for each request that a refused attempt has cost."""
+
+Refusal = ClusterForbidden | ClusterRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +163,46 @@ class ReconcileQueue:
         entry.timer = None
         entry.retries += 1
         self.add(workflow_id)
+
+
+class AttemptDeferred(Exception):
+    """The budget does not allow another attempt yet."""
+
+    def __init__(self, refusal: Refusal, seconds: float) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+        self.seconds = seconds
+        """Time until another attempt is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ChargedRefusal:
+    generation: int | None
+    refusal: Refusal
+    paid_at: float
+    """Time of the event loop from which another attempt is allowed."""
+
+
+class RefusalBudget:
+    """Last refusal of each workflow with refused changes."""
+
+    def __init__(self) -> None:
+        self._charged: dict[str, _ChargedRefusal] = {}
+
+    def require(self, workflow_id: str, generation: int | None) -> None:
+        """Raise `AttemptDeferred`, unless the last refusal is paid for, or was of another generation of the row."""
+        charged = self._charged.get(workflow_id)
+        if charged is None or charged.generation != generation:
+            return
+        seconds = charged.paid_at - asyncio.get_running_loop().time()
+        if seconds > 0:
+            raise AttemptDeferred(charged.refusal, seconds)
+
+    def charge(self, workflow_id: str, generation: int | None, refusal: Refusal) -> None:
+        """Charge the requests of a refused attempt."""
+        paid_at = asyncio.get_running_loop().time() + refusal.requests * SECONDS_PER_REQUEST
+        self._charged[workflow_id] = _ChargedRefusal(generation, refusal, paid_at)
+
+    def forget(self, workflow_id: str) -> None:
+        """Forget the refusal of a workflow that needs no change."""
+        self._charged.pop(workflow_id, None)

@@ -31,8 +31,13 @@ from workers.cluster.driver import (
 )
 from workers.deployer import deployment_rows, reconcile
 from workers.deployer.reconcile import ReconcileStep
-from workers.deployer.reconcile_queue import RetryBackoff, ScheduledRetry
-from workers.deployer.refusal_budget import AttemptDeferred, Refusal, RefusalBudget
+from workers.deployer.reconcile_queue import (
+    AttemptDeferred,
+    Refusal,
+    RefusalBudget,
+    RetryBackoff,
+    ScheduledRetry,
+)
 from workers.deployer.starts import StartClock, StartGate
 
 if TYPE_CHECKING:
