@@ -1,16 +1,20 @@
 """Protocol of cluster drivers: operations on the deployment of a workflow, with their arguments and results.
 
 A driver stores no desired state: callers pass it in, and the observed state is read from the cluster each
-time. Every operation may be repeated, also by another process, and is bounded in time.
+time. Every operation may be repeated, also by another process, and is bounded in time. A deployer opens its driver once
+it is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import Protocol
+
+import structlog
 
 HOST_VARIABLE = "PILOTFLAME_RUNNER_HOST"
 """Address that the program in a pod listens on. Drivers set this and the next three variables themselves."""
@@ -20,6 +24,10 @@ TOKEN_VARIABLE = "PILOTFLAME_RUNNER_TOKEN"  # noqa: S105 - the name of a variabl
 RUNNER_VARIABLES = frozenset({HOST_VARIABLE, PORT_VARIABLE, POD_VARIABLE, TOKEN_VARIABLE})
 READINESS_PATH = "/readyz"
 LIVENESS_PATH = "/healthz"
+
+log = structlog.get_logger()
+
+OpenDriver = Callable[[], Awaitable["ClusterDriver"]]
 
 
 class ClusterError(Exception):
@@ -254,3 +262,50 @@ class ClusterDriver(Protocol):
 
     async def close(self) -> None:
         """Close the connections; the pods keep running."""
+
+
+class ChangedWorkflows:
+    """IDs of workflows to observe; several changes before an observation count as one."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, None] = {}
+        self._is_there = asyncio.Event()
+
+    def add(self, ids: Iterable[str]) -> None:
+        """Add workflows to observe."""
+        self._ids.update(dict.fromkeys(ids))
+        if self._ids:
+            self._is_there.set()
+
+    async def take_oldest(self) -> str:
+        """Wait for a change; remove and return the workflow that has waited longest."""
+        await self._is_there.wait()
+        workflow_id = next(iter(self._ids))
+        del self._ids[workflow_id]
+        if not self._ids:
+            self._is_there.clear()
+        return workflow_id
+
+
+class ClusterConnection:
+    """Driver of one cluster, shared by all tasks of a deployer."""
+
+    def __init__(
+        self, open_driver: OpenDriver, *, cluster: str, on_open: Callable[[ClusterDriver], None]
+    ) -> None:
+        self.current: ClusterDriver | None = None
+        """Open driver, or None before the first call that opens it."""
+        self._open_driver = open_driver
+        self._cluster = cluster
+        self._on_open = on_open
+        self._opening = asyncio.Lock()
+
+    async def driver(self) -> ClusterDriver:
+        """Return the driver, opened by the first call that succeeds. Raises `ClusterError`."""
+        async with self._opening:
+            if self.current is None:
+                self.current = await self._open_driver()
+                log.info("cluster opened", cluster=self._cluster)
+                self._on_open(self.current)
+                await asyncio.sleep(0)  # the watch that starts now answers all reads from the first one on
+            return self.current

@@ -2,23 +2,25 @@
 
 Objects are applied by server-side apply with the deployer as field manager. The number of pods is a patch of
 the Deployment's own `spec.replicas` with the scaler as field manager. A patch of `/scale` to 0 would leave
-that field without a manager, since zero is absent there. The next apply would then start the stopped pods.
+that field without a manager, since zero is absent there. The next apply would then start the stopped pods. A change
+takes several requests: after a failure, the failed one is repeated alone before all are sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from models import workflow_names as names
 from workers.cluster import kubernetes_api, manifests, pod_status
-from workers.cluster.change_attempts import ChangeAttempt, ChangeAttempts
 from workers.cluster.driver import (
+    ClusterError,
     ClusterForbidden,
     ClusterRefused,
     DesiredDeployment,
@@ -58,6 +60,9 @@ _COLLECTIONS = {
 _DELETED = "deleted"
 """Goal of a deletion."""
 _MANAGED_SELECTOR = f"{manifests.MANAGED_BY_LABEL}={manifests.MANAGED_BY}"
+
+T = TypeVar("T")
+Send = Callable[[], Awaitable[object]]
 
 
 async def connect_driver(
@@ -314,3 +319,52 @@ def _pods_path(layout: ClusterLayout, name: str | None = None) -> str:
 
 def _format_selector(labels: Mapping[str, str]) -> str:
     return ",".join(f"{name}={value}" for name, value in labels.items())
+
+
+@dataclass(frozen=True, slots=True)
+class _FailedRequest:
+    goal: object
+    send: Send
+
+
+class ChangeAttempt:
+    """Attempt at a change; it counts its requests and remembers the last one."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.last: Send | None = None
+
+    async def send(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Send one request of the change."""
+        self.requests += 1
+        self.last = request
+        return await request()
+
+
+class ChangeAttempts:
+    """Failed request of each workflow with a failed last change."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, _FailedRequest] = {}
+
+    @asynccontextmanager
+    async def begin(self, workflow_id: str, goal: object) -> AsyncIterator[ChangeAttempt]:
+        """Begin an attempt at a change; the caller sends all of its requests, each by `send`.
+
+        If the last attempt at an equal goal has failed, its failed request is repeated first, so that another
+        failure costs one request. Each `ClusterError` that leaves the context says how many requests were
+        sent.
+        """
+        attempt = ChangeAttempt()
+        failed = self._failed.get(workflow_id)
+        try:
+            if failed is not None and failed.goal == goal:
+                with suppress(NotDeployed):  # all requests together create the deployment again
+                    await attempt.send(failed.send)
+            yield attempt
+        except ClusterError as error:
+            error.requests = attempt.requests
+            if attempt.last is not None:
+                self._failed[workflow_id] = _FailedRequest(goal, attempt.last)
+            raise
+        self._failed.pop(workflow_id, None)

@@ -24,8 +24,8 @@ import structlog
 from json_text import decoding
 from models import workflow_names as names
 from workers.cluster.atomic_files import replace_file
-from workers.cluster.changed_workflows import ChangedWorkflows
 from workers.cluster.driver import (
+    ChangedWorkflows,
     ClusterRefused,
     DesiredDeployment,
     NotDeployed,

@@ -11,8 +11,13 @@ from typing import Any, Final
 
 import structlog
 
-from workers.cluster.changed_workflows import ChangedWorkflows
-from workers.cluster.driver import ClusterBusy, ClusterError, ClusterForbidden, ClusterUnavailable
+from workers.cluster.driver import (
+    ChangedWorkflows,
+    ClusterBusy,
+    ClusterError,
+    ClusterForbidden,
+    ClusterUnavailable,
+)
 from workers.cluster.kubernetes_api import KubernetesApi, ObjectConflict, ObjectNotFound, VersionExpired
 from workers.cluster.manifests import WORKFLOW_ANNOTATION, WORKFLOW_LABEL, Manifest
 

@@ -18,9 +18,8 @@ from messages.broker import BrokerUnavailable
 from messages.deployer_messages import POD_LOGS, DeployerMessage, ReadPodLogs
 from models import deployment_token, ids
 from models.errors import DatabaseUnavailable
-from workers.cluster.driver import ClusterError, PodLogLine
+from workers.cluster.driver import ClusterConnection, ClusterError, OpenDriver, PodLogLine
 from workers.deployer import deployment_rows
-from workers.deployer.cluster_connection import ClusterConnection, OpenDriver
 from workers.deployer.reconcile_queue import ReconcileQueue, ScheduledRetry
 from workers.deployer.reconciler import CHANGING_BACKOFF, Reconciler, ReconcileResult
 

@@ -46,8 +46,7 @@ if TYPE_CHECKING:
     from models.database import Database
     from models.deployment import Deployment
     from models.pod_processes import PodProcess
-    from workers.cluster.driver import ClusterDriver, ObservedDeployment, ObservedPod
-    from workers.deployer.cluster_connection import ClusterConnection
+    from workers.cluster.driver import ClusterConnection, ClusterDriver, ObservedDeployment, ObservedPod
     from workers.deployer.deployment_rows import DeploymentSnapshot, ObservedStatus
     from workers.deployer.settings import DeployerSettings
 
