@@ -1,20 +1,24 @@
 """Database access through SQLAlchemy, SQLite or PostgreSQL, for everything but the hot path of runs.
 
 A transaction is a function that may be called again: serialization failures, deadlocks and lost connections
-are retried here and nowhere else.
+are retried here and nowhere else. Transactions that lock the same row in one process wait for their turns without a
+connection. Writers on an SQLite file wait two seconds for other programs, and then fail at once until the file is free;
+each attempt checks that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import URL, make_url
@@ -22,14 +26,13 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalEr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from models import database_time, durable_folders, sqlite_writes
+from models import database_time, durable_folders
 from models.database_clock import DatabaseClock
 from models.errors import (
     DatabaseUnavailable,
     LockWaitTimeout,
 )
 from models.postgresql_failures import DatabaseFailure, failure_of
-from models.transaction_turns import TransactionTurns
 
 T = TypeVar("T")
 
@@ -41,6 +44,13 @@ SQLITE_BUSY_SECONDS = 2.0
 POOL_SIZE = 5
 CONNECT_SECONDS = 10.0
 STATEMENT_SECONDS = 30.0
+
+OWN_WRITES_SECONDS: Final = 30.0
+"""Maximum wait of a writer for other writers of its process."""
+PRIMARY_CODE_BITS: Final = 0xFF
+
+_breakers: dict[str, WriteLockBreaker] = {}
+_guard: Final = threading.Lock()
 
 
 class InvalidDatabaseUrl(ValueError):
@@ -204,7 +214,7 @@ class _SqliteWriteTransactions:
     """Write transactions of one pool, coordinated with all other writers of the file."""
 
     def __init__(self, path: str) -> None:
-        self._breaker = sqlite_writes.write_breaker(path)
+        self._breaker = write_breaker(path)
         self._under_way: set[object] = set()
 
     def begin(self, connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
@@ -263,3 +273,119 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 -
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -8000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+class WriteLockBreaker:
+    """Breaker for the write transactions of one process on one file; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._changes = 0
+        """Number of transactions begun and ended here; its growth shows that waiting writers wait for one
+        another.
+        """
+        self._is_open = False
+
+    def begin(self, execute: Callable[[str], object], *, busy_seconds: float) -> None:
+        """Begin a transaction on a connection; raises `DatabaseUnavailable`.
+
+        `busy_seconds` is the lock wait of the connection.
+        """
+        if not self._is_open or not self._is_free(execute, busy_seconds):
+            self._wait(execute)
+        with self._lock:
+            self._is_open = False
+            self._under_way += 1
+            self._changes += 1
+
+    def end(self) -> None:
+        """Report the end of a transaction that was begun here."""
+        with self._lock:
+            self._under_way -= 1
+            self._changes += 1
+
+    def _wait(self, execute: Callable[[str], object]) -> None:
+        give_up_at = monotonic() + OWN_WRITES_SECONDS
+        while True:
+            before = self._changes
+            error = _try_begin(execute)
+            if error is None:
+                return
+            with self._lock:
+                is_ours = self._under_way > 0 or self._changes != before
+                if not is_ours or monotonic() > give_up_at:
+                    self._is_open = True
+                    raise _lock_error() from error
+
+    def _is_free(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
+        """Begin without a wait; returns False if another writer of this process was faster."""
+        execute("PRAGMA busy_timeout = 0")
+        try:
+            error = _try_begin(execute)
+        finally:
+            execute(f"PRAGMA busy_timeout = {int(busy_seconds * 1000)}")
+        if error is not None and self._is_open:
+            raise _lock_error() from error
+        return error is None
+
+
+def write_breaker(path: str) -> WriteLockBreaker:
+    """Return the breaker for a file in this process."""
+    with _guard:
+        return _breakers.setdefault(path, WriteLockBreaker())
+
+
+def _try_begin(execute: Callable[[str], object]) -> Exception | None:
+    """Try to begin a transaction; returns the error if the file is locked."""
+    try:
+        execute("BEGIN IMMEDIATE")
+    except Exception as error:
+        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)
+        if code & PRIMARY_CODE_BITS != sqlite3.SQLITE_BUSY:
+            raise
+        return error
+    return None
+
+
+def _lock_error() -> DatabaseUnavailable:
+    return DatabaseUnavailable("Another program keeps the database file locked")
+
+
+class TransactionTurns:
+    """Queues of turns by key.
+
+    If one turn ends with a lock timeout, those behind it fail at once: they need the same lock.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, _TurnQueue] = {}
+
+    @asynccontextmanager
+    async def take(self, key: str) -> AsyncIterator[None]:
+        """Wait for the turn, and hold it for the block; raises `LockWaitTimeout`."""
+        queue = self._queues.setdefault(key, _TurnQueue())
+        queue.users += 1
+        timeouts = queue.timeouts
+        try:
+            async with queue.lock:
+                if queue.timeouts > timeouts:
+                    raise LockWaitTimeout("Another transaction holds a lock that this one needs")
+                try:
+                    yield
+                except LockWaitTimeout:
+                    queue.timeouts += 1
+                    raise
+        finally:
+            queue.users -= 1
+            if not queue.users:
+                del self._queues[key]
+
+
+class _TurnQueue:
+    __slots__ = ("lock", "timeouts", "users")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+        self.timeouts = 0

@@ -55,7 +55,7 @@ from journal.store import (
     RunWrite,
     SweepResult,
 )
-from models import sqlite_writes
+from models import database
 from models.database import SQLITE_BUSY_SECONDS
 from models.database_clock import DatabaseClock
 from models.errors import DatabaseUnavailable
@@ -169,7 +169,7 @@ class _ConnectionThread:
 
     def __init__(self, path: str, name: str, *, writes: bool) -> None:
         self._path = path
-        self._breaker = sqlite_writes.write_breaker(path) if writes else None
+        self._breaker = database.write_breaker(path) if writes else None
         self._works: queue.SimpleQueue[tuple[DatabaseWork[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
