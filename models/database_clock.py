@@ -1,6 +1,7 @@
-"""Clock of a process that follows the database's time.
+"""Clocks of a process: the time of its host, and a clock that follows the time of the database.
 
-It learns the time from answers of the database, and extrapolates by the monotonic clock.
+The host's time, also that of a database on SQLite, follows changes of the wall clock only on request. The other clock
+learns the time from answers of the database, and extrapolates by the monotonic clock.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from datetime import UTC, datetime
 from math import inf, isfinite
 from typing import Final
 
-from models.host_time import HOST_TIME
 from models.timestamps import from_microseconds, to_microseconds
 
 DRIFT: Final = 0.0005
 """Maximum drift between the clocks of two healthy hosts, in seconds per second."""
 _SECOND: Final = 1_000_000
+
+# Runs while the machine sleeps, unlike the monotonic clock on Linux; other systems have no such clock.
+_COUNTER: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class DatabaseClock:
@@ -78,3 +81,38 @@ class DatabaseClock:
             is_contradiction = abs(offset - self._offset) > (error + known_error) * _SECOND
             if error <= known_error or is_contradiction:
                 self._offset, self._error, self._learned_at = offset, error, answered_at
+
+
+class HostTime:
+    """Microseconds since 1970: read from the wall clock once, then counted by a clock that nobody can set."""
+
+    def __init__(self) -> None:
+        self._offset = _wall_microseconds() - _counter_microseconds()
+
+    def microseconds(self) -> int:
+        """Return the time in microseconds since 1970."""
+        return self._offset + _counter_microseconds()
+
+    def seconds(self) -> float:
+        """Return the time in seconds since 1970."""
+        return self.microseconds() / 1_000_000
+
+    def step(self) -> int:
+        """Return by how many microseconds the wall clock is ahead; a large step means that it was set."""
+        return _wall_microseconds() - self.microseconds()
+
+    def move(self, step: int) -> None:
+        """Move the time by a step in microseconds."""
+        self._offset += step
+
+
+def _wall_microseconds() -> int:
+    return time.time_ns() // 1_000  # noqa: TID251 - the source of all other time of this host
+
+
+def _counter_microseconds() -> int:
+    return time.clock_gettime_ns(_COUNTER) // 1_000
+
+
+HOST_TIME: Final = HostTime()
+"""Time of the host for this process."""

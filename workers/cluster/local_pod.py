@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
-from models.host_time import HOST_TIME
+from models.database_clock import HOST_TIME
 from models.oom_kills import OomKillWatch
 from workers.cluster import local_process
 from workers.cluster.atomic_files import replace_file
