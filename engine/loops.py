@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
-from engine import node_key, outcomes, values
+from engine import node_key, run_records, values
 from engine import run_limits as engine_limits
 from engine.frames import LoopProgress, SectionFrame
 from engine.node_api import CONTINUE, DONE
@@ -158,12 +158,12 @@ class LoopScheduler:
     def _on_turn_completed(self, turn: SectionFrame, loop: LoopProgress) -> None:
         result = turn.result()
         try:
-            encoded = outcomes.encode_output(result, self._limits.max_output_bytes)
+            encoded = run_records.encode_output(result, self._limits.max_output_bytes)
             loop.result_bytes += len(encoded)
             if loop.result_bytes > self._limits.max_output_bytes:
-                raise outcomes.output_too_large(self._limits.max_output_bytes)
+                raise run_records.output_too_large(self._limits.max_output_bytes)
         except (InvalidJson, NodeError) as error:
-            self._fail(loop, self._owner.to_run_error(loop.visit, outcomes.to_node_error(error)))
+            self._fail(loop, self._owner.to_run_error(loop.visit, run_records.to_node_error(error)))
             return
         loop.results[turn.index] = result
         self._record_turn(turn, loop, SpanStatus.COMPLETED, output=encoded)

@@ -8,13 +8,12 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from engine import answer_payloads, outcomes, values
+from engine import answer_payloads, run_records, values
 from engine.frames import NodeVisit, SectionFrame, SleepingNode, WakeAction
 from engine.loops import LoopScheduler
 from engine.node_api import ERROR, OUTPUT, AnswerWait, NodeDirective, NodeOutcome, NodeResult, TimerWait
-from engine.outcomes import EXPIRED_CODE, to_node_error
 from engine.run_errors import NodeError
-from engine.run_records import NodeSpan, RunError, SpanStatus
+from engine.run_records import EXPIRED_CODE, NodeSpan, RunError, SpanStatus, to_node_error
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ class RunProgress:
             text = visit.input if visit.input_node is None else visit.frame.texts.get(visit.input_node)
             if text is not None and len(text) <= MAX_KEPT_TEXT_BYTES:
                 return output, text, sha256(text).digest()
-        text = outcomes.encode_output(output, self._max_bytes(visit, output))
+        text = run_records.encode_output(output, self._max_bytes(visit, output))
         return output, text, sha256(text).digest()
 
     def _max_bytes(self, visit: NodeVisit, output: Json) -> int:
@@ -158,7 +157,7 @@ class RunProgress:
 
     def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError:
         """Convert an error to the stored error of a node."""
-        return outcomes.to_node_run_error(error, visit.node_id, visit.attempt)
+        return run_records.to_node_run_error(error, visit.node_id, visit.attempt)
 
     def _pause_seconds(self, visit: NodeVisit, error: NodeError) -> float | None:
         """Return the delay before the next attempt in seconds; None if there is none.
@@ -167,7 +166,7 @@ class RunProgress:
         one round; the round follows from the number of the next attempt.
         """
         node = visit.program.node
-        is_known = error.retryable and error.code not in outcomes.UNKNOWN_OUTCOMES
+        is_known = error.retryable and error.code not in run_records.UNKNOWN_OUTCOMES
         if visit.is_at_most_once and not is_known:
             return None
         has_rounds = self._settings.retry_on_failure and visit.frame.is_fatal() and not visit.has_error_edge
@@ -184,7 +183,7 @@ class RunProgress:
         """Fail a node permanently: route its error to the error port, or fail its frame."""
         frame = visit.frame
         if visit.has_error_edge and not frame.is_broken_off:
-            output, text = outcomes.error_output(reason, visit.data, self._max_output_bytes)
+            output, text = run_records.error_output(reason, visit.data, self._max_output_bytes)
             digest = sha256(text).digest()
             self._settle(visit, SpanStatus.FAILED, ERROR, output, text, digest, reason)
             return
@@ -202,7 +201,7 @@ class RunProgress:
             return
         frame.failure = reason
         if frame.loop is None:
-            self.failure = outcomes.to_run_error(reason)
+            self.failure = run_records.to_run_error(reason)
         else:
             self._loops.cancel_turn(frame)
 
@@ -304,7 +303,7 @@ class RunProgress:
         if payload is not None:
             self._apply_answer(visit, payload)
             return
-        text = outcomes.encode_output(answer_payloads.encode_wait(outcome), self._max_output_bytes)
+        text = run_records.encode_output(answer_payloads.encode_wait(outcome), self._max_output_bytes)
         self._recorder.record_node(visit, SpanStatus.WAITING, wake_at=outcome.expires_at, awaits=text)
         if visit.is_write:
             self._recorder.has_uncommitted_write = True

@@ -8,8 +8,15 @@ from msgspec import structs
 
 from engine import node_key
 from engine import run_limits as engine_limits
-from engine.outcomes import LOST_ATTEMPT_CODE, make_storable
-from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, SpanStatus
+from engine.run_records import (
+    LOST_ATTEMPT_CODE,
+    AttemptSpan,
+    LogLine,
+    NodeSpan,
+    RunError,
+    SpanStatus,
+    make_storable,
+)
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -20,24 +20,27 @@ import msgspec
 
 from concurrency import offload
 from concurrency.offload import BudgetExceeded
-from engine import node_key, outcomes
+from engine import node_key, run_records
 from engine.expressions import ExpressionError
 from engine.frames import NodeVisit, SectionFrame, WakeAction, Worklist
 from engine.node_api import NodeCall, NodeOutcome
 from engine.node_inputs import NodeInputs
-from engine.outcomes import LOST_ATTEMPT_CODE, NEEDS_CONFIRM_CODE, TIMEOUT_CODE, to_node_error
 from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_limits import RunLimits
 from engine.run_progress import NodeAnswers, RunProgress
 from engine.run_records import (
     CANDIDATE_STATUSES,
+    LOST_ATTEMPT_CODE,
+    NEEDS_CONFIRM_CODE,
+    TIMEOUT_CODE,
     NodeSpan,
     RunError,
     RunJournalWriter,
     RunOutcome,
     RunStatus,
     SpanStatus,
+    to_node_error,
 )
 from engine.services import collect_source_uses
 from engine.span_recorder import SpanRecorder
@@ -400,7 +403,7 @@ class WorkflowRunner:
                 raise
             raise NodeError("The node cancelled itself") from None
         except Exception as error:
-            raise (outcomes.node_timed_out(node) if limit.expired() else to_node_error(error)) from error
+            raise (run_records.node_timed_out(node) if limit.expired() else to_node_error(error)) from error
 
     async def _call_node(self, visit: NodeVisit, call: NodeCall) -> NodeOutcome:
         run = self._program.runs[visit.node_id]
