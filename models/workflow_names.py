@@ -1,13 +1,18 @@
-"""Kubernetes names of a workflow's objects, made from its id: valid as Deployment, Service and label value.
+"""Names of a deployed workflow: of its objects in Kubernetes, and of its pods' processes in leases.
 
-Names of Services are the most limited of these up to Kubernetes 1.35: RFC 1035, a letter first, 63
-characters.
+Names of objects are made from the id of the workflow and valid as Deployment, Service and label value. Those of
+Services are the most limited up to Kubernetes 1.35: RFC 1035, a letter first, 63 characters. A process has the name
+`pod:<workflow>:<pod>/<start>`, since a pod may restart under its name, and nobody renews the leases of its earlier
+process.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import blake2b
+from typing import Final
 
 from models import ids
 
@@ -20,6 +25,10 @@ _NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
 _DIGEST_BYTES = 10
 _DIGEST_CHARACTERS = 16
 _MAX_NAME_LENGTH = MAX_LENGTH - len(PODS_SUFFIX)
+
+POD_OWNER_PREFIX: Final = "pod:"
+"""Prefix of the lease owner names of all pods."""
+_NAME: Final = re.compile(r"(?P<pod>[A-Za-z0-9_-]{1,64})/(?P<milliseconds>[0-9]{13})")
 
 
 def workflow_name(workflow_id: str) -> str:
@@ -53,3 +62,42 @@ def pods_service_name(workflow_id: str) -> str:
 def _encode_base32(digest: bytes) -> str:
     number = int.from_bytes(digest, "big")
     return "".join(ids.ALPHABET[number >> 5 * place & 31] for place in reversed(range(_DIGEST_CHARACTERS)))
+
+
+@dataclass(frozen=True, slots=True)
+class PodProcess:
+    """One process of a pod."""
+
+    pod: str
+    started_at: datetime
+    """Start time by the clock of its machine, in whole milliseconds."""
+
+    @classmethod
+    def new(cls, pod: str) -> PodProcess:
+        """Return the identity of a process that starts now."""
+        return cls(pod, datetime.fromtimestamp(int(datetime.now(UTC).timestamp() * 1_000) / 1_000, UTC))  # noqa: TID251 - compared on one machine
+
+    @classmethod
+    def from_name(cls, name: str) -> PodProcess | None:
+        """Parse a process from its name; None for any other text."""
+        found = _NAME.fullmatch(name)
+        if found is None:
+            return None
+        return cls(found["pod"], datetime.fromtimestamp(int(found["milliseconds"]) / 1_000, UTC))
+
+    @property
+    def name(self) -> str:
+        return f"{self.pod}/{round(self.started_at.timestamp() * 1_000):013d}"
+
+
+def lease_owner(workflow_id: str, process: PodProcess) -> str:
+    """Return the name under which a process leases runs.
+
+    Only pods of its workflow have names with this prefix.
+    """
+    return f"{lease_owner_prefix(workflow_id)}{process.name}"
+
+
+def lease_owner_prefix(workflow_id: str) -> str:
+    """Return the common prefix of the lease owner names of a workflow's pods."""
+    return f"{POD_OWNER_PREFIX}{workflow_id}:"

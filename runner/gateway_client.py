@@ -16,7 +16,7 @@ from execution.pod_api import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADE
 from json_text import decoding
 from models.database_clock import DatabaseClock
 from models.errors import DatabaseUnavailable
-from models.pod_processes import PodProcess
+from models.workflow_names import PodProcess
 
 if TYPE_CHECKING:
     from runner.settings import RunnerSettings

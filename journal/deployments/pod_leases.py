@@ -11,7 +11,7 @@ from sqlmodel import col
 from journal import out_of_memory_reclaim
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
-from models.pod_processes import PodProcess, lease_owner, lease_owner_prefix
+from models.workflow_names import PodProcess, lease_owner, lease_owner_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

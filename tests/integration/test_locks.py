@@ -30,7 +30,7 @@ from journal.waits import children, completion
 from models import postgresql_sessions as sessions
 from models.database import Database, parse_url
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
-from models.pod_processes import PodProcess
+from models.workflow_names import PodProcess
 from tests.integration.lock_holders import (
     PROMPT_SECONDS,
     hold_transaction_open,

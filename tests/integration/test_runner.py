@@ -45,8 +45,8 @@ from models import data_source, deployment_token, ids
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import TokenBearer
-from models.pod_processes import PodProcess, lease_owner
 from models.timestamps import to_microseconds
+from models.workflow_names import PodProcess, lease_owner
 from runner import gateway_client
 from runner import main as runners
 from runner.remote_store import RemoteRunStore
