@@ -1,12 +1,20 @@
-"""Workflows as the database stores them: the row, the graph and the users it is shared with."""
+"""Workflows as the database stores them: the row, the graph and the users it is shared with.
+
+Older servers accepted foreign keys in `settings` from users: they belong to `config`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
+import msgspec
+
+from engine import values
+from gateway.http import limits
+from gateway.workflows.run_settings import KnownSettings
 from models.column_types import column_values
 from models.workflow import Workflow
 
@@ -20,6 +28,10 @@ Optional fields are `version, retry, timeout, atMostOnce`; every node of a store
 """
 StoredConnection: TypeAlias = "dict[str, Json]"
 """`id, source, sourcePort, target, targetPort`."""
+
+FOREIGN_SETTINGS: Final = "settings"
+"""Key of `config` under which keys of `settings` are stored that the server does not know."""
+KNOWN_SETTINGS: Final = frozenset(field.encode_name for field in msgspec.structs.fields(KnownSettings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +47,40 @@ class StoredWorkflow:
     def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
         """Return the workflow with changed columns of its own row."""
         return replace(self, workflow=Workflow(**{**column_values(self.workflow), **changes}))
+
+
+def move_foreign_settings(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return columns of a workflow with foreign keys of `settings` in `config.settings`.
+
+    A key stays in `settings` if `config.settings` has another value for it or is no object. All keys stay if
+    `config` would become too large for a request body. No value is lost, and remaining keys are accepted as
+    before.
+    """
+    settings, config = columns["settings"], columns["config"]
+    place = config.get(FOREIGN_SETTINGS, {})
+    if not isinstance(place, dict):
+        return {**columns}
+    moved = {
+        key: value
+        for key, value in settings.items()
+        if key not in KNOWN_SETTINGS and (key not in place or values.equal_json(place[key], value))
+    }
+    new_config = {**config, FOREIGN_SETTINGS: {**place, **moved}}
+    if not moved or len(values.encode_json(new_config)) > limits.SETTINGS_BYTES:
+        return {**columns}
+    kept = {key: value for key, value in settings.items() if key not in moved}
+    return {**columns, "settings": kept, "config": new_config}
+
+
+def is_stored_foreign_setting(
+    key: str, value: Json, settings: Mapping[str, Json], config: Mapping[str, Json]
+) -> bool:
+    """Tell whether a foreign key in the `settings` of a request repeats its stored value.
+
+    The value may be stored in `settings`, or in `config.settings` after the move.
+    """
+    place = config.get(FOREIGN_SETTINGS)
+    return any(
+        key in stored and values.equal_json(stored[key], value)
+        for stored in (settings, place if isinstance(place, dict) else {})
+    )

@@ -17,9 +17,9 @@ from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, Instant, WireStruct, body_of, instant, read_json
 from gateway.workflows import (
     editing,
-    foreign_settings,
     graph_difference,
     graph_shapes,
+    stored_workflow,
     version_rows,
     workflow_documents,
     workflow_rows,
@@ -222,7 +222,7 @@ def _readable_snapshot(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> M
 
 def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a snapshot in the form of the Workflow object."""
-    snapshot = foreign_settings.move(snapshot)
+    snapshot = stored_workflow.move_foreign_settings(snapshot)
     return {
         **snapshot,
         "nodes": [graph_shapes.shown_node(node) for node in snapshot["nodes"]],
@@ -307,7 +307,7 @@ def _with_next_version(before: StoredWorkflow) -> StoredWorkflow:
 
 def _restored(before: StoredWorkflow, snapshot: Mapping[str, Any]) -> StoredWorkflow:
     """Return a workflow with the content of a snapshot."""
-    snapshot = foreign_settings.move(snapshot)
+    snapshot = stored_workflow.move_foreign_settings(snapshot)
     columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}
     return replace(
         before.with_columns(**columns), nodes=snapshot["nodes"], connections=snapshot["connections"]

@@ -12,7 +12,7 @@ from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select,
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
-from gateway.workflows import foreign_settings, trigger_rows
+from gateway.workflows import stored_workflow, trigger_rows
 from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import held_runs
 from journal.store import ExecutionKey
@@ -116,7 +116,7 @@ async def find_workflow(
 
 def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:
     """Return a workflow from its row joined with that of its graph."""
-    fields = foreign_settings.move(row)
+    fields = stored_workflow.move_foreign_settings(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
     return StoredWorkflow(Workflow(**fields), nodes, connections, shared_with)
 

@@ -15,11 +15,10 @@ from gateway.http import limits, text_rules
 from gateway.http.errors import ApiError
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, Instant, WireStruct, convert, instant, with_whole_numbers
-from gateway.workflows import foreign_settings, graph_shapes, run_settings
-from gateway.workflows.foreign_settings import KNOWN
+from gateway.workflows import graph_shapes, run_settings, stored_workflow
 from gateway.workflows.graph_shapes import CanvasPosition, Connections, Nodes, RetryShape
 from gateway.workflows.run_settings import KnownSettings
-from gateway.workflows.stored_workflow import StoredWorkflow
+from gateway.workflows.stored_workflow import KNOWN_SETTINGS, StoredWorkflow
 from journal import definition_snapshot
 from models import ids
 from models.workflow import Workflow, WorkflowStatus
@@ -272,11 +271,16 @@ def _settings(
     values, from before or after their move to `config.settings`. Null removes one that could not be moved.
     """
     whole = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
-    removed = {key: value for key, value in whole.items() if value is None and key in {*before, *KNOWN}}
+    removed = {
+        key: value for key, value in whole.items() if value is None and key in {*before, *KNOWN_SETTINGS}
+    }
     fields: dict[str, Json] = {
         key: value
         for key, value in whole.items()
-        if key not in removed and (key in KNOWN or not foreign_settings.is_stored(key, value, before, config))
+        if key not in removed
+        and (
+            key in KNOWN_SETTINGS or not stored_workflow.is_stored_foreign_setting(key, value, before, config)
+        )
     }
     try:
         known = convert(fields, KnownSettings, "settings")
