@@ -1,4 +1,8 @@
-"""Reads and edits of one workflow: permissions, locks, preconditions, and audit records."""
+"""Reads and edits of one workflow: permissions, locks, preconditions, checks of data sources, and audit records.
+
+The data sources of a workflow are checked before it becomes active; otherwise senders would be refused because of the
+owner's mistake. No server is contacted: the test of a data source does that.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,31 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 import structlog
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
 
+from engine.graph import ParsedGraph
+from engine.resource_scopes import list_references
 from gateway.access import audit_log
 from gateway.http import errors, idempotency, preconditions
 from gateway.http.responses import JsonResponse
-from gateway.workflows import graph_shapes, source_checks, workflow_documents, workflow_rows
+from gateway.workflows import graph_shapes, workflow_documents, workflow_rows
 from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import definition_snapshot
+from journal.definition_snapshot import build_definition
 from models.audit import AuditAction
 from models.column_types import column_values
+from models.data_source import DataSource, decrypt_secrets, is_usable_by
+from models.encryption import VaultError
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from engine.node_lookup import NodeTypeLookup
     from engine.resource_scopes import ResourceReference
+    from engine.values import Json
     from gateway.http.preconditions import RequestedObject
     from journal.store import IdempotencyKey
     from models.access import ApiCaller
@@ -152,7 +167,7 @@ class WorkflowEditor:
             raise errors.conflict(
                 "edit-conflict", "Another request changed this workflow at the same time: try again"
             )
-        await source_checks.require_usable(connection, after, wanted.named_sources, self._vault)
+        await require_usable(connection, after, wanted.named_sources, self._vault)
         return after
 
     async def create(
@@ -169,7 +184,7 @@ class WorkflowEditor:
         named: Sequence[ResourceReference] = ()
         if workflow.status == WorkflowStatus.ACTIVE:
             every = {str(node["id"]) for node in made.nodes}
-            named = await asyncio.to_thread(source_checks.named_sources, made, self._catalog, only=every)
+            named = await asyncio.to_thread(named_sources, made, self._catalog, only=every)
 
         async def insert(connection: AsyncConnection) -> str:
             if idempotency_key is not None:
@@ -184,7 +199,7 @@ class WorkflowEditor:
                     return bound
             # An earlier attempt may have been committed, though its answer was lost.
             if not await workflow_rows.exists(connection, workflow.id):
-                await source_checks.require_usable(connection, made, named, self._vault)
+                await require_usable(connection, made, named, self._vault)
                 await workflow_rows.add_workflow(connection, made, self._catalog)
                 after = content_hash(made)
                 await audit_log.record_change(
@@ -236,7 +251,7 @@ def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _A
         graph_shapes.require_valid(
             definition_snapshot.check_graph(after.nodes, after.connections, catalog, passed=passed)
         )
-        applied = replace(applied, named_sources=source_checks.named_sources(after, catalog, only=to_check))
+        applied = replace(applied, named_sources=named_sources(after, catalog, only=to_check))
     _require_no_credentials(after)
     return applied
 
@@ -279,3 +294,55 @@ def _unchanged(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
     if _encode_sorted([old for old, _ in alike]) != _encode_sorted([new for _, new in alike]):
         return frozenset()  # 1 has become true in some node, which are equal in Python
     return frozenset(str(node["id"]) for _, node in alike)
+
+
+def named_sources(
+    stored: StoredWorkflow, catalog: NodeTypeLookup, *, only: Collection[str]
+) -> Sequence[ResourceReference]:
+    """Return every field of these nodes that names a data source."""
+    nodes = [node for node in stored.nodes if str(node["id"]) in only]
+    graph = ParsedGraph.from_stored(build_definition(nodes, [], {}))
+    return [one for one in list_references(graph, catalog) if one.kind == "datasources"]
+
+
+async def require_usable(
+    connection: AsyncConnection,
+    stored: StoredWorkflow,
+    named: Sequence[ResourceReference],
+    vault: SecretVault,
+) -> None:
+    """Raise 422 unless each data source exists, is usable by the owner, decrypts, and has a suitable type."""
+    if not named:
+        return
+    owner = stored.workflow
+    statement = select(DataSource).where(
+        col(DataSource.id).in_({one.id for one in named}), is_usable_by(owner.organization_id, owner.owner_id)
+    )
+    rows = (await connection.execute(statement)).mappings()
+    found = {row["id"]: DataSource(**row) for row in rows}
+    problems = [problem for one in named if (problem := _problem(one, found.get(one.id), vault)) is not None]
+    if problems:
+        raise errors.invalid(problems)
+
+
+def _problem(
+    reference: ResourceReference, source: DataSource | None, vault: SecretVault
+) -> dict[str, Json] | None:
+    path = f"nodes.{reference.node_id}.config.{reference.path}"
+    wanted = " or ".join(reference.source_types)
+    if source is None:
+        message = (
+            f"{path} names no data source that the workflow's owner may use: choose one of the type {wanted}"
+        )
+        return errors.problem(path, "data-source-not-found", message)
+    if source.type not in reference.source_types:
+        message = (
+            f"{path} names a data source of the type {source.type}; the node needs one of the type {wanted}"
+        )
+        return errors.problem(path, "wrong-data-source", message)
+    try:
+        decrypt_secrets(vault, source)
+    except VaultError:
+        message = f"{path} names a data source with secrets that can't be decrypted: set them again"
+        return errors.problem(path, "data-source-unreadable", message)
+    return None
