@@ -13,8 +13,8 @@ from gateway.http.errors import invalid_query
 from gateway.http.parameters import TextParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
+from gateway.http.router import TRIGGER_PATH
 from gateway.http.wire import WireStruct
-from gateway.http.workflow_hosts import PATH
 from journal.store import DefinitionKey
 from models import workflow_names
 from models.deployment import Deployment
@@ -114,7 +114,7 @@ async def _deployed(
 def _trigger_url(settings: GatewaySettings, workflow_id: str) -> str:
     if settings.cluster == "kubernetes":
         name = workflow_names.workflow_name(workflow_id)
-        return f"http://{name}.{settings.kubernetes_namespace}.svc.cluster.local{PATH}"
+        return f"http://{name}.{settings.kubernetes_namespace}.svc.cluster.local{TRIGGER_PATH}"
     address = settings.public_url or f"http://{settings.host}:{settings.port}"
     return f"{address.rstrip('/')}/api/v1/workflows/{workflow_id}/trigger"
 

@@ -1,12 +1,22 @@
-"""Router from path segments to endpoints, at a cost that doesn't depend on the number of routes."""
+"""Routers of requests: by the segments of the path, at a cost that doesn't depend on the number of routes, and by host.
+
+Applications in a cluster call a workflow by its host name and trigger it with a key. Each workflow has a Service
+without pods, which leads to the gateway, so the host name alone identifies the workflow. It reveals no more than an id
+in a path does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from models import workflow_names
+
+TRIGGER_PATH: Final = "/trigger"
+_HOST_PREFIX: Final = workflow_names.PREFIX.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +102,35 @@ class PathRouter:
                 raise ValueError(f"{route.path}: another path calls {{{name}}} {{{branch.name}}}")
             branch = branch.anything
         branch.route = route
+
+
+class WorkflowHostRouter:
+    """Router of requests to the host of a workflow; all others go to `app`."""
+
+    def __init__(self, app: ASGIApp, *, trigger: PathRoute, default: ASGIApp) -> None:
+        """Set the routes; `default` answers every other path of such a host."""
+        self._app = app
+        self._trigger = trigger
+        self._default = default
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        workflow_id = _workflow_of(scope)
+        if workflow_id is None:
+            await self._app(scope, receive, send)
+        elif scope["path"] != TRIGGER_PATH:
+            await self._default(scope, receive, send)
+        else:
+            scope["route"], scope["path_params"] = self._trigger, {"id": workflow_id}
+            await self._trigger.endpoint(scope, receive, send)
+
+
+def _workflow_of(scope: Scope) -> str | None:
+    """Return the workflow that the host names, in any domain."""
+    for name, value in scope["headers"]:
+        if name == b"host":
+            host: bytes = value.lower()
+            if not host.startswith(_HOST_PREFIX):
+                return None
+            first = host.partition(b":")[0].partition(b".")[0]
+            return workflow_names.parse_workflow_id(first.decode("latin-1"))
+    return None

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from gateway import routes
-from gateway.http import cross_origin
+from gateway.http import edge
 from gateway.openapi import openapi_document
 from gateway.settings import GatewaySettings
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
@@ -112,7 +112,7 @@ def test_scripts_may_read_every_documented_header() -> None:
         for response in [*answers, *DOCUMENT["components"]["responses"].values()]
         for name in response.get("headers", {})
     }
-    assert documented == set(cross_origin.EXPOSED)
+    assert documented == set(edge.EXPOSED)
 
 
 def test_origins_are_read_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
