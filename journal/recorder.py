@@ -26,7 +26,7 @@ from engine.run_records import (
     RunStatus,
     SpanStatus,
 )
-from journal import trigger_body
+from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobsUnavailable
 from journal.explanations.blockers import BlockerCode, code_of_wait
 from journal.group_commit import GroupCommit
@@ -213,7 +213,7 @@ class RunJournal:
 
     async def trigger(self, text: str) -> Json:
         """Return the output of the trigger node; raises `InvalidJson`, `RecordedValueLost` and `LeaseLost`."""
-        if self._large is None or not trigger_body.is_separate(text):
+        if self._large is None or not large_values.is_separate(text):
             return await offload.run(values.decode_json, text.encode())
         large = self._large
         return await self._repeat_until_done(lambda: asyncio.create_task(large.trigger(text)))

@@ -13,7 +13,8 @@ from msgspec import Raw
 
 from gateway.http import errors, limits
 from gateway.http.wire import WireStruct
-from journal import trigger_body, unparsed_mail
+from journal import unparsed_mail
+from journal.blobs import large_values
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobsUnavailable
 from journal.blobs.blob_store import BlobTooLarge
@@ -146,18 +147,18 @@ class ShownOutputs:
 
         An unparsed mail is shown as an empty object.
         """
-        if not trigger_body.is_separate(text):
+        if not large_values.is_separate(text):
             return Raw(unparsed_mail.visible_trigger(text))
-        fields = trigger_body.split_fields(text)
-        fields[trigger_body.BODY] = self.show(_text_of(fields[trigger_body.BODY]), is_reference=True)
+        fields = large_values.split_fields(text)
+        fields[large_values.BODY] = self.show(_text_of(fields[large_values.BODY]), is_reference=True)
         return Raw(_encode(fields))
 
 
 def trigger_references(text: str) -> list[str]:
     """Return the text of the reference in the output of a trigger; none unless its body is a blob."""
-    if not trigger_body.is_separate(text):
+    if not large_values.is_separate(text):
         return []
-    return [_text_of(trigger_body.split_fields(text)[trigger_body.BODY])]
+    return [_text_of(large_values.split_fields(text)[large_values.BODY])]
 
 
 def _text_of(json_text: Raw) -> str:

@@ -8,7 +8,8 @@ import msgspec
 
 from gateway.http import errors
 from gateway.ingest.ingest import RunInput
-from journal import trigger_body, unparsed_mail
+from journal import unparsed_mail
+from journal.blobs import large_values
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.unparsed_mail import UnparsedMail
@@ -33,7 +34,7 @@ async def share_blobs(
     the content is gone, and 503 if the blob storage does not answer.
     """
     execution_id = ids.new_id("exec")
-    if trigger_body.is_separate(given):
+    if large_values.is_separate(given):
         trigger = await _copy_body(blobs, given, source, execution_id)
         return RunInput(trigger, given, idempotency_key=idempotency_key, execution_id=execution_id)
     trigger = decoding.decode(given)
@@ -58,11 +59,11 @@ async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, exe
     Raises 409 if the body is gone, and 503 if the blob storage does not answer.
     """
     if source is None or not await _copy_blob(
-        blobs, source, execution_id, trigger_body.find_reference(given)
+        blobs, source, execution_id, large_values.find_reference(given)
     ):
         raise _blob_missing()
     try:
-        return await trigger_body.read_body(given, blobs, source)
+        return await large_values.read_body(given, blobs, source)
     except BlobLost as error:
         raise _blob_missing() from error
     except BlobsUnavailable as error:

@@ -29,10 +29,10 @@ from gateway.ingest.ingest import RunInput
 from gateway.ingest.verification import SigningProvider
 from gateway.ingest.webhook_responses import WorkflowAnswer
 from gateway.ingest.webhook_triggers import ResponseMode
-from journal import trigger_body
+from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
+from journal.blobs.large_values import EncodedTrigger
 from journal.store import AcceptanceVerdict, ExecutionKey
-from journal.trigger_body import EncodedTrigger
 from messages.token_buckets import BucketRate
 from models import ids
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
@@ -269,7 +269,7 @@ async def _ingest(
         if text is None:
             owner = BlobOwner(target.workflow.organization_id, execution_id)
             try:
-                text = await trigger_body.store_body(gateway.blobs, owner, encoded)
+                text = await large_values.store_body(gateway.blobs, owner, encoded)
             except BlobsUnavailable as error:
                 raise errors.not_ready(f"{error}: try again") from error
         return RunInput(trigger, text, idempotency_key=idempotency_key, execution_id=execution_id)

@@ -18,7 +18,8 @@ from gateway.executions import acceptance
 from gateway.http import errors, idempotency
 from gateway.http.errors import ApiError
 from gateway.workflows import graph_shapes
-from journal import concurrency_limits, held_runs, trigger_body
+from journal import concurrency_limits, held_runs
+from journal.blobs import large_values
 from journal.concurrency_limits import LimitAction
 from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey, IngestedRun, IngestResult
 from journal.waits import completion
@@ -175,7 +176,7 @@ class RequestIngestor:
         async def plan_write() -> IngestWrite:
             target = await self.resolve_target(caller, workflow_id, kind)
             runs[:] = [self.build_run(target, await plan(target))]
-            if not trigger_body.is_separate(runs[0].trigger):
+            if not large_values.is_separate(runs[0].trigger):
                 inbound.payload = runs[0].trigger
             outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
             return inbound.to_write(runs, status=status, outcome=outcome, idempotency=own_key)

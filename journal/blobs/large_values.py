@@ -1,25 +1,37 @@
-"""Large inputs and outputs of nodes, stored as blobs.
+"""Large values of runs, stored as blobs: inputs and outputs of nodes, and bodies of webhooks.
 
-They are moved to blobs when a span is committed, and restored when its run continues.
+Values of nodes are moved to blobs when a span is committed, and restored when its run continues. A large body leaves
+a reference in the trigger of the run's row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
+from msgspec import Raw
 
+from concurrency import offload
+from engine import values
 from engine.run_records import SETTLED_STATUSES, NodeSpan
-from journal import trigger_body
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobOwner
+from json_text import decoding
 
 if TYPE_CHECKING:
     from engine.values import Json
     from journal.blobs.blob_store import RunBlobs
 
-JSON_MEDIA_TYPE: Final = "application/json"
+BODY: Final = "body"
+MEDIA_TYPE: Final = "application/json"
+MAX_ROW_BYTES: Final = 262_144
+"""Size in bytes of JSON above which a body is stored as a blob."""
+_FIELD: Final = b'{"body":'
+_BEGINNING: Final = '{ "body":'
+"""Start of a row with a reference. No encoder writes this space, so no request body can pass for a reference.
+"""
 
 
 class RecordedValueLost(Exception):
@@ -55,7 +67,7 @@ class LargeValues:
     async def trigger(self, text: str) -> Json:
         """Return the whole output of a trigger with a separate body; raises `RecordedValueLost`."""
         try:
-            return await trigger_body.read_body(text, self._blobs, self._owner)
+            return await read_body(text, self._blobs, self._owner)
         except (BlobLost, InvalidBlobReference) as error:
             raise RecordedValueLost(
                 f"The body of the trigger is gone from the blob storage: {error}"
@@ -77,7 +89,7 @@ class LargeValues:
 
     async def _reference(self, content: bytes, put: dict[bytes, bytes]) -> bytes:
         if content not in put:
-            put[content] = (await self._blobs.put(self._owner, content, media_type=JSON_MEDIA_TYPE)).as_text()
+            put[content] = (await self._blobs.put(self._owner, content, media_type=MEDIA_TYPE)).as_text()
         return put[content]
 
     async def _restore_span(self, span: NodeSpan) -> NodeSpan:
@@ -98,3 +110,63 @@ class LargeValues:
         except (BlobLost, InvalidBlobReference) as error:
             message = f"The {field} of the node {span.node_id!r} is gone from the blob storage: {error}"
             raise RecordedValueLost(message, span.node_id) from error
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTrigger:
+    """Output of a webhook trigger as JSON: an object with the body as its first field."""
+
+    content: bytes
+    rest: bytes
+    """The object without its body."""
+
+    @classmethod
+    def of(cls, trigger: Mapping[str, Json]) -> Self:
+        """Encode an output; raises `InvalidJson`, and `BudgetExceeded` where large work may not run inline."""
+        rest = {name: value for name, value in trigger.items() if name != BODY}
+        return cls(values.encode_json({BODY: trigger[BODY], **rest}), values.encode_json(rest))
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the body is stored as a blob."""
+        return len(self.content) - len(self.rest) - len(_FIELD) > MAX_ROW_BYTES
+
+    @property
+    def body(self) -> bytes:
+        """JSON of the body alone."""
+        return self.content[len(_FIELD) : len(self.content) - len(self.rest)]
+
+    def as_row(self, reference: BlobReference) -> str:
+        """Return the row's text with a reference in place of the body."""
+        return f"{_BEGINNING}{reference.as_text().decode()},{self.rest[1:].decode()}"
+
+
+def is_separate(trigger: str) -> bool:
+    """Return whether the row's text has a reference in place of the body."""
+    return trigger.startswith(_BEGINNING)
+
+
+def split_fields(trigger: str) -> dict[str, Raw]:
+    """Return the fields of a row with a reference, each as JSON text; `body` is the reference."""
+    return decoding.decode(trigger, dict[str, Raw])
+
+
+def find_reference(trigger: str) -> BlobReference:
+    """Return the reference in the row's text; raises `InvalidBlobReference`."""
+    row: dict[str, Any] = decoding.decode(trigger)
+    return BlobReference.from_value(row[BODY])
+
+
+async def read_body(trigger: str, blobs: RunBlobs, owner: BlobOwner) -> dict[str, Json]:
+    """Return the whole trigger output for the row's text.
+
+    Raises `BlobLost`, `BlobsUnavailable` and `InvalidBlobReference`.
+    """
+    row: dict[str, Any] = decoding.decode(trigger)
+    content = await blobs.get(owner, BlobReference.from_value(row[BODY]).sha256)
+    return {**row, BODY: await offload.run(values.decode_json, content)}
+
+
+async def store_body(blobs: RunBlobs, owner: BlobOwner, encoded: EncodedTrigger) -> str:
+    """Store the body as a durable blob; returns the row's text. Raises `BlobsUnavailable`."""
+    return encoded.as_row(await blobs.put(owner, encoded.body, media_type=MEDIA_TYPE))

@@ -34,10 +34,10 @@ from gateway.pods import poll_hub as desks
 from gateway.pods import routes
 from gateway.settings import GatewaySettings
 from gateway.state import GatewayState
-from journal import trigger_body
+from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobOwner
+from journal.blobs.large_values import EncodedTrigger
 from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
-from journal.trigger_body import EncodedTrigger
 from journal.waits import node_answers
 from messages.deployer_messages import DeployerMessage, ReconcileDeployment
 from messages.local_broker import LocalBroker
@@ -587,7 +587,7 @@ async def test_a_pod_reads_a_large_body_from_its_blob(pods: DeployedPods) -> Non
     encoded = EncodedTrigger.of({"body": body, "headers": {}})
     execution_id = ids.new_id("exec")
     owner = BlobOwner(pods.owned_workflow.organization.id, execution_id)
-    row = await trigger_body.store_body(pods.gateway.state.blobs, owner, encoded)
+    row = await large_values.store_body(pods.gateway.state.blobs, owner, encoded)
     key = await pods.accept(SIMPLE, execution_id=execution_id, trigger=row)
     pods.start(MAX_ROW_OUTPUT_BYTES="1000000")
     await pods.reaches(key, "completed")

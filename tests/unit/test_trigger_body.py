@@ -9,9 +9,9 @@ import pytest
 
 from concurrency import offload
 from concurrency.offload import BudgetExceeded
-from journal import trigger_body
+from journal.blobs import large_values
 from journal.blobs.blob_reference import BlobReference
-from journal.trigger_body import MAX_ROW_BYTES, EncodedTrigger
+from journal.blobs.large_values import MAX_ROW_BYTES, EncodedTrigger
 
 REFERENCE = BlobReference("0" * 64, 1, "application/json")
 REST: dict[str, Any] = {"headers": {"x": "1"}, "query": {}}
@@ -27,13 +27,13 @@ def test_a_body_is_large_by_its_bytes_as_json(length: int, *, is_large: bool) ->
 def test_a_row_names_the_body_and_holds_the_rest() -> None:
     row = EncodedTrigger.of({"body": [1], **REST}).as_row(REFERENCE)
     assert json.loads(row) == {"body": REFERENCE.as_json(), **REST}
-    assert trigger_body.is_separate(row)
-    assert trigger_body.find_reference(row) == REFERENCE
+    assert large_values.is_separate(row)
+    assert large_values.find_reference(row) == REFERENCE
 
 
 def test_no_body_of_a_sender_passes_for_a_reference() -> None:
     encoded = EncodedTrigger.of({"body": REFERENCE.as_json(), **REST})
-    assert not trigger_body.is_separate(encoded.content.decode())
+    assert not large_values.is_separate(encoded.content.decode())
 
 
 def test_a_long_body_is_not_written_while_others_wait() -> None:
