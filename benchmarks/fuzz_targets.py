@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Final
 from engine.conditions import compile_condition
 from engine.expressions import ExpressionError, compile_template
 from engine.values import InvalidJson, decode_json, encode_json, equal_json
-from gateway.http.content_encoding import ContentDecoder
 from gateway.http.errors import ApiError
+from gateway.http.request import ContentDecoder
 from json_text import pieces
 from json_text.decoding import build_decoder
 from mail.mail_limits import InvalidMail

@@ -15,8 +15,7 @@ import msgspec
 
 from concurrency import offload
 from gateway.http import errors, idempotency
-from gateway.http.body_limit import BodyLimit
-from gateway.http.request import GatewayRequest
+from gateway.http.request import BodyLimit, GatewayRequest
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import GuardedWire, WireStruct, body_of, json_of
 from gateway.ingest import deduplication_keys, delivery_log, mail_verification, trigger_secrets

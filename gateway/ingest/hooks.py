@@ -13,9 +13,8 @@ from concurrency import offload
 from engine.values import InvalidJson
 from gateway.executions.rate_limits import RateLimit
 from gateway.http import errors, idempotency, limits
-from gateway.http.body_limit import BodyLimit
 from gateway.http.errors import ApiError
-from gateway.http.request import GatewayRequest
+from gateway.http.request import BodyLimit, GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import WireStruct
 from gateway.ingest import (

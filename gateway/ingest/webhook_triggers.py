@@ -13,8 +13,8 @@ import msgspec
 
 from engine.values import Json
 from gateway.http import errors
-from gateway.http.body_limit import BodyLimit
 from gateway.http.errors import ApiError
+from gateway.http.request import BodyLimit
 from gateway.ingest.verification import FIELD, SigningProvider, VerificationConfig, parse_config
 from models.workflow_triggers import matching_patterns
 from senders import github, posted_forms, sender_event, slack

@@ -29,9 +29,9 @@ from execution.pod_api import (
     ThrottleResponse,
 )
 from gateway.http import errors
-from gateway.http.body_limit import BodyLimit
 from gateway.http.downloads import BlobDownload
 from gateway.http.errors import ApiError
+from gateway.http.request import BodyLimit
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.pods import lease_checks, record_checks
 from gateway.pods.pod_endpoint import decode_call

@@ -11,10 +11,9 @@ import msgspec
 from engine import values
 from engine.values import InvalidJson
 from gateway.http import errors
-from gateway.http.body_limit import BodyLimit
 from gateway.http.endpoint import AccessRule, PathEndpoint, PathOperation
 from gateway.http.errors import ApiError
-from gateway.http.request import GatewayRequest
+from gateway.http.request import BodyLimit, GatewayRequest
 from gateway.pods.lease_checks import LeaseHolder
 from json_text import decoding
 

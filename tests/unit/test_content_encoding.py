@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.http.content_encoding import PIECE_BYTES, ContentDecoder
 from gateway.http.errors import ApiError
+from gateway.http.request import PIECE_BYTES, ContentDecoder
 
 
 def decode_all(encoding: str, *pieces: bytes) -> bytes:
