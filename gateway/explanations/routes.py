@@ -14,6 +14,7 @@ ROUTES: Final[Sequence[Route]] = (
         "/api/v1/executions/{id}/why",
         READ,
         run_explanations.show,
+        query=(run_explanations.NODE,),
         answer=run_explanations.RunExplanation,
     ),
     Route(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from engine.joins import JoinMode
 from gateway.explanations import explanation_shapes
 from gateway.explanations.explanation_shapes import (
     BlockedIntervalShape,
@@ -15,19 +16,24 @@ from gateway.explanations.explanation_shapes import (
     TimingShape,
 )
 from gateway.http import errors
+from gateway.http.parameters import TextParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
-from journal.explanations import run_explanation, run_facts, run_timing
+from journal.explanations import node_explanation, run_explanation, run_facts, run_timing
 from journal.explanations.blockers import BlockerCode
 from messages.broker import Broker, BrokerUnavailable
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from journal.explanations.blockers import Explanation
     from journal.explanations.run_facts import RunFacts
     from journal.explanations.run_timing import PathStep
+    from nodes.catalog import NodeCatalog
 
+NODE = TextParameter("node", "Explain this node of the run.", max_length=64)
 BROKER_SECONDS: Final = 0.5
 """Time after which a broker that does not answer counts as down."""
 
@@ -37,6 +43,8 @@ class RunExplanation(WireStruct):
 
     execution_id: str
     workflow_id: str
+    node_id: str | None
+    """Node that `blockers` are about; null for the run itself."""
     status: ExecutionStatus
     as_of: Instant
     since: Instant | None
@@ -62,8 +70,10 @@ class RunExplanation(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Explain why an execution does not move: what blocks it, who holds that, until when, and what helps.
 
-    For an ended execution, `timing` and `criticalPath` say where its time went.
+    With `node`, the answer is about this node. For an ended execution, `timing` and `criticalPath` say where
+    its time went.
     """
+    node_id = request.query[NODE]
     gateway, caller = request.gateway, request.caller
     is_reachable = await is_broker_reachable(gateway.broker)
     async with gateway.database.read_snapshot() as connection:
@@ -72,10 +82,38 @@ async def show(request: GatewayRequest) -> JsonResponse:
         )
         if facts is None:
             raise errors.not_found("execution")
+        explained = run_explanation.explain_run(facts)
+        if node_id is not None:
+            explained = await _explain_node(connection, request.gateway.catalog, facts, node_id)
         path: Sequence[PathStep] = ()
         if facts.run.status in TERMINAL_STATUSES:
             path = await run_timing.read_critical_path(connection, facts.run)
-    return JsonResponse(_show_run(facts, run_explanation.explain_run(facts), path))
+    return JsonResponse(_show_run(facts, explained, path, node_id))
+
+
+async def _explain_node(
+    connection: AsyncConnection, catalog: NodeCatalog, facts: RunFacts, node_id: str
+) -> Explanation:
+    """Explain one node of a run; raises 404 for a node that its graph does not have."""
+    graph = await node_explanation.read_graph(connection, facts.run)
+    if node_id not in graph.by_id:
+        raise errors.not_found("node")
+    settled = await node_explanation.read_settled(connection, facts.run)
+    kinds = {node.id: catalog.node_types.get(node.type) for node in graph.nodes}
+    return node_explanation.explain_node(
+        facts,
+        graph,
+        settled,
+        node_id,
+        triggers=[
+            key for key, kind in kinds.items() if kind is None or kind.is_trigger or key in graph.pinned
+        ],
+        eager=[
+            node.id
+            for node in graph.nodes
+            if (kind := kinds[node.id]) is not None and kind.joins and node.config.get("mode") == JoinMode.ANY
+        ],
+    )
 
 
 async def is_broker_reachable(broker: Broker) -> bool:
@@ -88,14 +126,16 @@ async def is_broker_reachable(broker: Broker) -> bool:
     return True
 
 
-def _show_run(facts: RunFacts, explained: Explanation, path: Sequence[PathStep]) -> RunExplanation:
+def _show_run(
+    facts: RunFacts, explained: Explanation, path: Sequence[PathStep], node_id: str | None
+) -> RunExplanation:
     run = facts.run
-    spent = run_timing.sum_times(
-        run, facts.intervals, facts.now, primary=explained.primary, since=explained.since
-    )
+    of_run = explained if node_id is None else run_explanation.explain_run(facts)
+    spent = run_timing.sum_times(run, facts.intervals, facts.now, primary=of_run.primary, since=of_run.since)
     return RunExplanation(
         execution_id=run.id,
         workflow_id=run.workflow_id,
+        node_id=node_id,
         status=ExecutionStatus(run.status),
         as_of=instant(facts.now),
         since=optional_instant(explained.since),

@@ -190,7 +190,7 @@ def _waiting_blockers(facts: RunFacts) -> Iterator[Blocker]:
     if run.started_at is None:
         yield _deferred_blocker(facts)
         return
-    found = [_node_blocker(facts, node) for node in facts.nodes]
+    found = [node_blocker(facts, node) for node in facts.nodes]
     if found:
         yield from sorted(found, key=lambda one: (one.until is None, one.until or facts.now))
     else:
@@ -246,7 +246,7 @@ def workflow_paused(workflow_id: str, *, since: datetime | None) -> Blocker:
 # ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
+def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
     """Return what a node that is at work or waits is waiting for."""
     where: Mapping[str, Json] = {
         "node": node.node_id,
@@ -349,7 +349,7 @@ def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
             actions=[] if run.request == "cancel" else [_end_run(run.id, "cancel")],
             details={"request": run.request, "hardAt": _text(run.deadline_at)},
         )
-    nodes = [_node_blocker(facts, node) for node in facts.nodes]
+    nodes = [node_blocker(facts, node) for node in facts.nodes]
     yield from sorted(nodes, key=lambda one: one.code is not BlockerCode.NODE_RUNNING)
     if not nodes:
         # Nodes that return at once are recorded when they have ended.

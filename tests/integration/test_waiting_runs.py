@@ -143,6 +143,9 @@ async def test_a_run_asks_and_goes_on_with_the_answer(
         asked = await get_json(people.owner, f"/{agreed}/why")
         assert (asked["primary"], asked["blockers"][0]["details"]["requestId"]) == ("awaiting-input", "ask")
         assert asked["history"][0]["to"] is None
+        behind = await get_json(people.owner, f"/{agreed}/why?node=go")
+        assert (behind["primary"], behind["blockers"][0]["details"]) == ("parents", {"ids": ["ask"]})
+        assert (await people.owner.api.get(f"/api/v1/executions/{agreed}/why?node=none")).status_code == 404
         await say(people.admin, agreed, "yes")
         await wait_for_question(people.owner, refused)
         await say(people.owner, refused, "no")

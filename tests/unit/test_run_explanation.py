@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from engine.graph import ParsedGraph
 from engine.run_records import SpanStatus
 from journal.deployments.activity import DeploymentActivity
 from journal.explanations.blockers import BlockerCode, BlockerKind
+from journal.explanations.node_explanation import SettledNode, explain_node
 from journal.explanations.run_explanation import explain_run
 from journal.explanations.run_facts import (
     ChildRun,
@@ -303,3 +305,58 @@ def test_the_critical_path_follows_the_parents_that_ended_last() -> None:
     spans = [step("a", 0, 1), step("fast", 1, 2), step("slow", 1, 5), step("join", 5, 6)]
     edges = [("a", "fast"), ("a", "slow"), ("fast", "join"), ("slow", "join"), ("join", "a"), ("gone", "a")]
     assert [one.node_id for one in find_critical_path(spans, edges)] == ["a", "slow", "join"]
+
+
+ROUTED = ParsedGraph.from_stored(
+    {
+        "nodes": [
+            {"id": "start", "type": "manual"},
+            {"id": "check", "type": "condition"},
+            {"id": "yes", "type": "set"},
+            {"id": "after", "type": "set"},
+            {"id": "slow", "type": "set"},
+            {"id": "join", "type": "set"},
+        ],
+        "connections": [
+            {"id": "1", "source": "start", "target": "check"},
+            {"id": "2", "source": "check", "target": "yes", "sourcePort": "true"},
+            {"id": "3", "source": "yes", "target": "after"},
+            {"id": "4", "source": "start", "target": "slow"},
+            {"id": "5", "source": "slow", "target": "join"},
+            {"id": "6", "source": "check", "target": "join", "sourcePort": "false"},
+        ],
+        "settings": {"parallelism": 1},
+    }
+)
+LEFT = {
+    "start": SettledNode(SpanStatus.COMPLETED, "output"),
+    "check": SettledNode(SpanStatus.COMPLETED, "false"),
+}
+
+
+@pytest.mark.parametrize(
+    ("node_id", "settled", "code", "details"),
+    [
+        ("join", LEFT, BlockerCode.PARENTS, {"ids": ["slow"]}),
+        ("yes", LEFT, BlockerCode.BRANCH_NOT_TAKEN, {"router": "check", "port": "true", "taken": "false"}),
+        ("after", LEFT, BlockerCode.BRANCH_NOT_TAKEN, {"router": "check", "port": "true", "taken": "false"}),
+        ("slow", LEFT, BlockerCode.PARALLELISM, {"limit": 1, "ids": ["step"]}),
+        ("check", LEFT, BlockerCode.NONE, None),
+        ("check", {}, BlockerCode.PARENTS, {"ids": ["start"]}),
+    ],
+)
+def test_a_node_waits_for_its_parents_its_branch_or_a_place(
+    node_id: str, settled: Mapping[str, SettledNode], code: BlockerCode, details: Mapping[str, Any] | None
+) -> None:
+    known = running(node(SpanStatus.RUNNING))
+    explained = explain_node(known, ROUTED, settled, node_id, triggers=["start"], eager=[])
+    assert explained.primary is code
+    assert details is None or dict(explained.blockers[0].details) == details
+
+
+def test_a_ready_node_shares_the_blockers_of_its_run() -> None:
+    explained = explain_node(facts(ahead=2), ROUTED, LEFT, "slow", triggers=["start"], eager=[])
+    assert explained.primary is BlockerCode.QUEUED_BEHIND
+    at_work = running(node(SpanStatus.RUNNING, node_id="slow"))
+    explained = explain_node(at_work, ROUTED, LEFT, "slow", triggers=["start"], eager=[])
+    assert explained.primary is BlockerCode.NODE_RUNNING
