@@ -17,7 +17,7 @@ from gateway.deployments.activation import DeploymentActivator
 from gateway.deployments.deployed_definitions import DeployedDefinitions
 from gateway.deployments.deployment_changes import DeployerClient
 from gateway.deployments.pod_logs import PodLogReader
-from gateway.executions.acceptance import RunAcceptor
+from gateway.executions.acceptance import RunAcceptor, WorkflowRunAcceptor
 from gateway.executions.backlog import BacklogLimits
 from gateway.executions.event_wait_delivery import EventWaitDelivery
 from gateway.executions.execution_access import ExecutionAccess
@@ -25,7 +25,6 @@ from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
 from gateway.executions.long_poll import ExecutionPollHub
 from gateway.executions.rate_limits import RunRateLimiter
-from gateway.executions.run_requests import WorkflowRunAcceptor
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
 from gateway.http.sender import SenderAuthenticator

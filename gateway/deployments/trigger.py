@@ -19,8 +19,8 @@ from concurrency import offload
 from engine.triggers import trigger_output
 from engine.values import encode_json
 from gateway.deployments.activation import BadNews, PodUnavailable, StartBlockage, StartFailure
-from gateway.executions import acceptance, run_requests
-from gateway.executions.run_requests import RunRequest
+from gateway.executions import acceptance
+from gateway.executions.acceptance import RunRequest
 from gateway.http import errors, limits, text_rules
 from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
@@ -129,7 +129,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
         request.release_body()
         seconds = limits.TRIGGER_SYNC_SECONDS if body.sync else limits.TRIGGER_ASYNC_SECONDS
         until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
-        headers = run_requests.response_headers(request.gateway.settings, accepted)
+        headers = acceptance.response_headers(request.gateway.settings, accepted)
         try:
             await _until_disconnect(request, _wait_for_pod(request, accepted, times, until))
         except PodUnavailable as error:
@@ -156,7 +156,7 @@ def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
 
 
 def _check_body(body: TriggerRequest) -> TriggerRequest:
-    run_requests.require_one_spelling(body.trigger_inputs, body.inputs)
+    acceptance.require_one_spelling(body.trigger_inputs, body.inputs)
     problems = ProblemCollector()
     body.trigger_type = text_rules.check_line(
         body.trigger_type, "trigger_type", problems, max_length=limits.TRIGGER_TYPE_LENGTH

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from concurrency import offload
 from engine.triggers import trigger_output
-from gateway.executions import acceptance, run_requests, test_runs
-from gateway.executions.run_requests import RunRequest
+from gateway.executions import acceptance, test_runs
+from gateway.executions.acceptance import RunRequest
 from gateway.executions.test_runs import WHOLE, GraphSelection
 from gateway.http import errors, limits, text_rules
 from gateway.http.request import GatewayRequest
@@ -70,7 +70,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, ExecuteRequest)
-    run_requests.require_one_spelling(body.trigger_inputs, body.inputs)
+    acceptance.require_one_spelling(body.trigger_inputs, body.inputs)
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=request.path_params["id"])
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
@@ -79,7 +79,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     accepted = await request.gateway.workflow_runs.accept(
         request, request.path_params["id"], plan, idempotency_key
     )
-    headers = run_requests.response_headers(request.gateway.settings, accepted)
+    headers = acceptance.response_headers(request.gateway.settings, accepted)
     return JsonResponse(ExecuteResult(execution_id=accepted.execution_id), status=201, headers=headers)
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from msgspec import Meta, Raw
 
 from concurrency import offload
-from gateway.executions import acceptance, execution_rows, execution_shapes, run_requests, test_runs
+from gateway.executions import acceptance, execution_rows, execution_shapes, test_runs
+from gateway.executions.acceptance import RunRequest
 from gateway.executions.execution_shapes import LogShape, Status
-from gateway.executions.run_requests import RunRequest
 from gateway.executions.test_runs import NodeTestInput
 from gateway.http import errors, limits
 from gateway.http.query import PageBounds
@@ -84,7 +84,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
         return await _plan_run(request, workflow, body)
 
     accepted = await request.gateway.workflow_runs.accept(request, workflow_id, plan, idempotency_key)
-    headers = run_requests.response_headers(request.gateway.settings, accepted)
+    headers = acceptance.response_headers(request.gateway.settings, accepted)
     key = ExecutionKey(accepted.execution_id, request.caller.shard)
     progress = await request.gateway.waiting.progress(key, body.wait)
     if progress is None:

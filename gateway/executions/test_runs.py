@@ -17,7 +17,7 @@ from engine.sections import find_bodies
 from engine.triggers import trigger_output
 from engine.validation import find_errors
 from engine.values import InvalidJson, encode_canonical, encode_json
-from gateway.executions.run_requests import RunRequest
+from gateway.executions.acceptance import RunRequest
 from gateway.http import errors, limits
 from gateway.workflows import graph_shapes, node_edits
 from journal import definition_snapshot
