@@ -18,13 +18,12 @@ from gateway.deployments.deployed_definitions import DeployedDefinitions
 from gateway.deployments.deployment_changes import DeployerClient
 from gateway.deployments.pod_logs import PodLogReader
 from gateway.executions.acceptance import RunAcceptor, WorkflowRunAcceptor
-from gateway.executions.backlog import BacklogLimits
 from gateway.executions.event_wait_delivery import EventWaitDelivery
 from gateway.executions.execution_access import ExecutionAccess
 from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
 from gateway.executions.long_poll import ExecutionPollHub
-from gateway.executions.rate_limits import RunRateLimiter
+from gateway.executions.request_limits import BacklogLimits, RunRateLimiter
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
 from gateway.http.sender import SenderAuthenticator

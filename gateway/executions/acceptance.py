@@ -1,4 +1,4 @@
-"""Acceptance of runs: planned with the cached workflow, one commit for many requests, then one wakeup of the workers."""
+"""Acceptance of runs: planned with the cached workflow, one commit for many requests, and one wakeup of workers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Row
 
     from engine.values import Json
-    from gateway.executions.backlog import BacklogLimits
     from gateway.executions.event_wait_delivery import EventWaitDelivery
     from gateway.executions.execution_access import ExecutionAccess
     from gateway.executions.long_poll import ExecutionPollHub
-    from gateway.executions.rate_limits import RateLimitedRequest, RunRateLimiter
+    from gateway.executions.request_limits import BacklogLimits, RateLimitedRequest, RunRateLimiter
     from gateway.settings import GatewaySettings
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.store import IdempotencyKey, IngestedRun, IngestResult, IngestWrite, JournalStore

@@ -8,8 +8,7 @@ from gateway.http import errors
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
-    from gateway.executions.backlog import BacklogLimits
-    from gateway.executions.rate_limits import RateLimitedRequest, RunRateLimiter
+    from gateway.executions.request_limits import BacklogLimits, RateLimitedRequest, RunRateLimiter
     from gateway.ingest.ingest import RunTarget
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 
 from concurrency import offload
 from engine.values import InvalidJson
-from gateway.executions.rate_limits import RateLimit
+from gateway.executions.request_limits import RateLimit
 from gateway.http import errors, idempotency, limits
 from gateway.http.errors import ApiError
 from gateway.http.request import BodyLimit, GatewayRequest

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.executions import backlog as backlogs
-from gateway.executions.backlog import BacklogCount
+from gateway.executions import request_limits
+from gateway.executions.request_limits import BacklogCount
 from gateway.http import errors
 from gateway.http.errors import ApiError
 from journal import backlog
@@ -48,7 +48,7 @@ async def test_a_workflow_takes_in_as_much_as_may_wait_and_more_when_that_was_be
         assert (await execute_workflow(gateway, people.owner, other_id)).status_code == 201
         await begin(harness, workflow_id)
         # On a slow machine, a count takes long and stays fresh for twenty times as long.
-        monkeypatch.setattr(backlogs, "monotonic", lambda: time.monotonic() + 3_600)
+        monkeypatch.setattr(request_limits, "monotonic", lambda: time.monotonic() + 3_600)
         assert (await execute_workflow(gateway, people.owner, workflow_id)).status_code == 201
 
 
@@ -183,7 +183,7 @@ async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowded_databa
 def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
     tally = BacklogCount()
     tally.recount(100, added_before=0, began=0.0, ended=0.1)
-    assert tally.retry_seconds(1, 100) == backlogs.UNKNOWN_RETRY_SECONDS
+    assert tally.retry_seconds(1, 100) == request_limits.UNKNOWN_RETRY_SECONDS
     tally.added = 50
     tally.recount(100, added_before=50, began=10.0, ended=10.1)  # 5 a second were started
     tally.added = 9

@@ -209,7 +209,7 @@ class CallGraph:
 _REQUEST = CodeDefinition("gateway.http.request", "GatewayRequest")
 _IMPLEMENTATIONS = {
     CodeDefinition("gateway.http.wire", "JsonRequest"): _REQUEST,
-    CodeDefinition("gateway.executions.rate_limits", "RateLimitedRequest"): _REQUEST,
+    CodeDefinition("gateway.executions.request_limits", "RateLimitedRequest"): _REQUEST,
 }
 """Classes that are passed where a protocol is named."""
 _CODE_AT = {"gateway.http.errors.ApiError": 1, "gateway.http.errors.conflict": 0}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from pydantic import SecretStr
 
-from gateway.executions.rate_limits import RateLimit, RunRateLimiter
+from gateway.executions.request_limits import RateLimit, RunRateLimiter
 from gateway.http.errors import ApiError
 from gateway.settings import GatewaySettings
 from messages.local_broker import LocalBroker
