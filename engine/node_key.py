@@ -74,6 +74,18 @@ def decode_key(hashes: bytes | None) -> NodeKey | None:
     return NodeKey(kind, config, mappings, given, implementation, ports, reads, sources)
 
 
+def list_digests(hashes: bytes) -> dict[str, bytes]:
+    """Return the digests of a key by name, in their order; a key of an older release has the first four."""
+    found: dict[str, bytes] = {}
+    at = 0
+    for name, size in zip(NodeKey._fields[: len(_PARTS)], _PARTS, strict=True):
+        if len(hashes) < at + size:
+            break
+        found[name] = hashes[at : at + size]
+        at += size
+    return found
+
+
 def is_same(hashes: bytes | None, recorded: bytes | None) -> bool:
     """Return whether two keys are complete and equal, apart from the data sources."""
     now, before = decode_key(hashes), decode_key(recorded)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, UnsetType, convert
 
+from engine import node_key
 from engine.node_api import CONTINUE
 from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 Status: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": [*ExecutionStatus]})]
 _MILLISECOND = timedelta(milliseconds=1)
-_DIGEST_BYTES = 32
-_HASHED_PARTS = ("type", "config", "mappings", "input")
 
 
 class ExecutionErrorShape(WireStruct):
@@ -161,7 +160,10 @@ class SpanShape(WireStruct):
     error: Raw | None
     unresolved: Raw | Sequence[str]
     hashes: Mapping[str, str] | None
-    """SHA-256 in hexadecimal of: type and version, config after defaults, mappings, input."""
+    """SHA-256 in hexadecimal of: type and version, config after defaults, mappings, input.
+
+    Half a SHA-256 of: implementation, ports of incoming connections, values read outside the input.
+    """
 
 
 class LogShape(WireStruct):
@@ -303,8 +305,7 @@ def _raw(text: str | None) -> Raw | None:
 def _hashes(digests: bytes | None) -> dict[str, str] | None:
     if not digests:
         return None
-    parts = [digests[start : start + _DIGEST_BYTES].hex() for start in range(0, len(digests), _DIGEST_BYTES)]
-    return dict(zip(_HASHED_PARTS, parts, strict=True))
+    return {name: digest.hex() for name, digest in node_key.list_digests(digests).items()}
 
 
 def _follow_up(execution: Execution) -> FollowUpShape | None:

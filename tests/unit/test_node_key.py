@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.node_api import FieldCompilation, LoopRequest, NodeCall
-from engine.node_key import MAX_SOURCES, NodeKey, decode_key, encode_sources
+from engine.node_key import MAX_SOURCES, NodeKey, decode_key, encode_sources, list_digests
 from engine.services import note_source_use
 from engine.values import Json
 from nodes.catalog import load_catalog
@@ -166,6 +166,15 @@ def test_an_incomplete_key_is_none() -> None:
     assert decode_key(full[:-16] + bytes(16)) is None
     many = {(f"ds_{number}", 1) for number in range(MAX_SOURCES + 1)}
     assert decode_key(full + encode_sources(many)) is None
+
+
+def test_the_digests_of_a_key_are_listed_for_every_release() -> None:
+    full = bytes(range(1, 177))
+    assert list(list_digests(full + b'[["ds_1",1]]')) == [
+        "type", "config", "mappings", "input", "implementation", "ports", "reads",
+    ]  # fmt: skip
+    assert list(list_digests(full[:128])) == ["type", "config", "mappings", "input"]
+    assert list_digests(full)["reads"] == full[160:176]
 
 
 @pytest.mark.parametrize(
