@@ -19,10 +19,9 @@ from gateway.deployments.deployment_changes import DeployerClient
 from gateway.deployments.pod_logs import PodLogReader
 from gateway.executions.acceptance import RunAcceptor, WorkflowRunAcceptor
 from gateway.executions.event_wait_delivery import EventWaitDelivery
-from gateway.executions.execution_access import ExecutionAccess
 from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
-from gateway.executions.long_poll import ExecutionPollHub
+from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
 from gateway.executions.request_limits import BacklogLimits, RunRateLimiter
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.executions.event_wait_delivery import EventWaitDelivery
-    from gateway.executions.execution_access import ExecutionAccess
-    from gateway.executions.long_poll import ExecutionPollHub
+    from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
     from gateway.executions.request_limits import BacklogLimits, RateLimitedRequest, RunRateLimiter
     from gateway.settings import GatewaySettings
     from gateway.workflows.workflow_cache import WorkflowCache

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.executions.acceptance import RunAcceptor
-    from gateway.executions.execution_access import ExecutionAccess
     from gateway.executions.execution_rows import ExecutionFilter
+    from gateway.executions.long_poll import ExecutionAccess
     from journal.blobs.blob_store import BlobStore
     from journal.store import EndRequestOutcome, IdempotencyKey, JournalStore
     from messages.broker import Broker

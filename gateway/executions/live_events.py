@@ -22,10 +22,9 @@ from models.execution_status import TERMINAL_STATUSES
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from gateway.executions.execution_access import ExecutionAccess
     from gateway.executions.execution_rows import RunChanges
     from gateway.executions.large_outputs import LargeOutputs
-    from gateway.executions.long_poll import ExecutionPollHub, ExecutionWaiter
+    from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub, ExecutionWaiter
     from gateway.http.authentication import KeyAuthenticator
     from gateway.http.wire import WireStruct
     from journal.store import ExecutionKey

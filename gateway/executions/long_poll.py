@@ -1,4 +1,4 @@
-"""Long polls and event streams that wait for changes of executions.
+"""Long polls and event streams that wait for changes of executions, and the executions that callers may see.
 
 The order is: watch, read, wait. A change between a read and a later watch would be missed. A notification can
 be lost, so executions that have been waited for longer than a second are read once a second, in one query. That
@@ -14,16 +14,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from sqlalchemy import select
+from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors, limits
 from journal.group_commit import GroupCommit
+from journal.store import ExecutionKey
 from messages.broker import CHANGED_EXECUTIONS, WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
+from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES
+from models.execution_visibility import visibility_condition
 
 if TYPE_CHECKING:
-    from journal.store import ExecutionKey, JournalStore, RunProgressReport
+    from journal.store import JournalStore, RunProgressReport
     from messages.broker import Broker, Notification
+    from models.access import ApiCaller, UserRole
+    from models.database import Database
 
 log = structlog.get_logger()
 
@@ -31,6 +38,10 @@ LOOK_SECONDS: Final = 1.0
 """Seconds after which a lost notification is made up for."""
 MAX_WATCHED: Final = 20_000
 """Executions whose watch is remembered; others are read before a poll waits."""
+
+VISIBLE_SECONDS: Final = 5.0
+"""Seconds for which a caller who has lost access to a workflow still sees runs that were checked before."""
+MAX_VISIBLE: Final = 20_000
 
 
 @dataclass(slots=True, eq=False)
@@ -205,3 +216,31 @@ class ExecutionPollHub:
             for waiter in waiters:
                 if now - waiter.begun_at >= LOOK_SECONDS:
                     waiter.changed.set()
+
+
+class ExecutionAccess:
+    """Cache of visible executions by caller, so that polls query the database once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._visible: TTLCache[tuple[str, str, UserRole], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
+
+    async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
+        """Return the key of the rows of an execution; raises 404 unless the caller may see it."""
+        if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
+            statement = select(col(Execution.id)).where(
+                col(Execution.id) == execution_id, visibility_condition(caller)
+            )
+            async with self._database.read() as connection:
+                if await connection.scalar(statement) is None:
+                    raise errors.not_found("execution")
+            self.allow(execution_id, caller)
+        return ExecutionKey(execution_id, caller.shard)
+
+    def allow(self, execution_id: str, caller: ApiCaller) -> None:
+        """Record that the caller may see an execution that it has just started."""
+        self._visible.put((execution_id, caller.user_id, caller.role), value=True)
+
+    def forget(self) -> None:
+        """Clear the cache after a change that may reduce visibility."""
+        self._visible = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gateway.deployments.activation import DeploymentActivator
     from gateway.deployments.deployed_definitions import DeployedDefinitions
     from gateway.executions.acceptance import RunAcceptor
-    from gateway.executions.execution_access import ExecutionAccess
+    from gateway.executions.long_poll import ExecutionAccess
     from gateway.ingest.delivery_log import DeliveryLog, InboundRequest
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow, TriggerNode

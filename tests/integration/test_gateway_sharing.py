@@ -186,7 +186,7 @@ async def test_a_share_is_no_claim_on_what_the_owner_no_longer_shares(people: Or
 async def test_a_share_ends_at_other_gateways_too(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.executions.execution_access.VISIBLE_SECONDS", 0.2)
+    monkeypatch.setattr("gateway.executions.long_poll.VISIBLE_SECONDS", 0.2)
     workflow_id, guest = await people.owner.create(**GRAPH), people.colleague
     await share(people.owner, workflow_id, guest.user.id)
     async with run_second_gateway(harness) as client, client(guest) as api:
