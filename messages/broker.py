@@ -4,8 +4,7 @@ The broker holds nothing that must happen. A wakeup or notification that is lost
 the time at which a process reads the rows.
 """
 
-import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
@@ -44,35 +43,6 @@ class DirectMessage:
 
 
 Notification: TypeAlias = ChangedExecutions | DirectMessage
-
-
-class NotificationListeners:
-    """Listeners of one process, each to all notifications or to those of one subject."""
-
-    def __init__(self) -> None:
-        self._listeners: list[tuple[Callable[[Notification], None], str | None]] = []
-
-    def add(self, on_notification: Callable[[Notification], None], subject: str | None) -> None:
-        self._listeners.append((on_notification, subject))
-
-    def deliver(self, notification: Notification) -> None:
-        """Call the listeners to the subject of a notification, each by the event loop.
-
-        So an exception of one listener ends neither the others nor this task.
-        """
-        subjects: Collection[str] = (
-            notification.message if isinstance(notification, DirectMessage) else (CHANGED_EXECUTIONS,)
-        )
-        loop = asyncio.get_running_loop()
-        for on_notification, subject in self._listeners:
-            if subject is None or subject in subjects:
-                loop.call_soon(on_notification, notification)
-
-    def clear(self) -> None:
-        self._listeners.clear()
-
-    def __bool__(self) -> bool:
-        return bool(self._listeners)
 
 
 class RunBroker(Protocol):

@@ -41,11 +41,6 @@ class ReadPodLogs:
 DeployerMessage: TypeAlias = ReconcileDeployment | ReadPodLogs
 
 
-def reconcile_payload(workflow_id: str) -> str:
-    """Return the key with which a deployment is watched, in place of an execution ID."""
-    return f"deployment:{workflow_id}"
-
-
 def encode_message(message: DeployerMessage) -> dict[str, object]:
     """Return the payload of a message for the queue."""
     return {"v": VERSION, **asdict(message)}

@@ -14,10 +14,10 @@ from messages.broker import (
     ChangedExecutions,
     DirectMessage,
     Notification,
-    NotificationListeners,
 )
 from messages.deployer_messages import DeployerMessage
 from messages.token_buckets import LocalTokenBuckets, TokenDemand, TokenGrant
+from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
 
 

@@ -24,7 +24,6 @@ from messages.broker import (
     ChangedExecutions,
     DirectMessage,
     Notification,
-    NotificationListeners,
     RedisMayEvict,
 )
 from messages.deployer_messages import DeployerMessage
@@ -38,6 +37,7 @@ from messages.redis_consumer import (
     reconnect_seconds,
 )
 from messages.token_buckets import SPARE, TokenDemand, TokenGrant
+from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
 
 CONNECTIONS: Final = 16

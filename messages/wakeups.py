@@ -5,16 +5,17 @@ Send them after the commit. An unavailable broker is ignored, since the rows are
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from messages.broker import Broker, BrokerUnavailable, DirectMessage
+from messages.broker import CHANGED_EXECUTIONS, Broker, BrokerUnavailable, DirectMessage
 from messages.deployer_messages import ReconcileDeployment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from messages.broker import Notification, RunBroker
 
@@ -88,3 +89,37 @@ async def notify_end_request(
             await broker.publish({execution_id: channel})
         else:
             await broker.send(lease_owner, {"execution_id": execution_id, "request": request})
+
+
+class NotificationListeners:
+    """Listeners of one process, each to all notifications or to those of one subject."""
+
+    def __init__(self) -> None:
+        self._listeners: list[tuple[Callable[[Notification], None], str | None]] = []
+
+    def add(self, on_notification: Callable[[Notification], None], subject: str | None) -> None:
+        self._listeners.append((on_notification, subject))
+
+    def deliver(self, notification: Notification) -> None:
+        """Call the listeners to the subject of a notification, each by the event loop.
+
+        So an exception of one listener ends neither the others nor this task.
+        """
+        subjects: Collection[str] = (
+            notification.message if isinstance(notification, DirectMessage) else (CHANGED_EXECUTIONS,)
+        )
+        loop = asyncio.get_running_loop()
+        for on_notification, subject in self._listeners:
+            if subject is None or subject in subjects:
+                loop.call_soon(on_notification, notification)
+
+    def clear(self) -> None:
+        self._listeners.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._listeners)
+
+
+def deployment_watch_key(workflow_id: str) -> str:
+    """Return the key with which a deployment is watched, in place of an execution ID."""
+    return f"deployment:{workflow_id}"

@@ -15,7 +15,6 @@ from journal import definition_snapshot
 from journal.deployments import activity, decisions, desired_state, wakes
 from journal.deployments.desired_state import DeployRequest
 from messages import wakeups
-from messages.deployer_messages import reconcile_payload
 from models import deployment_token
 from models.audit import AuditAction
 from models.deployment import DeploymentStatus, status_of
@@ -152,7 +151,7 @@ class DeployerClient:
         self, workflow_id: str, is_reached: Callable[[Deployment], bool]
     ) -> Deployment | None:
         """Return a deployment once it has reached a state, failed or is blocked, or the time is over."""
-        waiting, key = self._waiting, reconcile_payload(workflow_id)
+        waiting, key = self._waiting, wakeups.deployment_watch_key(workflow_id)
         with waiting.waiter(key) as waiter:
             timer = asyncio.get_running_loop().call_later(self._settle_seconds, waiter.end)
             try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from journal.deployments import decisions, pod_leases
-from messages import deployer_messages, wakeups
+from messages import wakeups
 from messages.broker import BrokerUnavailable
 from models import deployment_token
 from models.deployment import ObservedState as Stored
@@ -376,7 +376,7 @@ class Reconciler:
             generation=status.observed_generation,
         )
         with suppress(BrokerUnavailable):  # waiting clients poll once a second
-            await self._broker.publish({deployer_messages.reconcile_payload(deployment.workflow_id): ""})
+            await self._broker.publish({wakeups.deployment_watch_key(deployment.workflow_id): ""})
         return retry
 
     async def _note_refusal(
