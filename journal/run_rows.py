@@ -1,9 +1,9 @@
-"""Conversion between records of runs and database rows, the same for every database."""
+"""Runs as database rows, the same for every database: their records, and the conditions by which claims take them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -14,6 +14,7 @@ from json_text import decoding
 from models import ids
 from models.execution import ISOLATION_TARGETS
 from models.execution_status import ExecutionStatus
+from models.loss_limits import SUSPECT_LOSSES
 from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
@@ -89,6 +90,15 @@ STATUS_AFTER = {
 }
 
 DatabaseRow = tuple[Any, ...]
+
+IS_NO_SUSPECT_SQL: Final = f"attempt < {SUSPECT_LOSSES}"
+"""Condition of claims for normal execution, where suspects have the same target as other runs."""
+# In the index, started runs are apart from runs that have never started.
+IS_SUSPECT_SQL: Final = f"NOT is_fresh AND attempt >= {SUSPECT_LOSSES}"
+CLAIM_ORDER: Final = ("is_fresh", "rank")
+"""Order of the runs of one workflow at one target: runs that have started, then the oldest."""
+TRIAL_ORDER: Final = ("isolation_losses", "attempt", "rank")
+"""Order of suspects at one target, of all organizations."""
 
 
 def encode_error(error: RunError | None) -> str | None:
@@ -313,3 +323,13 @@ def _unique_keys(one: IngestWrite) -> Iterator[IdempotencyKey]:
     for run in one.runs:
         if run.idempotency is not None:
             yield run.idempotency
+
+
+def pending_sql(target: str) -> str:
+    """Return the condition that a run is pending at a target, which is an SQL expression."""
+    return f"status = 'pending' AND target = {target}"
+
+
+def suspect_sql(max_isolation_losses: str) -> str:
+    """Return the condition that a trial takes a pending run."""
+    return f"{IS_SUSPECT_SQL} AND isolation_losses <= {max_isolation_losses}"

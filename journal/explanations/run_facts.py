@@ -11,7 +11,7 @@ from sqlalchemy import Boolean, and_, case, func, literal_column, or_, select, t
 from sqlmodel import col
 
 from engine.run_records import SpanStatus
-from journal import claim_rules, concurrency_limits
+from journal import concurrency_limits, run_rows
 from journal.deployments import activity
 from json_text import decoding
 from models.blocked_interval import BlockedInterval
@@ -154,11 +154,11 @@ async def read_run_facts(
 
     The connection must read one snapshot. Every statement is bounded, by an index and a limit.
     """
-    claimable = f"({claim_rules.pending_sql('target')} AND {_claimable_sql()})"
+    claimable = f"({run_rows.pending_sql('target')} AND {_claimable_sql()})"
     statement = select(
         Execution,
         literal_column(claimable, Boolean).label("is_claimable"),
-        literal_column(f"({claim_rules.IS_SUSPECT_SQL})", Boolean).label("is_suspect"),
+        literal_column(f"({run_rows.IS_SUSPECT_SQL})", Boolean).label("is_suspect"),
         select(col(Workflow.status))
         .where(col(Workflow.id) == col(Execution.workflow_id), col(Workflow.deleted_at).is_(None))
         .correlate(Execution)
@@ -203,12 +203,12 @@ def _claimable_sql() -> str:
     limited, delayed and unparsed runs are never claimed by executors.
     """
     isolated = ISOLATION_TARGETS["shared"]
-    trial = claim_rules.suspect_sql(str(MAX_ISOLATION_LOSSES))
+    trial = run_rows.suspect_sql(str(MAX_ISOLATION_LOSSES))
     never = ", ".join(f"'{target}'" for target in sorted(SPECIAL_TARGETS - {"shared", isolated}))
     return (
         f"target NOT IN ({never}) AND CASE target"
-        f" WHEN 'shared' THEN {claim_rules.IS_NO_SUSPECT_SQL} WHEN '{isolated}' THEN {trial}"
-        f" ELSE ({claim_rules.IS_NO_SUSPECT_SQL} OR ({trial})) END"
+        f" WHEN 'shared' THEN {run_rows.IS_NO_SUSPECT_SQL} WHEN '{isolated}' THEN {trial}"
+        f" ELSE ({run_rows.IS_NO_SUSPECT_SQL} OR ({trial})) END"
     )
 
 
@@ -238,14 +238,14 @@ async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCal
 
 async def _count_ahead(connection: AsyncConnection, run: Execution, *, is_suspect: bool) -> int:
     """Return how many runs the claims of this run's target and turn take before it."""
-    order = claim_rules.TRIAL_ORDER if is_suspect else claim_rules.CLAIM_ORDER
-    kind = claim_rules.suspect_sql(str(MAX_ISOLATION_LOSSES)) if is_suspect else claim_rules.IS_NO_SUSPECT_SQL
+    order = run_rows.TRIAL_ORDER if is_suspect else run_rows.CLAIM_ORDER
+    kind = run_rows.suspect_sql(str(MAX_ISOLATION_LOSSES)) if is_suspect else run_rows.IS_NO_SUSPECT_SQL
     of_turn = "" if is_suspect else " AND organization_id = :organization_id AND queue_turn = :queue_turn"
     columns, values = ", ".join(order), ", ".join(f":{name}" for name in order)
     # `text` instead of expressions: these conditions are those of the claims, word by word.
     statement = text(
         "SELECT count(*) FROM (SELECT 1 FROM execution"
-        f" WHERE {claim_rules.pending_sql(':target')}{of_turn} AND {kind} AND ({columns}) < ({values})"
+        f" WHERE {run_rows.pending_sql(':target')}{of_turn} AND {kind} AND ({columns}) < ({values})"
         f" LIMIT {MAX_COUNTED}) AS ahead"
     )
     given = {name: getattr(run, name) for name in order} | {"target": run.target}

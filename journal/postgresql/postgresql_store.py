@@ -18,7 +18,7 @@ import asyncpg
 import msgspec
 
 from engine.run_records import NodeSpan, RunStatus
-from journal import claim_rules
+from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS, blocked_rows
 from journal.explanations.blockers import BlockerCode
 from journal.postgresql.postgresql_inserts import PostgresqlInserts
@@ -357,7 +357,7 @@ def _was_rolled_back(error: Exception) -> bool:
 # Organizations with pending runs, and the turns of their workflows, take one index probe each, however many
 # rows wait: the first above the previous one, or the first of all after the last, until the circle is closed.
 # OFFSET 0 keeps the planner from inlining each probe several times, which more than doubles its time.
-_PENDING = f"SELECT {{column}} FROM execution WHERE {claim_rules.pending_sql('$1')}"
+_PENDING = f"SELECT {{column}} FROM execution WHERE {run_rows.pending_sql('$1')}"
 
 
 def _next_organization_sql(after: str) -> str:
@@ -423,18 +423,18 @@ WITH RECURSIVE circle (id, first, place) AS (
         SELECT queue_turn, ceil(organization.share::numeric / count(*) OVER ())::integer AS share, place FROM circle
     ) AS workflow, LATERAL (
         {_PENDING.format(column="id")} AND organization_id = organization.id AND queue_turn = workflow.queue_turn
-            AND {claim_rules.IS_NO_SUSPECT_SQL}
-        ORDER BY {", ".join(claim_rules.CLAIM_ORDER)} LIMIT workflow.share FOR UPDATE SKIP LOCKED
+            AND {run_rows.IS_NO_SUSPECT_SQL}
+        ORDER BY {", ".join(run_rows.CLAIM_ORDER)} LIMIT workflow.share FOR UPDATE SKIP LOCKED
     ) AS best
     ORDER BY organization.place, workflow.place LIMIT $4::integer
 {_claim_update_sql()}"""
-_IS_SUSPECT = claim_rules.suspect_sql("$2::smallint")
+_IS_SUSPECT = run_rows.suspect_sql("$2::smallint")
 _HAS_SUSPECTS = f"{_PENDING.format(column='1')} AND {_IS_SUSPECT} LIMIT 1"
 _CLAIM_FOR_TRIAL = f"""
 WITH chosen AS MATERIALIZED (
     SELECT id, row_number() OVER () AS place, false AS is_share_used_up FROM (
         {_PENDING.format(column="id")} AND {_IS_SUSPECT}
-        ORDER BY {", ".join(claim_rules.TRIAL_ORDER)} LIMIT $4::integer FOR UPDATE SKIP LOCKED
+        ORDER BY {", ".join(run_rows.TRIAL_ORDER)} LIMIT $4::integer FOR UPDATE SKIP LOCKED
     ) AS best
 {_claim_update_sql(", isolated = true, target = $3::text")}"""
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from engine.run_records import NodeSpan, RunStatus
-from journal import claim_rules
+from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS, blocked_rows
 from journal.explanations.blockers import BlockerCode
 from journal.run_rows import (
@@ -309,7 +309,7 @@ def _claim(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun
 
 def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun]:
     rows = connection.execute(
-        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY {', '.join(claim_rules.TRIAL_ORDER)} LIMIT ?",
+        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY {', '.join(run_rows.TRIAL_ORDER)} LIMIT ?",
         (ISOLATION_TARGETS.get(claim.target, claim.target), claim.max_isolation_losses, claim.limit),
     ).fetchall()
     now = _now_microseconds()
@@ -364,13 +364,13 @@ def _organization_runs(
         if current == turns[0]:
             break
     # At other targets, suspects wait at a separate isolation target.
-    is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND {claim_rules.IS_NO_SUSPECT_SQL}"
+    is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND {run_rows.IS_NO_SUSPECT_SQL}"
     chosen: list[tuple[str, bool]] = []
     for served, queue_turn in enumerate(turns):
         part = -(-(share - len(chosen)) // (len(turns) - served))
         rows = connection.execute(
-            f"SELECT id FROM execution WHERE {claim_rules.pending_sql('?')} AND organization_id = ?"
-            f" AND queue_turn = ?{is_no_suspect} ORDER BY {', '.join(claim_rules.CLAIM_ORDER)} LIMIT ?",
+            f"SELECT id FROM execution WHERE {run_rows.pending_sql('?')} AND organization_id = ?"
+            f" AND queue_turn = ?{is_no_suspect} ORDER BY {', '.join(run_rows.CLAIM_ORDER)} LIMIT ?",
             (claim.target, organization_id, queue_turn, part),
         ).fetchall()
         chosen.extend((row[0], len(rows) == part) for row in rows)
@@ -423,7 +423,7 @@ _BLOCK_RUN = (
 )
 
 
-_IS_SUSPECT = f"WHERE {claim_rules.pending_sql('?')} AND {claim_rules.suspect_sql('?')}"
+_IS_SUSPECT = f"WHERE {run_rows.pending_sql('?')} AND {run_rows.suspect_sql('?')}"
 
 
 def _has_suspects(connection: sqlite3.Connection, target: str, max_isolation_losses: int) -> bool:
