@@ -32,7 +32,7 @@ from execution.trials import TRIAL_SECONDS, SuspectSearch, TrialGate
 from journal import concurrency_limits, unparsed_mail
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.group_commit import GroupCommit
-from journal.leases import LeaseKeeper, RunLease
+from journal.recorder import LeaseKeeper, RunLease
 from journal.store import ClaimQuery, ExecutionKey, RunWrite
 from journal.unparsed_mail import MailParseResult, MailRunState, UnparsedMail
 from mail import addresses, mail_content

@@ -18,8 +18,7 @@ from engine.run_errors import LeaseLost
 from engine.run_records import LogLine, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from journal import recorder
 from journal.group_commit import GroupCommit
-from journal.leases import RENEWALS_PER_LEASE, LeaseKeeper, RunLease
-from journal.recorder import RunJournal, RunRecorder
+from journal.recorder import RENEWALS_PER_LEASE, LeaseKeeper, RunJournal, RunLease, RunRecorder
 from journal.store import ClaimedRun, JournalStore, LeaseRenewal, RenewalResult, RunWrite
 from models.errors import DatabaseUnavailable
 from tests.integration.run_database import MigratedDatabase, RunDatabase, key_of, open_run_database
