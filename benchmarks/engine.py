@@ -15,9 +15,8 @@ from engine.conditions import compile_condition
 from engine.expressions import compile_template, compile_value
 from engine.graph import ParsedGraph
 from engine.program import WorkflowProgram
-from engine.run_control import RunControl
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
-from engine.services import NodeServices, RunCaller
+from engine.services import NodeServices, RunCaller, RunControl
 from engine.validation import validate_graph
 from engine.workflow_runner import RunStart, run_workflow
 from models.database_clock import DatabaseClock

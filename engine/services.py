@@ -1,4 +1,4 @@
-"""Protocols of the services that a process provides to nodes: all external effects of a node go through them.
+"""Services of a process for its nodes: all external effects of a node go through them. Also its control over a run.
 
 The engine and the nodes know only these protocols; shared workers and pods implement them differently. Each
 method raises `NodeError` for errors that the author or user of the node can fix. `retryable` means that
@@ -7,10 +7,12 @@ another attempt may succeed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 import msgspec
@@ -292,3 +294,32 @@ class NodeServices:
     runs: SubRunService = field(default_factory=_missing_service("Sub-workflows"))
     throttle: ThrottleService = field(default_factory=_missing_service("Shared rate limits"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))
+
+
+class ControlRequest(IntEnum):
+    """Requests in order of precedence: a stronger request replaces a weaker one, never the reverse."""
+
+    HAND_OFF = 1
+    """Complete the nodes in progress, start none, and let another worker continue."""
+    STOP = 2
+    """Complete the nodes in progress, start none, and end as stopped."""
+    HAND_OFF_NOW = 3
+    """Cancel the nodes in progress, and let another worker continue."""
+    CANCEL = 4
+    """Cancel the nodes in progress, and end as cancelled."""
+    ABANDON = 5
+    """Cancel the nodes in progress, and write nothing: the lease is lost."""
+
+
+class RunControl:
+    """Control of one run; use it only from the run's event loop."""
+
+    def __init__(self) -> None:
+        self.request: ControlRequest | None = None
+        self.changed = asyncio.Event()
+
+    def ask(self, request: ControlRequest) -> None:
+        """Set the request to the run and wake the waiters of `changed`, unless one at least as strong is set."""
+        if self.request is None or request > self.request:
+            self.request = request
+            self.changed.set()

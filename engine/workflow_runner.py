@@ -25,7 +25,6 @@ from engine.expressions import ExpressionError
 from engine.frames import NodeVisit, SectionFrame, WakeAction, Worklist
 from engine.node_api import NodeCall, NodeOutcome
 from engine.node_inputs import NodeInputs
-from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_limits import RunLimits
 from engine.run_progress import NodeAnswers, RunProgress
@@ -42,7 +41,7 @@ from engine.run_records import (
     SpanStatus,
     to_node_error,
 )
-from engine.services import collect_source_uses
+from engine.services import ControlRequest, RunControl, collect_source_uses
 from engine.span_recorder import SpanRecorder
 from engine.values import InvalidJson
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import InvalidDefinition, LeaseLost
 from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus
-from engine.services import RunCaller
+from engine.services import ControlRequest, RunCaller, RunControl
 from engine.values import InvalidJson
 from engine.workflow_runner import RunStart, run_workflow
 from execution import run_metrics
@@ -26,8 +25,7 @@ from execution.program_cache import ProgramCache, definition_key
 from execution.trials import POLL_SECONDS, TRIAL_SECONDS, SuspectSearch, TrialGate
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.large_values import LargeValues, RecordedValueLost
-from journal.leases import LeaseKeeper, RunLease
-from journal.recorder import RunJournal, RunRecorder
+from journal.recorder import LeaseKeeper, RunJournal, RunLease, RunRecorder
 from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey
 from messages import wakeups
 from messages.broker import BrokerUnavailable, DirectMessage, Notification

@@ -17,10 +17,9 @@ from structlog.testing import capture_logs
 
 from engine import workflow_runner as engine_run
 from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
-from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import NodeError
 from engine.run_records import RunStatus
-from engine.services import NodeServices
+from engine.services import ControlRequest, NodeServices, RunControl
 from engine.values import Json
 from execution import executor as executors
 from execution.executor import RunExecutor

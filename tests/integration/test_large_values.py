@@ -20,10 +20,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from engine.node_api import NodeCall
-from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import LeaseLost
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
-from engine.services import NodeServices
+from engine.services import ControlRequest, NodeServices, RunControl
 from engine.values import Json
 from execution.executor import RunExecutor
 from journal import recorder
@@ -33,8 +32,7 @@ from journal.blobs.blob_storage import BlobLabel, BlobOwner, BlobsUnavailable
 from journal.blobs.blob_store import BlobStore
 from journal.blobs.folder_storage import FolderBlobStorage
 from journal.blobs.large_values import LargeValues
-from journal.leases import RunLease
-from journal.recorder import RunJournal, RunRecorder
+from journal.recorder import RunJournal, RunLease, RunRecorder
 from journal.store import ClaimedRun, ExecutionKey
 from messages.local_broker import LocalBroker
 from models.database import Database, parse_url

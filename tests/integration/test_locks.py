@@ -22,8 +22,7 @@ from engine.run_records import RunStatus
 from gateway.pods import lease_checks
 from gateway.pods.lease_checks import LeaseHolder
 from journal import concurrency_limits
-from journal.leases import LeaseKeeper, RunLease
-from journal.recorder import RunRecorder
+from journal.recorder import LeaseKeeper, RunLease, RunRecorder
 from journal.run_deletion import delete_runs
 from journal.store import ExecutionKey
 from journal.waits import children, completion

@@ -16,11 +16,10 @@ from engine.graph import Definition, ParsedGraph
 from engine.node_api import EffectRule, FieldCompilation, NodeCall, NodeEffect, NodeType, RunNode, TimerWait
 from engine.node_key import PART_BYTES
 from engine.program import WorkflowProgram
-from engine.run_control import RunControl
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_limits import RunLimits
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
-from engine.services import NodeServices, RunCaller
+from engine.services import NodeServices, RunCaller, RunControl
 from engine.values import Json, decode_json
 from engine.workflow_runner import DEFAULT_LIMITS, RunStart, run_workflow
 from models.database_clock import DatabaseClock

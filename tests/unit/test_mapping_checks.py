@@ -14,9 +14,8 @@ from engine.findings import GraphFinding
 from engine.graph import ParsedGraph
 from engine.mapping_checks import MAX_EXPLAINED
 from engine.program import WorkflowProgram
-from engine.run_control import RunControl
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, SpanStatus
-from engine.services import NodeServices
+from engine.services import NodeServices, RunControl
 from engine.validation import validate_graph
 from engine.values import Json, decode_json
 from engine.workflow_runner import RunStart, run_workflow

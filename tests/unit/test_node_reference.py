@@ -18,9 +18,8 @@ from docs import node_reference
 from docs.node_reference import STEP
 from engine.graph import ParsedGraph
 from engine.program import WorkflowProgram
-from engine.run_control import RunControl
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
-from engine.services import NodeServices, StoredObject
+from engine.services import NodeServices, RunControl, StoredObject
 from engine.values import decode_json
 from engine.workflow_runner import RunStart, run_workflow
 from gateway.executions import test_runs

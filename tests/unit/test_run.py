@@ -25,9 +25,9 @@ from engine import workflow_runner as engine_run
 from engine.node_api import FieldCompilation, NodeCall, NodeOutcome, NodeResult, RunNode, TimerWait
 from engine.node_key import NodeKey, decode_key
 from engine.program import WorkflowProgram
-from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import FailureCause, HttpRequestName, LeaseLost, NodeError
 from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
+from engine.services import ControlRequest, RunControl
 from engine.values import Json, decode_json
 from journal import run_rows
 from tests.unit.run_harness import (

@@ -11,9 +11,9 @@ import msgspec.structs
 import pytest
 
 from engine.node_api import AnswerSource, AnswerWait, NodeCall, NodeResult
-from engine.run_control import ControlRequest
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
+from engine.services import ControlRequest
 from engine.values import Json, encode_json
 from tests.unit.run_harness import (
     FAST_RETRY,

@@ -26,10 +26,10 @@ from engine.node_api import (
     TimerWait,
 )
 from engine.program import WorkflowProgram
-from engine.run_control import ControlRequest
 from engine.run_errors import FailureCause, NodeError
 from engine.run_limits import RunLimits
 from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
+from engine.services import ControlRequest
 from engine.values import Json, encode_json
 from tests.unit.run_harness import (
     FAST_RETRY,

@@ -10,9 +10,9 @@ import msgspec.structs
 import pytest
 
 from engine.node_api import LoopRequest, NodeCall
-from engine.run_control import ControlRequest
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunStatus, SpanStatus
+from engine.services import ControlRequest
 from engine.values import Json
 from tests.unit.run_harness import (
     InMemoryJournal,
