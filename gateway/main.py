@@ -47,6 +47,7 @@ class GatewayApplication(Starlette):
         }
         router = PathRouter(served, default=answer_unrouted)
         trigger = PathRoute(TRIGGER, served[TRIGGER])
+        self.state.router = router
         hosts = WorkflowHostRouter(router, trigger=trigger, default=answer_unrouted)
         return CrossOriginLayer(EdgeLayer(hosts, others=self.router))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gateway import health
 from gateway.access import routes as access_routes
+from gateway.dashboard import routes as dashboard_routes
 from gateway.data_sources import routes as data_sources_routes
 from gateway.deployments import routes as deployments_routes
 from gateway.documentation import site
@@ -48,7 +49,7 @@ TABLE: Sequence[Route] = (
 )
 
 FOR_BROWSERS: Sequence[Route] = (
-    Route("GET", "/", AccessRule.PUBLIC, site.redirect, status=302),
+    *dashboard_routes.ROUTES,
     *access_routes.FOR_BROWSERS,
     Route("GET", "/docs", AccessRule.PUBLIC, site.redirect, status=302),
     Route("GET", "/docs/*", AccessRule.PUBLIC, site.show, answer=bytes),

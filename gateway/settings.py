@@ -171,6 +171,9 @@ class GatewaySettings(ServerSettings):
         le=65_535,
         description="Port of the gateway's Prometheus metrics on 127.0.0.1. Unset: no metrics.",
     )
+    dashboard: Literal["on", "off"] = Field(
+        default="on", description="Pages of the dashboard and their sign-in: `on` or `off`."
+    )
     shutdown_seconds: int = Field(
         default=20,
         ge=0,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import structlog
 import uvloop
@@ -23,12 +24,14 @@ import uvloop
 from gateway import main as gateways
 from gateway import state
 from gateway.access.bootstrap import bootstrap
+from gateway.http.session_cookies import is_loopback_host
 from gateway.settings import GatewaySettings
+from gateway.state import GatewayState
 from journal import clock_sync
 from journal.store import JournalStore
 from journal.store_factory import open_store
 from messages import broker as brokers
-from models import access, ids, schema_migration
+from models import access, access_store, ids, schema_migration
 from models import database as databases
 from models.database import Database
 from models.schema_migration import OutdatedDatabase
@@ -159,6 +162,7 @@ async def _run(
         app = gateways.create_app(lambda: nullcontext(gateway))
         # Written through the log, so that it follows earlier log lines.
         lines.put(_greeting(_address(listener), key).encode())
+        lines.put((await _sign_in_link(database, gateway, _address(listener))).encode())
         if key is not None and example is not None:
             # The socket listens already, so the request waits until the server answers.
             reached_at = _local_url(_address(listener))
@@ -220,6 +224,20 @@ def _greeting(address: str, key: str | None) -> str:
     if key is None:
         return f"Pilotflame runs on {address}\n"
     return WELCOME.format(address=address, key=key, example=EXAMPLE, input=INPUT)
+
+
+async def _sign_in_link(database: Database, gateway: GatewayState, address: str) -> str:
+    """Return a line with a link that signs a browser of this machine in, once and within ten minutes.
+
+    The code is in the fragment, which browsers do not send: no log of requests has it.
+    """
+    if gateway.settings.dashboard == "off" or not is_loopback_host(urlsplit(address).hostname or ""):
+        return ""
+    async with database.read() as connection:
+        key = await access_store.find_operator_key(connection, database.clock.now())
+    if key is None:
+        return ""
+    return f"Open the dashboard:\n  {address}/sign-in#code={gateway.sign_in.issue_code(key.id)}\n"
 
 
 async def _offer_example(lines: LogLineWriter, url: str, key: str, example: ExampleWorkflow) -> None:

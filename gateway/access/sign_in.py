@@ -68,6 +68,8 @@ async def end(request: GatewayRequest) -> NoContent:
 
 def require_cookie(request: GatewayRequest) -> SessionCookie:
     """Return the cookie of sessions at this address; raises 403 over plain HTTP from elsewhere."""
+    if request.gateway.settings.dashboard == "off":
+        raise errors.not_found()
     cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)
     if cookie is None:
         raise ApiError(

@@ -1,0 +1,1 @@
+"""Dashboard: pages of the gateway, each rendered from answers of public routes."""

@@ -1,0 +1,138 @@
+// Updates: hints of one event stream per tab make the page load itself again; the answer changes it in place.
+import { Idiomorph } from "./idiomorph.js";
+
+const COALESCE_MS = 250;
+const AGES_MS = 10_000;
+const root = document.documentElement.dataset.root;
+// The only policy: HTML of this server's own pages, in which Jinja2 has escaped every value.
+const policy = globalThis.trustedTypes?.createPolicy("pilotflame", { createHTML: (html) => html }) ?? { createHTML: (html) => html };
+
+let stream = null;
+let timer = 0;
+let isLoading = false;
+let isAsked = false;
+let tag = "";
+
+function label(state, text) {
+  const live = document.querySelector(".live");
+  live.dataset.state = state;
+  live.firstElementChild.textContent = text;
+}
+
+function clock() {
+  return `${new Date().toISOString().slice(11, 19)} UTC`;
+}
+
+// Rows of a list never move under the pointer: new ones wait behind a button.
+function holdNewRows(page) {
+  const shown = document.querySelector("tbody[data-newest]");
+  const loaded = page.querySelector("tbody[data-newest]");
+  if (!shown || !loaded) return;
+  const known = new Set([...shown.rows].map((row) => row.id));
+  const added = [...loaded.rows].filter((row) => !known.has(row.id));
+  if (!added.length) return;
+  const byId = new Map([...loaded.rows].map((row) => [row.id, row]));
+  loaded.replaceChildren(...[...shown.rows].map((row) => byId.get(row.id) ?? row.cloneNode(true)));
+  const button = page.createElement("button");
+  button.type = "button";
+  button.id = "new-rows";
+  button.className = "button small";
+  button.dataset.showsNew = "";
+  button.textContent = `Show ${added.length} new`;
+  page.querySelector(".title").append(button);
+}
+
+export async function reload({ takesNewRows = true } = {}) {
+  if (isLoading) {
+    isAsked = true;
+    return;
+  }
+  isLoading = true;
+  try {
+    const answer = await fetch(location.href, { headers: tag && !takesNewRows ? { "If-None-Match": tag } : {} });
+    if (answer.redirected && new URL(answer.url).pathname !== location.pathname) {
+      location.assign(answer.url);
+      return;
+    }
+    if (answer.ok) {
+      tag = answer.headers.get("ETag") ?? "";
+      const page = new DOMParser().parseFromString(policy.createHTML(await answer.text()), "text/html");
+      if (!takesNewRows) holdNewRows(page);
+      Idiomorph.morph(document.querySelector("main"), page.querySelector("main"), {
+        ignoreActiveValue: true,
+        callbacks: {
+          beforeNodeMorphed: (old) => !(old instanceof HTMLElement && (old.matches("form:focus-within, dialog[open]"))),
+          beforeAttributeUpdated: (name, node) => !(name === "open" && node.matches("details")),
+        },
+      });
+      document.title = page.title;
+    }
+    if (answer.ok || answer.status === 304) label(stream ? "live" : "still", `${stream ? "Live · " : ""}${clock()}`);
+  } catch {
+    label("lost", `Lost · ${clock()}`);
+  } finally {
+    isLoading = false;
+    if (isAsked) {
+      isAsked = false;
+      ask();
+    }
+  }
+}
+
+function ask() {
+  clearTimeout(timer);
+  timer = setTimeout(() => reload({ takesNewRows: false }), COALESCE_MS);
+}
+
+function open(topics) {
+  if (stream || document.hidden) return;
+  stream = new EventSource(`${root}/live?topics=${encodeURIComponent(topics)}`);
+  stream.addEventListener("open", () => label("live", `Live · ${clock()}`));
+  stream.addEventListener("hint", ask);
+  stream.addEventListener("resync", ask);
+  stream.addEventListener("error", () => {
+    label("lost", `Lost · ${clock()}`);
+    // A refused stream does not reconnect by itself.
+    if (stream?.readyState === EventSource.CLOSED) {
+      stream = null;
+      setTimeout(() => open(topics), AGES_MS);
+    }
+  });
+}
+
+function showAges() {
+  for (const time of document.querySelectorAll("time[data-age]")) {
+    const seconds = Math.round((Date.now() - Date.parse(time.dateTime)) / 1000);
+    const past = Math.abs(seconds);
+    const text = past < 1 ? "now" : past < 60 ? `${past} s` : past < 3600 ? `${Math.floor(past / 60)} min`
+      : past < 86400 ? `${Math.floor(past / 3600)} h` : `${Math.floor(past / 86400)} d`;
+    time.textContent = past < 1 ? text : seconds > 0 ? `${text} ago` : `in ${text}`;
+  }
+}
+
+function showLocalTimes() {
+  for (const time of document.querySelectorAll("time[title]:not([data-local])")) {
+    time.dataset.local = "";
+    time.title += ` · ${new Date(time.dateTime).toLocaleString(undefined, { timeZoneName: "short" })}`;
+  }
+}
+
+export function watch() {
+  showLocalTimes();
+  setInterval(showAges, AGES_MS);
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("[data-shows-new]")) reload();
+  });
+  const { topics } = document.querySelector(".live").dataset;
+  if (!topics) return;
+  open(topics);
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) {
+      stream?.close();
+      stream = null;
+    } else {
+      open(topics);
+      ask();
+    }
+  });
+}

@@ -1,0 +1,138 @@
+"""Texts of times, durations, numbers and states, as pages show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SECOND_MS: Final = 1_000
+MINUTE_MS: Final = 60_000
+HOUR_MS: Final = 3_600_000
+DAY_MS: Final = 86_400_000
+MAX_LINES: Final = 200
+MAX_CHARACTERS: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class StateLook:
+    """Look of a state: a tone of the style sheet, an icon and a word, always together."""
+
+    tone: str
+    icon: str
+    word: str
+
+
+STATES: Final[Mapping[str, StateLook]] = {
+    "pending": StateLook("", "pending", "Pending"),
+    "running": StateLook("lit", "running", "Running"),
+    "waiting": StateLook("warn", "waiting", "Waiting"),
+    "retrying": StateLook("warn", "waiting", "Retrying"),
+    "completed": StateLook("good", "completed", "Completed"),
+    "failed": StateLook("bad", "failed", "Failed"),
+    "crashed": StateLook("bad", "failed", "Crashed"),
+    "stopped": StateLook("", "cancelled", "Stopped"),
+    "cancelled": StateLook("", "cancelled", "Cancelled"),
+    "skipped": StateLook("off", "skipped", "Skipped"),
+    "not-reached": StateLook("off", "none", "Not reached"),
+    "active": StateLook("good", "completed", "Active"),
+    "draft": StateLook("", "none", "Draft"),
+    "paused": StateLook("warn", "waiting", "Paused"),
+    "archived": StateLook("", "cancelled", "Archived"),
+    "not-deployed": StateLook("", "none", "Not deployed"),
+    "idle": StateLook("", "asleep", "Asleep"),
+    "starting": StateLook("lit", "waking", "Starting"),
+    "stopping": StateLook("", "draining", "Stopping"),
+    "error": StateLook("bad", "failed", "No start"),
+}
+TRIGGER_ICONS: Final[Mapping[str, str]] = {
+    "manual": "hand",
+    "http": "http",
+    "queue": "queue",
+    "email": "mail",
+    "webhook": "hook",
+    "event": "event",
+    "schedule": "clock",
+    "workflow": "branch",
+}
+
+
+def look_of(state: str | None) -> StateLook:
+    """Return the look of a state; an unknown one is shown by its own name."""
+    name = state or "not-reached"
+    return STATES.get(name) or StateLook("", "none", name.replace("-", " ").capitalize())
+
+
+def icon_of_trigger(kind: str) -> str:
+    return TRIGGER_ICONS.get(kind, "hand")
+
+
+def parse_instant(text: str | None) -> datetime | None:
+    """Return the time of an answer's text, an aware datetime in UTC."""
+    return None if text is None else datetime.fromisoformat(text).astimezone(UTC)
+
+
+def milliseconds_between(start: str | None, end: str | None) -> int | None:
+    """Return the milliseconds from one time of an answer to another; None if one is absent."""
+    first, last = parse_instant(start), parse_instant(end)
+    return None if first is None or last is None else int((last - first).total_seconds() * SECOND_MS)
+
+
+def show_duration(milliseconds: float | None) -> str:
+    """Return a duration in the two largest fitting units, such as `6 min 02 s`."""
+    if milliseconds is None:
+        return ""
+    left = max(int(milliseconds), 0)
+    if left < SECOND_MS:
+        return f"{left} ms"
+    if left < MINUTE_MS:
+        return f"{left / SECOND_MS:.2f}".rstrip("0").rstrip(".") + " s"
+    if left < HOUR_MS:
+        return f"{left // MINUTE_MS} min {left % MINUTE_MS // SECOND_MS:02} s"
+    if left < DAY_MS:
+        return f"{left // HOUR_MS} h {left % HOUR_MS // MINUTE_MS:02} min"
+    return f"{left // DAY_MS} d {left % DAY_MS // HOUR_MS} h"
+
+
+def show_age(text: str | None, now: datetime) -> str:
+    """Return the time since a time of an answer, such as `38 s ago`; the future is `in 3 min 00 s`."""
+    moment = parse_instant(text)
+    if moment is None:
+        return "never"
+    milliseconds = (now - moment).total_seconds() * SECOND_MS
+    rounded = int(abs(milliseconds) // SECOND_MS) * SECOND_MS
+    if rounded < SECOND_MS:
+        return "now"
+    shown = show_duration(rounded)
+    if rounded >= MINUTE_MS:
+        shown = " ".join(shown.split()[:2])
+    return f"{shown} ago" if milliseconds > 0 else f"in {shown}"
+
+
+def show_moment(text: str | None) -> str:
+    """Return a time of an answer as `2026-11-28 02:47:12 UTC`."""
+    moment = parse_instant(text)
+    return "" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def show_clock(text: str | None) -> str:
+    """Return the time of day of a time of an answer."""
+    moment = parse_instant(text)
+    return "" if moment is None else f"{moment:%H:%M:%S}"
+
+
+def show_count(number: int) -> str:
+    return f"{number:,}"
+
+
+def show_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Return JSON as indented text, at most 200 lines and 20,000 characters of it."""
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    lines = text[:MAX_CHARACTERS].split("\n")
+    shown = "\n".join(lines[:MAX_LINES])
+    return shown if len(shown) == len(text) else f"{shown}\n… {len(text) - len(shown):,} more characters"

@@ -1,0 +1,25 @@
+"""Main navigation of the dashboard: one entry for each page that people look for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class NavigationEntry:
+    """Link of the main navigation; `g` and `key` go there."""
+
+    name: str
+    label: str
+    path: str
+    icon: str
+    key: str
+    scope: str | None = None
+    """Scope without which the page has nothing to show; the entry is left out then."""
+
+
+ENTRIES: Final[Sequence[NavigationEntry]] = (
+    NavigationEntry("runs", "Runs", "/dashboard/runs", "list", "r", "workflows:read"),
+)

@@ -1,0 +1,211 @@
+"""Pages: data from public routes, then HTML by a pure function, then an answer with a strict policy."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from urllib.parse import quote, urlsplit
+
+import msgspec
+import structlog
+
+from gateway.dashboard import assets
+from gateway.dashboard.navigation import ENTRIES
+from gateway.dashboard.page_request import PageRequest
+from gateway.dashboard.templating import render_template
+from gateway.http import errors, public_address
+from gateway.http.cached_text import RedirectResponse
+from gateway.http.errors import ApiError
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from gateway.http.endpoint import Handler
+    from gateway.http.request import GatewayRequest
+
+log = structlog.get_logger()
+
+WHOAMI: Final = "/api/v1/auth/whoami"
+MIN_COMPRESSED: Final = 1_000
+LARGE: Final = 200_000
+"""Characters of HTML that are compressed in a thread, since it takes milliseconds."""
+POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
+    " form-action 'self'; frame-ancestors 'none'; base-uri 'none'; require-trusted-types-for 'script';"
+    " trusted-types pilotflame"
+)
+HEADERS: Final = [
+    (b"content-type", b"text/html; charset=utf-8"),
+    (b"content-security-policy", POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+    (b"vary", b"Cookie, Accept-Encoding"),
+]
+
+PageData: TypeAlias = Mapping[str, Any]
+"""Answers of public routes, by names that the page chooses."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageFrame:
+    """Facts about the request and the visitor that every page may show."""
+
+    root: str
+    """Path of the public URL, below which all paths of the server lie; empty without one."""
+    base_url: str
+    now: datetime
+    query: Mapping[str, str]
+    parameters: Mapping[str, str]
+    asked: Sequence[str] = ()
+    """Paths of the public routes that the page has asked."""
+    visitor: Mapping[str, Any] | None = None
+    """Answer of `whoami`; None for pages without sign-in."""
+
+    def may(self, scope: str) -> bool:
+        """Return whether the visitor's key has a scope."""
+        return self.visitor is not None and scope in self.visitor["scopes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Page of the dashboard.
+
+    `load` asks public routes, and `view` turns their answers into values of the template without waiting for
+    anything. The values must have `title`.
+    """
+
+    path: str
+    template: str
+    load: Callable[[PageRequest], Awaitable[PageData]]
+    view: Callable[[PageData, PageFrame], Mapping[str, Any]]
+    navigation: str = ""
+    """Name of the entry of the main navigation that the page belongs to."""
+    topics: Sequence[str] = field(default=())
+    """Topics of hints after which the page loads itself again; `{id}` stands for the parameter."""
+
+
+def render(page: Page, data: PageData, frame: PageFrame) -> str:
+    """Return the HTML of a page: a pure function of the answers and the frame."""
+    topics = [topic.format(**frame.parameters) for topic in page.topics]
+    values = {"crumbs": (), "topics": topics, "current": page.navigation, **page.view(data, frame)}
+    return render_template(page.template, {**_frame_values(frame), **values})
+
+
+def render_plain(template: str, frame: PageFrame, **values: object) -> str:
+    """Return the HTML of a page without data of public routes."""
+    defaults = {"crumbs": (), "topics": (), "current": ""}
+    return render_template(template, {**_frame_values(frame), **defaults, **values})
+
+
+def _frame_values(frame: PageFrame) -> dict[str, Any]:
+    return {
+        "frame": frame,
+        "root": frame.root,
+        "assets": f"{frame.root}{assets.PREFIX}{assets.version()}",
+        "now": frame.now,
+        "entries": [entry for entry in ENTRIES if entry.scope is None or frame.may(entry.scope)],
+    }
+
+
+def serve(page: Page) -> Handler:
+    """Return the handler of a page."""
+
+    async def show(request: GatewayRequest) -> ASGIApp:
+        if request.gateway.settings.dashboard == "off":
+            raise errors.not_found()
+        asking = PageRequest(request.scope, request.scope["app"].state.router)
+        try:
+            visitor, data = await _load(page, asking)
+        except ApiError as error:
+            return show_refusal(request, error)
+        except DatabaseUnavailable as error:
+            return show_refusal(request, errors.not_ready(f"{error}: try again"))
+        frame = frame_of(request, asking, visitor)
+        html = render(page, data, frame)
+        tag = sha256(msgspec.json.encode([assets.version(), visitor, data])).hexdigest()[:32]
+        return await answer_html(request, html, tag=f'W/"{tag}"')
+
+    return show
+
+
+async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], PageData]:
+    loading = asyncio.ensure_future(page.load(asking))
+    try:
+        visitor = await asking.get(WHOAMI)
+    except BaseException:
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        raise
+    finally:
+        asking.asked[:] = [path for path in asking.asked if path != WHOAMI]
+    return visitor, await loading
+
+
+def frame_of(
+    request: GatewayRequest, asking: PageRequest, visitor: Mapping[str, Any] | None = None
+) -> PageFrame:
+    """Return the frame of a request."""
+    return PageFrame(
+        root=root_of(request),
+        base_url=public_address.base_url(request),
+        now=request.gateway.clock(),
+        query=asking.query,
+        parameters=asking.parameters,
+        asked=tuple(asking.asked),
+        visitor=visitor,
+    )
+
+
+def root_of(request: GatewayRequest) -> str:
+    """Return the path of the public URL without a slash at its end."""
+    return urlsplit(request.gateway.settings.public_url).path.rstrip("/")
+
+
+def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
+    """Return a refusal as a page; a visitor who has not signed in is led to the sign-in."""
+    if error.code == "unauthorized":
+        query = request.scope["query_string"].decode("latin-1")
+        wanted = quote(request.scope["path"] + (f"?{query}" if query else ""), safe="")
+        return RedirectResponse(f"{root_of(request)}/sign-in?next={wanted}")
+    frame = frame_of(request, PageRequest(request.scope, request.scope["app"].state.router))
+    html = render_plain(
+        "error.html", frame, title=f"Error {error.status}", error=error, request_id=request.id
+    )
+    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    return HtmlAnswer(error.status, html.encode(), headers)
+
+
+async def answer_html(request: GatewayRequest, html: str, *, tag: str = "") -> ASGIApp:
+    """Return HTML, compressed where the browser takes it; 304 for a page that it already shows."""
+    validators = [(b"etag", tag.encode())] if tag else []
+    if tag and request.headers.get("if-none-match") == tag:
+        return HtmlAnswer(304, b"", validators)
+    body = html.encode()
+    if len(body) >= MIN_COMPRESSED and "gzip" in request.headers.get("accept-encoding", ""):
+        validators.append((b"content-encoding", b"gzip"))
+        if len(body) >= LARGE:
+            body = await asyncio.to_thread(gzip.compress, body, 5, mtime=0)
+        else:
+            body = gzip.compress(body, 5, mtime=0)
+    return HtmlAnswer(200, body, validators)
+
+
+@dataclass(frozen=True, slots=True)
+class HtmlAnswer:
+    """Answer with HTML under the policy of the dashboard, as an ASGI response."""
+
+    status: int
+    body: bytes
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        headers = [*HEADERS, *self.headers, (b"content-length", b"%d" % len(self.body))]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})

@@ -1,0 +1,90 @@
+"""Request for a page, with which the page asks public routes for their answers.
+
+A page has the rights of its visitor alone: each question is a request to a public route in this process, with
+the same cookie or key, and passes through the same checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, urlencode
+
+from gateway.http import limits
+from gateway.http.errors import ApiError
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Scope
+
+OK: Final = 200
+_FORWARDED: Final = frozenset({b"cookie", b"x-api-key", b"host", b"origin", b"sec-fetch-site"})
+_ABSENT: Final = frozenset({403, 404, 405})
+"""Statuses of routes that do not exist, that the visitor may not use, or that do not apply to the object."""
+
+
+class PageRequest:
+    """Request for a page: its parameters, and the answers of public routes."""
+
+    def __init__(self, scope: Scope, api: ASGIApp) -> None:
+        """Set the request, and the application that answers public routes."""
+        self._scope: Mapping[str, Any] = scope
+        self._api = api
+        self.parameters: Mapping[str, str] = self._scope["path_params"]
+        self.asked: list[str] = []
+        """Paths with queries that the page has asked for, in order."""
+
+    @property
+    def query(self) -> dict[str, str]:
+        """Query of the page; of a repeated parameter, the last value."""
+        text = self._scope["query_string"].decode("latin-1")
+        try:
+            return dict(parse_qsl(text, max_num_fields=limits.QUERY_FIELDS))
+        except ValueError:
+            return {}
+
+    async def get(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of a public route; raises its refusal as `ApiError`."""
+        text = urlencode({name: value for name, value in query.items() if value not in {None, ""}})
+        self.asked.append(f"{path}?{text}" if text else path)
+        status, body = await self._request(path, text)
+        answer: Any = decoding.decode(body)
+        if status != OK:
+            error = answer["error"]
+            raise ApiError(status, error["code"], error["message"], details=error["details"])
+        return answer
+
+    async def get_if_present(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of a route; None where it is missing, forbidden, or not for this object."""
+        count = len(self.asked)
+        try:
+            return await self.get(path, **query)
+        except ApiError as error:
+            if error.status not in _ABSENT:
+                raise
+            del self.asked[count:]
+            return None
+
+    async def _request(self, path: str, query: str) -> tuple[int, bytes]:
+        status, pieces = 0, []
+        scope = {
+            **self._scope,
+            "method": "GET",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "headers": [pair for pair in self._scope["headers"] if pair[0] in _FORWARDED],
+            "sent_with_answer": [],
+            "holding": None,
+        }
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            pieces.append(message.get("body", b""))
+
+        await self._api(scope, receive, send)
+        return status, b"".join(pieces)

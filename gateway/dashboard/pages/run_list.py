@@ -1,0 +1,68 @@
+"""List of runs, newest first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
+
+from gateway.dashboard.page import Page, PageData, PageFrame
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page_request import PageRequest
+
+LIMIT: Final = 50
+NAMED_WORKFLOWS: Final = 100
+FILTERS: Final = ("status", "workflow_id", "trigger_type", "parent_id", "since", "until")
+STATES: Final = (
+    ("", "All"),
+    ("running", "Running"),
+    ("pending", "Pending"),
+    ("waiting", "Waiting"),
+    ("failed", "Failed"),
+    ("completed", "Completed"),
+)
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask for a page of runs, and for the names of workflows."""
+    given = page.query
+    filters = {name: given[name] for name in FILTERS if given.get(name)}
+    runs, workflows = await asyncio.gather(
+        page.get("/api/v1/executions", **filters, limit=LIMIT, offset=given.get("offset")),
+        page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS),
+    )
+    return {"runs": runs, "workflows": workflows}
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the rows, the filters and the ways to other pages of the list."""
+    runs = data["runs"]
+    filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
+    shown = runs["offset"] + len(runs["executions"])
+    return {
+        "title": "Runs",
+        "crumbs": (("Runs", ""),),
+        "runs": runs["executions"],
+        "count": runs["count"],
+        "first": runs["offset"] + 1,
+        "last": shown,
+        "names": {one["id"]: one["name"] for one in data["workflows"]["workflows"]},
+        "filters": filters,
+        "states": [
+            (label, _address(frame, {**filters, "status": status}), filters.get("status", "") == status)
+            for status, label in STATES
+        ],
+        "older": _address(frame, {**filters, "offset": str(shown)}) if shown < runs["count"] else "",
+        "newest": _address(frame, filters) if runs["offset"] else "",
+        "is_newest": runs["offset"] == 0,
+    }
+
+
+def _address(frame: PageFrame, query: Mapping[str, str]) -> str:
+    text = urlencode({name: value for name, value in query.items() if value})
+    return f"{frame.root}/dashboard/runs" + (f"?{text}" if text else "")
+
+
+PAGE: Final = Page("/dashboard/runs", "run_list.html", load, view, "runs")

@@ -1,0 +1,25 @@
+"""Routes of the dashboard: its pages, its sign-in and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from gateway.dashboard import assets, page, sign_in_page
+from gateway.dashboard.page import Page
+from gateway.dashboard.pages import run_list
+from gateway.http.endpoint import AccessRule
+from gateway.http.route import Route
+
+PAGES: Final[Sequence[Page]] = (run_list.PAGE,)
+
+ROUTES: Final[Sequence[Route]] = (
+    Route("GET", "/", AccessRule.PUBLIC, sign_in_page.redirect, status=302),
+    Route("GET", "/dashboard", AccessRule.PUBLIC, sign_in_page.show_start, status=302),
+    Route("GET", "/sign-in", AccessRule.PUBLIC, sign_in_page.show, answer=bytes),
+    Route("GET", "/dashboard/search", AccessRule.PUBLIC, sign_in_page.search, status=302),
+    Route("GET", f"{assets.PREFIX}*", AccessRule.PUBLIC, assets.show, answer=bytes),
+    *(Route("GET", one.path, AccessRule.PUBLIC, page.serve(one), answer=bytes) for one in PAGES),
+    Route("GET", "/dashboard/*", AccessRule.PUBLIC, sign_in_page.show_missing, answer=bytes),
+)
+"""Routes for browsers; each page checks its visitor by asking public routes with the visitor's session."""

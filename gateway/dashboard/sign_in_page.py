@@ -1,0 +1,59 @@
+"""Page on which a browser signs in, and the way to the dashboard from the root of the server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
+
+from gateway.dashboard import page
+from gateway.dashboard.page_request import PageRequest
+from gateway.http import errors, session_cookies
+from gateway.http.cached_text import RedirectResponse
+from models import ids
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from gateway.http.request import GatewayRequest
+
+
+async def show(request: GatewayRequest) -> ASGIApp:
+    """Show the sign-in, or the reason why it is not possible at this address."""
+    if request.gateway.settings.dashboard == "off":
+        raise errors.not_found()
+    cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)
+    frame = page.frame_of(request, PageRequest(request.scope, request.scope["app"].state.router))
+    html = page.render_plain("sign_in.html", frame, title="Sign in", is_possible=cookie is not None)
+    return await page.answer_html(request, html)
+
+
+async def redirect(request: GatewayRequest) -> RedirectResponse:
+    """Lead to the dashboard; without one, to the documentation. Relative addresses stay below the path of a proxy."""
+    return RedirectResponse("docs/" if request.gateway.settings.dashboard == "off" else "dashboard")
+
+
+async def show_start(request: GatewayRequest) -> RedirectResponse:
+    """Lead to the first page."""
+    if request.gateway.settings.dashboard == "off":
+        raise errors.not_found()
+    return RedirectResponse("dashboard/runs")
+
+
+async def search(request: GatewayRequest) -> RedirectResponse:
+    """Lead to the object whose id was pasted, otherwise to the workflows that match."""
+    if request.gateway.settings.dashboard == "off":
+        raise errors.not_found()
+    text = PageRequest(request.scope, request.scope["app"].state.router).query.get("q", "").strip()
+    if ids.is_id(text) and text.startswith("exec_"):
+        return RedirectResponse(f"runs/{text}")
+    if ids.is_id(text) and text.startswith("wf_"):
+        return RedirectResponse(f"workflows/{text}")
+    return RedirectResponse(f"workflows?{urlencode({'search': text})}" if text else "runs")
+
+
+async def show_missing(request: GatewayRequest) -> ASGIApp:
+    """Show that there is no such page."""
+    error = errors.not_found("page")
+    if request.gateway.settings.dashboard == "off":
+        raise error
+    return page.show_refusal(request, error)

@@ -1,0 +1,52 @@
+"""Rendering of pages: Jinja2 templates that escape every value.
+
+Jinja2 is loaded with the first page, so that gateways without visitors do not pay for it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.dashboard import formats
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import jinja2
+
+FOLDER: Final = Path(__file__).parent / "templates"
+
+
+def render_template(name: str, values: Mapping[str, Any]) -> str:
+    """Return the HTML of a template."""
+    text: str = _open_environment().get_template(name).render(values)
+    return text
+
+
+@cache
+def _open_environment() -> jinja2.Environment:
+    import jinja2  # noqa: PLC0415 - see above
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FileSystemLoader(FOLDER),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    environment.filters |= {
+        "clock": formats.show_clock,
+        "count": formats.show_count,
+        "duration": formats.show_duration,
+        "json": formats.show_json,
+        "moment": formats.show_moment,
+    }
+    environment.globals |= {
+        "age": formats.show_age,
+        "icon_of_trigger": formats.icon_of_trigger,
+        "look_of": formats.look_of,
+    }
+    return environment

@@ -1,0 +1,145 @@
+"""Pages of the dashboard without a browser: sign-in, policy, escaping and rights."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import AsyncIterator
+
+import httpx2
+import pytest
+
+from gateway.dashboard import assets
+from gateway.dashboard.page import POLICY
+from models.access import UserRole
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
+from tests.services import PostgresServer
+
+HOSTILE = "<script>alert(1)</script>\"'{{ 7 * 7 }}<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+async def harness(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("dashboard")) as harness:
+        yield harness
+
+
+async def sign_in(harness: GatewayHarness, key: str) -> httpx2.AsyncClient:
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": key})).status_code == 201
+    return browser
+
+
+async def test_the_root_leads_to_the_sign_in_and_from_there_to_the_wanted_page(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    browser = await harness.browser()
+    browser.follow_redirects = True
+    page = await browser.get("/")
+    assert page.url.path == "/sign-in"
+    assert page.url.params["next"].startswith("/dashboard")
+    assert "API key" in page.text
+    wanted = await browser.get("/dashboard/runs?status=failed")
+    assert wanted.url.params["next"] == "/dashboard/runs?status=failed"
+    signed_in = await sign_in(harness, people.owner.key)
+    signed_in.follow_redirects = True
+    assert "<h1>Runs</h1>" in (await signed_in.get("/dashboard/runs")).text
+
+
+async def test_plain_http_from_elsewhere_gets_a_page_that_explains_it(harness: GatewayHarness) -> None:
+    browser = await harness.browser(address="10.0.0.9", host="flows.example.com")
+    page = await browser.get("/sign-in")
+    assert "Signing in needs HTTPS" in page.text
+    assert "PILOTFLAME_PUBLIC_URL" in page.text
+    assert 'type="password"' not in page.text
+
+
+async def test_every_answer_has_the_strict_policy_and_is_not_stored(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    browser = await sign_in(harness, people.owner.key)
+    for path, status in (("/sign-in", 200), ("/dashboard/runs", 200), ("/dashboard/nothing", 404)):
+        page = await browser.get(path)
+        assert page.status_code == status
+        assert page.headers["Content-Security-Policy"] == POLICY
+        assert page.headers["Cache-Control"] == "no-store"
+        assert "Cookie" in page.headers["Vary"]
+        assert not re.search(r"\sstyle=|<script>|\son[a-z]+=|javascript:", page.text)
+    assert "unsafe" not in POLICY
+    shown = await browser.get("/dashboard/runs")
+    again = await browser.get("/dashboard/runs", headers={"If-None-Match": shown.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+async def test_texts_of_users_are_shown_as_text(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    workflow_id = await people.owner.create(name=HOSTILE, status="active", **GRAPH)
+    await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    browser = await sign_in(harness, people.owner.key)
+    page = await browser.get("/dashboard/runs", params={"trigger_type": HOSTILE})
+    assert "<img" not in page.text
+    assert "<script>" not in page.text
+    page = await browser.get("/dashboard/runs")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert "<img" not in page.text
+
+
+async def test_a_page_shows_only_objects_that_its_visitor_may_see(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="A secret plan", status="active", **GRAPH)
+    started = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    execution_id = started.json()["executionId"]
+    for person, sees in ((people.owner, True), (people.colleague, False), (people.stranger, False)):
+        page = await (await sign_in(harness, person.key)).get("/dashboard/runs")
+        assert (execution_id in page.text) is sees
+        assert ("A secret plan" in page.text) is sees
+    viewer = await harness.person(await harness.organization(), UserRole.VIEWER)
+    assert (await (await sign_in(harness, viewer.key)).get("/dashboard/runs")).status_code == 200
+
+
+async def test_a_refusal_of_a_route_becomes_a_page(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    browser = await sign_in(harness, people.owner.key)
+    page = await browser.get("/dashboard/runs?status=nonsense")
+    assert page.status_code == 400
+    assert "<code>invalid-query</code>" in page.text
+    assert page.headers["X-Request-Id"] in page.text
+
+
+async def test_files_are_compressed_once_and_cached_for_good(harness: GatewayHarness) -> None:
+    browser = await harness.browser()
+    for name, file in assets.read_files().items():
+        answer = await browser.get(f"{assets.PREFIX}{assets.version()}/{name}")
+        assert answer.content == file.plain
+        assert answer.headers["Content-Encoding"] == "gzip"
+        assert "immutable" in answer.headers["Cache-Control"]
+    older = await browser.get(f"{assets.PREFIX}0123456789abcdef/style.css")
+    assert older.headers["Cache-Control"] == "no-store"
+    for missing in ("nothing.js", "VENDORED.md", "../page.py", "%2e%2e/page.py"):
+        assert (await browser.get(f"{assets.PREFIX}{assets.version()}/{missing}")).status_code == 404
+    sizes = {name: len(file.compressed) for name, file in assets.read_files().items()}
+    assert sizes["style.css"] < 12_000
+    assert sum(size for name, size in sizes.items() if name.endswith(".js")) < 60_000
+
+
+def test_vendored_files_are_those_of_their_packages() -> None:
+    table = (assets.FOLDER / "VENDORED.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \|.*`([0-9a-f]{64})` \|$", table, re.MULTILINE)
+    assert rows
+    for name, digest in rows:
+        assert hashlib.sha256((assets.FOLDER / name).read_bytes()).hexdigest() == digest
+
+
+async def test_the_dashboard_can_be_removed(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    without = await harness.with_settings(dashboard="off")
+    browser = await without.browser()
+    for path in ("/sign-in", "/dashboard", "/dashboard/runs", f"{assets.PREFIX}{assets.version()}/style.css"):
+        answer = await browser.get(path)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not-found"
+    assert (await browser.post("/session", json={"key": people.owner.key})).status_code == 404
+    assert (await browser.get("/")).headers["Location"] == "docs/"
