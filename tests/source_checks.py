@@ -22,7 +22,13 @@ _LEANING = re.compile(rf"\b{_PRONOUN}\b", re.IGNORECASE)
 _OPENING = re.compile(rf"\W*(?:{_PRONOUN}|how|where|that (?:which|what))\b", re.IGNORECASE)
 
 WHOLE_TYPES = frozenset({"GatewayRequest", "GatewayState"})
-WHOLE_TYPE_MODULES = ("gateway.http.", "gateway.main", "gateway.state", "gateway.pods.pod_endpoint")
+WHOLE_TYPE_MODULES = (
+    "gateway.http.",
+    "gateway.main",
+    "gateway.state",
+    "gateway.pods.pod_endpoint",
+    "gateway.dashboard.page",
+)
 """Endpoints, which make requests for handlers, and the modules that build the state."""
 
 MAX_LEANING_SHARE = 0.03

@@ -110,7 +110,9 @@ async def test_unlisted_paths_are_not_found(harness: GatewayHarness, name: str) 
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize(("path", "location"), [("/", "docs/"), ("/docs", "docs/"), ("/docs/api", "api/")])
+@pytest.mark.parametrize(
+    ("path", "location"), [("/", "dashboard"), ("/docs", "docs/"), ("/docs/api", "api/")]
+)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_addresses_without_a_page_lead_to_one(
     harness: GatewayHarness, method: str, path: str, location: str
