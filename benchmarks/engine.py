@@ -98,6 +98,9 @@ class DiscardingJournal:
     def record_attempt(self, attempt: AttemptSpan) -> None:
         """Forget an attempt."""
 
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Forget metadata."""
+
     def advance(self, share: float) -> None:
         """Forget how far the run is."""
 

@@ -83,11 +83,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
         async with processes.run_production(of_database, address, redis.url, names=("gateway",)) as server:
             url = parse_url(address)
             await fill(url, await _read_owner(url), RUNS)
-            before = await _count_sequential_scans(url)
-            figures |= await _measure_reads(name, server.api)
-            if before is not None:
-                scans = await _count_sequential_scans(url)
-                figures[f"{name}_sequential_scans"] = (scans or 0) - before
+            figures |= await _measure_reads(name, server.api, url)
     return figures
 
 
@@ -104,21 +100,25 @@ async def _read_owner(url: URL) -> RunOwner:
     return RunOwner(*row)
 
 
-async def _measure_reads(name: str, api: BenchmarkApi) -> dict[str, float]:
+async def _measure_reads(name: str, api: BenchmarkApi, url: URL) -> dict[str, float]:
     figures = {f"{name}_calibration_ms": machine.measure_calibration_ms()}
+    begun_with = scans = 0 if is_sqlite(url) else await _count_sequential_scans(url)
     for read, path in READS.items():
         sample = await authoring.sample_requests(api, [TimedRequest("GET", path)] * (WARM_UP + REQUESTS))
         figures[f"{name}_{read}_p95_ms"] = sample.milliseconds(95)
+        if not is_sqlite(url) and (new := await _count_sequential_scans(url) - scans):
+            figures[f"{name}_{read}_sequential_scans"] = new
+            scans += new
+    if not is_sqlite(url):
+        figures[f"{name}_sequential_scans"] = scans - begun_with
     figures[f"{name}_slowest_p95_ms"] = max(
         value for figure, value in figures.items() if figure.endswith("p95_ms")
     )
     return figures
 
 
-async def _count_sequential_scans(url: URL) -> int | None:
-    """Return the number of scans of whole large tables so far; None on SQLite, which does not count them."""
-    if is_sqlite(url):
-        return None
+async def _count_sequential_scans(url: URL) -> int:
+    """Return the number of scans of whole large tables so far; SQLite does not count them."""
     database = Database(url)
     statement = text("SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname = ANY(:tables)")
     try:

@@ -243,6 +243,10 @@ class LoopRequest(NodeDirective):
 NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest"
 
 
+def _ignore_metadata(_metadata: Mapping[str, str]) -> None:
+    """Drop the metadata of a node that runs without an execution."""
+
+
 class NodeCall(msgspec.Struct, frozen=True):
     """Call of a node."""
 
@@ -270,6 +274,8 @@ class NodeCall(msgspec.Struct, frozen=True):
     services: NodeServices
     is_strict: bool = False
     """Whether a node fails if required data is missing."""
+    set_metadata: Callable[[Mapping[str, str]], None] = _ignore_metadata
+    """`set_metadata({key: value})` sets metadata of the execution, by which lists find it."""
 
     def scope_of(self, item: Json, index: int) -> dict[str, Json]:
         """Return the scope in which a condition or value sees one item of a list."""

@@ -148,6 +148,7 @@ class NodeInputs:
             now=visit.begun_at,
             services=self._services,
             is_strict=self._is_strict,
+            set_metadata=self._recorder.set_metadata,
         )
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from engine.run_errors import FailureCause, NodeError
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from engine.graph import GraphNode
     from engine.values import Json
 
@@ -185,6 +187,9 @@ class RunJournalWriter(Protocol):
 
     def log(self, line: LogLine) -> None:
         """Add a log line to the next commit."""
+
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Add metadata of the run to the next commit; a later value of a key replaces an earlier one."""
 
     def advance(self, share: float) -> None:
         """Add a share to the progress of the run; all shares of a run sum up to 1."""

@@ -8,6 +8,7 @@ from msgspec import structs
 
 from engine import node_key
 from engine import run_limits as engine_limits
+from engine.run_errors import NodeError
 from engine.run_records import (
     LOST_ATTEMPT_CODE,
     AttemptSpan,
@@ -19,6 +20,7 @@ from engine.run_records import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from engine.frames import NodeVisit, SectionFrame
@@ -34,6 +36,10 @@ MAX_PENDING_BYTES = 10_000_000
 
 MAX_ATTEMPT_SPANS = 10_000
 """Maximum number of attempts of one run with spans of their own; nodes in loops may have many more."""
+
+
+MAX_METADATA_KEYS = 20
+"""Maximum number of keys of metadata that the nodes of one run set."""
 
 
 class SpanRecorder:
@@ -60,6 +66,7 @@ class SpanRecorder:
         self._max_log_lines = limits.max_log_lines
         self._log_lines = 0
         self._attempts = attempts
+        self._metadata_keys: set[str] = set()
 
     @property
     def needs_commit(self) -> bool:
@@ -261,6 +268,14 @@ class SpanRecorder:
                 iteration=iteration,
             )
         )
+
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Set metadata of the run; raises `NodeError` for more keys than its nodes may set."""
+        self._metadata_keys |= metadata.keys()
+        if len(self._metadata_keys) > MAX_METADATA_KEYS:
+            message = f"The nodes of a run set at most {MAX_METADATA_KEYS} keys of metadata"
+            raise NodeError(message, code="too-many-keys")
+        self._journal.set_metadata({key: make_storable(value) for key, value in metadata.items()})
 
     def log(self, level: str, message: str, node_id: str) -> None:
         """Write a line to the log of the run."""

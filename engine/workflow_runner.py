@@ -415,10 +415,17 @@ class WorkflowRunner:
     async def _call_in_thread(
         self, visit: NodeVisit, run: Callable[[NodeCall], NodeOutcome], call: NodeCall
     ) -> NodeOutcome:
-        """Call a node in a thread; the loop records and numbers its log lines afterwards."""
+        """Call a node in a thread; the loop records its log lines and metadata afterwards."""
         lines: list[tuple[str, str]] = []
-        call = msgspec.structs.replace(call, log=lambda level, message: lines.append((level, message)))
+        metadata: dict[str, str] = {}
+        call = msgspec.structs.replace(
+            call,
+            log=lambda level, message: lines.append((level, message)),
+            set_metadata=metadata.update,
+        )
         outcome = await offload.run_in_thread(run, call)
+        if metadata:
+            self._recorder.set_metadata(metadata)
         for level, message in lines:
             self._recorder.log(level, message, visit.node_id)
         return outcome

@@ -135,7 +135,7 @@ def percent_of(share: float) -> int:
 
 
 def _count_rows(write: RunWrite) -> int:
-    return 1 + len(write.spans) + len(write.attempts) + len(write.logs)
+    return 1 + len(write.spans) + len(write.attempts) + len(write.logs) + len(write.metadata)
 
 
 class RunJournal:
@@ -201,6 +201,10 @@ class RunJournal:
         """Buffer a log line for the next commit."""
         self._write.logs.append(line)
 
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Buffer metadata of the run for the next commit."""
+        self._write.metadata.update(metadata)
+
     def advance(self, share: float) -> None:
         """Add a completed share to the progress of the run."""
         self._done += share
@@ -244,7 +248,7 @@ class RunJournal:
     @property
     def is_dirty(self) -> bool:
         """Whether spans or log lines wait for the next commit."""
-        return bool(self._write.spans or self._write.logs)
+        return bool(self._write.spans or self._write.logs or self._write.metadata)
 
     @property
     def is_committing(self) -> bool:

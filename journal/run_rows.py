@@ -215,6 +215,15 @@ def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
     ]
 
 
+def metadata_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
+    """Return one row per key of metadata that nodes have set: run, shard, key and value."""
+    return [
+        (write.execution_id, write.shard, key, value)
+        for write in batch
+        for key, value in write.metadata.items()
+    ]
+
+
 def decode_span(row: Sequence[Any]) -> NodeSpan:
     """Decode a span from a row of `SPAN_COLUMNS`."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row

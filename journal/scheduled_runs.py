@@ -20,7 +20,7 @@ from sqlmodel import col
 from engine.graph import RunSettings
 from engine.triggers import SCHEDULE_KIND, trigger_output
 from engine.values import encode_json
-from journal import backlog, concurrency_limits
+from journal import backlog, concurrency_limits, run_labels
 from journal.concurrency_limits import ConcurrencyLimit, LimitAction
 from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS
 from journal.waits import completion
@@ -28,6 +28,7 @@ from json_text import decoding
 from models import ids, schedule_timetable, timestamps
 from models.deployment import Deployment
 from models.execution import LIMITED_TARGET, SHARED_TARGET, Execution, ExecutionData
+from models.execution_label import ExecutionLabel
 from models.schedule import Schedule
 from models.schedule_timetable import MAX_WAITING, InvalidTimetable, OverlapPolicy, ScheduleState, SkipReason
 from models.timestamps import from_microseconds
@@ -286,6 +287,7 @@ class _ScheduleWriter:
         self._connection = connection
         self._executions: list[dict[str, Any]] = []
         self._data: list[dict[str, Any]] = []
+        self._labels: list[dict[str, Any]] = []
         self._definitions: dict[tuple[str, str], dict[str, Any]] = {}
         self._moves: list[dict[str, Any]] = []
 
@@ -325,6 +327,8 @@ class _ScheduleWriter:
             await self._write_definitions()
             await self._connection.execute(insert(Execution), self._executions)
             await self._connection.execute(insert(ExecutionData), self._data)
+        if self._labels:
+            await self._connection.execute(insert(ExecutionLabel), self._labels)
         if self._moves:
             await self._connection.execute(_MOVE_SCHEDULE, self._moves)
 
@@ -408,6 +412,11 @@ class _ScheduleWriter:
         }
         self._executions.append(execution)
         self._data.append(data)
+        labels = run_labels.read_settings_metadata(runnable.settings, trigger)
+        shared = {name: value for name, value in common.items() if name != "workflow_id"}
+        self._labels += [
+            {**shared, "execution_id": execution_id, "key": key, "value": value} for key, value in labels
+        ]
         if due.deployed_hash is None:
             self._definitions[due.organization_id, runnable.hash] = {
                 "organization_id": due.organization_id,

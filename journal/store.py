@@ -88,6 +88,8 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """Deployment whose pods run it; None: any worker."""
     is_private: bool = False
     """Visible only to its user and to users who may change the workflow."""
+    labels: Sequence[tuple[str, str]] = ()
+    """Tags and metadata, as in `journal.run_labels`."""
 
 
 class IngestedRun(RunAcceptance, frozen=True):
@@ -265,6 +267,8 @@ class RunWrite(msgspec.Struct):
     blocked_by: BlockerCode | None = None
     """Reason for a wait, which opens a blocked interval."""
     blocked_node: str | None = None
+    metadata: dict[str, str] = {}
+    """Metadata that its nodes have set, by key; a new value replaces that of its key."""
     attempts: list[AttemptSpan] = []
     """Attempts, each with a span of its node; the last record of an attempt counts."""
 

@@ -16,7 +16,7 @@ from sqlalchemy import case, func, null, select, update
 from sqlmodel import col
 
 from engine.run_records import RunError
-from journal import concurrency_limits
+from journal import concurrency_limits, run_labels
 from journal.blobs.blob_reference import BlobReference
 from journal.concurrency_limits import LimitAction
 from json_text import decoding
@@ -146,11 +146,20 @@ async def release_parsed(
     The result is None for each run with a lost lease. A run with a stop or cancel request ends. So does a run
     that may not wait and finds no free concurrency slot.
     """
-    limits = await _concurrency_limits(connection, batch)
+    settings = await _read_settings(connection, batch)
+    limits = {
+        one.key.execution_id: concurrency_limits.concurrency_limit(
+            settings[one.key.execution_id], one.workflow_id, dict(one.trigger)
+        )
+        for one in batch
+    }
     found: dict[str, MailRunState | None] = {}
     # In the order of the locked keys, so that concurrent transactions can't deadlock.
     for one in sorted(batch, key=lambda one: _limit_key(limits.get(one.key.execution_id))):
         found[one.key.execution_id] = await _release_one(connection, one, limits.get(one.key.execution_id))
+        if found[one.key.execution_id] is not None:
+            labels = run_labels.read_settings_metadata(settings[one.key.execution_id], dict(one.trigger))
+            await run_labels.insert_labels(connection, one.key, labels)
     return [found[one.key.execution_id] for one in batch]
 
 
@@ -163,10 +172,10 @@ async def note_rejection(connection: AsyncConnection, key: ExecutionKey, reason:
     )
 
 
-async def _concurrency_limits(
+async def _read_settings(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
-) -> dict[str, ConcurrencyLimit | None]:
-    """Return the concurrency limits of runs by the settings under which they were accepted."""
+) -> dict[str, Mapping[str, Json]]:
+    """Return the settings under which runs were accepted, by id."""
     ids = [one.key.execution_id for one in batch]
     configs: dict[str, str] = {}
     for start in range(0, len(ids), _ROWS_AT_ONCE):
@@ -175,12 +184,7 @@ async def _concurrency_limits(
             col(ExecutionData.execution_id).in_(some)
         )
         configs |= {row.execution_id: row.config for row in await connection.execute(statement)}
-    return {
-        one.key.execution_id: concurrency_limits.concurrency_limit(
-            decoding.decode(configs.get(one.key.execution_id, "{}")), one.workflow_id, dict(one.trigger)
-        )
-        for one in batch
-    }
+    return {execution_id: decoding.decode(configs.get(execution_id, "{}")) for execution_id in ids}
 
 
 def _limit_key(limit: ConcurrencyLimit | None) -> str:

@@ -19,7 +19,7 @@ from concurrency import offload
 from engine.triggers import trigger_output
 from engine.values import encode_json
 from gateway.deployments.activation import BadNews, PodUnavailable, StartBlockage, StartFailure
-from gateway.executions import acceptance
+from gateway.executions import acceptance, run_labels
 from gateway.executions.acceptance import RunRequest
 from gateway.http import errors, limits, text_rules
 from gateway.http.errors import ApiError
@@ -57,6 +57,10 @@ class TriggerRequest(GuardedWire):
     """Alias of `inputs`."""
     sync: bool = False
     """Wait for the end of the run, not just until a pod has taken it."""
+    tags: run_labels.Tags | None = None
+    """Tags by which lists find the run."""
+    metadata: run_labels.Metadata | None = None
+    """Metadata by which lists find the run, as in `?metadata.order=7`."""
 
 
 class TriggerStatus(StrEnum):
@@ -158,6 +162,7 @@ def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
 def _check_body(body: TriggerRequest) -> TriggerRequest:
     acceptance.require_one_spelling(body.trigger_inputs, body.inputs)
     problems = ProblemCollector()
+    run_labels.read_labels(body.tags, body.metadata)
     body.trigger_type = text_rules.check_line(
         body.trigger_type, "trigger_type", problems, max_length=limits.TRIGGER_TYPE_LENGTH
     )
@@ -178,7 +183,8 @@ async def _plan_run(
     deployed = await request.gateway.deployed.load(workflow, deployment)
     given = body.inputs or body.trigger_inputs or {}
     inputs = trigger_output(deployed.trigger_kind or "manual", given, request.gateway.clock())
-    return RunRequest(deployed, body.trigger_type, inputs, assigned_deployment_id=workflow.id)
+    labels = run_labels.read_labels(body.tags, body.metadata)
+    return RunRequest(deployed, body.trigger_type, inputs, assigned_deployment_id=workflow.id, labels=labels)
 
 
 async def _wait_for_pod(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gateway.executions.request_limits import BacklogLimits, RateLimitedRequest, RunRateLimiter
     from gateway.settings import GatewaySettings
     from gateway.workflows.workflow_cache import WorkflowCache
+    from journal.run_labels import RunLabel
     from journal.store import IdempotencyKey, IngestedRun, IngestResult, IngestWrite, JournalStore
     from messages.broker import Broker
     from models.access import ApiCaller
@@ -290,6 +291,8 @@ class RunRequest:
     """URL that gets a message at the end of the run."""
     assigned_deployment_id: str | None = None
     """Deployment whose pods run it; None: any worker."""
+    labels: Sequence[RunLabel] = ()
+    """Tags and metadata."""
     is_private: bool = False
     """Visible only to its user, the owner and admins: it runs more than the workflow and its inputs."""
 
@@ -402,6 +405,7 @@ class WorkflowRunAcceptor:
                 follow_up=completion.requested_actions(runnable.settings, callback_url=run.callback_url),
                 assigned_deployment_id=run.assigned_deployment_id,
                 is_private=run.is_private,
+                labels=run.labels,
             )
         )
         if accepted.verdict is AcceptanceVerdict.FULL:

@@ -10,7 +10,7 @@ import structlog
 from msgspec import Meta
 from sqlalchemy import ColumnElement
 
-from gateway.executions import bulk_actions
+from gateway.executions import bulk_actions, run_labels
 from gateway.executions.bulk_actions import ChosenExecutions
 from gateway.executions.execution_rows import ExecutionFilter
 from gateway.http import idempotency, limits
@@ -33,6 +33,9 @@ class BulkFilter(StrictWire):
     created_after: Annotated[datetime, Meta(tz=True)] | None = None
     """Accepted at this time or later."""
     created_before: Annotated[datetime, Meta(tz=True)] | None = None
+    tag: str | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=limits.METADATA_FILTERS)] | None = None
+    """Exact values by key."""
 
     def wanted(self, organization_id: str) -> ExecutionFilter:
         statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
@@ -44,6 +47,7 @@ class BulkFilter(StrictWire):
             parent_id=None,
             since=self.created_after,
             until=self.created_before,
+            labels=run_labels.filter_labels(self.tag, list((self.metadata or {}).items())),
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from concurrency import offload
 from engine.triggers import trigger_output
-from gateway.executions import acceptance, test_runs
+from gateway.executions import acceptance, run_labels, test_runs
 from gateway.executions.acceptance import RunRequest
 from gateway.executions.test_runs import WHOLE, GraphSelection
 from gateway.http import errors, limits, text_rules
@@ -53,6 +53,10 @@ class ExecuteRequest(GuardedWire):
         Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
     """URL that gets a message at the end of the run, signed with the organization's secret."""
+    tags: run_labels.Tags | None = None
+    """Tags by which lists find the run."""
+    metadata: run_labels.Metadata | None = None
+    """Metadata by which lists find the run, as in `?metadata.order=7`."""
 
 
 class ExecuteResult(WireStruct):
@@ -71,10 +75,11 @@ async def start(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, ExecuteRequest)
     acceptance.require_one_spelling(body.trigger_inputs, body.inputs)
+    labels = run_labels.read_labels(body.tags, body.metadata)
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=request.path_params["id"])
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
-        return await _plan_run(request, workflow, body)
+        return replace(await _plan_run(request, workflow, body), labels=labels)
 
     accepted = await request.gateway.workflow_runs.accept(
         request, request.path_params["id"], plan, idempotency_key

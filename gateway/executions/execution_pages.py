@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, case, func, literal_column, select
+from sqlalchemy import and_, case, exists, func, literal_column, select
 from sqlmodel import col
 
 from gateway.executions import execution_rows
@@ -17,6 +17,7 @@ from models.execution import Execution, ExecutionData
 from models.execution_label import ExecutionLabel
 from models.execution_status import ExecutionStatus
 from models.execution_visibility import visibility_condition
+from models.workflow import Workflow
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -86,7 +87,7 @@ async def _count(connection: AsyncConnection, source: _RunSource) -> BoundedCoun
     """Count the matching rows among the newest `limits.EXAMINED_RUNS` rows of the index."""
     if not source.residual:
         # From the table of the index alone.
-        return await keyset.count_rows(connection, select(source.item_id).where(*source.within))
+        return await keyset.count_rows(connection, source.within, source.created_at)
     matches = case((and_(*source.residual), 1), else_=0).label("matches")
     examined = (
         select(matches)
@@ -132,11 +133,11 @@ async def _choose_sources(
 def _by_time(caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
     within = [col(ExecutionData.organization_id) == caller.organization_id]
     if wanted.workflow_id is not None:
-        # In a function: SQLite would else read the index of the organization, which has the same order.
-        within = [
-            col(ExecutionData.workflow_id) == wanted.workflow_id,
-            func.coalesce(col(ExecutionData.organization_id), "") == caller.organization_id,
-        ]
+        # Checked once, not run by run: the organization is in another index, which has the same order.
+        is_own = exists().where(
+            col(Workflow.id) == wanted.workflow_id, col(Workflow.organization_id) == caller.organization_id
+        )
+        within = [col(ExecutionData.workflow_id) == wanted.workflow_id, is_own]
     created_at = col(ExecutionData.created_at)
     within += execution_rows.time_conditions(wanted, created_at)
     residual = [*_hidden(caller), *execution_rows.column_conditions(wanted), *_statuses(wanted)]
@@ -168,18 +169,14 @@ async def _labelled(connection: AsyncConnection, caller: ApiCaller, wanted: Exec
     rarest = wanted.labels[0]
     if len(wanted.labels) > 1:
         counts = {
-            label: (await keyset.count_rows(connection, _runs_with(caller, label))).count
+            label: (
+                await keyset.count_rows(connection, _has_label(caller, label), col(ExecutionLabel.created_at))
+            ).count
             for label in wanted.labels
         }
         rarest = min(counts, key=lambda label: counts[label])
-    key, value = rarest
     created_at = col(ExecutionLabel.created_at)
-    within = [
-        col(ExecutionLabel.organization_id) == caller.organization_id,
-        col(ExecutionLabel.key) == key,
-        col(ExecutionLabel.value) == value,
-        *execution_rows.time_conditions(wanted, created_at),
-    ]
+    within = [*_has_label(caller, rarest), *execution_rows.time_conditions(wanted, created_at)]
     others = [execution_rows.has_label(label) for label in wanted.labels if label != rarest]
     residual = [
         *others,
@@ -198,9 +195,9 @@ async def _labelled(connection: AsyncConnection, caller: ApiCaller, wanted: Exec
     return _RunSource(table, created_at, col(ExecutionLabel.execution_id), within, residual)
 
 
-def _runs_with(caller: ApiCaller, label: tuple[str, str]) -> Select[str]:
+def _has_label(caller: ApiCaller, label: tuple[str, str]) -> Sequence[ColumnElement[bool]]:
     key, value = label
-    return select(col(ExecutionLabel.execution_id)).where(
+    return (
         col(ExecutionLabel.organization_id) == caller.organization_id,
         col(ExecutionLabel.key) == key,
         col(ExecutionLabel.value) == value,

@@ -15,11 +15,13 @@ from engine.run_records import SpanStatus
 from gateway.executions.execution_rows import SpanKind
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.waits.completion import CompletionAction, CompletionOutcome
+from models.execution_label import TAG_KEY
 from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import ExecutionRecord, Recorded
     from gateway.executions.large_outputs import ShownOutputs
+    from journal.run_labels import RunLabel
     from journal.store import RunProgressReport
     from models.execution import Execution
 
@@ -99,6 +101,9 @@ class ExecutionShape(WireStruct):
     ended_at: Instant | None
     updated_at: Instant
     duration_ms: int | None
+    tags: Sequence[str] = ()
+    metadata: Mapping[str, str] = {}
+    """Values by key, as in `?metadata.order=7`."""
     config: Raw | UnsetType = UNSET
     outputs: Mapping[str, Raw] | UnsetType = UNSET
     """By node id. An output over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
@@ -178,7 +183,7 @@ class LogShape(WireStruct):
     created_at: Instant
 
 
-def show_summary(execution: Execution) -> ExecutionShape:
+def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionShape:
     """Return an execution for a list, without its large fields."""
     return ExecutionShape(
         id=execution.id,
@@ -200,12 +205,14 @@ def show_summary(execution: Execution) -> ExecutionShape:
         ended_at=optional_instant(execution.ended_at),
         updated_at=instant(execution.updated_at),
         duration_ms=_milliseconds(execution.started_at, execution.ended_at),
+        tags=[value for key, value in labels if key == TAG_KEY],
+        metadata={key: value for key, value in labels if key != TAG_KEY},
     )
 
 
 def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionShape:
     """Return an execution with its data; `outputs` shows large values."""
-    shape = show_summary(found.execution)
+    shape = show_summary(found.execution, found.labels)
     shape.trigger = TriggerShape(
         type=found.execution.trigger_type, data=outputs.show_trigger(found.data.trigger)
     )

@@ -183,6 +183,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
             page = await execution_rows.list_executions(connection, request.caller, wanted, part, order)
         else:
             page = await execution_pages.list_page(connection, request.caller, wanted, bounds)
+        listed = [one.id for one in page.items]
+        labels = await execution_rows.read_labels(connection, request.caller, listed)
     return JsonResponse(
         ExecutionList(
             count=page.count,
@@ -190,7 +192,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             limit=part.limit,
             offset=part.offset,
             next=page.next_cursor,
-            executions=[execution_shapes.show_summary(one) for one in page.items],
+            executions=[execution_shapes.show_summary(one, labels.get(one.id, ())) for one in page.items],
         )
     )
 

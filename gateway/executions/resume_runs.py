@@ -26,7 +26,7 @@ from engine.node_api import ERROR
 from engine.run_records import SpanStatus
 from gateway.executions import acceptance
 from gateway.http import errors
-from journal import unparsed_mail
+from journal import run_labels, unparsed_mail
 from journal.waits import completion
 from json_text import decoding
 from models import ids
@@ -118,6 +118,7 @@ async def insert_copy(
         changes["target"] = literal(UNPARSED_TARGET)
     await connection.execute(_new_execution(failed, new_id, caller, changes))
     await connection.execute(_new_data(failed, new_id))
+    await run_labels.copy_labels(connection, failed, new_id)
     if spans:
         copies = [
             {"new_id": ids.new_id("span"), "of_node": row.node_id, "of_iteration": row.iteration}

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
-from gateway.http import limits
+from msgspec import Meta
+
+from engine.values import value_as_text
+from gateway.http import limits, text_rules
 from gateway.http.errors import invalid_query
 from gateway.http.parameters import QueryParameter
+from gateway.http.text_rules import ProblemCollector
+from journal.run_labels import MAX_VALUE_CHARACTERS, METADATA_KEY
 from models.execution_label import TAG_KEY
 
 if TYPE_CHECKING:
     from engine.values import Json
+    from journal.run_labels import RunLabel
 
-METADATA_KEY: Final = re.compile(r"[a-z][A-Za-z0-9_-]{0,39}\Z")
-"""Form of the keys of metadata."""
+Tags: TypeAlias = Annotated[
+    list[Annotated[str, text_rules.is_allowed_text(limits.EXECUTION_TAG_LENGTH, min_length=1)]],
+    Meta(max_length=limits.EXECUTION_TAGS),
+]
+Metadata: TypeAlias = Annotated[dict[str, str | int | float | bool], Meta(max_length=limits.METADATA_KEYS)]
+"""Values by key; a key matches `^[a-z][A-Za-z0-9_-]{0,39}$`, and a text has at most 256 characters."""
 PREFIX: Final = "metadata."
 
 
@@ -32,7 +41,7 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
 
     @property
     def schema(self) -> dict[str, Json]:
-        return {"type": "string", "maxLength": limits.METADATA_VALUE_LENGTH}
+        return {"type": "string", "maxLength": MAX_VALUE_CHARACTERS}
 
     def has_name(self, name: str) -> bool:
         return name.startswith(PREFIX)
@@ -54,10 +63,8 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
                     "The key behind metadata. must match ^[a-z][A-Za-z0-9_-]{0,39}$, as in metadata.order=7"
                 )
                 raise invalid_query(self.name, "invalid-key", text)
-            if "\0" in value or len(value) > limits.METADATA_VALUE_LENGTH:
-                text = (
-                    f"A value of metadata has at most {limits.METADATA_VALUE_LENGTH} characters, and no NUL"
-                )
+            if "\0" in value or len(value) > MAX_VALUE_CHARACTERS:
+                text = f"A value of metadata has at most {MAX_VALUE_CHARACTERS} characters, and no NUL"
                 raise invalid_query(PREFIX + key, "invalid-value", text)
             pairs.append((key, value))
         return pairs
@@ -66,3 +73,27 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
 def filter_labels(tag: str | None, metadata: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
     """Return the labels that a list is filtered by."""
     return [*([] if tag is None else [(TAG_KEY, tag)]), *metadata]
+
+
+def read_labels(
+    tags: Sequence[str] | None,
+    metadata: Mapping[str, str | float] | None,
+    path: str = "",
+) -> Sequence[RunLabel]:
+    """Return the labels of a body; raises 422. `path` precedes the names of the fields in refusals."""
+    problems = ProblemCollector()
+    labels = {
+        (TAG_KEY, text_rules.check_line(tag, f"{path}tags", problems, max_length=limits.EXECUTION_TAG_LENGTH))
+        for tag in tags or ()
+    }
+    for key, value in (metadata or {}).items():
+        text = value_as_text(value)
+        if not METADATA_KEY.match(key):
+            message = "A key of metadata must match ^[a-z][A-Za-z0-9_-]{0,39}$, as in order"
+            problems.add(f"{path}metadata", "invalid-key", message)
+        elif len(text) > MAX_VALUE_CHARACTERS or "\0" in text:
+            message = f"A value of metadata has at most {MAX_VALUE_CHARACTERS} characters, and no NUL"
+            problems.add(f"{path}metadata.{key}", "invalid-value", message)
+        labels.add((key, text))
+    problems.raise_any()
+    return sorted(labels)

@@ -26,7 +26,7 @@ from models.column_types import TimestampColumn
 from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, RowMapping, Select
+    from sqlalchemy import ColumnElement, RowMapping
 
     from engine.values import Json
     from gateway.http.query import QueryString
@@ -179,7 +179,7 @@ async def list_rows(
     item_id: SQLColumnExpression[Any],
 ) -> ListPage[RowMapping]:
     """Return a page of the rows that match; `columns` contain `created_at` and `id`."""
-    counted = await count_rows(connection, select(item_id).where(*conditions))
+    counted = await count_rows(connection, conditions, created_at)
     statement = select(*columns).where(*conditions, *bounds.condition(created_at, item_id))
     # One more than shown: then another page follows.
     ordered = statement.order_by(*bounds.order(created_at, item_id)).limit(bounds.limit + 1)
@@ -191,8 +191,14 @@ async def list_rows(
     return ListPage(counted.count, rows, next_cursor, counted.is_lower_bound)
 
 
-async def count_rows(connection: AsyncConnection, matching: Select[*tuple[Any, ...]]) -> BoundedCount:
-    """Count the rows of a statement up to `limits.KEYSET_COUNT`, reading no more of them."""
-    some = matching.limit(limits.KEYSET_COUNT + 1).subquery()
+async def count_rows(
+    connection: AsyncConnection,
+    conditions: Sequence[ColumnElement[bool]],
+    created_at: SQLColumnExpression[Any],
+) -> BoundedCount:
+    """Count the rows of the table of `created_at` that match, up to `limits.KEYSET_COUNT`, reading no more."""
+    # In the order of the list, so that its index is read: where most rows match, a scan would cost as much.
+    ordered = select(created_at).where(*conditions).order_by(created_at.desc())
+    some = ordered.limit(limits.KEYSET_COUNT + 1).subquery()
     count = await connection.scalar(select(func.count()).select_from(some)) or 0
     return BoundedCount(min(count, limits.KEYSET_COUNT), count > limits.KEYSET_COUNT)

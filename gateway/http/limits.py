@@ -27,9 +27,7 @@ EXECUTION_TAG_LENGTH: Final = 64
 """Characters of a tag of an execution."""
 METADATA_KEYS: Final = 20
 """Keys of the metadata of an execution."""
-METADATA_VALUE_LENGTH: Final = 256
-"""Characters of a value of an execution's metadata."""
-EXAMINED_RUNS: Final = 12_000
+EXAMINED_RUNS: Final = 10_000
 """Executions that a list with `after` examines to count those that match."""
 QUERY_FIELDS: Final = 50
 """Parameters in a query string."""

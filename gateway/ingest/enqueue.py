@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from concurrency import offload
+from gateway.executions import run_labels
 from gateway.http import idempotency, limits, text_rules
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.ingest.ingest import RunTarget
     from gateway.ingest.verification import VerifiedSignature
+    from journal.run_labels import RunLabel
     from journal.store import IdempotencyKey
 
 _encode = msgspec.json.Encoder().encode
@@ -74,11 +77,25 @@ class QueueMessage(GuardedWire):
             delay_until=self.delayed_until(now),
             callback_url=callback_url or "",
             idempotency_key=idempotency_key,
+            labels=self.labels(),
         )
+
+    def labels(self) -> Sequence[RunLabel]:
+        """Return the tags and metadata of the run; messages of a batch may have some."""
+        return ()
 
 
 class BatchMessage(QueueMessage, forbid_unknown_fields=True):
     """Message in a batch."""
+
+    tags: run_labels.Tags | None = None
+    """Tags by which lists find the run."""
+    metadata: run_labels.Metadata | None = None
+    """Metadata by which lists find the run; it replaces that of `settings.metadata` with the same keys."""
+
+    def labels(self) -> Sequence[RunLabel]:
+        """Return the tags and metadata; raises 422."""
+        return run_labels.read_labels(self.tags, self.metadata)
 
 
 class EnqueueRequest(QueueMessage):

@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from concurrency import offload
 from engine.values import fingerprint
-from gateway.executions import acceptance
+from gateway.executions import acceptance, run_labels
 from gateway.http import errors, idempotency, limits, text_rules
 from gateway.http.errors import ApiError
 from gateway.http.refusals import ErrorDetail
@@ -221,6 +221,7 @@ def _plan_messages(
     for place, value in enumerate(messages):
         try:
             body = check_message(value, BatchMessage, now, f"messages.{place}")
+            run_labels.read_labels(body.tags, body.metadata, f"messages.{place}.")
             if body.payload is None:
                 raise errors.invalid(
                     [errors.problem(f"messages.{place}.message", "required", "message is required")]

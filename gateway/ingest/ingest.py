@@ -18,7 +18,7 @@ from gateway.executions import acceptance
 from gateway.http import errors, idempotency
 from gateway.http.errors import ApiError
 from gateway.workflows import graph_shapes
-from journal import concurrency_limits, held_runs
+from journal import concurrency_limits, held_runs, run_labels
 from journal.blobs import large_values
 from journal.concurrency_limits import LimitAction
 from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey, IngestedRun, IngestResult
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gateway.ingest.delivery_log import DeliveryLog, InboundRequest
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow, TriggerNode
+    from journal.run_labels import RunLabel
     from journal.store import IdempotencyKey, IngestWrite
     from models.access import ApiCaller
     from models.database import Database
@@ -76,6 +77,8 @@ class RunInput:
     callback_url: str = ""
     idempotency_key: IdempotencyKey | None = None
     is_read: bool = True
+    labels: Sequence[RunLabel] = ()
+    """Tags and metadata that the sender has given."""
     execution_id: str | None = None
     """Id of the run, if blobs are already stored for it."""
 
@@ -151,6 +154,7 @@ class RequestIngestor:
             assigned_deployment_id=target.assigned_deployment_id,
             delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
             is_read=message.is_read,
+            labels=_labels(workflow, message),
         )
 
     async def ingest_request(
@@ -276,3 +280,12 @@ class RequestIngestor:
         if execution_id is None:
             raise errors.not_ready("The outcome of this delivery is not stored yet: try again")
         return AcceptanceResult(taken.verdict, execution_id)
+
+
+def _labels(workflow: LoadedWorkflow, message: RunInput) -> Sequence[RunLabel]:
+    """Return the labels of a run: those of the message replace those of the settings with the same key."""
+    if not message.is_read:
+        return ()  # by the settings, when the mail is parsed
+    given = {key for key, _ in message.labels}
+    settings = run_labels.read_settings_metadata(workflow.settings, message.trigger)
+    return [*message.labels, *(label for label in settings if label[0] not in given)]

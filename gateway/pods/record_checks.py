@@ -13,10 +13,12 @@ import msgspec
 from engine import values
 from engine.conditions import compile_condition
 from engine.expressions import ExpressionError
+from engine.span_recorder import MAX_METADATA_KEYS
 from engine.values import InvalidJson
 from gateway.http import errors
 from gateway.http.errors import ApiError
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.run_labels import MAX_VALUE_CHARACTERS, METADATA_KEY
 from json_text import decoding
 from models import ids
 
@@ -47,6 +49,11 @@ def require_storable(write: RunWrite) -> None:
         raise _refused("A time has no zone")
     if write.blocked_node is not None and not is_storable_text(write.blocked_node):
         raise _refused("The blocked node is not a valid ID")
+    for key, value in write.metadata.items():
+        if not METADATA_KEY.match(key) or len(value) > MAX_VALUE_CHARACTERS or "\0" in value:
+            raise _refused("An entry of the metadata is invalid")
+    if len(write.metadata) > MAX_METADATA_KEYS:
+        raise _refused("There are too many keys of metadata")
     if write.channel and not ids.is_id(write.channel):
         raise _refused("The channel is not a valid ID")
 

@@ -11,6 +11,7 @@ from gateway.http import limits, text_rules
 from gateway.http.wire import StrictWire
 from gateway.workflows import callback_checks
 from journal.concurrency_limits import LimitAction
+from journal.run_labels import METADATA_KEY
 
 if TYPE_CHECKING:
     from gateway.http.text_rules import ProblemCollector
@@ -68,23 +69,40 @@ class KnownSettings(StrictWire):
     """Notification about failed runs: a workflow to run, or a URL to call."""
     resources: ResourceSettings | None = None
     """Processor and memory of each pod of the deployed workflow."""
+    metadata: (
+        Annotated[
+            dict[
+                str, Annotated[str, text_rules.is_allowed_text(limits.CONCURRENCY_KEY_LENGTH, min_length=1)]
+            ],
+            Meta(max_length=limits.METADATA_KEYS),
+        ]
+        | None
+    ) = None
+    """Metadata of runs by messages, mails, webhooks, events and schedules, by key: expressions such as
+    `{{ trigger.body.order }}`, evaluated when a run is accepted. One that finds nothing is left out.
+    """
 
 
 def check_settings(
-    concurrency: ConcurrencySettings | None,
-    on_failure: FailureSettings | None,
+    known: KnownSettings,
     workflow_id: str,
     problems: ProblemCollector,
 ) -> None:
     """Add problems that types can't express: invalid expressions, invalid URLs, a workflow that names itself."""
+    concurrency, on_failure = known.concurrency, known.on_failure
     if concurrency is not None and concurrency.key is not None:
-        _check_key(concurrency.key, problems)
+        _check_expression(concurrency.key, "settings.concurrency.key", problems)
     if on_failure is not None:
         _check_failure(on_failure, workflow_id, problems)
+    for name, expression in (known.metadata or {}).items():
+        if not METADATA_KEY.match(name):
+            message = "A key of settings.metadata must match ^[a-z][A-Za-z0-9_-]{0,39}$, as in order"
+            problems.add("settings.metadata", "invalid-key", message)
+        else:
+            _check_expression(expression, f"settings.metadata.{name}", problems)
 
 
-def _check_key(key: str, problems: ProblemCollector) -> None:
-    path = "settings.concurrency.key"
+def _check_expression(key: str, path: str, problems: ProblemCollector) -> None:
     if len(key) > limits.CONCURRENCY_KEY_LENGTH:
         message = f"{path} may have at most {limits.CONCURRENCY_KEY_LENGTH:,} characters"
         problems.add(path, "too-long", message)

@@ -287,7 +287,7 @@ def _settings(
     except ApiError as error:
         problems.found.extend(error.details)
     else:
-        run_settings.check_settings(known.concurrency, known.on_failure, workflow_id, problems)
+        run_settings.check_settings(known, workflow_id, problems)
     return definition_snapshot.effective_settings(
         _merged(before, {**fields, **removed}, "settings", problems)
     )

@@ -226,6 +226,7 @@ _RUN_COLUMNS = """
         timeout, total_nodes, advance, queue_turn, scope, key, fingerprint, lifetime, channel, parent_id, root_id,
         depth, concurrency_key, concurrency_limit, follow_up, assigned_deployment_id, is_private"""
 _DEFINITION_TYPES = ("text", "text", "smallint", "text")
+_LABEL_TYPES = ("text", "text", "text")
 _INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
 _INGESTED_RUN_COLUMNS = f"{_RUN_COLUMNS}, delivery_id, delay_until, is_unread"
 _INGEST_TYPES = (
@@ -255,9 +256,15 @@ def _idempotency_sql(table: str) -> str:
     RETURNING resource_id"""
 
 
-def _run_inserts_sql(status: str, target: str, due_at: str, since: str) -> str:
-    """Return SQL that inserts the runs of the table `winner`, data first."""
-    return f"""data AS (
+def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_label: int) -> str:
+    """Return SQL that inserts the runs of the table `winner`, data first; labels begin at a parameter."""
+    return f"""label AS (
+    INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)
+    SELECT winner.id, label.key, label.value, winner.shard, winner.organization_id, {NOW}
+    FROM unnest({unnest_sql(first_label, _LABEL_TYPES)}) AS label (execution_id, key, value)
+    JOIN winner ON winner.id = label.execution_id
+    ON CONFLICT DO NOTHING
+), data AS (
     INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)
     SELECT id, shard, trigger, config, organization_id, workflow_id, {NOW} FROM winner ON CONFLICT DO NOTHING
 ), inserted AS (
@@ -290,7 +297,7 @@ WITH item AS (
 ), kept AS ({_idempotency_sql("current")}
 ), winner AS (
     SELECT * FROM current WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
-), {_run_inserts_sql("'pending'", _TARGET, "NULL::bigint", NOW)}
+), {_run_inserts_sql("'pending'", _TARGET, "NULL::bigint", NOW, len(_RUN_TYPES) + len(_DEFINITION_TYPES) + 1)}
 SELECT id FROM inserted
 """
 _FIRST_INGEST = len(_INGESTED_RUN_TYPES) + len(_DEFINITION_TYPES) + 1
@@ -324,6 +331,7 @@ WITH item AS (
         f" THEN '{DELAYED_TARGET}' ELSE {_TARGET} END",
         "delay_until",
         f"coalesce(delay_until, {NOW})",
+        _FIRST_INGEST + len(_INGEST_TYPES),
     )
 }, new_event AS (
     INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at)
@@ -398,7 +406,7 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
 
 def _bind_acceptances(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
     rows = map(_acceptance_row, batch)
-    return [*transpose_rows(rows, len(_RUN_TYPES)), *_distinct_definitions(batch)]
+    return [*transpose_rows(rows, len(_RUN_TYPES)), *_distinct_definitions(batch), *_labels(batch)]
 
 
 def _bind_ingest_writes(batch: Sequence[IngestWrite], *, without: Collection[str] = ()) -> list[list[Any]]:
@@ -417,7 +425,13 @@ def _bind_ingest_writes(batch: Sequence[IngestWrite], *, without: Collection[str
         *transpose_rows(rows, len(_INGESTED_RUN_TYPES)),
         *_distinct_definitions([run for run, _ in runs]),
         *transpose_rows(ingest_rows, len(_INGEST_TYPES)),
+        *_labels([run for run, _ in runs]),
     ]
+
+
+def _labels(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
+    rows = [(item.execution_id, *label) for item in batch for label in item.labels]
+    return transpose_rows(rows, len(_LABEL_TYPES))
 
 
 def _ingest_row(one: IngestWrite, without: Collection[str]) -> tuple[Any, ...]:

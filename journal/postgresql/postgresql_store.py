@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +41,7 @@ from journal.run_rows import (
     decode_span,
     encode_error,
     log_rows,
+    metadata_rows,
     release_target_sql,
     span_rows,
 )
@@ -173,17 +175,18 @@ class PostgreSQLStore:
         return frozenset(held)
 
     async def _record(
-        self, statements: Mapping[tuple[bool, bool], str], batch: Sequence[RunWrite], owner: str
+        self, statements: Mapping[tuple[bool, bool, bool], str], batch: Sequence[RunWrite], owner: str
     ) -> frozenset[str]:
-        attempts, blocked = attempt_rows(batch), blocked_rows(batch)
+        attempts, blocked, metadata = attempt_rows(batch), blocked_rows(batch), metadata_rows(batch)
         rows = await self._fetch(
-            statements[bool(attempts), bool(blocked)],
+            statements[bool(attempts), bool(blocked), bool(metadata)],
             *transpose_rows(map(_run_write_row, batch), len(_WRITE_TYPES)),
             *transpose_rows(span_rows(batch), len(SPAN_COLUMNS)),
             *transpose_rows(log_rows(batch), len(LOG_COLUMNS)),
             owner,
             *(transpose_rows(attempts, len(ATTEMPT_COLUMNS)) if attempts else ()),
             *(transpose_rows(blocked, len(_BLOCKED_TYPES)) if blocked else ()),
+            *(transpose_rows(metadata, len(_METADATA_TYPES)) if metadata else ()),
         )
         return frozenset(row[0] for row in rows)
 
@@ -521,6 +524,23 @@ _NEW_INTERVALS = """
 )
 """
 """Only in statements for batches with runs that wait or are released, like `_NEW_ATTEMPTS`."""
+_METADATA_TYPES = ("text", "smallint", "text", "text")
+_NEW_METADATA = """
+, metadata AS (
+    SELECT written.* FROM unnest({types}) AS written (execution_id, shard, key, value)
+    JOIN held ON held.id = written.execution_id
+), old_metadata AS (
+    DELETE FROM execution_label AS old USING metadata
+    WHERE old.execution_id = metadata.execution_id AND old.key = metadata.key AND old.value <> metadata.value
+), new_metadata AS (
+    INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)
+    SELECT data.execution_id, metadata.key, metadata.value, data.shard, data.organization_id, data.created_at
+    FROM metadata JOIN execution_data AS data
+        ON data.execution_id = metadata.execution_id AND data.shard = metadata.shard
+    ON CONFLICT DO NOTHING
+)
+"""
+"""Only in statements for batches with runs whose nodes have set metadata, like `_NEW_ATTEMPTS`."""
 # A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
 # answer.
 _ENDS_WAITING = "(write.status = 'waiting' AND execution.wait_answer_count <= write.wait_answer_count)"
@@ -574,25 +594,30 @@ WITH held AS (
 )
 {{attempts}}
 {{intervals}}
+{{metadata}}
 SELECT id FROM held
 """
 
 
-def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool], str]:
-    """Return the statements that record a batch, by whether it has attempts of nodes, and blocked runs."""
-    return {
-        (has_attempts, has_blocked): _RECORD_TEMPLATE.format(
+def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool], str]:
+    """Return the statements that record a batch, by whether it has attempts of nodes, blocked runs, and
+    metadata.
+    """
+    statements: dict[tuple[bool, bool, bool], str] = {}
+    for has_attempts, has_blocked, has_metadata in product((False, True), repeat=3):
+        first_blocked = _OWNER + 1 + (len(_ATTEMPT_TYPES) if has_attempts else 0)
+        first_metadata = first_blocked + (len(_BLOCKED_TYPES) if has_blocked else 0)
+        metadata = _NEW_METADATA.format(types=unnest_sql(first_metadata, _METADATA_TYPES))
+        statements[has_attempts, has_blocked, has_metadata] = _RECORD_TEMPLATE.format(
             lock_wait=lock_wait_sql(lock_milliseconds),
             attempts=_NEW_ATTEMPTS if has_attempts else "",
-            intervals=_new_intervals_sql(has_attempts=has_attempts) if has_blocked else "",
+            intervals=_new_intervals_sql(first_blocked) if has_blocked else "",
+            metadata=metadata if has_metadata else "",
         )
-        for has_attempts in (False, True)
-        for has_blocked in (False, True)
-    }
+    return statements
 
 
-def _new_intervals_sql(*, has_attempts: bool) -> str:
-    first = _OWNER + 1 + (len(_ATTEMPT_TYPES) if has_attempts else 0)
+def _new_intervals_sql(first: int) -> str:
     return _NEW_INTERVALS.format(
         columns=INTERVAL_COLUMNS_SQL,
         now=NOW,

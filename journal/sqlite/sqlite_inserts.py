@@ -293,6 +293,15 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
             for item in batch
         ],
     )
+    if labels := [(item, *label) for item in batch for label in item.labels]:
+        connection.executemany(
+            "INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [
+                (item.execution_id, key, value, item.shard, item.organization_id, now)
+                for item, key, value in labels
+            ],
+        )
     connection.executemany(
         "INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",

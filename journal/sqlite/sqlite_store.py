@@ -35,6 +35,7 @@ from journal.run_rows import (
     decode_span,
     encode_error,
     log_rows,
+    metadata_rows,
     release_target_sql,
     span_rows,
 )
@@ -448,6 +449,12 @@ _UPSERT_ATTEMPTS = (
 _INSERT_LOGS = (
     f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
 )
+_DELETE_METADATA = "DELETE FROM execution_label WHERE execution_id = ?1 AND key = ?3 AND value <> ?4"
+_INSERT_METADATA = (
+    "INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)"
+    " SELECT execution_id, ?3, ?4, shard, organization_id, created_at FROM execution_data"
+    " WHERE execution_id = ?1 AND shard = ?2 ON CONFLICT DO NOTHING"
+)
 _LEASE_GUARD = (
     " WHERE id = :id AND shard = :shard AND token = :token AND status = 'running'"
     " AND (:owner = '' OR lease_owner = :owner)"
@@ -488,6 +495,9 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
     connection.executemany(_UPSERT_SPANS, span_rows(held))
     connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
     connection.executemany(_INSERT_LOGS, log_rows(held))
+    if metadata := metadata_rows(held):
+        connection.executemany(_DELETE_METADATA, metadata)
+        connection.executemany(_INSERT_METADATA, metadata)
     for execution_id, code, node_id in blocked_rows(held):
         connection.execute(_BLOCK_RUN, {"id": execution_id, "code": code, "node": node_id, "now": now})
     return frozenset(write.execution_id for write in held)

@@ -50,7 +50,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 EXECUTION = {
     "id", "workflowId", "status", "startedAt", "endedAt", "durationMs", "trigger", "triggerType", "userId",
     "organizationId", "error", "progress", "completedNodes", "totalNodes", "resumedFrom", "createdAt", "updatedAt",
-    "parentId", "rootId",
+    "parentId", "rootId", "tags", "metadata",
 }  # fmt: skip
 SPAN = {
     "id", "executionId", "nodeId", "nodeLabel", "nodeType", "status", "startedAt", "endedAt", "durationMs", "inputData",

@@ -150,6 +150,7 @@ class InMemoryJournal:
         self.rows = {(span.node_id, span.iteration): span for span in recorded}
         self.lines: list[LogLine] = []
         self.commits = 0
+        self.metadata: dict[str, str] = {}
         self.attempts: dict[tuple[str, str, int], AttemptSpan] = {}
         self.done: list[float] = []
         """The part of the run that was done after each step of it."""
@@ -167,6 +168,9 @@ class InMemoryJournal:
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
         self._told.append(attempt)
+
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        self.metadata.update(metadata)
 
     def advance(self, share: float) -> None:
         self.done.append(share + (self.done[-1] if self.done else 0.0))

@@ -68,6 +68,9 @@ class ExampleJournal:
     def record_attempt(self, attempt: AttemptSpan) -> None:
         """Leave it."""
 
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Leave it."""
+
     def advance(self, share: float) -> None:
         """Leave it."""
 
