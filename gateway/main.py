@@ -21,11 +21,10 @@ from gateway import routes, state
 from gateway.deployments.routes import TRIGGER
 from gateway.http.byte_budget import ByteBudget
 from gateway.http.connection_budget import ConnectionBudget, connections_for
-from gateway.http.edge import CrossOriginLayer, EdgeLayer
+from gateway.http.edge import CrossOriginLayer, EdgeLayer, PathRoute, PathRouter, WorkflowHostRouter
 from gateway.http.endpoint import answer_unrouted
 from gateway.http.protocol import BoundedProtocol, ConnectionBounds
 from gateway.http.proxies import TrustedProxies
-from gateway.http.router import PathRoute, PathRouter, WorkflowHostRouter
 from gateway.pods import routes as internal_routes
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory

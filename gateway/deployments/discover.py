@@ -9,11 +9,11 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from gateway.http import limits
+from gateway.http.edge import TRIGGER_PATH
 from gateway.http.errors import invalid_query
 from gateway.http.parameters import TextParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.router import TRIGGER_PATH
 from gateway.http.wire import WireStruct
 from journal.store import DefinitionKey
 from models import workflow_names

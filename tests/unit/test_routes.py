@@ -3,9 +3,9 @@
 import pytest
 
 from gateway import routes
+from gateway.http.edge import PathRouter
 from gateway.http.endpoint import AccessRule, answer_unrouted
 from gateway.http.route import Route
-from gateway.http.router import PathRouter
 from models.access import KeyScope
 
 ROUTER = PathRouter(routes.endpoints(routes.TABLE), default=answer_unrouted)
