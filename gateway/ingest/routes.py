@@ -88,6 +88,14 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "GET",
+        "/api/v1/schedules",
+        READ,
+        schedule.index,
+        answer=schedule.ScheduleList,
+        query=schedule.LISTED,
+    ),
+    Route(
+        "GET",
         "/api/v1/workflows/{id}/schedule",
         READ,
         schedule.show,

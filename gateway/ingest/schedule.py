@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select
+import msgspec
+from sqlalchemy import and_, func, select
 from sqlmodel import col
 
 from engine.triggers import SCHEDULE_KIND
+from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from gateway.workflows import editing
 from journal import definition_snapshot
+from journal.definition_snapshot import TriggerNode
 from models import schedule_timetable
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.schedule import Schedule
 from models.schedule_timetable import InvalidTimetable, MisfirePolicy, OverlapPolicy, SkipReason
-from models.workflow import Workflow, WorkflowStatus
+from models.workflow import Workflow, WorkflowStatus, is_listed_for
+from models.workflow_triggers import WorkflowTrigger
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.definition_snapshot import TriggerNode
+    from gateway.http.query import PageBounds
+    from models.access import ApiCaller
     from models.schedule_timetable import ScheduleTimetable
 
 SHOWN_RUNS: Final = 5
@@ -101,6 +107,41 @@ class WorkflowSchedule(WireStruct):
     last_passed_over: SkippedInstant | None
 
 
+class ListedSchedule(WorkflowSchedule, kw_only=True):
+    """Schedule of a workflow in a list."""
+
+    workflow_name: str
+
+
+class ScheduleList(WireStruct):
+    """Page of the schedules, the next run first, then inactive ones; `count` is the number of all."""
+
+    count: int
+    limit: int
+    offset: int
+    schedules: Sequence[ListedSchedule]
+
+
+LISTED: Final = (LIMIT, OFFSET)
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the schedules of all workflows that the caller may read, if they are or were active."""
+    part, now = request.query.page(), request.gateway.clock()
+    async with request.gateway.database.read() as connection:
+        count, found = await _list_rows(connection, request.caller, part)
+    shown = [
+        ListedSchedule(
+            workflow_name=listed.workflow.name,
+            **msgspec.structs.asdict(
+                _shape(listed.workflow, listed.trigger, listed.row, listed.last_status, now)
+            ),
+        )
+        for listed in found
+    ]
+    return JsonResponse(ScheduleList(count=count, limit=part.limit, offset=part.offset, schedules=shown))
+
+
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show the next and last runs of a workflow's schedule, and whether the schedule is active."""
     async with request.gateway.database.read() as connection:
@@ -109,6 +150,51 @@ async def show(request: GatewayRequest) -> JsonResponse:
     trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
     shown = _shape(stored.workflow, trigger, row, status, request.gateway.clock())
     return editing.answer(stored, shown)
+
+
+@dataclass(frozen=True, slots=True)
+class _ListedRow:
+    workflow: Workflow
+    trigger: TriggerNode
+    row: Schedule
+    last_status: str | None
+
+
+async def _list_rows(
+    connection: AsyncConnection, caller: ApiCaller, part: PageBounds
+) -> tuple[int, Sequence[_ListedRow]]:
+    """Return the number of schedules that the caller may read, and a page of them."""
+    is_schedule = and_(
+        col(WorkflowTrigger.workflow_id) == col(Schedule.workflow_id),
+        col(WorkflowTrigger.kind) == SCHEDULE_KIND,
+    )
+    matching = (
+        select(Schedule, Workflow, WorkflowTrigger, col(Execution.status))
+        .join(Workflow, col(Workflow.id) == col(Schedule.workflow_id))
+        .join(WorkflowTrigger, is_schedule)
+        .outerjoin(Execution, col(Execution.id) == col(Schedule.last_execution_id))
+        .where(col(Schedule.organization_id) == caller.organization_id, is_listed_for(caller))
+    )
+    ids = matching.with_only_columns(col(Schedule.workflow_id)).subquery()
+    count = await connection.scalar(select(func.count()).select_from(ids))
+    ordered = matching.order_by(
+        col(Schedule.due_at).is_(None), col(Schedule.due_at), col(Schedule.workflow_id)
+    )
+    rows = await connection.execute(ordered.limit(part.limit).offset(part.offset))
+    return count or 0, [_listed_row(tuple(row)) for row in rows]
+
+
+def _listed_row(values: Sequence[Any]) -> _ListedRow:
+    """Return the objects of a row with the columns of three tables, one after the other."""
+    objects: list[Any] = []
+    position = 0
+    for table in (Schedule, Workflow, WorkflowTrigger):
+        names = [column.name for column in table.__table__.columns]  # type: ignore[union-attr]  # SQLModel adds it
+        objects.append(table(**dict(zip(names, values[position:], strict=False))))
+        position += len(names)
+    row, workflow, trigger = objects
+    node = TriggerNode(trigger.node_id, trigger.kind, trigger.config)
+    return _ListedRow(workflow, node, row, values[position])
 
 
 async def _row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule | None, str | None]:

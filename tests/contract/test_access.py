@@ -536,6 +536,7 @@ ROWS = [
     read_row("GET", "/dead-letters"),
     read_row("POST", "/dead-letters/redrive", scope=EXECUTE),
     AccessRow("POST", f"{WORKFLOW}/dead-letters/purge", EXECUTE, WRITERS, create_workflow),
+    AccessRow("GET", "/api/v1/schedules", READ, OWN),
     AccessRow("GET", "/api/v1/deliveries/{id}", READ, READERS, create_delivery),
     AccessRow("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, create_delivery, status=201),
     AccessRow("POST", "/hooks/{id}", None, EVERYBODY, create_webhook, status=202),

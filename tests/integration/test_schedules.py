@@ -68,6 +68,27 @@ async def get_schedule(person: UserClient, workflow_id: str) -> dict[str, Any]:
     return schedule
 
 
+async def test_the_list_has_the_schedules_of_readable_workflows_the_next_run_first(
+    people: OrganizationUsers,
+) -> None:
+    later = await create_active_workflow(people.owner, {"cron": "0 0 1 1 *"}, name="Later")
+    sooner = await create_active_workflow(people.owner, {"intervalSeconds": 60}, name="Sooner")
+    inactive = await create_active_workflow(people.owner, HOURLY, name="Inactive")
+    await people.owner.api.put(f"/api/v1/workflows/{inactive}/status", json={"status": "paused"})
+    listed = (await people.owner.api.get("/api/v1/schedules")).json()
+    assert listed["count"] == 3
+    assert [one["workflowId"] for one in listed["schedules"]] == [sooner, later, inactive]
+    assert [one["inactiveReason"] for one in listed["schedules"]] == [None, None, "paused"]
+    for one in listed["schedules"]:
+        name = one.pop("workflowName")
+        assert name in {"Later", "Sooner", "Inactive"}
+        if one["isActive"]:
+            assert one == await get_schedule(people.owner, one["workflowId"])
+    page = (await people.owner.api.get("/api/v1/schedules?limit=1&offset=1")).json()
+    assert [one["workflowId"] for one in page["schedules"]] == [later]
+    assert (await people.colleague.api.get("/api/v1/schedules")).json()["schedules"] == []
+
+
 async def get_instants(person: UserClient, workflow_id: str) -> list[datetime]:
     """Return the next five instants."""
     return [
