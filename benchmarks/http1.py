@@ -59,12 +59,12 @@ class BenchmarkApi:
     def get(self, path: str) -> bytes:
         return self.request("GET", path)
 
-    def post(self, path: str, body: bytes) -> bytes:
-        return self.request("POST", path, body)
+    def post(self, path: str, body: bytes, headers: str = "") -> bytes:
+        return self.request("POST", path, body, headers)
 
-    def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Return a request with a body of JSON, or without any."""
-        head = f"{method} {path} HTTP/1.1\r\n{self._headers}"
+    def request(self, method: str, path: str, body: bytes | None = None, headers: str = "") -> bytes:
+        """Return a request with a body of JSON, or without any; each line of `headers` ends with CR LF."""
+        head = f"{method} {path} HTTP/1.1\r\n{self._headers}{headers}"
         if body is None:
             return f"{head}\r\n".encode()
         kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

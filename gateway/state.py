@@ -18,6 +18,7 @@ from gateway.deployments.deployed_definitions import DeployedDefinitions
 from gateway.deployments.deployment_changes import DeployerClient
 from gateway.deployments.pod_logs import PodLogReader
 from gateway.executions.acceptance import RunAcceptor, WorkflowRunAcceptor
+from gateway.executions.awaited_end import EndAwaiter
 from gateway.executions.event_wait_delivery import EventWaitDelivery
 from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
@@ -98,6 +99,7 @@ class GatewayState:
     access: ExecutionAccess
     live_events: LiveEvents
     large_outputs: LargeOutputs
+    ends: EndAwaiter
     vault: SecretVault
     data_source_editor: DataSourceEditor
     probes: DataSourceProber
@@ -214,6 +216,7 @@ async def assemble_state(
                 access=access,
                 live_events=live_events,
                 large_outputs=live_events.large_outputs,
+                ends=EndAwaiter(waiting, access, live_events.large_outputs),
                 vault=vault,
                 data_source_editor=DataSourceEditor(database),
                 probes=DataSourceProber(vault, settings, database.clock),

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PROCESSES: Final = frozenset({"dev", "server", "bridge", *server_processes.PROCESSES})
 SHOWN_IDS: Final = 20
+SHORT_RUN_SECONDS: Final = 2
+"""Time for which `run` waits for a result before it shows the id of the execution."""
 
 
 class CommandGroup(Typer):
@@ -463,13 +465,14 @@ def run(
     client = ApiClient.from_environment()
     workflow_id = client.find_workflow(workflow)
     connections = _connections(client, workflow_id, body) if output is OutputChoice.LAST else []
-    execution_id = client.execute(workflow_id, body)
+    # Short, so that the id of a longer run is shown soon.
+    execution_id, outcome = client.execute(workflow_id, body, wait_seconds=0 if watch else SHORT_RUN_SECONDS)
     typer.echo(execution_id, err=True)
     if watch:
         from pilotflame import live_view
 
         live_view.show_run(workflow, client.follow(execution_id))
-    result = client.result(execution_id)
+    result = outcome or client.result(execution_id)
     if output is not OutputChoice.NONE and run_outputs.find_omitted(result["outputs"]):
         result["outputs"] = client.expanded_outputs(execution_id)
     _print_outputs(execution_id, result, output, connections)

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 from uuid import uuid4
 
@@ -50,6 +50,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_request: object) -> None:
         return None
+
+
+class StartedRun(NamedTuple):
+    """Run that a request has started."""
+
+    execution_id: str
+    outcome: dict[str, Any] | None
+    """Status, outputs and error of a run that has ended already."""
 
 
 class ApiClient:
@@ -118,12 +126,18 @@ class ApiClient:
 
     # ── executions ────────────────────────────────────────────────────────────────────────────────
 
-    def execute(self, workflow_id: str, body: Mapping[str, Any]) -> str:
-        """Start a run and return its id; an idempotency key makes retries safe after a lost answer."""
+    def execute(self, workflow_id: str, body: Mapping[str, Any], *, wait_seconds: int = 0) -> StartedRun:
+        """Start a run, and return it with its outcome if it ends within `wait_seconds`.
+
+        An idempotency key makes retries safe after a lost answer.
+        """
         headers = {"Idempotency-Key": str(uuid4())}
+        if wait_seconds:
+            headers["Prefer"] = f"wait={wait_seconds}"
         path = f"{_workflow(workflow_id)}/execute"
         started = self._retry(lambda: self._answer("POST", path, body, headers))
-        return str(started["executionId"])
+        has_outcome = "status" in started and not started.get("outputsOmitted")
+        return StartedRun(str(started["executionId"]), started if has_outcome else None)
 
     def result(self, execution_id: str) -> dict[str, Any]:
         """Wait for a run to end, and return its last progress."""

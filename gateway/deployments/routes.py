@@ -11,6 +11,8 @@ from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewR
 from gateway.http.operation_docs import (
     COLD_START,
     EDITS,
+    PREFER,
+    PREFERENCE_APPLIED,
     SERVER_TIMING,
     TAGGED,
     TAKES_IN,
@@ -148,7 +150,11 @@ ROUTES: Final[Sequence[Route]] = (
         trigger.start,
         body=trigger.TriggerRequest,
         answer=trigger.TriggerResult,
-        docs=replace(TAKES_IN, sends=(*TAKES_IN.sends, SERVER_TIMING, COLD_START)).refusing(
+        docs=replace(
+            TAKES_IN,
+            takes=(*TAKES_IN.takes, PREFER),
+            sends=(*TAKES_IN.sends, SERVER_TIMING, COLD_START, PREFERENCE_APPLIED),
+        ).refusing(
             *("concurrency-limit", "not-deployed", "outside-window", "start-failed", "stopped-manually"),
             "workflow-not-active",
         ),

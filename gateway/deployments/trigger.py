@@ -19,7 +19,7 @@ from concurrency import offload
 from engine.triggers import trigger_output
 from engine.values import encode_json
 from gateway.deployments.activation import BadNews, PodUnavailable, StartBlockage, StartFailure
-from gateway.executions import acceptance, run_labels
+from gateway.executions import acceptance, awaited_end, run_labels
 from gateway.executions.acceptance import RunRequest
 from gateway.http import errors, limits, text_rules
 from gateway.http.errors import ApiError
@@ -37,6 +37,7 @@ from models.lifecycle_policy import StartRefusal
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
+    from gateway.executions.awaited_end import OutcomeShape
     from journal.definition_snapshot import LoadedWorkflow
     from journal.store import AcceptanceResult, RunProgressReport
 
@@ -70,6 +71,11 @@ class TriggerStatus(StrEnum):
     """A pod has taken it."""
     COMPLETED = "completed"
     FAILED = "failed"
+    """With `sync`, also a stopped or canceled run."""
+    STOPPED = "stopped"
+    """With `Prefer: wait` only."""
+    CANCELLED = "cancelled"
+    """With `Prefer: wait` only."""
     RUNNING = "running"
     """The run is still running at the end of the wait."""
     PENDING = "pending"
@@ -86,6 +92,10 @@ class TriggerResult(WireStruct):
     """Outputs of the leaf nodes by node ID; empty before the end."""
     error: msgspec.Raw | None = None
     """Error of a failed run."""
+    outputs: Mapping[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    """With `Prefer: wait` after the end: outputs of all nodes by node id, as in `progress`."""
+    outputs_omitted: bool | msgspec.UnsetType = msgspec.UNSET
+    """`true` if `outputs` would have more than 1,000,000 characters: read them at the execution."""
 
 
 @dataclass(slots=True)
@@ -113,7 +123,8 @@ async def start(request: GatewayRequest) -> JsonResponse:
     """Run a deployed workflow in its pods; stopped pods are started first if the lifecycle policy allows it.
 
     The request is answered when a pod has taken the run, after 30 seconds at the latest. With `sync` it is
-    answered when the run has ended, after 5 minutes at the latest, including the start of a pod. The run
+    answered when the run has ended, after 5 minutes at the latest, including the start of a pod. With
+    `Prefer: wait=N` and without `sync`, a run that ends within N seconds is answered with its outputs. The run
     continues when that time is over, and when the client disconnects.
     """
     times = TriggerTimings(perf_counter())
@@ -125,6 +136,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _plan_run(request, workflow, body, times)
 
+    preference = None if body.sync else awaited_end.read_preference(request.headers, request.caller)
     with request.gateway.activation.queue(workflow_id):
         accepted = await request.gateway.workflow_runs.accept(request, workflow_id, plan, idempotency_key)
         times.accepted = perf_counter()
@@ -143,6 +155,14 @@ async def start(request: GatewayRequest) -> JsonResponse:
                 raise refusal from error
             # Stopped since the run was accepted: the run is kept until the workflow may start.
             until = 0.0
+    if preference is not None:
+        headers |= preference.headers
+        left_seconds = preference.seconds - (perf_counter() - times.began)
+        ended = request.gateway.ends.ended(accepted.execution_id, request.caller, max(left_seconds, 0.0))
+        outcome = await _until_disconnect(request, ended)
+        if outcome is not None:
+            result = await _ended_result(request, accepted, times, outcome)
+            return JsonResponse(result, headers={**headers, **times.headers()})
     progress = await _until_disconnect(request, _read_progress(request, accepted, body, times, until))
     shape = await _shape(request, accepted, body, times, progress)
     return JsonResponse(shape, headers={**headers, **times.headers()})
@@ -245,6 +265,21 @@ async def _shape(
         message = f"{error}, more than an answer can hold: read them at the execution"
         shape.error = msgspec.Raw(encode_json({"code": "output-too-large", "message": message}))
     return shape
+
+
+async def _ended_result(
+    request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, outcome: OutcomeShape
+) -> TriggerResult:
+    output = {} if outcome.outputs_omitted else await _output(request, accepted, times)
+    return TriggerResult(
+        status=TriggerStatus(outcome.status),
+        execution_id=accepted.execution_id,
+        workflow_id=request.path_params["id"],
+        output=output,
+        error=outcome.error or None,
+        outputs=outcome.outputs,
+        outputs_omitted=outcome.outputs_omitted,
+    )
 
 
 async def _output(

@@ -8,10 +8,13 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+
 from concurrency import offload
 from engine.triggers import trigger_output
-from gateway.executions import acceptance, run_labels, test_runs
+from gateway.executions import acceptance, awaited_end, run_labels, test_runs
 from gateway.executions.acceptance import RunRequest
+from gateway.executions.awaited_end import OutcomeShape
 from gateway.executions.test_runs import WHOLE, GraphSelection
 from gateway.http import errors, limits, text_rules
 from gateway.http.request import GatewayRequest
@@ -65,8 +68,16 @@ class ExecuteResult(WireStruct):
     execution_id: str
 
 
+class EndedExecuteResult(OutcomeShape, kw_only=True):
+    """Accepted run that has ended."""
+
+    execution_id: str
+
+
 async def start(request: GatewayRequest) -> JsonResponse:
     """Run a workflow; the answer is sent when the run is committed.
+
+    With `Prefer: wait=N`, it is sent when the run has ended, with its outputs, or after N seconds.
 
     A `definition` replaces the workflow's graph for this run and also needs the scope `workflows:write`. With
     `upTo` and `pinned` only a part of the graph runs, and only that part must be valid. A run with
@@ -81,11 +92,22 @@ async def start(request: GatewayRequest) -> JsonResponse:
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return replace(await _plan_run(request, workflow, body), labels=labels)
 
+    preference = awaited_end.read_preference(request.headers, request.caller)
     accepted = await request.gateway.workflow_runs.accept(
         request, request.path_params["id"], plan, idempotency_key
     )
     headers = acceptance.response_headers(request.gateway.settings, accepted)
-    return JsonResponse(ExecuteResult(execution_id=accepted.execution_id), status=201, headers=headers)
+    execution_id = accepted.execution_id
+    if preference is not None:
+        headers |= preference.headers
+        # The inputs are committed; don't hold them in memory during the wait.
+        value, body.inputs, body.trigger_inputs = None, None, None
+        request.release_body()
+        outcome = await request.gateway.ends.ended(execution_id, request.caller, preference.seconds)
+        if outcome is not None:
+            ended = EndedExecuteResult(execution_id=execution_id, **msgspec.structs.asdict(outcome))
+            return JsonResponse(ended, headers=headers)
+    return JsonResponse(ExecuteResult(execution_id=execution_id), status=201, headers=headers)
 
 
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:

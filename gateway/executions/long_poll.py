@@ -122,6 +122,11 @@ class ExecutionPollHub:
                 timer.cancel()
                 self.polls -= 1
 
+    async def end_within(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
+        """Return a run that ends within `wait_seconds`, or None; raises 503 if too many requests wait."""
+        found = await self.progress(key, wait_seconds)
+        return found if found is not None and found.status in TERMINAL_STATUSES else None
+
     async def _ended(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
         if self._is_end_watched(key.execution_id):
             # Accepted or read here with a watch in effect, and no notification since: there is nothing new to

@@ -10,11 +10,14 @@ from gateway.executions import bulk, execute, executions, inputs, node_tests
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape
 from gateway.http.operation_docs import (
     DISPOSITION,
+    ENDED,
     ETAG,
     EVENT_STREAM,
     IDEMPOTENCY_KEY,
     LAST_EVENT_ID,
     LOCATION,
+    PREFER,
+    PREFERENCE_APPLIED,
     REPLAYED,
     TAKES_IN,
     OperationDoc,
@@ -48,7 +51,12 @@ ROUTES: Final[Sequence[Route]] = (
         body=execute.ExecuteRequest,
         answer=execute.ExecuteResult,
         status=201,
-        docs=TAKES_IN.refusing("concurrency-limit", "no-signing-secret"),
+        docs=replace(
+            TAKES_IN,
+            takes=(*TAKES_IN.takes, PREFER),
+            sends=(*TAKES_IN.sends, PREFERENCE_APPLIED),
+            also={200: OtherSuccess(ENDED, execute.EndedExecuteResult)},
+        ).refusing("concurrency-limit", "no-signing-secret"),
     ),
     Route(
         "GET",

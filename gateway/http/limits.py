@@ -179,6 +179,10 @@ WAIT_SECONDS: Final = 30
 """Seconds that a long poll may wait for the end of an execution."""
 WAIT_DEFAULT_SECONDS: Final = 9
 """Seconds that a long poll waits for the end of an execution, unless `wait` is given."""
+PREFERRED_WAIT_SECONDS: Final = 60
+"""Seconds that the start of a run waits for its end, by `Prefer: wait=N`; a larger N is cut to it."""
+AWAITED_OUTPUT_CHARACTERS: Final = 1_000_000
+"""Characters of the outputs in an answer to `Prefer: wait=N`, as JSON; larger ones are left out."""
 PINNED_BYTES: Final = 1_000_000
 """Bytes of the pinned outputs of a run, as JSON."""
 TEST_WAIT_DEFAULT_SECONDS: Final = 10

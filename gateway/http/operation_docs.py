@@ -59,6 +59,16 @@ IDEMPOTENCY_KEY: Final = HeaderDoc(
     {"type": "string", "pattern": "^[!-~]+$", "minLength": 1, "maxLength": limits.IDEMPOTENCY_KEY_LENGTH},
 )
 
+PREFER: Final = HeaderDoc(
+    "Prefer",
+    "`wait=N`: answer when the run has ended, or after N seconds, at most 60, with its state by then. Needs the scope"
+    " `workflows:read`, and is ignored without it.",
+)
+
+PREFERENCE_APPLIED: Final = HeaderDoc(
+    "Preference-Applied", "`wait=N`: the wait that was applied.", is_always_sent=False
+)
+
 IF_MATCH: Final = HeaderDoc(
     "If-Match",
     "`ETag` of the state to change. If the object has changed since, the request is refused with 412.",
@@ -139,6 +149,8 @@ CREATES: Final = OperationDoc(
     sends=(replace(ETAG, is_always_sent=False), REPLAYED),
     refusals=("invalid-idempotency-key", "idempotency-mismatch"),
 )
+
+ENDED: Final = "With `Prefer: wait=N`: the run has ended, in any status."
 
 TAKES_IN: Final = OperationDoc(
     takes=(IDEMPOTENCY_KEY,),

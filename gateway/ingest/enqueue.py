@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import msgspec
 
 from concurrency import offload
-from gateway.executions import run_labels
+from gateway.executions import awaited_end, run_labels
+from gateway.executions.awaited_end import OutcomeShape
 from gateway.http import idempotency, limits, text_rules
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
@@ -118,8 +119,18 @@ class EnqueueResult(WireStruct):
     trigger_type: str = msgspec.field(default=QUEUE, name="trigger_type")
 
 
+class EndedEnqueueResult(OutcomeShape, kw_only=True):
+    """Accepted message whose run has ended."""
+
+    execution_id: str
+    trigger_type: str = msgspec.field(default=QUEUE, name="trigger_type")
+
+
 async def enqueue(request: GatewayRequest) -> JsonResponse:
     """Run a workflow on a message, through its queue trigger.
+
+    With `Prefer: wait=N` and an API key that may read, the answer is sent when the run has ended, with its
+    outputs, or after N seconds.
 
     Senders that can't set a header send the workflow's trigger token as `key` in the URL.
     """
@@ -156,7 +167,18 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
     headers = location(gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
-    return JsonResponse(EnqueueResult(execution_id=accepted.execution_id), status=201, headers=headers)
+    execution_id = accepted.execution_id
+    preference = awaited_end.read_preference(request.headers, request.caller if request.has_key else None)
+    if preference is not None:
+        headers |= preference.headers
+        # The message is committed; don't hold it in memory during the wait.
+        del value, content, body, message, inbound
+        request.release_body()
+        outcome = await gateway.ends.ended(execution_id, request.caller, preference.seconds)
+        if outcome is not None:
+            ended = EndedEnqueueResult(execution_id=execution_id, **msgspec.structs.asdict(outcome))
+            return JsonResponse(ended, headers=headers)
+    return JsonResponse(EnqueueResult(execution_id=execution_id), status=201, headers=headers)
 
 
 def _idempotency_keys(

@@ -12,8 +12,11 @@ from gateway.http.operation_docs import (
     ALLOWED_ORIGIN,
     ALLOWED_RATE,
     ARRIVES,
+    ENDED,
     IDEMPOTENCY_KEY,
     LOCATION,
+    PREFER,
+    PREFERENCE_APPLIED,
     RATES,
     REPLAYED,
     TAGGED,
@@ -111,7 +114,12 @@ ROUTES: Final[Sequence[Route]] = (
         answer=enqueue.EnqueueResult,
         status=201,
         query=(TOKEN,),
-        docs=replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(*ARRIVES.sends, *RATES)).refusing(
+        docs=replace(
+            ARRIVES,
+            takes=(IDEMPOTENCY_KEY, PREFER),
+            sends=(*ARRIVES.sends, *RATES, PREFERENCE_APPLIED),
+            also={200: OtherSuccess(ENDED, enqueue.EndedEnqueueResult)},
+        ).refusing(
             *("queue-full", "workflow-paused"),
             *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
             *("invalid-signature", "duplicate-header", "no-verification", "trigger-not-ready"),

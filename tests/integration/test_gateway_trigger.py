@@ -621,3 +621,25 @@ async def test_an_application_discovers_its_workflows_and_calls_them_by_name(
     )
     assert_refused(await people.stranger.api.post(f"http://{name}/trigger", json={}), 404, "not-found")
     assert_refused(await people.owner.api.get(f"http://{name}:8000/api/v1/workflows"), 404, "not-found")
+
+
+async def test_a_trigger_that_prefers_to_wait_is_answered_with_all_outputs(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await deploy(harness, people.owner)
+    answers = {}
+    for sync in (False, True):
+        answers[sync] = await people.owner.api.post(
+            f"/api/v1/workflows/{workflow_id}/trigger",
+            json={"inputs": {"name": "Ada"}, "sync": sync},
+            headers={"Prefer": "wait=30"},
+        )
+        assert answers[sync].status_code == 200, answers[sync].text
+    body = answers[False].json()
+    assert (body["status"], body["output"], body["error"]) == ("completed", GREETED, None)
+    progress = (await people.owner.api.get(f"/api/v1/executions/{body['execution_id']}/progress")).json()
+    assert body["outputs"] == progress["outputs"]
+    assert answers[False].headers["preference-applied"] == "wait=30"
+    # `sync` in the body takes precedence over the header.
+    assert "outputs" not in answers[True].json()
+    assert "preference-applied" not in answers[True].headers

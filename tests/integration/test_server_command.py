@@ -61,7 +61,7 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             await asyncio.to_thread(server.says, "process started")
             # The socket listens by now, so the first request waits until the gateway answers.
             workflow_id = await asyncio.to_thread(client.apply, definition)
-            run = await asyncio.to_thread(client.execute, workflow_id, {})
+            run = (await asyncio.to_thread(client.execute, workflow_id, {})).execution_id
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while not receiver.received:  # noqa: ASYNC110 - of other processes
                     await asyncio.sleep(0.02)
@@ -76,7 +76,7 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             for pid in first.values():
                 os.kill(pid, signal.SIGKILL)
             # Connections wait for the restarted gateway.
-            other = await asyncio.to_thread(client.execute, workflow_id, {})
+            other = (await asyncio.to_thread(client.execute, workflow_id, {})).execution_id
             receiver.may_answer.set()
             for execution_id in (run, other):
                 result = await asyncio.to_thread(client.result, execution_id)

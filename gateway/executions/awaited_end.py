@@ -1,0 +1,88 @@
+"""Answers that wait for the end of the run that their request starts: `Prefer: wait=N` (RFC 7240)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from msgspec import UNSET, Raw, UnsetType
+
+from gateway.executions import execution_shapes
+from gateway.executions.execution_shapes import ErrorText, Status
+from gateway.http import limits
+from gateway.http.errors import ApiError
+from gateway.http.wire import WireStruct
+from models.access import KeyScope
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from starlette.datastructures import Headers
+
+    from gateway.executions.large_outputs import LargeOutputs
+    from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
+    from models.access import ApiCaller
+
+_WAIT: Final = re.compile(r'(?:^|[,;])\s*wait\s*=\s*(?:"(\d{1,9})"|(\d{1,9}))\s*(?=[,;]|$)', re.IGNORECASE)
+
+
+class OutcomeShape(WireStruct):
+    """Fields that the answer about a run has besides, if the run ended before the answer."""
+
+    status: Status
+    outputs: Mapping[str, Raw]
+    """By node id, as in `progress`; empty if they are too large for this answer."""
+    error: ErrorText | None
+    outputs_omitted: bool | UnsetType = UNSET
+    """`true` if the outputs have more than 1,000,000 characters: read them at the execution."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitPreference:
+    """Wait that a request prefers, in seconds."""
+
+    seconds: int
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Header that says which wait was applied."""
+        return {"Preference-Applied": f"wait={self.seconds}"}
+
+
+def read_preference(headers: Headers, caller: ApiCaller | None) -> WaitPreference | None:
+    """Return the wait that a request prefers, at most a minute; None without one.
+
+    A preference that is malformed is ignored, as RFC 7240 demands. So is one of a caller who may not read the
+    outputs: a key without the scope for it, or a sender with a trigger token.
+    """
+    found = _WAIT.search(", ".join(headers.getlist("prefer")))
+    if found is None or caller is None or not caller.has_scope(KeyScope.WORKFLOWS_READ):
+        return None
+    return WaitPreference(min(int(found[1] or found[2]), limits.PREFERRED_WAIT_SECONDS))
+
+
+class EndAwaiter:
+    """Waits for the ends of runs on behalf of the requests that have started them."""
+
+    def __init__(self, polls: ExecutionPollHub, access: ExecutionAccess, outputs: LargeOutputs) -> None:
+        self._polls = polls
+        self._access = access
+        self._outputs = outputs
+
+    async def ended(self, execution_id: str, caller: ApiCaller, seconds: float) -> OutcomeShape | None:
+        """Return the outcome of a run that ends within `seconds`; None without one, or if it can't be read now.
+
+        The run is accepted, so no failure may cost the client its id.
+        """
+        try:
+            found = await self._polls.end_within(await self._access.key(execution_id, caller), seconds)
+        except (ApiError, DatabaseUnavailable):
+            return None
+        if found is None:
+            return None
+        is_too_large = sum(len(text) for _, text in found.outputs) > limits.AWAITED_OUTPUT_CHARACTERS
+        shape = execution_shapes.show_progress(found, self._outputs.explain(execution_id))
+        if is_too_large:
+            return OutcomeShape(status=shape.status, outputs={}, error=shape.error, outputs_omitted=True)
+        return OutcomeShape(status=shape.status, outputs=shape.outputs, error=shape.error)
