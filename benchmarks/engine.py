@@ -19,7 +19,7 @@ from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
 from engine.services import NodeServices, RunCaller, RunControl
 from engine.validation import validate_graph
 from engine.workflow_runner import RunStart, run_workflow
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from nodes import catalog as catalogs
 from tests.node_calls import NoNetwork, call
 

@@ -20,12 +20,12 @@ from engine.run_records import SpanStatus
 from journal.held_runs import UNTIL_RESUMED
 from models import ids
 from models.database import is_sqlite
-from models.database_clock import HOST_TIME
 from models.deployment import Deployment
 from models.errors import DatabaseUnavailable
 from models.event_wait import EventWait
 from models.execution import Execution, Idempotency, Leadership, SpanRow, ThrottleRow
 from models.execution_status import ExecutionStatus
+from models.timestamps import HOST_TIME
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement

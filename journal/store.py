@@ -18,9 +18,9 @@ import msgspec
 
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
 from journal.explanations.blockers import BlockerCode
-from models.database_clock import DatabaseClock
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.loss_limits import MAX_ISOLATION_LOSSES
+from models.timestamps import DatabaseClock
 
 
 class ExecutionKey(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from models.database import is_sqlite
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL

@@ -27,12 +27,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from models import database_time, durable_folders
-from models.database_clock import DatabaseClock
 from models.errors import (
     DatabaseUnavailable,
     LockWaitTimeout,
 )
 from models.postgresql_failures import DatabaseFailure, failure_of
+from models.timestamps import DatabaseClock
 
 T = TypeVar("T")
 

@@ -8,8 +8,7 @@ from sqlalchemy import BigInteger, bindparam, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
-from models.database_clock import HOST_TIME
-from models.timestamps import from_microseconds
+from models.timestamps import HOST_TIME, from_microseconds
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -14,8 +14,7 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Protocol
 
-from models.database_clock import HOST_TIME
-from models.timestamps import to_microseconds
+from models.timestamps import HOST_TIME, to_microseconds
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 SHARDS = 4096

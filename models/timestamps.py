@@ -1,11 +1,26 @@
-"""Conversion of times to microseconds since 1970, as they are stored, and to ISO 8601, as the API shows them."""
+"""Times and clocks: conversion to microseconds since 1970, as they are stored, and to ISO 8601, as the API shows them.
+
+The time of the host, also that of a database on SQLite, follows changes of the wall clock only on request. The clock of
+the database learns the time from its answers, and extrapolates by the monotonic clock.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import UTC, datetime, timedelta
+from math import inf, isfinite
+from typing import Final
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+
+DRIFT: Final = 0.0005
+"""Maximum drift between the clocks of two healthy hosts, in seconds per second."""
+_SECOND: Final = 1_000_000
+
+# Runs while the machine sleeps, unlike the monotonic clock on Linux; other systems have no such clock.
+_COUNTER: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def to_microseconds(moment: datetime) -> int:
@@ -26,3 +41,99 @@ def format_timestamp(moment: datetime) -> str:
 def format_optional(moment: datetime | None) -> str | None:
     """Format a time as `format_timestamp` does, or return None."""
     return None if moment is None else format_timestamp(moment)
+
+
+class DatabaseClock:
+    """Clock that returns the database's time without a query.
+
+    Before the first answer it returns the host's time. Thread-safe. Times are aware datetimes in UTC, exact
+    to the microsecond.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._offset = HOST_TIME.microseconds() - round(time.monotonic() * _SECOND)
+        """Microseconds since 1970 by the database's clock, minus the monotonic clock."""
+        self._error = inf
+        """Maximum error of the offset in seconds, at the time when it was learned."""
+        self._learned_at = time.monotonic()
+
+    def now(self) -> datetime:
+        """Return the database's time."""
+        # Called several times per node: a float of this size is exact to a quarter of a microsecond.
+        return datetime.fromtimestamp((self._offset + time.monotonic_ns() // 1_000) / _SECOND, UTC)
+
+    def moment_of(self, monotonic: float) -> datetime:
+        """Return the database's time at a value of `time.monotonic`, in seconds."""
+        return from_microseconds(self._offset + round(monotonic * _SECOND))
+
+    def monotonic_of(self, moment: datetime) -> float:
+        """Return the value of `time.monotonic`, in seconds, at a time of the database."""
+        return (to_microseconds(moment) - self._offset) / _SECOND
+
+    def seconds_until(self, moment: datetime) -> float:
+        """Return the seconds until a time has certainly passed for the database too; 0 if it has."""
+        now = time.monotonic()
+        with self._lock:
+            error = self._error + DRIFT * (now - self._learned_at)
+            seconds = (to_microseconds(moment) - self._offset) / _SECOND - now
+        return max(seconds + (error if isfinite(error) else 0.0), 0.0)
+
+    def follow_host(self) -> None:
+        """Adopt the time of this host, without error: it is the time of a database on SQLite."""
+        with self._lock:
+            self._learned_at, self._error = time.monotonic(), 0.0
+            self._offset = HOST_TIME.microseconds() - round(self._learned_at * _SECOND)
+
+    def learn(self, moment: datetime | None, asked_at: float, answered_at: float | None = None) -> None:
+        """Learn the database's time from an answer, requested and received at values of `time.monotonic`.
+
+        `answered_at` defaults to now; an answer without `moment` is ignored. The database read its clock in
+        between, at the middle give or take half the round trip. A less exact answer replaces a more exact one
+        only if they contradict each other: then the database's clock was set.
+        """
+        if moment is None:
+            return
+        answered_at = time.monotonic() if answered_at is None else answered_at
+        offset = to_microseconds(moment) - round((asked_at + answered_at) / 2 * _SECOND)
+        error = (answered_at - asked_at) / 2
+        with self._lock:
+            known_error = self._error + DRIFT * (answered_at - self._learned_at)
+            is_contradiction = abs(offset - self._offset) > (error + known_error) * _SECOND
+            if error <= known_error or is_contradiction:
+                self._offset, self._error, self._learned_at = offset, error, answered_at
+
+
+class HostTime:
+    """Microseconds since 1970: read from the wall clock once, then counted by a clock that nobody can set."""
+
+    def __init__(self) -> None:
+        self._offset = _wall_microseconds() - _counter_microseconds()
+
+    def microseconds(self) -> int:
+        """Return the time in microseconds since 1970."""
+        return self._offset + _counter_microseconds()
+
+    def seconds(self) -> float:
+        """Return the time in seconds since 1970."""
+        return self.microseconds() / 1_000_000
+
+    def step(self) -> int:
+        """Return by how many microseconds the wall clock is ahead; a large step means that it was set."""
+        return _wall_microseconds() - self.microseconds()
+
+    def move(self, step: int) -> None:
+        """Move the time by a step in microseconds."""
+        self._offset += step
+
+
+def _wall_microseconds() -> int:
+    return time.time_ns() // 1_000  # noqa: TID251 - the source of all other time of this host
+
+
+def _counter_microseconds() -> int:
+    return time.clock_gettime_ns(_COUNTER) // 1_000
+
+
+HOST_TIME: Final = HostTime()
+"""Time of the host for this process."""

@@ -14,8 +14,8 @@ import msgspec
 from engine.run_errors import NodeError
 from execution.pod_api import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
 from json_text import decoding
-from models.database_clock import DatabaseClock
 from models.errors import DatabaseUnavailable
+from models.timestamps import DatabaseClock
 from models.workflow_names import PodProcess
 
 if TYPE_CHECKING:

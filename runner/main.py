@@ -44,7 +44,7 @@ from runner.work_poll import GatewayWorkPoll
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from models.database_clock import DatabaseClock
+    from models.timestamps import DatabaseClock
     from runner.settings import RunnerSettings
 
 log = structlog.get_logger()

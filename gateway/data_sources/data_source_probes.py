@@ -17,8 +17,8 @@ from engine.services import RunCaller
 from gateway.http import errors, limits
 from models.data_source import decrypt_secrets
 from models.data_source_types import DataSourceType
-from models.database_clock import DatabaseClock
 from models.encryption import VaultError
+from models.timestamps import DatabaseClock
 from nodes import redaction
 from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase

@@ -73,7 +73,7 @@ from models.timestamps import from_microseconds, to_microseconds
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
-    from models.database_clock import DatabaseClock
+    from models.timestamps import DatabaseClock
 
 T = TypeVar("T")
 

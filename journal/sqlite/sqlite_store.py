@@ -58,12 +58,11 @@ from journal.store import (
 )
 from models import database
 from models.database import SQLITE_BUSY_SECONDS
-from models.database_clock import HOST_TIME, DatabaseClock
 from models.errors import DatabaseUnavailable
 from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.loss_limits import MAX_ISOLATION_LOSSES, MAX_LOST_ATTEMPTS, SUSPECT_LOSSES
-from models.timestamps import to_microseconds
+from models.timestamps import HOST_TIME, DatabaseClock, to_microseconds
 
 T = TypeVar("T")
 DatabaseWork = Callable[[sqlite3.Connection], T]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from engine.run_errors import NodeError
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from nodes import url_targets
 
 if TYPE_CHECKING:

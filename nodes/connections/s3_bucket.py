@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
 from engine.services import StoredObject
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from nodes import http_errors, url_targets
 from nodes.connections import aws_signature, object_keys
 from nodes.connections.aws_signature import AwsSigner

@@ -17,9 +17,8 @@ from journal import clock_sync
 from journal.store import IdempotencyKey
 from models import access, deployment, event_wait, execution, ingest, schedule, signing_secrets
 from models.column_types import TimestampColumn
-from models.database_clock import HOST_TIME
 from models.errors import DatabaseUnavailable
-from models.timestamps import from_microseconds
+from models.timestamps import HOST_TIME, from_microseconds
 from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database, write
 
 DAY = 86_400_000_000

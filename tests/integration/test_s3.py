@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 
 from engine.run_errors import NodeError
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from nodes.connections.aws_signature import AwsSigner
 from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_policy import ConnectionPolicy

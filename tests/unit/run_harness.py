@@ -22,7 +22,7 @@ from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunOutc
 from engine.services import NodeServices, RunCaller, RunControl
 from engine.values import Json, decode_json
 from engine.workflow_runner import DEFAULT_LIMITS, RunStart, run_workflow
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from tests.node_calls import NoNetwork
 
 PATIENCE_SECONDS = 5.0

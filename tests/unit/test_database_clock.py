@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from models import ids
-from models.database_clock import DRIFT, HOST_TIME, DatabaseClock
+from models.timestamps import DRIFT, HOST_TIME, DatabaseClock
 
 NOON = datetime(2030, 1, 15, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)

@@ -19,7 +19,7 @@ from engine.services import NodeServices, RunControl
 from engine.validation import validate_graph
 from engine.values import Json, decode_json
 from engine.workflow_runner import RunStart, run_workflow
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from nodes import catalog
 from tests.node_calls import CALLER, NoNetwork
 

@@ -29,7 +29,7 @@ from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import convert
 from gateway.workflows import graph_shapes
 from journal import definition_snapshot
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from nodes import catalog
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner

@@ -30,7 +30,7 @@ from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.services import RunCaller
 from engine.values import Json
-from models.database_clock import DatabaseClock
+from models.timestamps import DatabaseClock
 from tests.unit.run_harness import (
     InMemoryJournal,
     MadeUpNodeType,

@@ -18,8 +18,8 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
-from models.database_clock import HOST_TIME
 from models.oom_kills import OomKillWatch
+from models.timestamps import HOST_TIME
 from workers.cluster import local_process
 from workers.cluster.atomic_files import replace_file
 from workers.cluster.driver import (
