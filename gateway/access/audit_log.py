@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.http.keyset import KeysetBounds
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
 
 OPERATOR: Final = "operator"
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {"createdAt": col(AuditEntry.created_at)}

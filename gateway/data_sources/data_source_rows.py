@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
     from models.access import ApiCaller
     from models.data_source_types import DataSourceType
 

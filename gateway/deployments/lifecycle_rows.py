@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
 
 USAGE_TIME: Final = timedelta(days=7)
 """Time over which the use of pods is measured."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from engine.run_records import SpanStatus
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
     from journal.run_labels import RunLabel
     from journal.store import ExecutionKey
     from models.access import ApiCaller

@@ -14,7 +14,7 @@ from gateway.executions.acceptance import RunRequest
 from gateway.executions.execution_shapes import LogShape, Status
 from gateway.executions.test_runs import NodeTestInput
 from gateway.http import errors, limits
-from gateway.http.query import PageBounds
+from gateway.http.parameters import PageBounds
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, read_json

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, RowMapping
 
     from engine.values import Json
-    from gateway.http.query import QueryString
+    from gateway.http.parameters import QueryValues
 
 Item = TypeVar("Item")
 Shown = TypeVar("Shown")
@@ -149,7 +149,7 @@ class ListPage(Generic[Item]):
         return ListPage(self.count, [show(one) for one in self.items], self.next_cursor, self.is_lower_bound)
 
 
-def read_bounds(query: QueryString, sort: OrderParameter | None = None) -> KeysetBounds | None:
+def read_bounds(query: QueryValues, sort: OrderParameter | None = None) -> KeysetBounds | None:
     """Return the page that `after` selects; None without it.
 
     Lists without `sort` begin with the newest. Raises 400 for a cursor of another order, for an order that is

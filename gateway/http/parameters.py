@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement
 from sqlalchemy.sql.expression import SQLColumnExpression
@@ -211,6 +211,21 @@ class OrderParameter(QueryParameter[ColumnElement[Any]]):
 def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> OrderParameter:
     """Return the parameter `sort` of a list that can be sorted by these columns."""
     return OrderParameter("sort", "Field by which the list is sorted, then `:asc` or `:desc`.", columns)
+
+
+class QueryValues(Protocol):
+    """Values of the query parameters of a request."""
+
+    def __getitem__(self, parameter: QueryParameter[Value], /) -> Value:
+        """Return the value of a declared parameter; raises 400 for an invalid one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageBounds:
+    """Limit and offset of a page of a list."""
+
+    limit: int
+    offset: int
 
 
 LIMIT: Final = IntegerParameter(

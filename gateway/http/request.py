@@ -1,4 +1,4 @@
-"""Request as handlers see it: with the caller, the gateway's state, and a bounded body.
+"""Request as handlers see it: with the caller, the gateway's state, its query, and a bounded body.
 
 Bodies are decompressed in pieces and up to a limit.
 """
@@ -9,16 +9,19 @@ import asyncio
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
 
-from gateway.http import errors, idempotency
-from gateway.http.errors import ApiError
+from engine import name_suggestions
+from gateway.http import errors, idempotency, limits
+from gateway.http.errors import ApiError, invalid_query
+from gateway.http.parameters import LIMIT, OFFSET, IntegerParameter, PageBounds, QueryParameter, Value
 from gateway.http.preconditions import RequestedObject
-from gateway.http.query import QueryString
 from gateway.http.sender import refuse_sender
 from senders.sender_request import RequestHeaders, SenderRequest
 
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
     from engine.values import Json
-    from gateway.http.parameters import QueryParameter
     from gateway.http.protocol import RequestHolding
     from gateway.http.sender import RequestSender
     from gateway.state import GatewayState
@@ -42,6 +44,10 @@ ACCEPTED: Final = "gzip, deflate"
 _GZIP_WINDOW: Final = 31
 _RAW_WINDOW: Final = -15
 _ZLIB_METHOD: Final = 0x08
+
+REMEMBERED_BYTES = 100
+"""Maximum length of a query whose parsed form is cached, such as that of a poll."""
+MAX_SHOWN_NAME = 64
 
 
 class GatewayRequest(StarletteRequest):
@@ -253,3 +259,47 @@ class BodyLimit:
     def exceeded(self) -> ApiError:
         """Return the refusal of a larger body."""
         return errors.too_large(self.bytes, self.setting)
+
+
+@lru_cache(maxsize=1_000)
+def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
+    try:
+        pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=limits.QUERY_FIELDS)
+    except ValueError as error:
+        text = f"The query has more than {limits.QUERY_FIELDS} parameters"
+        raise ApiError(400, "invalid-query", text) from error
+    given: dict[str, list[str]] = {}
+    for name, value in pairs:
+        values = given.setdefault(name, [])
+        if value:
+            values.append(value)
+    return given
+
+
+class QueryString:
+    """Query string of one request, with the parameters that its route declares."""
+
+    def __init__(self, raw: bytes, declared: Collection[QueryParameter[Any]]) -> None:
+        self._given = _parsed(raw) if len(raw) <= REMEMBERED_BYTES else _parsed.__wrapped__(raw)
+        self._declared = declared
+
+    def require_known(self) -> None:
+        """Raise 400 for a name that the route doesn't declare."""
+        known = {parameter.name for parameter in self._declared}
+        for name in self._given:
+            if not any(parameter.has_name(name) for parameter in self._declared):
+                shown, near = name[:MAX_SHOWN_NAME], name_suggestions.suggest_names(name, known)
+                hint = (
+                    f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
+                )
+                raise invalid_query(shown, "unknown-parameter", f"{shown} is not a parameter here: {hint}")
+
+    def __getitem__(self, parameter: QueryParameter[Value]) -> Value:
+        """Return the value of a declared parameter; raises 400 for an invalid one."""
+        if parameter not in self._declared:
+            raise LookupError(f"The route doesn't declare the parameter {parameter.name}")
+        return parameter.read(parameter.collect(self._given))
+
+    def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:
+        """Return the page that `limit` and `offset` request."""
+        return PageBounds(self[limit], self[OFFSET])

@@ -10,8 +10,7 @@ import msgspec
 from gateway.access import audit_log
 from gateway.executions.execution_shapes import ErrorText
 from gateway.http import idempotency, limits
-from gateway.http.parameters import LIMIT, OFFSET
-from gateway.http.query import PageBounds
+from gateway.http.parameters import LIMIT, OFFSET, PageBounds
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.http.keyset import KeysetBounds
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
     from models.access import ApiCaller
     from models.workflow import Workflow
 

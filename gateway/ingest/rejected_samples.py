@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from gateway.http.errors import ApiError
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
     from gateway.http.sender import RequestSender
     from models.access import ApiCaller
     from models.database import Database

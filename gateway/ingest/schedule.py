@@ -31,7 +31,7 @@ from models.workflow_triggers import WorkflowTrigger
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
     from models.access import ApiCaller
     from models.schedule_timetable import ScheduleTimetable
 

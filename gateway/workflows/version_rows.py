@@ -19,7 +19,7 @@ from models.workflow import WorkflowVersion
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.http.query import PageBounds
+    from gateway.http.parameters import PageBounds
 
 _HEAD = (
     col(WorkflowVersion.version),

@@ -8,7 +8,7 @@ import pytest
 from gateway import routes
 from gateway.http.errors import ApiError
 from gateway.http.parameters import LIMIT, OFFSET, QueryParameter, TextParameter
-from gateway.http.query import QueryString
+from gateway.http.request import QueryString
 
 PARAMETERS = [
     pytest.param(parameter, id=f"{line.path} {parameter.name}")
