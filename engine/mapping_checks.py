@@ -10,8 +10,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, shapes
+from engine.config_places import ExpressionPlace, NodeExpressions, NodeSection
 from engine.dataflow import DataFlow, OutputSamples
-from engine.expression_places import ExpressionPlace, NodeExpressions, NodeSection
 from engine.findings import FindingType, FixAction, GraphFinding, SuggestedFix
 from engine.node_api import CONTINUE
 from engine.shapes import SCALAR, UNKNOWN, OtherFields, PathDeadEnd, ValueShape

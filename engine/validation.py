@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from engine import inline_secrets, mapping_checks, name_suggestions
+from engine.config_places import ExpressionReader, NodeExpressions, ScriptChecker
 from engine.dataflow import OutputSamples
-from engine.expression_places import ExpressionReader, NodeExpressions
 from engine.findings import (
     FindingCollector,
     FindingType,
@@ -22,7 +22,6 @@ from engine.findings import (
 )
 from engine.mapping_checks import InspectedGraph
 from engine.node_api import CONTINUE, DONE, ERROR, UnknownNodeType
-from engine.script_checks import ScriptChecker
 from engine.sections import MAX_LOOP_DEPTH, find_bodies
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
+from engine.config_places import list_references
 from engine.graph import ParsedGraph
-from engine.resource_scopes import list_references
 from gateway.access import audit_log
 from gateway.http import errors, idempotency, preconditions
 from gateway.http.responses import JsonResponse
@@ -36,8 +36,8 @@ from models.workflow import Workflow, WorkflowStatus
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from engine.config_places import ResourceReference
     from engine.node_lookup import NodeTypeLookup
-    from engine.resource_scopes import ResourceReference
     from engine.values import Json
     from gateway.http.preconditions import RequestedObject
     from journal.store import IdempotencyKey

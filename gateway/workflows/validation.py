@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine import resource_scopes
+from engine import config_places
 from engine.findings import ValidationResult
 from engine.validation import validate_graph
 from gateway.http.request import GatewayRequest
@@ -59,7 +59,7 @@ async def compute_scopes(request: GatewayRequest) -> JsonResponse:
 
     def with_scopes(before: StoredWorkflow) -> StoredWorkflow:
         return before.with_columns(
-            scopes=resource_scopes.required_scopes(graph_shapes.graph_of(before), catalog)
+            scopes=config_places.required_scopes(graph_shapes.graph_of(before), catalog)
         )
 
     edited = await request.gateway.workflow_editor.edit(

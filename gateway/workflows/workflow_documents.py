@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from engine import inline_secrets, resource_scopes
+from engine import config_places, inline_secrets
 from engine.findings import FindingType, GraphFinding, ValidationResult
 from engine.validation import validate_graph
 from gateway.http import errors, limits, text_rules
@@ -225,7 +225,7 @@ def file_name(workflow: Workflow) -> str:
 def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalReference]:
     """Return the external references of the nodes, sorted, without duplicates."""
     uses: dict[tuple[str, str], list[ReferenceUse]] = {}
-    for found in resource_scopes.list_references(graph_shapes.graph_of(stored), catalog):
+    for found in config_places.list_references(graph_shapes.graph_of(stored), catalog):
         uses.setdefault((found.kind, found.id), []).append(
             ReferenceUse(node_id=found.node_id, path=found.path)
         )

@@ -5,8 +5,8 @@ from typing import cast
 
 import pytest
 
+from engine.config_places import ResourceReference, list_references, required_scopes
 from engine.graph import ParsedGraph
-from engine.resource_scopes import ResourceReference, list_references, required_scopes
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import NodeCatalog

@@ -1,11 +1,19 @@
-"""Places of expressions in a node: its config, its input mappings, and its pass-through values."""
+"""Places in the configs of nodes: of expressions, of scripts, and of references to resources.
+
+Scripts are parsed and never executed. A field that refers to a resource, such as a data source or model, by its id is
+marked in the schema of its type with `x-resource = "datasources:read"`. If the field contains a template, the id is
+known only at run time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import ast
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 from engine.conditions import compile_condition
 from engine.expressions import (
@@ -16,15 +24,15 @@ from engine.expressions import (
     compile_value,
     needed_path,
 )
-from engine.node_api import OF_EACH, FieldCompilation
+from engine.findings import FindingType, GraphFinding
+from engine.node_api import OF_EACH, FieldCompilation, UnknownNodeType
 from engine.operations import OPERATIONS
 from engine.values import MAX_DEPTH
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from engine.graph import GraphNode
+    from engine.graph import GraphNode, ParsedGraph
     from engine.node_api import NodeType
+    from engine.node_lookup import NodeTypeLookup
     from engine.values import Json
 
 PlaceSteps: TypeAlias = "tuple[str | int, ...]"
@@ -32,6 +40,18 @@ _Leaf: TypeAlias = "tuple[PlaceSteps, str]"
 
 _EXISTENCE_OPERATORS: Final = ("exists", "not-exists")
 """Operators whose left side may be missing: they test for that."""
+
+MAX_SCRIPT_CHARACTERS: Final = 65_536
+MAX_CHARACTERS: Final = 262_144
+"""Maximum size of all parsed scripts of one graph, at a microsecond per character; others are checked at run
+time.
+"""
+
+RESOURCE_KEYWORD: Final = "x-resource"
+SOURCE_TYPES: Final = "x-source-types"
+_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+_Schema: TypeAlias = "Mapping[str, Json]"
 
 
 class NodeSection(StrEnum):
@@ -224,3 +244,113 @@ def _needed_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps,
     if value.get("operator") in _EXISTENCE_OPERATORS:
         return []
     return _all_texts(value)
+
+
+class ScriptChecker:
+    """Checker of the scripts of one graph, within a limited time."""
+
+    def __init__(self) -> None:
+        self._characters = 0
+        self._read: dict[str, str | None] = {}
+
+    def findings(self, node: GraphNode, node_type: NodeType) -> Iterator[GraphFinding]:
+        """Yield a finding for each field with invalid Python."""
+        properties = node_type.config_schema.get("properties")
+        for name, schema in properties.items() if isinstance(properties, dict) else ():
+            source = node.config.get(name)
+            if not isinstance(schema, dict) or schema.get("x-language") != "python":
+                continue
+            if isinstance(source, str) and (wrong := self._syntax_problem(source)) is not None:
+                message = f'Node "{node.label}" ({node.type}): config.{name}: {wrong}'
+                yield GraphFinding(FindingType.INVALID_CONFIG, message, "Fix the script.", node.id)
+
+    def _syntax_problem(self, source: str) -> str | None:
+        if source not in self._read:
+            self._characters += len(source)
+            if len(source) > MAX_SCRIPT_CHARACTERS or self._characters > MAX_CHARACTERS:
+                return None
+            self._read[source] = _syntax_error_of(source)
+        return self._read[source]
+
+
+def _syntax_error_of(source: str) -> str | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(source)
+    except SyntaxError as error:
+        return f"line {error.lineno}: {error.msg}"
+    except (RecursionError, MemoryError):
+        return "it is nested too deeply"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceReference:
+    """Reference to a resource in a config."""
+
+    kind: str
+    """Kind of resource: `datasources`, `models`, …"""
+    id: str
+    node_id: str
+    path: str
+    """Path in the node's config, with dots: `dataSource`."""
+    action: str
+    """Action of the node on the resource: `read`, `write`, `invoke`."""
+    source_types: Sequence[str] = ()
+    """Types of data sources that the node accepts there; empty for other kinds of resources."""
+
+    @property
+    def scope(self) -> str:
+        return f"{self.kind}:{self.action}:{self.id}"
+
+
+def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
+    """Return the scopes that a graph needs, sorted and unique, such as `datasources:read:ds_001`."""
+    return sorted({reference.scope for reference in list_references(graph, catalog)})
+
+
+def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceReference]:
+    """Return every resource reference of a graph, in order; nodes of unknown types have none."""
+    found: list[ResourceReference] = []
+    types: dict[tuple[str, str | None], NodeType | None] = {}
+    for node in graph.nodes:
+        key = (node.type, node.version)
+        if key not in types:
+            types[key] = _find_node_type(catalog, *key)
+        node_type = types[key]
+        if node_type is not None:
+            for path, schema, value in _named_ids("", dict(node_type.config_schema), dict(node.config)):
+                kind, _, action = str(schema[RESOURCE_KEYWORD]).partition(":")
+                source_types = cast("Sequence[str]", schema.get(SOURCE_TYPES, ()))
+                found.append(ResourceReference(kind, value, node.id, path, action, source_types))
+    return found
+
+
+def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None) -> NodeType | None:
+    try:
+        return catalog.get(node_type, version)
+    except UnknownNodeType:
+        return None
+
+
+def _named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
+    """Yield the resource ids in a value, each with its path and the schema of its field."""
+    if not isinstance(schema, dict):
+        return
+    if isinstance(value, str):
+        if isinstance(schema.get(RESOURCE_KEYWORD), str) and _ID.fullmatch(value):
+            yield path, schema, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _named_ids(_child_path(path, str(index)), schema.get("items"), item)
+    elif isinstance(value, dict):
+        properties = cast("_Schema", schema.get("properties", {}))
+        for name, inner in value.items():
+            yield from _named_ids(_child_path(path, name), properties.get(name), inner)
+
+
+def _child_path(path: str, step: str) -> str:
+    return f"{path}.{step}" if path else step
