@@ -11,7 +11,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
-from journal.deployments import activity, decisions, wakes
+from journal.deployments import activity, wakes
 from messages import wakeups
 from models.database_time import DatabaseTime
 from models.deployment import LifecycleDecision
@@ -55,7 +55,7 @@ async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActiv
     try:
         if wakes.decide_lifecycle(seen).action is LifecycleAction.NONE:
             return
-        settled = await decisions.decide_and_apply(
+        settled = await activity.decide_and_apply(
             database, workflow_id, wakes.decide_lifecycle, lock=activity.try_lock_deployment
         )
     except ZoneInfoNotFoundError as error:

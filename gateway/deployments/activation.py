@@ -22,7 +22,7 @@ from concurrency.ttl_cache import TTLCache
 from gateway.http import errors, limits
 from gateway.http.errors import ApiError
 from gateway.http.wire import optional_instant
-from journal.deployments import activity, decisions, wakes
+from journal.deployments import activity, wakes
 from journal.deployments.wakes import StartRefused
 from journal.group_commit import GroupCommit
 from messages import wakeups
@@ -351,7 +351,7 @@ class DeploymentActivator:
             blocked_reason = None if is_first else wakes.blocked_reason(deployment)
             return None if blocked_reason is None else StartBlockage(blocked_reason)
         try:
-            settled = await decisions.decide_and_apply(self._database, workflow_id, wakes.decide_for_run)
+            settled = await activity.decide_and_apply(self._database, workflow_id, wakes.decide_for_run)
         except StartRefused as error:
             return None if error.refusal.code is StartRefusalCode.NOT_DEPLOYED else error.refusal
         if settled is not None and settled.decision.action is not LifecycleAction.NONE:

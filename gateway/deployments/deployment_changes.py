@@ -12,7 +12,7 @@ from gateway.access import audit_log
 from gateway.http import errors
 from gateway.workflows import editing
 from journal import definition_snapshot
-from journal.deployments import activity, decisions, desired_state, wakes
+from journal.deployments import activity, desired_state, wakes
 from journal.deployments.desired_state import DeployRequest
 from messages import wakeups
 from models import deployment_token
@@ -116,7 +116,7 @@ async def change_deployment(
         decision = decide(seen)
         if decision.action is LifecycleAction.NONE:
             return seen.deployment
-        after = await decisions.apply_decision(
+        after = await activity.apply_decision(
             connection, seen, decision, replicas=replicas, user_id=caller.user_id
         )
         await _record(connection, caller, action, seen.deployment, after)

@@ -9,7 +9,7 @@ from sqlalchemy import and_, insert, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from journal.deployments import activity, decisions, wakes
+from journal.deployments import activity, wakes
 from models import database_time, deployment_token
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, DeploymentStatus, status_of
@@ -81,7 +81,7 @@ async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, 
     replicas = before.last_replicas if before.is_deployed else 1
     decision = LifecycleVerdict(LifecycleAction.START, LifecycleReason.DEPLOYED)
     seen = await _update_deployment(connection, seen, changes)
-    after = await decisions.apply_decision(
+    after = await activity.apply_decision(
         connection, seen, decision, replicas=replicas, user_id=order.user_id
     )
     bearer = TokenBearer(order.workflow_id, order.organization_id, order.shard)
@@ -101,7 +101,7 @@ async def undeploy_workflow(
         return None
     decision = LifecycleVerdict(LifecycleAction.STOP, LifecycleReason.UNDEPLOYED, reason)
     seen = await _update_deployment(connection, seen, {"is_deployed": False})
-    after = await decisions.apply_decision(connection, seen, decision, user_id=user_id)
+    after = await activity.apply_decision(connection, seen, decision, user_id=user_id)
     await _release_to_workers(connection, seen.deployment)
     return after
 

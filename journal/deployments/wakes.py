@@ -19,7 +19,7 @@ from sqlalchemy import and_, bindparam, case, func, literal, literal_column, sel
 from sqlmodel import col
 
 from journal import blocked_intervals
-from journal.deployments import activity, decisions
+from journal.deployments import activity
 from journal.explanations.blockers import BlockerCode
 from models import lifecycle_policy
 from models.database_time import DatabaseTime
@@ -149,7 +149,7 @@ def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
     situation = seen.situation
     if situation.is_up and has_failed(seen.deployment):
         return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
-    return decisions.decide_by_policy(seen)
+    return activity.decide_by_policy(seen)
 
 
 def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
@@ -281,7 +281,7 @@ async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> Wake
     decision = lifecycle_policy.decide(seen.policy, situation, seen.now)
     if decision.action not in _STARTING_ACTIONS:
         return WakeOutcome.NOTHING
-    await decisions.apply_decision(connection, replace(seen, situation=situation), decision)
+    await activity.apply_decision(connection, replace(seen, situation=situation), decision)
     return WakeOutcome.WOKEN
 
 

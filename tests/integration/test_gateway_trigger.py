@@ -15,7 +15,7 @@ from sqlmodel import col
 
 from gateway.http import limits
 from gateway.http.byte_budget import ByteHolding
-from journal.deployments import activity, decisions, wakes
+from journal.deployments import activity, wakes
 from models import lifecycle_policy
 from models.deployment import Deployment, LifecycleDecision, ObservedState
 from models.execution import Execution
@@ -443,7 +443,7 @@ async def has_no_waiters(harness: GatewayHarness) -> bool:
 
 
 async def stop(harness: GatewayHarness, workflow_id: str) -> None:
-    await decisions.decide_and_apply(
+    await activity.decide_and_apply(
         harness.gateway.database,
         workflow_id,
         lambda seen: lifecycle_policy.stop_decision(
@@ -574,7 +574,7 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     assert timedelta(days=1) < due_at - datetime.now(UTC) < timedelta(days=4)
     assert workflow_id not in await wakes.wake_for_waiting_runs(harness.gateway.database)
     by_hand = LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
-    await decisions.decide_and_apply(harness.gateway.database, workflow_id, lambda _: by_hand)
+    await activity.decide_and_apply(harness.gateway.database, workflow_id, lambda _: by_hand)
     assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.RELEASED
     await wait_until(lambda: has_status(harness, execution_id, "completed"))
 

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import select, update
 from sqlmodel import col
 
-from journal.deployments import activity, decisions, wakes
-from journal.deployments.decisions import DecidedDeployment, DeploymentChanged, decide_by_policy
+from journal.deployments import activity, wakes
+from journal.deployments.activity import DecidedDeployment, DeploymentChanged, decide_by_policy
 from models import lifecycle_policy
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution
@@ -47,7 +47,7 @@ async def read_activity(harness: GatewayHarness, workflow_id: str) -> Deployment
 
 
 async def decide_now(harness: GatewayHarness, workflow_id: str) -> DecidedDeployment:
-    found = await decisions.decide_and_apply(harness.gateway.database, workflow_id, decide_by_policy)
+    found = await activity.decide_and_apply(harness.gateway.database, workflow_id, decide_by_policy)
     assert found is not None
     return found
 
@@ -156,7 +156,7 @@ async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
         # A new activity has to wait: let it get that far.
         async with harness.gateway.database.read() as other:
             await activity.read_activity(other, workflow_id)
-        await decisions.apply_decision(connection, found, decide_by_policy(found))
+        await activity.apply_decision(connection, found, decide_by_policy(found))
 
     await harness.gateway.database.transaction(stop)
     assert await asyncio.gather(*came) == [True]
@@ -206,7 +206,7 @@ async def test_a_decision_about_what_has_changed_meanwhile_is_not_carried_out(
     await decide_now(harness, workflow_id)
     with pytest.raises(DeploymentChanged):
         await harness.gateway.database.transaction(
-            lambda connection: decisions.apply_decision(connection, before, decide_by_policy(before))
+            lambda connection: activity.apply_decision(connection, before, decide_by_policy(before))
         )
     assert len(await read_decisions(harness, workflow_id)) == 1
 
@@ -217,7 +217,7 @@ async def test_a_stop_by_hand_lets_runs_end_first_and_says_who_it_was(
     await deploy_with_pod(harness, people.owner, workflow_id)
     execution_id = await run(harness, people.owner, workflow_id, status=ExecutionStatus.RUNNING)
     database, user_id = harness.gateway.database, people.owner.user.id
-    await decisions.decide_and_apply(
+    await activity.decide_and_apply(
         database,
         workflow_id,
         lambda found: lifecycle_policy.stop_decision(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from journal.deployments import decisions, pod_leases
+from journal.deployments import activity, pod_leases
 from messages import wakeups
 from messages.broker import BrokerUnavailable
 from models import deployment_token
@@ -118,9 +118,7 @@ class Reconciler:
         """Bring a workflow nearer to its desired state. Raises `DatabaseUnavailable`."""
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         if found is not None and found.deployment.drain_until is not None:
-            settled = await decisions.decide_and_apply(
-                self._database, workflow_id, decisions.decide_by_policy
-            )
+            settled = await activity.decide_and_apply(self._database, workflow_id, activity.decide_by_policy)
             if settled is not None and settled.decision.action is not LifecycleAction.NONE:
                 found = await deployment_rows.find_deployment(self._database, workflow_id)
         try:
