@@ -1,4 +1,4 @@
-"""Rows of workflows and their triggers, each query within the organization of the caller; the revision guards changes."""
+"""Rows of workflows and their triggers, each query within the caller's organization; the revision guards changes."""
 
 from __future__ import annotations
 
