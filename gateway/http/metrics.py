@@ -1,20 +1,8 @@
-"""Metrics of the gateway's requests; each labeled child is looked up once and cached."""
+"""Metrics of refused senders, closed connections and dropped bodies; the layers of a request count its answer."""
 
 from __future__ import annotations
 
-from functools import cache
-
-from prometheus_client import Counter, Histogram
-
-METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-
-_requests = Counter("pilotflame_http_requests", "Requests answered", ["method", "route", "status"])
-_seconds = Histogram(
-    "pilotflame_http_request_seconds",
-    "Time from the request's head to the end of the answer",
-    ["method", "route"],
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 2.5, 10, 30),
-)
+from prometheus_client import Counter
 
 _not_let_in = Counter(
     "pilotflame_intake_refusals",
@@ -24,13 +12,6 @@ _not_let_in = Counter(
 
 _closed = Counter("pilotflame_connections_closed", "Connections closed by the server", ["reason"])
 _given_up = Counter("pilotflame_bodies_given_up", "Request bodies dropped in favor of others")
-
-
-def count_answer(method: str, route: str, status: int, seconds: float) -> None:
-    """Count one answered request; `route` is the template of its path."""
-    requests, durations = _children(method if method in METHODS else "other", route, status)
-    requests.inc()
-    durations.observe(seconds)
 
 
 def count_rejected(route: str, reason: str) -> None:
@@ -46,8 +27,3 @@ def count_closed_connection(reason: str) -> None:
 def count_abandoned_body() -> None:
     """Count a request body that was dropped in favor of others."""
     _given_up.inc()
-
-
-@cache
-def _children(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
-    return _requests.labels(method, route, status), _seconds.labels(method, route)
