@@ -147,6 +147,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     attempt: int = 1
     config: Mapping[str, Json] = {}
     resolved_config: bytes | None = None
+    rendered_config: bytes | None = None
+    """Config as rendered, if it has expressions and is not recorded as `resolved_config`."""
     hashes: bytes | None = None
     sources: set[tuple[str, int]] | None = None
     """Data sources used so far, by id and revision; for a loop those of its body."""

@@ -123,6 +123,7 @@ class NodeInputs:
         if program.is_given_again or not program.config.is_static:
             rendered = visit.resolved_config or values.encode_json(visit.config)
             visit.resolved_config = rendered if program.is_given_again else None
+            visit.rendered_config = None if program.is_given_again else rendered
             if program.is_given_again and not program.config.is_static:
                 # The node receives exactly the recorded config: `nodes` may grow while that is being
                 # committed.

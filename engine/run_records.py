@@ -114,6 +114,11 @@ class NodeSpan(msgspec.Struct, frozen=True):
     """Execution that ran the node, if a replay has reused its result."""
     key_id: str | None = None
     """Execution id in the node's idempotency key, if it is not that of its run."""
+    rendered_config: bytes | None = None
+    """Config as rendered, for display: only of nodes without `resolved_config` whose config has expressions.
+
+    In the row, JSON or the reference to a blob.
+    """
 
     @property
     def is_turn(self) -> bool:

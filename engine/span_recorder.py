@@ -104,6 +104,8 @@ class SpanRecorder:
             self._pending_bytes += len(output)
         if visit.input is not None:
             self._pending_bytes += len(visit.input)
+        if visit.rendered_config is not None:
+            self._pending_bytes += len(visit.rendered_config)
         self._journal.record(
             NodeSpan(
                 node_id=node.id,
@@ -126,6 +128,7 @@ class SpanRecorder:
                 resolved_config=visit.resolved_config,
                 hashes=hashes,
                 key_id=visit.key_id,
+                rendered_config=visit.rendered_config,
             )
         )
 

@@ -180,8 +180,9 @@ class RunJournal:
     def record(self, span: NodeSpan) -> None:
         """Buffer a span for the next commit."""
         self._write.spans.append(span)
-        if (span.output is not None and len(span.output) > self._max_row_bytes) or (
-            span.input is not None and len(span.input) > self._max_row_bytes
+        if any(
+            text is not None and len(text) > self._max_row_bytes
+            for text in (span.output, span.input, span.rendered_config)
         ):
             self._has_large = True
         if span.status in _WAITING_STATUSES or self._waits:

@@ -49,6 +49,7 @@ SPAN_COLUMNS = (
     "output_blob",
     "reused_from",
     "key_id",
+    "rendered_config",
 )
 SPAN_KEY = ("execution_id", "node_id", "iteration")
 SPAN_FIXED_COLUMNS = (*SPAN_KEY, "shard", "id")
@@ -164,6 +165,7 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
             _to_text(span.output_blob),
             span.reused_from,
             span.key_id,
+            _to_text(span.rendered_config),
         )
         for (write, span), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
     ]
@@ -228,7 +230,7 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
     """Decode a span from a row of `SPAN_COLUMNS`."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
     started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
-    awaits, resolved_config, hashes, input_blob, output_blob, reused_from, key_id = rest
+    awaits, resolved_config, hashes, input_blob, output_blob, reused_from, key_id, rendered_config = rest
     return NodeSpan(
         node_id=node_id,
         label=label,
@@ -253,6 +255,7 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
         output_blob=_to_bytes(output_blob),
         reused_from=reused_from,
         key_id=key_id,
+        rendered_config=_to_bytes(rendered_config),
     )
 
 

@@ -310,6 +310,11 @@ class SpanRow(SQLModel, table=True):
     """Execution that ran the node, if a replay has reused its result."""
     key_id: str | None = None
     """Execution id in the node's idempotency key, if it is not that of its run."""
+    rendered_config: str | None = Field(default=None, sa_column=Column(Text))
+    """Config as rendered, for a node that records none before it starts: JSON, or the reference to a blob.
+
+    None for a config without expressions: then the definition has it.
+    """
 
 
 class AttemptRow(SQLModel, table=True):

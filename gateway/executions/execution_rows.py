@@ -361,6 +361,35 @@ async def list_spans(
     return await _page(connection, select(counts[0] + counts[1]), statement, part)
 
 
+async def find_span(connection: AsyncConnection, key: ExecutionKey, span_id: str) -> Recorded | None:
+    """Return a span by its id, or by the id of a node the span of that node outside of loops."""
+    statement = _spans_and_attempts(
+        [*_of(SpanRow, key), col(SpanRow.id) == span_id],
+        [*_of(AttemptRow, key), col(AttemptRow.id) == span_id],
+    )
+    found = (await connection.execute(statement)).first()
+    if found is not None:
+        return found
+    of_node = _SPANS.where(*_of(SpanRow, key), col(SpanRow.node_id) == span_id, col(SpanRow.iteration) == "")
+    return (await connection.execute(of_node)).first()
+
+
+async def list_attempts(
+    connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, at_most: int
+) -> Sequence[Recorded]:
+    """Return the attempts of a node that was tried more than once, the first ones, in order."""
+    statement = (
+        _ATTEMPTS.where(
+            *_of(AttemptRow, key),
+            col(AttemptRow.node_id) == node_id,
+            col(AttemptRow.iteration) == iteration,
+        )
+        .order_by(col(AttemptRow.attempt))
+        .limit(at_most)
+    )
+    return (await connection.execute(statement)).all()
+
+
 def _spans_and_attempts(
     of_spans: Iterable[ColumnElement[bool]], of_attempts: Iterable[ColumnElement[bool]]
 ) -> CompoundSelect[*tuple[Any, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from msgspec import UNSET, Meta, Raw, UnsetType, convert
+from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
 
 from engine import node_key
 from engine.node_api import CONTINUE
@@ -21,6 +21,7 @@ from models.execution_status import ExecutionStatus
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import ExecutionRecord, Recorded
     from gateway.executions.large_outputs import ShownOutputs
+    from gateway.executions.span_details import SpanDetails
     from journal.run_labels import RunLabel
     from journal.store import RunProgressReport
     from models.execution import Execution
@@ -171,6 +172,25 @@ class SpanShape(WireStruct):
     """
 
 
+class SpanDetailsShape(SpanShape, kw_only=True):
+    """Span with everything that is known about it."""
+
+    config: Raw | None
+    """Config as rendered, with defaults and without credentials; of a write, as it was recorded.
+
+    Null if the node did not start, or ran before its config was stored. Values that the node evaluates for each
+    item, and conditions, keep their expressions.
+    """
+    hidden_fields: Sequence[str]
+    """Places of the credentials that `config` lacks, such as `headers.authorization`."""
+    attempts: Sequence[SpanShape]
+    """Attempts of a node that was tried more than once."""
+    logs: Sequence[LogShape]
+    """Log lines of the node, the first 1,000."""
+    previous_duration_ms: int | None
+    """Duration of the same node in the last run of the workflow before this one in which it completed."""
+
+
 class LogShape(WireStruct):
     """Line of a run's log."""
 
@@ -269,6 +289,23 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
         error=_raw(row.error),
         unresolved=_raw(row.unresolved) or (),
         hashes=_hashes(row.hashes),
+    )
+
+
+def show_span_details(
+    details: SpanDetails, config: Raw | None, hidden_fields: Sequence[str], outputs: ShownOutputs
+) -> SpanDetailsShape:
+    span = show_span(details.span, outputs)
+    previous = details.previous
+    return SpanDetailsShape(
+        **structs.asdict(span),
+        config=config,
+        hidden_fields=hidden_fields,
+        attempts=[show_span(row, outputs) for row in details.attempts],
+        logs=[show_log(row) for row in details.logs],
+        previous_duration_ms=None
+        if previous is None
+        else _milliseconds(previous.started_at, previous.ended_at),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import structlog
 from msgspec import UNSET, UnsetType
 
+from concurrency import offload
 from engine.run_records import SpanStatus
 from gateway.executions import (
     execution_pages,
@@ -18,6 +19,7 @@ from gateway.executions import (
     live_events,
     resume_runs,
     run_labels,
+    span_details,
 )
 from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.execution_rows import ExecutionFilter
@@ -238,6 +240,22 @@ async def spans(request: GatewayRequest) -> JsonResponse:
     outputs = await _select_view(request, key.execution_id, owner, texts)
     shown = [execution_shapes.show_span(row, outputs) for row in rows]
     return JsonResponse(SpanList(count=count, limit=part.limit, offset=part.offset, spans=shown))
+
+
+async def span(request: GatewayRequest) -> JsonResponse:
+    """Show a span: input, rendered config, output, log, attempts, hashes, and the duration in the run before."""
+    gateway, key = request.gateway, await _find_key(request)
+    async with gateway.database.read() as connection:
+        found = await span_details.read_span(connection, key, request.path_params["sub"])
+    if found is None:
+        raise errors.not_found("span")
+    one = found.span
+    texts = [one.input] if one.input_is_reference else []
+    texts += [one.output] if one.output_is_reference else []
+    owner = await _owner(request, key) if texts else None
+    outputs = await _select_view(request, key.execution_id, owner, texts)
+    config, hidden = await offload.run(span_details.show_config, found, gateway.catalog)
+    return JsonResponse(execution_shapes.show_span_details(found, config, hidden, outputs))
 
 
 async def logs(request: GatewayRequest) -> JsonResponse:

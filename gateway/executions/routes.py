@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from gateway.executions import bulk, execute, executions, inputs, node_tests
-from gateway.executions.execution_shapes import ExecutionShape, ProgressShape
+from gateway.executions.execution_shapes import ExecutionShape, ProgressShape, SpanDetailsShape
 from gateway.http.operation_docs import (
     DISPOSITION,
     ENDED,
@@ -118,6 +118,14 @@ ROUTES: Final[Sequence[Route]] = (
         executions.spans,
         query=executions.SPANS,
         answer=executions.SpanList,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/spans/{sub}",
+        READ,
+        executions.span,
+        query=(executions.EXPAND,),
+        answer=SpanDetailsShape,
     ),
     Route(
         "GET",

@@ -35,6 +35,7 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "datasources": PathParameterDoc("Id of the data source.", "ds_001"),
     "workflow-nodes": PathParameterDoc("Name of the node type.", "http-request"),
     "deliveries": PathParameterDoc("Id of the delivery.", "dlv_abc123"),
+    "spans": PathParameterDoc("Id of the span, or of a node outside of loops.", "span_abc123"),
     "executions": PathParameterDoc("Id of the execution.", "exec_xyz789"),
     "hooks": PathParameterDoc("The trigger token of the workflow.", "tt-abc123"),
     "mail": PathParameterDoc("The trigger token of the workflow.", "tt-mail123"),

@@ -75,7 +75,7 @@ def require_readable(call: ExpectEventRequest) -> None:
 
 
 def _check_span(span: NodeSpan) -> None:
-    for text in (span.input, span.output, span.resolved_config):
+    for text in (span.input, span.output, span.resolved_config, span.rendered_config):
         if text is not None:
             values.decode_json(text)
     for reference in (span.input_blob, span.output_blob):

@@ -82,6 +82,10 @@ class LargeValues:
             span = msgspec.structs.replace(
                 span, output=None, output_blob=await self._reference(span.output or b"", put)
             )
+        if self._is_large(span.rendered_config):
+            span = msgspec.structs.replace(
+                span, rendered_config=await self._reference(span.rendered_config or b"", put)
+            )
         return span
 
     def _is_large(self, value: bytes | None) -> bool:

@@ -24,8 +24,9 @@ from journal.blobs.blob_storage import BlobOwner
 from models import access_store
 from models.access import ALL_KEY_SCOPES, KeyScope, User, UserRole
 from models.data_source import DataSource, DataSourceShare
-from models.execution import Execution
+from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
+from models.ids import new_id, shard_of
 from models.workflow import Workflow, WorkflowShare
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running, serve_as_pods
@@ -323,6 +324,17 @@ async def create_failed_execution(cast: AccessCast, is_public: bool) -> str:  # 
         await connection.execute(
             update(Execution).where(col(Execution.id) == execution_id).values(status=ExecutionStatus.FAILED)
         )
+        span = SpanRow(
+            execution_id=execution_id,
+            node_id="step",
+            shard=shard_of(cast.owner.user.organization_id),
+            id=new_id("span"),
+            sequence=1,
+            label="Step",
+            type="set",
+            status="failed",
+        )
+        await connection.execute(insert(SpanRow).values(span.model_dump()))
 
     await cast.harness.gateway.database.transaction(fail)
     owner = BlobOwner(cast.owner.user.organization_id, execution_id)
@@ -615,6 +627,7 @@ ROWS = [
     run_row("GET", ""),
     run_row("GET", "/progress", query="?wait=0"),
     run_row("GET", "/spans"),
+    run_row("GET", "/spans/{sub}"),
     run_row("GET", "/logs"),
     run_row("GET", "/blobs/{sha256}"),
     run_row("GET", "/events"),

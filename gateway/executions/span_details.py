@@ -1,0 +1,170 @@
+"""Details of one span: the config with which the node ran, its attempts, its log, and its duration before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import msgspec
+from msgspec import Raw
+from sqlalchemy import and_, select
+from sqlmodel import col
+
+from engine import inline_secrets
+from engine.graph import GraphNode
+from engine.program import compile_node
+from engine.run_records import SpanStatus
+from gateway.executions import execution_rows
+from json_text import decoding
+from models.execution import Execution, ExecutionData, LogRow, SpanRow
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.program import NodeProgram
+    from engine.values import Json
+    from gateway.executions.execution_rows import Recorded
+    from journal.store import ExecutionKey
+    from nodes.catalog import NodeCatalog
+
+BLOB: Final = "$blob"
+"""Key of a reference to a blob; no config has it."""
+LOG_LINES: Final = 1_000
+ATTEMPTS: Final = 1_000
+EARLIER_RUNS: Final = 20
+"""Runs of the workflow before this one among which the previous duration is looked for."""
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class SpanDetails:
+    """Rows about one span."""
+
+    span: Recorded
+    rendered_config: str | None
+    """Config as it was rendered, or the reference to a blob; None if it depends on no data."""
+    node: bytes | None
+    """Node in the definition of the run, as JSON; None if it is not stored."""
+    attempts: Sequence[Recorded]
+    logs: Sequence[Recorded]
+    previous: Recorded | None
+    """Start and end of the same node in the run of the workflow before."""
+
+
+async def read_span(connection: AsyncConnection, key: ExecutionKey, span_id: str) -> SpanDetails | None:
+    """Return a span of a run by its id; None if there is none."""
+    span = await execution_rows.find_span(connection, key, span_id)
+    if span is None:
+        return None
+    own = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
+    stored = select(col(SpanRow.rendered_config), col(SpanRow.resolved_config)).where(
+        *own, col(SpanRow.node_id) == span.node_id, col(SpanRow.iteration) == span.iteration
+    )
+    configs = (await connection.execute(stored)).first()
+    lines = (
+        select(LogRow)
+        .where(
+            col(LogRow.execution_id) == key.execution_id,
+            col(LogRow.shard) == key.shard,
+            col(LogRow.node_id) == span.node_id,
+        )
+        .order_by(col(LogRow.sequence))
+        .limit(LOG_LINES)
+    )
+    run = select(
+        *(col(Execution.organization_id), col(Execution.definition_hash)),
+        *(col(Execution.workflow_id), col(ExecutionData.created_at)),
+    ).join(ExecutionData, execution_rows.SAME_RUN)
+    row = (await connection.execute(run.where(col(Execution.id) == key.execution_id))).first()
+    if row is None:
+        return None
+    definition = await connection.scalar(
+        select(col(Definition.body)).where(
+            col(Definition.organization_id) == row.organization_id,
+            col(Definition.hash) == row.definition_hash,
+        )
+    )
+    return SpanDetails(
+        span,
+        configs and (configs.rendered_config or configs.resolved_config),
+        None if definition is None else await asyncio.to_thread(_find_node, definition, span.node_id),
+        await execution_rows.list_attempts(connection, key, span.node_id, span.iteration, ATTEMPTS),
+        (await connection.execute(lines)).all(),
+        await _find_previous(connection, key, row.workflow_id, row.created_at, span),
+    )
+
+
+async def _find_previous(
+    connection: AsyncConnection,
+    key: ExecutionKey,
+    workflow_id: str,
+    created_at: Any,  # noqa: ANN401 - a time as the row has it
+    span: Recorded,
+) -> Recorded | None:
+    earlier = (
+        select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
+        .where(
+            col(ExecutionData.workflow_id) == workflow_id,
+            col(ExecutionData.created_at) <= created_at,
+            col(ExecutionData.execution_id) != key.execution_id,
+        )
+        .order_by(col(ExecutionData.created_at).desc())
+        .limit(EARLIER_RUNS)
+        .subquery()
+    )
+    same_node = and_(
+        col(SpanRow.execution_id) == earlier.c.execution_id,
+        col(SpanRow.node_id) == span.node_id,
+        col(SpanRow.iteration) == span.iteration,
+        col(SpanRow.shard) == key.shard,
+        col(SpanRow.status) == SpanStatus.COMPLETED.value,
+    )
+    statement = (
+        select(col(SpanRow.started_at), col(SpanRow.ended_at))
+        .select_from(earlier)
+        .join(SpanRow, same_node)
+        .order_by(earlier.c.created_at.desc())
+        .limit(1)
+    )
+    return (await connection.execute(statement)).first()
+
+
+def _find_node(definition: str, node_id: str) -> bytes | None:
+    nodes = decoding.decode(definition).get("nodes", [])
+    return next((_encode(node) for node in nodes if node.get("id") == node_id), None)
+
+
+def show_config(details: SpanDetails, catalog: NodeCatalog) -> tuple[Raw | None, Sequence[str]]:
+    """Return the rendered config without credentials, and the places of those; None if it is not known."""
+    text = details.rendered_config
+    defined, program = _compile_node(details, catalog)
+    rendered = None if text is None else decoding.decode(text)
+    if rendered is None and program is not None and program.config.is_static and details.span.hashes:
+        rendered = program.config.source
+    if isinstance(rendered, dict) and BLOB not in rendered:
+        # Fields that the node evaluates itself, such as conditions, are not part of it.
+        rendered = {**{name: value for name, value in defined.items() if name not in rendered}, **rendered}
+    return _hide(rendered)
+
+
+def _compile_node(
+    details: SpanDetails, catalog: NodeCatalog
+) -> tuple[Mapping[str, Json], NodeProgram | None]:
+    """Return the config of a node in the definition, and its program unless its type is gone."""
+    if details.node is None:
+        return {}, None
+    node = GraphNode.from_stored(decoding.decode(details.node))
+    try:
+        return node.config, compile_node(node, catalog)
+    except (LookupError, ValueError):
+        return node.config, None
+
+
+def _hide(config: Json) -> tuple[Raw | None, Sequence[str]]:
+    if config is None:
+        return None, ()
+    kept, hidden = inline_secrets.remove_secrets(config)
+    return Raw(_encode(cast("object", kept))), hidden
