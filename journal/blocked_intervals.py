@@ -18,28 +18,18 @@ from models.database_time import DatabaseTime
 from models.execution import Execution
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection
     from datetime import datetime
 
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
-    from journal.store import RunWrite
 
 LEAST_MICROSECONDS: Final = 250_000
 """Shortest wait for a slot or a pod that is kept. Shorter ones count as time in the queue."""
 _COLUMNS: Final = ("execution_id", "started_at", "shard", "organization_id", "code", "ended_at")
 INTERVAL_COLUMNS_SQL: Final = "execution_id, started_at, shard, organization_id, code, node_id, ended_at"
-
-
-def blocked_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str | None]]:
-    """Return execution id, code and node of each write that ends a claim without ending its run."""
-    return [
-        (write.execution_id, (write.blocked_by or BlockerCode.QUEUED_BEHIND).value, write.blocked_node)
-        for write in batch
-        if write.blocked_by is not None
-    ]
 
 
 async def add_ended_intervals(

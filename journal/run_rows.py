@@ -9,6 +9,7 @@ import msgspec
 
 from engine.run_errors import FailureCause
 from engine.run_records import NodeSpan, RunError, RunStatus, SpanStatus
+from journal.explanations.blockers import BlockerCode
 from journal.store import ClaimedRun
 from json_text import decoding
 from models import ids
@@ -345,3 +346,12 @@ def pending_sql(target: str) -> str:
 def suspect_sql(max_isolation_losses: str) -> str:
     """Return the condition that a trial takes a pending run."""
     return f"{IS_SUSPECT_SQL} AND isolation_losses <= {max_isolation_losses}"
+
+
+def blocked_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str | None]]:
+    """Return execution id, code and node of each write that ends a claim without ending its run."""
+    return [
+        (write.execution_id, (write.blocked_by or BlockerCode.QUEUED_BEHIND).value, write.blocked_node)
+        for write in batch
+        if write.blocked_by is not None
+    ]

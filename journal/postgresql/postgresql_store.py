@@ -20,7 +20,7 @@ import msgspec
 
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
-from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS, blocked_rows
+from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
 from journal.explanations.blockers import BlockerCode
 from journal.postgresql.postgresql_inserts import PostgresqlInserts
 from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
@@ -37,6 +37,7 @@ from journal.run_rows import (
     SPAN_KEY,
     STATUS_AFTER,
     attempt_rows,
+    blocked_rows,
     decode_claim,
     decode_span,
     encode_error,

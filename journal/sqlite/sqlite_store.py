@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
-from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS, blocked_rows
+from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
 from journal.explanations.blockers import BlockerCode
 from journal.run_rows import (
     ATTEMPT_CHANGES,
@@ -31,6 +31,7 @@ from journal.run_rows import (
     SPAN_KEY,
     STATUS_AFTER,
     attempt_rows,
+    blocked_rows,
     decode_claim,
     decode_span,
     encode_error,
