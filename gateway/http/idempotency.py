@@ -19,7 +19,6 @@ from models.execution import Idempotency
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from starlette.datastructures import Headers
 
     from engine.values import Json
 
@@ -35,17 +34,6 @@ def build_key(key: str, sender: str, route: str, body: Json) -> IdempotencyKey:
     """
     scope = sha256(f"{sender}\n{route}".encode()).hexdigest()
     return IdempotencyKey(scope, key, fingerprint(body), limits.IDEMPOTENCY_SECONDS)
-
-
-def read_key(headers: Headers) -> str | None:
-    """Return the value of the header `Idempotency-Key`, or None; raises 400 for an invalid one."""
-    keys = headers.getlist("idempotency-key")
-    if not keys:
-        return None
-    if len(keys) > 1 or not is_key(keys[0]):
-        text = f"Idempotency-Key must have 1 to {limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters"
-        raise ApiError(400, "invalid-idempotency-key", text)
-    return keys[0]
 
 
 def is_key(text: str) -> bool:

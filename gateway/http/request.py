@@ -26,6 +26,7 @@ from gateway.http.sender import refuse_sender
 from senders.sender_request import RequestHeaders, SenderRequest
 
 if TYPE_CHECKING:
+    from starlette.datastructures import Headers
     from starlette.types import Receive, Scope
 
     from engine.values import Json
@@ -116,7 +117,7 @@ class GatewayRequest(StarletteRequest):
         Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with
         one key. The `body` of equal requests is then compared.
         """
-        key = idempotency.read_key(self.headers)
+        key = read_idempotency_key(self.headers)
         if key is None:
             return None
         route = f"{self.method} {self.scope['route'].path}\n{workflow_id}"
@@ -188,6 +189,17 @@ class GatewayRequest(StarletteRequest):
             has_more = message.get("more_body", False)
         decoder.finish()
         return body.getvalue()
+
+
+def read_idempotency_key(headers: Headers) -> str | None:
+    """Return the value of the header `Idempotency-Key`, or None; raises 400 for an invalid one."""
+    keys = headers.getlist("idempotency-key")
+    if not keys:
+        return None
+    if len(keys) > 1 or not idempotency.is_key(keys[0]):
+        text = f"Idempotency-Key must have 1 to {limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters"
+        raise ApiError(400, "invalid-idempotency-key", text)
+    return keys[0]
 
 
 def _require_not_evicted(holding: RequestHolding | None) -> None:

@@ -14,7 +14,7 @@ from engine.values import InvalidJson
 from gateway.executions.request_limits import RateLimit
 from gateway.http import errors, idempotency, limits
 from gateway.http.errors import ApiError
-from gateway.http.request import BodyLimit, GatewayRequest
+from gateway.http.request import BodyLimit, GatewayRequest, read_idempotency_key
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import WireStruct
 from gateway.ingest import (
@@ -289,7 +289,7 @@ def _idempotency_key(
             DELIVERY, workflow_id, verified.signature.delivery_key
         )
         return inbound.deduplication_key
-    given = idempotency.read_key(request.headers)
+    given = read_idempotency_key(request.headers)
     if given is not None:
         key = deduplication_keys.derive_key(NAMED, workflow_id, given)
         return replace(key, fingerprint=inbound.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)

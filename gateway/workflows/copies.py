@@ -11,8 +11,8 @@ from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
 from concurrency import offload
-from gateway.http import errors, idempotency, limits
-from gateway.http.request import GatewayRequest
+from gateway.http import errors, limits
+from gateway.http.request import GatewayRequest, read_idempotency_key
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, read_json
 from gateway.workflows import (
@@ -263,7 +263,7 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
         _imported, body, request.caller, request.gateway.catalog, request.gateway.clock()
     )
     if not answer.created:
-        idempotency.read_key(request.headers)  # an invalid key is refused, though no workflow is created
+        read_idempotency_key(request.headers)  # an invalid key is refused, though no workflow is created
         return JsonResponse(answer)
     idempotency_key = await offload.run(request.idempotency_key, value)
     return await request.gateway.workflow_editor.create(

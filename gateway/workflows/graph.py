@@ -12,9 +12,9 @@ from msgspec import UNSET, UnsetType
 from concurrency import offload
 from engine import canvas_layout as layouts
 from engine.findings import FindingType
-from gateway.http import idempotency, limits
+from gateway.http import limits
 from gateway.http.parameters import FlagParameter
-from gateway.http.request import GatewayRequest
+from gateway.http.request import GatewayRequest, read_idempotency_key
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct, read_json
 from gateway.workflows import editing, graph_shapes, workflow_builder
@@ -112,7 +112,7 @@ async def build(request: GatewayRequest) -> JsonResponse:
     )
     warnings = plan.warnings[: limits.FINDINGS]
     if is_dry_run:
-        idempotency.read_key(request.headers)  # an invalid key is refused, though no workflow is created
+        read_idempotency_key(request.headers)  # an invalid key is refused, though no workflow is created
         errors = plan.errors[: limits.FINDINGS]
         return JsonResponse({"valid": not errors, "errors": errors, "warnings": warnings})
     if plan.errors:

@@ -154,7 +154,7 @@ def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(l
 def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Route) -> None:
     taken = line.docs.takes
     assert (IF_MATCH in taken) is reaches(line, MATCHING)
-    assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.http.idempotency.read_key")
+    assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.http.request.read_idempotency_key")
 
 
 @pytest.mark.parametrize("line", LINES)
