@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import sysconfig
+import urllib.request
+import venv
 from collections.abc import Iterable
 from pathlib import Path
 from zipfile import ZipFile
@@ -12,18 +16,44 @@ import pytest
 
 from docs.tables import ROOT
 from gateway.documentation import site
+from pilotflame.client import ApiClient
+from tests.command_runs import RunningCommand, command_environment
+
+LISTED_MODULES = (
+    "import json, sys; print(json.dumps([each.__file__ for each in map(__import__, sys.argv[1:])]))"
+)
+PACKAGES = ("gateway", "workers", "engine", "models")
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
-    """Return the paths of the files in a newly built wheel."""
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
-    with ZipFile(wheel) as archive:
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def packed(built_wheel: Path) -> frozenset[str]:
+    """Return the paths of the files in a newly built wheel."""
+    with ZipFile(built_wheel) as archive:
         return frozenset(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def installed_python(built_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the interpreter of an environment with the wheel and its dependencies, but without the checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
+    site_packages = Path(paths["purelib"])
+    with ZipFile(built_wheel) as archive:
+        archive.extractall(site_packages)
+    # A folder that is named in such a file takes part without its own `.pth` files, one of which names the checkout.
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin/python"
 
 
 def relative_paths(paths: Iterable[Path]) -> set[str]:
@@ -42,3 +72,57 @@ def test_the_wheel_contains_the_documentation_site(packed: frozenset[str]) -> No
     built = relative_paths(site.BUILT.rglob("*"))
     assert "gateway/documentation/built/api/index.html" in built
     assert built <= packed
+
+
+def test_the_wheel_contains_compiled_modules(packed: frozenset[str]) -> None:
+    modules = [path for path in packed if path.endswith(".py")]
+    tag = sys.implementation.cache_tag
+    assert len(modules) > 500
+    for path in modules:
+        folder, _, name = path.rpartition("/")
+        assert f"{folder}/__pycache__/{name.removesuffix('.py')}.{tag}.pyc" in packed
+
+
+def test_the_installed_wheel_runs_outside_of_the_checkout(installed_python: Path, tmp_path: Path) -> None:
+    environment = command_environment(tmp_path / "data", PORT="0")
+    for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
+        environment.pop(name, None)
+    listed = subprocess.run(
+        [installed_python, "-c", LISTED_MODULES, *PACKAGES],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    assert all(
+        Path(file).is_relative_to(installed_python.parent.parent) for file in json.loads(listed.stdout)
+    )
+    log = tmp_path / "dev.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [installed_python, "-m", "pilotflame", "dev"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=output,
+            stderr=output,
+        )
+    running = RunningCommand(process, log)
+    try:
+        said = running.says(r"Pilotflame runs on (\S+).*?(sk-\S+)")
+        client = ApiClient(said[1], said[2])
+        workflow = {
+            "name": "Installed",
+            "nodes": [
+                {"id": "start", "nodeId": "manual"},
+                {"id": "greet", "nodeId": "template", "config": {"text": "Hello, {{ data.body.name }}!"}},
+            ],
+            "connections": [{"source": "start", "target": "greet"}],
+        }
+        execution = client.execute(client.apply(workflow), {"triggerInputs": {"name": "wheel"}})
+        assert client.result(execution)["outputs"]["greet"]["text"] == "Hello, wheel!"
+        for path in ["/openapi.json", *(["/docs/"] if (site.BUILT / site.MANIFEST).exists() else [])]:
+            with urllib.request.urlopen(f"{said[1]}{path}", timeout=60) as answer:  # noqa: S310 - its own server
+                assert answer.status == 200
+        assert running.stop() == 0
+    finally:
+        running.kill()

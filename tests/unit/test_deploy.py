@@ -551,10 +551,11 @@ def test_images_hold_compiled_modules_for_a_user_who_owns_nothing(path: Path) ->
 def test_an_image_is_built_from_the_packages_of_the_project_alone() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert lines[1] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == {
-        *packages,
+        *wheel["packages"],
+        wheel["hooks"]["custom"]["path"],
         "pyproject.toml",
         "requirements.lock",
     }
