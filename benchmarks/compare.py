@@ -33,6 +33,8 @@ FIGURES = (
     "saturation_p99_ms",
     "forty_nodes_ms",
 )
+WRITE_FIGURES = ("write_chains_per_second", "write_chains_p50_ms", "write_chains_p99_ms")
+"""Figures of chains of three requests, with `--writes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class CompareRequest:
     parts: Sequence[str]
     rounds: int
     options: MeasureOptions
+    figures: Sequence[str] = FIGURES
 
 
 def main() -> None:
@@ -71,10 +74,10 @@ async def _compare(request: CompareRequest) -> None:
                     figures[name].append(measured)
                     print(
                         f"{part} {number + 1} {name}:",
-                        *(f"{measured[one]:.2f}" for one in FIGURES),
+                        *(f"{measured[one]:.2f}" for one in request.figures),
                         flush=True,
                     )
-        print(*_table(part, figures), sep="\n", flush=True)
+        print(*_table(part, figures, request.figures), sep="\n", flush=True)
 
 
 async def _measure(
@@ -88,18 +91,21 @@ async def _measure(
 ) -> dict[str, float]:
     if part == "dev":
         async with processes.run_dev(folder, checkout=checkout) as pilotflame:
-            return await _measure_path(pilotflame, BackingServers(), request.options)
+            return await _measure_path(pilotflame, BackingServers(), request)
     database_url = await postgres.create_database(f"compare_{name}")
     ids = {"postgresql": postgres.process_id, "redis": redis.process_id}
     servers = BackingServers(database_url, {one: number for one, number in ids.items() if number is not None})
     async with processes.run_production(folder, database_url, redis.url, checkout=checkout) as pilotflame:
-        return await _measure_path(pilotflame, servers, request.options)
+        return await _measure_path(pilotflame, servers, request)
 
 
 async def _measure_path(
-    pilotflame: ServerUnderTest, servers: BackingServers, options: MeasureOptions
+    pilotflame: ServerUnderTest, servers: BackingServers, request: CompareRequest
 ) -> dict[str, float]:
-    """Take the figures of the path of a run alone."""
+    """Take the figures of the path of a run alone, or of chains of requests."""
+    options = request.options
+    if request.figures is WRITE_FIGURES:
+        return await scenario.measure_three_writes(pilotflame, options.seconds)
     pure = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
     process_ids = {**pilotflame.process_ids, **servers.process_ids}
     return {
@@ -109,10 +115,12 @@ async def _measure_path(
     }
 
 
-def _table(part: str, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+def _table(
+    part: str, figures: Mapping[str, Sequence[Mapping[str, float]]], shown_first: Sequence[str]
+) -> list[str]:
     """Return lines with the medians of both checkouts and the ratio of each pair of neighbors in time."""
     base, this = figures.values()
-    names = [*FIGURES, *sorted(one for one in this[0] if one.startswith("cpu_ms_per_run_"))]
+    names = [*shown_first, *sorted(one for one in this[0] if one.startswith("cpu_ms_per_run_"))]
     names += [
         one for one in ("calibration_ms", "runs_per_transaction", "wal_bytes_per_run") if one in this[0]
     ]
@@ -134,6 +142,7 @@ def _parse_request() -> CompareRequest:
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: all")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of each load (default: 6)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each checkout (default: 4)")
+    parser.add_argument("--writes", action="store_true", help="measure chains of three requests only")
     given = parser.parse_args()
     unknown = set(given.part) - set(PARTS)
     if unknown:
@@ -144,6 +153,7 @@ def _parse_request() -> CompareRequest:
         given.part or PARTS,
         given.rounds,
         MeasureOptions(given.seconds, 0.0),
+        WRITE_FIGURES if given.writes else FIGURES,
     )
 
 

@@ -55,7 +55,7 @@ async def measure(
     figures |= await measure_saturated(pure, process_ids, servers.database_url, options)
     figures |= await measure_at_leisure(pure, options.seconds)
     figures |= await measure_forty_nodes(pilotflame)
-    figures |= await _measure_three_writes(pilotflame, options.seconds)
+    figures |= await measure_three_writes(pilotflame, options.seconds)
     return figures
 
 
@@ -107,7 +107,7 @@ async def measure_forty_nodes(pilotflame: ServerUnderTest) -> dict[str, float]:
     return {"forty_nodes_ms": sample.milliseconds(50)}
 
 
-async def _measure_three_writes(pilotflame: ServerUnderTest, seconds: float) -> dict[str, float]:
+async def measure_three_writes(pilotflame: ServerUnderTest, seconds: float) -> dict[str, float]:
     async with sink.run_sink() as called:
         installed = await load.install_workflow(pilotflame.api, workflows.three_writes_workflow(called.url))
         warm_up = await load.run_closed_loop(installed, CLIENTS, WARM_UP_SECONDS / 2)

@@ -1,7 +1,8 @@
 """HTTP client for URLs from users; it connects only to addresses that it has checked.
 
-A name is resolved once for each request and each redirect, every returned address is checked, and one of them is
-connected. The name itself is used only in the Host header and in the TLS handshake.
+Addresses are checked when a connection is made: every address of a name is checked, and one of them is connected. The
+name itself is used only in the Host header and in the TLS handshake. A kept connection serves further requests to the
+same scheme, host and port, for a minute at most.
 """
 
 from __future__ import annotations
@@ -9,18 +10,26 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import IPv4Network, IPv6Address, IPv6Network
-from typing import TYPE_CHECKING
+from ipaddress import IPv4Network, IPv6Network
 
 from nodes import url_targets
+from nodes.outbound_connection import (
+    ConnectionBroken,
+    OutboundConnection,
+    ResponseInvalid,
+    ResponseLimits,
+    ResponseTooLarge,
+)
 from nodes.url_targets import IpAddress, UrlTarget
 
-if TYPE_CHECKING:
-    from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, ClientSession
+Origin = tuple[str, str, int]
+"""Scheme, host and port."""
 
 IpNetwork = IPv4Network | IPv6Network
 ResolveName = Callable[[str], Awaitable[Sequence[str]]]
@@ -33,15 +42,16 @@ KEEP_ALIVE_SECONDS = (
     4  # Many servers close an idle connection after 5 s, and a request must not coincide with that.
 )
 MAX_CONNECTIONS = 256
+MAX_AGE_SECONDS = 60.0
 FIRST_UNPRIVILEGED_PORT = 1024
-SMALL_PIECE_BYTES = 16
 
 ALLOWED_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
-REPEATED_WRITES = frozenset({"PUT", "DELETE"})
-"""Methods that aiohttp repeats by itself if a reused connection breaks."""
+METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
+REPEATED_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that are repeated on a new connection if a kept one breaks before it answers."""
+DEFAULT_HEADERS = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": "Pilotflame"}
 FINAL_STATUSES = range(200, 600)
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-DECODED_ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
 # They frame the message, name the peer or concern one connection only (RFC 9110, section 7.6.1).
 MANAGED_HEADERS = frozenset({
@@ -128,6 +138,14 @@ class OutboundResponse:
     """URL of the response, after redirects."""
 
 
+@dataclass(frozen=True, slots=True)
+class IdlePlace:
+    """Place of an idle connection, and the timer that closes it."""
+
+    origin: Origin
+    ends: asyncio.TimerHandle
+
+
 @dataclass(frozen=True)
 class OutboundCall:
     method: str
@@ -197,31 +215,25 @@ def _require_final_status(target: UrlTarget, status: int) -> None:
         raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message)
 
 
-async def send_once(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
-    """Raise a broken connection as a plain `ClientError`, for which aiohttp doesn't repeat the request.
-
-    The caller decides whether to repeat it. A failure to connect is raised as it is.
-    """
-    import aiohttp  # noqa: PLC0415 - see `OutboundClient`
-
-    try:
-        return await handler(request)
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise aiohttp.ClientError(str(error)) from error
-
-
 class OutboundClient:
-    """HTTP client that imports aiohttp with its first request: it takes 31 MB of memory."""
+    """HTTP client that keeps connections for four seconds, by scheme, host and port."""
 
     def __init__(self, policy: OutboundPolicy, resolve: ResolveName | None = None) -> None:
         self._policy = policy
+        self._limits = ResponseLimits(policy.max_header_bytes, policy.max_response_bytes, policy.max_pieces)
         self._resolve = resolve or self._ask_system
         # A lookup blocks its thread for as long as the owner of the name likes, so it must not use the loop's own
         # threads.
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="outbound-names")
-        self._session: ClientSession | None = None
+        self._tls: ssl.SSLContext | None = None
+        self._places = asyncio.Semaphore(MAX_CONNECTIONS)
+        """A place for each open connection."""
+        self._waiting = 0
+        self._open: set[OutboundConnection] = set()
+        self._idle: OrderedDict[OutboundConnection, IdlePlace] = OrderedDict()
+        """Idle connections, the longest idle first."""
+        self._by_origin: dict[Origin, list[OutboundConnection]] = {}
+        """The same connections, by origin."""
 
     async def request(
         self,
@@ -246,8 +258,8 @@ class OutboundClient:
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._session is not None:
-            await self._session.close()
+        for connection in tuple(self._open):
+            self._discard(connection)
 
     async def _send_following(self, call: OutboundCall) -> OutboundResponse:
         for _ in range(self._policy.max_redirects + 1):
@@ -261,17 +273,120 @@ class OutboundClient:
         )
 
     async def _send(self, call: OutboundCall) -> OutboundResponse:
-        failure = OutboundUnavailable(
-            OutboundOutageCode.NAME_NOT_RESOLVED, f"{call.target.host} has no address"
-        )
-        for address in await self._checked_addresses(call.target):
+        kept = self._take_kept(call.target)
+        if kept is not None:
             try:
-                return await self._exchange(call, address)
-            except OutboundUnavailable as error:
-                if error.code is not OutboundOutageCode.NOT_CONNECTED:
-                    raise
-                failure = error
+                return await self._exchange(call, kept)
+            except ConnectionBroken as error:
+                # The server has closed it meanwhile. A write is not repeated: it may have been carried out.
+                if call.method not in REPEATED_METHODS or error.has_answered:
+                    raise _interruption(call.target) from error
+        connection = await self._connect(call.target)
+        try:
+            return await self._exchange(call, connection)
+        except ConnectionBroken as error:
+            raise _interruption(call.target) from error
+
+    async def _connect(self, target: UrlTarget) -> OutboundConnection:
+        """Connect to the first checked address that answers. Raises `OutboundError`."""
+        failure = OutboundUnavailable(OutboundOutageCode.NAME_NOT_RESOLVED, f"{target.host} has no address")
+        addresses = await self._checked_addresses(target)
+        await self._take_place()
+        try:
+            for address in addresses:
+                try:
+                    connection = await self._connect_to(target, address)
+                except OutboundUnavailable as error:
+                    failure = error
+                else:
+                    self._open.add(connection)
+                    return connection
+        except BaseException:
+            self._places.release()
+            raise
+        self._places.release()
         raise failure
+
+    async def _take_place(self) -> None:
+        """Wait for room among the connections; an idle one makes room at once."""
+        if self._places.locked() and self._idle:
+            self._discard(next(iter(self._idle)))
+        self._waiting += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
+
+    async def _connect_to(self, target: UrlTarget, address: IpAddress) -> OutboundConnection:
+        loop = asyncio.get_running_loop()
+        is_secure = target.scheme == "https"
+        kind = "connection"
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                _, connection = await loop.create_connection(
+                    lambda: OutboundConnection(self._limits),
+                    str(address),
+                    target.port,
+                    ssl=self._tls_context() if is_secure else None,
+                    server_hostname=target.host if is_secure else None,
+                )
+        except OSError as error:
+            if isinstance(error, ssl.SSLError):
+                kind = "trusted connection"
+            message = f"no {kind} to {target.host} on port {target.port}"
+            raise OutboundUnavailable(OutboundOutageCode.NOT_CONNECTED, message) from error
+        connection.made_at = loop.time()
+        connection.on_lost = self._discard
+        return connection
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+            self._tls.set_alpn_protocols(["http/1.1"])
+        return self._tls
+
+    # ── kept connections ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _take_kept(self, target: UrlTarget) -> OutboundConnection | None:
+        """Return an idle connection to an origin; its address was checked when it was made."""
+        kept = self._by_origin.get(_origin(target))
+        while kept:
+            connection = kept[-1]
+            self._forget_idle(connection)
+            if connection.is_open:
+                return connection
+            self._discard(connection)
+        return None
+
+    def _keep(self, connection: OutboundConnection, target: UrlTarget) -> None:
+        loop = asyncio.get_running_loop()
+        # A name whose address changes is resolved anew after a minute, however busy its connections are.
+        if self._waiting or loop.time() - connection.made_at > MAX_AGE_SECONDS:
+            self._discard(connection)
+            return
+        origin = _origin(target)
+        ends = loop.call_later(KEEP_ALIVE_SECONDS, self._discard, connection)
+        self._idle[connection] = IdlePlace(origin, ends)
+        self._by_origin.setdefault(origin, []).append(connection)
+
+    def _forget_idle(self, connection: OutboundConnection) -> None:
+        place = self._idle.pop(connection, None)
+        if place is None:
+            return
+        place.ends.cancel()
+        of_origin = self._by_origin[place.origin]
+        of_origin.remove(connection)
+        if not of_origin:
+            del self._by_origin[place.origin]
+
+    def _discard(self, connection: OutboundConnection) -> None:
+        self._forget_idle(connection)
+        if connection in self._open:
+            self._open.remove(connection)
+            self._places.release()
+        connection.abort()
+
+    # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _checked_addresses(self, target: UrlTarget) -> list[IpAddress]:
         if target.address is not None:
@@ -300,90 +415,44 @@ class OutboundClient:
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
 
-    async def _exchange(self, call: OutboundCall, address: IpAddress) -> OutboundResponse:
-        import aiohttp  # noqa: PLC0415 - see `OutboundClient`
-        import yarl  # noqa: PLC0415 - a dependency of aiohttp
-
+    async def _exchange(self, call: OutboundCall, connection: OutboundConnection) -> OutboundResponse:
+        """Send a call over a connection, and keep or close it. Raises `OutboundRefused` or `ConnectionBroken`."""
         target = call.target
-        # With the address in place of the name, the pool keeps connections by checked address too.
-        host = f"[{address}]" if isinstance(address, IPv6Address) else str(address)
-        url = yarl.URL.build(
-            scheme=target.scheme,
-            authority=f"{host}:{target.port}",
-            path=target.path,
-            query_string=target.query,
-            encoded=True,
-        )
-        headers = {**call.headers, "Host": target.authority, "Accept-Encoding": "gzip, deflate"}
         try:
-            async with self._open_session().request(
-                call.method,
-                url,
-                headers=headers,
-                data=call.body,
-                server_hostname=target.host,
-                allow_redirects=False,
-                middlewares=(send_once,) if call.method in REPEATED_WRITES else (),
-            ) as response:
-                _require_final_status(target, response.status)
-                return OutboundResponse(
-                    response.status, self._read_headers(response), await self._read_body(response), target.url
-                )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            kind = "trusted connection" if isinstance(error, aiohttp.ClientSSLError) else "connection"
-            message = f"no {kind} to {target.host} on port {target.port}"
-            raise OutboundUnavailable(OutboundOutageCode.NOT_CONNECTED, message) from error
-        except aiohttp.ClientResponseError as error:
-            message = f"{target.host} sent invalid HTTP, or headers that are too large"
+            response = await connection.exchange(
+                _request_head(call), call.body or b"", is_head=call.method == "HEAD"
+            )
+            _require_final_status(target, response.status)
+        except ResponseInvalid as error:
+            message = f"{target.host} {error}"
             raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message) from error
-        except aiohttp.ClientError as error:
-            message = f"the connection to {target.host} was lost before its response was complete"
-            raise OutboundUnavailable(OutboundOutageCode.INTERRUPTED, message) from error
+        except ResponseTooLarge as error:
+            raise OutboundRefused(OutboundRefusalCode.RESPONSE_TOO_LARGE, str(error)) from error
+        finally:
+            if connection.is_reusable:
+                self._keep(connection, target)
+            else:
+                self._discard(connection)
+        return OutboundResponse(response.status, response.headers, response.body, target.url)
 
-    def _open_session(self) -> ClientSession:
-        import aiohttp  # noqa: PLC0415 - see `OutboundClient`
 
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, keepalive_timeout=KEEP_ALIVE_SECONDS),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"User-Agent": "Pilotflame"},
-                skip_auto_headers=("Content-Type",),
-                timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS),
-                trust_env=False,
-                max_line_size=self._policy.max_header_bytes,
-                max_field_size=self._policy.max_header_bytes,
-            )
-        return self._session
+def _origin(target: UrlTarget) -> Origin:
+    return target.scheme, target.host, target.port
 
-    def _read_headers(self, response: ClientResponse) -> dict[str, str]:
-        size_bytes = sum(len(name) + len(value) for name, value in response.raw_headers)
-        if size_bytes > self._policy.max_header_bytes:
-            raise OutboundRefused(
-                OutboundRefusalCode.RESPONSE_TOO_LARGE, "the headers of the response are too large"
-            )
-        headers: dict[str, str] = {}
-        for raw_name, raw_value in response.raw_headers:
-            name, value = raw_name.decode("latin-1").lower(), raw_value.decode(errors="replace")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        if headers.get("content-encoding", "").lower() not in DECODED_ENCODINGS:
-            raise OutboundRefused(
-                OutboundRefusalCode.INVALID_RESPONSE, "the response has an unknown encoding"
-            )
-        return headers
 
-    async def _read_body(self, response: ClientResponse) -> bytes:
-        body = bytearray()
-        pieces = 0
-        async for chunk, _ in response.content.iter_chunks():
-            if not chunk and response.content.at_eof():
-                break  # Responses without a body share one stream, which reports its end forever.
-            body += chunk
-            pieces += 1
-            if pieces > self._policy.max_pieces and len(body) < pieces * SMALL_PIECE_BYTES:
-                message = f"the response comes in more than {self._policy.max_pieces} pieces of a few bytes"
-                raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message)
-            if len(body) > self._policy.max_response_bytes:
-                message = f"the response has more than {self._policy.max_response_bytes} bytes"
-                raise OutboundRefused(OutboundRefusalCode.RESPONSE_TOO_LARGE, message)
-        return bytes(body)
+def _interruption(target: UrlTarget) -> OutboundUnavailable:
+    message = f"the connection to {target.host} was lost before its response was complete"
+    return OutboundUnavailable(OutboundOutageCode.INTERRUPTED, message)
+
+
+def _request_head(call: OutboundCall) -> bytes:
+    """Return the request line and the headers; every part was validated before."""
+    target = call.target
+    path = f"{target.path}?{target.query}" if target.query else target.path
+    given = {name.lower() for name in call.headers}
+    lines = [f"{call.method} {path} HTTP/1.1", f"Host: {target.authority}"]
+    lines += [f"{name}: {value}" for name, value in call.headers.items()]
+    lines += [f"{name}: {value}" for name, value in DEFAULT_HEADERS.items() if name.lower() not in given]
+    if call.body is not None or call.method not in METHODS_WITHOUT_BODY:
+        lines.append(f"Content-Length: {len(call.body or b'')}")
+    return "\r\n".join([*lines, "", ""]).encode()

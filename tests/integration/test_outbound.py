@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from nodes import outbound_http
 from nodes.outbound_http import (
     MAX_ADDRESSES,
     OutboundClient,
@@ -31,6 +32,12 @@ from nodes.outbound_http import (
 
 LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """Return the loop of the server's processes: its transports differ from those of asyncio."""
+    return "asyncio", {"use_uvloop": True}
 
 
 @dataclass(frozen=True)
@@ -224,17 +231,117 @@ async def test_a_name_in_an_allowed_network_is_found_by_the_system() -> None:
 
 
 async def test_the_connection_goes_to_the_checked_address_whatever_the_name_means_later() -> None:
+    last = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
     async with (
-        serve_upstream(answer_always(OK)) as public,
+        serve_upstream(lambda request: last if request.target == "/last" else OK) as public,
         serve_upstream(answer_always(OK), host="127.0.0.2", port=public.port) as private,
         open_client(resolve=make_resolver(["127.0.0.1"], ["127.0.0.2"])) as outbound,
     ):
         url = f"http://rebinding.test:{public.port}/"
         assert (await fetch(outbound, url)).status == 200
         assert (
-            await refusal_code(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
-        )  # a kept connection is no excuse
+            await fetch(outbound, f"{url}last")
+        ).status == 200  # over the connection to the checked address
+        assert await refusal_code(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
     assert (public.connections, private.connections) == (1, 0)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_kept_connection_that_the_server_closes_costs_no_read_and_repeats_no_write(
+    method: str,
+) -> None:
+    served = 0
+
+    def once(_: UpstreamRequest) -> bytes:
+        nonlocal served
+        served += 1
+        return b"" if served == 2 else OK
+
+    async with serve_upstream(once) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        assert (await fetch(outbound, url)).status == 200
+        if method == "GET":
+            assert (await fetch(outbound, url)).status == 200
+        else:
+            with pytest.raises(OutboundUnavailable) as unavailable:
+                await outbound.request(method, url, headers={}, body=b"x")
+            assert unavailable.value.code is OutboundOutageCode.INTERRUPTED
+    assert len(upstream.requests) == (3 if method == "GET" else 2)
+
+
+@pytest.mark.parametrize("behind", [OK, b"x", b"HTTP/1.1 200 OK\r\n"])
+async def test_bytes_behind_a_response_never_become_the_next_one(behind: bytes) -> None:
+    """Also from a server that answers twice: the second answer would reach the request of another user."""
+    async with serve_upstream(answer_always(OK + behind)) as upstream, open_client() as outbound:
+        for _ in range(2):
+            assert (await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")).body == b"ok"
+    assert upstream.connections == 2
+
+
+async def test_requests_wait_for_a_place_and_idle_connections_give_theirs_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound_http, "MAX_CONNECTIONS", 2)
+    async with (
+        serve_upstream(answer_always(OK)) as upstream,
+        open_client(resolve=make_resolver(["127.0.0.1"])) as outbound,
+        asyncio.timeout(10),
+        asyncio.TaskGroup() as tasks,
+    ):
+        for number in range(12):
+            tasks.create_task(fetch(outbound, f"http://name{number % 4}.test:{upstream.port}/"))
+    assert len(upstream.requests) == 12
+
+
+async def test_a_response_to_head_has_no_body_and_one_without_length_ends_with_its_connection() -> None:
+    def answer(request: UpstreamRequest) -> bytes | AsyncIterator[bytes]:
+        if request.method == "HEAD":
+            return b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+        return unbounded()
+
+    async def unbounded() -> AsyncIterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\n\r\nall of it"
+        raise ConnectionError
+
+    async with serve_upstream(answer) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        head = await outbound.request("HEAD", url, headers={})
+        assert (head.body, head.headers["content-length"]) == (b"", "9")
+        assert (await fetch(outbound, url)).body == b"all of it"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        http_message("200 OK\r\nContent-Encoding: gzip", gzip.compress(b"plain")[:-9]),
+        http_message("200 OK\r\nContent-Encoding: gzip", b"no gzip"),
+        http_message("200 OK\r\nContent-Encoding: deflate", zlib.compress(b"plain") + b"more"),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nab",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+async def test_a_body_that_two_readers_could_frame_differently_is_refused(answer: bytes) -> None:
+    async with serve_upstream(answer_always(answer)) as upstream, open_client() as outbound:
+        code = await refusal_code(outbound, f"http://127.0.0.1:{upstream.port}/")
+    assert code is OutboundRefusalCode.INVALID_RESPONSE
+
+
+async def test_members_of_gzip_and_deflate_without_a_header_are_decompressed() -> None:
+    raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    bodies = {
+        "/members": ("gzip", gzip.compress(b"two ") + gzip.compress(b"members")),
+        "/raw": ("deflate", raw.compress(b"two members") + raw.flush()),
+    }
+
+    def answer(request: UpstreamRequest) -> bytes:
+        encoding, body = bodies[request.target]
+        return http_message(f"200 OK\r\nContent-Encoding: {encoding}", body)
+
+    async with serve_upstream(answer) as upstream, open_client() as outbound:
+        for path in bodies:
+            assert (await fetch(outbound, f"http://127.0.0.1:{upstream.port}{path}")).body == b"two members"
 
 
 @pytest.mark.parametrize(
@@ -437,10 +544,11 @@ async def test_redirects_and_names_share_one_deadline() -> None:
         return ["127.0.0.1"]
 
     policy = OutboundPolicy(allowed_networks=LOOPBACK.allowed_networks, max_redirects=1000)
-    async with (
-        serve_upstream(answer_always(redirect_message("/"))) as upstream,
-        open_client(policy, slow) as outbound,
-    ):
+
+    def elsewhere(_: UpstreamRequest) -> bytes:
+        return redirect_message(f"http://slow{len(upstream.requests)}.test:{upstream.port}/")
+
+    async with serve_upstream(elsewhere) as upstream, open_client(policy, slow) as outbound:
         url = f"http://slow.test:{upstream.port}/"
         assert await outage_code(outbound, url, timeout_seconds=0.3) is OutboundOutageCode.TIMED_OUT
     assert len(upstream.requests) < 10
@@ -596,7 +704,8 @@ async def test_proxies_passwords_and_cookies_of_the_machine_are_left_alone(
 
 
 OTHER_PROCESS = """
-import asyncio, ipaddress, json, sys
+import ipaddress, json, sys
+import uvloop
 from nodes.outbound_http import OutboundClient, OutboundError, OutboundPolicy
 
 async def resolve(name):
@@ -613,7 +722,7 @@ async def main():
     await outbound.close()
     print(json.dumps(answers))
 
-asyncio.run(main())
+uvloop.run(main())
 """
 
 
