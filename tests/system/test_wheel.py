@@ -118,7 +118,7 @@ def test_the_installed_wheel_runs_outside_of_the_checkout(installed_python: Path
             ],
             "connections": [{"source": "start", "target": "greet"}],
         }
-        execution = client.execute(client.apply(workflow), {"triggerInputs": {"name": "wheel"}})
+        execution = client.execute(client.apply(workflow), {"triggerInputs": {"name": "wheel"}}).execution_id
         assert client.result(execution)["outputs"]["greet"]["text"] == "Hello, wheel!"
         for path in ["/openapi.json", *(["/docs/"] if (site.BUILT / site.MANIFEST).exists() else [])]:
             with urllib.request.urlopen(f"{said[1]}{path}", timeout=60) as answer:  # noqa: S310 - its own server
