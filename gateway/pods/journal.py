@@ -38,7 +38,7 @@ from gateway.http.responses import JsonResponse
 from gateway.pods import lease_checks, record_checks
 from gateway.pods.pod_endpoint import decode_call
 from journal import blocked_intervals
-from journal.deployments import pod_leases
+from journal.deployments import activity
 from journal.store import ClaimQuery, LeaseRenewal
 from messages import wakeups
 from messages.broker import BrokerUnavailable
@@ -84,13 +84,13 @@ async def _reclaim_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
 
     A pod never has two processes at the same time, so the earlier ones have ended.
     """
-    held_by = await pod_leases.pod_lease_owners(gateway.database, holder.workflow_id)
+    held_by = await activity.pod_lease_owners(gateway.database, holder.workflow_id)
     earlier = [
         process
         for process in held_by
         if process.pod == holder.process.pod and process.started_at < holder.process.started_at
     ]
-    if await pod_leases.reclaim_pod_leases(gateway.database, gateway.store, holder.workflow_id, earlier):
+    if await activity.reclaim_pod_leases(gateway.database, gateway.store, holder.workflow_id, earlier):
         await gateway.runners.poll_hub.notify_pods([holder.workflow_id])
 
 

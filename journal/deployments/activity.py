@@ -1,6 +1,7 @@
-"""Activity of deployments, and lifecycle decisions by it: read in one statement, by the time of the database.
+"""Activity of deployments: the runs that their pods hold, and lifecycle decisions by the activity.
 
-Desired state and the record of a decision change in one transaction.
+All inputs of lifecycle rules are read in one statement, by the time of the database. Desired state and the record of a
+decision change in one transaction. Runs of pod processes that have ended are reclaimed at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import structlog
 from sqlalchemy import and_, func, insert, literal_column, or_, select, update
 from sqlmodel import col
 
+from journal import out_of_memory_reclaim
 from models import ids, lifecycle_policy
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, LifecycleDecision, build_situation
@@ -31,11 +33,15 @@ from models.lifecycle_policy import (
 )
 from models.timestamps import from_microseconds
 from models.workflow import Workflow
+from models.workflow_names import PodProcess, lease_owner, lease_owner_prefix
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
     from sqlalchemy import ColumnElement, RowMapping, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from journal.store import JournalStore
     from models.database import Database
 
 BATCH_DEPLOYMENTS: Final = 500
@@ -43,6 +49,10 @@ BATCH_DEPLOYMENTS: Final = 500
 log = structlog.get_logger()
 
 _STARTING_ACTIONS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
+
+# Literals instead of bound parameters: the databases use a partial index only for a condition that they can
+# read.
+_IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
 
 def _inline_literal(value: str) -> ColumnElement[str]:
@@ -377,3 +387,41 @@ def _desired_changes(
     if decision.action is LifecycleAction.DRAIN:
         return {**stopped, "drain_until": before.drain_until or now + DRAIN_TIME}
     return {**stopped, "replicas": 0, "drain_until": None}
+
+
+async def pod_lease_owners(database: Database, workflow_id: str) -> frozenset[PodProcess]:
+    """Return the processes of a workflow's pods that hold runs of it; raises `DatabaseUnavailable`."""
+    prefix = lease_owner_prefix(workflow_id)
+    statement = (
+        select(col(Execution.lease_owner))
+        .where(col(Execution.workflow_id) == workflow_id, _IS_RUNNING)
+        .distinct()
+    )
+    async with database.read() as connection:
+        owners = [owner for owner in await connection.scalars(statement) if owner is not None]
+    found = (PodProcess.from_name(owner.removeprefix(prefix)) for owner in owners if owner.startswith(prefix))
+    return frozenset(process for process in found if process is not None)
+
+
+async def reclaim_pod_leases(
+    database: Database,
+    store: JournalStore,
+    workflow_id: str,
+    gone: Iterable[PodProcess],
+    out_of_memory: Collection[PodProcess] = (),
+) -> int:
+    """Reclaim the runs of ended processes; returns the number of runs. Raises `DatabaseUnavailable`.
+
+    The processes in `out_of_memory` were killed for lack of memory. If a process still runs after all, as on
+    a machine that is cut off, its writes are refused from then on.
+    """
+    count = 0
+    for process in gone:
+        owner = lease_owner(workflow_id, process)
+        if process in out_of_memory:
+            count += await out_of_memory_reclaim.reclaim_out_of_memory(database, store, owner)
+        else:
+            count += await store.reclaim(owner)
+    if count:
+        log.info("executions of pods reclaimed", workflow_id=workflow_id, count=count)
+    return count

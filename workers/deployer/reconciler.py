@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from journal.deployments import activity, pod_leases
+from journal.deployments import activity
 from messages import wakeups
 from messages.broker import BrokerUnavailable
 from models import deployment_token
@@ -140,7 +140,7 @@ class Reconciler:
         try:
             driver = await self._connection.driver()
             # Read before the pods: a lease owner that is known by then and is not among the pods is dead.
-            holders = await pod_leases.pod_lease_owners(self._database, workflow_id)
+            holders = await activity.pod_lease_owners(self._database, workflow_id)
             observed = await driver.observe(workflow_id)
             if reconcile.lost_processes(holders, observed):
                 # A cache may not know a pod yet that has already claimed a run.
@@ -272,7 +272,7 @@ class Reconciler:
         return await self._store_observed(found, observed)
 
     async def _delete(self, driver: ClusterDriver, deployment: Deployment) -> ScheduledRetry | None:
-        holders = await pod_leases.pod_lease_owners(self._database, deployment.workflow_id)
+        holders = await activity.pod_lease_owners(self._database, deployment.workflow_id)
         is_gone = await driver.delete(deployment.workflow_id)
         self._applied.discard(deployment.workflow_id)
         self._forget_start(deployment.workflow_id)
@@ -296,7 +296,7 @@ class Reconciler:
         self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
     ) -> None:
         """Reclaim the runs of dead processes before their leases expire, so that other processes continue them."""
-        if gone and await pod_leases.reclaim_pod_leases(
+        if gone and await activity.reclaim_pod_leases(
             self._database, self._store, workflow_id, gone, out_of_memory
         ):
             with suppress(BrokerUnavailable):  # pods and workers sweep for themselves
