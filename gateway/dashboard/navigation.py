@@ -22,4 +22,9 @@ class NavigationEntry:
 
 ENTRIES: Final[Sequence[NavigationEntry]] = (
     NavigationEntry("runs", "Runs", "/dashboard/runs", "list", "r", "workflows:read"),
+    NavigationEntry("schedule", "Schedule", "/dashboard/schedule", "clock", "s", "workflows:read"),
+    NavigationEntry("sources", "Data sources", "/dashboard/sources", "db", "b", "datasources:read"),
+    NavigationEntry("keys", "Keys and users", "/dashboard/keys", "key", "k"),
+    NavigationEntry("audit", "Audit", "/dashboard/audit", "audit", "u", "users:write"),
+    NavigationEntry("health", "Health", "/dashboard/health", "health", "h", "workflows:read"),
 )

@@ -7,11 +7,25 @@ from typing import Final
 
 from gateway.dashboard import assets, page, sign_in_page
 from gateway.dashboard.page import Page
-from gateway.dashboard.pages import run_list
+from gateway.dashboard.pages import (
+    access,
+    audit_list,
+    data_source_list,
+    health,
+    run_list,
+    schedule_list,
+)
 from gateway.http.endpoint import AccessRule
 from gateway.http.route import Route
 
-PAGES: Final[Sequence[Page]] = (run_list.PAGE,)
+PAGES: Final[Sequence[Page]] = (
+    run_list.PAGE,
+    schedule_list.PAGE,
+    data_source_list.PAGE,
+    access.PAGE,
+    audit_list.PAGE,
+    health.PAGE,
+)
 
 ROUTES: Final[Sequence[Route]] = (
     Route("GET", "/", AccessRule.PUBLIC, sign_in_page.redirect, status=302),

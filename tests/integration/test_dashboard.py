@@ -143,3 +143,53 @@ async def test_the_dashboard_can_be_removed(harness: GatewayHarness, people: Org
         assert answer.json()["error"]["code"] == "not-found"
     assert (await browser.post("/session", json={"key": people.owner.key})).status_code == 404
     assert (await browser.get("/")).headers["Location"] == "docs/"
+
+
+PAGES = (
+    ("/dashboard/schedule", "No workflow has an active schedule"),
+    ("/dashboard/sources", "Hostile source"),
+    ("/dashboard/keys", "API keys"),
+    ("/dashboard/audit", "workflow.created"),
+    ("/dashboard/health", "Why runs do not move"),
+)
+"""Pages of lists, with a text that each has for an admin."""
+
+
+@pytest.mark.parametrize(("path", "text"), PAGES)
+async def test_pages_of_lists_show_their_objects_as_text(
+    harness: GatewayHarness, people: OrganizationUsers, path: str, text: str
+) -> None:
+    await people.owner.create(name=HOSTILE, **GRAPH)
+    source = {"name": f"Hostile source {HOSTILE}", "type": "http-basic", "settings": {}, "secrets": {}}
+    source |= {"settings": {"username": HOSTILE}, "secrets": {"password": "p"}}
+    await people.admin.api.post("/api/v1/datasources", json=source)
+    await people.admin.api.post("/api/v1/auth/keys", json={"name": HOSTILE, "scopes": ["workflows:read"]})
+    browser = await sign_in(harness, people.admin.key)
+    page = await browser.get(path)
+    assert page.status_code == 200, page.text
+    assert text in page.text
+    assert "<img" not in page.text
+    assert "<script>" not in page.text
+    assert 'aria-current="page"' in page.text
+
+
+async def test_a_page_without_rights_is_refused_and_not_in_the_navigation(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    browser = await sign_in(harness, people.owner.key)
+    assert (await browser.get("/dashboard/audit")).status_code == 403
+    page = await browser.get("/dashboard/health")
+    assert "/dashboard/audit" not in page.text
+    assert "Findings" not in page.text, "drift is for admins"
+    assert "workers present" in page.text
+
+
+async def test_a_schedule_is_shown_with_its_next_run_and_its_problem(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    trigger = {"id": "clock", "nodeId": "schedule-trigger", "config": {"cron": "30 7 * * mon-fri"}}
+    await people.owner.create(name="Every morning", status="active", nodes=[trigger], connections=[])
+    page = await (await sign_in(harness, people.owner.key)).get("/dashboard/schedule")
+    assert "Every morning" in page.text
+    assert "30 7 * * mon-fri, UTC" in page.text
+    assert re.search(r"in \d+ (h|d|min)", page.text)

@@ -14,7 +14,15 @@ from tests.services import PostgresServer
 pytestmark = needs_chromium
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
-PATHS = ("/dashboard/runs", "/dashboard/runs?status=failed", "/dashboard/missing")
+PATHS = (
+    "/dashboard/runs",
+    "/dashboard/runs?status=failed",
+    "/dashboard/missing",
+    "/dashboard/schedule",
+    "/dashboard/sources",
+    "/dashboard/keys",
+    "/dashboard/health",
+)
 
 
 @dataclass(frozen=True)

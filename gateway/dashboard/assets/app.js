@@ -22,12 +22,17 @@ function confirmed(question) {
   });
 }
 
-// Fields named by a path such as `inputs.name` become nested objects; `data-json` fields hold JSON.
+// `data-json` fields hold JSON, `data-number` fields a number; checked `data-list` boxes of one name become a list.
 function bodyOf(form) {
   const body = form.dataset.sends ? JSON.parse(form.dataset.sends) : {};
   for (const field of form.elements) {
     if (!field.name || field.value === "" || (field.type === "checkbox" && !field.checked)) continue;
-    let value = field.type === "checkbox" ? true : field.type === "number" ? Number(field.value) : field.value;
+    if ("list" in field.dataset) {
+      (body[field.name] ??= []).push(field.value);
+      continue;
+    }
+    const isNumber = field.type === "number" || "number" in field.dataset;
+    let value = field.type === "checkbox" ? true : isNumber ? Number(field.value) : field.value;
     if ("json" in field.dataset) {
       try {
         value = JSON.parse(field.value);
@@ -64,10 +69,15 @@ async function submit(form) {
       return;
     }
     form.closest("dialog")?.close();
-    const next = (form.dataset.then ?? "").replace(/\{(\w+)\}/g, (_, name) => encodeURIComponent(value[name] ?? ""));
+    const fill = (text, encode) => (text ?? "").replace(/\{(\w+)\}/g, (_, name) => encode(value[name] ?? ""));
+    const next = fill(form.dataset.then, encodeURIComponent);
     if (next) location.assign(next);
     else await reload();
-    if (form.dataset.says) say(form.dataset.says);
+    if (form.dataset.says) say(fill(form.dataset.says, String));
+    if (form.dataset.shows) {
+      document.getElementById("shown-value").textContent = value[form.dataset.shows];
+      document.getElementById("shown").showModal();
+    }
   } catch {
     say("The server can’t be reached. Nothing was changed.");
   } finally {

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlencode
 
+from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 50
+PATH: Final = "/dashboard/runs"
 NAMED_WORKFLOWS: Final = 100
 FILTERS: Final = ("status", "workflow_id", "trigger_type", "parent_id", "since", "until")
 STATES: Final = (
@@ -51,18 +52,19 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "names": {one["id"]: one["name"] for one in data["workflows"]["workflows"]},
         "filters": filters,
         "states": [
-            (label, _address(frame, {**filters, "status": status}), filters.get("status", "") == status)
+            (
+                label,
+                list_address(frame, PATH, {**filters, "status": status}),
+                filters.get("status", "") == status,
+            )
             for status, label in STATES
         ],
-        "older": _address(frame, {**filters, "offset": str(shown)}) if shown < runs["count"] else "",
-        "newest": _address(frame, filters) if runs["offset"] else "",
+        "older": list_address(frame, PATH, {**filters, "offset": str(shown)})
+        if shown < runs["count"]
+        else "",
+        "newest": list_address(frame, PATH, filters) if runs["offset"] else "",
         "is_newest": runs["offset"] == 0,
     }
 
 
-def _address(frame: PageFrame, query: Mapping[str, str]) -> str:
-    text = urlencode({name: value for name, value in query.items() if value})
-    return f"{frame.root}/dashboard/runs" + (f"?{text}" if text else "")
-
-
-PAGE: Final = Page("/dashboard/runs", "run_list.html", load, view, "runs")
+PAGE: Final = Page(PATH, "run_list.html", load, view, "runs")

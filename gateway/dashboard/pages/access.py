@@ -1,0 +1,59 @@
+"""Keys and users: API keys with their scopes, sessions of browsers, and the users of the organization."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.dashboard.formats import parse_instant
+from gateway.dashboard.page import Page, PageData, PageFrame
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page_request import PageRequest
+
+LIMIT: Final = 100
+UNUSED_DAYS: Final = 90
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask for keys, sessions, and the users if the visitor is an admin."""
+    keys, sessions, users = await asyncio.gather(
+        page.get_if_present("/api/v1/auth/keys", limit=LIMIT),
+        page.get("/api/v1/auth/sessions"),
+        page.get_if_present("/api/v1/auth/users", limit=LIMIT),
+    )
+    return {"keys": keys, "sessions": sessions, "users": users}
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return keys with their state, sessions and users."""
+    users = data["users"]
+    keys = [] if data["keys"] is None else data["keys"]["keys"]
+    return {
+        "title": "Keys and users",
+        "crumbs": (("Keys and users", ""),),
+        "keys": [{**key, "state": _state_of(key, frame)} for key in keys],
+        "may_change_keys": frame.may("keys:write"),
+        "sessions": data["sessions"]["sessions"],
+        "users": None if users is None else users["users"],
+        "names": {}
+        if users is None
+        else {user["id"]: user["name"] or user["email"] for user in users["users"]},
+        "scopes": sorted(frame.visitor["scopes"]) if frame.visitor else [],
+    }
+
+
+def _state_of(key: Mapping[str, Any], frame: PageFrame) -> str:
+    """Return `revoked`, `expired`, `unused` or `valid`."""
+    if key["revokedAt"]:
+        return "revoked"
+    expires_at = parse_instant(key["expiresAt"])
+    if expires_at is not None and expires_at <= frame.now:
+        return "expired"
+    used_at = parse_instant(key["lastUsedAt"] or key["createdAt"])
+    is_unused = used_at is not None and (frame.now - used_at).days >= UNUSED_DAYS
+    return "unused" if is_unused else "valid"
+
+
+PAGE: Final = Page("/dashboard/keys", "access.html", load, view, "keys")

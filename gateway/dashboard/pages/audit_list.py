@@ -1,0 +1,59 @@
+"""Audit trail: who changed which object, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.dashboard.addresses import list_address
+from gateway.dashboard.page import Page, PageData, PageFrame
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page_request import PageRequest
+
+LIMIT: Final = 50
+MAX_USERS: Final = 100
+PATH: Final = "/dashboard/audit"
+FILTERS: Final = ("action", "objectId", "userId", "since", "until")
+OBJECT_PAGES: Final = {"wf_": "workflows", "ds_": "sources"}
+"""Pages of objects, by the prefix of their ids."""
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask for a page of entries, and for the names of users."""
+    given = {name: page.query[name] for name in FILTERS if page.query.get(name)}
+    entries = await page.get("/api/v1/audit", **given, limit=LIMIT, offset=page.query.get("offset"))
+    users = await page.get("/api/v1/auth/users", limit=MAX_USERS)
+    return {"entries": entries, "users": users}
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the rows, the filters and the ways to other pages of the list."""
+    entries = data["entries"]
+    filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
+    shown = entries["offset"] + len(entries["entries"])
+    is_last = shown >= entries["count"]
+    return {
+        "title": "Audit",
+        "crumbs": (("Audit", ""),),
+        "entries_shown": [
+            {**entry, "page": _page_of(frame, entry["objectId"])} for entry in entries["entries"]
+        ],
+        "count": entries["count"],
+        "first": entries["offset"] + 1,
+        "last": shown,
+        "names": {user["id"]: user["name"] or user["email"] for user in data["users"]["users"]},
+        "filters": filters,
+        "address_of": lambda **changes: list_address(frame, PATH, {**filters, **changes}),
+        "older": "" if is_last else list_address(frame, PATH, {**filters, "offset": str(shown)}),
+        "newest": list_address(frame, PATH, filters) if entries["offset"] else "",
+    }
+
+
+def _page_of(frame: PageFrame, object_id: str) -> str:
+    """Return the address of an object's page; empty if it has none."""
+    folder = next((page for prefix, page in OBJECT_PAGES.items() if object_id.startswith(prefix)), None)
+    return "" if folder is None else f"{frame.root}/dashboard/{folder}/{object_id}"
+
+
+PAGE: Final = Page(PATH, "audit_list.html", load, view, "audit")

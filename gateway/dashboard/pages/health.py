@@ -1,0 +1,35 @@
+"""Health of the server: findings of drift, workers, and the reasons for which runs wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.dashboard.page import Page, PageData, PageFrame
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page_request import PageRequest
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask for drift, if the visitor is an admin, and for the reasons and the workers."""
+    drift, why = await asyncio.gather(page.get_if_present("/api/v1/admin/drift"), page.get("/api/v1/why"))
+    return {"drift": drift, "why": why}
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the findings, the stores, the workers and the reasons."""
+    drift, why = data["drift"], data["why"]
+    return {
+        "title": "Health",
+        "crumbs": (("Health", ""),),
+        "drift": drift,
+        "workers": why["workers"],
+        "reasons": why["reasons"],
+        "unknown": why["unknown"],
+        "runs_address": f"{frame.root}/dashboard/runs",
+    }
+
+
+PAGE: Final = Page("/dashboard/health", "health.html", load, view, "health")
