@@ -10,7 +10,7 @@ from models.deployment import Deployment
 from models.deployment import ObservedState as Stored
 from workers.cluster.driver import ObservedDeployment, ObservedPod, PodFailure, PodFailureReason, PodStage
 from workers.deployer import reconcile
-from workers.deployer.starts import StartClock, StartGate
+from workers.deployer.reconcile_queue import StartClock, StartGate
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
 START_TIME = timedelta(seconds=120)

@@ -37,8 +37,9 @@ from workers.deployer.reconcile_queue import (
     RefusalBudget,
     RetryBackoff,
     ScheduledRetry,
+    StartClock,
+    StartGate,
 )
-from workers.deployer.starts import StartClock, StartGate
 
 if TYPE_CHECKING:
     from journal.store import JournalStore
