@@ -114,10 +114,10 @@ class CallGraph:
         if "." in thing.path:
             types["self"] = CodeDefinition(thing.module, thing.path.partition(".")[0])
         for node in ast.walk(function):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                kind = self._type(node.value, thing, types)
+            for name, value in _assignments(node):
+                kind = self._type(value, thing, types)
                 if kind:
-                    types[node.targets[0].id] = kind
+                    types[name] = kind
         return types
 
     def _type(
@@ -216,6 +216,17 @@ _CODE_AT = {"gateway.http.errors.ApiError": 1, "gateway.http.errors.conflict": 0
 """Which argument is the code of a refusal."""
 _MAKERS = {"gateway.http.errors.conflict"}
 """Functions that take the code as an argument, so that their callers name it."""
+
+
+def _assignments(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """Yield the variables that a statement assigns, each with its value."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            yield name, value
+        case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+            for target, value in zip(targets, values, strict=False):
+                if isinstance(target, ast.Name):
+                    yield target.id, value
 
 
 def _read(name: str) -> SourceModule:

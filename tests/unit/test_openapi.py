@@ -39,7 +39,7 @@ COMPUTED: dict[str, set[str]] = {
     "gateway.http.errors.no_such_trigger": {
         *("no-queue-trigger", "no-email-trigger", "no-event-trigger", "no-webhook-trigger")
     },
-    "gateway.ingest.event_dispatch.dispatch_event": {*JSON_CODES},
+    "gateway.ingest.event_dispatch.EventDispatcher.dispatch": {*JSON_CODES},
     "gateway.ingest.event_signatures.refusal_error": {
         *JSON_CODES,
         *("unsupported-media-type", "duplicate-header", "malformed-form", "invalid-event"),
@@ -75,8 +75,8 @@ NEVER = {
 for bodies, leave out limited data, report refusals inside their answer, or never get signed requests.
 """
 TOLD_OF_EACH = {
-    deliveries.redrive_many: CodeDefinition("gateway.ingest.redrive_runs", "redrive_delivery"),
-    dead_letters.redrive: CodeDefinition("gateway.ingest.redrive_runs", "redrive_dead_letter"),
+    deliveries.redrive_many: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_delivery"),
+    dead_letters.redrive: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_dead_letter"),
 }
 """Repeated operations of handlers that report in their answer why each item was refused."""
 NO_TRIGGER = COMPUTED["gateway.http.errors.no_such_trigger"]
