@@ -28,10 +28,9 @@ from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
 from gateway.http.sender import SenderAuthenticator
 from gateway.http.sessions import SessionAuthenticator
-from gateway.ingest.capacity import IngestCapacity
 from gateway.ingest.delivery_log import DeliveryLog
 from gateway.ingest.event_dispatch import EventDispatcher
-from gateway.ingest.ingest import RequestIngestor
+from gateway.ingest.ingest import IngestCapacity, RequestIngestor
 from gateway.ingest.mail_verification import MailVerifier
 from gateway.ingest.redrive_runs import RunRedriver
 from gateway.ingest.rejected_samples import RejectedSamples

@@ -14,7 +14,7 @@ from gateway.http.parameters import LIMIT, OFFSET, PageBounds
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
-from gateway.ingest import deduplication_keys, delivery_rows, redrive_runs
+from gateway.ingest import delivery_rows, redrive_runs
 from gateway.ingest.deliveries import counted
 from gateway.workflows import editing
 from journal.store import AcceptanceResult, IdempotencyKey
@@ -143,7 +143,7 @@ async def _purge(request: GatewayRequest, failed: Sequence[Execution]) -> None:
 
     async def settle(connection: AsyncConnection) -> None:
         for one in sorted(failed, key=lambda one: one.id):
-            idempotency_key = deduplication_keys.redrive_key(one.workflow_id, one.id)
+            idempotency_key = idempotency.redrive_key(one.workflow_id, one.id)
             await idempotency.reserve_key(
                 connection, idempotency_key, shard=one.shard, resource_id=PURGED, now=now
             )

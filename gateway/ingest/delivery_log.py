@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from sqlalchemy import insert
 
-from gateway.http import limits
+from gateway.http import idempotency, limits
 from gateway.http.errors import ApiError
-from gateway.ingest import deduplication_keys
 from journal.group_commit import GroupCommit
 from journal.store import IngestWrite
 from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand
@@ -126,7 +125,7 @@ class InboundRequest:
             payload=None if is_shed else self.payload,
             deduplication_key=None
             if self.deduplication_key is None
-            else deduplication_keys.encode_key(self.deduplication_key),
+            else idempotency.encode_key(self.deduplication_key),
         )
 
     def _delivery(self, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type

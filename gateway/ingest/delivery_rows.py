@@ -11,9 +11,8 @@ from sqlalchemy import and_, exists, func, literal_column, or_, select
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_RESUMED
-from gateway.http import keyset
+from gateway.http import idempotency, keyset
 from gateway.http.keyset import ListPage
-from gateway.ingest import deduplication_keys
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
 from models.ingest import Delivery, DeliveryOutcome, IngestRoute
@@ -182,7 +181,7 @@ def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any: 
     return exists().where(
         and_(
             col(Idempotency.shard) == workflow.shard,
-            col(Idempotency.scope) == deduplication_keys.redrive_key(workflow.id, "").scope,
+            col(Idempotency.scope) == idempotency.redrive_key(workflow.id, "").scope,
             col(Idempotency.key) == resource,
         )
     )

@@ -18,7 +18,7 @@ from gateway.http import errors, idempotency
 from gateway.http.request import BodyLimit, GatewayRequest
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import GuardedWire, WireStruct, body_of, json_of
-from gateway.ingest import deduplication_keys, delivery_log, mail_verification, trigger_secrets
+from gateway.ingest import delivery_log, mail_verification, trigger_secrets
 from gateway.ingest.ingest import RunInput
 from gateway.ingest.json_attachments import decode_attachments
 from gateway.ingest.mail_verification import MAILGUN, VerifiedMail
@@ -164,7 +164,7 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
         return
     key = await offload.run(mail_kinds.deduplication_key, content, kind)
     if key is not None:
-        inbound.deduplication_key = deduplication_keys.derive_key("mail", target.workflow.id, key)
+        inbound.deduplication_key = idempotency.derive_key("mail", target.workflow.id, key)
     unparsed = await offload.run(_unparsed_form, VerifiedMail(target, content, kind), body=content.body)
     inbound.payload = _encode(unparsed.as_json()).decode()
 
@@ -343,7 +343,7 @@ async def _ingest(
     await gateway.rates.take(request, workflow.id, key=inbound.sender.caller.key_id)
     key = await offload.run(mail_kinds.deduplication_key, mail.content, mail.kind)
     if idempotency_key is None and key is not None:
-        idempotency_key = inbound.deduplication_key = deduplication_keys.derive_key("mail", workflow.id, key)
+        idempotency_key = inbound.deduplication_key = idempotency.derive_key("mail", workflow.id, key)
     own_key = _own_key(mail, key, ses_id)
     status = OK if mail.kind in MAILGUN else CREATED
     # A repetition needs no second copy of its content. But a delivery's own key must be used up first.
@@ -378,10 +378,10 @@ def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey
     Several actions of an SES rule may report the same mail, with the same id.
     """
     if ses_id:
-        return deduplication_keys.derive_key("ses", mail.target.workflow.id, ses_id)
+        return idempotency.derive_key("ses", mail.target.workflow.id, ses_id)
     if mail.delivery_key is None:
         return None
-    return deduplication_keys.derive_key(
+    return idempotency.derive_key(
         mail.verified_by, mail.target.workflow.id, mail.delivery_key, content=key or ""
     )
 

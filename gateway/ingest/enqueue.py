@@ -16,7 +16,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, WireStruct, convert, json_of
-from gateway.ingest import deduplication_keys, delivery_log
+from gateway.ingest import delivery_log
 from gateway.ingest.ingest import RunInput
 from journal.store import AcceptanceVerdict
 from models.ingest import IngestRoute
@@ -189,7 +189,7 @@ def _idempotency_keys(
     keys = [
         find_signed_key(signature, workflow_id),
         request.idempotency_key(value, workflow_id=workflow_id),
-        deduplication_keys.sender_key(workflow_id, body.deduplication_id)
+        idempotency.sender_key(workflow_id, body.deduplication_id)
         if body.deduplication_id is not None
         else None,
     ]
@@ -201,7 +201,7 @@ def find_signed_key(signature: VerifiedSignature | None, workflow_id: str) -> Id
     """Return the key of a signed request, regardless of its other keys, which aren't signed."""
     if signature is None or signature.delivery_key is None:
         return None
-    return deduplication_keys.derive_key(DELIVERY, workflow_id, signature.delivery_key)
+    return idempotency.derive_key(DELIVERY, workflow_id, signature.delivery_key)
 
 
 def check_message(

@@ -19,7 +19,7 @@ from gateway.http.refusals import ErrorDetail
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
-from gateway.ingest import deduplication_keys, delivery_log
+from gateway.ingest import delivery_log
 from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, find_signed_key
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
 from json_text import decoding
@@ -233,7 +233,7 @@ def _plan_messages(
             continue
         idempotency_key = None
         if body.deduplication_id is not None:
-            idempotency_key = deduplication_keys.sender_key(workflow_id, body.deduplication_id)
+            idempotency_key = idempotency.sender_key(workflow_id, body.deduplication_id)
         elif given is not None:
             idempotency_key = replace(given, key=fingerprint([given.key, place]))
         planned.append(PlannedMessage(place, body, idempotency_key))

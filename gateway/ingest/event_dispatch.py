@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.deployments.activation import CountedDeployment, DeploymentActivator
     from gateway.deployments.deployed_definitions import DeployedDefinitions
-    from gateway.ingest.capacity import IngestCapacity
     from gateway.ingest.delivery_log import InboundRequest
-    from gateway.ingest.ingest import RequestIngestor
+    from gateway.ingest.ingest import IngestCapacity, RequestIngestor
     from gateway.ingest.subscription_cache import SubscriptionCache
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow

@@ -30,12 +30,7 @@ from gateway.http.wire import (
     instant,
     json_of,
 )
-from gateway.ingest import (
-    deduplication_keys,
-    delivery_log,
-    event_dispatch,
-    event_signatures,
-)
+from gateway.ingest import delivery_log, event_dispatch, event_signatures
 from gateway.ingest.delivery_log import InboundRequest
 from gateway.ingest.ingest import RunInput
 from journal.store import AcceptanceVerdict
@@ -382,7 +377,7 @@ def _idempotency_key(
 def _derived_key(sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:
     if event.key is None:
         return None
-    return deduplication_keys.derive_key(EVENT, sender.caller.organization_id, event.key)
+    return idempotency.derive_key(EVENT, sender.caller.organization_id, event.key)
 
 
 def _shape(emission: EventDispatchResult) -> EmitEventResult:

@@ -17,13 +17,7 @@ from gateway.http.errors import ApiError
 from gateway.http.request import BodyLimit, GatewayRequest, read_idempotency_key
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import WireStruct
-from gateway.ingest import (
-    deduplication_keys,
-    delivery_log,
-    event_signatures,
-    webhook_responses,
-    webhook_triggers,
-)
+from gateway.ingest import delivery_log, event_signatures, webhook_responses, webhook_triggers
 from gateway.ingest.ingest import RunInput
 from gateway.ingest.verification import SigningProvider
 from gateway.ingest.webhook_responses import WorkflowAnswer
@@ -36,7 +30,7 @@ from messages.token_buckets import BucketRate
 from models import ids
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.ingest import IngestRoute
-from senders import delivery_keys
+from senders import signatures
 from senders.request_refusal import RequestRefused
 from senders.sender_event import UrlChallenge
 
@@ -285,17 +279,17 @@ def _idempotency_key(
     """Return the key of a request: from the sender's own id, an `Idempotency-Key`, or `webhook-id`."""
     workflow_id = str(inbound.workflow_id)
     if verified.signature.delivery_key is not None:
-        inbound.deduplication_key = deduplication_keys.derive_key(
+        inbound.deduplication_key = idempotency.derive_key(
             DELIVERY, workflow_id, verified.signature.delivery_key
         )
         return inbound.deduplication_key
     given = read_idempotency_key(request.headers)
     if given is not None:
-        key = deduplication_keys.derive_key(NAMED, workflow_id, given)
+        key = idempotency.derive_key(NAMED, workflow_id, given)
         return replace(key, fingerprint=inbound.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)
     name = verified.sent.headers.single("webhook-id")
     return (
-        deduplication_keys.derive_key(DELIVERY, workflow_id, delivery_keys.delivery_key("webhook-id", name))
+        idempotency.derive_key(DELIVERY, workflow_id, signatures.delivery_key("webhook-id", name))
         if name
         else None
     )

@@ -1,6 +1,7 @@
 """Ingest of inbound requests: turns one request into runs, idempotently, in one transaction.
 
-Workflows come from the cache; a plan is made again when a workflow has changed in the meantime.
+Admission is checked while a run is planned: rates of sender and workflow, and the backlog of pending runs. Workflows
+come from the cache; a plan is made again when a workflow has changed in the meantime.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from gateway.deployments.deployed_definitions import DeployedDefinitions
     from gateway.executions.acceptance import RunAcceptor
     from gateway.executions.long_poll import ExecutionAccess
+    from gateway.executions.request_limits import BacklogLimits, RateLimitedRequest, RunRateLimiter
     from gateway.ingest.delivery_log import DeliveryLog, InboundRequest
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow, TriggerNode
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from journal.store import IdempotencyKey, IngestWrite
     from models.access import ApiCaller
     from models.database import Database
+
 
 _encode = msgspec.json.Encoder().encode
 ATTEMPTS: Final = 5
@@ -289,3 +292,43 @@ def _labels(workflow: LoadedWorkflow, message: RunInput) -> Sequence[RunLabel]:
     given = {key for key, _ in message.labels}
     settings = run_labels.read_settings_metadata(workflow.settings, message.trigger)
     return [*message.labels, *(label for label in settings if label[0] not in given)]
+
+
+# ── capacity ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class IngestCapacity:
+    """Limits of inbound requests, which are checked while their runs are planned."""
+
+    def __init__(self, rates: RunRateLimiter, backlog: BacklogLimits, workflows: WorkflowCache) -> None:
+        self._rates = rates
+        self._backlog = backlog
+        self._workflows = workflows
+
+    async def require(self, request: RateLimitedRequest, target: RunTarget, count: int = 1) -> None:
+        """Require capacity for `count` runs, and add rate limit headers to the answer.
+
+        Raises 409 for a paused workflow, and 429 when a limit of workflow, organization or sender is reached.
+        """
+        await self.require_not_paused(request.caller, target)
+        await self._rates.take(request, target.workflow.id, count=count)
+        await self.require_backlog(target.workflow, count)
+
+    async def require_of_workflow(self, workflow: LoadedWorkflow) -> None:
+        """Require capacity for a run that no sender requests itself; raises 429."""
+        await self._rates.spend(self._rates.of_workflow(workflow.id))
+        await self.require_backlog(workflow)
+
+    async def require_backlog(self, workflow: LoadedWorkflow, count: int = 1) -> None:
+        """Raise 429 when the backlog of the workflow or its organization is full."""
+        await self._backlog.require_capacity(workflow.organization_id, workflow.id, count)
+
+    async def require_not_paused(self, caller: ApiCaller, target: RunTarget) -> None:
+        """Raise 409 when a workflow is paused; for senders that can retry, unlike those of mails and webhooks."""
+        if not target.is_held:
+            return
+        # Reload before a refusal, which must not rest on a cached status. A plan made with it is made again.
+        workflow = target.workflow
+        self._workflows.forget(workflow.organization_id, workflow.id)
+        if (await self._workflows.load(workflow.id, caller)).status is WorkflowStatus.PAUSED:
+            raise errors.workflow_paused()

@@ -42,7 +42,6 @@ log = structlog.get_logger()
 T = TypeVar("T")
 NonEmptyText: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
 
-SENDGRID: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
 MAILGUN: Final = frozenset(
     {
         MailKind.MAILGUN_PARSED,
@@ -209,7 +208,7 @@ class MailVerifier:
         None when the mail has none or the trigger has no key for it.
         """
         trigger = mail.target.trigger
-        if mail.kind in SENDGRID and trigger.sendgrid is not None:
+        if mail.kind in mail_kinds.SENDGRID_KINDS and trigger.sendgrid is not None:
             if (
                 sendgrid.SIGNATURE_HEADER not in mail.content.headers
                 and sendgrid.TIME_HEADER not in mail.content.headers

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway.http import errors
+from gateway.http import errors, idempotency
 from gateway.http.errors import ApiError
 from gateway.http.sender import RequestSender
-from gateway.ingest import deduplication_keys, delivery_rows
+from gateway.ingest import delivery_rows
 from gateway.ingest.blob_sharing import share_blobs
 from gateway.ingest.delivery_log import InboundRequest
 from journal.blobs.blob_storage import BlobOwner
@@ -22,8 +22,7 @@ from models.execution import Execution, ExecutionData
 from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
-    from gateway.ingest.capacity import IngestCapacity
-    from gateway.ingest.ingest import RequestIngestor, RunInput, RunTarget
+    from gateway.ingest.ingest import IngestCapacity, RequestIngestor, RunInput, RunTarget
     from journal.blobs.blob_store import BlobStore
     from journal.store import IdempotencyKey
     from models.access import ApiCaller
@@ -65,7 +64,7 @@ async def redrive_each(
 
     async def once(resource_id: str) -> AcceptanceResult | ApiError:
         try:
-            accepted, _ = await redrive(resource_id, deduplication_keys.redrive_key(workflow_id, resource_id))
+            accepted, _ = await redrive(resource_id, idempotency.redrive_key(workflow_id, resource_id))
         except ApiError as error:
             return error
         return accepted
@@ -114,7 +113,7 @@ class RunRedriver:
         key = (
             idempotency_key
             if one.deduplication_key is None
-            else deduplication_keys.decode_key(one.deduplication_key)
+            else idempotency.decode_key(one.deduplication_key)
         )
         own_key = idempotency_key if one.deduplication_key is not None else None
         return await self._redrive_run(

@@ -23,7 +23,7 @@ from gateway.ingest import delivery_log
 from journal import unparsed_mail
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
 from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, IngestWrite
-from mail import addresses
+from mail import headers
 from messages.token_buckets import BucketRate
 from models.errors import DatabaseUnavailable
 from models.execution import ISOLATED_UNPARSED_TARGET, UNPARSED_TARGET, Execution
@@ -68,7 +68,7 @@ def assert_is(given: dict[str, Any], case: ProviderCase) -> None:
         assert given[name].replace("\r\n", "\n").rstrip() == (expected[name] or "").rstrip(), case.name
     assert given["subject"] == expected["subject"], case.name
     for name in ("from", "to"):
-        assert addresses.bare_addresses(given[name]) == addresses.bare_addresses(expected[name]), case.name
+        assert headers.bare_addresses(given[name]) == headers.bare_addresses(expected[name]), case.name
     shown = [{key: one.get(key) for key in wanted} for one, wanted in attachments(given, expected)]
     assert shown == expected["attachments"], case.name
     assert len(given["attachments"]) == len(expected["attachments"])
