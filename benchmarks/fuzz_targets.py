@@ -29,9 +29,8 @@ from models.schedule_timetable import InvalidTimetable, parse_timetable, upcomin
 from nodes.sandbox import frames
 from nodes.sql_text import SqlDialect, StatementRefused, parse_statement
 from senders import cloudevents, sns
-from senders.mail_forms import parse_mail_form
-from senders.media_types import MediaType
-from senders.posted_forms import MULTIPART_TYPE, URLENCODED_TYPE, parse_form
+from senders.mail_kinds import MailKind, parse_mail_form
+from senders.posted_forms import MULTIPART_TYPE, URLENCODED_TYPE, MediaType, parse_form
 from senders.request_refusal import RequestRefused
 from senders.sender_request import RequestHeaders, SenderRequest
 
@@ -89,7 +88,7 @@ def parse_posted_mail(data: bytes) -> None:
         else MediaType(URLENCODED_TYPE)
     )
     with suppress(RequestRefused, InvalidMail):
-        kind = "sendgrid" if is_sendgrid else "mailgun"
+        kind = MailKind.SENDGRID_PARSED if is_sendgrid else MailKind.MAILGUN_PARSED
         mail, _ = parse_mail_form(parse_form(media_type, body), kind, _read_attachment)
         encode_json(mail.as_json())
 

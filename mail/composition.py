@@ -17,7 +17,7 @@ from mail import mail_content
 from mail.mail_content import AttachmentLabel
 
 if TYPE_CHECKING:
-    from mail.addresses import Mailbox
+    from mail.headers import Mailbox
 
 MESSAGE_ID_PREFIX: Final = "pilotflame."
 """Prefix of the Message-IDs of mails that workflows send."""

@@ -1,4 +1,4 @@
-"""Mail headers (RFC 5322): location, unfolding and decoding."""
+"""Mail headers (RFC 5322): location, unfolding and decoding, and the addresses in them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import binascii
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from email.utils import getaddresses
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote_to_bytes
 
-from mail import charsets
+from mail import content_decoding, mail_content
 from mail.mail_limits import DEFAULT_LIMITS, InvalidMail, MailLimits
 
 if TYPE_CHECKING:
-    import mmap
+    from mail.content_decoding import Raw
+    from mail.mail_content import HeaderValues
 
-    Raw: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
-
-HeaderValues: TypeAlias = "dict[str, str | list[str]]"
 
 _BLOCK: Final = re.compile(
     rb"(?:(?:[\x21-\x39\x3b-\x7e]++[ \t]*+:|[ \t]|>?From )[^\n]*+(?:\n|\Z))*+",
@@ -90,7 +89,7 @@ def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[Ma
 def _parse_block(block: bytes, limits: MailLimits) -> MailHeaders:
     fields: list[tuple[str, str]] = []
     for written in _NEXT.split(block):
-        name, colon, value = charsets.decode_text(written).partition(":")
+        name, colon, value = content_decoding.decode_text(written).partition(":")
         # Neither the `From ` line of an mbox file nor a continuation without a header has a name.
         if colon and not name.startswith((" ", "\t")) and " " not in name.rstrip():
             fields.append((name.rstrip(), _unfold(value)))
@@ -143,7 +142,7 @@ def _join_words(words: Iterable[tuple[str, bytes]]) -> str:
             joined[-1][1].append(raw)
         else:
             joined.append((charset, [raw]))
-    texts = (charsets.decode_text(b"".join(pieces), charset) for charset, pieces in joined)
+    texts = (content_decoding.decode_text(b"".join(pieces), charset) for charset, pieces in joined)
     return " ".join("".join(texts).splitlines())
 
 
@@ -180,4 +179,97 @@ def _join_parameter(pieces: dict[int, tuple[str, bool]]) -> str:
         if number == 0 and is_escaped and text.count("'") > 1:
             charset, _, text = text.split("'", 2)
         raw.append(unquote_to_bytes(text) if is_escaped else text.encode())
-    return charsets.decode_text(b"".join(raw), charset)
+    return content_decoding.decode_text(b"".join(raw), charset)
+
+
+# ── addresses ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+ADDRESS_HEADERS: Final = frozenset({"from", "sender", "reply-to", "to", "cc", "bcc"})
+"""Headers that contain addresses."""
+_SPECIAL: Final = re.compile(r'[][\\()<>@,:;".]')
+_TO_ESCAPE: Final = re.compile(r'([\\"])')
+_LOCAL: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
+_DOMAIN: Final = re.compile(
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+)
+_MAX_LOCAL_CHARACTERS: Final = 64
+_MAX_DOMAIN_CHARACTERS: Final = 253
+
+
+def format_addresses(value: str) -> str:
+    """Return the decoded value of an address header such as From or To.
+
+    A decoded name is quoted where it would look like another address.
+    """
+    pairs = _parse_pairs(value)
+    if not pairs or ("", "") in pairs:
+        return decode_value(value)
+    return ", ".join(_format_address(decode_value(name), address) for name, address in pairs)
+
+
+def bare_addresses(value: str) -> list[str]:
+    """Return the addresses without names, such as `ada@example.org`."""
+    return [address for _, address in _parse_pairs(value) if address]
+
+
+def _parse_pairs(value: str) -> Sequence[tuple[str, str]]:
+    try:
+        return getaddresses([value])
+    except (RecursionError, IndexError, ValueError):
+        return []
+
+
+def _format_address(name: str, address: str) -> str:
+    if not name:
+        return address
+    quoted = _TO_ESCAPE.sub(r"\\\1", name)
+    return f'"{quoted}" <{address}>' if _SPECIAL.search(name) else f"{name} <{address}>"
+
+
+# ── outgoing mail ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """Recipient or sender of an outgoing mail."""
+
+    name: str
+    local: str
+    domain: str
+    """Domain in ASCII (IDNA)."""
+
+    @property
+    def address(self) -> str:
+        return f"{self.local}@{self.domain}"
+
+
+def parse_mailboxes(text: str) -> list[Mailbox]:
+    """Return the comma-separated addresses in a text; raises `ValueError` for anything else."""
+    if mail_content.CONTROL_CHARACTERS.search(text):
+        raise ValueError("it holds a control character")
+    pairs = _parse_pairs(text)
+    # An address that isn't literally in the text was repaired by the parser, and may be somebody else's.
+    if not pairs or any(address not in text for _, address in pairs):
+        raise ValueError("it is not an address")
+    return [_build_mailbox(name, address) for name, address in pairs]
+
+
+def _build_mailbox(name: str, address: str) -> Mailbox:
+    local, at, domain = address.rpartition("@")
+    if not at or not _LOCAL.fullmatch(local) or len(local) > _MAX_LOCAL_CHARACTERS:
+        raise ValueError(f"{address[:100]!r} is not an address such as ada@example.org")
+    return Mailbox(name, local, _encode_domain(domain))
+
+
+def _encode_domain(domain: str) -> str:
+    if len(domain) <= _MAX_DOMAIN_CHARACTERS and not domain.isascii():
+        import idna  # noqa: PLC0415 - large tables that few domains need
+
+        try:
+            domain = idna.encode(domain, uts46=True).decode()
+        except idna.IDNAError as error:
+            raise ValueError(f"{domain[:100]!r} is not a domain") from error
+    if len(domain) > _MAX_DOMAIN_CHARACTERS or not _DOMAIN.fullmatch(domain):
+        raise ValueError(f"{domain[:100]!r} is not a domain")
+    return domain

@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-if TYPE_CHECKING:
-    from mail.headers import HeaderValues
-
+HeaderValues: TypeAlias = "dict[str, str | list[str]]"
 MAX_NAME_CHARACTERS: Final = 255
 _LOOKED_AT_CHARACTERS: Final = 1_000
 DEFAULT_TYPE: Final = "application/octet-stream"

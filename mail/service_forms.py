@@ -1,21 +1,29 @@
-"""Conversion of the forms of SendGrid and Mailgun into mails, raw or parsed by the service."""
+"""Forms of SendGrid and Mailgun: the mail in them, raw or parsed by the service, and its reception report.
+
+Each service has its own words for the results of SPF, DKIM, DMARC, spam and virus checks. Here they are `pass`, `fail`,
+`softfail`, `neutral`, `none`, `gray` and the like, in lower case; None where the service reports nothing.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
 from json_text import decoding, pieces
-from mail import charsets, headers, mail_content, mail_parsing, transfer_encoding
+from mail import content_decoding, headers, mail_content, mail_parsing
 from mail.mail_content import AttachmentLabel, KeepAttachment, MailAttachment, ParsedMailContent
 from mail.mail_limits import DEFAULT_LIMITS, MailLimits
 from mail.mail_parsing import AttachmentCollector
 
 if TYPE_CHECKING:
-    from mail.mail_form import FormFile, MailForm
+    from mail.content_decoding import Raw
+    from mail.mail_content import ParsedMailContent
+
 
 _NUMBER: Final = re.compile(r"attachment-?([0-9]{1,6})")
 _UNNUMBERED: Final = 1_000_000
@@ -93,7 +101,7 @@ def _keep_attachments(
     """Pass the files to `keep` by their numbers: they are posted in any order, before and between the fields."""
     kept = mail_parsing.AttachmentCollector(keep, limits)
     for file in sorted(form.files, key=_attachment_number):
-        kept.add(label(file), transfer_encoding.iterate_pieces(file.content, 0, len(file.content)))
+        kept.add(label(file), content_decoding.iterate_pieces(file.content, 0, len(file.content)))
     return kept
 
 
@@ -144,7 +152,7 @@ def _parse_message_headers(form: MailForm, limits: MailLimits) -> headers.MailHe
 
 def _decode_field(form: MailForm, name: str, charset: str) -> str:
     raw = form.first(name)
-    return mail_parsing.decode_body(transfer_encoding.iterate_pieces(raw, 0, len(raw)), charset)
+    return mail_parsing.decode_body(content_decoding.iterate_pieces(raw, 0, len(raw)), charset)
 
 
 def _object_field(form: MailForm, name: str) -> dict[str, Any]:
@@ -159,7 +167,7 @@ def _list_field(form: MailForm, name: str) -> list[Any]:
 
 def _json_field(form: MailForm, name: str) -> object:
     """Return the JSON value of a field; None if it is invalid, since the mail is usable without it."""
-    text = charsets.decode_text(bytes(form.first(name)), "utf-8")
+    text = content_decoding.decode_text(bytes(form.first(name)), "utf-8")
     try:
         if len(text) > pieces.LONG_BYTES:
             return pieces.decode_in_pieces(text.encode(), decoding.decode)
@@ -176,3 +184,169 @@ def _invert_mapping(names: dict[str, Any]) -> dict[str, str]:
 
 def _to_text(value: object) -> str:
     return _HALF.sub("\ufffd", value) if isinstance(value, str) else ""
+
+
+# ── posted forms ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class FormFile:
+    """Part of a form with a file name."""
+
+    field: str
+    filename: str
+    content_type: str
+    content: Raw
+
+
+@dataclass(frozen=True, slots=True)
+class MailForm:
+    fields: Mapping[str, Sequence[Raw]] = field(default_factory=dict)
+    """Values in their order, by case-sensitive names: `from` and `From` are two fields."""
+    files: Sequence[FormFile] = ()
+
+    def first(self, name: str) -> Raw:
+        """Return the first value of a field; empty without one."""
+        values = self.fields.get(name)
+        return values[0] if values else b""
+
+
+# ── reception reports ───────────────────────────────────────────────────────────────────────────────────────
+
+
+PASS_RESULT: Final = "pass"  # noqa: S105 - a result, no password
+FAIL_RESULT: Final = "fail"
+_WORD: Final = re.compile(r"[a-z_]{1,30}")
+_DKIM_RESULT: Final = re.compile(r":\s*([A-Za-z_]{1,30})")
+_REQUIRED_SCORE: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) required")
+_MAX_FIELD_CHARACTERS: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class MailReception:
+    """Reception report of a mail: the results of checks and the envelope, as its service reports them."""
+
+    spf: str | None = None
+    dkim: str | None = None
+    dmarc: str | None = None
+    spam: str | None = None
+    spam_score: float | None = None
+    virus: str | None = None
+    envelope_from: str = ""
+    envelope_to: Sequence[str] = ()
+    sender_ip: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields that an e-mail trigger adds to those of the mail."""
+        return {
+            "authentication": {"spf": self.spf, "dkim": self.dkim, "dmarc": self.dmarc},
+            "spam": {"score": self.spam_score, "verdict": self.spam},
+            "virus": self.virus,
+            "envelope": {"from": self.envelope_from, "to": list(self.envelope_to)},
+            "senderIp": self.sender_ip,
+        }
+
+    def failed_check(self, checks: Collection[str]) -> str | None:
+        """Return the first of these checks (`spf`, `dkim`, `dmarc`, `spam`, `virus`) that the mail has failed."""
+        results = {
+            "spf": self.spf,
+            "dkim": self.dkim,
+            "dmarc": self.dmarc,
+            "spam": self.spam,
+            "virus": self.virus,
+        }
+        return next(
+            (check for check, result in results.items() if check in checks and result == FAIL_RESULT), None
+        )
+
+
+def parse_sendgrid_reception(form: MailForm) -> MailReception:
+    """Return the report in a form of SendGrid's Inbound Parse; raw mails have the same fields."""
+    score = _parse_number(_form_field(form, "spam_score"))
+    required = _REQUIRED_SCORE.search(_form_field(form, "spam_report"))
+    spam = None
+    if score is not None and required is not None:
+        spam = FAIL_RESULT if score >= float(required[1]) else PASS_RESULT
+    return MailReception(
+        spf=_parse_result(_form_field(form, "SPF")),
+        dkim=_parse_sendgrid_dkim(_form_field(form, "dkim")),
+        spam=spam,
+        spam_score=score,
+        sender_ip=_parse_address(_form_field(form, "sender_ip")),
+    )
+
+
+def parse_mailgun_reception(mail: ParsedMailContent) -> MailReception:
+    """Return the report in the headers that Mailgun adds to a mail, raw or parsed.
+
+    The sender may have written a header of the same name: then the worst result counts.
+    """
+    headers = {name.lower(): value for name, value in mail.email_headers.items()}
+
+    def values(name: str) -> Sequence[str]:
+        value = headers.get(name, [])
+        return [value] if isinstance(value, str) else value
+
+    flags = {"yes": FAIL_RESULT, "no": PASS_RESULT}
+    scores = [score for each in values("x-mailgun-sscore") if (score := _parse_number(each)) is not None]
+    return MailReception(
+        spf=_worst_result(map(_parse_result, values("x-mailgun-spf"))),
+        dkim=_worst_result(map(_parse_result, values("x-mailgun-dkim-check-result"))),
+        spam=_worst_result(flags.get(each.strip().lower()) for each in values("x-mailgun-sflag")),
+        spam_score=max(scores, default=None),
+    )
+
+
+def parse_ses_reception(verdicts: Mapping[str, str]) -> MailReception:
+    """Return the report in a notification of Amazon SES: `PASS`, `FAIL`, `GRAY`, `PROCESSING_FAILED` or `DISABLED`."""
+    results = {name: _parse_result(verdict) for name, verdict in verdicts.items()}
+    return MailReception(
+        spf=results.get("spf"),
+        dkim=results.get("dkim"),
+        dmarc=results.get("dmarc"),
+        spam=results.get("spam"),
+        virus=results.get("virus"),
+    )
+
+
+def add_envelope(reception: MailReception, sender: str, recipients: Sequence[str]) -> MailReception:
+    """Return a copy with the addresses of the SMTP envelope."""
+    return replace(reception, envelope_from=sender, envelope_to=tuple(recipients))
+
+
+def _worst_result(results: Iterable[str | None]) -> str | None:
+    """Return `fail` if it is among the results, else the result that all have in common, else None."""
+    found = set(results)
+    if FAIL_RESULT in found:
+        return FAIL_RESULT
+    return found.pop() if len(found) == 1 else None
+
+
+def _parse_sendgrid_dkim(text: str) -> str | None:
+    """Return the result for `{@example.org : pass, @example.net : fail}`: one valid signature suffices (RFC 6376)."""
+    results = [each.lower() for each in _DKIM_RESULT.findall(text)]
+    return PASS_RESULT if PASS_RESULT in results else next(iter(results), _parse_result(text))
+
+
+def _form_field(form: MailForm, name: str) -> str:
+    return content_decoding.decode_text(bytes(form.first(name)[:_MAX_FIELD_CHARACTERS])).strip()
+
+
+def _parse_result(text: str) -> str | None:
+    found = _WORD.match(text.strip().lower())
+    return found[0] if found else None
+
+
+def _parse_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _parse_address(text: str) -> str | None:
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        return None

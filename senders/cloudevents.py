@@ -13,8 +13,8 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from engine.values import Json
-from senders import delivery_keys, sender_event
-from senders.media_types import MediaType
+from senders import sender_event, signatures
+from senders.posted_forms import MediaType
 from senders.request_refusal import RequestRefused
 from senders.sender_event import EventBatch, SenderEvent
 from senders.sender_request import SenderRequest
@@ -173,7 +173,7 @@ def _build_event(attributes: Mapping[str, Json], data: Json) -> SenderEvent:
         source,
         data,
         name,
-        delivery_keys.delivery_key(CLOUDEVENTS_SOURCE, source, name),
+        signatures.delivery_key(CLOUDEVENTS_SOURCE, source, name),
         {name: value for name, value in attributes.items() if name not in _MAPPED_ATTRIBUTES},
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from engine.values import Json
-from senders import delivery_keys, posted_forms, sender_event, signatures
+from senders import posted_forms, sender_event, signatures
 from senders.request_refusal import RequestRefused
 from senders.sender_event import SenderEvent
 from senders.sender_request import SenderRequest, parse_json
@@ -28,7 +28,7 @@ def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
     expected = [b"sha256=" + signatures.compute_hmac(key, request.body).hex().encode() for key in keys]
     signatures.require_match([signatures.header_bytes(signature)], expected)
     delivery = _delivery_id(request)
-    return SignatureResult(None if delivery is None else delivery_keys.delivery_key(SOURCE, delivery))
+    return SignatureResult(None if delivery is None else signatures.delivery_key(SOURCE, delivery))
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
@@ -37,7 +37,7 @@ def parse_event(request: SenderRequest) -> SenderEvent:
     if not name:
         raise RequestRefused("invalid-event", "The header X-GitHub-Event is missing")
     delivery = _delivery_id(request)
-    key = None if delivery is None else delivery_keys.delivery_key(SOURCE, delivery)
+    key = None if delivery is None else signatures.delivery_key(SOURCE, delivery)
     return SenderEvent(
         f"github.{name}",
         SOURCE,

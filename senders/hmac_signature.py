@@ -9,7 +9,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Final
 
-from senders import delivery_keys, signatures
+from senders import signatures
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
 
@@ -68,7 +68,7 @@ def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -
     ]
     signatures.require_match([signatures.header_bytes(signature)], expected)
     name = request.headers.single(scheme.delivery_header) if scheme.delivery_header else None
-    return SignatureResult(delivery_keys.delivery_key("hmac", name) if name else None)
+    return SignatureResult(signatures.delivery_key("hmac", name) if name else None)
 
 
 def _signed_prefix(request: SenderRequest, scheme: HmacScheme) -> bytes:

@@ -1,4 +1,4 @@
-"""Formats of inbound mails: recognition, envelope and deduplication key."""
+"""Formats of inbound mails: recognition, envelope, deduplication key, and the mail in a posted form."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from engine.values import Json, fingerprint
-from mail import mail_parsing
+from mail import mail_parsing, service_forms
 from mail.mail_content import AttachmentLabel
 from mail.mail_limits import InvalidMail
-from senders import delivery_keys, mail_forms, posted_forms, ses, sns
+from senders import posted_forms, ses, signatures, sns
 from senders.posted_forms import PostedForm
 from senders.request_refusal import RequestRefused
 from senders.sender_request import SenderRequest, parse_json
 from senders.ses import SesMail
+
+if TYPE_CHECKING:
+    from mail.mail_content import KeepAttachment, ParsedMailContent
+    from mail.service_forms import MailReception
+    from senders.posted_forms import PostedForm
+
 
 RAW_TYPE: Final = "message/rfc822"
 SENDER_HEADER: Final = "X-Envelope-From"
@@ -54,6 +60,9 @@ class MailKind(StrEnum):
     """Raw mail (RFC 5322) from a mail server, with its envelope in request headers."""
     SNS = "sns"
     """Message of Amazon SNS, which may contain a mail."""
+
+
+SENDGRID_KINDS: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ def parse_envelope(form: PostedForm, kind: MailKind) -> MailEnvelope:
     An envelope that isn't the JSON object that SendGrid documents counts as empty: the mail is usable without
     it.
     """
-    if kind not in {MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW}:
+    if kind not in SENDGRID_KINDS:
         # Mailgun posts the mail's headers as fields too, after its own fields: the first one counts.
         recipient = posted_forms.decode_value(form.first("recipient") or b"")
         return MailEnvelope(
@@ -143,7 +152,7 @@ def deduplication_key(request: SenderRequest, kind: MailKind) -> str | None:
     form = parse_mail_fields(request)
     request.require_offloaded()
     content = _content_digest(form, kind)
-    return delivery_keys.delivery_key(
+    return signatures.delivery_key(
         "mail", _form_message_id(form, kind) or "", content, *parse_envelope(form, kind).recipients
     )
 
@@ -175,7 +184,7 @@ def _raw_deduplication_key(raw: bytes, recipients: Sequence[str]) -> str:
         content = mail_parsing.parse_mail(raw, _drop_attachment).content_digest
     except InvalidMail:
         content = sha256(raw).hexdigest()
-    return delivery_keys.delivery_key("mail", find_message_id(memoryview(raw)) or "", content, *recipients)
+    return signatures.delivery_key("mail", find_message_id(memoryview(raw)) or "", content, *recipients)
 
 
 def _ses_key(mail: SesMail) -> str:
@@ -188,8 +197,8 @@ def _ses_key(mail: SesMail) -> str:
         return _raw_deduplication_key(mail.content, mail.recipients)
     proven = mail.proven_headers
     if proven is None:
-        return delivery_keys.delivery_key("ses", mail.mail_id)
-    return delivery_keys.delivery_key("stored-mail", *proven, *mail.recipients)
+        return signatures.delivery_key("ses", mail.mail_id)
+    return signatures.delivery_key("stored-mail", *proven, *mail.recipients)
 
 
 def _native_deduplication_key(body: Json) -> str | None:
@@ -204,7 +213,7 @@ def _native_deduplication_key(body: Json) -> str | None:
     recipient = body.get("to")
     said = {name: value for name, value in body.items() if name in _NATIVE_CONTENT}
     content = fingerprint(said)
-    return delivery_keys.delivery_key(
+    return signatures.delivery_key(
         "mail", message_id.strip(), content, recipient if isinstance(recipient, str) else ""
     )
 
@@ -230,7 +239,7 @@ def find_message_id(mail: memoryview) -> str | None:
 def _content_digest(form: PostedForm, kind: MailKind) -> str:
     """Return a digest of the decoded mail; of the whole form where the mail can't be decoded."""
     try:
-        mail, _ = mail_forms.parse_mail_form(form, kind, _drop_attachment)
+        mail, _ = parse_mail_form(form, kind, _drop_attachment)
     except InvalidMail:
         return _form_digest(form)
     return mail.content_digest
@@ -254,3 +263,30 @@ def _iterate_pieces(form: PostedForm) -> Iterator[bytes | memoryview]:
         if part.name not in _MAILGUN_SIGNATURE:
             yield part.name.encode()
             yield part.value
+
+
+# ── mail forms ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_mail_form(
+    form: PostedForm, kind: MailKind, keep: KeepAttachment
+) -> tuple[ParsedMailContent, MailReception]:
+    """Return the mail in a form and the facts that the service reports about it.
+
+    Calls `keep` for each attachment. Raises `InvalidMail`, and `RequestRefused` for a value with an invalid
+    escape.
+    """
+    given = _to_mail_form(form)
+    if kind in SENDGRID_KINDS:
+        return service_forms.parse_sendgrid_form(given, keep), service_forms.parse_sendgrid_reception(given)
+    mail = service_forms.parse_mailgun_form(given, keep)
+    return mail, service_forms.parse_mailgun_reception(mail)
+
+
+def _to_mail_form(form: PostedForm) -> service_forms.MailForm:
+    fields = {name: [part.value for part in parts] for name, parts in form.fields.items()}
+    files = [
+        service_forms.FormFile(part.name, part.filename or "", part.content_type or "", part.value)
+        for part in form.files
+    ]
+    return service_forms.MailForm(fields, files)

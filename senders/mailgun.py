@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Final
 
 from engine.values import Json
-from senders import delivery_keys, posted_forms, signatures
+from senders import posted_forms, signatures
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
 
@@ -36,7 +36,7 @@ def verify(request: SenderRequest, signing_keys: Sequence[str]) -> SignatureResu
     signatures.require_fresh(time, request.received_at, past=TOLERANCE)
     expected = [signatures.compute_hmac(key, time.encode(), token.encode()).hex().encode() for key in keys]
     signatures.require_match([signature.encode()], expected)
-    return SignatureResult(delivery_keys.delivery_key("mailgun", token))
+    return SignatureResult(signatures.delivery_key("mailgun", token))
 
 
 def _signature_fields(request: SenderRequest) -> tuple[str, str, str]:

@@ -1,4 +1,6 @@
-"""Parser for `multipart/form-data` and urlencoded forms: one pass over the body, without copies of values.
+"""Media types, and a parser for `multipart/form-data` and urlencoded forms.
+
+The parser passes over the body once, without copies of values.
 
 Each step is bounded or runs in the C code of `bytes`, so a malicious body costs little more time than
 another.
@@ -14,8 +16,6 @@ from functools import cached_property
 from typing import Final
 
 from concurrency import offload
-from senders import media_types
-from senders.media_types import MediaType
 from senders.request_refusal import RequestRefused
 
 MULTIPART_TYPE: Final = "multipart/form-data"
@@ -184,7 +184,7 @@ def _parse_part(body: bytes, start: int, end: int) -> FormPart:
         name, _, value = line.decode("latin-1").partition(":")
         match name.strip().lower():
             case "content-disposition":
-                disposition = media_types.parse_media_type(value)
+                disposition = parse_media_type(value)
             case "content-type":
                 content_type = value.strip()
     members = disposition.parameters
@@ -254,3 +254,38 @@ def _malformed_form(reason: str) -> RequestRefused:
 
 def _too_many_parts() -> RequestRefused:
     return RequestRefused("malformed-form", f"The form has more than {MAX_PARTS:,} fields and files")
+
+
+# ── media types ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+_PARAMETER: Final = re.compile(r""";[ \t]*(?:([^\s;="]+)=(?:"((?:[^"\\]|\\.)*)"[ \t]*|([^;"]*)))?""")
+_ESCAPED: Final = re.compile(r'\\(["\\])')
+
+
+@dataclass(frozen=True, slots=True)
+class MediaType:
+    """Media type name in lower case, such as `text/plain`, and parameters by lower-case names."""
+
+    name: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_json(self) -> bool:
+        """Tell whether the media type is JSON or has the suffix `+json`."""
+        return self.name == "application/json" or self.name.endswith("+json")
+
+
+def parse_media_type(text: str) -> MediaType:
+    """Return the value and the parameters of a header; of repeated parameters the first counts.
+
+    Nothing is refused: parameters that can't be parsed are left out.
+    """
+    name, separator, rest = text.partition(";")
+    parameters: dict[str, str] = {}
+    for parameter in _PARAMETER.finditer(separator + rest):
+        key, quoted, plain = parameter.groups()
+        if key is not None:
+            value = plain.strip() if quoted is None else _ESCAPED.sub(r"\1", quoted)
+            parameters.setdefault(key.lower(), value)
+    return MediaType(name.strip().lower(), parameters)

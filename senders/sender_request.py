@@ -11,9 +11,8 @@ from typing import Final
 from concurrency import offload
 from engine import values
 from engine.values import InvalidJson, Json
-from senders import media_types, posted_forms
-from senders.media_types import MediaType
-from senders.posted_forms import PostedForm
+from senders import posted_forms
+from senders.posted_forms import MediaType, PostedForm
 from senders.request_refusal import RequestRefused
 
 __all__ = ["RequestHeaders", "RequestRefused", "SenderRequest"]
@@ -64,7 +63,7 @@ class SenderRequest:
     @cached_property
     def media_type(self) -> MediaType:
         """Media type of the body; its name is empty without a Content-Type."""
-        return media_types.parse_media_type(self.headers.single("Content-Type") or "")
+        return posted_forms.parse_media_type(self.headers.single("Content-Type") or "")
 
     @cached_property
     def json(self) -> Json:

@@ -1,4 +1,4 @@
-"""Common parts of signature checks: usable secrets, HMAC, comparison in constant time, and age."""
+"""Common parts of signature checks: usable secrets, HMAC, comparison in constant time, age, and delivery keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from hashlib import sha256
 from typing import Final
+
+import msgspec
 
 from senders.request_refusal import RequestRefused
 
@@ -86,3 +89,17 @@ def invalid_signature() -> RequestRefused:
 def missing_secret() -> RequestRefused:
     """Return the refusal of a request for which no usable secret is configured."""
     return RequestRefused("no-secret", "No usable secret is configured to verify the request with")
+
+
+# ── delivery keys ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def delivery_key(scheme: str, *names: str) -> str:
+    """Return the deduplication key for these ids: printable ASCII, under 100 characters, for any input."""
+    return f"{scheme}:{sha256(msgspec.json.encode(names)).hexdigest()}"
+
+
+def member_delivery_key(scheme: str, value: object, member: str) -> str | None:
+    """Return the deduplication key for a text member of a JSON object; None without such a member."""
+    name = value.get(member) if isinstance(value, dict) else None
+    return delivery_key(scheme, name) if isinstance(name, str) and name else None

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Final
 
 from engine.values import Json
-from senders import delivery_keys, posted_forms, sender_event, signatures
+from senders import posted_forms, sender_event, signatures
 from senders.sender_event import SenderEvent, UrlChallenge
 from senders.sender_request import SenderRequest, parse_json
 from senders.signatures import SignatureResult
@@ -80,4 +80,4 @@ def _delivery_name(data: Json) -> str | None:
 
 def _deduplication_key(data: Json) -> str | None:
     name = _delivery_name(data)
-    return None if name is None else delivery_keys.delivery_key(SOURCE, name)
+    return None if name is None else signatures.delivery_key(SOURCE, name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from engine.values import Json
-from senders import delivery_keys, signatures
+from senders import signatures
 from senders.request_refusal import RequestRefused
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
@@ -146,7 +146,7 @@ def verify(
         raise signatures.invalid_signature() from error
     if not public_keys.is_rsa_signed(key, signature, _signed_text(message), digest):
         raise signatures.invalid_signature()
-    return SignatureResult(delivery_keys.delivery_key("sns", message.message_id))
+    return SignatureResult(signatures.delivery_key("sns", message.message_id))
 
 
 def confirmation_url(message: SnsMessage) -> str:

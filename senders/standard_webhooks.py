@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from senders import delivery_keys, sender_event, signatures
+from senders import sender_event, signatures
 from senders.sender_event import SenderEvent
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
@@ -45,7 +45,7 @@ def verify(
     expected = [b"v1," + b64encode(signatures.compute_hmac(key, prefix, request.body)) for key in keys]
     if not _is_signed_with(verifying_keys, given, prefix, request.body):
         signatures.require_match(given, expected)
-    return SignatureResult(delivery_keys.delivery_key(SOURCE, name))
+    return SignatureResult(signatures.delivery_key(SOURCE, name))
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
@@ -57,7 +57,7 @@ def parse_event(request: SenderRequest) -> SenderEvent:
         SOURCE,
         payload.get("data", {}),
         name,
-        None if name is None else delivery_keys.delivery_key(SOURCE, name),
+        None if name is None else signatures.delivery_key(SOURCE, name),
     )
 
 

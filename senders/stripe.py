@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-from senders import delivery_keys, sender_event, signatures
+from senders import sender_event, signatures
 from senders.sender_event import SenderEvent
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
@@ -33,7 +33,7 @@ def verify(
     request.require_offloaded()
     signed = (times[0].encode(), b".", request.body)
     signatures.require_match(given, [signatures.compute_hmac(key, *signed).hex().encode() for key in keys])
-    return SignatureResult(delivery_keys.member_delivery_key(SOURCE, request.json, "id"))
+    return SignatureResult(signatures.member_delivery_key(SOURCE, request.json, "id"))
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
@@ -45,5 +45,5 @@ def parse_event(request: SenderRequest) -> SenderEvent:
         SOURCE,
         data,
         name,
-        delivery_keys.delivery_key(SOURCE, name),
+        signatures.delivery_key(SOURCE, name),
     )

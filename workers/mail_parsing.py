@@ -35,7 +35,7 @@ from journal.group_commit import GroupCommit
 from journal.recorder import LeaseKeeper, RunLease
 from journal.store import ClaimQuery, ExecutionKey, RunWrite
 from journal.unparsed_mail import MailParseResult, MailRunState, UnparsedMail
-from mail import addresses, mail_content
+from mail import headers, mail_content
 from mail.mail_limits import InvalidMail
 from messages import wakeups
 from messages.broker import BrokerUnavailable
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from journal.store import ClaimedRun, JournalStore
     from journal.unparsed_mail import ScreeningRules
     from mail.mail_content import AttachmentLabel, KeepAttachment, ParsedMailContent
-    from mail.reception import MailReception
+    from mail.service_forms import MailReception
     from messages.broker import Broker
     from models.database import Database
     from workers.settings import WorkerSettings
@@ -464,7 +464,7 @@ class MailParser:
         """Return why a mail must not run if it may be part of a mail loop."""
         if not mail_triggers.is_reply_to_workflow(mail):
             return None
-        sender = ",".join(addresses.bare_addresses(mail.from_)).lower()
+        sender = ",".join(headers.bare_addresses(mail.from_)).lower()
         digest = sha256(sender.encode()).hexdigest()[:32]
         try:
             await self._sources.throttle.reserve(

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from mail import composition, headers, mail_parsing, reception
+from mail import composition, headers, mail_parsing, service_forms
 from mail.mail_limits import InvalidMail
-from senders import mail_forms, media_types
+from senders import mail_kinds, posted_forms
 from senders import posted_forms as sent_forms
 from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from journal.unparsed_mail import ScreeningRules, UnparsedMail
     from mail.mail_content import KeepAttachment, ParsedMailContent
-    from mail.reception import MailReception
+    from mail.service_forms import MailReception
 
 _AUTOMATIC_REPORTS: Final = frozenset({"delivery-status", "disposition-notification"})
 _REPLY_HEADERS: Final = ("in-reply-to", "references")
@@ -30,15 +30,15 @@ def parse_mail(
     if not unread.content_type:
         mail, received = (
             mail_parsing.parse_mail(contents.pop(), keep),
-            reception.parse_ses_reception(unread.verdicts),
+            service_forms.parse_ses_reception(unread.verdicts),
         )
     else:
         try:
-            form = sent_forms.parse_form(media_types.parse_media_type(unread.content_type), contents.pop())
-            mail, received = mail_forms.parse_mail_form(form, unread.kind, keep)
+            form = sent_forms.parse_form(posted_forms.parse_media_type(unread.content_type), contents.pop())
+            mail, received = mail_kinds.parse_mail_form(form, unread.kind, keep)
         except RequestRefused as error:
             raise InvalidMail(error.message) from error
-    return mail, reception.add_envelope(received, unread.sender, unread.recipients)
+    return mail, service_forms.add_envelope(received, unread.sender, unread.recipients)
 
 
 def build_trigger(

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from concurrency import offload
 from engine.run_errors import NodeError
-from mail import charsets, mail_content
+from mail import content_decoding, mail_content
 from nodes import config_fields
 from nodes.formats import csv_reader, file_reader, json_reader
 from nodes.formats.file_reader import FileFormat
@@ -89,7 +89,9 @@ async def _convert_content(
     if charset == AttachmentForm.AUTO:
         said = _CHARSET.search(media_type)
         charset = said[1] if said else ""
-    text = (await offload.run_in_thread(charsets.decode_text, content, charset)).removeprefix("\ufeff")
+    text = (await offload.run_in_thread(content_decoding.decode_text, content, charset)).removeprefix(
+        "\ufeff"
+    )
     match wanted:
         case AttachmentForm.CSV:
             options = config_fields.read_mapping(call.config, "csv")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from concurrency import offload
 from engine.run_errors import NodeError
 from engine.values import value_as_text
-from mail import addresses, composition, mail_content
+from mail import composition, headers, mail_content
 from mail.composition import EnclosedFile, OutgoingMail
 from mail.mail_content import AttachmentLabel
 from nodes import config_fields
@@ -18,7 +18,7 @@ from nodes import config_fields
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
-    from mail.addresses import Mailbox
+    from mail.headers import Mailbox
 
 MAXIMUM_RECIPIENTS: Final = 100
 MAXIMUM_ATTACHMENTS: Final = 50
@@ -99,7 +99,7 @@ def _read_mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
         if not text.strip():
             continue
         try:
-            found += addresses.parse_mailboxes(text)
+            found += headers.parse_mailboxes(text)
         except ValueError as error:
             raise NodeError(f"`{name}` can't be used: {error}", code="invalid-address") from error
     return found

@@ -19,7 +19,7 @@ from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from gateway.data_sources.data_source_probes import DataSourceProber
 from journal.blobs.blob_store_factory import open_blobs
-from mail import addresses, composition, mail_content, mail_parsing
+from mail import composition, headers, mail_content, mail_parsing
 from models.data_source import DataSource, encrypt_secrets
 from models.encryption import SecretVault
 from models.settings import ServerSettings
@@ -195,7 +195,7 @@ async def test_a_mail_arrives_as_it_was_meant(mail_node_harness: MailNodeHarness
         "X-None": None,
         "Bcc": None,
     }
-    assert addresses.bare_addresses(str(told["Cc"])) == ["carl@example.org", "ada@example.org"]
+    assert headers.bare_addresses(str(told["Cc"])) == ["carl@example.org", "ada@example.org"]
 
 
 async def test_a_second_attempt_is_the_same_mail(mail_node_harness: MailNodeHarness) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from engine.values import Json
-from senders import cloudevents, delivery_keys
+from senders import cloudevents, signatures
 from senders.cloudevents import BATCHED_TYPE, STRUCTURED_TYPE
 from senders.sender_event import EventBatch, SenderEvent
 from senders.sender_request import RequestRefused
@@ -36,9 +36,7 @@ def parse_binary(body: bytes = b"", *headers: tuple[bytes, bytes]) -> SenderEven
 
 def test_source_and_id_together_are_what_an_event_is_known_by() -> None:
     assert (
-        parse_structured().key
-        == parse_binary().key
-        == delivery_keys.delivery_key("cloudevents", "/beds/7", "1")
+        parse_structured().key == parse_binary().key == signatures.delivery_key("cloudevents", "/beds/7", "1")
     )
     assert parse_structured(source="/beds/8").key != parse_structured().key != parse_structured(id="2").key
 

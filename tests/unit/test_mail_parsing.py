@@ -22,11 +22,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mail import addresses, charsets, mail_content, mail_parsing, parts, reception, service_forms
+from mail import content_decoding, headers, mail_content, mail_parsing, service_forms
 from mail.mail_content import AttachmentLabel, ParsedMailContent
-from mail.mail_form import FormFile, MailForm
 from mail.mail_limits import InvalidMail, MailLimits
-from mail.parts import MailPart
+from mail.mail_parsing import MailPart
+from mail.service_forms import FormFile, MailForm
 from tests import hostile_json, lock_holds
 
 PAYLOADS = Path(__file__).parent.parent / "payloads"
@@ -151,7 +151,7 @@ def test_a_recorded_mail_is_read_as_it_was_meant(name: str) -> None:
     assert mail.message_id == expected["email_headers"]["Message-ID"]
     assert len(shown["received"]) == 2
     for part in ("from", "to"):
-        assert addresses.bare_addresses(found[part]) == case["addresses"][part]
+        assert headers.bare_addresses(found[part]) == case["addresses"][part]
 
 
 def test_a_form_that_lies_about_its_files_is_read_all_the_same() -> None:
@@ -214,7 +214,7 @@ def test_a_name_that_was_encoded_is_not_taken_for_an_address() -> None:
     )
     assert mail.from_ == '"boss@example.org, <boss@example.org>" <eve@example.net>'
     assert mail.email_headers["From"] == mail.from_
-    assert addresses.bare_addresses(mail.from_) == ["eve@example.net"]
+    assert headers.bare_addresses(mail.from_) == ["eve@example.net"]
 
 
 def test_headers_keep_all_their_values_and_their_spelling() -> None:
@@ -421,7 +421,7 @@ def test_the_parts_are_those_that_pythons_own_parser_finds(lines: list[str], lin
     root = MailPart.parse(raw, 0, len(raw), MailLimits())
     ours = [
         (each.content_type, raw[each.start : each.end])
-        for each in parts.find_leaves(raw, root, MailLimits()).leaves
+        for each in mail_parsing.find_leaves(raw, root, MailLimits()).leaves
     ]
     theirs = [
         (each.get_content_type().split()[0], each) for each in iterate_leaves(email.message_from_bytes(raw))
@@ -482,7 +482,7 @@ def test_a_mail_that_holds_too_much_is_refused(raw: str, limits: MailLimits, wha
 def test_a_header_that_a_sender_adds_never_improves_a_result_of_mailgun(
     headers: str, spf: str | None
 ) -> None:
-    assert reception.parse_mailgun_reception(read(headers + "\nx")[0]).spf == spf
+    assert service_forms.parse_mailgun_reception(read(headers + "\nx")[0]).spf == spf
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_forms_with_too_many_pieces_are_cut_and_marked() -> None:
 
 CODECS = sorted(
     {
-        *charsets.CODECS,
+        *content_decoding.CODECS,
         "utf_7",
         "rot13",
         "base64",
@@ -550,7 +550,7 @@ def test_a_text_cut_at_any_byte_is_some_text(codec: str) -> None:
     for raw in samples:
         for at in range(len(raw) + 1):
             for pieces in ([raw[:at]], [raw[:at], raw[at:]]):
-                text = charsets.decode_text_pieces(pieces, codec)
+                text = content_decoding.decode_text_pieces(pieces, codec)
                 assert "\0" not in text
                 text.encode()  # no lone surrogates, which JSON can't contain
 

@@ -9,13 +9,13 @@ import pytest
 
 from senders import (
     basic_auth,
-    delivery_keys,
     event_senders,
     github,
     mail_kinds,
     mailgun,
     sendgrid,
     ses,
+    signatures,
     slack,
     sns,
     standard_webhooks,
@@ -200,15 +200,13 @@ def test_a_mail_that_mailgun_signs_anew_is_known_again_and_its_token_is_another(
 def test_mailgun_names_a_delivery_by_its_token() -> None:
     case = BY_NAME["mg_parsed_urlencoded"]
     token, _ = case.expected["idempotency"]["key"]
-    assert VERIFY["mailgun-hmac"](case.arrival) == SignatureResult(
-        delivery_keys.delivery_key("mailgun", token)
-    )
+    assert VERIFY["mailgun-hmac"](case.arrival) == SignatureResult(signatures.delivery_key("mailgun", token))
 
 
 def test_sns_names_a_message_and_ses_a_mail() -> None:
     case = BY_NAME["ses_sns_utf8_v1"]
     message_id, mail_id = case.expected["idempotency"]["key"]
-    assert verify_sns(case.arrival) == SignatureResult(delivery_keys.delivery_key("sns", message_id))
+    assert verify_sns(case.arrival) == SignatureResult(signatures.delivery_key("sns", message_id))
     mail = ses.parse_ses_mail(sns.parse_sns_message(case.arrival))
     assert mail is not None
     assert mail.mail_id == mail_id

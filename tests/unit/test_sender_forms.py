@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concurrency import offload
-from senders import event_senders, mail_kinds, media_types, posted_forms, ses, sns
+from senders import event_senders, mail_kinds, posted_forms, ses, sns
 from senders.event_senders import EventSender
 from senders.mail_kinds import MailKind
 from senders.posted_forms import PostedForm
@@ -28,7 +28,7 @@ URLENCODED = "application/x-www-form-urlencoded"
 
 
 def parse_body(body: bytes, content_type: str = MULTIPART) -> PostedForm:
-    return posted_forms.parse_form(media_types.parse_media_type(content_type), body)
+    return posted_forms.parse_form(posted_forms.parse_media_type(content_type), body)
 
 
 def form_part(value: bytes, header: bytes = b'Content-Disposition: form-data; name="a"') -> bytes:

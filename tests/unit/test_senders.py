@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.serialization import PublicFormat
 from concurrency import offload
 from senders import (
     basic_auth,
-    delivery_keys,
     event_senders,
     github,
     hmac_signature,
     mailgun,
     sendgrid,
+    signatures,
     slack,
     standard_webhooks,
     stripe,
@@ -327,14 +327,14 @@ def test_senders_write_their_hmac_as_they_like(scheme: HmacScheme, digest: str) 
 
 def test_what_a_sender_names_a_delivery_is_its_key() -> None:
     sign, verify, secret = SIGNED["hmac"]
-    assert verify(sign(NOW), [secret]) == SignatureResult(delivery_keys.delivery_key("hmac", "7"))
+    assert verify(sign(NOW), [secret]) == SignatureResult(signatures.delivery_key("hmac", "7"))
 
 
 @pytest.mark.parametrize("names", [("a b",), ("a", "b"), ("b", "a"), ("",), ("\0é\n" * 500,)])
 def test_different_names_have_different_printable_keys(names: tuple[str, ...]) -> None:
-    key = delivery_keys.delivery_key("mail", *names)
-    assert key != delivery_keys.delivery_key("mail", "ab")
-    assert key != delivery_keys.delivery_key("other", *names)
+    key = signatures.delivery_key("mail", *names)
+    assert key != signatures.delivery_key("mail", "ab")
+    assert key != signatures.delivery_key("other", *names)
     assert len(key) < 100
     assert key.isascii()
     assert key.isprintable()
