@@ -21,10 +21,9 @@ from engine.node_api import CONTINUE, ERROR, NodeResult
 from engine.run_records import SETTLED_STATUSES
 
 if TYPE_CHECKING:
-    from engine.graph import GraphEdge, ParsedGraph
+    from engine.graph import GraphEdge, GraphSection, ParsedGraph
     from engine.program import NodeProgram
     from engine.run_records import NodeSpan, RunError
-    from engine.sections import GraphSection
     from engine.values import Json
 
 

@@ -15,10 +15,10 @@ from engine.values import InvalidJson
 
 if TYPE_CHECKING:
     from engine.frames import NodeVisit, ReadinessChange, Worklist
+    from engine.graph import GraphSection
     from engine.node_api import LoopRequest
     from engine.run_limits import RunLimits
     from engine.run_records import NodeSpan
-    from engine.sections import GraphSection
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
 

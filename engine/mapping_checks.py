@@ -18,9 +18,8 @@ from engine.shapes import SCALAR, UNKNOWN, OtherFields, PathDeadEnd, ValueShape
 
 if TYPE_CHECKING:
     from engine.expressions import ExpressionPath, PathStep
-    from engine.graph import GraphNode, ParsedGraph
+    from engine.graph import GraphNode, LoopBodies, ParsedGraph
     from engine.node_api import NodeType
-    from engine.sections import LoopBodies
     from engine.shapes import ShapeSteps
 
 MAX_EXPLAINED: Final = 50

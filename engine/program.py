@@ -19,6 +19,7 @@ from engine.expressions import (
     list_paths,
     literal_template,
 )
+from engine.graph import GraphSection, divide_graph
 from engine.joins import JoinConfig, JoinMode
 from engine.node_api import (
     CONTINUE,
@@ -34,7 +35,6 @@ from engine.node_key import NO_READS, digest_part, digest_ports
 from engine.node_lookup import NodeTypeLookup
 from engine.pruning import prune_graph
 from engine.run_errors import InvalidDefinition
-from engine.sections import GraphSection, divide_graph
 from engine.values import encode_canonical
 
 if TYPE_CHECKING:

@@ -10,15 +10,13 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from engine.expressions import ExpressionError, compile_expression, compile_template, list_paths
-from engine.graph import GraphEdge, ParsedGraph
+from engine.graph import GraphEdge, ParsedGraph, find_bodies
 from engine.node_api import CONTINUE, UnknownNodeType
 from engine.run_errors import InvalidDefinition
-from engine.sections import find_bodies
 
 if TYPE_CHECKING:
-    from engine.graph import GraphNode
+    from engine.graph import GraphNode, LoopBodies
     from engine.node_lookup import NodeTypeLookup
-    from engine.sections import LoopBodies
     from engine.values import Json
 
 

@@ -18,10 +18,10 @@ from engine.values import InvalidJson
 
 if TYPE_CHECKING:
     from engine.frames import ReadinessChange, Worklist
+    from engine.graph import GraphSection
     from engine.node_inputs import NodeInputs
     from engine.program import WorkflowProgram
     from engine.run_limits import RunLimits
-    from engine.sections import GraphSection
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
 

@@ -20,16 +20,15 @@ from engine.findings import (
     SuggestedFix,
     ValidationResult,
 )
+from engine.graph import MAX_LOOP_DEPTH, find_bodies
 from engine.mapping_checks import InspectedGraph
 from engine.node_api import CONTINUE, DONE, ERROR, UnknownNodeType
-from engine.sections import MAX_LOOP_DEPTH, find_bodies
 
 if TYPE_CHECKING:
     from engine.expressions import ExpressionError
-    from engine.graph import GraphEdge, GraphNode, ParsedGraph
+    from engine.graph import GraphEdge, GraphNode, LoopBodies, ParsedGraph
     from engine.node_api import NodeType
     from engine.node_lookup import ConfigProblemView, NodeTypeLookup
-    from engine.sections import LoopBodies
 
 NO_SAMPLES: Final[OutputSamples] = MappingProxyType({})
 SHOWN_CYCLE_NODES: Final = 6

@@ -11,7 +11,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
                                     # { default = "write", field = "method", cases = { GET = "read" } }
     trigger = "webhook"             # only for triggers: the kind of event that starts a run
     joins = true                    # branches meet in it by its config's `mode` and `combine`; see engine/joins.py
-    loops = true                    # nodes behind its port `continue` run once for each item; see engine/sections.py
+    loops = true                    # nodes behind its port `continue` run once for each item; see engine/graph.py
     cpu = "large"                   # long computation: for `large` configs or `always`; see engine.node_api.CpuDemand
     volatile = [{}]                 # the result depends on clock or chance: always, or in these cases
     runnable = true                 # false: the node can be drawn, but has no `.py`

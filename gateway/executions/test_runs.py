@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, pruning
 from engine.findings import FindingType, ValidationResult
-from engine.graph import ParsedGraph
+from engine.graph import ParsedGraph, find_bodies
 from engine.node_api import INPUT, OUTPUT
-from engine.sections import find_bodies
 from engine.triggers import trigger_output
 from engine.validation import find_errors
 from engine.values import InvalidJson, encode_canonical, encode_json
