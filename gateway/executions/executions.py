@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -29,10 +29,12 @@ from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.downloads import BlobDownload
 from gateway.http.errors import ApiError
 from gateway.http.keyset import AFTER, KeysetPage
+from gateway.http.operation_docs import EVENT_STREAM
 from gateway.http.parameters import (
     LIMIT,
     OFFSET,
     ChoicesParameter,
+    FlagParameter,
     IntegerParameter,
     TextParameter,
     TimeParameter,
@@ -107,7 +109,12 @@ EXPAND = ChoicesParameter(
     Expansion,
 )
 SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
-LOGS = (LEVEL, RECORDS, OFFSET)
+FOLLOW = FlagParameter(
+    "follow",
+    "Answer with server-sent events: the lines so far, then each further one, until the execution has ended. The"
+    " header `Accept: text/event-stream` has the same meaning.",
+)
+LOGS = (LEVEL, FOLLOW, RECORDS, OFFSET)
 
 
 class ExecutionList(KeysetPage, kw_only=True):
@@ -258,10 +265,16 @@ async def span(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(execution_shapes.show_span_details(found, config, hidden, outputs))
 
 
-async def logs(request: GatewayRequest) -> JsonResponse:
-    """List the log lines of an execution, the oldest first."""
+async def logs(request: GatewayRequest) -> JsonResponse | ASGIApp:
+    """List the log lines of an execution, the oldest first, or follow them.
+
+    With `follow=true` each line is an event with an id: send the last one as `Last-Event-ID`, and the stream
+    continues behind it. The end of the execution has the id `end`; a client that sends it gets 204.
+    """
     query = request.query
     part, levels = query.page(RECORDS), query[LEVEL]
+    if query[FOLLOW] or EVENT_STREAM in request.headers.get("accept", ""):
+        return await _follow(request, levels)
     key = await _find_key(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.list_logs(connection, key, part, levels=levels)
@@ -275,6 +288,11 @@ async def events(request: GatewayRequest) -> ASGIApp:
     Each span and log line has an id: send the last one as `Last-Event-ID`, and the stream continues behind
     it. A client that sends the id `end` gets 204, which ends its reconnections.
     """
+    return await _follow(request, None)
+
+
+async def _follow(request: GatewayRequest, levels: Collection[str] | None) -> ASGIApp:
+    """Return the stream of all records, or with `levels` of log lines; raises 400, 404 and 503."""
     last_seen = request.headers.get("last-event-id", "0")
     key = await _find_key(request)
     if last_seen == live_events.END:
@@ -282,7 +300,8 @@ async def events(request: GatewayRequest) -> ASGIApp:
     if not (last_seen.isascii() and last_seen.isdecimal() and len(last_seen) <= MAX_SEQUENCE_DIGITS):
         message = "Last-Event-ID must be the id of an event of this stream"
         raise ApiError(400, "invalid-last-event-id", message)
-    return request.gateway.live_events.stream(key, min(int(last_seen), MAX_SEQUENCE))
+    after, live = min(int(last_seen), MAX_SEQUENCE), request.gateway.live_events
+    return live.stream(key, after) if levels is None else live.stream_log(key, after, levels)
 
 
 async def blob(request: GatewayRequest) -> BlobDownload:

@@ -7,7 +7,8 @@ seen. The end of the run has the id `end`; a client that sends it gets 204, whic
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,7 +23,7 @@ from models.execution_status import TERMINAL_STATUSES
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from gateway.executions.execution_rows import RunChanges
+    from gateway.executions.execution_rows import Recorded, RunChanges
     from gateway.executions.large_outputs import LargeOutputs
     from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub, ExecutionWaiter
     from gateway.http.authentication import KeyAuthenticator
@@ -62,9 +63,17 @@ class LiveEvents:
 
     def stream(self, key: ExecutionKey, after: int) -> RunEventStream:
         """Return the stream of a run's records behind `after`; raises 503 if too many streams are open."""
+        self._require_room()
+        return RunEventStream(self, key, after)
+
+    def stream_log(self, key: ExecutionKey, after: int, levels: Collection[str]) -> RunEventStream:
+        """Return the stream of a run's log lines behind `after`, of all levels or of some; raises 503."""
+        self._require_room()
+        return RunEventStream(self, key, after, LogSelection(frozenset(levels)))
+
+    def _require_room(self) -> None:
         if self.open >= limits.EVENT_STREAMS:
             raise errors.not_ready("Too many event streams are open here: poll the progress instead")
-        return RunEventStream(self, key, after)
 
     async def close(self) -> None:
         """Finish running queries."""
@@ -88,10 +97,25 @@ class LiveEvents:
         return [found.get(key.execution_id) for key in batch]
 
 
+@dataclass(frozen=True, slots=True)
+class LogSelection:
+    """Log lines alone, without spans and progress."""
+
+    levels: frozenset[str]
+    """Empty: all levels."""
+
+    def has(self, row: Recorded) -> bool:
+        return not self.levels or row.level in self.levels
+
+
 class RunEventStream:
     """Event stream of one client, as an ASGI response."""
 
-    def __init__(self, live: LiveEvents, key: ExecutionKey, after: int) -> None:
+    def __init__(
+        self, live: LiveEvents, key: ExecutionKey, after: int, selection: LogSelection | None = None
+    ) -> None:
+        """Create a stream; with a `selection`, of log lines and the end of the run alone."""
+        self._selection = selection
         self._live = live
         self._key = key
         self._after = after
@@ -145,7 +169,7 @@ class RunEventStream:
         if shown is not None and shown.updated_at == head.updated_at:
             return
         has_moved = shown is None or shown.status != head.status or shown.progress != head.progress
-        if head.status not in TERMINAL_STATUSES and has_moved:
+        if head.status not in TERMINAL_STATUSES and has_moved and self._selection is None:
             await self._send(send, _event("execution", execution_shapes.show_head(head)))
         is_all = False
         while not is_all:
@@ -166,6 +190,9 @@ class RunEventStream:
         in_order = sorted([*spans, *lines], key=lambda event: event[0])
         if in_order:
             self._after = in_order[-1][0]
+        if (selection := self._selection) is not None:
+            shown = {row.sequence for row in changes.logs if selection.has(row)}
+            in_order = [event for event in in_order if event[0] in shown]
         return [_event(name, shape, str(sequence)) for sequence, name, shape in in_order]
 
     async def _keep_alive(self, send: Send) -> None:

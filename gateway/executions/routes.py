@@ -134,6 +134,11 @@ ROUTES: Final[Sequence[Route]] = (
         executions.logs,
         query=executions.LOGS,
         answer=executions.LogList,
+        docs=OperationDoc(
+            takes=(LAST_EVENT_ID,),
+            also={204: OtherSuccess("The client already received the end of this stream.")},
+            refusals=("invalid-last-event-id",),
+        ),
     ),
     Route(
         "GET",

@@ -1226,6 +1226,30 @@ async def test_attempts_of_a_node_are_listed_and_told_as_spans(
     assert shown["outputs"] == {"start": 1, "step": 2}
 
 
+async def test_a_log_is_followed_to_the_end_of_its_run(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(harness, execution_id)
+    await run.write(run.span("start", SpanStatus.RUNNING), run.line("info", "one"), run.line("debug", "two"))
+    headers = {"X-API-Key": people.owner.key, "Accept": "text/event-stream"}
+    followed = EventStreamClient(harness.app, f"{EXECUTIONS}/{execution_id}/logs", headers)
+    events = [await followed.next() for _ in range(2)]
+    assert [(event.name, event.data["message"]) for event in events] == [("log", "one"), ("log", "two")]
+    await run.write(run.span("start"), run.line("info", "three"), end=RunStatus.COMPLETED)
+    three, end = await followed.rest()
+    assert three.data["message"] == "three"
+    assert (end.name, end.id, end.data["status"]) == ("execution", "end", "completed")
+    again = EventStreamClient(
+        harness.app, f"{EXECUTIONS}/{execution_id}/logs", headers | {"Last-Event-ID": str(events[0].id)}
+    )
+    assert [event.data.get("message") for event in await again.rest()] == ["two", "three", None]
+    path = f"{EXECUTIONS}/{execution_id}/logs?follow=true"
+    text = (await people.owner.api.get(f"{path}&level=debug")).text
+    assert (text.count("event: log"), text.count("two"), text.count("id: end")) == (1, 1, 1)
+    assert (await people.owner.api.get(path, headers={"Last-Event-ID": "end"})).status_code == 204
+
+
 async def test_a_client_that_comes_back_goes_on_behind_what_it_has_seen(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
