@@ -109,6 +109,7 @@ class GatewayServer(uvicorn.Server):
         app = self.config.app
         if isinstance(app, GatewayApplication) and hasattr(app.state, "gateway"):
             app.state.gateway.waiting.release()
+            app.state.gateway.live_hints.release()
             app.state.gateway.activation.release()
             app.state.gateway.runners.poll_hub.release()
         await super().shutdown(sockets)

@@ -22,6 +22,7 @@ from gateway.executions.awaited_end import EndAwaiter
 from gateway.executions.event_wait_delivery import EventWaitDelivery
 from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
+from gateway.executions.live_hints import LiveHints
 from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
 from gateway.executions.request_limits import BacklogLimits, RunRateLimiter
 from gateway.http.authentication import KeyAuthenticator
@@ -97,6 +98,7 @@ class GatewayState:
     waiting: ExecutionPollHub
     access: ExecutionAccess
     live_events: LiveEvents
+    live_hints: LiveHints
     large_outputs: LargeOutputs
     ends: EndAwaiter
     vault: SecretVault
@@ -164,6 +166,7 @@ async def assemble_state(
     live_events = LiveEvents(
         database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
     )
+    live_hints = LiveHints(live_events)
     forms = FormChecker()
     pod_logs = PodLogReader(broker)
     # Behind a VPC endpoint, the address of SNS is private.
@@ -214,6 +217,7 @@ async def assemble_state(
                 waiting=waiting,
                 access=access,
                 live_events=live_events,
+                live_hints=live_hints,
                 large_outputs=live_events.large_outputs,
                 ends=EndAwaiter(waiting, access, live_events.large_outputs),
                 vault=vault,
@@ -235,6 +239,7 @@ async def assemble_state(
             backlog.close,
             activation.close,
             waiting.close,
+            live_hints.close,
             live_events.close,
             certificates.close,
             blobs.close,

@@ -17,6 +17,7 @@ from gateway.executions import (
     execution_shapes,
     large_outputs,
     live_events,
+    live_hints,
     resume_runs,
     run_labels,
     span_details,
@@ -108,6 +109,7 @@ EXPAND = ChoicesParameter(
     f" {limits.EXPANDED_BYTES:,} bytes in one answer.",
     Expansion,
 )
+TOPICS = TextParameter("topics", "Topics, separated by commas: `executions`, or `execution:` and an id.")
 SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
 FOLLOW = FlagParameter(
     "follow",
@@ -153,6 +155,14 @@ class StreamedEvent(WireStruct):
     id: str | UnsetType = UNSET
     """Value for `Last-Event-ID`; only committed records have one. The end of the execution has the id `end`.
     """
+
+
+class StreamedHint(WireStruct):
+    """Server-sent event of the stream of hints."""
+
+    event: Literal["hint", "resync"]
+    data: str
+    """JSON: `topic`, `id` of the changed object (empty for a list), and `version`, which differs after a change."""
 
 
 class EndRequestResult(WireStruct):
@@ -320,6 +330,29 @@ async def blob(request: GatewayRequest) -> BlobDownload:
 
 
 # ── cancellation and resume ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def live(request: GatewayRequest) -> ASGIApp:
+    """Stream hints that runs have changed, as server-sent events; ask the other routes what has changed.
+
+    After `resync`, hints were dropped: load everything again. A comment is sent every 15 seconds.
+    """
+    topics = [topic for topic in (request.query[TOPICS] or "").split(",") if topic]
+    if not topics or len(topics) > limits.LIVE_TOPICS:
+        text = f"topics must name 1 to {limits.LIVE_TOPICS} topics, separated by commas"
+        raise errors.invalid_query(TOPICS.name, "invalid-value", text)
+    keys = []
+    for topic in topics:
+        if topic.startswith(live_hints.EXECUTION):
+            execution_id = topic.removeprefix(live_hints.EXECUTION)
+            keys.append(await request.gateway.access.key(execution_id, request.caller))
+        elif topic != live_hints.EXECUTIONS:
+            text = "topics must be executions or execution: with an id"
+            raise errors.invalid_query(TOPICS.name, "invalid-value", text)
+    with_list = live_hints.EXECUTIONS in topics
+    if not with_list and await request.gateway.live_hints.have_ended(keys):
+        return NoContent()
+    return request.gateway.live_hints.stream(request.caller, keys, with_list=with_list)
 
 
 async def stop(request: GatewayRequest) -> JsonResponse:

@@ -87,6 +87,10 @@ class LiveEvents:
         caller = await self._authenticator.caller(scope)
         await self._access.key(key.execution_id, caller)
 
+    async def authenticate(self, scope: Scope) -> None:
+        """Raise 401 if the client's key or session has ended."""
+        await self._authenticator.caller(scope)
+
     async def head(self, key: ExecutionKey) -> Execution | None:
         """Return the row of a run without its data; concurrent calls share one query."""
         return await self._heads.submit(key)

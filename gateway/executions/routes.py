@@ -97,6 +97,19 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "GET",
+        "/live",
+        READ,
+        executions.live,
+        query=(executions.TOPICS,),
+        answer=executions.StreamedHint,
+        docs=OperationDoc(
+            media_type=EVENT_STREAM,
+            also={204: OtherSuccess("All these executions have ended, so that no hint would follow.")},
+            refusals=("not-found",),
+        ),
+    ),
+    Route(
+        "GET",
         "/api/v1/executions/{id}",
         READ,
         executions.show,

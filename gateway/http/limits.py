@@ -189,6 +189,8 @@ TEST_WAIT_DEFAULT_SECONDS: Final = 10
 """Seconds that the test of a node waits for its end, unless `wait` is given."""
 POLLS_WAITING: Final = 10_000
 """Long polls at one gateway; more get 503."""
+LIVE_TOPICS: Final = 20
+"""Topics of one stream of hints."""
 EVENT_STREAMS: Final = 500
 """Open event streams at one gateway; more get 503."""
 RECORDS_DEFAULT: Final = 100

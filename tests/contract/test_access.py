@@ -187,7 +187,7 @@ class AccessCast:
         key = self.keys.get((caller, row.scope))
         return await client.request(
             row.method,
-            row.path.format(id=target, **steps) + row.query,
+            (row.path + row.query).format(id=target, **steps),
             json=None if row.body is None else fill_names(row.body, words),
             headers={} if key is None else {"X-API-Key": key},
         )
@@ -631,6 +631,9 @@ ROWS = [
     run_row("GET", "/logs"),
     run_row("GET", "/blobs/{sha256}"),
     run_row("GET", "/events"),
+    AccessRow(
+        "GET", "/live", READ, READERS, create_failed_execution, status=204, query="?topics=execution:{id}"
+    ),
     run_row("GET", "/why"),
     read_row("GET", "/why"),
     AccessRow("GET", "/api/v1/why", READ, OWN),

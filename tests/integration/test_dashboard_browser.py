@@ -123,6 +123,19 @@ async def test_keys_move_and_open(visit: DashboardVisit) -> None:
     assert await visit.page.evaluate("document.activeElement.id") == "search"
 
 
+async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVisit) -> None:
+    await visit.show("/dashboard/runs")
+    await visit.page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+    count = await visit.page.evaluate("document.querySelectorAll('tbody tr').length")
+    await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+    await visit.page.wait_for("document.querySelector('[data-shows-new]')?.textContent === 'Show 1 new'")
+    assert await visit.page.evaluate("document.querySelectorAll('tbody tr').length") == count
+    await visit.press(".")
+    await visit.page.wait_for(f"document.querySelectorAll('tbody tr').length === {count + 1}")
+    assert await visit.page.evaluate("document.querySelector('[data-shows-new]') === null")
+    assert not visit.page.problems
+
+
 async def test_a_foreign_policy_cannot_make_html(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs")
     refused = "(() => { try { document.body.innerHTML = '<p>x'; return false } catch { return true } })()"

@@ -66,6 +66,7 @@ export async function reload({ takesNewRows = true } = {}) {
         },
       });
       document.title = page.title;
+      document.querySelector(".live").dataset.topics = page.querySelector(".live")?.dataset.topics ?? "";
     }
     if (answer.ok || answer.status === 304) label(stream ? "live" : "still", `${stream ? "Live · " : ""}${clock()}`);
   } catch {
@@ -84,18 +85,19 @@ function ask() {
   timer = setTimeout(() => reload({ takesNewRows: false }), COALESCE_MS);
 }
 
-function open(topics) {
-  if (stream || document.hidden) return;
+function open() {
+  const { topics } = document.querySelector(".live").dataset;
+  if (stream || document.hidden || !topics) return;
   stream = new EventSource(`${root}/live?topics=${encodeURIComponent(topics)}`);
   stream.addEventListener("open", () => label("live", `Live · ${clock()}`));
   stream.addEventListener("hint", ask);
   stream.addEventListener("resync", ask);
   stream.addEventListener("error", () => {
     label("lost", `Lost · ${clock()}`);
-    // A refused stream does not reconnect by itself.
+    // A stream that was refused, or about runs that have ended, does not reconnect by itself.
     if (stream?.readyState === EventSource.CLOSED) {
       stream = null;
-      setTimeout(() => open(topics), AGES_MS);
+      reload({ takesNewRows: false }).then(() => setTimeout(open, AGES_MS));
     }
   });
 }
@@ -123,15 +125,13 @@ export function watch() {
   document.addEventListener("click", (event) => {
     if (event.target.closest("[data-shows-new]")) reload();
   });
-  const { topics } = document.querySelector(".live").dataset;
-  if (!topics) return;
-  open(topics);
+  open();
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
       stream?.close();
       stream = null;
     } else {
-      open(topics);
+      open();
       ask();
     }
   });

@@ -67,4 +67,4 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     }
 
 
-PAGE: Final = Page(PATH, "run_list.html", load, view, "runs")
+PAGE: Final = Page(PATH, "run_list.html", load, view, "runs", ("executions",))

@@ -1,0 +1,280 @@
+"""Hints for pages of the dashboard: one event stream per tab, which says that something has changed, never what.
+
+The page asks again with its own rights, so that a hint can't show anything, and a lost one costs a reload.
+Changes of single runs come from the broker's watches. Lists have a version that is read twice a second, once for
+all streams of an organization, from the newest runs alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+from sqlalchemy import and_, select
+from sqlmodel import col
+
+from gateway.executions.live_events import HEADERS
+from gateway.http import errors, limits
+from gateway.http.errors import ApiError
+from models.errors import DatabaseUnavailable
+from models.execution import Execution, ExecutionData
+from models.execution_status import TERMINAL_STATUSES
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from gateway.executions.live_events import LiveEvents
+    from journal.store import ExecutionKey
+    from models.access import ApiCaller
+
+log = structlog.get_logger()
+
+EXECUTIONS: Final = "executions"
+EXECUTION: Final = "execution:"
+QUEUE_LENGTH: Final = 256
+"""Hints that wait for a slow client; a client with more is asked to load everything again."""
+PING_SECONDS: Final = 15.0
+LOOK_SECONDS: Final = 0.5
+"""Interval at which the version of a list is read while a stream waits for it."""
+WATCHED_RUNS: Final = 50
+"""Newest runs of an organization whose changes count as a change of the list."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class LiveHint(msgspec.Struct):
+    """Hint that an object of a topic has changed."""
+
+    topic: str
+    id: str
+    """Id of the object; empty for a list."""
+    version: str
+    """Text that differs after each change."""
+
+
+@dataclass(slots=True, eq=False)
+class HintQueue:
+    """Hints for one client: the newest of each topic, and at most 256."""
+
+    waiting: dict[str, LiveHint] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    is_over: bool = False
+    has_overflowed: bool = False
+
+    def put(self, hint: LiveHint) -> None:
+        if len(self.waiting) >= QUEUE_LENGTH:
+            self.waiting.clear()
+            self.has_overflowed = True
+        self.waiting[f"{hint.topic} {hint.id}"] = hint
+        self.changed.set()
+
+    def take(self) -> bytes:
+        """Return all waiting hints as events, or the request to load everything again."""
+        self.changed.clear()
+        hints, self.waiting = list(self.waiting.values()), {}
+        if self.has_overflowed:
+            self.has_overflowed = False
+            return b"event: resync\ndata: {}\n\n"
+        return b"".join(b"event: hint\ndata: " + _encode(hint) + b"\n\n" for hint in hints)
+
+    def end(self) -> None:
+        self.is_over = True
+        self.changed.set()
+
+
+@dataclass(slots=True, eq=False)
+class ListWatch:
+    """Queues of one organization that wait for changes of its list of runs."""
+
+    queues: set[HintQueue] = field(default_factory=set)
+    task: asyncio.Task[None] | None = None
+    version: str = ""
+
+
+class LiveHints:
+    """Streams of hints of one gateway."""
+
+    def __init__(self, live_events: LiveEvents) -> None:
+        self._live_events = live_events
+        self._lists: dict[str, ListWatch] = {}
+        self._queues: set[HintQueue] = set()
+        self._is_released = False
+
+    @property
+    def open(self) -> int:
+        """Number of open streams."""
+        return len(self._queues)
+
+    def release(self) -> None:
+        """End all streams, before the process stops."""
+        self._is_released = True
+        for queue in self._queues:
+            queue.end()
+
+    async def close(self) -> None:
+        """End all streams and the reading of versions."""
+        self.release()
+        tasks = [watch.task for watch in self._lists.values() if watch.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def stream(self, caller: ApiCaller, runs: Sequence[ExecutionKey], *, with_list: bool) -> HintStream:
+        """Return a stream about single runs and, if wanted, the list of runs.
+
+        Raises 503 if too many streams are open.
+        """
+        if self.open >= limits.EVENT_STREAMS or self._is_released:
+            raise errors.not_ready("Too many event streams are open here: load the page again instead")
+        return HintStream(self, caller, runs, with_list=with_list)
+
+    async def have_ended(self, runs: Sequence[ExecutionKey]) -> bool:
+        """Return whether no run can change any more."""
+        heads = await asyncio.gather(*map(self._live_events.head, runs))
+        return all(head is None or head.status in TERMINAL_STATUSES for head in heads)
+
+    async def follow(
+        self, queue: HintQueue, caller: ApiCaller, runs: Sequence[ExecutionKey], *, with_list: bool
+    ) -> None:
+        """Put hints into a queue until cancelled."""
+        self._queues.add(queue)
+        following = [asyncio.create_task(self._follow_run(queue, key)) for key in runs]
+        if with_list:
+            self._join_list(queue, caller.organization_id)
+        try:
+            await asyncio.gather(*following)
+            if with_list:
+                await asyncio.Event().wait()
+            queue.end()
+        finally:
+            self._queues.discard(queue)
+            self._leave_list(queue, caller.organization_id)
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+
+    async def check(self, scope: Scope) -> None:
+        """Raise the error that a new request of the same client would get."""
+        await self._live_events.authenticate(scope)
+
+    # ── single runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _follow_run(self, queue: HintQueue, key: ExecutionKey) -> None:
+        events, shown = self._live_events, ""
+        with events.waiting.waiter(key.execution_id) as waiter:
+            while not waiter.is_over:
+                waiter.changed.clear()
+                try:
+                    if not events.waiting.is_watched(key.execution_id):
+                        await events.waiting.watch([key.execution_id])
+                    head = await events.head(key)
+                except DatabaseUnavailable:
+                    await waiter.changed.wait()
+                    continue
+                if head is None:
+                    return
+                version = head.updated_at.isoformat()
+                if shown and version != shown:
+                    queue.put(LiveHint(f"{EXECUTION}{key.execution_id}", key.execution_id, version))
+                shown = version
+                if head.status in TERMINAL_STATUSES:
+                    return
+                await waiter.changed.wait()
+
+    # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _join_list(self, queue: HintQueue, organization_id: str) -> None:
+        watch = self._lists.setdefault(organization_id, ListWatch())
+        watch.queues.add(queue)
+        if watch.task is None:
+            watch.task = asyncio.create_task(self._watch_list(organization_id, watch))
+
+    def _leave_list(self, queue: HintQueue, organization_id: str) -> None:
+        watch = self._lists.get(organization_id)
+        if watch is None:
+            return
+        watch.queues.discard(queue)
+        if not watch.queues and watch.task is not None:
+            watch.task.cancel()
+            del self._lists[organization_id]
+
+    async def _watch_list(self, organization_id: str, watch: ListWatch) -> None:
+        while True:
+            with suppress(DatabaseUnavailable):
+                version = await self._read_version(organization_id)
+                if watch.version and version != watch.version:
+                    for queue in watch.queues:
+                        queue.put(LiveHint(EXECUTIONS, "", version))
+                watch.version = version
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _read_version(self, organization_id: str) -> str:
+        statement = (
+            select(col(Execution.id), col(Execution.updated_at))
+            .join(
+                ExecutionData,
+                and_(
+                    col(ExecutionData.execution_id) == col(Execution.id),
+                    col(ExecutionData.shard) == col(Execution.shard),
+                ),
+            )
+            .where(col(ExecutionData.organization_id) == organization_id)
+            .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
+            .limit(WATCHED_RUNS)
+        )
+        async with self._live_events.database.read() as connection:
+            rows = (await connection.execute(statement)).all()
+        return blake2b(repr([tuple(row) for row in rows]).encode(), digest_size=12).hexdigest()
+
+
+class HintStream:
+    """Stream of hints of one client, as an ASGI response."""
+
+    def __init__(
+        self, live: LiveHints, caller: ApiCaller, runs: Sequence[ExecutionKey], *, with_list: bool
+    ) -> None:
+        self._live = live
+        self._caller = caller
+        self._runs = runs
+        self._with_list = with_list
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        if scope["method"] != "HEAD":
+            await self._run(scope, receive, send)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        queue = HintQueue()
+        following = asyncio.create_task(
+            self._live.follow(queue, self._caller, self._runs, with_list=self._with_list)
+        )
+        gone = asyncio.create_task(_until_gone(receive))
+        gone.add_done_callback(lambda _: queue.end())
+        try:
+            body = b": open\n\n"
+            while not queue.is_over:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                try:
+                    async with asyncio.timeout(PING_SECONDS):
+                        await queue.changed.wait()
+                except TimeoutError:
+                    await self._live.check(scope)
+                body = queue.take() or b": ping\n\n"
+        except (ApiError, DatabaseUnavailable):
+            pass  # the client connects again, and gets the reason
+        finally:
+            for task in (following, gone):
+                task.cancel()
+            await asyncio.gather(following, gone, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
