@@ -14,11 +14,15 @@ from gateway.dashboard.pages import (
     health,
     run_list,
     schedule_list,
+    workflow,
+    workflow_list,
 )
 from gateway.http.endpoint import AccessRule
 from gateway.http.route import Route
 
 PAGES: Final[Sequence[Page]] = (
+    workflow_list.PAGE,
+    workflow.PAGE,
     run_list.PAGE,
     schedule_list.PAGE,
     data_source_list.PAGE,

@@ -173,6 +173,32 @@ async def test_pages_of_lists_show_their_objects_as_text(
     assert 'aria-current="page"' in page.text
 
 
+async def test_a_workflow_shows_its_graph_with_the_last_run_and_what_to_do(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name=HOSTILE, status="active", **GRAPH)
+    started = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()
+    browser = await sign_in(harness, people.owner.key)
+    listed = await browser.get("/dashboard/workflows?search=script")
+    assert f"/dashboard/workflows/{workflow_id}" in listed.text
+    page = await browser.get(f"/dashboard/workflows/{workflow_id}")
+    assert page.status_code == 200, page.text
+    assert page.text.count('class="node') == len(GRAPH["nodes"])
+    assert started["executionId"] in page.text
+    assert f"POST /api/v1/workflows/{workflow_id}/execute" in page.text
+    assert f"POST /api/v1/workflows/{workflow_id}/deploy" in page.text
+    for text in (listed.text, page.text):
+        assert "<img" not in text
+        assert "<script>" not in text
+    colleague = await sign_in(harness, people.colleague.key)
+    assert (await colleague.get(f"/dashboard/workflows/{workflow_id}")).status_code == 404
+    reader = await harness.person(await harness.organization(), UserRole.VIEWER)
+    assert (
+        "There is no workflow yet"
+        in (await (await sign_in(harness, reader.key)).get("/dashboard/workflows")).text
+    )
+
+
 async def test_a_page_without_rights_is_refused_and_not_in_the_navigation(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

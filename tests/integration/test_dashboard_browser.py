@@ -18,6 +18,8 @@ PATHS = (
     "/dashboard/runs",
     "/dashboard/runs?status=failed",
     "/dashboard/missing",
+    "/dashboard/workflows",
+    "/dashboard/workflows/{workflow_id}",
     "/dashboard/schedule",
     "/dashboard/sources",
     "/dashboard/keys",
@@ -75,7 +77,7 @@ async def visit(
 
 async def test_pages_fit_in_light_and_dark_wide_and_narrow(visit: DashboardVisit) -> None:
     for path in PATHS:
-        await visit.show(path)
+        await visit.show(path.format(workflow_id=visit.workflow_id))
         for width in (320, 1280):
             await visit.page.call(
                 "Emulation.setDeviceMetricsOverride",
