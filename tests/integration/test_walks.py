@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +30,8 @@ GRAPH: Final[dict[str, Any]] = {
     "nodes": [TRIGGER, STEP, LAST],
     "connections": [EDGE, {"sourceNodeId": "step", "targetNodeId": "last"}],
 }
-MAILS: Final = ("sg_raw_mime", "sg_raw_mime_lf")
+MAILS: Final = ("sg_parsed_basic", "sg_raw_mime", "sg_raw_mime_lf")
+"""The first fills caches."""
 
 
 @pytest.fixture
@@ -65,6 +66,16 @@ async def ended(mails: MailHarness) -> AsyncIterator[asyncio.Queue[str]]:
         yield queue
 
 
+async def shortest_walk(attempt: Callable[[], Awaitable[None]], attempts: int = 4) -> FileWalk:
+    """Return the shortest of a few walks: the first fills caches, and any may find one that has just expired."""
+    walks = []
+    for _ in range(attempts):
+        with record_walk() as walk:
+            await attempt()
+        walks.append(walk)
+    return min(walks, key=lambda walk: len(walk.files))
+
+
 def assert_walks(walk: FileWalk, *, through: str, at_most: int) -> None:
     """Check that a walk passes a file, which shows that it is whole, and few files in all."""
     print(walk)  # noqa: T201 - asked for with `pytest -s`
@@ -72,17 +83,22 @@ def assert_walks(walk: FileWalk, *, through: str, at_most: int) -> None:
     assert len(walk.files) <= at_most, walk
 
 
+async def wait_for_end(ended: asyncio.Queue[str], execution_id: str) -> None:
+    async with asyncio.timeout(60):
+        while execution_id != await ended.get():
+            pass
+
+
 async def test_an_execution_walks_through_few_files(
     people: OrganizationUsers, ended: asyncio.Queue[str]
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    for _ in range(2):  # the first loads the workflow into caches
-        with record_walk() as walk:
-            answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
-            async with asyncio.timeout(60):
-                while answer.json()["executionId"] != await ended.get():
-                    pass
-    assert_walks(walk, through="nodes/library/set.py", at_most=70)
+
+    async def execute() -> None:
+        answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+        await wait_for_end(ended, answer.json()["executionId"])
+
+    assert_walks(await shortest_walk(execute), through="nodes/library/set.py", at_most=50)
 
 
 async def test_a_mail_of_sendgrid_walks_through_few_files(
@@ -90,29 +106,31 @@ async def test_a_mail_of_sendgrid_walks_through_few_files(
 ) -> None:
     config = {"sendgrid": {"publicKey": CONFIG["sendgrid"]["public_key"]}}
     workflow_id = await mails.workflow(people.owner, **config)
-    for name in MAILS:
-        (step,) = BY_NAME[name].steps
-        with record_walk() as walk:
-            answer = await mails.post(workflow_id, step)
-            assert answer.status_code == 201, answer.text
-            async with asyncio.timeout(60):
-                while answer.json()["executionId"] != await ended.get():
-                    pass
-    assert_walks(walk, through="nodes/library/set.py", at_most=97)
+    steps = (BY_NAME[name].steps[0] for name in MAILS)
+
+    async def send() -> None:
+        answer = await mails.post(workflow_id, next(steps))
+        assert answer.status_code == 201, answer.text
+        await wait_for_end(ended, answer.json()["executionId"])
+
+    await send()
+    assert_walks(await shortest_walk(send, 2), through="nodes/library/email_trigger.py", at_most=68)
 
 
 async def test_a_deploy_walks_through_few_files(
     mails: MailHarness, people: OrganizationUsers, tmp_path: Path
 ) -> None:
-    workflow_ids = [await people.owner.create(**GRAPH) for _ in range(2)]
     async with (
         open_fake_cluster(tmp_path) as (cluster, _),
         run_test_deployer(
             mails.harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=QUIET_SECONDS
         ),
     ):
-        for workflow_id in workflow_ids:  # the first connects to the cluster
-            with record_walk() as walk:
-                answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/deploy", json={})
+        workflow_ids = iter([await people.owner.create(**GRAPH) for _ in range(4)])
+
+        async def deploy() -> None:
+            path = f"/api/v1/workflows/{next(workflow_ids)}/deploy"
+            answer = await people.owner.api.post(path, json={})
             assert answer.json()["deploymentStatus"] == "running", answer.text
-    assert_walks(walk, through="workers/cluster/manifests.py", at_most=88)
+
+        assert_walks(await shortest_walk(deploy), through="workers/cluster/manifests.py", at_most=60)
