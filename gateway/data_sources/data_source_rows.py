@@ -122,7 +122,7 @@ async def exists(connection: AsyncConnection, source_id: str, *, revision: int |
 
 
 async def add(connection: AsyncConnection, source: DataSource) -> None:
-    """Insert a data source; raises `DataSourceNameTaken`."""
+    """Insert the row of a data source; raises `DataSourceNameTaken` if its organization has one of this name."""
     try:
         await connection.execute(insert(DataSource).values(source.model_dump()))
     except IntegrityError as error:

@@ -159,7 +159,9 @@ def apply_changes(
 def _checked(
     given: Mapping[str, Json], kind: type[DataSourceFields], path: str, problems: ProblemCollector
 ) -> dict[str, object]:
-    """Return validated fields in their stored form."""
+    """Validate fields of a body by their type and return them as stored; each invalid field is added to
+    `problems` instead.
+    """
     try:
         return to_stored(convert(dict(given), kind, path))
     except ApiError as error:

@@ -113,7 +113,7 @@ class DeploymentActivator:
         self._is_released = False
 
     async def start(self) -> None:
-        """Subscribe to notifications of taken runs."""
+        """Receive notifications of runs that workers or pods have claimed; they end the waits of requests."""
         await self._broker.listen(self._receive, subject=wakeups.TAKEN_RUNS)
 
     def release(self) -> None:
@@ -134,7 +134,7 @@ class DeploymentActivator:
 
     @property
     def has_waiting_requests(self) -> bool:
-        """Whether any request waits for a deployment."""
+        """Whether any request waits until pods of its deployment are up."""
         return bool(self._queues)
 
     # ── requests for a deployment ───────────────────────────────────────────────────────────────────────────

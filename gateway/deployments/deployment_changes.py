@@ -171,7 +171,7 @@ class DeployerClient:
 
 
 def has_failed(deployment: Deployment) -> bool:
-    """Return whether its pods can't start."""
+    """Return whether the pods of a deployment can't start, by its stored observed state."""
     return status_of(deployment) is DeploymentStatus.FAILED
 
 

@@ -38,7 +38,7 @@ class PodLogReader:
         self._asked: dict[str, asyncio.Future[Sequence[PodLogEntry]]] = {}
 
     async def start(self) -> None:
-        """Subscribe to the answers of deployers."""
+        """Receive the answers of deployers to requests for log lines of pods."""
         await self._broker.listen(self._receive, subject=POD_LOGS)
 
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:

@@ -70,7 +70,7 @@ class PodNotifier(Protocol):
     """Notifies pods of new runs."""
 
     async def notify_pods(self, workflow_ids: Collection[str]) -> None:
-        """Notify the pods of these workflows."""
+        """Tell the waiting polls of the pods of these workflows that there are runs to claim."""
 
 
 class RunAcceptor:
@@ -143,7 +143,7 @@ class RunAcceptor:
         self._wakeups.submit(None)
 
     async def drain(self) -> None:
-        """Finish pending commits and wakeups."""
+        """Wait until all accepted requests are committed and all wakeups are sent, before the process stops."""
         await self._group.drain()
         await self._separate.drain()
         await self._ingests.drain()

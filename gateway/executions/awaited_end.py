@@ -46,7 +46,7 @@ class WaitPreference:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Header that says which wait was applied."""
+        """Header `Preference-Applied`, which tells the client the wait in seconds that was applied."""
         return {"Preference-Applied": f"wait={self.seconds}"}
 
 

@@ -19,11 +19,11 @@ class EventWaitDelivery:
         self._group: GroupCommit[str, None] = GroupCommit(self._deliver)
 
     def submit(self, event_id: str) -> None:
-        """Queue a committed event for delivery."""
+        """Queue a committed event; runs that wait for such an event get it with the next batch."""
         self._group.submit(event_id)
 
     async def drain(self) -> None:
-        """Deliver all events submitted so far."""
+        """Wait until all events submitted so far are delivered to the runs that wait for them."""
         await self._group.drain()
 
     async def _deliver(self, batch: Sequence[str]) -> Sequence[None]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
-    """Return the choices that a node offers."""
+    """Return the choices that a node with human input offers; empty if any input is allowed."""
     return cast("Sequence[Mapping[str, Json]]", request.get("choices") or [])
 
 

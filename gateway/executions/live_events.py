@@ -76,7 +76,7 @@ class LiveEvents:
             raise errors.not_ready("Too many event streams are open here: poll the progress instead")
 
     async def close(self) -> None:
-        """Finish running queries."""
+        """Wait for the queries that are in progress; open streams must have ended before."""
         await self._heads.drain()
 
     async def check_access(self, key: ExecutionKey, scope: Scope) -> None:

@@ -108,11 +108,11 @@ class LiveHints:
 
     @property
     def open(self) -> int:
-        """Number of open streams."""
+        """Number of open streams of this process."""
         return len(self._queues)
 
     def release(self) -> None:
-        """End all streams, before the process stops."""
+        """End all streams, because the process is about to stop; clients connect again, to another process."""
         self._is_released = True
         for queue in self._queues:
             queue.end()
@@ -142,7 +142,9 @@ class LiveHints:
     async def follow(
         self, queue: HintQueue, caller: ApiCaller, runs: Sequence[ExecutionKey], *, with_list: bool
     ) -> None:
-        """Put hints into a queue until cancelled."""
+        """Put hints about changes of these runs into a queue until cancelled; `with_list` adds those about the
+        organization's list.
+        """
         self._queues.add(queue)
         following = [asyncio.create_task(self._follow_run(queue, key)) for key in runs]
         if with_list:

@@ -95,7 +95,7 @@ class ExecutionPollHub:
                 waiter.end()
 
     async def close(self) -> None:
-        """End all waits and finish running queries."""
+        """End all waits with the current state, and wait for queries in progress."""
         self.release()
         if self._looking is not None:
             self._looking.cancel()

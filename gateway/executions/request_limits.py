@@ -85,7 +85,7 @@ class TokenLease:
     asking: asyncio.Task[None] | None = None
 
     def held(self, now: float) -> int:
-        """Return the number of usable tokens."""
+        """Return the number of leased tokens that are still usable at `now`, a value of the monotonic clock."""
         return self.tokens if now < self.until else 0
 
 
@@ -156,7 +156,7 @@ class RunRateLimiter:
             lease.spent += count
 
     async def drain(self) -> None:
-        """Finish pending requests to Redis."""
+        """Wait until requests for tokens that are in progress have been answered by Redis."""
         await self._demands.drain()
 
     def _lease(self, limit: RateLimit) -> TokenLease:
@@ -169,7 +169,9 @@ class RunRateLimiter:
         return lease
 
     def _headers(self, limits: Sequence[RateLimit]) -> Mapping[str, str]:
-        """Return the rate limit headers of draft-ietf-httpapi-ratelimit-headers-10."""
+        """Return the headers `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10) for
+        these limits.
+        """
         policies, standings = [], []
         for limit in limits:
             rate, lease = limit.rate, self._lease(limit)
@@ -314,7 +316,7 @@ class BacklogLimits:
             workflow.added += count
 
     async def close(self) -> None:
-        """Finish running counts."""
+        """Wait for the queries in progress that count backlogs."""
         await asyncio.gather(*self._counting, return_exceptions=True)
 
     async def _require_workflow_capacity(

@@ -100,7 +100,7 @@ class PathStepShape(WireStruct):
 
 
 def show_blocker(blocker: Blocker) -> BlockerShape:
-    """Return the shape of a blocker."""
+    """Convert a blocker, a reason why a run does not move, to its form in answers."""
     estimate = blocker.estimate
     return BlockerShape(
         code=blocker.code,
@@ -123,12 +123,12 @@ def show_blocker(blocker: Blocker) -> BlockerShape:
 
 
 def show_next(event: NextEvent | None) -> NextEventShape | None:
-    """Return the shape of the next event."""
+    """Convert the next event that can let a run continue to its form in answers; None stays None."""
     return None if event is None else NextEventShape(event=event.event, at=instant(event.at))
 
 
 def show_interval(interval: BlockedInterval) -> BlockedIntervalShape:
-    """Return the shape of a past reason."""
+    """Convert a past interval in which a run was blocked to its form in answers."""
     return BlockedIntervalShape(
         code=interval.code,
         node_id=interval.node_id,

@@ -117,7 +117,7 @@ async def _explain_node(
 
 
 async def is_broker_reachable(broker: Broker) -> bool:
-    """Return whether the broker answers at once."""
+    """Return whether the broker answers a ping within the time limit of an explanation."""
     try:
         async with asyncio.timeout(BROKER_SECONDS):
             await broker.ping()

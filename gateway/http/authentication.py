@@ -98,7 +98,7 @@ class KeyAuthenticator:
         return None if has_key else await self.sessions.caller(scope)
 
     async def close(self) -> None:
-        """Wait for the background writes."""
+        """Wait for background writes, such as the time of the last use of a key."""
         await self._lookups.drain()
         await self.sessions.close()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -47,12 +47,12 @@ class ByteHolding:
             self.bytes = count
 
     def release(self) -> None:
-        """Stop counting the transfer."""
+        """Remove the bytes of the transfer from the budget, because it has ended."""
         self._budget.forget(self)
         self.bytes = 0
 
     def evict(self) -> None:
-        """Drop the transfer in favor of others."""
+        """Drop the transfer, so that its bytes are free for other clients; it ends with a refusal."""
         self.is_evicted = True
         self.release()
         self._evict()
@@ -84,7 +84,7 @@ class ByteBudget:
             (self._slowest(holding.client if is_over_share else None) or holding).evict()
 
     def forget(self, holding: ByteHolding) -> None:
-        """Remove a transfer from the count."""
+        """Remove a transfer and its bytes from the totals of the budget and of its client."""
         if holding in self._holdings:
             self._holdings.discard(holding)
             self._add(holding.client, -holding.bytes)

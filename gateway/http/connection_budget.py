@@ -61,7 +61,7 @@ class BoundedConnection(Protocol):
         """Start of the phase, by the monotonic clock."""
 
     def cut(self) -> None:
-        """Close the connection at once."""
+        """Close the connection at once, without waiting for an answer in progress."""
 
 
 def connections_for(descriptors: int) -> int:
@@ -96,7 +96,7 @@ class ConnectionBudget:
         return False
 
     def leave(self, connection: BoundedConnection) -> None:
-        """Stop counting a connection."""
+        """Remove a connection that has ended from the count of open ones."""
         self._open.pop(connection, None)
 
     def _close_others(self, newcomer: BoundedConnection) -> None:

@@ -172,7 +172,7 @@ class CrossOriginLayer:
 def _cross_origin_headers(
     scope: Scope, origins: Collection[str], answered: Iterable[tuple[bytes, bytes]]
 ) -> Headers:
-    """Return the additional headers of an answer."""
+    """Return the CORS headers to add to an answer, by the origin of the request and the allowed origins."""
     sent: dict[bytes, bytes] = dict(scope["headers"])
     origin = sent.get(b"origin", b"")
     is_for_all = EVERY_ORIGIN in origins

@@ -124,5 +124,5 @@ def _check_scope(caller: ApiCaller, access: KeyScope | AccessRule) -> None:
 
 
 async def answer_unrouted(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request for an unknown path."""
+    """Answer 404 to a request for a path that no route has, as an ASGI application."""
     await errors.not_found().response(scope["request_id"])(scope, receive, send)

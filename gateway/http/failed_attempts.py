@@ -60,7 +60,7 @@ class FailedAttempts:
         return ApiError(429, "rate-limited", self._message, retry_after_seconds=math.ceil(left))
 
     def count(self, client: str) -> None:
-        """Count a failure."""
+        """Count a failed authentication of a client; too many within a time window get refused."""
         failures = self._failures.get(client)
         if failures is None or failures.since + FAILURE_WINDOW_SECONDS < monotonic():
             failures = ClientFailures(since=monotonic())
@@ -78,7 +78,7 @@ class PasswordAttempts:
     """
 
     def __init__(self, message: str) -> None:
-        """Set the message of refusals."""
+        """Set the message of the refusals that clients get after too many wrong passwords."""
         self._failures = FailedAttempts(message)
         self._right: TTLCache[bytes, bool] = TTLCache(RIGHT_SECONDS, MAX_REMEMBERED_CLIENTS)
         self._hashing_key = secrets.token_bytes(32)
@@ -90,7 +90,9 @@ class PasswordAttempts:
             raise refusal
 
     def note(self, client: str, offered: str, *, is_right: bool) -> None:
-        """Record the outcome of an attempt."""
+        """Record the outcome of a password check: a right one is cached briefly, a wrong one counts against the
+        client.
+        """
         if is_right:
             self._right.put(self._digest(offered), value=True)
         else:

@@ -122,7 +122,7 @@ def encode_key(key: IdempotencyKey) -> str:
 
 
 def decode_key(text: str) -> IdempotencyKey:
-    """Return the key that a delivery stores."""
+    """Decode an idempotency key from the JSON text in which a delivery stores it."""
     return IdempotencyKey(*decoding.decode(text, tuple[str, str, str, int]))
 
 

@@ -115,7 +115,7 @@ class KeysetBounds:
     def order(
         self, created_at: SQLColumnExpression[Any], item_id: SQLColumnExpression[Any]
     ) -> Sequence[ColumnElement[Any]]:
-        """Return the order of the list."""
+        """Return the ORDER BY terms of a list: by time, then id, in the direction of the request."""
         if self.is_descending:
             return created_at.desc(), item_id.desc()
         return created_at.asc(), item_id.asc()
@@ -145,7 +145,7 @@ class ListPage(Generic[Item]):
     """Whether more items match than `count` says; both are only set for a page by a cursor."""
 
     def convert(self, show: Callable[[Item], Shown]) -> ListPage[Shown]:
-        """Return the page with each item converted."""
+        """Return the page with `show` applied to each item, such as a row converted for the answer."""
         return ListPage(self.count, [show(one) for one in self.items], self.next_cursor, self.is_lower_bound)
 
 

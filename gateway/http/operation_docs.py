@@ -49,7 +49,7 @@ class OperationDoc:
     """Other success statuses."""
 
     def refusing(self, *codes: str) -> OperationDoc:
-        """Return a copy with further error codes."""
+        """Return a copy of the documentation with further error codes that the operation answers."""
         return replace(self, refusals=(*self.refusals, *codes))
 
 

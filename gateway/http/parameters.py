@@ -39,7 +39,7 @@ class QueryParameter(ABC, Generic[Value]):
     @property
     @abstractmethod
     def schema(self) -> dict[str, Json]:
-        """JSON Schema of the allowed values."""
+        """JSON Schema of the allowed values, for the OpenAPI document."""
 
     @abstractmethod
     def read(self, given: Sequence[str]) -> Value:

@@ -80,7 +80,9 @@ class RequestHolding:
                 self.refusal = errors.busy("Too many concurrent requests of this address")
 
     def release(self) -> None:
-        """Release the request's share of the limits."""
+        """Free the request's share of the limits: its slot of the client and the bytes of its body. Repetitions
+        change nothing.
+        """
         self.body.release()
         if self.client and not self._is_released:
             self._bounds.requests[self.client] -= 1
@@ -125,7 +127,7 @@ class BufferedTransport:
             self._lingering = self._loop.call_later(self._linger_seconds, self.abort)
 
     def closed(self) -> None:
-        """Handle the loss of the connection."""
+        """Cancel the timer that would cut off a slow client, because the connection is gone."""
         if self._lingering is not None:
             self._lingering.cancel()
 

@@ -48,11 +48,11 @@ class TrustedProxies:
 
     @property
     def has_names(self) -> bool:
-        """Whether there are host names to resolve."""
+        """Whether any trusted proxy is set by host name, so that names must be resolved."""
         return bool(self._names)
 
     async def follow(self) -> None:
-        """Resolve the host names periodically."""
+        """Resolve the host names of the proxies again and again, until cancelled."""
         while True:
             await self.resolve()
             await asyncio.sleep(RESOLVE_SECONDS)

@@ -251,6 +251,6 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
 
 
 def example(code: str) -> ErrorResponse:
-    """Return an example response with this code."""
+    """Return an example of a refusal with this error code, for the OpenAPI document."""
     reason = ErrorReason(code=code, message=ERROR_CODES[code].meaning, details=[])
     return ErrorResponse(success=False, error=reason, request_id="req_01jx7v2m9e5t8w3q6r4y0z1abc")

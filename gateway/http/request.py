@@ -269,7 +269,7 @@ class BodyLimit:
     """Setting to name in the refusal; empty when no setting changes the limit."""
 
     def exceeded(self) -> ApiError:
-        """Return the refusal of a larger body."""
+        """Return the 413 for a larger body, which names the limit and the setting that changes it."""
         return errors.too_large(self.bytes, self.setting)
 
 

@@ -47,7 +47,7 @@ class NoContent:
 
 
 def location(settings: GatewaySettings, execution_id: str) -> dict[str, str]:
-    """Return the `Location` header of an execution."""
+    """Return the header `Location` with the address of an execution: absolute if the public URL is set."""
     return {"Location": f"{settings.public_url.rstrip('/')}/api/v1/executions/{execution_id}"}
 
 

@@ -130,7 +130,7 @@ class SenderAuthenticator:
         return sender
 
     async def close(self) -> None:
-        """Wait for the background writes."""
+        """Wait for lookups of tokens and for background writes, such as the time of a token's last use."""
         await self._lookups.drain()
         await asyncio.gather(*self._background, return_exceptions=True)
 

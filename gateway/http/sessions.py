@@ -63,7 +63,7 @@ class SessionAuthenticator:
         self._kept.drop(hashed)
 
     async def close(self) -> None:
-        """Wait for the background writes."""
+        """Wait for background writes, such as the time of the last use of a session."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _find(self, hashed: str) -> FoundSession | None:

@@ -41,7 +41,7 @@ class ProblemCollector:
         return len(self.found) >= limits.FINDINGS
 
     def raise_any(self) -> None:
-        """Raise 422 `validation-failed` when there are problems."""
+        """Raise one 422 `validation-failed` that lists all collected problems; do nothing without any."""
         if self.found:
             raise errors.invalid(self.found)
 

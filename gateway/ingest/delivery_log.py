@@ -103,7 +103,9 @@ class InboundRequest:
         )
 
     def repetition_delivery(self, now: datetime, *, status: int, execution_id: str | None) -> Delivery:
-        """Return the delivery of a repetition."""
+        """Return the delivery of a repeated request, which started no run; `execution_id` is the first one's
+        run.
+        """
         return self._delivery(
             now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
         )
@@ -115,7 +117,9 @@ class InboundRequest:
         )
 
     def refusal_delivery(self, now: datetime, error: ApiError) -> Delivery:
-        """Return the delivery of a refused request."""
+        """Return the delivery of a refused request: shed for lack of capacity, otherwise rejected with the
+        error.
+        """
         is_shed = error.status == TOO_MANY
         return self._delivery(
             now,
@@ -228,7 +232,7 @@ class DeliveryLog:
         return size == 0 or self._kept.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:
-        """Commit the waiting deliveries."""
+        """Commit the deliveries that wait for the next group commit, before the process stops."""
         await self._group.drain()
 
     async def _commit(self, batch: Sequence[Delivery]) -> Sequence[None]:

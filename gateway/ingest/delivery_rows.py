@@ -64,7 +64,7 @@ class DeliveryFilter:
 
 
 async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: ApiCaller) -> Delivery | None:
-    """Return a delivery of the caller's organization."""
+    """Return a delivery of the caller's organization; None if it doesn't exist there."""
     statement = select(Delivery).where(
         col(Delivery.id) == delivery_id, col(Delivery.organization_id) == caller.organization_id
     )

@@ -69,7 +69,7 @@ class QueueMessage(GuardedWire):
     def planned(
         self, now: datetime, idempotency_key: IdempotencyKey | None, callback_url: str | None
     ) -> RunInput:
-        """Return the input of the message's run."""
+        """Return the run that the message starts: its trigger output, priority, delay and callback URL."""
         trigger = {"message": self.payload, "priority": self.priority, "source": self.source}
         return RunInput(
             trigger=trigger,
@@ -95,7 +95,7 @@ class BatchMessage(QueueMessage, forbid_unknown_fields=True):
     """Metadata by which lists find the run; it replaces that of `settings.metadata` with the same keys."""
 
     def labels(self) -> Sequence[RunLabel]:
-        """Return the tags and metadata; raises 422."""
+        """Tags and metadata of the message as labels of its run; raises 422 for invalid ones."""
         return run_labels.read_labels(self.tags, self.metadata)
 
 

@@ -100,7 +100,7 @@ class EventDispatchPlan:
         self.has_other = True
 
     def refuse(self, workflow: LoadedWorkflow, error: ApiError) -> None:
-        """Leave out a workflow without capacity."""
+        """Skip a workflow whose backlog is full: record the error as its outcome, and start no run of it."""
         self.outcomes.append(
             WorkflowEventOutcome(workflow.id, workflow.name, None, (error.code, error.message))
         )
@@ -108,7 +108,7 @@ class EventDispatchPlan:
 
 
 def build_event_input(event: SenderEvent) -> dict[str, Json]:
-    """Return the input of an event's runs."""
+    """Return the trigger's output for the runs that an event starts: its type, data, source and attributes."""
     event_input: dict[str, Json] = {
         "event_type": event.event_type,
         "event_data": event.data,

@@ -89,7 +89,7 @@ class RejectedSamples:
         return self._per_workflow.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:
-        """Write the waiting samples at once."""
+        """Write the samples of refused requests that wait for the next write, before the process stops."""
         self._is_urgent.set()
         if self._writing is not None:
             await self._writing

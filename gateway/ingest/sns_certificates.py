@@ -83,7 +83,7 @@ class SnsCertificateCache:
             )
 
     async def close(self) -> None:
-        """Close connections after the pending requests."""
+        """Wait for downloads of certificates in progress, then close the HTTP client."""
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
         await self._client.close()
 

@@ -49,7 +49,7 @@ class SubscriptionCache:
         return await self._lookups.submit((organization_id, event_type))
 
     async def drain(self) -> None:
-        """Finish the pending lookups."""
+        """Wait for lookups of subscriptions in progress, before the process stops."""
         await self._lookups.drain()
 
     async def _look_up(self, batch: Sequence[OfType]) -> Sequence[SubscribedWorkflows]:

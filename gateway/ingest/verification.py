@@ -82,7 +82,7 @@ class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def scheme(self) -> HmacScheme:
-        """Signature scheme of the provider `hmac`."""
+        """Signature scheme for the provider `hmac`, built from the fields of the trigger's config."""
         return HmacScheme(
             self.header,
             self.algorithm,

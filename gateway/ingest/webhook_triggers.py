@@ -138,7 +138,7 @@ def parse_request(hook: WebhookTrigger, request: SenderRequest) -> ParsedWebhook
 
 
 def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dict[str, Json]:
-    """Return the output of the trigger node."""
+    """Return the output of the webhook trigger node for a request: body, headers, query and method."""
     query: dict[str, Json] = {
         sender_event.storable_text(name): _one_or_all([sender_event.storable_text(value) for value in values])
         for name, values in request.query.items()

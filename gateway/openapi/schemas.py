@@ -99,7 +99,7 @@ def _implied_keywords(schema: Mapping[str, Any]) -> dict[str, Json]:
 
 
 def _parts_of(types: Iterable[object]) -> Iterator[object]:
-    """Yield types, and the members of unions."""
+    """Yield each type; for a union, yield its members too."""
     for kind in types:
         yield kind
         if isinstance(kind, UnionType):

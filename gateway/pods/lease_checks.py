@@ -54,7 +54,7 @@ class LeaseHolder:
 
     @property
     def owner(self) -> str:
-        """Name under which this process owns leases."""
+        """Name under which the process of the pod owns leases on runs: `pod:<workflow>:<pod>/<start>`."""
         return lease_owner(self.workflow_id, self.process)
 
 

@@ -58,7 +58,7 @@ class PodAuthenticator:
         return LeaseHolder(bearer.workflow_id, bearer.organization_id, bearer.shard, process)
 
     def forget(self) -> None:
-        """Drop all cached tokens."""
+        """Drop all cached tokens, so that a revoked one is refused at once."""
         self._remembered.clear()
 
     async def _bearer(self, token: str, client: str) -> TokenBearer:

@@ -51,7 +51,7 @@ TABLE: Sequence[PodRoute] = (
 
 
 def endpoints(table: Sequence[PodRoute]) -> Mapping[str, ASGIApp]:
-    """Return the endpoint of each path."""
+    """Return the endpoint of each path of the API for pods, with the methods of that path."""
     found: dict[str, PathEndpoint] = {}
     for line in table:
         one = PodEndpoint(line.method, line.handler)

@@ -226,7 +226,7 @@ def _port(given: str | None, default: str, path: str, problems: ProblemCollector
 
 
 def stored_retry(retry: RetryShape) -> dict[str, Json]:
-    """Return the given fields of a retry."""
+    """Return the retry policy of a node as stored: only the fields that the request has set."""
     shown: dict[str, Json] = {
         "maxAttempts": retry.max_attempts,
         "backoff": retry.backoff,
@@ -249,13 +249,13 @@ class LayoutInput(NamedTuple):
 
 
 def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> LayoutInput:
-    """Return the layout input of a graph."""
+    """Return the input of the layout engine for a graph: node ids, edges and present positions."""
     edges = [(str(edge["source"]), str(edge["target"])) for edge in connections]
     return LayoutInput([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
 
 
 def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
-    """Return nodes with new positions."""
+    """Return nodes with new canvas positions, one for each node in the same order."""
     return [
         {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
         for node, (x, y) in zip(nodes, places, strict=True)
@@ -288,7 +288,7 @@ def _place(node: StoredNode) -> CardPosition | None:
 
 
 def graph_of(stored: StoredWorkflow) -> ParsedGraph:
-    """Return the parsed graph of a workflow."""
+    """Parse the stored nodes and connections of a workflow to a graph, without its run settings."""
     return ParsedGraph.from_stored(definition_snapshot.build_definition(stored.nodes, stored.connections, {}))
 
 

@@ -98,7 +98,9 @@ def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> 
 def with_changes(
     before: StoredWorkflow, node_id: str, changes: NodeChanges, catalog: NodeCatalog
 ) -> StoredWorkflow:
-    """Change a node."""
+    """Return a workflow with changed fields of one node; raises 404 for an unknown node and 422 for invalid
+    fields.
+    """
     node = node_of(before, node_id)
     problems = ProblemCollector()
     after = dict(node)
@@ -124,19 +126,19 @@ def with_changes(
 
 
 def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:
-    """Replace the input mappings of a node."""
+    """Return a workflow with other input mappings of one node; raises 404 for an unknown node."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "inputMappings": mappings})
 
 
 def with_pass_through(before: StoredWorkflow, node_id: str, values: Mapping[str, str]) -> StoredWorkflow:
-    """Replace the pass-through values of a node."""
+    """Return a workflow with other pass-through values of one node; raises 404 for an unknown node."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "passThroughValues": dict(values)})
 
 
 def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
-    """Remove a node and all its connections."""
+    """Return a workflow without one node and its connections; raises 404 for an unknown node."""
     nodes = [node for node in before.nodes if node["id"] != node_id]
     if len(nodes) == len(before.nodes):
         raise errors.not_found("node")
@@ -228,7 +230,7 @@ def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: Node
 
 
 def without_connection(before: StoredWorkflow, connection_id: str) -> StoredWorkflow:
-    """Remove a connection."""
+    """Return a workflow without one connection; raises 404 for an unknown id."""
     connections = [edge for edge in before.connections if edge["id"] != connection_id]
     if len(connections) == len(before.connections):
         raise errors.not_found("connection")

@@ -110,7 +110,7 @@ def refusal_error(errors: Sequence[Problem]) -> ApiError:
 
 
 def _number(items: Sequence[NodeInput] | Sequence[ConnectionInput], prefix: str) -> None:
-    """Number the items without ids."""
+    """Give each item without an id the next free id of the form `<prefix>-<number>`."""
     taken = {item.id for item in items}
     free = (name for number in count(1) if (name := f"{prefix}-{number}") not in taken)
     for item in items:

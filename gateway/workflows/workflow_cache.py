@@ -126,7 +126,7 @@ class WorkflowCache:
             kept.fresh_until = 0.0
 
     async def close(self) -> None:
-        """Wait for running queries."""
+        """Wait for queries in progress that load workflows."""
         await asyncio.gather(*self._loads.values(), return_exceptions=True)
 
     async def _load_once(self, key: tuple[str, str]) -> LoadedWorkflow | None:

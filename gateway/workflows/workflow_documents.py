@@ -127,7 +127,7 @@ class CredentialFreeWorkflow:
 
 
 def strip_credentials(stored: StoredWorkflow) -> CredentialFreeWorkflow:
-    """Remove values that look like credentials."""
+    """Return a workflow without values that look like credentials, and the paths of the removed ones."""
     removed: list[RemovedSecret] = []
 
     def kept(value: Json, part: str, node_id: str | None) -> Json:
@@ -185,7 +185,7 @@ def copy_workflow(
 
 
 def name_of_copy(name: str) -> str:
-    """Return the name of a duplicate."""
+    """Return the name of a copied workflow: the original name, cut to the limit, with a suffix."""
     return name[: limits.WORKFLOW_NAME_LENGTH - len(COPY)].rstrip() + COPY
 
 

@@ -191,7 +191,7 @@ def _conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnEle
 
 
 def searched_in(name: str, description: str) -> str:
-    """Return the text that searches match."""
+    """Return the folded text of name and description in which the search of lists looks for words."""
     return _folded(f"{name}\n{description}")
 
 
@@ -375,7 +375,7 @@ async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:
 
 
 def snapshot(stored: StoredWorkflow) -> dict[str, object]:
-    """Return the content of a version's snapshot."""
+    """Return the content of a version: all that a restore brings back, such as name, graph and settings."""
     workflow = stored.workflow
     return {
         "name": workflow.name,
@@ -388,7 +388,7 @@ def snapshot(stored: StoredWorkflow) -> dict[str, object]:
 
 
 async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:
-    """Insert the rows of a new workflow."""
+    """Insert the trigger and schedule rows of a new workflow; only an active one gets a schedule."""
     workflow = stored.workflow
     triggers = _triggers(workflow, stored.nodes, catalog)
     await _insert(connection, triggers)

@@ -317,7 +317,7 @@ def _merged(
 
 
 def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:
-    """Return the Workflow object without its graph."""
+    """Return the Workflow object of the API without its graph, as in lists."""
     return {
         "id": workflow.id,
         "name": workflow.name,
@@ -335,7 +335,7 @@ def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:
 
 
 def show_workflow(stored: StoredWorkflow) -> dict[str, Json]:
-    """Return the Workflow object."""
+    """Return the Workflow object of the API with its graph, config and settings."""
     workflow = stored.workflow
     return {
         **show_summary(workflow),
