@@ -151,7 +151,7 @@ def check_graph(
 
 
 def find_trigger(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeRegistry) -> TriggerNode | None:
-    """Return the first trigger of a graph."""
+    """Return the first node of a graph whose type is a trigger; None for a graph without one."""
     for node in nodes:
         node_type = catalog.node_types.get(str(node["type"]))
         if node_type is not None and node_type.is_trigger:

@@ -58,7 +58,7 @@ class GroupCommit(Generic[Item, Answer]):
 
     @property
     def depth(self) -> int:
-        """Number of waiting items."""
+        """Number of submitted items that wait for the next commit."""
         return len(self._waiting)
 
     @property
@@ -67,7 +67,7 @@ class GroupCommit(Generic[Item, Answer]):
         return self._task is None
 
     async def drain(self) -> None:
-        """Wait until every submitted item has its answer."""
+        """Wait until every submitted item is committed or has failed."""
         while self._task is not None:
             await asyncio.shield(self._task)
 

@@ -178,7 +178,7 @@ class RunJournal:
         """Whether a result was committed since the run was claimed."""
 
     def record(self, span: NodeSpan) -> None:
-        """Buffer a span for the next commit."""
+        """Add the new state of a node to the next commit; an earlier uncommitted state is replaced."""
         self._write.spans.append(span)
         if any(
             text is not None and len(text) > self._max_row_bytes
@@ -195,7 +195,7 @@ class RunJournal:
                 self._settled.add(span.node_id)
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
-        """Buffer an attempt for the next commit."""
+        """Add the record of one attempt of a node to the next commit."""
         self._write.attempts.append(attempt)
 
     def log(self, line: LogLine) -> None:

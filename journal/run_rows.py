@@ -291,7 +291,7 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
 
 
 def decode_error(stored: str | None) -> RunError | None:
-    """Decode an error from its JSON text."""
+    """Decode the error of a run or node from the JSON text of its column; None for NULL."""
     if stored is None:
         return None
     fields = decoding.decode(stored)

@@ -118,7 +118,7 @@ class ScheduleRunResult:
     """Number of schedules that are no longer due."""
 
     def add(self, other: ScheduleRunResult) -> None:
-        """Add the results of other schedules."""
+        """Add the counts and keys of another batch of schedules to this result."""
         self.runs += other.runs
         self.passed += other.passed
         self.problems += other.problems
@@ -292,7 +292,7 @@ class _ScheduleWriter:
         self._moves: list[dict[str, Any]] = []
 
     async def decide(self, row: RowMapping, runnable: ScheduleDefinition) -> None:
-        """Decide about a schedule and collect its runs."""
+        """Decide whether a due schedule starts a run now, and collect the rows to write for it."""
         workflow_id, now = row["workflow_id"], from_microseconds(row["now"])
         self.started.decided += 1
         try:
@@ -322,7 +322,7 @@ class _ScheduleWriter:
         self._move(row, **changes)
 
     async def write(self) -> None:
-        """Write all collected rows."""
+        """Write the collected rows of all decided schedules: definitions, runs, labels and next times."""
         if self._executions:
             await self._write_definitions()
             await self._connection.execute(insert(Execution), self._executions)

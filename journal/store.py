@@ -356,7 +356,7 @@ class RunStore(Protocol):
         """Extend leases, only those of `owner` if it is given; a lease that is not among the answers is lost."""
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return the texts of definitions."""
+        """Return the JSON texts of definition snapshots by their keys."""
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return the recorded spans of runs by execution id, ordered by their sequence numbers."""
@@ -386,7 +386,7 @@ class RunStore(Protocol):
         """Return a store on the same database for the event loop of another thread."""
 
     async def close(self) -> None:
-        """Close connections and threads after their present work."""
+        """Close connections and threads after their present work; the store is unusable then."""
 
 
 class JournalStore(RunStore, Protocol):

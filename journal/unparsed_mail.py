@@ -80,7 +80,9 @@ class UnparsedMail(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
 
     @classmethod
     def from_text(cls, text: str | bytes) -> UnparsedMail:
-        """Parse the JSON text; raises `ValueError`."""
+        """Parse the text that the row of a run has until its mail is parsed; raises `ValueError` for any other
+        text.
+        """
         return _decode(text).intake
 
     def as_json(self) -> dict[str, Json]:

@@ -51,7 +51,9 @@ async def report_presence(
 async def store_presence(
     connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int
 ) -> None:
-    """Insert or renew the row of a worker."""
+    """Insert or renew the row by which a worker shows that it lives, with its capacity and the number of held
+    runs.
+    """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(WorkerPresence).values(
         owner=owner,
@@ -69,7 +71,7 @@ async def store_presence(
 
 
 async def end_presence(connection: AsyncConnection, *, owner: str) -> None:
-    """Store the orderly end of a worker."""
+    """Record that a worker has stopped in order, so that it no longer counts as alive."""
     await connection.execute(
         update(WorkerPresence)
         .where(col(WorkerPresence.owner) == owner)

@@ -37,7 +37,7 @@ class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_text(cls, text: bytes) -> BlobReference:
-        """Parse a reference from JSON text; raises `InvalidBlobReference`."""
+        """Parse the reference that stands for a large value in a row; raises `InvalidBlobReference`."""
         try:
             return decoding.decode(text, _BlobReferenceEnvelope).blob
         except msgspec.DecodeError as error:
@@ -49,7 +49,7 @@ class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return wrapped
 
     def as_text(self) -> bytes:
-        """Return the JSON text, as rows hold it."""
+        """Return the JSON text that stands in a row for the large value."""
         return msgspec.json.encode(_BlobReferenceEnvelope(self))
 
 

@@ -52,10 +52,10 @@ class BlobStorage(Protocol):
         """Store a blob durably; an existing one is kept or replaced by the same bytes."""
 
     def open(self, owner: BlobOwner, sha256: str) -> AbstractAsyncContextManager[OpenBlob]:
-        """Open a blob; raises `BlobLost`."""
+        """Open a blob for reading in pieces until the block ends; raises `BlobLost` if it is missing."""
 
     async def close(self) -> None:
-        """Close connections and threads."""
+        """Close connections and threads, when no transfer is in progress any more."""
 
 
 class ManagedBlobStorage(BlobStorage, Protocol):

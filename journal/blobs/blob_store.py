@@ -38,7 +38,9 @@ class RunBlobs:
     async def put(
         self, owner: BlobOwner, content: bytes, *, media_type: str, name: str = ""
     ) -> BlobReference:
-        """Store a blob durably; raises `BlobsUnavailable`."""
+        """Store content as a blob named by its SHA-256, durably, and return the reference to it; raises
+        `BlobsUnavailable`.
+        """
         _require_ids(owner)
         async with self._transfers, _limit_time():
             digest = await asyncio.to_thread(lambda: hash_of(content).hexdigest())
@@ -74,7 +76,7 @@ class BlobStore(RunBlobs):
         self._backend = backend
 
     async def delete_runs(self, owners: Iterable[BlobOwner]) -> None:
-        """Delete all blobs of deleted runs; raises `BlobsUnavailable`."""
+        """Delete all blobs that belong to these deleted runs; raises `BlobsUnavailable`."""
         for owner in owners:
             _require_ids(owner)
             await self._backend.delete(owner)

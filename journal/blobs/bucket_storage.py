@@ -50,7 +50,7 @@ class BucketBlobStorage:
         )
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Write an object; see `BlobStorage.put`."""
+        """Write a blob as an object of the bucket, with its media type and file name as attributes."""
         attributes = {
             "Content-Type": label.type,
             **({NAME_ATTRIBUTE: quote(label.name)} if label.name else {}),
@@ -62,7 +62,9 @@ class BucketBlobStorage:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open an object; see `BlobStorage.open`."""
+        """Open the object of a blob for reading in pieces until the block ends; raises `BlobLost` if it is
+        missing.
+        """
         with _translate_errors():
             result = await obstore.get_async(self._store, _blob_path(owner, sha256))
         attributes = result.attributes
@@ -70,13 +72,13 @@ class BucketBlobStorage:
         yield OpenBlob(label, result.meta["size"], _read_chunks(result))
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Delete the objects of an owner; see `ManagedBlobStorage.delete`."""
+        """Delete all objects of one run, or of one chain of resumed runs."""
         with _translate_errors():
             async for listed in obstore.list(self._store, prefix=_blob_path(owner, "")):
                 await obstore.delete_async(self._store, [entry["path"] for entry in listed])
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Find owners with only older objects; see `ManagedBlobStorage.idle_owners`."""
+        """Yield batches of owners with objects that are all older than `age`, by the time of the bucket."""
         since = await self._now() - age
         newest: dict[BlobOwner, datetime] = {}
         with _translate_errors():

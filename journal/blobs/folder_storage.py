@@ -46,12 +46,14 @@ class FolderBlobStorage:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Write a file durably; see `BlobStorage.put`."""
+        """Write a blob to a file in the folder of its owner, durable when the call returns."""
         await self._in_thread(lambda: self._put(owner, sha256, content, label))
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a file; see `BlobStorage.open`."""
+        """Open the file of a blob for reading in pieces until the block ends; raises `BlobLost` if it is
+        missing.
+        """
         file, label, size = await self._in_thread(lambda: _open_labeled(self._of(owner) / sha256))
         try:
             yield OpenBlob(label, size, self._chunks(file))
@@ -59,17 +61,17 @@ class FolderBlobStorage:
             file.close()
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Remove the folder of an owner; see `ManagedBlobStorage.delete`."""
+        """Remove the folder with all blobs of one run, or of one chain of resumed runs."""
         await self._in_thread(lambda: _remove_folder(self._of(owner)))
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Find unchanged folders; see `ManagedBlobStorage.idle_owners`."""
+        """Yield batches of owners whose folders have not changed for `age`."""
         found = self._idle(age.total_seconds())
         while batch := await self._in_thread(lambda: list(islice(found, BATCH_OWNERS))):
             yield batch
 
     async def close(self) -> None:
-        """Shut the threads down after their present work."""
+        """End the threads after their present reads and writes, without waiting for them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

@@ -132,12 +132,12 @@ class EncodedTrigger:
 
     @property
     def is_large(self) -> bool:
-        """Whether the body is stored as a blob."""
+        """Whether the body is too large for the row of its run, and is stored as a blob."""
         return len(self.content) - len(self.rest) - len(_FIELD) > MAX_ROW_BYTES
 
     @property
     def body(self) -> bytes:
-        """JSON of the body alone."""
+        """JSON text of the body alone, without the other fields of the trigger's output."""
         return self.content[len(_FIELD) : len(self.content) - len(self.rest)]
 
     def as_row(self, reference: BlobReference) -> str:

@@ -45,7 +45,7 @@ async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[B
 
 
 async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequence[BlobOwner]:
-    """Return the owners that no execution refers to."""
+    """Return those owners of blobs that no execution refers to any more, so that their blobs may be deleted."""
     unused: list[BlobOwner] = []
     for begin in range(0, len(owners), BATCH_OWNERS):
         batch = owners[begin : begin + BATCH_OWNERS]
@@ -55,7 +55,7 @@ async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequen
 
 
 async def _referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
-    """Return the ids that rows refer to."""
+    """Return those ids that an execution has, or that a resumed or replayed execution refers to."""
     # Each part has an index of its own.
     resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)
     replayed = col(Execution.replay_of).is_not(None) & col(Execution.key_id).in_(key_ids)

@@ -162,7 +162,7 @@ async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> 
 async def _update_deployment(
     connection: AsyncConnection, seen: DeploymentActivity, changes: dict[str, Any]
 ) -> DeploymentActivity:
-    """Update columns of a locked deployment."""
+    """Write changed columns of a deployment whose row is locked; returns its activity with the new values."""
     deployment = seen.deployment
     await connection.execute(
         update(Deployment).where(col(Deployment.workflow_id) == deployment.workflow_id).values(changes)

@@ -250,5 +250,5 @@ class Explanation:
 
     @property
     def primary(self) -> BlockerCode:
-        """Code of the first blocker, or `none`."""
+        """Code of the first blocker, the one to act on first, or `none`."""
         return self.blockers[0].code if self.blockers else BlockerCode.NONE

@@ -155,5 +155,5 @@ def _elapsed(since: datetime | None, now: datetime) -> float | None:
 
 
 def moment_text(moment: datetime | None) -> str | None:
-    """Return a time as the API writes it."""
+    """Format a time by ISO 8601 as the API shows it; None stays None."""
     return None if moment is None else timestamps.format_timestamp(moment)

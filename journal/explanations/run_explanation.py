@@ -111,13 +111,13 @@ def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
 
 
 def present_workers(workers: Sequence[WorkerPresence], now: datetime) -> list[WorkerPresence]:
-    """Return the workers that have reported lately."""
+    """Return the workers that have not ended and reported within the last seconds, so that they count as alive."""
     earliest = now - timedelta(seconds=ABSENT_SECONDS)
     return [worker for worker in workers if worker.ended_at is None and worker.seen_at >= earliest]
 
 
 def no_worker(workers: Sequence[WorkerPresence], queue: str, *, since: datetime | None) -> Blocker:
-    """Return the blocker of runs without any worker."""
+    """Return the blocker of runs that no living worker can claim, with the request or action that helps."""
     seen_at = max((worker.seen_at for worker in workers), default=None)
     text = "No worker was ever seen" if seen_at is None else "No worker reports any more"
     return Blocker(
@@ -234,7 +234,7 @@ def _deferred_blocker(facts: RunFacts) -> Blocker:
 
 
 def workflow_paused(workflow_id: str, *, since: datetime | None) -> Blocker:
-    """Return the blocker of a paused workflow."""
+    """Return the blocker of runs whose workflow is paused, with the request that activates it."""
     return Blocker(
         BlockerCode.WORKFLOW_PAUSED,
         "The workflow is paused; its runs start when it is active again",
@@ -362,7 +362,7 @@ def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
 
 
 def _next_event(facts: RunFacts, blockers: Sequence[Blocker]) -> NextEvent | None:
-    """Return the earliest event at a known time."""
+    """Return the earliest of the events with a known time that may let the run continue."""
     run = facts.run
     moments = [
         NextEvent(_EVENTS.get(one.code, one.code.value), one.until)
@@ -385,7 +385,7 @@ def _text(moment: datetime | None) -> str | None:
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median of at least one value."""
+    """Return the median of a sequence with at least one value."""
     return percentile(values, 0.5)
 
 

@@ -58,7 +58,7 @@ class PostgresqlInserts:
     # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; see `JournalStore.accept`."""
+        """Insert runs, those under a concurrency limit one by one; answers are in the order of the batch."""
         answers: dict[str, AcceptanceResult] = {}
         for item in batch:
             if not item.may_wait:
@@ -128,7 +128,9 @@ class PostgresqlInserts:
     # ── inbound requests ────────────────────────────────────────────────────────────────────────────────────
 
     async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
-        """Store inbound requests; see `JournalStore.ingest`."""
+        """Store inbound requests with their runs, those that share keys one after another; answers are in the
+        order of the batch.
+        """
         answers: dict[str, IngestResult] = {}
         waiting: Sequence[IngestWrite] = batch
         while waiting:

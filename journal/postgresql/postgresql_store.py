@@ -127,15 +127,21 @@ class PostgreSQLStore:
         self._inserts = PostgresqlInserts(pool, self._fetch, self._repeat)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; see `JournalStore.accept`."""
+        """Insert runs in one transaction; the answers, in the order of the batch, tell which are new, repeated
+        or stale.
+        """
         return await self._inserts.accept(batch)
 
     async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
-        """Store inbound requests; see `JournalStore.ingest`."""
+        """Store inbound requests with their runs, each in one transaction; answers are in the order of the
+        batch.
+        """
         return await self._inserts.ingest(batch)
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Claim pending runs; see `RunStore.claim`."""
+        """Take the best pending runs for a process: sets lease and fencing token, counts the attempt. See
+        `RunStore.claim`.
+        """
         asked_at = monotonic()
         # A repeated claim would take other runs, and the first ones would have no executor.
         rows = await self._fetch(*_claim_statement(claim), may_repeat=_was_rolled_back)
@@ -144,13 +150,17 @@ class PostgreSQLStore:
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Return whether suspects wait; see `RunStore.has_suspects`."""
+        """Return whether runs that lost several workers wait to be run apart; those with too many losses don't
+        count.
+        """
         return bool(
             await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write the progress of runs; see `RunStore.record`."""
+        """Write spans and ends of runs; returns the ids of runs whose fencing token was still valid. See
+        `RunStore.record`.
+        """
         batch = sorted(batch, key=lambda write: write.execution_id)
         try:
             return await self._record(_RECORD, batch, owner)
@@ -194,7 +204,7 @@ class PostgreSQLStore:
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases; see `RunStore.renew`."""
+        """Extend leases by `lease_seconds`; a lease that is not among the answers is lost."""
         left = sorted((lease.execution_id, lease.shard, lease.token) for lease in held)
         renewed: list[RenewalResult] = []
         for pause_seconds in (*RENEW_PAUSES_SECONDS, None):
@@ -213,12 +223,14 @@ class PostgreSQLStore:
         return [*renewed, *(RenewalResult(execution_id, None, is_locked=True) for execution_id, _, _ in left)]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return definitions; see `RunStore.definitions`."""
+        """Return the JSON texts of definition snapshots by their keys."""
         rows = await self._fetch(_DEFINITIONS, *transpose_rows(keys, 3))
         return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return recorded spans; see `RunStore.spans`."""
+        """Return the recorded spans of runs by execution id, in their order, so that another process can
+        continue.
+        """
         asked = dict.fromkeys(keys)
         found: dict[str, list[NodeSpan]] = {key.execution_id: [] for key in asked}
         for row in await self._fetch(_SPANS, *transpose_rows(asked, 2)):
@@ -226,11 +238,11 @@ class PostgreSQLStore:
         return found
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the ends of logs; see `RunStore.last_log_lines`."""
+        """Return the highest sequence number of each run's log; runs without a log are left out."""
         return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *transpose_rows(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return the progress of runs; see `JournalStore.progress`."""
+        """Return status and progress of runs, with outputs of ended runs only."""
         outputs: dict[str, list[tuple[str, str]]] = {}
         references: dict[str, list[str]] = {}
         rows = await self._fetch(_PROGRESS, *transpose_rows(dict.fromkeys(keys), 2))
@@ -258,7 +270,9 @@ class PostgreSQLStore:
         return len(await self._fetch(_PROMOTE_DUE))
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Reclaim the runs of dead workers; see `RunStore.sweep`."""
+        """Free up to `limit` runs of dead workers, make due runs pending, and report whether unclaimed runs
+        wait.
+        """
         # Before due runs: a run of a dead worker has waited longest, for the end of its lease and then for
         # this sweep.
         rows = await self._fetch(_SWEEP, limit, CRASHED_ERROR)
@@ -275,11 +289,15 @@ class PostgreSQLStore:
         return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, OUT_OF_MEMORY_ERROR, counts))
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Release runs that never started; see `RunStore.release`."""
+        """Release the runs that a living owner claimed but never started, except those in `held`; returns their
+        number.
+        """
         return len(await self._fetch(_RELEASE, owner, list(held)))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Request a stop or cancel; see `JournalStore.request_end`."""
+        """Request a run to `stop` or `cancel`; a run that no process holds ends at once. None for an unknown
+        run.
+        """
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
         if not rows:
@@ -293,7 +311,7 @@ class PostgreSQLStore:
         return await connect_postgresql(self._url, connections=1, clock=self.clock)
 
     async def close(self) -> None:
-        """Close the pool after its present statements."""
+        """Close the connections after their present statements, or cut them off after a time limit."""
         try:
             await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
         except TimeoutError:

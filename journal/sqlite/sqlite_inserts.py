@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 def insert_runs(
     connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int
 ) -> list[AcceptanceResult]:
-    """Insert runs; see `JournalStore.accept`."""
+    """Insert runs in the open transaction; answers are in the order of the batch. `now` is in microseconds
+    since 1970.
+    """
     is_current = _current_workflows(connection, batch)
     answers: list[AcceptanceResult] = []
     inserted: list[RunAcceptance] = []
@@ -60,7 +62,7 @@ def insert_runs(
 
 
 def ingest(connection: sqlite3.Connection, batch: Sequence[IngestWrite], now: int) -> list[IngestResult]:
-    """Store inbound requests; see `JournalStore.ingest`."""
+    """Store inbound requests with their runs in the open transaction; answers are in the order of the batch."""
     return [_ingest_one(connection, write, now) for write in batch]
 
 

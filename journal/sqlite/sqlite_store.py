@@ -81,55 +81,67 @@ class SQLiteStore:
         self._reader = _ConnectionThread(path, "sqlite-reader", writes=False)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; see `JournalStore.accept`."""
+        """Insert runs in one transaction; the answers, in the order of the batch, tell which are new, repeated
+        or stale.
+        """
         return await self._writer.run(
             lambda connection: sqlite_inserts.insert_runs(connection, batch, _now_microseconds())
         )
 
     async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
-        """Store inbound requests; see `JournalStore.ingest`."""
+        """Store inbound requests with their runs, each in one transaction; answers are in the order of the
+        batch.
+        """
         return await self._writer.run(
             lambda connection: sqlite_inserts.ingest(connection, batch, _now_microseconds())
         )
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Claim pending runs; see `RunStore.claim`."""
+        """Take the best pending runs for a process: sets lease and fencing token, counts the attempt. See
+        `RunStore.claim`.
+        """
         claimed = await self._writer.run(lambda connection: _claim(connection, claim))
         self.clock.follow_host()
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Return whether suspects wait; see `RunStore.has_suspects`."""
+        """Return whether runs that lost several workers wait to be run apart; those with too many losses don't
+        count.
+        """
         return await self._reader.run(
             lambda connection: _has_suspects(connection, target, max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write the progress of runs; see `RunStore.record`."""
+        """Write spans and ends of runs; returns the ids of runs whose fencing token was still valid. See
+        `RunStore.record`.
+        """
         return await self._writer.run(lambda connection: _record(connection, batch, owner))
 
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases; see `RunStore.renew`."""
+        """Extend leases by `lease_seconds`; a lease that is not among the answers is lost."""
         renewed = await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
         self.clock.follow_host()
         return renewed
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return definitions; see `RunStore.definitions`."""
+        """Return the JSON texts of definition snapshots by their keys."""
         return await self._reader.run(lambda connection: _definitions(connection, keys))
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return recorded spans; see `RunStore.spans`."""
+        """Return the recorded spans of runs by execution id, in their order, so that another process can
+        continue.
+        """
         return await self._reader.run(lambda connection: _spans(connection, keys))
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the ends of logs; see `RunStore.last_log_lines`."""
+        """Return the highest sequence number of each run's log; runs without a log are left out."""
         return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return the progress of runs; see `JournalStore.progress`."""
+        """Return status and progress of runs, with outputs of ended runs only."""
         return await self._reader.run(lambda connection: _progress(connection, keys))
 
     async def promote_due(self) -> int:
@@ -137,7 +149,9 @@ class SQLiteStore:
         return await self._writer.run(_promote_due)
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Reclaim the runs of dead workers; see `RunStore.sweep`."""
+        """Free up to `limit` runs of dead workers, make due runs pending, and report whether unclaimed runs
+        wait.
+        """
         return await self._writer.run(lambda connection: _sweep(connection, limit))
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
@@ -147,11 +161,15 @@ class SQLiteStore:
         )
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Release runs that never started; see `RunStore.release`."""
+        """Release the runs that a living owner claimed but never started, except those in `held`; returns their
+        number.
+        """
         return await self._writer.run(lambda connection: _release(connection, owner, held))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Request a stop or cancel; see `JournalStore.request_end`."""
+        """Request a run to `stop` or `cancel`; a run that no process holds ends at once. None for an unknown
+        run.
+        """
         return await self._writer.run(lambda connection: _request_end(connection, key, request))
 
     async def for_thread(self) -> SQLiteStore:
@@ -159,7 +177,7 @@ class SQLiteStore:
         return self
 
     async def close(self) -> None:
-        """Stop both threads after their queued work."""
+        """Stop the writing and the reading thread after their queued work."""
         await asyncio.to_thread(self._writer.close)
         await asyncio.to_thread(self._reader.close)
 

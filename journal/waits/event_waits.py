@@ -276,7 +276,7 @@ async def delete_finished_waits(
 
 
 def wait_key(wait: EventWait) -> tuple[str, str, str]:
-    """Return the primary key of a wait."""
+    """Return the primary key of a waiting node: execution id, node id and iteration."""
     return wait.execution_id, wait.node_id, wait.iteration
 
 

@@ -78,7 +78,7 @@ class WaitingNode:
 
 
 def encode_output_answer(value: Json, port: str = OUTPUT) -> bytes:
-    """Encode the answer with which a node completes."""
+    """Encode the wait answer by which a waiting node completes with a value at a port."""
     return _encode({"output": value, "port": port})
 
 
