@@ -629,7 +629,7 @@ def _fit_column(
 
 
 def _merge_sorted(one: list[int], other: list[int]) -> list[int]:
-    """Return the merge of two sorted lists."""
+    """Return the merge of two sorted lists; the longer one is changed in place."""
     shorter, longer = sorted((one, other), key=len)
     for value in shorter:
         insort(longer, value)

@@ -66,7 +66,9 @@ class DataFlow:
         )
 
     def _single_inputs(self, edges: Sequence[GraphEdge]) -> dict[str, ValueShape]:
-        """Return the shape that each predecessor provides."""
+        """Return by source node the shape of values that arrives from it; several edges of one source form a
+        union.
+        """
         by_source: dict[str, list[ValueShape]] = {}
         for edge in edges:
             by_source.setdefault(edge.source, []).append(self._edge_shape(edge))

@@ -53,7 +53,7 @@ class _ConditionBinder:
     """Resolved values, which the condition sees as `data`."""
 
     def bind(self, expression: Expression) -> str:
-        """Return the text that replaces an expression."""
+        """Return the text for an expression in a condition on events: a path into the run becomes its value."""
         return (
             self._bind_path(expression)
             if isinstance(expression, ExpressionPath)

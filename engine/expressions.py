@@ -92,7 +92,9 @@ class ExpressionPath:
 
 
 def compile_path(text: str) -> ExpressionPath:
-    """Compile `data.user.id`, `data["odd key"][0]`, `$.item.tags[-1]`; raises `ExpressionError`."""
+    """Compile a path such as `data.user.id`, `data["odd key"][0]` or `$.item.tags[-1]`; raises
+    `ExpressionError`.
+    """
     source = text.strip()
     if len(source) > MAX_PATH_LENGTH:
         raise ExpressionError(source, f"a path has at most {MAX_PATH_LENGTH:,} characters")

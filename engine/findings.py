@@ -135,7 +135,7 @@ class FindingCollector:
 
     @property
     def has_capacity(self) -> bool:
-        """Whether one more error would be listed."""
+        """Whether one more error would be listed; a graph lists a limited number."""
         return len(self._errors) < MAX_FINDINGS
 
     def truncate(self) -> None:

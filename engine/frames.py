@@ -90,7 +90,7 @@ class SectionFrame:
         return frame
 
     def current_roots(self) -> Mapping[str, Json]:
-        """Return a snapshot of the roots."""
+        """Return the roots of expressions with the outputs of the nodes that have completed so far, as a copy."""
         return {**self.roots, "nodes": self.nodes.copy()}
 
     def start(self) -> ReadinessChange:
@@ -190,7 +190,7 @@ class NodeVisit(msgspec.Struct, eq=False):
 
     @property
     def has_error_edge(self) -> bool:
-        """Whether the port `error` is connected."""
+        """Whether a connection leaves the node's port `error`, so that its failure does not fail the run."""
         edges = self.frame.section.graph.outbound[self.program.node.id]
         return any(edge.source_port == ERROR for edge in edges)
 
@@ -258,7 +258,7 @@ class LoopProgress:
         return f"{outer}.{index}" if outer else str(index)
 
     def output(self) -> Json:
-        """Return the output at the port `done`."""
+        """Return the output of the loop at its port `done`: results, number of items, and errors by index."""
         errors: list[Json] = [
             {"index": index, "error": error.as_json()} for index, error in sorted(self.errors.items())
         ]
@@ -357,7 +357,9 @@ class Worklist:
     sleeping: dict[NodeVisit, SleepingNode] = field(default_factory=dict)
 
     def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
-        """Add ready nodes."""
+        """Add ready nodes of a frame; those that settled in an earlier attempt are restored in their old order
+        first.
+        """
         frame.open += len(node_ids)
         if not frame.recorded:
             for node_id in node_ids:

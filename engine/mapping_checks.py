@@ -297,7 +297,7 @@ def _shorten(text: str) -> str:
 
 
 def _format_path(root: str, steps: ShapeSteps) -> str:
-    """Return a path in its written form."""
+    """Return a path as authors write it: the root followed by fields and indexes."""
     return root + "".join(map(_format_step, steps))
 
 

@@ -20,5 +20,5 @@ class RunLimits:
 
 
 def setting_name(name: str) -> str:
-    """Return the environment variable of a limit."""
+    """Return the name of the environment variable that changes a limit."""
     return f"PILOTFLAME_{name.upper()}"

@@ -73,7 +73,7 @@ class RunProgress:
     # ── node outcomes ─────────────────────────────────────────────────────────────────────────────
 
     def apply_outcome(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
-        """Apply the outcome that a node returned."""
+        """Apply the outcome that a node returned: complete it, retry it, let it wait, or start a loop."""
         try:
             if not isinstance(outcome, NodeDirective):
                 self._on_completed(visit, OUTPUT, outcome)
@@ -343,7 +343,7 @@ class RunProgress:
             self.apply_outcome(visit, result)
 
     def wake(self, sleeping: SleepingNode) -> None:
-        """End a wait that is due."""
+        """Continue a sleeping node whose time has come: complete it, or run it again, as its wait demands."""
         visit = sleeping.visit
         if sleeping.then is WakeAction.DONE:
             text = sleeping.output or b"null"

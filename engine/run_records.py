@@ -68,7 +68,7 @@ class RunError:
     """
 
     def as_json(self) -> dict[str, Json]:
-        """Return the error as nodes see it."""
+        """Return the error as expressions see it: code, message, node id and attempt."""
         return {"code": self.code, "message": self.message, "nodeId": self.node_id, "attempt": self.attempt}
 
 
@@ -185,7 +185,7 @@ class RunJournalWriter(Protocol):
     """Journal of one run. Records are durable only after `commit` has returned."""
 
     def record(self, span: NodeSpan) -> None:
-        """Add a span to the next commit."""
+        """Add the new state of a node to the next commit."""
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
         """Add an attempt to the next commit; a span of its node follows."""

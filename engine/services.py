@@ -176,7 +176,7 @@ class FileFolderService(Protocol):
     """Folders that the operator provides to organizations, with the interface of a bucket."""
 
     async def folder(self, caller: RunCaller) -> ObjectBucket:
-        """Return the folder of the caller's organization."""
+        """Return the folder of the caller's organization, in which file nodes read and write."""
 
 
 class BlobService(Protocol):

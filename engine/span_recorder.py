@@ -91,7 +91,9 @@ class SpanRecorder:
         error: RunError | None = None,
         awaits: bytes | None = None,
     ) -> None:
-        """Record the state of a node."""
+        """Record the present state of a node in the journal, with its output, error and times as far as they
+        are known.
+        """
         if visit.attempt > 1 or status is SpanStatus.RETRYING:
             self._record_attempt_state(visit, status, ended_at, wake_at, error)
         self._sequence += 1
@@ -258,7 +260,7 @@ class SpanRecorder:
         )
 
     def record_skipped(self, node: GraphNode, iteration: str) -> None:
-        """Record a node as skipped."""
+        """Record that a node will never run, because no taken edge leads to it."""
         self._sequence += 1
         self._journal.record(
             NodeSpan(

@@ -137,7 +137,7 @@ class WorkflowRunner:
         )
 
     async def run(self) -> RunOutcome:
-        """Run to the end of this attempt."""
+        """Run nodes until the run ends, waits, or leaves this process; returns the outcome to store."""
         worklist, recorder = self._worklist, self._recorder
         self._progress.schedule_successors(self._root, self._root.start())
         slice_ends = time.monotonic() + SLICE_SECONDS

@@ -46,7 +46,7 @@ class ExpressionOperation:
 
     @property
     def arity(self) -> str:
-        """Number of arguments, in words."""
+        """Number of arguments in words, for error messages and the documentation."""
         if self.min_arguments == self.max_arguments:
             return "1 argument" if self.min_arguments == 1 else f"{self.min_arguments} arguments"
         return f"{self.min_arguments} to {self.max_arguments} arguments"
