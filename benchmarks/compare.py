@@ -46,6 +46,8 @@ class CompareRequest:
     rounds: int
     options: MeasureOptions
     figures: Sequence[str] = FIGURES
+    without_redis: bool = False
+    """Whether this checkout runs on PostgreSQL alone."""
 
 
 def main() -> None:
@@ -95,7 +97,8 @@ async def _measure(
     database_url = await postgres.create_database(f"compare_{name}")
     ids = {"postgresql": postgres.process_id, "redis": redis.process_id}
     servers = BackingServers(database_url, {one: number for one, number in ids.items() if number is not None})
-    async with processes.run_production(folder, database_url, redis.url, checkout=checkout) as pilotflame:
+    redis_url = None if request.without_redis and name.startswith("this") else redis.url
+    async with processes.run_production(folder, database_url, redis_url, checkout=checkout) as pilotflame:
         return await _measure_path(pilotflame, servers, request)
 
 
@@ -143,6 +146,7 @@ def _parse_request() -> CompareRequest:
     parser.add_argument("--seconds", type=float, default=6.0, help="length of each load (default: 6)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each checkout (default: 4)")
     parser.add_argument("--writes", action="store_true", help="measure chains of three requests only")
+    parser.add_argument("--without-redis", action="store_true", help="run this checkout on PostgreSQL alone")
     given = parser.parse_args()
     unknown = set(given.part) - set(PARTS)
     if unknown:
@@ -154,6 +158,7 @@ def _parse_request() -> CompareRequest:
         given.rounds,
         MeasureOptions(given.seconds, 0.0),
         WRITE_FIGURES if given.writes else FIGURES,
+        given.without_redis,
     )
 
 

@@ -63,13 +63,13 @@ PROCESSES = ("gateway", "worker", "scheduler", "deployer")
 async def run_production(
     folder: Path,
     database_url: str,
-    redis_url: str,
+    redis_url: str | None,
     settings: Mapping[str, str] | None = None,
     *,
     names: Sequence[str] = PROCESSES,
     checkout: Path = PROJECT,
 ) -> AsyncIterator[ServerUnderTest]:
-    """Run processes of the Procfile on a database, which is migrated first, and a Redis.
+    """Run processes of the Procfile on a database, which is migrated first, and a Redis if there is one.
 
     `names` selects the processes. Settings are named without `PILOTFLAME_`.
     """
@@ -77,8 +77,8 @@ async def run_production(
     variables = build_environment(api, folder, checkout, settings) | {
         "PILOTFLAME_RUNNER_GATEWAY_URL": f"http://127.0.0.1:{api.port}",
         "PILOTFLAME_DATABASE_URL": database_url,
-        "PILOTFLAME_REDIS_URL": redis_url,
         "PILOTFLAME_SECRET_KEY": secrets.token_urlsafe(48),
+        **({} if redis_url is None else {"PILOTFLAME_REDIS_URL": redis_url}),
     }
     subprocess.run(  # noqa: ASYNC221 - nothing else is under way
         ["pilotflame", "migrate"], cwd=checkout, env=variables, check=True, stdout=subprocess.DEVNULL

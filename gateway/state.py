@@ -125,7 +125,7 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
         await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(settings.redis_url)
+        broker = await brokers.connect_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
         yield await stack.enter_async_context(assemble_state(settings, database, store, broker))

@@ -1,4 +1,4 @@
-"""Broker through which processes wake and notify one another, over Redis or inside one process.
+"""Broker through which processes wake and notify one another, over Redis, PostgreSQL or inside one process.
 
 The broker holds nothing that must happen. A wakeup or notification that is lost, late or doubled only changes
 the time at which a process reads the rows.
@@ -23,7 +23,7 @@ class BrokerError(Exception):
 
 
 class BrokerUnavailable(BrokerError):
-    """Redis did not answer. Continue: the rows are committed, and the sweep finds due work."""
+    """Redis or PostgreSQL did not answer. Continue: the rows are committed, and the sweep finds due work."""
 
 
 class RedisMayEvict(BrokerError):
@@ -125,16 +125,20 @@ class Broker(RunBroker, Protocol):
 
 
 async def connect_broker(url: str | None, *, channel: str | None = None) -> Broker:
-    """Connect to the Redis at `url`, or return a broker inside this process for None.
+    """Connect to the Redis or PostgreSQL at `url`, or return a broker inside this process for None.
 
-    An unreachable Redis doesn't prevent the start. Raises `RedisMayEvict`, and ValueError for an invalid
-    Redis URL.
+    An unreachable server doesn't prevent the start. Raises `RedisMayEvict`, and ValueError for an invalid URL.
     """
     name = channel or uuid4().hex
     if url is None:
         from messages.local_broker import LocalBroker  # noqa: PLC0415 - each process pays for one broker only
 
         return LocalBroker(channel=name)
+
+    if url.startswith("postgresql"):
+        from messages import postgresql_broker  # noqa: PLC0415 - the same
+
+        return await postgresql_broker.connect(url, channel=name)
 
     from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
 

@@ -53,6 +53,22 @@ class TokenGrant:
     """Time until the bucket has the needed tokens, if it has too few."""
 
 
+def grant_tokens(demand: TokenDemand, full_at: float, now: float) -> tuple[TokenGrant, float]:
+    """Return the answer of a bucket that is full at a time, and the time at which it is full afterwards.
+
+    Times are in seconds of one clock.
+    """
+    rate = demand.rate
+    full_at = max(full_at, now)
+    held = rate.burst - (full_at - now) * rate.per_second + _ROUNDING
+    enough = min(demand.needed, rate.burst)
+    if held < enough:
+        return TokenGrant(0, math.floor(held), (enough - held) / rate.per_second), full_at
+    tokens = max(demand.needed, min(demand.wanted, math.floor(held)))
+    tokens += min(demand.ahead, max(math.floor(held) - tokens, 0) // SPARE)
+    return TokenGrant(tokens, math.floor(held) - tokens), full_at + tokens / rate.per_second
+
+
 class LocalTokenBuckets:
     """Token buckets of one process."""
 
@@ -62,17 +78,11 @@ class LocalTokenBuckets:
 
     def take(self, demand: TokenDemand, now: float) -> TokenGrant:
         """Take tokens; `now` is in seconds of a monotonic clock."""
-        rate = demand.rate
-        full_at = max(self._full_at.get(demand.bucket, now), now)
-        held = rate.burst - (full_at - now) * rate.per_second + _ROUNDING
-        enough = min(demand.needed, rate.burst)
-        if held < enough:
-            return TokenGrant(0, math.floor(held), (enough - held) / rate.per_second)
-        tokens = max(demand.needed, min(demand.wanted, math.floor(held)))
-        tokens += min(demand.ahead, max(math.floor(held) - tokens, 0) // SPARE)
-        self._full_at[demand.bucket] = full_at + tokens / rate.per_second
-        self._drop_full(now)
-        return TokenGrant(tokens, math.floor(held) - tokens)
+        grant, full_at = grant_tokens(demand, self._full_at.get(demand.bucket, now), now)
+        if grant.tokens:
+            self._full_at[demand.bucket] = full_at
+            self._drop_full(now)
+        return grant
 
     def _drop_full(self, now: float) -> None:
         if len(self._full_at) > self._swept_above:

@@ -50,7 +50,17 @@ class ServerSettings(BaseSettings):
         default=None,
         repr=False,
         description=(
-            "Redis for wake-ups and shared rate limits: `redis://host:6379/0`. `pilotflame dev` does without."
+            "Redis for wake-ups and shared rate limits: `redis://host:6379/0`. Unset: PostgreSQL does this, by"
+            " `LISTEN_URL`; `pilotflame dev` does without."
+        ),
+    )
+    listen_url: str = Field(
+        default="",
+        repr=False,
+        pattern=r"^(postgresql://.+)?$",
+        description=(
+            "PostgreSQL for wake-ups without Redis: `DATABASE_URL` past a pooler, which passes no"
+            " notifications. Unset: `DATABASE_URL`."
         ),
     )
     secret_key: SecretStr | None = Field(
@@ -155,12 +165,22 @@ class ServerSettings(BaseSettings):
     def check_for_production(self) -> None:
         """Check settings that only `pilotflame dev` can do without; raises `InvalidSettings`."""
         _ = self.secret, self.previous_secrets
-        self.require_redis()
+        self.require_broker()
 
-    def require_redis(self) -> None:
-        """Check that Redis is configured; raises `InvalidSettings`.
+    @property
+    def broker_url(self) -> str | None:
+        """Redis or PostgreSQL of wakeups and notifications; None for SQLite without Redis, in one process."""
+        if self.redis_url:
+            return self.redis_url
+        url = self.listen_url or self.database_url
+        return url if url.startswith("postgresql") else None
 
-        Only `pilotflame dev` can do without it.
+    def require_broker(self) -> None:
+        """Check that processes can wake one another; raises `InvalidSettings`.
+
+        Only `pilotflame dev` can do without.
         """
-        if not self.redis_url:
-            raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")
+        if self.broker_url is None:
+            raise InvalidSettings(
+                "PILOTFLAME_REDIS_URL is not set: only PostgreSQL and `pilotflame dev` do without Redis"
+            )

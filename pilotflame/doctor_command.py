@@ -165,7 +165,7 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
     async with AsyncExitStack() as stack:
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
-        broker = await brokers.connect_broker(settings.redis_url)
+        broker = await brokers.connect_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
         blobs = open_blobs(settings)
         stack.push_async_callback(blobs.close)
@@ -180,7 +180,7 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
             list_cluster = _cluster_lister(driver)
         examined = ExaminedStores(
             database,
-            broker if settings.redis_url else None,
+            broker if settings.broker_url else None,
             blobs,
             read_facts(settings, GatewaySettings()),
             list_cluster,

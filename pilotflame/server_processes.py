@@ -41,7 +41,7 @@ def begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLi
     from nodes.sandbox.children import confinement
 
     confinement.hide_process()  # The environment contains the server's secret.
-    if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
+    if settings.redis_url and not settings.redis_url.startswith(REDIS_SCHEMES):
         raise CommandError("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
     return begin_log(settings, render)
 

@@ -141,7 +141,7 @@ async def _serve(settings: SchedulerSettings) -> None:
         await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(settings.redis_url)
+        broker = await brokers.connect_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
         is_leading = await stack.enter_async_context(_run_leadership(settings, database))
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=is_leading))

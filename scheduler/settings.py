@@ -56,4 +56,4 @@ class SchedulerSettings(ServerSettings):
 
         No duty needs the secret.
         """
-        self.require_redis()
+        self.require_broker()

@@ -46,7 +46,7 @@ async def release_leases(
                 count = await store.reclaim(owner)
             log.warning("executions reclaimed", owner=owner, count=count)
             if count:
-                broker = await brokers.connect_broker(settings.redis_url)
+                broker = await brokers.connect_broker(settings.broker_url)
                 stack.push_async_callback(broker.close)
                 await wakeups.wake_workers(broker)
     except (DatabaseUnavailable, BrokerError, TimeoutError) as error:

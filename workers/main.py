@@ -76,7 +76,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         owner = new_lease_owner(settings.worker_name)
-        broker = await brokers.connect_broker(settings.redis_url, channel=owner)
+        broker = await brokers.connect_broker(settings.broker_url, channel=owner)
         stack.push_async_callback(broker.close)
         await lost_worker_leases.reclaim_predecessor_leases(database, store, broker, settings.worker_name)
         announce(owner)

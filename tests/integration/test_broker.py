@@ -1,4 +1,4 @@
-"""Shared suite of both brokers, followed by faults of Redis alone."""
+"""Shared suite of all brokers, followed by faults of Redis and of PostgreSQL."""
 
 import asyncio
 from asyncio import Queue
@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import asyncpg
 import pytest
 import redis
 from redis.asyncio import Redis
@@ -22,8 +23,10 @@ from messages.broker import (
     connect_broker,
 )
 from messages.deployer_messages import DeployerMessage, ReadPodLogs, ReconcileDeployment
+from messages.token_buckets import BucketRate, TokenDemand
 from messages.worker_wakeup import ALL_SHARDS
 from tests import services
+from tests.integration.run_database import MigratedDatabase
 
 PATIENCE_SECONDS = 60.0
 END = {"say": "end"}
@@ -50,9 +53,26 @@ def deserted_url(redis_server: services.RedisServer) -> Iterator[str]:
     redis_server.start()
 
 
-@pytest.fixture(params=["redis", "in one process"])
+@pytest.fixture
+def postgresql_url(on_postgres: MigratedDatabase) -> str:
+    async def empty() -> None:
+        connection = await asyncpg.connect(on_postgres.url.replace("+asyncpg", ""))
+        await connection.execute("TRUNCATE broker_message, rate_bucket")
+        await connection.close()
+
+    asyncio.run(empty())
+    return on_postgres.url
+
+
+@pytest.fixture(params=["redis_url", "postgresql_url"])
+def shared_url(request: pytest.FixtureRequest) -> str:
+    """Return the address of a server that several processes share."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(params=["redis_url", "postgresql_url", "in one process"])
 def url(request: pytest.FixtureRequest) -> str | None:
-    return str(request.getfixturevalue("redis_url")) if request.param == "redis" else None
+    return None if request.param == "in one process" else str(request.getfixturevalue(request.param))
 
 
 @pytest.fixture
@@ -133,8 +153,8 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
     assert await _next_item(wakeups) == 4
 
 
-async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once_on_redis(redis_url: str) -> None:
-    async with _open_broker(redis_url) as other_broker, _open_broker(redis_url) as later:
+async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once(shared_url: str) -> None:
+    async with _open_broker(shared_url) as other_broker, _open_broker(shared_url) as later:
         for workflow_id in ("wf_a", "wf_b", "wf_a"):
             await other_broker.notify_deployer(ReconcileDeployment(workflow_id))
         messages: Queue[DeployerMessage] = Queue()
@@ -231,13 +251,13 @@ async def test_an_idle_worker_stops_though_nothing_wakes_it(
         await worker_broker.stop_worker()
 
 
-async def test_each_watching_process_is_told_of_its_own_executions(redis_url: str) -> None:
+async def test_each_watching_process_is_told_of_its_own_executions(shared_url: str) -> None:
     heard_by_one: Queue[Notification] = Queue()
     heard_by_other: Queue[Notification] = Queue()
     async with (
-        _open_broker(redis_url) as one,
-        _open_broker(redis_url) as other,
-        _open_broker(redis_url) as recorder,
+        _open_broker(shared_url) as one,
+        _open_broker(shared_url) as other,
+        _open_broker(shared_url) as recorder,
     ):
         await one.listen(heard_by_one.put_nowait)
         await other.listen(heard_by_other.put_nowait)
@@ -332,6 +352,81 @@ async def test_without_redis_a_process_starts_says_so_and_stops(deserted_url: st
             await broker.publish({"a": ""})
         with pytest.raises(BrokerUnavailable):
             await broker.send("nobody", END)
+        with pytest.raises(BrokerUnavailable):
+            await broker.ping()
+
+
+async def test_a_large_message_arrives_and_a_channel_is_heard_as_long_as_its_process_lives(
+    shared_url: str,
+) -> None:
+    large = {"say": "x" * 20_000}
+    notifications: Queue[Notification] = Queue()
+    async with _open_broker(shared_url) as sender:
+        async with _open_broker(shared_url) as receiver:
+            assert not await sender.is_heard(receiver.channel)
+            await receiver.listen(notifications.put_nowait)
+            assert await sender.is_heard(receiver.channel)
+            await sender.send(receiver.channel, large)
+            assert await _next_item(notifications) == DirectMessage(large)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while await sender.is_heard(receiver.channel):  # noqa: ASYNC110 - of a server, which sets no event
+                await asyncio.sleep(0.01)
+
+
+async def test_buckets_are_shared_and_demands_at_once_take_each_token_once(shared_url: str) -> None:
+    rate = BucketRate(per_second=0.001, burst=10)
+    both = [TokenDemand("one", rate, needed=1, wanted=1), TokenDemand("two", rate, needed=1, wanted=3)]
+    async with _open_broker(shared_url) as broker, _open_broker(shared_url) as other:
+        taken = await asyncio.gather(*(each.take_tokens(both) for each in (broker, other) * 8))
+    for place in range(2):
+        assert sum(grants[place].tokens for grants in taken) == 10
+    refused = [grants[0] for grants in taken if not grants[0].tokens]
+    assert len(refused) == 6
+    assert all(0 < grant.wait_seconds <= 1_000 for grant in refused)
+
+
+async def test_wakeups_and_notifications_return_with_postgresql(postgresql_url: str) -> None:
+    async with _open_broker(postgresql_url) as broker:
+        wakeups: Queue[int] = Queue()
+        notifications: Queue[Notification] = Queue()
+        broker.start_worker(wakeups.put_nowait)
+        await broker.listen(notifications.put_nowait)
+        await broker.wake_workers()
+        await _next_item(wakeups)
+
+        connection = await asyncpg.connect(postgresql_url.replace("+asyncpg", ""))
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        await connection.close()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                try:
+                    await broker.wake_workers(2)
+                except BrokerUnavailable:
+                    await asyncio.sleep(0.01)
+                else:
+                    break
+        assert await _next_item(wakeups) == 2
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while notifications.empty():
+                await broker.send(broker.channel, END)
+
+
+async def test_without_postgresql_a_process_starts_says_so_and_stops(free_tcp_port: int) -> None:
+    async with _open_broker(f"postgresql://user@127.0.0.1:{free_tcp_port}/nothing") as broker:
+        broker.start_worker(lambda _shard: None)
+        with pytest.raises(BrokerUnavailable):
+            await broker.wake_workers()
+        with pytest.raises(BrokerUnavailable):
+            await broker.watch(["a"])
+        with pytest.raises(BrokerUnavailable):
+            await broker.publish({"a": ""})
+        with pytest.raises(BrokerUnavailable):
+            await broker.send("nobody", END)
+        with pytest.raises(BrokerUnavailable):
+            await broker.take_tokens([TokenDemand("one", BucketRate(1.0, 1), needed=1, wanted=1)])
         with pytest.raises(BrokerUnavailable):
             await broker.ping()
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import redis
 
 from messages import broker as brokers
@@ -18,6 +19,7 @@ from tests.integration.gateway_harness import (
     assert_refused,
 )
 from tests.integration.gateway_variants import execute_workflow, run_with_settings
+from tests.integration.run_database import MigratedDatabase
 from tests.services import RedisServer
 
 SLOW: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 3}
@@ -83,16 +85,22 @@ async def test_a_request_that_one_limit_refuses_is_not_counted_by_another(
         assert await send_many(gateway, people.owner, free, 1) == [201]
 
 
-async def test_gateways_share_their_buckets_on_redis(
-    harness: GatewayHarness, people: OrganizationUsers, redis_server: RedisServer
+@pytest.mark.parametrize("kind", ["redis", "postgresql"])
+async def test_gateways_share_their_buckets(
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    redis_server: RedisServer,
+    on_postgres: MigratedDatabase,
+    kind: str,
 ) -> None:
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
+    url = redis_server.url if kind == "redis" else on_postgres.url
     workflow_id = await people.owner.create(**GRAPH)
     burst: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 7}
     async with (
-        run_with_settings(harness, await brokers.connect_broker(redis_server.url), **burst) as one,
-        run_with_settings(harness, await brokers.connect_broker(redis_server.url), **burst) as other,
+        run_with_settings(harness, await brokers.connect_broker(url), **burst) as one,
+        run_with_settings(harness, await brokers.connect_broker(url), **burst) as other,
     ):
         answered = await asyncio.gather(
             *(send_many(gateway, people.owner, workflow_id, 8) for gateway in (one, other))

@@ -17,6 +17,7 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     access,
     audit,
     blocked_interval,
+    broker_rows,
     browser_session,
     data_source,
     deployment,

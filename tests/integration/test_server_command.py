@@ -34,12 +34,12 @@ def child_ids(server: RunningCommand) -> dict[str, int]:
 
 
 async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly_stop(
-    postgres: services.PostgresServer, redis_server: services.RedisServer, tmp_path: Path, free_tcp_port: int
+    postgres: services.PostgresServer, tmp_path: Path, free_tcp_port: int
 ) -> None:
+    """Without Redis: PostgreSQL carries the wakeups."""
     given = command_environment(
         tmp_path,
         DATABASE_URL=await databases.create_database(postgres, "server_command"),
-        REDIS_URL=redis_server.url,
         SECRET_KEY="a secret for tests, and long enough to be one",
         BOOTSTRAP_API_KEY=KEY,
         PORT=str(free_tcp_port),

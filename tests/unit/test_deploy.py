@@ -294,7 +294,13 @@ def test_each_process_starts_with_its_own_secrets_and_never_without(
     given = NEEDS[process]
     assert environment.keys() >= given.keys()
     read_settings(monkeypatch, process, environment | given)
-    for name in given.keys() & (REDIS | SECRET).keys():
+    # PostgreSQL replaces Redis; a database of another kind can't.
+    read_settings(monkeypatch, process, environment | given | dict.fromkeys(REDIS, ""))
+    sqlite = {"PILOTFLAME_DATABASE_URL": "sqlite:////data/pilotflame.db"}
+    for name in given.keys() & REDIS.keys():
+        with pytest.raises(InvalidSettings, match=name):
+            read_settings(monkeypatch, process, environment | given | sqlite | {name: ""})
+    for name in given.keys() & SECRET.keys():
         with pytest.raises((InvalidSettings, ValidationError), match=name):
             read_settings(monkeypatch, process, environment | given | {name: ""})
 

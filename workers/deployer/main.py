@@ -50,7 +50,7 @@ async def _serve(settings: DeployerSettings) -> None:
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
         store = await open_store(database.url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(settings.redis_url)
+        broker = await brokers.connect_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
         to_cluster = partial(open_driver, settings)
         await stack.enter_async_context(
