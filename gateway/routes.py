@@ -51,6 +51,7 @@ TABLE: Sequence[Route] = (
 FOR_BROWSERS: Sequence[Route] = (
     *dashboard_routes.ROUTES,
     *access_routes.FOR_BROWSERS,
+    *executions_routes.FOR_BROWSERS,
     Route("GET", "/docs", AccessRule.PUBLIC, site.redirect, status=302),
     Route("GET", "/docs/*", AccessRule.PUBLIC, site.show, answer=bytes),
     Route("GET", "/favicon.svg", AccessRule.PUBLIC, document.icon, answer=bytes),

@@ -15,6 +15,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
 from journal.blobs.blob_storage import BlobOwner
+from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.blocked_interval import BlockedInterval
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
 from models.execution_label import ExecutionLabel
@@ -49,6 +50,21 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
     ),
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
     (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
+    (
+        ApprovalRequest,
+        (
+            *(col(ApprovalRequest.execution_id), col(ApprovalRequest.node_id)),
+            col(ApprovalRequest.iteration),
+        ),
+    ),
+    (ApprovalLink, (col(ApprovalLink.execution_id), col(ApprovalLink.hash))),
+    (
+        ApprovalVote,
+        (
+            *(col(ApprovalVote.execution_id), col(ApprovalVote.node_id)),
+            *(col(ApprovalVote.iteration), col(ApprovalVote.voter)),
+        ),
+    ),
     (
         ExecutionLabel,
         (col(ExecutionLabel.execution_id), col(ExecutionLabel.key), col(ExecutionLabel.value)),

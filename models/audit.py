@@ -55,6 +55,7 @@ class AuditAction(StrEnum):
     EXECUTIONS_CANCELLED = "executions.cancelled"
     EXECUTIONS_RETRIED = "executions.retried"
     EXECUTIONS_DELETED = "executions.deleted"
+    INPUT_ANSWERED = "input.answered"
     DATA_SOURCE_CREATED = "data-source.created"
     DATA_SOURCE_UPDATED = "data-source.updated"
     DATA_SOURCE_VISIBILITY_SET = "data-source.visibility-set"

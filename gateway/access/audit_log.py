@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 from sqlalchemy import func, insert, select
@@ -42,9 +42,25 @@ class ServerOperator:
     key_id: str = OPERATOR
 
 
+class ChangeAuthor(Protocol):
+    """Author of a change, with the way by which it was made."""
+
+    @property
+    def organization_id(self) -> str: ...
+    @property
+    def shard(self) -> int: ...
+    @property
+    def user_id(self) -> str:
+        """Id of the user, `OPERATOR`, or the mail address of an approver without an account."""
+
+    @property
+    def key_id(self) -> str:
+        """Id of the key, or the name of another way."""
+
+
 async def record_change(
     connection: AsyncConnection,
-    author: ApiCaller | ServerOperator,
+    author: ChangeAuthor,
     action: AuditAction,
     object_id: str,
     *,

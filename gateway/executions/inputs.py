@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import structlog
-from msgspec import Meta
+from msgspec import Meta, structs
+from sqlalchemy import select
+from sqlmodel import col
 
 from concurrency import offload
-from engine.node_api import OUTPUT, AnswerSource
+from engine.values import fingerprint
+from gateway.access import audit_log
 from gateway.executions import acceptance, input_checks
 from gateway.http import errors, idempotency, limits
 from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, optional_instant, read_json
+from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, optional_instant, read_json
 from journal import concurrency_limits
 from journal.store import AcceptanceVerdict
-from journal.waits import node_answers
-from journal.waits.node_answers import AnswerReception, AnswerResult
-from models import ids
+from journal.waits import approvals, node_answers
+from journal.waits.approvals import AnswerRefusal, Approver, Decision
+from journal.waits.node_answers import AnswerReception
+from models import access_store, ids
+from models.audit import AuditAction
+from models.execution import Execution
+from models.execution_visibility import visibility_condition
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.values import Json
+    from gateway.access.audit_log import ChangeAuthor
+    from gateway.executions.acceptance import RunAcceptor
     from journal.store import ExecutionKey, IdempotencyKey
+    from journal.waits.approvals import DecisionResult
     from journal.waits.node_answers import WaitingNode
+    from models.access import ApiCaller
+    from models.database import Database
 
 log = structlog.get_logger()
 
 SHOWN_TURNS: Final = 20
+FORBIDDEN: Final = 403
 
 
 class PendingInput(WireStruct):
@@ -48,6 +59,10 @@ class PendingInput(WireStruct):
     """JSON Schema of `data` in the answer; null allows any value."""
     choices: Sequence[Any]
     """Allowed values of `choice` in the answer; empty if the answer has no choice."""
+    assignees: Sequence[str]
+    """Ids of users, `role:admin`, or mail addresses; empty: everybody who may execute the workflow."""
+    approvals: int
+    """Number of people who must make the same choice."""
     requested_at: Instant | None
     expires_at: Instant | None
 
@@ -57,6 +72,21 @@ class PendingInputs(WireStruct):
 
     count: int
     inputs: Sequence[PendingInput]
+
+
+class AssignedInput(PendingInput, kw_only=True):
+    """Question that the caller may answer."""
+
+    execution_id: str
+    workflow_id: str
+    workflow_name: str
+
+
+class AssignedInputs(WireStruct):
+    """Questions that the caller may answer."""
+
+    count: int
+    inputs: Sequence[AssignedInput]
 
 
 class InputAnswer(StrictWire):
@@ -70,11 +100,38 @@ class InputAnswer(StrictWire):
 
 
 class InputAnswerResult(WireStruct):
-    """Accepted answer, with which the execution continues."""
+    """Accepted answer, with which the execution continues if no further approval is missing."""
 
     execution_id: str
     node_id: str
-    status: Literal["accepted"]
+    status: Literal["accepted", "counted"]
+    """`counted`: the node waits until more people have made the same choice."""
+    missing_approvals: int = 0
+    """Number of people who must still make this choice."""
+
+
+async def index_assigned(request: GatewayRequest) -> JsonResponse:
+    """List the questions that the caller may answer, in all executions, the newest first; at most 1,000."""
+    caller = request.caller
+    async with request.gateway.database.read() as connection:
+        approver = await find_approver(connection, caller)
+        found = await node_answers.list_organization_waits(
+            connection, visibility_condition(caller), at_most=limits.PENDING_INPUTS
+        )
+    assigned = [
+        AssignedInput(
+            execution_id=one.execution_id,
+            workflow_id=one.workflow_id,
+            workflow_name=one.workflow_name,
+            **structs.asdict(_shown(one.node)),
+        )
+        for one in found
+        if approvals.find_refusal(
+            one.node.request, approver, starter_id=one.user_id, trigger_type=one.trigger_type
+        )
+        is None
+    ]
+    return JsonResponse(AssignedInputs(count=len(assigned), inputs=assigned))
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -97,7 +154,10 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     try:
         async with gateway.database.read() as connection:
             asked = await _find_waiting_node(connection, key, body)
-    except ApiError:
+            await require_assigned(connection, key, asked, caller)
+    except ApiError as error:
+        if error.status == FORBIDDEN:
+            raise
         # A node that no longer waits may have been answered by an earlier copy of this request.
         if await _is_repeated(request, key, idempotency_key):
             return _accepted_response(key, body, idempotency.REPLAYED)
@@ -108,12 +168,70 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     given = await _store_answer(request, key, asked, body, idempotency_key)
     if given is None:
         return _accepted_response(key, body, idempotency.REPLAYED)
-    if given.concurrency_key is not None:
-        await concurrency_limits.admit_waiting_runs(gateway.database, given.concurrency_key)
-    if given.is_woken:
-        gateway.acceptances.wake_workers()
+    await continue_run(gateway.database, gateway.acceptances, given)
     log.info("input answered", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
-    return _accepted_response(key, body, {})
+    return _accepted_response(key, body, {}, missing=given.missing)
+
+
+async def continue_run(database: Database, acceptances: RunAcceptor, given: DecisionResult) -> None:
+    """Wake the workers for a run that a decision has woken, after its commit."""
+    if given.answer.concurrency_key is not None:
+        await concurrency_limits.admit_waiting_runs(database, given.answer.concurrency_key)
+    if given.answer.is_woken:
+        acceptances.wake_workers()
+
+
+async def audit_decision(
+    connection: AsyncConnection,
+    key: ExecutionKey,
+    asked: WaitingNode,
+    decision: Decision,
+    author: ChangeAuthor,
+) -> None:
+    """Record who has decided, and how, in the transaction of the decision."""
+    workflow_id = await connection.scalar(
+        select(col(Execution.workflow_id)).where(
+            col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
+        )
+    )
+    content = [key.execution_id, asked.node_id, asked.iteration, decision.by, decision.choice, decision.data]
+    await audit_log.record_change(
+        connection,
+        author,
+        AuditAction.INPUT_ANSWERED,
+        str(workflow_id),
+        before=None,
+        after=fingerprint(content),
+    )
+
+
+async def require_assigned(
+    connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, caller: ApiCaller
+) -> None:
+    """Raise 403 if the caller may not answer a question."""
+    run = (
+        await connection.execute(
+            select(col(Execution.user_id), col(Execution.trigger_type)).where(
+                col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
+            )
+        )
+    ).first()
+    approver = await find_approver(connection, caller)
+    if run is None:
+        raise errors.not_found("execution")
+    refusal = approvals.find_refusal(
+        asked.request, approver, starter_id=run.user_id, trigger_type=run.trigger_type
+    )
+    if refusal is AnswerRefusal.SELF_APPROVAL:
+        raise ApiError(403, "self-approval", "The user who started the run may not answer this question")
+    if refusal is AnswerRefusal.NOT_ASSIGNED:
+        raise ApiError(403, "not-assigned", "This question is assigned to other people")
+
+
+async def find_approver(connection: AsyncConnection, caller: ApiCaller) -> Approver:
+    """Return the caller as one who answers questions."""
+    user = await access_store.find_user(connection, caller.organization_id, caller.user_id)
+    return Approver(caller.user_id, user.email if user else "", caller.is_admin)
 
 
 async def _is_repeated(
@@ -143,7 +261,7 @@ async def _find_waiting_node(
         raise errors.invalid([errors.problem("iteration", "required", message)])
     if not waiting:
         is_answered = await node_answers.is_answered(connection, key, body.node_id, body.iteration)
-        raise _refusal(AnswerReception.LATE if is_answered else AnswerReception.UNAWAITED)
+        raise refusal_of(AnswerReception.LATE if is_answered else AnswerReception.UNAWAITED)
     return waiting[0]
 
 
@@ -153,41 +271,32 @@ async def _store_answer(
     asked: WaitingNode,
     body: InputAnswer,
     idempotency_key: IdempotencyKey | None,
-) -> AnswerResult | None:
+) -> DecisionResult | None:
     """Store the answer; None if an earlier request with the same key did.
 
     Raises 409, and 422 if the body of that request differs.
     """
-    user_id = request.caller.user_id
-    answered_at = request.gateway.clock()
-    answer_value: Json = {"data": body.data, "choice": body.choice, "by": user_id, "at": instant(answered_at)}
-    give = partial(
-        node_answers.store_answer,
-        key=key,
-        node_id=asked.node_id,
-        iteration=asked.iteration,
-        payload=node_answers.encode_output_answer(answer_value, body.choice or OUTPUT),
-        kind=AnswerSource.INPUT,
-        user_id=user_id,
-    )
+    caller, answered_at = request.caller, request.gateway.clock()
+    decision = Decision(caller.user_id, caller.user_id, body.choice, body.data, answered_at)
     answer_id = ids.new_id("answer")
 
-    async def work(connection: AsyncConnection) -> AnswerResult | None:
+    async def work(connection: AsyncConnection) -> DecisionResult | None:
         if idempotency_key is not None:
             bound = await idempotency.reserve_key(
                 connection, idempotency_key, shard=key.shard, resource_id=answer_id, now=answered_at
             )
             if bound != answer_id:
                 return None
-        given = await give(connection)
-        if given.reception is not AnswerReception.TAKEN:
-            raise _refusal(given.reception)
+        given = await approvals.record_decision(connection, key, asked, decision)
+        if given.answer.reception is not AnswerReception.TAKEN:
+            raise refusal_of(given.answer.reception)
+        await audit_decision(connection, key, asked, decision, caller)
         return given
 
     return await request.gateway.database.transaction(work, locks=key.execution_id)
 
 
-def _refusal(reception: AnswerReception) -> ApiError:
+def refusal_of(reception: AnswerReception) -> ApiError:
     if reception is AnswerReception.LATE:
         return errors.conflict("already-answered", "This node was answered already")
     if reception is AnswerReception.EXPIRED:
@@ -198,8 +307,15 @@ def _refusal(reception: AnswerReception) -> ApiError:
     return errors.conflict("no-input-pending", message)
 
 
-def _accepted_response(key: ExecutionKey, body: InputAnswer, headers: Mapping[str, str]) -> JsonResponse:
-    taken = InputAnswerResult(execution_id=key.execution_id, node_id=body.node_id, status="accepted")
+def _accepted_response(
+    key: ExecutionKey, body: InputAnswer, headers: Mapping[str, str], *, missing: int = 0
+) -> JsonResponse:
+    taken = InputAnswerResult(
+        execution_id=key.execution_id,
+        node_id=body.node_id,
+        status="counted" if missing else "accepted",
+        missing_approvals=missing,
+    )
     return JsonResponse(taken, headers=headers)
 
 
@@ -213,6 +329,8 @@ def _shown(one: WaitingNode) -> PendingInput:
         description=str(one.request.get("description") or ""),
         schema=schema if isinstance(schema, dict) else None,
         choices=input_checks.read_choices(one.request),
+        assignees=approvals.assignees_of(one.request),
+        approvals=approvals.needed_approvals(one.request),
         requested_at=optional_instant(one.started_at),
         expires_at=optional_instant(one.expires_at),
     )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.executions import bulk, execute, executions, inputs, node_tests
+from gateway.executions import approval_page, bulk, execute, executions, inputs, node_tests
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape, SpanDetailsShape
+from gateway.http.endpoint import AccessRule
 from gateway.http.operation_docs import (
     DISPOSITION,
     ENDED,
@@ -179,6 +180,13 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "GET",
+        "/api/v1/pending-inputs",
+        EXECUTE,
+        inputs.index_assigned,
+        answer=inputs.AssignedInputs,
+    ),
+    Route(
+        "GET",
         "/api/v1/executions/{id}/pending-inputs",
         READ,
         inputs.index,
@@ -197,6 +205,8 @@ ROUTES: Final[Sequence[Route]] = (
             refusals=(
                 "invalid-idempotency-key",
                 "idempotency-mismatch",
+                "not-assigned",
+                "self-approval",
                 "already-answered",
                 "input-expired",
                 "no-input-pending",
@@ -235,3 +245,9 @@ ROUTES: Final[Sequence[Route]] = (
         ),
     ),
 )
+
+FOR_BROWSERS: Final[Sequence[Route]] = (
+    Route("GET", "/approve/{id}", AccessRule.PUBLIC, approval_page.show, answer=bytes),
+    Route("POST", "/approve/{id}", AccessRule.PUBLIC, approval_page.answer, answer=bytes),
+)
+"""Pages behind the links of approvals."""

@@ -27,6 +27,8 @@ EXECUTION_TAG_LENGTH: Final = 64
 """Characters of a tag of an execution."""
 METADATA_KEYS: Final = 20
 """Keys of the metadata of an execution."""
+PENDING_INPUTS: Final = 1_000
+"""Waiting nodes of an organization that a list of its questions examines."""
 EXAMINED_RUNS: Final = 10_000
 """Executions that a list with `after` examines to count those that match."""
 QUERY_FIELDS: Final = 50

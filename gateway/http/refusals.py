@@ -157,6 +157,8 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
         409,
         "The execution was already resumed; `executionId` in `details` is the newest execution that continues it.",
     ),
+    "not-assigned": ErrorCode(403, "The question is assigned to other people."),
+    "self-approval": ErrorCode(403, "The user who started the run may not answer its question."),
     "already-answered": ErrorCode(409, "The node already has its answer."),
     "input-expired": ErrorCode(409, "The node's wait has expired, and it continues without an answer."),
     "no-input-pending": ErrorCode(409, "No node with this id waits for input."),

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from sqlalchemy import BigInteger, and_, insert, select, type_coerce, update
+from sqlalchemy import BigInteger, and_, insert, literal_column, select, text, type_coerce, update
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
@@ -21,11 +21,12 @@ from engine.run_records import SpanStatus
 from journal import blocked_intervals
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import Execution, SpanRow, WaitAnswer
+from models.execution import LIVE_CONDITION, Execution, SpanRow, WaitAnswer
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.workflow import Workflow
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.run_errors import FailureCause
@@ -203,6 +204,62 @@ async def list_input_waits(connection: AsyncConnection, key: ExecutionKey) -> li
         if awaits["kind"] == AnswerSource.INPUT:
             place = (row.node_id, row.iteration, row.label)
             found.append(WaitingNode(*place, awaits["request"], row.started_at, row.wake_at))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class OrganizationWait:
+    """Node that waits for input, with its run."""
+
+    execution_id: str
+    workflow_id: str
+    workflow_name: str
+    user_id: str
+    trigger_type: str
+    node: WaitingNode
+
+
+async def list_organization_waits(
+    connection: AsyncConnection, visible: ColumnElement[bool], *, at_most: int
+) -> list[OrganizationWait]:
+    """Return nodes that wait for input in the runs that a condition selects, of the newest runs first."""
+    answered = select(col(WaitAnswer.node_id)).where(
+        col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
+        col(WaitAnswer.node_id) == col(SpanRow.node_id),
+        col(WaitAnswer.iteration) == col(SpanRow.iteration),
+    )
+    same_run = and_(
+        col(SpanRow.execution_id) == col(Execution.id), col(SpanRow.shard) == col(Execution.shard)
+    )
+    statement: Select[*tuple[Any, ...]] = (
+        select(
+            *(col(Execution.id), col(Execution.workflow_id), col(Execution.user_id)),
+            *(col(Execution.trigger_type), col(Workflow.name).label("workflow_name")),
+            *(col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label)),
+            *(col(SpanRow.awaits), col(SpanRow.started_at), col(SpanRow.wake_at)),
+        )
+        .join(SpanRow, same_run)
+        .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
+        .where(
+            visible,
+            # By the index of live runs, for which both databases need the condition in its words.
+            text(f"execution.{LIVE_CONDITION}"),
+            col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
+            col(SpanRow.status) == SpanStatus.WAITING.value,
+            col(SpanRow.awaits).like('%"kind":"input"%'),
+            ~answered.correlate(SpanRow).exists(),
+        )
+        .order_by(col(Execution.created_at).desc(), col(Execution.id).desc(), col(SpanRow.sequence))
+        .limit(at_most)
+    )
+    found: list[OrganizationWait] = []
+    for row in await connection.execute(statement):
+        awaits = decoding.decode(row.awaits)
+        if awaits["kind"] == AnswerSource.INPUT:
+            place = (row.node_id, row.iteration, row.label)
+            node = WaitingNode(*place, awaits["request"], row.started_at, row.wake_at)
+            run = (row.id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type)
+            found.append(OrganizationWait(*run, node))
     return found
 
 

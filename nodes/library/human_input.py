@@ -52,6 +52,9 @@ def _build_request(config: Mapping[str, Json]) -> Json:
         request["choices"] = [
             {"port": choice["port"], "label": choice.get("label", choice["port"])} for choice in choices
         ]
+    for name in ("assignees", "approvals", "allowSelf", "remindAfterSeconds", "notify"):
+        if name in config:
+            request[name] = config[name]
     return request
 
 

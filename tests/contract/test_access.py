@@ -625,6 +625,7 @@ ROWS = [
     AccessRow("POST", "/api/v1/executions/bulk-delete", WRITE, OWN, body=DRY_RUN),
     AccessRow("GET", "/api/v1/executions", READ, OWN),
     run_row("GET", ""),
+    AccessRow("GET", "/api/v1/pending-inputs", EXECUTE, OWN),
     run_row("GET", "/progress", query="?wait=0"),
     run_row("GET", "/spans"),
     run_row("GET", "/spans/{sub}"),

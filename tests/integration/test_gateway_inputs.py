@@ -76,11 +76,18 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
         "description": "They replace those of yesterday.",
         "schema": input_waits.REQUEST["schema"],
         "choices": input_waits.REQUEST["choices"],
+        "assignees": [],
+        "approvals": 1,
     }
     response = await answer(people.owner, waiting_execution_id)
     assert (response.status_code, response.json()) == (
         200,
-        {"executionId": waiting_execution_id, "nodeId": "approval", "status": "accepted"},
+        {
+            "executionId": waiting_execution_id,
+            "nodeId": "approval",
+            "status": "accepted",
+            "missingApprovals": 0,
+        },
     )
     assert await get_pending(people.owner, waiting_execution_id) == []
     database = harness.gateway.database

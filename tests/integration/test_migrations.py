@@ -15,6 +15,7 @@ from sqlmodel import SQLModel
 
 from models import (  # noqa: F401 - their tables must be known to the metadata
     access,
+    approval,
     audit,
     blocked_interval,
     broker_rows,

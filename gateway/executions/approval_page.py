@@ -1,0 +1,367 @@
+"""Approval page: a link shows its question to an assignee without an account, and takes one answer.
+
+Showing changes nothing, since mail programs and scanners open links. The page needs no script, loads nothing
+from anywhere, and its address is sent to nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qs
+
+import msgspec
+import structlog
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine import values
+from engine.values import InvalidJson
+from gateway.executions import input_checks, inputs
+from gateway.http.errors import ApiError
+from gateway.http.request import GatewayRequest
+from journal.store import ExecutionKey
+from journal.waits import approvals, node_answers
+from journal.waits.approvals import Decision
+from journal.waits.node_answers import AnswerReception, WaitingNode
+from models.access import Organization, User
+from models.approval import ApprovalLink
+from models.execution import Execution
+from models.workflow import Workflow
+
+if TYPE_CHECKING:
+    from sqlalchemy import Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from starlette.types import Receive, Scope, Send
+
+    from engine.values import Json
+
+log = structlog.get_logger()
+
+MAX_FORM_BYTES: Final = 100_000
+MAX_FIELDS: Final = 100
+BY_LINK: Final = "approval-link"
+"""Key of audit entries about answers by a link."""
+CHOICE: Final = "choice"
+FIELD: Final = "field."
+NOTE: Final = "note"
+NUMBERS: Final = frozenset({"integer", "number"})
+_STYLE: Final = (
+    ":root{color-scheme:light dark;--bg:#f7f6f3;--surface:#fff;--line:#cfccc4;--ink:#1b1c20;--soft:#4d4f57;"
+    "--blue:#1f52c4}@media(prefers-color-scheme:dark){:root{--bg:#0e1013;--surface:#15171b;--line:#3a3f49;"
+    "--ink:#ececee;--soft:#b4b7c0;--blue:#92b4ff}}*{box-sizing:border-box}body{margin:0;background:var(--bg);"
+    "color:var(--ink);font:1rem/1.5 system-ui,sans-serif}header,main{max-width:36rem;margin:0 auto;padding:1rem}"
+    "header{color:var(--soft)}h1{font-size:1.625rem;line-height:1.25;margin:0 0 .5rem;overflow-wrap:anywhere}"
+    "p{white-space:pre-wrap;overflow-wrap:anywhere}.soft{color:var(--soft)}label{display:block;margin:1rem 0 .25rem}"
+    "input,select,textarea,button{width:100%;min-height:44px;padding:.5rem .75rem;font:inherit;color:inherit;"
+    "background:var(--surface);border:1px solid var(--line);border-radius:6px}input[type=checkbox]{width:24px;"
+    "min-height:24px}button{margin-top:.75rem;font-weight:600;cursor:pointer}button.main{background:var(--blue);"
+    "border-color:var(--blue);color:var(--bg)}:focus-visible{outline:3px solid var(--blue);outline-offset:2px}"
+    ".bad{border-left:4px solid #c62a22;padding-left:.75rem}"
+)
+_STYLE_HASH: Final = b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_HEADERS: Final = (
+    (b"content-type", b"text/html; charset=utf-8"),
+    (
+        b"content-security-policy",
+        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; form-action 'self'; base-uri 'none';"
+        " frame-ancestors 'none'".encode(),
+    ),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+    (b"x-robots-tag", b"noindex, nofollow"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalQuestion:
+    """Question of a link, as it is stored now."""
+
+    link: ApprovalLink
+    key: ExecutionKey
+    organization: str
+    workflow: str
+    asked: WaitingNode | None
+    """None: the question is answered, has expired, or its run has ended."""
+    assignee: str
+    """Name of the assignee on the page."""
+    is_self_approval: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAuthor:
+    """Assignee of a link as the author of a decision, for the audit trail."""
+
+    organization_id: str
+    shard: int
+    user_id: str
+    key_id: str = BY_LINK
+
+
+@dataclass(frozen=True, slots=True)
+class PageResponse:
+    """Answer with an HTML page that is stored nowhere."""
+
+    status: int
+    title: str
+    body: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        page = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(self.title)} · Pilotflame</title><style>{_STYLE}</style></head>"
+            f"<body>{self.body}</body></html>"
+        ).encode()
+        headers = [*_HEADERS, (b"content-length", b"%d" % len(page))]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else page})
+
+
+async def show(request: GatewayRequest) -> PageResponse:
+    """Show the question of a link; nothing changes."""
+    question = await _find_question(request)
+    return _GONE if question is None else _show_question(question)
+
+
+async def answer(request: GatewayRequest) -> PageResponse:
+    """Answer the question of a link, and use the link up."""
+    question = await _find_question(request)
+    if question is None:
+        return _GONE
+    asked = question.asked
+    if asked is None or question.link.used_at is not None or question.is_self_approval:
+        return _show_question(question, status=409)
+    content = await request.body()
+    try:
+        form = _read_form(content)
+        choice, data = _read_answer(asked, form)
+        await input_checks.require_valid_inputs(
+            request.gateway.forms, question.link.organization_id, asked.request, choice, data
+        )
+    except ValueError as error:
+        return _show_question(question, status=422, problems=[str(error)])
+    except ApiError as error:
+        problems = [str(one["message"]) for one in error.details] or [error.message]
+        return _show_question(question, status=error.status, problems=problems)
+    return await _store_answer(request, question, asked, choice, data)
+
+
+async def _store_answer(
+    request: GatewayRequest, question: ApprovalQuestion, asked: WaitingNode, choice: str | None, data: Json
+) -> PageResponse:
+    gateway, link = request.gateway, question.link
+    user_id = None if "@" in link.assignee else link.assignee
+    decision = Decision(link.assignee, user_id, choice, data, gateway.clock())
+    author = LinkAuthor(link.organization_id, link.shard, link.assignee)
+
+    async def work(connection: AsyncConnection) -> approvals.DecisionResult | None:
+        if not await approvals.use_link(connection, link):
+            return None
+        given = await approvals.record_decision(connection, question.key, asked, decision)
+        if given.answer.reception is not AnswerReception.TAKEN:
+            raise inputs.refusal_of(given.answer.reception)
+        await inputs.audit_decision(connection, question.key, asked, decision, author)
+        return given
+
+    try:
+        given = await gateway.database.transaction(work, locks=question.key.execution_id)
+    except ApiError as error:
+        return _message(error.status, "Too late", error.message)
+    if given is None:
+        return _message(409, "Answered already", "This link has been used: it works for one answer.")
+    await inputs.continue_run(gateway.database, gateway.acceptances, given)
+    log.info("input answered", execution_id=question.key.execution_id, node_id=asked.node_id, by_link=True)
+    if given.missing:
+        return _message(200, "Thank you", f"Your answer counts. {given.missing} more must answer so.")
+    return _message(200, "Thank you", "Your answer is stored, and the workflow continues.")
+
+
+async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
+    """Return the question of the link in the path; None for a token that is not known."""
+    async with request.gateway.database.read() as connection:
+        link = await approvals.find_link(connection, request.path_params["id"])
+        if link is None:
+            return None
+        key = ExecutionKey(link.execution_id, link.shard)
+        statement: Select[*tuple[Any, ...]] = (
+            select(
+                *(col(Execution.user_id), col(Execution.trigger_type)),
+                *(col(Workflow.name), col(Organization.name).label("organization")),
+            )
+            .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
+            .join(Organization, col(Organization.id) == col(Execution.organization_id))
+            .where(
+                col(Execution.id) == link.execution_id, col(Execution.organization_id) == link.organization_id
+            )
+        )
+        run = (await connection.execute(statement)).first()
+        if run is None:
+            return None
+        asked = [
+            one
+            for one in await node_answers.list_input_waits(connection, key)
+            if (one.node_id, one.iteration) == (link.node_id, link.iteration)
+        ]
+        if asked and asked[0].expires_at is not None and asked[0].expires_at <= request.gateway.clock():
+            asked = []
+        user = None
+        if "@" not in link.assignee:
+            users = select(User).where(
+                col(User.id) == link.assignee, col(User.organization_id) == link.organization_id
+            )
+            user = (await connection.execute(users)).mappings().first()
+    may_self = bool(asked) and asked[0].request.get("allowSelf") is True
+    is_started_by = link.assignee == run.user_id and run.trigger_type not in approvals.INTAKE_KINDS
+    return ApprovalQuestion(
+        link,
+        key,
+        run.organization,
+        run.name,
+        asked[0] if asked else None,
+        link.assignee if user is None else str(user["name"] or user["email"]),
+        is_started_by and not may_self,
+    )
+
+
+# ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_form(content: bytes) -> Mapping[str, str]:
+    """Return the fields of a form; raises `ValueError`."""
+    if len(content) > MAX_FORM_BYTES:
+        raise ValueError("The answer is too long")
+    if b"\0" in content or b"%00" in content:
+        raise ValueError("The answer contains the character NUL")
+    pairs = parse_qs(content.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    return {name: values[-1] for name, values in pairs.items()}
+
+
+def _read_answer(asked: WaitingNode, form: Mapping[str, str]) -> tuple[str | None, Json]:
+    """Return the choice and the data of a form; raises `ValueError` for a number that is none."""
+    properties = _properties(asked)
+    data: dict[str, Json] = {}
+    for name, schema in properties.items():
+        text = form.get(FIELD + name, "").strip()
+        if schema.get("type") == "boolean":
+            data[name] = bool(text)
+        elif text:
+            data[name] = _read_value(name, text, schema)
+    if not properties and form.get(NOTE, "").strip():
+        data[NOTE] = form[NOTE].strip()
+    return form.get(CHOICE) or None, data or (None if asked.request.get("schema") is None else {})
+
+
+def _read_value(name: str, text: str, schema: Mapping[str, Any]) -> Json:
+    kind = schema.get("type")
+    if kind in {"string", None}:
+        return text
+    try:
+        value = values.decode_json(text.encode())
+    except InvalidJson as error:
+        raise ValueError(f"{name} must be {'a number' if kind in NUMBERS else 'JSON'}") from error
+    if kind in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{name} must be a number")
+    return value
+
+
+def _properties(asked: WaitingNode) -> Mapping[str, Mapping[str, Any]]:
+    schema = asked.request.get("schema")
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(properties, dict):
+        return {}
+    return {name: one if isinstance(one, dict) else {} for name, one in [*properties.items()][:MAX_FIELDS]}
+
+
+# ── markup ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _message(status: int, title: str, text: str) -> PageResponse:
+    return PageResponse(status, title, f"<main><h1>{escape(title)}</h1><p>{escape(text)}</p></main>")
+
+
+_GONE: Final = _message(404, "No such question", "This link is not valid, or its run is no longer stored.")
+
+
+def _show_question(
+    question: ApprovalQuestion, *, status: int = 200, problems: Sequence[str] = ()
+) -> PageResponse:
+    asked = question.asked
+    head = f"<header><b>{escape(question.organization)}</b> for {escape(question.assignee)}</header>"
+    if question.link.used_at is not None:
+        return _message(status, "Answered already", "This link has been used: it works for one answer.")
+    if asked is None:
+        return _message(
+            status,
+            "Closed",
+            "This question was answered, has expired, or its run has ended: nothing is to do.",
+        )
+    if question.is_self_approval:
+        return _message(403, "Not yours to answer", "Whoever started the run may not answer this question.")
+    title = str(asked.request.get("title") or "")
+    parts = [head, f"<main><h1>{escape(title)}</h1>"]
+    if description := str(asked.request.get("description") or ""):
+        parts.append(f"<p>{escape(description)}</p>")
+    parts += [f'<p class="bad" role="alert">{escape(one)}</p>' for one in problems]
+    parts.append('<form method="post">')
+    properties = _properties(asked)
+    schema = asked.request.get("schema")
+    listed = schema.get("required") if isinstance(schema, dict) else None
+    required = listed if isinstance(listed, list) else []
+    for number, (name, one) in enumerate(properties.items()):
+        parts.append(_field(f"f{number}", name, one, is_required=name in required))
+    if not properties:
+        parts.append(
+            f'<label for="note">Note <span class="soft">optional</span></label>'
+            f'<textarea id="note" name="{NOTE}" rows="2"></textarea>'
+        )
+    choices = input_checks.read_choices(asked.request) or [{"port": "", "label": "Send"}]
+    for number, choice in enumerate(choices):
+        kind = ' class="main"' if number == 0 else ""
+        label = escape(str(choice.get("label") or choice["port"]))
+        parts.append(
+            f'<button{kind} name="{CHOICE}" value="{escape(str(choice["port"]))}" type="submit">{label}</button>'
+        )
+    until = "" if asked.expires_at is None else f" Open until {_minute(asked.expires_at)} UTC."
+    parts.append(
+        f'</form><p class="soft">This link is yours and works for one answer.{until} Asked by the workflow'
+        f" “{escape(question.workflow)}”. You do not need an account.</p></main>"
+    )
+    return PageResponse(status, title, "".join(parts))
+
+
+def _field(field_id: str, name: str, schema: Mapping[str, Any], *, is_required: bool) -> str:
+    label = escape(str(schema.get("title") or name))
+    optional = "" if is_required else ' <span class="soft">optional</span>'
+    head = f'<label for="{field_id}">{label}{optional}</label>'
+    shared = f'id="{field_id}" name="{escape(FIELD + name)}"{" required" if is_required else ""}'
+    default = schema.get("default")
+    value = "" if default is None else escape(default if isinstance(default, str) else _as_json(default))
+    if isinstance(schema.get("enum"), list):
+        options = "".join(f"<option>{escape(str(one))}</option>" for one in schema["enum"])
+        empty = "" if is_required else "<option></option>"
+        return f"{head}<select {shared}>{empty}{options}</select>"
+    match schema.get("type"), schema.get("format"):
+        case "boolean", _:
+            unrequired = f'id="{field_id}" name="{escape(FIELD + name)}"'
+            return f'{head}<input {unrequired} type="checkbox" value="true">'
+        case (("integer" | "number"), _):
+            return f'{head}<input {shared} inputmode="decimal" value="{value}">'
+        case _, "date":
+            return f'{head}<input {shared} type="date" value="{value}">'
+        case _:
+            return f'{head}<input {shared} value="{value}">'
+
+
+def _as_json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _minute(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M")

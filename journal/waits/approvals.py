@@ -1,0 +1,213 @@
+"""Approvals: who may answer a question, votes towards a decision, and the links of assignees.
+
+A decision locks the row of its run first, so that two votes at once can't each count without the other.
+"""
+
+from __future__ import annotations
+
+import hmac
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from sqlalchemy import insert, select, update
+from sqlmodel import col
+
+from engine.node_api import OUTPUT, AnswerSource
+from journal.waits import node_answers
+from journal.waits.node_answers import AnswerReception, AnswerResult, WaitingNode
+from models import timestamps
+from models.approval import ApprovalLink, ApprovalVote
+from models.database_time import DatabaseTime
+from models.execution import Execution
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from journal.store import ExecutionKey
+
+TOKEN_PREFIX: Final = "ap-"  # noqa: S105 - the beginning of every token
+ADMIN_ROLE: Final = "role:admin"
+"""Assignee that stands for all admins of the organization."""
+INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
+"""Triggers whose runs no person has started."""
+_PURPOSE: Final = b"pilotflame approval link 1"
+_encode = msgspec.json.Encoder().encode
+
+
+class AnswerRefusal(StrEnum):
+    """Reason why a person may not answer a question."""
+
+    NOT_ASSIGNED = "not-assigned"
+    SELF_APPROVAL = "self-approval"
+
+
+@dataclass(frozen=True, slots=True)
+class Approver:
+    """Person who answers, or wants to know the questions."""
+
+    user_id: str
+    email: str
+    is_admin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Answer of one person."""
+
+    by: str
+    """Id of the user, or the mail address that has got the link."""
+    user_id: str | None
+    choice: str | None
+    data: Json
+    answered_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionResult:
+    """Result of a decision: the answer of the node, or a vote towards it."""
+
+    answer: AnswerResult
+    missing: int = 0
+    """Approvals that the choice still needs; above 0 the node waits on."""
+
+
+def needed_approvals(request: Mapping[str, Json]) -> int:
+    """Return the number of people who must make the same choice."""
+    count = request.get("approvals")
+    return int(count) if isinstance(count, int | float) else 1
+
+
+def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
+    """Return the assignees of a question; empty: everybody who may answer runs of the workflow."""
+    assignees = request.get("assignees")
+    return [str(one) for one in assignees] if isinstance(assignees, list) else []
+
+
+def find_refusal(
+    request: Mapping[str, Json], approver: Approver, *, starter_id: str, trigger_type: str
+) -> AnswerRefusal | None:
+    """Return the reason why a person may not answer; None if they may."""
+    assignees = assignees_of(request)
+    names = {approver.user_id, approver.email.casefold()} | ({ADMIN_ROLE} if approver.is_admin else set())
+    if assignees and names.isdisjoint(one.casefold() if "@" in one else one for one in assignees):
+        return AnswerRefusal.NOT_ASSIGNED
+    was_started_by = trigger_type not in INTAKE_KINDS and approver.user_id == starter_id
+    if was_started_by and request.get("allowSelf", not assignees) is not True:
+        return AnswerRefusal.SELF_APPROVAL
+    return None
+
+
+# ── decisions ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def record_decision(
+    connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, decision: Decision
+) -> DecisionResult:
+    """Record the answer of a person in a transaction; the node gets it when enough people agree."""
+    place = (asked.node_id, asked.iteration)
+    own: dict[str, Json] = {
+        "choice": decision.choice,
+        "by": decision.by,
+        "at": timestamps.format_timestamp(decision.answered_at),
+    }
+    value: dict[str, Json] = {"data": decision.data, **own}
+    needed = needed_approvals(asked.request)
+    if needed > 1:
+        locked = select(col(Execution.id)).where(col(Execution.id) == key.execution_id).with_for_update()
+        await connection.execute(locked)
+        if all(
+            (one.node_id, one.iteration) != place
+            for one in await node_answers.list_input_waits(connection, key)
+        ):
+            is_answered = await node_answers.is_answered(connection, key, *place)
+            reception = AnswerReception.LATE if is_answered else AnswerReception.UNAWAITED
+            return DecisionResult(AnswerResult(reception))
+        votes = await _read_votes(connection, key, place)
+        if decision.by in votes:
+            return DecisionResult(AnswerResult(AnswerReception.LATE))
+        votes[decision.by] = own
+        await connection.execute(
+            insert(ApprovalVote).values(
+                execution_id=key.execution_id,
+                node_id=asked.node_id,
+                iteration=asked.iteration,
+                voter=decision.by,
+                shard=key.shard,
+                choice=decision.choice,
+                data=_encode(decision.data).decode(),
+                created_at=DatabaseTime(),
+            )
+        )
+        agreeing = [one for one in votes.values() if one["choice"] == decision.choice]
+        if len(agreeing) < needed:
+            return DecisionResult(AnswerResult(AnswerReception.TAKEN), needed - len(agreeing))
+        value["approvals"] = list(votes.values())
+    answer = await node_answers.store_answer(
+        connection,
+        key,
+        *place,
+        node_answers.encode_output_answer(value, decision.choice or OUTPUT),
+        kind=AnswerSource.INPUT,
+        user_id=decision.user_id,
+    )
+    return DecisionResult(answer)
+
+
+async def _read_votes(
+    connection: AsyncConnection, key: ExecutionKey, place: tuple[str, str]
+) -> dict[str, dict[str, Json]]:
+    """Return the votes so far by voter, as the output of the node shows them."""
+    statement = (
+        select(col(ApprovalVote.voter), col(ApprovalVote.choice), col(ApprovalVote.created_at))
+        .where(
+            col(ApprovalVote.execution_id) == key.execution_id,
+            col(ApprovalVote.shard) == key.shard,
+            col(ApprovalVote.node_id) == place[0],
+            col(ApprovalVote.iteration) == place[1],
+        )
+        .order_by(col(ApprovalVote.created_at), col(ApprovalVote.voter))
+    )
+    return {
+        row.voter: {"choice": row.choice, "by": row.voter, "at": timestamps.format_timestamp(row.created_at)}
+        for row in await connection.execute(statement)
+    }
+
+
+# ── links ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def derive_token(secret: bytes, key: ExecutionKey, node_id: str, iteration: str, assignee: str) -> str:
+    """Return the token of an assignee's link: 256 bits that only a holder of the server's secret can make."""
+    parts = [_PURPOSE.decode(), key.execution_id, node_id, iteration, assignee]
+    digest = hmac.digest(secret, _encode(parts), "sha256")
+    return TOKEN_PREFIX + urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def hash_token(token: str) -> str:
+    """Return the stored form of a token."""
+    return sha256(token.encode()).hexdigest()
+
+
+async def find_link(connection: AsyncConnection, token: str) -> ApprovalLink | None:
+    """Return the link with a token."""
+    statement = select(ApprovalLink).where(col(ApprovalLink.hash) == hash_token(token))
+    row = (await connection.execute(statement)).mappings().first()
+    return None if row is None else ApprovalLink(**row)
+
+
+async def use_link(connection: AsyncConnection, link: ApprovalLink) -> bool:
+    """Mark a link as used, in the transaction of its answer; False if it was used before."""
+    statement = (
+        update(ApprovalLink)
+        .where(col(ApprovalLink.hash) == link.hash, col(ApprovalLink.used_at).is_(None))
+        .values(used_at=DatabaseTime())
+        .returning(col(ApprovalLink.hash))
+    )
+    return (await connection.execute(statement)).first() is not None

@@ -1,0 +1,227 @@
+"""Approvals: assignees, several approvals, links without an account, and their page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import insert, select
+from sqlmodel import col
+
+from journal.store import ExecutionKey
+from journal.waits import approvals
+from models.approval import ApprovalLink
+from models.execution import Execution
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.integration.test_waiting_runs import (
+    EXECUTIONS,
+    execute_workflow,
+    get_json,
+    serve_worker,
+    wait_for_question,
+    wait_until_ended,
+)
+
+pytestmark = pytest.mark.timeout(60)
+SCHEMA = {
+    "type": "object",
+    "properties": {"max": {"type": "number"}, "why": {"type": "string"}},
+    "required": ["max"],
+}
+
+
+def question(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    asks = {"title": "Set 12 prices?", "choices": [{"port": "yes", "label": "Set"}, {"port": "no"}], **config}
+    return {
+        "nodes": [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "ask", "nodeId": "human-input", "config": asks},
+            {"id": "after", "nodeId": "set", "config": {"values": {"got": "{{ data }}"}}},
+        ],
+        "connections": [
+            {"source": "start", "target": "ask"},
+            {"source": "ask", "sourcePort": "yes", "target": "after"},
+        ],
+        "isPublic": True,
+    }
+
+
+async def say(person: UserClient, execution_id: str, choice: str, **body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+    return await person.api.post(
+        f"{EXECUTIONS}/{execution_id}/input", json={"nodeId": "ask", "choice": choice, **body}
+    )
+
+
+async def pending(person: UserClient) -> list[str]:
+    answer = await person.api.get("/api/v1/pending-inputs")
+    assert answer.status_code == 200, answer.text
+    return [one["executionId"] for one in answer.json()["inputs"]]
+
+
+async def make_public(person: UserClient, workflow_id: str) -> None:
+    answer = await person.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
+    assert answer.status_code == 200, answer.text
+
+
+async def ask(people: OrganizationUsers, **config: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Start a run that asks, by the owner of the workflow; returns its id once it waits."""
+    graph = question(**config)
+    graph.pop("isPublic")
+    workflow_id = await people.owner.create(**graph)
+    await make_public(people.owner, workflow_id)
+    execution_id = await execute_workflow(people.owner, workflow_id)
+    await wait_for_question(people.owner, execution_id)
+    return execution_id
+
+
+async def test_only_assignees_answer_and_see_the_question_among_theirs(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with serve_worker(harness):
+        run = await ask(people, assignees=[people.colleague.user.id, "role:admin"])
+        assert run in await pending(people.colleague)
+        assert run in await pending(people.admin)
+        assert run not in await pending(people.owner)
+        assert run not in await pending(people.stranger)
+        assert_refused(await say(people.owner, run, "yes"), 403, "not-assigned")
+        assert (await say(people.colleague, run, "yes")).json()["status"] == "accepted"
+        await wait_until_ended(people.owner, run)
+        assert run not in await pending(people.colleague)
+    trail = (await people.admin.api.get("/api/v1/audit?action=input.answered")).json()["entries"]
+    assert [(one["userId"], one["keyId"][:4]) for one in trail] == [(people.colleague.user.id, "key_")]
+
+
+async def test_whoever_started_the_run_does_not_approve_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with serve_worker(harness):
+        run = await ask(people, assignees=[people.owner.user.email, people.colleague.user.id])
+        assert run not in await pending(people.owner)
+        assert_refused(await say(people.owner, run, "yes"), 403, "self-approval")
+        run = await ask(people, assignees=[people.owner.user.email], allowSelf=True)
+        assert (await say(people.owner, run, "yes")).status_code == 200
+        run = await ask(people)
+        assert (await say(people.owner, run, "yes")).status_code == 200
+
+
+async def test_a_run_continues_when_enough_people_agree(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with serve_worker(harness):
+        run = await ask(people, approvals=2)
+        first = (await say(people.owner, run, "yes")).json()
+        assert (first["status"], first["missingApprovals"]) == ("counted", 1)
+        assert_refused(await say(people.owner, run, "yes"), 409, "already-answered")
+        assert (await say(people.colleague, run, "no")).json()["status"] == "counted"
+        assert (await say(people.admin, run, "yes")).json()["status"] == "accepted"
+        await wait_until_ended(people.owner, run)
+        span = (await get_json(people.owner, f"/{run}/spans?node_id=ask"))["spans"][0]
+    assert span["port"] == "yes"
+    assert [(one["by"], one["choice"]) for one in span["outputData"]["approvals"]] == [
+        (people.owner.user.id, "yes"),
+        (people.colleague.user.id, "no"),
+        (people.admin.user.id, "yes"),
+    ]
+
+
+# ── links ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class LinkUnderTest:
+    path: str
+    token: str
+
+
+async def make_link(harness: GatewayHarness, execution_id: str, assignee: str) -> LinkUnderTest:
+    database = harness.gateway.database
+    async with database.read() as connection:
+        statement = select(
+            col(Execution.shard), col(Execution.organization_id), col(Execution.created_at)
+        ).where(col(Execution.id) == execution_id)
+        row = (await connection.execute(statement)).one()
+    key = ExecutionKey(execution_id, row.shard)
+    token = approvals.derive_token(b"a secret", key, "ask", "", assignee)
+    link = ApprovalLink(
+        hash=approvals.hash_token(token),
+        execution_id=execution_id,
+        node_id="ask",
+        shard=row.shard,
+        organization_id=row.organization_id,
+        assignee=assignee,
+        created_at=row.created_at,
+    )
+    await database.transaction(
+        lambda connection: connection.execute(insert(ApprovalLink).values(link.model_dump()))
+    )
+    return LinkUnderTest(f"/approve/{token}", token)
+
+
+async def test_a_link_shows_its_question_and_takes_one_answer(
+    harness: GatewayHarness, people: OrganizationUsers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = await harness.client()
+    async with serve_worker(harness):
+        run = await ask(
+            people, description="<b>Highest: 1,890 €</b>", schema=SCHEMA, assignees=["mira@example.com"]
+        )
+        link = await make_link(harness, run, "mira@example.com")
+        for _ in range(2):
+            page = await nobody.get(link.path)
+            assert page.status_code == 200
+        assert (await nobody.head(link.path)).status_code in {200, 405}
+        assert "Set 12 prices?" in page.text
+        assert "&lt;b&gt;Highest" in page.text
+        assert "<script" not in page.text
+        assert 'name="viewport"' in page.text
+        assert re.search(r"(src|href)=", page.text) is None
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "form-action 'self'" in policy
+        assert (page.headers["referrer-policy"], page.headers["cache-control"]) == ("no-referrer", "no-store")
+        wrong = await nobody.post(link.path, data={"choice": "yes", "field.max": "many"})
+        assert (wrong.status_code, "max must be a number" in wrong.text) == (422, True)
+        missing = await nobody.post(link.path, data={"choice": "maybe", "field.max": "15"})
+        assert missing.status_code == 422
+        done = await nobody.post(link.path, data={"choice": "yes", "field.max": "15", "field.why": "fine"})
+        assert (done.status_code, "Thank you" in done.text) == (200, True)
+        again = await nobody.post(link.path, data={"choice": "no", "field.max": "1"})
+        assert again.status_code == 409
+        await wait_until_ended(people.owner, run)
+        span = (await get_json(people.owner, f"/{run}/spans?node_id=ask"))["spans"][0]
+        assert "used" in (await nobody.get(link.path)).text
+    answer = span["outputData"]
+    assert (answer["by"], answer["choice"], answer["data"]) == (
+        "mira@example.com", "yes", {"max": 15, "why": "fine"},
+    )  # fmt: skip
+    trail = (await people.admin.api.get("/api/v1/audit?action=input.answered")).json()["entries"]
+    assert [(one["userId"], one["keyId"]) for one in trail] == [("mira@example.com", "approval-link")]
+    written = capsys.readouterr()
+    assert link.token not in written.out + written.err
+    everything = (await people.owner.api.get(f"{EXECUTIONS}/{run}/spans")).text
+    assert link.token not in everything
+
+
+async def test_a_link_ends_with_its_question_its_run_and_its_starter(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    nobody = await harness.client()
+    async with serve_worker(harness):
+        run = await ask(people, assignees=[people.owner.user.id, "b@example.com", "c@example.com"])
+        own, other, third = [
+            await make_link(harness, run, name)
+            for name in (people.owner.user.id, "b@example.com", "c@example.com")
+        ]
+        refused = await nobody.post(own.path, data={"choice": "yes"})
+        assert "may not answer" in refused.text
+        assert (await nobody.post(other.path, data={"choice": "yes", "note": "ok"})).status_code == 200
+        closed = await nobody.post(third.path, data={"choice": "no"})
+        assert (closed.status_code, "Closed" in closed.text) == (409, True)
+        await wait_until_ended(people.owner, run)
+    assert (await nobody.get("/approve/ap-unknown")).status_code == 404
+    assert (await nobody.post("/approve/ap-unknown", data={})).status_code == 404
+    hostile = await nobody.post(third.path, content=b"choice=%00&x=\xff")
+    assert hostile.status_code < 500
