@@ -27,7 +27,7 @@ from engine.node_key import NodeKey, decode_key
 from engine.program import mapping_paths
 from engine.run_errors import NodeError
 from engine.run_limits import RunLimits
-from engine.run_records import CANDIDATE_STATUSES, NodeSpan, SpanStatus
+from engine.run_records import CANDIDATE_STATUSES, NEEDS_CONFIRM_CODE, NodeSpan, SpanStatus
 from engine.services import NodeServices, RunCaller
 from engine.span_recorder import SpanRecorder
 from engine.values import InvalidJson
@@ -68,7 +68,6 @@ PROOFS_OF_NO_EFFECT: Final = frozenset(
         *("too-many-recipients", "too-many-attachments", "invalid-key", "folder-full"),
         *("workflow-not-found", "workflow-paused", "workflow-archived", "invalid-definition"),
         *("run-too-deep", "too-many-sub-runs", "concurrency-limit"),
-        "write-needs-confirm",
     }
 )
 """Errors of writes, besides HTTP 4xx, which are raised before anything is sent or prove that it was refused."""
@@ -183,6 +182,8 @@ class ReplayFacts:
     has_outputs: bool = False
     written_in_loops: frozenset[str] = frozenset()
     """Nodes in loops with a completed span, or a write with an unknown end, in any iteration."""
+    written_in_failed_turns: frozenset[str] = frozenset()
+    """The same nodes, in iterations that have not completed."""
     revisions: Mapping[str, int] = field(default_factory=dict)
     """Present revisions of the data sources that recorded nodes have used; deleted ones are absent."""
     expired: frozenset[str] = frozenset()
@@ -393,6 +394,8 @@ class _Planner:
             return self._decide_failed_loop(node_id, span, reasons)
         if not program.is_write or not may_have_happened(span):
             return self._run(node_id, *reasons)
+        if was_refused(span):
+            return self._ask(node_id, reasons, ResultUse.NONE)
         key = decode_key(span.hashes)
         changes = [] if key is None else self._static_changes(node_id, key)
         if key is not None and not changes:
@@ -457,6 +460,8 @@ class _Planner:
         reasons = [self._failure(span)]
         if not program.is_write or not may_have_happened(span):
             return self._run(node_id, *reasons)
+        if was_refused(span):
+            return self._ask(node_id, reasons, ResultUse.NONE)
         changes = [] if key is None else self._static_changes(node_id, key)
         if key is None or changes or program.node.at_most_once or node_id in self._options.forced:
             return self._ask(node_id, [*reasons, *changes], ResultUse.NONE)
@@ -495,7 +500,9 @@ class _Planner:
     def _decide_body(self, loop_id: str, loop: NodeReplay) -> None:
         program = self._program.nodes[loop_id]
         changed = self.changed_in_body(program) if loop.failed_only else frozenset(program.body)
-        written = set(self._written_in(program))
+        facts = self._facts
+        found = facts.written_in_failed_turns if loop.failed_only else facts.written_in_loops
+        written = {inner for inner in program.body & found if self._program.nodes[inner].is_write}
         for inner in sorted(program.body):
             decision, reasons = loop.decision, loop.reasons
             if loop.decision in {ReplayDecision.RERUN, ReplayDecision.ASK}:
@@ -656,6 +663,11 @@ class _Planner:
 # ── rules about single spans ────────────────────────────────────────────────────────────────────────────────
 
 
+def was_refused(span: NodeSpan) -> bool:
+    """Return whether a write was not repeated for lack of a confirmation; it had its effect in an earlier run."""
+    return span.error is not None and span.error.code == NEEDS_CONFIRM_CODE
+
+
 def may_have_happened(span: NodeSpan) -> bool:
     """Return whether an unfinished write may have had its effect, or a part of it."""
     if span.resolved_config is None:
@@ -665,6 +677,7 @@ def may_have_happened(span: NodeSpan) -> bool:
     if span.attempt > 1:
         return True  # an earlier attempt may have ended otherwise
     code = span.error.code
+    # A refused write had its effect in an earlier run: its code is no proof.
     is_refused = code.startswith("http-4") and code not in _MAY_HAVE_HAPPENED
     return not is_refused and code not in PROOFS_OF_NO_EFFECT
 

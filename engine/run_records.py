@@ -45,7 +45,10 @@ class SpanStatus(StrEnum):
     SKIPPED = "skipped"
     CANCELLED = "cancelled"
     CANDIDATE = "candidate"
-    """Not reached yet, with a result of an earlier run that is reused if the key is the same."""
+    """Not reached yet, with a result of an earlier run that is reused if the key is the same.
+
+    `wake_at` has its end.
+    """
     UNCONFIRMED = "unconfirmed"
     """The same, for a write that must not be repeated with another key."""
 

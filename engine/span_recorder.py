@@ -140,7 +140,8 @@ class SpanRecorder:
         self._pending_bytes += len(candidate.output or b"") + len(candidate.input or b"")
         has_failed = candidate.error is not None
         status = SpanStatus.FAILED if has_failed else SpanStatus.COMPLETED
-        self._journal.record(structs.replace(candidate, status=status, sequence=self._sequence))
+        ended = structs.replace(candidate, ended_at=candidate.wake_at, wake_at=None)
+        self._journal.record(structs.replace(ended, status=status, sequence=self._sequence))
 
     def _record_attempt_state(
         self,

@@ -297,6 +297,7 @@ class WorkflowRunner:
                 "The node would repeat a write with another request than before:"
                 " replay with its id in `confirm` to allow that"
             )
+            visit.hashes = candidate.hashes  # the key of the result that stays valid
             self._progress.fail(visit, NodeError(message, code=NEEDS_CONFIRM_CODE), is_final=True)
             return True
         return False

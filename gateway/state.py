@@ -24,6 +24,7 @@ from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
 from gateway.executions.live_hints import LiveHints
 from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
+from gateway.executions.replay_planning import ReplayPlanner
 from gateway.executions.request_limits import BacklogLimits, RunRateLimiter
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
@@ -97,6 +98,7 @@ class GatewayState:
     deployed: DeployedDefinitions
     waiting: ExecutionPollHub
     access: ExecutionAccess
+    replays: ReplayPlanner
     live_events: LiveEvents
     live_hints: LiveHints
     large_outputs: LargeOutputs
@@ -216,6 +218,7 @@ async def assemble_state(
                 deployed=deployed,
                 waiting=waiting,
                 access=access,
+                replays=ReplayPlanner(database, database.clock, workflows, catalog, blobs),
                 live_events=live_events,
                 live_hints=live_hints,
                 large_outputs=live_events.large_outputs,

@@ -54,6 +54,7 @@ class AuditAction(StrEnum):
     SIGNING_SECRET_SET = "signing-secret.set"  # noqa: S105 - the name of an action
     EXECUTIONS_CANCELLED = "executions.cancelled"
     EXECUTIONS_RETRIED = "executions.retried"
+    EXECUTIONS_REPLAYED = "executions.replayed"
     EXECUTIONS_DELETED = "executions.deleted"
     INPUT_ANSWERED = "input.answered"
     DATA_SOURCE_CREATED = "data-source.created"

@@ -123,6 +123,12 @@ class Execution(SQLModel, table=True):
             sqlite_where=text("replay_of IS NOT NULL"),
         ),
         Index(
+            "ix_execution_line",
+            "key_id",
+            postgresql_where=text("replay_of IS NOT NULL"),
+            sqlite_where=text("replay_of IS NOT NULL"),
+        ),
+        Index(
             "ix_execution_limited",
             "concurrency_key",
             "is_fresh",

@@ -15,11 +15,12 @@ from sqlmodel import col
 
 from engine.values import fingerprint
 from gateway.access import audit_log
-from gateway.executions import acceptance, execution_rows, resume_runs
+from gateway.executions import acceptance, execution_rows
 from gateway.executions.cancellation import request_end_of_run
-from gateway.executions.resume_runs import IS_RESUMED
+from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.executions.test_runs import TEST
 from gateway.http import idempotency
+from journal import run_copies
 from journal.blobs import orphan_blobs
 from journal.blobs.blob_storage import BlobsUnavailable
 from journal.run_deletion import IS_DELETABLE, delete_runs
@@ -89,11 +90,19 @@ def retryable(caller: ApiCaller) -> ColumnElement[bool]:
 
     Node tests are excluded: their purpose ends with the test.
     """
-    has_failed = col(Execution.status) == ExecutionStatus.FAILED
+    return _repeatable(caller, col(Execution.status) == ExecutionStatus.FAILED)
+
+
+def replayable(caller: ApiCaller) -> ColumnElement[bool]:
+    """Return the condition for ended executions that the caller may replay and that nobody has taken up."""
+    return _repeatable(caller, col(Execution.status).in_(TERMINAL_STATUSES))
+
+
+def _repeatable(caller: ApiCaller, has_ended: ColumnElement[bool]) -> ColumnElement[bool]:
     # Clients may choose the trigger type `test` for any run, but only a node test is also private.
     is_node_test = and_(col(Execution.trigger_type) == TEST, col(Execution.is_private))
     return and_(
-        visibility_condition(caller), has_failed, ~is_node_test, ~IS_RESUMED, _OPEN.correlate(Execution)
+        visibility_condition(caller), has_ended, ~is_node_test, ~IS_TAKEN_UP, _OPEN.correlate(Execution)
     )
 
 
@@ -131,8 +140,10 @@ async def begin_retry(
     found: ChosenExecutions,
     about: str,
     idempotency_key: IdempotencyKey | None,
+    *,
+    action: AuditAction = AuditAction.EXECUTIONS_RETRIED,
 ) -> ChosenExecutions:
-    """Record a retry in the audit trail and return its selection of executions.
+    """Record a retry or replay in the audit trail and return its selection of executions.
 
     The selection is that of the first request with the idempotency key. Raises 422 if that request had
     another body.
@@ -146,9 +157,7 @@ async def begin_retry(
                 connection, idempotency_key, shard=caller.shard, resource_id=text, now=now
             )
         if bound == text:
-            await _trace(
-                connection, caller=caller, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
-            )
+            await _trace(connection, caller=caller, found=found, action=action, about=about)
         return bound
 
     return _decode(await database.transaction(keep))
@@ -268,8 +277,8 @@ async def _resume(
     )
     for row in (await connection.execute(left)).all():
         failed = ExecutionKey(row.id, caller.shard)
-        await resume_runs.insert_copy(
-            connection, failed, new_ids[row.id], caller, trigger_type=row.trigger_type
+        await run_copies.insert_copy(
+            connection, failed, new_ids[row.id], caller.user_id, trigger_type=row.trigger_type
         )
         resumed[row.id] = row.concurrency_key
     return resumed

@@ -27,6 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
+from engine.run_records import CANDIDATE_STATUSES, SpanStatus
 from gateway.http.keyset import ListPage
 from journal.blobs.blob_storage import BlobOwner
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
-    from engine.run_records import SpanStatus
     from gateway.http.parameters import PageBounds
     from journal.run_labels import RunLabel
     from journal.store import ExecutionKey
@@ -52,6 +52,18 @@ Recorded: TypeAlias = Row[*tuple[Any, ...]]
 def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
     """Sort null times before all others; SQLite and PostgreSQL have different defaults."""
     return func.coalesce(moment, literal(0, BigInteger))
+
+
+class ShownSpanStatus(StrEnum):
+    """State of a node, a turn or an attempt that is shown; candidates of a replay are not."""
+
+    RUNNING = SpanStatus.RUNNING.value
+    WAITING = SpanStatus.WAITING.value
+    RETRYING = SpanStatus.RETRYING.value
+    COMPLETED = SpanStatus.COMPLETED.value
+    FAILED = SpanStatus.FAILED.value
+    SKIPPED = SpanStatus.SKIPPED.value
+    CANCELLED = SpanStatus.CANCELLED.value
 
 
 class SpanKind(StrEnum):
@@ -307,6 +319,7 @@ _SPANS: Final = select(
     col(SpanRow.error),
     col(SpanRow.unresolved),
     col(SpanRow.hashes),
+    col(SpanRow.reused_from),
 ).outerjoin(
     _source,
     and_(
@@ -332,6 +345,7 @@ _ATTEMPTS: Final = select(
     col(AttemptRow.error),
     _NO_TEXT.label("unresolved"),
     cast(null(), LargeBinary).label("hashes"),
+    _NO_TEXT.label("reused_from"),
 )
 """The columns of `_SPANS`, for attempts."""
 
@@ -342,7 +356,7 @@ async def list_spans(
     part: PageBounds,
     *,
     node_id: str | None,
-    statuses: Sequence[SpanStatus],
+    statuses: Sequence[ShownSpanStatus],
 ) -> tuple[int, Sequence[Recorded]]:
     """Return the number of spans of a run, and a page of them, ordered by their last change."""
 
@@ -424,6 +438,8 @@ async def _page(
 def _of(table: type[SpanRow | AttemptRow | LogRow], key: ExecutionKey) -> Iterable[ColumnElement[bool]]:
     yield col(table.execution_id) == key.execution_id
     yield col(table.shard) == key.shard
+    if table is SpanRow:
+        yield col(SpanRow.status).not_in(CANDIDATE_STATUSES)
 
 
 # ── event streams ───────────────────────────────────────────────────────────────────────────────────────────

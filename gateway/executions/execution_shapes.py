@@ -12,7 +12,7 @@ from engine import node_key
 from engine.node_api import CONTINUE
 from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
-from gateway.executions.execution_rows import SpanKind
+from gateway.executions.execution_rows import ShownSpanStatus, SpanKind
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.waits.completion import CompletionAction, CompletionOutcome
 from models.execution_label import TAG_KEY
@@ -93,6 +93,8 @@ class ExecutionShape(WireStruct):
     completed_nodes: int
     total_nodes: int
     resumed_from: str | None
+    replay_of: str | None
+    """Execution that this one, or the one that it resumes, replays."""
     parent_id: str | None
     """Execution with the node that started this one."""
     root_id: str | None
@@ -149,7 +151,7 @@ class SpanShape(WireStruct):
     node_id: str
     node_label: str
     node_type: str
-    status: Annotated[str, Meta(extra_json_schema={"enum": [*SpanStatus]})]
+    status: Annotated[str, Meta(extra_json_schema={"enum": [*ShownSpanStatus]})]
     sequence: int
     iteration: str
     attempt: int
@@ -165,6 +167,8 @@ class SpanShape(WireStruct):
     """JSON; over 256 kB it is `{"$blob": …, "omitted": {bytes, reason, message, url}}`, as is `inputData`."""
     error: Raw | None
     unresolved: Raw | Sequence[str]
+    reused_from: str | None
+    """Execution that ran the node, if a replay has reused its result."""
     hashes: Mapping[str, str] | None
     """SHA-256 in hexadecimal of: type and version, config after defaults, mappings, input.
 
@@ -218,6 +222,7 @@ def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionS
         completed_nodes=execution.completed_nodes,
         total_nodes=execution.total_nodes,
         resumed_from=execution.resumed_from,
+        replay_of=execution.replay_of,
         parent_id=execution.parent_id,
         root_id=execution.root_id,
         created_at=instant(execution.created_at),
@@ -288,6 +293,7 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
         output_data=_shown(row.output, outputs, is_reference=row.output_is_reference),
         error=_raw(row.error),
         unresolved=_raw(row.unresolved) or (),
+        reused_from=row.reused_from,
         hashes=_hashes(row.hashes),
     )
 

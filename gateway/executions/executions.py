@@ -10,7 +10,6 @@ import structlog
 from msgspec import UNSET, UnsetType
 
 from concurrency import offload
-from engine.run_records import SpanStatus
 from gateway.executions import (
     execution_pages,
     execution_rows,
@@ -23,7 +22,7 @@ from gateway.executions import (
     span_details,
 )
 from gateway.executions.cancellation import request_end_of_run
-from gateway.executions.execution_rows import ExecutionFilter
+from gateway.executions.execution_rows import ExecutionFilter, ShownSpanStatus
 from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape
 from gateway.executions.run_labels import MetadataParameter
 from gateway.http import errors, idempotency, keyset, limits
@@ -101,7 +100,7 @@ RECORDS = IntegerParameter(
     "limit", LIMIT.description, limits.RECORDS_DEFAULT, minimum=1, maximum=limits.RECORDS_MAX
 )
 NODE_ID = TextParameter("node_id", "Only spans of this node.")
-SPAN_STATUS = ChoicesParameter("status", "Only spans in one of these states.", SpanStatus)
+SPAN_STATUS = ChoicesParameter("status", "Only spans in one of these states.", ShownSpanStatus)
 LEVEL = ChoicesParameter("level", "Only lines of one of these levels.", LogLevel)
 EXPAND = ChoicesParameter(
     "expand",
@@ -381,7 +380,8 @@ async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
 async def resume(request: GatewayRequest) -> JsonResponse:
     """Resume a failed execution: start a new one from its committed results.
 
-    An execution is resumed once. After that, resume the newest execution of its line, which `details` names.
+    An execution is resumed once. After that, resume the newest execution of its line, which `details` names. The
+    definition is that of the failed execution: to run the mended workflow, or to see a plan first, replay it.
     """
     caller, gateway = request.caller, request.gateway
     failed = await _find_key(request)

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.executions import approval_page, bulk, execute, executions, inputs, node_tests
+from gateway.executions import (
+    approval_page,
+    bulk,
+    bulk_replay,
+    execute,
+    executions,
+    inputs,
+    node_tests,
+    replay,
+)
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape, SpanDetailsShape
 from gateway.http.endpoint import AccessRule
 from gateway.http.operation_docs import (
@@ -82,6 +91,19 @@ ROUTES: Final[Sequence[Route]] = (
         bulk.retry,
         body=bulk.BulkRequest,
         answer=bulk.BulkRetryResult,
+        docs=OperationDoc(
+            takes=(IDEMPOTENCY_KEY,),
+            sends=(REPLAYED,),
+            refusals=("invalid-idempotency-key", "idempotency-mismatch", "queue-full"),
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/bulk-replay",
+        EXECUTE,
+        bulk_replay.replay,
+        body=bulk_replay.BulkReplayRequest,
+        answer=bulk_replay.BulkReplayResult,
         docs=OperationDoc(
             takes=(IDEMPOTENCY_KEY,),
             sends=(REPLAYED,),
@@ -222,6 +244,32 @@ ROUTES: Final[Sequence[Route]] = (
         EXECUTE,
         executions.cancel,
         answer=executions.EndRequestResult,
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/{id}/replay",
+        EXECUTE,
+        replay.replay,
+        body=replay.ReplayRequest,
+        answer=replay.ReplayResult,
+        status=201,
+        docs=OperationDoc(
+            takes=(IDEMPOTENCY_KEY,),
+            sends=(LOCATION, REPLAYED),
+            refusals=(
+                "invalid-idempotency-key",
+                "idempotency-mismatch",
+                "queue-full",
+                "execution-not-ended",
+                "plan-changed",
+                "confirmation-required",
+                "already-resumed",
+                "workflow-deleted",
+                "workflow-paused",
+                "workflow-archived",
+            ),
+            also={200: OtherSuccess("With `dryRun`: the plan.", replay.ReplayPlanShape)},
+        ),
     ),
     Route(
         "POST",

@@ -108,6 +108,8 @@ DATA_SOURCE_TESTS: Final = 30
 """Tests of data sources of an organization within a minute at one gateway; more get 429."""
 
 BULK_EXECUTIONS: Final = 1_000
+BULK_REPLAYS: Final = 200
+"""Executions of one bulk replay: each needs a plan of its own."""
 """Executions that one bulk request cancels, retries or deletes."""
 BULK_LISTED: Final = 100
 """Ids of executions that the answer to a bulk request lists."""

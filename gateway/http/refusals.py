@@ -155,7 +155,16 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "email-taken": ErrorCode(409, "The organization has a user with this address."),
     "already-resumed": ErrorCode(
         409,
-        "The execution was already resumed; `executionId` in `details` is the newest execution that continues it.",
+        "The execution was resumed or replayed already; `executionId` in `details` is the newest of its line.",
+    ),
+    "execution-not-ended": ErrorCode(409, "Only an ended execution can be replayed."),
+    "plan-changed": ErrorCode(
+        409,
+        "The plan of the replay is no longer the one with this hash; `plan` in `details` is the present one.",
+    ),
+    "confirmation-required": ErrorCode(
+        409,
+        "The replay would repeat writes, and `confirm` does not name all of them; `details` has the `plan`.",
     ),
     "not-assigned": ErrorCode(403, "The question is assigned to other people."),
     "self-approval": ErrorCode(403, "The user who started the run may not answer its question."),

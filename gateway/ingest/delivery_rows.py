@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import and_, exists, func, literal_column, or_, select
 from sqlmodel import col
 
-from gateway.executions.resume_runs import IS_RESUMED
+from gateway.executions.resume_runs import IS_TAKEN_UP
 from gateway.http import idempotency, keyset
 from gateway.http.keyset import ListPage
 from models.execution import Execution, ExecutionData, Idempotency
@@ -134,7 +134,7 @@ async def list_dead_letters(
         col(Execution.trigger_type).in_(INTAKE_KINDS),
         col(Execution.parent_id).is_(None),
         col(Execution.is_private).is_(False),
-        ~IS_RESUMED,
+        ~IS_TAKEN_UP,
         ~_is_settled(workflow, col(Execution.id)).correlate(Execution),
     ]
     if only:

@@ -449,6 +449,7 @@ def change_row(
 
 
 NEW = {"name": "Mine", **GRAPH}
+DRY_RUN_ONLY: Mapping[str, Any] = {"dryRun": True}
 DRY_RUN = {"filter": {}, "dryRun": True}
 REPLAY = {"workflowId": "<subscribed>"}
 ANSWER = {"nodeId": "approval", "choice": "approve", "data": {}}
@@ -623,6 +624,7 @@ ROWS = [
     AccessRow("POST", "/api/v1/executions/bulk-cancel", EXECUTE, OWN, body=DRY_RUN),
     AccessRow("POST", "/api/v1/executions/bulk-retry", EXECUTE, OWN, body=DRY_RUN),
     AccessRow("POST", "/api/v1/executions/bulk-delete", WRITE, OWN, body=DRY_RUN),
+    AccessRow("POST", "/api/v1/executions/bulk-replay", EXECUTE, OWN, body=DRY_RUN),
     AccessRow("GET", "/api/v1/executions", READ, OWN),
     run_row("GET", ""),
     AccessRow("GET", "/api/v1/pending-inputs", EXECUTE, OWN),
@@ -642,6 +644,7 @@ ROWS = [
     AccessRow("POST", f"{EXECUTION}/input", EXECUTE, READERS, create_waiting_execution, ANSWER),
     run_row("POST", "/stop", scope=EXECUTE),
     run_row("POST", "/cancel", scope=EXECUTE),
+    AccessRow("POST", f"{EXECUTION}/replay", EXECUTE, READERS, create_failed_execution, DRY_RUN_ONLY),
     run_row("POST", "/resume", scope=EXECUTE, status=201),
 ]
 

@@ -50,11 +50,12 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 EXECUTION = {
     "id", "workflowId", "status", "startedAt", "endedAt", "durationMs", "trigger", "triggerType", "userId",
     "organizationId", "error", "progress", "completedNodes", "totalNodes", "resumedFrom", "createdAt", "updatedAt",
+    "replayOf",
     "parentId", "rootId", "tags", "metadata",
 }  # fmt: skip
 SPAN = {
     "id", "executionId", "nodeId", "nodeLabel", "nodeType", "status", "startedAt", "endedAt", "durationMs", "inputData",
-    "outputData", "error", "attempt", "port", "iteration", "unresolved", "hashes", "sequence", "wakeAt",
+    "outputData", "error", "attempt", "port", "iteration", "unresolved", "reusedFrom", "hashes", "sequence", "wakeAt",
     "kind", "nextAttemptAt",
 }  # fmt: skip
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -1,6 +1,6 @@
 from tests.system import consistency_checks, workflow_shapes
 from tests.system.client import RetryingClient
-from tests.system.harness import ManyProcesses, SystemUnderTest, on_many_processes
+from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, SystemUnderTest, on_many_processes
 from tests.system.ledger import EffectLedger
 from tests.system.wait_conditions import wait_until
 
@@ -126,6 +126,31 @@ async def test_a_failed_run_is_resumed_from_what_it_has_committed_under_the_same
     assert (shipped.key, shipped.execution_id) == (f"{failed}:ship:0", resumed)
     assert (len(ledger.of("look")), len(ledger.of("charge"))) == (1, 1)
     await consistency_checks.assert_consistent(deployment, client, ledger, {failed: "failed"})
+
+
+async def test_a_replay_that_is_killed_repeats_no_write_of_the_run_that_it_replays(
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
+) -> None:
+    workflow = await client.create(workflow_shapes.journey_workflow(ledger))
+    with ledger.refusing("ship", 422):
+        failed = await client.execute(workflow)
+        assert (await client.end(failed)).status == "failed"
+    with ledger.holding("ship") as held:
+        response = await client.answer("POST", f"/executions/{failed}/replay", {})
+        assert response.status_code == 201, response.text
+        replayed = response.json()["executionId"]
+        killed = deployment.sender(await held.notify_pods())
+        killed.kill()
+        held.release()
+        await deployment.revive()
+        assert (await client.end(replayed, RECOVERY_SECONDS)).status == "completed"
+    before = {node_id for execution_id, node_id in ledger.effects() if execution_id == failed}
+    after = {node_id for execution_id, node_id in ledger.effects() if execution_id == replayed}
+    assert before == {"reserve", "charge", "label", "ship"}
+    assert after == {"ship", "notify", "archive"}
+    # The write in progress is repeated under the key of the replay, and everything else was sent once.
+    assert {call.key for call in ledger.of("ship")} == {f"{failed}:ship:0", f"{replayed}:ship:0"}
+    assert all(len(calls) == 1 for (_, node_id), calls in ledger.effects().items() if node_id != "ship")
 
 
 async def _is_orphaned(deployment: SystemUnderTest, run: str) -> bool:

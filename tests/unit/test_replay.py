@@ -145,9 +145,20 @@ def plan_of(
         spans=[span for span in past.spans if not span.iteration],
         has_outputs=True,
         written_in_loops=frozenset(inner),
+        written_in_failed_turns=frozenset(
+            span.node_id
+            for span in past.spans
+            if span.node_id in inner and span.iteration not in good_turns(past)
+        ),
         revisions={name: 1 for span in past.spans for name, _ in sources_of(span)},
     )
     return plan_replay(facts, ReplayOptions(**options))
+
+
+def good_turns(past: PastRun) -> set[str]:
+    return {
+        span.iteration for span in past.spans if span.port == CONTINUE and span.status is SpanStatus.COMPLETED
+    }
 
 
 def sources_of(span: NodeSpan) -> Collection[tuple[str, int]]:

@@ -1,0 +1,572 @@
+"""Plans of replays: the recorded run, the definition to run, and the decision about each node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from msgspec import structs
+from sqlalchemy import and_, or_, select
+from sqlalchemy.orm import aliased
+from sqlmodel import col
+
+from engine import name_suggestions
+from engine.graph import ParsedGraph, RunSettings
+from engine.node_api import CONTINUE
+from engine.node_key import decode_key
+from engine.program import WorkflowProgram
+from engine.replay_plan import (
+    ReplayFacts,
+    ReplayOptions,
+    ReplayPlan,
+    ReplayReasonCode,
+    ResultUse,
+    changed_body_nodes,
+    may_have_happened,
+    plan_replay,
+)
+from engine.run_errors import InvalidDefinition
+from engine.run_records import NodeSpan, SpanStatus
+from engine.services import RunCaller
+from engine.triggers import trigger_output
+from engine.values import encode_canonical, encode_json, fingerprint
+from gateway.executions import resume_runs
+from gateway.http import errors
+from gateway.workflows import graph_shapes, stored_workflow, version_rows
+from journal import concurrency_limits, definition_snapshot
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
+from journal.blobs.large_values import LargeValues, RecordedValueLost
+from journal.run_copies import ReplayCopy
+from journal.run_rows import decode_error
+from journal.waits import completion
+from json_text import decoding
+from models.data_source import DataSource
+from models.execution import Execution, ExecutionData, SpanRow
+from models.execution_visibility import visibility_condition
+from models.workflow import Definition, Workflow
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.node_api import NodeCall
+    from engine.run_clock import RunClock
+    from engine.values import Json
+    from gateway.workflows.workflow_cache import WorkflowCache
+    from journal.blobs.blob_store import RunBlobs
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import ExecutionKey
+    from models.access import ApiCaller
+    from models.database import Database
+    from nodes.catalog import NodeCatalog
+
+ORIGINAL: Final = "original"
+CURRENT: Final = "current"
+_REQUEST: Final = b"{}"
+"""Stands for a recorded request, which a plan does not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayChoice:
+    """Choices of a caller who replays an execution."""
+
+    definition: str | int = ORIGINAL
+    """`original`, `current`, or the number of a version."""
+    input: Mapping[str, Json] | None = None
+    """Inputs of the trigger; None: those of the execution."""
+    forced: frozenset[str] = frozenset()
+    refreshes_reads: bool = False
+    confirmed: frozenset[str] = frozenset()
+    failed_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenDefinition:
+    """Definition that a replay runs."""
+
+    label: str
+    """`original`, `current`, or `version 3`."""
+    text: str | None
+    """Its JSON text; None if it is stored already."""
+    hash: str
+    content: Mapping[str, Any]
+    settings: Mapping[str, Json]
+    config: str | None
+    """Settings as JSON text; None: those of the execution."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedExecution:
+    """Ended execution as its rows describe it."""
+
+    key: ExecutionKey
+    row: Row[Any]
+    definition_text: str
+    spans: Sequence[NodeSpan]
+    written_in_loops: frozenset[str]
+    written_in_failed_turns: frozenset[str]
+    revisions: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedReplay:
+    """Plan of a replay with everything that its run needs."""
+
+    execution_id: str
+    workflow_id: str
+    definition: ChosenDefinition
+    plan: ReplayPlan
+    hash: str
+    trigger: str | None
+    """New output of the trigger as JSON text; None: that of the execution."""
+    trigger_type: str
+    concurrency_key: str | None
+    concurrency_limit: int | None
+    total_nodes: int
+    dirty: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Changed nodes in the bodies of loops that keep iterations, by loop."""
+    bodies: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Nodes in the bodies of these loops."""
+
+
+class ReplayPlanner:
+    """Planner of replays for one gateway."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: RunClock,
+        workflows: WorkflowCache,
+        catalog: NodeCatalog,
+        blobs: RunBlobs,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._workflows = workflows
+        self._catalog = catalog
+        self._blobs = blobs
+
+    async def plan(self, key: ExecutionKey, caller: ApiCaller, choice: ReplayChoice) -> PlannedReplay:
+        """Return the plan of a replay.
+
+        Raises 404, 409 for an execution that has not ended, 422 for unknown nodes and invalid definitions, and
+        503 while the blob storage is away.
+        """
+        async with self._database.read() as connection:
+            recorded = await _read_execution(connection, key, caller)
+            chosen = await self._choose_definition(connection, recorded, caller, choice)
+        options = ReplayOptions(
+            choice.forced, choice.refreshes_reads, choice.confirmed, failed_only=choice.failed_only
+        )
+        trigger = None
+        if choice.input is not None:
+            kind = recorded.row.trigger_type
+            found = definition_snapshot.find_trigger(chosen.content["nodes"], self._catalog)
+            trigger = trigger_output(found.kind if found else kind, choice.input, self._clock.now())
+        plan = _Planning(recorded, chosen, choice, options, trigger, self._catalog, self._clock)
+        planned = await asyncio.to_thread(plan.make)
+        if plan.has_expirable and (expired := await self._find_expired(recorded)):
+            plan.expired = expired
+            planned = await asyncio.to_thread(plan.make)
+        if any(
+            reason.code is ReplayReasonCode.INPUT_CHANGED for node in planned.nodes for reason in node.reasons
+        ):
+            # Only now the values themselves matter.
+            await self._load_values(plan)
+            planned = await asyncio.to_thread(plan.make)
+        if plan.needs_trigger:
+            await self._load_values(plan)
+        return plan.complete(planned)
+
+    async def _choose_definition(
+        self,
+        connection: AsyncConnection,
+        recorded: RecordedExecution,
+        caller: ApiCaller,
+        choice: ReplayChoice,
+    ) -> ChosenDefinition:
+        row = recorded.row
+        if choice.definition == ORIGINAL:
+            content = decoding.decode(recorded.definition_text)
+            return ChosenDefinition(
+                ORIGINAL, None, row.definition_hash, content, content.get("settings") or {}, None
+            )
+        workflow = await self._workflows.load(row.workflow_id, caller)
+        if choice.definition == CURRENT:
+            revision = await connection.scalar(
+                select(col(Workflow.revision)).where(col(Workflow.id) == workflow.id)
+            )
+            if revision != workflow.revision:
+                self._workflows.forget(workflow.organization_id, workflow.id)
+                workflow = await self._workflows.load(workflow.id, caller)
+            graph_shapes.require_valid(workflow.validation)
+            content = decoding.decode(workflow.definition)
+            return ChosenDefinition(
+                CURRENT,
+                workflow.definition,
+                workflow.definition_hash,
+                content,
+                workflow.settings,
+                workflow.config,
+            )
+        return await self._choose_version(connection, workflow, int(choice.definition))
+
+    async def _choose_version(
+        self, connection: AsyncConnection, workflow: LoadedWorkflow, number: int
+    ) -> ChosenDefinition:
+        version = await version_rows.find_version(connection, workflow.id, number)
+        if version is None:
+            message = f"The workflow has no version {number}"
+            raise errors.invalid([errors.problem("definition", "unknown-version", message)])
+        snapshot = stored_workflow.move_foreign_settings(version.snapshot)
+        content = definition_snapshot.build_definition(
+            snapshot["nodes"], snapshot["connections"], snapshot["settings"]
+        )
+        validation = await asyncio.to_thread(
+            definition_snapshot.check_graph, snapshot["nodes"], snapshot["connections"], self._catalog
+        )
+        graph_shapes.require_valid(validation)
+        text = encode_canonical(content)
+        settings = definition_snapshot.effective_settings(snapshot["settings"])
+        return ChosenDefinition(
+            f"version {number}",
+            text.decode(),
+            sha256(text).hexdigest(),
+            content,
+            settings,
+            encode_json(settings).decode(),
+        )
+
+    async def _find_expired(self, recorded: RecordedExecution) -> frozenset[str]:
+        """Return the nodes whose large output is gone from the blob storage."""
+        owner = BlobOwner(recorded.row.organization_id, recorded.row.key_id)
+        lost: set[str] = set()
+        for span in recorded.spans:
+            if span.output_blob is None:
+                continue
+            try:
+                async with self._blobs.open(owner, BlobReference.from_text(span.output_blob).sha256):
+                    pass
+            except (BlobLost, InvalidBlobReference):
+                lost.add(span.node_id)
+            except BlobsUnavailable as error:
+                raise errors.not_ready("The blob storage does not answer: try again") from error
+        return frozenset(lost)
+
+    async def _load_values(self, plan: _Planning) -> None:
+        """Load recorded inputs and outputs, and the recorded output of the trigger."""
+        recorded = plan.recorded
+        row = recorded.row
+        values: Select[*tuple[Any, ...]] = select(
+            *(col(SpanRow.node_id), col(SpanRow.input), col(SpanRow.output))
+        )
+        async with self._database.read() as connection:
+            rows = await connection.execute(
+                values.where(
+                    col(SpanRow.execution_id) == recorded.key.execution_id,
+                    col(SpanRow.shard) == recorded.key.shard,
+                    col(SpanRow.iteration) == "",
+                )
+            )
+            found = {one.node_id: one for one in rows}
+            text = await connection.scalar(
+                select(col(ExecutionData.trigger)).where(
+                    col(ExecutionData.execution_id) == recorded.key.execution_id,
+                    col(ExecutionData.shard) == recorded.key.shard,
+                )
+            )
+        large = LargeValues(self._blobs, BlobOwner(row.organization_id, row.key_id), 0)
+        spans: list[NodeSpan] = []
+        for span in recorded.spans:
+            one = found.get(span.node_id)
+            if one is not None:
+                span = structs.replace(  # noqa: PLW2901 - the span with its values
+                    span,
+                    input=one.input.encode() if one.input is not None else None,
+                    output=one.output.encode() if one.output is not None else None,
+                )
+            try:
+                spans += await large.restore([span])
+            except RecordedValueLost:
+                plan.expired |= {span.node_id}
+                spans.append(structs.replace(span, output_blob=None, input_blob=None))
+            except BlobsUnavailable as error:
+                raise errors.not_ready("The blob storage does not answer: try again") from error
+        plan.spans, plan.has_outputs = spans, True
+        if plan.new_trigger is None and text is not None:
+            try:
+                plan.recorded_trigger = await large.trigger(text)
+            except (RecordedValueLost, ValueError):
+                plan.has_outputs = False
+            except BlobsUnavailable as error:
+                raise errors.not_ready("The blob storage does not answer: try again") from error
+
+
+class _Planning:
+    """One plan in the making."""
+
+    def __init__(
+        self,
+        recorded: RecordedExecution,
+        chosen: ChosenDefinition,
+        choice: ReplayChoice,
+        options: ReplayOptions,
+        new_trigger: Json,
+        catalog: NodeCatalog,
+        clock: RunClock,
+    ) -> None:
+        self.recorded = recorded
+        self.new_trigger = new_trigger
+        self.recorded_trigger: Json = None
+        self.spans = recorded.spans
+        self.has_outputs = False
+        self.expired: frozenset[str] = frozenset()
+        self.has_expirable = any(span.output_blob is not None for span in recorded.spans)
+        self._chosen = chosen
+        self._choice = choice
+        self._options = options
+        self._catalog = catalog
+        self._clock = clock
+        self._program: WorkflowProgram | None = None
+        self._original: ParsedGraph | None = None
+
+    @property
+    def needs_trigger(self) -> bool:
+        """Whether the concurrency key of the new definition is computed from the recorded trigger."""
+        concurrency = self._chosen.settings.get("concurrency")
+        has_key = isinstance(concurrency, dict) and concurrency.get("key") is not None
+        return (
+            has_key and self._chosen.config is not None and self.new_trigger is None and not self.has_outputs
+        )
+
+    def make(self) -> ReplayPlan:
+        """Return the plan by the facts so far; takes noticeable time for a large graph."""
+        if self._program is None:
+            self._program = self._compile()
+            self._original = ParsedGraph.from_stored(decoding.decode(self.recorded.definition_text))
+            self._require_known_nodes(self._program.graph)
+        row = self.recorded.row
+        facts = ReplayFacts(
+            caller=RunCaller(
+                row.organization_id, row.user_id, row.workflow_id, self.recorded.key.execution_id, row.key_id
+            ),
+            started_at=row.started_at or row.created_at,
+            clock=self._clock,
+            original=self._original or self._program.graph,
+            program=self._program,
+            trigger=self.recorded_trigger if self.new_trigger is None else self.new_trigger,
+            has_new_input=self.new_trigger is not None,
+            spans=self.spans,
+            has_outputs=self.has_outputs,
+            written_in_loops=self.recorded.written_in_loops,
+            written_in_failed_turns=self.recorded.written_in_failed_turns,
+            revisions=self.recorded.revisions,
+            expired=self.expired,
+        )
+        return plan_replay(facts, self._options)
+
+    def _compile(self) -> WorkflowProgram:
+        try:
+            graph = ParsedGraph.from_stored(self._chosen.content)
+            return WorkflowProgram.compile(graph, self._catalog, lambda _kind: _run_nothing)
+        except InvalidDefinition as error:
+            message = f"The definition can't run: {error}"
+            raise errors.invalid([errors.problem("definition", "invalid-definition", message)]) from error
+
+    def _require_known_nodes(self, graph: ParsedGraph) -> None:
+        problems = [
+            *_unknown_nodes("from", self._choice.forced, graph),
+            *_unknown_nodes("confirm", self._choice.confirmed, graph),
+        ]
+        if problems:
+            raise errors.invalid(problems)
+
+    def complete(self, plan: ReplayPlan) -> PlannedReplay:
+        program, original = self._program, self._original
+        if program is None or original is None:
+            raise RuntimeError("a plan is completed after it was made")
+        row, chosen = self.recorded.row, self._chosen
+        kept = [node.node_id for node in plan.nodes if node.use is ResultUse.TURNS]
+        key, limit = row.concurrency_key, row.concurrency_limit
+        if chosen.config is not None or self.new_trigger is not None:
+            trigger = self.recorded_trigger if self.new_trigger is None else self.new_trigger
+            wanted = concurrency_limits.concurrency_limit(chosen.settings, row.workflow_id, trigger)
+            key, limit = (wanted.key, wanted.runs) if wanted else (None, None)
+        context: list[Json] = [
+            self.recorded.key.execution_id,
+            chosen.hash,
+            None if self._choice.input is None else fingerprint(dict(self._choice.input)),
+            [*sorted(self._choice.forced)],
+            self._choice.refreshes_reads,
+            self._choice.failed_only,
+        ]
+        return PlannedReplay(
+            execution_id=self.recorded.key.execution_id,
+            workflow_id=row.workflow_id,
+            definition=chosen,
+            plan=plan,
+            hash=plan.digest(*context),
+            trigger=None if self.new_trigger is None else encode_json(self.new_trigger).decode(),
+            trigger_type=row.trigger_type,
+            concurrency_key=key,
+            concurrency_limit=limit,
+            total_nodes=len(program.graph.nodes),
+            dirty={
+                loop_id: changed_body_nodes(program.nodes[loop_id], original, program.graph)
+                for loop_id in kept
+            },
+            bodies={loop_id: program.nodes[loop_id].body for loop_id in kept},
+        )
+
+
+def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple[str, str]]]) -> ReplayCopy:
+    """Return the content of the new execution; `inner` are spans of iterations to begin with."""
+    spans: dict[ResultUse, list[tuple[str, str]]] = {
+        use: [(node.node_id, "") for node in planned.plan.nodes if node.use is use]
+        for use in (ResultUse.SETTLED, ResultUse.IN_FLIGHT, ResultUse.CANDIDATE, ResultUse.UNCONFIRMED)
+    }
+    for use, more in inner.items():
+        spans[use] += more
+    settings = planned.definition.settings
+    actions = None
+    if planned.trigger_type != completion.ON_FAILURE_TRIGGER:
+        actions = completion.requested_actions(settings)
+    return ReplayCopy(
+        definition_hash=planned.definition.hash,
+        total_nodes=planned.total_nodes,
+        timeout_seconds=RunSettings.from_stored(settings).timeout_seconds,
+        config=planned.definition.config,
+        trigger=planned.trigger,
+        concurrency_key=planned.concurrency_key,
+        concurrency_limit=planned.concurrency_limit,
+        follow_up=actions,
+        spans=spans,
+    )
+
+
+def _run_nothing(_call: NodeCall) -> NoReturn:
+    raise RuntimeError("a plan runs no node")
+
+
+def _unknown_nodes(name: str, node_ids: Collection[str], graph: ParsedGraph) -> list[dict[str, Json]]:
+    found = []
+    for node_id in sorted(node_ids):
+        if node_id not in graph.by_id:
+            near = name_suggestions.suggest_names(node_id[:100], graph.by_id)
+            hint = f": did you mean {' or '.join(near)}?" if near else ""
+            message = f"The definition has no node {node_id[:100]!r}{hint}"
+            found.append(errors.problem(name, "unknown-node", message))
+    return found
+
+
+# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_FACTS: Final = (
+    *(col(SpanRow.node_id), col(SpanRow.sequence), col(SpanRow.label), col(SpanRow.type)),
+    *(col(SpanRow.status), col(SpanRow.port), col(SpanRow.attempt), col(SpanRow.started_at)),
+    *(col(SpanRow.ended_at), col(SpanRow.input_node), col(SpanRow.error), col(SpanRow.hashes)),
+    *(
+        col(SpanRow.input_blob),
+        col(SpanRow.output_blob),
+        col(SpanRow.resolved_config).is_not(None).label("was_sent"),
+    ),
+)
+"""Columns of a span that a plan needs first: no payloads."""
+
+
+_turn = aliased(SpanRow)
+_IS_COMPLETED: Final = col(SpanRow.status) == SpanStatus.COMPLETED
+_WAS_SENT: Final = col(SpanRow.resolved_config).is_not(None)
+_HAS_COMPLETED_TURN: Final = (
+    select(col(_turn.node_id))
+    .where(
+        *(col(_turn.execution_id) == col(SpanRow.execution_id), col(_turn.shard) == col(SpanRow.shard)),
+        *(col(_turn.iteration) == col(SpanRow.iteration), col(_turn.port) == CONTINUE),
+        col(_turn.status) == SpanStatus.COMPLETED,
+    )
+    .correlate(SpanRow)
+    .exists()
+)
+"""Condition: the iteration of a span has completed."""
+
+
+async def _read_execution(
+    connection: AsyncConnection, key: ExecutionKey, caller: ApiCaller
+) -> RecordedExecution:
+    statement: Select[*tuple[Any, ...]] = (
+        select(Execution, col(Definition.body))
+        .join(
+            Definition,
+            and_(
+                col(Definition.organization_id) == col(Execution.organization_id),
+                col(Definition.hash) == col(Execution.definition_hash),
+            ),
+        )
+        .where(col(Execution.id) == key.execution_id, visibility_condition(caller))
+    )
+    found: Row[Any] | None = (await connection.execute(statement)).first()
+    if found is None:
+        raise errors.not_found("execution")
+    resume_runs.require_ended(found.status)
+    of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
+    facts: Select[*tuple[Any, ...]] = select(*_FACTS)
+    rows = await connection.execute(
+        facts.where(*of_run, col(SpanRow.iteration) == "").order_by(col(SpanRow.sequence))
+    )
+    spans = [_decode_span(row) for row in rows]
+    written = await connection.scalars(
+        select(col(SpanRow.node_id))
+        .where(*of_run, col(SpanRow.iteration) != "", or_(_IS_COMPLETED, _WAS_SENT))
+        .distinct()
+    )
+    in_failed = set(
+        await connection.scalars(
+            select(col(SpanRow.node_id))
+            .where(*of_run, col(SpanRow.iteration) != "", _IS_COMPLETED, ~_HAS_COMPLETED_TURN)
+            .distinct()
+        )
+    )
+    unfinished: Select[*tuple[Any, ...]] = select(*_FACTS).where(
+        *(*of_run, col(SpanRow.iteration) != "", ~_IS_COMPLETED, _WAS_SENT, ~_HAS_COMPLETED_TURN)
+    )
+    for row in await connection.execute(unfinished):
+        span = _decode_span(row)
+        if may_have_happened(span):
+            in_failed.add(span.node_id)
+    used = {name for span in spans if (parts := decode_key(span.hashes)) for name, _ in parts.sources}
+    revisions: dict[str, int] = {}
+    if used:
+        found_sources = await connection.execute(
+            select(col(DataSource.id), col(DataSource.revision)).where(
+                col(DataSource.organization_id) == caller.organization_id,
+                col(DataSource.id).in_(sorted(used)),
+            )
+        )
+        revisions = {row.id: row.revision for row in found_sources}
+    return RecordedExecution(
+        key, found, found.body, spans, frozenset(written), frozenset(in_failed), revisions
+    )
+
+
+def _decode_span(row: Row[Any]) -> NodeSpan:
+    return NodeSpan(
+        node_id=row.node_id,
+        label=row.label,
+        type=row.type,
+        status=SpanStatus(row.status),
+        sequence=row.sequence,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        port=row.port,
+        attempt=row.attempt,
+        input_node=row.input_node,
+        error=decode_error(row.error),
+        resolved_config=_REQUEST if row.was_sent else None,
+        hashes=row.hashes,
+        input_blob=row.input_blob.encode() if row.input_blob else None,
+        output_blob=row.output_blob.encode() if row.output_blob else None,
+    )

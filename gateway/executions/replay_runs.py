@@ -1,0 +1,119 @@
+"""Start of planned replays: one transaction that inserts the new execution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from engine.node_api import CONTINUE, ERROR
+from engine.replay_plan import ResultUse, may_have_happened
+from engine.run_records import NodeSpan, SpanStatus
+from gateway.executions import replay_planning, resume_runs
+from journal import run_copies
+from journal.run_rows import decode_error
+from models.database_time import DatabaseTime
+from models.execution import Execution, SpanRow
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.executions.replay_planning import PlannedReplay
+    from journal.store import ExecutionKey
+    from models.access import ApiCaller
+
+
+async def start_replay(
+    connection: AsyncConnection,
+    source: ExecutionKey,
+    new_id: str,
+    caller: ApiCaller,
+    planned: PlannedReplay,
+    *,
+    again: bool,
+) -> None:
+    """Insert the execution `new_id`; raises 404, and 409 if its source was taken up or its workflow is closed."""
+    ended = await resume_runs.lock_ended(connection, source, caller)
+    resume_runs.require_ended(ended.status)
+    resume_runs.require_open(ended)
+    if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
+        return  # an earlier attempt was committed, but its answer was lost
+    if not again:
+        await resume_runs.require_not_taken_up(connection, source)
+    await _store_definition(connection, source, caller, planned)
+    inner = await _find_inner_spans(connection, source, planned)
+    copy = replay_planning.replay_copy(planned, inner)
+    await run_copies.insert_replay(connection, source, new_id, caller.user_id, copy)
+
+
+async def _store_definition(
+    connection: AsyncConnection, source: ExecutionKey, caller: ApiCaller, planned: PlannedReplay
+) -> None:
+    chosen = planned.definition
+    if chosen.text is None:
+        return
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    row = {
+        "organization_id": caller.organization_id,
+        "hash": chosen.hash,
+        "shard": source.shard,
+        "body": chosen.text,
+        "created_at": DatabaseTime(),
+    }
+    # A new use renews the age, so that retention keeps the definition.
+    await connection.execute(
+        insert(Definition)
+        .values(row)
+        .on_conflict_do_update(
+            index_elements=["organization_id", "hash"], set_={"created_at": DatabaseTime()}
+        )
+    )
+
+
+async def _find_inner_spans(
+    connection: AsyncConnection, source: ExecutionKey, planned: PlannedReplay
+) -> Mapping[ResultUse, Sequence[tuple[str, str]]]:
+    """Return the spans of iterations that a replay begins with, by their use."""
+    found: dict[ResultUse, list[tuple[str, str]]] = {ResultUse.SETTLED: [], ResultUse.IN_FLIGHT: []}
+    if not planned.bodies:
+        return found
+    names = sorted({*planned.bodies, *(node_id for body in planned.bodies.values() for node_id in body)})
+    dirty = frozenset(node_id for nodes in planned.dirty.values() for node_id in nodes)
+    statement: Select[*tuple[Any, ...]] = select(
+        *(col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.status), col(SpanRow.port)),
+        *(col(SpanRow.attempt), col(SpanRow.error), col(SpanRow.resolved_config)),
+    ).where(
+        *(col(SpanRow.execution_id) == source.execution_id, col(SpanRow.shard) == source.shard),
+        *(col(SpanRow.iteration) != "", col(SpanRow.node_id).in_(names)),
+        or_(
+            col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
+            and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
+            col(SpanRow.resolved_config).is_not(None),
+        ),
+    )
+    for row in await connection.execute(statement):
+        use = _use_of_inner(row, dirty)
+        if use is not None:
+            found[use].append((row.node_id, row.iteration))
+    return found
+
+
+def _use_of_inner(row: Row[Any], dirty: frozenset[str]) -> ResultUse | None:
+    """Return the use of the span of a node in an iteration, or of the iteration itself."""
+    is_turn = row.port == CONTINUE
+    is_settled = row.status in {SpanStatus.COMPLETED, SpanStatus.SKIPPED} or row.port == ERROR
+    if is_settled:
+        return ResultUse.SETTLED if is_turn or row.node_id not in dirty else None
+    span = NodeSpan(
+        *(row.node_id, "", "", SpanStatus(row.status), 0, None),
+        attempt=row.attempt,
+        error=decode_error(row.error),
+        resolved_config=row.resolved_config.encode() if row.resolved_config is not None else None,
+    )
+    repeats = row.node_id not in dirty and not is_turn and may_have_happened(span)
+    return ResultUse.IN_FLIGHT if repeats else None

@@ -1,0 +1,330 @@
+"""Copies of executions: new runs that begin with committed results of an ended one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import (
+    Integer,
+    Text,
+    and_,
+    bindparam,
+    case,
+    false,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.sql.expression import SQLColumnExpression
+from sqlmodel import SQLModel, col
+
+from engine.node_api import ERROR
+from engine.replay_plan import ResultUse
+from engine.run_records import CANDIDATE_STATUSES, NEEDS_CONFIRM_CODE, SpanStatus
+from journal import run_labels, unparsed_mail
+from journal.waits import completion
+from json_text import decoding
+from models import ids
+from models.database_time import DatabaseTime
+from models.execution import (
+    LIMITED_TARGET,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+    AttemptRow,
+    Execution,
+    ExecutionData,
+    SpanRow,
+)
+from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import Insert, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import ColumnElement
+
+    from journal.store import ExecutionKey
+
+_SETTLED: Final = or_(
+    col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
+    and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
+)
+"""Nodes that do not run again.
+
+These include failed nodes that left by their error port, and exclude failed turns of loops.
+"""
+_IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
+"""Writes with unknown outcome: they are repeated with the recorded key and body."""
+_WAS_REFUSED: Final = and_(
+    col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.error).like(f'{{"code":"{NEEDS_CONFIRM_CODE}"%')
+)
+"""Writes that a replay did not repeat for lack of a confirmation; a resumed run does not repeat them either."""
+_KEPT: Final = or_(
+    _SETTLED, _IN_FLIGHT, _WAS_REFUSED, *(col(SpanRow.status) == status for status in CANDIDATE_STATUSES)
+)
+"""Spans that a resumed run begins with; a replay's candidates are those that it has not reached."""
+_RESUMED: Final[Mapping[str, SQLColumnExpression[Any]]] = {
+    "status": case((_WAS_REFUSED, SpanStatus.UNCONFIRMED), else_=col(SpanRow.status)),
+    "error": case((_WAS_REFUSED, null()), else_=col(SpanRow.error)),
+    "ended_at": case((_WAS_REFUSED, null()), else_=col(SpanRow.ended_at)),
+}
+"""Changed columns of the spans of a resumed run."""
+_NOT_YET: Final = (
+    *("due_at", "lease_owner", "lease_until", "deadline_at"),
+    *("request", "error", "started_at", "ended_at", "follow_up_at", "follow_up_outcome"),
+)
+"""Columns of an execution that are empty until its first claim."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayCopy:
+    """Content of a replay, besides that of the execution that it replays."""
+
+    definition_hash: str
+    total_nodes: int
+    timeout_seconds: float
+    config: str | None
+    """Settings as JSON text; None: those of the execution."""
+    trigger: str | None
+    """Output of the trigger as JSON text; None: that of the execution."""
+    concurrency_key: str | None
+    concurrency_limit: int | None
+    follow_up: str | None
+    """Completion actions."""
+    spans: Mapping[ResultUse, Sequence[tuple[str, str]]]
+    """Spans to begin with, as node ids and iterations, by their use."""
+
+
+async def insert_copy(
+    connection: AsyncConnection,
+    failed: ExecutionKey,
+    new_id: str,
+    user_id: str,
+    *,
+    trigger_type: str,
+    also: Mapping[str, SQLColumnExpression[Any]] | None = None,
+) -> None:
+    """Insert the execution `new_id` with the committed results of a failed one, and with columns of its own."""
+    kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
+        _spans_of(failed), _KEPT
+    )
+    spans = (await connection.execute(kept)).all()
+    settled_nodes = sum(bool(row.is_settled) and not row.iteration for row in spans)
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "completed_nodes": literal(settled_nodes),
+        "progress": case(
+            (
+                col(Execution.total_nodes) > 0,
+                MAX_PERCENT_UNDER_WAY * settled_nodes // col(Execution.total_nodes),
+            ),
+            else_=0,
+        ),
+        "follow_up": literal(await _follow_up(connection, failed, trigger_type), Text()),
+        **(also or {}),
+    }
+    if await connection.scalar(_is_unparsed(failed)):
+        changes["target"] = literal(UNPARSED_TARGET)
+    await connection.execute(_new_execution(failed, new_id, user_id, changes))
+    await connection.execute(_new_data(failed, new_id))
+    await run_labels.copy_labels(connection, failed, new_id)
+    if spans:
+        copies = [
+            {"new_id": ids.new_id("span"), "of_node": row.node_id, "of_iteration": row.iteration}
+            for row in spans
+        ]
+        await connection.execute(_new_span(failed, new_id, _RESUMED), copies)
+        await _copy_attempts(connection, failed, new_id)
+
+
+async def insert_replay(
+    connection: AsyncConnection, source: ExecutionKey, new_id: str, user_id: str, replay: ReplayCopy
+) -> None:
+    """Insert the execution `new_id`, a replay of an ended one."""
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "completed_nodes": literal(len(replay.spans[ResultUse.SETTLED])),
+        "progress": literal(0),
+        "total_nodes": literal(replay.total_nodes),
+        "definition_hash": literal(replay.definition_hash),
+        "timeout_microseconds": literal(int(replay.timeout_seconds * 1_000_000)),
+        "concurrency_key": literal(replay.concurrency_key, Text()),
+        "concurrency_limit": literal(replay.concurrency_limit, Integer()),
+        "target": case(
+            (literal(replay.concurrency_key, Text()).is_not(None), LIMITED_TARGET),
+            else_=func.coalesce(col(Execution.assigned_deployment_id), SHARED_TARGET),
+        ),
+        "resumed_from": null(),
+        "replay_of": col(Execution.id),
+        "write_key_id": literal(new_id),
+        "follow_up": literal(replay.follow_up, Text()),
+    }
+    if replay.trigger is None and await connection.scalar(_is_unparsed(source)):
+        changes["target"] = literal(UNPARSED_TARGET)
+    await connection.execute(_new_execution(source, new_id, user_id, changes))
+    await connection.execute(_new_data(source, new_id, trigger=replay.trigger, config=replay.config))
+    await run_labels.copy_labels(connection, source, new_id)
+    written_under = select(func.coalesce(col(Execution.write_key_id), col(Execution.key_id))).where(
+        col(Execution.id) == source.execution_id
+    )
+    key_id: str = (await connection.execute(written_under)).scalar_one()
+    for use, spans in replay.spans.items():
+        copies = [
+            {"new_id": ids.new_id("span"), "of_node": node_id, "of_iteration": iteration}
+            for node_id, iteration in spans
+        ]
+        if copies:
+            await connection.execute(_new_span(source, new_id, _span_changes(use, source, key_id)), copies)
+
+
+def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str, SQLColumnExpression[Any]]:
+    """Return the changed columns of a span that a replay begins with."""
+    origin = func.coalesce(col(SpanRow.reused_from), source.execution_id)
+    own_key = func.coalesce(col(SpanRow.key_id), key_id)
+    # The end of a candidate is kept in `wake_at`: a span with an end counts as ended everywhere.
+    # Not `in_`, which a statement for many rows can't contain.
+    is_candidate = or_(*(col(SpanRow.status) == status for status in sorted(CANDIDATE_STATUSES)))
+    ended_at = case((is_candidate, col(SpanRow.wake_at)), else_=col(SpanRow.ended_at))
+    if use is ResultUse.SETTLED:
+        end = case((col(SpanRow.error).is_(None), SpanStatus.COMPLETED), else_=SpanStatus.FAILED)
+        status = case((is_candidate, end), else_=col(SpanRow.status))
+        changes = {"reused_from": origin, "key_id": own_key, "status": status}
+        return {**changes, "ended_at": ended_at, "wake_at": null()}
+    if use is ResultUse.IN_FLIGHT:
+        return {
+            "status": literal(SpanStatus.RUNNING.value),
+            # The replay has all attempts of the node again.
+            "attempt": literal(0),
+            "key_id": own_key,
+            **{name: null() for name in ("port", "error", "ended_at", "wake_at", "awaits", "reused_from")},
+        }
+    changes = {"reused_from": origin, "key_id": own_key, "status": literal(use.value)}
+    return {**changes, "ended_at": null(), "wake_at": ended_at}
+
+
+async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
+    """Copy the attempts of the nodes whose spans are kept; other nodes begin with attempt 1."""
+    identity = (col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt))
+    of_kept = and_(
+        *(
+            col(AttemptRow.execution_id) == col(SpanRow.execution_id),
+            col(AttemptRow.shard) == col(SpanRow.shard),
+        ),
+        *(
+            col(AttemptRow.node_id) == col(SpanRow.node_id),
+            col(AttemptRow.iteration) == col(SpanRow.iteration),
+        ),
+    )
+    kept = select(*identity).join(SpanRow, of_kept).where(_spans_of(failed), _KEPT)
+    copies = [
+        {"new_id": ids.new_id("span"), "of_node": row[0], "of_iteration": row[1], "of_attempt": row[2]}
+        for row in await connection.execute(kept)
+    ]
+    if not copies:
+        return
+    condition = and_(
+        *(col(AttemptRow.execution_id) == failed.execution_id, col(AttemptRow.shard) == failed.shard),
+        col(AttemptRow.node_id) == bindparam("of_node"),
+        col(AttemptRow.iteration) == bindparam("of_iteration"),
+        col(AttemptRow.attempt) == bindparam("of_attempt"),
+    )
+    changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text())}
+    await connection.execute(_copy_rows("attempt_span", changes, condition), copies)
+
+
+async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_type: str) -> str | None:
+    """Return the completion actions of the new execution, from the settings of the failed one.
+
+    The callbacks of the failed one were sent at its end.
+    """
+    if trigger_type == completion.ON_FAILURE_TRIGGER:
+        return None
+    config = select(col(ExecutionData.config)).where(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
+    )
+    return completion.requested_actions(decoding.decode(await connection.scalar(config) or "{}"))
+
+
+def _new_execution(
+    failed: ExecutionKey, new_id: str, user_id: str, also: Mapping[str, SQLColumnExpression[Any]]
+) -> Insert:
+    now = DatabaseTime()
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "id": literal(new_id),
+        "user_id": literal(user_id),
+        "status": literal(ExecutionStatus.PENDING.value),
+        "target": case(
+            (
+                col(Execution.concurrency_key).is_(None),
+                func.coalesce(col(Execution.assigned_deployment_id), SHARED_TARGET),
+            ),
+            else_=LIMITED_TARGET,
+        ),
+        "rank": now,
+        "is_fresh": true(),
+        "token": literal(0),
+        "attempt": literal(0),
+        "isolated": false(),
+        "isolation_losses": literal(0),
+        "wait_answer_count": literal(0),
+        "resumed_from": col(Execution.id),
+        "has_journal": true(),
+        "channel": literal(""),
+        "created_at": now,
+        "updated_at": now,
+        **{name: null() for name in _NOT_YET},
+        **also,
+    }
+    condition = and_(col(Execution.id) == failed.execution_id, col(Execution.shard) == failed.shard)
+    return _copy_rows("execution", changes, condition)
+
+
+def _is_unparsed(failed: ExecutionKey) -> Select[bool]:
+    """Return the statement that tells whether the mail that started a run could not be parsed."""
+    return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
+    )
+
+
+def _new_data(
+    failed: ExecutionKey, new_id: str, *, trigger: str | None = None, config: str | None = None
+) -> Insert:
+    condition = and_(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
+    )
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "execution_id": literal(new_id),
+        "created_at": DatabaseTime(),
+        **({} if trigger is None else {"trigger": literal(trigger, Text())}),
+        **({} if config is None else {"config": literal(config, Text())}),
+    }
+    return _copy_rows("execution_data", changes, condition)
+
+
+def _new_span(
+    failed: ExecutionKey, new_id: str, also: Mapping[str, SQLColumnExpression[Any]] | None = None
+) -> Insert:
+    """Return the statement that copies the span of `of_node` and `of_iteration` with the id `new_id`."""
+    condition = and_(
+        _spans_of(failed),
+        col(SpanRow.node_id) == bindparam("of_node"),
+        col(SpanRow.iteration) == bindparam("of_iteration"),
+    )
+    changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text()), **(also or {})}
+    return _copy_rows("span", changes, condition)
+
+
+def _spans_of(failed: ExecutionKey) -> ColumnElement[bool]:
+    return and_(col(SpanRow.execution_id) == failed.execution_id, col(SpanRow.shard) == failed.shard)
+
+
+def _copy_rows(
+    table: str, changes: Mapping[str, SQLColumnExpression[Any]], condition: ColumnElement[bool]
+) -> Insert:
+    """Return the statement that copies rows of a table with some columns changed."""
+    columns = SQLModel.metadata.tables[table].columns
+    selected = select(*(changes.get(column.name, column) for column in columns)).where(condition)
+    return insert(SQLModel.metadata.tables[table]).from_select([column.name for column in columns], selected)

@@ -1,0 +1,31 @@
+"""Index by which the replays of a line of executions are found.
+
+Revision ID: 0008
+  Revises: 0007
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0008"
+down_revision = "0007"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Create the index."""
+    is_replay = sa.text("replay_of IS NOT NULL")
+    op.create_index(
+        "ix_execution_line",
+        "execution",
+        ["key_id"],
+        unique=False,
+        postgresql_where=is_replay,
+        sqlite_where=is_replay,
+    )
+
+
+def downgrade() -> None:
+    """Drop the index."""
+    op.drop_index("ix_execution_line", "execution")

@@ -1,0 +1,451 @@
+"""Replays over HTTP: plan, refusals, and runs on real databases with a ledger of all writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+from uuid import uuid4
+
+import httpx2
+import pytest
+
+from engine.services import NodeServices
+from execution.executor import RunExecutor
+from journal.blobs.blob_storage import BlobOwner
+from messages.local_broker import LocalBroker
+from models.execution_status import TERMINAL_STATUSES
+from nodes.catalog import load_catalog
+from nodes.outbound_http import OutboundOutageCode, OutboundUnavailable
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from workers.settings import WorkerSettings
+
+EXECUTIONS = "/api/v1/executions"
+PATIENCE_SECONDS = 30.0
+LARGE = "x" * 4_000
+
+
+@dataclass
+class LedgerAnswer:
+    """Answer of the ledger."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    body: bytes = b'{"ok":true}'
+    url: str = ""
+
+
+@dataclass
+class Ledger:
+    """Outside server: it notes every write, and fails where it is told to."""
+
+    writes: list[tuple[str, str, bytes | None]] = field(default_factory=list)
+    """Path, idempotency key and body of each write."""
+    failing: dict[str, int] = field(default_factory=dict)
+    """Status by path; 0: the answer is lost."""
+
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, **_options: object
+    ) -> LedgerAnswer:
+        path = url.removeprefix("http://ledger")
+        await asyncio.sleep(0)
+        if method not in {"GET", "HEAD"}:
+            self.writes.append((path, headers["Idempotency-Key"], body))
+        status = self.failing.get(path, 200)
+        if status == 0:
+            raise OutboundUnavailable(OutboundOutageCode.TIMED_OUT, "no answer")
+        return LedgerAnswer(status)
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _, _ in self.writes]
+
+
+@dataclass
+class ReplayHarness:
+    """Gateway, executor and ledger."""
+
+    person: UserClient
+    ledger: Ledger
+    executor: RunExecutor
+
+    async def create(self, nodes: list[dict[str, Any]], *edges: str, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+        return await self.person.create(**drawn(nodes, *edges), **fields)
+
+    async def run(self, workflow_id: str, **body: Any) -> str:  # noqa: ANN401 - any JSON value
+        answer = await self.person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json=body)
+        assert answer.status_code == 201, answer.text
+        return await self.wait(answer.json()["executionId"])
+
+    async def wait(self, execution_id: str) -> str:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (await self.show(execution_id))["status"] not in TERMINAL_STATUSES:
+                self.executor.wake()
+                await asyncio.sleep(0.01)
+        return execution_id
+
+    async def show(self, execution_id: str) -> dict[str, Any]:
+        answer = await self.person.api.get(f"{EXECUTIONS}/{execution_id}")
+        shown: dict[str, Any] = answer.json()
+        return shown
+
+    async def spans(self, execution_id: str) -> dict[str, dict[str, Any]]:
+        answer = await self.person.api.get(f"{EXECUTIONS}/{execution_id}/spans?limit=500")
+        return {span["nodeId"]: span for span in answer.json()["spans"] if not span["iteration"]}
+
+    async def post(self, execution_id: str, what: str = "replay", **body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+        headers = body.pop("headers", None)
+        given = None if what == "resume" else body
+        return await self.person.api.post(f"{EXECUTIONS}/{execution_id}/{what}", json=given, headers=headers)
+
+    async def plan(self, execution_id: str, **body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+        answer = await self.post(execution_id, dryRun=True, **body)
+        assert answer.status_code == 200, answer.text
+        plan: dict[str, Any] = answer.json()
+        return plan
+
+    async def replay(self, execution_id: str, **body: Any) -> str:  # noqa: ANN401 - any JSON value
+        answer = await self.post(execution_id, **body)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["replayOf"] == execution_id
+        return await self.wait(answer.json()["executionId"])
+
+    async def change(self, workflow_id: str, nodes: list[dict[str, Any]], *edges: str) -> None:
+        graph = drawn(nodes, *edges)
+        answer = await self.person.api.put(f"/api/v1/workflows/{workflow_id}", json=graph)
+        assert answer.status_code == 200, answer.text
+
+
+def drawn(nodes: list[dict[str, Any]], *edges: str) -> dict[str, Any]:
+    """Return a graph whose edges are drawn as `a > b:port > c`."""
+    connections = []
+    for path in edges:
+        steps = path.split(" > ")
+        for source, target in pairwise(steps):
+            node_id, _, port = source.partition(":")
+            edge = {"sourceNodeId": node_id, "targetNodeId": target.partition(":")[0]}
+            connections.append({**edge, **({"sourcePort": port} if port else {})})
+    return {"nodes": [{"id": "start", "nodeId": "manual", "config": {}}, *nodes], "connections": connections}
+
+
+def step(node_id: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    return {"id": node_id, "nodeId": "set", "config": {"mode": "replace", "values": values}}
+
+
+def post(node_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    request = {"method": "POST", "url": f"http://ledger/{node_id}", "body": {"data": "{{ data }}"}}
+    return {"id": node_id, "nodeId": "http-request", "config": {**request, **config}}
+
+
+def decisions(plan: dict[str, Any]) -> dict[str, str]:
+    return {node["nodeId"]: node["decision"] for node in plan["nodes"]}
+
+
+@pytest.fixture
+async def harness_of(harness: GatewayHarness, people: OrganizationUsers) -> AsyncIterator[ReplayHarness]:
+    ledger = Ledger()
+    async with run_executor(harness, ledger) as executor:
+        yield ReplayHarness(people.owner, ledger, executor)
+
+
+@asynccontextmanager
+async def run_executor(harness: GatewayHarness, ledger: Ledger) -> AsyncIterator[RunExecutor]:
+    executor = RunExecutor(
+        harness.gateway.store,
+        LocalBroker(channel=uuid4().hex),
+        load_catalog(),
+        NodeServices(http=ledger),
+        WorkerSettings(
+            lease_seconds=3600, sweep_seconds=3600, commit_seconds=0.02, max_row_output_bytes=1_024
+        ),
+        blobs=harness.gateway.blobs,
+    )
+    await executor.start()
+    try:
+        yield executor
+    finally:
+        await executor.drain()
+
+
+# ── the common repair ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_failed_run_goes_on_behind_the_last_good_node_with_the_mended_graph(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    edges = "start > pay > note > send > last"
+    nodes = [post("pay"), step("note", text="a"), post("send"), step("last", done=True)]
+    workflow_id = await here.create(nodes, edges)
+    here.ledger.failing = {"/send": 422}
+    failed = await here.run(workflow_id, inputs={"order": 7})
+    assert (await here.show(failed))["status"] == "failed"
+    nodes[2] = post("send", url="http://ledger/sent")
+    await here.change(workflow_id, nodes, edges)
+    plan = await here.plan(failed, definition="current")
+    assert plan["counts"] == {"reuse": 3, "rerun": 2, "maybe": 0, "ask": 0}
+    assert plan["definition"] == "current"
+    (mended,) = [node for node in plan["nodes"] if node["nodeId"] == "send"]
+    assert mended["reasons"] == [{"code": "failed", "paths": []}]
+    replayed = await here.replay(failed, definition="current", planHash=plan["planHash"])
+    shown = await here.show(replayed)
+    assert (shown["status"], shown["replayOf"], shown["resumedFrom"]) == ("completed", failed, None)
+    assert shown["trigger"]["data"] == {"body": {"order": 7}}
+    assert Counter(here.ledger.paths) == {"/pay": 1, "/send": 1, "/sent": 1}
+    spans = await here.spans(replayed)
+    assert {name: span["reusedFrom"] for name, span in spans.items()} == {
+        "start": failed, "pay": failed, "note": failed, "send": None, "last": None,
+    }  # fmt: skip
+    # The failed write was refused, so it runs with a key of the new run.
+    assert here.ledger.writes[-1][1] == f"{replayed}:send:0"
+
+
+async def test_an_unknown_end_is_repeated_under_the_recorded_key_and_only_as_it_was(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    workflow_id = await here.create([post("pay")], "start > pay")
+    here.ledger.failing = {"/pay": 0}
+    failed = await here.run(workflow_id, inputs={"order": 7})
+    assert decisions(await here.plan(failed)) == {"start": "reuse", "pay": "rerun"}
+    assert decisions(await here.plan(failed, input={"order": 8})) == {"start": "rerun", "pay": "ask"}
+    # The second attempt fails too; a third, the replay of a replay, still has the first key.
+    second = await here.replay(failed)
+    here.ledger.failing = {}
+    third = await here.replay(second)
+    assert (await here.show(third))["status"] == "completed"
+    assert {key for _, key, _ in here.ledger.writes} == {f"{failed}:pay:0"}
+    assert len({body for _, _, body in here.ledger.writes}) == 1
+
+
+async def test_writes_are_repeated_only_if_they_are_named(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    workflow_id = await here.create([step("note", n="{{ data.body.n }}"), post("pay")], "start > note > pay")
+    done = await here.run(workflow_id, inputs={"n": 1})
+    assert decisions(await here.plan(done)) == {"start": "reuse", "note": "reuse", "pay": "reuse"}
+    refused = await here.post(done, input={"n": 2})
+    assert_refused(refused, 409, "confirmation-required")
+    (detail,) = refused.json()["error"]["details"]
+    assert decisions(detail["plan"]) == {"start": "rerun", "note": "rerun", "pay": "ask"}
+    assert len(here.ledger.writes) == 1
+    stale = await here.post(done, input={"n": 2}, confirm=["pay"], planHash="0" * 64)
+    assert_refused(stale, 409, "plan-changed")
+    plan = detail["plan"]["planHash"]
+    replayed = await here.replay(done, input={"n": 2}, confirm=["pay"], planHash=plan)
+    assert [(path, key) for path, key, _ in here.ledger.writes] == [
+        ("/pay", f"{done}:pay:0"),
+        ("/pay", f"{replayed}:pay:0"),
+    ]
+    assert json.loads(here.ledger.writes[-1][2] or b"") == {"data": {"n": 2}}
+
+
+async def test_an_unchanged_output_stops_the_rerun_and_a_changed_one_a_write(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    edges = "start > first > second > pay"
+    nodes = [step("first", n=1), step("second", n="{{ data.n }}"), post("pay")]
+    workflow_id = await here.create(nodes, edges)
+    done = await here.run(workflow_id)
+    plan = await here.plan(done, **{"from": ["first"]})
+    assert decisions(plan) == {"start": "reuse", "first": "rerun", "second": "maybe", "pay": "maybe"}
+    same = await here.replay(done, **{"from": ["first"]})
+    spans = await here.spans(same)
+    assert [spans[name]["reusedFrom"] for name in ("first", "second", "pay")] == [None, done, done]
+    assert spans["pay"]["endedAt"] == (await here.spans(done))["pay"]["endedAt"]
+    await here.change(workflow_id, [step("first", n=2), *nodes[1:]], edges)
+    refused = await here.replay(done, definition="current", again=True)
+    shown = await here.show(refused)
+    assert (shown["status"], shown["error"]["cause"]["code"]) == ("failed", "write-needs-confirm")
+    assert here.ledger.paths == ["/pay"]
+    # A candidate that was not reached is shown nowhere, and is not forgotten.
+    assert set(await here.spans(refused)) == {"start", "first", "second", "pay"}
+    again = await here.post(refused, definition="current")
+    assert_refused(again, 409, "confirmation-required")
+    resumed = await here.wait((await here.post(refused, "resume")).json()["executionId"])
+    assert (await here.show(resumed))["error"]["cause"]["code"] == "write-needs-confirm"
+    assert here.ledger.paths == ["/pay"]
+
+
+async def test_candidates_outlive_a_failure_before_they_are_reached(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    edges = "start > first > second > pay"
+    nodes = [step("first", n=1), step("second", n="{{ data.n }}"), post("pay")]
+    workflow_id = await here.create(nodes, edges)
+    done = await here.run(workflow_id)
+    await here.change(workflow_id, [step("first", n="{{ data.nothing }}"), *nodes[1:]], edges)
+    failed = await here.replay(done, definition="current")
+    assert (await here.show(failed))["status"] == "failed"
+    assert set(await here.spans(failed)) == {"start", "first"}
+    await here.change(workflow_id, [step("first", n=1), *nodes[1:]], edges)
+    plan = await here.plan(failed, definition="current")
+    assert decisions(plan) == {"start": "reuse", "first": "rerun", "second": "maybe", "pay": "maybe"}
+    mended = await here.replay(failed, definition="current")
+    assert (await here.show(mended))["status"] == "completed"
+    assert {name: span["reusedFrom"] for name, span in (await here.spans(mended)).items()} == {
+        "start": done, "first": None, "second": done, "pay": done,
+    }  # fmt: skip
+    assert here.ledger.paths == ["/pay"]
+
+
+# ── loops, blobs, versions ──────────────────────────────────────────────────────────────────────────────────
+
+LOOP_EDGES = ("start > each", "each:continue > pay > check", "each:done > last")
+
+
+async def test_a_loop_runs_its_failed_iterations_alone_also_with_a_mended_body(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    loop = {"id": "each", "nodeId": "loop", "config": {"items": "{{ data.body.items }}"}}
+    pay = post("pay", url="http://ledger/pay/{{ item }}")
+    check = post("check", url="http://ledger/check/{{ nodes.each.item }}", method="PUT")
+    workflow_id = await here.create([loop, pay, check, step("last", done=True)], *LOOP_EDGES)
+    here.ledger.failing = {"/check/2": 422}
+    failed = await here.run(workflow_id, inputs={"items": [1, 2, 3]})
+    assert (await here.show(failed))["status"] == "failed"
+    before = Counter(here.ledger.paths)
+    plan = await here.plan(failed)
+    (each,) = [node for node in plan["nodes"] if node["nodeId"] == "each"]
+    assert (each["decision"], each["failedOnly"], plan["counts"]["ask"]) == ("rerun", True, 0)
+    mended = {**check, "config": {**check["config"], "headers": {"X-Mended": "yes"}}}
+    await here.change(workflow_id, [loop, pay, mended, step("last", done=True)], *LOOP_EDGES)
+    assert_refused(await here.post(failed, definition="current"), 409, "confirmation-required")
+    here.ledger.failing = {}
+    replayed = await here.replay(failed, definition="current", failedOnly=True)
+    assert (await here.show(replayed))["status"] == "completed"
+    after = Counter(here.ledger.paths) - before
+    assert {path for path in after if path.startswith("/pay")} <= {"/pay/3"} - set(before)
+    assert "/check/1" not in after
+    assert after["/check/2"] == 1
+    assert (await here.spans(replayed))["each"]["outputData"]["count"] == 3
+
+
+async def test_large_results_are_reused_and_a_lost_one_is_a_reason(
+    harness: GatewayHarness, harness_of: ReplayHarness
+) -> None:
+    here = harness_of
+    broken = {"id": "last", "nodeId": "stop-with-error", "config": {"message": "no"}}
+    edges = "start > big > size > last"
+    nodes = [step("big", text=LARGE), step("size", first="{{ data.text }}"), broken]
+    workflow_id = await here.create(nodes, edges)
+    failed = await here.run(workflow_id)
+    await here.change(workflow_id, [*nodes[:2], step("last", same="{{ data.first }}")], edges)
+    replayed = await here.replay(failed, definition="current")
+    output = (await here.person.api.get(f"{EXECUTIONS}/{replayed}?expand=blobs")).json()["outputs"]["last"]
+    assert output == {"same": LARGE}
+    # The blobs belong to the whole line, and stay while one run of it is left.
+    deleted = await here.person.api.post(
+        f"{EXECUTIONS}/bulk-delete", json={"filter": {"workflowId": workflow_id, "status": "failed"}}
+    )
+    assert deleted.json()["affected"] == 1
+    shown = (await here.person.api.get(f"{EXECUTIONS}/{replayed}?expand=blobs")).json()
+    assert shown["outputs"]["big"] == {"text": LARGE}
+    owner = (await here.show(replayed))["organizationId"]
+    await harness.gateway.blobs.delete_runs([BlobOwner(owner, failed)])
+    plan = await here.plan(replayed)
+    assert {node["nodeId"]: node["reasons"][0]["code"] for node in plan["nodes"]}["big"] == "result-expired"
+
+
+async def test_a_version_can_be_replayed_and_an_unknown_one_is_refused(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    workflow_id = await here.create([step("note", n=1)], "start > note")
+    done = await here.run(workflow_id)
+    await here.change(workflow_id, [step("note", n=2)], "start > note")
+    tagged = await here.person.api.post(
+        f"/api/v1/workflows/{workflow_id}/versions", json={"versionTag": "v2"}
+    )
+    number = tagged.json()["version"]
+    await here.change(workflow_id, [step("note", n=3)], "start > note")
+    plan = await here.plan(done, definition=number)
+    assert (plan["definition"], decisions(plan)["note"]) == (f"version {number}", "rerun")
+    replayed = await here.replay(done, definition=number)
+    assert (await here.show(replayed))["outputs"]["note"] == {"n": 2}
+    assert_refused(await here.post(done, definition=99, again=True), 422, "validation-failed")
+
+
+async def test_many_runs_are_replayed_by_a_filter_after_a_dry_run(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    nodes = [step("first", n=1), post("pay"), step("last", n="{{ data.missing }}")]
+    edges = "start > first > pay > last"
+    workflow_id = await here.create(nodes, edges)
+    failed = [await here.run(workflow_id) for _ in range(3)]
+    await here.replay(failed[0])
+    await here.change(workflow_id, [*nodes[:2], step("last", n=1)], edges)
+    body: dict[str, Any] = {
+        "filter": {"workflowId": workflow_id, "status": "failed"},
+        "definition": "current",
+    }
+    api = here.person.api
+    preview = (await api.post(f"{EXECUTIONS}/bulk-replay", json={**body, "dryRun": True})).json()
+    assert (preview["matched"], preview["affected"], preview["newExecutionIds"]) == (3, 0, [])
+    assert preview["counts"] == {"reuse": 9, "rerun": 3, "maybe": 0, "ask": 0}
+    once = {"Idempotency-Key": uuid4().hex}
+    answers = [await api.post(f"{EXECUTIONS}/bulk-replay", json=body, headers=once) for _ in range(2)]
+    first, second = [answer.json() for answer in answers]
+    # The replay of the first is itself failed, and is replayed in its place.
+    assert first["affected"] == 3
+    assert set(first["executionIds"]) >= set(failed[1:])
+    assert second["refused"] == [] or second["newExecutionIds"] == first["newExecutionIds"]
+    for execution_id in first["newExecutionIds"]:
+        await here.wait(execution_id)
+        assert (await here.show(execution_id))["status"] == "completed"
+    assert here.ledger.paths == ["/pay"] * 3
+    await here.change(workflow_id, [step("first", n=2), *nodes[1:]], edges)
+    completed = {"filter": {"workflowId": workflow_id, "status": "completed"}, "definition": "current"}
+    refused = (await api.post(f"{EXECUTIONS}/bulk-replay", json=completed)).json()
+    assert (refused["affected"], len(refused["refused"])) == (0, 3)
+    assert {(one["code"], *one["nodeIds"]) for one in refused["refused"]} == {
+        ("confirmation-required", "pay")
+    }
+
+
+# ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_execution_is_taken_up_once_and_by_one_request(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    workflow_id = await here.create([post("pay")], "start > pay")
+    here.ledger.failing = {"/pay": 422}
+    failed = await here.run(workflow_id)
+    once = {"Idempotency-Key": "once"}
+    answers = await asyncio.gather(*(here.post(failed, headers=once) for _ in range(3)))
+    assert [answer.status_code for answer in answers] == [201, 201, 201]
+    (first,) = {answer.json()["executionId"] for answer in answers}
+    assert len({answer.json()["planHash"] for answer in answers}) == 1
+    for what in ("replay", "resume"):
+        refused = await here.post(failed, what)
+        assert_refused(refused, 409, "already-resumed")
+        assert refused.json()["error"]["details"][0]["executionId"] == first
+    assert_refused(await here.post(failed, headers=once, again=True), 422, "idempotency-mismatch")
+    retried = await here.person.api.post(
+        f"{EXECUTIONS}/bulk-retry", json={"filter": {"workflowId": workflow_id}, "dryRun": True}
+    )
+    await here.wait(first)
+    assert failed not in retried.json()["executionIds"]
+    second = await here.replay(failed, again=True)
+    assert second != first
+
+
+async def test_a_replay_that_makes_no_sense_is_refused(
+    harness_of: ReplayHarness, people: OrganizationUsers
+) -> None:
+    here = harness_of
+    workflow_id = await here.create([post("pay")], "start > pay")
+    done = await here.run(workflow_id)
+    for body in ({"from": ["pey"]}, {"confirm": ["nothing"]}, {"definition": "newest"}, {"fresh": True}):
+        assert_refused(await here.post(done, **body), 422, "validation-failed")
+    pending = (await here.person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()
+    answer = await here.post(pending["executionId"], dryRun=True)
+    assert answer.status_code in {200, 409}
+    if answer.status_code == 409:
+        assert_refused(answer, 409, "execution-not-ended")
+    await here.wait(pending["executionId"])
+    assert_refused(await people.stranger.api.post(f"{EXECUTIONS}/{done}/replay", json={}), 404, "not-found")
+    await here.person.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "paused"})
+    assert_refused(await here.post(done), 409, "workflow-paused")
