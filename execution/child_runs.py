@@ -8,29 +8,34 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import msgspec
-from sqlalchemy import func, select
+from sqlalchemy import Text, func, literal, select
 from sqlmodel import col
 
 from engine.run_errors import NodeError
 from engine.triggers import trigger_output
+from engine.values import equal_json
 from execution.retry import until_available
-from journal import concurrency_limits, definition_snapshot
+from journal import concurrency_limits, definition_snapshot, run_copies
 from journal.concurrency_limits import LimitAction
-from journal.store import AcceptanceVerdict, RunAcceptance
+from journal.store import AcceptanceVerdict, ExecutionKey, RunAcceptance
 from journal.waits import children, completion
 from journal.waits.completion import ON_FAILURE_TRIGGER
+from json_text import decoding
 from messages import wakeups
 from models import access, ids
 from models.access import User, UserRole
-from models.execution import Execution
+from models.execution import Execution, ExecutionData
+from models.execution_status import ExecutionStatus
 from models.workflow import Workflow, WorkflowGraph, WorkflowStatus, is_readable_by
 
 if TYPE_CHECKING:
+    from sqlalchemy import Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
 
     from engine.services import RunCaller
     from engine.values import Json
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from models.settings import ServerSettings
 
 TRIGGER_TYPE: Final = "sub-workflow"
+SCHEDULED_AT: Final = "scheduledAt"
+"""Field of a trigger's output that is the time of the start."""
 ATTEMPTS: Final = 3
 """Maximum number of loads of a workflow that changes before its run is accepted."""
 MAX_CACHED_CHARACTERS: Final = 16_000_000
@@ -110,11 +117,62 @@ class ChildRunStarter:
         answering = (
             children.completion_for_parent(caller.execution_id, node_id, iteration) if awaited else None
         )
+        if answering is not None:
+            resume = partial(self._resume_child, caller, workflow_id, trigger_inputs, child_id, answering)
+            if await until_available(partial(resume, node_id=node_id, iteration=iteration)):
+                return child_id
         start = partial(self._accept_child, caller, workflow_id, trigger_inputs, child_id, answering)
         for _ in range(ATTEMPTS):
             if await until_available(start):
                 return child_id
         raise _workflow_changed(workflow_id)
+
+    async def _resume_child(
+        self,
+        caller: RunCaller,
+        workflow_id: str,
+        inputs: Json,
+        child_id: str,
+        answering: dict[str, dict[str, str]],
+        *,
+        node_id: str,
+        iteration: str,
+    ) -> bool:
+        """Resume the failed run that this node has started in the execution that the caller replays, if any.
+
+        A new run would repeat the writes that the failed one has completed. With other inputs, it is a new run.
+        """
+        async with self._database.read() as connection:
+            found = await _find_failed_child(connection, caller, workflow_id, node_id, iteration)
+            if found is None or await _child_exists(connection, caller, child_id):
+                return False
+            parent = await _read_parent(connection, caller)
+            workflow = await self._load_workflow(connection, caller, parent.shard, workflow_id)
+        recorded = decoding.decode(found.trigger)
+        given = trigger_output(workflow.trigger_kind or "manual", inputs, self._database.clock.now())
+        if isinstance(recorded, dict) and SCHEDULED_AT in given:
+            given[SCHEDULED_AT] = recorded.get(SCHEDULED_AT)
+        if not equal_json(given, recorded):
+            return False
+        key = ExecutionKey(found.id, found.shard)
+        changes: dict[str, SQLColumnExpression[Any]] = {
+            "parent_id": literal(caller.execution_id),
+            "root_id": literal(parent.root_id),
+            "depth": literal(parent.depth + 1),
+            "follow_up": literal(completion.requested_actions({}, answering=answering), Text()),
+        }
+
+        async def insert(connection: AsyncConnection) -> None:
+            if not await _child_exists(connection, caller, child_id):
+                await run_copies.insert_copy(
+                    connection, key, child_id, caller.user_id, trigger_type=TRIGGER_TYPE, also=changes
+                )
+
+        await self._database.transaction(insert)
+        if found.concurrency_key is not None:
+            await concurrency_limits.admit_waiting_runs(self._database, found.concurrency_key)
+        await wakeups.wake_workers(self._broker)
+        return True
 
     async def start_about_failure(self, caller: RunCaller, workflow_id: str, inputs: Json) -> None:
         """Start the run of a failure workflow for a failed run, at most once.
@@ -259,6 +317,34 @@ def _require_depth(parent: ParentRun, most: int) -> None:
 def _too_many_runs(most: int) -> NodeError:
     message = f"A run may have at most {most:,} sub-workflow runs at all levels (PILOTFLAME_MAX_SUB_RUNS)"
     return NodeError(message, code="too-many-sub-runs")
+
+
+async def _find_failed_child(
+    connection: AsyncConnection, caller: RunCaller, workflow_id: str, node_id: str, iteration: str
+) -> Row[Any] | None:
+    """Return the failed run that a node has started in the execution that the caller replays, or None."""
+    origin = await connection.scalar(
+        select(col(Execution.replay_of)).where(
+            col(Execution.id) == caller.execution_id, col(Execution.resumed_from).is_(None)
+        )
+    )
+    if origin is None:
+        return None
+    statement: Select[*tuple[Any, ...]] = (
+        select(
+            *(col(Execution.id), col(Execution.shard), col(Execution.concurrency_key)),
+            col(ExecutionData.trigger),
+        )
+        .join(ExecutionData, col(ExecutionData.execution_id) == col(Execution.id))
+        .where(
+            col(Execution.id) == ids.derive_id("exec", origin, node_id, iteration),
+            col(Execution.organization_id) == caller.organization_id,
+            col(Execution.workflow_id) == workflow_id,
+            col(Execution.status) == ExecutionStatus.FAILED,
+        )
+    )
+    found: Row[Any] | None = (await connection.execute(statement)).first()
+    return found
 
 
 async def _child_exists(connection: AsyncConnection, caller: RunCaller, child_id: str) -> bool:

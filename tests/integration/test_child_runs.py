@@ -165,6 +165,34 @@ async def test_what_is_not_awaited_is_started_once_for_a_whole_line_of_resumed_r
     assert (len(awaited), len(alone)) == (2, 1)
 
 
+async def test_a_replay_resumes_the_failed_run_of_a_node_unless_its_inputs_have_changed(
+    run_database: RunDatabase,
+) -> None:
+    owned_workflow = await create_runnable(run_database)
+    parents = [await run_database.claimed(owned_workflow) for _ in range(3)]
+    first, *replays = [caller_of(parent, owned_workflow) for parent in parents]
+    failed = await start(make_starter(run_database), first, owned_workflow)
+    await run_database.query(f"UPDATE execution SET status = 'failed', attempt = 0 WHERE id = '{failed}'")
+    of_replays = "', '".join(replay.execution_id for replay in replays)
+    await run_database.query(
+        f"UPDATE execution SET replay_of = '{first.execution_id}' WHERE id IN ('{of_replays}')"
+    )
+    again = await start(make_starter(run_database), replays[0], owned_workflow)
+    assert again == await start(make_starter(run_database), replays[0], owned_workflow)
+    (row,) = await run_database.query(f"SELECT * FROM execution WHERE id = '{again}'")
+    assert (row["resumed_from"], row["parent_id"], row["status"]) == (
+        failed,
+        replays[0].execution_id,
+        "pending",
+    )
+    await run_database.query(
+        f"UPDATE execution_data SET trigger = '{{\"body\": 8}}' WHERE execution_id = '{failed}'"
+    )
+    other = await start(make_starter(run_database), replays[1], owned_workflow)
+    (row,) = await run_database.query(f"SELECT * FROM execution WHERE id = '{other}'")
+    assert (row["resumed_from"], row["parent_id"]) == (None, replays[1].execution_id)
+
+
 async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_is(
     run_database: RunDatabase,
 ) -> None:
