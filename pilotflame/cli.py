@@ -524,6 +524,86 @@ def explain(
         typer.echo(escape_text(line))
 
 
+@runs.command("list")
+def list_runs(
+    workflow: Annotated[
+        str | None, Option("--workflow", help="Id or exact name of a workflow.", show_default="all")
+    ] = None,
+    status: Annotated[
+        str | None, Option("--status", help="pending, running, waiting, failed, …", show_default="all")
+    ] = None,
+    limit: Annotated[int, Option(min=1, max=100, help="Number of executions.")] = 20,
+    as_json: Annotated[bool, Option("--json", help="Print the answer of the API.")] = False,
+) -> None:
+    """List the newest executions."""
+    from pilotflame.client import ApiClient
+
+    client = ApiClient.from_environment()
+    workflow_id = None if workflow is None else client.find_workflow(workflow)
+    found = client.list_executions(workflow_id=workflow_id, status=status, limit=limit)
+    if as_json:
+        typer.echo(escape_text(json.dumps(found, indent=2, ensure_ascii=False)))
+        return
+    from pilotflame import run_tables
+
+    run_tables.print_executions(found)
+
+
+@runs.command("get")
+def get_run(execution: Annotated[str, Argument(help="Id of the execution.")]) -> None:
+    """Print an execution as JSON, with its trigger, outputs and error."""
+    from pilotflame.client import ApiClient
+
+    found = ApiClient.from_environment().execution(execution)
+    typer.echo(escape_text(json.dumps(found, indent=2, ensure_ascii=False)))
+
+
+@runs.command("replay")
+@app.command("replay")
+def replay(
+    execution: Annotated[str, Argument(help="Id of an ended execution.")],
+    from_nodes: Annotated[
+        list[str] | None, Option("--from", help="Node that runs again in any case; may be repeated.")
+    ] = None,
+    current: Annotated[bool, Option("--current", help="Run the workflow as it is now.")] = False,
+    confirm: Annotated[
+        list[str] | None, Option("--confirm", help="Write that may be repeated; may be repeated.")
+    ] = None,
+    failed_only: Annotated[
+        bool, Option("--failed-only", help="Keep completed iterations of loops with changed bodies.")
+    ] = False,
+    again: Annotated[bool, Option("--again", help="Replay an execution that was taken up before.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan, and start nothing.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Replay an execution: print the plan, then start the new execution and print its id.
+
+    Nothing starts while a write would be repeated that --confirm does not name.
+    """
+    from pilotflame import run_tables
+    from pilotflame.client import ApiClient
+
+    client = ApiClient.from_environment()
+    body = {
+        "from": from_nodes or [],
+        "definition": "current" if current else "original",
+        "confirm": confirm or [],
+        "failedOnly": failed_only,
+    }
+    plan = client.plan_replay(execution, body)
+    if as_json:
+        typer.echo(escape_text(json.dumps(plan, indent=2, ensure_ascii=False)))
+    else:
+        run_tables.print_plan(plan)
+    asked = [node["nodeId"] for node in plan["nodes"] if node["decision"] == "ask"]
+    if asked and not dry_run:
+        named = " ".join(f"--confirm {node_id}" for node_id in asked)
+        raise CommandError(f"The replay would repeat writes. To allow that, add {named}")
+    if not dry_run:
+        started = client.replay(execution, {**body, "planHash": plan["planHash"], "again": again})
+        typer.echo(started, err=as_json)
+
+
 def _connections(client: ApiClient, workflow_id: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the connections of the graph to run; none if the key may execute the workflow and not read it."""
     try:

@@ -157,6 +157,30 @@ class ApiClient:
         """Return why the subject at a path does not move; the organization without a path."""
         return self._answer("GET", f"{path}/why")
 
+    def list_executions(
+        self, *, workflow_id: str | None, status: str | None, limit: int
+    ) -> list[dict[str, Any]]:
+        """Return the newest executions that the key may see."""
+        query = {"workflow_id": workflow_id, "status": status, "limit": str(limit)}
+        named = urlencode({name: value for name, value in query.items() if value is not None})
+        found: list[dict[str, Any]] = self._answer("GET", f"/executions?{named}")["executions"]
+        return found
+
+    def execution(self, execution_id: str) -> dict[str, Any]:
+        """Return an execution with its trigger and outputs."""
+        return self._answer("GET", _execution(execution_id))
+
+    def plan_replay(self, execution_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the plan of a replay."""
+        return self._answer("POST", f"{_execution(execution_id)}/replay", {**body, "dryRun": True})
+
+    def replay(self, execution_id: str, body: Mapping[str, Any]) -> str:
+        """Replay an execution, and return the id of the new one."""
+        # The same key in every attempt: a lost answer starts no second run.
+        headers = {"Idempotency-Key": uuid4().hex}
+        path = f"{_execution(execution_id)}/replay"
+        return str(self._retry(lambda: self._answer("POST", path, body, headers))["executionId"])
+
     def explain_execution(self, execution_id: str) -> dict[str, Any]:
         """Return why a run does not move."""
         return self.explain(_execution(execution_id))

@@ -1,14 +1,14 @@
 """Index by which the replays of a line of executions are found.
 
-Revision ID: 0008
-  Revises: 0007
+Revision ID: 0010
+  Revises: 0009
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0008"
-down_revision = "0007"
+revision = "0010"
+down_revision = "0009"
 branch_labels = None
 depends_on = None
 
