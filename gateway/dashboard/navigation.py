@@ -21,6 +21,7 @@ class NavigationEntry:
 
 
 ENTRIES: Final[Sequence[NavigationEntry]] = (
+    NavigationEntry("overview", "Overview", "/dashboard/overview", "home", "o", "workflows:read"),
     NavigationEntry("workflows", "Workflows", "/dashboard/workflows", "graph", "w", "workflows:read"),
     NavigationEntry("runs", "Runs", "/dashboard/runs", "list", "r", "workflows:read"),
     NavigationEntry("schedule", "Schedule", "/dashboard/schedule", "clock", "s", "workflows:read"),

@@ -16,7 +16,7 @@ import structlog
 
 from gateway.dashboard import assets
 from gateway.dashboard.navigation import ENTRIES
-from gateway.dashboard.page_request import PageRequest
+from gateway.dashboard.page_request import PageRequest, build_page_request
 from gateway.dashboard.templating import render_template
 from gateway.http import errors, public_address
 from gateway.http.cached_text import RedirectResponse
@@ -120,7 +120,7 @@ def serve(page: Page) -> Handler:
     async def show(request: GatewayRequest) -> ASGIApp:
         if request.gateway.settings.dashboard == "off":
             raise errors.not_found()
-        asking = PageRequest(request.scope, request.scope["app"].state.router)
+        asking = build_page_request(request)
         try:
             visitor, data = await _load(page, asking)
         except ApiError as error:
@@ -174,7 +174,7 @@ def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
         query = request.scope["query_string"].decode("latin-1")
         wanted = quote(request.scope["path"] + (f"?{query}" if query else ""), safe="")
         return RedirectResponse(f"{root_of(request)}/sign-in?next={wanted}")
-    frame = frame_of(request, PageRequest(request.scope, request.scope["app"].state.router))
+    frame = frame_of(request, build_page_request(request))
     html = render_plain(
         "error.html", frame, title=f"Error {error.status}", error=error, request_id=request.id
     )

@@ -15,7 +15,11 @@ from gateway.http.errors import ApiError
 from json_text import decoding
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from starlette.types import ASGIApp, Message, Scope
+
+    from gateway.http.request import GatewayRequest
 
 OK: Final = 200
 _FORWARDED: Final = frozenset({b"cookie", b"x-api-key", b"host", b"origin", b"sec-fetch-site"})
@@ -26,10 +30,11 @@ _ABSENT: Final = frozenset({403, 404, 405})
 class PageRequest:
     """Request for a page: its parameters, and the answers of public routes."""
 
-    def __init__(self, scope: Scope, api: ASGIApp) -> None:
-        """Set the request, and the application that answers public routes."""
+    def __init__(self, scope: Scope, api: ASGIApp, now: datetime) -> None:
+        """Set the request, the application that answers public routes, and the time of the database."""
         self._scope: Mapping[str, Any] = scope
         self._api = api
+        self.now = now
         self.parameters: Mapping[str, str] = self._scope["path_params"]
         self.asked: list[str] = []
         """Paths with queries that the page has asked for, in order."""
@@ -88,3 +93,8 @@ class PageRequest:
 
         await self._api(scope, receive, send)
         return status, b"".join(pieces)
+
+
+def build_page_request(request: GatewayRequest) -> PageRequest:
+    """Return the request for a page that a browser's request is."""
+    return PageRequest(request.scope, request.scope["app"].state.router, request.gateway.clock())

@@ -12,6 +12,7 @@ from gateway.dashboard.pages import (
     audit_list,
     data_source_list,
     health,
+    overview,
     run_list,
     schedule_list,
     workflow,
@@ -21,6 +22,7 @@ from gateway.http.endpoint import AccessRule
 from gateway.http.route import Route
 
 PAGES: Final[Sequence[Page]] = (
+    overview.PAGE,
     workflow_list.PAGE,
     workflow.PAGE,
     run_list.PAGE,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 from gateway.dashboard import page
-from gateway.dashboard.page_request import PageRequest
+from gateway.dashboard.page_request import build_page_request
 from gateway.http import errors, session_cookies
 from gateway.http.cached_text import RedirectResponse
 from models import ids
@@ -22,7 +22,7 @@ async def show(request: GatewayRequest) -> ASGIApp:
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
     cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)
-    frame = page.frame_of(request, PageRequest(request.scope, request.scope["app"].state.router))
+    frame = page.frame_of(request, build_page_request(request))
     html = page.render_plain("sign_in.html", frame, title="Sign in", is_possible=cookie is not None)
     return await page.answer_html(request, html)
 
@@ -36,14 +36,14 @@ async def show_start(request: GatewayRequest) -> RedirectResponse:
     """Lead to the first page."""
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
-    return RedirectResponse("dashboard/runs")
+    return RedirectResponse("dashboard/overview")
 
 
 async def search(request: GatewayRequest) -> RedirectResponse:
     """Lead to the object whose id was pasted, otherwise to the workflows that match."""
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
-    text = PageRequest(request.scope, request.scope["app"].state.router).query.get("q", "").strip()
+    text = build_page_request(request).query.get("q", "").strip()
     if ids.is_id(text) and text.startswith("exec_"):
         return RedirectResponse(f"runs/{text}")
     if ids.is_id(text) and text.startswith("wf_"):

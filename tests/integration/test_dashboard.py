@@ -8,10 +8,15 @@ from collections.abc import AsyncIterator
 
 import httpx2
 import pytest
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
 
 from gateway.dashboard import assets
 from gateway.dashboard.page import POLICY
 from models.access import UserRole
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.services import PostgresServer
 
@@ -197,6 +202,32 @@ async def test_a_workflow_shows_its_graph_with_the_last_run_and_what_to_do(
         "There is no workflow yet"
         in (await (await sign_in(harness, reader.key)).get("/dashboard/workflows")).text
     )
+
+
+async def test_the_overview_groups_failures_and_names_what_needs_a_person(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Broken", status="active", **GRAPH)
+    for _ in range(2):
+        started = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()
+        await fail_execution(harness, started["executionId"])
+    page = await (await sign_in(harness, people.owner.key)).get("/dashboard/overview")
+    assert page.status_code == 200, page.text
+    assert "No worker is present" in page.text
+    assert "Broken, start" in page.text
+    assert f'status=failed&amp;workflow_id={workflow_id}">2</a>' in page.text
+    browser = await sign_in(harness, people.owner.key)
+    assert (await browser.get("/dashboard")).headers["Location"] == "dashboard/overview"
+
+
+async def fail_execution(harness: GatewayHarness, execution_id: str) -> None:
+    error = {"code": "node-error", "message": "The disk is full", "nodeId": "start", "attempt": 1}
+    values = {"status": ExecutionStatus.FAILED, "error": error}
+
+    async def change(connection: AsyncConnection) -> None:
+        await connection.execute(update(Execution).where(col(Execution.id) == execution_id).values(**values))
+
+    await harness.gateway.database.transaction(change)
 
 
 async def test_a_page_without_rights_is_refused_and_not_in_the_navigation(

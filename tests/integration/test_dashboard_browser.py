@@ -15,6 +15,7 @@ pytestmark = needs_chromium
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
 PATHS = (
+    "/dashboard/overview",
     "/dashboard/runs",
     "/dashboard/runs?status=failed",
     "/dashboard/missing",

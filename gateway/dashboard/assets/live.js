@@ -10,7 +10,7 @@ const policy = globalThis.trustedTypes?.createPolicy("pilotflame", { createHTML:
 let stream = null;
 let timer = 0;
 let isLoading = false;
-let isAsked = false;
+let asked = null;
 let tag = "";
 
 function label(state, text) {
@@ -44,7 +44,7 @@ function holdNewRows(page) {
 
 export async function reload({ takesNewRows = true } = {}) {
   if (isLoading) {
-    isAsked = true;
+    asked = { takesNewRows: takesNewRows || (asked?.takesNewRows ?? false) };
     return;
   }
   isLoading = true;
@@ -73,10 +73,10 @@ export async function reload({ takesNewRows = true } = {}) {
     label("lost", `Lost · ${clock()}`);
   } finally {
     isLoading = false;
-    if (isAsked) {
-      isAsked = false;
-      ask();
-    }
+    const next = asked;
+    asked = null;
+    if (next?.takesNewRows) reload(next);
+    else if (next) ask();
   }
 }
 

@@ -32,4 +32,4 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     }
 
 
-PAGE: Final = Page("/dashboard/health", "health.html", load, view, "health")
+PAGE: Final = Page("/dashboard/health", "health.html", load, view, "health", ("executions",))

@@ -43,4 +43,4 @@ def describe_timing(policy: Mapping[str, Any] | None) -> str:
     return f"every {policy['intervalSeconds']:,} s"
 
 
-PAGE: Final = Page(PATH, "schedule_list.html", load, view, "schedule")
+PAGE: Final = Page(PATH, "schedule_list.html", load, view, "schedule", ("executions",))

@@ -61,4 +61,4 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     }
 
 
-PAGE: Final = Page(PATH, "workflow.html", load, view, "workflows")
+PAGE: Final = Page(PATH, "workflow.html", load, view, "workflows", ("executions",))

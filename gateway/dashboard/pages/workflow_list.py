@@ -67,4 +67,4 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     }
 
 
-PAGE: Final = Page(PATH, "workflow_list.html", load, view, "workflows")
+PAGE: Final = Page(PATH, "workflow_list.html", load, view, "workflows", ("executions",))
