@@ -46,6 +46,12 @@ IDS_TOGETHER: Final = 50
 MAX_PAYLOAD_BYTES: Final = 7_500
 """PostgreSQL refuses payloads of 8,000 bytes; larger messages are rows."""
 
+CONNECTION_FAILURES: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # of a session that ends while the pool resets it
+    OSError,
+)
 QUEUE_CHANNEL: Final = "pilotflame_queue"
 CHANGES_CHANNEL: Final = "pilotflame_changes"
 DIRECT_QUEUE: Final = "direct"
@@ -115,7 +121,7 @@ async def _check_answer() -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             yield
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+    except CONNECTION_FAILURES as error:
         raise BrokerUnavailable(str(error) or "PostgreSQL did not answer in time") from error
 
 
@@ -204,7 +210,7 @@ class PostgresqlBroker:
                     take = self._consumers.get(queue)
                     if take is not None:
                         loop.call_soon(take, decoding.decode(row["body"], dict[str, Any]))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except CONNECTION_FAILURES as error:
             log.debug("queue not read", queue=queue, error=str(error))  # It is read again at the next check.
         finally:
             if self._drains.get(queue) is asyncio.current_task():
@@ -283,7 +289,7 @@ class PostgresqlBroker:
                 finally:
                     self._is_channel_open.clear()
                     connection.terminate()
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            except CONNECTION_FAILURES as error:
                 if not is_lost:
                     log.warning("channel closed", channel=self.channel, error=str(error))
                 is_lost = True
