@@ -24,6 +24,7 @@ ENTRIES: Final[Sequence[NavigationEntry]] = (
     NavigationEntry("overview", "Overview", "/dashboard/overview", "home", "o", "workflows:read"),
     NavigationEntry("workflows", "Workflows", "/dashboard/workflows", "graph", "w", "workflows:read"),
     NavigationEntry("runs", "Runs", "/dashboard/runs", "list", "r", "workflows:read"),
+    NavigationEntry("approvals", "Approvals", "/dashboard/approvals", "person", "a", "workflows:read"),
     NavigationEntry("schedule", "Schedule", "/dashboard/schedule", "clock", "s", "workflows:read"),
     NavigationEntry("sources", "Data sources", "/dashboard/sources", "db", "b", "datasources:read"),
     NavigationEntry("keys", "Keys and users", "/dashboard/keys", "key", "k"),

@@ -9,6 +9,7 @@ from gateway.dashboard import assets, page, sign_in_page
 from gateway.dashboard.page import Page
 from gateway.dashboard.pages import (
     access,
+    approvals,
     audit_list,
     data_source_list,
     health,
@@ -26,6 +27,7 @@ PAGES: Final[Sequence[Page]] = (
     workflow_list.PAGE,
     workflow.PAGE,
     run_list.PAGE,
+    approvals.PAGE,
     schedule_list.PAGE,
     data_source_list.PAGE,
     access.PAGE,

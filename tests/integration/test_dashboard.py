@@ -17,6 +17,7 @@ from gateway.dashboard.page import POLICY
 from models.access import UserRole
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
+from tests.integration import input_waits
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.services import PostgresServer
 
@@ -228,6 +229,35 @@ async def fail_execution(harness: GatewayHarness, execution_id: str) -> None:
         await connection.execute(update(Execution).where(col(Execution.id) == execution_id).values(**values))
 
     await harness.gateway.database.transaction(change)
+
+
+async def test_a_question_is_shown_with_its_form_to_those_who_may_answer(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Price change", status="active", **GRAPH)
+    started = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()
+    fields = {
+        "comment": {"type": "string", "title": HOSTILE},
+        "limit": {"type": "number"},
+        "kind": {"enum": ["a", "b"]},
+        "sure": {"type": "boolean"},
+        "more": {"type": "object"},
+    }
+    request = {
+        **input_waits.REQUEST,
+        "schema": {"type": "object", "properties": fields, "required": ["kind"]},
+    }
+    database = harness.gateway.database
+    await input_waits.wait_for_input(database, started["executionId"], request=request)
+    page = await (await sign_in(harness, people.owner.key)).get("/dashboard/approvals")
+    assert page.status_code == 200, page.text
+    assert "Write 120 rows?" in page.text
+    assert f"POST /api/v1/executions/{started['executionId']}/input" in page.text
+    assert page.text.count('data-in="data"') == len(fields)
+    assert 'value="approve">Yes, write</button>' in page.text
+    assert "<img" not in page.text
+    colleague = await (await sign_in(harness, people.colleague.key)).get("/dashboard/approvals")
+    assert "No question waits for you" in colleague.text
 
 
 async def test_a_page_without_rights_is_refused_and_not_in_the_navigation(

@@ -6,7 +6,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
+from sqlalchemy import select
 
+from models.execution import WaitAnswer
+from tests.integration import input_waits
 from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.services import PostgresServer
@@ -21,6 +24,7 @@ PATHS = (
     "/dashboard/missing",
     "/dashboard/workflows",
     "/dashboard/workflows/{workflow_id}",
+    "/dashboard/approvals",
     "/dashboard/schedule",
     "/dashboard/sources",
     "/dashboard/keys",
@@ -136,6 +140,22 @@ async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVis
     await visit.press(".")
     await visit.page.wait_for(f"document.querySelectorAll('tbody tr').length === {count + 1}")
     assert await visit.page.evaluate("document.querySelector('[data-shows-new]') === null")
+    assert not visit.page.problems
+
+
+async def test_a_question_is_answered_by_its_form(visit: DashboardVisit) -> None:
+    started = await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+    execution_id = started.json()["executionId"]
+    await input_waits.wait_for_input(visit.harness.gateway.database, execution_id)
+    await visit.show("/dashboard/approvals")
+    await visit.page.fill("main input[name=comment]", "Looks right")
+    await visit.page.click("main button[value=reject]")
+    await visit.page.wait_for("document.querySelector('main form') === null")
+    async with visit.harness.gateway.database.read() as connection:
+        answers = (await connection.execute(select(WaitAnswer))).mappings().all()
+    (answer,) = [one for one in answers if one["execution_id"] == execution_id]
+    assert '"reject"' in str(answer)
+    assert "Looks right" in str(answer)
     assert not visit.page.problems
 
 

@@ -23,10 +23,11 @@ function confirmed(question) {
 }
 
 // `data-json` fields hold JSON, `data-number` fields a number; checked `data-list` boxes of one name become a list.
-function bodyOf(form) {
+function bodyOf(form, button) {
   const body = form.dataset.sends ? JSON.parse(form.dataset.sends) : {};
+  if (button?.name) body[button.name] = button.value;
   for (const field of form.elements) {
-    if (!field.name || field.value === "" || (field.type === "checkbox" && !field.checked)) continue;
+    if (!field.name || field.type === "submit" || field.value === "" || (field.type === "checkbox" && !field.checked)) continue;
     if ("list" in field.dataset) {
       (body[field.name] ??= []).push(field.value);
       continue;
@@ -43,14 +44,15 @@ function bodyOf(form) {
         return null;
       }
     }
-    body[field.name] = value;
+    const target = field.dataset.in ? (body[field.dataset.in] ??= {}) : body;
+    target[field.name] = value;
   }
   return body;
 }
 
-async function submit(form) {
+async function submit(form, button) {
   const [method, path] = form.dataset.request.split(" ");
-  const body = bodyOf(form);
+  const body = bodyOf(form, button);
   if (body === null || (form.dataset.confirm && !(await confirmed(form.dataset.confirm)))) return;
   const buttons = form.querySelectorAll("button[type=submit]");
   buttons.forEach((button) => { button.disabled = true; });
@@ -88,7 +90,7 @@ async function submit(form) {
 document.addEventListener("submit", (event) => {
   if (event.target.dataset.request) {
     event.preventDefault();
-    submit(event.target);
+    submit(event.target, event.submitter);
   }
 });
 document.addEventListener("click", (event) => {
