@@ -92,7 +92,7 @@ async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
 
     async def take() -> None:
         while True:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
             async with harness.gateway.database.read() as connection:
                 assigned_deployment_ids = select(col(Execution.assigned_deployment_id)).where(
                     col(Execution.status) == ExecutionStatus.PENDING,
