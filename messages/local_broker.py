@@ -1,14 +1,11 @@
-"""Broker of a single process: Dramatiq's in-process queues for wakeups, and dictionaries for the rest."""
+"""Broker of a single process: dictionaries, and calls on its event loop.
+
+No queue is needed, since sender and receiver live and die together.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from queue import Queue
 
-import dramatiq
-from dramatiq.brokers.stub import StubBroker
-
-from messages import wakeup_worker, worker_wakeup
 from messages.broker import (
     WATCH_SECONDS,
     ChangedExecutions,
@@ -18,28 +15,13 @@ from messages.broker import (
 from messages.deployer_messages import DeployerMessage
 from messages.token_buckets import LocalTokenBuckets, TokenDemand, TokenGrant
 from messages.wakeups import NotificationListeners
-from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
-
-
-class LocalQueues(StubBroker):
-    def __init__(self) -> None:
-        super().__init__(middleware=[])
-        self.declare_queue(worker_wakeup.QUEUE)
-
-    def declare_queue(self, queue_name: str) -> None:
-        """Declare a queue without its delay queue, which would only be polled: the broker never delays messages."""
-        if queue_name in self.queues:
-            return
-        self.emit_before("declare_queue", queue_name)
-        self.queues[queue_name] = Queue()
-        self.emit_after("declare_queue", queue_name)
+from messages.worker_wakeup import ALL_SHARDS
 
 
 class LocalBroker:
     def __init__(self, *, channel: str) -> None:
         self.channel = channel
-        self._queues = LocalQueues()
-        self._worker: dramatiq.Worker | None = None
+        self._worker: Callable[[int], None] | None = None
         self._listeners = NotificationListeners()
         self._deployer: Callable[[DeployerMessage], None] | None = None
         self._mail_parser: Callable[[], None] | None = None
@@ -51,8 +33,8 @@ class LocalBroker:
         if shard in self._queued_shards:
             return
         self._queued_shards.add(shard)
-        wakeup = asdict(WorkerWakeup(shard=shard))
-        self._queues.enqueue(dramatiq.Message(worker_wakeup.QUEUE, worker_wakeup.ACTOR, (), wakeup, {}))
+        if self._worker is not None:
+            asyncio.get_running_loop().call_soon(self._wake, shard)
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
         now = asyncio.get_running_loop().time()
@@ -84,16 +66,12 @@ class LocalBroker:
         self._listeners.add(on_notification, subject)
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
-        def taken(shard: int) -> None:
-            self._queued_shards.discard(shard)
-            on_wakeup(shard)
-
-        self._worker = wakeup_worker.start(self._queues, taken)
+        self._worker = on_wakeup
+        for shard in self._queued_shards:
+            asyncio.get_running_loop().call_soon(self._wake, shard)
 
     async def stop_worker(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await asyncio.to_thread(wakeup_worker.stop, worker)
+        self._worker = None
 
     async def wake_mail_parsers(self) -> None:
         """Wake the mail parser of this process, if it has one. No queue is needed."""
@@ -127,6 +105,13 @@ class LocalBroker:
     async def close(self) -> None:
         self._listeners.clear()
         await self.stop_worker()
+
+    def _wake(self, shard: int) -> None:
+        # Taken out before the claim, so that a wakeup after a later commit is sent again. Without a worker, it waits
+        # for the next one.
+        if self._worker is not None and shard in self._queued_shards:
+            self._queued_shards.discard(shard)
+            self._worker(shard)
 
     def _forget_watches_before(self, now: float) -> None:
         # All watches last equally long, and a renewed one moves to the end: the first expires next.
