@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from journal.blobs.blob_store import RunBlobs
     from journal.store import RunStore
     from messages.broker import RunBroker
+    from models.ended_execution import EndedExecution
     from nodes.catalog import NodeCatalog
 
 log = structlog.get_logger()
@@ -326,6 +327,7 @@ class RunExecutor:
                 wait_answer_count=run.wait_answer_count,
                 large=self._large_values(run),
                 control=control,
+                is_new=not run.has_journal,
             )
             program = programs[definition_key(run)]
             task = asyncio.create_task(self._run(run, program, recovered, journal, control, lease))
@@ -525,8 +527,8 @@ class RunExecutor:
         active = self._active.get(lease.key.execution_id)
         return active if active is not None and active.lease is lease else None
 
-    def _publish(self, channels: Mapping[str, str]) -> None:
-        self._in_background(lambda: self._broker.publish(channels))
+    def _publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
+        self._in_background(lambda: self._broker.publish(channels, outcomes))
 
     # ── periodic duties ───────────────────────────────────────────────────────────────────────────────
 

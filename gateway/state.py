@@ -54,6 +54,7 @@ from journal.store import JournalStore
 from journal.store_factory import open_store
 from messages import broker as brokers
 from messages.broker import Broker
+from messages.outcome_seal import OutcomeSeal
 from models import database as databases
 from models import schema_migration
 from models.database import Database
@@ -127,7 +128,8 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
         await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(settings.broker_url)
+        seal = OutcomeSeal.from_settings(settings, database.clock)
+        broker = await brokers.connect_broker(settings.broker_url, seal=seal)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
         yield await stack.enter_async_context(assemble_state(settings, database, store, broker))

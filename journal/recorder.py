@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import msgspec
 import structlog
@@ -31,12 +31,14 @@ from engine.run_records import (
     SpanStatus,
 )
 from engine.services import ControlRequest, RunControl
+from journal import ended_runs
 from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobsUnavailable
 from journal.explanations.blockers import BlockerCode, code_of_wait
 from journal.group_commit import GroupCommit
 from journal.store import LeaseRenewal, RunWrite
 from json_text import decoding
+from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
 
@@ -74,13 +76,17 @@ class _AwaitedAnswer(msgspec.Struct):
 _decode_awaits = decoding.build_decoder(_AwaitedAnswer).decode
 
 
+OnCommitted: TypeAlias = Callable[[Mapping[str, str], Sequence[EndedExecution]], None]
+
+
 class RunRecorder:
     """Recorder that groups the writes of all runs of a process."""
 
-    def __init__(self, store: RunStore, on_committed: Callable[[Mapping[str, str]], None]) -> None:
+    def __init__(self, store: RunStore, on_committed: OnCommitted) -> None:
         """Create a recorder.
 
-        `on_committed` gets changed runs by id, each with its channel if the run has ended.
+        `on_committed` gets changed runs by id, each with its channel if the run has ended; and the outcomes of
+        those that one commit has begun and ended.
         """
         self._store = store
         self._on_committed = on_committed
@@ -93,12 +99,17 @@ class RunRecorder:
         )
         self._locked: set[str] = set()
         """Runs whose rows another transaction had locked at their last write."""
+        self._whole_runs: set[str] = set()
+        """Runs whose pending write has all of their records."""
 
-    def submit(self, write: RunWrite) -> asyncio.Future[bool]:
+    def submit(self, write: RunWrite, *, is_whole_run: bool = False) -> asyncio.Future[bool]:
         """Queue a write; the future returns whether the run still held its token.
 
+        `is_whole_run` says that the write has all records of its run.
         The future raises `LockWaitTimeout` if another transaction keeps the run's row locked.
         """
+        if is_whole_run:
+            self._whole_runs.add(write.execution_id)
         group = self._locked_group if write.execution_id in self._locked else self._group
         return group.submit(write)
 
@@ -117,9 +128,16 @@ class RunRecorder:
         self._locked.difference_update(write.execution_id for write in batch)
         self._locked |= unwritten
         if held:
+            written = [write for write in batch if write.execution_id in held]
+            outcomes = [
+                ended_runs.ended_execution(one) for one in written if one.execution_id in self._whole_runs
+            ]
             self._on_committed(
-                {write.execution_id: write.channel for write in batch if write.execution_id in held}
+                {write.execution_id: write.channel for write in written}, [one for one in outcomes if one]
             )
+        self._whole_runs.difference_update(
+            write.execution_id for write in batch if write.execution_id not in unwritten
+        )
         return [
             locked if locked is not None and write.execution_id in unwritten else write.execution_id in held
             for write in batch
@@ -151,8 +169,11 @@ class RunJournal:
         wait_answer_count: int = 0,
         large: LargeValues | None = None,
         control: RunControl | None = None,
+        is_new: bool = False,
     ) -> None:
         """Create the journal of a claimed run. `channel` is notified of its end; `settled` are node ids.
+
+        `is_new` says that the run has no records yet: if its first write ends it, its outcome is notified too.
 
         `wait_answer_count` is the number of wait answers that the run has seen. Without `large`, rows hold
         values of any size. A cancel or hand-off requested through `control` ends the wait for an unreachable
@@ -170,6 +191,7 @@ class RunJournal:
         self._write = self._clear_pending()
         self._commit_lock = asyncio.Lock()
         self._is_broken = False
+        self._is_new = is_new
         self._done = 0.0
         """Completed share of the run, as far as this claim of it knows."""
         self._waits: dict[tuple[str, str], NodeSpan] = {}
@@ -323,7 +345,9 @@ class RunJournal:
             large, spans = self._large, write.spans
             write.spans = await self._repeat_until_done(lambda: asyncio.create_task(large.store(spans)))
         # Repeating the write is safe: it names the token, and its rows replace themselves.
-        if not await self._repeat_until_done(lambda: self._recorder.submit(write)):
+        is_whole = self._is_new and write.end is not None and write.end not in UNFINISHED_STATUSES
+        self._is_new = False
+        if not await self._repeat_until_done(lambda: self._recorder.submit(write, is_whole_run=is_whole)):
             raise LeaseLost
         self.has_new_result = self.has_new_result or write.has_new_result
 

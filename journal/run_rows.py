@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from engine.run_errors import FailureCause
-from engine.run_records import NodeSpan, RunError, RunStatus, SpanStatus
+from engine.run_records import NodeSpan, RunError, SpanStatus
+from journal.ended_runs import encode_error
 from journal.explanations.blockers import BlockerCode
 from journal.store import ClaimedRun
 from json_text import decoding
 from models import ids
 from models.execution import ISOLATION_TARGETS
-from models.execution_status import ExecutionStatus
 from models.loss_limits import SUSPECT_LOSSES
 from models.timestamps import from_microseconds, to_microseconds
 
@@ -82,15 +82,6 @@ LOG_COLUMNS = ("execution_id", "sequence", "shard", "id", "level", "message", "n
 TOUCH_INTERVAL_MICROSECONDS = 3_600_000_000
 """Minimum age of a definition for a new use to renew its age."""
 
-STATUS_AFTER = {
-    RunStatus.COMPLETED: ExecutionStatus.COMPLETED,
-    RunStatus.FAILED: ExecutionStatus.FAILED,
-    RunStatus.STOPPED: ExecutionStatus.STOPPED,
-    RunStatus.CANCELLED: ExecutionStatus.CANCELLED,
-    RunStatus.WAITING: ExecutionStatus.WAITING,
-    RunStatus.RELEASED: ExecutionStatus.PENDING,
-}
-
 DatabaseRow = tuple[Any, ...]
 
 IS_NO_SUSPECT_SQL: Final = f"attempt < {SUSPECT_LOSSES}"
@@ -101,14 +92,6 @@ CLAIM_ORDER: Final = ("is_fresh", "rank")
 """Order of the runs of one workflow at one target: runs that have started, then the oldest."""
 TRIAL_ORDER: Final = ("isolation_losses", "attempt", "rank")
 """Order of suspects at one target, of all organizations."""
-
-
-def encode_error(error: RunError | None) -> str | None:
-    """Return an error as JSON text, as rows and the API hold it."""
-    if error is None:
-        return None
-    shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
-    return msgspec.json.encode(shown).decode()
 
 
 LOSS_PLACEHOLDER = 987_654_321

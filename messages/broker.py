@@ -10,8 +10,10 @@ from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
 
 from messages.deployer_messages import DeployerMessage
+from messages.outcome_seal import OutcomeSeal
 from messages.token_buckets import TokenDemand, TokenGrant
 from messages.worker_wakeup import ALL_SHARDS
+from models.ended_execution import EndedExecution
 
 WATCH_SECONDS: Final = 15 * 60
 CHANGED_EXECUTIONS: Final = "changed executions"
@@ -33,6 +35,8 @@ class RedisMayEvict(BrokerError):
 @dataclass(frozen=True, slots=True)
 class ChangedExecutions:
     execution_ids: tuple[str, ...]
+    outcomes: Sequence[EndedExecution] = ()
+    """Outcomes of some of them, for the process that accepted them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +62,11 @@ class RunBroker(Protocol):
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         """Announce work after the commit. Sends nothing while an earlier wakeup is still in the queue."""
 
-    async def publish(self, channels: Mapping[str, str]) -> None:
+    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
         """Announce changed executions, one notification for each process, and end their watches.
 
-        Each execution is mapped to a channel that is notified without a watch, or to an empty text for none.
+        Each execution is mapped to a channel that is notified without a watch, or to an empty text for none. That
+        channel alone gets the outcomes, encrypted, up to the limit of one notification.
         """
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
@@ -124,8 +129,12 @@ class Broker(RunBroker, Protocol):
     async def ping(self) -> None: ...
 
 
-async def connect_broker(url: str | None, *, channel: str | None = None) -> Broker:
+async def connect_broker(
+    url: str | None, *, channel: str | None = None, seal: OutcomeSeal | None = None
+) -> Broker:
     """Connect to the Redis or PostgreSQL at `url`, or return a broker inside this process for None.
+
+    Without a `seal`, and over PostgreSQL, whose notifications are small, notifications carry no outcomes.
 
     An unreachable server doesn't prevent the start. Raises `RedisMayEvict`, and ValueError for an invalid URL.
     """
@@ -142,4 +151,4 @@ async def connect_broker(url: str | None, *, channel: str | None = None) -> Brok
 
     from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
 
-    return await redis_broker.connect(url, channel=name)
+    return await redis_broker.connect(url, channel=name, seal=seal)

@@ -16,6 +16,7 @@ from messages.deployer_messages import DeployerMessage
 from messages.token_buckets import LocalTokenBuckets, TokenDemand, TokenGrant
 from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS
+from models.ended_execution import EndedExecution
 
 
 class LocalBroker:
@@ -43,7 +44,7 @@ class LocalBroker:
             self._watched_until[execution_id] = now + WATCH_SECONDS
         self._forget_watches_before(now)
 
-    async def publish(self, channels: Mapping[str, str]) -> None:
+    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
         self._forget_watches_before(asyncio.get_running_loop().time())
         notified = tuple(
             execution_id
@@ -51,7 +52,8 @@ class LocalBroker:
             if self._watched_until.pop(execution_id, None) is not None or channel == self.channel
         )
         if notified:
-            self._listeners.deliver(ChangedExecutions(notified))
+            own = tuple(one for one in outcomes if channels[one.execution_id] == self.channel)
+            self._listeners.deliver(ChangedExecutions(notified, own))
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         if channel == self.channel:

@@ -26,6 +26,7 @@ from messages.token_buckets import TokenDemand, TokenGrant, grant_tokens
 from messages.wakeup_worker import parse_wakeup
 from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
+from models.ended_execution import EndedExecution
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -236,7 +237,11 @@ class PostgresqlBroker:
         if self._listening is None:
             await self.ping()
 
-    async def publish(self, channels: Mapping[str, str]) -> None:
+    async def publish(
+        self,
+        channels: Mapping[str, str],
+        outcomes: Sequence[EndedExecution] = (),  # noqa: ARG002 - too large for notifications of 8,000 bytes
+    ) -> None:
         if not channels:
             return
         pairs = [*channels.items()]

@@ -1,7 +1,7 @@
 """Broker over Redis: wakeups in Dramatiq's own layout, notifications by publish and subscribe."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from itertools import chain
@@ -28,6 +28,7 @@ from messages.broker import (
 )
 from messages.deployer_messages import DeployerMessage
 from messages.mail_parser_wakeup import MailParserWakeup
+from messages.outcome_seal import OutcomeSeal, SealedOutcomes
 from messages.redis_consumer import (
     MESSAGE_ID,
     NAMESPACE,
@@ -39,6 +40,7 @@ from messages.redis_consumer import (
 from messages.token_buckets import SPARE, TokenDemand, TokenGrant
 from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
+from models.ended_execution import MAX_NOTIFIED_BYTES, EndedExecution
 
 CONNECTIONS: Final = 16
 LISTEN_SECONDS: Final = 2.0
@@ -71,9 +73,12 @@ end
 """
 
 # KEYS: the watchers of each execution. ARGV: the prefix of channels, then, in the same order, each execution
-# with the channel that is notified in any case, or an empty text.
+# with the channel that is notified in any case, or an empty text; then channels with their sealed outcomes.
 ANNOUNCE: Final = """
-local changed = {}
+local changed, sealed = {}, {}
+for index = 2 * #KEYS + 2, #ARGV, 2 do
+    sealed[ARGV[index]] = cjson.decode(ARGV[index + 1])
+end
 local function tell(channel, execution_id)
     changed[channel] = changed[channel] or {}
     table.insert(changed[channel], execution_id)
@@ -90,7 +95,7 @@ for index, watchers in ipairs(KEYS) do
     end
 end
 for channel, execution_ids in pairs(changed) do
-    redis.call("PUBLISH", ARGV[1] .. channel, cjson.encode({execution_ids = execution_ids}))
+    redis.call("PUBLISH", ARGV[1] .. channel, cjson.encode({execution_ids = execution_ids, outcomes = sealed[channel]}))
 end
 """
 
@@ -129,6 +134,7 @@ log = structlog.get_logger()
 
 class _PublishedMessage(msgspec.Struct):
     execution_ids: tuple[str, ...] = ()
+    outcomes: SealedOutcomes | None = None
     direct_message: dict[str, str] | None = None
 
 
@@ -155,8 +161,8 @@ async def _check_answer() -> AsyncIterator[None]:
         raise BrokerUnavailable(str(error) or "redis did not answer in time") from error
 
 
-async def connect(url: str, *, channel: str) -> "RedisBroker":
-    broker = RedisBroker(url, channel=channel)
+async def connect(url: str, *, channel: str, seal: OutcomeSeal | None = None) -> "RedisBroker":
+    broker = RedisBroker(url, channel=channel, seal=seal)
     try:
         async with _check_answer():
             await refuse_evicting(broker.client)
@@ -187,8 +193,9 @@ def _connected_to(url: str) -> Redis:
 
 
 class RedisBroker:
-    def __init__(self, url: str, *, channel: str) -> None:
+    def __init__(self, url: str, *, channel: str, seal: OutcomeSeal | None = None) -> None:
         self.channel = channel
+        self._seal = seal
         self.client = _connected_to(url)
         self._url = url
         self._wake = self.client.register_script(WAKE)
@@ -245,12 +252,29 @@ class RedisBroker:
         async with _check_answer():
             await self._watch(keys=_watchers_key(execution_ids), args=[self.channel, WATCH_SECONDS])
 
-    async def publish(self, channels: Mapping[str, str]) -> None:
+    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
         if not channels:
             return
-        pairs = chain.from_iterable(channels.items())
+        pairs = chain.from_iterable([*channels.items(), *self._sealed(channels, outcomes)])
         async with _check_answer():
             await self._publish(keys=_watchers_key(channels), args=[CHANNELS, *pairs])
+
+    def _sealed(
+        self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield each channel with the sealed outcomes of its executions, as far as they fit in one notification."""
+        if self._seal is None:
+            return
+        chosen: dict[str, list[EndedExecution]] = {}
+        left: dict[str, int] = {}
+        for outcome in outcomes:
+            channel = channels[outcome.execution_id]
+            left_bytes = left.get(channel, MAX_NOTIFIED_BYTES) - outcome.size
+            if channel and left_bytes >= 0:
+                left[channel] = left_bytes
+                chosen.setdefault(channel, []).append(outcome)
+        for channel, of_channel in chosen.items():
+            yield channel, msgspec.json.encode(self._seal.seal(channel, of_channel)).decode()
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         async with _check_answer():
@@ -335,20 +359,19 @@ class RedisBroker:
         if kind != "message":
             return
         try:
-            notification = _parse_message(body)
+            notification = self._parse_message(body)
         except ValueError:
             log.warning("notification unreadable", channel=self.channel)
             return
         self._listeners.deliver(notification)
 
-
-def _parse_message(body: bytes) -> Notification:
-    published = decoding.decode(body, _PublishedMessage)
-    return (
-        DirectMessage(published.direct_message)
-        if published.direct_message
-        else ChangedExecutions(published.execution_ids)
-    )
+    def _parse_message(self, body: bytes) -> Notification:
+        published = decoding.decode(body, _PublishedMessage)
+        if published.direct_message:
+            return DirectMessage(published.direct_message)
+        if published.outcomes is None or self._seal is None:
+            return ChangedExecutions(published.execution_ids)
+        return ChangedExecutions(published.execution_ids, self._seal.open(self.channel, published.outcomes))
 
 
 def _watchers_key(execution_ids: Iterable[str]) -> list[str]:

@@ -50,9 +50,10 @@ def identify_secret(secret: bytes) -> str:
 class SecretVault:
     """Encryption with the current server secret, and decryption with this one and earlier ones."""
 
-    def __init__(self, secret: bytes, previous: Sequence[bytes] = ()) -> None:
+    def __init__(self, secret: bytes, previous: Sequence[bytes] = (), *, purpose: bytes = _PURPOSE) -> None:
+        """Derive keys for one purpose; texts encrypted for another one can't be decrypted."""
         self.secret_id = identify_secret(secret)
-        self._keys = {identify_secret(one): _DerivedKey(one) for one in (secret, *previous)}
+        self._keys = {identify_secret(one): _DerivedKey(one, purpose) for one in (secret, *previous)}
 
     def encrypt(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
         """Encrypt a text for one object."""
@@ -81,8 +82,9 @@ class SecretVault:
 class _DerivedKey:
     """Key that is derived at its first use, with a library of 7 MB that many processes never load."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, purpose: bytes) -> None:
         self._secret = secret
+        self._purpose = purpose
 
     @cached_property
     def cipher(self) -> AESGCM:
@@ -90,7 +92,7 @@ class _DerivedKey:
         from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415 - see above
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # noqa: PLC0415 - see above
 
-        derivation = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=_PURPOSE)
+        derivation = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=self._purpose)
         return AESGCM(derivation.derive(self._secret))
 
 

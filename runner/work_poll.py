@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +12,7 @@ import structlog
 from execution.pod_api import MAX_WAIT_SECONDS, WorkPollRequest, WorkPollResponse
 from messages.broker import DirectMessage, Notification
 from messages.worker_wakeup import ALL_SHARDS
+from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable
 from runner.gateway_client import CallRefused
 
@@ -44,7 +45,7 @@ class GatewayWorkPoll:
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         """Do nothing: other pods poll for themselves."""
 
-    async def publish(self, channels: Mapping[str, str]) -> None:
+    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
         """Do nothing: the gateway itself writes the changes, and publishes them."""
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:

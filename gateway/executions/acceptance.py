@@ -155,7 +155,7 @@ class RunAcceptor:
 
     async def _commit(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         # Expect the executions before the commit, so that no later change is missed.
-        self._waiting.expect([one.execution_id for one in batch])
+        self._waiting.expect({one.execution_id: one.total_nodes for one in batch})
         answers = await self._store.accept(batch)
         accepted = [
             one

@@ -8,7 +8,7 @@ suffices while the broker is away.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -20,17 +20,18 @@ from sqlmodel import col
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors, limits
 from journal.group_commit import GroupCommit
-from journal.store import ExecutionKey
+from journal.store import ExecutionKey, RunProgressReport
 from messages.broker import CHANGED_EXECUTIONS, WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
 from models.execution import Execution
-from models.execution_status import TERMINAL_STATUSES
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.execution_visibility import visibility_condition
 
 if TYPE_CHECKING:
-    from journal.store import JournalStore, RunProgressReport
+    from journal.store import JournalStore
     from messages.broker import Broker, Notification
     from models.access import ApiCaller, UserRole
     from models.database import Database
+    from models.ended_execution import EndedExecution
 
 log = structlog.get_logger()
 
@@ -52,6 +53,8 @@ class ExecutionWaiter:
     """Time by the event loop's clock."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_over: bool = False
+    outcome: RunProgressReport | None = None
+    """Outcome that came with the notification of the end; otherwise it must be read."""
 
     def end(self) -> None:
         self.is_over = True
@@ -77,7 +80,8 @@ class ExecutionPollHub:
         self._reads: GroupCommit[ExecutionKey, RunProgressReport | None] = GroupCommit(self._read)
         self._watches: GroupCommit[BrokerWatch, bool] = GroupCommit(self._watch)
         self._watched: TTLCache[str, BrokerWatch] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
-        self._expected: TTLCache[str, bool] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
+        self._expected: TTLCache[str, int] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
+        """Numbers of nodes of executions whose ends are expected."""
         self._waiters: dict[str, set[ExecutionWaiter]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._is_released = False
@@ -132,7 +136,7 @@ class ExecutionPollHub:
             # Accepted or read here with a watch in effect, and no notification since: there is nothing new to
             # read.
             await waiter.changed.wait()
-        while True:
+        while waiter.outcome is None:
             waiter.changed.clear()
             was_watched = self._is_end_watched(key.execution_id)
             progress = await self._reads.submit(key)
@@ -140,6 +144,7 @@ class ExecutionPollHub:
                 return progress
             if was_watched or not await self.watch([key.execution_id]):
                 await waiter.changed.wait()
+        return waiter.outcome
 
     @contextmanager
     def waiter(self, execution_id: str) -> Iterator[ExecutionWaiter]:
@@ -163,10 +168,10 @@ class ExecutionPollHub:
         """Tell whether a watch for the end is in effect and no notification has arrived since."""
         return self._expected.get(execution_id) is not None or self.is_watched(execution_id)
 
-    def expect(self, execution_ids: Sequence[str]) -> None:
-        """Expect notifications of the ends of executions: their rows are inserted here with a watch."""
-        for execution_id in execution_ids:
-            self._expected.put(execution_id, value=True)
+    def expect(self, total_nodes: Mapping[str, int]) -> None:
+        """Expect notifications of the ends of executions, by id: their rows are inserted here with a watch."""
+        for execution_id, count in total_nodes.items():
+            self._expected.put(execution_id, count)
 
     def is_watched(self, execution_id: str) -> bool:
         """Tell whether a watch for the next change is in effect and no notification has arrived since."""
@@ -207,6 +212,8 @@ class ExecutionPollHub:
 
     def _handle_notification(self, notification: Notification) -> None:
         if isinstance(notification, ChangedExecutions):
+            for outcome in notification.outcomes:
+                self._hand_over(outcome)
             for execution_id in notification.execution_ids:
                 self.wake_waiters(execution_id)
 
@@ -214,6 +221,23 @@ class ExecutionPollHub:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             self.wake_overdue(asyncio.get_running_loop().time())
+
+    def _hand_over(self, ended: EndedExecution) -> None:
+        """Give an outcome to the requests that wait for it; `wake_waiters` wakes them."""
+        total_nodes = self._expected.get(ended.execution_id)
+        if total_nodes is None:
+            return
+        report = RunProgressReport(
+            ended.execution_id,
+            ExecutionStatus(ended.status),
+            ended.completed_nodes,
+            total_nodes,
+            ended.error,
+            ended.outputs,
+            ended.percent,
+        )
+        for waiter in self._waiters.get(ended.execution_id, ()):
+            waiter.outcome = report
 
     def wake_overdue(self, now: float) -> None:
         """Wake the waiters that have waited for a second by `now`: most runs end sooner, and need no second read."""

@@ -21,6 +21,7 @@ import msgspec
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
+from journal.ended_runs import STATUS_AFTER, encode_error
 from journal.explanations.blockers import BlockerCode
 from journal.postgresql.postgresql_inserts import PostgresqlInserts
 from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
@@ -35,12 +36,10 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
-    STATUS_AFTER,
     attempt_rows,
     blocked_rows,
     decode_claim,
     decode_span,
-    encode_error,
     log_rows,
     metadata_rows,
     release_target_sql,

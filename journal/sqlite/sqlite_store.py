@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
+from journal.ended_runs import STATUS_AFTER, encode_error
 from journal.explanations.blockers import BlockerCode
 from journal.run_rows import (
     ATTEMPT_CHANGES,
@@ -29,12 +30,10 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
-    STATUS_AFTER,
     attempt_rows,
     blocked_rows,
     decode_claim,
     decode_span,
-    encode_error,
     log_rows,
     metadata_rows,
     release_target_sql,

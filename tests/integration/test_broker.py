@@ -3,7 +3,7 @@
 import asyncio
 from asyncio import Queue
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeVar
 
 import asyncpg
@@ -23,8 +23,12 @@ from messages.broker import (
     connect_broker,
 )
 from messages.deployer_messages import DeployerMessage, ReadPodLogs, ReconcileDeployment
+from messages.outcome_seal import PURPOSE, OutcomeSeal
 from messages.token_buckets import BucketRate, TokenDemand
 from messages.worker_wakeup import ALL_SHARDS
+from models.encryption import SecretVault
+from models.ended_execution import MAX_NOTIFIED_BYTES, EndedExecution
+from models.timestamps import DatabaseClock
 from tests import services
 from tests.integration.run_database import MigratedDatabase
 
@@ -196,6 +200,35 @@ async def test_the_channel_that_comes_with_an_execution_is_told_once_though_it_w
     await worker_broker.send(other_broker.channel, END)
     assert await _next_item(notifications) == ChangedExecutions(("a", "b"))
     assert await _next_item(notifications) == DirectMessage(END)
+
+
+async def test_an_outcome_reaches_the_channel_of_its_execution_and_none_without_its_secret(
+    redis_url: str,
+) -> None:
+    database_clock = DatabaseClock()
+    small, large = (
+        EndedExecution(name, "completed", 1, 99, None, (("node", f'"{text}"'),))
+        for name, text in (("a", "a secret"), ("b", "x" * MAX_NOTIFIED_BYTES))
+    )
+    async with AsyncExitStack() as stack:
+        heard: dict[str, Queue[Notification]] = {}
+        opened = []
+        for name, secrets in (("new", [b"2", b"1"]), ("old", [b"1"]), ("other", [b"3"])):
+            seal = OutcomeSeal(SecretVault(secrets[0], secrets[1:], purpose=PURPOSE), database_clock)
+            broker = await connect_broker(redis_url, channel=name, seal=seal)
+            stack.push_async_callback(broker.close)
+            heard[name] = Queue()
+            await broker.listen(heard[name].put_nowait)
+            opened.append(broker)
+        published = await stack.enter_async_context(_published_texts(redis_url))
+        _, old, _ = opened
+        # The old secret is among the previous ones of the new process.
+        await old.publish({"a": "new", "b": "new"}, [small, large])
+        assert await _next_item(heard["new"]) == ChangedExecutions(("a", "b"), (small,))
+        await old.publish({"a": "other"}, [small])
+        assert await _next_item(heard["other"]) == ChangedExecutions(("a",))
+        texts = [await _next_item(published), await _next_item(published)]
+        assert not any("a secret" in text for text in texts)
 
 
 async def test_nobody_is_told_of_nothing(
@@ -463,6 +496,26 @@ async def _open_broker(url: str | None) -> AsyncIterator[Broker]:
         yield broker
     finally:
         await broker.close()
+
+
+@asynccontextmanager
+async def _published_texts(url: str) -> "AsyncIterator[Queue[str]]":
+    """Yield the texts that are published on all channels, as an observer of the server sees them."""
+    texts: Queue[str] = Queue()
+    client = Redis.from_url(url)
+
+    async def observe() -> None:
+        async for event in subscription.listen():
+            if event["type"] == "pmessage":
+                texts.put_nowait(event["data"].decode())
+
+    async with client, client.pubsub() as subscription:
+        await subscription.psubscribe("*")
+        observing = asyncio.create_task(observe())
+        try:
+            yield texts
+        finally:
+            observing.cancel()
 
 
 async def _next_item(queue: Queue[Item]) -> Item:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -27,6 +28,7 @@ from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey, J
 from messages import broker as brokers
 from messages.broker import Broker, ChangedExecutions, Notification
 from messages.local_broker import LocalBroker
+from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable
 from nodes import catalog
 from nodes.catalog import NodeCatalog
@@ -291,8 +293,12 @@ async def test_a_run_goes_from_its_row_to_its_outputs(
             {"id": "4", "source": "large", "sourcePort": "false", "target": "no"},
         ],
     }
-    run = owned_workflow.run(definition=json.dumps(definition), trigger='{"body":{"n":21}}', total_nodes=5)
-    await worker.broker.watch([run.execution_id])
+    run = owned_workflow.run(
+        definition=json.dumps(definition),
+        trigger='{"body":{"n":21}}',
+        total_nodes=5,
+        channel=worker.broker.channel,
+    )
     await run_database.store.accept([run])
     await worker.broker.wake_workers()
     await wait_until(lambda: workers.are_all("completed"))
@@ -304,7 +310,19 @@ async def test_a_run_goes_from_its_row_to_its_outputs(
     assert "no" not in outputs
     (line,) = await run_database.query("SELECT message, node_id FROM log_line")
     assert tuple(line.values()) == ("42 is large", "yes")
-    assert notifications == [ChangedExecutions((run.execution_id,))]
+    # The notification has the outcome as it would be read.
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not notifications:  # noqa: ASYNC110 - nothing signals the change
+            await asyncio.sleep(0.02)
+    ended = EndedExecution(
+        *(run.execution_id, progress.status, 5, progress.percent, None),
+        outputs=tuple(sorted(progress.outputs)),
+    )
+    (notification,) = notifications
+    assert isinstance(notification, ChangedExecutions)
+    assert notification.execution_ids == (run.execution_id,)
+    (outcome,) = notification.outcomes
+    assert msgspec.structs.replace(outcome, outputs=tuple(sorted(outcome.outputs))) == ended
 
 
 @pytest.mark.parametrize("migrated_database", EVERY, indirect=True)
@@ -357,7 +375,9 @@ async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watc
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not notifications:  # noqa: ASYNC110 - nothing signals the change
             await asyncio.sleep(0.02)
-    assert notifications == [ChangedExecutions((run.execution_id,))]
+    (notification,) = notifications
+    assert isinstance(notification, ChangedExecutions)
+    assert notification.execution_ids == (run.execution_id,)
 
 
 async def test_all_that_waits_is_run_without_another_word(

@@ -10,8 +10,10 @@ import httpx2
 import pytest
 
 from engine.run_records import RunError, RunStatus
+from gateway.executions import long_poll
 from gateway.http import limits
 from models.access import KeyScope
+from models.ended_execution import EndedExecution
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
 from tests.integration.test_gateway_enqueue import QUEUE, create_active_workflow, create_token
 from tests.integration.test_gateway_executions import (
@@ -115,6 +117,21 @@ async def test_a_repeated_request_waits_for_the_run_of_the_first(
     assert (answer.status_code, answer.headers["idempotent-replayed"]) == (200, "true")
     assert (answer.json()["executionId"], answer.json()["status"]) == (execution_id, "completed")
     assert first.json() == {"executionId": execution_id}
+
+
+async def test_an_outcome_that_comes_with_the_notification_is_not_read(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_poll, "LOOK_SECONDS", 3_600.0)
+    workflow_id = await people.owner.create(**GRAPH)
+    asking = asyncio.create_task(post(people.owner, f"{workflow_id}/execute", "wait=30"))
+    execution_id, run = await claim_awaited(harness, people.owner, workflow_id)
+    await run.complete(is_told=False)
+    # Unlike the rows, so that the answer tells where it is from.
+    ended = EndedExecution(execution_id, "failed", 1, 50, '{"code":"a"}', (("start", '"told"'),))
+    await run.broker.publish({execution_id: run.broker.channel}, [ended])
+    body = (await asking).json()
+    assert (body["status"], body["outputs"], body["error"]) == ("failed", {"start": "told"}, {"code": "a"})
 
 
 async def test_large_outputs_are_left_out(harness: GatewayHarness, people: OrganizationUsers) -> None:

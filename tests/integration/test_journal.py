@@ -161,7 +161,8 @@ async def journal_harness(run_database: RunDatabase, monkeypatch: pytest.MonkeyP
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     store = FaultyStore(run_database.store)
     committed: list[str] = []
-    journal = RunJournal(RunRecorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]  # a partial store
+    recorded = RunRecorder(store, lambda channels, _outcomes: committed.extend(channels))  # type: ignore[arg-type]  # a partial store
+    journal = RunJournal(recorded, lease, settled=["earlier"])
     return JournalHarness(run, lease, journal, store, committed)
 
 

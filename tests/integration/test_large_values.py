@@ -319,7 +319,7 @@ async def large_value_journal(
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     control = RunControl()
     large = LargeValues(BlobStore(counting_folder), BlobOwner(run.organization_id, run.key_id), 1_024)
-    writer = RunRecorder(run_database.store, lambda _: None)
+    writer = RunRecorder(run_database.store, lambda _channels, _outcomes: None)
     return LargeValueJournal(run, lease, RunJournal(writer, lease, large=large, control=control), control)
 
 

@@ -217,7 +217,7 @@ async def test_whoever_is_written_beside_a_locked_run_waits_for_its_lock_once(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     kept, other = [await run_database.claimed(owned_workflow) for _ in range(2)]
-    recorder = RunRecorder(run_database.store, lambda _channels: None)
+    recorder = RunRecorder(run_database.store, lambda _channels, _outcomes: None)
     async with lock_execution(run_database, kept.execution_id):
         first = [recorder.submit(write(one)) for one in (kept, other)]
         answers = await require_prompt(asyncio.gather(*first, return_exceptions=True))

@@ -1,0 +1,54 @@
+"""Statuses, errors and outcomes of runs that have ended, in the forms of rows and notifications."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine.run_records import UNFINISHED_STATUSES, RunError, RunStatus
+from models.ended_execution import MAX_NOTIFIED_BYTES, EndedExecution
+from models.execution_status import ExecutionStatus
+
+if TYPE_CHECKING:
+    from journal.store import RunWrite
+
+STATUS_AFTER = {
+    RunStatus.COMPLETED: ExecutionStatus.COMPLETED,
+    RunStatus.FAILED: ExecutionStatus.FAILED,
+    RunStatus.STOPPED: ExecutionStatus.STOPPED,
+    RunStatus.CANCELLED: ExecutionStatus.CANCELLED,
+    RunStatus.WAITING: ExecutionStatus.WAITING,
+    RunStatus.RELEASED: ExecutionStatus.PENDING,
+}
+
+
+def encode_error(error: RunError | None) -> str | None:
+    """Return an error as JSON text, as rows and the API hold it."""
+    if error is None:
+        return None
+    shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
+    return msgspec.json.encode(shown).decode()
+
+
+def ended_execution(write: RunWrite) -> EndedExecution | None:
+    """Return the outcome of a run whose records are all in one write; None if it is too large to be notified."""
+    if write.end is None or write.end in UNFINISHED_STATUSES:
+        return None
+    newest = {span.node_id: span for span in write.spans if not span.iteration}
+    if any(span.output_blob is not None for span in newest.values()):
+        return None
+    outputs = tuple(
+        (node_id, span.output.decode())
+        for node_id, span in newest.items()
+        if span.ended_at is not None and span.output is not None
+    )
+    ended = EndedExecution(
+        write.execution_id,
+        STATUS_AFTER[write.end].value,
+        write.completed_nodes,
+        write.progress,
+        encode_error(write.error),
+        outputs,
+    )
+    return ended if ended.size <= MAX_NOTIFIED_BYTES else None

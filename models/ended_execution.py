@@ -1,0 +1,26 @@
+"""Outcome of an execution as a notification carries it, so that waiting requests need not read it."""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_NOTIFIED_BYTES = 16_000
+"""Largest outcome in a notification, and largest sum of outcomes in one; others are read from the database."""
+
+
+class EndedExecution(msgspec.Struct, frozen=True, array_like=True):
+    """Execution that one commit has begun and ended."""
+
+    execution_id: str
+    status: str
+    completed_nodes: int
+    percent: int
+    error: str | None
+    """JSON text."""
+    outputs: tuple[tuple[str, str], ...]
+    """Node id and JSON text of each node with an output."""
+
+    @property
+    def size(self) -> int:
+        """Size of its texts, at least; most characters are one byte."""
+        return len(self.error or "") + sum(len(node_id) + len(text) for node_id, text in self.outputs)
