@@ -106,6 +106,27 @@ async def test_a_page_shows_only_objects_that_its_visitor_may_see(
     assert (await (await sign_in(harness, viewer.key)).get("/dashboard/runs")).status_code == 200
 
 
+async def test_the_page_of_a_run_with_a_hundred_nodes_is_small(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    nodes = [{"id": "n0", "nodeId": "manual"}] + [
+        {"id": f"n{number}", "nodeId": "set", "label": f"Step {number}", "config": {"values": {"a": number}}}
+        for number in range(1, 100)
+    ]
+    edges = [{"sourceNodeId": f"n{number}", "targetNodeId": f"n{number + 1}"} for number in range(99)]
+    workflow_id = await people.owner.create(status="active", nodes=nodes, connections=edges)
+    started = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    browser = await sign_in(harness, people.owner.key)
+    for query in ("", "?view=map", "?node=n50&tab=config"):
+        page = await browser.get(f"/dashboard/runs/{started.json()['executionId']}{query}")
+        assert page.status_code == 200
+        assert "Step 99" in page.text
+        assert int(page.headers["Content-Length"]) < 30_000
+    hidden = await (await sign_in(harness, people.colleague.key)).get(str(page.url))
+    assert hidden.status_code == 404
+    assert "Step" not in hidden.text
+
+
 async def test_a_refusal_of_a_route_becomes_a_page(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
