@@ -84,7 +84,7 @@ class EventMatcher:
                 return
 
     async def delete_expired(self) -> None:
-        """Delete waits of ended runs; raises `DatabaseUnavailable`."""
+        """Delete the stored waits for events of runs that have ended, in batches; raises `DatabaseUnavailable`."""
         after: tuple[str, str] | None = None
         while True:
             after = await self._database.transaction(partial(event_waits.delete_finished_waits, after=after))

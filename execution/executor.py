@@ -170,7 +170,7 @@ class RunExecutor:
         self.wake()
 
     def wake(self, _shard: int = 0) -> None:
-        """Request a claim, since runs may be pending."""
+        """Claim runs as soon as there is room for them, because some may be pending."""
         self._owes_claim = True
         self._wanted.set()
 

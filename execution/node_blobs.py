@@ -27,7 +27,9 @@ class NodeBlobs:
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
-        """Store the content of a blob; see `BlobService.put`."""
+        """Store content as a blob of the caller's run and return the reference as JSON; raises `NodeError` if
+        it is too large.
+        """
         if len(content) > MAX_BLOB_BYTES:
             raise _blob_too_large(len(content), MAX_BLOB_BYTES)
         try:
@@ -37,7 +39,7 @@ class NodeBlobs:
         return reference.as_json()
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return the content of a blob; see `BlobService.get`."""
+        """Return the content of a blob of the caller's run, at most `max_bytes`; raises `NodeError`."""
         max_bytes = min(max_bytes, MAX_BLOB_BYTES)
         try:
             # Only the hash of the reference counts: the run, never the reference, decides where to read.

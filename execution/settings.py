@@ -104,7 +104,7 @@ class ExecutionSettings(BaseSettings):
 
     @property
     def limits(self) -> RunLimits:
-        """Limits of a single run."""
+        """Limits of a single run, such as the size of outputs and the number of iterations."""
         return RunLimits(
             max_output_bytes=self.max_output_bytes,
             max_log_lines=self.max_log_lines,

@@ -42,7 +42,9 @@ class StoredDataSources:
         self._lookups: SingleFlight[_SourceKey, ConnectionSource] = SingleFlight(self._find)
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source; raises `NodeError`."""
+        """Return a data source with its decrypted secrets, cached for a moment; raises `NodeError` if the
+        caller may not use it.
+        """
         key = (caller.organization_id, caller.user_id, source_id)
         cached = self._cached.get(key)
         if cached is not None and cached[0] > monotonic():
@@ -50,7 +52,7 @@ class StoredDataSources:
         return await self._lookups.get(key)
 
     def clear(self) -> None:
-        """Drop all cached data sources."""
+        """Drop all cached data sources, so that the next use reads them again."""
         self._cached.clear()
         self._lookups = SingleFlight(self._find)
 

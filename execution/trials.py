@@ -34,7 +34,7 @@ class SuspectSearch:
 
     @property
     def is_due(self) -> bool:
-        """Whether the next search is due."""
+        """Whether it is time for the next search for suspects, runs that have lost several workers."""
         return time.monotonic() >= self._next_at
 
     async def find(self) -> int | None:
@@ -74,7 +74,7 @@ class TrialGate:
 
     @property
     def is_open(self) -> bool:
-        """Whether no trial is in progress."""
+        """Whether no suspect is run apart at the moment, so that other runs may be claimed."""
         return self._is_open.is_set()
 
     async def pass_gate(self) -> None:

@@ -57,7 +57,7 @@ class RunBroker(Protocol):
 
     @property
     def channel(self) -> str:
-        """Address of this process for messages of others."""
+        """Address to which other processes send direct messages and notifications for this one."""
 
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         """Announce work after the commit. Sends nothing while an earlier wakeup is still in the queue."""
@@ -121,7 +121,7 @@ class Broker(RunBroker, Protocol):
         """Receive messages to deployers; call `on_message` on the running event loop."""
 
     async def stop_deployer(self) -> None:
-        """Receive no more messages to deployers."""
+        """Receive no more messages to deployers; queued ones are left to other deployers."""
 
     async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         """Take tokens from several different buckets; return grants in the order of the demands."""

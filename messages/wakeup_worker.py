@@ -17,7 +17,7 @@ STOP_MILLISECONDS: Final = 1_000
 
 
 def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq.Worker:
-    """Receive wakeups of workers."""
+    """Call `on_wakeup` with the shard of each wakeup of workers that arrives in the queue."""
     return _start(
         broker,
         worker_wakeup.QUEUE,
@@ -27,12 +27,12 @@ def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq
 
 
 def start_reader(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
-    """Receive wakeups of mail parsers."""
+    """Call `on_wakeup` for each wakeup of mail parsers that arrives in the queue."""
     return _start(broker, mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, lambda _payload: on_wakeup())
 
 
 def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessage], None]) -> dramatiq.Worker:
-    """Receive messages to deployers."""
+    """Call `on_message` with each message to deployers in the queue; those of unknown versions are dropped."""
 
     def take(payload: Mapping[str, object]) -> None:
         message = deployer_messages.parse_message(payload)

@@ -26,7 +26,7 @@ TAKEN_RUNS: Final = "taken"
 
 
 async def wake_workers(broker: RunBroker) -> None:
-    """Wake a worker for pending runs."""
+    """Announce pending runs, so that a worker claims them at once and not at its next sweep."""
     try:
         await broker.wake_workers()
     except BrokerUnavailable as error:
@@ -34,7 +34,7 @@ async def wake_workers(broker: RunBroker) -> None:
 
 
 async def wake_mail_parsers(broker: Broker) -> None:
-    """Wake a mail parser for unparsed mail."""
+    """Announce unparsed mail, so that a worker parses it at once and not at its next sweep."""
     try:
         await broker.wake_mail_parsers()
     except BrokerUnavailable as error:

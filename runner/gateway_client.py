@@ -156,5 +156,5 @@ class GatewayClient:
         await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections of the pod to the gateway."""
         await self._session.close()

@@ -49,7 +49,9 @@ class RemoteDataSources:
         self._remembered: OrderedDict[tuple[str, str], tuple[float, ConnectionSource]] = OrderedDict()
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source. Raises `NodeError`."""
+        """Return a data source with its secrets as the gateway sends it, cached for the run; raises
+        `NodeError`.
+        """
         key = (caller.execution_id, source_id)
         known = self._remembered.get(key)
         if known is not None and known[0] > monotonic():
@@ -104,7 +106,9 @@ class RemoteThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next free time and return it."""
+        """Reserve the next free time of a throttle at the gateway and return it; raises `NodeError` if it is
+        too far away.
+        """
         call = ThrottleRequest(key, limit, per_seconds, max_wait_seconds)
         path = f"/executions/{caller.execution_id}/reservations"
         return (await until_available(lambda: self._gateway.call(path, call, ThrottleResponse))).at
@@ -140,7 +144,7 @@ class RemoteBlobStorage:
         self._gateway = gateway
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Store a blob. Raises `BlobsUnavailable`; see `BlobStorage.put`."""
+        """Send a blob to the gateway, which stores it durably; raises `BlobsUnavailable`."""
         headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
         try:
             async with self._gateway.exchange(

@@ -43,7 +43,7 @@ class PodLifecycle:
 
 
 def create_app(life: PodLifecycle) -> Starlette:
-    """Return the ASGI application of a pod."""
+    """Return the ASGI application by which a pod answers probes and wakeups."""
 
     async def alive(_request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})

@@ -60,7 +60,7 @@ class RemoteRunStore:
         self.clock = gateway.clock
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Claim pending runs of this deployment; see `RunStore.claim`."""
+        """Take pending runs of this pod's deployment through the gateway, each with a lease and fencing token."""
         call = ClaimRequest(
             min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_isolation_losses
         )
@@ -94,7 +94,7 @@ class RemoteRunStore:
         *,
         owner: str = "",  # noqa: ARG002 - the gateway knows the owner
     ) -> Sequence[RenewalResult]:
-        """Renew leases; see `RunStore.renew`."""
+        """Extend leases by `lease_seconds` through the gateway; a lease that is not among the answers is lost."""
         leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()
         answer = await self._gateway.call("/renew", RenewRequest(leases, lease_seconds), RenewResponse)
@@ -146,7 +146,9 @@ class RemoteRunStore:
         return SweepResult(0, {}, 0, has_pending=False)
 
     async def release(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows the owner
-        """Release runs that were never started; see `RunStore.release`."""
+        """Release claimed runs that never started, except those in `held`, through the gateway; returns their
+        number.
+        """
         return (await self._gateway.call("/give-back", ReleaseRequest(list(held)), CountResponse)).count
 
     async def for_thread(self) -> RemoteRunStore:
@@ -154,7 +156,7 @@ class RemoteRunStore:
         return RemoteRunStore(self._gateway.for_loop())
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the gateway."""
         await self._gateway.close()
 
 
@@ -163,7 +165,7 @@ def _runs_request(keys: Sequence[ExecutionKey]) -> RunsRequest:
 
 
 def _split_batch(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
-    """Split a batch into calls of bounded size."""
+    """Split the writes of runs into parts that each fit into one call of the gateway."""
     part: list[RunWrite] = []
     size = 0
     for write in batch:

@@ -49,11 +49,11 @@ class GatewayWorkPoll:
         """Do nothing: the gateway itself writes the changes, and publishes them."""
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
-        """Receive stop and cancel requests; see `RunBroker.listen`."""
+        """Call `on_notification` for each request to stop or cancel a run of this pod."""
         self._on_notification = on_notification
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
-        """Receive wakeups; see `RunBroker.start_worker`."""
+        """Poll the gateway for work, and call `on_wakeup` when runs may be pending."""
         self._task = asyncio.create_task(self._poll(on_wakeup))
 
     async def stop_worker(self) -> None:
@@ -65,7 +65,7 @@ class GatewayWorkPoll:
                 await task
 
     async def close(self) -> None:
-        """Stop the poll."""
+        """End the poll of the gateway for work."""
         await self.stop_worker()
 
     async def _poll(self, on_wakeup: Callable[[int], None]) -> None:

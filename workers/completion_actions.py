@@ -106,7 +106,7 @@ class CompletionActions:
         self._sweeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start the sweep."""
+        """Start the periodic sweep, which finds ended runs with actions that no process has performed."""
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def close(self) -> None:

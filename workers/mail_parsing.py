@@ -187,14 +187,16 @@ class MailParser:
         self._serving: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start to claim and parse mails."""
+        """Start to claim and parse unparsed mails: at wakeups, and periodically."""
         self._leases.start()
         self._broker.start_mail_parser(self._wakeup.set)
         self._serving = asyncio.create_task(self._parse_forever())
         self._wakeup.set()
 
     async def close(self) -> None:
-        """Stop claiming, and release unfinished mails."""
+        """Claim no more mails, finish those in progress within a time limit, and release the others for another
+        worker.
+        """
         self._is_draining = True
         await self._broker.stop_mail_parser()
         if self._serving is not None:
@@ -370,7 +372,7 @@ class MailParser:
                 raise MailUnavailable(str(error)) from error
 
     async def _read_content(self, parse_task: MailParseTask, found: UnparsedMail) -> bytes:
-        """Return the raw mail. Raises `InvalidMail` and `MailUnavailable`."""
+        """Return the raw mail from its row, blob or bucket; raises `InvalidMail` and `MailUnavailable`."""
         if found.blob is not None:
             return await self._read_blob(parse_task.owner, found.blob.sha256)
         if found.stored is None:

@@ -261,7 +261,7 @@ class ClusterDriver(Protocol):
         """Return the base URL of each pod that can receive requests now."""
 
     async def close(self) -> None:
-        """Close the connections; the pods keep running."""
+        """Close the connections to the cluster; the pods keep running and are found again by the next driver."""
 
 
 class ChangedWorkflows:
@@ -272,7 +272,7 @@ class ChangedWorkflows:
         self._is_there = asyncio.Event()
 
     def add(self, ids: Iterable[str]) -> None:
-        """Add workflows to observe."""
+        """Add ids of workflows whose deployments changed; one that already waits is not added twice."""
         self._ids.update(dict.fromkeys(ids))
         if self._ids:
             self._is_there.set()

@@ -119,7 +119,7 @@ class KubernetesApi:
         self._request_slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the API server of the cluster."""
         await self._client.close()
 
     async def list(self, path: str, label: str) -> tuple[Sequence[Manifest], str]:
@@ -289,7 +289,7 @@ def _parse_retry_after(header: str) -> float:
 
 
 def _error_for_status(status: int, message: str) -> Exception:
-    """Return the exception for an unsuccessful status."""
+    """Return the exception that stands for the HTTP status of a failed request to the API server."""
     match status:
         case HTTPStatus.NOT_FOUND:
             return ObjectNotFound(message)

@@ -98,7 +98,7 @@ class KubernetesDriver:
         await self.close()
 
     async def close(self) -> None:
-        """Stop watches and close the connections."""
+        """End the watches on the cluster and close the connections; the pods keep running."""
         await self.cache.close()
         await self._api.close()
 
@@ -124,7 +124,7 @@ class KubernetesDriver:
             raise ClusterForbidden(f"The API server has no namespace for {path}: {error}") from error
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
-        """Set the desired number of pods. Raises `NotDeployed`."""
+        """Set the number of pods of a deployment, 0 to stop it; raises `NotDeployed` if it doesn't exist."""
         path = _object_path(self._layout, "Deployment", names.workflow_name(workflow_id))
         change = {"spec": {"replicas": replicas}}
         try:
@@ -200,7 +200,7 @@ class KubernetesDriver:
         return self._summarize(workflow_id, *await self._read_objects(workflow_id))
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Return all Deployments that Pilotflame manages."""
+        """Return the observed state of all Deployments that Pilotflame manages, with their pods."""
         if self.cache.is_open:
             await self.cache.wait_synced(self._api.request_seconds)
             deployments: Sequence[Manifest] = tuple(self.cache.deployments)
@@ -218,7 +218,7 @@ class KubernetesDriver:
         )
 
     async def _list_objects(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
-        """Return the Deployments and pods of a workflow."""
+        """Return the Deployments and pods of a workflow, from the cache of the watch while that is open."""
         if not self.cache.is_open:
             return await self._read_objects(workflow_id)
         await self.cache.wait_synced(self._api.request_seconds)
@@ -241,7 +241,7 @@ class KubernetesDriver:
         return pod_status.summarize_deployment(workflow_id, deployment, listed, port=self._layout.port)
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the addresses of the ready pods."""
+        """Return the addresses of the pods that can receive requests now."""
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
@@ -335,7 +335,7 @@ class ChangeAttempt:
         self.last: Send | None = None
 
     async def send(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Send one request of the change."""
+        """Send one request of the change; it is counted, and repeated first at the next attempt if it fails."""
         self.requests += 1
         self.last = request
         return await request()

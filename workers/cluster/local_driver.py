@@ -113,7 +113,7 @@ class LocalDriver:
         await self.close()
 
     def adopt(self) -> None:
-        """Adopt the pods of an earlier deployer."""
+        """Supervise the pods that an earlier deployer left running, as its stored records describe them."""
         for kept in sorted(self._folder.glob(f"*/{DEPLOYMENT_FILE}")):
             try:
                 found = decoding.decode(kept.read_bytes(), LocalDeploymentRecord)
@@ -123,7 +123,7 @@ class LocalDriver:
             self._add_deployment(found).adopt()
 
     async def close(self) -> None:
-        """Leave the pods running for the next deployer."""
+        """Stop supervising and release the folder; the pods keep running for the next deployer."""
         for deployment in self._deployments.values():
             await deployment.close()
         await self._session.close()
@@ -142,23 +142,23 @@ class LocalDriver:
         deployment.apply(kept)
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
-        """Set the desired number of pods. Raises `NotDeployed`."""
+        """Set the number of pods of a deployment, 0 to stop it; raises `NotDeployed` if it doesn't exist."""
         deployment = self._deployments.get(workflow_id)
         if deployment is None or deployment.kept.is_deleted:
             raise NotDeployed(f"{workflow_id} is not deployed on this machine")
         deployment.apply(LocalDeploymentRecord(replace(deployment.kept.wanted, replicas=replicas)))
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
-        """Return the observed state of a deployment."""
+        """Return the observed state of a deployment; one that doesn't exist is reported as such."""
         deployment = self._deployments.get(workflow_id)
         return deployment.observe if deployment is not None else ObservedDeployment(workflow_id, exists=False)
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Return the observed state of a deployment."""
+        """Return the observed state as `observe` does: this driver has no cache that could be outdated."""
         return await self.observe(workflow_id)
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Return all deployments."""
+        """Return the observed state of all deployments on this machine."""
         every = (deployment.observe for deployment in self._deployments.values())
         return tuple(observed for observed in every if observed.exists)
 
@@ -186,7 +186,7 @@ class LocalDriver:
             deployment.replace(pods)
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield workflows to observe."""
+        """Yield the id of each workflow whose pods have changed, first of all that exist; runs until closed."""
         changes = ChangedWorkflows()
         changes.add(self._deployments)
         self._watchers.add(changes)
@@ -209,7 +209,7 @@ class LocalDriver:
         return tuple(lines[-limit:])
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the addresses of the ready pods."""
+        """Return the addresses of the pods that can receive requests now."""
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
@@ -282,7 +282,7 @@ class LocalDeployment:
         self._reconcile()
 
     def apply(self, kept: LocalDeploymentRecord) -> None:
-        """Store the desired state, and reconcile it."""
+        """Store the desired state in a file, then start and stop pods until they match it."""
         if kept != self.kept or not (self.folder / DEPLOYMENT_FILE).exists():
             self.kept = kept
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -298,7 +298,7 @@ class LocalDeployment:
         self._changed()
 
     async def close(self) -> None:
-        """Stop supervising the pods, which keep running."""
+        """Stop supervising the pods; they keep running for the next deployer."""
         lives = tuple(self._lives.values())
         for life in lives:
             life.cancel()

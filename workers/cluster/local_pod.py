@@ -213,7 +213,7 @@ class LocalPod:
             await self._back_off_after(PodFailure(reason, self._exit_message(code)))
 
     async def _back_off_after(self, trouble: PodFailure) -> None:
-        """Publish the failure, and wait with exponential back-off."""
+        """Report why the process failed, and wait before the next start, longer after each failure in a row."""
         steady = self._ready_since is not None and time.monotonic() - self._ready_since > STABLE_SECONDS
         self._failures = 0 if steady else min(self._failures + 1, MAX_DOUBLINGS)
         self._set_ready(is_ready=False)
@@ -273,7 +273,7 @@ class LocalPod:
                 os.truncate(log, 0)
 
     def log_lines(self, limit: int) -> Sequence[str]:
-        """Return the last lines of its log."""
+        """Return up to `limit` last lines of the pod's log, also from the file before the last rotation."""
         lines: list[str] = []
         for name in (ROTATED_LOG_FILE, LOG_FILE):
             with suppress(FileNotFoundError):
@@ -298,7 +298,7 @@ class LocalPod:
 
 
 def new_pod_name(deployment: str) -> str:
-    """Return a name for a new pod."""
+    """Return a random name for a new pod, which begins with the name of its deployment."""
     return f"{deployment}-{secrets.token_hex(4)}"
 
 

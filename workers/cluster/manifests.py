@@ -99,7 +99,7 @@ def build_service_account(wanted: DesiredDeployment, layout: ClusterLayout) -> M
 
 
 def build_token_secret(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the Secret with the token."""
+    """Return the Kubernetes Secret with the token by which the pods authenticate to the gateway."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",

@@ -123,7 +123,7 @@ class Deployer:
         return self._connection.current
 
     def request_reconcile(self, workflow_id: str) -> None:
-        """Have a deployment reconciled soon."""
+        """Reconcile a deployment before those that no request waits for."""
         self._queue.add_urgent(workflow_id)
 
     def _spawn(self, work: Awaitable[None]) -> None:

@@ -79,7 +79,7 @@ class DeploymentSnapshot:
 
 
 def stored_status(deployment: Deployment) -> ObservedStatus:
-    """Return the stored observed state of a row."""
+    """Return the observed state of a deployment as its row has it, to compare it with that of the cluster."""
     return ObservedStatus(
         ObservedState(deployment.observed),
         deployment.observed_generation,

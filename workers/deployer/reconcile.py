@@ -215,12 +215,14 @@ def initial_status(deployment: Deployment) -> ObservedStatus:
 
 
 def undeployed_status(deployment: Deployment, *, is_gone: bool) -> ObservedStatus:
-    """Return the status of an undeployed workflow."""
+    """Return the status of an undeployed workflow: absent once its objects are gone, stopping before."""
     return ObservedStatus(Stored.ABSENT if is_gone else Stored.STOPPING, deployment.generation)
 
 
 def is_settled(deployment: Deployment, seen: ObservedStatus) -> bool:
-    """Return whether no further change is expected."""
+    """Return whether desired and observed state agree, so that the deployment needs no reconciliation without
+    an event.
+    """
     if not deployment.is_deployed:
         return seen.observed is Stored.ABSENT
     if deployment.drain_until is not None:

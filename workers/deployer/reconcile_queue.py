@@ -40,7 +40,7 @@ class RetryBackoff:
     longest_seconds: float
 
     def delay(self, retries: int) -> float:
-        """Return the delay before another retry, jitter included."""
+        """Return the seconds before another retry after `retries` earlier ones, with random jitter."""
         seconds: float = min(self.first_seconds * 2 ** min(retries, MAX_DOUBLINGS), self.longest_seconds)
         return seconds * random.uniform(1, 1 + JITTER)  # noqa: S311 - spreads retries, no secret
 
@@ -140,7 +140,7 @@ class ReconcileQueue:
             del self._entries[workflow_id]
 
     def close(self) -> None:
-        """Stop all timers."""
+        """Stop the retry timers of all workflows."""
         for entry in self._entries.values():
             entry.stop_timer()
 
@@ -207,7 +207,7 @@ class RefusalBudget:
             raise AttemptDeferred(charged.refusal, seconds)
 
     def charge(self, workflow_id: str, generation: int | None, refusal: Refusal) -> None:
-        """Charge the requests of a refused attempt."""
+        """Bar a workflow from changes for ten seconds for each request that the refused attempt has cost."""
         paid_at = asyncio.get_running_loop().time() + refusal.requests * SECONDS_PER_REQUEST
         self._charged[workflow_id] = _ChargedRefusal(generation, refusal, paid_at)
 
@@ -251,7 +251,7 @@ class StartGate:
         return workflow_id in self._starting
 
     def mark_starting(self, workflow_id: str, organization_id: str) -> None:
-        """Count an observed start."""
+        """Count a start that the cluster shows, also one of another deployer; it takes a place of the limit."""
         self._waiting.pop(workflow_id, None)
         self._starting[workflow_id] = organization_id
 
@@ -313,5 +313,5 @@ class StartClock:
         return None if start is None else start.since
 
     def forget(self, workflow_id: str) -> None:
-        """Forget a workflow without starting pods."""
+        """Forget the start of a workflow, because none of its pods is starting any more."""
         self._starts.pop(workflow_id, None)

@@ -125,7 +125,7 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
 
     @property
     def dns_endpoints(self) -> tuple[DnsEndpoint, ...]:
-        """DNS servers of the pods of workflows."""
+        """DNS servers that the pods of workflows may reach, parsed from the setting."""
         return dns_endpoints.parse_endpoints(self.kubernetes_dns)
 
     @property
@@ -134,12 +134,12 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
 
     @property
     def gateway_url(self) -> str:
-        """Address of the gateway for pods."""
+        """Address at which pods reach the gateway; by default that of its Service in the cluster."""
         return self.runner_gateway_url or f"http://{self.kubernetes_gateway_host}"
 
     @property
     def grace_seconds(self) -> float:
-        """Seconds from SIGTERM to SIGKILL of a pod."""
+        """Seconds from SIGTERM to SIGKILL of a pod: the time to finish its runs, plus a margin."""
         return self.runner_drain_seconds + GRACE_SECONDS
 
     def pod_environment(self, workflow_id: str) -> dict[str, str]:
