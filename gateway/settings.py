@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from models.settings import InvalidSettings, ServerSettings, split_list
+from models.settings import PUBLIC_URL_DESCRIPTION, InvalidSettings, ServerSettings, split_list
 
 LARGEST_BODIES: Final = 3
 LEAST_BODIES_BYTES: Final = 134_217_728
@@ -34,11 +34,7 @@ class GatewaySettings(ServerSettings):
     )
     public_url: str = Field(
         default="",
-        description=(
-            "Address under which clients and senders reach the gateway: `https://flows.example.com`. Trigger"
-            " URLs and `Location` headers begin with it. Unset: trigger URLs begin with the address of the"
-            " request, and `Location` headers are paths."
-        ),
+        description=PUBLIC_URL_DESCRIPTION,
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),

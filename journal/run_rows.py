@@ -201,6 +201,23 @@ def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
     ]
 
 
+def approval_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
+    """Return one row per question with mails to send: run, node and iteration."""
+    return [
+        (write.execution_id, span.node_id, span.iteration)
+        for write in batch
+        for span in write.spans
+        if span.status is SpanStatus.WAITING and span.awaits is not None and _has_mails(span.awaits)
+    ]
+
+
+def _has_mails(awaits: bytes) -> bool:
+    if b'"notify"' not in awaits:
+        return False
+    request = decoding.decode(awaits).get("request")
+    return isinstance(request, dict) and isinstance(request.get("notify"), dict)
+
+
 def metadata_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
     """Return one row per key of metadata that nodes have set: run, shard, key and value."""
     return [

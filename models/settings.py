@@ -13,6 +13,13 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 MIN_SECRET_LENGTH = 32
 
 
+PUBLIC_URL_DESCRIPTION = (
+    "Address under which clients and senders reach the gateway: `https://flows.example.com`. Trigger"
+    " URLs, links of approvals and `Location` headers begin with it. Unset: trigger URLs begin with the address"
+    " of the request, `Location` headers are paths, and no mails with links are sent."
+)
+
+
 class InvalidSettings(ValueError):
     """A process can't start with these settings; the text says which variable to change, and to which values."""
 

@@ -44,6 +44,7 @@ from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
 from workers import lost_worker_leases
+from workers.approval_mails import ApprovalMailer
 from workers.completion_actions import CompletionActions
 from workers.mail_parsing import MailParser, MailSources
 from workers.settings import WorkerSettings
@@ -129,6 +130,9 @@ async def run_worker(
     after = CompletionActions(
         database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds
     )
+    approval_mails = ApprovalMailer(
+        database, connections, settings.secret, settings.public_url, sweep_seconds=settings.sweep_seconds
+    )
     isolation = TrialGate()
     executor = RunExecutor(
         store,
@@ -157,6 +161,7 @@ async def run_worker(
     try:
         await executor.start()
         after.start()
+        approval_mails.start()
         reader.start()
         async with worker_presence.report_presence(
             database, broker.channel, settings.concurrency, executor.count_held_runs
@@ -165,6 +170,7 @@ async def run_worker(
     finally:
         await reader.close()
         await executor.drain()
+        await approval_mails.close()
         await after.close()
         await code.close()
         await processes.close()

@@ -7,7 +7,7 @@ import socket
 from pydantic import Field
 
 from execution.settings import ExecutionSettings
-from models.settings import ServerSettings
+from models.settings import PUBLIC_URL_DESCRIPTION, ServerSettings
 
 
 class WorkerSettings(ExecutionSettings, ServerSettings):
@@ -21,6 +21,7 @@ class WorkerSettings(ExecutionSettings, ServerSettings):
             " once. Several workers may share a name. Unset: the name of the machine."
         ),
     )
+    public_url: str = Field(default="", description=PUBLIC_URL_DESCRIPTION)
     sweep_seconds: float = Field(
         default=2.0,
         gt=0,

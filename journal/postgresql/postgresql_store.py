@@ -36,6 +36,7 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
+    approval_rows,
     attempt_rows,
     blocked_rows,
     decode_claim,
@@ -187,16 +188,19 @@ class PostgreSQLStore:
     async def _record(
         self, statements: Mapping[tuple[bool, bool, bool], str], batch: Sequence[RunWrite], owner: str
     ) -> frozenset[str]:
-        attempts, blocked, metadata = attempt_rows(batch), blocked_rows(batch), metadata_rows(batch)
+        attempts, blocked = attempt_rows(batch), blocked_rows(batch)
+        metadata, asked = metadata_rows(batch), approval_rows(batch)
+        has_more = bool(metadata or asked)
         rows = await self._fetch(
-            statements[bool(attempts), bool(blocked), bool(metadata)],
+            statements[bool(attempts), bool(blocked), has_more],
             *transpose_rows(map(_run_write_row, batch), len(_WRITE_TYPES)),
             *transpose_rows(span_rows(batch), len(SPAN_COLUMNS)),
             *transpose_rows(log_rows(batch), len(LOG_COLUMNS)),
             owner,
             *(transpose_rows(attempts, len(ATTEMPT_COLUMNS)) if attempts else ()),
             *(transpose_rows(blocked, len(_BLOCKED_TYPES)) if blocked else ()),
-            *(transpose_rows(metadata, len(_METADATA_TYPES)) if metadata else ()),
+            *(transpose_rows(metadata, len(_METADATA_TYPES)) if has_more else ()),
+            *(transpose_rows(asked, len(_APPROVAL_TYPES)) if has_more else ()),
         )
         return frozenset(row[0] for row in rows)
 
@@ -556,9 +560,17 @@ _NEW_METADATA = """
     FROM metadata JOIN execution_data AS data
         ON data.execution_id = metadata.execution_id AND data.shard = metadata.shard
     ON CONFLICT DO NOTHING
+), new_approval AS (
+    INSERT INTO approval_request (execution_id, node_id, iteration, shard, organization_id, round, attempts, due_at,
+        created_at)
+    SELECT held.id, asked.node_id, asked.iteration, held.shard, held.organization_id, 0, 0, {now}, {now}
+    FROM unnest({approvals}) AS asked (execution_id, node_id, iteration)
+    JOIN held ON held.id = asked.execution_id
+    ON CONFLICT DO NOTHING
 )
 """
-"""Only in statements for batches with runs whose nodes have set metadata, like `_NEW_ATTEMPTS`."""
+"""Only in statements for batches with runs whose nodes have set metadata or ask people by mail."""
+_APPROVAL_TYPES = ("text", "text", "text")
 # A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
 # answer.
 _ENDS_WAITING = "(write.status = 'waiting' AND execution.wait_answer_count <= write.wait_answer_count)"
@@ -625,7 +637,11 @@ def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool]
     for has_attempts, has_blocked, has_metadata in product((False, True), repeat=3):
         first_blocked = _OWNER + 1 + (len(_ATTEMPT_TYPES) if has_attempts else 0)
         first_metadata = first_blocked + (len(_BLOCKED_TYPES) if has_blocked else 0)
-        metadata = _NEW_METADATA.format(types=unnest_sql(first_metadata, _METADATA_TYPES))
+        metadata = _NEW_METADATA.format(
+            types=unnest_sql(first_metadata, _METADATA_TYPES),
+            approvals=unnest_sql(first_metadata + len(_METADATA_TYPES), _APPROVAL_TYPES),
+            now=NOW,
+        )
         statements[has_attempts, has_blocked, has_metadata] = _RECORD_TEMPLATE.format(
             lock_wait=lock_wait_sql(lock_milliseconds),
             attempts=_NEW_ATTEMPTS if has_attempts else "",

@@ -30,6 +30,7 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
+    approval_rows,
     attempt_rows,
     blocked_rows,
     decode_claim,
@@ -466,6 +467,11 @@ _UPSERT_ATTEMPTS = (
 _INSERT_LOGS = (
     f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
 )
+_INSERT_APPROVAL = (
+    "INSERT INTO approval_request (execution_id, node_id, iteration, shard, organization_id, round, attempts,"
+    " due_at, created_at) SELECT id, ?2, ?3, shard, organization_id, 0, 0, ?4, ?4 FROM execution WHERE id = ?1"
+    " ON CONFLICT DO NOTHING"
+)
 _DELETE_METADATA = "DELETE FROM execution_label WHERE execution_id = ?1 AND key = ?3 AND value <> ?4"
 _INSERT_METADATA = (
     "INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)"
@@ -512,6 +518,8 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
     connection.executemany(_UPSERT_SPANS, span_rows(held))
     connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
     connection.executemany(_INSERT_LOGS, log_rows(held))
+    for execution_id, node_id, iteration in approval_rows(held):
+        connection.execute(_INSERT_APPROVAL, (execution_id, node_id, iteration, now))
     if metadata := metadata_rows(held):
         connection.executemany(_DELETE_METADATA, metadata)
         connection.executemany(_INSERT_METADATA, metadata)

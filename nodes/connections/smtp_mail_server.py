@@ -86,6 +86,11 @@ class SmtpMailServer:
         self._policy = connection_policy
         self._resolve = resolve
 
+    @property
+    def login_name(self) -> str:
+        """User name of the login; empty without one."""
+        return self._place.username
+
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:

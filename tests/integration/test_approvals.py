@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from journal.store import ExecutionKey
 from journal.waits import approvals
-from models.approval import ApprovalLink
+from models.approval import ApprovalLink, ApprovalRequest
 from models.execution import Execution
+from tests import smtp_server
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from tests.integration.test_waiting_runs import (
     EXECUTIONS,
@@ -24,6 +26,7 @@ from tests.integration.test_waiting_runs import (
     wait_for_question,
     wait_until_ended,
 )
+from tests.smtp_server import FakeMailServer, ReceivedMail
 
 pytestmark = pytest.mark.timeout(60)
 SCHEMA = {
@@ -225,3 +228,92 @@ async def test_a_link_ends_with_its_question_its_run_and_its_starter(
     assert (await nobody.post("/approve/ap-unknown", data={})).status_code == 404
     hostile = await nobody.post(third.path, content=b"choice=%00&x=\xff")
     assert hostile.status_code < 500
+
+
+# ── mails ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def wait_for_mails(server: FakeMailServer, number: int) -> list[ReceivedMail]:
+    while len(server.received) < number:  # noqa: ASYNC110 - the server sends no events
+        await asyncio.sleep(0.02)
+    return server.received
+
+
+def link_in(mail: ReceivedMail) -> str:
+    found = re.search(rb"https://flows\.example(/approve/ap-[\w-]+)", mail.content)
+    assert found is not None, mail.content
+    return found[1].decode()
+
+
+async def request_row(harness: GatewayHarness, execution_id: str) -> ApprovalRequest:
+    async with harness.gateway.database.read() as connection:
+        statement = select(ApprovalRequest).where(col(ApprovalRequest.execution_id) == execution_id)
+        return ApprovalRequest(**(await connection.execute(statement)).mappings().one())
+
+
+async def make_due(harness: GatewayHarness, execution_id: str) -> None:
+    statement = (
+        update(ApprovalRequest)
+        .where(col(ApprovalRequest.execution_id) == execution_id)
+        .values(due_at=col(ApprovalRequest.created_at))
+    )
+    await harness.gateway.database.transaction(lambda connection: connection.execute(statement))
+
+
+async def test_each_assignee_gets_a_link_of_their_own_and_is_reminded_until_the_answer(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    nobody = await harness.client()
+    async with smtp_server.serve_smtp(tls="none") as server:
+        server.answers["late@example.com"] = "451 later"
+        source = {
+            "name": "Mail", "type": "smtp", "settings": {"host": "127.0.0.1", "port": server.port, "tls": "none"},
+        }  # fmt: skip
+        made = await people.owner.api.post("/api/v1/datasources", json=source)
+        assert made.status_code == 201, made.text
+        notify = {"dataSource": made.json()["dataSourceId"], "from": "flows@example.com", "subject": "Prices"}
+        worker = {"public_url": "https://flows.example", "outbound_allowed_networks": ("127.0.0.1/32",)}
+        async with serve_worker(harness, **worker):
+            run = await ask(
+                people,
+                assignees=[
+                    people.owner.user.id,
+                    people.colleague.user.id,
+                    "mira@example.com",
+                    "late@example.com",
+                ],
+                notify=notify,
+                remindAfterSeconds=3600,
+            )
+            # The owner has started the run and gets none; the last assignee gets it after a failure.
+            first, second = await wait_for_mails(server, 2)
+            assert [first.recipients, second.recipients] == [
+                [people.colleague.user.email],
+                ["mira@example.com"],
+            ]
+            while (row := await request_row(harness, run)).attempts == 0:  # noqa: ASYNC110 - rows send no events
+                await asyncio.sleep(0.02)
+            assert (row.round, "late@example.com" in str(row.error)) == (0, True)
+            assert link_in(first) != link_in(second)
+            del server.answers["late@example.com"]
+            await make_due(harness, run)
+            assert (await wait_for_mails(server, 3))[2].recipients == ["late@example.com"]
+            while (await request_row(harness, run)).round == 0:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.02)
+            await make_due(harness, run)
+            reminders = (await wait_for_mails(server, 6))[3:]
+            assert all(b"Subject: Reminder: Prices" in one.content for one in reminders)
+            assert link_in(reminders[1]) == link_in(second)
+            answered = await nobody.post(link_in(second), data={"choice": "yes"})
+            assert answered.status_code == 200
+            await wait_until_ended(people.owner, run)
+            await make_due(harness, run)
+            while (await request_row(harness, run)).due_at is not None:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.02)
+            assert len(server.received) == 6
+    span = (await get_json(people.owner, f"/{run}/spans?node_id=ask"))["spans"][0]
+    assert span["outputData"]["by"] == "mira@example.com"
+    assert "ap-" not in (await people.owner.api.get(f"{EXECUTIONS}/{run}/spans")).text
+    async with harness.gateway.database.read() as connection:
+        hashes = [*await connection.scalars(select(col(ApprovalLink.hash)))]
+    assert approvals.hash_token(link_in(second).rpartition("/")[2]) in hashes
