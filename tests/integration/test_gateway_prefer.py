@@ -12,15 +12,18 @@ import pytest
 from engine.run_records import RunError, RunStatus
 from gateway.executions import long_poll
 from gateway.http import limits
+from messages import broker as brokers
 from models.access import KeyScope
 from models.ended_execution import EndedExecution
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
 from tests.integration.test_gateway_enqueue import QUEUE, create_active_workflow, create_token
 from tests.integration.test_gateway_executions import (
     ClaimedTestRun,
+    as_client_of,
     claim_run,
     get_json,
     list_ids,
+    run_second_gateway,
     spin_until,
 )
 
@@ -124,13 +127,15 @@ async def test_an_outcome_that_comes_with_the_notification_is_not_read(
 ) -> None:
     monkeypatch.setattr(long_poll, "LOOK_SECONDS", 3_600.0)
     workflow_id = await people.owner.create(**GRAPH)
-    asking = asyncio.create_task(post(people.owner, f"{workflow_id}/execute", "wait=30"))
-    execution_id, run = await claim_awaited(harness, people.owner, workflow_id)
-    await run.complete(is_told=False)
-    # Unlike the rows, so that the answer tells where it is from.
-    ended = EndedExecution(execution_id, "failed", 1, 50, '{"code":"a"}', (("start", '"told"'),))
-    await run.broker.publish({execution_id: run.broker.channel}, [ended])
-    body = (await asking).json()
+    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
+        owner = await as_client_of(people.owner, there)
+        asking = asyncio.create_task(post(owner, f"{workflow_id}/execute", "wait=30"))
+        execution_id, run = await claim_awaited(there, owner, workflow_id)
+        await run.complete(is_told=False)
+        # Unlike the rows, so that the answer tells where it is from.
+        ended = EndedExecution(execution_id, "failed", 1, 50, '{"code":"a"}', (("start", '"told"'),))
+        await run.broker.publish({execution_id: run.broker.channel}, [ended])
+        body = (await asking).json()
     assert (body["status"], body["outputs"], body["error"]) == ("failed", {"start": "told"}, {"code": "a"})
 
 
