@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import text
 
-from benchmarks import authoring, machine, processes
+from benchmarks import authoring, machine, processes, replay_plans
 from benchmarks.authoring import WARM_UP, TimedRequest
 from models.database import Database, is_sqlite, parse_url
 from tests.many_runs import (
@@ -103,8 +103,16 @@ async def _read_owner(url: URL) -> RunOwner:
 async def _measure_reads(name: str, api: BenchmarkApi, url: URL) -> dict[str, float]:
     figures = {f"{name}_calibration_ms": machine.measure_calibration_ms()}
     begun_with = scans = 0 if is_sqlite(url) else await _count_sequential_scans(url)
-    for read, path in READS.items():
-        sample = await authoring.sample_requests(api, [TimedRequest("GET", path)] * (WARM_UP + REQUESTS))
+    plan = await replay_plans.store_failed_run(api, url)
+    requests = {read: TimedRequest("GET", path) for read, path in READS.items()}
+    requests["replay_plan_of_100_nodes"] = TimedRequest(
+        "POST", plan, {"definition": "current", "dryRun": True}
+    )
+    requests["replay_plan_of_other_inputs"] = TimedRequest(
+        "POST", plan, {"input": {"order": 8}, "dryRun": True}
+    )
+    for read, asked in requests.items():
+        sample = await authoring.sample_requests(api, [asked] * (WARM_UP + REQUESTS))
         figures[f"{name}_{read}_p95_ms"] = sample.milliseconds(95)
         if not is_sqlite(url) and (new := await _count_sequential_scans(url) - scans):
             figures[f"{name}_{read}_sequential_scans"] = new

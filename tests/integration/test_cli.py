@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -336,3 +337,34 @@ def test_why_explains_a_run_a_workflow_and_the_organization(shell: CommandShell)
     assert shell.output("runs", "why", execution_id) == explained
     assert "deploy" in shell.output("why", "Explained")
     assert json.loads(shell.output("why", "--json"))["workers"]["present"] == 1
+
+
+def test_a_failed_run_is_found_and_replayed_with_the_mended_workflow(shell: CommandShell) -> None:
+    nodes: list[dict[str, Any]] = [
+        {"id": "start", "type": "manual"},
+        {"id": "note", "type": "set", "config": {"values": {"n": 1}}},
+        {"id": "ask", "type": "http-request", "config": {"url": "http://127.0.0.1/"}},
+    ]
+    edges = [{"source": "start", "target": "note"}, {"source": "note", "target": "ask"}]
+    broken = {"name": "Mended", "nodes": nodes, "connections": edges}
+    shell.output("apply", shell.file("m.json", json.dumps(broken)))
+    failed = command_runs.run("run", "Mended", given=shell.given).stderr.split()[0]
+    listed = shell.output("runs", "list", "--workflow", "Mended", "--status", "failed")
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == [failed]
+    assert "address-not-allowed" in listed
+    assert json.loads(shell.output("runs", "get", failed))["status"] == "failed"
+    mended = {**nodes[2], "type": "set", "config": {"values": {"ok": True}}}
+    shell.output("apply", shell.file("m.json", json.dumps({**broken, "nodes": [*nodes[:2], mended]})))
+    plan = shell.output("replay", failed, "--current", "--dry-run").splitlines()
+    assert [line.split()[:2] for line in plan[1:4]] == [
+        ["start", "reuse"],
+        ["note", "reuse"],
+        ["ask", "rerun"],
+    ]
+    assert plan[4].startswith("2 reuse, 1 rerun; ")
+    replayed = shell.output("replay", failed, "--current").splitlines()[-1]
+    shell.output("logs", replayed, "--follow")
+    shown = json.loads(shell.output("runs", "get", replayed))
+    assert (shown["status"], shown["replayOf"]) == ("completed", failed)
+    forced = json.loads(shell.output("runs", "replay", replayed, "--from", "note", "--dry-run", "--json"))
+    assert forced["counts"] == {"reuse": 1, "rerun": 1, "maybe": 1, "ask": 0}

@@ -293,6 +293,98 @@ async def test_candidates_outlive_a_failure_before_they_are_reached(harness_of: 
     assert here.ledger.paths == ["/pay"]
 
 
+# ── the walk of "When a run fails" ──────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Workflow that fails, and the change or the request that repairs it."""
+
+    nodes: list[dict[str, Any]]
+    edges: tuple[str, ...]
+    failing: dict[str, int]
+    cause: str
+    """Code of the node's error."""
+    mended: list[dict[str, Any]] | None = None
+    replay: dict[str, Any] = field(default_factory=dict)
+    writes: dict[str, int] = field(default_factory=dict)
+    """Number of requests by path at the end."""
+
+
+ITEMS: dict[str, Any] = {"id": "each", "nodeId": "loop", "config": {"items": [1, 2]}}
+ITEM = post("pay", url="http://ledger/pay/{{ item }}")
+CURRENT: dict[str, Any] = {"definition": "current"}
+REPAIRS = {
+    "a wrong URL": Repair(
+        [post("pay"), post("tell")],
+        ("start > pay > tell",),
+        {"/tell": 404},
+        "http-404",
+        [post("pay"), post("tell", url="http://ledger/told")],
+        CURRENT,
+        {"/pay": 1, "/tell": 1, "/told": 1},
+    ),
+    "a misspelled path": Repair(
+        [post("pay"), step("sum", total="{{ data.body.totl }}"), post("tell")],
+        ("start > pay > sum > tell",),
+        {},
+        "unresolved-mapping",
+        [post("pay"), step("sum", total="{{ data.body.ok }}"), post("tell")],
+        CURRENT,
+        {"/pay": 1, "/tell": 1},
+    ),
+    "a server that was away": Repair(
+        [post("pay"), post("tell")],
+        ("start > pay > tell",),
+        {"/tell": 0},
+        "timed-out",
+        replay={},
+        writes={"/pay": 1, "/tell": 2},
+    ),
+    "an item of a loop": Repair(
+        [ITEMS, ITEM, post("tell")],
+        ("start > each", "each:continue > pay", "each:done > tell"),
+        {"/pay/2": 422},
+        "http-422",
+        replay={},
+        writes={"/pay/1": 1, "/pay/2": 2, "/tell": 1},
+    ),
+    "wrong inputs": Repair(
+        [step("check", order="{{ data.body.order }}"), post("pay")],
+        ("start > check > pay",),
+        {},
+        "unresolved-mapping",
+        replay={"input": {"order": 7}},
+        writes={"/pay": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("repair", REPAIRS.values(), ids=REPAIRS.keys())
+async def test_a_failed_run_is_found_explained_mended_replayed_and_proved(
+    harness_of: ReplayHarness, repair: Repair
+) -> None:
+    here = harness_of
+    workflow_id = await here.create(repair.nodes, *repair.edges)
+    here.ledger.failing = dict(repair.failing)
+    failed = await here.run(workflow_id)
+    listed = (await here.person.api.get(f"{EXECUTIONS}?workflow_id={workflow_id}&status=failed")).json()
+    assert [one["id"] for one in listed["executions"]] == [failed]
+    assert (await here.show(failed))["error"]["cause"]["code"] == repair.cause
+    assert (await here.person.api.get(f"{EXECUTIONS}/{failed}/why")).json()["status"] == "failed"
+    if repair.mended is not None:
+        await here.change(workflow_id, repair.mended, *repair.edges)
+    here.ledger.failing = {}
+    before = {path: key for path, key, _ in here.ledger.writes}
+    replayed = await here.replay(failed, **repair.replay)
+    assert (await here.show(replayed))["status"] == "completed"
+    assert Counter(here.ledger.paths) == repair.writes
+    # What was written before has its old key, or was refused and has a new one.
+    for path, key, _ in here.ledger.writes[len(before) :]:
+        is_repeated = path in before and repair.failing.get(path) == 0
+        assert key == (before[path] if is_repeated else f"{replayed}:{key.partition(':')[2]}")
+
+
 # ── loops, blobs, versions ──────────────────────────────────────────────────────────────────────────────────
 
 LOOP_EDGES = ("start > each", "each:continue > pay > check", "each:done > last")
