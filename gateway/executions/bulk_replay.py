@@ -94,10 +94,10 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, BulkReplayRequest)
     gateway, caller = request.gateway, request.caller
-    idempotency_key = None if body.dry_run else request.idempotency_key(value)
+    idempotency_key = request.idempotency_key(value)
     headers: Mapping[str, str] = {}
     chosen = None
-    if idempotency_key is not None:
+    if idempotency_key is not None and not body.dry_run:
         chosen = await bulk_actions.begun(gateway.database, caller.shard, idempotency_key)
         headers = {} if chosen is None else idempotency.REPLAYED
     if chosen is None:

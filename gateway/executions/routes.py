@@ -255,7 +255,7 @@ ROUTES: Final[Sequence[Route]] = (
         status=201,
         docs=OperationDoc(
             takes=(IDEMPOTENCY_KEY,),
-            sends=(LOCATION, REPLAYED),
+            sends=(replace(LOCATION, is_always_sent=False), REPLAYED),
             refusals=(
                 "invalid-idempotency-key",
                 "idempotency-mismatch",

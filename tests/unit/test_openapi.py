@@ -14,7 +14,7 @@ import jsonschema_rs
 import pytest
 
 from gateway import routes
-from gateway.executions import node_tests
+from gateway.executions import bulk_replay, node_tests
 from gateway.http import parameters
 from gateway.http.endpoint import AccessRule
 from gateway.http.operation_docs import IDEMPOTENCY_KEY, IF_MATCH
@@ -75,6 +75,7 @@ NEVER = {
 for bodies, leave out limited data, report refusals inside their answer, or never get signed requests.
 """
 TOLD_OF_EACH = {
+    bulk_replay.replay: CodeDefinition("gateway.executions.bulk_replay", "_replay_one"),
     deliveries.redrive_many: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_delivery"),
     dead_letters.redrive: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_dead_letter"),
 }
@@ -92,12 +93,16 @@ def handler_of(line: Route) -> CodeDefinition:
     return CodeDefinition(line.handler.__module__, line.handler.__name__)
 
 
+def codes_of(function: CodeDefinition) -> set[str]:
+    return {code for name in GRAPH.codes(function) for code in COMPUTED.get(name, {name})}
+
+
 def reachable_codes(line: Route) -> set[str]:
     """Return the codes that the source of a handler can lead to."""
-    found = {code for name in GRAPH.codes(handler_of(line)) for code in COMPUTED.get(name, {name})}
+    found = codes_of(handler_of(line))
     found -= NO_TRIGGER - set(openapi_document.codes(line))
     if line.handler in TOLD_OF_EACH:
-        found -= GRAPH.codes(TOLD_OF_EACH[line.handler]) - set(openapi_document.codes(line))
+        found -= codes_of(TOLD_OF_EACH[line.handler]) - set(openapi_document.codes(line))
     return {code for code in found if (line.handler, code) not in NEVER}
 
 
