@@ -80,7 +80,7 @@ class MailGateway:
         return await self._ask("POST", token, headers, content)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the gateway."""
         await self._session.close()
 
     async def _ask(

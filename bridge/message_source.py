@@ -51,7 +51,7 @@ class MessageSource(Protocol):
         """Acknowledge messages, so that they are never delivered again."""
 
     async def release(self, ids: Sequence[str]) -> None:
-        """Release messages to other consumers at once."""
+        """Return messages to their queue, so that other consumers get them at once."""
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
         """Move messages, by id and with a reason, to the source's place for dead letters."""
@@ -72,7 +72,7 @@ def to_json(content: bytes) -> bytes:
 
 
 def decode_text(content: bytes) -> str:
-    """Decode UTF-8; raises `UnreadableMessage`."""
+    """Decode the content of a message as UTF-8; raises `UnreadableMessage` for any other encoding."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:

@@ -132,7 +132,7 @@ class QueueGateway:
         return answers
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the gateway."""
         await self._session.close()
 
     async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:

@@ -26,7 +26,7 @@ class SingleFlight(Generic[Key, Answer]):
         return await asyncio.shield(task)
 
     async def drain(self) -> None:
-        """Wait for all lookups in progress."""
+        """Wait until all lookups in progress have ended, successfully or not."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _find_and_resolve(self, key: Key) -> Answer:

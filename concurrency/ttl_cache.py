@@ -34,5 +34,5 @@ class TTLCache(Generic[Key, Value]):
             self._items.popitem(last=False)
 
     def drop(self, key: Key) -> None:
-        """Remove a value if it is cached."""
+        """Remove the value of a key before it expires; do nothing without one."""
         self._items.pop(key, None)

@@ -63,7 +63,7 @@ def decode_text(raw: bytes, charset: str = "") -> str:
 
 
 def decode_text_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
-    """Decode a text in pieces; see `decode_text`."""
+    """Decode a text that is given in pieces by its charset; an unknown charset is guessed."""
     codec = find_codec(charset)
     if codec is None:
         return _guess_codec(b"".join(pieces)).replace("\0", "\ufffd")

@@ -189,7 +189,7 @@ class MailPart:
 
     @property
     def size(self) -> int:
-        """Encoded size in bytes."""
+        """Size in bytes of the part's encoded content."""
         return self.end - self.start
 
     @property
@@ -201,7 +201,7 @@ class MailPart:
         return self.content_type if self.content_type in {TEXT_TYPE, HTML_TYPE} and not is_file else None
 
     def content(self, raw: Raw) -> Iterator[bytes]:
-        """Return the decoded content in pieces."""
+        """Yield the content in pieces, decoded by the part's `Content-Transfer-Encoding`."""
         encoding = self.headers.first("content-transfer-encoding").partition(";")[0].strip().lower()
         return content_decoding.decode_pieces(raw, self.start, self.end, encoding)
 

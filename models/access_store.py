@@ -121,7 +121,7 @@ async def rehash_key(database: Database, key: str, *, earlier: str, secret: byte
 
 
 async def has_organization(connection: AsyncConnection) -> bool:
-    """Return whether any organization exists."""
+    """Return whether the database has any organization; a new one has none, and gets a first key."""
     return (await connection.execute(select(col(Organization.id)).limit(1))).first() is not None
 
 

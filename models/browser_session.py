@@ -138,7 +138,7 @@ async def delete_session(connection: AsyncConnection, session_id: str) -> None:
 
 
 async def record_use(database: Database, session_id: str, now: datetime) -> None:
-    """Store the time of a session's use."""
+    """Store `now` as the time when a browser session was last used."""
     statement = update(BrowserSession).where(col(BrowserSession.id) == session_id).values(last_seen_at=now)
 
     async def record(connection: AsyncConnection) -> None:

@@ -73,7 +73,7 @@ class CircuitBreaker:
             self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
 
     def end(self, call: GuardedCall) -> None:
-        """Unregister a call."""
+        """Remove a call that has ended from those that the breaker watches."""
         self._calls.pop(call, None)
 
     def _look(self) -> None:
@@ -153,7 +153,7 @@ class GuardedCall:
                 raise DatabaseUnavailable(OUTAGE_MESSAGE) from error
 
     def give_up(self) -> None:
-        """Cancel the await in the context."""
+        """Cancel the task that waits in the context, because the database is known to be away."""
         if self._task is not None and not self._is_given_up:
             self._is_given_up = True
             self._task.cancel()

@@ -96,7 +96,7 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """Yield a connection for reads; raises `DatabaseUnavailable`."""
+        """Yield a connection for reads until the block ends; raises `DatabaseUnavailable`."""
         try:
             with self._guard():
                 async with self.engine.connect() as connection:

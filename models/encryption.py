@@ -56,7 +56,7 @@ class SecretVault:
         self._keys = {identify_secret(one): _DerivedKey(one, purpose) for one in (secret, *previous)}
 
     def encrypt(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
-        """Encrypt a text for one object."""
+        """Encrypt a text so that it can be decrypted for this object of this organization alone."""
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
         return EncryptedText(

@@ -308,7 +308,7 @@ def _decide_while_up(
 def _stop_unless_in_use(
     stop: LifecycleVerdict, situation: DeploymentSituation, timeout: timedelta, now: datetime
 ) -> LifecycleVerdict:
-    """Return `stop` after a time without activity."""
+    """Return `stop` once a deployment was idle for `timeout`; otherwise no action, with the reason why not."""
     if situation.has_due or situation.has_running or situation.is_waking:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
     idle_at = (situation.last_activity_at or now) + timeout

@@ -59,7 +59,7 @@ def new_token(kind: SenderTokenKind) -> str:
 
 
 def hash_token(token: str) -> str:
-    """Return the stored hash of a token."""
+    """Return the hash by which the row of a token is found; the token itself is not stored."""
     return blake2b(token.encode(), digest_size=32, person=b"intake token").hexdigest()
 
 

@@ -73,7 +73,7 @@ def visible_suffix(secret: str) -> str:
 
 
 def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, object_id: str) -> EncryptedText:
-    """Encrypt a secret for its row."""
+    """Encrypt a signing secret for the row of this object, readable by this organization alone."""
     return vault.encrypt(secret.encode(), organization_id=organization_id, object_id=object_id)
 
 

@@ -105,7 +105,7 @@ class OutboundConnection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def abort(self) -> None:
-        """Close without sending what is buffered."""
+        """Close the connection at once, without sending what is still buffered."""
         if self._transport is not None:
             self._transport.abort()
 

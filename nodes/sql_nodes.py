@@ -28,7 +28,7 @@ LIST_FIELDS = ("rows", "items", "groups")
 
 
 async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
-    """Run the query of a source node."""
+    """Run the query of a source node with its parameters, and return the rows up to the configured maximum."""
     statement = require_constant_sql(call, "query")
     parameters = _read_parameters(call.config)
     max_rows = int(config_fields.read_number(call.config, "maxRows", minimum=1, maximum=MAX_ROWS))

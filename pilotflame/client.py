@@ -171,7 +171,7 @@ class ApiClient:
         return self._answer("GET", _execution(execution_id))
 
     def plan_replay(self, execution_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the plan of a replay."""
+        """Return the plan of a replay, which nodes run again and which results are reused, without starting it."""
         return self._answer("POST", f"{_execution(execution_id)}/replay", {**body, "dryRun": True})
 
     def replay(self, execution_id: str, body: Mapping[str, Any]) -> str:
@@ -182,7 +182,7 @@ class ApiClient:
         return str(self._retry(lambda: self._answer("POST", path, body, headers))["executionId"])
 
     def explain_execution(self, execution_id: str) -> dict[str, Any]:
-        """Return why a run does not move."""
+        """Return the explanation why a run does not move: its blockers and the requests that help."""
         return self.explain(_execution(execution_id))
 
     def explain_workflow(self, workflow_id: str) -> dict[str, Any]:

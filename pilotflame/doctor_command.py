@@ -138,7 +138,7 @@ def encode_result(result: DoctorResult) -> bytes:
 
 
 def describe_result(result: DoctorResult) -> Sequence[str]:
-    """Return the result as lines of text."""
+    """Return the result of a check of the stores as lines of text: fixes, states and findings."""
     lines = [f"fixed {count} of {drift_class}" for drift_class, count in result.fixed.items()]
     lines += [f"{name}: {state}" for name, state in result.report.stores.items()]
     for finding in result.report.findings:

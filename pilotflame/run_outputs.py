@@ -43,7 +43,7 @@ def find_omitted(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def render(value: object) -> str:
-    """Return a value as indented JSON."""
+    """Return a value as indented JSON text, with characters beyond ASCII as they are."""
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 

@@ -16,7 +16,7 @@ WIDTH = 160
 
 
 def print_executions(executions: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table of executions."""
+    """Print executions as a table: id, workflow, status, trigger, time, duration in seconds and error."""
     table = Table("Execution", "Workflow", "Status", "Trigger", "Created", "Seconds", "Error", box=None)
     for one in executions:
         error = one["error"] or {}

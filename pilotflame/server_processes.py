@@ -67,7 +67,7 @@ def _exit(*_: object) -> NoReturn:
 
 
 def run_gateway() -> None:
-    """Serve the HTTP API."""
+    """Serve the HTTP API in this process until a stop signal, with settings of the environment."""
     from gateway.settings import GatewaySettings
 
     settings = GatewaySettings()

@@ -45,7 +45,7 @@ async def keep_policies(database: Database, broker: Broker) -> None:
 
 
 async def forget_decisions(database: Database) -> None:
-    """Delete expired decisions. Raises `DatabaseUnavailable`."""
+    """Delete the records of lifecycle decisions that have expired, in batches. Raises `DatabaseUnavailable`."""
     while await database.transaction(_forget_batch) == BATCH_ROWS:
         pass
 

@@ -64,7 +64,7 @@ class PeriodicDuty:
 def list_duties(
     settings: SchedulerSettings, database: Database, store: JournalStore, broker: Broker
 ) -> Sequence[PeriodicDuty]:
-    """Return all duties with their intervals."""
+    """Return all periodic duties of the leading scheduler, each with its interval in seconds."""
     schedules = ScheduleRunner(database, broker, catalogs.load_catalog())
     awaited = EventMatcher(database, broker)
     return (

@@ -26,7 +26,7 @@ BATCH_ROWS: Final = 1_000
 
 
 async def forget_expired_keys(database: Database) -> None:
-    """Delete expired idempotency keys. Raises `DatabaseUnavailable`."""
+    """Delete idempotency keys that have expired, so that they may be used again. Raises `DatabaseUnavailable`."""
     identity = (col(Idempotency.shard), col(Idempotency.scope), col(Idempotency.key))
     await _forget(database, Idempotency, identity, col(Idempotency.expires_at))
 
@@ -38,7 +38,7 @@ async def forget_past_paces(database: Database) -> None:
 
 
 async def forget_deliveries(settings: SchedulerSettings, database: Database) -> None:
-    """Delete expired events and deliveries. Raises `DatabaseUnavailable`."""
+    """Delete events and deliveries that are older than the retention in days. Raises `DatabaseUnavailable`."""
     before = database.clock.now() - timedelta(days=settings.retention_event_days)
     for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
         # By their IDs, which begin with the time and so need no further index.

@@ -94,7 +94,7 @@ def recognize_mail(request: SenderRequest) -> MailKind:
 
 
 def parse_mail_fields(request: SenderRequest) -> PostedForm:
-    """Return the posted form; raises `RequestRefused`."""
+    """Parse the body of a mail service's request as a form; raises `RequestRefused` for a malformed one."""
     return request.form
 
 

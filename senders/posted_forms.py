@@ -71,7 +71,7 @@ class PostedForm:
 
     @property
     def files(self) -> Sequence[FormPart]:
-        """Parts with a file name."""
+        """Parts of the form that have a file name, in their order."""
         return [part for part in self.parts if part.is_file]
 
     def values(self, name: str) -> Sequence[memoryview]:

@@ -59,7 +59,7 @@ def require_type(event_type: str) -> None:
 
 
 def require_object(value: Json, what: str) -> dict[str, Json]:
-    """Require a JSON object; raises `RequestRefused`."""
+    """Return a value that is a JSON object; raises `RequestRefused`, which names it by `what`, for any other."""
     if not isinstance(value, dict):
         raise RequestRefused("invalid-event", f"{what} is not a JSON object")
     return value

@@ -34,7 +34,7 @@ class RequestHeaders:
         return name.lower() in self._values
 
     def values(self, name: str) -> Sequence[str]:
-        """Return every value of a header."""
+        """Return every value of a header in their order, by its name in any case; empty without it."""
         return self._values.get(name.lower(), ())
 
     def single(self, name: str) -> str | None:
@@ -72,7 +72,7 @@ class SenderRequest:
 
     @cached_property
     def form(self) -> PostedForm:
-        """Body as a form, multipart or urlencoded."""
+        """Body parsed as a form, multipart or urlencoded; large ones may be parsed in a thread only."""
         self.require_offloaded()
         return posted_forms.parse_form(self.media_type, self.body)
 

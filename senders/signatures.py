@@ -77,7 +77,7 @@ def header_bytes(header: str) -> bytes:
 
 
 def missing_signature(what: str) -> RequestRefused:
-    """Return the refusal of an unsigned request."""
+    """Return the refusal of a request that lacks its signature; `what` names the missing header or field."""
     return RequestRefused("missing-signature", f"The request is not signed: {what} is missing")
 
 

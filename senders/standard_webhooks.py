@@ -62,7 +62,7 @@ def parse_event(request: SenderRequest) -> SenderEvent:
 
 
 def signature_headers() -> Sequence[str]:
-    """Return the names of the signature headers."""
+    """Return the names of the headers that can contain the signature, one per prefix."""
     return [f"{prefix}-signature" for prefix in HEADER_PREFIXES]
 
 

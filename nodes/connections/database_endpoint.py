@@ -48,7 +48,7 @@ class DatabaseEndpoint:
         )
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Return the TLS context; None disables TLS."""
+        """Return the TLS context for connections to this server; None if its setting disables TLS."""
         if self.tls is DatabaseTls.DISABLE:
             return None
         context = _NamedTlsContext(ssl.PROTOCOL_TLS_CLIENT)

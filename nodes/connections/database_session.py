@@ -60,7 +60,7 @@ class DatabaseSession(Protocol):
 
     async def close(self) -> None: ...
     def abort(self) -> None:
-        """Close the connection at once."""
+        """Close the connection at once, without waiting for the server or the statement in progress."""
 
 
 FETCHED_ROWS = 500

@@ -65,11 +65,13 @@ class OrganizationFolder:
         self._threads = threads
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
-        """Return a file; see `ObjectBucket.get`."""
+        """Return the content of a file, at most `max_bytes`; raises `NodeError` if it is missing or larger."""
         return await self._in_time(timeout_seconds, partial(self._get, *_split_key(key), max_bytes))
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:  # noqa: ARG002 - a file has no type
-        """Write a file atomically; see `ObjectBucket.put`."""
+        """Write a file atomically, so that readers see the old or the new content, never a part; returns its
+        tag.
+        """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
             raise NodeError(message, code="object-too-large")

@@ -143,7 +143,7 @@ class S3Bucket:
         return response.body
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
-        """Write an object atomically; see `ObjectBucket.put`."""
+        """Write an object atomically and return its tag; raises `NodeError` for content that is too large."""
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
             raise NodeError(message, code="object-too-large")

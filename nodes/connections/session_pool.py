@@ -75,7 +75,7 @@ class SessionPool:
         self._in_background(self._reset(session))
 
     def discard(self, session: DatabaseSession) -> None:
-        """Close a session in an unknown state."""
+        """Close a session whose state is unknown in the background, so that no other call gets it."""
         self._in_background(self._end(session))
 
     async def close(self) -> None:

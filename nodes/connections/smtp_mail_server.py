@@ -94,7 +94,7 @@ class SmtpMailServer:
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
-        """Send one mail; see `MailServerService.send`."""
+        """Send one mail to all recipients over SMTP; raises `NodeError` if the server refuses it."""
         written = await offload.run_in_thread(_stuff_dots, message)
         async with self._session(timeout_seconds) as client:
             _check_size(client, len(message))
@@ -263,7 +263,7 @@ def _require_code(answer: SMTPResponse, code: int) -> None:
 
 @contextmanager
 def _refused_error(code: str, what: str) -> Iterator[None]:
-    """Translate a negative reply of the server."""
+    """Translate a negative SMTP reply within the block to a `NodeError`; `what` names the refused part."""
     try:
         yield
     except aiosmtplib.SMTPResponseException as error:

@@ -55,7 +55,7 @@ class FormChecker:
         return msgspec.convert(result.output, list[FormViolation])
 
     async def close(self) -> None:
-        """End the processes."""
+        """End the child processes that check answers to forms."""
         await self._processes.close()
 
 

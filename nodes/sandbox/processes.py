@@ -217,7 +217,7 @@ class ChildProcess:
             return False
 
     def keep_alive(self) -> None:
-        """Cancel the idle timer."""
+        """Cancel the timer that ends the child when it is idle, because it gets work."""
         if self.rest is not None:
             self.rest.cancel()
             self.rest = None
@@ -258,7 +258,7 @@ class ChildProcess:
             await turn.yield_if_due()
 
     def kill(self) -> None:
-        """Kill the child and its process group."""
+        """Kill the child and all processes of its group with SIGKILL; one that has ended is left alone."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)

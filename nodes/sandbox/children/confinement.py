@@ -98,7 +98,9 @@ def switch_user() -> bool:
 
 
 def leave_network() -> None:
-    """Enter an empty network namespace, if permitted."""
+    """Enter an empty network namespace, so that the child can reach no network; skipped where it isn't
+    permitted.
+    """
     unshare = getattr(_load_libc(), "unshare", None)
     if unshare is not None:
         unshare(NEW_NETWORK)
