@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeVar
 
-import aiohttp
 import msgspec
 
 from engine.run_errors import NodeError
@@ -17,21 +16,22 @@ from json_text import decoding
 from models.errors import DatabaseUnavailable
 from models.timestamps import DatabaseClock
 from models.workflow_names import PodProcess
+from runner.gateway_connections import CONNECT_SECONDS, GatewayConnections
 
 if TYPE_CHECKING:
+    import aiohttp
+
     from runner.settings import RunnerSettings
 
 Answer = TypeVar("Answer")
 
 CALL_SECONDS: Final = 30.0
-CONNECT_SECONDS: Final = 5.0
 FIRST_PAUSE_SECONDS: Final = 0.05
 MAX_PAUSE_SECONDS: Final = 2.0
 MAX_DOUBLINGS: Final = 10
 MAX_ERROR_BYTES: Final = 100_000
 UNKNOWN_POD_STATUSES: Final = frozenset({401, 403, 404})
 """Answers of a gateway that doesn't know the pod, or of a foreign server."""
-_JSON: Final = {"Content-Type": "application/json"}
 
 
 class CallRefused(Exception):
@@ -68,13 +68,9 @@ class GatewayClient:
         self._url = settings.runner_gateway_url.rstrip("/") + PREFIX
         self._failures = 0
         self._failing_since: float | None = None
-        self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {settings.token}", RUNNER_HEADER: self._process.name},
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-            connector=aiohttp.TCPConnector(limit=0),
-            auto_decompress=False,
-            trust_env=False,
-        )
+        self._headers = {"Authorization": f"Bearer {settings.token}", RUNNER_HEADER: self._process.name}
+        self._connections = GatewayConnections(self._url, self._headers)
+        self._streams: aiohttp.ClientSession | None = None
 
     def for_loop(self) -> GatewayClient:
         """Return a client for the running event loop of another thread."""
@@ -90,12 +86,15 @@ class GatewayClient:
     ) -> Answer:
         """Return the answer to a call. Raises `DatabaseUnavailable`, `NodeError` and `CallRefused`."""
         body = b"{}" if call is None else msgspec.json.encode(call)
-        async with self.exchange("POST", path, body, headers=_JSON, seconds=seconds) as response:
-            text = await response.read()
-        return decoding.decode(text, answer)
+        async with self._translated_errors(seconds):
+            response = await self._connections.post(path, body)
+            if response.status >= 300:  # noqa: PLR2004 - any status except success
+                self._raise_refusal(response.status, response.headers, response.body[:MAX_ERROR_BYTES])
+            self._failing_since = None
+        return decoding.decode(response.body, answer)
 
     @asynccontextmanager
-    async def exchange(
+    async def stream(
         self,
         method: str,
         path: str,
@@ -105,18 +104,41 @@ class GatewayClient:
         seconds: float = CALL_SECONDS,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Open a successful response, to be read within the block. Raises the errors of `call`."""
-        try:
-            async with (
-                asyncio.timeout(seconds),
-                self._session.request(
+        import aiohttp  # noqa: PLC0415 - only pods with blobs need it: a seventh of a start, and 10 MB
+
+        async with self._translated_errors(seconds):
+            try:
+                async with self._open_streams().request(
                     method, self._url + path, data=body, headers=headers, allow_redirects=False
-                ) as response,
-            ):
-                if response.status >= 300:  # noqa: PLR2004 - any status except success
-                    await self._raise_refusal(response)
-                self._failing_since = None
-                yield response
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                ) as response:
+                    if response.status >= 300:  # noqa: PLR2004 - any status except success
+                        text = await response.content.read(MAX_ERROR_BYTES)
+                        self._raise_refusal(response.status, response.headers, text)
+                    self._failing_since = None
+                    yield response
+            except aiohttp.ClientError as error:
+                raise ConnectionError(str(error) or type(error).__name__) from error
+
+    def _open_streams(self) -> aiohttp.ClientSession:
+        import aiohttp  # noqa: PLC0415 - as above
+
+        if self._streams is None:
+            self._streams = aiohttp.ClientSession(
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+                connector=aiohttp.TCPConnector(limit=0),
+                auto_decompress=False,
+                trust_env=False,
+            )
+        return self._streams
+
+    @asynccontextmanager
+    async def _translated_errors(self, seconds: float) -> AsyncIterator[None]:
+        """Limit the time of a block, and pause after a failure before the error is raised."""
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except OSError as error:
             self._count_failure()
             await self._pause()
             raise DatabaseUnavailable(
@@ -127,24 +149,24 @@ class GatewayClient:
             raise
         self._failures = 0
 
-    async def _raise_refusal(self, response: aiohttp.ClientResponse) -> None:
-        text = await response.content.read(MAX_ERROR_BYTES)
+    def _raise_refusal(self, status: int, headers: Mapping[str, str], text: bytes) -> None:
         try:
             error = decoding.decode(text, _RefusalBody).error
         except msgspec.DecodeError:
             error = _ErrorBody("", "The answer is not from a gateway")
-        if error.code and response.status not in UNKNOWN_POD_STATUSES:
+        if error.code and status not in UNKNOWN_POD_STATUSES:
             self._failing_since = None
         else:
             self._count_failure()
-        kind = response.headers.get(NODE_ERROR_HEADER)
+        # Headers of `call` have names in lower case; those of `stream` match any case.
+        kind = headers.get(NODE_ERROR_HEADER.lower())
         if kind is not None:
             raise NodeError(error.message, code=error.code, retryable=kind == RETRYABLE)
         # An unknown token may be a new one that the gateway will know soon. If not, the leases expire, and
         # the runs continue elsewhere.
-        if response.status in {401, 403, 408, 429} or response.status >= 500:  # noqa: PLR2004 - RFC 9110
-            raise DatabaseUnavailable(f"The gateway refused: {response.status} {error.code}")
-        raise CallRefused(response.status, error.code, error.message)
+        if status in {401, 403, 408, 429} or status >= 500:  # noqa: PLR2004 - RFC 9110
+            raise DatabaseUnavailable(f"The gateway refused: {status} {error.code}")
+        raise CallRefused(status, error.code, error.message)
 
     def _count_failure(self) -> None:
         if self._failing_since is None:
@@ -157,4 +179,6 @@ class GatewayClient:
 
     async def close(self) -> None:
         """Close the connections of the pod to the gateway."""
-        await self._session.close()
+        self._connections.close()
+        if self._streams is not None:
+            await self._streams.close()

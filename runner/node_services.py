@@ -147,7 +147,7 @@ class RemoteBlobStorage:
         """Send a blob to the gateway, which stores it durably; raises `BlobsUnavailable`."""
         headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
         try:
-            async with self._gateway.exchange(
+            async with self._gateway.stream(
                 "PUT", _blob_path(owner, sha256), content, headers=headers, seconds=BLOB_SECONDS
             ):
                 pass
@@ -158,7 +158,7 @@ class RemoteBlobStorage:
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
         """Open a blob. Raises `BlobLost` and `BlobsUnavailable`; see `BlobStorage.open`."""
         try:
-            async with self._gateway.exchange(
+            async with self._gateway.stream(
                 "GET", _blob_path(owner, sha256), seconds=BLOB_SECONDS
             ) as response:
                 name = response.headers.get("Content-Disposition", "").partition(_FILE_NAME_PARAMETER)[2]
