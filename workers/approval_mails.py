@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from sqlalchemy import select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
@@ -230,12 +230,11 @@ class ApprovalMailer:
             )
             content = await offload.run_in_thread(_compose, outgoing)
             await server.send(sender.address, [address], content, timeout_seconds=TIMEOUT_SECONDS)
-            sent = (
-                update(ApprovalLink)
-                .where(col(ApprovalLink.hash) == link.hash)
-                .values(round=request.round + 1)
-            )
-            await self._database.transaction(lambda connection, sent=sent: connection.execute(sent))  # type: ignore[misc]  # the default binds the statement
+            await self._note_sent(link, request.round + 1)
+
+    async def _note_sent(self, link: ApprovalLink, round_: int) -> None:
+        statement = update(ApprovalLink).where(col(ApprovalLink.hash) == link.hash).values(round=round_)
+        await self._database.transaction(lambda connection: connection.execute(statement))
 
     async def _store_link(self, request: ClaimedRequest, assignee: str, digest: str) -> ApprovalLink | None:
         """Store the link of an assignee before its mail; None if it was used."""
@@ -325,9 +324,13 @@ def _is_request(request: ClaimedRequest) -> Sequence[Any]:
 async def _read_users(
     connection: AsyncConnection, organization_id: str, asked: WaitingNode
 ) -> Sequence[User]:
-    """Return the users among the assignees, and all admins if they are assigned."""
+    """Return the users among the assignees, by id or address, and all admins if they are assigned."""
     assignees = approvals.assignees_of(asked.request)
-    condition: ColumnElement[bool] = col(User.id).in_([one for one in assignees if "@" not in one])
+    addresses = [one.casefold() for one in [*assignees, *_extra_addresses(asked)] if "@" in one]
+    condition: ColumnElement[bool] = or_(
+        col(User.id).in_([one for one in assignees if "@" not in one]),
+        func.lower(col(User.email)).in_(addresses),
+    )
     if approvals.ADMIN_ROLE in assignees:
         condition = condition | (col(User.role) == UserRole.ADMIN)
     statement = select(User).where(col(User.organization_id) == organization_id, condition)
@@ -338,20 +341,26 @@ async def _read_users(
 def _list_recipients(
     asked: WaitingNode, users: Sequence[User], *, starter_id: str, trigger_type: str
 ) -> Mapping[str, str]:
-    """Return the mail addresses by assignee, without a starter who may not answer."""
+    """Return the mail addresses by assignee, without a starter who may not answer.
+
+    The address of a user counts as the user: one person has one link and one vote.
+    """
     assignees = approvals.assignees_of(asked.request)
-    notify = asked.request.get("notify")
-    extra = notify.get("to") if isinstance(notify, dict) else None
-    addresses = [one for one in assignees if "@" in one]
-    addresses += [str(one) for one in extra] if isinstance(extra, list) else []
+    addresses = [one for one in [*assignees, *_extra_addresses(asked)] if "@" in one]
     may_self = asked.request.get("allowSelf", not assignees) is True or trigger_type in approvals.INTAKE_KINDS
     found = {user.id: user.email for user in users if may_self or user.id != starter_id}
-    known = {address.casefold() for address in found.values()}
+    known = {user.email.casefold() for user in users}
     for address in addresses:
         if address.casefold() not in known:
             known.add(address.casefold())
             found[address] = address
     return dict([*found.items()][:MAX_RECIPIENTS])
+
+
+def _extra_addresses(asked: WaitingNode) -> Sequence[str]:
+    notify = asked.request.get("notify")
+    extra = notify.get("to") if isinstance(notify, dict) else None
+    return [str(one) for one in extra] if isinstance(extra, list) else []
 
 
 def _read_mailboxes(text: str) -> Sequence[headers.Mailbox]:

@@ -303,7 +303,9 @@ def _show_question(
             "This question was answered, has expired, or its run has ended: nothing is to do.",
         )
     if question.is_self_approval:
-        return _message(403, "Not yours to answer", "Whoever started the run may not answer this question.")
+        return _message(
+            403, "Not yours to answer", "The user who started the run may not answer this question."
+        )
     title = str(asked.request.get("title") or "")
     parts = [head, f"<main><h1>{escape(title)}</h1>"]
     if description := str(asked.request.get("description") or ""):

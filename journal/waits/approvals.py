@@ -129,6 +129,8 @@ async def record_decision(
             is_answered = await node_answers.is_answered(connection, key, *place)
             reception = AnswerReception.LATE if is_answered else AnswerReception.UNAWAITED
             return DecisionResult(AnswerResult(reception))
+        if asked.expires_at is not None and asked.expires_at <= decision.answered_at:
+            return DecisionResult(AnswerResult(AnswerReception.EXPIRED))
         votes = await _read_votes(connection, key, place)
         if decision.by in votes:
             return DecisionResult(AnswerResult(AnswerReception.LATE))

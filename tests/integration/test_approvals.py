@@ -277,8 +277,9 @@ async def test_each_assignee_gets_a_link_of_their_own_and_is_reminded_until_the_
             run = await ask(
                 people,
                 assignees=[
-                    people.owner.user.id,
+                    people.owner.user.email,
                     people.colleague.user.id,
+                    people.colleague.user.email.upper(),
                     "mira@example.com",
                     "late@example.com",
                 ],
