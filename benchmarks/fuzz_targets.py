@@ -30,9 +30,15 @@ from nodes.sandbox import frames
 from nodes.sql_text import SqlDialect, StatementRefused, parse_statement
 from senders import cloudevents, sns
 from senders.mail_kinds import MailKind, parse_mail_form
-from senders.posted_forms import MULTIPART_TYPE, URLENCODED_TYPE, MediaType, parse_form
 from senders.request_refusal import RequestRefused
-from senders.sender_request import RequestHeaders, SenderRequest
+from senders.sender_request import (
+    MULTIPART_TYPE,
+    URLENCODED_TYPE,
+    MediaType,
+    RequestHeaders,
+    SenderRequest,
+    parse_form,
+)
 
 if TYPE_CHECKING:
     from engine.values import Json

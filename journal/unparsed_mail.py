@@ -20,11 +20,15 @@ from journal import concurrency_limits, run_labels
 from journal.blobs.blob_reference import BlobReference
 from journal.concurrency_limits import LimitAction
 from json_text import decoding
+from mail import mail_parsing, service_forms
+from mail.mail_limits import InvalidMail
 from models.database_time import DatabaseTime
 from models.execution import LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET, Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.ingest import Delivery
+from senders import mail_kinds, sender_request
 from senders.mail_kinds import MailKind
+from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from engine.values import Json
     from journal.concurrency_limits import ConcurrencyLimit
     from journal.store import ExecutionKey
+    from mail.mail_content import KeepAttachment, ParsedMailContent
+    from mail.service_forms import MailReception
 
 MAIL_PREFIX: Final = '{"$intake":'
 """Start of the text of an unparsed mail; no parsed mail begins with it."""
@@ -58,6 +64,15 @@ class ScreeningRules(msgspec.Struct, frozen=True, rename="camel", omit_defaults=
     max_spam_score: float | None = None
     accept_automatic: bool = False
     """Whether automatic replies, bounces and receipts are run too."""
+
+    def rejection_reason(self, received: MailReception) -> str | None:
+        """Return why the rules reject a mail by the report of its service; None if they accept it."""
+        if (check := received.failed_check(self.reject_on)) is not None:
+            return f"The mail service reports that the mail failed its {check} check, which `rejectOn` names"
+        score, most = received.spam_score, self.max_spam_score
+        if score is not None and most is not None and score > most:
+            return f"The mail service gives the mail a spam score of {score:g}, above `maxSpamScore` {most:g}"
+        return None
 
 
 class UnparsedMail(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -84,6 +99,25 @@ class UnparsedMail(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
         text.
         """
         return _decode(text).intake
+
+    def parse(self, contents: list[bytes], keep: KeepAttachment) -> tuple[ParsedMailContent, MailReception]:
+        """Return the parsed mail and its reception; pass attachments to `keep`. Raises `InvalidMail`.
+
+        It is CPU work and belongs into a thread. The content is removed from `contents`, since the decoded
+        fields of a urlencoded form are as large again.
+        """
+        if not self.content_type:
+            mail = mail_parsing.parse_mail(contents.pop(), keep)
+            received = service_forms.parse_ses_reception(self.verdicts)
+        else:
+            try:
+                form = sender_request.parse_form(
+                    sender_request.parse_media_type(self.content_type), contents.pop()
+                )
+                mail, received = mail_kinds.parse_mail_form(form, self.kind, keep)
+            except RequestRefused as error:
+                raise InvalidMail(error.message) from error
+        return mail, service_forms.add_envelope(received, self.sender, self.recipients)
 
     def as_json(self) -> dict[str, Json]:
         """Return the JSON value that is stored in place of a trigger."""

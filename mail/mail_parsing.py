@@ -13,7 +13,7 @@ from hashlib import sha256
 from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
-from mail import content_decoding, headers, mail_content
+from mail import composition, content_decoding, headers, mail_content
 from mail.mail_content import AttachmentLabel, KeepAttachment, MailAttachment, ParsedMailContent
 from mail.mail_limits import DEFAULT_LIMITS, InvalidMail, MailLimits
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _MESSAGE_ID: Final = re.compile(r"<[^<>\s]{1,998}>")
 _BLANK: Final = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*")
 _MAX_BLANK_BYTES: Final = 100
+_AUTOMATIC_REPORTS: Final = frozenset({"delivery-status", "disposition-notification"})
+_REPLY_HEADERS: Final = ("in-reply-to", "references")
 
 
 def parse_mail(
@@ -138,6 +140,30 @@ def _find_beginning(raw: Raw) -> int:
 def _join_texts(texts: Iterable[str]) -> str:
     """Join the texts of a body: clients split it at inline images, and mailing lists append texts."""
     return "\n".join(text for text in texts if text.strip())
+
+
+# ── automatic mail ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_automatic(mail: ParsedMailContent) -> bool:
+    """Return whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522)."""
+    submitted = headers.parse_parameters(_first_header(mail, "auto-submitted"))[0]
+    content_type, parameters = headers.parse_parameters(_first_header(mail, "content-type"))
+    reports = parameters.get("report-type", "").lower()
+    return submitted == "auto-replied" or (
+        content_type == "multipart/report" and reports in _AUTOMATIC_REPORTS
+    )
+
+
+def is_reply_to_workflow(mail: ParsedMailContent) -> bool:
+    """Return whether a mail answers a mail of a workflow."""
+    named = " ".join(_first_header(mail, name) for name in _REPLY_HEADERS)
+    return any(composition.is_workflow_mail(one) for one in named.split())
+
+
+def _first_header(mail: ParsedMailContent, name: str) -> str:
+    values = next((value for each, value in mail.email_headers.items() if each.lower() == name), "")
+    return values if isinstance(values, str) else " ".join(values)
 
 
 # ── MIME parts ──────────────────────────────────────────────────────────────────────────────────────────────

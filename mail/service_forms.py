@@ -350,3 +350,16 @@ def _parse_address(text: str) -> str | None:
         return str(ip_address(text))
     except ValueError:
         return None
+
+
+def build_trigger(
+    mail: ParsedMailContent, received: MailReception, references: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the output of the trigger node, with the references to the stored attachments in their order."""
+    left = iter(references)
+    attachments = []
+    for attachment in mail.attachments:
+        # An attachment that is still at the mail service was not stored, and has a URL instead of a content.
+        blob = {"blob": next(left)} if attachment.sha256 else {}
+        attachments.append({**attachment.as_json(), **blob})
+    return {**mail.as_json(attachments), **received.as_json()}

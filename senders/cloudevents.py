@@ -14,10 +14,9 @@ from urllib.parse import unquote_to_bytes
 
 from engine.values import Json
 from senders import sender_event, signatures
-from senders.posted_forms import MediaType
 from senders.request_refusal import RequestRefused
 from senders.sender_event import EventBatch, SenderEvent
-from senders.sender_request import SenderRequest
+from senders.sender_request import MediaType, SenderRequest
 
 CLOUDEVENTS_SOURCE: Final = "cloudevents"
 STRUCTURED_TYPE: Final = "application/cloudevents+json"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from engine.values import Json
-from senders import posted_forms, sender_event, signatures
+from senders import sender_event, sender_request, signatures
 from senders.request_refusal import RequestRefused
 from senders.sender_event import SenderEvent
 from senders.sender_request import SenderRequest, parse_json
@@ -48,7 +48,7 @@ def parse_event(request: SenderRequest) -> SenderEvent:
 
 
 def _parse_payload(request: SenderRequest) -> Json:
-    if request.media_type.name != posted_forms.URLENCODED_TYPE:
+    if request.media_type.name != sender_request.URLENCODED_TYPE:
         return request.json
     payload = request.form.first("payload")
     if payload is None:

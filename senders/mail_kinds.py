@@ -13,16 +13,15 @@ from engine.values import Json, fingerprint
 from mail import mail_parsing, service_forms
 from mail.mail_content import AttachmentLabel
 from mail.mail_limits import InvalidMail
-from senders import posted_forms, ses, signatures, sns
-from senders.posted_forms import PostedForm
+from senders import sender_request, ses, signatures, sns
 from senders.request_refusal import RequestRefused
-from senders.sender_request import SenderRequest, parse_json
+from senders.sender_request import PostedForm, SenderRequest, parse_json
 from senders.ses import SesMail
 
 if TYPE_CHECKING:
     from mail.mail_content import KeepAttachment, ParsedMailContent
     from mail.service_forms import MailReception
-    from senders.posted_forms import PostedForm
+    from senders.sender_request import PostedForm
 
 
 RAW_TYPE: Final = "message/rfc822"
@@ -81,7 +80,7 @@ def recognize_mail(request: SenderRequest) -> MailKind:
     headers = request.headers
     if sns.TYPE_HEADER in headers or sns.RAW_HEADER in headers:
         return MailKind.SNS
-    if request.media_type.name in {posted_forms.MULTIPART_TYPE, posted_forms.URLENCODED_TYPE}:
+    if request.media_type.name in {sender_request.MULTIPART_TYPE, sender_request.URLENCODED_TYPE}:
         return _recognize_form(parse_mail_fields(request))
     if request.media_type.is_json:
         return _recognize_json(request.json)
@@ -106,9 +105,9 @@ def parse_envelope(form: PostedForm, kind: MailKind) -> MailEnvelope:
     """
     if kind not in SENDGRID_KINDS:
         # Mailgun posts the mail's headers as fields too, after its own fields: the first one counts.
-        recipient = posted_forms.decode_value(form.first("recipient") or b"")
+        recipient = sender_request.decode_value(form.first("recipient") or b"")
         return MailEnvelope(
-            posted_forms.decode_value(form.first("sender") or b""), [recipient] if recipient else []
+            sender_request.decode_value(form.first("sender") or b""), [recipient] if recipient else []
         )
     try:
         decoded = parse_json(form.first("envelope") or b"{}")
@@ -233,7 +232,7 @@ def find_message_id(mail: memoryview) -> str | None:
     head = bytes(mail[:MAX_HEADER_BYTES])
     end = _HEADER_END.search(head)
     found = _MESSAGE_ID.search(head, 0, end.start() if end else len(head))
-    return None if found is None else "".join(posted_forms.decode_value(found[1]).split()) or None
+    return None if found is None else "".join(sender_request.decode_value(found[1]).split()) or None
 
 
 def _content_digest(form: PostedForm, kind: MailKind) -> str:

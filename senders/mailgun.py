@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Final
 
 from engine.values import Json
-from senders import posted_forms, signatures
+from senders import sender_request, signatures
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
 
@@ -50,7 +50,7 @@ def _signature_fields(request: SenderRequest) -> tuple[str, str, str]:
         given = [members.get(name) if isinstance(members, dict) else None for name in _SIGNATURE_FIELDS]
     else:
         found = [request.form.last(name) for name in _SIGNATURE_FIELDS]
-        given = [None if value is None else posted_forms.decode_value(value) for value in found]
+        given = [None if value is None else sender_request.decode_value(value) for value in found]
     texts = [value for value in given if isinstance(value, str)]
     if len(texts) != len(_SIGNATURE_FIELDS):
         raise signatures.missing_signature("timestamp, token or signature")

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Final
 
 from engine.values import Json
-from senders import posted_forms, sender_event, signatures
+from senders import sender_event, sender_request, signatures
 from senders.sender_event import SenderEvent, UrlChallenge
 from senders.sender_request import SenderRequest, parse_json
 from senders.signatures import SignatureResult
@@ -58,7 +58,7 @@ def _event_type(data: Mapping[str, Json]) -> str:
 
 def _parse_payload(request: SenderRequest) -> Json:
     """Return the payload: a body of JSON, JSON in a form (a click), or the fields of a form (a command)."""
-    if request.media_type.name != posted_forms.URLENCODED_TYPE:
+    if request.media_type.name != sender_request.URLENCODED_TYPE:
         return request.json
     form = request.form
     payload = form.first("payload")
@@ -66,7 +66,7 @@ def _parse_payload(request: SenderRequest) -> Json:
         return parse_json(payload)
     return {
         sender_event.storable_text(part.name): sender_event.storable_text(
-            posted_forms.decode_value(part.value)
+            sender_request.decode_value(part.value)
         )
         for part in form.parts
     }

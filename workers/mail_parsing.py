@@ -35,14 +35,13 @@ from journal.group_commit import GroupCommit
 from journal.recorder import LeaseKeeper, RunLease
 from journal.store import ClaimQuery, ExecutionKey, RunWrite
 from journal.unparsed_mail import MailParseResult, MailRunState, UnparsedMail
-from mail import headers, mail_content
+from mail import headers, mail_content, mail_parsing, service_forms
 from mail.mail_limits import InvalidMail
 from messages import wakeups
 from messages.broker import BrokerUnavailable
 from models.errors import DatabaseUnavailable
 from models.execution import UNPARSED_TARGET
 from models.execution_status import TERMINAL_STATUSES
-from workers import mail_triggers
 
 if TYPE_CHECKING:
     from engine.services import DataSourceService, ThrottleService
@@ -412,10 +411,8 @@ class MailParser:
         """
         references: list[dict[str, Any]] = []
         try:
-            mail, received = mail_triggers.parse_mail(
-                found, contents, self._attachment_keeper(parse_task, references, loop)
-            )
-            trigger = mail_triggers.build_trigger(mail, received, references)
+            mail, received = found.parse(contents, self._attachment_keeper(parse_task, references, loop))
+            trigger = service_forms.build_trigger(mail, received, references)
             return ParsedMail(mail, received, found.screening, trigger, _encode(trigger).decode())
         except AttachmentNotStored as error:
             raise error.__cause__ or error from None
@@ -451,20 +448,20 @@ class MailParser:
 
     async def _rejection_reason(self, parse_task: MailParseTask, parsed: ParsedMail) -> RunError | None:
         """Return why a mail must not run: its trigger rejects it, it is automatic, or it may be part of a mail loop."""
-        if (reason := mail_triggers.rejection_reason(parsed.received, parsed.screening)) is not None:
-            return RunError(MAIL_REJECTED_CODE, reason)
-        accepts_automatic = parsed.screening is None or parsed.screening.accept_automatic
-        if not accepts_automatic and mail_triggers.is_automatic(parsed.mail):
-            kinds = "an automatic reply, a bounce or a receipt"
-            return RunError(
-                MAIL_LOOP_CODE, f"The mail is {kinds}; `acceptAutomatic` on the trigger runs those too"
-            )
+        if parsed.screening is not None:
+            if (rejected := parsed.screening.rejection_reason(parsed.received)) is not None:
+                return RunError(MAIL_REJECTED_CODE, rejected)
+            if not parsed.screening.accept_automatic and mail_parsing.is_automatic(parsed.mail):
+                kinds = "an automatic reply, a bounce or a receipt"
+                return RunError(
+                    MAIL_LOOP_CODE, f"The mail is {kinds}; `acceptAutomatic` on the trigger runs those too"
+                )
         reason = await self._loop_reason(parse_task, parsed.mail)
         return None if reason is None else RunError(MAIL_LOOP_CODE, reason)
 
     async def _loop_reason(self, parse_task: MailParseTask, mail: ParsedMailContent) -> str | None:
         """Return why a mail must not run if it may be part of a mail loop."""
-        if not mail_triggers.is_reply_to_workflow(mail):
+        if not mail_parsing.is_reply_to_workflow(mail):
             return None
         sender = ",".join(headers.bare_addresses(mail.from_)).lower()
         digest = sha256(sender.encode()).hexdigest()[:32]

@@ -38,6 +38,7 @@ from senders.sns import SnsMessageType
 if TYPE_CHECKING:
     from engine.values import Json
     from execution.stored_data_sources import StoredDataSources
+    from gateway.http.errors import ApiError
     from gateway.http.sender import RequestSender
     from gateway.ingest.delivery_log import InboundRequest
     from gateway.ingest.ingest import RunTarget
@@ -365,11 +366,15 @@ async def _ingest(
         idempotency_key,
         status=status,
         own_key=own_key,
-        reused=errors.conflict(
-            "replayed-delivery", "The signature of this delivery was used for another one before"
-        ),
+        refuse_reuse=_refuse_replay,
     )
     return _answer(request, accepted, status)
+
+
+def _refuse_replay() -> ApiError:
+    return errors.conflict(
+        "replayed-delivery", "The signature of this delivery was used for another one before"
+    )
 
 
 def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:

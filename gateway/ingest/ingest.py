@@ -169,12 +169,12 @@ class RequestIngestor:
         *,
         status: int = 201,
         own_key: IdempotencyKey | None = None,
-        reused: ApiError | None = None,
+        refuse_reuse: Callable[[], ApiError] = idempotency.mismatch_error,
     ) -> AcceptanceResult:
         """Ingest the one run of a request, or return the earlier run with the same idempotency key.
 
-        `own_key` identifies the request itself; if it was used for other content, the request is refused with
-        `reused`. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
+        `own_key` identifies the request itself; if it was used for other content, `refuse_reuse` makes the
+        refusal. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
         is stored as a duplicate.
         """
         caller, workflow_id = inbound.sender.caller, str(inbound.workflow_id)
@@ -191,7 +191,7 @@ class RequestIngestor:
         try:
             taken = await self.ingest_batch(plan_write)
             if taken.verdict is AcceptanceVerdict.MISMATCH:
-                raise reused or idempotency.mismatch_error()
+                raise refuse_reuse()
             accepted = taken.runs[0] if taken.runs else await self._ingest_first(taken)
         except ApiError:
             # A request that was answered before gets the same answer, even if the workflow has changed since.

@@ -17,13 +17,12 @@ from gateway.http.errors import ApiError
 from gateway.http.request import BodyLimit
 from gateway.ingest.verification import FIELD, SigningProvider, VerificationConfig, parse_config
 from models.workflow_triggers import matching_patterns
-from senders import github, posted_forms, sender_event, slack
+from senders import github, sender_event, sender_request, slack
 from senders.sender_event import UrlChallenge
 
 if TYPE_CHECKING:
     from journal.definition_snapshot import LoadedWorkflow
-    from senders.posted_forms import FormPart, PostedForm
-    from senders.sender_request import RequestHeaders, SenderRequest
+    from senders.sender_request import FormPart, PostedForm, RequestHeaders, SenderRequest
 
 KIND: Final = "webhook"
 PING: Final = "ping"
@@ -169,7 +168,7 @@ def _body(request: SenderRequest) -> Json:
         return {}
     if request.media_type.is_json:
         return request.json
-    if name in {posted_forms.URLENCODED_TYPE, posted_forms.MULTIPART_TYPE}:
+    if name in {sender_request.URLENCODED_TYPE, sender_request.MULTIPART_TYPE}:
         return _fields(request.form)
     request.require_offloaded()
     if name.startswith("text/") or name.endswith("+xml") or name in _TEXTS:
@@ -182,7 +181,7 @@ def _text(request: SenderRequest) -> str:
     try:
         return request.body.decode(charset)
     except (LookupError, ValueError):
-        return posted_forms.decode_value(request.body)
+        return sender_request.decode_value(request.body)
 
 
 def _fields(form: PostedForm) -> dict[str, Json]:
@@ -194,7 +193,7 @@ def _fields(form: PostedForm) -> dict[str, Json]:
 
 def _field(part: FormPart) -> Json:
     if not part.is_file:
-        return sender_event.storable_text(posted_forms.decode_value(part.value))
+        return sender_event.storable_text(sender_request.decode_value(part.value))
     return {
         **_bytes(part.value, part.content_type or ""),
         "filename": sender_event.storable_text(part.filename or ""),

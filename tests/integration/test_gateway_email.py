@@ -23,6 +23,7 @@ from gateway.ingest import delivery_log
 from journal import unparsed_mail
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
 from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, IngestWrite
+from journal.unparsed_mail import UnparsedMail
 from mail import headers
 from messages.token_buckets import BucketRate
 from models.errors import DatabaseUnavailable
@@ -34,7 +35,6 @@ from tests.integration.mail_harness import MailHarness, run_mail_harness, wait_u
 from tests.loop_heartbeat import measure_heartbeat
 from tests.provider_requests import BY_NAME, CASES, CONFIG, ProviderCase, ProviderStep
 from workers import mail_parsing
-from workers import mail_triggers as worker_mails
 
 MAILS = [case for case in CASES if case.provider in {"native", "sendgrid", "mailgun", "ses"}]
 NO_RUNS = {
@@ -629,7 +629,7 @@ async def test_an_exception_of_a_parser_fails_the_run_at_once_and_its_delivery_c
         raise IndexError("list index out of range")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker_mails, "parse_mail", break_down)
+        patch.setattr(UnparsedMail, "parse", break_down)
         await mails.read(execution_id)
     failed = await mails.run(execution_id)
     assert (failed.status, failed.error["code"], failed.attempt) == ("failed", "invalid-input", 1)

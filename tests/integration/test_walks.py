@@ -114,7 +114,7 @@ async def test_a_mail_of_sendgrid_walks_through_few_files(
         await wait_for_end(ended, answer.json()["executionId"])
 
     await send()
-    assert_walks(await shortest_walk(send, 2), through="nodes/library/email_trigger.py", at_most=68)
+    assert_walks(await shortest_walk(send, 2), through="nodes/library/email_trigger.py", at_most=65)
 
 
 async def test_a_deploy_walks_through_few_files(

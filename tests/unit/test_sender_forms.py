@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concurrency import offload
-from senders import event_senders, mail_kinds, posted_forms, ses, sns
+from senders import event_senders, mail_kinds, sender_request, ses, sns
 from senders.event_senders import EventSender
 from senders.mail_kinds import MailKind
-from senders.posted_forms import PostedForm
-from senders.sender_request import RequestRefused, SenderRequest
+from senders.sender_request import PostedForm, RequestRefused, SenderRequest
 from tests.provider_requests import build_request
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
@@ -28,7 +27,7 @@ URLENCODED = "application/x-www-form-urlencoded"
 
 
 def parse_body(body: bytes, content_type: str = MULTIPART) -> PostedForm:
-    return posted_forms.parse_form(posted_forms.parse_media_type(content_type), body)
+    return sender_request.parse_form(sender_request.parse_media_type(content_type), body)
 
 
 def form_part(value: bytes, header: bytes = b'Content-Disposition: form-data; name="a"') -> bytes:
@@ -139,7 +138,7 @@ def test_a_form_without_its_boundary_is_refused(content_type: str) -> None:
         b"before\r\n" + form_part(b"1") + b"--b--",
         b"--b\r\n--b--",
         b"--b\r\na: b\r\n--b--",
-        form_part(b"1", b"X: " + b"x" * posted_forms.MAX_HEADER_BYTES) + b"--b--",
+        form_part(b"1", b"X: " + b"x" * sender_request.MAX_HEADER_BYTES) + b"--b--",
     ],
 )
 def test_a_form_that_is_cut_or_broken_is_refused(body: bytes) -> None:
@@ -152,7 +151,7 @@ def test_media_types_other_than_forms_are_refused() -> None:
 
 HEADER_OF_PARAMETERS = b'Content-Disposition: form-data; x="' + b';a="' * 2_000
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "parts": (MULTIPART, lambda: form_part(b"") * (posted_forms.MAX_PARTS + 1) + b"--b--"),
+    "parts": (MULTIPART, lambda: form_part(b"") * (sender_request.MAX_PARTS + 1) + b"--b--"),
     "almost boundaries": (MULTIPART, lambda: form_part(b"") + b"\r\n--bx" * 5_000_000),
     "padding": (MULTIPART, lambda: form_part(b"")[:-2] + b"\r\n--b" + b" " * 30_000_000 + b"\r\n"),
     "line ends": (MULTIPART, lambda: b"\r\n" * 15_000_000),
