@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
 
 ORIGINAL: Final = "original"
 CURRENT: Final = "current"
+MAX_KEPT_NODES: Final = 5_000
+"""Capacity of the cache of compiled definitions, in nodes."""
 _REQUEST: Final = b"{}"
 """Stands for a recorded request, which a plan does not read."""
 
@@ -148,6 +151,7 @@ class ReplayPlanner:
         self._clock = clock
         self._workflows = workflows
         self._catalog = catalog
+        self._compiled = _CompiledDefinitions(catalog)
         self._blobs = blobs
 
     async def plan(self, key: ExecutionKey, caller: ApiCaller, choice: ReplayChoice) -> PlannedReplay:
@@ -167,7 +171,7 @@ class ReplayPlanner:
             kind = recorded.row.trigger_type
             found = definition_snapshot.find_trigger(chosen.content["nodes"], self._catalog)
             trigger = trigger_output(found.kind if found else kind, choice.input, self._clock.now())
-        plan = _Planning(recorded, chosen, choice, options, trigger, self._catalog, self._clock)
+        plan = _Planning(recorded, chosen, choice, options, trigger, self._compiled, self._clock)
         planned = await asyncio.to_thread(plan.make)
         if plan.has_expirable and (expired := await self._find_expired(recorded)):
             plan.expired = expired
@@ -306,6 +310,26 @@ class ReplayPlanner:
                 raise errors.not_ready("The blob storage does not answer: try again") from error
 
 
+class _CompiledDefinitions:
+    """Compiled definitions of the last plans, by hash; used in threads."""
+
+    def __init__(self, catalog: NodeCatalog) -> None:
+        self._catalog = catalog
+        self._kept: OrderedDict[tuple[str, str], WorkflowProgram] = OrderedDict()
+
+    def program(self, organization_id: str, digest: str, content: Mapping[str, Any]) -> WorkflowProgram:
+        """Return a program; raises `InvalidDefinition`."""
+        key = (organization_id, digest)
+        found = self._kept.get(key)
+        if found is None:
+            graph = ParsedGraph.from_stored(content)
+            found = WorkflowProgram.compile(graph, self._catalog, lambda _kind: _run_nothing)
+            self._kept[key] = found
+            while sum(len(each.nodes) for each in list(self._kept.values())[:-1]) > MAX_KEPT_NODES:
+                self._kept.popitem(last=False)
+        return found
+
+
 class _Planning:
     """One plan in the making."""
 
@@ -316,7 +340,7 @@ class _Planning:
         choice: ReplayChoice,
         options: ReplayOptions,
         new_trigger: Json,
-        catalog: NodeCatalog,
+        compiled: _CompiledDefinitions,
         clock: RunClock,
     ) -> None:
         self.recorded = recorded
@@ -329,7 +353,7 @@ class _Planning:
         self._chosen = chosen
         self._choice = choice
         self._options = options
-        self._catalog = catalog
+        self._compiled = compiled
         self._clock = clock
         self._program: WorkflowProgram | None = None
         self._original: ParsedGraph | None = None
@@ -371,8 +395,8 @@ class _Planning:
 
     def _compile(self) -> WorkflowProgram:
         try:
-            graph = ParsedGraph.from_stored(self._chosen.content)
-            return WorkflowProgram.compile(graph, self._catalog, lambda _kind: _run_nothing)
+            organization_id = self.recorded.row.organization_id
+            return self._compiled.program(organization_id, self._chosen.hash, self._chosen.content)
         except InvalidDefinition as error:
             message = f"The definition can't run: {error}"
             raise errors.invalid([errors.problem("definition", "invalid-definition", message)]) from error
@@ -518,10 +542,34 @@ async def _read_execution(
         facts.where(*of_run, col(SpanRow.iteration) == "").order_by(col(SpanRow.sequence))
     )
     spans = [_decode_span(row) for row in rows]
-    written = await connection.scalars(
-        select(col(SpanRow.node_id))
-        .where(*of_run, col(SpanRow.iteration) != "", or_(_IS_COMPLETED, _WAS_SENT))
-        .distinct()
+    has_loops = await connection.scalar(
+        select(col(SpanRow.node_id)).where(*of_run, col(SpanRow.iteration) != "").limit(1)
+    )
+    written, in_failed = await _find_written_in_loops(connection, key) if has_loops else (set(), set())
+    used = {name for span in spans if (parts := decode_key(span.hashes)) for name, _ in parts.sources}
+    revisions: dict[str, int] = {}
+    if used:
+        found_sources = await connection.execute(
+            select(col(DataSource.id), col(DataSource.revision)).where(
+                col(DataSource.organization_id) == caller.organization_id,
+                col(DataSource.id).in_(sorted(used)),
+            )
+        )
+        revisions = {row.id: row.revision for row in found_sources}
+    return RecordedExecution(
+        key, found, found.body, spans, frozenset(written), frozenset(in_failed), revisions
+    )
+
+
+async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:
+    """Return the nodes with results in any iteration, and those with results in iterations that did not complete."""
+    of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
+    written = set(
+        await connection.scalars(
+            select(col(SpanRow.node_id))
+            .where(*of_run, col(SpanRow.iteration) != "", or_(_IS_COMPLETED, _WAS_SENT))
+            .distinct()
+        )
     )
     in_failed = set(
         await connection.scalars(
@@ -537,19 +585,7 @@ async def _read_execution(
         span = _decode_span(row)
         if may_have_happened(span):
             in_failed.add(span.node_id)
-    used = {name for span in spans if (parts := decode_key(span.hashes)) for name, _ in parts.sources}
-    revisions: dict[str, int] = {}
-    if used:
-        found_sources = await connection.execute(
-            select(col(DataSource.id), col(DataSource.revision)).where(
-                col(DataSource.organization_id) == caller.organization_id,
-                col(DataSource.id).in_(sorted(used)),
-            )
-        )
-        revisions = {row.id: row.revision for row in found_sources}
-    return RecordedExecution(
-        key, found, found.body, spans, frozenset(written), frozenset(in_failed), revisions
-    )
+    return written, in_failed
 
 
 def _decode_span(row: Row[Any]) -> NodeSpan:
