@@ -25,6 +25,7 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.node_api import AnswerSource
+from engine.replay_plan import ResultUse
 from engine.values import Json
 from execution.pod_api import PREFIX, RUNNER_HEADER, WorkPollResponse
 from gateway import main as gateways
@@ -34,9 +35,11 @@ from gateway.pods import poll_hub as desks
 from gateway.pods import routes
 from gateway.settings import GatewaySettings
 from gateway.state import GatewayState
+from journal import run_copies
 from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.large_values import EncodedTrigger
+from journal.run_copies import ReplayCopy
 from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
 from journal.waits import node_answers
 from messages.deployer_messages import DeployerMessage, ReconcileDeployment
@@ -433,6 +436,45 @@ async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(
     assert "greet" in greeted
     assert len({one.headers["idempotency-key"] for one in receiver.received}) == 1
     assert receiver.received[0].body == receiver.received[1].body
+
+
+async def test_a_replay_reuses_results_in_a_pod(pods: DeployedPods, receiver: HttpReceiver) -> None:
+    await pods.start().ready()
+    definition = chain_definition(GREET, call(receiver), {**GREET, "id": "last"})
+    first = await pods.accept(definition)
+    await pods.reaches(first, "completed")
+    await pods.run_database.query(
+        "UPDATE execution SET assigned_deployment_id = workflow_id WHERE id = :id", id=first.execution_id
+    )
+    new_id = ids.new_id("exec")
+    replay = ReplayCopy(
+        definition_hash=sha256(definition.encode()).hexdigest(),
+        total_nodes=4,
+        timeout_seconds=60,
+        config=None,
+        trigger=None,
+        concurrency_key=None,
+        concurrency_limit=None,
+        follow_up=None,
+        spans={ResultUse.SETTLED: [("start", "")], ResultUse.UNCONFIRMED: [("call", "")]},
+    )
+
+    async def insert_replay(connection: AsyncConnection) -> None:
+        owner = pods.owned_workflow.user_id
+        await run_copies.insert_replay(connection, first, new_id, owner, replay)
+
+    await pods.run_database.database.transaction(insert_replay)
+    await pods.reaches(ExecutionKey(new_id, first.shard), "completed")
+    rows = await pods.run_database.query(
+        "SELECT node_id, status, reused_from FROM span WHERE execution_id = :id", id=new_id
+    )
+    assert {(row["node_id"], row["status"], row["reused_from"]) for row in rows} == {
+        ("start", "completed", first.execution_id),
+        ("greet", "completed", None),
+        ("call", "completed", first.execution_id),
+        ("last", "completed", None),
+    }
+    assert len(receiver.received) == 1
 
 
 @ON_POSTGRES
