@@ -38,12 +38,24 @@ if TYPE_CHECKING:
     from journal.waits.approvals import DecisionResult
     from journal.waits.node_answers import WaitingNode
     from models.access import ApiCaller
+    from models.approval import ApprovalRequest
     from models.database import Database
 
 log = structlog.get_logger()
 
 SHOWN_TURNS: Final = 20
 FORBIDDEN: Final = 403
+
+
+class QuestionMails(WireStruct):
+    """Mails to the assignees of a question."""
+
+    rounds: int
+    """Number of times that all who had not answered got a mail: the question, then reminders."""
+    next_at: Instant | None
+    """Time of the next attempt or reminder; null if none follows."""
+    last_error: str | None
+    """Error of the last attempt, if it failed."""
 
 
 class PendingInput(WireStruct):
@@ -65,6 +77,8 @@ class PendingInput(WireStruct):
     """Number of people who must make the same choice."""
     requested_at: Instant | None
     expires_at: Instant | None
+    mails: QuestionMails | None
+    """Mails about the question; null if its node sends none."""
 
 
 class PendingInputs(WireStruct):
@@ -118,12 +132,15 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
         found = await node_answers.list_organization_waits(
             connection, visibility_condition(caller), at_most=limits.PENDING_INPUTS
         )
+        mails = await approvals.read_requests(connection, [one.execution_id for one in found])
     assigned = [
         AssignedInput(
             execution_id=one.execution_id,
             workflow_id=one.workflow_id,
             workflow_name=one.workflow_name,
-            **structs.asdict(_shown(one.node)),
+            **structs.asdict(
+                _shown(one.node, mails.get((one.execution_id, one.node.node_id, one.node.iteration)))
+            ),
         )
         for one in found
         if approvals.find_refusal(
@@ -139,7 +156,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
     key = await request.gateway.access.key(request.path_params["id"], request.caller)
     async with request.gateway.database.read() as connection:
         found = await node_answers.list_input_waits(connection, key)
-    return JsonResponse(PendingInputs(count=len(found), inputs=[_shown(one) for one in found]))
+        mails = await approvals.read_requests(connection, [key.execution_id])
+    shown = [_shown(one, mails.get((key.execution_id, one.node_id, one.iteration))) for one in found]
+    return JsonResponse(PendingInputs(count=len(found), inputs=shown))
 
 
 async def answer(request: GatewayRequest) -> JsonResponse:
@@ -319,7 +338,7 @@ def _accepted_response(
     return JsonResponse(taken, headers=headers)
 
 
-def _shown(one: WaitingNode) -> PendingInput:
+def _shown(one: WaitingNode, mails: ApprovalRequest | None) -> PendingInput:
     schema = one.request.get("schema")
     return PendingInput(
         node_id=one.node_id,
@@ -333,4 +352,9 @@ def _shown(one: WaitingNode) -> PendingInput:
         approvals=approvals.needed_approvals(one.request),
         requested_at=optional_instant(one.started_at),
         expires_at=optional_instant(one.expires_at),
+        mails=None
+        if mails is None
+        else QuestionMails(
+            rounds=mails.round, next_at=optional_instant(mails.due_at), last_error=mails.error
+        ),
     )

@@ -22,7 +22,7 @@ from engine.node_api import OUTPUT, AnswerSource
 from journal.waits import node_answers
 from journal.waits.node_answers import AnswerReception, AnswerResult, WaitingNode
 from models import timestamps
-from models.approval import ApprovalLink, ApprovalVote
+from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.database_time import DatabaseTime
 from models.execution import Execution
 
@@ -180,6 +180,17 @@ async def _read_votes(
         row.voter: {"choice": row.choice, "by": row.voter, "at": timestamps.format_timestamp(row.created_at)}
         for row in await connection.execute(statement)
     }
+
+
+async def read_requests(
+    connection: AsyncConnection, execution_ids: Sequence[str]
+) -> dict[tuple[str, str, str], ApprovalRequest]:
+    """Return the requests for mails of runs, by execution, node and iteration."""
+    if not execution_ids:
+        return {}
+    statement = select(ApprovalRequest).where(col(ApprovalRequest.execution_id).in_(execution_ids))
+    found = [ApprovalRequest(**row) for row in (await connection.execute(statement)).mappings()]
+    return {(one.execution_id, one.node_id, one.iteration): one for one in found}
 
 
 # ── links ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -296,6 +296,8 @@ async def test_each_assignee_gets_a_link_of_their_own_and_is_reminded_until_the_
                 await asyncio.sleep(0.02)
             assert (row.round, "late@example.com" in str(row.error)) == (0, True)
             assert link_in(first) != link_in(second)
+            [shown] = (await get_json(people.owner, f"/{run}/pending-inputs"))["inputs"]
+            assert (shown["mails"]["rounds"], "451" in shown["mails"]["lastError"]) == (0, True)
             del server.answers["late@example.com"]
             await make_due(harness, run)
             assert (await wait_for_mails(server, 3))[2].recipients == ["late@example.com"]

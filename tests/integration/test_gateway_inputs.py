@@ -78,6 +78,7 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
         "choices": input_waits.REQUEST["choices"],
         "assignees": [],
         "approvals": 1,
+        "mails": None,
     }
     response = await answer(people.owner, waiting_execution_id)
     assert (response.status_code, response.json()) == (
