@@ -21,7 +21,7 @@ async def test_what_was_never_deployed_is_told_to_be_absent(cluster: DriverUnder
         await cluster.driver.scale("wf_none", 1)
 
 
-async def test_what_is_applied_comes_up_and_is_told_as_it_is(cluster: DriverUnderTest) -> None:
+async def test_an_applied_deployment_starts_and_is_reported_as_it_is(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start(definition_hash="d1", generation=7)
     observed = await cluster.driver.observe(wanted.workflow_id)
     assert (observed.exists, observed.is_ready, observed.replicas, observed.available) == (True, True, 1, 1)
@@ -31,7 +31,7 @@ async def test_what_is_applied_comes_up_and_is_told_as_it_is(cluster: DriverUnde
     assert await cluster.get(f"{observed.pods[0].address}/readyz") == {}
 
 
-async def test_what_is_applied_twice_stays_as_it_is(cluster: DriverUnderTest) -> None:
+async def test_a_second_equal_apply_changes_nothing(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start()
     before = await cluster.driver.observe(wanted.workflow_id)
     await cluster.driver.apply(wanted)
@@ -166,7 +166,7 @@ async def test_a_pod_that_is_replaced_ends_beside_the_one_that_takes_its_place(
     assert before.name not in {pod.name for pod in after.pods}
 
 
-async def test_what_is_deleted_is_gone_and_its_neighbour_is_not(cluster: DriverUnderTest) -> None:
+async def test_a_deleted_object_is_gone_and_its_neighbor_is_not(cluster: DriverUnderTest) -> None:
     wanted = cluster.wanted(workflow_id="wf_A", environment={"POD_DRAIN_SECONDS": "0.3"})
     neighbour = cluster.wanted(workflow_id="wf-a")
     await cluster.driver.apply(wanted)

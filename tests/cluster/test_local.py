@@ -159,7 +159,7 @@ async def test_logs_are_bounded_and_keep_the_end(local_cluster: DriverUnderTest,
     assert last.text == "end-2"
 
 
-async def test_what_can_not_be_read_any_more_keeps_nobody_from_starting(
+async def test_an_unreadable_row_does_not_prevent_a_start(
     local_cluster: DriverUnderTest, folder: Path
 ) -> None:
     wanted = await local_cluster.start()

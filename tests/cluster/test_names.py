@@ -56,7 +56,7 @@ def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
     assert deployment["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
 
 
-def test_what_applications_call_leads_to_the_gateway_and_only_that_may_enter() -> None:
+def test_the_service_of_a_workflow_leads_to_the_gateway_which_alone_may_enter() -> None:
     one = desired_deployment()
     service = manifests.build_gateway_service(one, cluster_layout())
     assert service["metadata"]["name"] == names.workflow_name(one.workflow_id)

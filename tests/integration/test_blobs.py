@@ -98,7 +98,7 @@ async def test_nobody_else_finds_a_content_by_its_hash(blobs: BlobStore, owner: 
 
 
 @pytest.mark.parametrize("hash_of_it", FORGED)
-async def test_what_is_no_hash_leads_nowhere(blobs: BlobStore, hash_of_it: str) -> None:
+async def test_a_malformed_hash_leads_nowhere(blobs: BlobStore, hash_of_it: str) -> None:
     with pytest.raises(BlobLost):
         await blobs.get(OURS, hash_of_it)
 

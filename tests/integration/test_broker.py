@@ -157,7 +157,7 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
     assert await _next_item(wakeups) == 4
 
 
-async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once(shared_url: str) -> None:
+async def test_a_message_to_an_absent_deployer_is_queued_once(shared_url: str) -> None:
     async with _open_broker(shared_url) as other_broker, _open_broker(shared_url) as later:
         for workflow_id in ("wf_a", "wf_b", "wf_a"):
             await other_broker.notify_deployer(ReconcileDeployment(workflow_id))

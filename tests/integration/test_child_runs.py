@@ -260,7 +260,7 @@ async def test_what_the_caller_may_not_read_is_not_run(run_database: RunDatabase
     assert (await start_refused(starter, caller, elsewhere)).code == "workflow-not-found"
 
 
-async def test_what_cannot_be_run_says_why(run_database: RunDatabase) -> None:
+async def test_a_refusal_to_start_a_sub_workflow_gives_its_reason(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
     caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
     starter = make_starter(run_database)

@@ -278,7 +278,7 @@ def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_r
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_what_a_user_can_mend_is_told_in_one_line(
+def test_an_error_that_the_user_can_fix_is_one_line(
     arguments: list[str], variables: dict[str, str], told: str, tmp_path: Path
 ) -> None:
     done = command_runs.run(*arguments, given=command_environment(tmp_path, **variables))
@@ -303,7 +303,7 @@ def test_what_a_user_can_mend_is_told_in_one_line(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_what_a_server_or_its_database_refuses_is_told_in_one_line(
+def test_a_refusal_of_a_server_or_its_database_is_one_line(
     shell: CommandShell, arguments: list[str], told: str
 ) -> None:
     done = command_runs.run(*arguments, given=shell.given)

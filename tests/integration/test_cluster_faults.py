@@ -620,7 +620,7 @@ async def test_callers_notification_neither_a_drain_nor_a_deploy_nor_a_rollback(
     assert (said[0], said[-1], set(said)) == ("first", "first", {"first", "second"})
 
 
-async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
+async def test_runs_of_a_pod_on_a_lost_node_continue_in_another(
     gateway: GatewayHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))

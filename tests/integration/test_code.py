@@ -221,7 +221,7 @@ async def test_a_script_has_only_so_much_memory(code_bench: CodeBench, source: s
         "'a' " * 16_000 + "'b'\nx = " + "[" * 90 + "]" * 90 + "\n1 / 0",
     ],
 )
-async def test_what_blows_up_ends_in_a_limit(code_bench: CodeBench, source: str) -> None:
+async def test_exploding_code_ends_in_a_limit(code_bench: CodeBench, source: str) -> None:
     began_at = time.monotonic()
     code, _ = await code_bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32)
     assert code in {"timeout", "out-of-memory", "code-error", "crashed"}

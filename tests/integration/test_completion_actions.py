@@ -486,7 +486,7 @@ async def test_ends_that_no_worker_made_are_told_too(
     )
 
 
-async def test_what_is_due_is_found_by_its_index(completion_harness: CompletionHarness) -> None:
+async def test_due_rows_are_found_by_their_index(completion_harness: CompletionHarness) -> None:
     plan = await explain_statement(
         completion_harness.run_database.database, completion.due_statement(10, but_of=["org_1"])
     )

@@ -95,7 +95,7 @@ def kill(pod: str) -> None:
     process.kill()
 
 
-async def test_what_a_killed_pod_held_goes_on_in_another_at_once(
+async def test_runs_of_a_killed_pod_continue_in_another_at_once(
     harness: GatewayHarness, driver: str, tmp_path: Path
 ) -> None:
     owner = (await harness.people()).owner

@@ -178,7 +178,7 @@ async def test_a_run_goes_on_without_where_no_event_comes_in_time(
 # ── deaths of processes ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
+async def test_the_scheduler_sends_notifications_that_a_gateway_did_not_send(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serve_worker(harness):

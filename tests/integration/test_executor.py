@@ -543,7 +543,7 @@ async def test_a_suspect_runs_alone_until_it_has_recorded_a_result(
 
 
 @ON_ONE
-async def test_what_arrives_during_a_trial_waits_for_its_end(
+async def test_work_that_arrives_during_a_trial_waits_for_its_end(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     await run_database.suspect(owned_workflow, definition=chain_definition("hold"))

@@ -274,7 +274,7 @@ async def test_a_value_is_written_in_a_format(
         ("s3-destination", {"key": "a", "contentType": "a\nb: c"}, "invalid-request"),
     ],
 )
-async def test_what_can_t_be_done_has_a_code_of_its_own(
+async def test_a_refused_file_operation_has_an_error_code_of_its_own(
     file_stores: FileStores, node_type: str, config: dict[str, Json], code: str
 ) -> None:
     file_stores.s3.objects.update({"large": FakeObject(b"x" * 100, {}), "other": FakeObject(b"", {})})

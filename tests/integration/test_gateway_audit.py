@@ -200,7 +200,7 @@ async def test_a_user_leaves_a_trace_when_it_is_added(people: OrganizationUsers)
     assert entry["beforeHash"] is None
 
 
-async def test_what_is_done_at_the_command_line_is_traced_as_the_operator_s(
+async def test_changes_at_the_command_line_are_audited_as_the_operator_s(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     settings, organization = harness.gateway.settings, people.admin.user.organization_id

@@ -110,7 +110,7 @@ async def list_actions(people: OrganizationUsers, object_id: str) -> list[str]:
 # ── cancel ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_goes_on_of_a_workflow_is_cancelled_and_nothing_else(
+async def test_bulk_cancel_ends_only_runs_in_progress_of_the_workflow(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
@@ -361,7 +361,7 @@ async def test_no_more_is_retried_than_may_wait(harness: GatewayHarness, people:
 # ── delete ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_has_ended_is_deleted_with_all_that_belongs_to_it(
+async def test_an_ended_run_is_deleted_with_all_that_belongs_to_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)

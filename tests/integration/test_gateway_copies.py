@@ -581,7 +581,7 @@ async def test_all_that_is_wrong_with_a_document_is_told_at_once(
         {"document": EMPTY, "references": "ds_1"},
     ],
 )
-async def test_what_is_no_import_is_refused(residents: OrganizationUsers, body: Any) -> None:  # noqa: ANN401 - any JSON value
+async def test_a_malformed_import_is_refused(residents: OrganizationUsers, body: Any) -> None:  # noqa: ANN401 - any JSON value
     assert_refused(await post(residents.owner, "/import", body), 422, "validation-failed")
 
 

@@ -288,7 +288,7 @@ async def test_hosts_are_widened_only_by_who_knows_the_token(people: Organizatio
     assert (await change(people.admin, source_id, settings={"hosts": ["a.example.com"]})).status_code == 200
 
 
-async def test_what_is_no_field_can_not_be_set(people: OrganizationUsers) -> None:
+async def test_an_unknown_field_cannot_be_set(people: OrganizationUsers) -> None:
     source_id = await create_source(people.owner, id="ds_mine", ownerId=people.admin.user.id)
     before = await get_source(people.owner, source_id)
     assert before["ownerId"] == people.owner.user.id
@@ -427,7 +427,7 @@ async def test_a_change_reaches_runs_within_seconds_and_another_organisation_nev
     assert (await found.find(caller_of(people.owner), source_id)).revision == 2
 
 
-async def test_what_another_secret_has_encrypted_is_no_crash(
+async def test_data_encrypted_with_another_secret_is_reported_without_a_crash(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await create_source(people.owner)
@@ -438,7 +438,7 @@ async def test_what_another_secret_has_encrypted_is_no_crash(
     assert raised.value.code == "data-source-unreadable"
 
 
-async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(
+async def test_secrets_of_one_data_source_do_not_decrypt_for_another(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     first, second = await create_source(people.owner), await create_source(people.stranger)

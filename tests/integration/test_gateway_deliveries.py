@@ -156,7 +156,7 @@ async def test_a_list_of_deliveries_is_run_once_more_once(
     assert (await people.owner.api.post(path, json={})).json()["matched"] == 0
 
 
-async def test_what_cannot_be_run_once_more_stands_in_nobodys_way(
+async def test_a_delivery_that_cannot_be_redriven_does_not_block_others(
     people: OrganizationUsers, workflow_id: str
 ) -> None:
     api = people.owner.api
@@ -190,7 +190,7 @@ async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
 # ── dead letters ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
+async def test_a_dead_letter_waits_until_it_is_redriven_or_purged(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     first, second, third, fine = [await enqueue(people.owner, workflow_id, number) for number in range(4)]

@@ -118,7 +118,7 @@ async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
 
 
 @pytest.mark.usefixtures("deployer")
-async def test_what_is_asked_leaves_a_trace_with_who_asked(
+async def test_a_request_to_end_leaves_a_trace_with_its_user(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     for verb in ("deploy", "stop", "start", "undeploy"):
@@ -250,7 +250,7 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
 
 
 @pytest.mark.usefixtures("deployer")
-async def test_what_is_archived_or_deleted_has_no_pods(
+async def test_an_archived_or_deleted_workflow_has_no_pods(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner

@@ -312,7 +312,7 @@ async def test_a_mail_that_ses_received_twice_is_one_run(
     assert await run_of(notified(step, other, told["mail"]["messageId"])) == first
 
 
-async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again(
+async def test_a_transient_failure_is_503_and_a_repetition_is_ingested(
     mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = people.owner
@@ -581,7 +581,7 @@ async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
     assert (run.status, run.target, run.attempt, run.lease_owner) == ("pending", UNPARSED_TARGET, 0, None)
 
 
-async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_a_day(
+async def test_an_unreadable_mail_fails_at_once_and_an_unavailable_one_after_a_day(
     mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = people.owner

@@ -537,7 +537,7 @@ async def test_a_workflow_that_another_gateway_changed_is_loaded_again(
         ({"deleted_at": NOW}, 404, "not-found"),
     ],
 )
-async def test_what_another_gateway_closed_or_deleted_takes_nothing_in(
+async def test_a_workflow_closed_by_another_gateway_accepts_nothing(
     harness: GatewayHarness, people: OrganizationUsers, values: dict[str, Any], status: int, code: str
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)

@@ -322,7 +322,7 @@ async def test_what_only_follows_from_a_wrong_field_is_not_told(people: Organiza
         ({"nodes": [TRIGGER, STEP], "connections": [EDGE, {"source": "step", "target": "step"}]}, "cycle"),
     ],
 )
-async def test_what_a_draft_may_lack_otherwise_is_an_error_here(
+async def test_a_warning_of_a_draft_is_an_error_in_an_active_workflow(
     people: OrganizationUsers, graph: dict[str, Any], finding: str
 ) -> None:
     response = await build(people.owner, {"name": "x", **graph})

@@ -225,7 +225,7 @@ def expect_given(case: ProviderCase, told: dict[str, Any]) -> None:
     assert not [name for name in told["headers"] if "signature" in name]
 
 
-async def test_what_a_provider_sends_again_is_known_by_its_name(
+async def test_a_repetition_of_a_provider_is_recognized_by_its_id(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, await signature_config(people.owner, "slack"))
@@ -453,7 +453,7 @@ async def test_what_is_signed_in_ways_of_their_own(
     assert "authorization" not in (await read_triggers(harness, hook.workflow_id))[0]["headers"]
 
 
-async def test_what_anybody_may_send_is_limited_and_known_by_a_key(
+async def test_anonymous_requests_are_limited_and_deduplicated_by_a_key(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, ANYBODY)
@@ -497,7 +497,7 @@ async def test_a_new_secret_counts_from_the_next_request_on(
     assert len(await read_triggers(harness, hook.workflow_id)) == 2
 
 
-async def test_what_comes_for_a_draft_is_kept_for_later(
+async def test_requests_for_a_draft_are_kept_for_later(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, await signature_config(people.owner, "github"))

@@ -63,7 +63,7 @@ def error_paths(response: httpx2.Response) -> list[str]:
     return [detail["path"] for detail in response.json()["error"]["details"]]
 
 
-async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
+async def test_a_question_is_shown_answered_once_and_passed_to_the_run(
     harness: GatewayHarness, people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
     (shown,) = await get_pending(people.owner, waiting_execution_id)

@@ -680,7 +680,7 @@ def nested_value(depth: int) -> Any:  # noqa: ANN401 - any JSON value
         ),
     ],
 )
-async def test_what_is_no_edit_is_refused_with_the_field_that_is_wrong(
+async def test_a_malformed_edit_is_refused_with_the_wrong_field(
     people: OrganizationUsers, method: str, below: str, body: object, path: str
 ) -> None:
     workflow_id = await people.owner.create(**LINE)
@@ -701,7 +701,7 @@ async def test_what_is_no_edit_is_refused_with_the_field_that_is_wrong(
         (b"config=1", "malformed-json"),
     ],
 )
-async def test_what_is_no_json_changes_no_node(people: OrganizationUsers, body: bytes, code: str) -> None:
+async def test_malformed_json_changes_no_node(people: OrganizationUsers, body: bytes, code: str) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.put(
         f"{WORKFLOWS}/{workflow_id}/nodes/step", content=body, headers={"Content-Type": "application/json"}

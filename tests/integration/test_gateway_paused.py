@@ -47,7 +47,7 @@ async def read_runs(harness: GatewayHarness, workflow_id: str) -> list[Any]:
 
 @pytest.mark.parametrize("goes_on_as", ["active", "archived"])
 @pytest.mark.parametrize("kind", TRIGGERS)
-async def test_what_cannot_wait_is_kept_and_run_in_its_order_when_the_workflow_goes_on(
+async def test_messages_for_a_paused_workflow_run_in_their_order_when_it_is_resumed(
     harness: GatewayHarness, people: OrganizationUsers, kind: str, goes_on_as: str
 ) -> None:
     owner = people.owner

@@ -129,7 +129,7 @@ async def read_definition(harness: GatewayHarness, execution_id: str) -> dict[st
         return found
 
 
-async def test_what_is_broken_on_the_way_to_the_node_is_refused(people: OrganizationUsers) -> None:
+async def test_an_invalid_node_before_the_last_one_is_refused(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**chain_graph(TRIGGER, UNFINISHED, set_node("last", a=1)))
     found = error_details(await execute_workflow(people.owner, workflow_id, upTo="last"))
     assert found == [("nodes.later", "invalid-config")]
@@ -255,7 +255,7 @@ async def test_mappings_and_ports_are_the_nodes_own(people: OrganizationUsers) -
     assert answer["output"] == {"order": {"total": 7}, "total": 7, "sum": 7}
 
 
-async def test_what_is_given_keeps_the_order_of_its_fields(people: OrganizationUsers) -> None:
+async def test_an_object_keeps_the_order_of_its_fields(people: OrganizationUsers) -> None:
     config = {"items": "{{ data.rows }}"}
     rows = [{"name": "Oslo", "celsius": 12, "at": "noon"}]
     answer = await run_node_test(
@@ -349,7 +349,7 @@ async def test_a_repeated_try_gets_the_first_answer(people: OrganizationUsers) -
     assert_refused(other, 422, "idempotency-mismatch")
 
 
-async def test_what_cannot_be_tried_is_refused(people: OrganizationUsers) -> None:
+async def test_an_impossible_test_run_is_refused(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         nodes=[
             TRIGGER,

@@ -108,7 +108,9 @@ async def test_every_finding_says_what_where_and_what_to_do_and_some_how(people:
     assert (await validate_workflow(people.owner, workflow_id))["valid"]
 
 
-async def test_what_cannot_run_keeps_a_workflow_from_becoming_active(people: OrganizationUsers) -> None:
+async def test_a_node_without_implementation_keeps_a_workflow_from_becoming_active(
+    people: OrganizationUsers,
+) -> None:
     agent = {"id": "agent", "nodeId": "agent", "config": {"prompt": "Be brief."}}
     workflow_id = await people.owner.create(
         nodes=[TRIGGER, agent], connections=[{"sourceNodeId": "start", "targetNodeId": "agent"}]
@@ -227,7 +229,7 @@ async def test_paths_are_checked_against_what_past_runs_gave(
     assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
 
 
-async def test_what_a_node_gave_before_it_was_changed_tells_nothing(
+async def test_an_output_from_before_a_change_of_the_node_is_no_evidence(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**CALLING)

@@ -95,7 +95,7 @@ async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody
     assert_refused(await people.owner.api.get(SAMPLES), 403, "admin-required")
 
 
-async def test_what_a_delivery_tells_of_leaves_no_sample(
+async def test_a_refusal_with_a_delivery_leaves_no_sample(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()

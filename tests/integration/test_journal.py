@@ -65,7 +65,7 @@ class CommitControl:
         return [str(item) for item in batch]
 
 
-async def test_what_arrives_during_a_commit_goes_into_the_next_one_together() -> None:
+async def test_items_that_arrive_during_a_commit_share_the_next_one() -> None:
     commits = CommitControl()
     group = GroupCommit(commits, max_batch=3)
     first = group.submit(0)

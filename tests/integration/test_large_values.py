@@ -338,7 +338,7 @@ ON_SQLITE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect
 
 
 @ON_SQLITE
-async def test_what_fits_into_a_row_stays_there(
+async def test_a_value_that_fits_into_a_row_stays_there(
     run_database: RunDatabase, counting_folder: CountingFolder, large_value_journal: LargeValueJournal
 ) -> None:
     large_value_journal.journal.record(make_span("a", output=b"1" * 1_024, input=b"2" * 1_024))

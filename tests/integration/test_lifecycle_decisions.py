@@ -134,7 +134,7 @@ async def test_a_due_run_wakes_a_sleeping_deployment_with_as_many_pods_as_before
     assert [one.action for one in await read_decisions(harness, workflow_id)] == [WAKE]
 
 
-async def test_what_came_before_the_check_keeps_the_deployment(
+async def test_activity_before_the_check_keeps_the_deployment(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await deploy_with_pod(harness, people.owner, workflow_id)
@@ -142,7 +142,7 @@ async def test_what_came_before_the_check_keeps_the_deployment(
     assert (await decide_now(harness, workflow_id)).decision.action is NONE
 
 
-async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
+async def test_a_request_between_check_and_stop_finds_the_deployment_stopped(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await deploy_with_pod(harness, people.owner, workflow_id)

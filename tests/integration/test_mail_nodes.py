@@ -461,7 +461,7 @@ async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_fr
         ("attachment-read", {"attachment": "{{ data }}", "as": "json"}, "invalid-json"),
     ],
 )
-async def test_what_cant_be_read_says_why(
+async def test_a_refusal_to_read_gives_its_reason(
     mail_node_harness: MailNodeHarness, node_type: str, config: dict[str, Json], code: str
 ) -> None:
     blob = await mail_node_harness.blobs.put(CALLER, b"no json at all", media_type="text/plain")

@@ -477,7 +477,7 @@ async def test_of_a_long_answer_only_the_first_addresses_are_tried() -> None:
         )
 
 
-async def test_what_can_not_be_connected_or_resolved_may_come_back() -> None:
+async def test_failures_of_connection_or_resolution_are_retryable() -> None:
     async def resolve(_: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
@@ -675,7 +675,9 @@ async def test_a_head_that_is_too_large_or_no_http_is_refused(
         ("GET", "authorization", "negotiate YII="),
     ],
 )
-async def test_what_frames_or_forges_a_request_is_refused(method: str, name: str, value: str) -> None:
+async def test_a_header_that_frames_or_forges_a_request_is_refused(
+    method: str, name: str, value: str
+) -> None:
     async with serve_upstream(answer_always(OK)) as upstream, open_client() as outbound:
         with pytest.raises(OutboundRefused) as refused:
             await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={name: value})

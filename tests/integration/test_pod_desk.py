@@ -63,7 +63,7 @@ async def test_an_arrival_is_told_wherever_a_pod_waits(
     await there.close()
 
 
-async def test_what_arrives_between_two_polls_is_told_with_the_next(
+async def test_a_change_between_two_polls_is_in_the_next_answer(
     harness: GatewayHarness, two_brokers: tuple[Broker, Broker]
 ) -> None:
     poll_hub = await open_hub(harness, two_brokers[0])

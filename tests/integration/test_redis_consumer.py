@@ -180,7 +180,7 @@ async def test_a_payload_from_a_newer_release_is_a_wakeup_for_all_shards(
     assert await _next_wakeup(wakeups) == worker_wakeup.ALL_SHARDS
 
 
-async def test_what_a_dead_worker_held_comes_back(
+async def test_runs_of_a_dead_worker_are_reclaimed(
     redis_server: services.RedisServer, client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await _send_wakeup(client, 4)
@@ -208,7 +208,7 @@ async def test_a_redis_that_hangs_is_a_redis_that_is_lost(
     assert [entry["event"] for entry in logs] == ["redis lost", "redis is back"]
 
 
-async def test_what_a_lost_answer_held_comes_back(
+async def test_runs_in_a_lost_answer_are_released_again(
     redis_server: services.RedisServer, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_consumer, "HEARTBEAT_TIMEOUT_MILLISECONDS", 50)

@@ -122,7 +122,7 @@ async def test_ended_runs_go_after_their_days_with_all_that_belongs_to_them(
     assert await remaining_executions(run_database) == {young.execution_id}
 
 
-async def test_what_is_alive_or_still_asked_for_stays_however_old(
+async def test_blobs_of_present_or_referenced_runs_stay_at_any_age(
     run_database: RunDatabase, settings: SchedulerSettings
 ) -> None:
     owned_workflow = await run_database.workflow()

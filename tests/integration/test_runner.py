@@ -637,7 +637,7 @@ async def test_a_pod_reads_a_large_body_from_its_blob(pods: DeployedPods) -> Non
 
 
 @ON_POSTGRES
-async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
+async def test_a_wakeup_at_a_gateway_without_polling_pods_is_forwarded(
     pods: DeployedPods, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
@@ -844,7 +844,7 @@ async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_i
 
 
 @ON_POSTGRES
-async def test_what_a_process_of_a_pod_held_is_taken_back_when_its_next_one_begins(
+async def test_runs_of_a_pod_process_are_reclaimed_when_its_next_one_begins(
     pods: DeployedPods,
 ) -> None:
     held = await hold(pods)
@@ -944,7 +944,7 @@ async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Dep
 
 
 @ON_SQLITE
-async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: DeployedPods) -> None:
+async def test_a_value_that_a_row_could_not_return_unchanged_is_refused(pods: DeployedPods) -> None:
     held = await hold(pods)
     before = await read_all_tables(pods.run_database, held)
     (line,) = (line for line in routes.TABLE if line.path == "/record")

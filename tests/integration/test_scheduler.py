@@ -213,7 +213,7 @@ async def test_a_duty_that_fails_is_done_again_and_holds_up_no_other() -> None:
         await asyncio.wait_for(successes.wait(), PATIENCE_SECONDS)
 
 
-async def test_what_is_being_done_at_the_end_is_finished() -> None:
+async def test_work_in_progress_at_the_end_is_finished() -> None:
     begun, finish, finished = asyncio.Event(), asyncio.Event(), False
 
     async def work() -> None:

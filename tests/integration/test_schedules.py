@@ -221,7 +221,7 @@ async def test_what_is_paused_or_deleted_keeps_no_instant_and_misses_none(
     assert await read_runs(harness, workflow_id) == []
 
 
-async def test_what_has_no_schedule_or_cannot_be_run_by_one_says_so(people: OrganizationUsers) -> None:
+async def test_a_workflow_without_a_usable_schedule_says_so(people: OrganizationUsers) -> None:
     admin = people.admin
     plain = await get_schedule(admin, await admin.create())
     assert (plain["isActive"], plain["inactiveReason"], plain["nextRuns"]) == (False, "no-schedule", [])
@@ -399,7 +399,7 @@ async def test_a_limit_of_the_workflow_that_refuses_further_runs_has_instants_pa
     assert run.target == SHARED_TARGET
 
 
-async def test_what_is_deployed_is_run_by_its_pods_as_it_was_deployed(
+async def test_a_deployed_version_is_run_by_its_pods_as_it_was_deployed(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
@@ -465,7 +465,7 @@ async def test_a_schedule_of_what_is_not_active_rests_whoever_has_left_it_due(
         assert await connection.scalar(due_at) is None
 
 
-async def test_what_is_due_is_found_by_an_index(harness: GatewayHarness) -> None:
+async def test_due_runs_are_found_by_an_index(harness: GatewayHarness) -> None:
     plan = await query_plans.explain_statement(
         harness.gateway.database, scheduled_runs.due_statement(DatabaseTime())
     )

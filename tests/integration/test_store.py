@@ -254,7 +254,7 @@ async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(
 # ── ingest ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_a_request_brings_is_there_with_its_delivery_and_its_event(
+async def test_a_request_is_stored_with_its_delivery_and_its_event(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     other = await run_database.workflow(owned_workflow.organization)
@@ -364,7 +364,7 @@ async def test_what_was_taken_in_by_an_attempt_whose_answer_was_lost_is_not_doub
     assert [await run_database.count(table) for table in ("execution", "delivery")] == [3, 2]
 
 
-async def test_what_has_found_no_place_at_all_may_come_again_with_its_key(
+async def test_a_request_without_a_free_slot_may_be_repeated_with_its_key(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 1, "may_wait": False}
@@ -387,7 +387,7 @@ async def test_what_has_found_no_place_at_all_may_come_again_with_its_key(
     assert (again.verdict, again.delivery_id) == ("repeated", came.delivery_id)
 
 
-async def test_what_is_delayed_or_unread_is_nobody_s_until_its_time(
+async def test_a_delayed_or_unparsed_run_is_not_claimed_before_its_time(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
@@ -511,7 +511,7 @@ async def test_a_claim_passes_over_organisations_that_it_names(run_database: Run
     assert not await run_database.store.claim(ClaimQuery("worker", 30.0, 2, excluded_organizations=everybody))
 
 
-async def test_what_is_claimed_comes_in_the_order_of_the_turns(run_database: RunDatabase) -> None:
+async def test_claims_follow_the_order_of_the_turns(run_database: RunDatabase) -> None:
     organizations = [await run_database.organization() for _ in range(3)]
     places = [
         await run_database.workflow(organization, turn=turn)
@@ -1069,7 +1069,7 @@ async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(
 
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
-async def test_what_is_given_back_after_its_end_was_asked_for_has_ended(
+async def test_a_run_released_after_a_request_to_end_has_ended(
     run_database: RunDatabase, request_: str, status: str
 ) -> None:
     one = await run_database.claimed()

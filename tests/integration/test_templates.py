@@ -124,7 +124,7 @@ async def test_they_stand_behind_the_templates_of_the_organisation_page_by_page(
     assert (len(names), names[0], len(set(names))) == (len(SHIPPED) + 1, "Ours", len(names))
 
 
-async def test_what_a_template_names_may_be_filled_in_later(people: OrganizationUsers) -> None:
+async def test_references_of_a_template_may_be_filled_in_later(people: OrganizationUsers) -> None:
     body = {"templateId": "wf_tmpl_daily-etl", "name": "Later"}
     response = await people.owner.api.post("/api/v1/workflows/from-template", json=body)
     workflow = await people.owner.workflow(response.json()["workflowId"])

@@ -95,7 +95,7 @@ async def test_while_redis_is_down_everything_is_taken_in_and_runs(
         await ingest_deployment.assert_run_once(runs)
 
 
-async def test_what_a_gateway_had_taken_in_when_it_was_killed_is_not_run_twice(
+async def test_a_request_ingested_by_a_killed_gateway_is_not_run_twice(
     ingest_deployment: IngestDeployment,
 ) -> None:
     deliveries = ingest_deployment.senders.deliveries()

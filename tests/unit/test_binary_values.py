@@ -110,7 +110,7 @@ def test_a_value_of_too_many_parts_is_not_looked_through() -> None:
 
 
 @pytest.mark.parametrize("cut", range(0, len(encode_pair(GOOD)), 3))
-def test_what_is_cut_off_is_left_to_the_driver(cut: int) -> None:
+def test_truncated_values_are_left_to_the_driver(cut: int) -> None:
     assert is_credible(TYPES, PAIR, encode_pair(GOOD)[:cut]) in {True, False}
     row = struct.pack(">h", 2) + encode_item(b"ab") + encode_item(encode_pair(GOOD)[:cut])
     assert [*iterate_fields(row)][:1] == [b"ab"]

@@ -42,7 +42,7 @@ def test_json_stays_as_it_is_and_any_other_text_is_a_string(content: bytes, mean
 
 
 @pytest.mark.parametrize("content", [b"\xff", b'"\xff"', b"[" * 100_000])
-def test_what_is_neither_is_unreadable(content: bytes) -> None:
+def test_a_reference_of_an_unknown_kind_is_unreadable(content: bytes) -> None:
     with pytest.raises(UnreadableMessage):
         to_json(content)
 

@@ -174,7 +174,7 @@ def test_without_cycles_every_edge_leads_to_the_right(edges: list[CardEdge]) -> 
 
 @given(EDGES, PLACES, st.lists(st.booleans(), min_size=12, max_size=12))
 @settings(max_examples=50)
-def test_what_has_a_place_keeps_it_and_what_has_none_gets_a_free_one(
+def test_a_positioned_node_keeps_its_place_and_a_new_one_gets_a_free_one(
     edges: list[CardEdge], places: list[CardPosition], is_known: list[bool]
 ) -> None:
     known = [place if is_there else None for place, is_there in zip(places, is_known, strict=True)]

@@ -78,7 +78,7 @@ def test_a_body_is_data_of_the_type_that_it_is_said_to_have(
     assert event.attributes == ({} if content_type is None else {"datacontenttype": content_type.decode()})
 
 
-def test_what_else_an_event_says_is_kept() -> None:
+def test_further_attributes_of_an_event_are_kept() -> None:
     more: dict[str, Json] = {
         "subject": "Euro € 😀",
         "time": "2026-09-01T11:59:55.123456789+02:00",

@@ -118,7 +118,7 @@ def test_conditions_are_joined() -> None:
     assert not answer_condition({"any": [FALSE, FALSE]})
 
 
-def test_what_is_decided_already_is_not_looked_at() -> None:
+def test_conditions_behind_the_deciding_one_are_not_evaluated() -> None:
     assert not answer_condition({"all": [FALSE, FAILING]})
     assert answer_condition({"any": [TRUE, FAILING]})
 
@@ -166,7 +166,7 @@ MALFORMED: list[tuple[Json, str]] = [
 
 
 @pytest.mark.parametrize(("condition", "reason"), MALFORMED)
-def test_what_is_no_condition_is_refused_with_a_reason(condition: Json, reason: str) -> None:
+def test_a_malformed_condition_is_refused_with_a_reason(condition: Json, reason: str) -> None:
     with pytest.raises(ExpressionError, match=reason):
         compile_condition(condition)
 

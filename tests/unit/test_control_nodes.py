@@ -199,7 +199,7 @@ async def test_another_workflow_is_started_with_the_data_or_with_what_the_config
     assert notebook.output("node") == {"executionId": "exec_2"}
 
 
-async def test_what_another_workflow_fails_by_fails_the_node() -> None:
+async def test_the_failure_of_a_sub_workflow_fails_the_node() -> None:
     answer: Json = {"error": {"code": "run-failed", "message": "The other run failed"}}
     ended, notebook, _ = await run(compile_node("sub-workflow", {"workflowId": "wf_2"}), None, answer)
     assert require_error(ended).message == "The other run failed"

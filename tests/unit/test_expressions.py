@@ -246,7 +246,7 @@ def test_a_template_is_as_deep_as_json_may_be() -> None:
     assert "64 deep" in refusal_of(make_operation("add", nested, 1))
 
 
-def test_what_a_rendering_produces_is_bounded() -> None:
+def test_the_size_of_a_rendering_is_bounded() -> None:
     scope: ExpressionScope = {"data": "x" * (MAX_WRITTEN // 4)}
     assert len(render_value("{{ data }}{{ data }}{{ data }}", scope)) == MAX_WRITTEN * 3 // 4  # type: ignore[arg-type]
     assert render_value(["{{ data }}"] * 100, scope) == [scope["data"]] * 100
@@ -300,7 +300,7 @@ def test_a_template_of_a_config_computes_nothing() -> None:
         ([make_operation("first", [])] * 1_001, "at most 1,000 operations"),
     ],
 )
-def test_what_can_not_be_computed_is_refused_when_it_is_compiled(value: Json, reason: str) -> None:
+def test_an_impossible_computation_is_refused_when_it_is_compiled(value: Json, reason: str) -> None:
     with pytest.raises(ExpressionError, match=reason):
         compile_value(value)
 

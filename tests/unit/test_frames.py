@@ -67,7 +67,7 @@ def test_what_is_no_value_is_refused(sent: list[tuple[FrameTag, bytes]]) -> None
         assemble_value([frames.encode_frame(tag, body) for tag, body in sent])
 
 
-def test_what_is_no_frame_is_refused() -> None:
+def test_a_malformed_frame_is_refused() -> None:
     with pytest.raises(InvalidFrame):
         frames.parse_header(HEADER.pack(1, 99))
     with pytest.raises(InvalidFrame):

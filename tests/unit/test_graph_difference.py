@@ -25,7 +25,7 @@ def test_equal_graphs_differ_in_nothing_whatever_their_order() -> None:
     assert item_differences([A, B], [B, A]) == {"added": [], "removed": [], "changed": []}
 
 
-def test_what_came_and_went_is_shown_whole() -> None:
+def test_added_and_removed_parts_are_shown_whole() -> None:
     assert item_differences([A], [B]) == {"added": [B], "removed": [A], "changed": []}
 
 

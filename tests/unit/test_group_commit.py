@@ -25,5 +25,5 @@ async def test_what_waits_longest_goes_first_with_all_that_there_is_room_for() -
     assert await committed_batches(90, 80, 5, 5, 70, 1, max_weight=100) == [[90, 5, 5], [80, 1], [70]]
 
 
-async def test_what_is_heavier_than_a_batch_goes_alone() -> None:
+async def test_an_item_heavier_than_a_batch_is_committed_alone() -> None:
     assert await committed_batches(500, 1, 2, max_weight=100) == [[500], [1, 2]]

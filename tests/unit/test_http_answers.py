@@ -76,7 +76,7 @@ def test_what_says_how_an_answer_is_to_be_treated_is_not_the_workflows_to_say(na
     ],
     ids=str,
 )
-def test_what_is_no_answer_is_refused(config: dict[str, Json]) -> None:
+def test_a_malformed_answer_is_refused(config: dict[str, Json]) -> None:
     with pytest.raises(NodeError) as refused:
         webhook_responses.build_response({**PLAIN, **config})
     assert refused.value.code == "invalid-config"

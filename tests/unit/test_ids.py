@@ -104,7 +104,7 @@ def test_shards_and_turns_are_spread_and_never_change(organizations: Iterator[st
 
 
 @pytest.mark.parametrize("text", ["", "a" * 65, "a b", "ä", "a/b", "a\n", "a\0", "a.b"])
-def test_what_could_not_be_an_id_is_told_apart(text: str) -> None:
+def test_a_text_that_cannot_be_an_id_is_recognized(text: str) -> None:
     assert not ids.is_id(text)
 
 

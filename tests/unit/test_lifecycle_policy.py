@@ -260,7 +260,7 @@ def test_whatever_is_up_takes_runs_and_what_is_gone_takes_none(policy: Deploymen
         assert refusal.code is StartRefusalCode.NOT_DEPLOYED
 
 
-def test_what_drains_since_its_window_closed_takes_no_runs() -> None:
+def test_a_deployment_that_drains_after_its_window_takes_no_runs() -> None:
     drains = situation_up(drain_until=OUTSIDE + MINUTE, stopped_reason=StoppedReason.SCHEDULE)
     refusal = start_refusal(OFFICE_HOURS, drains, OUTSIDE)
     assert refusal is not None

@@ -218,7 +218,7 @@ def test_every_operation_is_tried_and_says_what_it_does() -> None:
         ("concat", [[0] * 600_000, [0] * 600_000], "more than 1,000,000 elements"),
     ],
 )
-def test_what_can_not_be_computed_is_an_error_with_a_reason(
+def test_an_impossible_computation_is_an_error_with_a_reason(
     name: str, arguments: list[Json], reason: str
 ) -> None:
     with pytest.raises(OperationError, match=reason):

@@ -201,7 +201,7 @@ async def test_a_difference_follows_the_calendar_of_the_zone(
         ),
     ],
 )
-async def test_what_is_no_date_is_refused(config: dict[str, Json], code: str, said: str) -> None:
+async def test_a_malformed_date_is_refused(config: dict[str, Json], code: str, said: str) -> None:
     found, message = await run_failing_node("date-time", config)
     assert found == code
     assert said in message
@@ -257,7 +257,7 @@ async def test_equal_objects_have_the_same_hash() -> None:
         ({"algorithm": "{{ data }}"}, "crc32", "invalid-config"),
     ],
 )
-async def test_what_cant_be_hashed_is_refused(config: dict[str, Json], data: Json, code: str) -> None:
+async def test_an_unhashable_value_is_refused(config: dict[str, Json], data: Json, code: str) -> None:
     assert (await run_failing_node("hash", config, data))[0] == code
 
 
@@ -492,7 +492,7 @@ async def test_a_selector_takes_what_css_says(selector: str, texts: list[Json]) 
     assert await run_node("html-extract", config, PAGE) == {"items": [{"found": texts}], "count": 1}
 
 
-async def test_what_an_item_lacks_is_null_and_reported() -> None:
+async def test_a_missing_field_of_an_item_is_null_and_reported() -> None:
     fields: dict[str, Json] = {
         "to": {"selector": "a", "attribute": "href"},
         "text": {},

@@ -43,7 +43,11 @@ def test_the_value_is_the_same_in_pieces_of_any_size(
 
 
 @given(json_values, sizes, st.data())
-def test_what_is_no_json_is_none_in_pieces_either(value: Any, piece_bytes: int, data: st.DataObject) -> None:  # noqa: ANN401 - any JSON value
+def test_json_malformed_as_a_whole_is_malformed_in_pieces(
+    value: Any,  # noqa: ANN401 - any JSON value
+    piece_bytes: int,
+    data: st.DataObject,
+) -> None:
     text = json.dumps(value, ensure_ascii=False)
     at = data.draw(st.integers(0, len(text)))
     wrong = (text[:at] + data.draw(characters) + text[at + data.draw(st.integers(0, 1)) :]).encode()

@@ -64,12 +64,12 @@ async def test_a_pinned_node_gives_what_was_set_and_nothing_before_it_runs() -> 
     assert decode_key(notebook.spans["echo2"].hashes) is not None
 
 
-async def test_what_another_branch_needs_runs_though_it_stands_before_a_pinned_node() -> None:
+async def test_a_node_needed_by_another_branch_runs_though_it_precedes_a_pinned_node() -> None:
     notebook = await run_trial(GRAPH, 7, pinned={"echo2": 1})
     assert (notebook.output("pay"), notebook.output("echo4")) == (1, 7)
 
 
-async def test_what_an_expression_names_runs_though_it_stands_before_a_pinned_node() -> None:
+async def test_a_node_named_by_an_expression_runs_though_it_precedes_a_pinned_node() -> None:
     config: dict[str, Json] = {"config": {"first": "{{ nodes.echo1 }}"}}
     notebook = await run_trial(
         "start > echo1 > echo2 > echo3 > show", 7, {"show": config}, pinned={"echo3": 1}
@@ -103,7 +103,7 @@ async def test_a_pinned_write_writes_nothing_and_a_pinned_merge_waits_for_nobody
     assert notebook.output("pay") == 3
 
 
-async def test_what_a_pinned_router_gives_leaves_by_the_port_that_leads_on() -> None:
+async def test_the_output_of_a_pinned_router_leaves_by_the_port_that_leads_on() -> None:
     notebook = await run_trial("start > route; route:left > echo1; route > echo2", 7, pinned={"route": 1})
     assert (notebook.output("echo2"), notebook.status("echo1").value) == (1, "skipped")  # type: ignore[union-attr]
 
@@ -143,7 +143,7 @@ async def test_a_pinned_node_in_a_body_gives_the_same_in_each_turn() -> None:
 
 
 @pytest.mark.parametrize("trial", [{"upTo": "nowhere"}, {"pinned": {"nowhere": 1}}], ids=str)
-def test_what_a_trial_names_must_be_there(trial: dict[str, Json]) -> None:
+def test_nodes_named_by_a_test_run_must_exist(trial: dict[str, Json]) -> None:
     with pytest.raises(InvalidDefinition, match="nowhere"):
         compile_drawing(GRAPH, KINDS, trial=trial)
 
@@ -161,7 +161,7 @@ def draw_trial(draw: st.DrawFn) -> ParsedGraph:
 
 @given(draw_trial())
 @settings(max_examples=100)
-def test_what_is_left_is_what_leads_to_the_end_without_passing_a_pinned_node(graph: ParsedGraph) -> None:
+def test_the_remaining_graph_leads_to_the_end_without_passing_a_pinned_node(graph: ParsedGraph) -> None:
     kinds = MadeUpNodeTypes({"echo": pure_node(echo_data)})
     left = {node.id for node in prune_graph(graph, kinds).nodes}
 

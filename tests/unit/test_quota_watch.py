@@ -13,7 +13,7 @@ def make_quota(hard: dict[str, str], used: dict[str, str]) -> dict[str, Any]:
     return {"spec": {"hard": hard}, "status": {"used": used}}
 
 
-def test_what_is_left_is_counted_in_one_unit() -> None:
+def test_remaining_quota_is_counted_in_one_unit() -> None:
     hard = {"pods": "200", "requests.cpu": "32", "limits.memory": "64Gi", "services.nodeports": "0"}
     used = {"pods": "3", "requests.cpu": "1500m", "limits.memory": "768Mi"}
     assert quota_headroom(make_quota(hard, used)) == {

@@ -46,7 +46,7 @@ def test_every_place_that_names_something_is_told() -> None:
 @pytest.mark.parametrize(
     "data_source", ["{{ data.source }}", "", "a b", "x" * 65, "ds:001", 7, None, ["ds_001"]]
 )
-def test_what_is_no_id_or_known_to_a_run_alone_is_left_out(data_source: Json) -> None:
+def test_malformed_ids_and_those_known_to_a_run_alone_are_left_out(data_source: Json) -> None:
     assert required_scopes(make_graph(source_node("a", data_source)), CATALOG) == []
 
 

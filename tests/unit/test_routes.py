@@ -31,7 +31,7 @@ def test_what_is_public_stands_here() -> None:
     }
 
 
-def test_what_changes_something_needs_more_than_any_key() -> None:
+def test_changes_require_a_scope() -> None:
     # Read-only questions that are sent by POST.
     # A visitor may always end a session of their own.
     own = {"/api/v1/auth/sessions/{id}"}

@@ -187,7 +187,7 @@ async def test_an_answer_counts_though_its_time_is_over() -> None:
     assert notebook.output("echo") == {"said": "yes"}
 
 
-async def test_what_a_write_asks_is_committed_before_anything_follows() -> None:
+async def test_the_request_of_a_write_is_committed_before_anything_follows() -> None:
     seen: list[SpanStatus | None] = []
 
     async def look(_call: NodeCall) -> Json:

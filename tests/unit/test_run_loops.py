@@ -269,7 +269,7 @@ def results_in(output: Json) -> Json:
     return cast("dict[str, Json]", output)["results"]
 
 
-async def test_what_has_come_of_a_write_in_a_loop_is_committed_before_the_next_turn() -> None:
+async def test_the_outcome_of_a_write_in_a_loop_is_committed_before_the_next_iteration() -> None:
     seen: list[int] = []
 
     async def pay(call: NodeCall) -> Json:
@@ -428,7 +428,7 @@ async def test_a_limit_that_is_reached_fails_the_loop_and_names_its_setting(
     assert name in error.message
 
 
-async def test_what_is_no_list_fails_the_loop() -> None:
+async def test_a_value_other_than_a_list_fails_the_loop() -> None:
     def choosy(call: NodeCall) -> LoopRequest:
         if not isinstance(call.data, list):
             raise NodeError("no list")

@@ -158,7 +158,7 @@ def test_an_interval_is_counted_from_when_it_began_whatever_the_moment() -> None
         {"cron": "* * * * *", "timezone": "Mars/Olympus"},
     ],
 )
-def test_what_cannot_be_followed_is_refused_with_a_reason(config: dict[str, Any]) -> None:
+def test_a_schedule_that_cannot_be_followed_is_refused_with_a_reason(config: dict[str, Any]) -> None:
     with pytest.raises(InvalidTimetable, match=r"\w"):
         parse_timetable(config)
 

@@ -325,7 +325,7 @@ def test_senders_write_their_hmac_as_they_like(scheme: HmacScheme, digest: str) 
             hmac_signature.verify(request((b"x-signature", written)), [SECRET], scheme)
 
 
-def test_what_a_sender_names_a_delivery_is_its_key() -> None:
+def test_the_sender_s_id_of_a_delivery_is_its_key() -> None:
     sign, verify, secret = SIGNED["hmac"]
     assert verify(sign(NOW), [secret]) == SignatureResult(signatures.delivery_key("hmac", "7"))
 
@@ -447,7 +447,7 @@ def test_a_look_of_slack_at_a_certificate_is_no_event() -> None:
         ),
     ],
 )
-def test_what_is_no_event_is_refused(
+def test_a_malformed_event_is_refused(
     sender: EventSender, headers: list[tuple[bytes, bytes]], body: bytes, expected: str
 ) -> None:
     with pytest.raises(RequestRefused) as refused:

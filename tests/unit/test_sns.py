@@ -227,7 +227,7 @@ def test_a_header_that_contradicts_the_body_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", ["true", "TRUE", "1", "false"])
-def test_what_is_delivered_raw_carries_no_signature_and_is_refused(value: str) -> None:
+def test_a_raw_delivery_without_a_signature_is_refused(value: str) -> None:
     with pytest.raises(RequestRefused) as refused:
         parse_members(sign_message(), x_amz_sns_rawdelivery=value)
     assert refused.value.code == "raw-delivery"

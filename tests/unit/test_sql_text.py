@@ -93,7 +93,7 @@ def test_what_is_not_one_whole_statement_is_refused(text: str, dialect: SqlDiale
         (SQLITE, "SELECT [open"),
     ],
 )
-def test_what_a_dialect_can_not_allow_is_refused(dialect: SqlDialect, text: str) -> None:
+def test_a_statement_that_a_dialect_forbids_is_refused(dialect: SqlDialect, text: str) -> None:
     with pytest.raises(StatementRefused):
         sql_text.parse_statement(text, dialect)
 

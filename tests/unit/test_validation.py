@@ -278,7 +278,7 @@ def test_a_type_that_cannot_run_is_an_error_of_its_own() -> None:
     assert "Replace it" in error.suggestion
 
 
-def test_what_cannot_run_is_a_warning_in_a_draft() -> None:
+def test_a_node_without_implementation_is_a_warning_in_a_draft() -> None:
     agent: dict[str, Json] = {"id": "agent", "type": "agent", "config": {"prompt": "hello"}}
     drawn = make_graph([START, agent], [parse_edge("start", "agent")])
     validation = validate_graph(drawn, CATALOG, is_draft=True)
@@ -314,7 +314,7 @@ def test_a_config_that_lacks_something_is_a_warning() -> None:
     assert warning.suggestion == "Set values in its config."
 
 
-def test_what_a_node_needs_is_one_warning_that_begins_as_clients_know_it() -> None:
+def test_missing_requirements_of_a_node_are_one_warning() -> None:
     source: dict[str, Json] = {"id": "node_1", "type": "mysql-source", "label": "Extract Orders"}
     validation = validate_graph(
         make_graph([START, source], [parse_edge("start", "node_1")]), CATALOG, is_draft=True

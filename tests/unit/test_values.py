@@ -42,7 +42,7 @@ def refusal_code(raw: bytes) -> str:
 
 
 @given(json_values)
-def test_what_is_encoded_decodes_to_the_same_value(value: Json) -> None:
+def test_an_encoded_value_decodes_to_the_same_value(value: Json) -> None:
     assert is_identical(decode_json(encode_json(value)), value)
 
 
@@ -112,7 +112,7 @@ def test_colons_quotes_and_backslashes_in_texts_are_no_keys(raw: bytes) -> None:
         (b'"\xed\xa0\x80"', "lone-surrogate"),
     ],
 )
-def test_what_could_not_be_kept_is_refused(raw: bytes, code: str) -> None:
+def test_a_value_that_cannot_be_stored_is_refused(raw: bytes, code: str) -> None:
     assert refusal_code(raw) == code
 
 
