@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
+import msgspec
+
 from gateway.http import limits
 from gateway.http.errors import ApiError
 from json_text import decoding
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 OK: Final = 200
 _FORWARDED: Final = frozenset({b"cookie", b"x-api-key", b"host", b"origin", b"sec-fetch-site"})
+_OF_ORIGIN: Final = frozenset({b"origin", b"sec-fetch-site"})
 _ABSENT: Final = frozenset({403, 404, 405})
 """Statuses of routes that do not exist, that the visitor may not use, or that do not apply to the object."""
 
@@ -53,11 +56,7 @@ class PageRequest:
         text = urlencode({name: value for name, value in query.items() if value not in {None, ""}})
         self.asked.append(f"{path}?{text}" if text else path)
         status, body = await self._request(path, text)
-        answer: Any = decoding.decode(body)
-        if status != OK:
-            error = answer["error"]
-            raise ApiError(status, error["code"], error["message"], details=error["details"])
-        return answer
+        return _value_of(status, body)
 
     async def get_if_present(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
         """Return the answer of a route; None where it is missing, forbidden, or not for this object."""
@@ -70,21 +69,34 @@ class PageRequest:
             del self.asked[count:]
             return None
 
-    async def _request(self, path: str, query: str) -> tuple[int, bytes]:
+    async def plan(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of a public route to a dry run; raises its refusal as `ApiError`.
+
+        A dry run changes nothing, so that a link of another site may lead to a page that shows its plan.
+        """
+        self.asked.append(f"{path} with a dry run")
+        body = msgspec.json.encode({**fields, "dryRun": True})
+        return _value_of(*await self._request(path, "", body))
+
+    async def _request(self, path: str, query: str, body: bytes | None = None) -> tuple[int, bytes]:
         status, pieces = 0, []
+        headers = [pair for pair in self._scope["headers"] if pair[0] in _FORWARDED]
+        if body is not None:
+            headers = [pair for pair in headers if pair[0] not in _OF_ORIGIN]
+            headers += [(b"content-type", b"application/json"), (b"sec-fetch-site", b"same-origin")]
         scope = {
             **self._scope,
-            "method": "GET",
+            "method": "GET" if body is None else "POST",
             "path": path,
             "raw_path": path.encode(),
             "query_string": query.encode(),
-            "headers": [pair for pair in self._scope["headers"] if pair[0] in _FORWARDED],
+            "headers": headers,
             "sent_with_answer": [],
             "holding": None,
         }
 
         async def receive() -> Message:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            return {"type": "http.request", "body": body or b"", "more_body": False}
 
         async def send(message: Message) -> None:
             nonlocal status
@@ -93,6 +105,14 @@ class PageRequest:
 
         await self._api(scope, receive, send)
         return status, b"".join(pieces)
+
+
+def _value_of(status: int, body: bytes) -> Any:  # noqa: ANN401 - any JSON value
+    answer: Any = decoding.decode(body)
+    if status != OK:
+        error = answer["error"]
+        raise ApiError(status, error["code"], error["message"], details=error["details"])
+    return answer
 
 
 def build_page_request(request: GatewayRequest) -> PageRequest:

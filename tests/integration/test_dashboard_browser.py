@@ -90,6 +90,7 @@ PATHS = (
     "/dashboard/runs/{execution_id}",
     "/dashboard/runs/{execution_id}?node=reserve&turn=3&tab=config",
     "/dashboard/runs/{execution_id}?view=map",
+    "/dashboard/runs/{execution_id}/replay?definition=original",
     "/dashboard/workflows",
     "/dashboard/workflows/{orders_id}",
     "/dashboard/workflows/{workflow_id}",
@@ -252,6 +253,24 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
     assert await page.evaluate("document.activeElement.id") == "node-write"
     await visit.show("/dashboard/runs/{execution_id}?node=reserve&turn=3&tab=output")
     assert "sku-3" in await page.evaluate("document.querySelector('#inspector pre').textContent")
+
+
+async def test_a_replay_shows_its_plan_first(visit: DashboardVisit) -> None:
+    await visit.show("/dashboard/runs/{execution_id}")
+    await visit.page.click("a[href$='/replay']")
+    await visit.page.wait_for("document.querySelector('#plan') !== null")
+    plan = await visit.page.evaluate("document.querySelector('main').textContent")
+    assert "Reserve stock" in plan
+    assert "Reused" in plan
+    assert "writes" in plan
+    await visit.page.click("main form button[type=submit]")
+    await visit.page.wait_for(
+        f"/runs.exec_/.test(location.pathname) && !location.pathname.includes('{visit.execution_id}')"
+        " && document.querySelector('.facts') !== null"
+    )
+    assert f"replays {visit.execution_id}" in await visit.page.evaluate(
+        "document.querySelector('.facts').textContent"
+    )
 
 
 async def test_a_failed_run_is_resumed_after_a_question(visit: DashboardVisit) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 50
+START: Final = "start"
+"""Cursor of the first page, as the API has it: pages by cursor cost the same however many runs there are."""
 PATH: Final = "/dashboard/runs"
 NAMED_WORKFLOWS: Final = 100
 FILTERS: Final = ("status", "workflow_id", "trigger_type", "parent_id", "since", "until")
@@ -31,7 +33,7 @@ async def load(page: PageRequest) -> PageData:
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     runs, workflows = await asyncio.gather(
-        page.get("/api/v1/executions", **filters, limit=LIMIT, offset=given.get("offset")),
+        page.get("/api/v1/executions", **filters, limit=LIMIT, after=given.get("after", START)),
         page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS),
     )
     return {"runs": runs, "workflows": workflows}
@@ -41,14 +43,13 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the rows, the filters and the ways to other pages of the list."""
     runs = data["runs"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
-    shown = runs["offset"] + len(runs["executions"])
+    is_newest = frame.query.get("after", START) == START
     return {
         "title": "Runs",
         "crumbs": (("Runs", ""),),
         "runs": runs["executions"],
         "count": runs["count"],
-        "first": runs["offset"] + 1,
-        "last": shown,
+        "count_is_lower_bound": runs["countIsLowerBound"],
         "names": {one["id"]: one["name"] for one in data["workflows"]["workflows"]},
         "filters": filters,
         "states": [
@@ -59,11 +60,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             )
             for status, label in STATES
         ],
-        "older": list_address(frame, PATH, {**filters, "offset": str(shown)})
-        if shown < runs["count"]
-        else "",
-        "newest": list_address(frame, PATH, filters) if runs["offset"] else "",
-        "is_newest": runs["offset"] == 0,
+        "older": list_address(frame, PATH, {**filters, "after": runs["next"]}) if runs["next"] else "",
+        "newest": "" if is_newest else list_address(frame, PATH, filters),
+        "is_newest": is_newest,
     }
 
 
