@@ -255,25 +255,9 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
     assert "sku-3" in await page.evaluate("document.querySelector('#inspector pre').textContent")
 
 
-async def test_a_replay_shows_its_plan_first(visit: DashboardVisit) -> None:
-    await visit.show("/dashboard/runs/{execution_id}")
-    await visit.page.click("a[href$='/replay']")
-    await visit.page.wait_for("document.querySelector('#plan') !== null")
-    plan = await visit.page.evaluate("document.querySelector('main').textContent")
-    assert "Reserve stock" in plan
-    assert "Reused" in plan
-    assert "writes" in plan
-    await visit.page.click("main form button[type=submit]")
-    await visit.page.wait_for(
-        f"/runs.exec_/.test(location.pathname) && !location.pathname.includes('{visit.execution_id}')"
-        " && document.querySelector('.facts') !== null"
-    )
-    assert f"replays {visit.execution_id}" in await visit.page.evaluate(
-        "document.querySelector('.facts').textContent"
-    )
-
-
-async def test_a_failed_run_is_resumed_after_a_question(visit: DashboardVisit) -> None:
+async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_plan(
+    visit: DashboardVisit,
+) -> None:
     await visit.show("/dashboard/runs/{execution_id}")
     await visit.page.click("form[data-request$='/resume'] button")
     await visit.page.wait_for("document.querySelector('#confirm').open")
@@ -283,6 +267,23 @@ async def test_a_failed_run_is_resumed_after_a_question(visit: DashboardVisit) -
         " && document.querySelector('h1') !== null"
     )
     assert visit.execution_id in await visit.page.evaluate("document.querySelector('.facts').textContent")
+
+    await visit.show("/dashboard/runs/{execution_id}")
+    await visit.page.click("a[href$='/replay']")
+    await visit.page.wait_for("document.querySelector('#plan') !== null")
+    plan = await visit.page.evaluate("document.querySelector('main').textContent")
+    assert "Reserve stock" in plan
+    assert "Reused" in plan
+    assert "writes" in plan
+    await visit.page.click("input[name=again]")  # it was resumed before
+    await visit.page.click("main form button[type=submit]")
+    await visit.page.wait_for(
+        f"/runs.exec_/.test(location.pathname) && !location.pathname.includes('{visit.execution_id}')"
+        " && document.querySelector('.facts') !== null"
+    )
+    assert f"replays {visit.execution_id}" in await visit.page.evaluate(
+        "document.querySelector('.facts').textContent"
+    )
 
 
 async def test_texts_of_users_never_become_elements(visit: DashboardVisit) -> None:
