@@ -86,7 +86,8 @@ async def start(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, ExecuteRequest)
     acceptance.require_one_spelling(body.trigger_inputs, body.inputs)
-    labels = run_labels.read_labels(body.tags, body.metadata)
+    has_labels = body.tags or body.metadata
+    labels = run_labels.read_labels(body.tags, body.metadata) if has_labels else ()
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=request.path_params["id"])
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:

@@ -81,8 +81,6 @@ def read_labels(
     path: str = "",
 ) -> Sequence[RunLabel]:
     """Return the labels of a body; raises 422. `path` precedes the names of the fields in refusals."""
-    if not tags and not metadata:
-        return ()
     problems = ProblemCollector()
     labels = {
         (TAG_KEY, text_rules.check_line(tag, f"{path}tags", problems, max_length=limits.EXECUTION_TAG_LENGTH))

@@ -294,7 +294,7 @@ def graph_of(stored: StoredWorkflow) -> ParsedGraph:
 
 def require_valid(validation: ValidationResult) -> None:
     """Raise 422 with the findings if a graph is invalid."""
-    if validation.is_valid:
+    if not validation.errors:
         return
     shown = validation.errors[: limits.FINDINGS]
     count = len(validation.errors)
