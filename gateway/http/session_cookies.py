@@ -76,7 +76,11 @@ def cookie_of(scope: Mapping[str, Any], public_url: str) -> SessionCookie | None
     if public.scheme == "https":
         return SessionCookie(SECURE_NAME, is_secure=True, origin=f"https://{public.netloc.lower()}")
     host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "").lower()
-    if not (is_loopback_host(urlsplit(f"//{host}").hostname or "") and is_loopback_client(scope)):
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # such as `[`, the beginning of an IPv6 address
+        return None
+    if not (is_loopback_host(name) and is_loopback_client(scope)):
         return None
     return SessionCookie(LOOPBACK_NAME, is_secure=False, origin=f"http://{host}")
 

@@ -262,3 +262,16 @@ async def test_a_key_has_the_scopes_that_its_role_allows(harness: GatewayHarness
     assert_refused(await admin.api.post("/api/v1/auth/keys", json=beyond), 422, "validation-failed")
     invited = await admin.api.post("/api/v1/auth/users", json={"email": "v@example.com", "role": "viewer"})
     assert invited.json()["role"] == "viewer"
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "a]b", "//", "@", ":", "%5B", "localhost:port"])
+async def test_a_malformed_host_is_no_error_of_the_server(harness: GatewayHarness, host: str) -> None:
+    client = await harness.client()
+    for method, path in (
+        ("GET", WHOAMI),
+        ("GET", "/sign-in"),
+        ("POST", "/session"),
+        ("GET", "/dashboard/runs"),
+    ):
+        answer = await client.request(method, path, headers={"Host": host}, json={"key": "sk-wrong"})
+        assert answer.status_code < 500, answer.text
