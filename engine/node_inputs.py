@@ -12,11 +12,12 @@ from engine.expressions import MISSING, ExpressionError, ValueTemplate, compile_
 from engine.frames import NodeVisit
 from engine.joins import JoinMode
 from engine.node_api import NodeCall
+from engine.program import EVERY_NODE
 from engine.run_errors import NodeError
 from engine.run_records import SpanStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from engine.expressions import ExpressionPath
     from engine.frames import SectionFrame
@@ -37,6 +38,7 @@ class NodeInputs:
         self._nodes = program.nodes
         self._is_strict = program.graph.settings.strict_mappings
         self._caller = caller
+        self._key_prefix = caller.key_prefix
         self._services = services
         self._recorder = recorder
 
@@ -110,9 +112,9 @@ class NodeInputs:
         if program.missing is not None:
             raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
         scope = {"data": visit.data, **(roots or frame.roots)}
-        if program.outside and roots is None:
+        if program.late_nodes and roots is None:
             # Nodes that settle while this one runs must not change what it reads: its key says what that is.
-            scope["nodes"] = frame.nodes.copy()
+            scope["nodes"] = _select_nodes(frame.nodes, program.late_nodes)
         if visit.resolved_config is not None:
             visit.config = cast("Mapping[str, Json]", values.restore_json(visit.resolved_config))
         else:
@@ -141,10 +143,10 @@ class NodeInputs:
             values=program.values,
             unresolved=visit.unresolved,
             log=lambda level, message: log(level, message, node_id),
-            caller=self._caller_of(visit),
+            caller=self._caller if visit.key_id is None else self._caller_of(visit),
             node_id=node_id,
             iteration=frame.iteration,
-            idempotency_key=self._idempotency_key(visit),
+            idempotency_key=f"{visit.key_id or self._key_prefix}:{node_id}:{frame.iteration or 0}",
             attempt=visit.attempt,
             now=visit.begun_at,
             services=self._services,
@@ -154,16 +156,14 @@ class NodeInputs:
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
         """Return the fields of a call that depend on the execution id in idempotency keys."""
-        return {"caller": self._caller_of(visit), "idempotency_key": self._idempotency_key(visit)}
+        prefix = visit.key_id or self._key_prefix
+        key = f"{prefix}:{visit.node_id}:{visit.frame.iteration or 0}"
+        return {"caller": self._caller_of(visit), "idempotency_key": key}
 
     def _caller_of(self, visit: NodeVisit) -> RunCaller:
         if visit.key_id is None:
             return self._caller
         return structs.replace(self._caller, write_key_id=visit.key_id)
-
-    def _idempotency_key(self, visit: NodeVisit) -> str:
-        prefix = visit.key_id or self._caller.key_prefix
-        return f"{prefix}:{visit.node_id}:{visit.frame.iteration or 0}"
 
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
         """Return the digest of the values that a node can read outside `data`."""
@@ -200,6 +200,13 @@ class NodeInputs:
                 "add a fallback, as in {{ data.name ?? null }}"
             )
             raise NodeError(message, code="unresolved-mapping")
+
+
+def _select_nodes(nodes: Mapping[str, Json], names: Sequence[str]) -> dict[str, Json]:
+    """Return a copy of the outputs that a node can read late; of all for a path without a node."""
+    if EVERY_NODE in names:
+        return dict(nodes)
+    return {name: nodes[name] for name in names if name in nodes}
 
 
 def _is_undecided(frame: SectionFrame, path: ExpressionPath) -> bool:

@@ -27,6 +27,7 @@ MAX_SOURCES: Final = 12
 UNKNOWN: Final = bytes(PART_BYTES)
 """Digest of values that can't be determined before the node runs."""
 _UNKNOWN_SOURCES: Final = b"?"
+_SCALARS: Final = frozenset({str, int, float, bool, type(None), type(MISSING)})
 
 DataSourceUse: TypeAlias = tuple[str, int]
 """Id and revision of a data source that a node has used."""
@@ -130,7 +131,10 @@ def digest_reads(paths: Sequence[ExpressionPath], scope: Mapping[str, Json]) -> 
     if not paths:
         return NO_READS
     found = [path.resolve(scope) for path in paths]
-    text = values.encode_json([[] if value is MISSING else [value] for value in found])
+    shown = [[] if value is MISSING else [value] for value in found]
+    # Scalars of a run are valid JSON: most reads are such, and need no check.
+    is_plain = all(type(value) in _SCALARS for value in found)
+    text = _encode(shown) if is_plain else values.encode_json(shown)
     return sha256(text).digest()[:PART_BYTES]
 
 

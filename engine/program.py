@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from engine.graph import GraphNode, ParsedGraph
     from engine.values import Json
 
+EVERY_NODE: Final = ""
 STRICT: Final = "settings.strictMappings"
 OUTER_ROOTS: Final = ("trigger", "nodes", "execution")
 """Roots whose values are the same for all iterations of a loop."""
@@ -67,6 +68,8 @@ class NodeProgram:
     """Digests of type and version, of the config with defaults, and of the mappings."""
     outside: tuple[ExpressionPath, ...] = ()
     """Paths outside `data` that late values and conditions can read, and for a loop the nodes of its body."""
+    late_nodes: tuple[str, ...] = ()
+    """Nodes that late values and conditions can read; `EVERY_NODE` for a path to all outputs."""
     implementation: bytes = b""
     """Digest of its implementation, and for a loop of its body."""
     key_end: bytes = b""
@@ -269,12 +272,18 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
         missing=next((p.message for p in problems if p.keyword == "required"), None),
         pass_through={key: str(value) for key, value in node.pass_through_values.items()},
         static_hashes=b"".join(sha256(encode_canonical(part)).digest() for part in parts),
+        late_nodes=_named_nodes(late_paths),
         implementation=catalog.implementation_digest(node_type),
         outside=tuple({path.text: path for path in late_paths if path.root != "data"}.values()),
         join=JoinConfig.from_config(config) if node_type.joins else None,
         is_volatile=any(rule.applies_to(config) for rule in node_type.volatile),
         is_given_again=effect is NodeEffect.WRITE or node_type.loops,
     )
+
+
+def _named_nodes(paths: Sequence[ExpressionPath]) -> tuple[str, ...]:
+    named = (path.steps[0][0] if path.steps else None for path in paths if path.root == "nodes")
+    return tuple(dict.fromkeys(EVERY_NODE if name is None else name for name in named))
 
 
 def _literal_paths(value: Json) -> Sequence[ExpressionPath]:

@@ -50,7 +50,8 @@ class ExecuteRequest(GuardedWire):
     pinned: dict[str, Any] | None = None
     """Outputs by node id, which these nodes return without running.
 
-    Predecessors of such a node run only if other nodes need them.
+    Predecessors of such a node run only if other nodes need them. To run an ended execution again from one of
+    its nodes, replay it instead.
     """
     callback_url: (
         Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
