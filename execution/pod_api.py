@@ -69,9 +69,8 @@ class WorkPollRequest(msgspec.Struct, frozen=True):
     wants_work: bool
     heard: Mapping[str, str] = {}
     """Control requests that the pod knows of: `stop` or `cancel`, by execution id."""
-    arrivals: Mapping[str, int] = {}
-    """Last known number of arrivals by gateway. The poll returns at once on a higher number, even if it wants
-    no work.
+    run_counts: Mapping[str, int] = msgspec.field(default_factory=dict, name="arrivals")
+    """Last known `run_count` by gateway. The poll returns at once on another number, even if it wants no work.
     """
 
 
@@ -81,7 +80,7 @@ class WorkPollResponse(msgspec.Struct, frozen=True):
     has_work: bool = False
     requests: Mapping[str, str] = {}
     gateway: str = ""
-    arrivals: int = 0
+    run_count: int = msgspec.field(default=0, name="arrivals")
     """Number of runs, or batches of them, that this gateway has accepted for the deployment."""
 
 

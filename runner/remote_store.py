@@ -149,7 +149,7 @@ class RemoteRunStore:
         """Release claimed runs that never started, except those in `held`, through the gateway; returns their
         number.
         """
-        return (await self._gateway.call("/give-back", ReleaseRequest(list(held)), CountResponse)).count
+        return (await self._gateway.call("/release", ReleaseRequest(list(held)), CountResponse)).count
 
     async def for_thread(self) -> RemoteRunStore:
         """Return a store with its own connections for the running event loop."""

@@ -38,7 +38,7 @@ class GatewayWorkPoll:
         self._gateway = gateway
         self._on_notification: Callable[[Notification], None] | None = None
         self._heard: dict[str, str] = {}
-        self._arrivals: dict[str, int] = {}
+        self._run_counts: dict[str, int] = {}
         self._woken_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
@@ -81,7 +81,7 @@ class GatewayWorkPoll:
                 log.warning("work poll failed", error=str(error))
                 await asyncio.sleep(REFUSED_SECONDS)
                 continue
-            self._count_inbound(news)
+            self._note_run_count(news)
             for execution_id, request in news.requests.items():
                 self._remember(execution_id, request)
                 if self._on_notification is not None:
@@ -97,13 +97,13 @@ class GatewayWorkPoll:
         while len(self._heard) > MAX_REMEMBERED:
             del self._heard[next(iter(self._heard))]
 
-    def _count_inbound(self, news: WorkPollResponse) -> None:
-        self._arrivals.pop(news.gateway, None)
-        self._arrivals[news.gateway] = news.arrivals
-        while len(self._arrivals) > MAX_GATEWAYS:
-            del self._arrivals[next(iter(self._arrivals))]
+    def _note_run_count(self, news: WorkPollResponse) -> None:
+        self._run_counts.pop(news.gateway, None)
+        self._run_counts[news.gateway] = news.run_count
+        while len(self._run_counts) > MAX_GATEWAYS:
+            del self._run_counts[next(iter(self._run_counts))]
 
     async def _wait(self, rest: float) -> WorkPollResponse:
         seconds = rest if rest > 0 else MAX_WAIT_SECONDS
-        call = WorkPollRequest(seconds, wants_work=rest <= 0, heard=self._heard, arrivals=self._arrivals)
+        call = WorkPollRequest(seconds, wants_work=rest <= 0, heard=self._heard, run_counts=self._run_counts)
         return await self._gateway.call("/wait", call, WorkPollResponse, seconds=seconds + GRACE_SECONDS)

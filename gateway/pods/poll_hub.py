@@ -163,7 +163,7 @@ class PodPollHub:
 
     def _has_missed_runs(self, waiter: WaitingPod) -> bool:
         """Return whether runs were accepted here since the last response to this pod."""
-        known = waiter.call.arrivals.get(self._broker.channel)
+        known = waiter.call.run_counts.get(self._broker.channel)
         return known is not None and known != self._run_counts.get(waiter.workflow_id, 0)
 
     def _receive(self, notification: Notification) -> None:
@@ -249,8 +249,8 @@ class PodPollHub:
     def _build_response(
         self, waiter: WaitingPod, *, has_work: bool = False, requests: dict[str, str] | None = None
     ) -> WorkPollResponse:
-        arrivals = self._run_counts.get(waiter.workflow_id, 0)
-        return WorkPollResponse(has_work, requests or {}, self._broker.channel, arrivals)
+        run_count = self._run_counts.get(waiter.workflow_id, 0)
+        return WorkPollResponse(has_work, requests or {}, self._broker.channel, run_count)
 
     def _all_waiters(self) -> list[WaitingPod]:
         return [waiter for waiters in self._waiters.values() for waiter in waiters]

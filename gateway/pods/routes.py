@@ -35,6 +35,8 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/suspects", journal.suspects),
     PodRoute("POST", "/record", journal.record),
     PodRoute("POST", "/renew", journal.renew),
+    PodRoute("POST", "/release", journal.release),
+    # Name of the path for pods of the previous version, which run on while gateways are upgraded.
     PodRoute("POST", "/give-back", journal.release),
     PodRoute("POST", "/promote", journal.promote),
     PodRoute("POST", "/definitions", journal.definitions),

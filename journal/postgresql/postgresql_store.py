@@ -577,29 +577,29 @@ _ENDS_WAITING = "(write.status = 'waiting' AND execution.wait_answer_count <= wr
 _RECORD_TEMPLATE = f"""
 WITH held AS (
     UPDATE execution SET
-        status = CASE WHEN write.move = 'goes-on' THEN execution.status
+        status = CASE WHEN write.move = 'continues' THEN execution.status
             WHEN write.move = 'ends' THEN write.status
             WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
             WHEN {_ENDS_WAITING} THEN 'waiting' ELSE 'pending' END,
-        ended_at = CASE WHEN write.move = 'ends' OR (write.move = 'gives-back' AND request IS NOT NULL)
+        ended_at = CASE WHEN write.move = 'ends' OR (write.move = 'releases' AND request IS NOT NULL)
             THEN {NOW} END,
         error = write.error,
         completed_nodes = write.completed_nodes,
         progress = greatest(execution.progress, write.progress),
         has_journal = true,
         -- A new result clears the attempts lost before it; the present attempt still counts.
-        attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
-        isolation_losses = CASE WHEN write.move = 'gives-back' OR write.has_new_result THEN 0 ELSE isolation_losses END,
-        isolated = isolated AND write.move = 'goes-on' AND NOT (write.has_new_result OR write.has_passed),
+        attempt = CASE WHEN write.move = 'releases' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
+        isolation_losses = CASE WHEN write.move = 'releases' OR write.has_new_result THEN 0 ELSE isolation_losses END,
+        isolated = isolated AND write.move = 'continues' AND NOT (write.has_new_result OR write.has_passed),
         due_at = CASE WHEN {_ENDS_WAITING} THEN write.due_at END,
         -- A wait stops the clock of the run's timeout: the remaining time is stored as a time since 1970.
         deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - {NOW} ELSE deadline_at END,
         target = CASE
-            WHEN write.move = 'gives-back' AND concurrency_key IS NOT NULL THEN '{LIMITED_TARGET}' ELSE target
+            WHEN write.move = 'releases' AND concurrency_key IS NOT NULL THEN '{LIMITED_TARGET}' ELSE target
         END,
-        token = CASE WHEN write.move = 'gives-back' THEN execution.token + 1 ELSE execution.token END,
-        lease_owner = CASE WHEN write.move = 'goes-on' THEN lease_owner END,
-        lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
+        token = CASE WHEN write.move = 'releases' THEN execution.token + 1 ELSE execution.token END,
+        lease_owner = CASE WHEN write.move = 'continues' THEN lease_owner END,
+        lease_until = CASE WHEN write.move = 'continues' THEN lease_until END,
         updated_at = {NOW}
     FROM unnest({unnest_sql(1, _WRITE_TYPES)}) AS write (
         id, shard, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at,
@@ -678,9 +678,9 @@ _STILL_HELD = f"SELECT execution.id FROM {_HELD_LEASES.format(owner='$4')}"
 
 def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
     if write.end is None:
-        move, status = "goes-on", None
+        move, status = "continues", None
     else:
-        move = "gives-back" if write.end in {RunStatus.WAITING, RunStatus.RELEASED} else "ends"
+        move = "releases" if write.end in {RunStatus.WAITING, RunStatus.RELEASED} else "ends"
         status = STATUS_AFTER[write.end].value
     return (
         write.execution_id,
@@ -694,7 +694,7 @@ def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
         write.has_passed,
         encode_error(write.error),
         to_microseconds(write.due_at) if write.due_at else None,
-        write.wait_answer_count if move == "gives-back" else None,
+        write.wait_answer_count if move == "releases" else None,
     )
 
 

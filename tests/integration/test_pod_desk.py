@@ -69,10 +69,10 @@ async def test_a_change_between_two_polls_is_in_the_next_answer(
     poll_hub = await open_hub(harness, two_brokers[0])
     first = await poll_hub.wait(POD, WorkPollRequest(0, wants_work=True))
     assert not first.has_work
-    known = {first.gateway: first.arrivals}
+    known = {first.gateway: first.run_count}
     await poll_hub.notify_pods([POD.workflow_id])
-    second = await poll_hub.wait(POD, WorkPollRequest(SECONDS, wants_work=False, arrivals=known))
+    second = await poll_hub.wait(POD, WorkPollRequest(SECONDS, wants_work=False, run_counts=known))
     assert second.has_work
-    known = {second.gateway: second.arrivals}
-    assert not (await poll_hub.wait(POD, WorkPollRequest(0, wants_work=False, arrivals=known))).has_work
+    known = {second.gateway: second.run_count}
+    assert not (await poll_hub.wait(POD, WorkPollRequest(0, wants_work=False, run_counts=known))).has_work
     await poll_hub.close()
