@@ -17,17 +17,19 @@ endif
 LOCK :=
 # Options for `make test`, such as ARGUMENTS="-k restart -x".
 ARGUMENTS :=
+# Processes of `make test`: two for two processors.
+PROCESSES := 2
 
 run: install
 	exec $(bin)/pilotflame dev --example docs/examples/penguins.json
 
 install: .venv/installed
 
-# Two processes, because tests mostly wait for killed processes to be noticed. The tests of a file share their servers.
+# Tests mostly wait for killed processes to be noticed. The tests of a file share their servers.
 # Files keep their order: those with the fewest tests take the longest, and at the end would leave one process idle.
 test: .venv/installed-for-tests
 	$(bin)/python -m tests.tools.environments
-	exec $(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
+	exec $(bin)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
 
 # The checks run two at a time, because each leaves a processor idle for some of its time. Output is grouped by check.
 check: .venv/installed-for-tests
