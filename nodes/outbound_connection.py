@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MAX_HEADERS: Final = 128
 SMALL_PIECE_BYTES: Final = 16
+MAX_OVERHEAD: Final = 4
+"""Bytes of a response per byte of its limits; extensions of chunks are not part of the body."""
 DECODED_ENCODINGS: Final = frozenset({"", "identity", "gzip", "deflate"})
 SWITCHING_PROTOCOLS: Final = 101
 FIRST_FINAL_STATUS: Final = 200
@@ -128,6 +130,8 @@ class OutboundConnection(asyncio.Protocol):
             self._fail(ResponseInvalid(f"answered {SWITCHING_PROTOCOLS}, which is not a final status"))
         except httptools.HttpParserError:
             self._fail(ResponseInvalid("sent invalid HTTP, or headers that are too large"))
+        if self._arrived > MAX_OVERHEAD * (self._limits.body_bytes + self._limits.header_bytes):
+            self._fail(ResponseTooLarge("the framing of the response is too large"))
         if not self._has_headers and self._arrived - self._header_bytes > 2 * self._limits.header_bytes:
             self._fail(ResponseInvalid("sent invalid HTTP, or headers that are too large"))
 

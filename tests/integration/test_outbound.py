@@ -573,6 +573,17 @@ async def test_a_body_over_the_limit_is_cut_off(framing: str) -> None:
         )
 
 
+async def test_a_chunk_whose_extension_never_ends_is_cut_off() -> None:
+    async def endless(_: UpstreamRequest) -> AsyncIterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;"
+        while True:
+            yield b"x" * 65_536
+
+    async with serve_upstream(endless) as upstream, open_client(SMALL) as outbound:
+        code = await refusal_code(outbound, f"http://127.0.0.1:{upstream.port}/")
+    assert code in {OutboundRefusalCode.RESPONSE_TOO_LARGE, OutboundRefusalCode.INVALID_RESPONSE}
+
+
 async def test_a_body_of_just_the_limit_is_read() -> None:
     async with (
         serve_upstream(answer_always(http_message("200 OK", bytes(1_000_000)))) as upstream,
