@@ -7,21 +7,24 @@ import re
 from collections.abc import AsyncIterator
 
 import httpx2
+import msgspec
 import pytest
-from sqlalchemy import update
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.dashboard import assets
 from gateway.dashboard.page import POLICY
+from models import ids
 from models.access import UserRole
-from models.execution import Execution
+from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from tests.integration import input_waits
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.services import PostgresServer
 
-HOSTILE = "<script>alert(1)</script>\"'{{ 7 * 7 }}<img src=x onerror=alert(1)>"
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+HOSTILE = f"{MARKUP}\"'{{{{ 7 * 7 }}}}"
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,60 @@ async def test_a_page_shows_only_objects_that_its_visitor_may_see(
         assert ("A secret plan" in page.text) is sees
     viewer = await harness.person(await harness.organization(), UserRole.VIEWER)
     assert (await (await sign_in(harness, viewer.key)).get("/dashboard/runs")).status_code == 200
+
+
+async def test_texts_of_a_run_are_shown_as_text(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    nodes = [
+        {"id": "start", "nodeId": "manual", "label": HOSTILE},
+        {"id": "step", "nodeId": "set", "label": HOSTILE, "config": {"values": {"a": MARKUP}}},
+    ]
+    edges = [{"sourceNodeId": "start", "targetNodeId": "step"}]
+    workflow_id = await people.owner.create(
+        name=HOSTILE, description=HOSTILE, status="active", nodes=nodes, connections=edges
+    )
+    started = await people.owner.api.post(
+        f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": {HOSTILE: HOSTILE}}
+    )
+    execution_id = started.json()["executionId"]
+    await fail_with(harness, execution_id, HOSTILE)
+    browser = await sign_in(harness, people.owner.key)
+    for query in ("", "?node=step&tab=config", "?node=step&tab=output", "?node=step&tab=logs", "?view=map"):
+        page = await browser.get(f"/dashboard/runs/{execution_id}{query}")
+        assert page.status_code == 200
+        assert "<img" not in page.text
+        assert "<script>" not in page.text
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
+
+
+async def fail_with(harness: GatewayHarness, execution_id: str, text: str) -> None:
+    """Record that the node `step` of a run has failed, with a text everywhere."""
+    now = harness.gateway.clock()
+    cause = {"code": text, "message": text, "nodeId": "step", "method": text, "url": text}
+    error = {"code": "node-error", "message": text, "nodeId": "step", "attempt": 1, "cause": cause}
+    encoded = msgspec.json.encode(text).decode()
+
+    async def fail(connection: AsyncConnection) -> None:
+        values = {"status": "failed", "error": error, "started_at": now, "ended_at": now, "has_journal": True}
+        await connection.execute(update(Execution).where(col(Execution.id) == execution_id).values(values))
+        shard = await connection.scalar(select(col(Execution.shard)).where(col(Execution.id) == execution_id))
+        span = SpanRow(
+            execution_id=execution_id,
+            node_id="step",
+            iteration="",
+            shard=shard or 0,
+            id=ids.new_id("span"),
+            sequence=2,
+            label=text,
+            type="set",
+            status="failed",
+            started_at=now,
+            ended_at=now,
+            output=encoded,
+            error=msgspec.json.encode({"code": text, "message": text}).decode(),
+        )
+        await connection.execute(insert(SpanRow).values(span.model_dump()))
+
+    await harness.gateway.database.transaction(fail)
 
 
 async def test_the_page_of_a_run_with_a_hundred_nodes_is_small(

@@ -64,6 +64,11 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
         assert first.stop() == 0
     with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "second.log") as second:
         assert get_whoami(second.says(ADDRESS)[1], key).json()["role"] == "admin"
+        address, code = second.says(r"(http://[^\s/]+)/sign-in#code=(\S+)").groups()
+        with httpx2.Client(base_url=address, headers={"Sec-Fetch-Site": "same-origin"}) as browser:
+            assert browser.post("/session", json={"code": code}).status_code == 201
+            assert browser.get("/dashboard/runs").status_code == 200
+            assert browser.post("/session", json={"code": code}).status_code == 401
         assert not re.search(KEY, second.log())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
