@@ -150,6 +150,7 @@ async def test_a_person_is_asked_in_the_words_of_the_config() -> None:
             "description": "It cost 9.5.",
             "schema": schema,
             "choices": [{"port": "yes", "label": "Refund"}, {"port": "no", "label": "no"}],
+            "approvals": 1,
         },
         expires_at=NOW + timedelta(seconds=60),
         expired=NodeResult({"data": None, "choice": None, "by": None, "at": None}, port="expired"),
@@ -158,7 +159,7 @@ async def test_a_person_is_asked_in_the_words_of_the_config() -> None:
 
 async def test_a_question_waits_for_ever_unless_it_says_otherwise() -> None:
     called = await call("human-input", {"title": "Really?"})
-    assert called.outcome == AnswerWait(AnswerSource.INPUT, request={"title": "Really?"})
+    assert called.outcome == AnswerWait(AnswerSource.INPUT, request={"title": "Really?", "approvals": 1})
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ GRAPH = CallGraph()
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").read_text())
 
 COMPUTED: dict[str, set[str]] = {
-    "gateway.dashboard.page_request.PageRequest.get": set(),  # the refusals of other routes
+    "gateway.dashboard.page_request._value_of": set(),  # the refusals of other routes
     "gateway.http.wire.json_of": {*JSON_CODES},
     "gateway.executions.acceptance.require_open": {"workflow-paused", "workflow-archived"},
     "gateway.http.errors.no_such_trigger": {
