@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from benchmarks.http1 import BenchmarkApi
 
 RUNS: Final = 1_000_000
-REQUESTS: Final = 40
+REQUESTS: Final = 25
 _PATH: Final = "/api/v1/executions"
 READS: Final[Mapping[str, str]] = {
     "run": f"{_PATH}/{run_id(RUNS // 2)}",
