@@ -37,6 +37,10 @@ REQUESTS: Final = 25
 _PATH: Final = "/api/v1/executions"
 READS: Final[Mapping[str, str]] = {
     "run": f"{_PATH}/{run_id(RUNS // 2)}",
+    "why_of_an_ended_run": f"{_PATH}/{run_id(RUNS // 2)}/why",
+    "why_of_a_pending_run": f"{_PATH}/{run_id(RUNS // 2 + 7)}/why",
+    "why_of_a_workflow": f"/api/v1/workflows/{workflow_id(3)}/why",
+    "why_of_all": "/api/v1/why",
     "spans_of_a_run": f"{_PATH}/{run_id(RUNS // 2)}/spans",
     "newest_page": f"{_PATH}?after=start",
     "page_after_half": f"{_PATH}?after={cursor_behind(RUNS // 2)}",

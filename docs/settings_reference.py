@@ -52,7 +52,10 @@ SUBJECTS: Final[Mapping[str, str]] = {
         r"concurrency|lease_seconds|commit_seconds|sweep_seconds|cpu_processes|code_.*|worker_name"
     ),
     "Schedules and retention": r"(lifecycle|schedule|leadership)_seconds|retention_.*",
-    "Logs, metrics and shutdown": r"log_level|heartbeat_file|(worker_)?metrics_port|shutdown_seconds",
+    "Logs, metrics and shutdown": (
+        r"log_level|heartbeat_file|shutdown_seconds|metrics_address"
+        r"|((worker|scheduler|deployer|runner)_)?metrics_port"
+    ),
     "Deployments": (
         r"cluster|allow_local_pods|local_pod_.*|kubeconfig|kubernetes_.*|runner_(image|gateway_url|drain_seconds)"
         r"|start_seconds|starts_at_once|settle_seconds|deployer_.*"

@@ -13,6 +13,7 @@ from docs import expression_reference, node_reference, settings_reference, workf
 from gateway.http import limits
 from gateway.http.refusals import ERROR_CODES
 from journal.explanations.blockers import BLOCKER_RULES
+from telemetry.metric_families import GROUPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +61,28 @@ def build_blockers_table() -> str:
     return "\n".join(["| code | kind | meaning | remedy |", "| --- | --- | --- | --- |", *rows])
 
 
+def build_metrics_tables() -> str:
+    """Return a table of metric families for each subject."""
+    parts = []
+    for subject, families in GROUPS.items():
+        rows = [
+            _settings_row(
+                f"`{family.name}`",
+                family.kind,
+                "; ".join(
+                    f"`{label}`{': ' if values else ''}{', '.join(values)}"
+                    for label, values in family.labels.items()
+                ),
+                family.process,
+                family.help,
+            )
+            for family in families
+        ]
+        head = ["| name | type | labels | process | meaning |", "| --- | --- | --- | --- | --- |"]
+        parts.append("\n".join([f"## {subject}", *head, *rows]))
+    return "\n\n".join(parts)
+
+
 def replace_table(text: str, name: str, table: str) -> str:
     """Return a document with a table inserted between its two marks."""
     before, _, rest = text.partition(f"<!-- {name} -->\n")
@@ -79,8 +102,9 @@ def build_documents() -> dict[Path, str]:
     readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
     expressions, retries = ROOT / "docs/expressions.md", ROOT / "docs/retries.md"
     workflow_settings = ROOT / "docs/workflow-settings.md"
-    why = ROOT / "docs/why.md"
+    why, metrics = ROOT / "docs/why.md", ROOT / "docs/metrics.md"
     return {
+        metrics: replace_table(metrics.read_text(), "metrics", build_metrics_tables()),
         why: replace_table(why.read_text(), "blockers", build_blockers_table()),
         readme: replace_table(readme.read_text(), "settings", settings_reference.build_short_table()),
         operations: replace_table(operations.read_text(), "limits", build_limits_table()),

@@ -255,6 +255,7 @@ class RunExecutor:
         if self._is_draining:
             await self._release_unheld()
             return ()
+        run_metrics.count_claims(claimed, self._broker.channel)
         if not claim.is_trial:
             self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.shard), c.token, since) for c in claimed]
@@ -336,7 +337,7 @@ class RunExecutor:
             )
             if run.request is not None:
                 self._on_request(lease, run.request)
-        run_metrics.ACTIVE_RUNS.set(len(self._active))
+        run_metrics.set_held_runs(len(self._active))
 
     def _large_values(self, run: ClaimedRun) -> LargeValues | None:
         if self._blobs is None:
@@ -447,7 +448,7 @@ class RunExecutor:
             self._leases.release(lease)
             if self._running_execution(lease) is not None:
                 del self._active[run.execution_id]
-            run_metrics.ACTIVE_RUNS.set(len(self._active))
+            run_metrics.set_held_runs(len(self._active))
             if self._owes_claim:
                 self._wanted.set()
 
@@ -486,7 +487,7 @@ class RunExecutor:
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
     def _on_ended(self, run: ClaimedRun, outcome: RunOutcome) -> None:
-        run_metrics.ENDED_RUNS[outcome.status].inc()
+        run_metrics.count_end(outcome.status, run.started_at, self._store.clock.now())
         on_left = self._hooks.on_left
         if on_left is not None and (run.follow_up is not None or run.concurrency_key is not None):
             on_left(run, outcome)
@@ -520,6 +521,7 @@ class RunExecutor:
     def _on_lease_lost(self, lease: RunLease) -> None:
         active = self._running_execution(lease)
         if active is not None:
+            run_metrics.count_lost_lease()
             active.control.ask(ControlRequest.ABANDON)
 
     def _running_execution(self, lease: RunLease) -> RunningExecution | None:

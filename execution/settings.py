@@ -35,6 +35,16 @@ class ExecutionSettings(BaseSettings):
             " renewed every third of it."
         ),
     )
+    metrics_address: str = Field(
+        default="127.0.0.1",
+        description="Address at which metrics are served. In containers, `0.0.0.0`, which no client may reach.",
+    )
+    runner_metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65_535,
+        description="Port of the pods' Prometheus metrics, at `METRICS_ADDRESS`. Unset: no metrics.",
+    )
     commit_seconds: float = Field(
         default=1.0, gt=0, description="Maximum delay of a commit of results of nodes without side effects."
     )

@@ -12,7 +12,6 @@ from typing import cast
 import structlog
 import uvicorn
 import uvloop
-from prometheus_client import start_http_server
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
@@ -29,6 +28,7 @@ from gateway.pods import routes as internal_routes
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
 from models.descriptor_limits import raise_descriptor_limit
+from telemetry.exporter import serve_metrics
 
 log = structlog.get_logger()
 
@@ -68,14 +68,16 @@ def serve(settings: GatewaySettings) -> None:
     Raises `InvalidSettings` when a setting is missing that only `pilotflame dev` can do without.
     """
     settings.check_for_production()
-    if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, addr="127.0.0.1")
     uvloop.run(_serve(settings))
 
 
 async def _serve(settings: GatewaySettings) -> None:
     # Opened here, not by the application's lifespan: Uvicorn would wrap a failure to open in a traceback.
-    async with heartbeat.run_heartbeat(settings.heartbeat_file), state.open_state(settings) as opened:
+    async with (
+        heartbeat.run_heartbeat(settings.heartbeat_file),
+        serve_metrics(settings.metrics_address, settings.metrics_port),
+        state.open_state(settings) as opened,
+    ):
         if not settings.public_url:
             effect = "URLs of triggers name the address of each request"
             log.warning("PILOTFLAME_PUBLIC_URL is not set", effect=effect)

@@ -165,7 +165,7 @@ class GatewaySettings(ServerSettings):
         default=None,
         ge=0,
         le=65_535,
-        description="Port of the gateway's Prometheus metrics on 127.0.0.1. Unset: no metrics.",
+        description="Port of the gateway's Prometheus metrics, at `METRICS_ADDRESS`. Unset: no metrics.",
     )
     dashboard: Literal["on", "off"] = Field(
         default="on", description="Pages of the dashboard and their sign-in: `on` or `off`."

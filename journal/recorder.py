@@ -41,6 +41,7 @@ from json_text import decoding
 from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -67,6 +68,9 @@ TRIES_PER_RENEWAL = 5
 LEASE_MARGIN = 0.15
 """Share of a lease that is left unused, since the clocks of process and database may run at different speeds.
 """
+
+
+instruments.declare("commit_seconds", "commit_batch_size", "node_duration_seconds", "node_retries_total")
 
 
 class _AwaitedAnswer(msgspec.Struct):
@@ -121,10 +125,13 @@ class RunRecorder:
     async def _commit(self, batch: Sequence[RunWrite]) -> Sequence[bool | Exception]:
         locked: LockWaitTimeout | None = None
         unwritten: frozenset[str] = frozenset()
+        begun_at = time.perf_counter()
         try:
             held = await self._store.record(batch)
         except PartialCommit as error:
             held, unwritten, locked = error.held, error.unwritten, error
+        instruments.histogram("commit_seconds").observe(time.perf_counter() - begun_at)
+        instruments.histogram("commit_batch_size").observe(len(batch))
         self._locked.difference_update(write.execution_id for write in batch)
         self._locked |= unwritten
         if held:
@@ -154,6 +161,13 @@ def percent_of(share: float) -> int:
 
 def _count_rows(write: RunWrite) -> int:
     return 1 + len(write.spans) + len(write.attempts) + len(write.logs) + len(write.metadata)
+
+
+def _count_node(span: NodeSpan) -> None:
+    if span.started_at is None or span.ended_at is None or span.is_turn:
+        return
+    seconds = max((span.ended_at - span.started_at).total_seconds(), 0.0)
+    instruments.histogram("node_duration_seconds", span.type, span.status.value).observe(seconds)
 
 
 class RunJournal:
@@ -210,6 +224,7 @@ class RunJournal:
         if span.status in _WAITING_STATUSES or self._waits:
             self._track_wait(span)
         if span.status in SETTLED_STATUSES:
+            _count_node(span)
             self._write.has_new_result = True
             # A node in a loop counts once, at the first iteration in which it settles; the loop counts after
             # all iterations.
@@ -218,6 +233,8 @@ class RunJournal:
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
         """Add the record of one attempt of a node to the next commit."""
+        if attempt.next_attempt_at is not None:
+            instruments.counter("node_retries_total").inc()
         self._write.attempts.append(attempt)
 
     def log(self, line: LogLine) -> None:

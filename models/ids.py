@@ -14,7 +14,7 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Protocol
 
-from models.timestamps import HOST_TIME, to_microseconds
+from models.timestamps import HOST_TIME, from_microseconds, to_microseconds
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 SHARDS = 4096
@@ -22,6 +22,10 @@ SHARDS = 4096
 TURNS = 1024
 """Number of turns in which workflows of an organization are served; workflows with the same turn share it."""
 _PAIRS = [a + b for a in ALPHABET for b in ALPHABET]
+_VALUES = {character: value for value, character in enumerate(ALPHABET)}
+ID_CHARACTERS = 26
+TIME_SHIFT = 80
+"""Bits of a UUIDv7 behind its milliseconds."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _lock = threading.Lock()
 _clock: IdClock | None = None
@@ -51,6 +55,20 @@ def new_id(prefix: str) -> str:
 def earliest_id(prefix: str, moment: datetime) -> str:
     """Return a lower bound of all ids that are made at or after a time, by the same clock."""
     return f"{prefix}_{encode_base32(int(moment.timestamp() * 1_000) << 80)}"
+
+
+def time_of(text: str) -> datetime | None:
+    """Return the time at which an id was made, in milliseconds; None for a text of another form.
+
+    Ids that are derived from others have no meaningful time.
+    """
+    encoded = text.rpartition("_")[2]
+    if len(encoded) != ID_CHARACTERS or any(one not in ALPHABET for one in encoded):
+        return None
+    number = 0
+    for one in encoded:
+        number = number << 5 | _VALUES[one]
+    return from_microseconds((number >> TIME_SHIFT) * 1_000)
 
 
 def new_ids(prefix: str, count: int) -> list[str]:

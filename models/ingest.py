@@ -12,6 +12,9 @@ from sqlmodel import Field, SQLModel
 
 from models.column_types import JsonTextColumn, TimestampColumn
 
+INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
+"""Triggers whose runs have no waiting caller: their failed runs are dead letters."""
+
 
 class IngestRoute(StrEnum):
     """Route of an inbound request."""

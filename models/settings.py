@@ -133,6 +133,10 @@ class ServerSettings(BaseSettings):
             " supervisors."
         ),
     )
+    metrics_address: str = Field(
+        default="127.0.0.1",
+        description="Address at which metrics are served. In containers, `0.0.0.0`, which no client may reach.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )

@@ -44,6 +44,7 @@ from pilotflame.dev import begin_migration
 from pilotflame.log_lines import LogLineWriter
 from scheduler.main import list_duties, run_duties
 from scheduler.settings import SchedulerSettings
+from telemetry.exporter import serve_metrics
 from workers.deployer import main as deployers
 from workers.deployer.deployer import run_deployer
 from workers.deployer.settings import DeployerSettings
@@ -127,6 +128,9 @@ async def _run(
     example: ExampleWorkflow | None,
 ) -> None:
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(
+            serve_metrics(roles.gateway.metrics_address, roles.gateway.metrics_port)
+        )
         url = databases.parse_url(roles.gateway.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)

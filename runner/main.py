@@ -40,6 +40,7 @@ from runner.orphan_watch import wait_orphaned
 from runner.pod_app import PodLifecycle, PodPhase, create_app
 from runner.remote_store import RemoteRunStore
 from runner.work_poll import GatewayWorkPoll
+from telemetry.exporter import serve_metrics
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -65,7 +66,10 @@ async def _serve(settings: RunnerSettings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     life = PodLifecycle(settings.token, settings.runner_workflow_id, settings.runner_drain_seconds)
     # It answers from the start, and reports that it is not ready.
-    async with serve_app(create_app(life), settings):
+    async with (
+        serve_app(create_app(life), settings),
+        serve_metrics(settings.metrics_address, settings.runner_metrics_port),
+    ):
         gateway = GatewayClient(settings)
         orphaned = asyncio.create_task(_stop_when_orphaned(gateway, settings, stop))
         try:

@@ -13,6 +13,7 @@ from sqlmodel import col
 from models import ids
 from models.database_time import DatabaseTime
 from models.execution import Leadership
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -49,9 +50,11 @@ class LeaderElection:
             if self._epoch:
                 log.warning("leadership lost", epoch=self._epoch)
             self._epoch, self._until = 0, 0.0
+            instruments.gauge("leader").set(0)
             return
         if epoch != self._epoch:
             log.info("leading", epoch=epoch, owner=self.owner)
+        instruments.gauge("leader").set(1)
         self._epoch = epoch
         self._until = since + self._lease_seconds * (1 - MARGIN)
 

@@ -37,11 +37,15 @@ from scheduler import (
     orphaned_blobs,
     recovery,
     retention,
+    row_metrics,
     unused_definitions,
 )
 from scheduler.leadership import RENEWALS_PER_LEASE, LeaderElection
+from scheduler.row_metrics import RowMetrics
 from scheduler.schedules import ScheduleRunner
 from scheduler.settings import SchedulerSettings
+from telemetry import instruments
+from telemetry.exporter import serve_metrics
 
 log = structlog.get_logger()
 
@@ -67,6 +71,7 @@ def list_duties(
     """Return all periodic duties of the leading scheduler, each with its interval in seconds."""
     schedules = ScheduleRunner(database, broker, catalogs.load_catalog())
     awaited = EventMatcher(database, broker)
+    counter = RowMetrics(database)
     return (
         PeriodicDuty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
         PeriodicDuty("reset schedules ahead", 60, schedules.set_back),
@@ -114,6 +119,7 @@ def list_duties(
             settings.sweep_seconds,
             partial(due_runs.wake_due_deployments, database, broker),
         ),
+        PeriodicDuty("count rows", row_metrics.COUNT_SECONDS, counter.count_rows),
         PeriodicDuty("deliver events", settings.sweep_seconds, awaited.deliver_undelivered),
         PeriodicDuty("forget event waits", 600, awaited.delete_expired),
         PeriodicDuty(
@@ -135,6 +141,9 @@ async def _serve(settings: SchedulerSettings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
+        await stack.enter_async_context(
+            serve_metrics(settings.metrics_address, settings.scheduler_metrics_port)
+        )
         url = databases.parse_url(settings.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)
@@ -198,8 +207,10 @@ async def _run_duty(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> Non
     if task := asyncio.current_task():
         running.add(task)
         task.add_done_callback(running.discard)
+    begun_at = time.perf_counter()
     try:
         await duty.do()
+        instruments.histogram("tick_seconds", duty.name).observe(time.perf_counter() - begun_at)
     except DatabaseUnavailable as error:
         log.warning("database not reached", duty=duty.name, error=str(error))
     except Exception:

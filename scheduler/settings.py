@@ -51,6 +51,13 @@ class SchedulerSettings(ServerSettings):
         ),
     )
 
+    scheduler_metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65_535,
+        description="Port of the scheduler's Prometheus metrics, at `METRICS_ADDRESS`. Unset: no metrics.",
+    )
+
     def check_for_production(self) -> None:
         """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
 

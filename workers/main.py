@@ -10,7 +10,6 @@ from functools import partial
 
 import structlog
 import uvloop
-from prometheus_client import start_http_server
 
 from concurrency import gc_tuning, heartbeat
 from engine.services import NodeServices
@@ -43,6 +42,7 @@ from nodes.connections.organization_folders import OrganizationFolders
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
+from telemetry.exporter import serve_metrics
 from workers import lost_worker_leases
 from workers.approval_mails import ApprovalMailer
 from workers.completion_actions import CompletionActions
@@ -59,8 +59,6 @@ def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> None:
     `announce` is called with the name in the leases of this process before it takes the first lease.
     """
     settings.check_for_production()
-    if settings.worker_metrics_port is not None:
-        start_http_server(settings.worker_metrics_port, addr="127.0.0.1")
     uvloop.run(_serve(settings, announce))
 
 
@@ -70,6 +68,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
+        await stack.enter_async_context(serve_metrics(settings.metrics_address, settings.worker_metrics_port))
         url = databases.parse_url(settings.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)

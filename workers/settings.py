@@ -31,7 +31,7 @@ class WorkerSettings(ExecutionSettings, ServerSettings):
         default=None,
         ge=0,
         le=65_535,
-        description="Port of the worker's Prometheus metrics on 127.0.0.1. Unset: no metrics.",
+        description="Port of the worker's Prometheus metrics, at `METRICS_ADDRESS`. Unset: no metrics.",
     )
 
     @property

@@ -30,6 +30,7 @@ from models import lifecycle_policy
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, StartRefusal, StartRefusalCode, StoppedReason
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from gateway.executions.long_poll import ExecutionPollHub
@@ -278,9 +279,11 @@ class DeploymentActivator:
             waiter.set_result(not self._is_released)
         waiters = self._waiters.setdefault(execution_id, set())
         waiters.add(waiter)
+        instruments.gauge("wake_waiters").inc()
         try:
             yield waiter
         finally:
+            instruments.gauge("wake_waiters").dec()
             waiters.discard(waiter)
             if not waiters:
                 self._waiters.pop(execution_id, None)

@@ -35,6 +35,7 @@ from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.lifecycle_policy import StartRefusal
 from models.workflow import WorkflowStatus
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from gateway.executions.awaited_end import OutcomeShape
@@ -219,6 +220,8 @@ async def _wait_for_pod(
         seconds=_seconds_left(until),
     )
     times.taken = perf_counter() if is_taken else None
+    if times.taken is not None and times.is_cold:
+        instruments.histogram("wake_seconds", "total").observe(times.taken - times.accepted)
 
 
 async def _read_progress(

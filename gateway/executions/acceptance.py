@@ -27,6 +27,7 @@ from models import ids
 from models.errors import DatabaseUnavailable
 from models.execution import Idempotency
 from models.workflow import WorkflowStatus
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -64,6 +65,9 @@ _CLOSED: Final[Mapping[WorkflowStatus, str]] = {
 """Message for each workflow status that refuses runs."""
 
 _encode = msgspec.json.Encoder().encode
+
+
+instruments.declare("executions_accepted_total", "idempotent_replays_total", "deliveries_total")
 
 
 class PodNotifier(Protocol):
@@ -157,6 +161,7 @@ class RunAcceptor:
         # Expect the executions before the commit, so that no later change is missed.
         self._waiting.expect({one.execution_id: one.total_nodes for one in batch})
         answers = await self._store.accept(batch)
+        _count_replays(answers)
         accepted = [
             one
             for one, answer in zip(batch, answers, strict=True)
@@ -174,6 +179,7 @@ class RunAcceptor:
             accepted += [run for run, one in of_runs if one.verdict is AcceptanceVerdict.ACCEPTED]
             if write.event is not None and answer.verdict is AcceptanceVerdict.ACCEPTED:
                 self._events.submit(write.event.event_id)
+            _count_delivery(write, answer)
         self._remember(accepted)
         self._notify([run for run in accepted if run.is_read and run.delay_until is None])
         if any(not run.is_read for run in accepted):
@@ -183,6 +189,7 @@ class RunAcceptor:
     def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
         """Remember the definitions that the database has now."""
         for one in accepted:
+            instruments.counter("executions_accepted_total", one.trigger_type).inc()
             if one.definition is not None:
                 self._stored.put(
                     DefinitionKey(one.organization_id, one.definition_hash, one.shard), value=True
@@ -225,6 +232,18 @@ class RunAcceptor:
     async def _wake(self, batch: Sequence[None]) -> Sequence[None]:
         await wakeups.wake_workers(self._broker)
         return batch
+
+
+def _count_replays(answers: Sequence[AcceptanceResult | IngestResult]) -> None:
+    replays = sum(answer.verdict is AcceptanceVerdict.REPEATED for answer in answers)
+    if replays:
+        instruments.counter("idempotent_replays_total").inc(replays)
+
+
+def _count_delivery(write: IngestWrite, answer: IngestResult) -> None:
+    if answer.verdict is AcceptanceVerdict.ACCEPTED:
+        instruments.counter("deliveries_total", write.route, write.outcome).inc()
+    _count_replays([answer])
 
 
 def _weight(run: RunAcceptance) -> int:

@@ -19,6 +19,7 @@ from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -130,10 +131,14 @@ class RunEventStream:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if scope["method"] != "HEAD":
             self._live.open += 1
+            instruments.gauge("sse_clients").inc()
+            if self._after > 0:
+                instruments.counter("sse_resyncs_total").inc()
             try:
                 await self._follow(scope, receive, send)
             finally:
                 self._live.open -= 1
+                instruments.gauge("sse_clients").dec()
         await send({"type": "http.response.body", "body": b""})
 
     async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:

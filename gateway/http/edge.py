@@ -14,29 +14,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.http.protocol import INTERNAL
 from models import ids, workflow_names
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from gateway.http.protocol import RequestHolding
 
+_HUNDRED = 100
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
-_requests = Counter("pilotflame_http_requests", "Requests answered", ["method", "route", "status"])
-_seconds = Histogram(
-    "pilotflame_http_request_seconds",
-    "Time from the request's head to the end of the answer",
-    ["method", "route"],
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 2.5, 10, 30),
-)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\Z")
 _PROCESS = ids.new_id("req")[:-8]
 """Common prefix of this process's request ids; a counter follows, since ids must be unique, not secret."""
@@ -121,16 +114,13 @@ class EdgeLayer:
 
 
 def _count_answer(method: str, route: str, status: int, seconds: float) -> None:
-    """Count an answered request; `route` is the template of its path."""
-    requests, durations = _children(method if method in _METHODS else "other", route, status)
-    requests.inc()
-    durations.observe(seconds)
-
-
-@cache
-def _children(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
-    """Return the labeled children, each looked up once and cached."""
-    return _requests.labels(method, route, status), _seconds.labels(method, route)
+    """Count one answered request; `route` is the template of its path."""
+    instruments.histogram(
+        "http_server_request_duration_seconds",
+        route,
+        method if method in _METHODS else "other",
+        f"{status // _HUNDRED}xx",
+    ).observe(seconds)
 
 
 def _has_cache_control(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter
+from telemetry import instruments
 
-_not_let_in = Counter(
-    "pilotflame_intake_refusals",
-    "Refused requests of senders without a delivery",
-    ["route", "reason"],
+instruments.declare(
+    *("http_server_request_duration_seconds", "intake_refusals_total", "connections_closed_total"),
+    *("bodies_given_up_total", "sse_clients", "sse_resyncs_total", "wake_waiters", "wake_seconds"),
 )
-
-_closed = Counter("pilotflame_connections_closed", "Connections closed by the server", ["reason"])
-_given_up = Counter("pilotflame_bodies_given_up", "Request bodies dropped in favor of others")
 
 
 def count_rejected(route: str, reason: str) -> None:
     """Count a refused request of a sender; `reason` is the error code of the answer."""
-    _not_let_in.labels(route, reason).inc()
+    instruments.counter("intake_refusals_total", route, reason).inc()
 
 
 def count_closed_connection(reason: str) -> None:
     """Count a connection that the server closed, by its phase or the missed time limit."""
-    _closed.labels(reason).inc()
+    instruments.counter("connections_closed_total", reason).inc()
 
 
 def count_abandoned_body() -> None:
     """Count a request body that was dropped in favor of others."""
-    _given_up.inc()
+    instruments.counter("bodies_given_up_total").inc()

@@ -26,6 +26,7 @@ from models import ids
 from models.errors import DatabaseUnavailable
 from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 from senders.request_refusal import RequestRefused
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -172,6 +173,7 @@ class DeliveryLog:
 
     async def note(self, delivery: Delivery) -> None:
         """Store a delivery; when the database is unavailable, write it to the process log instead."""
+        instruments.counter("deliveries_total", delivery.route, delivery.outcome).inc()
         waiting = self._group.submit(delivery)
         try:
             await waiting

@@ -15,7 +15,7 @@ from gateway.http import idempotency, keyset
 from gateway.http.keyset import ListPage
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
-from models.ingest import Delivery, DeliveryOutcome, IngestRoute
+from models.ingest import INTAKE_KINDS, Delivery, DeliveryOutcome, IngestRoute
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from models.access import ApiCaller
     from models.workflow import Workflow
 
-INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
-"""Triggers whose runs have no waiting caller: their failed runs are dead letters."""
 SHOWN_CHARACTERS: Final = 100_000
 """Length limit of a run's input in lists; longer inputs are left out."""
 KINDS: Final = {

@@ -34,6 +34,7 @@ from models.lifecycle_policy import (
 from models.timestamps import from_microseconds
 from models.workflow import Workflow
 from models.workflow_names import PodProcess, lease_owner, lease_owner_prefix
+from telemetry import instruments
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 BATCH_DEPLOYMENTS: Final = 500
 
 log = structlog.get_logger()
+
+instruments.declare("lifecycle_decisions_total")
 
 _STARTING_ACTIONS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
 
@@ -336,6 +339,7 @@ async def store_decision(
         },
     )
     await connection.execute(insert(LifecycleDecision).values(kept.model_dump()))
+    instruments.counter("lifecycle_decisions_total", decision.action.value, decision.reason.value).inc()
 
 
 async def _decide_and_apply(

@@ -1,6 +1,7 @@
 """CLI commands against a running server, and against its database."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import httpx2
 import pytest
 import redis
 
+from telemetry.metric_families import FAMILIES
 from tests import command_runs, services
 from tests.command_runs import command_environment
 
@@ -56,7 +58,7 @@ class CommandShell:
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
     folder = tmp_path_factory.mktemp("shell")
-    given = command_environment(folder / "data", BOOTSTRAP_API_KEY=KEY)
+    given = command_environment(folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0")
     misspelt = {**given, "PILOTFLAME_LOG_LEVLE": "a value that nobody is shown"}
     with command_runs.run_command("dev", "--port", "0", given=misspelt, log=folder / "log") as dev:
         address = dev.says(r"Pilotflame runs on (\S+)")[1]
@@ -368,3 +370,27 @@ def test_a_failed_run_is_found_and_replayed_with_the_mended_workflow(shell: Comm
     assert (shown["status"], shown["replayOf"]) == ("completed", failed)
     forced = json.loads(shell.output("runs", "replay", replayed, "--from", "note", "--dry-run", "--json"))
     assert forced["counts"] == {"reuse": 1, "rerun": 1, "maybe": 1, "ask": 0}
+
+
+def test_dev_serves_every_family_of_metrics_and_no_other(shell: CommandShell) -> None:
+    port = re.search(r"metrics served.*?port[\"=: ]+(\d+)", (shell.folder / "log").read_text())
+    assert port is not None
+    workflow_id = shell.output(
+        "apply", shell.file("measured.yaml", GREETING.format(name="Measured", said="Hi"))
+    )
+    shell.output("run", workflow_id.strip(), "--input", '{"name": "you"}')
+    text = httpx2.get(f"http://127.0.0.1:{port[1]}/metrics", trust_env=False).text
+    declared = {*re.findall(r"^# TYPE (pilotflame_\S+)", text, re.MULTILINE)}
+    assert declared == {family.full_name for family in FAMILIES.values()}
+    for sample in (
+        'executions_accepted_total{trigger="manual"}',
+        "claims_total",
+        'execution_queue_seconds_count{target="shared"}',
+        'execution_duration_seconds_count{status="completed"}',
+        'node_duration_seconds_count{node_type="template",outcome="completed"}',
+        "commit_seconds_count",
+        "leader",
+    ):
+        value = re.search(rf"^pilotflame_{re.escape(sample)} (\S+)$", text, re.MULTILINE)
+        assert value is not None, sample
+        assert float(value[1]) >= 1, sample

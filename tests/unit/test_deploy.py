@@ -42,7 +42,7 @@ DEPLOY = ROOT / "deploy"
 BASE = DEPLOY / "kubernetes/base"
 EXAMPLE = DEPLOY / "kubernetes/overlays/example"
 ROLES = ("gateway", "worker", "scheduler", "deployer")
-CUSTOM = {"ScaledObject", "TriggerAuthentication"}
+CUSTOM = {"PodMonitor", "ScaledObject", "TriggerAuthentication"}
 """Custom resources of the cluster, without schemas in the client."""
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}\Z")
 
@@ -391,7 +391,7 @@ def test_the_deployer_looks_for_the_gateway_where_it_is(
     service = find_object(example, "Service", "pilotflame-gateway")
     gateway = pod_templates(example)["gateway"]
     (container,) = gateway["spec"]["containers"]
-    (container_port,) = container["ports"]
+    (container_port,) = (port for port in container["ports"] if port["name"] != "metrics")
     (port,) = service["spec"]["ports"]
     host = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc.cluster.local"
     assert settings.kubernetes_gateway_host == host

@@ -19,9 +19,9 @@ PACKAGES = frozenset(
 BUDGETS = {
     "gateway": (("gateway.settings", "gateway.main"), 450, 400),
     "worker": (("workers.settings", "workers.main"), 235, 330),
-    "scheduler": (("scheduler.settings", "scheduler.main"), 150, 330),
-    "deployer": (("workers.deployer.settings", "workers.deployer.main"), 95, 310),
-    "runner": (("runner.settings", "runner.main"), 145, 235),
+    "scheduler": (("scheduler.settings", "scheduler.main"), 160, 345),
+    "deployer": (("workers.deployer.settings", "workers.deployer.main"), 95, 325),
+    "runner": (("runner.settings", "runner.main"), 145, 250),
     "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 530, 420),
 }
 LIBRARIES_OF_OTHERS = {"aiohttp", "alembic", "cryptography", "kubernetes", "rich", "typer"}

@@ -19,6 +19,7 @@ import structlog
 HOST_VARIABLE = "PILOTFLAME_RUNNER_HOST"
 """Address that the program in a pod listens on. Drivers set this and the next three variables themselves."""
 PORT_VARIABLE = "PILOTFLAME_RUNNER_PORT"
+METRICS_PORT_VARIABLE = "PILOTFLAME_RUNNER_METRICS_PORT"
 POD_VARIABLE = "PILOTFLAME_RUNNER_POD"
 TOKEN_VARIABLE = "PILOTFLAME_RUNNER_TOKEN"  # noqa: S105 - the name of a variable
 RUNNER_VARIABLES = frozenset({HOST_VARIABLE, PORT_VARIABLE, POD_VARIABLE, TOKEN_VARIABLE})

@@ -15,6 +15,7 @@ from workers.cluster.dns_endpoints import DnsEndpoint
 from workers.cluster.driver import (
     HOST_VARIABLE,
     LIVENESS_PATH,
+    METRICS_PORT_VARIABLE,
     POD_VARIABLE,
     PORT_VARIABLE,
     READINESS_PATH,
@@ -249,7 +250,7 @@ def _build_container(wanted: DesiredDeployment, layout: ClusterLayout) -> Manife
         "image": wanted.image,
         "command": [escape_variables(part) for part in wanted.command],
         "env": _build_environment(wanted, layout),
-        "ports": [{"name": "http", "protocol": "TCP", "containerPort": layout.port}],
+        "ports": _build_ports(wanted, layout),
         "resources": {"requests": granted, "limits": granted},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -280,6 +281,14 @@ def _build_container(wanted: DesiredDeployment, layout: ClusterLayout) -> Manife
             "failureThreshold": 3,
         },
     }
+
+
+def _build_ports(wanted: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:
+    ports: list[Manifest] = [{"name": "http", "protocol": "TCP", "containerPort": layout.port}]
+    metrics_port = wanted.environment.get(METRICS_PORT_VARIABLE)
+    if metrics_port is not None:
+        ports.append({"name": "metrics", "protocol": "TCP", "containerPort": int(metrics_port)})
+    return ports
 
 
 def _build_environment(wanted: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:

@@ -19,6 +19,7 @@ from messages import broker as brokers
 from models import database as databases
 from models import schema_migration
 from models.database import Database
+from telemetry.exporter import serve_metrics
 from workers.deployer.deployer import run_deployer
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ async def _serve(settings: DeployerSettings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
+        await stack.enter_async_context(
+            serve_metrics(settings.metrics_address, settings.deployer_metrics_port)
+        )
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
         await schema_migration.require_current(database)

@@ -19,6 +19,7 @@ from models import deployment_token
 from models.deployment import ObservedState as Stored
 from models.errors import DatabaseUnavailable
 from models.lifecycle_policy import LifecycleAction
+from telemetry import instruments
 from workers.cluster.driver import (
     ClusterBusy,
     ClusterError,
@@ -366,6 +367,10 @@ class Reconciler:
             return retry
         if not await deployment_rows.store_status(self._database, deployment, status):
             return RETRY_AT_ONCE
+        if status.observed == Stored.RUNNING and deployment.observed == Stored.STARTING:
+            # The row has changed last with the decision to start.
+            seconds = (self._database.clock.now() - deployment.updated_at).total_seconds()
+            instruments.histogram("wake_seconds", "start").observe(max(seconds, 0.0))
         log.info(
             "deployment observed",
             workflow_id=deployment.workflow_id,

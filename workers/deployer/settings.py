@@ -20,6 +20,12 @@ GRACE_SECONDS = 15.0
 class DeployerSettings(ExecutionSettings, ServerSettings):
     """Settings of a deployer, in addition to those of all server processes. Settings for runs are passed on to pods."""
 
+    deployer_metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65_535,
+        description="Port of the deployer's Prometheus metrics, at `METRICS_ADDRESS`. Unset: no metrics.",
+    )
     cluster: Literal["kubernetes", "local"] = Field(
         default="kubernetes",
         description=(

@@ -1,0 +1,177 @@
+"""Metrics of rows, which the leading scheduler counts once for all processes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import BigInteger, and_, func, literal_column, select, type_coerce
+from sqlmodel import col
+
+from doctor import row_checks
+from doctor.findings import DriftClass
+from journal.deployments import wakes
+from journal.explanations import run_counts
+from journal.explanations.blockers import BlockerCode
+from models.database_time import DatabaseTime
+from models.deployment import Deployment
+from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, Execution
+from models.execution_status import ExecutionStatus
+from models.ingest import INTAKE_KINDS
+from models.schedule import Schedule
+from telemetry import instruments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import ColumnElement, Row, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from doctor.findings import DriftFinding
+    from models.database import Database
+
+COUNT_SECONDS: Final = 15.0
+MILLION: Final = 1_000_000
+MAX_DEAD_LETTERS: Final = 10_000
+_STATUS_OF: Final = {
+    BlockerCode.NODE_RUNNING: ExecutionStatus.RUNNING,
+    BlockerCode.WORKER_LOST: ExecutionStatus.RUNNING,
+    BlockerCode.CANCEL_REQUESTED: ExecutionStatus.RUNNING,
+    BlockerCode.TIMER: ExecutionStatus.WAITING,
+    BlockerCode.RETRY_AT: ExecutionStatus.WAITING,
+    BlockerCode.AWAITING_EVENT: ExecutionStatus.WAITING,
+    BlockerCode.AWAITING_INPUT: ExecutionStatus.WAITING,
+    BlockerCode.WORKFLOW_PAUSED: ExecutionStatus.WAITING,
+    BlockerCode.WINDOW_CLOSED: ExecutionStatus.WAITING,
+    BlockerCode.STOPPED_MANUALLY: ExecutionStatus.WAITING,
+}
+"""Status of most runs with a code; those with any other code are pending."""
+
+instruments.declare(
+    *("executions", "pending_oldest_seconds", "waiting", "dead_letters", "schedule_lag_seconds"),
+    *("deferred_oldest_overdue_seconds", "deployments", "pod_seconds_total", "pod_seconds_saved_total"),
+    *("drift", "leader"),
+)
+
+
+class RowMetrics:
+    """Counter of rows; each count is one read of a snapshot."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._counted_at: float | None = None
+
+    async def count_rows(self) -> None:
+        """Count runs, schedules and deployments. Raises `DatabaseUnavailable`."""
+        async with self._database.read_snapshot() as connection:
+            counts = await run_counts.count_runs(connection)
+            oldest = {
+                "shared": await _oldest_pending(connection, col(Execution.target) == SHARED_TARGET),
+                "pod": await _oldest_pending(connection, col(Execution.target) > SHARED_TARGET),
+            }
+            lag = await connection.scalar(select(_lag_statement()))
+            overdue = await connection.scalar(select(_overdue_statement()))
+            dead_letters = await connection.scalar(select(_dead_letters_statement()))
+            drift = await row_checks.find_overdue_rows(connection)
+            deployments = (await connection.execute(_deployments_statement())).all()
+        _set_runs(counts)
+        for target, seconds in oldest.items():
+            instruments.gauge("pending_oldest_seconds", target).set(seconds)
+        instruments.gauge("schedule_lag_seconds").set((lag or 0) / MILLION)
+        instruments.gauge("deferred_oldest_overdue_seconds").set((overdue or 0) / MILLION)
+        instruments.gauge("dead_letters").set(dead_letters or 0)
+        _set_drift(drift)
+        instruments.gauge("leader").set(1)
+        self._set_deployments(deployments)
+
+    def _set_deployments(self, rows: Sequence[Row[*tuple[Any, ...]]]) -> None:
+        for wanted in ("up", "down"):
+            for observed in _OBSERVED:
+                instruments.gauge("deployments", wanted, observed).set(0)
+        ready = asleep = 0
+        for row in rows:
+            instruments.gauge("deployments", "up" if row.is_up else "down", row.observed).inc(row.number)
+            ready += row.ready
+            asleep += 0 if row.is_up else row.usual
+        now = time.monotonic()
+        if self._counted_at is not None:
+            seconds = now - self._counted_at
+            instruments.counter("pod_seconds_total").inc(ready * seconds)
+            instruments.counter("pod_seconds_saved_total").inc(asleep * seconds)
+        self._counted_at = now
+
+
+_OBSERVED: Final = (
+    *("absent", "stopped", "starting", "running"),
+    *("stopping", "failed", "outdated", "unknown"),
+)
+
+
+def _set_runs(counts: run_counts.RunCounts) -> None:
+    statuses = dict.fromkeys(("pending", "running", "waiting"), 0)
+    for code in BlockerCode:
+        found = counts.by_code.get(code)
+        number = 0 if found is None else found.count
+        instruments.gauge("waiting", code.value).set(number)
+        statuses[_STATUS_OF.get(code, ExecutionStatus.PENDING).value] += number
+    for status, number in statuses.items():
+        instruments.gauge("executions", status).set(number)
+
+
+def _set_drift(findings: Sequence[DriftFinding]) -> None:
+    """Set the numbers of overdue rows by class, which are zero as long as sweeps work."""
+    for drift_class in DriftClass:
+        number = sum(finding.drift_class is drift_class for finding in findings)
+        instruments.gauge("drift", drift_class.value).set(number)
+
+
+async def _oldest_pending(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
+    """Return the seconds for which the oldest of up to ten thousand runs of these targets could be claimed."""
+    some = (
+        select(col(Execution.updated_at).label("at"))
+        .where(wakes.IS_PENDING, of_target, col(Execution.target).not_in([LIMITED_TARGET, DELAYED_TARGET]))
+        .limit(run_counts.MAX_COUNTED)
+        .subquery()
+    )
+    age = await connection.scalar(select(DatabaseTime() - type_coerce(func.min(some.c.at), BigInteger)))
+    return max(age or 0, 0) / MILLION
+
+
+def _lag_statement() -> ColumnElement[int]:
+    due_at = type_coerce(func.min(col(Schedule.due_at)), BigInteger)
+    return select(DatabaseTime() - due_at).where(col(Schedule.due_at) <= DatabaseTime()).scalar_subquery()
+
+
+def _overdue_statement() -> ColumnElement[int]:
+    is_waiting = col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'")
+    return (
+        select(DatabaseTime() - type_coerce(func.min(col(Execution.due_at)), BigInteger))
+        .where(is_waiting, col(Execution.due_at) <= DatabaseTime())
+        .scalar_subquery()
+    )
+
+
+def _dead_letters_statement() -> ColumnElement[int]:
+    some = (
+        select(col(Execution.trigger_type).label("kind"), col(Execution.parent_id).label("parent_id"))
+        .where(col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'"))
+        .limit(MAX_DEAD_LETTERS)
+        .subquery()
+    )
+    is_inbound = some.c.kind.in_(INTAKE_KINDS), some.c.parent_id.is_(None)
+    return select(func.count()).select_from(some).where(*is_inbound).scalar_subquery()
+
+
+def _deployments_statement() -> Select[*tuple[Any, ...]]:
+    is_up = and_(col(Deployment.replicas) > 0, col(Deployment.drain_until).is_(None)).label("is_up")
+    return (
+        select(
+            is_up,
+            col(Deployment.observed),
+            func.count().label("number"),
+            func.sum(col(Deployment.ready_replicas)).label("ready"),
+            func.sum(col(Deployment.last_replicas)).label("usual"),
+        )
+        .where(col(Deployment.is_deployed))
+        .group_by(is_up, col(Deployment.observed))
+    )

@@ -1,0 +1,61 @@
+"""Exposition of a process's metrics over HTTP, on an address and port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+from typing import Final
+
+import structlog
+
+from telemetry import instruments
+
+log = structlog.get_logger()
+
+LAG_INTERVAL_SECONDS: Final = 1.0
+LAG_SAMPLES: Final = 10
+
+
+@asynccontextmanager
+async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
+    """Serve the metrics of this process while the context lasts; without a port, do nothing.
+
+    A port that can't be opened is logged, and the process goes on without metrics. Port 0 chooses a free one,
+    which the log shows.
+    """
+    if port is None:
+        yield
+        return
+    from prometheus_client import start_http_server  # noqa: PLC0415 - loads a web server
+
+    instruments.gauge("build_info", metadata.version("pilotflame")).set(1)
+    try:
+        server, thread = start_http_server(port, addr=address)
+    except OSError as error:
+        log.warning("metrics not served", address=address, port=port, error=str(error))
+        yield
+        return
+    log.info("metrics served", address=address, port=server.server_port)
+    lag = asyncio.create_task(_measure_lag())
+    try:
+        yield
+    finally:
+        lag.cancel()
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        thread.join()
+
+
+async def _measure_lag() -> None:
+    """Measure how much later than requested a timer fires, since other work held the event loop."""
+    lags: deque[float] = deque(maxlen=LAG_SAMPLES)
+    shown = instruments.gauge("event_loop_lag_seconds")
+    while True:
+        asked_at = time.monotonic()
+        await asyncio.sleep(LAG_INTERVAL_SECONDS)
+        lags.append(max(time.monotonic() - asked_at - LAG_INTERVAL_SECONDS, 0.0))
+        shown.set(max(lags))

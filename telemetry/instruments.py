@@ -1,0 +1,100 @@
+"""Instruments of the table's families: created at their first use, so that a process exposes only its own."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+from typing import Final, TypeVar
+
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+
+from telemetry.metric_families import FAMILIES, MetricFamily, MetricKind
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+
+MAX_CHILDREN: Final = 5_000
+"""Label combinations of one family; further ones are counted together as `other`."""
+OTHER: Final = "other"
+_children: dict[str, int] = {}
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
+
+
+@cache
+def counter(name: str, *values: str) -> Counter:
+    """Return the counter of a family with these label values, in the order of its labels."""
+    return _child(_counter(name), name, values)
+
+
+@cache
+def gauge(name: str, *values: str) -> Gauge:
+    """Return the gauge of a family with these label values."""
+    return _child(_gauge(name), name, values)
+
+
+@cache
+def histogram(name: str, *values: str) -> Histogram:
+    """Return the histogram of a family with these label values."""
+    return _child(_histogram(name), name, values)
+
+
+def declare(*names: str) -> None:
+    """Expose families from the start, with every combination of labels that the table lists."""
+    of_kind = {
+        MetricKind.COUNTER: counter,
+        MetricKind.GAUGE: gauge,
+        MetricKind.HISTOGRAM: histogram,
+    }
+    for name in names:
+        family = FAMILIES[name]
+        make = of_kind[family.kind]
+        if all(family.labels.values()):
+            for values in product(*family.labels.values()):
+                make(name, *values)
+        else:
+            _of_family(family)
+
+
+def _child(metric: Metric, name: str, values: tuple[str, ...]) -> Metric:
+    labels = FAMILIES[name].labels
+    if not labels:
+        return metric
+    _children[name] = _children.get(name, 0) + 1
+    if _children[name] > MAX_CHILDREN:
+        return metric.labels(*[OTHER] * len(labels))
+    allowed = zip(values, labels.values(), strict=True)
+    return metric.labels(*[value if not known or value in known else OTHER for value, known in allowed])
+
+
+def _of_family(family: MetricFamily) -> Counter | Gauge | Histogram:
+    match family.kind:
+        case MetricKind.COUNTER:
+            return _counter(family.name)
+        case MetricKind.GAUGE:
+            return _gauge(family.name)
+        case MetricKind.HISTOGRAM:
+            return _histogram(family.name)
+
+
+@cache
+def _counter(name: str) -> Counter:
+    family = _family(name, MetricKind.COUNTER)
+    return Counter(family.full_name, family.help, list(family.labels))
+
+
+@cache
+def _gauge(name: str) -> Gauge:
+    family = _family(name, MetricKind.GAUGE)
+    return Gauge(family.full_name, family.help, list(family.labels))
+
+
+@cache
+def _histogram(name: str) -> Histogram:
+    family = _family(name, MetricKind.HISTOGRAM)
+    return Histogram(family.full_name, family.help, list(family.labels), buckets=family.buckets)
+
+
+def _family(name: str, kind: MetricKind) -> MetricFamily:
+    family = FAMILIES[name]
+    if family.kind is not kind:
+        raise LookupError(f"{name} is a {family.kind}, not a {kind}")
+    return family
