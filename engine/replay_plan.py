@@ -225,14 +225,27 @@ class ReplayPlan:
 
 def plan_replay(facts: ReplayFacts, options: ReplayOptions) -> ReplayPlan:
     """Return the plan; takes noticeable time for large outputs, so call it in a thread."""
-    return _Planner(facts, options).plan()
+    unknowable: frozenset[str] = frozenset()
+    while True:
+        planner = _Planner(facts, options, unknowable)
+        plan = planner.plan()
+        misjudged = planner.misjudged()
+        if not misjudged:
+            return plan
+        unknowable |= misjudged
 
 
 # ── planner ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Planner:
-    def __init__(self, facts: ReplayFacts, options: ReplayOptions) -> None:
+    def __init__(
+        self, facts: ReplayFacts, options: ReplayOptions, unknowable: frozenset[str] = frozenset()
+    ) -> None:
+        """`unknowable` are nodes that refer to parallel branches with a node that runs again."""
+        self._unknowable = unknowable
+        self._presumed: set[str] = set()
+        """Nodes that were decided before a parallel branch that they refer to."""
         self._facts = facts
         self._options = options
         self._program = facts.program
@@ -284,9 +297,17 @@ class _Planner:
         self._skip(step.skipped)
         while ready:
             ready.sort(key=self._sequence)
-            chosen = next((one for one in ready if not self._awaits_reference(one)), None)
+            able = [one for one in ready if one not in self._unknowable]
+            chosen = next((one for one in able if not self._open_references(one)), None)
             if chosen is None:
-                return
+                # Parallel branches refer to each other, as by `{{ nodes }}`: the end shows whether that was right.
+                chosen = next(
+                    (one for one in able if self._decisions.keys().isdisjoint(self._open_references(one))),
+                    None,
+                )
+                if chosen is None:
+                    return
+                self._presumed.add(chosen)
             ready.remove(chosen)
             decision = self._decide(chosen)
             self._decisions[chosen] = decision
@@ -305,13 +326,20 @@ class _Planner:
         span = self._recorded.get(node_id)
         return span.sequence if span is not None else 2**31
 
-    def _awaits_reference(self, node_id: str) -> bool:
-        """Return whether a node refers to another whose output is not known, and that does not follow it."""
-        for other in self._references(node_id):
-            is_open = other not in self._known and other not in self._skipped
-            if is_open and other not in self._followers(node_id):
-                return True
-        return False
+    def misjudged(self) -> frozenset[str]:
+        """Return the nodes that were presumed to be unaffected by a parallel branch, and are not."""
+        return frozenset(
+            node_id for node_id in self._presumed if node_id in self._known and self._open_references(node_id)
+        )
+
+    def _open_references(self, node_id: str) -> set[str]:
+        """Return the nodes that a node refers to whose output is not known, and that do not follow it."""
+        found = {
+            other
+            for other in self._references(node_id)
+            if other not in self._known and other not in self._skipped
+        }
+        return found - self._followers(node_id) if found else found
 
     def _references(self, node_id: str) -> set[str]:
         """Return the other nodes outside of loops that the expressions of a node refer to."""
@@ -602,7 +630,10 @@ class _Planner:
         if not program.is_pinned and [_ends(edge) for edge in edges] != [_ends(edge) for edge in earlier]:
             return False
         before = {edge.source for edge in self._frame.plan.parents(node_id)} | self._references(node_id)
-        return all(self._is_as_recorded(other) for other in before)
+        is_presumed = node_id in self._presumed
+        return all(
+            self._is_as_recorded(other) or (is_presumed and other not in self._decisions) for other in before
+        )
 
     def _is_as_recorded(self, other: str) -> bool:
         found = self._decisions.get(other)

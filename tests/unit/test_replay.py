@@ -400,6 +400,21 @@ async def test_a_write_behind_a_maybe_is_reused_or_refused_at_run_time() -> None
             assert notebook.spans["pay"].resolved_config is not None
 
 
+async def test_parallel_branches_that_refer_to_everything_are_reused_unless_one_of_them_changes() -> None:
+    world = World(broken={"add3"})
+    drawing = "start > pay1 > add1 > add3; start > pay2 > add2 > add3"
+    whole: dict[str, Json] = {"config": {"by": "{{ nodes }}"}}
+    options = dict.fromkeys(("pay1", "add1", "pay2", "add2"), whole)
+    past = await run_first(compile_drawing(drawing, world.kinds, options))
+    world.broken.clear()
+    plan = decisions(plan_of(past))
+    assert plan == {**dict.fromkeys(("start", *options), "reuse"), "add3": "rerun"}
+    edited = compile_drawing(drawing, world.kinds, {**options, "add1": {"config": {"by": 5}}})
+    changed = decisions(plan_of(past, edited))
+    assert changed["add1"] == "rerun"
+    assert {changed["pay2"], changed["add2"]}.isdisjoint({"reuse"})
+
+
 async def test_a_candidate_that_is_no_longer_reached_is_skipped() -> None:
     world = World()
     drawing = "start > add > branch; branch > pay; branch:other > add2"
