@@ -80,6 +80,8 @@ PICTURES = {
     "dashboard-run.png": "/dashboard/runs/{execution_id}",
     "dashboard-workflows.png": "/dashboard/workflows",
 }
+LOADED = "document.readyState === 'complete'"
+"""Condition under which the scripts of a page have run."""
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "images"
 """Folder of the documentation's pictures; `UPDATE_SCREENSHOTS=1` takes them again."""
 PATHS = (
@@ -247,7 +249,8 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
     assert rows[:4] == ["Order message", "For each line", "Reserve stock", "Above 5,000 €?"]
     assert await page.evaluate("document.querySelectorAll('#node-reserve .turns rect').length") == 12
     await page.click("#node-reserve")
-    await page.wait_for(f"document.querySelector('.row[aria-current]') && {selected} === 'node-reserve'")
+    is_shown = f"document.querySelector('.row[aria-current]') && {selected} === 'node-reserve'"
+    await page.wait_for(f"{LOADED} && {is_shown}")
     assert await page.evaluate("location.search") == "?node=reserve"
     await visit.press("n")
     assert await page.evaluate("document.activeElement.id") == "node-write"
@@ -270,7 +273,7 @@ async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_p
 
     await visit.show("/dashboard/runs/{execution_id}")
     await visit.page.click("a[href$='/replay']")
-    await visit.page.wait_for("document.querySelector('#plan') !== null")
+    await visit.page.wait_for(f"{LOADED} && document.querySelector('#plan') !== null")
     plan = await visit.page.evaluate("document.querySelector('main').textContent")
     assert "Reserve stock" in plan
     assert "Reused" in plan
