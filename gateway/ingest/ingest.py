@@ -271,7 +271,8 @@ class RequestIngestor:
                 assigned_deployment_id, is_deferred = workflow.id, is_held or found.refusal is not None
         if workflow.trigger is None or workflow.trigger.kind != kind:
             raise errors.no_such_trigger(kind)
-        graph_shapes.require_valid(workflow.validation)
+        if workflow.validation.errors:
+            graph_shapes.require_valid(workflow.validation)
         return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
 
     async def _ingest_first(self, taken: IngestResult) -> AcceptanceResult:
