@@ -32,7 +32,8 @@ def _open_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(FOLDER),
-        undefined=jinja2.StrictUndefined,
+        # Answers leave fields out that don't apply, such as the URL of an error that no request has caused.
+        undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         auto_reload=False,

@@ -299,8 +299,27 @@ async def test_the_overview_groups_failures_and_names_what_needs_a_person(
     assert (await browser.get("/dashboard")).headers["Location"] == "dashboard/overview"
 
 
+async def test_a_failed_run_is_shown_whatever_its_error_leaves_out(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Broken", status="active", **GRAPH)
+    started = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()
+    await fail_execution(harness, started["executionId"])
+    browser = await sign_in(harness, people.owner.key)
+    page = await browser.get(f"/dashboard/runs/{started['executionId']}")
+    assert page.status_code == 200, page.text
+    assert "The disk is full" in page.text
+
+
 async def fail_execution(harness: GatewayHarness, execution_id: str) -> None:
-    error = {"code": "node-error", "message": "The disk is full", "nodeId": "start", "attempt": 1}
+    cause = {"code": "disk-full", "message": "The disk is full", "nodeId": "start"}
+    error = {
+        "code": "node-error",
+        "message": "The disk is full",
+        "nodeId": "start",
+        "attempt": 1,
+        "cause": cause,
+    }
     values = {"status": ExecutionStatus.FAILED, "error": error}
 
     async def change(connection: AsyncConnection) -> None:
