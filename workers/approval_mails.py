@@ -32,6 +32,7 @@ from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.database_time import DatabaseTime
 from models.errors import DatabaseUnavailable
 from models.execution import Execution
+from models.ingest import INTAKE_KINDS
 from workers import webhook_delivery
 
 if TYPE_CHECKING:
@@ -347,7 +348,7 @@ def _list_recipients(
     """
     assignees = approvals.assignees_of(asked.request)
     addresses = [one for one in [*assignees, *_extra_addresses(asked)] if "@" in one]
-    may_self = asked.request.get("allowSelf", not assignees) is True or trigger_type in approvals.INTAKE_KINDS
+    may_self = asked.request.get("allowSelf", not assignees) is True or trigger_type in INTAKE_KINDS
     found = {user.id: user.email for user in users if may_self or user.id != starter_id}
     known = {user.email.casefold() for user in users}
     for address in addresses:

@@ -32,6 +32,7 @@ from journal.waits.node_answers import AnswerReception, WaitingNode
 from models.access import Organization, User
 from models.approval import ApprovalLink
 from models.execution import Execution
+from models.ingest import INTAKE_KINDS
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
             )
             user = (await connection.execute(users)).mappings().first()
     may_self = bool(asked) and asked[0].request.get("allowSelf") is True
-    is_started_by = link.assignee == run.user_id and run.trigger_type not in approvals.INTAKE_KINDS
+    is_started_by = link.assignee == run.user_id and run.trigger_type not in INTAKE_KINDS
     return ApprovalQuestion(
         link,
         key,

@@ -25,6 +25,7 @@ from models import timestamps
 from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.database_time import DatabaseTime
 from models.execution import Execution
+from models.ingest import INTAKE_KINDS
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 TOKEN_PREFIX: Final = "ap-"  # noqa: S105 - the beginning of every token
 ADMIN_ROLE: Final = "role:admin"
 """Assignee that stands for all admins of the organization."""
-INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
-"""Triggers whose runs no person has started."""
 _PURPOSE: Final = b"pilotflame approval link 1"
 _encode = msgspec.json.Encoder().encode
 
