@@ -207,10 +207,10 @@ async def _run_duty(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> Non
     if task := asyncio.current_task():
         running.add(task)
         task.add_done_callback(running.discard)
-    begun_at = time.perf_counter()
+    begun_at = time.monotonic()
     try:
         await duty.do()
-        instruments.histogram("tick_seconds", duty.name).observe(time.perf_counter() - begun_at)
+        instruments.histogram("tick_seconds", duty.name).observe(time.monotonic() - begun_at)
     except DatabaseUnavailable as error:
         log.warning("database not reached", duty=duty.name, error=str(error))
     except Exception:
