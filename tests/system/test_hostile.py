@@ -578,7 +578,7 @@ def fetching_workflow(url: str, timeout_seconds: float) -> Workflow:
 UPSTREAMS = (
     ("/drip", "timed-out"),
     ("/slow-head", "timed-out"),
-    ("/headers", "invalid-response"),
+    ("/headers", "response-too-large"),
     ("/line", "invalid-response"),
     ("/body", "response-too-large"),
     ("/chunks", "invalid-response"),
