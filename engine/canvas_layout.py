@@ -434,7 +434,10 @@ def _assign_heights(
 
 
 def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None]) -> dict[int, int]:
-    """Return the present heights of the nodes in one grid of columns; empty unless most nodes are in it."""
+    """Return the y coordinates, rounded down to lanes, of the nodes in the column grid that most nodes share.
+
+    The keys are node numbers. It is empty unless more than half of the part's nodes are in that grid.
+    """
     grids: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     for number, place in enumerate(present):
         if place and _is_on_canvas(place):

@@ -142,7 +142,10 @@ class LoopScheduler:
         loop.results[index] = values.restore_json(span.output) if span.output is not None else None
 
     def end_turn(self, turn: SectionFrame, loop: LoopProgress) -> None:
-        """Record the result of an iteration in which nothing is left to do."""
+        """End an iteration in which nothing is left to do: record its result, failure or cancellation.
+
+        Then it begins further iterations, or ends the loop.
+        """
         del loop.turns[turn.index]
         self._turns_at_once -= 1
         self._recorder.count(turn, loop.turn_share - turn.counted)

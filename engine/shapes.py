@@ -164,7 +164,10 @@ def merge_samples(shape: ValueShape, past: ValueShape) -> ValueShape:
 
 
 def add_fields(shape: ValueShape, fields: Mapping[str, ValueShape]) -> ValueShape:
-    """Return an object shape with other fields merged in."""
+    """Return an object shape with the fields of `shape` and `fields`, which replace fields of the same name.
+
+    Returns `UNKNOWN` if there are too many fields.
+    """
     if len(shape.fields) + len(fields) > MAX_FIELDS:
         return UNKNOWN
     return ValueShape({**shape.fields, **fields}, rest=shape.rest)

@@ -38,11 +38,10 @@ class SuspectSearch:
         return time.monotonic() >= self._next_at
 
     async def find(self) -> int | None:
-        """Return the number of workers that a suspect may have lost on trial; None without a suspect.
+        """Search for suspects if it is due, and return the limit of trial losses for claims of this process.
 
-        A suspect whose trial has ended a process is left to processes that have outlived a lease. If
-        processes are ended from outside, moments after each start, no trial takes place. Raises
-        `DatabaseUnavailable`.
+        The limit is 0 until this process has outlived a lease. Returns None if there is no such suspect or the search
+        is not due; raises `DatabaseUnavailable`.
         """
         if not self.is_due:
             return None

@@ -130,7 +130,7 @@ def effective_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
 def build_definition(
     nodes: Sequence[dict[str, Json]], connections: Sequence[dict[str, Json]], settings: Mapping[str, Json]
 ) -> dict[str, Json]:
-    """Return the definition that a run stores as its snapshot."""
+    """Return a graph and its settings in the form that a run stores, with defaults for settings that are not given."""
     return {"nodes": list(nodes), "connections": list(connections), "settings": effective_settings(settings)}
 
 

@@ -150,7 +150,10 @@ def _join_words(words: Iterable[tuple[str, bytes]]) -> str:
 
 
 def parse_parameters(value: str) -> tuple[str, dict[str, str]]:
-    """Return the value in lower case, and its parameters by their names in lower case."""
+    """Split a header such as `text/plain; charset=utf-8` into its first part and its parameters by lower-case name.
+
+    Parameters that are continued or encoded by RFC 2231 are joined and decoded; the first of two equal names counts.
+    """
     head, semicolon, rest = value.partition(";")
     plain: dict[str, str] = {}
     continued: dict[str, dict[int, tuple[str, bool]]] = {}

@@ -220,7 +220,11 @@ class PostgresqlBroker:
     # ── notifications ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
-        """Remember the executions: every process hears of all changes, and delivers those that it watches."""
+        """Watch executions for `WATCH_SECONDS`, as `Broker.watch` describes.
+
+        Every process hears of all changes, and delivers those that it watches. Raises `BrokerUnavailable` if the
+        listening session is not connected.
+        """
         if not execution_ids:
             return
         now = asyncio.get_running_loop().time()

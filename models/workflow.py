@@ -165,7 +165,11 @@ class Definition(SQLModel, table=True):
 
 
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a caller may read and execute a workflow."""
+    """Return the SQL condition for workflows that a caller may read and execute.
+
+    Those are workflows of the organization, not deleted, that are templates, public, shared with the caller or their
+    own; for an admin, all.
+    """
     return and_(*_is_present(caller), or_(col(Workflow.is_template), _is_open_to(caller)))
 
 

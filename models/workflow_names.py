@@ -47,7 +47,7 @@ def workflow_name(workflow_id: str) -> str:
 
 
 def parse_workflow_id(name: str) -> str | None:
-    """Return the generated id from which a name was made, or None."""
+    """Return the generated id of the workflow that a name belongs to; None for any other name."""
     if not name.startswith(_OWN_PREFIX):
         return None
     found = "wf_" + name.removeprefix(_OWN_PREFIX)

@@ -74,9 +74,7 @@ def require_text_member(members: Mapping[str, Json], name: str, what: str) -> st
 
 
 def storable_text(text: str) -> str:
-    """Return a text that was not decoded from JSON, if JSON columns can store it; raises `RequestRefused` for
-    NUL.
-    """
+    """Return the text unchanged; raises `RequestRefused` if it contains NUL, which JSON columns can't store."""
     if "\0" in text:
         raise RequestRefused(
             "nul-character", "A text holds the character NUL (U+0000), which can't be stored"

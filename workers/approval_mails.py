@@ -263,7 +263,10 @@ class ApprovalMailer:
         return await self._database.transaction(store)
 
     async def _read_question(self, request: ClaimedRequest) -> OpenQuestion | None:
-        """Return the question of a request; None if nobody waits for its answer any more."""
+        """Return the open question that a mail is about, with the addresses of the assignees who have not answered yet.
+
+        Returns None if nobody waits for its answer any more.
+        """
         async with self._database.read() as connection:
             waiting = [
                 one

@@ -151,7 +151,7 @@ async def list_keys(request: GatewayRequest) -> JsonResponse:
 async def create_key(request: GatewayRequest) -> JsonResponse:
     """Create an API key for yourself or, as an admin, for a user of the organization.
 
-    Only this answer contains the secret key.
+    It has at most your own scopes and those of the user's role. Only this answer contains the secret key.
     """
     value = await read_json(request)
     body = body_of(request, value, CreateKey)

@@ -61,7 +61,10 @@ class DataSourceEditor:
     async def create(
         self, caller: ApiCaller, source: DataSource, idempotency_key: IdempotencyKey | None
     ) -> JsonResponse:
-        """Insert a data source, once per idempotency key, and answer 201 with its id."""
+        """Insert a data source, once per idempotency key, and answer 201 with its id.
+
+        Raises 409 for a taken name or too many data sources in the organization.
+        """
 
         async def insert(connection: AsyncConnection) -> str:
             if idempotency_key is not None:

@@ -72,7 +72,10 @@ class DataSourceProber:
         self._begun: OrderedDict[str, deque[float]] = OrderedDict()
 
     async def probe(self, source: DataSource) -> ProbeResult:
-        """Connect to a data source that the caller may use; raises 429 after too many tests."""
+        """Test the connection to a data source to which access was checked before; a failed connection is a result.
+
+        Raises 429 after too many tests of the organization within a minute.
+        """
         self._count(source.organization_id)
         began = monotonic()
         is_ok, message = await self._attempt(source)
@@ -152,7 +155,7 @@ async def _list_one(bucket: ObjectBucket) -> None:
 
 
 def _redact(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
-    """Return a driver's message without secrets and without addresses of the internal network."""
+    """Return a driver's message without its secrets, with each IP address except the configured host replaced."""
     return _ADDRESS.sub(
         lambda found: found[0] if found[0] == settings.get("host") else "its address",
         redaction.redact_text(message, secrets.values()),

@@ -170,9 +170,9 @@ def _checked(
 
 
 def _require_whole(settings: object, secrets: Mapping[str, object], problems: ProblemCollector) -> None:
-    """Add a problem for a user without a password, and for a password without a user.
+    """Add a problem for a `username` without a password, and for a password without `username` or `user`.
 
-    Mail servers accept neither.
+    Skipped if other problems were found.
     """
     if problems.found or not isinstance(settings, Mapping):
         return

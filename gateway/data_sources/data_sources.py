@@ -170,7 +170,7 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 
 async def list_shares(request: GatewayRequest) -> JsonResponse:
-    """List the users that a data source is shared with."""
+    """List the users that a data source is shared with, for everybody who may read it."""
     stored = await request.gateway.data_source_editor.read(request.requested_object)
     guests = [
         DataSourceGuest(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()

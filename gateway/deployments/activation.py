@@ -142,7 +142,10 @@ class DeploymentActivator:
 
     @contextmanager
     def queue(self, workflow_id: str) -> Iterator[None]:
-        """Count a request for a deployment until its run is taken."""
+        """Count a request as waiting for a deployment while the context lasts.
+
+        If its client leaves, the deployment is woken, because the run may still be accepted.
+        """
         self._queues[workflow_id] += 1
         try:
             yield

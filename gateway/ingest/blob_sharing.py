@@ -87,7 +87,10 @@ def _attached_blobs(trigger: Json) -> Iterator[BlobReference]:
 async def _copy_blob(
     blobs: BlobStore, source: BlobOwner, execution_id: str, reference: BlobReference
 ) -> bool:
-    """Copy a blob; returns False if it is gone."""
+    """Copy a blob of the source to an execution of the same organization; return False if it is gone.
+
+    Raises 503 if the storage of blobs does not answer.
+    """
     target = BlobOwner(source.organization_id, execution_id)
     try:
         content = await blobs.get(source, reference.sha256)

@@ -102,7 +102,10 @@ def _own_database(gateway: GatewayState) -> ServerDatabaseAddress | None:
 
 
 async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Wait for work and for stop or cancel requests to the runs that the pod holds."""
+    """Answer when the pod may have runs to claim, or has stop or cancel requests to runs that it holds.
+
+    The answer is empty at the timeout of the call, and nothing is claimed. Raises 503 if too many pods wait.
+    """
     call = await decode_call(request, WorkPollRequest)
     return JsonResponse(await request.gateway.runners.poll_hub.wait(holder, call))
 
@@ -198,7 +201,10 @@ async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def release(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Release runs that were claimed and never started."""
+    """Release all runs that the database assigns to this pod, except those in `held`; answer with their number.
+
+    The answer to their claim may have been lost.
+    """
     call = await decode_call(request, ReleaseRequest)
     return JsonResponse(CountResponse(await request.gateway.store.release(holder.owner, call.held)))
 

@@ -179,7 +179,10 @@ def build_workflow(
 def draft_workflow(
     caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, problems: ProblemCollector, now: datetime
 ) -> StoredWorkflow:
-    """Return a new workflow of the caller, without positions; problems are added to `problems`."""
+    """Return an unsaved workflow of the caller, made from the request; problems are added to `problems`.
+
+    Missing positions of nodes are not generated, and the graph is not checked.
+    """
     workflow_id = ids.new_id("wf")
     workflow = Workflow(
         id=workflow_id,

@@ -109,7 +109,11 @@ def find_refusal(
 async def record_decision(
     connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, decision: Decision
 ) -> DecisionResult:
-    """Record the answer of a person in a transaction; the node gets it when enough people agree."""
+    """Record a person's answer in the caller's transaction; enough equal choices are passed to the node.
+
+    Whether the person may answer is checked before. The result says if the answer came late, expired or unawaited,
+    and how many votes are missing.
+    """
     place = (asked.node_id, asked.iteration)
     own: dict[str, Json] = {
         "choice": decision.choice,

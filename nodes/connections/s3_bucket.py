@@ -276,7 +276,10 @@ class ListingReader:
 
 
 def _require_success(response: OutboundResponse, what: str) -> None:
-    """Raise `NodeError` for an error response, with S3's error code and never its message."""
+    """Raise `NodeError` for a redirect or an error response, with a code of our own such as `access-denied`.
+
+    Its message may name S3's error code, but never quotes S3's message.
+    """
     status = response.status
     if status in REDIRECT_STATUSES:
         region = response.headers.get("x-amz-bucket-region", "")

@@ -83,7 +83,10 @@ class HtmlDocument:
         return self.elements[element.position + 1 : element.end]
 
     def text(self, element: HtmlElement) -> str:
-        """Return the text of an element with its original white space."""
+        """Return the text of an element and its descendants, without scripts and styles.
+
+        White space is kept, and a space is added around each block element.
+        """
         return "".join(self.texts[element.text_begin : element.text_end])
 
 

@@ -39,7 +39,11 @@ def missing_protections() -> list[str]:
 def limit_process(
     *, memory_bytes: int, open_files: int, cpu_seconds: int = CPU_SECONDS, file_bytes: int | None = 0
 ) -> None:
-    """Set permanent resource limits; by default no file can be written."""
+    """Set limits of memory, open files, CPU time and file size that this process cannot raise again; forbid core dumps.
+
+    A limit that the system refuses is skipped. By default no file can be written; with `file_bytes=None` the file
+    size is left as it is.
+    """
     for name, most in {
         "RLIMIT_AS": memory_bytes,
         "RLIMIT_CPU": cpu_seconds,
