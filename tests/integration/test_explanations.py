@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -86,11 +86,13 @@ class RunState:
         )
 
 
+CLAIMED_TARGETS = ["shared", "isolated", DEPLOYED]
+
+
 @st.composite
-def run_states(draw: st.DrawFn) -> RunState:
+def run_states(draw: st.DrawFn, target: str) -> RunState:
     """Draw a state: suspects that any worker may run have a target of their own."""
-    status = draw(st.sampled_from(["pending", "pending", "pending", "waiting", "running"]))
-    target = draw(st.sampled_from(["shared", "isolated", "limited", "delayed", "intake", DEPLOYED]))
+    status = draw(st.sampled_from(["pending", "pending", "pending", "pending", "waiting", "running"]))
     lost = draw(st.integers(0, 3))
     if target == "isolated":
         lost = max(lost, 2)
@@ -107,16 +109,39 @@ def run_states(draw: st.DrawFn) -> RunState:
     )
 
 
-WORKERS = st.sampled_from(["absent", "never", "full", "free"])
+@st.composite
+def queues(draw: st.DrawFn) -> list[RunState]:
+    """Draw runs of one workflow, mostly with one target, where the first of them blocks the others."""
+    targets = st.sampled_from([*CLAIMED_TARGETS, *CLAIMED_TARGETS, "limited", "delayed", "intake"])
+    common = draw(targets)
+    states = [draw(run_states(common)), draw(run_states(common))]
+    return [*states, draw(run_states(draw(targets)))] if draw(st.booleans()) else states
+
+
+def suspect(target: str, *, lost: int) -> RunState:
+    """Return a run that has lost workers and waits for a trial."""
+    return RunState("pending", target, False, lost, 0, False, None)  # noqa: FBT003 - fields in their order
+
+
+SERVING: dict[str, Any] = {
+    "is_deployed": True,
+    "replicas": 1,
+    "observed": ObservedState.RUNNING,
+    "stopped_reason": None,
+    "is_draining": False,
+    "ready_replicas": 1,
+}
+WORKERS = st.sampled_from(["free", "free", "free", "full", "absent", "never"])
 DEPLOYMENTS = st.one_of(
     st.none(),
     st.fixed_dictionaries(
         {
-            "is_deployed": st.booleans(),
-            "replicas": st.integers(0, 1),
-            "observed": st.sampled_from([*ObservedState]),
-            "stopped_reason": st.sampled_from([None, "manual", "idle", "failed", "archived"]),
-            "is_draining": st.booleans(),
+            # Mostly a deployment that serves: the others block every run in the same way.
+            "is_deployed": st.sampled_from([True, True, True, False]),
+            "replicas": st.sampled_from([1, 1, 0]),
+            "observed": st.sampled_from([ObservedState.RUNNING] * 5 + [*ObservedState]),
+            "stopped_reason": st.sampled_from([None, None, "manual", "idle", "failed", "archived"]),
+            "is_draining": st.sampled_from([False, False, False, True]),
             "ready_replicas": st.integers(0, 1),
         }
     ),
@@ -138,8 +163,13 @@ def test_a_run_has_no_blockers_exactly_when_a_claim_takes_it(
     loop, database = runner
     place = loop.run(database.workflow())
 
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=[*HealthCheck])
-    @given(st.lists(run_states(), min_size=1, max_size=3), WORKERS, DEPLOYMENTS)
+    @settings(
+        max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck]
+    )
+    @given(queues(), WORKERS, DEPLOYMENTS)
+    @example([suspect("isolated", lost=3), suspect("isolated", lost=2)], "free", None)
+    @example([suspect(DEPLOYED, lost=2)], "free", SERVING)
+    @example([suspect(DEPLOYED, lost=2)], "free", {**SERVING, "observed": ObservedState.STARTING})
     def check(states: Sequence[RunState], workers: str, deployment: dict[str, Any] | None) -> None:
         now = datetime.now(UTC)
         rows = [state.row(place, rank, now) for rank, state in enumerate(states)]
