@@ -19,6 +19,7 @@ from sqlmodel import SQLModel, col
 from engine.run_records import SpanStatus
 from journal.held_runs import UNTIL_RESUMED
 from models import ids
+from models.approval import ApprovalRequest
 from models.database import is_sqlite
 from models.deployment import Deployment
 from models.errors import DatabaseUnavailable
@@ -58,6 +59,7 @@ DEADLINE_COLUMNS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | N
     (Leadership, "lease_until", None),
     (Deployment, "held_until", None),
     (Deployment, "drain_until", None),
+    (ApprovalRequest, "due_at", None),
 )
 """Columns that hold the end of a duration, each with the condition for rows whose duration has not ended."""
 

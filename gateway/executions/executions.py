@@ -29,7 +29,7 @@ from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.downloads import BlobDownload
 from gateway.http.errors import ApiError
 from gateway.http.keyset import AFTER, KeysetPage
-from gateway.http.operation_docs import EVENT_STREAM
+from gateway.http.operation_docs import EVENT_STREAM, JSON
 from gateway.http.parameters import (
     LIMIT,
     OFFSET,
@@ -113,7 +113,7 @@ SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
 FOLLOW = FlagParameter(
     "follow",
     "Answer with server-sent events: the lines so far, then each further one, until the execution has ended. The"
-    " header `Accept: text/event-stream` has the same meaning.",
+    " header `Accept: text/event-stream` has the same meaning, unless JSON is accepted too.",
 )
 LOGS = (LEVEL, FOLLOW, RECORDS, OFFSET)
 
@@ -282,7 +282,8 @@ async def logs(request: GatewayRequest) -> JsonResponse | ASGIApp:
     """
     query = request.query
     part, levels = query.page(RECORDS), query[LEVEL]
-    if query[FOLLOW] or EVENT_STREAM in request.headers.get("accept", ""):
+    accepted = request.headers.get("accept", "")
+    if query[FOLLOW] or (EVENT_STREAM in accepted and JSON not in accepted):
         return await _follow(request, levels)
     key = await _find_key(request)
     async with request.gateway.database.read() as connection:

@@ -55,6 +55,7 @@ EXPOSED: Final = (
     "WebHook-Allowed-Origin",
     "WebHook-Allowed-Rate",
     "WWW-Authenticate",
+    "Preference-Applied",
     "X-Cold-Start",
     "X-Request-Id",
 )

@@ -55,6 +55,41 @@ _SENT_WITH: Final[Mapping[int, HeaderDoc]] = {
 """Response headers of error responses by status."""
 _NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
 
+TAGS: Final[Mapping[str, str]] = {
+    "Access": "API keys, sessions, users and the signing secret of an organization.",
+    "Workflows": "Workflows: create, read, change, copy, share, import and export, and their graphs.",
+    "Nodes": "Node types, the nodes of a workflow, their tests, and validation.",
+    "Deployments": "Deployments of workflows, their lifecycle policies, and calls of their pods.",
+    "Events": "Events of an organization, and the tokens of their senders.",
+    "Queues": "Messages for workflows with a queue trigger, one or many.",
+    "Mail": "Mails for workflows with an email trigger, and the addresses at which they arrive.",
+    "Webhooks": "Webhooks, and the tokens in the URLs of triggers.",
+    "Deliveries": "Requests that arrived, samples of refused ones, and dead letters.",
+    "Bulk": "Cancel, retry, replay or delete the executions that match a filter.",
+    "Explanations": "Reasons why runs and workflows do not move.",
+    "Server": "Health and drift of the server, and this document.",
+}
+"""Tags of several modules. The viewer of the API shows at most about twenty tags with all of their operations."""
+_TAG_OF_MODULE: Final[Mapping[str, str]] = {
+    module: tag
+    for tag, modules in {
+        "Access": ("access", "sessions", "sign_in", "signing"),
+        "Workflows": ("workflows", "copies", "sharing", "graph"),
+        "Nodes": ("validation", "catalog", "nodes", "node_tests"),
+        "Deployments": ("discover", "deployments", "lifecycle", "trigger"),
+        "Events": ("events", "event_tokens"),
+        "Queues": ("enqueue", "enqueue_batch"),
+        "Mail": ("email_trigger", "mail_addresses"),
+        "Webhooks": ("trigger_tokens", "hooks"),
+        "Deliveries": ("deliveries", "intake_samples", "dead_letters"),
+        "Executions": ("executions", "inputs"),
+        "Bulk": ("bulk", "bulk_replay"),
+        "Explanations": ("run_explanations", "workflow_explanations", "organization_explanations"),
+        "Server": ("health", "drift", "document"),
+    }.items()
+    for module in modules
+}
+
 
 def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
     """Return the OpenAPI document of a route table; `server` is the base URL of its paths."""
@@ -131,14 +166,17 @@ def _note(line: Route) -> OperationDoc:
 
 
 def _tags(table: Iterable[Route]) -> list[Part]:
-    """Return a tag for each handler module in table order, with paths outside `/api/` last."""
+    """Return the tags in the order of their first operations, with paths outside `/api/` last."""
     in_order = sorted(table, key=lambda line: not line.path.startswith("/api/"))
     modules = dict.fromkeys(line.handler.__module__ for line in in_order)
-    return [{"name": _tag(name), "description": inspect.getdoc(sys.modules[name])} for name in modules]
+    names = dict.fromkeys(_tag(module) for module in modules)
+    described = {_tag(module): inspect.getdoc(sys.modules[module]) for module in reversed(modules)}
+    return [{"name": name, "description": TAGS.get(name, described[name])} for name in names]
 
 
 def _tag(module_name: str) -> str:
-    return module_name.rpartition(".")[2].replace("_", " ").capitalize()
+    stem = module_name.rpartition(".")[2]
+    return _TAG_OF_MODULE.get(stem, stem.replace("_", " ").capitalize())
 
 
 # ── an operation ────────────────────────────────────────────────────────────────────────────────────────────

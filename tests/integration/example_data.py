@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy import update
+from sqlalchemy import insert, update
 from sqlmodel import col
 
+from engine.run_records import SpanStatus
 from journal.blobs.blob_storage import BlobOwner
-from models.execution import Execution
+from models import ids
+from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
 
 Json = TypeVar("Json")
+_EXAMPLE_ID = re.compile(r"[a-zA-Z]+[_-][a-zA-Z0-9_-]+")
 
 STEP = {"nodeId": "set", "config": {"values": {"a": 1}}}
 NODES = [
@@ -72,6 +76,20 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await harness.gateway.database.transaction(
         lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
     )
+    span_id = ids.new_id("span")
+    span = SpanRow(
+        execution_id=started["executionId"],
+        node_id="node_1",
+        shard=admin.user.shard,
+        id=span_id,
+        sequence=1,
+        label="Keep",
+        type="set",
+        status=SpanStatus.COMPLETED,
+    )
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(insert(SpanRow).values(span.model_dump()))
+    )
     owner = BlobOwner(admin.user.organization_id, started["executionId"])
     await harness.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
     waiting = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
@@ -80,6 +98,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     session = (await browser.post("/session", json={"key": admin.key})).json()
     return {
         "session_abc123": session["id"],
+        "span_abc123": span_id,
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,
         "ds_001": source["dataSourceId"],
@@ -115,6 +134,6 @@ def replace_example_ids(value: Json, ids: Mapping[str, str]) -> Json:
         case list():
             placed = [replace_example_ids(item, ids) for item in value]
         case str():
-            placed = ids.get(value, value)
+            placed = _EXAMPLE_ID.sub(lambda found: ids.get(found[0], found[0]), value)
     found: Json = placed
     return found
