@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.expressions import ExpressionPath
-    from engine.graph import GraphNode, ParsedGraph
+    from engine.graph import GraphEdge, GraphNode, ParsedGraph
     from engine.program import NodeProgram, WorkflowProgram
     from engine.run_clock import RunClock
     from engine.run_records import AttemptSpan, LogLine
@@ -743,8 +743,8 @@ def _mappings(node: GraphNode) -> dict[str, Json]:
     return {**dict(node.input_mappings), **dict(node.pass_through_values)}
 
 
-def _ends(edge: object) -> tuple[str, str, str]:
-    return edge.source, edge.source_port, edge.target_port  # type: ignore[attr-defined]
+def _ends(edge: GraphEdge) -> tuple[str, str, str]:
+    return edge.source, edge.source_port, edge.target_port
 
 
 def _effect(program: NodeProgram) -> NodeEffect:

@@ -396,7 +396,7 @@ async def connect(url: str, *, channel: str) -> PostgresqlBroker:
         max_size=CONNECTIONS,
         timeout=ANSWER_SECONDS,
         command_timeout=ANSWER_SECONDS,
-        # What it writes may be lost. A crash empties these tables in any case.
+        # Lost writes do no harm: a crash empties these tables in any case.
         server_settings={"application_name": "pilotflame", "synchronous_commit": "off"},
     )
     return PostgresqlBroker(address, pool, channel=channel)

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import Column, Index, SmallInteger, delete, or_, select, update
+from sqlalchemy import Column, Index, SmallInteger, delete, insert, or_, select, update
 from sqlmodel import Field, SQLModel, col
 
 from models import ids
@@ -18,6 +18,7 @@ from models.column_types import TimestampColumn
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.database import Database
@@ -129,7 +130,7 @@ async def create_session(
         created_at=now,
         last_seen_at=now,
     )
-    await connection.execute(BrowserSession.__table__.insert().values(row.model_dump()))  # type: ignore[attr-defined]
+    await connection.execute(insert(BrowserSession).values(row.model_dump()))
     return row, secret
 
 
@@ -147,7 +148,9 @@ async def record_use(database: Database, session_id: str, now: datetime) -> None
     await database.transaction(record)
 
 
-async def _select_sessions(connection: AsyncConnection, *conditions: object) -> list[FoundSession]:
+async def _select_sessions(
+    connection: AsyncConnection, *conditions: ColumnElement[bool]
+) -> list[FoundSession]:
     statement = (
         select(
             BrowserSession,
@@ -158,7 +161,7 @@ async def _select_sessions(connection: AsyncConnection, *conditions: object) -> 
         )
         .join(ApiKey, col(ApiKey.id) == col(BrowserSession.key_id))
         .join(User, col(User.id) == col(ApiKey.user_id))
-        .where(*conditions)  # type: ignore[arg-type]
+        .where(*conditions)
         .order_by(col(BrowserSession.id).desc())
     )
     found = []

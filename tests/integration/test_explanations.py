@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, insert
+from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 
@@ -246,7 +246,7 @@ async def _takes(database: RunDatabase, place: OwnedWorkflow, run: Execution, wo
     target = {"isolated": "shared"}.get(run.target, run.target)
     if target == place.workflow_id:
         async with database.database.read() as connection:
-            row = (await connection.execute(Deployment.__table__.select())).mappings().first()  # type: ignore[attr-defined]
+            row = (await connection.execute(select(Deployment))).mappings().first()
         can_claim = row is not None and row["is_deployed"] and wakes.is_ready(Deployment(**row))
     else:
         can_claim = workers == "free" and target == "shared"
