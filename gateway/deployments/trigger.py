@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from time import perf_counter
@@ -148,7 +147,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
         until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
         headers = acceptance.response_headers(request.gateway.settings, accepted)
         try:
-            await _until_disconnect(request, _wait_for_pod(request, accepted, times, until))
+            await run_until_disconnect(request, _wait_for_pod(request, accepted, times, until))
         except PodUnavailable as error:
             refusal = _refusal(error.news, accepted.execution_id)
             if refusal is not None:
@@ -160,11 +159,11 @@ async def start(request: GatewayRequest) -> JsonResponse:
         headers |= preference.headers
         left_seconds = preference.seconds - (perf_counter() - times.began)
         ended = request.gateway.ends.ended(accepted.execution_id, request.caller, max(left_seconds, 0.0))
-        outcome = await _until_disconnect(request, ended)
+        outcome = await run_until_disconnect(request, ended)
         if outcome is not None:
             result = await _ended_result(request, accepted, times, outcome)
             return JsonResponse(result, headers={**headers, **times.headers()})
-    progress = await _until_disconnect(request, _read_progress(request, accepted, body, times, until))
+    progress = await run_until_disconnect(request, _read_progress(request, accepted, body, times, until))
     shape = await _shape(request, accepted, body, times, progress)
     return JsonResponse(shape, headers={**headers, **times.headers()})
 
@@ -321,7 +320,7 @@ def _seconds_left(until: float) -> float:
     return max(until - asyncio.get_running_loop().time(), 0.0)
 
 
-async def _until_disconnect(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
+async def run_until_disconnect(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
     """Return the result of `work`; raise `ClientDisconnect` if the client disconnects first.
 
     The run is not affected.
@@ -334,10 +333,10 @@ async def _until_disconnect(request: GatewayRequest, work: Awaitable[Answer]) ->
             raise ClientDisconnect
         return working.result()
     finally:
-        for task in (working, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        working.cancel()
+        gone.cancel()
+        # Not awaited one by one with their errors suppressed: that would suppress a cancellation of this request too.
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 async def _wait_disconnect(request: GatewayRequest) -> None:
