@@ -2,10 +2,12 @@ from functools import partial
 
 from journal.store_factory import open_store
 from models.database import parse_url
+from models.errors import DatabaseUnavailable
 from tests.system import consistency_checks, workflow_shapes
 from tests.system.client import RetryingClient
 from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, SystemUnderTest, on_many_processes
 from tests.system.ledger import EffectLedger
+from tests.system.processes import SystemProcess
 from tests.system.wait_conditions import wait_until
 
 
@@ -52,9 +54,8 @@ async def test_a_worker_that_slept_past_its_lease_begins_again_what_it_had_in_ha
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         sleeper = deployment.sender(await held.notify_pods())
-        with sleeper.paused():
-            # Reclaimed meanwhile: with a process of its own it might renew its lease before its sweep meets it.
-            await wait_until(partial(_is_taken_back, deployment, run))
+        while not await _pause_until_taken_back(sleeper, deployment, run):
+            pass
         await held.notify_pods()
     await consistency_checks.assert_consistent(
         deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS
@@ -135,6 +136,17 @@ async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile
         assert ended.error_code == "timeout"
         await consistency_checks.assert_consistent(deployment, client, ledger, {run: "failed"})
     assert not ledger.of("ship")
+
+
+async def _pause_until_taken_back(sleeper: SystemProcess, deployment: SystemUnderTest, run: str) -> bool:
+    """Pause a worker until its run is reclaimed; return False if a write of it has locked SQLite's file."""
+    with sleeper.paused():
+        try:
+            # Reclaimed meanwhile: with a process of its own it might renew its lease before its sweep meets it.
+            await wait_until(partial(_is_taken_back, deployment, run))
+        except DatabaseUnavailable:
+            return False
+    return True
 
 
 async def _is_taken_back(deployment: SystemUnderTest, run: str) -> bool:
