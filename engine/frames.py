@@ -77,14 +77,14 @@ class SectionFrame:
         """Its loops in progress."""
 
     @classmethod
-    def for_turn(
+    def for_iteration(
         cls, loop: LoopProgress, index: int, recorded: Mapping[str, NodeSpan], started_at: datetime
     ) -> SectionFrame:
         """Return the frame of an iteration of a loop, at its start."""
         outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
         frame = cls(loop.body, item, outer.roots, recorded, started_at)
         frame.iteration, frame.loop, frame.index = loop.iteration(index), loop, index
-        frame.share = loop.turn_share / (1 + loop.body.size)
+        frame.share = loop.iteration_share / (1 + loop.body.size)
         frame.nodes = {**outer.nodes, loop_id: {"item": item, "index": index}}
         frame.roots |= {"nodes": frame.nodes, "item": item, "index": index}
         return frame
@@ -116,12 +116,12 @@ class SectionFrame:
             frame = frame.loop.visit.frame
         return True
 
-    def with_inner_turns(self) -> Iterator[SectionFrame]:
+    def with_inner_iterations(self) -> Iterator[SectionFrame]:
         """Yield this frame and all iterations in progress inside it."""
         yield self
         for loop in self.loops:
-            for turn in loop.turns.values():
-                yield from turn.with_inner_turns()
+            for turn in loop.iterations.values():
+                yield from turn.with_inner_iterations()
 
     def is_fatal(self) -> bool:
         """Return whether no enclosing loop handles a failure of this frame."""
@@ -227,7 +227,7 @@ class LoopProgress:
     concurrency: int
     continues_on_error: bool
     """Whether the loop lists an item whose iteration fails with its error, and continues."""
-    turns: dict[int, SectionFrame] = field(default_factory=dict)
+    iterations: dict[int, SectionFrame] = field(default_factory=dict)
     """Iterations in progress, by index."""
     next_index: int = 0
     results: list[Json] = field(default_factory=list)
@@ -236,20 +236,20 @@ class LoopProgress:
     failure: RunError | None = None
     is_broken_off: bool = False
 
-    turn_share: float = 0.0
+    iteration_share: float = 0.0
     """Share of the run's progress for one iteration."""
 
     def __post_init__(self) -> None:
         self.results = [None] * len(self.items)
-        self.turn_share = self.visit.frame.share_of(self.visit.node_id) / len(self.items)
+        self.iteration_share = self.visit.frame.share_of(self.visit.node_id) / len(self.items)
 
     @property
-    def can_start_turn(self) -> bool:
+    def can_start_iteration(self) -> bool:
         return (
             self.failure is None
             and not self.is_broken_off
             and self.next_index < len(self.items)
-            and len(self.turns) < self.concurrency
+            and len(self.iterations) < self.concurrency
         )
 
     def iteration(self, index: int) -> str:

@@ -265,7 +265,7 @@ class LoopBodies:
     crossing: Sequence[GraphEdge]
     """Edges that lead into a body from outside."""
 
-    def around(self, node_id: str) -> Iterator[str]:
+    def enclosing_loops(self, node_id: str) -> Iterator[str]:
         """Yield the enclosing loops of a node, the innermost first."""
         holder = self.holders.get(node_id)
         while holder is not None:

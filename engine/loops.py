@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
 
-MAX_TURNS_AT_ONCE: Final = 1_000
+MAX_ITERATIONS_AT_ONCE: Final = 1_000
 """Maximum number of iterations in progress in all loops of a run. Each loop always has one, or enclosing
 loops could never end.
 """
@@ -57,8 +57,8 @@ class LoopScheduler:
         self._recorder = recorder
         self._limits = limits
         self._recorded = recorded
-        self._turns_at_once = 0
-        self._iterations = sum(span.is_turn for spans in recorded.values() for span in spans.values())
+        self._iterations_at_once = 0
+        self._iterations = sum(span.is_iteration for spans in recorded.values() for span in spans.values())
 
     # ── loops ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -96,9 +96,11 @@ class LoopScheduler:
 
     def _advance(self, loop: LoopProgress) -> None:
         """Begin as many iterations as the limits allow, or end the loop if nothing is left to wait for."""
-        while loop.can_start_turn and (not loop.turns or self._turns_at_once < MAX_TURNS_AT_ONCE):
-            self._begin_turn(loop)
-        if not loop.turns and loop in loop.visit.frame.loops:
+        while loop.can_start_iteration and (
+            not loop.iterations or self._iterations_at_once < MAX_ITERATIONS_AT_ONCE
+        ):
+            self._begin_iteration(loop)
+        if not loop.iterations and loop in loop.visit.frame.loops:
             self._end(loop)
 
     def _end(self, loop: LoopProgress) -> None:
@@ -114,51 +116,51 @@ class LoopScheduler:
 
     # ── iterations ────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin_turn(self, loop: LoopProgress) -> None:
+    def _begin_iteration(self, loop: LoopProgress) -> None:
         index = loop.next_index
         loop.next_index += 1
         recorded = self._recorded.get(loop.iteration(index), {})
         span = recorded.get(loop.visit.node_id)
         if span is not None and span.status in SETTLED_STATUSES:
-            self._restore_turn(loop, index, span)
+            self._restore_iteration(loop, index, span)
             return
         self._iterations += 1
         if self._iterations > self._limits.max_iterations:
             self._fail(loop, _too_many_iterations(loop, self._limits))
             return
-        turn = SectionFrame.for_turn(loop, index, recorded, self._recorder.clock.now())
-        loop.turns[index] = turn
-        self._turns_at_once += 1
+        turn = SectionFrame.for_iteration(loop, index, recorded, self._recorder.clock.now())
+        loop.iterations[index] = turn
+        self._iterations_at_once += 1
         self._owner.schedule_successors(turn, turn.start())
 
-    def _restore_turn(self, loop: LoopProgress, index: int, span: NodeSpan) -> None:
+    def _restore_iteration(self, loop: LoopProgress, index: int, span: NodeSpan) -> None:
         """Restore the end of an iteration from the journal, without its nodes."""
-        loop.visit.counted += loop.turn_share
-        self._recorder.count(loop.visit.frame, loop.turn_share)
+        loop.visit.counted += loop.iteration_share
+        self._recorder.count(loop.visit.frame, loop.iteration_share)
         if span.error is not None:
-            self._on_turn_failed(loop, index, span.error)
+            self._on_iteration_failed(loop, index, span.error)
             return
         loop.result_bytes += len(span.output or b"")
         loop.results[index] = values.restore_json(span.output) if span.output is not None else None
 
-    def end_turn(self, turn: SectionFrame, loop: LoopProgress) -> None:
+    def end_iteration(self, turn: SectionFrame, loop: LoopProgress) -> None:
         """End an iteration in which nothing is left to do: record its result, failure or cancellation.
 
         Then it begins further iterations, or ends the loop.
         """
-        del loop.turns[turn.index]
-        self._turns_at_once -= 1
-        self._recorder.count(turn, loop.turn_share - turn.counted)
+        del loop.iterations[turn.index]
+        self._iterations_at_once -= 1
+        self._recorder.count(turn, loop.iteration_share - turn.counted)
         if turn.failure is not None:
-            self._record_turn(turn, loop, SpanStatus.FAILED, error=turn.failure)
-            self._on_turn_failed(loop, turn.index, turn.failure)
+            self._record_iteration(turn, loop, SpanStatus.FAILED, error=turn.failure)
+            self._on_iteration_failed(loop, turn.index, turn.failure)
         elif turn.is_broken_off:
-            self._record_turn(turn, loop, SpanStatus.CANCELLED)
+            self._record_iteration(turn, loop, SpanStatus.CANCELLED)
         else:
-            self._on_turn_completed(turn, loop)
+            self._on_iteration_completed(turn, loop)
         self._advance(loop)
 
-    def _on_turn_completed(self, turn: SectionFrame, loop: LoopProgress) -> None:
+    def _on_iteration_completed(self, turn: SectionFrame, loop: LoopProgress) -> None:
         result = turn.result()
         try:
             encoded = run_records.encode_output(result, self._limits.max_output_bytes)
@@ -169,9 +171,9 @@ class LoopScheduler:
             self._fail(loop, self._owner.to_run_error(loop.visit, run_records.to_node_error(error)))
             return
         loop.results[turn.index] = result
-        self._record_turn(turn, loop, SpanStatus.COMPLETED, output=encoded)
+        self._record_iteration(turn, loop, SpanStatus.COMPLETED, output=encoded)
 
-    def _on_turn_failed(self, loop: LoopProgress, index: int, error: RunError) -> None:
+    def _on_iteration_failed(self, loop: LoopProgress, index: int, error: RunError) -> None:
         if loop.continues_on_error:
             loop.errors[index] = error
         else:
@@ -181,12 +183,12 @@ class LoopScheduler:
         """Fail a loop: cancel its other iterations, and wait for their end."""
         if loop.failure is None:
             loop.failure = error
-            for turn in list(loop.turns.values()):
-                self.cancel_turn(turn)
+            for turn in list(loop.iterations.values()):
+                self.cancel_iteration(turn)
 
-    def cancel_turn(self, turn: SectionFrame) -> None:
+    def cancel_iteration(self, turn: SectionFrame) -> None:
         """Begin nothing more in an iteration and the loops inside it; writes in progress complete."""
-        frames = list(turn.with_inner_turns())
+        frames = list(turn.with_inner_iterations())
         for frame in frames:
             frame.is_broken_off = True
             for loop in frame.loops:
@@ -194,9 +196,13 @@ class LoopScheduler:
         for visit in self._worklist.drop_frames(set(frames)):
             self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._recorder.clock.now())
         for frame in reversed(frames):
-            loop_around = frame.loop
-            if frame.open == 0 and loop_around is not None and loop_around.turns.get(frame.index) is frame:
-                self.end_turn(frame, loop_around)
+            enclosing_loop = frame.loop
+            if (
+                frame.open == 0
+                and enclosing_loop is not None
+                and enclosing_loop.iterations.get(frame.index) is frame
+            ):
+                self.end_iteration(frame, enclosing_loop)
 
     # ── records ───────────────────────────────────────────────────────────────────────────────────
 
@@ -207,7 +213,7 @@ class LoopScheduler:
                 return span.error
         return None
 
-    def _record_turn(
+    def _record_iteration(
         self,
         turn: SectionFrame,
         loop: LoopProgress,
@@ -216,7 +222,7 @@ class LoopScheduler:
         output: bytes | None = None,
         error: RunError | None = None,
     ) -> None:
-        self._recorder.record_turn(turn, loop.visit.program.node, status, CONTINUE, output, error)
+        self._recorder.record_iteration(turn, loop.visit.program.node, status, CONTINUE, output, error)
 
 
 def _empty_output(count: int) -> dict[str, Json]:

@@ -172,8 +172,8 @@ class _PathChecker:
             label = self._graph.by_id[node_id].label
             reason = f"does not run before this one: no connection leads here from {label!r}"
             return _UnresolvedPath(path.text, reason, "Connect it to this node, directly or through others.")
-        is_around = node_id in self._bodies.around(node.id)
-        shape = _LOOP_TURN if is_around else self._flow.node_shape(node_id)
+        is_enclosing = node_id in self._bodies.enclosing_loops(node.id)
+        shape = _LOOP_TURN if is_enclosing else self._flow.node_shape(node_id)
         lost = shapes.follow_path(ValueShape({node_id: shape}), path.steps)
         return self._explain_dead_end(path, lost) if isinstance(lost, PathDeadEnd) else None
 

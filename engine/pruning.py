@@ -105,7 +105,7 @@ class _NeededNodes:
                 self._need(last)
 
     def _go_back_from(self, node: GraphNode) -> None:
-        for loop_id in self._bodies.around(node.id):
+        for loop_id in self._bodies.enclosing_loops(node.id):
             self._need(loop_id, whole=False)
         if node.id in self._graph.pinned:
             return
@@ -114,7 +114,7 @@ class _NeededNodes:
             self._need(edge.source, whole=not is_from_around)
         for named in _referenced_nodes(node):
             if named in self._graph.by_id:
-                self._need(named, whole=named not in self._bodies.around(node.id))
+                self._need(named, whole=named not in self._bodies.enclosing_loops(node.id))
 
 
 def _referenced_nodes(node: GraphNode) -> Iterator[str]:

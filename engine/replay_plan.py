@@ -120,7 +120,7 @@ class ResultUse(StrEnum):
     """Used if the key turns out to be the same; the node runs otherwise."""
     UNCONFIRMED = "unconfirmed"
     """Used if the key turns out to be the same; the node fails otherwise."""
-    TURNS = "turns"
+    ITERATIONS = "turns"
     """The completed iterations of a loop are kept, and the failed ones run again."""
 
 
@@ -182,7 +182,7 @@ class ReplayFacts:
     has_outputs: bool = False
     written_in_loops: frozenset[str] = frozenset()
     """Nodes in loops with a completed span, or a write with an unknown end, in any iteration."""
-    written_in_failed_turns: frozenset[str] = frozenset()
+    written_in_failed_iterations: frozenset[str] = frozenset()
     """The same nodes, in iterations that have not completed."""
     revisions: Mapping[str, int] = field(default_factory=dict)
     """Present revisions of the data sources that recorded nodes have used; deleted ones are absent."""
@@ -442,7 +442,7 @@ class _Planner:
         if self._options.failed_only:
             own = [reason for reason in changes if not self._is_about_body(reason)]
         if not own and not self._dynamic_changes(node_id, span, key, ignores_body=self._options.failed_only):
-            decision = self._make(node_id, ReplayDecision.RERUN, [*reasons, *changes], ResultUse.TURNS)
+            decision = self._make(node_id, ReplayDecision.RERUN, [*reasons, *changes], ResultUse.ITERATIONS)
             return replace(decision, failed_only=True)
         return self._run(node_id, *reasons, *changes)
 
@@ -529,7 +529,7 @@ class _Planner:
         program = self._program.nodes[loop_id]
         changed = self.changed_in_body(program) if loop.failed_only else frozenset(program.body)
         facts = self._facts
-        found = facts.written_in_failed_turns if loop.failed_only else facts.written_in_loops
+        found = facts.written_in_failed_iterations if loop.failed_only else facts.written_in_loops
         written = {inner for inner in program.body & found if self._program.nodes[inner].is_write}
         for inner in sorted(program.body):
             decision, reasons = loop.decision, loop.reasons

@@ -203,7 +203,7 @@ class RunProgress:
         if frame.loop is None:
             self.failure = run_records.to_run_error(reason)
         else:
-            self._loops.cancel_turn(frame)
+            self._loops.cancel_iteration(frame)
 
     def record_cancelled(self, visit: NodeVisit) -> None:
         """Record that a node in a cancelled frame was cancelled."""
@@ -287,7 +287,7 @@ class RunProgress:
         """Record that one node of a frame has ended."""
         frame.open -= 1
         if frame.open == 0 and frame.loop is not None:
-            self._loops.end_turn(frame, frame.loop)
+            self._loops.end_iteration(frame, frame.loop)
 
     # ── waits and answers ─────────────────────────────────────────────────────────────────────────
 

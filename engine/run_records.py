@@ -124,7 +124,7 @@ class NodeSpan(msgspec.Struct, frozen=True):
     """
 
     @property
-    def is_turn(self) -> bool:
+    def is_iteration(self) -> bool:
         """Whether this is the span of an iteration. A node has hashes before it leaves by any port."""
         return self.port == CONTINUE and self.hashes is None
 

@@ -232,7 +232,7 @@ class SpanRecorder:
         visit.counted += share
         self.count(frame, share)
 
-    def record_turn(
+    def record_iteration(
         self,
         turn: SectionFrame,
         node: GraphNode,

@@ -81,7 +81,7 @@ class RunStart(msgspec.Struct, frozen=True):
     sequence: int = 0
     """Highest sequence number in the journal."""
     wait_answers: NodeAnswers = {}
-    listen: Callable[[], Awaitable[NodeAnswers | None]] | None = None
+    read_wait_answers: Callable[[], Awaitable[NodeAnswers | None]] | None = None
     """Returns the current wait answers, or None if they are unavailable; answers may arrive while other nodes
     run.
     """
@@ -115,7 +115,7 @@ class WorkflowRunner:
         self._parallelism = program.graph.settings.parallelism
         self._clock = start.clock
         self._deadline = start.clock.monotonic_of(start.deadline)
-        self._listen = start.listen
+        self._listen = start.read_wait_answers
         self._answers_read_at = time.monotonic()
         self._control = control
         self._interrupted: list[NodeVisit] = []
@@ -212,7 +212,7 @@ class WorkflowRunner:
         """Record interrupted nodes as cancelled; a run that continues elsewhere leaves them unchanged."""
         if ended.status in {RunStatus.RELEASED, RunStatus.WAITING, RunStatus.COMPLETED}:
             return
-        loops = [loop.visit for frame in self._root.with_inner_turns() for loop in frame.loops]
+        loops = [loop.visit for frame in self._root.with_inner_iterations() for loop in frame.loops]
         for visit in (*self._interrupted, *loops):
             self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
 

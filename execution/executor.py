@@ -120,7 +120,7 @@ class RunExecutor:
         settings: ExecutionSettings,
         *,
         blobs: RunBlobs | None = None,
-        around: ExecutorHooks | None = None,
+        hooks: ExecutorHooks | None = None,
         isolation: TrialGate | None = None,
     ) -> None:
         """Without `blobs`, rows hold inputs and outputs of any size.
@@ -128,7 +128,7 @@ class RunExecutor:
         All executors of one process share one `isolation`.
         """
         self._store = store
-        self._hooks = around or ExecutorHooks()
+        self._hooks = hooks or ExecutorHooks()
         self._blobs = blobs
         self._broker = broker
         self._services = services
@@ -317,7 +317,7 @@ class RunExecutor:
             settled = [
                 span.node_id
                 for span in recovered.spans
-                if span.status in SETTLED_STATUSES and not span.is_turn
+                if span.status in SETTLED_STATUSES and not span.is_iteration
             ]
             control = RunControl()
             journal = RunJournal(
@@ -482,7 +482,7 @@ class RunExecutor:
             recorded=recorded,
             sequence=recovered.last_sequence,
             wait_answers=recovered.wait_answers,
-            listen=partial(self._read_answers, run, journal),
+            read_wait_answers=partial(self._read_answers, run, journal),
         )
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 

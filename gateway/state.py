@@ -39,9 +39,9 @@ from gateway.ingest.rejected_samples import RejectedSamples
 from gateway.ingest.sns_certificates import MAX_ANSWER_BYTES, SnsCertificateCache
 from gateway.ingest.subscription_cache import SubscriptionCache
 from gateway.ingest.verification import TriggerVerifier
-from gateway.pods import pod_state
+from gateway.pods import pod_services
 from gateway.pods.forwarding import WakeupForwarder
-from gateway.pods.pod_state import PodState
+from gateway.pods.pod_services import PodApiServices
 from gateway.pods.poll_hub import PodPollHub
 from gateway.settings import GatewaySettings
 from gateway.workflows.callback_checks import CallbackChecker
@@ -108,7 +108,7 @@ class GatewayState:
     data_source_editor: DataSourceEditor
     probes: DataSourceProber
     forms: FormChecker
-    runners: PodState
+    pod_services: PodApiServices
     pod_logs: PodLogReader
     certificates: SnsCertificateCache
     sessions: SessionAuthenticator
@@ -183,9 +183,9 @@ async def assemble_state(
     await pod_logs.start()
     await activation.start()
     try:
-        async with pod_state.open_pod_state(
+        async with pod_services.open_pod_services(
             settings, database, store, broker, catalog, vault, poll_hub
-        ) as for_pods:
+        ) as opened_services:
             ingestor = RequestIngestor(
                 database, workflows, activation, deployed, acceptances, access, deliveries
             )
@@ -206,8 +206,8 @@ async def assemble_state(
                     database, subscribers, workflows, activation, deployed, capacity, ingestor
                 ),
                 redriver=RunRedriver(database, blobs, capacity, ingestor),
-                verifier=TriggerVerifier(database, workflows, deployed, for_pods.sources),
-                mail_verifier=MailVerifier(workflows, for_pods.sources, certificates, mail_attempts),
+                verifier=TriggerVerifier(database, workflows, deployed, opened_services.sources),
+                mail_verifier=MailVerifier(workflows, opened_services.sources, certificates, mail_attempts),
                 workflows=workflows,
                 workflow_editor=WorkflowEditor(database, catalog, vault),
                 acceptances=acceptances,
@@ -229,7 +229,7 @@ async def assemble_state(
                 data_source_editor=DataSourceEditor(database),
                 probes=DataSourceProber(vault, settings, database.clock),
                 forms=forms,
-                runners=for_pods,
+                pod_services=opened_services,
                 pod_logs=pod_logs,
                 certificates=certificates,
                 clock=database.clock.now,

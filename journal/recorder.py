@@ -164,7 +164,7 @@ def _count_rows(write: RunWrite) -> int:
 
 
 def _count_node(span: NodeSpan) -> None:
-    if span.started_at is None or span.ended_at is None or span.is_turn:
+    if span.started_at is None or span.ended_at is None or span.is_iteration:
         return
     seconds = max((span.ended_at - span.started_at).total_seconds(), 0.0)
     instruments.histogram("node_duration_seconds", span.type, span.status.value).observe(seconds)
@@ -228,7 +228,7 @@ class RunJournal:
             self._write.has_new_result = True
             # A node in a loop counts once, at the first iteration in which it settles; the loop counts after
             # all iterations.
-            if not span.is_turn:
+            if not span.is_iteration:
                 self._settled.add(span.node_id)
 
     def record_attempt(self, attempt: AttemptSpan) -> None:

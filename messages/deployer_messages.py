@@ -9,11 +9,11 @@ QUEUE: Final = "deployments"
 ACTOR: Final = "deployments"
 VERSION: Final = 1
 POD_LOGS: Final = "pod_logs"
-"""Subject of answers to `ReadPodLogs`: a key of the direct message."""
+"""Subject of answers to `PodLogRequest`: a key of the direct message."""
 
 
 @dataclass(frozen=True)
-class ReconcileDeployment:
+class ReconcileRequest:
     """Message that the desired state of a deployment may have changed."""
 
     workflow_id: str
@@ -25,20 +25,20 @@ class ReconcileDeployment:
 
 
 @dataclass(frozen=True)
-class ReadPodLogs:
-    """Request for the last log lines of pods. The answer is a direct message to `channel` that names `asked`."""
+class PodLogRequest:
+    """Request for the last log lines of pods. The answer is a direct message to `channel` that names `request_id`."""
 
     workflow_id: str
     limit: int
     channel: str
-    asked: str
+    request_id: str
 
     @property
     def key(self) -> str:
-        return self.asked
+        return self.request_id
 
 
-DeployerMessage: TypeAlias = ReconcileDeployment | ReadPodLogs
+DeployerMessage: TypeAlias = ReconcileRequest | PodLogRequest
 
 
 def encode_message(message: DeployerMessage) -> dict[str, object]:
@@ -54,9 +54,9 @@ def parse_message(payload: Mapping[str, object]) -> DeployerMessage | None:
             "workflow_id": str(workflow_id),
             "limit": int(limit),
             "channel": str(channel),
-            "asked": str(asked),
+            "request_id": str(request_id),
         }:
-            return ReadPodLogs(workflow_id, limit, channel, asked)
+            return PodLogRequest(workflow_id, limit, channel, request_id)
         case {"v": 1, "workflow_id": str(workflow_id)}:
-            return ReconcileDeployment(workflow_id)
+            return ReconcileRequest(workflow_id)
     return None

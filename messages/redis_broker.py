@@ -242,7 +242,7 @@ class RedisBroker:
         queue = f"{NAMESPACE}:{name}"
         async with _check_answer():
             await self._wake(
-                keys=[f"{queue}.hinted.{key}", queue, f"{queue}.msgs", f"{queue}.wakeup_signal"],
+                keys=[f"{queue}.wakeup_mark.{key}", queue, f"{queue}.msgs", f"{queue}.wakeup_signal"],
                 args=[MARK_MILLISECONDS, identity, message.encode(), WAKEUPS_KEPT],
             )
 

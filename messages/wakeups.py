@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import structlog
 
 from messages.broker import CHANGED_EXECUTIONS, Broker, BrokerUnavailable, DirectMessage
-from messages.deployer_messages import ReconcileDeployment
+from messages.deployer_messages import ReconcileRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -44,7 +44,7 @@ async def wake_mail_parsers(broker: Broker) -> None:
 async def wake_deployer(broker: Broker, workflow_id: str) -> None:
     """Wake a deployer for a deployment with a new desired state."""
     try:
-        await broker.notify_deployer(ReconcileDeployment(workflow_id))
+        await broker.notify_deployer(ReconcileRequest(workflow_id))
     except BrokerUnavailable as error:
         log.debug("deployer not woken", reason=str(error))
 

@@ -146,7 +146,7 @@ async def run_executor(
     store = RemoteRunStore(gateway)
     news = GatewayWorkPoll(gateway, channel=settings.runner_pod)
     executor = RunExecutor(
-        store, news, catalog, services, settings, blobs=blobs, around=ExecutorHooks(answers=store.answers)
+        store, news, catalog, services, settings, blobs=blobs, hooks=ExecutorHooks(answers=store.answers)
     )
     key = DefinitionKey(contact.organization_id, contact.definition_hash, contact.shard)
     await executor.prepare(key, contact.definition)

@@ -140,7 +140,7 @@ async def run_worker(
         services,
         settings,
         blobs=blobs,
-        around=ExecutorHooks(
+        hooks=ExecutorHooks(
             answers=partial(node_answers.read_answers, database),
             on_left=after.handle_end,
             on_swept=partial(_sweep_unattended_runs, database, store, broker),

@@ -50,7 +50,7 @@ class SignInRequest(StrictWire):
 
 
 @dataclass(frozen=True, slots=True)
-class SignedIn:
+class SignInResult:
     """New session: its row, the identity behind it, and the value of its cookie."""
 
     row: BrowserSession
@@ -79,7 +79,7 @@ class BrowserSignIn:
 
     async def sign_in(
         self, scope: Mapping[str, Any], given: SignInRequest, *, user_agent: str, replaces: str | None
-    ) -> SignedIn:
+    ) -> SignInResult:
         """Create a session that replaces the one with the hash `replaces`.
 
         Raises 401 for a wrong key or code, and 429 after too many of them.
@@ -95,7 +95,7 @@ class BrowserSignIn:
             await self._record_refusal(given, found)
             raise refuse_sign_in(is_code=given.code is not None)
 
-        async def create(connection: AsyncConnection) -> SignedIn:
+        async def create(connection: AsyncConnection) -> SignInResult:
             row, secret = await browser_session.create_session(
                 connection, found.caller, user_agent=user_agent, now=now, replaces=replaces
             )
@@ -107,7 +107,7 @@ class BrowserSignIn:
                 before=None,
                 after=hash_session(row),
             )
-            return SignedIn(row, found, secret)
+            return SignInResult(row, found, secret)
 
         return await self._database.transaction(create)
 

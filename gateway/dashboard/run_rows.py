@@ -103,7 +103,7 @@ class _NodeSpans:
 
     whole: Span | None = None
     turns: list[Span] = field(default_factory=list)
-    """Spans of the node in turns of a loop."""
+    """Spans of the node in iterations of a loop."""
     attempts: list[Span] = field(default_factory=list)
 
 

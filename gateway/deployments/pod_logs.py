@@ -11,7 +11,7 @@ import msgspec
 from gateway.http import errors
 from json_text import decoding
 from messages.broker import DirectMessage
-from messages.deployer_messages import POD_LOGS, ReadPodLogs
+from messages.deployer_messages import POD_LOGS, PodLogRequest
 from models import ids
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS: Final = 15.0
 """Longer than a deployer waits for its cluster."""
-MAX_ASKED: Final = 100
+MAX_REQUESTS: Final = 100
 
 
 class PodLogEntry(msgspec.Struct):
@@ -35,7 +35,7 @@ class PodLogReader:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._asked: dict[str, asyncio.Future[Sequence[PodLogEntry]]] = {}
+        self._answers: dict[str, asyncio.Future[Sequence[PodLogEntry]]] = {}
 
     async def start(self) -> None:
         """Receive the answers of deployers to requests for log lines of pods."""
@@ -43,26 +43,26 @@ class PodLogReader:
 
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
         """Return the last lines of a workflow's pods. Raises 503 if no deployer answers, or its cluster doesn't."""
-        if len(self._asked) >= MAX_ASKED:
+        if len(self._answers) >= MAX_REQUESTS:
             raise errors.not_ready("Too many requests wait here for pod logs: try again")
-        asked = ids.new_id("logs")
+        request_id = ids.new_id("logs")
         answer: asyncio.Future[Sequence[PodLogEntry]] = asyncio.get_running_loop().create_future()
-        self._asked[asked] = answer
+        self._answers[request_id] = answer
         try:
             await self._broker.notify_deployer(
-                ReadPodLogs(workflow_id, limit=limit, channel=self._broker.channel, asked=asked)
+                PodLogRequest(workflow_id, limit=limit, channel=self._broker.channel, request_id=request_id)
             )
             async with asyncio.timeout(ANSWER_SECONDS):
                 return await answer
         except TimeoutError as error:
             raise errors.not_ready("No deployer has answered in time: try again") from error
         finally:
-            del self._asked[asked]
+            del self._answers[request_id]
 
     def _receive(self, notification: Notification) -> None:
         if not isinstance(notification, DirectMessage):
             return
-        answer = self._asked.get(notification.message.get(POD_LOGS, ""))
+        answer = self._answers.get(notification.message.get(POD_LOGS, ""))
         if answer is None or answer.done():
             return
         lines = notification.message.get("lines")

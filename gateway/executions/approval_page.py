@@ -27,7 +27,7 @@ from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
 from journal.store import ExecutionKey
 from journal.waits import approvals, node_answers
-from journal.waits.approvals import Decision
+from journal.waits.approvals import ApprovalDecision
 from journal.waits.node_answers import AnswerReception, WaitingNode
 from models.access import Organization, User
 from models.approval import ApprovalLink
@@ -159,7 +159,7 @@ async def _store_answer(
 ) -> PageResponse:
     gateway, link = request.gateway, question.link
     user_id = None if "@" in link.assignee else link.assignee
-    decision = Decision(link.assignee, user_id, choice, data, gateway.clock())
+    decision = ApprovalDecision(link.assignee, user_id, choice, data, gateway.clock())
     author = LinkAuthor(link.organization_id, link.shard, link.assignee)
 
     async def work(connection: AsyncConnection) -> approvals.DecisionResult | None:

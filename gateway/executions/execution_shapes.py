@@ -316,8 +316,8 @@ def show_span_details(
 
 
 def _kind(row: Recorded) -> SpanKind:
-    is_turn = row.kind == SpanKind.NODE and row.port == CONTINUE and row.hashes is None
-    return SpanKind.TURN if is_turn else SpanKind(row.kind)
+    is_iteration = row.kind == SpanKind.NODE and row.port == CONTINUE and row.hashes is None
+    return SpanKind.TURN if is_iteration else SpanKind(row.kind)
 
 
 def show_log(row: Recorded) -> LogShape:

@@ -22,7 +22,7 @@ from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, optional
 from journal import concurrency_limits
 from journal.store import AcceptanceVerdict
 from journal.waits import approvals, node_answers
-from journal.waits.approvals import AnswerRefusal, Approver, Decision
+from journal.waits.approvals import AnswerRefusal, ApprovalDecision, Approver
 from journal.waits.node_answers import AnswerReception
 from models import access_store, ids
 from models.audit import AuditAction
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-SHOWN_TURNS: Final = 20
+SHOWN_ITERATIONS: Final = 20
 FORBIDDEN: Final = 403
 
 
@@ -108,7 +108,7 @@ class InputAnswer(StrictWire):
 
     node_id: Annotated[str, Meta(min_length=1, max_length=64)]
     iteration: Annotated[str, Meta(max_length=limits.LABEL_LENGTH)] | None = None
-    """Required if several turns of a loop wait."""
+    """Required if several iterations of a loop wait."""
     choice: str | None = None
     data: Any = None
 
@@ -204,7 +204,7 @@ async def audit_decision(
     connection: AsyncConnection,
     key: ExecutionKey,
     asked: WaitingNode,
-    decision: Decision,
+    decision: ApprovalDecision,
     author: ChangeAuthor,
 ) -> None:
     """Record who has decided, and how, in the transaction of the decision."""
@@ -268,15 +268,15 @@ async def _is_repeated(
 async def _find_waiting_node(
     connection: AsyncConnection, key: ExecutionKey, body: InputAnswer
 ) -> WaitingNode:
-    """Return the waiting node of an answer; raises 409 if none waits, and 422 if several turns of a loop do."""
+    """Return the waiting node of an answer; raises 409 if none waits, and 422 if several iterations of a loop do."""
     waiting = [
         one
         for one in await node_answers.list_input_waits(connection, key)
         if one.node_id == body.node_id and body.iteration in {None, one.iteration}
     ]
     if len(waiting) > 1:
-        turns = ", ".join(one.iteration for one in waiting[:SHOWN_TURNS])
-        message = f"iteration is required: {len(waiting)} turns of a loop wait, {turns}"
+        iterations = ", ".join(one.iteration for one in waiting[:SHOWN_ITERATIONS])
+        message = f"iteration is required: {len(waiting)} iterations of a loop wait, {iterations}"
         raise errors.invalid([errors.problem("iteration", "required", message)])
     if not waiting:
         is_answered = await node_answers.is_answered(connection, key, body.node_id, body.iteration)
@@ -296,7 +296,7 @@ async def _store_answer(
     Raises 409, and 422 if the body of that request differs.
     """
     caller, answered_at = request.caller, request.gateway.clock()
-    decision = Decision(caller.user_id, caller.user_id, body.choice, body.data, answered_at)
+    decision = ApprovalDecision(caller.user_id, caller.user_id, body.choice, body.data, answered_at)
     answer_id = ids.new_id("answer")
 
     async def work(connection: AsyncConnection) -> DecisionResult | None:

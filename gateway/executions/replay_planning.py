@@ -111,7 +111,7 @@ class RecordedExecution:
     definition_text: str
     spans: Sequence[NodeSpan]
     written_in_loops: frozenset[str]
-    written_in_failed_turns: frozenset[str]
+    written_in_failed_iterations: frozenset[str]
     revisions: Mapping[str, int]
 
 
@@ -387,7 +387,7 @@ class _Planning:
             spans=self.spans,
             has_outputs=self.has_outputs,
             written_in_loops=self.recorded.written_in_loops,
-            written_in_failed_turns=self.recorded.written_in_failed_turns,
+            written_in_failed_iterations=self.recorded.written_in_failed_iterations,
             revisions=self.recorded.revisions,
             expired=self.expired,
         )
@@ -414,7 +414,7 @@ class _Planning:
         if program is None or original is None:
             raise RuntimeError("a plan is completed after it was made")
         row, chosen = self.recorded.row, self._chosen
-        kept = [node.node_id for node in plan.nodes if node.use is ResultUse.TURNS]
+        kept = [node.node_id for node in plan.nodes if node.use is ResultUse.ITERATIONS]
         key, limit = row.concurrency_key, row.concurrency_limit
         if chosen.config is not None or self.new_trigger is not None:
             trigger = self.recorded_trigger if self.new_trigger is None else self.new_trigger
@@ -505,7 +505,7 @@ _FACTS: Final = (
 _turn = aliased(SpanRow)
 _IS_COMPLETED: Final = col(SpanRow.status) == SpanStatus.COMPLETED
 _WAS_SENT: Final = col(SpanRow.resolved_config).is_not(None)
-_HAS_COMPLETED_TURN: Final = (
+_HAS_COMPLETED_ITERATION: Final = (
     select(col(_turn.node_id))
     .where(
         *(col(_turn.execution_id) == col(SpanRow.execution_id), col(_turn.shard) == col(SpanRow.shard)),
@@ -574,12 +574,12 @@ async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey)
     in_failed = set(
         await connection.scalars(
             select(col(SpanRow.node_id))
-            .where(*of_run, col(SpanRow.iteration) != "", _IS_COMPLETED, ~_HAS_COMPLETED_TURN)
+            .where(*of_run, col(SpanRow.iteration) != "", _IS_COMPLETED, ~_HAS_COMPLETED_ITERATION)
             .distinct()
         )
     )
     unfinished: Select[*tuple[Any, ...]] = select(*_FACTS).where(
-        *(*of_run, col(SpanRow.iteration) != "", ~_IS_COMPLETED, _WAS_SENT, ~_HAS_COMPLETED_TURN)
+        *(*of_run, col(SpanRow.iteration) != "", ~_IS_COMPLETED, _WAS_SENT, ~_HAS_COMPLETED_ITERATION)
     )
     for row in await connection.execute(unfinished):
         span = _decode_span(row)

@@ -105,15 +105,15 @@ async def _find_inner_spans(
 
 def _use_of_inner(row: Row[Any], dirty: frozenset[str]) -> ResultUse | None:
     """Return the use of the span of a node in an iteration, or of the iteration itself."""
-    is_turn = row.port == CONTINUE
+    is_iteration = row.port == CONTINUE
     is_settled = row.status in {SpanStatus.COMPLETED, SpanStatus.SKIPPED} or row.port == ERROR
     if is_settled:
-        return ResultUse.SETTLED if is_turn or row.node_id not in dirty else None
+        return ResultUse.SETTLED if is_iteration or row.node_id not in dirty else None
     span = NodeSpan(
         *(row.node_id, "", "", SpanStatus(row.status), 0, None),
         attempt=row.attempt,
         error=decode_error(row.error),
         resolved_config=row.resolved_config.encode() if row.resolved_config is not None else None,
     )
-    repeats = row.node_id not in dirty and not is_turn and may_have_happened(span)
+    repeats = row.node_id not in dirty and not is_iteration and may_have_happened(span)
     return ResultUse.IN_FLIGHT if repeats else None

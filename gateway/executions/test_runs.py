@@ -206,7 +206,7 @@ def _body(
     bodies = find_bodies(
         ParsedGraph.from_stored(definition_snapshot.build_definition(nodes, connections, {})), loops
     )
-    return frozenset(inner for inner in bodies.holders if node_id in bodies.around(inner))
+    return frozenset(inner for inner in bodies.holders if node_id in bodies.enclosing_loops(inner))
 
 
 def _is_trigger(node: StoredNode, catalog: NodeCatalog) -> bool:

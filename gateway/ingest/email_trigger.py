@@ -244,7 +244,7 @@ async def _process_sns_message(
         sender=received.sender, recipients=received.recipients, verdicts=received.verdicts
     )
     if received.stored is not None:
-        stored = await _find_stored_mail(request.gateway.runners.sources, mail, received.stored)
+        stored = await _find_stored_mail(request.gateway.pod_services.sources, mail, received.stored)
         unparsed = msgspec.structs.replace(unparsed, stored=stored)
         return await _ingest_unparsed(request, mail, inbound, unparsed, ses_id=received.mail_id)
     content = _require_content(received)

@@ -91,7 +91,7 @@ async def _reclaim_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
         if process.pod == holder.process.pod and process.started_at < holder.process.started_at
     ]
     if await activity.reclaim_pod_leases(gateway.database, gateway.store, holder.workflow_id, earlier):
-        await gateway.runners.poll_hub.notify_pods([holder.workflow_id])
+        await gateway.pod_services.poll_hub.notify_pods([holder.workflow_id])
 
 
 def _own_database(gateway: GatewayState) -> ServerDatabaseAddress | None:
@@ -107,7 +107,7 @@ async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     The answer is empty at the timeout of the call, and nothing is claimed. Raises 503 if too many pods wait.
     """
     call = await decode_call(request, WorkPollRequest)
-    return JsonResponse(await request.gateway.runners.poll_hub.wait(holder, call))
+    return JsonResponse(await request.gateway.pod_services.poll_hub.wait(holder, call))
 
 
 async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

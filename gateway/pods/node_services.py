@@ -89,7 +89,7 @@ async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> Json
     call = await decode_call(request, DataSourceRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translated_errors():
-        return JsonResponse(await request.gateway.runners.sources.find(caller, call.source_id))
+        return JsonResponse(await request.gateway.pod_services.sources.find(caller, call.source_id))
 
 
 async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
@@ -97,7 +97,7 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
     call = await decode_call(request, StartRunRequest, max_bytes=MAX_START_BYTES)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translated_errors():
-        execution_id = await request.gateway.runners.runs.start(
+        execution_id = await request.gateway.pod_services.runs.start(
             caller,
             call.workflow_id,
             decoding.decode(call.inputs),
@@ -114,7 +114,7 @@ async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResp
     record_checks.require_readable(call)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translated_errors():
-        expires_at = await request.gateway.runners.events.expect(
+        expires_at = await request.gateway.pod_services.events.expect(
             caller,
             EventWaitRequest(
                 call.event_type, call.condition, call.given, call.look_back_seconds, call.timeout_seconds
@@ -130,7 +130,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     call = await decode_call(request, ThrottleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translated_errors():
-        at = await request.gateway.runners.throttle.reserve(
+        at = await request.gateway.pod_services.throttle.reserve(
             caller,
             call.key,
             limit=call.limit,

@@ -34,7 +34,7 @@ class PodEndpoint(PathEndpoint):
 
     def __init__(self, method: str, handler: InternalHandler) -> None:
         async def handle(request: GatewayRequest) -> ASGIApp:
-            return await handler(request, await request.gateway.runners.authenticator.holder(request))
+            return await handler(request, await request.gateway.pod_services.authenticator.holder(request))
 
         super().__init__({method: PathOperation(AccessRule.PUBLIC, handle)})
 

@@ -57,7 +57,7 @@ class Approver:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ApprovalDecision:
     """Answer of one person."""
 
     by: str
@@ -107,7 +107,7 @@ def find_refusal(
 
 
 async def record_decision(
-    connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, decision: Decision
+    connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, decision: ApprovalDecision
 ) -> DecisionResult:
     """Record a person's answer in the caller's transaction; enough equal choices are passed to the node.
 

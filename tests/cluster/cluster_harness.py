@@ -85,10 +85,10 @@ class DriverUnderTest:
             body = {"metadata": {"name": "quota"}, "spec": {"hard": hard}}
             await self.core.create_namespaced_resource_quota(self.namespace, body)
 
-    def wanted(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
-        wanted = desired_deployment(self.python, **{"image": self.image, **changes})
-        self.used.append(wanted.workflow_id)
-        return wanted
+    def desired(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
+        desired = desired_deployment(self.python, **{"image": self.image, **changes})
+        self.used.append(desired.workflow_id)
+        return desired
 
     async def delete_namespace(self) -> None:
         """Delete the namespace with all that is in it, and wait until it is gone."""
@@ -136,10 +136,10 @@ class DriverUnderTest:
 
     async def start(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
         """Deploy something, and wait until it is ready."""
-        wanted = self.wanted(**changes)
-        await self.driver.apply(wanted)
-        await self.ready(wanted.workflow_id)
-        return wanted
+        desired = self.desired(**changes)
+        await self.driver.apply(desired)
+        await self.ready(desired.workflow_id)
+        return desired
 
     async def get(self, url: str) -> Any:  # noqa: ANN401 - JSON
         """Send a GET request to a pod."""

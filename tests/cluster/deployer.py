@@ -10,9 +10,9 @@ from workers.cluster import local_driver
 from workers.cluster.driver import DesiredDeployment
 
 
-async def deploy(folder: Path, wanted: DesiredDeployment) -> None:
+async def deploy(folder: Path, desired: DesiredDeployment) -> None:
     driver = await local_driver.open_local(folder, runs_without_isolation=True)
-    await driver.apply(wanted)
+    await driver.apply(desired)
     async for workflow_id in driver.watch():
         if (await driver.observe(workflow_id)).is_ready:
             break

@@ -130,8 +130,8 @@ async def test_a_pod_over_the_quota_is_made_again_later_and_later_unless_its_dep
     async with open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
         await cluster.set_quota({"pods": "0"})
-        wanted = cluster.wanted()
-        await cluster.driver.apply(wanted)
+        desired = cluster.desired()
+        await cluster.driver.apply(desired)
         (deployment,) = api.store.every("deployments", NAMESPACE)
         retries = api.controllers.retries
         await turn_until(lambda: retries.get(deployment["metadata"]["uid"], NEVER).failures > 2)
@@ -142,4 +142,4 @@ async def test_a_pod_over_the_quota_is_made_again_later_and_later_unless_its_dep
         await cluster.set_quota(None)
         deployment["metadata"].setdefault("annotations", {})["touched"] = "yes"
         api.store.touch()
-        await cluster.ready(wanted.workflow_id)
+        await cluster.ready(desired.workflow_id)

@@ -58,11 +58,11 @@ def managed_fields_of(found: dict[str, Any], manager: str) -> list[dict[str, Any
 
 async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start()
+    desired = await cluster.start()
     for replicas in (0, 1, 0, 3):
-        await cluster.driver.scale(wanted.workflow_id, replicas)
-        await cluster.driver.apply(replace(wanted, definition_hash=f"after {replicas}", replicas=replicas))
-        found = read_deployment(api, wanted.workflow_id)
+        await cluster.driver.scale(desired.workflow_id, replicas)
+        await cluster.driver.apply(replace(desired, definition_hash=f"after {replicas}", replicas=replicas))
+        found = read_deployment(api, desired.workflow_id)
         assert found["spec"]["replicas"] == replicas
         assert [fields["f:spec"] for fields in managed_fields_of(found, SCALER)] == [{"f:replicas": {}}]
         assert all("f:replicas" not in fields["f:spec"] for fields in managed_fields_of(found, DEPLOYER))
@@ -70,18 +70,18 @@ async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake_clu
 
 async def test_nothing_is_written_when_nothing_has_changed(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start()
+    desired = await cluster.start()
     before = api.store.version
-    await cluster.driver.apply(wanted)
+    await cluster.driver.apply(desired)
     assert api.store.version == before
 
 
 async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
     api.node.delay_seconds = 0.3
-    wanted = await cluster.start()
-    await cluster.driver.scale(wanted.workflow_id, 0)
-    stale = await cluster.driver.observe(wanted.workflow_id)
+    desired = await cluster.start()
+    await cluster.driver.scale(desired.workflow_id, 0)
+    stale = await cluster.driver.observe(desired.workflow_id)
     assert (stale.available, stale.is_current, stale.is_ready) == (1, False, False)
 
 
@@ -104,12 +104,12 @@ async def test_a_pod_that_does_not_come_up_says_why(
     fake_cluster: Fake, changes: dict[str, Any], reason: PodFailureReason, words: str
 ) -> None:
     cluster, _ = fake_cluster
-    wanted = cluster.wanted(**changes)
-    await cluster.driver.apply(wanted)
-    observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
-    assert observed.trouble is not None
-    assert observed.trouble.reason is reason
-    assert words in observed.trouble.message
+    desired = cluster.desired(**changes)
+    await cluster.driver.apply(desired)
+    observed = await cluster.until(desired.workflow_id, lambda observed: observed.failure is not None)
+    assert observed.failure is not None
+    assert observed.failure.reason is reason
+    assert words in observed.failure.message
     assert not observed.is_ready
 
 
@@ -135,34 +135,34 @@ def test_a_pod_waits_in_vain_for_what_does_not_come_by_itself(
     container = {"state": {"waiting": {"reason": waiting, "message": words}}}
     pod = {"metadata": {"name": "pod"}, "spec": {}, "status": {"containerStatuses": [container]}}
     (found,) = pod_status.summarize_deployment("wf_1", None, [pod], port=1).pods
-    assert found.trouble is not None
-    assert found.trouble.is_final is is_final
-    assert words in found.trouble.message
+    assert found.failure is not None
+    assert found.failure.is_final is is_final
+    assert words in found.failure.message
 
 
 async def test_a_full_quota_is_told_by_a_wake(fake_cluster: Fake) -> None:
     cluster, _ = fake_cluster
-    wanted = await cluster.start()
+    desired = await cluster.start()
     await cluster.set_quota({"pods": "1"})
-    await cluster.driver.scale(wanted.workflow_id, 2)
-    observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
-    assert observed.trouble is not None
-    assert observed.trouble.reason is PodFailureReason.QUOTA
+    await cluster.driver.scale(desired.workflow_id, 2)
+    observed = await cluster.until(desired.workflow_id, lambda observed: observed.failure is not None)
+    assert observed.failure is not None
+    assert observed.failure.reason is PodFailureReason.QUOTA
 
 
 async def test_a_pod_without_its_secret_says_so(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start(replicas=1)
-    api.store.delete(KINDS["secrets"], NAMESPACE, names.workflow_name(wanted.workflow_id), {})
-    await cluster.driver.scale(wanted.workflow_id, 2)
-    observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
-    assert observed.trouble is not None
-    assert observed.trouble.reason is PodFailureReason.INVALID_CONFIG
+    desired = await cluster.start(replicas=1)
+    api.store.delete(KINDS["secrets"], NAMESPACE, names.workflow_name(desired.workflow_id), {})
+    await cluster.driver.scale(desired.workflow_id, 2)
+    observed = await cluster.until(desired.workflow_id, lambda observed: observed.failure is not None)
+    assert observed.failure is not None
+    assert observed.failure.reason is PodFailureReason.INVALID_CONFIG
 
 
 async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start()
+    desired = await cluster.start()
     (deployment,) = api.store.every("deployments", NAMESPACE)
     (pod,) = api.store.every("pods", NAMESPACE)
     message = "The node was low on resource: memory."
@@ -171,10 +171,10 @@ async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake_clust
         "metadata": {**pod["metadata"], "name": "evicted"},
         "status": {"phase": "Failed", "reason": "Evicted", "message": message},
     }
-    alone = pod_status.summarize_deployment(wanted.workflow_id, deployment, [evicted], port=1)
-    beside = pod_status.summarize_deployment(wanted.workflow_id, deployment, [evicted, pod], port=1)
-    assert (alone.trouble, alone.pods) == (PodFailure(PodFailureReason.EVICTED, message), ())
-    assert (beside.trouble, beside.is_rolled_out) == (None, True)
+    alone = pod_status.summarize_deployment(desired.workflow_id, deployment, [evicted], port=1)
+    beside = pod_status.summarize_deployment(desired.workflow_id, deployment, [evicted, pod], port=1)
+    assert (alone.failure, alone.pods) == (PodFailure(PodFailureReason.EVICTED, message), ())
+    assert (beside.failure, beside.is_rolled_out) == (None, True)
 
 
 # ── half-done work, and foreign objects ─────────────────────────────────────────────────────────────────────
@@ -184,16 +184,16 @@ async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_witho
     fake_cluster: Fake,
 ) -> None:
     cluster, api = fake_cluster
-    wanted = cluster.wanted()
+    desired = cluster.desired()
     for done in range(7):
-        await _cut_off(api, done, cluster.driver.apply(wanted))
-    await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
+        await _cut_off(api, done, cluster.driver.apply(desired))
+    await cluster.until_true(lambda: cluster.driver.delete(desired.workflow_id))
     assert list_objects(api) == []
-    await cluster.driver.apply(wanted)
-    await cluster.ready(wanted.workflow_id)
+    await cluster.driver.apply(desired)
+    await cluster.ready(desired.workflow_id)
     for done in range(8, 14):  # it lists by label before it deletes
-        await _cut_off(api, done, cluster.driver.delete(wanted.workflow_id))
-    await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
+        await _cut_off(api, done, cluster.driver.delete(desired.workflow_id))
+    await cluster.until_true(lambda: cluster.driver.delete(desired.workflow_id))
     assert list_objects(api) == []
 
 
@@ -208,10 +208,10 @@ async def _cut_off(api: FakeApiServer, requests: int, work: Any) -> None:  # noq
 
 async def test_what_others_keep_in_the_namespace_is_left_alone(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start()
+    desired = await cluster.start()
     service = {"metadata": {"name": "theirs"}, "spec": {"ports": [{"port": 80}]}}
     api.store.create(KINDS["services"], NAMESPACE, service, FieldManager("kubectl", "Update"))
-    await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
+    await cluster.until_true(lambda: cluster.driver.delete(desired.workflow_id))
     assert list_objects(api) == [("Service", "theirs")]
 
 
@@ -220,22 +220,22 @@ async def test_what_others_keep_in_the_namespace_is_left_alone(fake_cluster: Fak
 
 async def test_an_api_server_that_is_away_is_unavailable_and_its_pods_go_on(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start()
-    (url,) = await cluster.driver.endpoint(wanted.workflow_id)
+    desired = await cluster.start()
+    (url,) = await cluster.driver.endpoint(desired.workflow_id)
     await api.go_down()
     for work in (
-        cluster.driver.apply(wanted),
-        cluster.driver.scale(wanted.workflow_id, 0),
-        cluster.driver.observe(wanted.workflow_id),
+        cluster.driver.apply(desired),
+        cluster.driver.scale(desired.workflow_id, 0),
+        cluster.driver.observe(desired.workflow_id),
         cluster.driver.list(),
-        cluster.driver.delete(wanted.workflow_id),
-        cluster.driver.logs(wanted.workflow_id, limit=1),
+        cluster.driver.delete(desired.workflow_id),
+        cluster.driver.logs(desired.workflow_id, limit=1),
     ):
         with pytest.raises(ClusterUnavailable):
             await work
     assert await cluster.get(f"{url}/readyz") == {}
     await api.listen()
-    assert (await cluster.driver.observe(wanted.workflow_id)).is_ready
+    assert (await cluster.driver.observe(desired.workflow_id)).is_ready
 
 
 async def test_an_api_server_that_says_nothing_is_given_up(fake_cluster: Fake) -> None:
@@ -269,18 +269,18 @@ async def test_an_api_server_that_is_busy_is_left_alone_as_long_as_it_asks_and_t
     fake_cluster: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start()
+    desired = await cluster.start()
     seen = len(api.requests)
     api.failures += [too_many_requests_error(1)]
     began_at = asyncio.get_running_loop().time()
-    assert (await cluster.driver.observe(wanted.workflow_id)).is_ready
-    await cluster.driver.scale(wanted.workflow_id, 1)
+    assert (await cluster.driver.observe(desired.workflow_id)).is_ready
+    await cluster.driver.scale(desired.workflow_id, 1)
     assert asyncio.get_running_loop().time() - began_at >= 1
     assert len(api.requests) - seen == 4
     monkeypatch.setattr(kubernetes_api, "BUSY_SECONDS", 0)
     api.failures += [too_many_requests_error(1)]
     with pytest.raises(ClusterBusy) as busy:
-        await cluster.driver.scale(wanted.workflow_id, 2)
+        await cluster.driver.scale(desired.workflow_id, 2)
     assert busy.value.retry_seconds == 1
 
 
@@ -299,14 +299,14 @@ async def test_a_watched_cluster_is_observed_for_nothing_and_scaled_by_one_reque
 ) -> None:
     cluster, api = fake_cluster
     api.node.runs_commands = False
-    wanted = await cluster.start()
+    desired = await cluster.start()
     async with open_watch(cluster, api) as changes:
         seen = len(api.requests)
         for replicas in (0, 1):
-            await cluster.driver.scale(wanted.workflow_id, replicas)
-            written = await cluster.driver.observe(wanted.workflow_id)
+            await cluster.driver.scale(desired.workflow_id, replicas)
+            written = await cluster.driver.observe(desired.workflow_id)
             assert written.replicas == replicas
-            while not _is_done(await cluster.driver.observe(wanted.workflow_id), replicas):
+            while not _is_done(await cluster.driver.observe(desired.workflow_id), replicas):
                 await anext(changes)
             assert [one.replicas for one in await cluster.driver.list()] == [replicas]
         assert len(api.requests) - seen == 2
@@ -319,17 +319,17 @@ def _is_done(observed: ObservedDeployment, replicas: int) -> bool:
 async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
     api.node.runs_commands = False
-    wanted = await cluster.start()
+    desired = await cluster.start()
 
     async def is_refused() -> bool:
         try:
-            await cluster.driver.observe(wanted.workflow_id)
+            await cluster.driver.observe(desired.workflow_id)
         except ClusterForbidden as error:
             return "cannot list" in str(error)
         return False
 
     async def is_back() -> bool:
-        return not await is_refused() and (await cluster.driver.observe(wanted.workflow_id)).is_ready
+        return not await is_refused() and (await cluster.driver.observe(desired.workflow_id)).is_ready
 
     async with open_watch(cluster, api):
         api.refuses = lambda _, path: forbidden_error("list", "pods") if "/pods" in path else None
@@ -343,7 +343,7 @@ async def test_a_list_that_is_forbidden_after_a_stream_has_ended_is_told_at_once
     cluster, api = fake_cluster
     assert isinstance(cluster.driver, KubernetesDriver)
     api.node.runs_commands = False
-    wanted = await cluster.start()
+    desired = await cluster.start()
     async with open_watch(cluster, api):
         cluster.driver.cache.probe_seconds = 600
         api.refuses = lambda *_: forbidden_error("list", "pods")
@@ -351,7 +351,7 @@ async def test_a_list_that_is_forbidden_after_a_stream_has_ended_is_told_at_once
         cache = cluster.driver.cache
         await turn_until(lambda: not (cache.pods.is_synced or cache.deployments.is_synced))
         with pytest.raises(ClusterForbidden):
-            await cluster.driver.observe(wanted.workflow_id)
+            await cluster.driver.observe(desired.workflow_id)
 
 
 async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake_cluster: Fake) -> None:
@@ -379,50 +379,50 @@ async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake_c
 async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
     api.node.runs_commands = False
-    wanted = cluster.wanted()
+    desired = cluster.desired()
 
-    async def requests_of_refused(wanted: DesiredDeployment) -> int:
+    async def requests_of_refused(desired: DesiredDeployment) -> int:
         seen = len(api.requests)
         with pytest.raises(ClusterForbidden) as refused:
-            await cluster.driver.apply(wanted)
+            await cluster.driver.apply(desired)
         assert refused.value.requests == len(api.requests) - seen
         return refused.value.requests
 
     api.refuses = lambda _, path: forbidden_error("patch", "deployments") if "/deployments/" in path else None
-    assert [await requests_of_refused(wanted) for _ in range(3)] == [6, 1, 1]
-    wanted = replace(wanted, token="another-token")
-    assert [await requests_of_refused(wanted) for _ in range(2)] == [6, 1]
+    assert [await requests_of_refused(desired) for _ in range(3)] == [6, 1, 1]
+    desired = replace(desired, token="another-token")
+    assert [await requests_of_refused(desired) for _ in range(2)] == [6, 1]
     api.refuses = lambda _, path: forbidden_error("patch", "deployments") if SCALER in path else None
-    assert [await requests_of_refused(wanted) for _ in range(2)] == [8, 1]
+    assert [await requests_of_refused(desired) for _ in range(2)] == [8, 1]
     # Objects may have been removed since the first attempt.
     for kind in ("deployments", "secrets"):
-        api.store.remove((kind, NAMESPACE, names.workflow_name(wanted.workflow_id)))
+        api.store.remove((kind, NAMESPACE, names.workflow_name(desired.workflow_id)))
     api.refuses = lambda *_: None
-    await cluster.driver.apply(wanted)
-    await cluster.ready(wanted.workflow_id)
+    await cluster.driver.apply(desired)
+    await cluster.ready(desired.workflow_id)
 
 
 async def test_a_write_that_meets_another_is_done_again(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
-    wanted = await cluster.start()
+    desired = await cluster.start()
     api.failures += [CONFLICT, CONFLICT]
-    await cluster.driver.scale(wanted.workflow_id, 2)
-    assert read_deployment(api, wanted.workflow_id)["spec"]["replicas"] == 2
+    await cluster.driver.scale(desired.workflow_id, 2)
+    assert read_deployment(api, desired.workflow_id)["spec"]["replicas"] == 2
 
 
 async def test_lists_are_whole_over_pages_that_expire(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
     api.node.runs_commands = False
-    wanted = [cluster.wanted() for _ in range(5)]
-    for one in wanted:
+    desired = [cluster.desired() for _ in range(5)]
+    for one in desired:
         await cluster.driver.apply(one)
     api.page_size = 2
-    assert {one.workflow_id for one in await cluster.driver.list()} == {one.workflow_id for one in wanted}
+    assert {one.workflow_id for one in await cluster.driver.list()} == {one.workflow_id for one in desired}
     seen = len(api.requests)
     listing = asyncio.ensure_future(cluster.driver.list())
     await turn_until(lambda: len(api.requests) > seen)
     api.store.forget()
-    assert {one.workflow_id for one in await listing} == {one.workflow_id for one in wanted}
+    assert {one.workflow_id for one in await listing} == {one.workflow_id for one in desired}
 
 
 # ── watches that end ──────────────────────────────────────────────────────────────────────────────────────────
@@ -461,7 +461,7 @@ async def test_a_watch_goes_on_after_its_stream(
     await cluster.start()
     async with open_watch(cluster, api) as changes:
         interrupt(api)
-        later = cluster.wanted()
+        later = cluster.desired()
         await cluster.driver.apply(later)
         while await anext(changes) != later.workflow_id:
             pass
@@ -470,13 +470,13 @@ async def test_a_watch_goes_on_after_its_stream(
 async def test_a_version_that_is_forgotten_between_list_and_watch_is_listed_again(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
     api.node.runs_commands = False
-    wanted = await cluster.start()
+    desired = await cluster.start()
     changes = cluster.driver.watch()
     first = asyncio.ensure_future(anext(changes))
     await turn_until(lambda: any("/pods?labelSelector" in request for request in api.requests[-2:]))
     api.store.forget()
-    assert await first == wanted.workflow_id
-    later = cluster.wanted()
+    assert await first == desired.workflow_id
+    later = cluster.desired()
     await cluster.driver.apply(later)
     async with asyncio.timeout(cluster.patience_seconds):
         while await anext(changes) != later.workflow_id:
@@ -489,14 +489,14 @@ async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_mi
 ) -> None:
     cluster, api = fake_cluster
     api.node.runs_commands = False
-    wanted = await cluster.start()
+    desired = await cluster.start()
     async with open_watch(cluster, api) as changes:
         await api.go_down()
-        api.store.delete(KINDS["deployments"], NAMESPACE, names.workflow_name(wanted.workflow_id), {})
+        api.store.delete(KINDS["deployments"], NAMESPACE, names.workflow_name(desired.workflow_id), {})
         await api.listen()
-        while await anext(changes) != wanted.workflow_id:
+        while await anext(changes) != desired.workflow_id:
             pass
-        await cluster.until(wanted.workflow_id, lambda observed: not observed.exists)
+        await cluster.until(desired.workflow_id, lambda observed: not observed.exists)
 
 
 async def test_a_kubeconfig_that_is_none_is_refused_in_words() -> None:

@@ -13,7 +13,7 @@ from sqlmodel import col
 
 from journal.store import ClaimQuery
 from messages import wakeups
-from messages.deployer_messages import DeployerMessage, ReadPodLogs
+from messages.deployer_messages import DeployerMessage, PodLogRequest
 from models.deployment import Deployment, ObservedState
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
@@ -78,9 +78,9 @@ def answer_for_pods(harness: GatewayHarness) -> None:
     broker = harness.gateway.broker
 
     def answer(message: DeployerMessage) -> None:
-        if isinstance(message, ReadPodLogs):
-            letter = {"pod_logs": message.asked, "lines": "[]"}
-            answers.append(asyncio.ensure_future(broker.send(message.channel, letter)))
+        if isinstance(message, PodLogRequest):
+            direct_message = {"pod_logs": message.request_id, "lines": "[]"}
+            answers.append(asyncio.ensure_future(broker.send(message.channel, direct_message)))
 
     answers: list[asyncio.Future[None]] = []
     broker.start_deployer(answer)

@@ -265,7 +265,7 @@ async def run_mail_harness(harness: GatewayHarness) -> AsyncIterator[MailHarness
         async with state.assemble_state(here.settings, here.database, here.store, broker) as gateway:
             certificates = SnsCertificateCache(sns)
             attempts = PasswordAttempts("Too many wrong passwords")
-            verifier = MailVerifier(gateway.workflows, gateway.runners.sources, certificates, attempts)
+            verifier = MailVerifier(gateway.workflows, gateway.pod_services.sources, certificates, attempts)
             yield replace(gateway, clock=lambda: now[0], certificates=certificates, mail_verifier=verifier)
 
     async with AsyncExitStack() as stack:

@@ -22,7 +22,7 @@ from messages.broker import (
     RedisMayEvict,
     connect_broker,
 )
-from messages.deployer_messages import DeployerMessage, ReadPodLogs, ReconcileDeployment
+from messages.deployer_messages import DeployerMessage, PodLogRequest, ReconcileRequest
 from messages.outcome_seal import PURPOSE, OutcomeSeal
 from messages.token_buckets import BucketRate, TokenDemand
 from messages.worker_wakeup import ALL_SHARDS
@@ -145,10 +145,10 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
     other_broker: Broker, worker_broker: Broker, wakeups: Queue[int]
 ) -> None:
     messages: Queue[DeployerMessage] = Queue()
-    asked = ReadPodLogs("wf_a", limit=5, channel="gateway", asked="logs_1")
+    asked = PodLogRequest("wf_a", limit=5, channel="gateway", request_id="logs_1")
     worker_broker.start_deployer(messages.put_nowait)
-    await other_broker.notify_deployer(ReconcileDeployment("wf_a"))
-    assert await _next_item(messages) == ReconcileDeployment("wf_a")
+    await other_broker.notify_deployer(ReconcileRequest("wf_a"))
+    assert await _next_item(messages) == ReconcileRequest("wf_a")
     await other_broker.notify_deployer(asked)
     await other_broker.wake_workers(3)
     assert (await _next_item(messages), await _next_item(wakeups)) == (asked, 3)
@@ -160,12 +160,12 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
 async def test_a_message_to_an_absent_deployer_is_queued_once(shared_url: str) -> None:
     async with _open_broker(shared_url) as other_broker, _open_broker(shared_url) as later:
         for workflow_id in ("wf_a", "wf_b", "wf_a"):
-            await other_broker.notify_deployer(ReconcileDeployment(workflow_id))
+            await other_broker.notify_deployer(ReconcileRequest(workflow_id))
         messages: Queue[DeployerMessage] = Queue()
         later.start_deployer(messages.put_nowait)
         assert [await _next_item(messages), await _next_item(messages)] == [
-            ReconcileDeployment("wf_a"),
-            ReconcileDeployment("wf_b"),
+            ReconcileRequest("wf_a"),
+            ReconcileRequest("wf_b"),
         ]
         assert messages.empty()
 

@@ -319,7 +319,7 @@ async def test_what_no_row_accounts_for_is_removed(
 ) -> None:
     cluster, api = fake_cluster
     before = list_objects(api)
-    await cluster.driver.apply(cluster.wanted())
+    await cluster.driver.apply(cluster.desired())
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
     async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
         await wait_for_deployment(harness, workflow_id, is_running)

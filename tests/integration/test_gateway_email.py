@@ -719,7 +719,7 @@ async def test_a_mail_waits_for_the_owner_to_mend_the_trigger_and_runs_once(
     config = {"mailgun": {"signingKey": gone}}
     workflow_id = await mails.workflow(owner, **config)
     await owner.api.delete(f"/api/v1/datasources/{gone}?force=true")
-    mails.gateway.runners.sources.clear()
+    mails.gateway.pod_services.sources.clear()
     for _ in range(2):
         answer = await mails.post(workflow_id, step)
         assert_refused(answer, 503, "trigger-not-ready")
@@ -751,7 +751,7 @@ async def test_a_flood_that_nobody_can_verify_leaves_few_deliveries(
     gone = await mails.source(owner, "webhook-secret", {}, secret="x" * 20)
     workflow_id = await mails.workflow(owner, mailgun={"signingKey": gone})
     await owner.api.delete(f"/api/v1/datasources/{gone}?force=true")
-    mails.gateway.runners.sources.clear()
+    mails.gateway.pod_services.sources.clear()
     monkeypatch.setattr(delivery_log, "UNVERIFIED", BucketRate(per_second=1 / 3_600, burst=3))
     for _ in range(5):
         assert_refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")

@@ -306,7 +306,7 @@ async def test_a_data_source_that_is_gone_is_for_the_owner_to_mend_and_the_sende
         people.owner, {"verification": {"provider": "github", "dataSource": source_id}}
     )
     await people.owner.api.delete(f"/api/v1/datasources/{source_id}?force=true")
-    harness.gateway.runners.sources.clear()
+    harness.gateway.pod_services.sources.clear()
     answer = await send(harness, BY_NAME["gh_push"].steps[0], hook.path)
     assert_refused(answer, 503, "trigger-not-ready")
     assert int(answer.headers["Retry-After"]) == 60

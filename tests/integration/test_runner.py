@@ -43,7 +43,7 @@ from journal.blobs.large_values import EncodedTrigger
 from journal.run_copies import ReplayCopy
 from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
 from journal.waits import node_answers
-from messages.deployer_messages import DeployerMessage, ReconcileDeployment
+from messages.deployer_messages import DeployerMessage, ReconcileRequest
 from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids
 from models.data_source import DataSource
@@ -52,7 +52,7 @@ from models.deployment_token import TokenBearer
 from models.timestamps import to_microseconds
 from models.workflow_names import PodProcess, lease_owner
 from runner import gateway_client
-from runner import main as runners
+from runner import main as pod_services
 from runner.remote_store import RemoteRunStore
 from runner.settings import RunnerSettings
 from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
@@ -643,7 +643,7 @@ async def test_a_wakeup_at_a_gateway_without_polling_pods_is_forwarded(
 ) -> None:
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
     pod = await pods.start().ready()
-    poll_hub = pods.gateway.state.runners.poll_hub
+    poll_hub = pods.gateway.state.pod_services.poll_hub
     await wait_until(lambda: poll_hub.has_waiting_pod(pods.owned_workflow.workflow_id))
     elsewhere = InterruptibleGateway(pods.run_database, pods.folder / "elsewhere")
     await elsewhere.start()
@@ -653,7 +653,7 @@ async def test_a_wakeup_at_a_gateway_without_polling_pods_is_forwarded(
         urls=json.dumps([gone, pod.url]),
     )
     key = await pods.accept(SIMPLE)
-    await elsewhere.state.runners.poll_hub.notify_pods([pods.owned_workflow.workflow_id])
+    await elsewhere.state.pod_services.poll_hub.notify_pods([pods.owned_workflow.workflow_id])
     await pods.reaches(key, "completed")
 
     told: list[DeployerMessage] = []
@@ -661,8 +661,8 @@ async def test_a_wakeup_at_a_gateway_without_polling_pods_is_forwarded(
     await pods.run_database.query("UPDATE deployment SET ready_addresses = :urls", urls=json.dumps([gone]))
 
     async def deployer_is_told() -> bool:
-        await elsewhere.state.runners.poll_hub.notify_pods([pods.owned_workflow.workflow_id])
-        return ReconcileDeployment(pods.owned_workflow.workflow_id) in told
+        await elsewhere.state.pod_services.poll_hub.notify_pods([pods.owned_workflow.workflow_id])
+        return ReconcileRequest(pods.owned_workflow.workflow_id) in told
 
     await wait_until_async(deployer_is_told)
     await elsewhere.stop()
@@ -885,7 +885,7 @@ async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers
         return abs(store.clock.now() - datetime.now(UTC)) < timedelta(seconds=PATIENCE_SECONDS)
 
     mislead(1)
-    await runners.make_first_contact(gateway, settings, asyncio.Event())
+    await pod_services.make_first_contact(gateway, settings, asyncio.Event())
     assert is_right()
     mislead(-1)
     (one,) = await store.claim(ClaimQuery("pod", LEASE_SECONDS, 1))
@@ -905,7 +905,7 @@ async def test_no_route_takes_anything_but_a_valid_token(pods: DeployedPods) -> 
         for token in ("rt-00" + "a" * 52, person):
             assert (await held.ask(line, token)).status_code == 401, line
         assert (await held.ask(line, pods.token, pod="not a name")).status_code == 401, line
-    pods.gateway.state.runners.authenticator.forget()
+    pods.gateway.state.pod_services.authenticator.forget()
     await pods.run_database.database.transaction(
         lambda connection: deployment_token.revoke_tokens(
             connection, pods.owned_workflow.workflow_id, now=datetime.now(UTC)
@@ -940,7 +940,7 @@ async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Dep
 
     somebody = await pods.run_database.workflow(pods.owned_workflow.organization)
     await pods.run_database.query("UPDATE data_source SET owner_id = :id", id=somebody.user_id)
-    pods.gateway.state.runners.sources.clear()
+    pods.gateway.state.pod_services.sources.clear()
     not_theirs = await held.ask(line, pods.token)
     assert (not_theirs.status_code, not_theirs.json()["error"]["code"]) == (422, "data-source-not-found")
     assert not_theirs.headers["X-Node-Error"] == "final"

@@ -192,20 +192,20 @@ async def test_the_deployer_may_do_what_its_driver_does_and_nothing_else(
     }
     async with cluster_harness.open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
-        wanted = cluster.wanted()
+        desired = cluster.desired()
         async with aclosing(cluster.driver.watch()) as changes:
             first = asyncio.create_task(anext(changes))
-            await cluster.driver.apply(wanted)
+            await cluster.driver.apply(desired)
             await first
-            await cluster.ready(wanted.workflow_id)
-            await cluster.driver.scale(wanted.workflow_id, 2)
+            await cluster.ready(desired.workflow_id)
+            await cluster.driver.scale(desired.workflow_id, 2)
             await cluster.driver.list()
-            await cluster.driver.endpoint(wanted.workflow_id)
-            await cluster.driver.logs(wanted.workflow_id, limit=10)
-            (pod, *_) = (await cluster.driver.observe(wanted.workflow_id)).pods
-            await cluster.driver.replace(wanted.workflow_id, [pod.name])
+            await cluster.driver.endpoint(desired.workflow_id)
+            await cluster.driver.logs(desired.workflow_id, limit=10)
+            (pod, *_) = (await cluster.driver.observe(desired.workflow_id)).pods
+            await cluster.driver.replace(desired.workflow_id, [pod.name])
             await cluster_harness.turn_until(lambda: api.watches == 3)
-        while not await cluster.driver.delete(wanted.workflow_id):
+        while not await cluster.driver.delete(desired.workflow_id):
             pass
         asked = {right for line in api.requests for right in required_rights(line)}
     assert asked == granted

@@ -145,7 +145,7 @@ def plan_of(
         spans=[span for span in past.spans if not span.iteration],
         has_outputs=True,
         written_in_loops=frozenset(inner),
-        written_in_failed_turns=frozenset(
+        written_in_failed_iterations=frozenset(
             span.node_id
             for span in past.spans
             if span.node_id in inner and span.iteration not in good_turns(past)
@@ -196,7 +196,7 @@ def use_span(span: NodeSpan, node: NodeReplay) -> NodeSpan | None:
 def use_inner(span: NodeSpan, plan: ReplayPlan, past: PastRun, program: WorkflowProgram) -> NodeSpan | None:
     for loop in plan.nodes:
         body = program.nodes[loop.node_id].body
-        if loop.use is ResultUse.TURNS and (span.node_id in body or span.node_id == loop.node_id):
+        if loop.use is ResultUse.ITERATIONS and (span.node_id in body or span.node_id == loop.node_id):
             is_kept = span.status is SpanStatus.COMPLETED
             changed = changed_body_nodes(program.nodes[loop.node_id], past.program.graph, program.graph)
             return span if is_kept and span.node_id not in changed else None

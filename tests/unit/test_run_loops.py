@@ -112,8 +112,8 @@ async def test_each_item_has_a_turn_and_the_results_leave_together() -> None:
         (SpanStatus.COMPLETED, 2),
         (SpanStatus.COMPLETED, 4),
     ]
-    assert all(turn.is_turn for turn in turns)
-    assert not notebook.spans["loop"].is_turn
+    assert all(turn.is_iteration for turn in turns)
+    assert not notebook.spans["loop"].is_iteration
     assert notebook.output("double", "1") == 2
     assert notebook.rows["double", "1"].input == b"1"
     assert notebook.rows["pause", "1"].input_node == "double"
@@ -829,7 +829,7 @@ async def test_turns_that_have_ended_are_taken_from_the_journal_without_being_en
     assert (await first.work()).status is RunStatus.WAITING
     assert calls == 2_000
     recorded = expire_waits(first.notebook)
-    ended = {span.iteration for span in recorded if span.is_turn and span.status in SETTLED_STATUSES}
+    ended = {span.iteration for span in recorded if span.is_iteration and span.status in SETTLED_STATUSES}
     # The outputs of an ended iteration's nodes are no longer needed.
     needed = [span for span in recorded if span.node_id == "loop" or span.iteration not in ended]
     assert len(needed) < len(recorded) - 2_000

@@ -74,13 +74,13 @@ def make_deployment(**columns: Any) -> Deployment:  # noqa: ANN401 - any column
     return Deployment(**{**given, **columns})
 
 
-def make_observed(*stages: PodStage, trouble: PodFailure | None = None) -> ObservedDeployment:
+def make_observed(*stages: PodStage, failure: PodFailure | None = None) -> ObservedDeployment:
     pods = tuple(
         ObservedPod(f"pod-{number}", "d", None, stage is PodStage.READY, is_terminating=False, stage=stage)
         for number, stage in enumerate(stages)
     )
     return ObservedDeployment(
-        "wf", exists=True, replicas=1, updated=len(pods), is_current=True, pods=pods, trouble=trouble
+        "wf", exists=True, replicas=1, updated=len(pods), is_current=True, pods=pods, failure=failure
     )
 
 
@@ -129,15 +129,15 @@ def test_a_program_that_crashes_again_and_again_makes_no_progress() -> None:
     starts = ObservedStart()
     crashed = PodFailure(PodFailureReason.CRASH_LOOP, "it crashed")
     starts.state(0, make_observed(PodStage.STARTED))
-    starts.state(60, make_observed(PodStage.SCHEDULED, trouble=crashed))
-    assert starts.state(121, make_observed(PodStage.STARTED, trouble=crashed)) == ("failed", "it crashed")
+    starts.state(60, make_observed(PodStage.SCHEDULED, failure=crashed))
+    assert starts.state(121, make_observed(PodStage.STARTED, failure=crashed)) == ("failed", "it crashed")
 
 
 def test_no_time_runs_while_the_cluster_has_no_room_or_after_something_else_was_desired() -> None:
     starts = ObservedStart()
     full = PodFailure(PodFailureReason.QUOTA, "exceeded quota")
-    starts.state(0, make_observed(trouble=full))
-    assert starts.state(3_600, make_observed(trouble=full)) == ("starting", "exceeded quota")
+    starts.state(0, make_observed(failure=full))
+    assert starts.state(3_600, make_observed(failure=full)) == ("starting", "exceeded quota")
     assert starts.state(3_700, make_observed(PodStage.SCHEDULED))[0] == "starting"
     assert starts.state(3_900, make_observed(PodStage.SCHEDULED))[0] == "failed"
     again = make_deployment(generation=2)

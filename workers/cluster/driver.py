@@ -148,7 +148,7 @@ class ObservedPod:
     """
     is_out_of_memory: bool = False
     """Its program was last killed because it exceeded its memory limit."""
-    trouble: PodFailure | None = None
+    failure: PodFailure | None = None
     """Reason why it is not ready, if the cluster gives one."""
 
 
@@ -171,7 +171,7 @@ class ObservedDeployment:
     """Number of pods of the last apply, by the cluster's count."""
     pods: tuple[ObservedPod, ...] = ()
     """All pods, including terminating ones: they live until they disappear from this list."""
-    trouble: PodFailure | None = None
+    failure: PodFailure | None = None
 
     @property
     def ready_pods(self) -> tuple[ObservedPod, ...]:
@@ -221,7 +221,7 @@ class ClusterDriver(Protocol):
     request.
     """
 
-    async def apply(self, wanted: DesiredDeployment) -> None:
+    async def apply(self, desired: DesiredDeployment) -> None:
         """Create or update all objects of a deployment, and set its replicas; don't wait for pods."""
 
     async def scale(self, workflow_id: str, replicas: int) -> None:

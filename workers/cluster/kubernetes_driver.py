@@ -104,16 +104,16 @@ class KubernetesDriver:
 
     # ── desired state ───────────────────────────────────────────────────────────────────────────────────────
 
-    async def apply(self, wanted: DesiredDeployment) -> None:
+    async def apply(self, desired: DesiredDeployment) -> None:
         """Apply all objects, and set the replicas.
 
         Fields that another manager has set are taken back: the deployer owns all fields that it applies, and
         the number of pods is not among them.
         """
-        async with self._attempts.begin(wanted.workflow_id, wanted) as attempt:
-            for manifest in manifests.build_objects(wanted, self._layout):
+        async with self._attempts.begin(desired.workflow_id, desired) as attempt:
+            for manifest in manifests.build_objects(desired, self._layout):
                 await attempt.send(partial(self._apply_object, manifest))
-            await attempt.send(partial(self.scale, wanted.workflow_id, wanted.replicas))
+            await attempt.send(partial(self.scale, desired.workflow_id, desired.replicas))
 
     async def _apply_object(self, manifest: Manifest) -> None:
         path = _object_path(self._layout, manifest["kind"], manifest["metadata"]["name"])

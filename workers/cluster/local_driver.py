@@ -44,7 +44,8 @@ log = structlog.get_logger()
 class LocalDeploymentRecord(msgspec.Struct, frozen=True):
     """Record of a deployment: its desired state, including its token."""
 
-    wanted: DesiredDeployment
+    desired: DesiredDeployment = msgspec.field(name="wanted")
+    """Called `wanted` in the files of earlier deployers."""
     is_deleted: bool = False
 
 
@@ -114,11 +115,11 @@ class LocalDriver:
 
     def adopt(self) -> None:
         """Supervise the pods that an earlier deployer left running, as its stored records describe them."""
-        for kept in sorted(self._folder.glob(f"*/{DEPLOYMENT_FILE}")):
+        for path in sorted(self._folder.glob(f"*/{DEPLOYMENT_FILE}")):
             try:
-                found = decoding.decode(kept.read_bytes(), LocalDeploymentRecord)
+                found = decoding.decode(path.read_bytes(), LocalDeploymentRecord)
             except msgspec.DecodeError as error:
-                log.warning("local deployment not readable", path=str(kept), error=str(error))
+                log.warning("local deployment not readable", path=str(path), error=str(error))
                 continue
             self._add_deployment(found).adopt()
 
@@ -135,18 +136,18 @@ class LocalDriver:
         await self.close()
         await asyncio.gather(*(pod.end(patience_seconds) for pod in pods))
 
-    async def apply(self, wanted: DesiredDeployment) -> None:
+    async def apply(self, desired: DesiredDeployment) -> None:
         """Store the desired state, and begin to reconcile it."""
-        kept = LocalDeploymentRecord(wanted)
-        deployment = self._deployments.get(wanted.workflow_id) or self._add_deployment(kept)
-        deployment.apply(kept)
+        record = LocalDeploymentRecord(desired)
+        deployment = self._deployments.get(desired.workflow_id) or self._add_deployment(record)
+        deployment.apply(record)
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
         """Set the number of pods of a deployment, 0 to stop it; raises `NotDeployed` if it doesn't exist."""
         deployment = self._deployments.get(workflow_id)
-        if deployment is None or deployment.kept.is_deleted:
+        if deployment is None or deployment.record.is_deleted:
             raise NotDeployed(f"{workflow_id} is not deployed on this machine")
-        deployment.apply(LocalDeploymentRecord(replace(deployment.kept.wanted, replicas=replicas)))
+        deployment.apply(LocalDeploymentRecord(replace(deployment.record.desired, replicas=replicas)))
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
         """Return the observed state of a deployment; one that doesn't exist is reported as such."""
@@ -167,13 +168,15 @@ class LocalDriver:
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
             return True
-        deployment.apply(LocalDeploymentRecord(replace(deployment.kept.wanted, replicas=0), is_deleted=True))
+        deployment.apply(
+            LocalDeploymentRecord(replace(deployment.record.desired, replicas=0), is_deleted=True)
+        )
         with suppress(TimeoutError):
             async with asyncio.timeout(DELETE_SECONDS):
                 await deployment.is_empty.wait()
         if not deployment.is_empty.is_set():
             return False
-        if deployment.kept.is_deleted and self._deployments.pop(workflow_id, None) is not None:
+        if deployment.record.is_deleted and self._deployments.pop(workflow_id, None) is not None:
             await deployment.close()
             shutil.rmtree(deployment.folder, ignore_errors=True)
             self._notify_changed(workflow_id)
@@ -213,11 +216,11 @@ class LocalDriver:
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
-    def _add_deployment(self, kept: LocalDeploymentRecord) -> LocalDeployment:
-        workflow_id = kept.wanted.workflow_id
+    def _add_deployment(self, record: LocalDeploymentRecord) -> LocalDeployment:
+        workflow_id = record.desired.workflow_id
         deployment = LocalDeployment(
             self._folder / names.workflow_name(workflow_id),
-            kept,
+            record,
             self._session,
             self._limits,
             lambda: self._notify_changed(workflow_id),
@@ -236,13 +239,13 @@ class LocalDeployment:
     def __init__(
         self,
         folder: Path,
-        kept: LocalDeploymentRecord,
+        record: LocalDeploymentRecord,
         session: aiohttp.ClientSession,
         limits: LocalPodLimits,
         changed: Callable[[], None],
     ) -> None:
         self.folder = folder
-        self.kept = kept
+        self.record = record
         self.pods: dict[str, LocalPod] = {}
         self.is_empty = asyncio.Event()
         self._session = session
@@ -252,26 +255,26 @@ class LocalDeployment:
 
     @property
     def observe(self) -> ObservedDeployment:
-        wanted = self.kept.wanted
+        desired = self.record.desired
         pods = tuple(pod.observe for pod in self.pods.values())
-        if self.kept.is_deleted:
-            return ObservedDeployment(wanted.workflow_id, exists=False, pods=pods)
-        template = _pod_template_hash(wanted)
+        if self.record.is_deleted:
+            return ObservedDeployment(desired.workflow_id, exists=False, pods=pods)
+        template = _pod_template_hash(desired)
         updated = sum(
             pod.record.template == template and not pod.is_terminating for pod in self.pods.values()
         )
-        troubles = (pod.trouble for pod in self.pods.values() if not pod.is_terminating)
+        failures = (pod.failure for pod in self.pods.values() if not pod.is_terminating)
         return ObservedDeployment(
-            wanted.workflow_id,
+            desired.workflow_id,
             exists=True,
-            replicas=wanted.replicas,
+            replicas=desired.replicas,
             available=sum(pod.is_ready for pod in pods),
-            generation=wanted.generation,
-            definition_hash=wanted.definition_hash,
+            generation=desired.generation,
+            definition_hash=desired.definition_hash,
             is_current=True,
             updated=updated,
             pods=pods,
-            trouble=next((trouble for trouble in troubles if trouble is not None), None),
+            failure=next((failure for failure in failures if failure is not None), None),
         )
 
     def adopt(self) -> None:
@@ -281,12 +284,12 @@ class LocalDeployment:
                 self._add(path.parent, decoding.decode(path.read_bytes(), LocalPodRecord))
         self._reconcile()
 
-    def apply(self, kept: LocalDeploymentRecord) -> None:
+    def apply(self, record: LocalDeploymentRecord) -> None:
         """Store the desired state in a file, then start and stop pods until they match it."""
-        if kept != self.kept or not (self.folder / DEPLOYMENT_FILE).exists():
-            self.kept = kept
+        if record != self.record or not (self.folder / DEPLOYMENT_FILE).exists():
+            self.record = record
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            replace_file(self.folder / DEPLOYMENT_FILE, msgspec.json.encode(kept))
+            replace_file(self.folder / DEPLOYMENT_FILE, msgspec.json.encode(record))
         self._reconcile()
         self._changed()
 
@@ -305,18 +308,18 @@ class LocalDeployment:
         await asyncio.gather(*lives, return_exceptions=True)
 
     def _reconcile(self) -> None:
-        wanted = self.kept.wanted
-        template = _pod_template_hash(wanted)
+        desired = self.record.desired
+        template = _pod_template_hash(desired)
         copies = [
             PodCopy(name, pod.record.template, pod.is_ready)
             for name, pod in self.pods.items()
             if not pod.is_terminating
         ]
-        decided = plan_scaling(copies, template=template, replicas=wanted.replicas)
+        decided = plan_scaling(copies, template=template, replicas=desired.replicas)
         for name in decided.stops:
             self.pods[name].stop()
         for _ in range(decided.starts):
-            record = LocalPodRecord(template=template, definition_hash=wanted.definition_hash)
+            record = LocalPodRecord(template=template, definition_hash=desired.definition_hash)
             self._add(self.folder / new_pod_name(self.folder.name), record)
         if self.pods:
             self.is_empty.clear()
@@ -326,7 +329,7 @@ class LocalDeployment:
     def _add(self, folder: Path, record: LocalPodRecord) -> None:
         pod = LocalPod(folder, record, self._session, self._limits, self._on_pod_change)
         self.pods[folder.name] = pod
-        self._lives[folder.name] = asyncio.create_task(pod.supervise(self.kept.wanted))
+        self._lives[folder.name] = asyncio.create_task(pod.supervise(self.record.desired))
 
     def _on_pod_change(self) -> None:
         for name in [name for name, pod in self.pods.items() if pod.is_gone]:
@@ -336,9 +339,9 @@ class LocalDeployment:
         self._changed()
 
 
-def _pod_template_hash(wanted: DesiredDeployment) -> str:
+def _pod_template_hash(desired: DesiredDeployment) -> str:
     """Return a hash of all that a pod is started with; a different one requires another pod."""
-    parts = (wanted.definition_hash, wanted.command, wanted.token, sorted(wanted.environment.items()))
+    parts = (desired.definition_hash, desired.command, desired.token, sorted(desired.environment.items()))
     return blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
 
 

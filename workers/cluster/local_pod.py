@@ -51,7 +51,7 @@ PROBE_TIMEOUT_SECONDS = 2.0
 STARTING_PROBE_SECONDS = 0.05
 PROBE_SECONDS = 1.0
 PROBE_FAILURES = 3
-CERTIFICATE_READS = 20
+BIRTH_PROBES = 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LocalPod:
         self.record = record
         self.is_ready = False
         self.is_gone = False
-        self.trouble: PodFailure | None = None
+        self.failure: PodFailure | None = None
         self.ended_at: datetime | None = None
         self._is_out_of_memory = False
         self._oom_kills = OomKillWatch()
@@ -121,7 +121,7 @@ class LocalPod:
             is_terminating=self.is_terminating,
             stage=PodStage.READY if self.is_ready else PodStage.STARTED,
             ended_at=self.ended_at,
-            trouble=None if self.is_terminating else self.trouble,
+            failure=None if self.is_terminating else self.failure,
             is_out_of_memory=self._is_out_of_memory,
         )
 
@@ -142,14 +142,14 @@ class LocalPod:
                 await running.wait_ended()
         running.kill_session()
 
-    async def supervise(self, wanted: DesiredDeployment) -> None:
+    async def supervise(self, desired: DesiredDeployment) -> None:
         """Restart the program until the pod is stopped, and then remove the pod."""
         running = await self._find_process()
         if running is not None:
             await self._watch_until_exit(running)
         while not self.is_terminating:
             try:
-                running = self._start(wanted)
+                running = self._start(desired)
             except OSError as error:
                 message = f"The program could not be started: {error}"
                 is_final = isinstance(error, FileNotFoundError | PermissionError)
@@ -167,7 +167,7 @@ class LocalPod:
         if not self.record.port or self.record.boot_id != local_process.read_boot_id():
             return None
         for _ in range(
-            CERTIFICATE_READS
+            BIRTH_PROBES
         ):  # a process that was just being started may not have written its birth file yet
             found = local_process.find_process(self.folder / WORK_FOLDER)
             if found is not None:
@@ -175,7 +175,7 @@ class LocalPod:
             await asyncio.sleep(STARTING_PROBE_SECONDS)
         return None
 
-    def _start(self, wanted: DesiredDeployment) -> local_process.LocalProcess:
+    def _start(self, desired: DesiredDeployment) -> local_process.LocalProcess:
         work = self.folder / WORK_FOLDER
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._save_record(boot_id=local_process.read_boot_id(), port=_find_free_port())
@@ -187,14 +187,14 @@ class LocalPod:
             "LANG": "C.UTF-8",
             "HOME": str(work),
             "TMPDIR": str(work),
-            **wanted.environment,
+            **desired.environment,
             HOST_VARIABLE: HOST,
             PORT_VARIABLE: str(self.record.port),
             POD_VARIABLE: self.folder.name,
-            TOKEN_VARIABLE: wanted.token,
+            TOKEN_VARIABLE: desired.token,
         }
         return local_process.start_process(
-            wanted.command, folder=work, log=self.folder / LOG_FILE, environment=environment
+            desired.command, folder=work, log=self.folder / LOG_FILE, environment=environment
         )
 
     async def _watch_until_exit(self, running: local_process.LocalProcess) -> None:
@@ -212,12 +212,12 @@ class LocalPod:
             reason = PodFailureReason.OUT_OF_MEMORY if self._is_out_of_memory else PodFailureReason.CRASH_LOOP
             await self._back_off_after(PodFailure(reason, self._exit_message(code)))
 
-    async def _back_off_after(self, trouble: PodFailure) -> None:
+    async def _back_off_after(self, failure: PodFailure) -> None:
         """Report why the process failed, and wait before the next start, longer after each failure in a row."""
         steady = self._ready_since is not None and time.monotonic() - self._ready_since > STABLE_SECONDS
         self._failures = 0 if steady else min(self._failures + 1, MAX_DOUBLINGS)
         self._set_ready(is_ready=False)
-        self.trouble = trouble
+        self.failure = failure
         self._changed()
         with suppress(TimeoutError):
             async with asyncio.timeout(min(FIRST_PAUSE_SECONDS * 2**self._failures, MAX_PAUSE_SECONDS)):
@@ -261,7 +261,7 @@ class LocalPod:
         self.is_ready = is_ready
         self._ready_since = time.monotonic() if is_ready else None
         if is_ready:
-            self.trouble = None
+            self.failure = None
         self._changed()
 
     def _rotate_log(self) -> None:

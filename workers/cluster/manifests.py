@@ -77,65 +77,65 @@ def workflow_labels(workflow_id: str) -> dict[str, str]:
     return {MANAGED_BY_LABEL: MANAGED_BY, WORKFLOW_LABEL: names.workflow_name(workflow_id)}
 
 
-def build_objects(wanted: DesiredDeployment, layout: ClusterLayout) -> tuple[Manifest, ...]:
+def build_objects(desired: DesiredDeployment, layout: ClusterLayout) -> tuple[Manifest, ...]:
     """Return all objects of a deployment in the order of creation: those that a pod needs precede it."""
     return (
-        build_service_account(wanted, layout),
-        build_token_secret(wanted, layout),
-        build_network_policy(wanted, layout),
-        build_pods_service(wanted, layout),
-        build_gateway_service(wanted, layout),
-        build_deployment(wanted, layout),
+        build_service_account(desired, layout),
+        build_token_secret(desired, layout),
+        build_network_policy(desired, layout),
+        build_pods_service(desired, layout),
+        build_gateway_service(desired, layout),
+        build_deployment(desired, layout),
     )
 
 
-def build_service_account(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def build_service_account(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return a service account without permissions, so that pods don't get those of the namespace's default account."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": _build_metadata(wanted, layout),
+        "metadata": _build_metadata(desired, layout),
         "automountServiceAccountToken": False,
     }
 
 
-def build_token_secret(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def build_token_secret(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the Kubernetes Secret with the token by which the pods authenticate to the gateway."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": _build_metadata(wanted, layout),
+        "metadata": _build_metadata(desired, layout),
         "type": "Opaque",
-        "data": {TOKEN_KEY: b64encode(wanted.token.encode()).decode()},
+        "data": {TOKEN_KEY: b64encode(desired.token.encode()).decode()},
     }
 
 
-def build_pods_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def build_pods_service(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the headless Service with the addresses of the ready pods."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _build_metadata(wanted, layout, name=names.pods_service_name(wanted.workflow_id)),
+        "metadata": _build_metadata(desired, layout, name=names.pods_service_name(desired.workflow_id)),
         "spec": {
             "type": "ClusterIP",
             "clusterIP": "None",
-            "selector": workflow_labels(wanted.workflow_id),
+            "selector": workflow_labels(desired.workflow_id),
             "ports": [{"name": "http", "protocol": "TCP", "port": layout.port, "targetPort": "http"}],
         },
     }
 
 
-def build_gateway_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def build_gateway_service(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the Service that applications in the cluster call. It leads to the gateway, never directly to a pod."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _build_metadata(wanted, layout),
+        "metadata": _build_metadata(desired, layout),
         "spec": {"type": "ExternalName", "externalName": layout.gateway_host},
     }
 
 
-def build_network_policy(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def build_network_policy(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the network policy of the pods.
 
     Ingress is allowed from the gateway; egress to the gateway, DNS and public networks.
@@ -152,9 +152,9 @@ def build_network_policy(wanted: DesiredDeployment, layout: ClusterLayout) -> Ma
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _build_metadata(wanted, layout),
+        "metadata": _build_metadata(desired, layout),
         "spec": {
-            "podSelector": {"matchLabels": workflow_labels(wanted.workflow_id)},
+            "podSelector": {"matchLabels": workflow_labels(desired.workflow_id)},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [{"from": [gateway], "ports": [{"protocol": "TCP", "port": layout.port}]}],
             "egress": [
@@ -177,7 +177,7 @@ def _build_dns_rule(endpoint: DnsEndpoint) -> Manifest:
     return {"to": [peer], "ports": ports}
 
 
-def build_deployment(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def build_deployment(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the Deployment without `replicas`.
 
     A manager that applies `replicas` and later omits it resets it to 1, and one that always applies it undoes
@@ -186,30 +186,30 @@ def build_deployment(wanted: DesiredDeployment, layout: ClusterLayout) -> Manife
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": _build_metadata(wanted, layout),
+        "metadata": _build_metadata(desired, layout),
         "spec": {
             "revisionHistoryLimit": 1,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
-            "selector": {"matchLabels": workflow_labels(wanted.workflow_id)},
+            "selector": {"matchLabels": workflow_labels(desired.workflow_id)},
             "template": {
                 "metadata": {
-                    "labels": workflow_labels(wanted.workflow_id),
+                    "labels": workflow_labels(desired.workflow_id),
                     "annotations": {
-                        WORKFLOW_ANNOTATION: wanted.workflow_id,
-                        DEFINITION_ANNOTATION: wanted.definition_hash,
+                        WORKFLOW_ANNOTATION: desired.workflow_id,
+                        DEFINITION_ANNOTATION: desired.definition_hash,
                         # A pod reads its token once, so another token requires other pods.
-                        TOKEN_ANNOTATION: sha256(wanted.token.encode()).hexdigest()[:16],
+                        TOKEN_ANNOTATION: sha256(desired.token.encode()).hexdigest()[:16],
                     },
                 },
-                "spec": _build_pod(wanted, layout),
+                "spec": _build_pod(desired, layout),
             },
         },
     }
 
 
-def _build_pod(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def _build_pod(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     pod: Manifest = {
-        "serviceAccountName": names.workflow_name(wanted.workflow_id),
+        "serviceAccountName": names.workflow_name(desired.workflow_id),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         # So that the program isn't PID 1, which ignores SIGTERM until it installs a handler: a pod that is
@@ -232,7 +232,7 @@ def _build_pod(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
             }
             for taint in ("not-ready", "unreachable")
         ],
-        "containers": [_build_container(wanted, layout)],
+        "containers": [_build_container(desired, layout)],
         "volumes": [{"name": "temporary", "emptyDir": {"sizeLimit": f"{TEMPORARY_MEBIBYTES}Mi"}}],
     }
     if layout.image_pull_secrets:
@@ -240,17 +240,17 @@ def _build_pod(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     return pod
 
 
-def _build_container(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+def _build_container(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     granted = {
-        "cpu": f"{wanted.resources.cpu_millicores}m",
-        "memory": f"{wanted.resources.memory_mebibytes}Mi",
+        "cpu": f"{desired.resources.cpu_millicores}m",
+        "memory": f"{desired.resources.memory_mebibytes}Mi",
     }
     return {
         "name": CONTAINER,
-        "image": wanted.image,
-        "command": [escape_variables(part) for part in wanted.command],
-        "env": _build_environment(wanted, layout),
-        "ports": _build_ports(wanted, layout),
+        "image": desired.image,
+        "command": [escape_variables(part) for part in desired.command],
+        "env": _build_environment(desired, layout),
+        "ports": _build_ports(desired, layout),
         "resources": {"requests": granted, "limits": granted},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -283,17 +283,17 @@ def _build_container(wanted: DesiredDeployment, layout: ClusterLayout) -> Manife
     }
 
 
-def _build_ports(wanted: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:
+def _build_ports(desired: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:
     ports: list[Manifest] = [{"name": "http", "protocol": "TCP", "containerPort": layout.port}]
-    metrics_port = wanted.environment.get(METRICS_PORT_VARIABLE)
+    metrics_port = desired.environment.get(METRICS_PORT_VARIABLE)
     if metrics_port is not None:
         ports.append({"name": "metrics", "protocol": "TCP", "containerPort": int(metrics_port)})
     return ports
 
 
-def _build_environment(wanted: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:
-    given = {name: value for name, value in wanted.environment.items() if name not in RUNNER_VARIABLES}
-    token = {"secretKeyRef": {"name": names.workflow_name(wanted.workflow_id), "key": TOKEN_KEY}}
+def _build_environment(desired: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:
+    given = {name: value for name, value in desired.environment.items() if name not in RUNNER_VARIABLES}
+    token = {"secretKeyRef": {"name": names.workflow_name(desired.workflow_id), "key": TOKEN_KEY}}
     return [
         *({"name": name, "value": escape_variables(value)} for name, value in sorted(given.items())),
         {"name": PORT_VARIABLE, "value": str(layout.port)},
@@ -308,15 +308,17 @@ def escape_variables(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _build_metadata(wanted: DesiredDeployment, layout: ClusterLayout, *, name: str | None = None) -> Manifest:
+def _build_metadata(
+    desired: DesiredDeployment, layout: ClusterLayout, *, name: str | None = None
+) -> Manifest:
     return {
-        "name": name or names.workflow_name(wanted.workflow_id),
+        "name": name or names.workflow_name(desired.workflow_id),
         "namespace": layout.namespace,
-        "labels": workflow_labels(wanted.workflow_id),
+        "labels": workflow_labels(desired.workflow_id),
         "annotations": {
-            WORKFLOW_ANNOTATION: wanted.workflow_id,
-            ORGANIZATION_ANNOTATION: wanted.organization_id,
-            DEFINITION_ANNOTATION: wanted.definition_hash,
-            GENERATION_ANNOTATION: str(wanted.generation),
+            WORKFLOW_ANNOTATION: desired.workflow_id,
+            ORGANIZATION_ANNOTATION: desired.organization_id,
+            DEFINITION_ANNOTATION: desired.definition_hash,
+            GENERATION_ANNOTATION: str(desired.generation),
         },
     }

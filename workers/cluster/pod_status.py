@@ -55,9 +55,9 @@ def summarize_deployment(
     metadata, spec, status = deployment["metadata"], deployment["spec"], deployment.get("status") or {}
     annotations = metadata.get("annotations") or {}
     generation = annotations.get(GENERATION_ANNOTATION, "")
-    trouble = _pods_failure(live) or _deployment_failure(status)
-    if trouble is None and not any(pod.is_ready for pod in seen):
-        trouble = _pods_failure(listed)
+    failure = _pods_failure(live) or _deployment_failure(status)
+    if failure is None and not any(pod.is_ready for pod in seen):
+        failure = _pods_failure(listed)
     return ObservedDeployment(
         workflow_id,
         exists="deletionTimestamp" not in metadata,
@@ -68,14 +68,14 @@ def summarize_deployment(
         is_current=(status.get("observedGeneration") or 0) >= metadata.get("generation", 0),
         updated=status.get("updatedReplicas") or 0,
         pods=seen,
-        trouble=trouble,
+        failure=failure,
     )
 
 
 def is_over_quota(deployment: Manifest) -> bool:
     """Return whether a quota has refused pods of a Deployment."""
-    trouble = _deployment_failure(deployment.get("status") or {})
-    return trouble is not None and trouble.reason is PodFailureReason.QUOTA
+    failure = _deployment_failure(deployment.get("status") or {})
+    return failure is not None and failure.reason is PodFailureReason.QUOTA
 
 
 def is_between_crashes(pod: Manifest) -> bool:
@@ -102,7 +102,7 @@ def _observe_pod(pod: Manifest, port: int) -> ObservedPod:
         stage=_pod_stage(pod, is_ready=is_ready),
         ended_at=_container_ended_at(pod),
         is_out_of_memory=_is_out_of_memory(pod),
-        trouble=None if is_terminating else _pod_failure(pod),
+        failure=None if is_terminating else _pod_failure(pod),
     )
 
 

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from messages.broker import BrokerUnavailable
-from messages.deployer_messages import POD_LOGS, DeployerMessage, ReadPodLogs
+from messages.deployer_messages import POD_LOGS, DeployerMessage, PodLogRequest
 from models import deployment_token, ids
 from models.errors import DatabaseUnavailable
 from workers.cluster.driver import ClusterConnection, ClusterError, OpenDriver, PodLogLine
@@ -132,7 +132,7 @@ class Deployer:
         task.add_done_callback(self._tasks.discard)
 
     def _on_message(self, message: DeployerMessage) -> None:
-        if isinstance(message, ReadPodLogs):
+        if isinstance(message, PodLogRequest):
             self._spawn(self._send_logs(message))
         else:
             self.request_reconcile(message.workflow_id)
@@ -205,16 +205,16 @@ class Deployer:
 
     # ── logs of pods ────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _send_logs(self, asked: ReadPodLogs) -> None:
+    async def _send_logs(self, request: PodLogRequest) -> None:
         try:
             driver = await self._connection.driver()
-            lines = await driver.logs(asked.workflow_id, limit=asked.limit)
+            lines = await driver.logs(request.workflow_id, limit=request.limit)
         except ClusterError as error:
-            direct_message = {POD_LOGS: asked.asked, "error": str(error)}
+            direct_message = {POD_LOGS: request.request_id, "error": str(error)}
         else:
-            direct_message = {POD_LOGS: asked.asked, "lines": _encode_log_lines(lines)}
+            direct_message = {POD_LOGS: request.request_id, "lines": _encode_log_lines(lines)}
         with suppress(BrokerUnavailable):  # the gateway asks its client to try again
-            await self._broker.send(asked.channel, direct_message)
+            await self._broker.send(request.channel, direct_message)
 
 
 def _encode_log_lines(lines: Sequence[PodLogLine]) -> str:

@@ -81,9 +81,9 @@ def observed_status(
     """
     state = _observed_state(deployment, observed)
     definition_hash = _serving_definition(observed) or deployment.observed_definition_hash
-    trouble = observed.trouble
-    is_final = trouble is not None and trouble.is_final
-    is_blocked = trouble is not None and trouble.reason in BLOCKING_REASONS
+    failure = observed.failure
+    is_final = failure is not None and failure.is_final
+    is_blocked = failure is not None and failure.reason in BLOCKING_REASONS
     is_stalled = stalled_since is not None and now - stalled_since > start_time
     if state is Stored.STARTING and not is_blocked:
         is_overdue = is_final or is_stalled or _is_unchanged_since(deployment, Stored.FAILED)
@@ -91,10 +91,10 @@ def observed_status(
     elif state is Stored.RUNNING and definition_hash != deployment.definition_hash and not is_blocked:
         is_overdue = is_final or is_stalled or _is_unchanged_since(deployment, Stored.OUTDATED)
         state = Stored.OUTDATED if is_overdue else state
-    reason = trouble.message if trouble is not None else None
-    code = str(trouble.reason) if trouble is not None else None
+    reason = failure.message if failure is not None else None
+    code = str(failure.reason) if failure is not None else None
     is_unscheduled = stalled_since is None and waiting_since is not None and now - waiting_since > start_time
-    if state is Stored.STARTING and trouble is None and is_unscheduled:
+    if state is Stored.STARTING and failure is None and is_unscheduled:
         reason = (
             f"No pod was scheduled within {start_time.total_seconds():g} seconds: the cluster is slow or down"
         )
@@ -157,12 +157,12 @@ def pods_to_replace(
         pod
         for pod in observed.pods
         if not pod.is_terminating
-        and pod.trouble is not None
+        and pod.failure is not None
         and (
-            (is_lost and pod.trouble.reason is PodFailureReason.NODE_NOT_READY)
+            (is_lost and pod.failure.reason is PodFailureReason.NODE_NOT_READY)
             or (
                 is_wanted_again
-                and (pod.trouble.is_final or pod.trouble.reason is PodFailureReason.CRASH_LOOP)
+                and (pod.failure.is_final or pod.failure.reason is PodFailureReason.CRASH_LOOP)
             )
         )
     ]

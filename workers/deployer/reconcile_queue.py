@@ -298,13 +298,13 @@ class StartClock:
             return None
         stage = max((pod.stage for pod in coming), default=PodStage.CREATED)
         start = self._starts.get(deployment.workflow_id)
-        is_blocked = observed.trouble is not None and observed.trouble.reason in BLOCKING_REASONS
+        is_blocked = observed.failure is not None and observed.failure.reason in BLOCKING_REASONS
         if start is None or start.generation != deployment.generation or is_blocked:
             start = self._starts[deployment.workflow_id] = _StartProgress(deployment.generation, stage, now)
         elif stage > start.stage:
             # Lower stages don't count: a program that crashes and is restarted makes no progress.
             start.stage, start.since = stage, now
-        is_timed = start.stage >= PodStage.SCHEDULED or observed.trouble is not None
+        is_timed = start.stage >= PodStage.SCHEDULED or observed.failure is not None
         return start.since if is_timed else None
 
     def waiting_since(self, workflow_id: str) -> datetime | None:

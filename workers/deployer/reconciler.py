@@ -202,7 +202,7 @@ class Reconciler:
         self, driver: ClusterDriver, workflow_id: str, stale: Collection[ObservedPod]
     ) -> ObservedDeployment:
         """Replace these pods; return the observed state after it. Two deployers may do so at once."""
-        reasons = {pod.trouble.reason for pod in stale if pod.trouble is not None}
+        reasons = {pod.failure.reason for pod in stale if pod.failure is not None}
         await driver.replace(workflow_id, [pod.name for pod in stale])
         log.info("pods replaced", workflow_id=workflow_id, count=len(stale), reasons=sorted(reasons))
         if PodFailureReason.INVALID_CONFIG in reasons:

@@ -303,7 +303,7 @@ class FakeControllers:
 
     def _status(self, deployment: Json, failure: str | None) -> Json:
         """Return a status like the real one, which omits zeros."""
-        metadata, wanted = deployment["metadata"], deployment["spec"]["replicas"]
+        metadata, desired = deployment["metadata"], deployment["spec"]["replicas"]
         pods = [
             pod
             for pod in self._store.every("pods", metadata["namespace"])
@@ -317,12 +317,12 @@ class FakeControllers:
             "updatedReplicas": sum(pod["metadata"]["labels"][HASH_LABEL] == digest for pod in live),
             "readyReplicas": ready,
             "availableReplicas": ready,
-            "unavailableReplicas": max(0, wanted - ready),
+            "unavailableReplicas": max(0, desired - ready),
             "terminatingReplicas": len(pods) - len(live),
         }
-        is_available = ready >= wanted - max(1, wanted // 4)
+        is_available = ready >= desired - max(1, desired // 4)
         conditions = [
-            {"type": "Available", "status": "True" if is_available or not wanted else "False"},
+            {"type": "Available", "status": "True" if is_available or not desired else "False"},
             # The progress deadline applies to rollouts only, so a wake that fails never appears here.
             {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable"},
         ]

@@ -36,7 +36,7 @@ class FakeMachine:
 
 def schedule_pod(pod: Json, machines: list[FakeMachine], others: list[Json]) -> FakeMachine | str:
     """Return the machine with capacity for a pod, or the scheduler's message about the lack of one."""
-    wanted = _requested_cpu(pod)
+    desired = _requested_cpu(pod)
     reasons: dict[str, int] = {}
     for machine in machines:
         used = sum(_requested_cpu(other) for other in others if other["spec"].get("nodeName") == machine.name)
@@ -44,7 +44,7 @@ def schedule_pod(pod: Json, machines: list[FakeMachine], others: list[Json]) -> 
             reason = f"node(s) had untolerated taint {{{UNREACHABLE}: }}"
         elif machine.is_cordoned:
             reason = "node(s) were unschedulable"
-        elif used + wanted > machine.cpu_millicores:
+        elif used + desired > machine.cpu_millicores:
             reason = "Insufficient cpu"
         else:
             return machine

@@ -103,12 +103,12 @@ def _kind_problems(kind: ObjectKind, found: Json) -> Iterator[str]:
 def _deployment_problems(spec: Json) -> Iterator[str]:
     template = spec.get("template") or {}
     labels = (template.get("metadata") or {}).get("labels") or {}
-    wanted = (spec.get("selector") or {}).get("matchLabels") or {}
+    desired = (spec.get("selector") or {}).get("matchLabels") or {}
     if "selector" not in spec:
         yield "spec.selector: Required value"
-    yield from _label_problems("spec.selector.matchLabels", wanted)
+    yield from _label_problems("spec.selector.matchLabels", desired)
     yield from _label_problems("spec.template.labels", labels)
-    if not wanted or any(labels.get(key) != value for key, value in wanted.items()):
+    if not desired or any(labels.get(key) != value for key, value in desired.items()):
         yield (
             f"spec.template.metadata.labels: Invalid value: {json.dumps(labels)}: "
             "`selector` does not match template `labels`"

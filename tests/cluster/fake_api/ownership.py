@@ -110,13 +110,13 @@ def apply(
     owners: Owners, manager: FieldManager, live: Json, config: Json, *, is_forced: bool, group_version: str
 ) -> Json:
     """Return the object with a configuration applied; raise 409 with the fields that other managers own."""
-    present, wanted = managed_fields(live), managed_fields(config)
+    present, desired = managed_fields(live), managed_fields(config)
     conflicts: dict[FieldManager, list[Path]] = {}
     for other, owned in owners.items():
         if other == manager:
             continue
-        for path in owned & wanted.keys():
-            if present.get(path) != wanted[path]:
+        for path in owned & desired.keys():
+            if present.get(path) != desired[path]:
                 conflicts.setdefault(other, []).append(path)
     if conflicts and not is_forced:
         raise KubernetesError(409, "Conflict", _conflict_message(conflicts, group_version))
@@ -124,11 +124,11 @@ def apply(
         owners[other] -= set(paths)
     merged = copy.deepcopy(live)
     others = set().union(*(owned for other, owned in owners.items() if other != manager))
-    kept = wanted.keys() | others
+    kept = desired.keys() | others
     for path in owners.get(manager, set()) - kept:
         _remove(merged, _item_path(path, kept))
     _merge(merged, config)
-    owners[manager] = set(wanted)
+    owners[manager] = set(desired)
     _drop_empty(owners)
     return merged
 

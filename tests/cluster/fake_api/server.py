@@ -475,8 +475,8 @@ def _scale(found: Json) -> Json:
 
 def _label_selector(query: Mapping[str, str]) -> Callable[[Json], bool]:
     labels = _parse_requirements(query.get("labelSelector", ""))
-    wanted = _parse_requirements(query.get("fieldSelector", ""))
-    for name, _, _ in wanted:
+    desired = _parse_requirements(query.get("fieldSelector", ""))
+    for name, _, _ in desired:
         if name not in {"metadata.name", "metadata.namespace"}:
             known = '"metadata.name", "metadata.namespace"'
             raise bad_request_error(f'"{name}" is not a known field selector: only {known}')
@@ -486,7 +486,7 @@ def _label_selector(query: Mapping[str, str]) -> Callable[[Json], bool]:
         present = metadata.get("labels") or {}
         return all((present.get(name) == value) is is_equal for name, is_equal, value in labels) and all(
             (metadata.get(name.removeprefix("metadata.")) == value) is is_equal
-            for name, is_equal, value in wanted
+            for name, is_equal, value in desired
         )
 
     return matches

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class PodState:
+class PodApiServices:
     """Services of the internal API. Workers offer the same node services by the same code."""
 
     authenticator: PodAuthenticator
@@ -36,7 +36,7 @@ class PodState:
 
 
 @asynccontextmanager
-async def open_pod_state(
+async def open_pod_services(
     settings: GatewaySettings,
     database: Database,
     store: JournalStore,
@@ -44,11 +44,11 @@ async def open_pod_state(
     catalog: NodeCatalog,
     vault: SecretVault,
     poll_hub: PodPollHub,
-) -> AsyncIterator[PodState]:
+) -> AsyncIterator[PodApiServices]:
     """Open the services and accept polls of pods while the context lasts."""
     await poll_hub.start()
     try:
-        yield PodState(
+        yield PodApiServices(
             authenticator=PodAuthenticator(database),
             poll_hub=poll_hub,
             sources=StoredDataSources(database, vault),
