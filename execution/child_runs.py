@@ -159,7 +159,7 @@ class ChildRunStarter:
             "parent_id": literal(caller.execution_id),
             "root_id": literal(parent.root_id),
             "depth": literal(parent.depth + 1),
-            "follow_up": literal(completion.requested_actions({}, answering=answering), Text()),
+            "completion_action": literal(completion.requested_actions({}, answering=answering), Text()),
         }
 
         async def insert(connection: AsyncConnection) -> None:
@@ -227,7 +227,9 @@ class ChildRunStarter:
             concurrency_key=limit.key if limit else None,
             concurrency_limit=limit.runs if limit else None,
             may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
-            follow_up=completion.requested_actions({} if is_last else workflow.settings, answering=answering),
+            completion_action=completion.requested_actions(
+                {} if is_last else workflow.settings, answering=answering
+            ),
             is_private=parent.is_private,
         )
         async with self._hold_capacity(parent.root_id):

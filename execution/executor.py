@@ -489,7 +489,7 @@ class RunExecutor:
     def _on_ended(self, run: ClaimedRun, outcome: RunOutcome) -> None:
         run_metrics.count_end(outcome.status, run.started_at, self._store.clock.now())
         on_left = self._hooks.on_left
-        if on_left is not None and (run.follow_up is not None or run.concurrency_key is not None):
+        if on_left is not None and (run.completion_action is not None or run.concurrency_key is not None):
             on_left(run, outcome)
         if outcome.status is RunStatus.WAITING and outcome.due_at is not None:
             seconds = self._store.clock.seconds_until(outcome.due_at)

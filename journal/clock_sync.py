@@ -51,7 +51,7 @@ DEADLINE_COLUMNS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | N
     # A waiting run stores its remaining time instead.
     (Execution, "deadline_at", ~_IS_WAITING & col(Execution.ended_at).is_(None)),
     (Execution, "due_at", and_(_IS_WAITING, col(Execution.due_at) != UNTIL_RESUMED)),
-    (Execution, "follow_up_at", None),
+    (Execution, "completion_due_at", None),
     (SpanRow, "wake_at", _IS_SLEEPING),
     (EventWait, "expires_at", None),
     (ThrottleRow, "next_at", None),

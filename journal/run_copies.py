@@ -76,7 +76,7 @@ _RESUMED: Final[Mapping[str, SQLColumnExpression[Any]]] = {
 """Changed columns of the spans of a resumed run."""
 _NOT_YET: Final = (
     *("due_at", "lease_owner", "lease_until", "deadline_at"),
-    *("request", "error", "started_at", "ended_at", "follow_up_at", "follow_up_outcome"),
+    *("request", "error", "started_at", "ended_at", "completion_due_at", "completion_outcome"),
 )
 """Columns of an execution that are empty until its first claim."""
 
@@ -94,7 +94,7 @@ class ReplayCopy:
     """Output of the trigger as JSON text; None: that of the execution."""
     concurrency_key: str | None
     concurrency_limit: int | None
-    follow_up: str | None
+    completion_action: str | None
     """Completion actions."""
     spans: Mapping[ResultUse, Sequence[tuple[str, str]]]
     """Spans to begin with, as node ids and iterations, by their use."""
@@ -124,7 +124,7 @@ async def insert_copy(
             ),
             else_=0,
         ),
-        "follow_up": literal(await _follow_up(connection, failed, trigger_type), Text()),
+        "completion_action": literal(await _completion_action(connection, failed, trigger_type), Text()),
         **(also or {}),
     }
     if await connection.scalar(_is_unparsed(failed)):
@@ -160,7 +160,7 @@ async def insert_replay(
         "resumed_from": null(),
         "replay_of": col(Execution.id),
         "write_key_id": literal(new_id),
-        "follow_up": literal(replay.follow_up, Text()),
+        "completion_action": literal(replay.completion_action, Text()),
     }
     if replay.trigger is None and await connection.scalar(_is_unparsed(source)):
         changes["target"] = literal(UNPARSED_TARGET)
@@ -235,7 +235,9 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     await connection.execute(_copy_rows("attempt_span", changes, condition), copies)
 
 
-async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_type: str) -> str | None:
+async def _completion_action(
+    connection: AsyncConnection, failed: ExecutionKey, trigger_type: str
+) -> str | None:
     """Return the completion actions of the new execution, from the settings of the failed one.
 
     The callbacks of the failed one were sent at its end.

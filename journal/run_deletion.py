@@ -35,7 +35,7 @@ _PARENT_IS_UNFINISHED: Final = (
     .correlate(Execution)
     .exists()
 )
-_IS_FINISHED: Final = and_(col(Execution.ended_at).is_not(None), col(Execution.follow_up).is_(None))
+_IS_FINISHED: Final = and_(col(Execution.ended_at).is_not(None), col(Execution.completion_action).is_(None))
 IS_DELETABLE: Final = and_(_IS_FINISHED, ~_PARENT_IS_UNFINISHED)
 """Condition: the run has ended, its completion actions are done, and no unfinished execution has started it.
 """

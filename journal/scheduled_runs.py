@@ -373,7 +373,7 @@ class _ScheduleWriter:
         """Collect the rows of a run; returns its id."""
         due = runnable.due
         assigned_deployment_id = due.workflow_id if due.deployed_hash else None
-        follow_up = completion.requested_actions(runnable.settings)
+        completion_action = completion.requested_actions(runnable.settings)
         execution_id = ids.new_id("exec")
         common = {
             "shard": due.shard,
@@ -400,7 +400,7 @@ class _ScheduleWriter:
             "channel": "",
             "concurrency_key": limit.key if limit else None,
             "concurrency_limit": limit.runs if limit else None,
-            "follow_up": decoding.decode(follow_up) if follow_up else None,
+            "completion_action": decoding.decode(completion_action) if completion_action else None,
             "updated_at": now,
         }
         config = encode_json(runnable.settings).decode()

@@ -82,7 +82,7 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     concurrency_limit: int | None = None
     may_wait: bool = True
     """Whether the run may wait for a slot; otherwise it is refused unless a slot is free."""
-    follow_up: str | None = None
+    completion_action: str | None = None
     """Completion actions as JSON text."""
     assigned_deployment_id: str | None = None
     """Deployment whose pods run it; None: any worker."""
@@ -220,7 +220,7 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     """Number of answers that its waiting nodes have got so far."""
     concurrency_key: str | None
     """Concurrency key; its slot is free for another run when this run ends or waits. None without a limit."""
-    follow_up: str | None
+    completion_action: str | None = msgspec.field(name="follow_up")
     """Completion actions as JSON text."""
     may_have_more: bool
     """Whether its workflow's share of the claim was used up, so that more of its runs may wait."""

@@ -143,11 +143,11 @@ class Execution(SQLModel, table=True):
             sqlite_where=text("concurrency_key IS NOT NULL AND target <> 'limited' AND ended_at IS NULL"),
         ),
         Index(
-            "ix_execution_follow_up",
-            "follow_up_at",
+            "ix_execution_completion",
+            "completion_due_at",
             "ended_at",
-            postgresql_where=text("follow_up IS NOT NULL AND ended_at IS NOT NULL"),
-            sqlite_where=text("follow_up IS NOT NULL AND ended_at IS NOT NULL"),
+            postgresql_where=text("completion_action IS NOT NULL AND ended_at IS NOT NULL"),
+            sqlite_where=text("completion_action IS NOT NULL AND ended_at IS NOT NULL"),
         ),
         *(
             Index(
@@ -241,11 +241,11 @@ class Execution(SQLModel, table=True):
     concurrency_key: str | None = None
     """Key under which runs share `concurrency_limit` slots."""
     concurrency_limit: int | None = None
-    follow_up: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    completion_action: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Remaining completion actions; None for none, as in most runs."""
-    follow_up_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    completion_due_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Earliest time of the next attempt: the end of a worker's lease, or of a delay after a failure."""
-    follow_up_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    completion_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Progress of external completion actions, for display; None before the first attempt."""
     is_private: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())

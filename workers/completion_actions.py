@@ -129,10 +129,10 @@ class CompletionActions:
             self._start_task(lambda: self.admit_waiting(key))
             if ended.status is RunStatus.WAITING and ended.due_at is not None:
                 self._admit_when_due(key, ended.due_at)
-        if one.follow_up is not None and status in TERMINAL_STATUSES:
-            follow_up = CompletionAction.from_text(one.follow_up).for_status(status)
+        if one.completion_action is not None and status in TERMINAL_STATUSES:
+            completion_action = CompletionAction.from_text(one.completion_action).for_status(status)
             execution = ExecutionKey(one.execution_id, one.shard)
-            if follow_up == NO_ACTION:
+            if completion_action == NO_ACTION:
                 self._start_task(lambda: completion.clear_action(self._database, execution))
             else:
                 self._start_task(lambda: self.perform([execution]))
@@ -162,7 +162,7 @@ class CompletionActions:
     # ── one run ───────────────────────────────────────────────────────────────────────────────────
 
     async def _perform_due(self, due: DueCompletion) -> None:
-        left = due.follow_up.for_status(due.status)
+        left = due.completion_action.for_status(due.status)
         if left.parent is not None:
             left = await self._answer_parent(due, left)
         elif left == NO_ACTION:
@@ -226,13 +226,15 @@ class CompletionActions:
 
     # ── parent run ──────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _answer_parent(self, due: DueCompletion, follow_up: CompletionAction) -> CompletionAction:
+    async def _answer_parent(
+        self, due: DueCompletion, completion_action: CompletionAction
+    ) -> CompletionAction:
         """Answer the parent's node with the result of this run; return the remaining actions."""
-        parent = follow_up.parent
+        parent = completion_action.parent
         if parent is None:
-            return follow_up
+            return completion_action
         key = ExecutionKey(parent.execution_id, due.key.shard)
-        left = msgspec.structs.replace(follow_up, parent=None)
+        left = msgspec.structs.replace(completion_action, parent=None)
         columns = (col(Execution.key_id), col(Execution.concurrency_key))
         statement = select(*columns).where(col(Execution.id) == key.execution_id)
         async with self._database.read() as connection:
@@ -306,13 +308,17 @@ class CompletionActions:
 
     # ── callbacks and failure workflows ─────────────────────────────────────────────────────────────────────
 
-    async def _send_callback(self, due: DueCompletion, follow_up: CompletionAction) -> WebhookFailure | None:
-        if follow_up.callback is None:
+    async def _send_callback(
+        self, due: DueCompletion, completion_action: CompletionAction
+    ) -> WebhookFailure | None:
+        if completion_action.callback is None:
             return None
-        return await self._send(due, follow_up.callback.url, "callback")
+        return await self._send(due, completion_action.callback.url, "callback")
 
-    async def _handle_failure(self, due: DueCompletion, follow_up: CompletionAction) -> WebhookFailure | None:
-        wanted = follow_up.on_failure
+    async def _handle_failure(
+        self, due: DueCompletion, completion_action: CompletionAction
+    ) -> WebhookFailure | None:
+        wanted = completion_action.on_failure
         if wanted is None:
             return None
         if wanted.url is not None:

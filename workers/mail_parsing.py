@@ -541,7 +541,7 @@ class MailParser:
             workflow_id=one.workflow_id,
             error=ended.error.code if ended.error else None,
         )
-        if one.follow_up is not None:
+        if one.completion_action is not None:
             self._on_left(one, ended)
         with suppress(BrokerUnavailable):
             await self._broker.publish({one.execution_id: channel})

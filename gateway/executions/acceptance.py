@@ -421,7 +421,9 @@ class WorkflowRunAcceptor:
                 concurrency_key=limit.key if limit else None,
                 concurrency_limit=limit.runs if limit else None,
                 may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
-                follow_up=completion.requested_actions(runnable.settings, callback_url=run.callback_url),
+                completion_action=completion.requested_actions(
+                    runnable.settings, callback_url=run.callback_url
+                ),
                 assigned_deployment_id=run.assigned_deployment_id,
                 is_private=run.is_private,
                 labels=run.labels,

@@ -243,7 +243,7 @@ def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionSh
     )
     shape.config = Raw(found.data.config)
     shape.outputs = _outputs(found, outputs)
-    shape.follow_up = _follow_up(found.execution)
+    shape.follow_up = _show_outcome(found.execution)
     return shape
 
 
@@ -358,11 +358,11 @@ def _hashes(digests: bytes | None) -> dict[str, str] | None:
     return {name: digest.hex() for name, digest in node_key.list_digests(digests).items()}
 
 
-def _follow_up(execution: Execution) -> FollowUpShape | None:
-    left = convert(execution.follow_up or {}, CompletionAction)
-    if not left.is_external and execution.follow_up_outcome is None:
+def _show_outcome(execution: Execution) -> FollowUpShape | None:
+    left = convert(execution.completion_action or {}, CompletionAction)
+    if not left.is_external and execution.completion_outcome is None:
         return None
-    outcome = convert(execution.follow_up_outcome or {}, CompletionOutcome)
+    outcome = convert(execution.completion_outcome or {}, CompletionOutcome)
     return FollowUpShape(pending=left.is_external, attempts=outcome.attempts, last_error=outcome.error)
 
 

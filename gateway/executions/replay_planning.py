@@ -467,7 +467,7 @@ def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple
         trigger=planned.trigger,
         concurrency_key=planned.concurrency_key,
         concurrency_limit=planned.concurrency_limit,
-        follow_up=actions,
+        completion_action=actions,
         spans=spans,
     )
 

@@ -153,7 +153,9 @@ class RequestIngestor:
             concurrency_key=limit.key if limit else None,
             concurrency_limit=limit.runs if limit else None,
             may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
-            follow_up=completion.requested_actions(workflow.settings, callback_url=message.callback_url),
+            completion_action=completion.requested_actions(
+                workflow.settings, callback_url=message.callback_url
+            ),
             assigned_deployment_id=target.assigned_deployment_id,
             delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
             is_read=message.is_read,

@@ -128,7 +128,7 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     await wakeups.notify_taken_runs(request.gateway.broker, claimed)
     await _record_wakes(request.gateway, holder, claimed)
     # Completion actions are not the pod's business and may contain addresses that it must not see.
-    own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
+    own = [msgspec.structs.replace(one, completion_action=None, concurrency_key=None) for one in claimed]
     return JsonResponse(ClaimResponse(own))
 
 

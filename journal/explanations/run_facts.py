@@ -337,7 +337,12 @@ async def _unsettled_nodes(connection: AsyncConnection, run: Execution) -> Seque
 async def _children(connection: AsyncConnection, run: Execution, caller: ApiCaller) -> Sequence[ChildRun]:
     statement = (
         select(
-            *(col(Execution.id), col(Execution.status), col(Execution.created_at), col(Execution.follow_up)),
+            *(
+                col(Execution.id),
+                col(Execution.status),
+                col(Execution.created_at),
+                col(Execution.completion_action),
+            ),
             case((visibility_condition(caller), True), else_=False).label("is_visible"),
         )
         .where(
@@ -350,7 +355,7 @@ async def _children(connection: AsyncConnection, run: Execution, caller: ApiCall
     return [
         ChildRun(
             row.id,
-            str(((row.follow_up or {}).get("parent") or {}).get("nodeId", "")),
+            str(((row.completion_action or {}).get("parent") or {}).get("nodeId", "")),
             row.status,
             row.created_at,
             bool(row.is_visible),

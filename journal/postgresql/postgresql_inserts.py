@@ -226,7 +226,7 @@ _RUN_TYPES = (
 _RUN_COLUMNS = """
         id, shard, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
         timeout, total_nodes, advance, queue_turn, scope, key, fingerprint, lifetime, channel, parent_id, root_id,
-        depth, concurrency_key, concurrency_limit, follow_up, assigned_deployment_id, is_private"""
+        depth, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private"""
 _DEFINITION_TYPES = ("text", "text", "smallint", "text")
 _LABEL_TYPES = ("text", "text", "text")
 _INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
@@ -273,11 +273,11 @@ def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_la
     INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type,
         definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
         key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth, wait_answer_count,
-        concurrency_key, concurrency_limit, follow_up, assigned_deployment_id, is_private, due_at)
+        concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private, due_at)
     SELECT id, shard, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
         definition_hash, {since} - advance, queue_turn, true, 0, 0, timeout, 0, total_nodes,
         id, false, channel, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
-        concurrency_limit, follow_up, assigned_deployment_id, coalesce(is_private, false), {due_at}
+        concurrency_limit, completion_action, assigned_deployment_id, coalesce(is_private, false), {due_at}
     FROM winner ON CONFLICT DO NOTHING
     RETURNING id
 )"""
@@ -400,7 +400,7 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
         item.depth or None,
         item.concurrency_key,
         item.concurrency_limit,
-        item.follow_up,
+        item.completion_action,
         item.assigned_deployment_id,
         item.is_private or None,
     )

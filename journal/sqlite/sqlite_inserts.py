@@ -260,7 +260,8 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
         "INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type,"
         " definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes,"
         " total_nodes, key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth,"
-        " wait_answer_count, concurrency_key, concurrency_limit, follow_up, assigned_deployment_id, is_private, due_at)"
+        " wait_answer_count, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id,"
+        " is_private, due_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING",
         [
@@ -287,7 +288,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
                 item.depth,
                 item.concurrency_key,
                 item.concurrency_limit,
-                item.follow_up,
+                item.completion_action,
                 item.assigned_deployment_id,
                 item.is_private,
                 _delay_microseconds(item),

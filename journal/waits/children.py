@@ -45,7 +45,7 @@ _ABANDONED: Final[Select[str, int, str]] = (
         col(Execution.ended_at).is_(None),
         col(_parent_alias.status).in_(list(_REQUESTS)),
         # This field is always the first of the object.
-        type_coerce(col(Execution.follow_up), Text).startswith(f'{{"{PARENT}":'),
+        type_coerce(col(Execution.completion_action), Text).startswith(f'{{"{PARENT}":'),
         or_(
             col(Execution.request).is_(None),
             and_(

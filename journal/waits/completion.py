@@ -1,6 +1,6 @@
 """Completion actions of runs, with the rows of ended runs as a durable queue.
 
-A worker that takes a run sets its `follow_up_at` to a later time, as a lease. It removes completed actions
+A worker that takes a run sets its `completion_due_at` to a later time, as a lease. It removes completed actions
 and postpones failed ones. If it dies in between, another worker takes the run at that time, so each action
 may run twice.
 """
@@ -81,13 +81,18 @@ class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_default
 NO_ACTION: Final = CompletionAction()
 ON_FAILURE_TRIGGER: Final = "on-failure"
 """Trigger type of runs that another run's failure has started; their own failure starts no further run."""
-_IS_QUEUED: Final = (col(Execution.follow_up).is_not(None), col(Execution.ended_at).is_not(None))
+_IS_QUEUED: Final = (col(Execution.completion_action).is_not(None), col(Execution.ended_at).is_not(None))
 """Condition of the partial index: ended runs with completion actions."""
 _COLUMNS: Final = (
     *(col(Execution.id), col(Execution.shard), col(Execution.organization_id), col(Execution.workflow_id)),
     *(col(Execution.user_id), col(Execution.definition_hash), col(Execution.key_id), col(Execution.status)),
-    *(col(Execution.error), col(Execution.started_at), col(Execution.ended_at), col(Execution.follow_up)),
-    *(col(Execution.follow_up_at), col(Execution.follow_up_outcome)),
+    *(
+        col(Execution.error),
+        col(Execution.started_at),
+        col(Execution.ended_at),
+        col(Execution.completion_action),
+    ),
+    *(col(Execution.completion_due_at), col(Execution.completion_outcome)),
 )
 
 
@@ -113,7 +118,7 @@ class DueCompletion:
     error: Mapping[str, Any] | None
     started_at: datetime | None
     ended_at: datetime
-    follow_up: CompletionAction
+    completion_action: CompletionAction
     outcome: CompletionOutcome
     leased_until: datetime
 
@@ -138,11 +143,11 @@ def requested_actions(
 
 def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect[*tuple[Any, ...]]:
     """Return the statement that finds runs with due completion actions, except those of some organizations."""
-    is_fresh = col(Execution.follow_up_at).is_(None)
-    is_due_again = col(Execution.follow_up_at) <= DatabaseTime()
+    is_fresh = col(Execution.completion_due_at).is_(None)
+    is_due_again = col(Execution.completion_due_at) <= DatabaseTime()
     return union_all(
         _candidates_statement(is_fresh, col(Execution.ended_at), limit, but_of),
-        _candidates_statement(is_due_again, col(Execution.follow_up_at), limit, but_of),
+        _candidates_statement(is_due_again, col(Execution.completion_due_at), limit, but_of),
     )
 
 
@@ -167,7 +172,8 @@ async def claim_completions(
                 col(Execution.id).in_(sorted(key.execution_id for key in keys)),
                 col(Execution.shard).in_({key.shard for key in keys}),
                 *_IS_QUEUED,
-                col(Execution.follow_up_at).is_(None) | (col(Execution.follow_up_at) <= DatabaseTime()),
+                col(Execution.completion_due_at).is_(None)
+                | (col(Execution.completion_due_at) <= DatabaseTime()),
             )
             .with_for_update(key_share=True, skip_locked=True)
             .cte("unlocked")
@@ -175,7 +181,7 @@ async def claim_completions(
         statement = (
             update(Execution)
             .where(col(Execution.id).in_(select(unlocked.c.id)))
-            .values(follow_up_at=DatabaseTime() + int(lease_seconds * 1_000_000))
+            .values(completion_due_at=DatabaseTime() + int(lease_seconds * 1_000_000))
             .returning(*_COLUMNS)
         )
         return [_due_completion(row) for row in await connection.execute(statement)]
@@ -194,16 +200,18 @@ async def settle_completion(
 
     Writes nothing if another worker has claimed the run meanwhile.
     """
-    changes: dict[str, Any] = {"follow_up": msgspec.to_builtins(left) if left != NO_ACTION else null()}
+    changes: dict[str, Any] = {
+        "completion_action": msgspec.to_builtins(left) if left != NO_ACTION else null()
+    }
     if outcome is not None:
-        changes["follow_up_outcome"] = msgspec.to_builtins(outcome)
+        changes["completion_outcome"] = msgspec.to_builtins(outcome)
     if left == NO_ACTION:
-        changes["follow_up_at"] = None
+        changes["completion_due_at"] = None
     elif delay_seconds is not None:
-        changes["follow_up_at"] = DatabaseTime() + int(delay_seconds * 1_000_000)
+        changes["completion_due_at"] = DatabaseTime() + int(delay_seconds * 1_000_000)
     await connection.execute(
         update(Execution)
-        .where(*_is_run(due.key), col(Execution.follow_up_at) == due.leased_until)
+        .where(*_is_run(due.key), col(Execution.completion_due_at) == due.leased_until)
         .values(**changes)
     )
 
@@ -213,7 +221,9 @@ async def clear_action(database: Database, key: ExecutionKey) -> None:
 
     async def clear(connection: AsyncConnection) -> None:
         await connection.execute(
-            update(Execution).where(*_is_run(key), *_IS_QUEUED).values(follow_up=null(), follow_up_at=None)
+            update(Execution)
+            .where(*_is_run(key), *_IS_QUEUED)
+            .values(completion_action=null(), completion_due_at=None)
         )
 
     await database.transaction(clear)
@@ -241,9 +251,9 @@ def _due_completion(row: Row[Any]) -> DueCompletion:
         error=row.error,
         started_at=row.started_at,
         ended_at=row.ended_at,
-        follow_up=msgspec.convert(row.follow_up, CompletionAction),
-        outcome=msgspec.convert(row.follow_up_outcome or {}, CompletionOutcome),
-        leased_until=row.follow_up_at,
+        completion_action=msgspec.convert(row.completion_action, CompletionAction),
+        outcome=msgspec.convert(row.completion_outcome or {}, CompletionOutcome),
+        leased_until=row.completion_due_at,
     )
 
 

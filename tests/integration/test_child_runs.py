@@ -125,7 +125,7 @@ async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(
     assert (child["organization_id"], child["user_id"]) == (parent.organization_id, owned_workflow.user_id)
     assert (child["trigger_type"], child["total_nodes"]) == ("sub-workflow", 2)
     answered = {"executionId": parent.execution_id, "nodeId": "sub", "iteration": "3"}
-    assert json.loads(child["follow_up"]) == {"parent": answered}
+    assert json.loads(child["completion_action"]) == {"parent": answered}
     (given,) = await run_database.query(
         "SELECT trigger FROM execution_data WHERE execution_id = :id", id=ids[0]
     )
@@ -137,7 +137,7 @@ async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(
         await start(make_starter(run_database), caller, owned_workflow, iteration="5", awaited=False),
     ]
     assert len({*ids, *others}) == 4
-    assert (await run_database.row(others[-1]))["follow_up"] is None
+    assert (await run_database.row(others[-1]))["completion_action"] is None
 
 
 async def test_a_run_that_a_private_one_starts_is_private_too(run_database: RunDatabase) -> None:

@@ -26,7 +26,15 @@ MOMENT = 60_000_000
 """Microseconds: longer than anything here takes, and far less than the change of the clock."""
 MODULES = (access, deployment, event_wait, execution, ingest, schedule, signing_secrets)
 """Modules with tables of deadlines, imported so that the metadata contains them."""
-ENDING_NAMES = {"expires_at", "due_at", "next_at", "wake_at", "deadline_at", "follow_up_at", "next_run_at"}
+ENDING_NAMES = {
+    "expires_at",
+    "due_at",
+    "next_at",
+    "wake_at",
+    "deadline_at",
+    "completion_due_at",
+    "next_run_at",
+}
 CALENDAR = {
     *("api_key.expires_at", "intake_token.expires_at", "signing_secret.expires_at"),
     *("schedule.due_at", "schedule.next_run_at"),

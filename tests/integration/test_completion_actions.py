@@ -153,7 +153,7 @@ class CompletionHarness:
     async def ended(
         self,
         owned_workflow: OwnedWorkflow,
-        follow_up: str | None,
+        completion_action: str | None,
         status: RunStatus = RunStatus.COMPLETED,
         *,
         spans: list[NodeSpan] | None = None,
@@ -164,7 +164,7 @@ class CompletionHarness:
         """End a run, without performing its completion actions."""
         if definition is not None:
             fields["definition"] = definition
-        run = await self.run_database.claimed(owned_workflow, follow_up=follow_up, **fields)
+        run = await self.run_database.claimed(owned_workflow, completion_action=completion_action, **fields)
         done = write(run, end=status, spans=spans or [make_span("start", {"body": {}})], error=error)
         assert await self.run_database.store.record([done])
         return run
@@ -173,20 +173,20 @@ class CompletionHarness:
         """Wait until an attempt is recorded, and return its record."""
 
         async def settled() -> bool:
-            return (await self.run_database.row(run.execution_id))["follow_up_outcome"] is not None
+            return (await self.run_database.row(run.execution_id))["completion_outcome"] is not None
 
         await wait_until(settled)
         found: dict[str, Any] = json.loads(
-            (await self.run_database.row(run.execution_id))["follow_up_outcome"]
+            (await self.run_database.row(run.execution_id))["completion_outcome"]
         )
         return found
 
     async def is_done(self, run: ClaimedRun) -> bool:
-        return (await self.run_database.row(run.execution_id))["follow_up"] is None
+        return (await self.run_database.row(run.execution_id))["completion_action"] is None
 
     async def make_due(self, run: ClaimedRun) -> None:
         await self.run_database.query(
-            "UPDATE execution SET follow_up_at = 1 WHERE id = :id", id=run.execution_id
+            "UPDATE execution SET completion_due_at = 1 WHERE id = :id", id=run.execution_id
         )
 
 
@@ -286,7 +286,7 @@ async def test_a_message_that_fails_is_sent_again_later_under_the_same_id(
     after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
     assert await completion_harness.outcome(run) == {"attempts": 1, "error": "The answer was 500"}
     row = await completion_harness.run_database.row(run.execution_id)
-    assert 4_000_000 < row["follow_up_at"] - row["ended_at"] < 9_000_000
+    assert 4_000_000 < row["completion_due_at"] - row["ended_at"] < 9_000_000
     await after.sweep()
     assert len(receiver.received) == 1
     for attempts, error in ((2, "The answer was 302"), (3, None)):
@@ -333,7 +333,7 @@ async def test_after_three_days_a_message_is_given_up(
     )
     tried = len(webhook_delivery.RETRY_SECONDS)
     await completion_harness.run_database.query(
-        "UPDATE execution SET follow_up_outcome = :before",
+        "UPDATE execution SET completion_outcome = :before",
         before=json.dumps({"attempts": tried, "error": "before"}),
     )
     await completion_harness.after_runs().sweep()
@@ -465,7 +465,7 @@ async def test_ends_that_no_worker_made_are_told_too(
 ) -> None:
     run_database = completion_harness.run_database
     run = await run_database.claimed(
-        await completion_harness.owned_workflow(), follow_up=callback_action(receiver.url())
+        await completion_harness.owned_workflow(), completion_action=callback_action(receiver.url())
     )
     after = completion_harness.after_runs()
     await after.sweep()
@@ -490,7 +490,7 @@ async def test_due_rows_are_found_by_their_index(completion_harness: CompletionH
     plan = await explain_statement(
         completion_harness.run_database.database, completion.due_statement(10, but_of=["org_1"])
     )
-    assert plan.count("ix_execution_follow_up") == 2
+    assert plan.count("ix_execution_completion") == 2
     assert "SCAN execution" not in plan
 
 
@@ -529,12 +529,12 @@ async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(
         after.handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
         await wait_until(lambda: completion_harness.is_done(failed))
         await run_database.query(
-            "UPDATE execution SET follow_up = :wish WHERE id = :id", wish=wish, id=failed.execution_id
+            "UPDATE execution SET completion_action = :wish WHERE id = :id", wish=wish, id=failed.execution_id
         )
     (started,) = await run_database.query(
         "SELECT * FROM execution WHERE workflow_id = :id", id=about.workflow_id
     )
-    assert (started["trigger_type"], started["follow_up"]) == ("on-failure", None)
+    assert (started["trigger_type"], started["completion_action"]) == ("on-failure", None)
     assert (started["user_id"], started["parent_id"]) == (owned_workflow.user_id, failed.execution_id)
     (row,) = await run_database.query(
         "SELECT trigger FROM execution_data WHERE execution_id = :id", id=started["id"]
@@ -635,7 +635,7 @@ async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
     assert await read_answer(completion_harness, parent) == {"output": expected, "port": "output"}
     row = await completion_harness.run_database.row(parent.execution_id)
     assert (row["status"], row["wait_answer_count"]) == ("pending", 1)
-    assert (await completion_harness.run_database.row(child.execution_id))["follow_up_outcome"] is None
+    assert (await completion_harness.run_database.row(child.execution_id))["completion_outcome"] is None
 
 
 @pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.STOPPED])
@@ -661,7 +661,9 @@ async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_i
 ) -> None:
     owned_workflow = await completion_harness.owned_workflow()
     parent = await waiting_parent(completion_harness, owned_workflow)
-    child = await completion_harness.run_database.claimed(owned_workflow, follow_up=parent_action(parent))
+    child = await completion_harness.run_database.claimed(
+        owned_workflow, completion_action=parent_action(parent)
+    )
     own = BlobOwner(owned_workflow.organization.id, child.key_id)
     file = await completion_harness.blobs.put(own, b"%PDF", media_type="application/pdf", name="a.pdf")
     value = {"pages": ["x" * 1000], "file": file.as_json(), "fake": {"$blob": {"sha256": "0" * 64}}}

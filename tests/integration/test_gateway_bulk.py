@@ -367,7 +367,9 @@ async def test_an_ended_run_is_deleted_with_all_that_belongs_to_it(
     workflow_id = await people.owner.create(**GRAPH)
     live = await start_runs(harness, people.owner, workflow_id, 1)
     ended = await start_runs(harness, people.owner, workflow_id, 2, **COMPLETED)
-    untold = await start_runs(harness, people.owner, workflow_id, 1, **COMPLETED, follow_up={"callback": {}})
+    untold = await start_runs(
+        harness, people.owner, workflow_id, 1, **COMPLETED, completion_action={"callback": {}}
+    )
     child = await start_runs(harness, people.owner, workflow_id, 1, **COMPLETED, parent_id=live[0])
     owner = BlobOwner(people.owner.user.organization_id, ended[0])
     reference = await harness.gateway.blobs.put(owner, b"content", media_type="text/plain")

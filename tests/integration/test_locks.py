@@ -394,7 +394,7 @@ async def test_a_locked_run_holds_up_the_follow_up_of_no_other(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     kept, other = keys = await create_ended_runs(
-        run_database, owned_workflow, follow_up='{"callback":{"url":"http://127.0.0.1"}}'
+        run_database, owned_workflow, completion_action='{"callback":{"url":"http://127.0.0.1"}}'
     )
     async with lock_execution(run_database, kept.execution_id):
         due = await require_prompt(completion.claim_completions(run_database.database, keys, 30.0))
@@ -417,9 +417,12 @@ async def test_a_locked_child_holds_up_the_end_of_no_other(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     parent = await run_database.claimed(owned_workflow)
-    follow_up = json.dumps(children.completion_for_parent(parent.execution_id, "node", ""))
+    completion_action = json.dumps(children.completion_for_parent(parent.execution_id, "node", ""))
     family = {"parent_id": parent.execution_id, "root_id": parent.execution_id, "depth": 1}
-    kept, other = [await run_database.accept(owned_workflow, follow_up=follow_up, **family) for _ in range(2)]
+    kept, other = [
+        await run_database.accept(owned_workflow, completion_action=completion_action, **family)
+        for _ in range(2)
+    ]
     await run_database.store.record([write(parent, end=RunStatus.STOPPED)])
     async with lock_execution(run_database, kept.execution_id):
         abandoned = await require_prompt(

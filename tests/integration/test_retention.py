@@ -130,7 +130,7 @@ async def test_blobs_of_present_or_referenced_runs_stay_at_any_age(
     waiting = await create_ended_run(run_database, owned_workflow, days=50, status="waiting")
     await change(run_database, waiting.execution_id, ended_at=None)
     untold = await create_ended_run(
-        run_database, owned_workflow, days=50, follow_up='{"callback":{"url":"http://example.com"}}'
+        run_database, owned_workflow, days=50, completion_action='{"callback":{"url":"http://example.com"}}'
     )
     child = await create_ended_run(run_database, owned_workflow, days=50, parent_id=waiting.execution_id)
     orphan = await create_ended_run(run_database, owned_workflow, days=50, parent_id="exec_gone")

@@ -456,7 +456,7 @@ async def test_a_replay_reuses_results_in_a_pod(pods: DeployedPods, receiver: Ht
         trigger=None,
         concurrency_key=None,
         concurrency_limit=None,
-        follow_up=None,
+        completion_action=None,
         spans={ResultUse.SETTLED: [("start", "")], ResultUse.UNCONFIRMED: [("call", "")]},
     )
 
