@@ -375,8 +375,10 @@ async def list_spans(
     return await _page(connection, select(counts[0] + counts[1]), statement, part)
 
 
-async def find_span(connection: AsyncConnection, key: ExecutionKey, span_id: str) -> Recorded | None:
-    """Return a span by its id, or by the id of a node the span of that node outside of loops."""
+async def find_span(
+    connection: AsyncConnection, key: ExecutionKey, span_id: str, iteration: str = ""
+) -> Recorded | None:
+    """Return a span by its id, or by the id of a node its span in a turn of a loop; outside of loops without one."""
     statement = _spans_and_attempts(
         [*_of(SpanRow, key), col(SpanRow.id) == span_id],
         [*_of(AttemptRow, key), col(AttemptRow.id) == span_id],
@@ -384,7 +386,9 @@ async def find_span(connection: AsyncConnection, key: ExecutionKey, span_id: str
     found = (await connection.execute(statement)).first()
     if found is not None:
         return found
-    of_node = _SPANS.where(*_of(SpanRow, key), col(SpanRow.node_id) == span_id, col(SpanRow.iteration) == "")
+    of_node = _SPANS.where(
+        *_of(SpanRow, key), col(SpanRow.node_id) == span_id, col(SpanRow.iteration) == iteration
+    )
     return (await connection.execute(of_node)).first()
 
 

@@ -109,6 +109,9 @@ EXPAND = ChoicesParameter(
     Expansion,
 )
 TOPICS = TextParameter("topics", "Topics, separated by commas: `executions`, or `execution:` and an id.")
+ITERATION = TextParameter(
+    "iteration", "Turn of a loop, such as `3`; the path then has the id of the node.", max_length=200
+)
 SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
 FOLLOW = FlagParameter(
     "follow",
@@ -262,7 +265,9 @@ async def span(request: GatewayRequest) -> JsonResponse:
     """Show a span: input, rendered config, output, log, attempts, hashes, and the duration in the run before."""
     gateway, key = request.gateway, await _find_key(request)
     async with gateway.database.read() as connection:
-        found = await span_details.read_span(connection, key, request.path_params["sub"])
+        found = await span_details.read_span(
+            connection, key, request.path_params["sub"], request.query[ITERATION] or ""
+        )
     if found is None:
         raise errors.not_found("span")
     one = found.span

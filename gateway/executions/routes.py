@@ -13,8 +13,11 @@ from gateway.executions import (
     execute,
     executions,
     inputs,
+    node_statistics,
     node_tests,
     replay,
+    run_graphs,
+    span_comparison,
 )
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape, SpanDetailsShape
 from gateway.http.endpoint import AccessRule
@@ -67,6 +70,13 @@ ROUTES: Final[Sequence[Route]] = (
             sends=(*TAKES_IN.sends, PREFERENCE_APPLIED),
             also={200: OtherSuccess(ENDED, execute.EndedExecuteResult)},
         ).refusing("concurrency-limit", "no-signing-secret"),
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/statistics",
+        READ,
+        node_statistics.show,
+        answer=node_statistics.WorkflowStatistics,
     ),
     Route(
         "GET",
@@ -149,6 +159,14 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "GET",
+        "/api/v1/executions/{id}/graph",
+        READ,
+        run_graphs.show,
+        query=(run_graphs.EXPAND,),
+        answer=run_graphs.RunGraph,
+    ),
+    Route(
+        "GET",
         "/api/v1/executions/{id}/spans",
         READ,
         executions.spans,
@@ -160,8 +178,16 @@ ROUTES: Final[Sequence[Route]] = (
         "/api/v1/executions/{id}/spans/{sub}",
         READ,
         executions.span,
-        query=(executions.EXPAND,),
+        query=(executions.ITERATION, executions.EXPAND),
         answer=SpanDetailsShape,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/spans/{sub}/diff",
+        READ,
+        span_comparison.compare,
+        query=span_comparison.COMPARED,
+        answer=span_comparison.SpanComparison,
     ),
     Route(
         "GET",

@@ -54,9 +54,11 @@ class SpanDetails:
     """Start and end of the same node in the run of the workflow before."""
 
 
-async def read_span(connection: AsyncConnection, key: ExecutionKey, span_id: str) -> SpanDetails | None:
-    """Return a span of a run by its id; None if there is none."""
-    span = await execution_rows.find_span(connection, key, span_id)
+async def read_span(
+    connection: AsyncConnection, key: ExecutionKey, span_id: str, iteration: str = ""
+) -> SpanDetails | None:
+    """Return a span of a run by its id, or by the id and turn of a node; None if there is none."""
+    span = await execution_rows.find_span(connection, key, span_id, iteration)
     if span is None:
         return None
     own = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)

@@ -74,7 +74,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
     module: tag
     for tag, modules in {
         "Access": ("access", "sessions", "sign_in", "signing"),
-        "Workflows": ("workflows", "copies", "sharing", "graph"),
+        "Workflows": ("workflows", "copies", "sharing", "graph", "node_statistics"),
         "Nodes": ("validation", "catalog", "nodes", "node_tests"),
         "Deployments": ("discover", "deployments", "lifecycle", "trigger"),
         "Events": ("events", "event_tokens"),
@@ -82,7 +82,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
         "Mail": ("email_trigger", "mail_addresses"),
         "Webhooks": ("trigger_tokens", "hooks"),
         "Deliveries": ("deliveries", "intake_samples", "dead_letters"),
-        "Executions": ("executions", "inputs"),
+        "Executions": ("executions", "inputs", "run_graphs", "span_comparison"),
         "Bulk": ("bulk", "bulk_replay"),
         "Explanations": ("run_explanations", "workflow_explanations", "organization_explanations"),
         "Server": ("health", "drift", "document"),

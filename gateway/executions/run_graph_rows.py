@@ -1,0 +1,252 @@
+"""Queries about the graph of a run: its definition, the states of its nodes without their data, and durations before.
+
+Turns of loops are counted by the database, so that a run with many thousands of them is read as fast as another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import and_, func, not_, select
+from sqlmodel import col
+
+from engine.node_api import CONTINUE
+from engine.run_records import CANDIDATE_STATUSES, SpanStatus
+from gateway.executions import execution_rows
+from models.execution import AttemptRow, Execution, ExecutionData, SpanRow
+from models.execution_status import ExecutionStatus
+from models.workflow import Definition, Workflow
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.executions.execution_rows import Recorded
+    from journal.store import ExecutionKey
+
+SHOWN_TURNS: Final = 200
+"""Turns of each node that are read one by one, from the first."""
+SHOWN_ATTEMPTS: Final = 1_000
+"""Failed attempts of all nodes that are read."""
+EARLIER_RUNS: Final = 20
+"""Runs of the workflow before this one among which a completed run is looked for."""
+
+IS_TURN_OF_LOOP: Final = and_(col(SpanRow.port) == CONTINUE, col(SpanRow.hashes).is_(None))
+"""Condition of the records of a loop about its own turns, which are no spans of nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunHead:
+    """Facts about a run that its graph depends on."""
+
+    organization_id: str
+    workflow_id: str
+    definition_hash: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class TurnCounts:
+    """Turns of a node in all loops around it: their number by status, first start and last end."""
+
+    by_status: Mapping[str, int]
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunGraphRows:
+    """Rows about the graph of a run."""
+
+    head: RunHead
+    definition: str | None
+    """JSON text; None if it is not stored any more."""
+    nodes: Sequence[Recorded]
+    """Spans of nodes outside of loops, in the order of their last change."""
+    turns: Mapping[str, Sequence[Recorded]]
+    """First turns by node, in their order."""
+    counts: Mapping[str, TurnCounts]
+    attempts: Mapping[str, Sequence[Recorded]]
+    """Failed attempts by node."""
+    revision: int | None
+    """Revision of the workflow; None if its row is gone."""
+    previous_run: str | None
+    """Newest completed run of the workflow before this one."""
+    durations: Mapping[str, timedelta] = field(default_factory=dict)
+    """Durations of nodes in `previous_run`, by node."""
+
+
+async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphRows | None:
+    """Return the rows about the graph of a run; None if its deletion is in progress."""
+    head = await read_head(connection, key)
+    if head is None:
+        return None
+    definition = await connection.scalar(
+        select(col(Definition.body)).where(
+            col(Definition.organization_id) == head.organization_id,
+            col(Definition.hash) == head.definition_hash,
+        )
+    )
+    previous = await find_completed_before(connection, key, head)
+    return RunGraphRows(
+        head,
+        definition,
+        await _read_nodes(connection, key),
+        await _read_turns(connection, key),
+        await _count_turns(connection, key),
+        await _read_attempts(connection, key),
+        await connection.scalar(
+            select(col(Workflow.revision)).where(
+                col(Workflow.id) == head.workflow_id, col(Workflow.organization_id) == head.organization_id
+            )
+        ),
+        previous,
+        {} if previous is None else await _read_durations(connection, previous, key.shard),
+    )
+
+
+async def read_head(connection: AsyncConnection, key: ExecutionKey) -> RunHead | None:
+    """Return the facts that the graph of a run depends on; None if its deletion is in progress."""
+    statement = (
+        select(
+            *(col(Execution.organization_id), col(Execution.workflow_id)),
+            *(col(Execution.definition_hash), col(ExecutionData.created_at)),
+        )
+        .join(ExecutionData, execution_rows.SAME_RUN)
+        .where(col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard)
+    )
+    row = (await connection.execute(statement)).first()
+    return None if row is None else RunHead(*row)
+
+
+async def find_completed_before(connection: AsyncConnection, key: ExecutionKey, head: RunHead) -> str | None:
+    """Return the newest completed run among the 20 runs of the workflow before a run; None without one."""
+    earlier = (
+        select(col(ExecutionData.execution_id), col(ExecutionData.shard), col(ExecutionData.created_at))
+        .where(
+            col(ExecutionData.workflow_id) == head.workflow_id,
+            col(ExecutionData.created_at) <= head.created_at,
+            col(ExecutionData.execution_id) != key.execution_id,
+        )
+        .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
+        .limit(EARLIER_RUNS)
+        .subquery()
+    )
+    statement = (
+        select(earlier.c.execution_id)
+        .join(
+            Execution,
+            and_(col(Execution.id) == earlier.c.execution_id, col(Execution.shard) == earlier.c.shard),
+        )
+        .where(col(Execution.status) == ExecutionStatus.COMPLETED.value)
+        .order_by(earlier.c.created_at.desc(), earlier.c.execution_id.desc())
+        .limit(1)
+    )
+    found: str | None = await connection.scalar(statement)
+    return found
+
+
+_COLUMNS: Final = (
+    *(col(SpanRow.id), col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label), col(SpanRow.type)),
+    *(col(SpanRow.status), col(SpanRow.port), col(SpanRow.attempt), col(SpanRow.sequence)),
+    *(col(SpanRow.started_at), col(SpanRow.ended_at), col(SpanRow.wake_at)),
+)
+
+
+def _of(key: ExecutionKey) -> tuple[Any, ...]:
+    return (
+        col(SpanRow.execution_id) == key.execution_id,
+        col(SpanRow.shard) == key.shard,
+        col(SpanRow.status).not_in(CANDIDATE_STATUSES),
+    )
+
+
+async def _read_nodes(connection: AsyncConnection, key: ExecutionKey) -> Sequence[Recorded]:
+    statement = (
+        select(*_COLUMNS).where(*_of(key), col(SpanRow.iteration) == "").order_by(col(SpanRow.sequence))
+    )
+    return (await connection.execute(statement)).all()
+
+
+def _in_turns(key: ExecutionKey) -> tuple[Any, ...]:
+    return (*_of(key), col(SpanRow.iteration) != "", not_(func.coalesce(IS_TURN_OF_LOOP, False)))
+
+
+async def _read_turns(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, Sequence[Recorded]]:
+    number = func.row_number().over(
+        partition_by=col(SpanRow.node_id), order_by=(func.length(SpanRow.iteration), col(SpanRow.iteration))
+    )
+    numbered = select(*_COLUMNS, number.label("number")).where(*_in_turns(key)).subquery()
+    statement = (
+        select(numbered)
+        .where(numbered.c.number <= SHOWN_TURNS)
+        .order_by(numbered.c.node_id, numbered.c.number)
+    )
+    return _by_node((await connection.execute(statement)).all())
+
+
+async def _count_turns(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, TurnCounts]:
+    statement = (
+        select(
+            *(col(SpanRow.node_id), col(SpanRow.status), func.count().label("count")),
+            func.min(SpanRow.started_at).label("started_at"),
+            func.max(SpanRow.ended_at).label("ended_at"),
+        )
+        .where(*_in_turns(key))
+        .group_by(col(SpanRow.node_id), col(SpanRow.status))
+    )
+    rows = _by_node((await connection.execute(statement)).all())
+    return {node_id: _sum_counts(of_node) for node_id, of_node in rows.items()}
+
+
+def _sum_counts(rows: Sequence[Recorded]) -> TurnCounts:
+    starts = [row.started_at for row in rows if row.started_at is not None]
+    ends = [row.ended_at for row in rows]
+    return TurnCounts(
+        # `count` is a method of a row.
+        {row.status: int(row[2]) for row in rows},
+        min(starts, default=None),
+        None if None in ends else max(ends, default=None),
+    )
+
+
+async def _read_attempts(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, Sequence[Recorded]]:
+    statement = (
+        select(
+            *(col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt)),
+            *(col(AttemptRow.started_at), col(AttemptRow.ended_at)),
+        )
+        .where(
+            col(AttemptRow.execution_id) == key.execution_id,
+            col(AttemptRow.shard) == key.shard,
+            col(AttemptRow.status) == SpanStatus.FAILED.value,
+        )
+        .order_by(col(AttemptRow.sequence))
+        .limit(SHOWN_ATTEMPTS)
+    )
+    return _by_node((await connection.execute(statement)).all())
+
+
+async def _read_durations(
+    connection: AsyncConnection, execution_id: str, shard: int
+) -> Mapping[str, timedelta]:
+    statement = select(col(SpanRow.node_id), col(SpanRow.started_at), col(SpanRow.ended_at)).where(
+        col(SpanRow.execution_id) == execution_id,
+        col(SpanRow.shard) == shard,
+        col(SpanRow.iteration) == "",
+        col(SpanRow.status) == SpanStatus.COMPLETED.value,
+    )
+    return {
+        row.node_id: row.ended_at - row.started_at
+        for row in await connection.execute(statement)
+        if row.started_at is not None and row.ended_at is not None
+    }
+
+
+def _by_node(rows: Sequence[Recorded]) -> dict[str, list[Recorded]]:
+    found: dict[str, list[Recorded]] = {}
+    for row in rows:
+        found.setdefault(row.node_id, []).append(row)
+    return found

@@ -1,0 +1,260 @@
+"""Endpoint that shows the graph of a run: the definition that ran, with the state of each node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from msgspec import UNSET, Meta, UnsetType
+
+from engine import inline_secrets
+from gateway.executions import run_graph_rows
+from gateway.executions.execution_rows import ShownSpanStatus
+from gateway.executions.run_graph_rows import SHOWN_ATTEMPTS, SHOWN_TURNS
+from gateway.http import errors
+from gateway.http.errors import ApiError
+from gateway.http.parameters import ChoicesParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, WireStruct, optional_instant
+from gateway.workflows import graph_shapes
+from gateway.workflows.graph_shapes import CanvasPosition
+from gateway.workflows.workflow_shapes import ShownConnection
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.values import Json
+    from gateway.executions.execution_rows import Recorded
+    from gateway.executions.run_graph_rows import RunGraphRows, TurnCounts
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
+_WORST_FIRST: Final = ("failed", "running", "retrying", "waiting", "cancelled", "completed", "skipped")
+_STATUS: Final = {"enum": [*ShownSpanStatus]}
+
+
+class GraphExpansion(StrEnum):
+    """Optional part of the graph of a run."""
+
+    CONFIG = "config"
+
+
+EXPAND = ChoicesParameter(
+    "expand", "`config`: show the config of each node, without credentials.", GraphExpansion
+)
+
+
+class RunGraphNode(WireStruct):
+    """Node of the definition that ran."""
+
+    id: str
+    label: str
+    type: str
+    position: CanvasPosition
+    config: Mapping[str, Any] | UnsetType = UNSET
+    """Only with `expand=config`: as in the definition, without credentials."""
+
+
+class AttemptTimes(WireStruct):
+    """Failed attempt of a node."""
+
+    iteration: str
+    """Turn of the loop, such as `3`; empty outside of loops."""
+    attempt: int
+    started_at: Instant | None
+    ended_at: Instant | None
+
+
+class TurnState(WireStruct):
+    """State of a node in one turn of a loop."""
+
+    iteration: str
+    """Turn, such as `3`; in a loop inside of turn 3, `3.0`."""
+    status: Annotated[str, Meta(extra_json_schema=_STATUS)]
+    attempt: int
+    started_at: Instant | None
+    ended_at: Instant | None
+
+
+class NodeState(WireStruct):
+    """State of a node in a run; a node that has not been reached has none."""
+
+    node_id: str
+    node_label: str
+    node_type: str
+    status: Annotated[str, Meta(extra_json_schema=_STATUS)]
+    """Of a node in a loop, the worst of its turns."""
+    port: str | None
+    attempt: int
+    started_at: Instant | None
+    ended_at: Instant | None
+    wake_at: Instant | None
+    duration_ms: int | None
+    """Null for a node in a loop: its turns have durations."""
+    previous_duration_ms: int | None
+    """Duration of the node in `previousExecutionId`."""
+    turn_counts: Mapping[str, int]
+    """Number of turns by status; empty outside of loops."""
+    turns: Annotated[Sequence[TurnState], Meta(max_length=SHOWN_TURNS)]
+    """First turns; `GET /executions/{id}/spans/{nodeId}?iteration=` shows any other."""
+    failed_attempts: Annotated[Sequence[AttemptTimes], Meta(max_length=SHOWN_ATTEMPTS)]
+
+
+class RunGraph(WireStruct):
+    """Definition that a run executes, with the states of its nodes but without their inputs and outputs."""
+
+    execution_id: str
+    workflow_id: str
+    definition_hash: str
+    is_current: bool | None
+    """Whether the workflow still has this definition; null if the caller may not read the workflow."""
+    nodes: Sequence[RunGraphNode]
+    """Empty if the definition is not stored any more."""
+    connections: Sequence[ShownConnection]
+    states: Sequence[NodeState]
+    previous_execution_id: str | None
+    """Newest completed run of the workflow among the 20 before this one."""
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show the graph of an execution: the definition that ran, and the state of each node.
+
+    Inputs and outputs are left out: `GET /executions/{id}/spans/{sub}` shows those of one node.
+    """
+    gateway, caller = request.gateway, request.caller
+    key = await gateway.access.key(request.path_params["id"], caller)
+    async with gateway.database.read_snapshot() as connection:
+        rows = await run_graph_rows.read_rows(connection, key)
+    if rows is None:
+        raise errors.not_found("execution")
+    is_current = await _is_current(request, rows)
+    with_config = GraphExpansion.CONFIG in request.query[EXPAND]
+    # In a thread, so that large graphs do not block other requests.
+    shown = await asyncio.to_thread(
+        _show, key.execution_id, rows, is_current=is_current, with_config=with_config
+    )
+    return JsonResponse(shown)
+
+
+async def _is_current(request: GatewayRequest, rows: RunGraphRows) -> bool | None:
+    workflows, head = request.gateway.workflows, rows.head
+    try:
+        workflow = await workflows.load(head.workflow_id, request.caller)
+        if workflow.revision != rows.revision:
+            # Another process has changed it.
+            workflows.forget(head.organization_id, head.workflow_id)
+            workflow = await workflows.load(head.workflow_id, request.caller)
+    except ApiError:
+        return None
+    return workflow.definition_hash == head.definition_hash
+
+
+def _show(execution_id: str, rows: RunGraphRows, *, is_current: bool | None, with_config: bool) -> RunGraph:
+    definition = decoding.decode(rows.definition) if rows.definition else {}
+    connections = definition.get("connections", [])
+    nodes = graph_shapes.placed(definition.get("nodes", []), connections)
+    return RunGraph(
+        execution_id=execution_id,
+        workflow_id=rows.head.workflow_id,
+        definition_hash=rows.head.definition_hash,
+        is_current=is_current,
+        nodes=[_show_node(node, with_config=with_config) for node in nodes],
+        connections=[
+            ShownConnection(
+                id=edge["id"],
+                source_node_id=edge["source"],
+                source_port=edge["sourcePort"],
+                target_node_id=edge["target"],
+                target_port=edge["targetPort"],
+            )
+            for edge in connections
+        ],
+        states=[*_show_states(rows)],
+        previous_execution_id=rows.previous_run,
+    )
+
+
+def _show_node(node: Mapping[str, Any], *, with_config: bool) -> RunGraphNode:
+    position = node["position"]
+    return RunGraphNode(
+        id=node["id"],
+        label=node["label"],
+        type=node["type"],
+        position=CanvasPosition(x=position["x"], y=position["y"]),
+        config=_hide(node.get("config") or {}) if with_config else UNSET,
+    )
+
+
+def _hide(config: Mapping[str, Json]) -> Mapping[str, Any]:
+    kept, _ = inline_secrets.remove_secrets(dict(config))
+    return kept if isinstance(kept, dict) else {}
+
+
+# ── states ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _show_states(rows: RunGraphRows) -> Iterator[NodeState]:
+    """Yield the states of nodes outside of loops, then those of nodes in loops alone."""
+    whole = {row.node_id for row in rows.nodes}
+    for row in rows.nodes:
+        yield _show_state(row, rows, rows.counts.get(row.node_id))
+    for node_id, counts in rows.counts.items():
+        if node_id not in whole:
+            yield _show_state(rows.turns[node_id][0], rows, counts)
+
+
+def _show_state(row: Recorded, rows: RunGraphRows, counts: TurnCounts | None) -> NodeState:
+    """Return the state of a node; `row` is its span outside of loops, or that of its first turn."""
+    is_in_loop = bool(row.iteration) and counts is not None
+    started_at, ended_at = (
+        (counts.started_at, counts.ended_at) if is_in_loop and counts else (row.started_at, row.ended_at)
+    )
+    attempts = rows.attempts.get(row.node_id, ())
+    previous = None if is_in_loop else rows.durations.get(row.node_id)
+    return NodeState(
+        node_id=row.node_id,
+        node_label=row.label,
+        node_type=row.type,
+        status=_worst_status(counts.by_status) if is_in_loop and counts else row.status,
+        port=None if is_in_loop else row.port,
+        attempt=max([row.attempt, *(one.attempt for one in attempts)]),
+        started_at=optional_instant(started_at),
+        ended_at=optional_instant(ended_at),
+        wake_at=optional_instant(row.wake_at),
+        duration_ms=None if is_in_loop else _milliseconds(row.started_at, row.ended_at),
+        previous_duration_ms=None if previous is None else previous // _MILLISECOND,
+        turn_counts=counts.by_status if counts else {},
+        turns=[
+            TurnState(
+                iteration=turn.iteration,
+                status=turn.status,
+                attempt=turn.attempt,
+                started_at=optional_instant(turn.started_at),
+                ended_at=optional_instant(turn.ended_at),
+            )
+            for turn in rows.turns.get(row.node_id, ())
+        ],
+        failed_attempts=[
+            AttemptTimes(
+                iteration=one.iteration,
+                attempt=one.attempt,
+                started_at=optional_instant(one.started_at),
+                ended_at=optional_instant(one.ended_at),
+            )
+            for one in attempts
+        ],
+    )
+
+
+def _worst_status(counts: Mapping[str, int]) -> str:
+    return next((status for status in _WORST_FIRST if counts.get(status)), next(iter(counts)))
+
+
+def _milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:
+    if started_at is None or ended_at is None:
+        return None
+    return max((ended_at - started_at) // _MILLISECOND, 0)
