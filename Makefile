@@ -63,6 +63,7 @@ fuzz: .venv/installed-for-tests
 # The pages and tables that are generated from the code, then the site that the gateway serves below /docs/.
 docs: .venv/installed
 	$(bin)/python -m docs.tables
+	$(bin)/python -m sdk.client_generator
 	$(bin)/python -m docs.site.build
 
 # The wheel with the documentation site, and its bill of materials.

@@ -29,7 +29,8 @@ class CompiledModules(BuildHookInterface[BuilderConfig]):
         root = Path(self.root)
         for package in self.build_config.packages:
             for source in sorted((root / package).rglob("*.py")):
-                place = source.relative_to(root)
+                # In the wheel, only the last folder of the path to a package remains.
+                place = source.relative_to((root / package).parent)
                 name = f"{place.stem}.{sys.implementation.cache_tag}.pyc"
                 compiled = Path(self._folder.name, place.parent, "__pycache__", name)
                 # Unchecked: an installer may change the times of files.

@@ -1,0 +1,179 @@
+"""Names of the SDK's methods, by the operation ids of the OpenAPI document."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+OMITTED: Final = frozenset(
+    {
+        "documentOpenapi",
+        "eventsHandshake",
+        "executionsEvents",
+        "executionsLive",
+        "hooksReceive",
+        "mail_addressesReceive",
+        "mail_addressesShow",
+    }
+)
+"""Operations of senders and browsers, and streams of events, whose methods are written by hand."""
+
+METHODS: Final = {
+    "accessCreateKey": "keys.create",
+    "accessCreateUser": "users.create",
+    "accessListKeys": "keys.list",
+    "accessListUsers": "users.list",
+    "accessRevokeKey": "keys.revoke",
+    "accessWhoami": "server.whoami",
+    "auditIndex": "audit.list",
+    "bulkCancel": "executions.bulk_cancel",
+    "bulkDelete": "executions.bulk_delete",
+    "bulkRetry": "executions.bulk_retry",
+    "bulk_replayReplay": "executions.bulk_replay",
+    "catalogIndex": "node_types.list",
+    "catalogSchema": "node_types.schema",
+    "copiesDuplicate": "workflows.duplicate",
+    "copiesExportWorkflow": "workflows.export",
+    "copiesImportWorkflow": "workflows.import_document",
+    "copiesSaveAsTemplate": "workflows.save_as_template",
+    "copiesTemplates": "workflows.templates",
+    "copiesUseTemplate": "workflows.create_from_template",
+    "data_sourcesCreate": "datasources.create",
+    "data_sourcesDelete": "datasources.delete",
+    "data_sourcesIndex": "datasources.list",
+    "data_sourcesListShares": "datasources.shares",
+    "data_sourcesSetVisibility": "datasources.set_visibility",
+    "data_sourcesShare": "datasources.share",
+    "data_sourcesShow": "datasources.get",
+    "data_sourcesTest": "datasources.test",
+    "data_sourcesUnshare": "datasources.unshare",
+    "data_sourcesUpdate": "datasources.update",
+    "dead_lettersIndex": "queue.dead_letters",
+    "dead_lettersPurge": "queue.purge_dead_letters",
+    "dead_lettersRedrive": "queue.redrive_dead_letters",
+    "deliveriesIndex": "deliveries.list",
+    "deliveriesRedrive": "deliveries.redrive",
+    "deliveriesRedriveMany": "deliveries.redrive_many",
+    "deliveriesShow": "deliveries.get",
+    "deploymentsDeploy": "deployments.deploy",
+    "deploymentsDeployVersion": "deployments.deploy_version",
+    "deploymentsLogs": "deployments.logs",
+    "deploymentsShow": "deployments.status",
+    "deploymentsStart": "deployments.start",
+    "deploymentsStop": "deployments.stop",
+    "deploymentsUndeploy": "deployments.undeploy",
+    "discoverIndex": "deployments.discover",
+    "driftShow": "server.drift",
+    "email_triggerReceive": "triggers.send_mail",
+    "enqueueEnqueue": "queue.send",
+    "enqueue_batchEnqueue": "queue.send_batch",
+    "event_tokensCreate": "event_tokens.create",
+    "event_tokensIndex": "event_tokens.list",
+    "event_tokensRevoke": "event_tokens.revoke",
+    "eventsEmit": "events.emit",
+    "eventsIndex": "events.list",
+    "eventsReplay": "events.replay",
+    "eventsShow": "events.get",
+    "executeStart": "executions.start",
+    "executionsBlob": "executions.blob",
+    "executionsCancel": "executions.cancel",
+    "executionsIndex": "executions.list",
+    "executionsLogs": "executions.logs",
+    "executionsProgress": "executions.progress",
+    "executionsResume": "executions.resume",
+    "executionsShow": "executions.get",
+    "executionsSpan": "executions.span",
+    "executionsSpans": "executions.spans",
+    "executionsStop": "executions.stop",
+    "graphBuild": "workflows.build",
+    "graphLayout": "workflows.layout",
+    "healthAlive": "server.health",
+    "healthReady": "server.ready",
+    "inputsAnswer": "approvals.answer",
+    "inputsIndex": "executions.pending_inputs",
+    "inputsIndexAssigned": "approvals.list",
+    "intake_samplesIndex": "deliveries.samples",
+    "lifecycleHistory": "deployments.lifecycle_history",
+    "lifecyclePreview": "deployments.preview_lifecycle",
+    "lifecycleShow": "deployments.lifecycle",
+    "lifecycleUpdate": "deployments.set_lifecycle",
+    "node_testsRunNode": "workflows.test_node",
+    "nodesAdd": "workflows.add_node",
+    "nodesConfigure": "workflows.update_node",
+    "nodesConnect": "workflows.connect",
+    "nodesDisconnect": "workflows.disconnect",
+    "nodesIndex": "workflows.nodes",
+    "nodesRemove": "workflows.remove_node",
+    "nodesSetMappings": "workflows.set_input_mappings",
+    "nodesSetPassThrough": "workflows.set_passthrough_values",
+    "organization_explanationsShow": "server.why",
+    "replayReplay": "executions.replay",
+    "run_explanationsShow": "executions.why",
+    "scheduleIndex": "schedules.list",
+    "scheduleShow": "schedules.get",
+    "sessionsEnd": "sessions.end",
+    "sessionsIndex": "sessions.list",
+    "sessionsShow": "sessions.get",
+    "sharingAdd": "workflows.share",
+    "sharingIndex": "workflows.shares",
+    "sharingRemove": "workflows.unshare",
+    "sharingSetVisibility": "workflows.set_visibility",
+    "signingReplace": "signing_secret.replace",
+    "signingShow": "signing_secret.get",
+    "triggerStart": "deployments.trigger",
+    "trigger_tokensReplace": "triggers.replace_token",
+    "trigger_tokensRevoke": "triggers.revoke_token",
+    "trigger_tokensShow": "triggers.inbound_address",
+    "validationCheck": "workflows.validate",
+    "validationComputeScopes": "workflows.compute_scopes",
+    "versionsCompare": "workflows.compare_versions",
+    "versionsCreate": "workflows.create_version",
+    "versionsIndex": "workflows.versions",
+    "versionsRestore": "workflows.restore_version",
+    "versionsShow": "workflows.version",
+    "workflow_explanationsShow": "workflows.why",
+    "workflowsCreate": "workflows.create",
+    "workflowsDelete": "workflows.delete",
+    "workflowsIndex": "workflows.list",
+    "workflowsSetStatus": "workflows.set_status",
+    "workflowsShow": "workflows.get",
+    "workflowsStats": "workflows.stats",
+    "workflowsUpdate": "workflows.update",
+}
+"""Resource and method of an operation; others are named after their module and handler."""
+
+_SINGULAR: Final = {"deliveries": "delivery", "workflow-nodes": "node_type"}
+_AFTER_SLASH: Final = {"subId": "user_id", "type": "node_type"}
+
+
+def method_name(operation_id: str) -> tuple[str, str]:
+    """Return the resource and the method of an operation."""
+    if named := METHODS.get(operation_id):
+        resource, _, method = named.partition(".")
+        return resource, method
+    module, handler = _split(operation_id)
+    return module, {"index": "list", "show": "get"}.get(handler, handler)
+
+
+def _split(operation_id: str) -> tuple[str, str]:
+    """Return the module and the handler of an operation id such as `node_testsRunNode`."""
+    first = re.search(r"[A-Z]", operation_id)
+    start = first.start() if first else len(operation_id)
+    return operation_id[:start], snake_case(operation_id[start:]) or "call"
+
+
+def snake_case(name: str) -> str:
+    """Return a name of the API as a name of Python: `dryRun` as `dry_run`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"\W+", "_", words).strip("_")
+
+
+def path_parameter(path: str, name: str) -> str:
+    """Return the Python name of a path parameter; `id` is named after the segment before it."""
+    if name in _AFTER_SLASH:
+        return _AFTER_SLASH[name]
+    if name not in {"id", "sub"}:
+        return snake_case(name)
+    segments = path.split("/")
+    before = segments[segments.index(f"{{{name}}}") - 1]
+    return f"{_SINGULAR.get(before, snake_case(before.removesuffix('s')))}_id"

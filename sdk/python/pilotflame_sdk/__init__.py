@@ -1,0 +1,78 @@
+"""Client of the workflow server Pilotflame, and workers that run your own nodes.
+
+Names are loaded by their first use: a program that only starts runs loads no worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from pilotflame_sdk.errors import (
+    APIError,
+    ConfigurationError,
+    Conflict,
+    LeaseLost,
+    NotFound,
+    PilotflameError,
+    RateLimited,
+    RunError,
+    RunFailed,
+    RunTimeout,
+    ScopeRequired,
+    TaskCancelled,
+    TaskError,
+    TransportError,
+    ValidationFailed,
+)
+from pilotflame_sdk.version import VERSION
+
+if TYPE_CHECKING:
+    from pilotflame_sdk.async_client import AsyncClient
+    from pilotflame_sdk.async_runs import AsyncRun
+    from pilotflame_sdk.client import Client
+    from pilotflame_sdk.retries import RetryPolicy
+    from pilotflame_sdk.runs import Run
+    from pilotflame_sdk.server_events import RunEvent
+
+__all__ = [
+    "APIError",
+    "AsyncClient",
+    "AsyncRun",
+    "Client",
+    "ConfigurationError",
+    "Conflict",
+    "LeaseLost",
+    "NotFound",
+    "PilotflameError",
+    "RateLimited",
+    "RetryPolicy",
+    "Run",
+    "RunError",
+    "RunEvent",
+    "RunFailed",
+    "RunTimeout",
+    "ScopeRequired",
+    "TaskCancelled",
+    "TaskError",
+    "TransportError",
+    "ValidationFailed",
+    "__version__",
+]
+
+__version__ = VERSION
+_MODULES = {
+    "AsyncClient": "async_client",
+    "AsyncRun": "async_runs",
+    "Client": "client",
+    "RetryPolicy": "retries",
+    "Run": "runs",
+    "RunEvent": "server_events",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a name by its first use."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pilotflame_sdk.{_MODULES[name]}"), name)

@@ -1,0 +1,141 @@
+"""Asynchronous client of a Pilotflame server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pilotflame_sdk import async_resources, run_states, workflow_files
+from pilotflame_sdk.async_runs import AsyncRun
+from pilotflame_sdk.async_transport import AsyncTransport
+from pilotflame_sdk.errors import Conflict, NotFound
+from pilotflame_sdk.request_coding import PREFER_SECONDS, quote_segment
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pilotflame_sdk.server_events import RunEvent
+    from pilotflame_sdk.workflow_files import HasDefinition
+
+
+class AsyncExecutions(async_resources.AsyncExecutions):
+    """Methods of `client.executions`."""
+
+    def stream(self, execution_id: str) -> AsyncIterator[RunEvent]:
+        """Yield the events of an execution from its beginning to its end; lost connections are taken up again."""
+        return self._client.stream(f"/api/v1/executions/{self._quote(execution_id)}/events")
+
+
+class AsyncWorkflows(async_resources.AsyncWorkflows):
+    """Methods of `client.workflows`."""
+
+    async def find(self, id_or_name: str) -> str:
+        """Return the id of a workflow; raises `NotFound`, and `Conflict` if several have the name."""
+        if id_or_name.startswith("wf_"):
+            return id_or_name
+        found = [str(one["id"]) async for one in self.iterate(search=id_or_name) if one["name"] == id_or_name]
+        if not found:
+            raise NotFound("not-found", f"There is no workflow {id_or_name!r}", status=404)
+        if len(found) > 1:
+            message = f"{len(found)} workflows have the name {id_or_name!r}: {', '.join(found)}"
+            raise Conflict("ambiguous-name", message, status=409)
+        return found[0]
+
+    async def put(self, workflow: Mapping[str, Any] | HasDefinition) -> str:
+        """Create or update the workflow with the name in the definition, and return its id."""
+        definition = workflow_files.definition_of(workflow)
+        try:
+            workflow_id = await self.find(definition["name"])
+        except NotFound:
+            created = await self._client.request("POST", "/api/v1/workflows", json=definition, is_keyed=True)
+            return str(created["workflowId"])
+        changes = {name: value for name, value in definition.items() if name != "status"}
+        await self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}", json=changes)
+        if "status" in definition:
+            await self.set_status(workflow_id, status=definition["status"])
+        return workflow_id
+
+
+class AsyncClient(AsyncTransport):
+    """Client of one server. Every method raises `APIError` and `TransportError`.
+
+    Without arguments it uses PILOTFLAME_URL and PILOTFLAME_API_KEY, or the profile of `pilotflame login`. The tasks of
+    one event loop may share a client.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as `AsyncTransport`
+        super().__init__(*args, **options)
+        self.approvals = async_resources.AsyncApprovals(self)
+        self.audit = async_resources.AsyncAudit(self)
+        self.datasources = async_resources.AsyncDatasources(self)
+        self.deliveries = async_resources.AsyncDeliveries(self)
+        self.deployments = async_resources.AsyncDeployments(self)
+        self.event_tokens = async_resources.AsyncEventTokens(self)
+        self.events = async_resources.AsyncEvents(self)
+        self.executions = AsyncExecutions(self)
+        self.keys = async_resources.AsyncKeys(self)
+        self.node_types = async_resources.AsyncNodeTypes(self)
+        self.queue = async_resources.AsyncQueue(self)
+        self.schedules = async_resources.AsyncSchedules(self)
+        self.server = async_resources.AsyncServer(self)
+        self.sessions = async_resources.AsyncSessions(self)
+        self.signing_secret = async_resources.AsyncSigningSecret(self)
+        self.triggers = async_resources.AsyncTriggers(self)
+        self.users = async_resources.AsyncUsers(self)
+        self.workflows = AsyncWorkflows(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.close()
+
+    async def start(
+        self,
+        workflow: str,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        wait: float = 0.0,
+        tags: Sequence[str] | None = None,
+        metadata: Mapping[str, str | float | bool] | None = None,
+        idempotency_key: str | None = None,
+        **others: Any,  # noqa: ANN401 - other fields of the body: `upTo`, `pinned`, `callbackUrl`, `definition`
+    ) -> AsyncRun:
+        """Start a run of a workflow, which an id or an exact name names, and return it.
+
+        The request is repeated under one `Idempotency-Key`: a lost answer starts no second run. With `wait`, the
+        answer comes after that many seconds, at most 60, or at the end of the run if that is earlier.
+        """
+        workflow_id = await self.workflows.find(workflow)
+        answer = await self.request(
+            "POST",
+            f"/api/v1/workflows/{quote_segment(workflow_id)}/execute",
+            fields=run_states.start_fields(inputs, tags, metadata, others),
+            headers=run_states.prefer_header(wait),
+            idempotency_key=idempotency_key,
+            is_keyed=True,
+            wait=wait,
+        )
+        return AsyncRun(self, str(answer["executionId"]), answer if "status" in answer else None)
+
+    async def run(
+        self,
+        workflow: str,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        wait: float | None = None,
+        **options: Any,  # noqa: ANN401 - as `start`
+    ) -> AsyncRun:
+        """Run a workflow to its end and return the completed run, whose `outputs` are by node id.
+
+        Raises `RunFailed`, and `RunTimeout` after `wait` seconds; the run goes on then.
+        """
+        begun = time.monotonic()
+        run = await self.start(workflow, inputs, wait=PREFER_SECONDS if wait is None else wait, **options)
+        (await run.wait(wait, since=begun)).outputs_or_raise()
+        return run
+
+    async def attach(self, execution_id: str) -> AsyncRun:
+        """Return the run with an id, as it is now."""
+        return await AsyncRun(self, execution_id).refresh()

@@ -1,0 +1,141 @@
+"""Synchronous client of a Pilotflame server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pilotflame_sdk import resources, run_states, workflow_files
+from pilotflame_sdk.errors import Conflict, NotFound
+from pilotflame_sdk.request_coding import PREFER_SECONDS, quote_segment
+from pilotflame_sdk.runs import Run
+from pilotflame_sdk.transport import Transport
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pilotflame_sdk.server_events import RunEvent
+    from pilotflame_sdk.workflow_files import HasDefinition
+
+
+class Executions(resources.Executions):
+    """Methods of `client.executions`."""
+
+    def stream(self, execution_id: str) -> Iterator[RunEvent]:
+        """Yield the events of an execution from its beginning to its end; lost connections are taken up again."""
+        return self._client.stream(f"/api/v1/executions/{self._quote(execution_id)}/events")
+
+
+class Workflows(resources.Workflows):
+    """Methods of `client.workflows`."""
+
+    def find(self, id_or_name: str) -> str:
+        """Return the id of a workflow; raises `NotFound`, and `Conflict` if several have the name."""
+        if id_or_name.startswith("wf_"):
+            return id_or_name
+        found = [str(one["id"]) for one in self.iterate(search=id_or_name) if one["name"] == id_or_name]
+        if not found:
+            raise NotFound("not-found", f"There is no workflow {id_or_name!r}", status=404)
+        if len(found) > 1:
+            message = f"{len(found)} workflows have the name {id_or_name!r}: {', '.join(found)}"
+            raise Conflict("ambiguous-name", message, status=409)
+        return found[0]
+
+    def put(self, workflow: Mapping[str, Any] | HasDefinition) -> str:
+        """Create or update the workflow with the name in the definition, and return its id."""
+        definition = workflow_files.definition_of(workflow)
+        try:
+            workflow_id = self.find(definition["name"])
+        except NotFound:
+            created = self._client.request("POST", "/api/v1/workflows", json=definition, is_keyed=True)
+            return str(created["workflowId"])
+        changes = {name: value for name, value in definition.items() if name != "status"}
+        self._client.request("PUT", f"/api/v1/workflows/{self._quote(workflow_id)}", json=changes)
+        if "status" in definition:
+            self.set_status(workflow_id, status=definition["status"])
+        return workflow_id
+
+
+class Client(Transport):
+    """Client of one server. Every method raises `APIError` and `TransportError`.
+
+    Without arguments it uses PILOTFLAME_URL and PILOTFLAME_API_KEY, or the profile of `pilotflame login`. Threads may
+    share a client.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as `Transport`
+        super().__init__(*args, **options)
+        self.approvals = resources.Approvals(self)
+        self.audit = resources.Audit(self)
+        self.datasources = resources.Datasources(self)
+        self.deliveries = resources.Deliveries(self)
+        self.deployments = resources.Deployments(self)
+        self.event_tokens = resources.EventTokens(self)
+        self.events = resources.Events(self)
+        self.executions = Executions(self)
+        self.keys = resources.Keys(self)
+        self.node_types = resources.NodeTypes(self)
+        self.queue = resources.Queue(self)
+        self.schedules = resources.Schedules(self)
+        self.server = resources.Server(self)
+        self.sessions = resources.Sessions(self)
+        self.signing_secret = resources.SigningSecret(self)
+        self.triggers = resources.Triggers(self)
+        self.users = resources.Users(self)
+        self.workflows = Workflows(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def start(
+        self,
+        workflow: str,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        wait: float = 0.0,
+        tags: Sequence[str] | None = None,
+        metadata: Mapping[str, str | float | bool] | None = None,
+        idempotency_key: str | None = None,
+        **others: Any,  # noqa: ANN401 - other fields of the body: `upTo`, `pinned`, `callbackUrl`, `definition`
+    ) -> Run:
+        """Start a run of a workflow, which an id or an exact name names, and return it.
+
+        The request is repeated under one `Idempotency-Key`: a lost answer starts no second run. With `wait`, the
+        answer comes after that many seconds, at most 60, or at the end of the run if that is earlier.
+        """
+        workflow_id = self.workflows.find(workflow)
+        answer = self.request(
+            "POST",
+            f"/api/v1/workflows/{quote_segment(workflow_id)}/execute",
+            fields=run_states.start_fields(inputs, tags, metadata, others),
+            headers=run_states.prefer_header(wait),
+            idempotency_key=idempotency_key,
+            is_keyed=True,
+            wait=wait,
+        )
+        return Run(self, str(answer["executionId"]), answer if "status" in answer else None)
+
+    def run(
+        self,
+        workflow: str,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        wait: float | None = None,
+        **options: Any,  # noqa: ANN401 - as `start`
+    ) -> Run:
+        """Run a workflow to its end and return the completed run, whose `outputs` are by node id.
+
+        Raises `RunFailed`, and `RunTimeout` after `wait` seconds; the run goes on then.
+        """
+        begun = time.monotonic()
+        run = self.start(workflow, inputs, wait=PREFER_SECONDS if wait is None else wait, **options)
+        run.wait(wait, since=begun).outputs_or_raise()
+        return run
+
+    def attach(self, execution_id: str) -> Run:
+        """Return the run with an id, as it is now."""
+        return Run(self, execution_id).refresh()

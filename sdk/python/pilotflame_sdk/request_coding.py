@@ -1,0 +1,141 @@
+"""Requests and answers as bytes, the same for both clients."""
+
+from __future__ import annotations
+
+import json as json_coding
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote, urlsplit
+from uuid import uuid4
+
+from pilotflame_sdk.errors import TransportError, build_error
+from pilotflame_sdk.version import VERSION
+
+if TYPE_CHECKING:
+    import httpx2
+
+LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+POLL_SECONDS: Final = 30
+"""Longest wait of one request for the progress of a run."""
+PREFER_SECONDS: Final = 60
+ANSWER_SECONDS: Final = 15.0
+"""Time that an answer may take beyond the wait that the request asks for."""
+PAGE: Final = 100
+TERMINAL: Final = frozenset({"completed", "failed", "stopped", "cancelled"})
+NO_CONTENT: Final = 204
+ERROR: Final = 400
+
+
+@dataclass(frozen=True)
+class ApiRequest:
+    """Request to the API, without the address of the server."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    body: bytes | None
+    headers: Mapping[str, str]
+    is_keyed: bool
+    timeout: float
+
+
+def build_request(  # noqa: PLR0913 - a parameter for each part of a request
+    method: str,
+    path: str,
+    *,
+    query: Mapping[str, Any] | None = None,
+    json: Any = None,  # noqa: ANN401 - any JSON
+    fields: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+    idempotency_key: str | None = None,
+    is_keyed: bool = False,
+    wait: float = 0.0,
+) -> ApiRequest:
+    """Return a request. `fields` is a body whose values of None are left out; `json` is sent as it is.
+
+    A request whose operation accepts `Idempotency-Key` gets one: its repetitions have the same.
+    """
+    body = json if fields is None else {name: value for name, value in fields.items() if value is not None}
+    has_body = json is not None or fields is not None
+    sent = dict(headers or {})
+    if has_body:
+        sent["Content-Type"] = "application/json"
+    if is_keyed or idempotency_key is not None:
+        sent["Idempotency-Key"] = idempotency_key or uuid4().hex
+    return ApiRequest(
+        method,
+        path,
+        dict(_query_fields(query or {})),
+        json_coding.dumps(body, allow_nan=False, separators=(",", ":")).encode() if has_body else None,
+        sent,
+        "Idempotency-Key" in sent,
+        ANSWER_SECONDS + wait,
+    )
+
+
+def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
+    fields = []
+    for name, value in query.items():
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            fields += [(f"{name}.{key}", str(one)) for key, one in value.items()]
+        elif isinstance(value, bool):
+            fields.append((name, "true" if value else "false"))
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            fields.append((name, ",".join(str(one) for one in value)))
+        else:
+            fields.append((name, str(value)))
+    return fields
+
+
+def quote_segment(value: str) -> str:
+    """Return an id as a segment of a path."""
+    return quote(value, safe="")
+
+
+def quote_type(value: str) -> str:
+    """Return a node type as a part of a path; a custom one has two segments."""
+    return quote(value, safe="/")
+
+
+def default_headers(api_key: str) -> dict[str, str]:
+    """Return the headers of every request."""
+    return {
+        "X-API-Key": api_key,
+        "Accept": "application/json",
+        "User-Agent": f"pilotflame-sdk/{VERSION} Python/{platform.python_version()}",
+    }
+
+
+def uses_proxies(url: str) -> bool:
+    """Tell whether proxies of the environment apply: they can't reach a server on this machine."""
+    return urlsplit(url).hostname not in LOOPBACK
+
+
+def decode_answer(response: httpx2.Response, url: str, *, is_binary: bool = False) -> Any:  # noqa: ANN401 - JSON
+    """Return the JSON or the bytes of an answer; raises `APIError` and `TransportError`."""
+    if response.status_code >= ERROR:
+        raise build_error(response.status_code, response.reason_phrase, _json_or_none(response))
+    if is_binary:
+        return response.content
+    if response.status_code == NO_CONTENT:
+        return None
+    try:
+        return json_coding.loads(response.content)
+    except ValueError as error:
+        raise TransportError(f"The server at {url} is not Pilotflame") from error
+
+
+def _json_or_none(response: httpx2.Response) -> object:
+    try:
+        return json_coding.loads(response.content)
+    except ValueError:
+        return None
+
+
+def unreachable(url: str, error: Exception) -> TransportError:
+    """Return the error of a request without an answer."""
+    return TransportError(f"No Pilotflame server answers at {url} ({error or type(error).__name__})")

@@ -1,0 +1,132 @@
+"""HTTP transport of the synchronous client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx2
+
+from pilotflame_sdk import request_coding
+from pilotflame_sdk.errors import TransportError
+from pilotflame_sdk.profiles import ServerAddress, find_server
+from pilotflame_sdk.request_coding import ApiRequest
+from pilotflame_sdk.retries import RequestAttempts, RetryPolicy
+from pilotflame_sdk.server_events import EventParser, RunEvent
+
+
+class Transport:
+    """Connections to one server, with retries."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        profile: str | None = None,
+        retry: RetryPolicy | None = None,
+        http: httpx2.Client | None = None,
+    ) -> None:
+        """Connect at the first request. `http` is a client of one's own, for certificates, proxies or tests."""
+        self.address: ServerAddress = find_server(url, api_key, profile=profile)
+        self._retry = retry or RetryPolicy()
+        self._has_answered = False
+        self._http = http or httpx2.Client(
+            trust_env=request_coding.uses_proxies(self.address.url), follow_redirects=False
+        )
+        self._headers = request_coding.default_headers(self.address.api_key)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        is_binary: bool = False,
+        **parts: Any,  # noqa: ANN401 - as `build_request`
+    ) -> Any:  # noqa: ANN401 - any JSON
+        """Send a request and return the JSON of the answer; raises `APIError` and `TransportError`.
+
+        `query`, `json`, `fields`, `headers` and `idempotency_key` are as in `request_coding.build_request`.
+        """
+        request = request_coding.build_request(method, path, **parts)
+        return request_coding.decode_answer(self._send(request), self.address.url, is_binary=is_binary)
+
+    def iterate(
+        self, path: str, list_field: str, query: Mapping[str, Any], *, has_cursor: bool = False
+    ) -> Iterator[Any]:
+        """Yield the items of all pages of a list; with a cursor, each once while others are added."""
+        place: dict[str, Any] = {"after": "start"} if has_cursor else {"offset": 0}
+        while True:
+            page = self.request("GET", path, query={**query, "limit": request_coding.PAGE, **place})
+            yield from page[list_field]
+            if has_cursor:
+                place = {"after": page["next"]}
+                is_last = page["next"] is None
+            else:
+                place = {"offset": place["offset"] + request_coding.PAGE}
+                is_last = place["offset"] >= page["count"]
+            if is_last:
+                return
+
+    def stream(self, path: str) -> Iterator[RunEvent]:
+        """Yield the events of a run to its end, over as many connections as it takes."""
+        parser = EventParser()
+        while not parser.has_ended:
+            request = request_coding.build_request("GET", path, headers=parser.headers(), wait=15.0)
+            response = self._send(request, is_streamed=True)
+            try:
+                if response.status_code >= request_coding.ERROR:
+                    response.read()
+                    request_coding.decode_answer(response, self.address.url)
+                for line in response.iter_lines():
+                    event = parser.feed(line)
+                    if event is not None:
+                        yield event
+                    if parser.has_ended:
+                        return
+            except httpx2.TransportError:
+                time.sleep(self._retry.first_pause)  # The next request continues behind the last event.
+            finally:
+                response.close()
+
+    def _send(self, request: ApiRequest, *, is_streamed: bool = False) -> httpx2.Response:
+        attempts = RequestAttempts(self._retry, request.method, is_keyed=request.is_keyed)
+        built = self._http.build_request(
+            request.method,
+            self.address.url + request.path,
+            params=request.query,
+            content=request.body,
+            headers={**self._headers, **request.headers},
+            timeout=request.timeout,
+        )
+        while True:
+            try:
+                response = self._http.send(built, stream=is_streamed)
+            except httpx2.TransportError as error:
+                was_sent = not isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout))
+                pause = attempts.pause_after_error(was_sent=was_sent, has_answered=self._has_answered)
+                if pause is None:
+                    raise request_coding.unreachable(self.address.url, error) from error
+            except httpx2.InvalidURL as error:
+                raise TransportError(f"{self.address.url} is no address of a server: {error}") from error
+            else:
+                self._has_answered = True
+                pause = attempts.pause_after_answer(response)
+                if pause is None:
+                    return response
+                response.close()
+            time.sleep(pause)
+
+
+class Resource:
+    """Base of the groups of methods of a client."""
+
+    def __init__(self, client: Transport) -> None:
+        self._client = client
+        self._quote = request_coding.quote_segment
+        self._quote_type = request_coding.quote_type
