@@ -87,7 +87,7 @@ class TestedServer(ABC):
         with (folder / "log").open("ab") as log:
             process = _starter.submit(
                 subprocess.Popen,
-                ["setpriv", "--pdeathsig=KILL", *_nobody_options(), *self._command],
+                ["setpriv", "--pdeathsig=KILL", *_unprivileged_options(), *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -233,7 +233,7 @@ def run_postgres(durability: Mapping[str, str] = NEVER_SYNCED) -> Iterator[Postg
         initdb = [str(programs / "initdb"), "--pgdata", data, "--username=pilotflame", "--auth=trust"]
         layout = ["--encoding=UTF8", "--locale=C", "--no-sync"]
         subprocess.run(
-            ["setpriv", *_nobody_options(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL
+            ["setpriv", *_unprivileged_options(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL
         )
         url = URL.create("postgresql+asyncpg", "pilotflame", None, "127.0.0.1", reserve_port(), "postgres")
         settings = {
@@ -277,7 +277,9 @@ def run_mysql() -> Iterator[MysqlServer | None]:
         url = URL.create("mysql", "root", None, "127.0.0.1", reserve_port(), "test")
         where = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={folder}"]
         prepared = [setup, *where, "--auth-root-authentication-method=normal"]
-        subprocess.run(["setpriv", *_nobody_options(), *prepared], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["setpriv", *_unprivileged_options(), *prepared], check=True, stdout=subprocess.DEVNULL
+        )
         network = [f"--port={url.port}", "--bind-address=127.0.0.1", f"--socket={folder / 'socket'}"]
         haste = ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
         with _run_server(MysqlServer(url, folder, [program, *where, *network, *haste])) as server:
@@ -377,7 +379,7 @@ def _server_folder(name: str) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _nobody_options() -> list[str]:
+def _unprivileged_options() -> list[str]:
     return [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if WE_ARE_ROOT else []
 
 

@@ -12,7 +12,7 @@ from tests.cluster.cluster_harness import GRACE_SECONDS, PROGRAM, DriverUnderTes
 from workers.cluster.driver import TOKEN_VARIABLE, NotDeployed, ObservedDeployment, PodFailureReason
 
 
-async def test_what_was_never_deployed_is_told_to_be_absent(cluster: DriverUnderTest) -> None:
+async def test_never_deployed_workflows_are_reported_as_absent(cluster: DriverUnderTest) -> None:
     assert await cluster.driver.observe("wf_none") == ObservedDeployment("wf_none", exists=False)
     assert await cluster.driver.delete("wf_none")
     assert await cluster.driver.endpoint("wf_none") == ()
@@ -63,7 +63,7 @@ async def test_a_pod_is_ready_only_when_it_says_so(cluster: DriverUnderTest) -> 
     await cluster.ready(desired.workflow_id)
 
 
-async def test_what_was_stopped_stays_so_whatever_is_applied_and_starts_again(
+async def test_a_stopped_deployment_stays_stopped_through_changes_and_starts_again(
     cluster: DriverUnderTest,
 ) -> None:
     desired = await cluster.start()

@@ -127,7 +127,7 @@ async def test_a_pod_that_does_not_come_up_says_why(
         ("CreateContainerError", "context deadline exceeded", False),
     ],
 )
-def test_a_pod_waits_in_vain_for_what_does_not_come_by_itself(
+def test_waiting_reasons_that_need_a_person_are_final(
     waiting: str,
     words: str,
     is_final: bool,  # noqa: FBT001 - a column of the table
@@ -206,7 +206,7 @@ async def _cut_off(api: FakeApiServer, requests: int, work: Any) -> None:  # noq
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_what_others_keep_in_the_namespace_is_left_alone(fake_cluster: Fake) -> None:
+async def test_foreign_objects_in_the_namespace_are_left_alone(fake_cluster: Fake) -> None:
     cluster, api = fake_cluster
     desired = await cluster.start()
     service = {"metadata": {"name": "theirs"}, "spec": {"ports": [{"port": 80}]}}
@@ -484,7 +484,7 @@ async def test_a_version_that_is_forgotten_between_list_and_watch_is_listed_agai
     await changes.aclose()
 
 
-async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_missed(
+async def test_a_watch_survives_an_absent_api_server_and_reports_missed_changes(
     fake_cluster: Fake,
 ) -> None:
     cluster, api = fake_cluster

@@ -34,7 +34,7 @@ def test_an_id_of_our_own_can_be_read_in_its_name() -> None:
 
 @settings(max_examples=30)
 @given(st.text(max_size=40), st.text(alphabet="$()aA{}%", max_size=20))
-def test_whatever_users_write_the_objects_are_valid_and_restricted(text: str, value: str) -> None:
+def test_objects_are_valid_and_restricted_for_any_user_input(text: str, value: str) -> None:
     made = manifests.build_objects(
         desired_deployment(workflow_id=text, organization_id=text, environment={"A": value}), cluster_layout()
     )

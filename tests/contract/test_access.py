@@ -813,7 +813,7 @@ async def ask_everybody(cast: AccessCast, number: int) -> None:
         assert not [hidden for hidden in cast.hidden(caller) if hidden in answers[caller].text]
 
 
-async def test_what_others_have_is_not_counted(on_sqlite: AccessCast) -> None:
+async def test_objects_of_other_organizations_are_not_counted(on_sqlite: AccessCast) -> None:
     harness = on_sqlite.harness
     newcomer = await harness.person(await harness.organization(), UserRole.ADMIN)
     counts = {

@@ -97,7 +97,7 @@ async def test_only_assignees_answer_and_see_the_question_among_theirs(
     assert [(one["userId"], one["keyId"][:4]) for one in trail] == [(people.colleague.user.id, "key_")]
 
 
-async def test_whoever_started_the_run_does_not_approve_it(
+async def test_the_user_of_a_run_cannot_approve_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     async with serve_worker(harness):

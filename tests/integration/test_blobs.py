@@ -89,7 +89,7 @@ async def test_a_content_comes_back_as_it_was_put_with_its_label(blobs: BlobStor
 
 
 @pytest.mark.parametrize("owner", [BlobOwner("org_ours", "exec_2"), BlobOwner("org_theirs", "exec_1")])
-async def test_nobody_else_finds_a_content_by_its_hash(blobs: BlobStore, owner: BlobOwner) -> None:
+async def test_a_content_hash_finds_nothing_for_other_owners(blobs: BlobStore, owner: BlobOwner) -> None:
     reference = await put(blobs)
     with pytest.raises(BlobLost):
         await blobs.get(owner, reference.sha256)
@@ -276,7 +276,7 @@ def make_caller(organization_id: str = "org_ours", key_id: str = "exec_1") -> Ru
     return RunCaller(organization_id, "user_1", "wf_1", f"exec_{uuid4().hex}", key_id)
 
 
-async def test_a_node_reads_what_its_own_line_of_runs_was_given_and_nothing_else(blobs: BlobStore) -> None:
+async def test_a_node_reads_only_blobs_of_its_own_family_of_runs(blobs: BlobStore) -> None:
     services = NodeBlobs(blobs)
     reference = await services.put(make_caller(), b"rows", media_type="text/csv", name="rows.csv")
     assert reference == {
@@ -305,7 +305,7 @@ async def test_a_node_reads_what_its_own_line_of_runs_was_given_and_nothing_else
         {"$blob": {"sha256": "0" * 64, "size": 1}, "more": 1},
     ],
 )
-async def test_what_is_no_reference_is_refused_as_such(tmp_path: Path, forged: Any) -> None:  # noqa: ANN401 - any JSON value
+async def test_invalid_blob_references_are_refused(tmp_path: Path, forged: Any) -> None:  # noqa: ANN401 - any JSON value
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     with pytest.raises(NodeError) as raised:
         await NodeBlobs(blobs).get(make_caller(), forged, max_bytes=10)
@@ -340,7 +340,7 @@ async def test_the_age_of_a_content_is_told_by_the_clock_of_its_storage(
         await database.close()
 
 
-async def test_what_no_run_is_left_for_is_swept_after_a_day(
+async def test_blobs_without_a_run_are_deleted_after_a_day(
     blobs: BlobStore, on_sqlite: MigratedDatabase, tmp_path: Path, s3: fake_s3.FakeS3
 ) -> None:
     async with open_run_database(on_sqlite) as run_database, AsyncExitStack() as stack:

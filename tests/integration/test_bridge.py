@@ -136,7 +136,7 @@ async def test_a_bridge_that_dies_before_it_acknowledges_loses_and_doubles_nothi
     assert await bridge_queue.left() == 0
 
 
-async def test_what_the_gateway_has_not_answered_is_sent_again_and_taken_once(
+async def test_unanswered_messages_are_sent_again_and_accepted_once(
     gateway: FakeGateway, bridge_queue: BridgeQueue
 ) -> None:
     gateway.refusals = [BatchRefusal(503, "not-ready", {"Retry-After": "0"})]
@@ -348,7 +348,7 @@ async def test_a_wrong_secret_ends_the_bridge(sqs_queue: SqsBridgeQueue) -> None
     await source.close()
 
 
-async def test_a_queue_without_dead_letters_keeps_what_is_refused(
+async def test_a_queue_without_dead_letters_keeps_refused_messages(
     gateway: FakeGateway, sqs_queue: SqsBridgeQueue
 ) -> None:
     sqs_queue.sqs.max_receives = None
@@ -385,7 +385,7 @@ async def test_messages_without_an_id_are_never_taken_for_one(
     assert bridge.transfer.duplicates > 0
 
 
-async def test_what_is_no_text_or_no_json_that_the_gateway_takes_is_refused_without_its_neighbours(
+async def test_undecodable_messages_are_refused_apart_from_their_neighbors(
     gateway: FakeGateway, rabbitmq_queue: RabbitmqBridgeQueue
 ) -> None:
     await rabbitmq_queue.publish(b'"before"')
@@ -444,7 +444,7 @@ async def test_a_process_that_is_killed_before_the_answer_loses_and_doubles_noth
     assert await redis_queue.left() == 0
 
 
-async def test_the_command_says_in_one_line_what_keeps_it_from_working(
+async def test_the_command_reports_its_obstacle_in_one_line(
     gateway: FakeGateway, redis_queue: RedisBridgeQueue, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
     typed = ["bridge", "redis", "--workflow", gateway.workflow_id, "--stream", redis_queue.name]

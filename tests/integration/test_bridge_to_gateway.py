@@ -38,7 +38,7 @@ def make_message(name: str, body: bytes = b"1") -> SourceMessage:
     return SourceMessage(id=name, body=body, deduplication_id=f"redis:orders/{name}")
 
 
-async def test_messages_are_taken_in_once_and_what_is_wrong_is_told_from_what_may_come_right(
+async def test_messages_are_ingested_once_and_refusals_say_if_a_retry_may_help(
     url: str, people: OrganizationUsers
 ) -> None:
     owner = people.owner

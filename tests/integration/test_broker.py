@@ -141,7 +141,7 @@ async def test_a_wakeup_waits_for_a_worker_that_starts_later(
     assert await _next_item(wakeups) == 5
 
 
-async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_a_worker(
+async def test_a_deployer_gets_a_queued_message_once_and_works_beside_a_worker(
     other_broker: Broker, worker_broker: Broker, wakeups: Queue[int]
 ) -> None:
     messages: Queue[DeployerMessage] = Queue()
@@ -231,7 +231,7 @@ async def test_an_outcome_reaches_the_channel_of_its_execution_and_none_without_
         assert not any("a secret" in text for text in texts)
 
 
-async def test_nobody_is_told_of_nothing(
+async def test_empty_watches_and_publications_have_no_effect(
     other_broker: Broker, worker_broker: Broker, notifications: Queue[Notification]
 ) -> None:
     await other_broker.watch([])

@@ -48,7 +48,7 @@ async def test_a_bucket_gives_its_burst_to_all_processes_together(brokers: tuple
     assert 95 < refused.wait_seconds <= 100
 
 
-async def test_a_bucket_gives_what_is_wanted_as_far_as_it_goes_and_a_part_of_the_rest_ahead(
+async def test_a_bucket_grants_needed_tokens_if_available_and_a_part_of_the_rest_ahead(
     brokers: tuple[Broker, Broker],
 ) -> None:
     wide = BucketRate(per_second=0.01, burst=100)

@@ -151,7 +151,7 @@ async def test_a_run_that_a_private_one_starts_is_private_too(run_database: RunD
         await run_database.query("UPDATE execution SET status = 'completed'")
 
 
-async def test_what_is_not_awaited_is_started_once_for_a_whole_line_of_resumed_runs(
+async def test_an_unawaited_sub_workflow_starts_once_for_a_line_of_resumed_runs(
     run_database: RunDatabase,
 ) -> None:
     owned_workflow = await create_runnable(run_database)
@@ -232,7 +232,7 @@ async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(run_data
     await start(starter, other, owned_workflow)
 
 
-async def test_what_the_caller_may_not_read_is_not_run(run_database: RunDatabase) -> None:
+async def test_unreadable_workflows_are_not_run(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
     caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
     starter = make_starter(run_database)
@@ -288,7 +288,7 @@ async def test_a_refusal_to_start_a_sub_workflow_gives_its_reason(run_database: 
 
 
 @pytest.mark.parametrize(("end", "status"), [("cancel", "cancelled"), ("stop", "stopped")])
-async def test_whoever_is_waited_for_does_not_outlive_its_parent(
+async def test_an_awaited_child_does_not_outlive_its_parent(
     run_database: RunDatabase, end: str, status: str
 ) -> None:
     owned_workflow = await create_runnable(run_database)
@@ -317,7 +317,7 @@ async def test_whoever_is_waited_for_does_not_outlive_its_parent(
     assert await children.request_abandoned_ends(run_database.database, run_database.store) == []
 
 
-async def test_a_parent_that_fails_stops_whoever_it_waits_for(run_database: RunDatabase) -> None:
+async def test_a_failing_parent_stops_its_awaited_children(run_database: RunDatabase) -> None:
     owned_workflow = await create_runnable(run_database)
     parent = await run_database.claimed(owned_workflow)
     child = await start(make_starter(run_database), caller_of(parent, owned_workflow), owned_workflow)

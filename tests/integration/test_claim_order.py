@@ -150,7 +150,9 @@ async def count_overtaking(run_database: RunDatabase, flooded: OwnedWorkflow, ex
     return count
 
 
-async def test_the_backlog_of_one_delays_neither_others_nor_what_is_urgent(run_database: RunDatabase) -> None:
+async def test_the_backlog_of_one_organization_delays_neither_others_nor_urgent_runs(
+    run_database: RunDatabase,
+) -> None:
     flooded = await run_database.workflow()
     neighbour = await run_database.workflow(flooded.organization)
     other = await run_database.workflow()

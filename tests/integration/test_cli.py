@@ -221,7 +221,7 @@ def test_a_run_that_fails_ends_with_1_and_says_why(shell: CommandShell) -> None:
     assert "(node-error)" in done.stderr
 
 
-def test_logs_shows_what_nodes_logged_and_nothing_that_a_terminal_would_act_on(shell: CommandShell) -> None:
+def test_logs_prints_lines_of_nodes_without_terminal_controls(shell: CommandShell) -> None:
     shell.output("apply", shell.file("l.yaml", GREETING.format(name="Logged", said="Hello")))
     inputs = json.dumps({"name": "\x1b[31mEve\r\x9b2J"})
     execution_id = command_runs.run("run", "Logged", "--input", inputs, given=shell.given).stderr.strip()

@@ -486,7 +486,7 @@ class FreezingApi(KubernetesApi):
         return await super().send(method, path, **more)
 
 
-async def test_a_deployer_that_was_frozen_leaves_to_others_what_they_have_taken_over(
+async def test_a_resumed_deployer_leaves_taken_over_deployments_to_others(
     harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,

@@ -97,13 +97,13 @@ async def test_an_example_comes_true(code_bench: CodeBench, example: dict[str, A
         ("inputs['n'] * 2", 14),
     ],
 )
-async def test_the_last_expression_or_what_is_returned_is_the_result(
+async def test_the_result_is_the_returned_value_or_the_last_expression(
     code_bench: CodeBench, source: str, result: Json
 ) -> None:
     assert await code_bench.output(source, {"a": 1, "seven": 7}, inputs={"n": "{{ data.seven }}"}) == result
 
 
-async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(code_bench: CodeBench) -> None:
+async def test_a_script_sees_its_inputs_and_nothing_of_earlier_scripts(code_bench: CodeBench) -> None:
     names: dict[str, Json] = {"data": None, "inputs": {}, "item": {"n": 3}, "index": 2}
 
     async def run(source: str, caller: RunCaller) -> Json:
@@ -122,7 +122,7 @@ async def test_large_values_go_in_and_out(code_bench: CodeBench) -> None:
     assert await code_bench.output("data", rows) == rows
 
 
-async def test_what_is_printed_goes_to_the_log(code_bench: CodeBench) -> None:
+async def test_printed_lines_go_to_the_log(code_bench: CodeBench) -> None:
     called = await code_bench.called(
         "print('a', 1)\nprint('b', end='')\nprint('c\\n\\nd')\nprint('e', end='')"
     )
@@ -361,7 +361,7 @@ async def test_an_operator_may_keep_code_off_the_workers(where: str, monkeypatch
     assert raised.value.code == "not-available"
 
 
-async def test_an_operator_chooses_what_runs_code(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_operator_chooses_the_code_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PILOTFLAME_CODE_BACKEND", "subprocess")
     runner = open_worker_code(WorkerSettings())
     assert (await call("code", {"source": "import os\nos.sep"}, code=runner)).output == "/"

@@ -304,7 +304,7 @@ async def test_a_message_that_fails_is_sent_again_later_under_the_same_id(
 
 
 @ON_ONE
-async def test_who_is_gone_or_inside_is_not_tried_again(
+async def test_gone_and_internal_receivers_are_not_retried(
     completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
     receiver.answers = ["410 Gone"]
@@ -396,7 +396,7 @@ async def test_workers_that_look_at_once_send_each_message_once(
     assert len(receiver.received) == len(runs)
 
 
-async def test_what_a_dead_worker_had_in_hand_is_another_s_after_its_lease(
+async def test_runs_of_a_dead_worker_move_to_another_after_its_lease(
     completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
     run = await completion_harness.ended(
@@ -621,7 +621,7 @@ CASES = {
 
 @ON_ONE
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
+async def test_a_parent_gets_the_result_of_its_child_and_continues(
     completion_harness: CompletionHarness, case: tuple[list[NodeSpan], list[str], Any]
 ) -> None:
     spans, edges, expected = case
@@ -656,7 +656,7 @@ async def test_a_parent_is_told_why_nothing_came_of_its_run(
         assert told == {"code": "stopped", "message": f"The run {child.execution_id} was stopped"}
 
 
-async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_it(
+async def test_a_parent_gets_large_results_of_a_child_with_their_files(
     completion_harness: CompletionHarness,
 ) -> None:
     owned_workflow = await completion_harness.owned_workflow()

@@ -73,7 +73,7 @@ async def admitted_ids(run_database: RunDatabase) -> set[str]:
 # ── places ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_nobody_claims_a_run_that_waits_for_a_place(
+async def test_a_run_that_waits_for_a_slot_is_not_claimed(
     run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
     first, second, _ = await accept(run_database, *(limited_run(owned_workflow) for _ in range(3)))
@@ -83,7 +83,7 @@ async def test_nobody_claims_a_run_that_waits_for_a_place(
     assert await concurrency_limits.admit_waiting_runs(database, KEY) == 0
 
 
-async def test_a_place_is_the_next_one_s_when_a_run_has_left_whatever_came_of_it(
+async def test_a_slot_passes_to_the_next_run_after_any_outcome(
     run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
     ids = await accept(run_database, *(limited_run(owned_workflow, limit=1) for _ in range(5)))
@@ -103,7 +103,7 @@ async def test_a_place_is_the_next_one_s_when_a_run_has_left_whatever_came_of_it
     )  # stop requested, but still running
 
 
-async def test_whoever_was_begun_goes_first_then_the_better_rank(
+async def test_begun_runs_go_first_then_the_better_rank(
     run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
     (begun,) = await accept(run_database, limited_run(owned_workflow, limit=1))
@@ -171,7 +171,7 @@ async def test_two_that_count_at_once_do_not_both_give_the_last_place(
     assert sum(counts) == len(await admitted_ids(run_database)) == 5
 
 
-async def test_a_sweep_finds_every_key_for_which_nobody_has_given_the_free_places(
+async def test_a_sweep_finds_every_concurrency_key_with_unassigned_free_slots(
     run_database: RunDatabase,
     database: Database,
     owned_workflow: OwnedWorkflow,
@@ -253,7 +253,7 @@ async def test_places_and_those_that_wait_are_found_by_their_indexes(
     assert "SCAN execution" not in plan
 
 
-def test_the_key_is_the_workflow_s_or_what_its_expression_gives() -> None:
+def test_the_concurrency_key_is_the_workflow_or_the_value_of_its_expression() -> None:
     def key(expression: str | None, trigger: Any) -> ConcurrencyLimit | None:  # noqa: ANN401 - any JSON value
         concurrency: dict[str, Any] = {"limit": 2, "key": expression, "onLimit": "reject"}
         return concurrency_limits.concurrency_limit({"concurrency": concurrency}, "wf_1", trigger)

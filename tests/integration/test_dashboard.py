@@ -257,7 +257,7 @@ async def test_pages_of_lists_show_their_objects_as_text(
     assert 'aria-current="page"' in page.text
 
 
-async def test_a_workflow_shows_its_graph_with_the_last_run_and_what_to_do(
+async def test_a_workflow_page_shows_the_graph_the_last_run_and_actions(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name=HOSTILE, status="active", **GRAPH)
@@ -283,7 +283,7 @@ async def test_a_workflow_shows_its_graph_with_the_last_run_and_what_to_do(
     )
 
 
-async def test_the_overview_groups_failures_and_names_what_needs_a_person(
+async def test_the_overview_groups_failures_and_lists_open_approvals(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Broken", status="active", **GRAPH)
@@ -299,7 +299,7 @@ async def test_the_overview_groups_failures_and_names_what_needs_a_person(
     assert (await browser.get("/dashboard")).headers["Location"] == "dashboard/overview"
 
 
-async def test_a_failed_run_is_shown_whatever_its_error_leaves_out(
+async def test_a_failed_run_is_shown_with_an_incomplete_error(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Broken", status="active", **GRAPH)
@@ -328,7 +328,7 @@ async def fail_execution(harness: GatewayHarness, execution_id: str) -> None:
     await harness.gateway.database.transaction(change)
 
 
-async def test_a_question_is_shown_with_its_form_to_those_who_may_answer(
+async def test_a_question_is_shown_with_its_form_to_permitted_users(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Price change", status="active", **GRAPH)

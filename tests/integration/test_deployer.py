@@ -146,7 +146,7 @@ class FlakyDriver(local_driver.LocalDriver):
         return await super().observe(workflow_id)
 
 
-async def test_while_the_cluster_is_away_what_is_wanted_is_kept_and_comes_about_later(
+async def test_desired_state_is_kept_while_the_cluster_is_unavailable_and_applied_later(
     harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
@@ -311,7 +311,7 @@ async def test_an_undeploy_before_anything_was_seen_leaves_nothing(
         assert list_objects(api) == before
 
 
-async def test_what_no_row_accounts_for_is_removed(
+async def test_blobs_without_a_row_are_removed(
     harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
@@ -358,7 +358,7 @@ async def test_two_deployers_do_everything_once(
 # ── the scheduler's part ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_scheduler_stops_what_is_idle_and_leaves_the_rest(
+async def test_the_scheduler_stops_only_idle_deployments(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     idle, busy = [await people.owner.create(**GRAPH) for _ in range(2)]
@@ -371,7 +371,7 @@ async def test_the_scheduler_stops_what_is_idle_and_leaves_the_rest(
     assert (kept.replicas, kept.stopped_reason, kept.generation) == (1, None, 1)
 
 
-async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_look_next(
+async def test_missed_instants_are_made_up_for_once_by_several_schedulers(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner

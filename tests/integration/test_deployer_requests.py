@@ -311,7 +311,7 @@ async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
 
 @pytest.mark.usefixtures("shorten_minute")
 @pytest.mark.parametrize("status", [401, 403])
-async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
+async def test_a_deployer_without_permissions_stops_no_serving_pods(
     harness: GatewayHarness,
     people: OrganizationUsers,
     fake_cluster: tuple[DriverUnderTest, FakeApiServer],

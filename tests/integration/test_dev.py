@@ -81,7 +81,7 @@ def test_a_key_of_the_settings_opens_the_first_organisation_and_is_never_printed
         assert not re.search(KEY, dev.log())
 
 
-def test_a_run_outlives_a_killed_server_goes_on_at_once_and_whoever_waits_for_it_gets_the_result(
+def test_a_run_survives_a_killed_server_continues_at_once_and_its_poll_gets_the_result(
     tmp_path: Path,
 ) -> None:
     data = create_data_folder(tmp_path / "data")

@@ -166,7 +166,7 @@ async def test_a_ready_run_counts_only_while_workers_have_free_places(
     assert (await examine()).exit_code is DoctorExit.CLEAN
 
 
-async def test_a_schedule_that_nobody_starts_is_found(examine: Callable[..., Any], runs: RunDatabase) -> None:
+async def test_an_overdue_schedule_is_found(examine: Callable[..., Any], runs: RunDatabase) -> None:
     workflow_id = await make_overdue_schedule(runs, await runs.workflow())
     (finding,) = (await examine()).report.findings
     assert (finding.drift_class, finding.subject.id) == (DriftClass.SCHEDULE_OVERDUE, workflow_id)

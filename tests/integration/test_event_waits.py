@@ -260,7 +260,7 @@ async def test_no_event_falls_between_the_wait_and_the_look_back(
 
 
 @pytest.mark.parametrize("dies", ["before it waits", "before it looks back", "before it sleeps"])
-async def test_a_run_whose_worker_died_has_what_came_meanwhile(
+async def test_a_run_of_a_dead_worker_gets_answers_that_came_meanwhile(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
     execution_id = await start_run(people.owner, 7)

@@ -358,7 +358,7 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
 
 
 @ON_ONE
-async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watch(
+async def test_the_accepting_gateway_is_notified_of_the_end_once_without_a_watch(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     worker = await workers.start(broker=await brokers.connect_broker(None))
@@ -505,7 +505,7 @@ async def test_a_definition_that_was_not_there_is_looked_for_again(
 
 
 @ON_ONE
-async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
+async def test_a_run_with_an_unreadable_journal_fails_alone(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     poison = await run_database.claimed(owned_workflow, definition=chain_definition("note"))
@@ -561,7 +561,7 @@ async def test_work_that_arrives_during_a_trial_waits_for_its_end(
 
 
 @ON_ONE
-async def test_a_suspect_waits_for_what_is_not_proven_and_a_trial_ends_by_time_too(
+async def test_a_suspect_waits_for_unproven_runs_and_a_trial_also_ends_by_time(
     run_database: RunDatabase,
     owned_workflow: OwnedWorkflow,
     workers: WorkerStarter,
@@ -669,7 +669,7 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
     }
 
 
-async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
+async def test_a_stopping_worker_interrupts_long_nodes(
     run_database: RunDatabase,
     owned_workflow: OwnedWorkflow,
     workers: WorkerStarter,

@@ -145,7 +145,7 @@ FILES: list[tuple[bytes, str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("content", "name", "format", "output"), FILES)
-async def test_a_file_is_read_by_what_it_is(
+async def test_a_file_is_parsed_by_its_detected_format(
     file_stores: FileStores,
     content: bytes,
     name: str,
@@ -196,7 +196,7 @@ async def test_options_go_to_the_node_of_the_format(file_stores: FileStores) -> 
         (b"PK\x03\x04", "a.xlsx", "invalid-workbook"),
     ],
 )
-async def test_a_spoilt_file_says_what_is_wrong_with_it(
+async def test_a_corrupted_file_is_reported_with_its_error(
     file_stores: FileStores, content: bytes, name: str, code: str
 ) -> None:
     reference = await file_stores.put(content, name=name)

@@ -37,7 +37,7 @@ async def wait_until_true(condition: AsyncIterator[bool], *, within_seconds: flo
     raise AssertionError
 
 
-async def test_whoami_tells_whom_a_key_stands_for(harness: GatewayHarness) -> None:
+async def test_whoami_shows_the_user_of_a_key(harness: GatewayHarness) -> None:
     people = await harness.people()
     shown = (await people.owner.api.get(WHOAMI)).json()
     assert shown["userId"] == people.owner.user.id
@@ -70,7 +70,7 @@ async def test_a_key_counts_in_its_own_header_alone(harness: GatewayHarness) -> 
     assert_refused(await client.get(f"{WHOAMI}?X-API-Key={people.owner.key}"), 401, "unauthorized")
 
 
-async def test_headers_about_tenants_and_addresses_change_nobody(harness: GatewayHarness) -> None:
+async def test_headers_about_tenants_and_addresses_do_not_change_the_caller(harness: GatewayHarness) -> None:
     people = await harness.people()
     headers = {
         "X-Organization-Id": people.stranger.user.organization_id,

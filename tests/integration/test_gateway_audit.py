@@ -107,7 +107,7 @@ async def test_every_change_of_a_workflow_is_an_entry_that_begins_where_the_last
     assert all(len(entry["afterHash"]) == 64 for entry in entries[:-1])
 
 
-async def test_what_is_refused_or_changes_nothing_leaves_no_trace(people: OrganizationUsers) -> None:
+async def test_refused_requests_and_empty_changes_leave_no_audit_entry(people: OrganizationUsers) -> None:
     workflow_id, guest = await people.owner.create(**GRAPH), people.colleague.user.id
     path = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.post(f"{path}/share", json={"userId": guest})
@@ -149,7 +149,7 @@ async def test_changes_at_the_same_time_form_one_chain(
     assert is_chain(entries)
 
 
-async def test_a_change_whose_trace_can_t_be_written_is_not_made(
+async def test_a_change_is_rolled_back_if_its_audit_entry_cannot_be_written(
     people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await people.owner.create()
@@ -271,7 +271,7 @@ async def test_the_trail_is_for_admins_of_the_organisation_alone(
     assert list_actions(await read_trail(people.admin, objectId=workflow_id)) == ["workflow.created"]
 
 
-async def test_nobody_rewrites_the_trail(people: OrganizationUsers) -> None:
+async def test_the_audit_trail_cannot_be_changed(people: OrganizationUsers) -> None:
     await people.owner.create()
     (entry,) = before = await read_trail(people.admin)
     answers: list[httpx2.Response] = []

@@ -66,7 +66,7 @@ async def test_an_organisation_takes_in_as_much_as_may_wait_of_all_its_workflows
         assert (await execute_workflow(gateway, people.stranger, theirs)).status_code == 201
 
 
-async def test_what_waited_before_a_gateway_started_counts(
+async def test_runs_that_waited_before_the_gateway_started_count(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -117,7 +117,7 @@ async def count_backlog(
         return await backlog.count_organization_backlog(connection, organization_id, at_most=at_most)
 
 
-async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(
+async def test_the_backlog_counts_exactly_the_runs_that_have_not_begun(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     organization_id, database = people.owner.user.organization_id, harness.gateway.database
@@ -138,7 +138,7 @@ async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(
     assert await count_backlog(database, organization_id, at_most=20) == 20
 
 
-async def test_what_waits_for_the_pods_of_a_deployment_counts_for_its_organisation(
+async def test_runs_that_wait_for_pods_count_for_their_organization(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     organization_id, database = people.owner.user.organization_id, harness.gateway.database
@@ -180,7 +180,7 @@ async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowded_databa
 # ── Retry-After ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
+def test_retry_after_follows_the_recent_rate_of_starts() -> None:
     tally = BacklogCount()
     tally.recount(100, added_before=0, began=0.0, ended=0.1)
     assert tally.retry_seconds(1, 100) == request_limits.UNKNOWN_RETRY_SECONDS

@@ -201,7 +201,7 @@ async def test_a_content_is_given_out_to_be_saved_and_never_to_be_shown(run_with
     assert (head.content, head.headers["Content-Length"]) == (b"", str(len(LARGE)))
 
 
-async def test_what_somebody_else_has_named_is_a_file_and_no_more(run_with_blob: RunWithBlob) -> None:
+async def test_files_named_by_others_are_only_files(run_with_blob: RunWithBlob) -> None:
     content = b"<script>alert(1)</script>"
     for number, (media_type, name, content_type, disposition) in enumerate(
         [
@@ -224,12 +224,12 @@ async def test_what_somebody_else_has_named_is_a_file_and_no_more(run_with_blob:
         assert "X-Evil" not in response.headers
 
 
-async def test_what_is_not_there_is_not_found(run_with_blob: RunWithBlob) -> None:
+async def test_missing_objects_are_not_found(run_with_blob: RunWithBlob) -> None:
     for sha in ("0" * 64, "A" * 64, "0" * 63, "%2e%2e%2fx", "0" * 64 + "%0a"):
         assert_refused(await run_with_blob.person.api.get(run_with_blob.blob(sha)), 404, "not-found")
 
 
-async def test_a_hash_is_worth_nothing_to_those_who_may_not_see_the_run(
+async def test_a_blob_hash_gives_no_access_without_access_to_the_run(
     run_with_blob: RunWithBlob, people: OrganizationUsers
 ) -> None:
     for person in (people.colleague, people.stranger):
@@ -246,7 +246,7 @@ async def test_a_hash_is_worth_nothing_to_those_who_may_not_see_the_run(
     )
 
 
-async def test_a_resumed_run_shows_what_it_went_on_from(run_with_blob: RunWithBlob) -> None:
+async def test_a_resumed_run_shows_its_origin(run_with_blob: RunWithBlob) -> None:
     response = await run_with_blob.person.api.post(f"{run_with_blob.path}/resume")
     assert response.status_code == 201, response.text
     resumed = f"{EXECUTIONS}/{response.json()['executionId']}"

@@ -81,7 +81,7 @@ async def test_unfinished_bodies_of_one_client_take_no_room_from_others(tmp_path
             other.close()
 
 
-def test_the_slowest_body_of_whoever_holds_most_is_given_up_first() -> None:
+def test_the_slowest_body_of_the_largest_client_is_evicted_first() -> None:
     given_up: list[str] = []
     budget = ByteBudget(10 * UNCOUNTED_BYTES, share_bytes=10 * UNCOUNTED_BYTES)
 
@@ -106,7 +106,7 @@ def test_the_slowest_body_of_whoever_holds_most_is_given_up_first() -> None:
     assert holding("late", 0.0).add(10 * UNCOUNTED_BYTES)
 
 
-def test_nobody_is_refused_by_a_budget_in_which_the_largest_body_has_no_room() -> None:
+def test_a_budget_below_the_largest_body_refuses_no_request() -> None:
     with pytest.raises(InvalidSettings, match="PILOTFLAME_MAX_BODIES_BYTES"):
         main.bounds_of(GatewaySettings(max_bodies_bytes=MEGABYTE))
 
@@ -149,7 +149,7 @@ class FakeConnection:
         self.is_cut = True
 
 
-def test_connections_are_closed_in_the_order_of_what_they_are_worth() -> None:
+def test_the_least_valuable_connections_are_closed_first() -> None:
     idle, slow, read, served = (
         ConnectionPhase.IDLE,
         ConnectionPhase.WAITING_FOR_CLIENT,

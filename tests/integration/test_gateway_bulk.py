@@ -146,7 +146,7 @@ async def test_a_run_that_somebody_holds_is_asked_to_end_once(
     assert (await post_bulk_successfully(people.owner, "cancel", filter={}))["matched"] == 0
 
 
-async def test_the_oldest_go_first_and_the_answer_says_how_many_remain(
+async def test_bulk_actions_take_the_oldest_first_and_count_the_remaining_ones(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -164,7 +164,7 @@ async def test_the_oldest_go_first_and_the_answer_says_how_many_remain(
 # ── the filter ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_filter_finds_what_fulfils_all_of_it(
+async def test_a_filter_finds_items_that_match_all_its_conditions(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -208,12 +208,12 @@ async def test_a_filter_finds_what_fulfils_all_of_it(
         {"filter": {}, "limit": 1_001},
     ],
 )
-async def test_what_is_not_understood_is_refused(people: OrganizationUsers, body: dict[str, Any]) -> None:
+async def test_invalid_fields_are_refused(people: OrganizationUsers, body: dict[str, Any]) -> None:
     for what in ("cancel", "retry", "delete"):
         assert_refused(await post_bulk(people.owner, what, **body), 422, "validation-failed")
 
 
-async def test_everybody_acts_on_what_they_may_and_on_nothing_else(
+async def test_bulk_actions_affect_only_permitted_executions(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -239,7 +239,7 @@ async def test_everybody_acts_on_what_they_may_and_on_nothing_else(
 # ── retry ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_failed_runs_go_on_from_what_they_have_committed_once(
+async def test_failed_runs_are_resumed_from_their_commits_once(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -296,7 +296,7 @@ async def test_a_repeated_request_retries_nothing_twice_and_gets_the_same_answer
     )["affected"] == 1
 
 
-async def test_two_who_retry_at_once_double_nothing(
+async def test_two_simultaneous_retries_start_no_run_twice(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)

@@ -152,7 +152,7 @@ async def test_a_callback_goes_to_the_internet_and_takes_a_secret(people: Organi
     assert all("followUp" not in one for one in listed)
 
 
-async def test_whoever_asked_is_called_back_and_a_failure_is_told_and_acted_on(
+async def test_callbacks_are_sent_and_failure_workflows_started(
     harness: GatewayHarness, people: OrganizationUsers, tmp_path: Path
 ) -> None:
     owner = people.owner

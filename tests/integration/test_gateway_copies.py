@@ -295,7 +295,7 @@ async def test_everybody_begins_with_a_template(people: OrganizationUsers) -> No
     assert (await people.colleague.workflow(named["workflowId"]))["name"] == "My own"
 
 
-async def test_what_is_no_template_of_the_organisation_is_none_to_begin_with(
+async def test_only_templates_of_the_organization_can_be_used(
     residents: OrganizationUsers,
 ) -> None:
     template_id, workflow_id = await create_template(residents), await residents.owner.create()
@@ -365,7 +365,7 @@ async def test_an_export_holds_the_content_and_nothing_of_the_organisation(peopl
         ("x" * 200, f"workflow-{'x' * 60}.json"),
     ],
 )
-async def test_a_file_name_is_safe_whatever_the_workflow_is_called(
+async def test_a_file_name_is_safe_for_any_workflow_name(
     residents: OrganizationUsers, name: str, file_name: str
 ) -> None:
     workflow_id = await residents.owner.create(name=name)
@@ -374,9 +374,7 @@ async def test_a_file_name_is_safe_whatever_the_workflow_is_called(
 
 
 @pytest.mark.parametrize("operation", ["GET export", "POST duplicate"])
-async def test_what_somebody_may_not_read_is_not_copied_by_them(
-    residents: OrganizationUsers, operation: str
-) -> None:
+async def test_unreadable_workflows_cannot_be_copied(residents: OrganizationUsers, operation: str) -> None:
     method, name = operation.split()
     workflow_id = await residents.owner.create(**GRAPH)
     for person in (residents.colleague, residents.stranger):
@@ -388,7 +386,7 @@ async def test_what_somebody_may_not_read_is_not_copied_by_them(
 # ── imports ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_import_first_tells_what_there_is_to_resolve(people: OrganizationUsers) -> None:
+async def test_an_import_first_lists_references_to_resolve(people: OrganizationUsers) -> None:
     document = await export_workflow(people.owner, await people.owner.create(**WHOLE))
     before = (await people.stranger.api.get(WORKFLOWS)).json()["count"]
     response = await post(people.stranger, "/import", {"document": document})
@@ -403,7 +401,7 @@ async def test_an_import_first_tells_what_there_is_to_resolve(people: Organizati
     assert (await people.stranger.api.get(WORKFLOWS)).json()["count"] == before
 
 
-async def test_an_import_then_creates_a_draft_with_what_was_resolved(
+async def test_an_import_then_creates_a_draft_with_resolved_references(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     document = await export_workflow(people.owner, await people.owner.create(**WHOLE))
@@ -435,7 +433,7 @@ async def test_an_import_then_creates_a_draft_with_what_was_resolved(
     ],
     ids=["whole", "bare", "broken draft", "defaults"],
 )
-async def test_what_was_exported_is_exported_again_after_an_import(
+async def test_an_imported_document_is_exported_unchanged(
     residents: OrganizationUsers, fields: dict[str, Any]
 ) -> None:
     document = await export_workflow(residents.owner, await residents.owner.create(**fields))

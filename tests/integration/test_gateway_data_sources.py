@@ -123,7 +123,7 @@ TYPES: list[tuple[str, dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
-async def test_each_type_takes_what_it_needs(people: OrganizationUsers) -> None:
+async def test_each_data_source_type_requires_its_own_settings(people: OrganizationUsers) -> None:
     for kind, settings, secrets in TYPES:
         given = dict.fromkeys(secrets, "some-secret-text")
         found = await get_source(
@@ -165,7 +165,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
-async def test_what_is_wrong_is_told_field_by_field_without_a_value(people: OrganizationUsers) -> None:
+async def test_errors_are_listed_per_field_without_values(people: OrganizationUsers) -> None:
     for fields, paths in WRONG:
         response = await people.owner.api.post(SOURCES, json={"name": "A source", **DATABASE, **fields})
         assert_refused(response, 422, "validation-failed")
@@ -239,7 +239,7 @@ async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secre
 # ── changes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_a_change_does_not_name_stays_secrets_too(
+async def test_a_change_keeps_unnamed_fields_and_secrets(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await create_source(people.owner)
@@ -266,7 +266,7 @@ async def test_what_a_change_does_not_name_stays_secrets_too(
 
 
 @pytest.mark.parametrize("setting", [{"host": "elsewhere.example.com"}, {"port": 1}, {"tls": "disable"}])
-async def test_secrets_go_to_another_place_only_for_who_gives_them_again(
+async def test_a_changed_destination_requires_the_secrets_again(
     people: OrganizationUsers, setting: dict[str, Any]
 ) -> None:
     source_id = await create_source(people.owner)
@@ -278,7 +278,7 @@ async def test_secrets_go_to_another_place_only_for_who_gives_them_again(
     assert response.status_code == 200
 
 
-async def test_hosts_are_widened_only_by_who_knows_the_token(people: OrganizationUsers) -> None:
+async def test_hosts_are_extended_only_with_the_token(people: OrganizationUsers) -> None:
     token = {"type": "http-bearer", "settings": {"hosts": ["a.example.com"]}, "secrets": {"token": "t"}}
     source_id = await create_source(people.owner, **token)
     for hosts in (None, ["b.example.com"]):
@@ -351,7 +351,7 @@ async def is_usable(harness: GatewayHarness, person: UserClient, source_id: str)
     return False
 
 
-async def test_whoever_may_read_a_data_source_may_use_it_and_nobody_else(
+async def test_only_readers_of_a_data_source_may_use_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id, guest = await create_source(people.owner), people.colleague
@@ -506,7 +506,7 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
 # ── the end of one ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_workflows_name_is_deleted_only_by_force(people: OrganizationUsers) -> None:
+async def test_data_sources_in_use_are_deleted_only_by_force(people: OrganizationUsers) -> None:
     source_id = await create_source(people.owner)
     node = {"id": "ask", "nodeId": "http-request", "config": {"url": "https://a.b", "dataSource": source_id}}
     own = await people.owner.create(name="Mine", nodes=[TRIGGER, node])

@@ -72,7 +72,7 @@ def remember_nothing(harness: GatewayHarness, person: UserClient, workflow_id: s
 # ── deliveries ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
+async def test_deliveries_are_listed_for_readers_of_the_workflow(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     execution_id = await enqueue(people.owner, workflow_id)
@@ -108,7 +108,7 @@ async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
         assert_refused(await person.api.post(f"/api/v1/deliveries/{right['id']}/redrive"), 404, "not-found")
 
 
-async def test_a_delivery_is_run_once_more_whatever_became_of_it_if_it_was_understood(
+async def test_every_parsed_delivery_can_be_redriven(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     api = people.owner.api
@@ -171,7 +171,7 @@ async def test_a_delivery_that_cannot_be_redriven_does_not_block_others(
     assert (await api.post(f"{url}/deliveries/redrive", json=only)).json()["redriven"] == 1
 
 
-async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
+async def test_stored_samples_of_refused_requests_are_bounded(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "KEPT_REFUSED_CHARACTERS", 20_000)
@@ -229,7 +229,7 @@ async def test_a_dead_letter_waits_until_it_is_redriven_or_purged(
     assert [one["executionId"] for one in left["deadLetters"]] == again["executionIds"]
 
 
-async def test_what_is_too_large_for_a_list_is_left_out_of_it(
+async def test_values_too_large_for_a_list_are_omitted(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     large, small = [await enqueue(people.owner, workflow_id, "x" * size) for size in (200_000, 1)]
@@ -279,7 +279,7 @@ async def test_no_more_tokens_are_good_at_once_than_may_be(
     assert [one["hint"] for one in tokens] == hints[:1:-1]
 
 
-async def test_only_those_who_may_change_a_workflow_make_its_token(people: OrganizationUsers) -> None:
+async def test_only_writers_of_a_workflow_create_its_token(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**QUEUE)
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/visibility", json={"isPublic": True})
     path = f"{WORKFLOWS}/{workflow_id}/trigger-token"

@@ -180,7 +180,7 @@ async def test_a_new_version_replaces_pods_and_their_token_and_an_old_one_comes_
     await request_lifecycle(owner, "undeploy", workflow_id, 200)
 
 
-async def test_only_what_can_run_is_deployed(people: OrganizationUsers) -> None:
+async def test_only_runnable_workflows_are_deployed(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[STEP])
     response = await people.owner.api.post(f"{API}/{workflow_id}/deploy")
     assert_refused(response, 422, "validation-failed")
@@ -290,7 +290,7 @@ async def test_a_stop_lets_runs_end_and_takes_no_further_ones(
 
 
 @pytest.mark.usefixtures("deployer")
-async def test_whatever_is_overtaken_by_its_opposite_is_waited_for_no_longer(
+async def test_a_change_overtaken_by_its_opposite_is_no_longer_awaited(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner

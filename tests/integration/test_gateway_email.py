@@ -184,7 +184,7 @@ def mails_url(workflow_id: str) -> str:
     return f"/api/v1/workflows/{workflow_id}"
 
 
-async def test_a_signature_that_is_not_good_refuses_whoever_has_a_key_too(
+async def test_an_invalid_signature_is_refused_despite_a_valid_key(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
@@ -471,7 +471,7 @@ async def change_run(mails: MailHarness, execution_id: str, **values: Any) -> No
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_mail_whose_reader_dies_is_read_by_another_and_left_by_one(
+async def test_a_mail_of_a_dead_parser_is_parsed_by_another_one(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
@@ -560,7 +560,7 @@ async def claim_mails(mails: MailHarness, owner: str) -> Sequence[ClaimedRun]:
     return await mails.gateway.store.claim(ClaimQuery(owner, 30.0, 100, target=UNPARSED_TARGET))
 
 
-async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
+async def test_a_stopping_parser_releases_unparsed_mails(
     mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
@@ -744,7 +744,7 @@ async def test_a_mail_waits_for_the_owner_to_mend_the_trigger_and_runs_once(
     assert_is(await mails.given(execution_id), BY_NAME["mg_raw_mime"])
 
 
-async def test_a_flood_that_nobody_can_verify_leaves_few_deliveries(
+async def test_a_flood_of_unverified_requests_leaves_few_deliveries(
     mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, step = people.owner, BY_NAME["mg_raw_mime"].steps[0]
@@ -829,7 +829,7 @@ async def test_a_mail_that_is_run_once_more_has_its_attachments_and_one_unread_i
             assert await mails.gateway.blobs.get(whose, told["sha256"]) is not None
 
 
-async def test_a_large_mail_keeps_nobody_waiting(mails: MailHarness, people: OrganizationUsers) -> None:
+async def test_a_large_mail_does_not_delay_other_mails(mails: MailHarness, people: OrganizationUsers) -> None:
     if mails.gateway.database.url.get_backend_name() != "sqlite":
         pytest.skip("The database has no part in it")
     owner = people.owner

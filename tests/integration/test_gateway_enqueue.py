@@ -91,7 +91,7 @@ async def create_token(
         ("a text", ("a text", 0, "rest_api")),
     ],
 )
-async def test_a_message_is_what_the_run_is_given(
+async def test_the_input_of_a_run_is_its_message(
     harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
@@ -114,7 +114,7 @@ async def test_a_message_is_what_the_run_is_given(
     assert delivery.content_bytes == len(response.request.content)
 
 
-async def test_what_is_sent_again_is_answered_as_it_was(
+async def test_a_repeated_request_gets_the_first_answer(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
@@ -283,7 +283,7 @@ async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
     assert_refused(await nobody.get(f"{WORKFLOWS}", headers={"X-API-Key": token}), 401, "unauthorized")
 
 
-async def test_what_is_refused_is_noted_with_its_reason(
+async def test_refused_requests_are_recorded_with_a_reason(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
@@ -319,7 +319,7 @@ async def test_what_is_refused_is_noted_with_its_reason(
     )
 
 
-async def test_a_batch_is_taken_in_whole_but_for_what_is_wrong_or_known(
+async def test_a_batch_is_ingested_except_invalid_and_repeated_messages(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue-batch"

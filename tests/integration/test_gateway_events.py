@@ -186,9 +186,7 @@ async def test_an_event_runs_every_active_workflow_that_waits_for_it(
     assert len(await read_rows(harness, Execution, organization_id=event.organization_id)) == 2
 
 
-async def test_an_event_that_nobody_waits_for_is_kept(
-    harness: GatewayHarness, people: OrganizationUsers
-) -> None:
+async def test_an_unawaited_event_is_stored(harness: GatewayHarness, people: OrganizationUsers) -> None:
     response = await people.owner.api.post(EVENTS, json={"event_type": "nothing.at-all", "source": "shop"})
     assert response.status_code == 200
     answer = response.json()
@@ -258,7 +256,7 @@ async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(
     assert again.json() == nothing.json()
 
 
-async def test_what_is_told_again_is_answered_as_it_was(
+async def test_a_repeated_event_gets_the_first_answer(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, subscription_graph("a.b"))
@@ -394,7 +392,7 @@ async def send(
 
 
 @pytest.mark.parametrize("case", SENT, ids=str)
-async def test_what_providers_send_is_answered_as_they_expect(
+async def test_provider_requests_get_the_expected_answers(
     harness: GatewayHarness,
     case: Any,  # noqa: ANN401 - a case
 ) -> None:
@@ -473,7 +471,7 @@ async def test_a_sender_of_cloud_events_is_told_that_it_may(harness: GatewayHarn
 # ── stored events ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_events_are_listed_for_those_who_may_see_them(people: OrganizationUsers) -> None:
+async def test_events_are_listed_for_permitted_users(people: OrganizationUsers) -> None:
     for event_type, source, teller in (
         ("user.created", "shop", people.owner),
         ("user.deleted", "shop", people.owner),

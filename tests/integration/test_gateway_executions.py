@@ -66,7 +66,7 @@ LOOK_SECONDS = long_poll.LOOK_SECONDS
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nobody_looks_without_being_told() -> Iterator[None]:
+def _disable_polling() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_poll, "LOOK_SECONDS", 3_600.0)
         yield
@@ -604,7 +604,7 @@ async def test_a_failed_execution_shows_its_error(harness: GatewayHarness, peopl
     ] == shown
 
 
-async def test_a_list_shows_how_many_there_are_and_a_page_of_them(people: OrganizationUsers) -> None:
+async def test_a_list_shows_the_total_count_and_one_page(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     made = [await execute_workflow(people.owner, workflow_id) for _ in range(3)]
     body = await get_json(people.owner, "?limit=2&offset=1")
@@ -655,7 +655,7 @@ async def test_a_query_that_means_nothing_is_400(people: OrganizationUsers, quer
     assert_refused(await people.owner.api.get(f"{EXECUTIONS}?{query}"), 400, "invalid-query")
 
 
-async def test_spans_say_what_each_node_was_given_and_gave(
+async def test_spans_contain_the_input_and_output_of_each_node(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
@@ -765,7 +765,7 @@ async def test_each_operation_needs_its_scope(harness: GatewayHarness, method: s
     assert needed in response.json()["error"]["message"]
 
 
-async def test_whoever_may_read_the_workflow_sees_its_executions(
+async def test_readers_of_a_workflow_see_its_executions(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -797,7 +797,7 @@ OWN_GRAPH = {"nodes": [TRIGGER, {**STEP, "config": {"values": {"mine": 1}}}], "c
         ("nodes/step/test", {"input": {"mine": 1}, "wait": 0}),
     ],
 )
-async def test_a_run_of_what_its_caller_gave_is_seen_by_caller_owner_and_admins_alone(
+async def test_a_private_run_is_visible_to_its_caller_owner_and_admins_only(
     harness: GatewayHarness, people: OrganizationUsers, path: str, body: dict[str, Any]
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -840,7 +840,7 @@ async def test_a_private_run_stays_so_when_it_is_resumed_and_is_no_dead_letter(
     assert (await read_execution(harness, resumed.json()["executionId"])).is_private
 
 
-async def test_the_history_of_a_deleted_workflow_stays_with_its_owner_and_those_who_ran_it(
+async def test_the_history_of_a_deleted_workflow_stays_visible_to_its_owner_and_callers(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -937,7 +937,7 @@ async def test_a_notification_that_is_lost_costs_a_look(
     assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
 
 
-async def test_once_the_end_was_seen_here_nobody_waits_for_a_notification_that_was_lost(
+async def test_a_seen_end_ends_polls_despite_a_lost_notification(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -953,7 +953,7 @@ async def test_once_the_end_was_seen_here_nobody_waits_for_a_notification_that_w
         assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
 
 
-async def test_a_poll_whose_time_is_over_shows_where_the_run_is(
+async def test_a_poll_that_times_out_shows_the_progress_of_the_run(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
@@ -1142,7 +1142,7 @@ def open_stream(
     return EventStreamClient(harness.app, f"{EXECUTIONS}/{execution_id}/events", headers)
 
 
-async def test_events_tell_what_is_committed_in_order_up_to_the_end(
+async def test_live_events_report_commits_in_order_until_the_end(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
@@ -1251,7 +1251,7 @@ async def test_a_log_is_followed_to_the_end_of_its_run(
     assert (await people.owner.api.get(path, headers={"Last-Event-ID": "end"})).status_code == 204
 
 
-async def test_a_client_that_comes_back_goes_on_behind_what_it_has_seen(
+async def test_a_reconnecting_client_continues_after_its_last_event(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
@@ -1364,7 +1364,7 @@ async def test_the_head_of_a_stream_can_be_asked_for_alone(people: OrganizationU
 
 
 @pytest.mark.parametrize(("wish", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
-async def test_what_nobody_has_begun_ends_at_once_and_stays_as_it_ended(
+async def test_pending_runs_end_at_once_on_request_and_keep_their_status(
     people: OrganizationUsers, wish: str, status: str
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
@@ -1426,7 +1426,7 @@ async def read_spans(harness: GatewayHarness, execution_id: str) -> dict[str, di
         return {found["node_id"]: dict(found) for found in (await connection.execute(statement)).mappings()}
 
 
-async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
+async def test_a_resumed_run_starts_from_the_committed_results_of_the_failed_one(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     failed_id = await create_failed_run(
@@ -1565,7 +1565,7 @@ async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
         yield
 
 
-async def test_a_worker_runs_what_is_taken_in_and_resumed(
+async def test_a_worker_runs_ingested_and_resumed_executions(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)

@@ -110,7 +110,7 @@ async def test_a_node_that_comes_back_without_its_position_keeps_it(people: Orga
 # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_layout_arranges_the_nodes_and_says_how_many_have_moved(
+async def test_layout_arranges_the_nodes_and_counts_the_moved_ones(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**stacked_graph(BRANCHES))
@@ -301,7 +301,7 @@ async def test_every_wrong_field_and_every_error_of_the_graph_is_told_at_once(
     assert (await people.owner.api.get(WORKFLOWS)).json()["count"] == 0
 
 
-async def test_what_only_follows_from_a_wrong_field_is_not_told(people: OrganizationUsers) -> None:
+async def test_consequences_of_an_invalid_field_are_not_reported(people: OrganizationUsers) -> None:
     nodes = [TRIGGER, {"id": 5, "nodeId": "set", "config": 1}, STEP]
     edges = [{"source": "start", "target": "5"}, {"source": "start", "target": ["step"]}]
     body = {"name": "x", "nodes": nodes, "connections": edges}
@@ -330,7 +330,7 @@ async def test_a_warning_of_a_draft_is_an_error_in_an_active_workflow(
     assert [detail["code"] for detail in response.json()["error"]["details"]] == [finding]
 
 
-async def test_what_cannot_run_yet_is_a_warning_in_a_draft_and_an_error_in_an_active_workflow(
+async def test_unrunnable_nodes_are_warnings_in_drafts_and_errors_in_active_workflows(
     people: OrganizationUsers,
 ) -> None:
     agent = {"id": "step", "nodeId": "agent", "config": {"prompt": "Be brief."}}

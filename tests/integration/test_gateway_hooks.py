@@ -185,7 +185,7 @@ async def cluster(harness: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
 
 
 @pytest.mark.parametrize("provider", SECRETS)
-async def test_what_providers_send_is_answered_as_they_expect(
+async def test_provider_requests_get_the_expected_answers(
     harness: GatewayHarness, people: OrganizationUsers, provider: str
 ) -> None:
     config = await signature_config(people.owner, provider)
@@ -377,7 +377,7 @@ async def test_methods_networks_and_sizes_are_as_the_trigger_says(
     assert second["body"] == {"base64": base64.b64encode(b"x" * 100).decode(), "contentType": ""}
 
 
-async def test_options_list_the_methods_of_a_hook_to_those_who_know_its_address(
+async def test_options_lists_the_methods_of_a_hook_for_its_token(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = await create_webhook(people.owner, {**ANYBODY, "methods": ["PUT", "GET"]})
@@ -396,7 +396,7 @@ async def test_options_list_the_methods_of_a_hook_to_those_who_know_its_address(
     assert (await nobody.options(hook.path)).status_code == 204
 
 
-async def test_what_is_signed_in_ways_of_their_own(
+async def test_provider_specific_signatures_are_verified(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await create_secret(people.owner, "a secret")
@@ -514,7 +514,7 @@ async def test_requests_for_a_draft_are_kept_for_later(
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_bodies_are_read_as_what_they_are_said_to_be(
+async def test_bodies_are_decoded_by_their_media_type(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, ANYBODY)
@@ -704,7 +704,7 @@ async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(
     assert (nothing.status_code, nothing.content) == (204, b"")
 
 
-async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(
+async def test_a_poll_returns_the_outcome_or_the_progress(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     silent = await create_webhook(people.owner, WHEN_DONE)
@@ -720,7 +720,7 @@ async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(
     assert going_on.headers["Location"].endswith(going_on.json()["executionId"])
 
 
-async def test_who_waits_is_answered_by_whoever_takes_the_run_over(
+async def test_a_poll_is_answered_by_the_process_that_takes_over_the_run(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     """Simulate, in the rows, the death of the run's owner while the sender waits."""
@@ -765,9 +765,7 @@ async def test_a_deployment_that_sleeps_is_woken_and_answers_as_it_is_deployed(
     assert run.assigned_deployment_id == hook.workflow_id
 
 
-async def test_an_answer_that_nobody_waits_for_is_noted(
-    harness: GatewayHarness, people: OrganizationUsers
-) -> None:
+async def test_an_unawaited_answer_is_recorded(harness: GatewayHarness, people: OrganizationUsers) -> None:
     hook = await create_webhook(people.owner, ANYBODY, ANSWERS)
     nobody = await harness.client()
     execution_id = (await nobody.post(hook.path, json={"order": 1})).json()["executionId"]

@@ -111,7 +111,7 @@ async def test_a_question_is_shown_answered_once_and_passed_to_the_run(
     )
 
 
-async def test_of_several_people_who_answer_at_once_one_is_heard(
+async def test_one_of_several_simultaneous_answers_is_accepted(
     people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
     answers = await asyncio.gather(
@@ -156,7 +156,7 @@ async def test_a_refused_answer_binds_no_key(harness: GatewayHarness, people: Or
     assert (await answer(people.owner, execution_id, key="early")).status_code == 200
 
 
-async def test_what_was_not_asked_for_is_refused_with_its_paths(
+async def test_extra_data_of_an_answer_is_refused_with_its_paths(
     people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
     assert error_paths(await answer(people.owner, waiting_execution_id, {"nodeId": "approval"})) == [
@@ -191,7 +191,7 @@ async def test_what_was_not_asked_for_is_refused_with_its_paths(
         ({"pattern": "^(a+)+$"}, "a" * 40 + "!", ["data"]),
     ],
 )
-async def test_a_schema_is_obeyed_whatever_it_says_and_fetches_nothing(
+async def test_any_schema_is_applied_without_fetching_references(
     harness: GatewayHarness,
     people: OrganizationUsers,
     schema: dict[str, Any],
@@ -232,7 +232,7 @@ async def test_turns_of_a_loop_are_told_apart(harness: GatewayHarness, people: O
     assert (await answer(people.owner, execution_id)).status_code == 200
 
 
-async def test_who_answers_too_late_or_whom_nobody_asked_is_told_so(
+async def test_late_and_unsolicited_answers_are_refused_with_a_reason(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await start_waiting_run(people.owner)

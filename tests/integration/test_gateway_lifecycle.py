@@ -85,7 +85,7 @@ KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-async def test_a_policy_is_kept_as_it_was_sent_with_what_belongs_to_its_type(
+async def test_a_policy_is_stored_as_sent_with_the_fields_of_its_type(
     people: OrganizationUsers,
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -189,7 +189,7 @@ async def test_a_copy_has_the_usual_policy(people: OrganizationUsers) -> None:
 # ── state of a deployment ───────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_deployment_is_shown_with_what_will_become_of_it(
+async def test_a_deployment_is_shown_with_its_next_transition(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -236,7 +236,7 @@ STATUSES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_a_status_tells_what_is_wanted_and_what_was_seen(
+async def test_a_status_shows_the_desired_and_the_observed_state(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)

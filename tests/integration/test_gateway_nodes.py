@@ -153,7 +153,7 @@ async def test_a_node_may_bring_an_id_that_is_free(people: OrganizationUsers) ->
     assert (wrong["path"], wrong["code"]) == ("id", "invalid-id")
 
 
-async def test_an_unknown_type_or_version_is_refused_with_what_there_is(people: OrganizationUsers) -> None:
+async def test_an_unknown_type_or_version_is_refused_with_the_known_ones(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes"
     unknown = error_detail(await people.owner.api.post(path, json={"nodeId": "http-requets"}))
@@ -251,7 +251,7 @@ async def test_a_body_is_wrapped_or_is_the_config_itself(
     assert (response.json()["node"]["label"], response.json()["node"]["config"]) == (label, config)
 
 
-async def test_what_stands_beside_the_config_is_set_and_taken_away_again(people: OrganizationUsers) -> None:
+async def test_fields_beside_the_config_are_set_and_removed(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
     beside: dict[str, Any] = {
@@ -311,7 +311,7 @@ async def test_mappings_that_no_run_could_read_are_refused_each_with_its_field(
     assert (await get_node(people.owner, workflow_id, "step"))["inputMappings"] == {}
 
 
-async def test_what_is_passed_through_is_set_in_place_of_what_was_before(people: OrganizationUsers) -> None:
+async def test_pass_through_values_replace_earlier_ones(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step/passthrough-values"
     await people.owner.api.put(path, json={"values": {"old": "old"}})
@@ -505,7 +505,7 @@ async def test_an_edit_of_a_state_that_is_past_changes_nothing(people: Organizat
     assert await people.owner.workflow(workflow_id) == before
 
 
-async def test_setting_what_is_set_already_changes_no_state(people: OrganizationUsers) -> None:
+async def test_setting_the_present_value_changes_no_state(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
     for url, body in (
@@ -527,7 +527,7 @@ async def test_one_and_true_are_not_the_same(people: OrganizationUsers, value: o
         assert repr(stored["config"]) == repr({"values": {"a": value}})
 
 
-async def test_what_is_not_there_cannot_be_edited(people: OrganizationUsers) -> None:
+async def test_missing_nodes_cannot_be_edited(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
     for method, below, body in (

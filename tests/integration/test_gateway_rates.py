@@ -59,7 +59,7 @@ async def test_a_key_has_its_burst_is_told_where_it_stands_and_then_refused(
         assert (await execute_workflow(gateway, people.admin, workflow_id)).status_code == 201, "another key"
 
 
-async def test_a_workflow_has_one_limit_for_all_and_whoever_may_not_use_it_takes_nothing_of_it(
+async def test_callers_of_a_workflow_share_its_rate_limit_and_unauthorized_ones_use_none_of_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]

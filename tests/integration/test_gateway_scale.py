@@ -130,7 +130,7 @@ def _is_any(_: dict[str, Any]) -> bool:
         ),
     ],
 )
-async def test_a_list_shows_what_it_should_in_its_order_and_counts_all_of_it(
+async def test_a_list_shows_matching_items_in_order_with_their_total(
     large_organization: LargeOrganization, query: str, sort: str, condition: Condition
 ) -> None:
     field, _, direction = sort.partition(":")

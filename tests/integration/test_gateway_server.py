@@ -67,7 +67,9 @@ def read_error_code(answer: bytes) -> str:
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     ],
 )
-async def test_what_is_not_http_is_refused_in_our_shape(address: Address, request_bytes: bytes) -> None:
+async def test_malformed_http_is_refused_with_the_error_envelope(
+    address: Address, request_bytes: bytes
+) -> None:
     answer = await exchange_bytes(address, request_bytes)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert read_error_code(answer) == "malformed-request"

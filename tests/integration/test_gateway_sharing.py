@@ -158,7 +158,7 @@ async def test_a_guest_reads_and_executes_and_neither_writes_nor_deletes_nor_sha
     assert await people.owner.workflow(workflow_id) == before
 
 
-async def test_whoever_may_not_see_a_workflow_can_t_tell_that_it_is_there(people: OrganizationUsers) -> None:
+async def test_invisible_workflows_are_indistinguishable_from_missing_ones(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     for person in (people.colleague, people.stranger):
         assert_refused(await person.api.get(f"{WORKFLOWS}/{workflow_id}/share"), 404, "not-found")
@@ -167,7 +167,7 @@ async def test_whoever_may_not_see_a_workflow_can_t_tell_that_it_is_there(people
             assert response.json()["error"]["message"] == "There is no such workflow"
 
 
-async def test_a_share_is_no_claim_on_what_the_owner_no_longer_shares(people: OrganizationUsers) -> None:
+async def test_an_ended_share_gives_no_access(people: OrganizationUsers) -> None:
     workflow_id, guest = await people.owner.create(**GRAPH), people.colleague
     await share(people.owner, workflow_id, guest.user.id)
     run = f"{EXECUTIONS}/{(await execute_workflow(guest.api, workflow_id)).json()['executionId']}"

@@ -46,7 +46,7 @@ async def _workflows_started_by(harness: GatewayHarness, person: UserClient, eve
     return [found.workflow_id for found in await _read_subscriptions(harness, person, event_type)]
 
 
-async def test_an_event_finds_the_active_workflows_of_its_organisation_whose_patterns_match(
+async def test_an_event_finds_active_workflows_with_matching_patterns_in_its_organization(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     exact = await _create_active_workflow(people.owner, "user.created")

@@ -152,7 +152,7 @@ async def test_nothing_before_a_pinned_node_runs(harness: GatewayHarness, people
     assert (await read_definition(harness, response.json()["executionId"]))["pinned"] == {"model": {"x": [7]}}
 
 
-async def test_what_leads_elsewhere_too_is_run_for_that(people: OrganizationUsers) -> None:
+async def test_nodes_with_other_successors_still_run(people: OrganizationUsers) -> None:
     graph = chain_graph(TRIGGER, set_node("first", a=1), set_node("pinned", b=2), set_node("last", c=3))
     graph["nodes"].append(set_node("beside", d=4))
     graph["connections"].append({"source": "first", "target": "beside"})
@@ -167,7 +167,7 @@ async def test_what_leads_elsewhere_too_is_run_for_that(people: OrganizationUser
     assert progress["outputs"] == {"pinned": {}, "last": {"c": 3}}
 
 
-async def test_a_pinned_trigger_is_what_the_run_was_triggered_by(people: OrganizationUsers) -> None:
+async def test_a_pinned_trigger_replaces_the_trigger_of_the_run(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         **chain_graph(TRIGGER, set_node("first", a="{{ trigger.x }}", b="{{ nodes.start.x }}"))
     )
@@ -214,7 +214,7 @@ async def test_a_piece_is_one_of_the_workflow_and_bounded(
 # ── one node alone ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_node_is_run_on_what_it_is_given(people: OrganizationUsers) -> None:
+async def test_a_tested_node_runs_on_the_given_input(people: OrganizationUsers) -> None:
     config = {"message": "{{ data.x }} {{ trigger.body.y }} {{ nodes.start.z }} {{ data.none }}"}
     graph = chain_graph(TRIGGER, FAILING, {"id": "says", "nodeId": "log", "config": config}, UNFINISHED)
     workflow_id = await people.owner.create(**graph, settings={"strictMappings": False})
@@ -304,7 +304,7 @@ async def test_a_node_that_fails_says_why(people: OrganizationUsers) -> None:
         ("queue-trigger", {"input": {"x": 1}}, {"message": {"x": 1}, "priority": 0, "source": "rest_api"}),
     ],
 )
-async def test_a_trigger_gives_out_what_it_is_started_with(
+async def test_a_trigger_outputs_its_data(
     people: OrganizationUsers, node_type: str, given: dict[str, Any], output: dict[str, Any]
 ) -> None:
     workflow_id = await people.owner.create(

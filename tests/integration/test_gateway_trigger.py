@@ -166,7 +166,7 @@ async def count_runs(harness: GatewayHarness, workflow_id: str) -> int:
         return int(await connection.scalar(statement) or 0)
 
 
-async def test_a_synchronous_trigger_answers_with_what_the_leaves_gave_out(
+async def test_a_synchronous_trigger_answers_with_the_outputs_of_the_leaves(
     harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
     workflow_id = await deploy(harness, people.owner, **ASLEEP)
@@ -224,7 +224,7 @@ async def test_an_asynchronous_trigger_answers_when_a_pod_has_taken_the_run(
     await wait_until(lambda: has_status(harness, told["execution_id"], "completed"))
 
 
-async def test_a_run_has_the_definition_that_is_deployed_whatever_was_edited_since(
+async def test_a_run_uses_the_deployed_definition_despite_later_edits(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await deploy(harness, people.owner, **ASLEEP)
@@ -339,7 +339,7 @@ async def test_the_same_key_waits_on_the_same_run(harness: GatewayHarness, peopl
 # ── refused and failed starts ───────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_not_deployed_can_t_be_triggered(
+async def test_undeployed_workflows_cannot_be_triggered(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     never = await people.owner.create(**GREETS)
@@ -360,7 +360,7 @@ async def test_a_closed_window_says_when_it_opens(harness: GatewayHarness, peopl
     assert (await read_deployment(harness, workflow_id)).replicas == 0
 
 
-async def test_what_somebody_has_stopped_starts_for_a_trigger_unless_it_is_always_on(
+async def test_a_manually_stopped_deployment_starts_for_a_trigger_unless_always_on(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await deploy(harness, people.owner, **BY_HAND)
@@ -370,7 +370,7 @@ async def test_what_somebody_has_stopped_starts_for_a_trigger_unless_it_is_alway
     assert_refused(await trigger(people.owner, other, SYNC), 409, "stopped-manually")
 
 
-async def test_what_is_not_active_takes_none_in_and_ends_what_it_has(
+async def test_inactive_workflows_accept_no_runs_and_finish_their_own(
     harness: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver
 ) -> None:
     workflow_id = await deploy(harness, people.owner, asking_graph(receiver), **ASLEEP)
@@ -579,7 +579,7 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     await wait_until(lambda: has_status(harness, execution_id, "completed"))
 
 
-async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(
+async def test_workers_take_runs_of_undeployed_workflows(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await deploy(harness, people.owner, **ASLEEP, is_deployed=False)

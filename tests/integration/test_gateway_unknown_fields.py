@@ -172,7 +172,7 @@ async def test_a_workflow_is_taken_as_it_is_shown(people: OrganizationUsers) -> 
     assert await people.owner.workflow(workflow_id) == shown
 
 
-async def test_a_new_workflow_may_be_what_another_is_shown_as(people: OrganizationUsers) -> None:
+async def test_a_shown_workflow_is_accepted_as_a_new_one(people: OrganizationUsers) -> None:
     shown = await people.owner.workflow(await people.owner.create(**GRAPH))
     response = await people.owner.api.post(WORKFLOWS, json=shown)
     assert response.status_code == 201
@@ -251,7 +251,7 @@ async def test_a_policy_is_taken_as_it_is_shown(people: OrganizationUsers, polic
     assert error[0]["path"] == "lifecyclePolicy.typ"
 
 
-async def test_a_trigger_may_be_named_by_what_starts_it(people: OrganizationUsers) -> None:
+async def test_a_trigger_may_be_named_by_its_kind(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[{**TRIGGER, "nodeId": "queue"}, STEP], connections=[EDGE])
     start = (await people.owner.workflow(workflow_id))["nodes"][0]
     assert (start["nodeId"], start["type"]) == ("queue-trigger", "queue-trigger")

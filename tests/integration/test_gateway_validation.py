@@ -83,7 +83,9 @@ async def test_a_sound_workflow_is_valid(people: OrganizationUsers) -> None:
     assert response.headers["ETag"] == shown.headers["ETag"]
 
 
-async def test_every_finding_says_what_where_and_what_to_do_and_some_how(people: OrganizationUsers) -> None:
+async def test_every_finding_has_a_message_a_place_and_a_suggestion_and_some_a_fix(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(
         nodes=[TRIGGER, SOURCE, STEP],
         connections=[EDGE, {"id": "lost", "sourceNodeId": "step", "targetNodeId": "gone"}],
@@ -126,7 +128,7 @@ async def test_a_node_without_implementation_keeps_a_workflow_from_becoming_acti
     assert (found["valid"], [error["type"] for error in found["errors"]]) == (False, ["not-runnable"])
 
 
-async def test_whoever_may_read_a_workflow_may_have_it_checked(
+async def test_readers_of_a_workflow_may_validate_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -213,7 +215,7 @@ def answer(body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     return {"status": 200, "headers": {}, "url": "https://a.b", "body": body}
 
 
-async def test_paths_are_checked_against_what_past_runs_gave(
+async def test_paths_are_checked_against_outputs_of_past_runs(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**CALLING)
@@ -333,7 +335,7 @@ async def get_catalog(person: UserClient, query: str = "") -> dict[str, Any]:
     return shown
 
 
-async def test_a_node_type_is_listed_with_what_it_is(
+async def test_a_node_type_is_listed_with_its_description(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     listed = await get_catalog(people.owner, "limit=100")
@@ -384,7 +386,7 @@ async def test_the_catalogue_is_searched(people: OrganizationUsers, query: str, 
     assert listed["count"] == (len(TRIGGERS) if "offset" in query else len(types))
 
 
-async def test_every_type_shows_how_it_is_configured(people: OrganizationUsers) -> None:
+async def test_every_node_type_shows_its_config_schema(people: OrganizationUsers) -> None:
     for entry in (await get_catalog(people.owner, "limit=100"))["nodes"]:
         response = await people.owner.api.get(f"{CATALOGUE}/{entry['type']}/schema")
         shown = response.json()

@@ -173,7 +173,7 @@ async def test_a_version_that_is_none_is_not_found(people: OrganizationUsers) ->
         assert_refused(await people.owner.api.post(f"{versions}/{number}/restore"), 404, "not-found")
 
 
-async def test_two_versions_are_compared_by_what_came_went_and_changed(people: OrganizationUsers) -> None:
+async def test_two_versions_are_compared_by_additions_removals_and_changes(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(name="Before", settings={"maxRetries": 1}, **GRAPH)
     last = {"id": "last", "nodeId": "log", "label": "Last", "config": {"message": "x"}}
     edges = [{"sourceNodeId": "start", "targetNodeId": "last"}]
@@ -250,7 +250,7 @@ async def test_an_active_workflow_gets_no_version_back_that_can_t_run(people: Or
     assert (await people.owner.api.post(restore)).json()["nodes"] == []
 
 
-async def test_a_draft_gets_back_what_the_catalogue_has_no_more(
+async def test_a_restored_draft_keeps_node_types_that_the_catalog_has_lost(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)

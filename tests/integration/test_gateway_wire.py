@@ -267,7 +267,7 @@ async def test_a_query_that_says_little_or_nothing_is_served(people: Organizatio
         "/api/v1/workflows/wf_nobody",
     ],
 )
-async def test_what_is_not_there_is_not_found(people: OrganizationUsers, path: str) -> None:
+async def test_missing_objects_are_not_found(people: OrganizationUsers, path: str) -> None:
     assert_refused(await people.owner.api.get(path), 404, "not-found")
 
 
@@ -286,7 +286,7 @@ async def test_a_head_request_is_a_get_without_its_body(people: OrganizationUser
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
-async def test_a_body_over_the_limit_is_refused_whatever_its_length_says(
+async def test_a_body_over_the_limit_is_refused_with_any_declared_length(
     people: OrganizationUsers, method: str
 ) -> None:
     path = WORKFLOWS if method == "POST" else f"{WORKFLOWS}/{await people.owner.create()}"
@@ -334,7 +334,7 @@ async def test_a_request_id_is_taken_over_where_it_is_one(
     assert (shown == given) if is_kept else shown.startswith("req_")
 
 
-async def test_what_a_client_may_not_set_stays_as_it_is(people: OrganizationUsers) -> None:
+async def test_read_only_fields_stay_unchanged(people: OrganizationUsers) -> None:
     of_other_routes = {"sharedWith": [people.colleague.user.id], "isPublic": True, "isTemplate": True}
     forbidden = {
         "id": "wf_mine",

@@ -152,7 +152,7 @@ async def test_both_spellings_of_types_and_edges_are_taken(people: OrganizationU
     assert shown["connections"][1]["id"] == "mine"
 
 
-async def test_what_is_shown_can_be_sent_back_unchanged(people: OrganizationUsers) -> None:
+async def test_a_shown_object_can_be_sent_back_unchanged(people: OrganizationUsers) -> None:
     graph = {
         "nodes": [
             TRIGGER,
@@ -197,7 +197,7 @@ async def test_creation_stores_the_first_version(harness: GatewayHarness, people
 # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_update_changes_what_it_names_and_nothing_else(people: OrganizationUsers) -> None:
+async def test_an_update_changes_only_its_fields(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         name="Before", description="Old", tags=["etl"], config={"appId": "app_1"}, **GRAPH
     )
@@ -477,7 +477,7 @@ async def test_an_admin_sees_and_manages_all_of_the_organisation(people: Organiz
     assert (await people.admin.api.delete(f"{WORKFLOWS}/{workflow_id}")).status_code == 204
 
 
-async def test_whoever_it_is_shared_with_reads_it_and_changes_nothing(
+async def test_a_share_allows_reading_and_no_changes(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Shared")
@@ -629,7 +629,7 @@ async def test_a_refused_request_frees_its_key(people: OrganizationUsers) -> Non
     assert (await create_with_key(people.owner, "key-5")).status_code == 201
 
 
-async def test_a_commit_whose_answer_was_lost_is_not_made_twice(
+async def test_a_commit_with_a_lost_answer_is_not_made_twice(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transaction = harness.gateway.database.transaction
@@ -657,7 +657,7 @@ async def test_a_key_that_is_none_is_refused(people: OrganizationUsers, key: str
 # ── the cache that runs are accepted from ───────────────────────────────────────────────────────────────────
 
 
-async def test_a_loaded_workflow_is_what_its_row_says_and_follows_it(
+async def test_a_loaded_workflow_equals_its_row_and_follows_changes(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
@@ -674,7 +674,7 @@ async def test_a_loaded_workflow_is_what_its_row_says_and_follows_it(
     assert second.definition_hash != first.definition_hash
 
 
-async def test_a_loaded_workflow_is_shown_only_to_those_who_may_read_it(
+async def test_a_loaded_workflow_is_shown_only_to_its_readers(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -686,7 +686,7 @@ async def test_a_loaded_workflow_is_shown_only_to_those_who_may_read_it(
 
 
 @pytest.mark.parametrize("verb", ["PUT", "DELETE"])
-async def test_a_change_whose_commit_got_no_answer_is_made_once(
+async def test_a_change_with_an_unanswered_commit_is_made_once(
     people: OrganizationUsers, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await people.owner.create()

@@ -160,7 +160,7 @@ async def test_a_key_of_the_users_own_is_left_alone_and_a_read_has_none(server: 
         (None, {}, b"", None),
     ],
 )
-async def test_a_body_is_sent_as_what_it_is(
+async def test_a_body_is_sent_with_the_media_type_of_its_value(
     server: RecordingServer, body: Json, headers: dict[str, Json], sent: bytes, content_type: str | None
 ) -> None:
     url = f"{server.url}/status?status=200"
@@ -282,7 +282,7 @@ async def test_an_answer_that_does_not_come_is_worth_another_attempt(server: Rec
     assert (raised.value.code, raised.value.retryable) == ("timed-out", True)
 
 
-async def test_nobody_listening_is_worth_another_attempt(server: RecordingServer, free_tcp_port: int) -> None:
+async def test_a_refused_connection_is_retried(server: RecordingServer, free_tcp_port: int) -> None:
     with pytest.raises(NodeError, match=f"POST http://127.0.0.1:{free_tcp_port}/: No connection") as raised:
         await server.output({"url": f"http://127.0.0.1:{free_tcp_port}/", "method": "POST"})
     assert (raised.value.code, raised.value.retryable) == ("not-connected", True)
@@ -300,7 +300,7 @@ async def test_nobody_listening_is_worth_another_attempt(server: RecordingServer
         ({"url": "{{ data.nothing }}"}, "invalid-config"),
     ],
 )
-async def test_what_is_refused_is_never_tried_again(
+async def test_refused_callbacks_are_never_retried(
     server: RecordingServer, config: dict[str, Json], code: str
 ) -> None:
     with pytest.raises(NodeError) as raised:

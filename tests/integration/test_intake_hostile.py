@@ -187,7 +187,7 @@ async def test_no_body_is_a_fault_of_ours(harness: GatewayHarness, entry_points:
     await assert_alive(harness, entry_points)
 
 
-async def test_no_body_is_a_fault_of_ours_that_is_said_to_be_what_it_is_not(
+async def test_no_body_with_a_wrong_media_type_is_an_internal_error(
     harness: GatewayHarness, entry_points: IngestEntryPoints
 ) -> None:
     nobody = await harness.client()

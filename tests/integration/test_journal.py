@@ -170,7 +170,7 @@ def make_span(node_id: str, sequence: int, status: SpanStatus = SpanStatus.COMPL
     return NodeSpan(node_id, node_id, "set", status, sequence, NOW, NOW)
 
 
-async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
+async def test_records_are_durable_after_the_commit_and_waiters_are_notified(
     run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
     journal_harness.journal.record(make_span("a", 1, SpanStatus.RUNNING))
@@ -228,7 +228,7 @@ async def test_progress_grows_with_commits_and_is_never_taken_back(
     assert (shown.percent, shown.status) == (99, "completed")
 
 
-async def test_the_end_takes_what_is_not_committed_yet_with_it(
+async def test_the_end_is_committed_with_pending_records(
     run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
     journal_harness.journal.record(make_span("a", 1))
@@ -388,7 +388,7 @@ async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(run_da
     kept.keeper.stop()
 
 
-async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(run_database: RunDatabase) -> None:
+async def test_renewals_report_lost_leases_and_control_requests(run_database: RunDatabase) -> None:
     kept = await make_keeper(run_database.store, 1.5)
     place = await run_database.workflow()
     lost, asked = [kept.hold(await run_database.claimed(place)) for _ in range(2)]
@@ -431,7 +431,7 @@ async def test_a_renewal_that_fails_is_tried_again(run_database: RunDatabase, er
     assert failures >= 3
 
 
-async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_round(
+async def test_a_locked_lease_does_not_delay_the_renewal_of_others(
     run_database: RunDatabase,
 ) -> None:
     kept_back, rounds = await run_database.claimed(), list[float]()

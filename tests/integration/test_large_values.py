@@ -233,7 +233,7 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
 
 @pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b'{"type":"","name":""}\n{}')])
-async def test_a_run_whose_output_is_lost_ends_and_says_so(
+async def test_a_run_with_a_lost_output_fails_with_that_reason(
     run_database: RunDatabase,
     owned_workflow: OwnedWorkflow,
     workers: LargeValueWorkers,
@@ -396,7 +396,7 @@ async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
 
 @ON_SQLITE
 @pytest.mark.parametrize("reason", ["lease", *(ControlRequest(number) for number in (3, 4, 5))])
-async def test_a_storage_that_stays_away_holds_no_run_whose_lease_is_over_or_that_was_broken_off(
+async def test_an_absent_blob_storage_holds_no_run_after_its_lease_or_cancellation(
     run_database: RunDatabase,
     counting_folder: CountingFolder,
     large_value_journal: LargeValueJournal,

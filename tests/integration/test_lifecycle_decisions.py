@@ -198,7 +198,7 @@ async def test_a_locked_deployment_holds_up_no_other(
     assert not (await read_activity(harness, first)).situation.is_up
 
 
-async def test_a_decision_about_what_has_changed_meanwhile_is_not_carried_out(
+async def test_a_decision_about_a_changed_deployment_is_not_applied(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await deploy_with_pod(harness, people.owner, workflow_id)
@@ -211,7 +211,7 @@ async def test_a_decision_about_what_has_changed_meanwhile_is_not_carried_out(
     assert len(await read_decisions(harness, workflow_id)) == 1
 
 
-async def test_a_stop_by_hand_lets_runs_end_first_and_says_who_it_was(
+async def test_a_manual_stop_lets_runs_end_first_and_records_its_user(
     harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await deploy_with_pod(harness, people.owner, workflow_id)

@@ -179,7 +179,7 @@ async def test_a_locked_run_costs_its_worker_no_other_lease(
     assert not now_free.is_locked
 
 
-async def test_a_lease_whose_row_is_locked_for_a_moment_is_renewed_before_it_ends(
+async def test_a_lease_with_a_briefly_locked_row_is_renewed_before_it_ends(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     one = await run_database.claimed(owned_workflow)
@@ -213,7 +213,7 @@ async def test_a_batch_that_meets_a_locked_run_is_written_without_it(
     assert await run_database.store.record(ends[:1]) == {kept.execution_id}
 
 
-async def test_whoever_is_written_beside_a_locked_run_waits_for_its_lock_once(
+async def test_records_batched_with_a_locked_run_wait_for_its_lock_once(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     kept, other = [await run_database.claimed(owned_workflow) for _ in range(2)]
@@ -269,7 +269,7 @@ async def test_a_locked_run_that_waits_for_a_place_leaves_it_to_the_next(
 # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
+async def test_a_request_blocked_by_a_lasting_lock_is_told_to_try_again(
     run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
     run, ended = owned_workflow.run(), owned_workflow.run()

@@ -145,7 +145,7 @@ async def test_a_worker_ends_with_its_parent_and_hands_over_when_that_is_asked_t
         assert row["status"] in {"pending", "completed"}
 
 
-async def test_a_worker_takes_back_what_a_dead_one_of_its_name_held_and_leaves_the_living_theirs(
+async def test_a_worker_reclaims_runs_of_a_dead_namesake_only(
     on_postgres: MigratedDatabase, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
     async with run_workers(on_postgres, redis_server, tmp_path) as here:
@@ -165,7 +165,7 @@ async def test_a_worker_takes_back_what_a_dead_one_of_its_name_held_and_leaves_t
         ]
 
 
-async def test_a_worker_that_ran_out_of_memory_is_named_in_the_logs_of_what_was_at_work(
+async def test_the_logs_of_its_runs_name_a_worker_that_ran_out_of_memory(
     on_postgres: MigratedDatabase, redis_server: services.RedisServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with open_run_database(on_postgres) as run_database:

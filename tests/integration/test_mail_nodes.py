@@ -261,7 +261,7 @@ async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_be
         ({"attachments": [{"$blob": {"sha256": "0" * 64, "size": 1}}]}, "blob-not-found"),
     ],
 )
-async def test_what_would_be_more_than_one_mail_is_refused(
+async def test_input_for_several_mails_is_refused(
     mail_node_harness: MailNodeHarness, config: dict[str, Json], code: str
 ) -> None:
     error = await mail_node_harness.refused(**config)
@@ -321,7 +321,7 @@ async def test_a_refusal_says_whether_another_attempt_is_worth_it(
     assert answer in error.message
 
 
-async def test_nobody_logs_in_before_the_server_has_shown_who_it_is(
+async def test_no_password_is_sent_before_the_server_has_proven_its_identity(
     mail_node_harness: MailNodeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mail_node_harness.changed(host="other.example")
@@ -379,7 +379,7 @@ async def test_a_connection_that_breaks_at_the_end_leaves_it_open_whether_the_ma
         (b"220 ok\r\n", "timeout", True),
     ],
 )
-async def test_whatever_answers_can_only_refuse_the_connection(
+async def test_any_server_answer_only_refuses_the_connection(
     mail_node_harness: MailNodeHarness, greeting: bytes, code: str, *, retryable: bool
 ) -> None:
     opened: list[asyncio.StreamWriter] = []

@@ -77,7 +77,7 @@ async def go_to_sleep(run_database: RunDatabase, run: ClaimedRun) -> None:
     assert await run_database.store.record([ended]) == {run.execution_id}
 
 
-async def test_an_answer_wakes_a_run_that_sleeps_and_is_there_for_whoever_claims_it(
+async def test_an_answer_wakes_a_waiting_run_and_is_read_by_its_next_owner(
     run_database: RunDatabase,
 ) -> None:
     run = await run_database.claimed(timeout_seconds=100.0)
@@ -144,7 +144,7 @@ async def test_of_two_answers_at_once_one_counts(run_database: RunDatabase) -> N
     assert (await give(run_database, key_of(run), first)).reception is AnswerReception.TAKEN
 
 
-async def test_what_nobody_waits_for_is_refused(run_database: RunDatabase) -> None:
+async def test_unawaited_answers_are_refused(run_database: RunDatabase) -> None:
     place = await run_database.workflow()
     fresh = await run_database.accept(place)
     assert (await give(run_database, fresh)).reception is AnswerReception.UNAWAITED

@@ -335,7 +335,7 @@ async def poll_at_once(
 
 @BUSY
 @pytest.mark.usefixtures("unlimited")
-def test_whatever_is_missing_too_long_or_of_another_kind_is_answered_as_documented(
+def test_missing_oversized_and_mistyped_values_get_documented_answers(
     postgres: PostgresServer, tmp_path: Path
 ) -> None:
     with serve_gateway("sqlite", postgres, tmp_path) as served:
@@ -346,7 +346,7 @@ def test_whatever_is_missing_too_long_or_of_another_kind_is_answered_as_document
 
 @BUSY
 @pytest.mark.usefixtures("unlimited")
-def test_whatever_is_thought_of_is_answered_as_documented(postgres: PostgresServer, tmp_path: Path) -> None:
+def test_generated_requests_get_documented_answers(postgres: PostgresServer, tmp_path: Path) -> None:
     with serve_gateway("postgresql", postgres, tmp_path) as served:
         report = fuzz_operation(served, examples_of_an_operation=1, phases={"fuzzing"})
     assert report.failures == []

@@ -122,7 +122,7 @@ async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_end
 
 
 @pytest.mark.usefixtures("hasty")
-async def test_what_was_under_way_when_the_server_fell_silent_is_given_up(
+async def test_operations_in_progress_are_abandoned_if_the_server_falls_silent(
     faulty_proxy: FaultyProxy, store_and_database: tuple[JournalStore, Database]
 ) -> None:
     calls = [*make_calls(*store_and_database), store_and_database[1].ping]

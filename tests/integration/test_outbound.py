@@ -162,7 +162,7 @@ async def outage_code(outbound: OutboundClient, url: str, timeout_seconds: float
     return unavailable.value.code
 
 
-async def test_a_request_carries_what_it_was_given_and_brings_the_answer_back() -> None:
+async def test_a_request_is_sent_as_given_and_returns_the_response() -> None:
     answer = http_message("201 Created\r\nX-Two: a\r\nx-two: b", b"made")
     async with (
         serve_upstream(answer_always(answer)) as upstream,
@@ -215,7 +215,7 @@ async def test_one_address_that_is_not_allowed_refuses_the_name(answer: list[str
     assert upstream.connections == 0
 
 
-async def test_a_refusal_does_not_tell_what_a_name_means_inside() -> None:
+async def test_a_refusal_does_not_reveal_internal_addresses_of_a_name() -> None:
     async with open_client(resolve=make_resolver(["10.9.8.7"])) as outbound:
         with pytest.raises(OutboundRefused) as refused:
             await fetch(outbound, "http://name.test/secret?key=secret")
@@ -230,7 +230,7 @@ async def test_a_name_in_an_allowed_network_is_found_by_the_system() -> None:
     assert upstream.requests[0].headers["host"] == f"localhost:{upstream.port}"
 
 
-async def test_the_connection_goes_to_the_checked_address_whatever_the_name_means_later() -> None:
+async def test_the_connection_goes_to_the_checked_address_of_the_name() -> None:
     last = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
     async with (
         serve_upstream(lambda request: last if request.target == "/last" else OK) as public,
@@ -493,7 +493,7 @@ async def test_failures_of_connection_or_resolution_are_retryable() -> None:
 
 
 @pytest.mark.parametrize("method", ["PUT", "POST", "DELETE"])
-async def test_a_write_whose_connection_breaks_is_sent_once(method: str) -> None:
+async def test_a_write_on_a_broken_connection_is_sent_once(method: str) -> None:
     async with serve_upstream(answer_always(b"")) as upstream, open_client() as outbound:
         with pytest.raises(OutboundUnavailable) as unavailable:
             await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={}, body=b"x")
@@ -573,7 +573,7 @@ async def test_a_body_over_the_limit_is_cut_off(framing: str) -> None:
         )
 
 
-async def test_a_chunk_whose_extension_never_ends_is_cut_off() -> None:
+async def test_a_chunk_with_an_endless_extension_closes_the_connection() -> None:
     async def endless(_: UpstreamRequest) -> AsyncIterator[bytes]:
         yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;"
         while True:

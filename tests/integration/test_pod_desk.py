@@ -38,7 +38,7 @@ async def two_brokers(redis_server: RedisServer) -> AsyncIterator[tuple[Broker, 
 
 
 @pytest.fixture(autouse=True)
-def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_polling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable polling, so that only notifications deliver work."""
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
 

@@ -118,7 +118,9 @@ LARGE: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("kind", LARGE)
-async def test_nobody_waits_while_ten_megabytes_are_read(kind: str, shared: PooledCatalog) -> None:
+async def test_a_body_of_ten_megabytes_does_not_block_other_requests(
+    kind: str, shared: PooledCatalog
+) -> None:
     config: dict[str, Json] = {"text": LARGE[kind]()}
     assert len(encode_json(config)) > 8_000_000
     await call("regex", {"text": "a", "pattern": "a"}, library=shared)

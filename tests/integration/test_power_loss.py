@@ -128,9 +128,7 @@ def surviving_claims(data: Path) -> Iterator[str]:
     )
 
 
-def test_what_is_said_to_last_outlasts_a_power_cut_at_that_very_moment(
-    record: PowerLossRecord, tmp_path: Path
-) -> None:
+def test_durable_files_survive_a_power_cut_at_any_moment(record: PowerLossRecord, tmp_path: Path) -> None:
     for number, what in enumerate(record.said):
         for seed in (None, 1, 2):
             left = tmp_path / f"{what}-{seed}"

@@ -211,7 +211,7 @@ async def test_a_child_has_no_right_that_it_does_not_need(
     assert child.memory_info().rss < 80_000_000
 
 
-async def test_what_a_child_says_is_not_believed(processes: ProcessPool) -> None:
+async def test_messages_of_a_child_process_are_verified(processes: ProcessPool) -> None:
     heard: list[tuple[str, str]] = []
     listener = JobListener(lambda level, message: heard.append((level, message)), [])
     with pytest.raises(NodeError) as raised:

@@ -163,7 +163,7 @@ async def test_an_unreadable_message_is_logged(client: Redis, broker: Broker) ->
     assert [entry["message_id"] for entry in logs if entry["log_level"] == "error"] == ["b'bad'"]
 
 
-async def test_an_id_whose_body_is_gone_is_forgotten(client: Redis, broker: Broker) -> None:
+async def test_a_message_id_without_a_body_is_dropped(client: Redis, broker: Broker) -> None:
     await client.rpush(QUEUE, "bodiless")
     await _send_wakeup(client, 1)
     wakeups: Queue[int] = Queue()

@@ -380,7 +380,7 @@ async def stop_during_call(pod: PodProcessHarness, receiver: HttpReceiver) -> in
 # ── pods ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: DeployedPods) -> None:
+async def test_a_pod_runs_only_executions_accepted_for_it(pods: DeployedPods) -> None:
     pod = await pods.start(anew=True).ready()
     shared = await pods.run_database.accept(pods.owned_workflow, definition=SIMPLE)
     mine = await pods.accept(SIMPLE, trigger='{"body":{"name":"Ada"}}')
@@ -402,7 +402,7 @@ async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Deploye
 
 
 @ON_POSTGRES
-async def test_a_pod_whose_clock_is_a_day_ahead_and_then_set_back_runs_like_any(
+async def test_a_pod_with_a_clock_a_day_ahead_that_is_set_back_runs_normally(
     pods: DeployedPods, receiver: HttpReceiver, shifted_clock: Path, tmp_path: Path
 ) -> None:
     clock = ShiftedClock(shifted_clock, tmp_path / "clock")
@@ -528,7 +528,7 @@ async def test_a_pod_that_drains_says_so_and_lets_its_run_end(
 
 
 @ON_SQLITE
-async def test_a_pod_hands_over_what_takes_too_long_and_no_call_is_made_twice(
+async def test_a_pod_hands_off_long_runs_and_repeats_no_call(
     pods: DeployedPods, receiver: HttpReceiver
 ) -> None:
     count = 25
@@ -545,7 +545,7 @@ async def test_a_pod_hands_over_what_takes_too_long_and_no_call_is_made_twice(
     assert [one.path for one in receiver.received] == [f"/call-{index}" for index in range(count)]
 
 
-async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(
+async def test_nodes_in_a_pod_have_the_services_of_a_worker(
     pods: DeployedPods, receiver: HttpReceiver
 ) -> None:
     large = "x" * 5_000
@@ -669,7 +669,7 @@ async def test_a_wakeup_at_a_gateway_without_polling_pods_is_forwarded(
 
 
 @ON_SQLITE
-async def test_a_pod_that_nobody_is_left_for_ends_itself(pods: DeployedPods) -> None:
+async def test_an_orphaned_pod_ends_itself(pods: DeployedPods) -> None:
     folder = pods.folder / "work"
     folder.mkdir()
     housed = pods.start(folder=folder)
@@ -818,7 +818,7 @@ async def read_all_tables(run_database: RunDatabase, held: HeldRun) -> list[Any]
     ]
 
 
-async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_it(pods: DeployedPods) -> None:
+async def test_only_the_pod_that_holds_a_run_reads_or_changes_it(pods: DeployedPods) -> None:
     held = await hold(pods)
     neighbour = await deploy(
         pods.run_database, await pods.run_database.workflow(pods.owned_workflow.organization)
@@ -866,7 +866,7 @@ async def test_runs_of_a_pod_process_are_reclaimed_when_its_next_one_begins(
 
 
 @ON_POSTGRES
-async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers(pods: DeployedPods) -> None:
+async def test_a_pod_learns_the_database_time_from_gateway_answers(pods: DeployedPods) -> None:
     settings = RunnerSettings(
         runner_gateway_url=pods.gateway.url,
         runner_token=SecretStr(pods.token),
@@ -933,7 +933,7 @@ async def test_a_pod_is_let_in_though_another_guesses_tokens_from_its_address(
     assert await claim(pods.token) == 200
 
 
-async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: DeployedPods) -> None:
+async def test_a_secret_needs_a_live_lease_and_the_rights_of_the_user(pods: DeployedPods) -> None:
     held = await hold(pods)
     (line,) = (line for line in routes.TABLE if line.path.endswith("/data-sources"))
     assert (await held.ask(line, pods.token)).status_code == 200
@@ -972,7 +972,7 @@ async def test_a_value_that_a_row_could_not_return_unchanged_is_refused(pods: De
     assert await read_all_tables(pods.run_database, held) == before
 
 
-async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> None:
+async def test_a_pod_with_refused_polls_asks_again_after_a_pause() -> None:
     """As by a gateway of another version, or by another server at its address."""
     asked_at: list[float] = []
     loop = asyncio.get_running_loop()

@@ -274,7 +274,7 @@ async def test_a_listing_goes_over_pages_and_tells_names_as_they_are(s3: FakeS3)
         (S3Error(301, "PermanentRedirect"), "wrong-region", False),
     ],
 )
-async def test_what_s3_refuses_is_told_by_its_code_and_whether_it_is_worth_another_try(
+async def test_s3_errors_have_their_code_and_say_if_a_retry_may_help(
     s3: FakeS3, refused: S3Error, code: str, *, is_retryable: bool
 ) -> None:
     bucket = await open_test_bucket(s3)
@@ -286,7 +286,7 @@ async def test_what_s3_refuses_is_told_by_its_code_and_whether_it_is_worth_anoth
     assert "It was refused" not in raised.value.message
 
 
-async def test_no_secret_is_in_what_goes_wrong(s3: FakeS3) -> None:
+async def test_no_error_contains_a_secret(s3: FakeS3) -> None:
     s3.secret_access_key = "another"
     of_user = bucket_source(s3, secrets={"secretAccessKey": "canary-secret", "sessionToken": "canary-token"})
     bucket = await open_bucket(of_user, LOCAL)

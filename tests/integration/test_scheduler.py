@@ -91,7 +91,7 @@ async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
     assert await read_epochs(run_database) == [1]
 
 
-async def test_whoever_resigns_is_followed_at_once(run_database: RunDatabase, database: Database) -> None:
+async def test_a_resigning_leader_is_followed_at_once(run_database: RunDatabase, database: Database) -> None:
     first, second = LeaderElection(database, 3600), LeaderElection(database, 3600)
     await first.renew()
     await first.resign()
@@ -144,7 +144,7 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
     await broker.close()
 
 
-async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
+async def test_delayed_runs_are_promoted_when_due_and_workers_are_woken(
     run_database: RunDatabase,
 ) -> None:
     place = await run_database.workflow()
@@ -177,7 +177,7 @@ async def test_recovery_goes_on_though_the_broker_is_away(run_database: RunDatab
     await broker.close()
 
 
-async def test_only_idempotency_keys_whose_day_is_over_are_forgotten(
+async def test_only_expired_idempotency_keys_are_deleted(
     run_database: RunDatabase, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH_ROWS", 3)

@@ -202,7 +202,7 @@ async def test_only_an_edit_of_the_timing_moves_the_next_instant(
     assert second - first == HOUR / 2
 
 
-async def test_what_is_paused_or_deleted_keeps_no_instant_and_misses_none(
+async def test_schedules_of_paused_and_deleted_workflows_have_no_instants_and_miss_none(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
@@ -294,7 +294,7 @@ async def test_two_schedulers_start_each_instant_once(
         assert Counter(await read_instants(harness, workflow_id)) == Counter(expected)
 
 
-async def test_an_edit_whose_transaction_began_before_an_instant_was_run_does_not_run_it_again(
+async def test_an_edit_that_began_before_an_instant_ran_does_not_repeat_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
@@ -347,7 +347,7 @@ async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
     ("policy", "expected"),
     [({"misfire": "skip"}, 0), ({}, 1), ({"misfire": "run-all", "misfireLimit": 3}, 3)],
 )
-async def test_after_a_week_without_a_scheduler_the_policy_says_what_is_made_up_for(
+async def test_the_misfire_policy_applies_after_a_week_without_a_scheduler(
     harness: GatewayHarness, people: OrganizationUsers, policy: dict[str, Any], expected: int
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, {**HOURLY, **policy})
@@ -453,7 +453,7 @@ async def test_a_clock_that_was_far_ahead_keeps_nothing_from_being_run_once_it_i
     assert await read_instants(harness, workflow_id) == [second, ahead]
 
 
-async def test_a_schedule_of_what_is_not_active_rests_whoever_has_left_it_due(
+async def test_a_due_schedule_of_an_inactive_workflow_does_not_start(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
@@ -477,7 +477,7 @@ async def test_due_runs_are_found_by_an_index(harness: GatewayHarness) -> None:
 # ── locks of others ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_workflow_whose_places_are_locked_holds_up_the_schedule_of_no_other(
+async def test_locked_concurrency_slots_delay_no_schedule_of_other_workflows(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"concurrency": {"limit": 1, "onLimit": "reject"}}

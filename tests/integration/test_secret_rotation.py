@@ -134,7 +134,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     assert await open_secrets(harness, new, *ids) == expected
 
 
-def test_the_command_says_what_it_has_done(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_command_prints_its_result(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("rotation")
     command_runs.run_output("migrate", given=command_runs.command_environment(folder, SECRET_KEY=SECRET))
     given = command_runs.command_environment(

@@ -24,7 +24,7 @@ async def open_connection(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg
         connection.terminate()
 
 
-async def test_postgres_keeps_what_it_committed_before_a_crash(postgres: PostgresServer) -> None:
+async def test_postgresql_keeps_its_commits_through_a_crash(postgres: PostgresServer) -> None:
     url = await postgres.create_database("crash")
     async with open_connection(url) as connection:
         await connection.execute("CREATE TABLE kept (value integer); INSERT INTO kept VALUES (42)")

@@ -39,7 +39,7 @@ async def reserve(
     return await throttle.reserve(caller, key, limit=6, per_seconds=60.0, max_wait_seconds=max_wait_seconds)
 
 
-async def test_places_are_spread_evenly_whoever_takes_them(run_database: RunDatabase) -> None:
+async def test_reserved_times_are_spread_evenly_over_processes(run_database: RunDatabase) -> None:
     other = Database(run_database.url)
     try:
         before = datetime.now(UTC)

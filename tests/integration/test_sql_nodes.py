@@ -157,7 +157,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 # ── reading and writing ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_written_is_read_again(orders: SqlTarget) -> None:
+async def test_written_rows_are_read_back(orders: SqlTarget) -> None:
     rows: list[Json] = [{"id": 1, "name": "Ada", "total": 42.5}, {"id": 2, "name": None, "total": 7.0}]
     assert await orders.write([*rows, {"id": 3}], table="orders") == 3
     read = await orders.read("SELECT id, name, total FROM orders WHERE id <= ? ORDER BY id", 3)
@@ -213,7 +213,7 @@ async def test_nothing_to_write_is_not_an_error(orders: SqlTarget) -> None:
     assert await orders.write([], table="orders") == 0
 
 
-async def test_a_statement_tells_how_many_rows_it_changed(orders: SqlTarget) -> None:
+async def test_a_statement_returns_its_number_of_changed_rows(orders: SqlTarget) -> None:
     await orders.write([{"id": number} for number in range(5)], table="orders")
     assert await orders.run("UPDATE orders SET name = ? WHERE id >= ?", "late", 2) == 3
     assert await orders.run("DELETE FROM orders WHERE name = ?", "late") == 3
@@ -294,7 +294,7 @@ async def test_the_number_of_values_must_fit(orders: SqlTarget) -> None:
     await assert_refused("statement-refused", orders.read("SELECT '?' AS x", 1))
 
 
-async def test_what_the_database_says_is_passed_on_without_who_and_where(orders: SqlTarget) -> None:
+async def test_database_messages_are_passed_on_without_users_and_addresses(orders: SqlTarget) -> None:
     message = await assert_refused("sql-error", orders.read("SELECT nothing FROM orders"))
     assert "nothing" in message
     assert "127.0.0.1" not in message
@@ -313,7 +313,7 @@ async def test_a_result_too_large_for_an_output_is_an_error(sql_target: SqlTarge
     assert "10,000,000" in await assert_refused("result-too-large", sql_target.read(LARGE[sql_target.type]))
 
 
-async def test_a_slow_query_ends_in_its_timeout_and_nobody_else_waits(sql_target: SqlTarget) -> None:
+async def test_a_slow_query_ends_at_its_timeout_without_delaying_others(sql_target: SqlTarget) -> None:
     turns = 0
     running = asyncio.create_task(sql_target.read(SLOW[sql_target.type], timeoutSeconds=0.4))
     while not running.done():
@@ -556,7 +556,7 @@ async def test_a_deadlock_is_worth_another_attempt(postgresql: SqlTarget) -> Non
     ]
 
 
-async def test_a_new_revision_closes_what_the_old_one_opened(postgresql: SqlTarget) -> None:
+async def test_a_new_revision_closes_the_connections_of_the_old_one(postgresql: SqlTarget) -> None:
     opened = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pilotflame' AND datname = current_database()"
     (before,) = (await postgresql.read(opened))["rows"]
     assert before in (await postgresql.read(opened))["rows"]
@@ -641,7 +641,7 @@ def test_our_own_database_is_read_from_its_url() -> None:
     )
 
 
-async def test_a_refused_login_and_a_missing_server_name_nobody(
+async def test_errors_of_refused_logins_and_missing_servers_name_no_user(
     postgresql: SqlTarget, mariadb: SqlTarget
 ) -> None:
     for found in (postgresql, mariadb):
@@ -684,7 +684,7 @@ async def test_a_server_that_can_not_encrypt_is_refused_where_that_is_required(p
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
     ],
 )
-async def test_whatever_answers_can_only_refuse_the_connection(kind: str, greeting: bytes) -> None:
+async def test_any_server_answer_only_refuses_the_connection(kind: str, greeting: bytes) -> None:
     async def greet(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting)
         writer.close()

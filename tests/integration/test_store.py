@@ -241,7 +241,7 @@ async def test_a_run_accepted_again_after_its_answer_was_lost_is_accepted_once(
     assert await run_database.count("execution") == await run_database.count("execution_data") == 1
 
 
-async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(
+async def test_a_run_that_cannot_be_stored_does_not_affect_others(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(run_database.store.accept)
@@ -290,7 +290,7 @@ async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(
     assert taken.verdict == "accepted"
 
 
-async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run(
+async def test_a_repeated_request_is_recognized_by_its_own_key_or_that_of_a_run(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     key = IdempotencyKey("events", "once", "a")
@@ -352,7 +352,7 @@ async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(
     assert await run_database.count("delivery") == 1
 
 
-async def test_what_was_taken_in_by_an_attempt_whose_answer_was_lost_is_not_doubled(
+async def test_messages_accepted_by_an_attempt_with_a_lost_answer_are_not_repeated(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     keyed = owned_workflow.arrival(owned_workflow.run(), idempotency=IdempotencyKey("events", "once", ""))
@@ -530,7 +530,7 @@ async def test_claims_follow_the_order_of_the_turns(run_database: RunDatabase) -
     assert order == [(id_, turn) for id_ in (middle, last, first) for turn in (500, 900, 3)]
 
 
-async def test_what_was_started_goes_before_what_is_fresh_and_priority_makes_up_for_age(
+async def test_started_runs_precede_fresh_ones_and_priority_compensates_for_age(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     started = await run_database.claimed(owned_workflow)
@@ -571,7 +571,7 @@ async def test_a_claim_that_was_shared_out_says_that_more_may_wait(run_database:
     assert seen == 51
 
 
-async def test_a_worker_takes_only_what_is_meant_for_it(
+async def test_a_worker_claims_only_runs_with_its_target(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     key = await run_database.accept(owned_workflow)
@@ -948,7 +948,7 @@ async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_isolated_to
 
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
-async def test_a_run_whose_worker_died_after_its_end_was_asked_for_has_ended(
+async def test_a_run_with_an_end_request_has_ended_after_its_worker_died(
     run_database: RunDatabase, request_: str, status: str
 ) -> None:
     one = await run_database.claimed()
@@ -960,7 +960,7 @@ async def test_a_run_whose_worker_died_after_its_end_was_asked_for_has_ended(
     assert row["ended_at"] is not None
 
 
-async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
+async def test_a_sweep_respects_its_limit_and_leaves_held_runs(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     runs = [await run_database.claimed(owned_workflow) for _ in range(5)]
@@ -969,7 +969,7 @@ async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
     assert (await run_database.row(runs[0].execution_id))["status"] == "running"
 
 
-async def test_a_sweep_on_postgresql_chooses_once_whatever_the_plan(
+async def test_a_sweep_on_postgresql_selects_rows_once_under_any_plan(
     on_postgres: MigratedDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The remaining plan then scans its other table again for each row.
@@ -1024,7 +1024,7 @@ async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
     assert await run_database.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
 
 
-async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once_and_ends_at_the_second_time(
+async def test_runs_of_a_process_out_of_memory_are_isolated_at_once_and_fail_at_the_second_loss(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     hog, beside = [await run_database.accept(owned_workflow) for _ in range(2)]
@@ -1052,7 +1052,7 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
     )
 
 
-async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(
+async def test_claimed_runs_that_never_began_are_released_uncounted(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     await run_database.store.accept([owned_workflow.run() for _ in range(3)])
@@ -1090,7 +1090,7 @@ async def test_an_owner_s_name_is_no_pattern(run_database: RunDatabase) -> None:
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 @pytest.mark.parametrize("state", ["pending", "waiting", "expired"])
-async def test_a_run_that_nobody_holds_ends_at_once(
+async def test_a_run_without_a_lease_ends_at_once(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, state: str, request_: str, status: str
 ) -> None:
     one = await run_database.claimed(owned_workflow)
@@ -1122,7 +1122,7 @@ async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named
     assert await run_database.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
 
 
-async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(run_database: RunDatabase) -> None:
+async def test_a_cancelled_run_of_a_dead_worker_does_not_become_stopped(run_database: RunDatabase) -> None:
     one = await run_database.claimed()
     await run_database.store.request_end(key_of(one), "cancel")
     await run_database.expire(one)
@@ -1249,7 +1249,7 @@ async def losing_store(on_postgres: MigratedDatabase) -> AsyncIterator[LosingSto
 
 
 @pytest.mark.parametrize("fields", [{}, idempotency_fields()], ids=["without a key", "with a key"])
-async def test_an_acceptance_whose_answer_is_lost_is_read_back_and_not_doubled(
+async def test_an_acceptance_with_a_lost_answer_is_read_back_and_not_repeated(
     losing_store: LosingStore, fields: dict[str, Any]
 ) -> None:
     owned_workflow = await losing_store.run_database.workflow()
@@ -1263,7 +1263,7 @@ async def test_an_acceptance_whose_answer_is_lost_is_read_back_and_not_doubled(
     )
 
 
-async def test_results_whose_commit_is_in_doubt_are_written_once_and_the_run_goes_on(
+async def test_results_with_a_doubtful_commit_are_written_once_and_the_run_continues(
     losing_store: LosingStore,
 ) -> None:
     one = await losing_store.run_database.claimed()
@@ -1278,7 +1278,7 @@ async def test_results_whose_commit_is_in_doubt_are_written_once_and_the_run_goe
     )
 
 
-async def test_an_end_whose_commit_is_in_doubt_is_written_once(losing_store: LosingStore) -> None:
+async def test_an_end_with_a_doubtful_commit_is_written_once(losing_store: LosingStore) -> None:
     one = await losing_store.run_database.claimed()
     wrote = write(one, spans=[make_span()], end=RunStatus.COMPLETED, completed_nodes=1)
     await losing_store.answer_of(losing_store.store.record([wrote]), one.execution_id)
@@ -1349,7 +1349,7 @@ async def test_each_run_ends_once_while_connections_are_cut_again_and_again(
         assert await run_database.count("span") == 100
 
 
-async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_when_it_is_back(
+async def test_an_absent_server_is_reported_and_accepted_runs_survive_its_absence(
     on_postgres: MigratedDatabase, postgres: PostgresServer
 ) -> None:
     async with open_run_database(on_postgres) as run_database:
@@ -1423,7 +1423,7 @@ async def sqlite_run_database(on_sqlite: MigratedDatabase) -> AsyncIterator[RunD
         yield run_database
 
 
-async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
+async def test_a_locked_file_is_reported_to_all_waiting_transactions_after_one_wait(
     sqlite_run_database: RunDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite_store, "SQLITE_BUSY_SECONDS", 0.5)
@@ -1454,7 +1454,7 @@ async def test_a_file_that_cannot_be_opened_is_reported_until_it_can(
     await store.close()
 
 
-async def test_a_store_that_was_closed_answers_nobody(sqlite_run_database: RunDatabase) -> None:
+async def test_a_closed_store_refuses_calls(sqlite_run_database: RunDatabase) -> None:
     store = await sqlite_run_database.another_store()
     await store.sweep(10)
     await store.close()
@@ -1463,7 +1463,9 @@ async def test_a_store_that_was_closed_answers_nobody(sqlite_run_database: RunDa
             await asyncio.wait_for(call, 60)
 
 
-async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_run_database: RunDatabase) -> None:
+async def test_a_failing_operation_does_not_affect_others_in_its_transaction(
+    sqlite_run_database: RunDatabase,
+) -> None:
     owned_workflow = await sqlite_run_database.workflow()
     runs = [owned_workflow.run(timeout_seconds=1e30 if number == 5 else 1.0) for number in range(10)]
     answers = await asyncio.gather(

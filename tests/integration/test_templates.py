@@ -97,7 +97,7 @@ async def run_to_outputs(person: UserClient, workflow_id: str, inputs: Mapping[s
     return await wait_for_outputs(person, await start_run(person, workflow_id, inputs))
 
 
-async def test_everybody_finds_them_and_nobody_can_change_them(people: OrganizationUsers) -> None:
+async def test_all_users_find_shipped_templates_and_cannot_change_them(people: OrganizationUsers) -> None:
     for person in (people.owner, people.stranger):
         listed = (await person.api.get("/api/v1/workflows/templates")).json()
         assert [one["id"] for one in listed["templates"]] == [*SHIPPED]
@@ -200,7 +200,7 @@ async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
     ]
 
 
-async def test_a_polled_feed_tells_what_is_new_and_what_was_revised(person: UserClient) -> None:
+async def test_a_polled_feed_reports_new_and_revised_items(person: UserClient) -> None:
     feed = json.loads((DATA / "earthquakes.json").read_text())
     features = feed["features"]
     feed["features"] = features[:20]

@@ -175,7 +175,7 @@ async def test_an_answer_survives_the_worker_that_had_it_in_hand(
 
 
 @ON_ONE
-async def test_whoever_is_not_answered_in_time_goes_on_without(
+async def test_a_caller_without_a_timely_answer_continues(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     config = {"title": "Quick?", "expiresInSeconds": 1, "onExpiry": "continue"}
@@ -218,7 +218,7 @@ async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(
 # ── other runs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_run_goes_on_with_what_came_of_another(
+async def test_a_run_continues_with_the_result_of_its_child(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     inner = await people.owner.create(**ASKS)
@@ -301,7 +301,7 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
         assert (shown["status"], len(await wait_for_children(people.owner, execution_id))) == ("completed", 1)
 
 
-async def test_whoever_is_waited_for_is_cancelled_with_its_parent(
+async def test_an_awaited_child_is_cancelled_with_its_parent(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     inner = await people.owner.create(**ASKS)

@@ -60,7 +60,7 @@ async def test_runs_go_on_over_a_restart_of_redis_and_are_woken_again_after_it(
     await wait_until(lambda: _is_prompt(client))
 
 
-async def test_a_redis_that_answers_nothing_holds_nobody_up_for_long(
+async def test_a_silent_redis_delays_requests_only_briefly(
     deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(

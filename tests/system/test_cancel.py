@@ -55,7 +55,7 @@ async def test_a_waiting_run_is_cancelled_at_once(
 
 
 @on_many_processes
-async def test_the_run_of_a_dead_worker_is_ended_by_whoever_cancels_it(
+async def test_cancelling_ends_the_run_of_a_dead_worker(
     deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(
@@ -75,7 +75,7 @@ async def test_the_run_of_a_dead_worker_is_ended_by_whoever_cancels_it(
 
 
 @on_many_processes
-async def test_a_run_whose_worker_died_before_it_heard_of_the_cancel_ends_as_cancelled(
+async def test_a_run_ends_as_cancelled_if_its_worker_dies_before_the_cancel_arrives(
     deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(
@@ -108,7 +108,7 @@ async def test_a_stopped_run_finishes_the_node_in_hand_and_begins_no_other(
     assert not ledger.of("ship")
 
 
-async def test_a_failed_run_is_resumed_from_what_it_has_committed_under_the_same_idempotency_keys(
+async def test_a_failed_run_is_resumed_from_its_committed_results_with_the_same_idempotency_keys(
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(

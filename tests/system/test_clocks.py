@@ -69,7 +69,7 @@ async def dev(
         yield deployment
 
 
-async def test_hosts_whose_clocks_are_wrong_and_are_set_fail_no_run_and_move_no_wait(
+async def test_wrong_and_adjusted_host_clocks_fail_no_run_and_move_no_wait(
     many: SystemUnderTest, clocks: dict[str, ShiftedClock], ledger: EffectLedger
 ) -> None:
     await run_through(

@@ -80,7 +80,7 @@ async def test_clients_of_a_gateway_that_is_cut_off_are_told_within_seconds_and_
 
 
 @on_many_processes
-async def test_a_claim_whose_answer_was_lost_is_taken_back_and_made_again(
+async def test_a_claim_with_a_lost_answer_is_released_and_repeated(
     deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     way = deployment.ways.worker_to_database
@@ -98,7 +98,7 @@ async def test_a_claim_whose_answer_was_lost_is_taken_back_and_made_again(
 
 
 @on_many_processes
-async def test_a_commit_of_a_worker_whose_answer_was_lost_is_made_again_and_changes_nothing(
+async def test_a_repeated_commit_of_a_worker_after_a_lost_answer_changes_nothing(
     deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     way = deployment.ways.worker_to_database

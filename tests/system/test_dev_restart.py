@@ -27,7 +27,7 @@ async def client(dev: SystemUnderTest) -> AsyncIterator[RetryingClient]:
     await client.close()
 
 
-async def test_a_restart_takes_up_at_once_what_the_killed_process_held(
+async def test_a_restarted_process_continues_runs_of_the_killed_one_at_once(
     dev: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(workflow_shapes.journey_workflow(ledger))

@@ -30,7 +30,7 @@ async def test_a_burst_of_requests_acts_once_though_the_gateway_is_killed_in_its
     assert await _read_accepted(deployment, workflow) == set(runs)
 
 
-async def test_who_got_no_answer_from_a_killed_gateway_asks_again_and_is_told_the_same_execution(
+async def test_a_request_repeated_after_a_killed_gateway_gets_the_same_execution(
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
@@ -91,7 +91,7 @@ async def test_a_gateway_killed_between_commit_and_wake_up_has_accepted_the_run(
 
 
 @on_many_processes
-async def test_a_commit_whose_outcome_was_lost_is_looked_up_before_the_gateway_answers(
+async def test_the_gateway_looks_up_a_commit_with_a_lost_outcome_before_it_answers(
     deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     way = deployment.ways.gateway_to_database

@@ -155,7 +155,7 @@ async def _key_of_another(deployment: OneProcess, folder: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-async def _nobody_waits(shared_server: SharedServer) -> AsyncIterator[None]:
+async def _has_no_waiters(shared_server: SharedServer) -> AsyncIterator[None]:
     """Check that the neighbor's runs complete as usual, during each test and right after it."""
     delays = shared_server.neighbour.delays
     delays.clear()
@@ -629,7 +629,7 @@ async def test_a_large_answer_is_read_without_a_pause(shared_server: SharedServe
     await shared_server.completes(fetching_workflow(f"{shared_server.upstream}/json", END_SECONDS))
 
 
-async def test_nobody_is_told_of_an_end_at_a_private_address(shared_server: SharedServer) -> None:
+async def test_no_callback_is_sent_to_a_private_address(shared_server: SharedServer) -> None:
     workflow_id = await shared_server.client.create(chain_workflow(set_node("done")))
     for host in ("127.0.0.2", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:192.168.0.1]"):
         response = await shared_server.asked(
@@ -676,7 +676,7 @@ async def test_a_form_with_an_evil_schema_refuses_its_answer(shared_server: Shar
         assert expected in response.text
 
 
-async def test_a_form_whose_schema_is_none_is_refused(shared_server: SharedServer) -> None:
+async def test_a_form_with_an_invalid_schema_is_refused(shared_server: SharedServer) -> None:
     refused = await shared_server.refusal(
         chain_workflow(make_node("ask", "human-input", title="Yes?", schema={"type": "nonsense"}))
     )
@@ -711,7 +711,7 @@ async def test_a_forged_blob_leads_nowhere(shared_server: SharedServer) -> None:
     assert "invalid-blob" in await shared_server.failure(graph, {"blob": path})
 
 
-async def test_what_is_pinned_has_its_limits(shared_server: SharedServer) -> None:
+async def test_pinned_outputs_have_limits(shared_server: SharedServer) -> None:
     workflow_id = await shared_server.client.create(chain_workflow(set_node("one"), set_node("two")))
     execute = partial(shared_server.asked, "POST", f"/workflows/{workflow_id}/execute")
     unknown: list[Json] = [

@@ -68,7 +68,7 @@ async def ingest_deployment(
 
 
 @on_many_processes
-async def test_while_the_database_is_down_senders_are_told_to_come_again_and_what_they_send_then_runs(
+async def test_senders_get_503_while_the_database_is_down_and_their_later_requests_run(
     ingest_deployment: IngestDeployment,
 ) -> None:
     assert isinstance(ingest_deployment.deployment, ManyProcesses)
@@ -119,7 +119,7 @@ async def test_a_request_ingested_by_a_killed_gateway_is_not_run_twice(
 
 
 @on_many_processes
-async def test_what_a_gateway_had_read_and_not_yet_taken_in_when_it_was_killed_is_lost_on_nobody(
+async def test_requests_read_but_not_ingested_by_a_killed_gateway_are_not_lost(
     ingest_deployment: IngestDeployment,
 ) -> None:
     assert isinstance(ingest_deployment.deployment, ManyProcesses)
@@ -139,7 +139,7 @@ async def test_what_a_gateway_had_read_and_not_yet_taken_in_when_it_was_killed_i
 
 
 @on_many_processes
-async def test_a_mail_whose_reader_is_killed_is_read_by_another(ingest_deployment: IngestDeployment) -> None:
+async def test_a_mail_of_a_killed_parser_is_parsed_by_another(ingest_deployment: IngestDeployment) -> None:
     deployment = ingest_deployment.deployment
     assert isinstance(deployment, ManyProcesses)
     delivery = ingest_deployment.senders.one("SendGrid").delivery()

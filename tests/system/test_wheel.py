@@ -60,7 +60,7 @@ def relative_paths(paths: Iterable[Path]) -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in paths if path.is_file()}
 
 
-def test_the_wheel_contains_what_modules_read(packed: frozenset[str]) -> None:
+def test_the_wheel_contains_the_data_files_of_modules(packed: frozenset[str]) -> None:
     read = [*ROOT.glob("nodes/library/*.toml"), *ROOT.glob("gateway/openapi/*.[jms]*")]
     assert len(read) > 40
     assert relative_paths(read) <= packed

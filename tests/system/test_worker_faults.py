@@ -45,7 +45,7 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes(
     assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (2, 1)
 
 
-async def test_a_worker_that_slept_past_its_lease_begins_again_what_it_had_in_hand(
+async def test_a_worker_suspended_past_its_lease_starts_its_runs_again(
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(

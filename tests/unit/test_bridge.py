@@ -47,7 +47,7 @@ def test_a_reference_of_an_unknown_kind_is_unreadable(content: bytes) -> None:
         to_json(content)
 
 
-def test_an_entry_whose_priority_is_no_number_is_unreadable() -> None:
+def test_an_entry_with_a_non_numeric_priority_is_unreadable() -> None:
     with pytest.raises(UnreadableMessage, match="priority"):
         parse_entry({b"message": b"{}", b"priority": b"high"})
     assert parse_entry({b"priority": b"high"}) == (b'{"priority":"high"}', None)
@@ -84,7 +84,7 @@ def test_messages_are_split_by_size_and_unreadable_ones_stand_alone() -> None:
     assert list(split_requests([])) == []
 
 
-def test_pauses_grow_to_half_a_minute_and_never_undercut_what_was_asked_for() -> None:
+def test_pauses_grow_to_half_a_minute_and_respect_retry_after() -> None:
     assert 0.05 <= retry.pause_seconds(1, 0) <= 0.1
     assert 15 <= retry.pause_seconds(1_000, 0) <= 30
     assert 7 <= retry.pause_seconds(1, 7) <= 7.1
@@ -105,7 +105,7 @@ async def _enqueue(fake: FakeGateway, *bodies: object, **settings: str) -> list[
         await gateway.close()
 
 
-async def test_what_the_gateway_answers_says_what_to_do_next() -> None:
+async def test_gateway_answers_determine_the_next_step() -> None:
     async with fake_gateway.serve_fake_gateway() as fake:
         assert await _enqueue(fake, "a", "poison") == ["accepted", "refused"]
         assert await _enqueue(fake, "a", "b") == ["duplicate", "accepted"]
@@ -146,7 +146,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_sent() -> None:
 # ── optional parts ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_without_its_library_the_bridge_to_rabbitmq_says_what_to_install(
+def test_without_its_library_the_rabbitmq_bridge_names_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delitem(sys.modules, "bridge.rabbitmq_queue", raising=False)

@@ -116,7 +116,7 @@ def test_a_node_stands_in_the_middle_of_its_children() -> None:
     assert [places["e"][1] - places["d"][1], places["d"][1] - places["c"][1]] == [ROW_HEIGHT, ROW_HEIGHT]
 
 
-def test_what_only_leads_to_a_join_stands_just_before_it() -> None:
+def test_nodes_that_only_lead_to_a_join_are_placed_just_before_it() -> None:
     places = arrange_graph(parse_graph("start>a a>b b>agent tool>agent agent>end"))
     assert places["tool"][0] == places["b"][0] == places["agent"][0] - COLUMN_WIDTH
 

@@ -50,7 +50,7 @@ def run(call):
 
 
 @EVERY_TYPE
-def test_an_entry_tells_what_its_reader_needs(node_type: NodeType) -> None:
+def test_an_entry_is_complete(node_type: NodeType) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", node_type.type)
     assert re.fullmatch(r"\d+\.\d+\.\d+", node_type.version)
     assert node_type.category in {"triggers", "sources", "transform", "control", "io", "ai"}
@@ -146,7 +146,7 @@ async def test_a_node_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("type = ?", "line 1"),
     ],
 )
-def test_an_entry_that_says_what_nobody_reads_is_refused(wrong: str, said: str, tmp_path: Path) -> None:
+def test_an_entry_with_unknown_fields_is_refused(wrong: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "shout_it.toml").write_text(wrong)
     with pytest.raises(InvalidCatalogEntry, match=r"shout_it\.toml") as raised:
         catalog.read_catalog(tmp_path)
@@ -283,7 +283,7 @@ SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
         ),
     ],
 )
-def test_a_problem_says_where_and_what(
+def test_a_problem_has_a_path_and_a_message(
     node_type: str, config: dict[str, Json], path: str, message: str, keyword: str
 ) -> None:
     (problem,) = CATALOG.config_problems(CATALOG.get(node_type), config)
@@ -309,7 +309,7 @@ def test_a_problem_says_where_and_what(
         ("http-request", {"url": "u", "timeoutSeconds": 301}, ("timeoutSeconds",), None),
     ],
 )
-def test_a_problem_says_what_was_meant_where_that_is_certain(
+def test_a_problem_suggests_the_intended_name_if_it_is_certain(
     node_type: str, config: dict[str, Json], steps: tuple[str | int, ...], meant: str | None
 ) -> None:
     (problem,) = CATALOG.config_problems(CATALOG.get(node_type), config)
@@ -391,6 +391,6 @@ def test_types_that_begin_like_a_name_come_before_those_that_are_alike(given: st
 
 
 @pytest.mark.parametrize("alias", ["queue", "email", "event", "schedule"])
-def test_what_starts_a_trigger_names_its_type(alias: str) -> None:
+def test_the_kind_of_a_trigger_determines_its_type(alias: str) -> None:
     assert CATALOG.get(CATALOG.canonical_name(alias)).is_trigger
     assert CATALOG.canonical_name("set") == "set"

@@ -34,7 +34,7 @@ def parse_binary(body: bytes = b"", *headers: tuple[bytes, bytes]) -> SenderEven
     return event
 
 
-def test_source_and_id_together_are_what_an_event_is_known_by() -> None:
+def test_source_and_id_together_identify_an_event() -> None:
     assert (
         parse_structured().key == parse_binary().key == signatures.delivery_key("cloudevents", "/beds/7", "1")
     )
@@ -52,7 +52,7 @@ def test_source_and_id_together_are_what_an_event_is_known_by() -> None:
         ({"data_base64": None, "data": 1}, 1),
     ],
 )
-def test_the_data_of_an_event_is_kept_whatever_it_is(members: dict[str, Json], data: Json) -> None:
+def test_event_data_of_any_type_is_kept(members: dict[str, Json], data: Json) -> None:
     assert parse_structured(**members).data == data
 
 
@@ -137,7 +137,7 @@ def test_headers_are_unquoted_and_then_decoded_once(value: bytes, text: str) -> 
         {"data_base64": 7},
     ],
 )
-def test_what_the_specification_does_not_allow_is_refused(members: dict[str, Json]) -> None:
+def test_events_outside_the_specification_are_refused(members: dict[str, Json]) -> None:
     with pytest.raises(RequestRefused) as refused:
         parse_structured(**members)
     assert refused.value.code == "invalid-event"

@@ -122,7 +122,7 @@ async def test_a_loop_takes_its_items_from_its_config_or_from_the_data(
         ({"onItemError": "{{ data[0] }}"}, ["stop"], "one of fail, continue"),
     ],
 )
-async def test_a_loop_refuses_what_it_can_not_walk_over(
+async def test_a_loop_refuses_values_that_are_no_lists(
     config: dict[str, Json], data: Json, word: str
 ) -> None:
     with pytest.raises(NodeError, match=word):
@@ -189,7 +189,7 @@ def test_each_choice_is_a_port() -> None:
 # ── sub-workflow ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_another_workflow_is_started_with_the_data_or_with_what_the_config_says() -> None:
+async def test_a_sub_workflow_starts_with_the_data_or_the_configured_inputs() -> None:
     answer: Json = {"output": 1}
     _, _, runs = await run(compile_node("sub-workflow", {"workflowId": "wf_2"}), {"a": 1}, answer)
     assert runs.asked == [("wf_2", {"a": 1}, "node", "", True)]

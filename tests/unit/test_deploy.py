@@ -119,7 +119,7 @@ def test_a_slip_in_an_object_would_be_found(path: str, value: object) -> None:
 
 @pytest.mark.skipif(shutil.which("kustomize") is None, reason="kustomize is not installed")
 @pytest.mark.parametrize("folder", [BASE, EXAMPLE], ids=lambda folder: folder.name)
-def test_kustomize_renders_what_is_tested_here(folder: Path, tmp_path: Path) -> None:
+def test_kustomize_renders_the_tested_manifests(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(DEPLOY / "kubernetes", tmp_path / "kubernetes")
     copy = tmp_path / "kubernetes" / folder.relative_to(DEPLOY / "kubernetes")
     for given in copy.glob("secrets/*.env.example"):
@@ -179,7 +179,7 @@ Right = tuple[str, str, str]
 """Group, resource and verb."""
 
 
-async def test_the_deployer_may_do_what_its_driver_does_and_nothing_else(
+async def test_the_deployer_has_exactly_the_permissions_of_its_driver(
     base: list[Json], tmp_path: Path
 ) -> None:
     (role,) = (found for found in base if found["kind"] == "Role")
@@ -306,7 +306,7 @@ def test_each_process_starts_with_its_own_secrets_and_never_without(
 
 
 @pytest.mark.parametrize("process", NEEDS)
-def test_each_process_has_a_secret_that_holds_what_it_needs_alone(process: str, example: list[Json]) -> None:
+def test_each_process_has_a_secret_with_only_its_own_values(process: str, example: list[Json]) -> None:
     (container,) = pod_templates(example)[process]["spec"]["containers"]
     named = {source["secretRef"]["name"] for source in container.get("envFrom", ()) if "secretRef" in source}
     named |= {
@@ -526,7 +526,7 @@ def find_instruction(path: Path, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_images_are_built_from_what_is_known_by_its_hash(path: Path) -> None:
+def test_images_are_built_from_inputs_pinned_by_hash(path: Path) -> None:
     (argument,), *built = parse_stages(path)
     assert argument.name == "ARG"
     assert DIGEST.search(argument.rest)
@@ -542,7 +542,7 @@ def test_images_are_built_from_what_is_known_by_its_hash(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_images_hold_compiled_modules_for_a_user_who_owns_nothing(path: Path) -> None:
+def test_images_have_compiled_modules_and_an_unprivileged_user(path: Path) -> None:
     *_, build, image = parse_stages(path)
     assert DockerInstruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}") in image
     assert image.index(DockerInstruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}")) > max(
@@ -582,7 +582,7 @@ def test_a_pod_holds_no_client_that_the_runner_may_not_use() -> None:
     assert {name for name in forbidden if "." not in name} <= packages_removed_from_pods()
 
 
-def test_the_runner_and_every_node_load_without_what_its_image_lacks() -> None:
+def test_the_runner_and_every_node_load_without_packages_absent_from_its_image() -> None:
     program = f"""
 import importlib, pkgutil, sys
 for name in {sorted(packages_removed_from_pods())}:
@@ -640,7 +640,7 @@ def test_compose_starts_nothing_before_its_secrets_are_filled_in(name: str) -> N
 
 
 @pytest.mark.parametrize("process", ["gateway", "worker", "scheduler"])
-def test_each_process_of_compose_starts_with_what_the_example_has(
+def test_each_process_of_compose_starts_with_the_example_settings(
     process: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = render_compose(read_env_example() | FILLED)[process]
@@ -649,7 +649,7 @@ def test_each_process_of_compose_starts_with_what_the_example_has(
     read_settings(monkeypatch, process, service["environment"])
 
 
-def test_local_pods_are_run_by_those_who_say_so_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_pods_need_an_explicit_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = render_compose(read_env_example() | FILLED)["deployer"]
     assert usual["profiles"] == ["deployments"]
     assert unknown_variables(PROCESSES["deployer"], usual["environment"]) == set()
@@ -662,7 +662,7 @@ def test_local_pods_are_run_by_those_who_say_so_and_no_others(monkeypatch: pytes
     assert allowed["gateway"]["environment"]["PILOTFLAME_CLUSTER"] == "local"
 
 
-def test_services_of_compose_are_closed_and_hold_what_they_need() -> None:
+def test_services_of_compose_are_confined_and_have_their_requirements() -> None:
     services = render_compose(read_env_example() | FILLED)
     assert {name: service["ports"] for name, service in services.items() if "ports" in service} == {
         "gateway": ["127.0.0.1:8000:8000"]

@@ -22,7 +22,7 @@ PRODUCTION: dict[str, Any] = {
 LOCAL: dict[str, Any] = {**PRODUCTION, "cluster": "local", "runner_gateway_url": "http://127.0.0.1:8000"}
 
 
-def test_local_pods_need_the_word_of_whoever_runs_the_server() -> None:
+def test_local_pods_need_the_consent_of_the_operator() -> None:
     with pytest.raises(InvalidSettings, match="PILOTFLAME_ALLOW_LOCAL_PODS"):
         DeployerSettings(**LOCAL).check_for_production()
     with pytest.raises(InvalidSettings, match="PILOTFLAME_RUNNER_GATEWAY_URL"):
@@ -70,7 +70,7 @@ def test_pods_look_up_names_where_the_cluster_answers_them() -> None:
             DeployerSettings(kubernetes_dns=wrong)
 
 
-def test_pods_read_what_was_set_for_runs_and_nothing_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pods_get_the_settings_of_runs_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = DeployerSettings(
         **LOCAL,
         lease_seconds=2,

@@ -42,7 +42,7 @@ def test_a_condition_that_takes_long_is_not_answered() -> None:
         event_filters.matches_event(asked, {"data": {"texts": ["x" * 1_000] * 1_000}})
 
 
-def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
+def test_a_condition_reads_values_of_its_run_once() -> None:
     source: Json = {
         "all": [
             make_condition("{{ item.event_data.order }}", "equals", "{{ data.order }}"),
@@ -110,7 +110,7 @@ async def test_a_node_asks_for_its_event_and_waits() -> None:
 
 
 @pytest.mark.parametrize("event_type", ["{{ data }}", "a {{ data.order }}", "*"])
-async def test_a_node_refuses_what_is_no_type_of_events(event_type: str) -> None:
+async def test_a_node_refuses_invalid_event_types(event_type: str) -> None:
     with pytest.raises(Exception, match="event_type"):
         await call("wait-for-event", {"event_type": event_type}, {"order": 7}, events=RecordedEventWaits())
 

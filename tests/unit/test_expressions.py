@@ -126,7 +126,7 @@ def test_a_path_that_leads_nowhere_finds_nothing(text: str) -> None:
         ("data." + "a" * 1_000, "at most 1,000 characters"),
     ],
 )
-def test_what_is_no_path_is_refused_with_a_reason(text: str, reason: str) -> None:
+def test_invalid_paths_are_refused_with_a_reason(text: str, reason: str) -> None:
     with pytest.raises(ExpressionError, match=reason) as caught:
         compile_path(text)
     assert caught.value.expression in text
@@ -312,7 +312,7 @@ def test_wrong_types_are_named_together_with_the_operation() -> None:
     assert caught.value.expression == "$op add"
 
 
-def test_a_default_answers_for_what_is_missing() -> None:
+def test_a_default_replaces_a_missing_value() -> None:
     unresolved: list[str] = []
     template = compile_value(
         [
@@ -359,7 +359,7 @@ FALLBACKS: dict[str, Json] = {
 
 
 @pytest.mark.parametrize("text", FALLBACKS)
-def test_the_first_value_counts_of_what_question_marks_join(text: str) -> None:
+def test_a_fallback_uses_its_first_present_value(text: str) -> None:
     assert render_value(text) == FALLBACKS[text]
 
 

@@ -52,7 +52,7 @@ async def test_organisations_that_wait_take_turns(queue: SlotQueue) -> None:
     await queue.end("b3")
 
 
-async def test_one_who_has_nothing_at_work_does_not_wait_for_the_jobs_of_another(queue: SlotQueue) -> None:
+async def test_an_idle_organization_does_not_wait_for_jobs_of_another(queue: SlotQueue) -> None:
     await queue.add("a1", "a2", "b1", "c1")
     assert queue.begun == ["a1", "b1"], "twice as many places as there are, and no more"
     await queue.end("b1")
@@ -76,7 +76,7 @@ async def cancel_as_it_gets_its_turn(queue: SlotQueue) -> None:
 
 
 @pytest.mark.parametrize("cancel", [cancel_while_it_waits, cancel_as_it_gets_its_turn])
-async def test_one_who_gives_up_takes_no_place(
+async def test_an_abandoned_wait_takes_no_slot(
     queue: SlotQueue, cancel: Callable[[SlotQueue], Awaitable[None]]
 ) -> None:
     await queue.add("a1", "a2", "a3")

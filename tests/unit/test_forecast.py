@@ -37,7 +37,7 @@ def test_pods_that_sleep_are_up_from_a_run_until_nothing_came_for_a_while() -> N
     assert on_demand == PolicyReplay(MINUTE * (7 + 7 + 61 + 11), 4, [COLD_START] * 4)
 
 
-def test_what_would_be_up_later_does_not_count() -> None:
+def test_pod_time_after_the_period_does_not_count() -> None:
     replay = lifecycle_forecast.replay_runs(IdleShutdownPolicy(30), [run(23.5, 20)], MONDAY, MONDAY + DAY)
     assert replay.pod_time == MINUTE * 30
 

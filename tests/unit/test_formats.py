@@ -30,7 +30,7 @@ def test_a_config_is_told_which_form_its_text_lacks() -> None:
 
 
 @pytest.mark.parametrize("event_type", ["user.created", "user.*", "a", ["user.created", "order.*"]])
-def test_an_event_is_named_whole_or_by_how_it_begins(event_type: Json) -> None:
+def test_an_event_type_matches_exactly_or_by_prefix(event_type: Json) -> None:
     loaded = catalog.load_catalog()
     assert loaded.config_problems(loaded.get("event-trigger"), {"event_type": event_type}) == []
 
@@ -38,7 +38,7 @@ def test_an_event_is_named_whole_or_by_how_it_begins(event_type: Json) -> None:
 @pytest.mark.parametrize(
     "event_type", ["", "*", "user.*.x", "a b", "user*", [], ["*"], [["a"]], 1, "{{ data.x }}*"]
 )
-def test_what_names_no_event_is_a_problem(event_type: Json) -> None:
+def test_patterns_that_match_no_event_are_problems(event_type: Json) -> None:
     loaded = catalog.load_catalog()
     problems = loaded.config_problems(loaded.get("event-trigger"), {"event_type": event_type})
     assert problems

@@ -27,7 +27,7 @@ def assemble_value(sent: list[bytes]) -> Json:
 
 @given(VALUES)
 @settings(max_examples=50)
-def test_a_value_arrives_as_it_was_in_whatever_pieces(value: Json) -> None:
+def test_a_value_arrives_unchanged_in_any_pieces(value: Json) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "PIECE_BYTES", 10)
         assert assemble_value(list(frames.encode_value(value))) == value
@@ -62,7 +62,7 @@ def test_no_piece_of_a_large_value_is_large() -> None:
         [(FrameTag.JOB, b"{}")],
     ],
 )
-def test_what_is_no_value_is_refused(sent: list[tuple[FrameTag, bytes]]) -> None:
+def test_frames_that_form_no_value_are_refused(sent: list[tuple[FrameTag, bytes]]) -> None:
     with pytest.raises(InvalidFrame):
         assemble_value([frames.encode_frame(tag, body) for tag, body in sent])
 

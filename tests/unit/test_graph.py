@@ -41,7 +41,7 @@ def test_a_stored_definition_is_read_as_it_says() -> None:
     assert graph.settings == RunSettings(timeout_seconds=60.0, strict_mappings=True, parallelism=4)
 
 
-def test_what_is_not_said_has_its_default() -> None:
+def test_omitted_fields_have_defaults() -> None:
     graph = ParsedGraph.from_stored(
         {"nodes": [{"id": "a", "type": "log", "config": None, "retry": None}], "connections": None}
     )

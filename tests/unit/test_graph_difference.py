@@ -21,7 +21,7 @@ def field_differences(before: dict[str, Any], after: dict[str, Any]) -> Any:  # 
     return msgspec.to_builtins(graph_difference.compare_fields(before, after))
 
 
-def test_equal_graphs_differ_in_nothing_whatever_their_order() -> None:
+def test_equal_graphs_do_not_differ_in_any_order() -> None:
     assert item_differences([A, B], [B, A]) == {"added": [], "removed": [], "changed": []}
 
 
@@ -42,7 +42,7 @@ def test_a_change_names_its_fields_with_the_values_before_and_after() -> None:
     ]
 
 
-def test_a_move_stands_apart_from_what_a_node_does() -> None:
+def test_a_moved_node_is_listed_apart_from_changed_ones() -> None:
     place = {"x": 30, "y": 40}
     moved = {"before": B["position"], "after": place}
     assert item_differences([B], [B | {"position": place}])["changed"] == [

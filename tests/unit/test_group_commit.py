@@ -21,7 +21,7 @@ async def committed_batches(*weights: int, max_weight: int) -> list[list[int]]:
     return committed
 
 
-async def test_what_waits_longest_goes_first_with_all_that_there_is_room_for() -> None:
+async def test_the_longest_waiting_item_goes_first_with_all_that_fit() -> None:
     assert await committed_batches(90, 80, 5, 5, 70, 1, max_weight=100) == [[90, 5, 5], [80, 1], [70]]
 
 

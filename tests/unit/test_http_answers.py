@@ -27,7 +27,7 @@ PLAIN: dict[str, Json] = {"status": 200, "headers": {}, "bodyType": "json"}
         ({"status": 204, "body": "x", "headers": {"Retry-After": None}}, {}, b""),
     ],
 )
-def test_an_answer_is_what_the_config_says(config: Json, headers: Json, body: bytes) -> None:
+def test_an_answer_follows_the_config(config: Json, headers: Json, body: bytes) -> None:
     assert isinstance(config, dict)
     answer = webhook_responses.build_response({**PLAIN, **config})
     assert (answer.status, answer.headers, answer.body) == (config.get("status", 200), headers, body)
@@ -54,7 +54,7 @@ def test_an_answer_is_what_the_config_says(config: Json, headers: Json, body: by
         "",
     ],
 )
-def test_what_says_how_an_answer_is_to_be_treated_is_not_the_workflows_to_say(name: str) -> None:
+def test_workflows_cannot_set_response_headers_that_control_handling(name: str) -> None:
     with pytest.raises(NodeError, match="other names that begin with x-"):
         webhook_responses.build_response({**PLAIN, "headers": {name: "1"}})
 

@@ -186,7 +186,7 @@ def test_a_draining_deployment_stops_when_its_runs_have_ended_or_its_time_is_ove
     assert decided_action(OFFICE_HOURS, replace(drains, has_running=False), OUTSIDE) is STOP
 
 
-def test_what_would_start_a_stopped_deployment_ends_a_drain() -> None:
+def test_start_reasons_of_a_stopped_deployment_end_a_drain() -> None:
     drains = situation_up(drain_until=MONDAY + MINUTE, stopped_reason=StoppedReason.MANUAL, has_running=True)
     assert decided_action(IdleShutdownPolicy(30), replace(drains, has_due=True), MONDAY) is WAKE
     by_schedule = replace(drains, stopped_reason=StoppedReason.SCHEDULE)
@@ -198,7 +198,7 @@ def test_what_would_start_a_stopped_deployment_ends_a_drain() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_done_about_what_is_not_deployed(policy: DeploymentPolicy) -> None:
+def test_undeployed_workflows_are_left_alone(policy: DeploymentPolicy) -> None:
     gone = DeploymentSituation(is_deployed=False, is_up=False, has_due=True)
     assert decide(policy, gone, INSIDE) == LifecycleVerdict(NONE, LifecycleReason.NOT_DEPLOYED)
     assert decided_action(policy, situation_down(StoppedReason.ARCHIVED, has_due=True), INSIDE) is NONE
@@ -252,7 +252,7 @@ def test_a_run_starts_a_sleeping_deployment_as_its_policy_says(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_whatever_is_up_takes_runs_and_what_is_gone_takes_none(policy: DeploymentPolicy) -> None:
+def test_deployments_that_are_up_take_runs_and_absent_ones_take_none(policy: DeploymentPolicy) -> None:
     assert start_refusal(policy, situation_up(), OUTSIDE) is None
     for gone in (DeploymentSituation(is_deployed=False, is_up=False), situation_down(StoppedReason.ARCHIVED)):
         refusal = start_refusal(policy, gone, INSIDE)
@@ -318,7 +318,7 @@ def test_a_deployment_that_drains_after_its_window_takes_no_runs() -> None:
         ),
     ],
 )
-def test_the_next_transition_is_what_the_clock_brings(
+def test_the_next_transition_follows_the_clock(
     policy: DeploymentPolicy,
     situation: DeploymentSituation,
     now: datetime,
@@ -345,7 +345,7 @@ def test_a_stored_policy_is_read() -> None:
     assert lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(None)) == IdleShutdownPolicy(30)
 
 
-def test_what_was_decided_by_is_kept_as_json() -> None:
+def test_inputs_of_a_decision_are_stored_as_json() -> None:
     kept = lifecycle_policy.decision_inputs(situation_down(StoppedReason.IDLE, has_due=True), MONDAY)
     assert kept["now"] == kept["stoppedAt"] == "2026-01-05T00:00:00.000Z"
     assert (kept["stoppedReason"], kept["hasDue"], kept["drainUntil"]) == ("idle", True, None)

@@ -48,7 +48,7 @@ def go_through(text: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_body_of_a_megabyte_holds_nobody_up(name: str) -> None:
+def test_a_body_of_a_megabyte_does_not_block_other_requests(name: str) -> None:
     text = TEXTS[name](MEGABYTE)
     assert not lock_holds.holds_longer(partial(go_through, text), lock_holds.MEGABYTE_SECONDS)
 

@@ -48,7 +48,7 @@ def test_a_line_begins_with_time_level_and_event() -> None:
 @pytest.mark.parametrize(
     "name", ["api_key", "X-API-Key", "secret", "password", "Authorization", "token", "cookie"]
 )
-def test_what_may_be_a_secret_is_hidden_however_deep_it_lies(name: str) -> None:
+def test_possible_secrets_are_hidden_at_any_depth(name: str) -> None:
     line = log_as_json(**{name: "hush"}, headers={name: "hush"}, list=[{name: "hush"}])
     assert (line[name], line["headers"], line["list"]) == (HIDDEN, {name: HIDDEN}, [{name: HIDDEN}])
     assert "hush" not in log_as_text(**{name: "hush"}, headers={name: "hush"})
@@ -121,7 +121,7 @@ def test_lines_are_written_in_their_order_and_all_of_them_before_the_end() -> No
         assert os.read(reader, 1_000_000).split() == [b"%d" % number for number in range(2_000)]
 
 
-def test_who_logs_never_waits_for_a_sink_that_is_stuck_and_what_was_dropped_is_counted() -> None:
+def test_logging_never_waits_for_a_stuck_sink_and_counts_dropped_lines() -> None:
     sent = 2 * MAX_WAITING_LINES
     with open_pipe() as (reader, writer):
         lines = LogLineWriter(writer, as_json)

@@ -155,7 +155,7 @@ def test_paths_are_checked_by_where_they_stand(drawing: str, path: str, is_found
     assert [finding.type for finding in validation.warnings] == ([] if is_found else ["unresolved-mapping"])
 
 
-def test_item_is_there_outside_of_loops_in_what_a_node_evaluates_for_each_item() -> None:
+def test_item_is_available_outside_loops_in_expressions_evaluated_per_item() -> None:
     config: Json = {"text": "", "items": [1], "each": "{{ item }} at {{ index }}"}
     assert validate_graph(parse_drawing("start > text", text=config), CATALOG).warnings == ()
 

@@ -274,7 +274,7 @@ def test_the_name_of_a_file_is_read_and_made_harmless(disposition: str, name: st
         ("text/plain; format=flowed", b"a \r\n>b \r\n-- \r\n", "a \n>b \n-- \n"),
     ],
 )
-def test_a_text_is_read_whatever_its_charset_is_called(content_type: str, raw: bytes, text: str) -> None:
+def test_a_text_is_decoded_with_any_name_of_its_charset(content_type: str, raw: bytes, text: str) -> None:
     mail, _ = read(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + raw)
     assert mail.body_text == text
 
@@ -371,7 +371,7 @@ BROKEN: list[tuple[str, str, list[bytes]]] = [
 
 
 @pytest.mark.parametrize(("raw", "text", "contents"), BROKEN)
-def test_a_broken_mail_gives_what_it_holds(raw: str, text: str, contents: list[bytes]) -> None:
+def test_a_broken_mail_is_parsed_as_far_as_possible(raw: str, text: str, contents: list[bytes]) -> None:
     for written in (raw, raw.replace("\r\n", "\n").replace("\n", "\r\n")):
         mail, found = read(written)
         assert mail.body_text.replace("\r\n", "\n") == text
@@ -605,7 +605,7 @@ def test_no_mail_takes_more_time_than_it_is_long(raw: str) -> None:
 
 @given(st.binary(max_size=400))
 @settings(max_examples=50)
-def test_whatever_the_bytes_are_they_are_some_mail(raw: bytes) -> None:
+def test_any_bytes_parse_as_a_mail(raw: bytes) -> None:
     for head in (
         b"",
         b"Content-Type: multipart/mixed; boundary=",

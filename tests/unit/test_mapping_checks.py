@@ -120,14 +120,14 @@ def only_finding(findings: list[GraphFinding]) -> GraphFinding:
         ([make_node("put", "set", config={"values": {"a": {"$op": "now", "args": []}}})], "data.a.x", 0),
     ],
 )
-def test_a_path_is_checked_against_what_the_nodes_before_give(
+def test_a_path_is_checked_against_the_outputs_of_earlier_nodes(
     parents: list[dict[str, Json]], path: str, lost: int
 ) -> None:
     findings = find_in_graph(*chain_of_nodes(START, *parents, reading_node(path)))
     assert [finding.node_id for finding in findings] == ["read"] * lost
 
 
-def test_mapped_fields_are_laid_over_what_arrives_for_the_config_alone() -> None:
+def test_mapped_fields_extend_the_input_for_the_config_alone() -> None:
     mapped = make_node(
         "read",
         "template",
@@ -192,13 +192,13 @@ def test_several_parents_give_their_fields_together_and_each_under_its_id(path: 
         ({"mode": "most"}, "data.anything", 0),
     ],
 )
-def test_a_merge_gives_what_it_lays_together(config: dict[str, Json], path: str, lost: int) -> None:
+def test_a_merge_outputs_its_combined_inputs(config: dict[str, Json], path: str, lost: int) -> None:
     nodes = [START, PARSE, WRITE, make_node("merge", "merge", config=config), reading_node(path)]
     edges = ["start > parse", "start > write", "parse > merge", "write > merge", "merge > read"]
     assert len(find_in_graph(nodes, edges)) == lost
 
 
-def test_what_one_parent_may_have_is_not_told_by_how_another_has_it() -> None:
+def test_a_possible_field_of_one_parent_is_not_suggested_from_another() -> None:
     nodes = [
         START,
         make_node("put", "set", config={"values": {"body": 1}}),
@@ -224,7 +224,7 @@ def test_by_its_error_port_a_node_gives_the_error_and_its_data() -> None:
     ]
 
 
-def test_of_what_nobody_describes_nothing_is_said() -> None:
+def test_an_undescribed_output_gives_no_findings() -> None:
     unknown = make_node("odd", "no-such-type")
     tangled = [PARSE, reading_node("data.x", "nodes.parse.x")]
     assert find_in_graph(*chain_of_nodes(START, unknown, reading_node("data.x.y"))) == []
@@ -352,7 +352,7 @@ def test_a_mapping_is_put_right_where_it_stands() -> None:
         ([PARSE], "data.count.x", "data.count has no fields."),
     ],
 )
-def test_where_nothing_certain_was_meant_what_there_is_is_told(
+def test_without_a_certain_suggestion_the_known_names_are_listed(
     parents: list[dict[str, Json]], path: str, suggestion: str
 ) -> None:
     finding = only_finding(find_in_graph(*chain_of_nodes(START, *parents, reading_node(path))))
@@ -398,7 +398,7 @@ ANSWER: Json = {
         ("data.body.order.id.x", 1),
     ],
 )
-def test_past_outputs_tell_what_no_schema_says(path: str, lost: int) -> None:
+def test_past_outputs_complete_the_schema(path: str, lost: int) -> None:
     findings = find_in_graph(*chain_of_nodes(START, CALL, reading_node(path)), samples={"call": [ANSWER]})
     assert len(findings) == lost
     assert all("found nothing in past runs" in finding.message for finding in findings)
@@ -533,7 +533,7 @@ def graphs(draw: st.DrawFn) -> tuple[Nodes, list[dict[str, Json]]]:
 
 @given(drawn=graphs(), body=st.sampled_from([{}, {"a": 1}, {"a": {"b": [1]}}, "text", [{"a": 1}]]))
 @settings(max_examples=50)
-def test_what_is_said_to_find_nothing_finds_nothing_when_it_is_run(
+def test_paths_reported_as_unresolved_find_nothing_at_run_time(
     drawn: tuple[Nodes, list[dict[str, Json]]], body: Json
 ) -> None:
     nodes, edges = drawn

@@ -140,9 +140,7 @@ def assert_consistent(stored: StoredWorkflow) -> None:
 
 @settings(max_examples=50)
 @given(st.lists(types, min_size=6, max_size=6), st.lists(edits, min_size=25, max_size=60))
-def test_whatever_is_edited_in_whatever_order_leaves_a_graph_that_holds_together(
-    kinds: list[str], steps: list[Edit]
-) -> None:
+def test_any_sequence_of_edits_leaves_a_consistent_graph(kinds: list[str], steps: list[Edit]) -> None:
     stored = empty_workflow()
     for step in [*map(add_edit, NODE_IDS, kinds), *steps]:
         graph = msgspec.json.encode([stored.nodes, stored.connections])

@@ -111,7 +111,7 @@ def test_a_change_of_a_value_that_a_node_can_reach_changes_its_key_and_no_other_
     assert same is not is_reached
 
 
-async def test_a_loop_has_its_body_and_what_the_body_reads_in_its_key() -> None:
+async def test_the_key_of_a_loop_covers_its_body_and_the_values_that_the_body_reads() -> None:
     kinds = {
         "loop": pure_node(lambda _call: LoopRequest([1, 2]), loops=True),
         "far": pure_node(state),

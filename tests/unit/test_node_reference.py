@@ -234,7 +234,7 @@ WORKFLOW = {
 
 
 @pytest.mark.parametrize("node_type", EXAMPLES)
-async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeType, tmp_path: Path) -> None:
+async def test_an_example_has_the_documented_result(node_type: NodeType, tmp_path: Path) -> None:
     example = node_type.examples[0]
     program, trigger = compile_execute(node_reference.example_execute_body(node_type))
     notes = ExampleJournal()

@@ -457,7 +457,7 @@ async def test_a_wait_says_when_it_ends(config: dict[str, Json], until: datetime
 @pytest.mark.parametrize(
     "config", [{"seconds": 0}, {"until": "2025-12-31T23:59:59Z"}, {"until": "0001-01-01T00:00+23:59"}]
 )
-async def test_a_wait_for_what_has_passed_is_over_at_once(config: dict[str, Json]) -> None:
+async def test_a_wait_until_a_past_time_ends_at_once(config: dict[str, Json]) -> None:
     assert (await call("wait", config, {"a": 1})).outcome == {"a": 1}
 
 
@@ -469,7 +469,7 @@ async def test_a_log_line_is_cut_off_where_it_becomes_too_long() -> None:
     assert len(message.encode()) <= 8_192
 
 
-async def test_what_is_no_text_is_logged_as_json() -> None:
+async def test_values_other_than_texts_are_logged_as_json() -> None:
     called = await call("log", {"message": "{{ data }}"}, {"a": [1, None]})
     assert called.lines == [("info", '{"a":[1,null]}')]
 

@@ -23,12 +23,12 @@ def current_thread_name() -> str:
     return threading.current_thread().name
 
 
-async def test_what_takes_long_is_done_over_in_a_thread() -> None:
+async def test_long_computations_are_repeated_in_a_thread() -> None:
     assert (await offload.run(current_thread_name)).startswith("long-work")
     assert await offload.run(len, "short") == 5
 
 
-def test_nobody_waits_unless_it_is_said() -> None:
+def test_only_inline_attempts_have_a_budget() -> None:
     assert values.encode_json([0] * MANY)
     with pytest.raises(BudgetExceeded):
         offload.try_inline(values.encode_json, [0] * MANY)
@@ -61,7 +61,7 @@ async def test_a_coroutine_that_takes_long_goes_on_in_the_thread_turn_by_turn() 
     assert all(name.startswith("long-work") for name in threads)
 
 
-async def test_a_coroutine_in_the_thread_ends_with_whoever_waits_for_it() -> None:
+async def test_a_coroutine_in_the_thread_is_cancelled_with_its_caller() -> None:
     begun, ended = threading.Event(), threading.Event()
 
     async def work() -> None:
@@ -102,7 +102,7 @@ async def test_however_many_have_much_to_do_the_loop_waits_for_one_at_a_time() -
     assert passes >= 30
 
 
-async def test_whoever_gives_up_its_turn_keeps_nobody_from_theirs() -> None:
+async def test_an_abandoned_turn_blocks_no_other() -> None:
     tasks = [asyncio.create_task(offload.yield_to_loop()) for _ in range(3)]
     await asyncio.sleep(0)
     tasks[0].cancel()

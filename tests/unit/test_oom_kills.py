@@ -40,7 +40,7 @@ os.kill(os.getpid(), int(sys.argv[3]))
         ("", "proc/vmstat"),
     ],
 )
-def test_kills_for_memory_are_counted_by_whatever_the_system_has(
+def test_out_of_memory_kills_are_counted_with_either_cgroup_version(
     tmp_path: Path, groups: str, file: str
 ) -> None:
     for name, text in (
@@ -72,7 +72,7 @@ def test_a_parent_tells_a_child_killed_for_memory_from_others(
     assert done.stdout == f"{death}\n"
 
 
-def test_a_process_whose_pod_was_ended_for_memory_is_told_from_others() -> None:
+def test_a_process_of_a_pod_that_ran_out_of_memory_is_distinguished() -> None:
     status = {"state": {}, "lastState": {"terminated": {"reason": "OOMKilled"}}}
     listed = [
         {"metadata": {"name": name}, "spec": {}, "status": {"containerStatuses": [one]}}

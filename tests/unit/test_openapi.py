@@ -129,7 +129,7 @@ def test_server_is_that_of_the_document_unless_an_address_is_set() -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_an_operation_says_what_it_does_and_who_may_use_it(line: Route) -> None:
+def test_an_operation_documents_its_effect_and_its_scope(line: Route) -> None:
     said = document_operation(line)
     assert said["summary"]
     assert said["tags"]
@@ -241,7 +241,7 @@ def make_validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_examples_are_what_they_are_examples_of(line: Route) -> None:
+def test_examples_match_their_schemas(line: Route) -> None:
     said = document_operation(line)
     for content in said.get("requestBody", {}).get("content", {}).values():
         for example in content["examples"].values():
@@ -251,7 +251,7 @@ def test_examples_are_what_they_are_examples_of(line: Route) -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_examples_of_parameters_are_what_their_schemas_allow(line: Route) -> None:
+def test_examples_of_parameters_match_their_schemas(line: Route) -> None:
     for parameter in document_operation(line)["parameters"]:
         if "example" in parameter:
             make_validator(parameter["schema"]).validate(parameter["example"])

@@ -137,7 +137,7 @@ def test_an_operation_computes(name: str, arguments: list[Json], result: Json) -
     assert type(computed) is type(result)
 
 
-def test_every_operation_is_tried_and_says_what_it_does() -> None:
+def test_every_operation_is_executed_and_documented() -> None:
     assert {name for name, _, _ in CASES} == set(OPERATIONS)
     for name, operation in OPERATIONS.items():
         assert operation.name == name

@@ -214,5 +214,5 @@ def test_an_allowed_network_is_open_on_every_port_and_nothing_beside_it() -> Non
         ("https://x.example/" + "word/" * 100, "https://x.example/" + "word/" * 56 + "w…"),
     ],
 )
-def test_an_error_shows_a_url_without_what_may_be_secret(url: str, text: str) -> None:
+def test_an_error_shows_a_url_without_possible_secrets(url: str, text: str) -> None:
     assert redact_url(url) == text

@@ -51,7 +51,7 @@ def refused_values(parameter: QueryParameter[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("parameter", PARAMETERS)
-def test_a_parameter_takes_what_its_schema_allows_and_nothing_else(parameter: QueryParameter[Any]) -> None:
+def test_a_parameter_accepts_exactly_the_values_of_its_schema(parameter: QueryParameter[Any]) -> None:
     for value in allowed_values(parameter):
         read(parameter, value)
     for value in refused_values(parameter):

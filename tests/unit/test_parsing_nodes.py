@@ -487,7 +487,7 @@ PAGE = """<!DOCTYPE html><title>Shop &amp; more</title><style>p { }</style>
         ("ul p", []),
     ],
 )
-async def test_a_selector_takes_what_css_says(selector: str, texts: list[Json]) -> None:
+async def test_a_selector_matches_as_css_defines(selector: str, texts: list[Json]) -> None:
     config: dict[str, Json] = {"html": "{{ data }}", "fields": {"found": {"selector": selector, "all": True}}}
     assert await run_node("html-extract", config, PAGE) == {"items": [{"found": texts}], "count": 1}
 
@@ -807,7 +807,7 @@ async def test_a_workbook_that_is_hostile_or_broken_is_refused(
         ),
     ],
 )
-async def test_what_is_read_and_taken_is_counted(
+async def test_parsed_and_extracted_content_is_limited(
     limit: str,
     node_type: str,
     config: dict[str, Json],
@@ -831,6 +831,6 @@ print([name for name in ("re2", "lxml", "cssselect", "pyexpat", "zipfile") if na
 """
 
 
-def test_what_only_one_node_needs_is_loaded_with_that_node() -> None:
+def test_modules_of_one_node_are_loaded_with_that_node() -> None:
     ran = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"

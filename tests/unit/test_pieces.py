@@ -76,7 +76,7 @@ def test_of_two_members_of_one_name_the_second_wins_or_both_are_refused(value: A
         pieces.decode_in_pieces(text, values.decode_json, piece_bytes=piece_bytes)
 
 
-def test_a_long_text_is_refused_for_what_a_short_one_is_refused_for() -> None:
+def test_long_and_short_texts_are_refused_for_the_same_reasons() -> None:
     filler = b'"' + b"x" * values.INLINE_BYTES + b'",'
     faults = [
         (b'{"a":1,"b":%s"a":2}' % (b'2,"c":' + filler), "duplicate-key"),

@@ -22,7 +22,7 @@ def test_a_process_is_known_again_by_its_name() -> None:
 @pytest.mark.parametrize(
     "name", ["", "a", "a/", "a/1", "a b/1736942400250", "a/1736942400250/", "/1736942400250"]
 )
-def test_what_names_no_process_is_none(name: str) -> None:
+def test_invalid_pod_process_names_are_refused(name: str) -> None:
     assert PodProcess.from_name(name) is None
 
 

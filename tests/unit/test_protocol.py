@@ -32,7 +32,7 @@ def make_gathering() -> tuple[BufferedTransport, RecordedTransport]:
     return BufferedTransport(cast("asyncio.Transport", wire), asyncio.get_running_loop(), 5.0), wire
 
 
-async def test_what_is_written_in_one_turn_of_the_loop_is_one_packet() -> None:
+async def test_writes_in_one_turn_of_the_event_loop_form_one_packet() -> None:
     connection, wire = make_gathering()
     connection.write(b"head ")
     connection.write(b"body")
@@ -44,7 +44,7 @@ async def test_what_is_written_in_one_turn_of_the_loop_is_one_packet() -> None:
     assert wire.packets == [b"head body", b"more"]
 
 
-async def test_a_large_piece_is_sent_at_once_behind_what_was_written_before() -> None:
+async def test_a_large_piece_is_sent_at_once_after_earlier_data() -> None:
     connection, wire = make_gathering()
     large = b"x" * (MAX_GATHERED_BYTES + 1)
     connection.write(b"head ")
@@ -54,7 +54,7 @@ async def test_a_large_piece_is_sent_at_once_behind_what_was_written_before() ->
     assert len(wire.packets) == 1
 
 
-async def test_a_connection_is_closed_behind_what_was_written() -> None:
+async def test_a_connection_is_closed_after_all_written_data() -> None:
     connection, wire = make_gathering()
     connection.write(b"last words")
     connection.close()

@@ -115,7 +115,7 @@ def test_not_even_white_space_may_be_added_to_a_signed_body(step: ProviderStep) 
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.provider in KINDS_OF_OTHERS], ids=str)
-def test_a_mail_is_recognised_by_what_it_is(case: ProviderCase) -> None:
+def test_the_kind_of_a_mail_is_recognized_by_its_content(case: ProviderCase) -> None:
     for step in case.steps:
         expected = KINDS.get(case.name, KINDS_OF_OTHERS[case.provider])
         assert mail_kinds.recognize_mail(step.arrival) is expected
@@ -133,7 +133,7 @@ def test_a_call_of_the_api_is_of_no_known_sender(case: ProviderCase) -> None:
 
 
 @pytest.mark.parametrize("case", WITH_EVENTS, ids=str)
-def test_the_events_of_a_webhook_are_what_was_meant(case: ProviderCase) -> None:
+def test_allowed_events_of_a_webhook_are_interpreted_as_intended(case: ProviderCase) -> None:
     expected = case.expected.get("events") or [case.expected["event"]]
     meaning = event_senders.parse_event(case.arrival, SENDERS[case.provider])
     found = meaning.events if isinstance(meaning, EventBatch) else [meaning]
@@ -147,7 +147,7 @@ def test_the_events_of_a_webhook_are_what_was_meant(case: ProviderCase) -> None:
 
 
 @pytest.mark.parametrize("case", WITH_EVENTS, ids=str)
-def test_what_is_verified_and_what_is_meant_have_one_name(case: ProviderCase) -> None:
+def test_verification_and_parsing_agree_on_the_delivery_key(case: ProviderCase) -> None:
     if case.steps[0].auth["scheme"] not in VERIFY:
         return
     meaning = event_senders.parse_event(case.arrival, SENDERS[case.provider])
@@ -160,7 +160,7 @@ def test_slack_wants_its_challenge_back() -> None:
     assert meaning == UrlChallenge(BY_NAME["slack_url_verification"].expected["respond"]["body_contains"])
 
 
-def test_what_slack_repeats_is_known_again() -> None:
+def test_repeated_slack_deliveries_are_recognized() -> None:
     first, again = (
         event_senders.parse_event(BY_NAME[name].arrival, EventSender.SLACK)
         for name in ("slack_event", "slack_retry")

@@ -56,7 +56,7 @@ async def test_a_trial_ends_with_the_node_that_it_names() -> None:
     assert notebook.statuses == dict.fromkeys(("start", "echo1", "echo2", "echo3"), "completed")
 
 
-async def test_a_pinned_node_gives_what_was_set_and_nothing_before_it_runs() -> None:
+async def test_a_pinned_node_outputs_its_pinned_value_and_no_node_before_it_runs() -> None:
     notebook = await run_trial(GRAPH, 7, upTo="pay", pinned={"echo2": {"set": True}})
     assert notebook.statuses == dict.fromkeys(("echo2", "echo3", "pay"), "completed")
     assert notebook.output("pay") == {"set": True}
@@ -88,7 +88,7 @@ async def test_where_all_that_is_needed_is_pinned_no_trigger_runs() -> None:
     assert notebook.output("echo1") == 1
 
 
-async def test_a_pinned_write_writes_nothing_and_a_pinned_merge_waits_for_nobody() -> None:
+async def test_a_pinned_write_has_no_effect_and_a_pinned_merge_does_not_wait() -> None:
     def fail(_call: NodeCall) -> Json:
         raise AssertionError
 

@@ -68,7 +68,7 @@ async def test_requests_that_come_together_cost_one_message(broker: CountingBrok
     assert broker.asked == 1
 
 
-async def test_what_many_gateways_let_through_stays_within_the_bound(broker: CountingBroker) -> None:
+async def test_the_rate_limit_holds_across_many_gateways(broker: CountingBroker) -> None:
     gateways = [RunRateLimiter(broker, SETTINGS) for _ in range(5)]
     rate = BucketRate(per_second=400, burst=100)
     under = RateLimit("key", "key:a", rate)

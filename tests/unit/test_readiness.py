@@ -48,9 +48,7 @@ def draw_walk(draw: st.DrawFn) -> GraphWalk:
 
 
 @given(draw_walk(), st.randoms(use_true_random=False))
-def test_each_node_is_reached_or_skipped_once_in_whatever_order_nodes_settle(
-    walk: GraphWalk, random: st.DataObject
-) -> None:
+def test_each_node_is_reached_or_skipped_once_in_any_order(walk: GraphWalk, random: st.DataObject) -> None:
     plan = ReadinessTracker(walk.graph, ["n0"], walk.eager)
     settled: dict[str, None] = {}
     told: Counter[str] = Counter()

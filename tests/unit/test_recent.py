@@ -36,7 +36,7 @@ def test_of_too_many_the_oldest_go_first() -> None:
     assert [memory.get(key) for key in "abc"] == [2, None, 3]
 
 
-def test_what_was_dropped_is_gone_and_dropping_it_again_changes_nothing() -> None:
+def test_a_dropped_item_is_gone_and_dropping_it_again_changes_nothing() -> None:
     memory: TTLCache[str, int] = TTLCache(seconds=5, max_items=2)
     memory.put("a", 1)
     memory.drop("a")

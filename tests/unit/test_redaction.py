@@ -36,7 +36,7 @@ def test_a_short_secret_is_hidden_where_it_stands_by_itself(
         ("11", "11"),
     ],
 )
-def test_a_body_stays_what_it_is_around_a_short_secret(body: str, shown: str) -> None:
+def test_a_body_is_unchanged_around_a_short_secret(body: str, shown: str) -> None:
     assert redaction.redact_body(body.encode(), ["1"]).decode() == shown
 
 

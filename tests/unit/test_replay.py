@@ -276,7 +276,7 @@ def test_a_replay_of_an_unchanged_definition_and_input_runs_nothing_again(
     trigger=st.integers(0, 3),
     data=st.data(),
 )
-def test_an_edit_runs_exactly_the_nodes_again_whose_key_has_changed(
+def test_an_edit_reruns_exactly_the_nodes_with_changed_keys(
     graph: tuple[str, dict[str, dict[str, Json]]], trigger: int, data: st.DataObject
 ) -> None:
     drawing, options = graph
@@ -459,7 +459,7 @@ async def test_a_changed_data_source_or_code_is_a_reason() -> None:
     assert reasons(plan_of(past, compile_drawing("start > add", kinds)), "add") == ["implementation-changed"]
 
 
-async def test_reasons_name_what_has_changed() -> None:
+async def test_reasons_name_the_changed_parts() -> None:
     world = World()
     options: dict[str, dict[str, Json]] = {"add": {"config": {"by": {"a": [1, 2], "b": 3}}}}
     past = await run_first(compile_drawing("start > add > pay", world.kinds, options), {"x": 1, "y": 2})

@@ -50,7 +50,7 @@ def test_malformed_ids_and_those_known_to_a_run_alone_are_left_out(data_source: 
     assert required_scopes(make_graph(source_node("a", data_source)), CATALOG) == []
 
 
-def test_a_graph_that_uses_nothing_and_types_that_nobody_knows_have_no_scopes() -> None:
+def test_graphs_without_resources_and_unknown_types_need_no_scopes() -> None:
     odd: dict[str, Json] = {"id": "odd", "type": "no-such-type", "config": {"dataSource": "ds_001"}}
     other: dict[str, Json] = {"id": "set", "type": "set", "config": {"values": {"dataSource": "ds_001"}}}
     assert (

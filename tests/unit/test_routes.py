@@ -13,11 +13,11 @@ LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_route_says_who_may_use_it(line: Route) -> None:
+def test_every_route_has_an_access_rule(line: Route) -> None:
     assert isinstance(line.access, KeyScope | AccessRule)
 
 
-def test_what_is_public_stands_here() -> None:
+def test_public_routes_are_listed_here() -> None:
     # Probes and metrics scrapers have no key, and the API documents contain no data of users.
     public = {(line.method, line.path) for line in routes.TABLE if line.access is AccessRule.PUBLIC}
     looked_at = {("GET", path) for path in ("/healthz", "/readyz", "/openapi.json")}

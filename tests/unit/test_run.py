@@ -255,7 +255,7 @@ async def test_a_parent_joined_by_two_edges_is_one_parent() -> None:
     assert notebook.output("echo") == 5
 
 
-async def test_what_nothing_leads_to_is_skipped_and_is_not_told_again() -> None:
+async def test_unreachable_nodes_are_skipped_and_reported_once() -> None:
     graph = compile_drawing("start > echo1; echo2 > echo3")
     notebook = await run_to_completion(SimulatedWorker(graph))
     again = await run_to_completion(SimulatedWorker(graph, recorded=list(notebook.spans.values())))
@@ -307,7 +307,7 @@ async def test_a_failure_leaves_by_the_error_port_where_something_is_connected_t
     }
 
 
-async def test_a_failure_whose_data_would_not_fit_into_the_output_leaves_without_it() -> None:
+async def test_the_output_of_a_failure_omits_data_that_does_not_fit() -> None:
     deep: Json = None
     for _ in range(64):
         deep = [deep]
@@ -526,7 +526,7 @@ async def test_a_run_that_is_late_before_it_begins_starts_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", [pure_node, read_world, write_world])
-async def test_whatever_a_node_raises_is_its_failure(kind: Callable[[RunNode], MadeUpNodeType]) -> None:
+async def test_any_exception_of_a_node_is_its_failure(kind: Callable[[RunNode], MadeUpNodeType]) -> None:
     def divide(_call: NodeCall) -> Json:
         return 1 // 0
 
@@ -672,7 +672,7 @@ def ask_for_input(call: NodeCall) -> NodeOutcome:
 
 
 @pytest.mark.parametrize(("options", "listed"), MAY_BE_MISSING.values(), ids=MAY_BE_MISSING)
-async def test_what_may_be_missing_is_null_in_a_strict_graph(
+async def test_optional_values_are_null_in_a_strict_graph(
     options: dict[str, Json], listed: tuple[str, ...]
 ) -> None:
     kinds = {
@@ -954,7 +954,7 @@ async def test_sequence_numbers_go_on_where_they_were() -> None:
     ],
     ids=["by node", "merged", "as a list"],
 )
-async def test_a_merge_lays_together_what_was_not_skipped(combine: dict[str, Json], merged: Json) -> None:
+async def test_a_merge_combines_inputs_that_were_not_skipped(combine: dict[str, Json], merged: Json) -> None:
     graph = compile_drawing(
         "start > one > merge; start > slow > two > merge; start > choose; choose:left > echo > merge",
         {
@@ -971,7 +971,7 @@ async def test_a_merge_lays_together_what_was_not_skipped(combine: dict[str, Jso
     assert notebook.status("echo") is SpanStatus.SKIPPED
 
 
-async def test_what_is_no_object_can_not_be_merged() -> None:
+async def test_only_objects_can_be_merged() -> None:
     graph = compile_drawing(
         "start > list > merge",
         {"list": pure_node(lambda _: [1]), "merge": pure_node(echo_data, joins=True)},
@@ -1098,7 +1098,7 @@ def draw_race(draw: st.DrawFn) -> tuple[WorkflowProgram, Counter[str]]:
 
 @given(draw_race())
 @settings(max_examples=50)
-def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
+def test_a_run_with_merges_has_the_same_result_from_any_recorded_state(
     race: tuple[WorkflowProgram, Counter[str]],
 ) -> None:
     graph, calls = race
@@ -1189,7 +1189,7 @@ async def test_a_request_ends_a_run_as_it_says(
     assert held.cancelled == (held_span in {"running", "cancelled"})
 
 
-async def test_a_run_whose_lease_is_lost_is_broken_off_and_writes_nothing() -> None:
+async def test_a_run_with_a_lost_lease_is_abandoned_and_writes_nothing() -> None:
     held = HeldGraph()
     worker = held.worker()
     work = worker.begin()

@@ -61,7 +61,7 @@ def make_overdue(notebook: InMemoryJournal) -> list[NodeSpan]:
     return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
 
 
-async def test_a_node_that_asks_frees_the_worker_for_as_long_as_nobody_answers() -> None:
+async def test_a_waiting_node_occupies_no_worker_until_its_answer() -> None:
     asking = AskingNode()
     graph = compile_drawing(GRAPH, {"ask": pure_node(asking.ask), "late": pure_node(echo_data)})
     first = SimulatedWorker(graph)
@@ -139,7 +139,7 @@ async def test_an_answer_that_came_before_the_node_was_recorded_as_waiting_count
     assert notebook.output("echo") == {"said": "yes"}
 
 
-async def test_what_was_passed_through_stands_in_an_answer_too() -> None:
+async def test_pass_through_values_appear_in_an_answer() -> None:
     options: dict[str, Json] = {"passThroughValues": {"order": "id"}}
     graph = compile_drawing("start > ask", {"ask": pure_node(AskingNode().ask)}, {"ask": options})
     notebook = await run_to_completion(SimulatedWorker(graph, {"id": 7}, wait_answers={("ask", ""): YES}))
@@ -147,7 +147,7 @@ async def test_what_was_passed_through_stands_in_an_answer_too() -> None:
 
 
 @pytest.mark.parametrize("seconds", [3600, 0.02], ids=["later", "while the worker still waits"])
-async def test_when_nobody_answers_in_time_the_node_gives_what_was_agreed_on_or_fails(seconds: float) -> None:
+async def test_an_unanswered_node_outputs_its_default_or_fails(seconds: float) -> None:
     async def late(graph: str, expired: NodeResult | None) -> tuple[RunOutcome, InMemoryJournal]:
         asking = AskingNode(seconds=seconds, expired=expired)
         worker = SimulatedWorker(

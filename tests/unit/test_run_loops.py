@@ -693,7 +693,7 @@ ANY_BODY: dict[str, MadeUpNodeType] = {
 
 @given(draw_body(), st.lists(st.integers(0, 3), max_size=4), st.integers(1, 3))
 @settings(max_examples=50)
-def test_a_loop_gives_what_its_body_gives_for_each_item_alone_from_wherever_it_goes_on(
+def test_a_loop_collects_the_result_of_each_item_from_any_recovered_state(
     body: str, items: list[Json], concurrency: int
 ) -> None:
     graph = compile_loop(f"start > loop; {body}", ANY_BODY, concurrency=concurrency)
@@ -782,7 +782,7 @@ async def test_all_parts_of_a_run_are_counted_however_its_loops_end(
     done(await run_to_completion(SimulatedWorker(graph, items)))
 
 
-async def test_a_run_that_is_taken_up_counts_what_is_in_the_journal() -> None:
+async def test_a_recovered_run_counts_the_nodes_in_its_journal() -> None:
     graph = compile_loop(
         "start > loop; loop:continue > double > wait; loop:done > end",
         {**STEPS, "wait": pure_node(wait_for_two_turns)},

@@ -151,7 +151,7 @@ async def test_a_failure_in_a_loop_that_would_fail_the_run_is_repeated() -> None
 
 
 @pytest.mark.parametrize("request_", [ControlRequest.STOP, ControlRequest.CANCEL])
-async def test_what_was_stopped_or_took_too_long_is_not_taken_up_again(request_: ControlRequest) -> None:
+async def test_stopped_and_timed_out_runs_are_not_resumed(request_: ControlRequest) -> None:
     begun = asyncio.Event()
 
     async def hang(call: NodeCall) -> Json:
@@ -200,7 +200,7 @@ async def test_an_attempt_that_was_lost_is_not_made_again(settings: Mapping[str,
         assert ended.status is (RunStatus.COMPLETED if ":error" in drawing else RunStatus.FAILED)
 
 
-async def test_a_node_that_only_reads_may_be_run_again_whatever_it_says() -> None:
+async def test_a_read_node_may_run_again_with_any_config() -> None:
     graph = compile_drawing("start > pay > echo", {"pay": pure_node(echo_data)}, {"pay": ONCE})
     first = await run_to_completion(SimulatedWorker(graph))
     await run_to_completion(SimulatedWorker(graph, recorded=restart_spans(first)))
@@ -217,7 +217,7 @@ async def test_a_node_that_only_reads_may_be_run_again_whatever_it_says() -> Non
     ],
     ids=["known not to have happened", "unanswered", "too slow", "refused for good", "a surprise"],
 )
-async def test_only_what_is_known_not_to_have_happened_is_tried_again(
+async def test_only_operations_that_surely_did_not_happen_are_retried(
     error: Exception, attempts: int
 ) -> None:
     failing = FailingNode(error=error)
@@ -228,7 +228,7 @@ async def test_only_what_is_known_not_to_have_happened_is_tried_again(
 
 
 @pytest.mark.parametrize("request_", [ControlRequest.HAND_OFF, ControlRequest.STOP])
-async def test_what_was_announced_and_never_begun_is_not_lost(request_: ControlRequest) -> None:
+async def test_a_write_announced_but_not_begun_is_not_lost(request_: ControlRequest) -> None:
     paying = FailingNode(times=0)
     graph = compile_drawing("start > pay > echo", {"pay": write_world(paying.run)}, {"pay": ONCE})
     worker = SimulatedWorker(graph)

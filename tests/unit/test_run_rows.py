@@ -74,7 +74,7 @@ def test_every_line_that_leaves_a_row_arrives_at_the_next() -> None:
         assert bool(leaving) is any(path.path.split()[0][0] == "M" for path in following.paths)
 
 
-def test_a_long_wait_is_folded_and_says_how_long_it_was() -> None:
+def test_a_long_wait_is_folded_and_shows_its_length() -> None:
     spans = [
         span("ask", "completed", 1, 363, nodeType="human-input"),
         span("write", "completed", 363, 364),

@@ -81,7 +81,7 @@ def test_a_cron_expression_has_five_fields_and_comes_true(cron: str) -> None:
         *("0 0 30 2 *", "0 0 31 4,6 *", "0 0 */31 2 MON#2"),
     ],
 )
-def test_what_differs_from_that_or_never_comes_true_is_none(cron: str) -> None:
+def test_other_texts_and_impossible_times_are_no_cron_expressions(cron: str) -> None:
     assert not schedule_timetable.is_cron_expression(cron)
 
 
@@ -137,7 +137,7 @@ def test_a_time_that_has_been_is_not_to_come_in_the_second_of_two_alike_hours() 
     assert wanted.first_after(in_the_second, in_the_second) == datetime(2026, 10, 26, 1, 30, tzinfo=UTC)
 
 
-def test_an_interval_is_counted_from_when_it_began_whatever_the_moment() -> None:
+def test_an_interval_is_counted_from_its_anchor() -> None:
     wanted = parse_timetable({"intervalSeconds": 90})
     after = [wanted.first_after(NOON + timedelta(seconds=seconds), NOON) for seconds in (-50, 0, 89.9, 90)]
     assert after == [NOON + timedelta(seconds=seconds) for seconds in (90, 90, 90, 180)]
@@ -174,7 +174,7 @@ def test_the_defaults_of_the_node_type_are_those_of_the_rules() -> None:
     assert parse_timetable(filled) == parse_timetable(given)
 
 
-def test_only_what_moves_instants_changes_the_hash_of_the_timing() -> None:
+def test_only_changes_of_instants_change_the_timing_hash() -> None:
     plain = minutely_timetable().timing_hash
     assert minutely_timetable(misfire="skip", misfireLimit=3, overlap="queue").timing_hash == plain
     moved = [
@@ -209,7 +209,7 @@ def test_nothing_is_run_before_its_instant_and_everything_once_at_it() -> None:
 
 
 @pytest.mark.parametrize("misfire", MisfirePolicy)
-def test_instants_that_are_looked_at_within_a_minute_are_all_run_whatever_the_policy(
+def test_instants_seen_within_a_minute_all_run_under_any_policy(
     misfire: MisfirePolicy,
 ) -> None:
     wanted = parse_timetable({"intervalSeconds": 20, "misfire": misfire})
@@ -226,7 +226,7 @@ def test_instants_that_are_looked_at_within_a_minute_are_all_run_whatever_the_po
         ({"misfire": "run-all", "misfireLimit": 3}, [-2, -1, 0]),
     ],
 )
-def test_of_a_week_that_was_missed_the_policy_says_what_is_run(
+def test_the_misfire_policy_decides_the_runs_of_a_missed_week(
     config: dict[str, Any], expected: list[int]
 ) -> None:
     now = NOON + WEEK + timedelta(seconds=30)
@@ -287,7 +287,7 @@ def test_instants_are_passed_over_while_too_many_runs_wait(overlap: OverlapPolic
 # ── clocks that are wrong ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_after_a_clock_was_ahead_what_was_run_early_is_not_run_again() -> None:
+def test_instants_run_early_by_a_fast_clock_are_not_run_again() -> None:
     early = NOON + timedelta(minutes=10)
     assert (
         schedule_timetable.recompute_next_instant(minutely_timetable(), WORKFLOW, NOON, early, NOON)

@@ -50,7 +50,7 @@ def test_names_that_only_sound_like_one_are_none(config: Json) -> None:
         "ds_01m8gqqrtae0msda9c64bp8v47",
     ],
 )  # fmt: skip
-def test_what_says_where_a_credential_comes_from_is_none(text: str) -> None:
+def test_references_to_credentials_are_no_credentials(text: str) -> None:
     assert (
         inline_secrets.find_secrets({"token": text, "headers": {"authorization": text}, "note": text}) == []
     )
@@ -93,7 +93,7 @@ def test_a_key_of_our_own_is_told_by_its_shape() -> None:
         "password: at least eight characters", "https://hooks.slack.com/services/{{ data.hook }}",
     ],
 )  # fmt: skip
-def test_what_only_looks_a_little_like_one_stays(text: str) -> None:
+def test_texts_that_faintly_resemble_credentials_stay(text: str) -> None:
     assert inline_secrets.find_secrets({"note": text}) == []
 
 
@@ -144,7 +144,7 @@ PIECES = [
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["token", "value", "a"]), inner),
     max_leaves=10,
 ))  # fmt: skip
-def test_nothing_is_found_in_what_is_left(value: Json) -> None:
+def test_no_secrets_are_found_after_their_removal(value: Json) -> None:
     kept, _ = inline_secrets.remove_secrets(value)
     assert inline_secrets.remove_secrets(kept) == (kept, [])
 

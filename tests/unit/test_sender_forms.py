@@ -96,7 +96,7 @@ def test_values_are_views_of_the_body() -> None:
         (b'X: "', "", None, False),
     ],
 )
-def test_a_part_is_kept_whatever_its_name(
+def test_a_part_with_any_name_is_stored(
     header: bytes,
     name: str,
     filename: str | None,
@@ -174,7 +174,7 @@ def test_a_form_that_is_made_to_cost_time_costs_little(content_type: str, made: 
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.text(), st.binary()), max_size=5))
-def test_what_was_urlencoded_comes_back(pairs: list[tuple[str, bytes]]) -> None:
+def test_urlencoded_fields_are_decoded(pairs: list[tuple[str, bytes]]) -> None:
     found = parse_body(urlencode(pairs).encode(), URLENCODED)
     assert [(one.name, bytes(one.value)) for one in found.parts] == pairs
 
@@ -205,7 +205,7 @@ def test_a_large_value_is_not_read_while_others_wait() -> None:
 
 
 @pytest.mark.parametrize("body", [b"a=%", b"a=%4", b"a=%zz", b"%=1", b"a" * 9_000 + b"=1"])
-def test_what_is_not_urlencoded_is_refused(body: bytes) -> None:
+def test_invalid_urlencoding_is_refused(body: bytes) -> None:
     with pytest.raises(RequestRefused) as refused:
         _ = [one.value for one in parse_body(body, URLENCODED).parts]
     assert refused.value.code == "malformed-form"
@@ -234,7 +234,7 @@ def mail_request(body: bytes, content_type: str) -> SenderRequest:
         (b"envelope=&headers=", URLENCODED, MailKind.SENDGRID_PARSED),
     ],
 )
-def test_a_mail_is_what_its_type_and_its_fields_say(
+def test_the_kind_of_a_mail_follows_from_its_media_type_and_fields(
     body: bytes, content_type: str, expected: MailKind
 ) -> None:
     assert mail_kinds.recognize_mail(mail_request(body, content_type)) is expected
@@ -252,7 +252,7 @@ def test_a_mail_is_what_its_type_and_its_fields_say(
         (b"", "multipart/form-data", "malformed-form"),
     ],
 )
-def test_what_is_no_mail_is_refused(body: bytes, content_type: str, expected: str) -> None:
+def test_requests_without_a_mail_are_refused(body: bytes, content_type: str, expected: str) -> None:
     with pytest.raises(RequestRefused) as refused:
         mail_kinds.recognize_mail(mail_request(body, content_type))
     assert refused.value.code == expected
@@ -409,7 +409,7 @@ def test_a_stored_mail_is_known_by_headers_that_prove_its_content() -> None:
         ("PASS", {"DKIM-Signature": "v=1; bh=aGFzaA==; l=10; b=c2ln"}),
     ],
 )
-def test_a_stored_mail_whose_headers_prove_nothing_is_known_by_its_id(
+def test_a_stored_mail_with_unproven_headers_is_deduplicated_by_its_id(
     dkim: str, headers: dict[str, str | None]
 ) -> None:
     assert stored_key("1", dkim=dkim, **headers) == stored_key("1", dkim=dkim, **headers)
@@ -449,7 +449,7 @@ HEADER_LISTS = st.lists(st.tuples(NAMES, st.one_of(st.binary(max_size=10), st.ju
 
 @settings(max_examples=200)
 @given(BODIES, TYPES, HEADER_LISTS)
-def test_whatever_comes_is_read_or_refused(
+def test_any_bytes_are_parsed_or_refused(
     body: bytes, content_type: str, headers: list[tuple[bytes, bytes]]
 ) -> None:
     request = build_request(body, [(b"Content-Type", content_type.encode()), *headers], NOW)

@@ -153,7 +153,7 @@ def test_without_a_secret_nothing_is_let_in(
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\t"])
-def test_what_is_signed_with_nothing_is_not_let_in(empty: str) -> None:
+def test_signatures_with_an_empty_secret_are_refused(empty: str) -> None:
     signed = request((b"X-Hub-Signature-256", b"sha256=" + hex_signature(BODY, empty)))
     assert refusal_code(github.verify, signed, empty) == "no-secret"
 
@@ -225,7 +225,7 @@ WRONG = (
 
 @pytest.mark.parametrize("wrong", WRONG)
 @EACH
-def test_whatever_stands_in_place_of_a_signature_is_only_refused(
+def test_any_text_in_place_of_a_signature_is_refused(
     sign: Callable[[datetime], SenderRequest], verify: Verify, secret: str, wrong: bytes
 ) -> None:
     given = sign(NOW)
@@ -292,7 +292,7 @@ def test_mailguns_time_and_token_cannot_be_cut_elsewhere() -> None:
     assert refusal_code(mailgun.verify, moved, SECRET) == "invalid-signature"
 
 
-def test_a_public_key_does_not_verify_what_is_signed_with_its_text() -> None:
+def test_a_public_key_does_not_verify_signatures_made_with_its_text() -> None:
     public = "whpk_" + b64encode(bytes(32)).decode()
     signed = hmac.digest(bytes(32), b"msg_1.%s.%s" % (unix_seconds(NOW), BODY), "sha256")
     given = request(
@@ -364,7 +364,7 @@ def test_basic_refuses_everything_else(header: bytes, expected: str) -> None:
     assert refused.value.code == expected
 
 
-def test_basic_without_a_password_lets_nobody_in() -> None:
+def test_basic_authentication_without_a_password_admits_no_request() -> None:
     given = request((b"authorization", b"Basic " + b64encode(b"inbound:")))
     with pytest.raises(RequestRefused) as refused:
         basic_auth.verify(given, [BasicCredentials("inbound", "")])
@@ -381,7 +381,7 @@ def test_headers_have_names_in_any_case_and_keep_all_values() -> None:
         headers.single("X-Two")
 
 
-def test_a_request_does_not_show_what_it_carries() -> None:
+def test_a_request_hides_its_content_in_its_representation() -> None:
     given = build_request(b"secret", [(b"Authorization", b"secret")], NOW, target="/hooks/secret?key=secret")
     assert "secret" not in repr(given)
 

@@ -168,7 +168,7 @@ def test_the_host_of_sns_is_that_of_the_region_of_the_topic(topic: str, host: st
         None,
     ],
 )
-def test_what_is_no_topic_names_no_host(topic: str | None) -> None:
+def test_an_invalid_topic_is_refused(topic: str | None) -> None:
     with pytest.raises(RequestRefused) as refused:
         parse_members(sign_message(TopicArn=topic))
     assert refused.value.code == "malformed-message"

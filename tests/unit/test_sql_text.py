@@ -72,7 +72,7 @@ def test_each_dialect_quotes_in_its_own_way(dialect: SqlDialect, text: str, expe
         "SELECT " + "1," * 60_000,
     ],
 )
-def test_what_is_not_one_whole_statement_is_refused(text: str, dialect: SqlDialect) -> None:
+def test_texts_other_than_one_whole_statement_are_refused(text: str, dialect: SqlDialect) -> None:
     with pytest.raises(StatementRefused):
         sql_text.parse_statement(text, dialect)
 
@@ -98,7 +98,7 @@ def test_a_statement_that_a_dialect_forbids_is_refused(dialect: SqlDialect, text
         sql_text.parse_statement(text, dialect)
 
 
-def test_a_statement_begins_with_what_it_does() -> None:
+def test_a_statement_begins_with_its_verb() -> None:
     assert sql_text.parse_reading("/* x */ ( with a AS (SELECT 1) SELECT 1)", SQLITE, 0).verb == "WITH"
     assert sql_text.parse_writing("insert INTO t VALUES (?)", MYSQL, 1).verb == "INSERT"
     with pytest.raises(StatementRefused, match="COPY is not a statement that reads"):

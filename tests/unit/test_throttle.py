@@ -6,7 +6,7 @@ from tests.node_calls import OpenThrottle, call
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_throttle_of_a_key_shares_it_with_all_and_one_without_with_nobody() -> None:
+async def test_a_throttle_with_a_key_shares_its_rate_and_one_without_belongs_to_its_node() -> None:
     road = OpenThrottle()
     rate = {"limit": 2, "perSeconds": 10}
     await call("throttle", {**rate, "key": "crm-{{ data.customer }}"}, {"customer": 7}, throttle=road)
@@ -20,7 +20,7 @@ async def test_a_throttle_of_a_key_shares_it_with_all_and_one_without_with_nobod
 
 
 @pytest.mark.parametrize("config", [{"limit": "{{ data.n }}"}, {"key": "{{ data.text }}"}])
-async def test_a_throttle_refuses_what_a_template_makes_of_its_config(config: dict[str, str]) -> None:
+async def test_a_throttle_refuses_invalid_values_of_templates(config: dict[str, str]) -> None:
     with pytest.raises(NodeError) as refused:
         await call("throttle", {"limit": 1, "perSeconds": 1, **config}, {"n": 0, "text": "x" * 201})
     assert refused.value.code == "invalid-config"

@@ -292,7 +292,7 @@ async def test_a_csv_is_written(config: dict[str, Json], data: Json, text: str) 
         ("a=1", "a=1"),
     ],
 )
-async def test_no_spreadsheet_computes_what_a_guarded_field_holds(value: Json, field: str) -> None:
+async def test_no_spreadsheet_evaluates_a_guarded_field(value: Json, field: str) -> None:
     output = (await call("csv-format", {"hasHeader": False}, [{"a": value, "b": "x"}])).output
     assert cast("dict[str, Any]", output)["text"] == f"{field},x\n"
     named = (await call("csv-format", {}, [{"=a": 1}])).output
@@ -554,7 +554,7 @@ async def test_a_node_fails_with_a_reason(
         ("csv-format", {"formula": "quote"}, "invalid-config", "did you mean formulas"),
     ],
 )
-def test_validation_finds_what_is_wrong_with_a_config(
+def test_validation_reports_errors_of_a_config(
     node_type: str, config: dict[str, Json], finding: str, said: str
 ) -> None:
     nodes: list[Json] = [
@@ -625,7 +625,7 @@ def test_a_sort_by_several_keys_is_that_of_one_comparison_and_stable(records: li
 
 @A_FEW
 @given(values=MANY_VALUES)
-def test_whatever_is_sorted_has_one_order(values: list[Json]) -> None:
+def test_sorting_is_total_and_deterministic(values: list[Json]) -> None:
     once = run_node("sort", {}, values)["items"]
     assert sorted(map(encode_json, once)) == sorted(map(encode_json, values))
     assert run_node("sort", {}, once)["items"] == once
@@ -691,7 +691,7 @@ def test_every_item_of_two_lists_is_told_once_and_the_way_back_mirrors_it(before
 
 @A_FEW
 @given(values=MANY_VALUES, size=st.integers(1, 8), parts=st.lists(st.text("ab "), min_size=1))
-def test_what_is_split_can_be_put_together_again(values: list[Json], size: int, parts: list[str]) -> None:
+def test_split_texts_can_be_joined_again(values: list[Json], size: int, parts: list[str]) -> None:
     batches = run_node("split", {"mode": "batches", "size": size}, values)["items"]
     assert [item for batch in batches for item in batch] == values
     assert {len(batch) for batch in batches[:-1]} <= {size}
@@ -700,7 +700,7 @@ def test_what_is_split_can_be_put_together_again(values: list[Json], size: int, 
 
 @A_FEW
 @given(values=MANY_VALUES)
-def test_whatever_was_written_as_json_is_read_as_it_was(values: list[Json]) -> None:
+def test_json_is_read_back_unchanged(values: list[Json]) -> None:
     read = run_node("json-parse", {"text": "{{ data }}"}, encode_json(values).decode())["value"]
     assert equal_json(read, values)
     lines = "\n".join(encode_json(value).decode() for value in values)

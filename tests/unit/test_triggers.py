@@ -107,7 +107,7 @@ MAIL: dict[str, Any] = {
         ),
     ],
 )
-def test_inputs_of_other_triggers_become_what_their_events_carry(
+def test_inputs_of_other_triggers_become_event_data(
     kind: str, inputs: dict[str, Any], output: dict[str, Any]
 ) -> None:
     assert trigger_output(kind, inputs, NOW) == output

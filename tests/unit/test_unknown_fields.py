@@ -75,7 +75,7 @@ def test_every_body_refuses_each_misspelt_field(body: type[msgspec.Struct]) -> N
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_no_part_of_a_body_passes_over_what_it_does_not_have(body: type[msgspec.Struct]) -> None:
+def test_no_part_of_a_body_ignores_unknown_fields(body: type[msgspec.Struct]) -> None:
     for part in iterate_structs(body):
         assert part.__struct_config__.forbid_unknown_fields or issubclass(part, GuardedWire), part
 

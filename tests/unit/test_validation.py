@@ -87,7 +87,7 @@ def test_a_workflow_has_one_trigger_and_each_further_one_is_named() -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), [("gone", "set"), ("set", "gone"), ("gone", "gone too")])
-def test_a_connection_whose_end_is_missing_is_broken(source: str, target: str) -> None:
+def test_a_connection_from_or_to_a_missing_node_is_broken(source: str, target: str) -> None:
     error = only_error(check([START, SET], [parse_edge("start", "set"), parse_edge(source, target)]))
     connection_id = f"{source} > {target}"
     assert (error.type, error.connection_id) == ("broken-connection", connection_id)
@@ -103,7 +103,7 @@ def test_two_connections_with_one_id_are_broken() -> None:
 
 
 @pytest.mark.parametrize("other_type", ["set", "log", "no-such-type"])
-def test_an_id_given_to_two_nodes_is_an_error_whatever_they_are(other_type: str) -> None:
+def test_a_duplicate_node_id_is_an_error_for_all_types(other_type: str) -> None:
     twin: dict[str, Json] = {"id": "set", "type": other_type, "config": {"message": "hello"}}
     for nodes in ([START, SET, twin], [START, twin, SET]):
         errors = {(error.type, error.node_id) for error in check(nodes, [parse_edge("start", "set")]).errors}
@@ -111,7 +111,7 @@ def test_an_id_given_to_two_nodes_is_an_error_whatever_they_are(other_type: str)
         assert (("unknown-node-type", "set") in errors) == (other_type == "no-such-type")
 
 
-def test_a_node_of_an_unknown_type_is_named_with_what_comes_nearest() -> None:
+def test_an_unknown_node_type_is_reported_with_the_nearest_name() -> None:
     error = only_error(check([START, SET | {"type": "condtional"}], [parse_edge("start", "set")]))
     assert (error.type, error.node_id) == ("unknown-node-type", "set")
     assert "conditional" in error.message
@@ -325,7 +325,7 @@ def test_missing_requirements_of_a_node_are_one_warning() -> None:
     assert "query" in warning.message
 
 
-def test_what_looks_like_a_credential_in_a_config_is_a_warning() -> None:
+def test_a_possible_credential_in_a_config_is_a_warning() -> None:
     config: Json = {"url": "https://a.b", "headers": {"authorization": "Bearer 0123456789abcdef"}}
     node: dict[str, Json] = {"id": "call", "type": "http-request", "config": config}
     (warning,) = check([START, node], [parse_edge("start", "call")]).warnings
@@ -364,7 +364,7 @@ def test_a_node_that_nothing_leads_to_is_a_warning() -> None:
     assert warning.suggestion == "Connect it, or remove it."
 
 
-def test_every_finding_says_what_and_where_and_what_to_do() -> None:
+def test_every_finding_has_a_message_a_place_and_a_remedy() -> None:
     nodes = [START, START | {"id": "again"}, SET, SET | {"type": "nope"}, SET | {"id": "alone", "config": {}}]
     validation = check(nodes, [parse_edge("start", "gone"), parse_edge("start:nope", "alone")])
     findings = [*validation.errors, *validation.warnings]
@@ -419,7 +419,7 @@ EDGES = st.fixed_dictionaries({
     samples=st.dictionaries(IDS, st.lists(VALUES, max_size=2), max_size=3),
 )
 @settings(max_examples=50)
-def test_whatever_a_graph_is_it_has_findings_and_never_an_accident(
+def test_any_graph_gives_findings_and_no_exception(
     nodes: list[dict[str, Json]], edges: list[dict[str, Json]], samples: dict[str, list[Json]]
 ) -> None:
     drawn = make_graph(nodes, edges)

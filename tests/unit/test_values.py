@@ -120,7 +120,7 @@ def test_a_value_that_cannot_be_stored_is_refused(raw: bytes, code: str) -> None
     "raw",
     [rb'"\\u0000"', rb'"\ud83d\ude00"', b'"\x7f"', b"18446744073709551616", b"1" + b"0" * 308, b"1e-999"],
 )
-def test_what_only_looks_like_it_is_kept(raw: bytes) -> None:
+def test_texts_that_only_resemble_secrets_are_kept(raw: bytes) -> None:
     assert decode_json(raw) == json.loads(raw)
 
 
@@ -186,7 +186,7 @@ def nested_list(depth: int) -> Json:
         (nested_list(65), "too-deep"),
     ],
 )
-def test_what_would_not_come_back_the_same_is_not_encoded(value: object, code: str) -> None:
+def test_values_that_would_change_are_not_encoded(value: object, code: str) -> None:
     for write in (encode_json, encode_canonical, fingerprint):
         with pytest.raises(InvalidJson) as caught:
             write(value)

@@ -11,7 +11,7 @@ def test_the_settings_of_every_process_are_known() -> None:
     assert unknown_variables.find_unknown([*names, "pilotflame_port", "HOME", "PILOT"]) == {}
 
 
-def test_what_may_be_meant_is_named() -> None:
+def test_likely_intended_names_are_suggested() -> None:
     found = unknown_variables.find_unknown(["PILOTFLAME_PROT", "pilotflame_log_levels", "PILOTFLAME_COLOR"])
     assert found["PILOTFLAME_PROT"] == ["PILOTFLAME_PORT"]
     assert found["pilotflame_log_levels"] == ["PILOTFLAME_LOG_LEVEL"]
@@ -22,7 +22,7 @@ def test_what_may_be_meant_is_named() -> None:
     assert unknown_variables.warning_text("PILOTFLAME_A", []) == "PILOTFLAME_A is not a setting"
 
 
-def test_what_kubernetes_says_of_our_services_is_no_misspelt_setting() -> None:
+def test_service_variables_of_kubernetes_are_no_misspelled_settings() -> None:
     links = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
     names = [f"PILOTFLAME_GATEWAY_{link}" for link in links]
     assert unknown_variables.find_unknown(names) == {}

@@ -13,7 +13,7 @@ TEXT = b'{"password":"canary-3f9c"}'
 HERE = {"organization_id": "org_1", "object_id": "ds_1"}
 
 
-def test_what_is_sealed_is_opened_and_shows_nothing_of_itself() -> None:
+def test_an_encrypted_text_is_decrypted_and_reveals_nothing() -> None:
     vault = SecretVault(NEW)
     encrypted = vault.encrypt(TEXT, **HERE)
     assert b"canary" not in encrypted.content
@@ -35,7 +35,7 @@ def test_the_same_text_is_never_sealed_the_same_way_twice() -> None:
         {"organization_id": "org_1ds_1", "object_id": ""},
     ],
 )
-def test_what_is_sealed_for_one_object_is_no_other_ones(elsewhere: dict[str, str]) -> None:
+def test_a_text_encrypted_for_one_object_cannot_be_decrypted_for_another(elsewhere: dict[str, str]) -> None:
     vault = SecretVault(NEW)
     with pytest.raises(SecretCorrupted):
         vault.decrypt(vault.encrypt(TEXT, **HERE), **elsewhere)
@@ -54,7 +54,7 @@ def test_every_byte_counts() -> None:
             vault.decrypt(EncryptedText(encrypted.secret_id, encrypted.content[:length]), **HERE)
 
 
-def test_an_earlier_secret_opens_what_it_sealed_as_long_as_it_is_listed() -> None:
+def test_an_earlier_secret_decrypts_its_texts_while_it_is_listed() -> None:
     encrypted = SecretVault(OLD).encrypt(TEXT, **HERE)
     both = SecretVault(NEW, [OLD])
     assert both.decrypt(encrypted, **HERE) == TEXT

@@ -35,7 +35,7 @@ def test_events_and_lists_from_before_a_write_of_ours_do_not_undo_it() -> None:
     assert cached_version(pods) == "9"
 
 
-def test_a_list_takes_away_what_is_gone_but_not_what_was_made_after_it() -> None:
+def test_a_new_listing_removes_missing_objects_but_no_newer_ones() -> None:
     pods = WatchedCollection("pods")
     pods.replace([make_pod(3), make_pod(3, uid="2", workflow_id="other")], "4")
     pods.put(make_pod(8, uid="3", workflow_id="new"))
@@ -62,7 +62,7 @@ def test_versions_that_went_back_with_a_restored_store_are_taken() -> None:
     assert pods.put(make_pod(31))
 
 
-def test_large_parts_that_nobody_reads_are_not_kept() -> None:
+def test_large_unread_parts_are_not_kept() -> None:
     pods = WatchedCollection("pods")
     pods.put(make_pod(1))
     (kept,) = pods.objects_of("wf")

@@ -90,7 +90,7 @@ def draw_windows() -> st.SearchStrategy[tuple[WeeklyWindow, ...]]:
 
 @settings(max_examples=100)
 @given(around=st.sampled_from(AROUND), chosen=draw_windows())
-def test_a_schedule_is_what_a_look_at_every_minute_says(
+def test_a_schedule_matches_a_check_of_every_minute(
     around: tuple[str, datetime], chosen: tuple[WeeklyWindow, ...]
 ) -> None:
     zone, at = around

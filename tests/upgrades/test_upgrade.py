@@ -89,7 +89,7 @@ async def test_a_database_of_an_earlier_release_is_upgraded_and_everything_in_it
                 await asyncio.gather(
                     runs_go_on(upgraded),
                     waiting_runs_are_answered(upgraded),
-                    what_failed_is_redriven(upgraded),
+                    failed_runs_are_redriven(upgraded),
                     senders_are_known(upgraded),
                     deployments_serve(upgraded),
                     results_are_shown(upgraded),
@@ -142,7 +142,7 @@ async def waiting_runs_are_answered(upgraded: Upgraded) -> None:
     await upgraded.complete(upgraded.run("event"), "thank")
 
 
-async def what_failed_is_redriven(upgraded: Upgraded) -> None:
+async def failed_runs_are_redriven(upgraded: Upgraded) -> None:
     """A dead letter and a rejected delivery run with their original content."""
     api = upgraded.api
     (letter,) = (await api.get(upgraded.path("orders", "/dead-letters")))["deadLetters"]
@@ -234,7 +234,7 @@ async def test_an_upgraded_database_has_all_its_rows_and_the_tables_of_a_new_one
     assert await schemas.read(url) == before
 
 
-async def test_a_database_of_release_0_1_0_gets_what_was_added_to_its_revision_later(
+async def test_a_database_of_release_0_1_0_gets_later_additions_to_its_revision(
     first_fixture: Fixture, tmp_path: Path, postgres: services.PostgresServer
 ) -> None:
     urls = []
