@@ -21,7 +21,7 @@ from models.timestamps import from_microseconds, to_microseconds
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from journal.store import IdempotencyKey, IngestWrite, RunWrite
+    from journal.store import IdempotencyKey, InboundRequest, RunWrite
 
 SPAN_COLUMNS = (
     "execution_id",
@@ -315,10 +315,10 @@ def _to_bytes(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
 
 
-def split_rivals(batch: Sequence[IngestWrite]) -> tuple[list[IngestWrite], list[IngestWrite]]:
+def split_rivals(batch: Sequence[InboundRequest]) -> tuple[list[InboundRequest], list[InboundRequest]]:
     """Split requests into those without a common key and the rest: a statement can insert a key once."""
-    chosen: list[IngestWrite] = []
-    others: list[IngestWrite] = []
+    chosen: list[InboundRequest] = []
+    others: list[InboundRequest] = []
     taken: set[tuple[int, str, str]] = set()
     for one in batch:
         keys = {(one.shard, key.scope, key.key) for key in _unique_keys(one)}
@@ -330,7 +330,7 @@ def split_rivals(batch: Sequence[IngestWrite]) -> tuple[list[IngestWrite], list[
     return chosen, others
 
 
-def _unique_keys(one: IngestWrite) -> Iterator[IdempotencyKey]:
+def _unique_keys(one: InboundRequest) -> Iterator[IdempotencyKey]:
     if one.idempotency is not None:
         yield one.idempotency
     for run in one.runs:

@@ -111,21 +111,34 @@ class EmittedEvent(msgspec.Struct, frozen=True):
     """JSON text."""
 
 
-class IngestWrite(msgspec.Struct, frozen=True):
-    """Inbound request with all its runs; stored completely or not at all."""
+class InboundRequest(msgspec.Struct, kw_only=True):
+    """Inbound request with its sender, content and outcome, and with all its runs once they are planned.
+
+    A store writes it completely or not at all, as a delivery.
+    """
 
     delivery_id: str
+    route: str
     shard: int
     organization_id: str
-    workflow_id: str | None
     user_id: str
-    route: str
     sender: str
+    """Label of the sender: `api-key:`, `trigger-token:` or `event-token:` with an id, or the name of a provider."""
     content_hash: str
+    """SHA-256 of the body, in hexadecimal."""
     content_bytes: int
-    outcome: str
-    status: int
-    runs: Sequence[IngestedRun]
+    workflow_id: str | None = None
+    """None: an event, which goes to all its subscribers."""
+    payload: str | None = None
+    """Input of a run as JSON, once it is known; stored with a refusal, so that the request can be redriven.
+    """
+    deduplication_key: IdempotencyKey | None = None
+    """Key derived from the sender's own id; a redrive uses up the same key as a repetition."""
+    redriven_from: str | None = None
+    runs: Sequence[IngestedRun] = ()
+    status: int = 201
+    """HTTP status of the response."""
+    outcome: str = "accepted"
     event: EmittedEvent | None = None
     answer: str | None = None
     """Result of an event, as JSON text. Without it, the ids of accepted runs are stored if there are several.
@@ -135,7 +148,6 @@ class IngestWrite(msgspec.Struct, frozen=True):
 
     Runs may have their own keys; a run that was accepted before is not accepted again.
     """
-    redriven_from: str | None = None
 
 
 class IngestResult(msgspec.Struct, frozen=True):
@@ -395,7 +407,7 @@ class JournalStore(RunStore, Protocol):
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         """Insert runs in one transaction; answers are in the order of the batch."""
 
-    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+    async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         """Store inbound requests, each in one transaction; answers are in the order of the batch."""
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gateway.settings import GatewaySettings
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.run_labels import RunLabel
-    from journal.store import IdempotencyKey, IngestedRun, IngestResult, IngestWrite, JournalStore
+    from journal.store import IdempotencyKey, InboundRequest, IngestedRun, IngestResult, JournalStore
     from messages.broker import Broker
     from models.access import ApiCaller
     from models.database import Database
@@ -101,7 +101,7 @@ class RunAcceptor:
         # A separate group: each of these runs takes a transaction of its own, which others need not wait for.
         self._separate: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(self._commit)
         # Inbound requests have a group commit of their own too: each may start a thousand runs.
-        self._ingests: GroupCommit[IngestWrite, IngestResult] = GroupCommit(
+        self._ingests: GroupCommit[InboundRequest, IngestResult] = GroupCommit(
             self._ingest_batch, weigh=lambda write: sum(map(_weight, write.runs)), max_weight=MAX_CHARACTERS
         )
         self._admissions: set[asyncio.Task[None]] = set()
@@ -117,7 +117,7 @@ class RunAcceptor:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await group.submit(acceptance)
 
-    async def ingest(self, write: IngestWrite) -> IngestResult:
+    async def ingest(self, write: InboundRequest) -> IngestResult:
         """Return the outcome of an inbound request after its commit; raises 503 while too many wait."""
         if self._ingests.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
@@ -171,7 +171,7 @@ class RunAcceptor:
         self._notify(accepted)
         return answers
 
-    async def _ingest_batch(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+    async def _ingest_batch(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         answers = await self._store.ingest(batch)
         accepted: list[IngestedRun] = []
         for write, answer in zip(batch, answers, strict=True):
@@ -240,7 +240,7 @@ def _count_replays(answers: Sequence[AcceptanceResult | IngestResult]) -> None:
         instruments.counter("idempotent_replays_total").inc(replays)
 
 
-def _count_delivery(write: IngestWrite, answer: IngestResult) -> None:
+def _count_delivery(write: InboundRequest, answer: IngestResult) -> None:
     if answer.verdict is AcceptanceVerdict.ACCEPTED:
         instruments.counter("deliveries_total", write.route, write.outcome).inc()
     _count_replays([answer])

@@ -1,4 +1,4 @@
-"""Inbound requests, and the log of their deliveries.
+"""Log of deliveries: one row per inbound request.
 
 Deliveries with runs are committed with these by the store. Those without new runs are written in groups, since
 floods of them are common.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from hashlib import sha256
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +19,7 @@ from sqlalchemy import insert
 from gateway.http import idempotency, limits
 from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
-from journal.store import IngestWrite
+from journal.store import InboundRequest
 from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand
 from models import ids
 from models.errors import DatabaseUnavailable
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.sender import RequestSender
-    from journal.store import EmittedEvent, IdempotencyKey, IngestedRun
     from models.database import Database
 
 log = structlog.get_logger()
@@ -53,110 +51,78 @@ REASON_LENGTH: Final = 500
 TOO_MANY: Final = 429
 
 
-@dataclass(slots=True)
-class InboundRequest:
-    """Sender, route, target and content of one request."""
-
-    route: IngestRoute
-    sender: RequestSender
-    content_hash: str
-    """SHA-256 of the body, in hexadecimal."""
-    content_bytes: int
-    workflow_id: str | None = None
-    """None: an event, which goes to all its subscribers."""
-    payload: str | None = None
-    """Input of a run as JSON, once it is known; stored with a refusal, so that the request can be redriven.
-    """
-    deduplication_key: IdempotencyKey | None = None
-    """Key derived from the sender's own id; a redrive uses up the same key as a repetition."""
-    redriven_from: str | None = None
-    delivery_id: str = field(default_factory=lambda: ids.new_id("dlv"))
-
-    def to_write(
-        self,
-        runs: Sequence[IngestedRun],
-        *,
-        status: int,
-        outcome: DeliveryOutcome = DeliveryOutcome.ACCEPTED,
-        event: EmittedEvent | None = None,
-        answer: str | None = None,
-        idempotency: IdempotencyKey | None = None,
-    ) -> IngestWrite:
-        """Return the write that ingests the request with its runs."""
-        caller = self.sender.caller
-        return IngestWrite(
-            delivery_id=self.delivery_id,
-            shard=caller.shard,
-            organization_id=caller.organization_id,
-            workflow_id=self.workflow_id,
-            user_id=caller.user_id,
-            route=self.route,
-            sender=self.sender.label,
-            content_hash=self.content_hash,
-            content_bytes=self.content_bytes,
-            outcome=outcome,
-            status=status,
-            runs=runs,
-            event=event,
-            answer=answer,
-            idempotency=idempotency,
-            redriven_from=self.redriven_from,
-        )
-
-    def repetition_delivery(self, now: datetime, *, status: int, execution_id: str | None) -> Delivery:
-        """Return the delivery of a repeated request, which started no run; `execution_id` is the first one's
-        run.
-        """
-        return self._delivery(
-            now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
-        )
-
-    def noted_delivery(self, now: datetime, *, status: int, reason: str) -> Delivery:
-        """Return the delivery of a valid request without a run."""
-        return self._delivery(
-            now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
-        )
-
-    def refusal_delivery(self, now: datetime, error: ApiError) -> Delivery:
-        """Return the delivery of a refused request: shed for lack of capacity, otherwise rejected with the
-        error.
-        """
-        is_shed = error.status == TOO_MANY
-        return self._delivery(
-            now,
-            outcome=DeliveryOutcome.SHED if is_shed else DeliveryOutcome.REJECTED,
-            status=error.status,
-            reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
-            payload=None if is_shed else self.payload,
-            deduplication_key=None
-            if self.deduplication_key is None
-            else idempotency.encode_key(self.deduplication_key),
-        )
-
-    def _delivery(self, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
-        caller = self.sender.caller
-        return Delivery(
-            id=self.delivery_id,
-            shard=caller.shard,
-            organization_id=caller.organization_id,
-            workflow_id=self.workflow_id,
-            user_id=caller.user_id,
-            route=self.route,
-            sender=self.sender.label,
-            content_hash=self.content_hash,
-            content_bytes=self.content_bytes,
-            redriven_from=self.redriven_from,
-            created_at=now,
-            **values,
-        )
-
-
 async def describe_request(
     route: IngestRoute, sender: RequestSender, content: bytes, *, workflow_id: str | None = None
 ) -> InboundRequest:
     """Return an inbound request with the hash of its body; a large body is hashed off the event loop."""
     hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
-    return InboundRequest(route, sender, hashed.hexdigest(), len(content), workflow_id)
+    return InboundRequest(
+        delivery_id=new_delivery_id(),
+        route=route,
+        shard=sender.caller.shard,
+        organization_id=sender.caller.organization_id,
+        user_id=sender.caller.user_id,
+        sender=sender.label,
+        content_hash=hashed.hexdigest(),
+        content_bytes=len(content),
+        workflow_id=workflow_id,
+    )
+
+
+def new_delivery_id() -> str:
+    """Return a new id of a delivery."""
+    return ids.new_id("dlv")
+
+
+def repetition_delivery(
+    inbound: InboundRequest, now: datetime, *, status: int, execution_id: str | None
+) -> Delivery:
+    """Return the delivery of a repeated request, which started no run; `execution_id` is the first one's run."""
+    return _delivery(
+        inbound, now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
+    )
+
+
+def noted_delivery(inbound: InboundRequest, now: datetime, *, status: int, reason: str) -> Delivery:
+    """Return the delivery of a valid request without a run; a long `reason` is cut."""
+    return _delivery(
+        inbound, now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
+    )
+
+
+def refusal_delivery(inbound: InboundRequest, now: datetime, error: ApiError) -> Delivery:
+    """Return the delivery of a refused request: shed if the error is a 429, otherwise rejected.
+
+    A rejected one keeps payload and deduplication key, so that it can be redriven.
+    """
+    is_shed = error.status == TOO_MANY
+    key = inbound.deduplication_key
+    return _delivery(
+        inbound,
+        now,
+        outcome=DeliveryOutcome.SHED if is_shed else DeliveryOutcome.REJECTED,
+        status=error.status,
+        reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
+        payload=None if is_shed else inbound.payload,
+        deduplication_key=None if key is None else idempotency.encode_key(key),
+    )
+
+
+def _delivery(inbound: InboundRequest, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
+    return Delivery(
+        id=inbound.delivery_id,
+        shard=inbound.shard,
+        organization_id=inbound.organization_id,
+        workflow_id=inbound.workflow_id,
+        user_id=inbound.user_id,
+        route=inbound.route,
+        sender=inbound.sender,
+        content_hash=inbound.content_hash,
+        content_bytes=inbound.content_bytes,
+        redriven_from=inbound.redriven_from,
+        created_at=now,
+        **values,
+    )
 
 
 class DeliveryLog:
@@ -196,7 +162,7 @@ class DeliveryLog:
                 raise  # the object doesn't exist for this sender: nobody could read the delivery
             error.is_noted = True
             if error.status < SERVER_ERROR or error.is_for_owner:
-                delivery = inbound.refusal_delivery(self._database.clock.now(), error)
+                delivery = refusal_delivery(inbound, self._database.clock.now(), error)
                 if not self._may_store_content(delivery):
                     delivery.payload = None
                 if delivery.outcome != DeliveryOutcome.SHED:
@@ -222,7 +188,7 @@ class DeliveryLog:
                 error.is_noted = True
                 with suppress(ApiError, RequestRefused, ValueError):
                     await describe()
-                await self.note(inbound.refusal_delivery(self._database.clock.now(), error))
+                await self.note(refusal_delivery(inbound, self._database.clock.now(), error))
             raise
 
     def _may_store_content(self, delivery: Delivery) -> bool:

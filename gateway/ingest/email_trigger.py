@@ -40,14 +40,12 @@ if TYPE_CHECKING:
     from execution.stored_data_sources import StoredDataSources
     from gateway.http.errors import ApiError
     from gateway.http.sender import RequestSender
-    from gateway.ingest.delivery_log import InboundRequest
     from gateway.ingest.ingest import RunTarget
     from gateway.ingest.mail_verification import MailTarget
-    from journal.store import AcceptanceResult, IdempotencyKey
+    from journal.store import AcceptanceResult, IdempotencyKey, InboundRequest
     from senders.sender_request import SenderRequest
     from senders.ses import SesMail, SesStoredMail
 
-UNVERIFIED: Final = "unverified"
 """Sender label of a delivery that could not be verified, since the trigger isn't ready."""
 CREATED: Final = 201
 OK: Final = 200
@@ -132,7 +130,7 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
     target = await gateway.mail_verifier.find_target(workflow_id, known)
     body = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
     content = request.to_sender_request(body, path=request.url.path)
-    sender = target.sender(UNVERIFIED) if known is None else known
+    sender = target.sender(mail_verification.UNVERIFIED) if known is None else known
     inbound = await delivery_log.describe_request(IngestRoute.EMAIL, sender, body, workflow_id=workflow_id)
     request.scope["content_hash"] = inbound.content_hash
     is_noted = nullcontext() if known is None else gateway.deliveries.refusals(inbound)
@@ -141,7 +139,9 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
         address = request.client.host if request.client else ""
         mail = await gateway.mail_verifier.verify(target, content, known, address=address)
     if known is None:
-        inbound = replace(inbound, sender=mail.target.sender(mail.verified_by))
+        inbound = msgspec.structs.replace(
+            inbound, user_id=mail.sender.caller.user_id, sender=mail.sender.label
+        )
     with mail_verification.refuse_until_later(mail.kind):
         async with gateway.deliveries.refusals(inbound):
             with mail_verification.answer_once(mail.kind):
@@ -166,7 +166,7 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
     key = await offload.run(mail_kinds.deduplication_key, content, kind)
     if key is not None:
         inbound.deduplication_key = idempotency.derive_key("mail", target.workflow.id, key)
-    unparsed = await offload.run(_unparsed_form, VerifiedMail(target, content, kind), body=content.body)
+    unparsed = await offload.run(_unparsed_form, target.mail(content, kind, None), body=content.body)
     inbound.payload = _encode(unparsed.as_json()).decode()
 
 
@@ -289,7 +289,7 @@ async def _record_other(
 ) -> JsonResponse:
     gateway = request.gateway
     await gateway.deliveries.note(
-        inbound.noted_delivery(gateway.clock(), status=OK, reason=f"{kind}: {detail}")
+        delivery_log.noted_delivery(inbound, gateway.clock(), status=OK, reason=f"{kind}: {detail}")
     )
     return JsonResponse(MailNotification(noted=kind))
 
@@ -341,7 +341,7 @@ async def _ingest(
     `ses_id` is the id that Amazon SES has given the mail.
     """
     gateway, workflow = request.gateway, mail.target.workflow
-    await gateway.rates.take(request, workflow.id, key=inbound.sender.caller.key_id)
+    await gateway.rates.take(request, workflow.id, key=mail.sender.caller.key_id)
     key = await offload.run(mail_kinds.deduplication_key, mail.content, mail.kind)
     if idempotency_key is None and key is not None:
         idempotency_key = inbound.deduplication_key = idempotency.derive_key("mail", workflow.id, key)
@@ -360,6 +360,7 @@ async def _ingest(
         return replace(made, idempotency_key=idempotency_key)
 
     accepted = await gateway.ingestor.ingest_request(
+        mail.sender.caller,
         inbound,
         TriggerKind.EMAIL,
         plan,

@@ -162,7 +162,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
             return message
 
         accepted = await gateway.ingestor.ingest_request(
-            inbound, QUEUE, plan, idempotency_key, own_key=own_key
+            sender.caller, inbound, QUEUE, plan, idempotency_key, own_key=own_key
         )
     headers = location(gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:

@@ -21,7 +21,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
 from gateway.ingest import delivery_log
 from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, find_signed_key
-from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
+from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, InboundRequest
 from json_text import decoding
 from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from engine.values import Json
-    from gateway.ingest.delivery_log import InboundRequest
     from gateway.ingest.verification import VerifiedSignature
-    from journal.store import IngestedRun
+    from journal.store import InboundRequest, IngestedRun
 
 
 class EnqueueBatch(StrictWire):
@@ -162,8 +161,8 @@ async def _ingest_messages(
     gateway, now = request.gateway, request.gateway.clock()
     runs: list[IngestedRun] = []
 
-    async def plan_write() -> IngestWrite:
-        target = await gateway.ingestor.resolve_target(inbound.sender.caller, str(inbound.workflow_id), QUEUE)
+    async def plan_write() -> InboundRequest:
+        target = await gateway.ingestor.resolve_target(request.sender.caller, str(inbound.workflow_id), QUEUE)
         if signature is not None:
             await gateway.verifier.verify_again(signature, target)
         await gateway.capacity.require(request, target, len(planned))
@@ -172,7 +171,7 @@ async def _ingest_messages(
             for one in planned
         ]
         outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
-        return inbound.to_write(runs, status=201, outcome=outcome, idempotency=key)
+        return msgspec.structs.replace(inbound, runs=runs, status=201, outcome=outcome, idempotency=key)
 
     accepted: Sequence[AcceptanceResult] = ()
     try:
@@ -180,7 +179,7 @@ async def _ingest_messages(
         verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
     except ApiError:
         # A request that was answered before gets the same answer, even if the workflow has changed since.
-        earlier = key and await acceptance.find_earlier(gateway.database, inbound.sender.caller.shard, key)
+        earlier = key and await acceptance.find_earlier(gateway.database, inbound.shard, key)
         if not earlier:
             raise
         verdict, delivery_id = earlier.verdict, earlier.execution_id

@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.deployments.activation import CountedDeployment, DeploymentActivator
     from gateway.deployments.deployed_definitions import DeployedDefinitions
-    from gateway.ingest.delivery_log import InboundRequest
     from gateway.ingest.ingest import IngestCapacity, RequestIngestor
     from gateway.ingest.subscription_cache import SubscriptionCache
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow
-    from journal.store import IdempotencyKey, IngestedRun, IngestResult, IngestWrite
+    from journal.store import IdempotencyKey, InboundRequest, IngestedRun, IngestResult
     from models.database import Database
     from senders.sender_event import SenderEvent
 
@@ -156,19 +155,18 @@ class EventDispatcher:
         emitted = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
         planned = EventDispatchPlan()
 
-        async def plan() -> IngestWrite:
+        async def plan() -> InboundRequest:
             nonlocal planned
-            planned = await self._plan_dispatch(
-                inbound.sender.caller.organization_id, RunInput(trigger, text)
-            )
+            planned = await self._plan_dispatch(inbound.organization_id, RunInput(trigger, text))
             outcome = (
                 DeliveryOutcome.DEFERRED
                 if 0 < len(planned.runs) == planned.deferred
                 else DeliveryOutcome.ACCEPTED
             )
             answer = _encode(planned.outcomes).decode()
-            return inbound.to_write(
-                planned.runs,
+            return msgspec.structs.replace(
+                inbound,
+                runs=planned.runs,
                 status=ANSWERED,
                 outcome=outcome,
                 event=emitted,
@@ -180,7 +178,7 @@ class EventDispatcher:
             taken = await self._ingestor.ingest_batch(plan)
         except ApiError:
             # An event that was answered before gets the same answer, even if it could not be ingested now.
-            shard = inbound.sender.caller.shard
+            shard = inbound.shard
             earlier = idempotency_key and await acceptance.find_earlier(
                 self._database, shard, idempotency_key
             )
@@ -265,7 +263,7 @@ class EventDispatcher:
                     .join(EventRow, col(EventRow.id) == col(Delivery.event_id))
                     .where(
                         col(Delivery.id) == delivery_id,
-                        col(Delivery.organization_id) == inbound.sender.caller.organization_id,
+                        col(Delivery.organization_id) == inbound.organization_id,
                     )
                 )
             ).first()

@@ -31,12 +31,10 @@ from gateway.http.wire import (
     json_of,
 )
 from gateway.ingest import delivery_log, event_dispatch, event_signatures
-from gateway.ingest.delivery_log import InboundRequest
 from gateway.ingest.ingest import RunInput
-from journal.store import AcceptanceVerdict
+from journal.store import AcceptanceVerdict, InboundRequest
 from journal.waits import event_waits
 from json_text import decoding
-from models import ids
 from models.ingest import Delivery, IngestRoute, SenderTokenKind
 from models.ingest import EventRecord as EventRow
 from senders import event_senders
@@ -186,7 +184,7 @@ async def emit(request: GatewayRequest) -> JsonResponse:
         await gateway.rates.take(request)
         meaning = await _parse_request(request, sent, provider)
         if isinstance(meaning, UrlChallenge):
-            await gateway.acceptances.ingest(inbound.to_write([], status=event_dispatch.ANSWERED))
+            await gateway.acceptances.ingest(msgspec.structs.replace(inbound, status=event_dispatch.ANSWERED))
             return JsonResponse(EndpointChallenge(challenge=meaning.text))
         if isinstance(meaning, SenderEvent):
             idempotency_key = await offload.run(_idempotency_key, request, sender, meaning)
@@ -272,8 +270,12 @@ async def replay(request: GatewayRequest) -> JsonResponse:
         event, delivery = await _readable(connection, request)
     idempotency_key = request.idempotency_key({"event": event.id}, workflow_id=workflow_id)
     inbound = InboundRequest(
+        delivery_id=delivery_log.new_delivery_id(),
         route=IngestRoute.EVENTS,
-        sender=RequestSender(caller, f"api-key:{caller.key_id}"),
+        shard=caller.shard,
+        organization_id=caller.organization_id,
+        user_id=caller.user_id,
+        sender=f"api-key:{caller.key_id}",
         content_hash=delivery.content_hash if delivery else "",
         content_bytes=delivery.content_bytes if delivery else len(event.data),
         workflow_id=workflow_id,
@@ -285,7 +287,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
         return RunInput(decoding.decode(event.data), event.data, idempotency_key=idempotency_key)
 
     async with gateway.deliveries.refusals(inbound):
-        accepted = await gateway.ingestor.ingest_request(inbound, EVENT, plan, idempotency_key)
+        accepted = await gateway.ingestor.ingest_request(caller, inbound, EVENT, plan, idempotency_key)
     headers = location(gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
@@ -306,13 +308,15 @@ async def handshake(request: GatewayRequest) -> NoContent:
 async def _ingest_batch(request: GatewayRequest, inbound: InboundRequest, batch: EventBatch) -> JsonResponse:
     """Ingest the events of a batch in order, each with its own key, so that partial repetitions are detected."""
     if not batch.events:
-        await request.gateway.acceptances.ingest(inbound.to_write([], status=event_dispatch.ANSWERED))
+        await request.gateway.acceptances.ingest(
+            msgspec.structs.replace(inbound, status=event_dispatch.ANSWERED)
+        )
     whole: Json = [event_dispatch.build_event_input(one) for one in batch.events]
     given = await offload.run(request.idempotency_key, whole)
     emissions: list[EventDispatchResult] = []
     for place, event in enumerate(batch.events):
-        of_event = replace(inbound, delivery_id=ids.new_id("dlv"))
-        idempotency_key = _derived_key(inbound.sender, event)
+        of_event = msgspec.structs.replace(inbound, delivery_id=delivery_log.new_delivery_id())
+        idempotency_key = _derived_key(inbound.organization_id, event)
         if given is not None:
             idempotency_key = replace(given, key=fingerprint([given.key, place]))
         emissions.append(await request.gateway.events.dispatch(of_event, event, idempotency_key))
@@ -371,13 +375,15 @@ def _native_event(body: EmitEventRequest) -> SenderEvent:
 def _idempotency_key(
     request: GatewayRequest, sender: RequestSender, event: SenderEvent
 ) -> IdempotencyKey | None:
-    return request.idempotency_key(event_dispatch.build_event_input(event)) or _derived_key(sender, event)
+    return request.idempotency_key(event_dispatch.build_event_input(event)) or _derived_key(
+        sender.caller.organization_id, event
+    )
 
 
-def _derived_key(sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:
+def _derived_key(organization_id: str, event: SenderEvent) -> IdempotencyKey | None:
     if event.key is None:
         return None
-    return idempotency.derive_key(EVENT, sender.caller.organization_id, event.key)
+    return idempotency.derive_key(EVENT, organization_id, event.key)
 
 
 def _shape(emission: EventDispatchResult) -> EmitEventResult:

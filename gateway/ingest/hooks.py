@@ -39,12 +39,11 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.http.sender import RequestSender
-    from gateway.ingest.delivery_log import InboundRequest
     from gateway.ingest.ingest import RunTarget
     from gateway.ingest.verification import VerifiedSignature
     from gateway.ingest.webhook_triggers import WebhookTrigger
     from journal.definition_snapshot import LoadedWorkflow
-    from journal.store import AcceptanceResult, IdempotencyKey
+    from journal.store import AcceptanceResult, IdempotencyKey, InboundRequest
     from senders.sender_request import SenderRequest
 
 DELIVERY: Final = "hook"
@@ -83,6 +82,7 @@ class WebhookReceipt(WireStruct, omit_defaults=True):
 class VerifiedWebhookRequest:
     """Verified request of a sender of the webhook."""
 
+    sender: RequestSender
     hook: WebhookTrigger
     signature: VerifiedSignature
 
@@ -108,7 +108,7 @@ async def receive(request: GatewayRequest) -> ASGIApp:
     )
     async with request.gateway.deliveries.refusals(inbound):
         await request.gateway.rates.take(
-            request, inbound.workflow_id, key=sender.caller.key_id, also=_extra_limits(verified, sender)
+            request, inbound.workflow_id, key=sender.caller.key_id, also=_extra_limits(verified)
         )
         try:
             return await _answer_request(request, inbound, verified, started)
@@ -186,7 +186,8 @@ async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> Veri
         elif len(content) > limit.bytes:
             raise limit.exceeded()
         sent = request.to_sender_request(content, query=query)
-        return VerifiedWebhookRequest(hook, await gateway.verifier.verify_signature(workflow, sent))
+        signature = await gateway.verifier.verify_signature(workflow, sent)
+        return VerifiedWebhookRequest(sender, hook, signature)
 
     return await gateway.verifier.verify_with_current_secret(sender.caller, sender.token_workflow_id, use)
 
@@ -209,12 +210,12 @@ def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
     return {name: found for name, found in query.items() if name != KEY}
 
 
-def _extra_limits(verified: VerifiedWebhookRequest, sender: RequestSender) -> Sequence[RateLimit]:
+def _extra_limits(verified: VerifiedWebhookRequest) -> Sequence[RateLimit]:
     """Return the rate limit of a webhook without verification."""
     if verified.hook.verification.provider is not SigningProvider.NONE:
         return ()
     rate = BucketRate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
-    return (RateLimit("hook", f"hook:{sender.caller.key_id}", rate),)
+    return (RateLimit("hook", f"hook:{verified.sender.caller.key_id}", rate),)
 
 
 # ── outcomes ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,7 +230,7 @@ def _encode_trigger(trigger: Mapping[str, Json]) -> EncodedTrigger:
 
 async def _note_only(request: GatewayRequest, inbound: InboundRequest, reason: str) -> None:
     await request.gateway.deliveries.note(
-        inbound.noted_delivery(request.gateway.clock(), status=OK, reason=reason)
+        delivery_log.noted_delivery(inbound, request.gateway.clock(), status=OK, reason=reason)
     )
 
 
@@ -268,7 +269,7 @@ async def _ingest(
         return RunInput(trigger, text, idempotency_key=idempotency_key, execution_id=execution_id)
 
     accepted = await gateway.ingestor.ingest_request(
-        inbound, webhook_triggers.KIND, plan, idempotency_key, status=ACCEPTED
+        verified.sender.caller, inbound, webhook_triggers.KIND, plan, idempotency_key, status=ACCEPTED
     )
     return accepted, is_deferred
 
@@ -303,7 +304,7 @@ async def _await_response(
     until: float,
 ) -> ASGIApp:
     """Return the run's own answer, or report its end, or that it continues after the deadline."""
-    key = ExecutionKey(accepted.execution_id, inbound.sender.caller.shard)
+    key = ExecutionKey(accepted.execution_id, inbound.shard)
     seconds = until - asyncio.get_running_loop().time()
     standing = await webhook_responses.await_answer(
         request.gateway.database, request.gateway.waiting, key, seconds

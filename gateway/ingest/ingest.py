@@ -18,6 +18,7 @@ from sqlmodel import col
 from gateway.executions import acceptance
 from gateway.http import errors, idempotency
 from gateway.http.errors import ApiError
+from gateway.ingest import delivery_log
 from gateway.workflows import graph_shapes
 from journal import concurrency_limits, held_runs, run_labels
 from journal.blobs import large_values
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from gateway.executions.acceptance import RunAcceptor
     from gateway.executions.long_poll import ExecutionAccess
     from gateway.executions.request_limits import BacklogLimits, RateLimitedRequest, RunRateLimiter
-    from gateway.ingest.delivery_log import DeliveryLog, InboundRequest
+    from gateway.ingest.delivery_log import DeliveryLog
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.definition_snapshot import LoadedWorkflow, TriggerNode
     from journal.run_labels import RunLabel
-    from journal.store import IdempotencyKey, IngestWrite
+    from journal.store import IdempotencyKey, InboundRequest
     from models.access import ApiCaller
     from models.database import Database
 
@@ -48,7 +49,7 @@ _encode = msgspec.json.Encoder().encode
 ATTEMPTS: Final = 5
 """Number of plans before the ingest gives up, when workflows change in the meantime."""
 
-WritePlanner: TypeAlias = Callable[[], Awaitable["IngestWrite"]]
+WritePlanner: TypeAlias = Callable[[], Awaitable["InboundRequest"]]
 """Return the planned write; raises `ApiError`. Called again when a workflow has changed."""
 
 
@@ -164,6 +165,7 @@ class RequestIngestor:
 
     async def ingest_request(
         self,
+        caller: ApiCaller,
         inbound: InboundRequest,
         kind: str,
         plan: Callable[[RunTarget], Awaitable[RunInput]],
@@ -179,16 +181,18 @@ class RequestIngestor:
         refusal. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
         is stored as a duplicate.
         """
-        caller, workflow_id = inbound.sender.caller, str(inbound.workflow_id)
+        workflow_id = str(inbound.workflow_id)
         runs: list[IngestedRun] = []
 
-        async def plan_write() -> IngestWrite:
+        async def plan_write() -> InboundRequest:
             target = await self.resolve_target(caller, workflow_id, kind)
             runs[:] = [self.build_run(target, await plan(target))]
             if not large_values.is_separate(runs[0].trigger):
                 inbound.payload = runs[0].trigger
             outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
-            return inbound.to_write(runs, status=status, outcome=outcome, idempotency=own_key)
+            return msgspec.structs.replace(
+                inbound, runs=runs, status=status, outcome=outcome, idempotency=own_key
+            )
 
         try:
             taken = await self.ingest_batch(plan_write)
@@ -235,7 +239,7 @@ class RequestIngestor:
 
         None for a first request.
         """
-        earlier = await acceptance.find_earlier(self._database, inbound.sender.caller.shard, idempotency_key)
+        earlier = await acceptance.find_earlier(self._database, inbound.shard, idempotency_key)
         if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
             return None
         await self.note_repetition(inbound, status=status, execution_id=earlier.execution_id)
@@ -247,7 +251,7 @@ class RequestIngestor:
         """Store the delivery of a request that repeats an earlier one with the run `execution_id`."""
         now = self._database.clock.now()
         await self._deliveries.note(
-            inbound.repetition_delivery(now, status=status, execution_id=execution_id)
+            delivery_log.repetition_delivery(inbound, now, status=status, execution_id=execution_id)
         )
 
     def wake_deployments(self, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]) -> None:

@@ -50,6 +50,8 @@ MAILGUN: Final = frozenset(
         MailKind.MAILGUN_EVENT,
     }
 )
+UNVERIFIED: Final = "unverified"
+"""Label of a sender before the verification of its mail."""
 FIRST_REFUSAL: Final = 400
 FIRST_SERVER_ERROR: Final = 500
 TOO_MANY: Final = 429
@@ -119,6 +121,10 @@ class MailTarget:
         )
         return RequestSender(caller, label)
 
+    def mail(self, content: SenderRequest, kind: MailKind, known: RequestSender | None) -> VerifiedMail:
+        """Return a mail for this target; its sender is unverified if no sender is known."""
+        return VerifiedMail(self, content, kind, self.sender(UNVERIFIED) if known is None else known)
+
 
 @dataclass(frozen=True, slots=True)
 class VerifiedMail:
@@ -127,6 +133,7 @@ class VerifiedMail:
     target: MailTarget
     content: SenderRequest
     kind: MailKind
+    sender: RequestSender
     verified_by: str = ""
     """`sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty for an unsigned mail with a key or token.
     """
@@ -178,7 +185,7 @@ class MailVerifier:
         """
         kind = await recognize_service(content)
         try:
-            return await self._verify(VerifiedMail(target, content, kind), known, address)
+            return await self._verify(target.mail(content, kind, known), known, address)
         except ApiError as error:
             if not error.is_for_owner:
                 raise
@@ -187,7 +194,7 @@ class MailVerifier:
             current = await self.find_target(workflow.id, known)
             if current.trigger == target.trigger:
                 raise
-            return await self._verify(VerifiedMail(current, content, kind), known, address)
+            return await self._verify(current.mail(content, kind, known), known, address)
 
     async def _verify(self, mail: VerifiedMail, known: RequestSender | None, address: str) -> VerifiedMail:
         """Return a mail with the result of its verification; refusals are those of its service."""
@@ -195,12 +202,14 @@ class MailVerifier:
             signed = await self._verify_signature(mail)
             if signed is not None:
                 label, verified = signed
-                return replace(mail, verified_by=label, delivery_key=verified.delivery_key)
+                sender = mail.target.sender(label) if known is None else known
+                return replace(mail, sender=sender, verified_by=label, delivery_key=verified.delivery_key)
             if mail.target.trigger.require_signature:
                 raise sent_signatures.missing_signature("a signature that the trigger can check")
             if known is not None:
                 return mail
-            return replace(mail, verified_by=await self._try_credentials(mail, client=client_of(address)))
+            label = await self._try_credentials(mail, client=client_of(address))
+            return replace(mail, sender=mail.target.sender(label), verified_by=label)
 
     async def _verify_signature(self, mail: VerifiedMail) -> tuple[str, SignatureResult] | None:
         """Verify a mail's signature; return the kind of its sender, and the result.

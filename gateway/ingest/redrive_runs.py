@@ -12,12 +12,10 @@ from sqlmodel import col
 
 from gateway.http import errors, idempotency
 from gateway.http.errors import ApiError
-from gateway.http.sender import RequestSender
-from gateway.ingest import delivery_rows
+from gateway.ingest import delivery_log, delivery_rows
 from gateway.ingest.blob_sharing import share_blobs
-from gateway.ingest.delivery_log import InboundRequest
 from journal.blobs.blob_storage import BlobOwner
-from journal.store import AcceptanceResult, AcceptanceVerdict
+from journal.store import AcceptanceResult, AcceptanceVerdict, InboundRequest
 from models.execution import Execution, ExecutionData
 from models.ingest import IngestRoute
 
@@ -143,8 +141,12 @@ class RunRedriver:
         own_key: IdempotencyKey | None = None,
     ) -> AcceptanceResult:
         inbound = InboundRequest(
+            delivery_id=delivery_log.new_delivery_id(),
             route=ROUTES.get(kind, IngestRoute.EVENTS),
-            sender=RequestSender(caller, f"api-key:{caller.key_id}"),
+            shard=caller.shard,
+            organization_id=caller.organization_id,
+            user_id=caller.user_id,
+            sender=f"api-key:{caller.key_id}",
             content_hash=origin.content_hash if origin else "",
             content_bytes=origin.content_bytes if origin else len(given.text),
             workflow_id=workflow_id,
@@ -158,7 +160,7 @@ class RunRedriver:
 
         # A refusal is not stored: the delivery would exist twice.
         return await self._ingestor.ingest_request(
-            inbound, kind, plan, idempotency_key, status=CREATED, own_key=own_key
+            caller, inbound, kind, plan, idempotency_key, status=CREATED, own_key=own_key
         )
 
     async def _read_input(self, caller: ApiCaller, execution_id: str) -> tuple[str | None, BlobOwner | None]:

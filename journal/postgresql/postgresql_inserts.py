@@ -12,8 +12,8 @@ from journal.store import (
     AcceptanceResult,
     AcceptanceVerdict,
     ExecutionKey,
+    InboundRequest,
     IngestResult,
-    IngestWrite,
     RunAcceptance,
 )
 from models.execution import (
@@ -127,12 +127,12 @@ class PostgresqlInserts:
 
     # ── inbound requests ────────────────────────────────────────────────────────────────────────────────────
 
-    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+    async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         """Store inbound requests with their runs, those that share keys one after another; answers are in the
         order of the batch.
         """
         answers: dict[str, IngestResult] = {}
-        waiting: Sequence[IngestWrite] = batch
+        waiting: Sequence[InboundRequest] = batch
         while waiting:
             chosen, waiting = split_rivals(waiting)
             deferrable = [one for one in chosen if all(run.may_wait for run in one.runs)]
@@ -144,7 +144,7 @@ class PostgresqlInserts:
                     answers |= await self._ingest_within_limit(one)
         return [answers[one.delivery_id] for one in batch]
 
-    async def _ingest_within_limit(self, write: IngestWrite) -> dict[str, IngestResult]:
+    async def _ingest_within_limit(self, write: InboundRequest) -> dict[str, IngestResult]:
         """Store an inbound request without those runs that may not wait and have no free slot."""
         full: set[str] = set()
 
@@ -168,7 +168,7 @@ class PostgresqlInserts:
         return await self._ingest_results([write], rows, full)
 
     async def _ingest_results(
-        self, batch: Sequence[IngestWrite], rows: Sequence[Any], full: Collection[str] = ()
+        self, batch: Sequence[InboundRequest], rows: Sequence[Any], full: Collection[str] = ()
     ) -> dict[str, IngestResult]:
         """Return the results of inbound requests, from the ids that the statement returned.
 
@@ -193,7 +193,7 @@ class PostgresqlInserts:
             answers[one.delivery_id] = IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id, runs)
         return answers
 
-    async def _explain_missing(self, batch: Sequence[IngestWrite]) -> dict[str, IngestResult]:
+    async def _explain_missing(self, batch: Sequence[InboundRequest]) -> dict[str, IngestResult]:
         """Explain missing rows of deliveries.
 
         They were stored by an attempt with a lost answer, repeated, or built from an old revision.
@@ -411,7 +411,7 @@ def _bind_acceptances(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
     return [*transpose_rows(rows, len(_RUN_TYPES)), *_distinct_definitions(batch), *_labels(batch)]
 
 
-def _bind_ingest_writes(batch: Sequence[IngestWrite], *, without: Collection[str] = ()) -> list[list[Any]]:
+def _bind_ingest_writes(batch: Sequence[InboundRequest], *, without: Collection[str] = ()) -> list[list[Any]]:
     runs = [(run, one.delivery_id) for one in batch for run in one.runs if run.execution_id not in without]
     rows = [
         (
@@ -436,7 +436,7 @@ def _labels(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
     return transpose_rows(rows, len(_LABEL_TYPES))
 
 
-def _ingest_row(one: IngestWrite, without: Collection[str]) -> tuple[Any, ...]:
+def _ingest_row(one: InboundRequest, without: Collection[str]) -> tuple[Any, ...]:
     event, key = one.event, one.idempotency
     if event is None and one.runs and all(run.execution_id in without for run in one.runs):
         key = None  # no run was accepted, so the sender may repeat the request
@@ -503,7 +503,7 @@ def _acceptance_refusal(
 
 
 def _ingest_refusal(
-    one: IngestWrite, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
+    one: InboundRequest, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
 ) -> IngestResult:
     if one.delivery_id in own:
         # Stored by an attempt whose answer was lost.

@@ -53,8 +53,8 @@ from journal.store import (
     DefinitionKey,
     EndRequestOutcome,
     ExecutionKey,
+    InboundRequest,
     IngestResult,
-    IngestWrite,
     LeaseRenewal,
     RenewalResult,
     RunAcceptance,
@@ -132,7 +132,7 @@ class PostgreSQLStore:
         """
         return await self._inserts.accept(batch)
 
-    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+    async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         """Store inbound requests with their runs, each in one transaction; answers are in the order of the
         batch.
         """

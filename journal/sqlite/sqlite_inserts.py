@@ -10,9 +10,9 @@ from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS
 from journal.store import (
     AcceptanceResult,
     AcceptanceVerdict,
+    InboundRequest,
     IngestedRun,
     IngestResult,
-    IngestWrite,
     RunAcceptance,
 )
 from models.execution import (
@@ -61,12 +61,12 @@ def insert_runs(
     return answers
 
 
-def ingest(connection: sqlite3.Connection, batch: Sequence[IngestWrite], now: int) -> list[IngestResult]:
+def ingest(connection: sqlite3.Connection, batch: Sequence[InboundRequest], now: int) -> list[IngestResult]:
     """Store inbound requests with their runs in the open transaction; answers are in the order of the batch."""
     return [_ingest_one(connection, write, now) for write in batch]
 
 
-def _ingest_one(connection: sqlite3.Connection, write: IngestWrite, now: int) -> IngestResult:
+def _ingest_one(connection: sqlite3.Connection, write: InboundRequest, now: int) -> IngestResult:
     is_current = all(_current_workflows(connection, write.runs).values())
     key = write.idempotency
     if key is not None:
@@ -90,14 +90,14 @@ def _ingest_one(connection: sqlite3.Connection, write: IngestWrite, now: int) ->
     return IngestResult(AcceptanceVerdict.ACCEPTED, write.delivery_id, runs)
 
 
-def _is_delivery_stored(connection: sqlite3.Connection, write: IngestWrite) -> bool:
+def _is_delivery_stored(connection: sqlite3.Connection, write: InboundRequest) -> bool:
     """Return whether this same request was stored before, by a call with a lost answer."""
     statement = "SELECT 1 FROM delivery WHERE id = ?"
     return connection.execute(statement, (write.delivery_id,)).fetchone() is not None
 
 
 def _insert_delivery(
-    connection: sqlite3.Connection, one: IngestWrite, runs: Sequence[AcceptanceResult], now: int
+    connection: sqlite3.Connection, one: InboundRequest, runs: Sequence[AcceptanceResult], now: int
 ) -> None:
     answer = one.answer
     if one.event is None and len(runs) > 1:
@@ -128,7 +128,7 @@ def _insert_delivery(
     )
 
 
-def _insert_event(connection: sqlite3.Connection, one: IngestWrite, now: int) -> None:
+def _insert_event(connection: sqlite3.Connection, one: InboundRequest, now: int) -> None:
     if (event := one.event) is not None:
         connection.execute(
             "INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at)"

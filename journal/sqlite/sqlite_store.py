@@ -48,8 +48,8 @@ from journal.store import (
     DefinitionKey,
     EndRequestOutcome,
     ExecutionKey,
+    InboundRequest,
     IngestResult,
-    IngestWrite,
     LeaseRenewal,
     RenewalResult,
     RunAcceptance,
@@ -88,7 +88,7 @@ class SQLiteStore:
             lambda connection: sqlite_inserts.insert_runs(connection, batch, _now_microseconds())
         )
 
-    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+    async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         """Store inbound requests with their runs, each in one transaction; answers are in the order of the
         batch.
         """

@@ -74,7 +74,7 @@ async def collect_statements(
         await store.last_log_lines(keys)
         found["recover logs"] = sent[-1]
         await store.ingest(
-            [owned_workflow.arrival(_run(owned_workflow, RUNS + number)) for number in range(RUNS)]
+            [owned_workflow.inbound(_run(owned_workflow, RUNS + number)) for number in range(RUNS)]
         )
         found["ingest"] = sent[-1]
         sent.clear()

@@ -20,8 +20,8 @@ from journal.store import (
     ClaimedRun,
     ClaimQuery,
     ExecutionKey,
+    InboundRequest,
     IngestedRun,
-    IngestWrite,
     JournalStore,
     LeaseRenewal,
     RunAcceptance,
@@ -92,14 +92,14 @@ class OwnedWorkflow:
         }
         return RunAcceptance(**fields | changes)
 
-    def arrival(self, *runs: RunAcceptance, **changes: Any) -> IngestWrite:  # noqa: ANN401 - any field of an Arrival
+    def inbound(self, *runs: RunAcceptance, **changes: Any) -> InboundRequest:  # noqa: ANN401 - any field of the request
         """Return an inbound request that starts runs."""
         fields: dict[str, Any] = {
             "delivery_id": ids.new_id("dlv"),
             "shard": self.organization.shard,
             "organization_id": self.organization.id,
-            "workflow_id": self.workflow_id,
             "user_id": self.user_id,
+            "workflow_id": self.workflow_id,
             "route": "enqueue",
             "sender": "api-key:key_1",
             "content_hash": "0" * 64,
@@ -108,7 +108,7 @@ class OwnedWorkflow:
             "status": 201,
             "runs": [msgspec.convert(run, IngestedRun, from_attributes=True) for run in runs],
         }
-        return IngestWrite(**fields | changes)
+        return InboundRequest(**fields | changes)
 
 
 class RunDatabase:

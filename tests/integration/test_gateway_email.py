@@ -22,7 +22,7 @@ from sqlmodel import col
 from gateway.ingest import delivery_log
 from journal import unparsed_mail
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
-from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, IngestWrite
+from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, InboundRequest
 from journal.unparsed_mail import UnparsedMail
 from mail import headers
 from messages.token_buckets import BucketRate
@@ -319,7 +319,7 @@ async def test_a_transient_failure_is_503_and_a_repetition_is_ingested(
     workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
     store, sns = mails.gateway.store, mails.sns
 
-    async def away(_batch: Sequence[IngestWrite]) -> Any:  # noqa: ANN401 - never returns
+    async def away(_batch: Sequence[InboundRequest]) -> Any:  # noqa: ANN401 - never returns
         raise DatabaseUnavailable("The database is away")
 
     steps = [

@@ -15,7 +15,7 @@ from sqlmodel import SQLModel, col
 from engine.values import Json
 from gateway.executions import acceptance
 from gateway.http import sender as senders
-from journal.store import IngestResult, IngestWrite
+from journal.store import InboundRequest, IngestResult
 from models import ids, sender_tokens
 from models.deployment import Deployment, ObservedState
 from models.execution import DELAYED_TARGET, Execution, ExecutionData
@@ -159,7 +159,7 @@ async def test_large_messages_share_no_commit(
     sizes: list[list[int]] = []
     ingest = harness.gateway.store.ingest
 
-    async def counted(batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+    async def counted(batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         sizes.append([len(run.trigger) for arrival in batch for run in arrival.runs])
         return await ingest(batch)
 

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
 from gateway.ingest import event_signatures
-from journal.store import IngestWrite
+from journal.store import InboundRequest
 from models import ids, sender_tokens
 from models.deployment import Deployment
 from models.errors import DatabaseUnavailable
@@ -288,7 +288,7 @@ async def test_an_event_is_taken_in_whole_or_not_at_all(
     ingest = harness.gateway.store.ingest
     calls = 0
 
-    async def fails(batch: Sequence[IngestWrite]) -> object:
+    async def fails(batch: Sequence[InboundRequest]) -> object:
         nonlocal calls
         calls += 1
         if calls == 1:

@@ -563,7 +563,7 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
         send,
     )
     paid = EmittedEvent("event_1", "order.paid", "shop", '{"event_type":"order.paid"}')
-    await pods.run_database.store.ingest([pods.owned_workflow.arrival(workflow_id=None, event=paid)])
+    await pods.run_database.store.ingest([pods.owned_workflow.inbound(workflow_id=None, event=paid)])
     first = await pods.start(MAX_ROW_OUTPUT_BYTES="1024").ready()
     key = await pods.accept(definition, trigger=json.dumps({"body": {"text": large}}))
     await pods.reaches(key, "waiting")

@@ -151,11 +151,11 @@ async def test_delayed_runs_are_promoted_when_due_and_workers_are_woken(
     now = datetime.now(UTC)
     due, later = (
         msgspec.structs.replace(
-            place.arrival(place.run()).runs[0], delay_until=now + timedelta(seconds=delay)
+            place.inbound(place.run()).runs[0], delay_until=now + timedelta(seconds=delay)
         )
         for delay in (0, 60)
     )
-    await run_database.store.ingest([place.arrival(runs=[due, later])])
+    await run_database.store.ingest([place.inbound(runs=[due, later])])
     wakeups: asyncio.Queue[int] = asyncio.Queue()
     broker = await brokers.connect_broker(None)
     broker.start_worker(wakeups.put_nowait)

@@ -260,9 +260,9 @@ async def test_a_request_is_stored_with_its_delivery_and_its_event(
     other = await run_database.workflow(owned_workflow.organization)
     event = EmittedEvent("evt_1", "user.created", "shop", '{"n":1}')
     runs = owned_workflow.run(), other.run(concurrency_key="k", concurrency_limit=1)
-    arrival = owned_workflow.arrival(*runs, event=event, answer="[]", workflow_id=None)
-    (taken,) = await run_database.store.ingest([arrival])
-    assert (taken.verdict, taken.delivery_id) == ("accepted", arrival.delivery_id)
+    inbound = owned_workflow.inbound(*runs, event=event, answer="[]", workflow_id=None)
+    (taken,) = await run_database.store.ingest([inbound])
+    assert (taken.verdict, taken.delivery_id) == ("accepted", inbound.delivery_id)
     assert [one.verdict for one in taken.runs] == ["accepted", "accepted"]
     assert [(await run_database.row(run.execution_id))["target"] for run in runs] == ["shared", "limited"]
     (delivery,) = await run_database.query("SELECT * FROM delivery")
@@ -276,8 +276,8 @@ async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(
 ) -> None:
     other = await run_database.workflow(owned_workflow.organization)
     key = IdempotencyKey("events", "once", "")
-    stale = owned_workflow.arrival(owned_workflow.run(), other.run(workflow_revision=2), idempotency=key)
-    fine = other.arrival(other.run())
+    stale = owned_workflow.inbound(owned_workflow.run(), other.run(workflow_revision=2), idempotency=key)
+    fine = other.inbound(other.run())
     answers = await run_database.store.ingest([stale, fine])
     assert [answer.verdict for answer in answers] == ["stale", "accepted"]
     assert [await run_database.count(table) for table in ("execution", "delivery", "idempotency")] == [
@@ -285,7 +285,7 @@ async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(
         1,
         0,
     ]
-    again = owned_workflow.arrival(owned_workflow.run(), other.run(), idempotency=key)
+    again = owned_workflow.inbound(owned_workflow.run(), other.run(), idempotency=key)
     (taken,) = await run_database.store.ingest([again])
     assert taken.verdict == "accepted"
 
@@ -294,8 +294,8 @@ async def test_a_repeated_request_is_recognized_by_its_own_key_or_that_of_a_run(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     key = IdempotencyKey("events", "once", "a")
-    first, again = (owned_workflow.arrival(owned_workflow.run(), idempotency=key) for _ in range(2))
-    other_body = owned_workflow.arrival(
+    first, again = (owned_workflow.inbound(owned_workflow.run(), idempotency=key) for _ in range(2))
+    other_body = owned_workflow.inbound(
         owned_workflow.run(), idempotency=IdempotencyKey("events", "once", "b")
     )
     answers = await run_database.store.ingest([first, again, other_body])
@@ -304,11 +304,11 @@ async def test_a_repeated_request_is_recognized_by_its_own_key_or_that_of_a_run(
         ("repeated", first.delivery_id),
         ("mismatch", first.delivery_id),
     ]
-    batch = owned_workflow.arrival(owned_workflow.run(**idempotency_fields()), owned_workflow.run())
-    more = owned_workflow.arrival(
+    batch = owned_workflow.inbound(owned_workflow.run(**idempotency_fields()), owned_workflow.run())
+    more = owned_workflow.inbound(
         owned_workflow.run(**idempotency_fields()), owned_workflow.run(**idempotency_fields(key="another"))
     )
-    only_known = owned_workflow.arrival(owned_workflow.run(**idempotency_fields()))
+    only_known = owned_workflow.inbound(owned_workflow.run(**idempotency_fields()))
     known, new, nothing = await run_database.store.ingest([batch, more, only_known])
     assert [one.verdict for one in known.runs] == ["accepted", "accepted"]
     assert [one.verdict for one in new.runs] == ["repeated", "accepted"]
@@ -324,7 +324,7 @@ async def test_equal_requests_that_two_processes_take_in_start_one_run(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     other = await run_database.another_store()
-    sent = [owned_workflow.arrival(owned_workflow.run(**idempotency_fields())) for _ in range(20)]
+    sent = [owned_workflow.inbound(owned_workflow.run(**idempotency_fields())) for _ in range(20)]
     answers = await asyncio.gather(
         *(store.ingest([one]) for store, one in zip([run_database.store, other] * 10, sent, strict=True))
     )
@@ -338,15 +338,15 @@ async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 2, "may_wait": False}
-    arrival = owned_workflow.arrival(
+    inbound = owned_workflow.inbound(
         owned_workflow.run(**limited),
         owned_workflow.run(),
         owned_workflow.run(**limited),
         owned_workflow.run(**limited),
     )
-    (taken,) = await run_database.store.ingest([arrival])
+    (taken,) = await run_database.store.ingest([inbound])
     assert [one.verdict for one in taken.runs] == ["accepted", "accepted", "accepted", "full"]
-    (alone,) = await run_database.store.ingest([owned_workflow.arrival(owned_workflow.run(**limited))])
+    (alone,) = await run_database.store.ingest([owned_workflow.inbound(owned_workflow.run(**limited))])
     assert [one.verdict for one in alone.runs] == ["full"]
     assert await run_database.count("execution") == 3
     assert await run_database.count("delivery") == 1
@@ -355,8 +355,8 @@ async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(
 async def test_messages_accepted_by_an_attempt_with_a_lost_answer_are_not_repeated(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    keyed = owned_workflow.arrival(owned_workflow.run(), idempotency=IdempotencyKey("events", "once", ""))
-    plain = owned_workflow.arrival(owned_workflow.run(), owned_workflow.run(**idempotency_fields()))
+    keyed = owned_workflow.inbound(owned_workflow.run(), idempotency=IdempotencyKey("events", "once", ""))
+    plain = owned_workflow.inbound(owned_workflow.run(), owned_workflow.run(**idempotency_fields()))
     first = await run_database.store.ingest([keyed, plain])
     assert await run_database.store.ingest([keyed, plain]) == first
     await run_database.query("UPDATE workflow SET revision = 2")
@@ -369,20 +369,20 @@ async def test_a_request_without_a_free_slot_may_be_repeated_with_its_key(
 ) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 1, "may_wait": False}
     key = IdempotencyKey("mail", "signature", "")
-    await run_database.store.ingest([owned_workflow.arrival(owned_workflow.run(**limited))])
+    await run_database.store.ingest([owned_workflow.inbound(owned_workflow.run(**limited))])
     for _ in range(2):
         (full,) = await run_database.store.ingest(
-            [owned_workflow.arrival(owned_workflow.run(**limited), idempotency=key)]
+            [owned_workflow.inbound(owned_workflow.run(**limited), idempotency=key)]
         )
         assert (full.verdict, [one.verdict for one in full.runs]) == ("accepted", ["full"])
     await run_database.query("DELETE FROM execution")
-    came = owned_workflow.arrival(
+    came = owned_workflow.inbound(
         owned_workflow.run(**limited), owned_workflow.run(**limited), idempotency=key
     )
     (taken,) = await run_database.store.ingest([came])
     assert [one.verdict for one in taken.runs] == ["accepted", "full"]
     (again,) = await run_database.store.ingest(
-        [owned_workflow.arrival(owned_workflow.run(), idempotency=key)]
+        [owned_workflow.inbound(owned_workflow.run(), idempotency=key)]
     )
     assert (again.verdict, again.delivery_id) == ("repeated", came.delivery_id)
 
@@ -391,10 +391,10 @@ async def test_a_delayed_or_unparsed_run_is_not_claimed_before_its_time(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
-    delayed = msgspec.structs.replace(owned_workflow.arrival(owned_workflow.run()).runs[0], delay_until=later)
-    unread = msgspec.structs.replace(owned_workflow.arrival(owned_workflow.run()).runs[0], is_read=False)
+    delayed = msgspec.structs.replace(owned_workflow.inbound(owned_workflow.run()).runs[0], delay_until=later)
+    unread = msgspec.structs.replace(owned_workflow.inbound(owned_workflow.run()).runs[0], is_read=False)
     await run_database.store.ingest(
-        [owned_workflow.arrival(runs=[delayed]), owned_workflow.arrival(runs=[unread])]
+        [owned_workflow.inbound(runs=[delayed]), owned_workflow.inbound(runs=[unread])]
     )
     rows = [await run_database.row(run.execution_id) for run in (delayed, unread)]
     assert [(row["status"], row["target"]) for row in rows] == [("waiting", "delayed"), ("pending", "intake")]
