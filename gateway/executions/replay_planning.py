@@ -19,20 +19,14 @@ from engine.graph import ParsedGraph, RunSettings
 from engine.node_api import CONTINUE
 from engine.node_key import decode_key
 from engine.program import WorkflowProgram
-from engine.replay_plan import (
-    ReplayFacts,
-    ReplayOptions,
-    ReplayPlan,
-    ReplayReasonCode,
-    ResultUse,
-    changed_body_nodes,
-    may_have_happened,
-    plan_replay,
-)
+from engine.replay_changes import changed_body_nodes
+from engine.replay_plan import ReplayFacts, ReplayOptions, ReplayPlan, ReplayReasonCode, ResultUse
+from engine.replay_planner import plan_replay
 from engine.run_errors import InvalidDefinition
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import RunCaller
 from engine.triggers import trigger_output
+from engine.unfinished_writes import may_have_happened
 from engine.values import encode_canonical, encode_json, fingerprint
 from gateway.executions import resume_runs
 from gateway.http import errors

@@ -10,8 +10,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from engine.node_api import CONTINUE, ERROR
-from engine.replay_plan import ResultUse, may_have_happened
+from engine.replay_plan import ResultUse
 from engine.run_records import NodeSpan, SpanStatus
+from engine.unfinished_writes import may_have_happened
 from gateway.executions import replay_planning, resume_runs
 from journal import run_copies
 from journal.run_rows import decode_error

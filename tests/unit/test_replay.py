@@ -14,21 +14,13 @@ from msgspec.structs import replace
 from engine.node_api import CONTINUE, LoopRequest, NodeCall, NodeResult
 from engine.node_key import decode_key
 from engine.program import WorkflowProgram
-from engine.replay_plan import (
-    NodeReplay,
-    ReplayDecision,
-    ReplayFacts,
-    ReplayOptions,
-    ReplayPlan,
-    ResultUse,
-    changed_body_nodes,
-    diff_paths,
-    may_have_happened,
-    plan_replay,
-)
+from engine.replay_changes import changed_body_nodes, diff_paths
+from engine.replay_plan import NodeReplay, ReplayDecision, ReplayFacts, ReplayOptions, ReplayPlan, ResultUse
+from engine.replay_planner import plan_replay
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.services import RunCaller
+from engine.unfinished_writes import may_have_happened
 from engine.values import Json
 from models.timestamps import DatabaseClock
 from tests.unit.run_harness import (

@@ -1,0 +1,502 @@
+"""Planner of replays: decides about every node of the definition to run.
+
+The plan is a pure function of the recorded spans, the definition to run, the input, and the data sources as they
+are now. Keys (`engine.node_key`) tell whether a result still holds. A node behind one that runs again may turn out
+to have the same input: its result is a candidate, which the run itself compares once it knows the input.
+
+Writes are never repeated by guess: a completed write whose key has changed needs a confirmation by its id. A
+failed write runs again if its error proves that nothing happened, or if its request is the same, under the same
+idempotency key.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, cast
+
+from engine import values
+from engine.expressions import ExpressionError
+from engine.frames import SectionFrame
+from engine.node_api import NodeEffect
+from engine.node_inputs import NodeInputs
+from engine.node_key import NodeKey, decode_key
+from engine.program import mapping_paths
+from engine.replay_changes import changed_body_nodes, diff_paths, edge_ends, static_changes
+from engine.replay_plan import (
+    NodeReplay,
+    ReplayDecision,
+    ReplayFacts,
+    ReplayOptions,
+    ReplayPlan,
+    ReplayReason,
+    ReplayReasonCode,
+    ResultUse,
+)
+from engine.run_errors import NodeError
+from engine.run_limits import RunLimits
+from engine.run_records import NodeSpan, SpanStatus
+from engine.services import NodeServices
+from engine.span_recorder import SpanRecorder
+from engine.unfinished_writes import may_have_happened, was_refused
+from engine.values import InvalidJson
+
+if TYPE_CHECKING:
+    from engine.expressions import ExpressionPath
+    from engine.program import NodeProgram
+    from engine.run_records import AttemptSpan, LogLine
+    from engine.services import HttpClientService
+    from engine.values import Json
+
+
+def plan_replay(facts: ReplayFacts, options: ReplayOptions) -> ReplayPlan:
+    """Return the plan of a replay; pure. Takes noticeable time for large outputs, so call it in a thread."""
+    unknowable: frozenset[str] = frozenset()
+    while True:
+        planner = _NodePlanner(facts, options, unknowable)
+        plan = planner.plan()
+        misjudged = planner.misjudged()
+        if not misjudged:
+            return plan
+        unknowable |= misjudged
+
+
+class _NodePlanner:
+    """Planner of one pass over the graph: decides about each node."""
+
+    def __init__(
+        self, facts: ReplayFacts, options: ReplayOptions, unknowable: frozenset[str] = frozenset()
+    ) -> None:
+        """`unknowable` are nodes that refer to parallel branches with a node that runs again."""
+        self._unknowable = unknowable
+        self._presumed: set[str] = set()
+        """Nodes that were decided before a parallel branch that they refer to."""
+        self._facts = facts
+        self._options = options
+        self._program = facts.program
+        self._graph = facts.program.graph
+        self._recorded = {span.node_id: span for span in facts.spans if not span.iteration}
+        self._decisions: dict[str, NodeReplay] = {}
+        self._skipped: set[str] = set()
+        self._known: set[str] = set()
+        """Nodes with a known output."""
+        self._frame = SectionFrame(
+            self._program.root, facts.trigger, self._roots(), recorded={}, started_at=facts.started_at
+        )
+        recorder = SpanRecorder(_NoJournal(), 0, RunLimits(), facts.clock)
+        self._inputs = NodeInputs(
+            self._program, facts.caller, NodeServices(http=cast("HttpClientService", None)), recorder
+        )
+
+    def _roots(self) -> dict[str, Json]:
+        caller, started_at = self._facts.caller, self._facts.started_at
+        return {
+            "trigger": self._facts.trigger,
+            "execution": {
+                "id": caller.execution_id,
+                "workflowId": caller.workflow_id,
+                "startedAt": started_at.isoformat().replace("+00:00", "Z"),
+            },
+        }
+
+    def plan(self) -> ReplayPlan:
+        """Decide about all nodes; return their decisions in the order of the graph."""
+        self._decide_reachable()
+        for node_id in self._graph.order:
+            if node_id in self._frame.section.graph.by_id and node_id not in self._decisions | dict.fromkeys(
+                self._skipped
+            ):
+                self._decisions[node_id] = self._decide_behind(node_id)
+        for loop_id, loop in list(self._decisions.items()):
+            self._decide_body(loop_id, loop)
+        ordered = [node.id for node in self._graph.nodes if node.id in self._decisions]
+        removed = [node_id for node_id in self._recorded if node_id not in self._graph.by_id]
+        nodes = tuple(self._apply_confirmation(self._decisions[node_id]) for node_id in ordered)
+        return ReplayPlan(nodes, tuple(removed))
+
+    # ── nodes with known inputs ───────────────────────────────────────────────────────────────────
+
+    def _decide_reachable(self) -> None:
+        """Decide every node whose inputs are all known, in the order in which they settled."""
+        step = self._frame.start()
+        ready = list(step.ready)
+        self._skip(step.skipped)
+        while ready:
+            ready.sort(key=self._sequence)
+            able = [one for one in ready if one not in self._unknowable]
+            chosen = next((one for one in able if not self._open_references(one)), None)
+            if chosen is None:
+                # Parallel branches refer to each other, as by `{{ nodes }}`: the end shows whether that was right.
+                chosen = next(
+                    (one for one in able if self._decisions.keys().isdisjoint(self._open_references(one))),
+                    None,
+                )
+                if chosen is None:
+                    return
+                self._presumed.add(chosen)
+            ready.remove(chosen)
+            decision = self._decide(chosen)
+            self._decisions[chosen] = decision
+            port = self._known_port(chosen, decision)
+            if port is not None:
+                self._known.add(chosen)
+                step = self._frame.plan.settle(chosen, port)
+                ready += [one for one in step.ready if one not in ready]
+                self._skip(step.skipped)
+
+    def _skip(self, node_ids: Iterable[str]) -> None:
+        self._skipped.update(node_ids)
+        self._frame.skipped.update(node_ids)
+
+    def _sequence(self, node_id: str) -> int:
+        span = self._recorded.get(node_id)
+        return span.sequence if span is not None else 2**31
+
+    def misjudged(self) -> frozenset[str]:
+        """Return the nodes that were presumed to be unaffected by a parallel branch, and are not."""
+        return frozenset(
+            node_id for node_id in self._presumed if node_id in self._known and self._open_references(node_id)
+        )
+
+    def _open_references(self, node_id: str) -> set[str]:
+        """Return the nodes that a node refers to whose output is not known, and that do not follow it."""
+        found = {
+            other
+            for other in self._references(node_id)
+            if other not in self._known and other not in self._skipped
+        }
+        return found - self._followers(node_id) if found else found
+
+    def _references(self, node_id: str) -> set[str]:
+        """Return the other nodes outside of loops that the expressions of a node refer to."""
+        program = self._program.nodes[node_id]
+        section = self._frame.section.graph.by_id
+        found: set[str] = set()
+        for path in _all_paths(program):
+            if path.root == "nodes":
+                named = path.steps[0][0] if path.steps else None
+                found |= {named} if named is not None else set(section)
+        return {other for other in found if other in section and other != node_id}
+
+    def _followers(self, node_id: str) -> set[str]:
+        found: set[str] = set()
+        left = deque([node_id])
+        while left:
+            for edge in self._graph.outbound[left.popleft()]:
+                if edge.target not in found:
+                    found.add(edge.target)
+                    left.append(edge.target)
+        return found
+
+    def _known_port(self, node_id: str, decision: NodeReplay) -> str | None:
+        """Return the port by which a node leaves if its result is known now, with its output in the frame."""
+        span = self._recorded.get(node_id)
+        if decision.use is ResultUse.SETTLED and span is not None and span.port is not None:
+            output = span.output or b"null"
+            self._frame.outputs[node_id] = values.restore_json(output) if self._facts.has_outputs else None
+            self._frame.digests[node_id] = sha256(span.output or b"").digest()
+            return span.port
+        program = self._program.nodes[node_id]
+        if (
+            program.node_type.is_trigger
+            and not program.is_pinned
+            and decision.decision is ReplayDecision.RERUN
+        ):
+            text = values.encode_json(self._facts.trigger)
+            self._frame.outputs[node_id] = self._facts.trigger
+            self._frame.digests[node_id] = sha256(text).digest()
+            return "output"
+        return None
+
+    def _decide(self, node_id: str) -> NodeReplay:
+        span, program = self._recorded.get(node_id), self._program.nodes[node_id]
+        if span is None:
+            return self._run(node_id, self._absence(node_id))
+        if span.port is None:
+            return self._decide_unfinished(node_id, span)
+        key = decode_key(span.hashes)
+        if node_id in self._options.forced:
+            forced = [ReplayReason(ReplayReasonCode.FORCED)]
+            if program.body and self._options.failed_only:
+                return self._decide_failed_loop(node_id, span, forced)
+            return self._repeat(node_id, forced, key)
+        if key is None:
+            return self._repeat(node_id, [ReplayReason(ReplayReasonCode.NO_RESULT)], None)
+        if node_id in self._facts.expired:
+            return self._repeat(node_id, [ReplayReason(ReplayReasonCode.RESULT_EXPIRED)], key)
+        reasons = static_changes(self._facts, node_id, key)
+        dynamic = self._dynamic_changes(node_id, span, key)
+        if reasons or dynamic:
+            return self._repeat(node_id, [*reasons, *dynamic], key)
+        if self._options.refreshes_reads and _effect(program) is NodeEffect.READ:
+            return self._run(node_id, ReplayReason(ReplayReasonCode.REFRESHED))
+        return self._make(
+            node_id, ReplayDecision.REUSE, [ReplayReason(ReplayReasonCode.UNCHANGED)], ResultUse.SETTLED
+        )
+
+    def _absence(self, node_id: str) -> ReplayReason:
+        known = node_id in self._facts.original.by_id
+        return ReplayReason(ReplayReasonCode.NO_RESULT if known else ReplayReasonCode.NEW_NODE)
+
+    def _decide_unfinished(self, node_id: str, span: NodeSpan) -> NodeReplay:
+        """Decide about a node that has failed, or was not finished, with known inputs."""
+        program = self._program.nodes[node_id]
+        reasons = [self._failure(span)]
+        if node_id in self._options.forced:
+            reasons.insert(0, ReplayReason(ReplayReasonCode.FORCED))
+        if program.body:
+            return self._decide_failed_loop(node_id, span, reasons)
+        if not program.is_write or not may_have_happened(span):
+            return self._run(node_id, *reasons)
+        if was_refused(span):
+            return self._ask(node_id, reasons, ResultUse.NONE)
+        key = decode_key(span.hashes)
+        changes = [] if key is None else static_changes(self._facts, node_id, key)
+        if key is not None and not changes:
+            changes = self._dynamic_changes(node_id, span, key)
+        is_same = key is not None and not changes and not program.node.at_most_once
+        if is_same and node_id not in self._options.forced:
+            return self._make(node_id, ReplayDecision.RERUN, reasons, ResultUse.IN_FLIGHT)
+        return self._ask(node_id, [*reasons, *changes], ResultUse.NONE)
+
+    def _decide_failed_loop(self, node_id: str, span: NodeSpan, reasons: list[ReplayReason]) -> NodeReplay:
+        key = decode_key(span.hashes)
+        if key is None:
+            return self._run(node_id, *reasons)
+        changes = static_changes(self._facts, node_id, key)
+        own = [] if self._options.failed_only else changes
+        if self._options.failed_only:
+            own = [reason for reason in changes if not self._is_about_body(reason)]
+        if not own and not self._dynamic_changes(node_id, span, key, ignores_body=self._options.failed_only):
+            decision = self._make(node_id, ReplayDecision.RERUN, [*reasons, *changes], ResultUse.ITERATIONS)
+            return replace(decision, failed_only=True)
+        return self._run(node_id, *reasons, *changes)
+
+    def _is_about_body(self, reason: ReplayReason) -> bool:
+        return reason.code is ReplayReasonCode.CONFIG_CHANGED and all(
+            path.startswith("nodes.") for path in reason.paths
+        )
+
+    # ── nodes behind others that run ──────────────────────────────────────────────────────────────
+
+    def _decide_behind(self, node_id: str) -> NodeReplay:
+        """Decide about a node whose input is not known before the replay runs."""
+        span, program = self._recorded.get(node_id), self._program.nodes[node_id]
+        if span is None:
+            return self._run(node_id, self._absence(node_id))
+        if span.status is SpanStatus.SKIPPED:
+            return self._run(node_id, ReplayReason(ReplayReasonCode.NO_RESULT), decision=ReplayDecision.MAYBE)
+        is_forced = node_id in self._options.forced
+        key = decode_key(span.hashes)
+        if span.port is None:
+            return self._decide_unfinished_behind(node_id, span, key)
+        if is_forced:
+            return self._repeat(node_id, [ReplayReason(ReplayReasonCode.FORCED)], key)
+        if key is None:
+            return self._repeat(node_id, [ReplayReason(ReplayReasonCode.NO_RESULT)], None)
+        if node_id in self._facts.expired:
+            return self._repeat(node_id, [ReplayReason(ReplayReasonCode.RESULT_EXPIRED)], key)
+        changes = static_changes(self._facts, node_id, key)
+        if changes:
+            return self._repeat(node_id, changes, None)
+        if self._options.refreshes_reads and _effect(program) is NodeEffect.READ:
+            return self._run(node_id, ReplayReason(ReplayReasonCode.REFRESHED))
+        behind = self._reruns_before(node_id)
+        reason = ReplayReason(ReplayReasonCode.UPSTREAM_MAYBE, tuple(sorted(behind)))
+        if program.is_write and behind:
+            return self._ask(node_id, [reason], ResultUse.CANDIDATE)
+        is_guarded = self._is_guarded(program)
+        use = ResultUse.UNCONFIRMED if is_guarded else ResultUse.CANDIDATE
+        return self._make(node_id, ReplayDecision.MAYBE, [reason], use)
+
+    def _decide_unfinished_behind(self, node_id: str, span: NodeSpan, key: NodeKey | None) -> NodeReplay:
+        program = self._program.nodes[node_id]
+        reasons = [self._failure(span)]
+        if not program.is_write or not may_have_happened(span):
+            return self._run(node_id, *reasons)
+        if was_refused(span):
+            return self._ask(node_id, reasons, ResultUse.NONE)
+        changes = [] if key is None else static_changes(self._facts, node_id, key)
+        if key is None or changes or program.node.at_most_once or node_id in self._options.forced:
+            return self._ask(node_id, [*reasons, *changes], ResultUse.NONE)
+        reasons.append(ReplayReason(ReplayReasonCode.UPSTREAM_MAYBE))
+        is_guarded = node_id not in self._options.confirmed
+        use = ResultUse.UNCONFIRMED if is_guarded else ResultUse.CANDIDATE
+        return self._make(node_id, ReplayDecision.MAYBE, reasons, use)
+
+    def _reruns_before(self, node_id: str) -> set[str]:
+        """Return the nodes that run again and whose output a node takes or refers to."""
+        before = {edge.source for edge in self._graph.inbound[node_id]} | self._references(node_id)
+        return {
+            other
+            for other in before
+            if (found := self._decisions.get(other)) is not None
+            and found.decision in {ReplayDecision.RERUN, ReplayDecision.ASK}
+            and other not in self._known
+        }
+
+    def _is_guarded(self, program: NodeProgram) -> bool:
+        """Return whether a node would repeat a write without confirmation if it ran."""
+        confirmed = self._options.confirmed
+        if program.is_write:
+            return program.node.id not in confirmed
+        return any(inner not in confirmed for inner in self._written_in(program))
+
+    def _written_in(self, loop: NodeProgram) -> list[str]:
+        return [
+            inner
+            for inner in sorted(loop.body & self._facts.written_in_loops)
+            if self._program.nodes[inner].is_write
+        ]
+
+    # ── bodies of loops ───────────────────────────────────────────────────────────────────────────
+
+    def _decide_body(self, loop_id: str, loop: NodeReplay) -> None:
+        program = self._program.nodes[loop_id]
+        changed = (
+            changed_body_nodes(program, self._facts.original, self._graph)
+            if loop.failed_only
+            else frozenset(program.body)
+        )
+        facts = self._facts
+        found = facts.written_in_failed_iterations if loop.failed_only else facts.written_in_loops
+        written = {inner for inner in program.body & found if self._program.nodes[inner].is_write}
+        for inner in sorted(program.body):
+            decision, reasons = loop.decision, loop.reasons
+            if loop.decision in {ReplayDecision.RERUN, ReplayDecision.ASK}:
+                repeats = inner in written and inner in changed
+                decision = ReplayDecision.ASK if repeats else ReplayDecision.RERUN
+                needs = (ReplayReason(ReplayReasonCode.WRITE_NEEDS_CONFIRM),)
+                reasons = (*reasons, *needs) if repeats else reasons
+            effect = _effect(self._program.nodes[inner])
+            self._decisions[inner] = NodeReplay(inner, decision, effect, reasons)
+
+    # ── comparison of keys ────────────────────────────────────────────────────────────────────────
+
+    def _dynamic_changes(
+        self, node_id: str, span: NodeSpan, key: NodeKey, *, ignores_body: bool = False
+    ) -> list[ReplayReason]:
+        """Return whether the values that a node can reach have changed; all of them are known."""
+        if self._has_same_values(node_id):
+            return []
+        lost = [edge.source for edge in self._facts.original.inbound.get(node_id, ())]
+        removed = tuple(source for source in lost if source not in self._graph.by_id)
+        gone = [ReplayReason(ReplayReasonCode.REMOVED_NODE, removed)] if removed else []
+        changed = [*gone, ReplayReason(ReplayReasonCode.INPUT_CHANGED)]
+        if not self._facts.has_outputs or self._reads_execution(node_id):
+            return changed
+        try:
+            visit = self._inputs.reach_node(self._frame, node_id)
+            self._inputs.build_call(visit)
+        except (ExpressionError, InvalidJson, NodeError):
+            return changed
+        now = decode_key(visit.hashes)
+        if now is None:
+            return changed
+        if now.input == key.input and (now.reads == key.reads or ignores_body):
+            return []
+        paths = diff_paths(self._recorded_input(span), visit.data, "data")
+        return [*gone, ReplayReason(ReplayReasonCode.INPUT_CHANGED, tuple(paths))]
+
+    def _has_same_values(self, node_id: str) -> bool:
+        """Return whether a node gets the recorded values, without looking at them."""
+        program = self._program.nodes[node_id]
+        paths = list(_all_paths(program))
+        is_first = not self._graph.inbound[node_id] and not program.is_pinned
+        if self._facts.has_new_input and (is_first or any(path.root == "trigger" for path in paths)):
+            return False
+        edges = self._graph.inbound[node_id]
+        earlier = self._facts.original.inbound.get(node_id, ())
+        if not program.is_pinned and [edge_ends(edge) for edge in edges] != [
+            edge_ends(edge) for edge in earlier
+        ]:
+            return False
+        before = {edge.source for edge in self._frame.plan.parents(node_id)} | self._references(node_id)
+        is_presumed = node_id in self._presumed
+        return all(
+            self._is_as_recorded(other) or (is_presumed and other not in self._decisions) for other in before
+        )
+
+    def _is_as_recorded(self, other: str) -> bool:
+        found = self._decisions.get(other)
+        if found is not None:
+            return found.use is ResultUse.SETTLED
+        span = self._recorded.get(other)
+        was_skipped = span is None or span.status is SpanStatus.SKIPPED
+        return other not in self._skipped or was_skipped
+
+    def _reads_execution(self, node_id: str) -> bool:
+        return any(path.root == "execution" for path in _all_paths(self._program.nodes[node_id]))
+
+    def _recorded_input(self, span: NodeSpan) -> Json:
+        source = None if span.input_node is None else self._recorded.get(span.input_node)
+        text = span.input if span.input is not None else (source.output if source else None)
+        return None if text is None else values.restore_json(text)
+
+    # ── decisions ─────────────────────────────────────────────────────────────────────────────────
+
+    def _repeat(self, node_id: str, reasons: list[ReplayReason], key: NodeKey | None) -> NodeReplay:
+        """Return the decision to run a completed node again, which a write needs a confirmation for."""
+        if not self._program.nodes[node_id].is_write:
+            return self._run(node_id, *reasons)
+        is_forced = any(reason.code is ReplayReasonCode.FORCED for reason in reasons)
+        return self._ask(
+            node_id, reasons, ResultUse.NONE if is_forced or key is None else ResultUse.CANDIDATE
+        )
+
+    def _run(
+        self, node_id: str, *reasons: ReplayReason, decision: ReplayDecision = ReplayDecision.RERUN
+    ) -> NodeReplay:
+        return self._make(node_id, decision, reasons, ResultUse.NONE)
+
+    def _ask(self, node_id: str, reasons: Sequence[ReplayReason], use: ResultUse) -> NodeReplay:
+        needs = ReplayReason(ReplayReasonCode.WRITE_NEEDS_CONFIRM)
+        return self._make(node_id, ReplayDecision.ASK, [*reasons, needs], use)
+
+    def _make(
+        self, node_id: str, decision: ReplayDecision, reasons: Sequence[ReplayReason], use: ResultUse
+    ) -> NodeReplay:
+        span = self._recorded.get(node_id)
+        seconds = 0.0
+        if span is not None and span.started_at is not None and span.ended_at is not None:
+            seconds = max((span.ended_at - span.started_at).total_seconds(), 0.0)
+        effect = _effect(self._program.nodes[node_id])
+        return NodeReplay(node_id, decision, effect, tuple(reasons), use, seconds=seconds)
+
+    def _apply_confirmation(self, node: NodeReplay) -> NodeReplay:
+        if node.decision is not ReplayDecision.ASK or node.node_id not in self._options.confirmed:
+            return node
+        return replace(node, decision=ReplayDecision.RERUN, confirmed=True)
+
+    def _failure(self, span: NodeSpan) -> ReplayReason:
+        has_failed = span.status is SpanStatus.FAILED
+        return ReplayReason(ReplayReasonCode.FAILED if has_failed else ReplayReasonCode.NO_RESULT)
+
+
+def _effect(program: NodeProgram) -> NodeEffect:
+    if program.is_write:
+        return NodeEffect.WRITE
+    is_read = program.is_volatile or program.effect is NodeEffect.READ
+    return NodeEffect.READ if is_read else NodeEffect.PURE
+
+
+def _all_paths(program: NodeProgram) -> Iterable[ExpressionPath]:
+    yield from program.outside
+    yield from program.config.paths
+    yield from mapping_paths(program)
+
+
+class _NoJournal:
+    """Journal of a run that does not take place."""
+
+    def record(self, span: NodeSpan) -> None: ...
+    def record_attempt(self, attempt: AttemptSpan) -> None: ...
+    def log(self, line: LogLine) -> None: ...
+    def advance(self, share: float) -> None: ...
+    def set_metadata(self, metadata: Mapping[str, str]) -> None: ...
+    async def commit(self) -> None: ...
+
+    def holds_lease(self) -> bool:
+        return True
