@@ -50,6 +50,8 @@ class AuditAction(StrEnum):
     EVENT_TOKEN_REVOKED = "event-token.revoked"  # noqa: S105 - the name of an action
     TRIGGER_TOKEN_SET = "trigger-token.set"  # noqa: S105 - the name of an action
     DEAD_LETTERS_PURGED = "dead-letters.purged"
+    DEAD_LETTERS_REDRIVEN = "dead-letters.redriven"
+    DELIVERIES_REDRIVEN = "deliveries.redriven"
     TRIGGER_TOKEN_REVOKED = "trigger-token.revoked"  # noqa: S105 - the name of an action
     SIGNING_SECRET_SET = "signing-secret.set"  # noqa: S105 - the name of an action
     EXECUTIONS_CANCELLED = "executions.cancelled"

@@ -62,6 +62,12 @@ class Delivery(SQLModel, table=True):
         Index("ix_delivery_workflow", "workflow_id", "created_at"),
         Index("ix_delivery_organization", "organization_id", "created_at"),
         Index(
+            "ix_delivery_outcome",
+            *("organization_id", "outcome", "created_at", "id"),
+            postgresql_where=text("outcome <> 'accepted'"),
+            sqlite_where=text("outcome <> 'accepted'"),
+        ),
+        Index(
             "ix_delivery_execution",
             "execution_id",
             postgresql_where=text("execution_id IS NOT NULL"),

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, case, exists, func, literal_column, select
+from sqlalchemy import and_, exists, literal_column, select
 from sqlmodel import col
 
 from gateway.executions import execution_rows
 from gateway.http import keyset, limits
-from gateway.http.keyset import BoundedCount, KeysetBounds, ListPage
+from gateway.http.keyset import KeysetBounds, ListPage
 from models.execution import Execution, ExecutionData
 from models.execution_label import ExecutionLabel
 from models.execution_status import ExecutionStatus
@@ -59,7 +59,9 @@ async def list_page(
         for row in rows.mappings():
             columns = dict(row)
             found.append((columns.pop("listed_at"), Execution(**columns)))
-        counted = await _count(connection, source)
+        counted = await keyset.count_examined(
+            connection, source.table, source.within, source.residual, source.created_at
+        )
         count, is_lower_bound = count + counted.count, is_lower_bound or counted.is_lower_bound
     found.sort(key=lambda one: (one[0], one[1].id), reverse=bounds.is_descending)
     shown = found[: bounds.limit]
@@ -81,26 +83,6 @@ def _select_page(source: _RunSource, bounds: KeysetBounds) -> Select[*tuple[Any,
         .order_by(*bounds.order(source.created_at, source.item_id))
         .limit(bounds.limit + 1)
     )
-
-
-async def _count(connection: AsyncConnection, source: _RunSource) -> BoundedCount:
-    """Count the matching rows among the newest `limits.EXAMINED_RUNS` rows of the index."""
-    if not source.residual:
-        # From the table of the index alone.
-        return await keyset.count_rows(connection, source.within, source.created_at)
-    matches = case((and_(*source.residual), 1), else_=0).label("matches")
-    examined = (
-        select(matches)
-        .select_from(source.table)
-        .where(*source.within)
-        .order_by(source.created_at.desc())
-        .limit(limits.EXAMINED_RUNS)
-        .subquery()
-    )
-    totals = select(func.count(), func.coalesce(func.sum(examined.c.matches), 0)).select_from(examined)
-    examined_rows, matching_rows = (await connection.execute(totals)).one()
-    is_lower_bound = examined_rows == limits.EXAMINED_RUNS or matching_rows > limits.KEYSET_COUNT
-    return BoundedCount(min(matching_rows, limits.KEYSET_COUNT), is_lower_bound)
 
 
 # ── choice of the index ─────────────────────────────────────────────────────────────────────────────────────

@@ -108,7 +108,9 @@ EXPAND = ChoicesParameter(
     f" {limits.EXPANDED_BYTES:,} bytes in one answer.",
     Expansion,
 )
-TOPICS = TextParameter("topics", "Topics, separated by commas: `executions`, or `execution:` and an id.")
+TOPICS = TextParameter(
+    "topics", "Topics, separated by commas: `executions`, `deliveries`, or `execution:` and an id."
+)
 ITERATION = TextParameter(
     "iteration", "Turn of a loop, such as `3`; the path then has the id of the node.", max_length=200
 )
@@ -338,7 +340,7 @@ async def blob(request: GatewayRequest) -> BlobDownload:
 
 
 async def live(request: GatewayRequest) -> ASGIApp:
-    """Stream hints that runs have changed, as server-sent events; ask the other routes what has changed.
+    """Stream hints that runs or deliveries have changed, as server-sent events; ask the other routes what has changed.
 
     After `resync`, hints were dropped: load everything again. A comment is sent every 15 seconds.
     """
@@ -351,13 +353,13 @@ async def live(request: GatewayRequest) -> ASGIApp:
         if topic.startswith(live_hints.EXECUTION):
             execution_id = topic.removeprefix(live_hints.EXECUTION)
             keys.append(await request.gateway.access.key(execution_id, request.caller))
-        elif topic != live_hints.EXECUTIONS:
-            text = "topics must be executions or execution: with an id"
+        elif topic not in live_hints.LISTS:
+            text = "topics must be executions, deliveries, or execution: with an id"
             raise errors.invalid_query(TOPICS.name, "invalid-value", text)
-    with_list = live_hints.EXECUTIONS in topics
-    if not with_list and await request.gateway.live_hints.have_ended(keys):
+    lists = live_hints.LISTS.intersection(topics)
+    if not lists and await request.gateway.live_hints.have_ended(keys):
         return NoContent()
-    return request.gateway.live_hints.stream(request.caller, keys, with_list=with_list)
+    return request.gateway.live_hints.stream(request.caller, keys, lists)
 
 
 async def stop(request: GatewayRequest) -> JsonResponse:

@@ -2,17 +2,17 @@
 
 The page asks again with its own rights, so that a hint can't show anything, and a lost one costs a reload.
 Changes of single runs come from the broker's watches. Lists have a version that is read twice a second, once for
-all streams of an organization, from the newest runs alone.
+all streams of an organization, from the newest rows alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
@@ -25,8 +25,10 @@ from gateway.http.errors import ApiError
 from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData
 from models.execution_status import TERMINAL_STATUSES
+from models.ingest import Delivery
 
 if TYPE_CHECKING:
+    from sqlalchemy import Select
     from starlette.types import Receive, Scope, Send
 
     from gateway.executions.live_events import LiveEvents
@@ -36,14 +38,17 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 EXECUTIONS: Final = "executions"
+DELIVERIES: Final = "deliveries"
+LISTS: Final = frozenset({EXECUTIONS, DELIVERIES})
+"""Topics of lists of an organization."""
 EXECUTION: Final = "execution:"
 QUEUE_LENGTH: Final = 256
 """Hints that wait for a slow client; a client with more is asked to load everything again."""
 PING_SECONDS: Final = 15.0
 LOOK_SECONDS: Final = 0.5
 """Interval at which the version of a list is read while a stream waits for it."""
-WATCHED_RUNS: Final = 50
-"""Newest runs of an organization whose changes count as a change of the list."""
+WATCHED_ROWS: Final = 50
+"""Newest rows of a list of an organization whose changes count as a change of the list."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -90,7 +95,7 @@ class HintQueue:
 
 @dataclass(slots=True, eq=False)
 class ListWatch:
-    """Queues of one organization that wait for changes of its list of runs."""
+    """Queues of one organization that wait for changes of one of its lists."""
 
     queues: set[HintQueue] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
@@ -102,7 +107,8 @@ class LiveHints:
 
     def __init__(self, live_events: LiveEvents) -> None:
         self._live_events = live_events
-        self._lists: dict[str, ListWatch] = {}
+        self._lists: dict[tuple[str, str], ListWatch] = {}
+        """Watches by topic and organization."""
         self._queues: set[HintQueue] = set()
         self._is_released = False
 
@@ -125,14 +131,14 @@ class LiveHints:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def stream(self, caller: ApiCaller, runs: Sequence[ExecutionKey], *, with_list: bool) -> HintStream:
-        """Return a stream about single runs and, if wanted, the list of runs.
+    def stream(self, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]) -> HintStream:
+        """Return a stream about single runs and the lists of these topics.
 
         Raises 503 if too many streams are open.
         """
         if self.open >= limits.EVENT_STREAMS or self._is_released:
             raise errors.not_ready("Too many event streams are open here: load the page again instead")
-        return HintStream(self, caller, runs, with_list=with_list)
+        return HintStream(self, caller, runs, lists)
 
     async def have_ended(self, runs: Sequence[ExecutionKey]) -> bool:
         """Return whether no run can change any more."""
@@ -140,23 +146,22 @@ class LiveHints:
         return all(head is None or head.status in TERMINAL_STATUSES for head in heads)
 
     async def follow(
-        self, queue: HintQueue, caller: ApiCaller, runs: Sequence[ExecutionKey], *, with_list: bool
+        self, queue: HintQueue, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]
     ) -> None:
-        """Put hints about changes of these runs into a queue until cancelled; `with_list` adds those about the
-        organization's list.
-        """
+        """Put hints about changes of these runs, and of the organization's lists, into a queue until cancelled."""
         self._queues.add(queue)
         following = [asyncio.create_task(self._follow_run(queue, key)) for key in runs]
-        if with_list:
-            self._join_list(queue, caller.organization_id)
+        for topic in lists:
+            self._join_list(queue, topic, caller.organization_id)
         try:
             await asyncio.gather(*following)
-            if with_list:
+            if lists:
                 await asyncio.Event().wait()
             queue.end()
         finally:
             self._queues.discard(queue)
-            self._leave_list(queue, caller.organization_id)
+            for topic in lists:
+                self._leave_list(queue, topic, caller.organization_id)
             for task in following:
                 task.cancel()
             await asyncio.gather(*following, return_exceptions=True)
@@ -191,60 +196,75 @@ class LiveHints:
 
     # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _join_list(self, queue: HintQueue, organization_id: str) -> None:
-        watch = self._lists.setdefault(organization_id, ListWatch())
+    def _join_list(self, queue: HintQueue, topic: str, organization_id: str) -> None:
+        watch = self._lists.setdefault((topic, organization_id), ListWatch())
         watch.queues.add(queue)
         if watch.task is None:
-            watch.task = asyncio.create_task(self._watch_list(organization_id, watch))
+            watch.task = asyncio.create_task(self._watch_list(topic, organization_id, watch))
 
-    def _leave_list(self, queue: HintQueue, organization_id: str) -> None:
-        watch = self._lists.get(organization_id)
+    def _leave_list(self, queue: HintQueue, topic: str, organization_id: str) -> None:
+        watch = self._lists.get((topic, organization_id))
         if watch is None:
             return
         watch.queues.discard(queue)
         if not watch.queues and watch.task is not None:
             watch.task.cancel()
-            del self._lists[organization_id]
+            del self._lists[topic, organization_id]
 
-    async def _watch_list(self, organization_id: str, watch: ListWatch) -> None:
+    async def _watch_list(self, topic: str, organization_id: str, watch: ListWatch) -> None:
+        statement = (
+            _newest_runs(organization_id) if topic == EXECUTIONS else _newest_deliveries(organization_id)
+        )
         while True:
             with suppress(DatabaseUnavailable):
-                version = await self._read_version(organization_id)
+                version = await self._read_version(statement)
                 if watch.version and version != watch.version:
                     for queue in watch.queues:
-                        queue.put(LiveHint(EXECUTIONS, "", version))
+                        queue.put(LiveHint(topic, "", version))
                 watch.version = version
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _read_version(self, organization_id: str) -> str:
-        statement = (
-            select(col(Execution.id), col(Execution.updated_at))
-            .join(
-                ExecutionData,
-                and_(
-                    col(ExecutionData.execution_id) == col(Execution.id),
-                    col(ExecutionData.shard) == col(Execution.shard),
-                ),
-            )
-            .where(col(ExecutionData.organization_id) == organization_id)
-            .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
-            .limit(WATCHED_RUNS)
-        )
+    async def _read_version(self, statement: Select[*tuple[Any, ...]]) -> str:
         async with self._live_events.database.read() as connection:
             rows = (await connection.execute(statement)).all()
         return blake2b(repr([tuple(row) for row in rows]).encode(), digest_size=12).hexdigest()
+
+
+def _newest_runs(organization_id: str) -> Select[*tuple[Any, ...]]:
+    return (
+        select(col(Execution.id), col(Execution.updated_at))
+        .join(
+            ExecutionData,
+            and_(
+                col(ExecutionData.execution_id) == col(Execution.id),
+                col(ExecutionData.shard) == col(Execution.shard),
+            ),
+        )
+        .where(col(ExecutionData.organization_id) == organization_id)
+        .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
+        .limit(WATCHED_ROWS)
+    )
+
+
+def _newest_deliveries(organization_id: str) -> Select[*tuple[Any, ...]]:
+    return (
+        select(col(Delivery.id))
+        .where(col(Delivery.organization_id) == organization_id)
+        .order_by(col(Delivery.created_at).desc(), col(Delivery.id).desc())
+        .limit(WATCHED_ROWS)
+    )
 
 
 class HintStream:
     """Stream of hints of one client, as an ASGI response."""
 
     def __init__(
-        self, live: LiveHints, caller: ApiCaller, runs: Sequence[ExecutionKey], *, with_list: bool
+        self, live: LiveHints, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]
     ) -> None:
         self._live = live
         self._caller = caller
         self._runs = runs
-        self._with_list = with_list
+        self._lists = lists
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
@@ -254,9 +274,7 @@ class HintStream:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         queue = HintQueue()
-        following = asyncio.create_task(
-            self._live.follow(queue, self._caller, self._runs, with_list=self._with_list)
-        )
+        following = asyncio.create_task(self._live.follow(queue, self._caller, self._runs, self._lists))
         gone = asyncio.create_task(_until_gone(receive))
         gone.add_done_callback(lambda _: queue.end())
         try:

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from msgspec import UNSET, UnsetType
-from sqlalchemy import and_, func, literal, or_, select
+from sqlalchemy import and_, case, func, literal, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.expression import SQLColumnExpression
 
@@ -27,6 +27,7 @@ from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, RowMapping
+    from sqlalchemy.sql.expression import FromClause
 
     from engine.values import Json
     from gateway.http.parameters import QueryValues
@@ -180,6 +181,28 @@ async def list_rows(
 ) -> ListPage[RowMapping]:
     """Return a page of the rows that match; `columns` contain `created_at` and `id`."""
     counted = await count_rows(connection, conditions, created_at)
+    page = await read_rows(connection, columns, conditions, bounds, created_at=created_at, item_id=item_id)
+    return ListPage(counted.count, page.rows, page.next_cursor, counted.is_lower_bound)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPage:
+    """Rows of a page, and the cursor of the next one; None on the last page."""
+
+    rows: Sequence[RowMapping]
+    next_cursor: str | None
+
+
+async def read_rows(
+    connection: AsyncConnection,
+    columns: Sequence[SQLColumnExpression[Any]],
+    conditions: Sequence[ColumnElement[bool]],
+    bounds: KeysetBounds,
+    *,
+    created_at: SQLColumnExpression[Any],
+    item_id: SQLColumnExpression[Any],
+) -> RowPage:
+    """Return a page of the rows that match, without a count of all."""
     statement = select(*columns).where(*conditions, *bounds.condition(created_at, item_id))
     # One more than shown: then another page follows.
     ordered = statement.order_by(*bounds.order(created_at, item_id)).limit(bounds.limit + 1)
@@ -188,7 +211,7 @@ async def list_rows(
     if len(rows) > bounds.limit:
         rows = rows[: bounds.limit]
         next_cursor = bounds.cursor_behind(rows[-1]["created_at"], rows[-1]["id"])
-    return ListPage(counted.count, rows, next_cursor, counted.is_lower_bound)
+    return RowPage(rows, next_cursor)
 
 
 async def count_rows(
@@ -202,3 +225,32 @@ async def count_rows(
     some = ordered.limit(limits.KEYSET_COUNT + 1).subquery()
     count = await connection.scalar(select(func.count()).select_from(some)) or 0
     return BoundedCount(min(count, limits.KEYSET_COUNT), count > limits.KEYSET_COUNT)
+
+
+async def count_examined(
+    connection: AsyncConnection,
+    table: FromClause,
+    within: Sequence[ColumnElement[bool]],
+    residual: Sequence[ColumnElement[bool]],
+    created_at: SQLColumnExpression[Any],
+) -> BoundedCount:
+    """Count the rows that match among the newest `limits.EXAMINED_RUNS` rows of an index.
+
+    `within` are the conditions that the index decides; for those of `residual`, each row is read.
+    """
+    if not residual:
+        # From the table of the index alone.
+        return await count_rows(connection, within, created_at)
+    matches = case((and_(*residual), 1), else_=0).label("matches")
+    examined = (
+        select(matches)
+        .select_from(table)
+        .where(*within)
+        .order_by(created_at.desc())
+        .limit(limits.EXAMINED_RUNS)
+        .subquery()
+    )
+    totals = select(func.count(), func.coalesce(func.sum(examined.c.matches), 0)).select_from(examined)
+    examined_rows, matching_rows = (await connection.execute(totals)).one()
+    is_lower_bound = examined_rows == limits.EXAMINED_RUNS or matching_rows > limits.KEYSET_COUNT
+    return BoundedCount(min(matching_rows, limits.KEYSET_COUNT), is_lower_bound)

@@ -31,6 +31,8 @@ PENDING_INPUTS: Final = 1_000
 """Waiting nodes of an organization that a list of its questions examines."""
 EXAMINED_RUNS: Final = 10_000
 """Executions that a list with `after` examines to count those that match."""
+EXAMINED_DEAD_LETTERS: Final = 2_000
+"""Failed executions that a list of the dead letters of an organization examines."""
 QUERY_FIELDS: Final = 50
 """Parameters in a query string."""
 SEARCH_LENGTH: Final = 200

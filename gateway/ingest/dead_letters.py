@@ -85,7 +85,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         count, found = await delivery_rows.list_dead_letters(connection, stored.workflow, part)
         given = await delivery_rows.read_input(connection, [failed.id for failed in found])
     outputs = request.gateway.large_outputs
-    shown = [_shape(failed, given.get(failed.id), outputs.explain(failed.id)) for failed in found]
+    shown = [shape(failed, given.get(failed.id), outputs.explain(failed.id)) for failed in found]
     return JsonResponse(DeadLetterList(count=count, limit=part.limit, offset=part.offset, dead_letters=shown))
 
 
@@ -124,7 +124,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
         count, found = await _choose_dead_letters(connection, stored.workflow, body)
     purged = 0 if body.dry_run else len(found)
     if purged:
-        await _purge(request, list(found.values()))
+        await purge_runs(request, list(found.values()), request.path_params["id"])
     return JsonResponse(PurgeResult(matched=count, purged=purged, remaining=count - purged))
 
 
@@ -138,7 +138,8 @@ async def _choose_dead_letters(
     return count, {failed.id: failed for failed in found}
 
 
-async def _purge(request: GatewayRequest, failed: Sequence[Execution]) -> None:
+async def purge_runs(request: GatewayRequest, failed: Sequence[Execution], about: str) -> None:
+    """Use up the redrive keys of failed runs, and record it in the audit trail of a workflow or organization."""
     now = request.gateway.clock()
 
     async def settle(connection: AsyncConnection) -> None:
@@ -147,12 +148,11 @@ async def _purge(request: GatewayRequest, failed: Sequence[Execution]) -> None:
             await idempotency.reserve_key(
                 connection, idempotency_key, shard=one.shard, resource_id=PURGED, now=now
             )
-        workflow_id = failed[0].workflow_id
         await audit_log.record_change(
             connection,
             request.caller,
             AuditAction.DEAD_LETTERS_PURGED,
-            workflow_id,
+            about,
             before=None,
             after=str(len(failed)),
         )
@@ -160,7 +160,8 @@ async def _purge(request: GatewayRequest, failed: Sequence[Execution]) -> None:
     await request.gateway.database.transaction(settle)
 
 
-def _shape(failed: Execution, given: str | None, outputs: ShownOutputs) -> DeadLetter:
+def shape(failed: Execution, given: str | None, outputs: ShownOutputs) -> DeadLetter:
+    """Return a dead letter as the API shows it, from its run and the input of that run as JSON."""
     return DeadLetter(
         execution_id=failed.id,
         trigger_type=failed.trigger_type,

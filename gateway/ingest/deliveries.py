@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 
 from gateway.http import errors, idempotency, keyset, limits
-from gateway.http.keyset import AFTER, KeysetPage
-from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TimeParameter
+from gateway.http.keyset import AFTER, KeysetBounds, KeysetPage, PageCursor
+from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TextParameter, TimeParameter
 from gateway.http.refusals import ErrorReason
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
-from gateway.ingest import delivery_rows, redrive_runs
+from gateway.ingest import dead_letter_rows, delivery_rows, redrive_runs
 from gateway.ingest.delivery_rows import DeliveryFilter
 from gateway.workflows import editing, workflow_rows
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey
 from json_text import decoding
+from models.audit import AuditAction
 from models.ingest import DeliveryOutcome, IngestRoute
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ ROUTE: Final = ChoiceParameter("route", "Only deliveries of this route.", Ingest
 SINCE: Final = TimeParameter("since", "Only deliveries from this time on.")
 UNTIL: Final = TimeParameter("until", "Only deliveries before this time.")
 LISTED: Final = (OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, OFFSET, AFTER)
+WORKFLOW: Final = TextParameter("workflow_id", "Only deliveries of this workflow.")
+LISTED_ALL: Final = (WORKFLOW, OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, AFTER)
+FIRST_PAGE: Final = PageCursor()
 
 
 class DeliveryShape(WireStruct):
@@ -67,6 +71,45 @@ class DeliveryList(KeysetPage, kw_only=True):
     limit: int
     offset: int
     deliveries: Sequence[DeliveryShape]
+
+
+class OrganizationDelivery(DeliveryShape, kw_only=True):
+    """Delivery in a list of the whole organization."""
+
+    workflow_name: str | None
+    """Null for an event."""
+
+
+class OrganizationDeliveryList(WireStruct):
+    """Page of the deliveries of the organization, the newest first; `count` goes up to 10,000."""
+
+    count: int
+    count_is_lower_bound: bool
+    """Whether more deliveries match than `count` says."""
+    limit: int
+    next: str | None
+    """Cursor of the next page; null on the last page."""
+    deliveries: Sequence[OrganizationDelivery]
+
+
+class DeliverySelection(StrictWire):
+    """Filter of the deliveries of an organization to redrive; unlike a list, it names the outcome."""
+
+    outcome: DeliveryOutcome
+    workflow_id: str | None = None
+    route: IngestRoute | None = None
+    created_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    """Arrived at this time or later."""
+    created_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+
+
+class RedriveOrganizationDeliveries(StrictWire):
+    """Selection of deliveries of an organization to redrive, the oldest first."""
+
+    filter: DeliverySelection
+    limit: Annotated[int, msgspec.Meta(ge=1, le=limits.REDRIVEN_AT_ONCE)] = limits.REDRIVEN_AT_ONCE
+    dry_run: bool = False
+    """Only count the deliveries, without a redrive."""
 
 
 class DeliveryRedriveResult(WireStruct):
@@ -124,6 +167,69 @@ async def index(request: GatewayRequest) -> JsonResponse:
             deliveries=[_shape(one) for one in page.items],
         )
     )
+
+
+async def index_all(request: GatewayRequest) -> JsonResponse:
+    """List the deliveries of the organization with their outcomes, the newest first.
+
+    Members see those of workflows that they may read, and events that they have sent themselves.
+    """
+    query = request.query
+    wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL], query[WORKFLOW])
+    bounds = KeysetBounds(query[LIMIT], is_descending=True, cursor=query[AFTER] or FIRST_PAGE)
+    if bounds.cursor.is_descending is False:
+        raise errors.invalid_query(AFTER.name, "invalid-cursor", "after must be a cursor of this list")
+    async with request.gateway.database.read() as connection:
+        page = await delivery_rows.list_of_organization(connection, request.caller, wanted, bounds)
+        workflow_ids = [one.workflow_id for one in page.items if one.workflow_id is not None]
+        names = await dead_letter_rows.read_workflow_names(connection, workflow_ids)
+    shown = [
+        OrganizationDelivery(
+            **msgspec.structs.asdict(_shape(one)), workflow_name=names.get(one.workflow_id or "")
+        )
+        for one in page.items
+    ]
+    return JsonResponse(
+        OrganizationDeliveryList(
+            count=page.count,
+            count_is_lower_bound=bool(page.is_lower_bound),
+            limit=bounds.limit,
+            next=page.next_cursor or None,
+            deliveries=shown,
+        )
+    )
+
+
+async def redrive_all(request: GatewayRequest) -> JsonResponse:
+    """Run workflows again on the content of the organization's deliveries with one outcome, the oldest first.
+
+    At most 2,000 matching deliveries are examined and 1,000 redriven at a time; `remaining` counts the others.
+    Repeated requests run each delivery once.
+    """
+    body = await decode_body(request, RedriveOrganizationDeliveries)
+    chosen = body.filter
+    wanted = DeliveryFilter(
+        chosen.outcome, chosen.route, chosen.created_after, chosen.created_before, chosen.workflow_id
+    )
+    bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
+    async with request.gateway.database.read() as connection:
+        found = await dead_letter_rows.find_deliveries(connection, request.caller, wanted, bounds)
+    rows = {one.id: one for one in found.rows[: body.limit]}
+
+    async def again(delivery_id: str) -> AcceptanceResult:
+        delivery = rows[delivery_id]
+        key = idempotency.redrive_key(str(delivery.workflow_id), delivery_id)
+        full = await _readable(request, delivery_id)
+        accepted, _ = await request.gateway.redriver.redrive_delivery(request.caller, full, key)
+        return accepted
+
+    if rows and not body.dry_run:
+        subject = chosen.workflow_id or request.caller.organization_id
+        await redrive_runs.record_redrive(
+            request.gateway.database, request.caller, AuditAction.DELIVERIES_REDRIVEN, subject, list(rows)
+        )
+    done = await redrive_runs.redrive_all([] if body.dry_run else list(rows), again)
+    return JsonResponse(counted(len(found.rows), done))
 
 
 async def show(request: GatewayRequest) -> JsonResponse:

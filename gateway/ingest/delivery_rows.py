@@ -16,12 +16,12 @@ from gateway.http.keyset import ListPage
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
 from models.ingest import INTAKE_KINDS, Delivery, DeliveryOutcome, IngestRoute
-from models.workflow import Workflow
+from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.sql.expression import SQLColumnExpression
+    from sqlalchemy.sql.expression import FromClause, SQLColumnExpression
 
     from gateway.http.keyset import KeysetBounds
     from gateway.http.parameters import PageBounds
@@ -35,7 +35,7 @@ KINDS: Final = {
     IngestRoute.HOOK: "webhook",
 }
 """Kind of trigger for each route with one run per request."""
-_LISTED: Final = [
+LISTED: Final = [
     column
     for column in Delivery.__table__.columns  # type: ignore[attr-defined]  # SQLModel adds it
     if column.name != "payload"
@@ -59,6 +59,7 @@ class DeliveryFilter:
     since: datetime | None
     until: datetime | None
     """Arrival times: `since` is inclusive, `until` is exclusive."""
+    workflow_id: str | None = None
 
 
 async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: ApiCaller) -> Delivery | None:
@@ -78,22 +79,63 @@ async def list_deliveries(
     bounds: KeysetBounds | None,
 ) -> ListPage[Delivery]:
     """Return a page of the matching deliveries of a workflow, the newest first; `bounds` replaces `part`."""
-    conditions = [*_of(workflow), *_conditions(wanted)]
+    of_list = [*_of(workflow), *conditions(wanted)]
     created_at, item_id = col(Delivery.created_at), col(Delivery.id)
     if bounds is not None:
         page = await keyset.list_rows(
-            connection, _LISTED, conditions, bounds, created_at=created_at, item_id=item_id
+            connection, LISTED, of_list, bounds, created_at=created_at, item_id=item_id
         )
         return page.convert(lambda row: Delivery(**row))
-    count = await connection.scalar(select(func.count()).select_from(Delivery).where(*conditions))
+    count = await connection.scalar(select(func.count()).select_from(Delivery).where(*of_list))
     rows = await connection.execute(
-        select(*_LISTED)
-        .where(*conditions)
+        select(*LISTED)
+        .where(*of_list)
         .order_by(created_at.desc(), item_id.desc())
         .limit(part.limit)
         .offset(part.offset)
     )
     return ListPage(count or 0, [Delivery(**row) for row in rows.mappings()])
+
+
+async def list_of_organization(
+    connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
+) -> ListPage[Delivery]:
+    """Return a page of the matching deliveries that the caller may see, the newest first."""
+    within = [col(Delivery.organization_id) == caller.organization_id, *_outcome_conditions(wanted)]
+    residual = [*_route_conditions(wanted), *visible_conditions(caller)]
+    if wanted.workflow_id is not None:
+        # By the index of the workflow, with another organization checked once.
+        is_own = exists().where(
+            col(Workflow.id) == wanted.workflow_id, col(Workflow.organization_id) == caller.organization_id
+        )
+        within = [col(Delivery.workflow_id) == wanted.workflow_id, is_own]
+        residual += _outcome_conditions(wanted)
+    within += _time_conditions(wanted)
+    created_at, item_id = col(Delivery.created_at), col(Delivery.id)
+    table: FromClause = Delivery.__table__  # type: ignore[attr-defined]  # SQLModel adds it
+    counted = await keyset.count_examined(connection, table, within, residual, created_at)
+    page = await keyset.read_rows(
+        connection, LISTED, [*within, *residual], bounds, created_at=created_at, item_id=item_id
+    )
+    return ListPage(
+        counted.count, [Delivery(**row) for row in page.rows], page.next_cursor, counted.is_lower_bound
+    )
+
+
+def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
+    """Yield the condition for deliveries that a caller may see: of readable workflows, and their own events."""
+    if caller.is_admin:
+        return
+    workflow = exists().where(col(Workflow.id) == col(Delivery.workflow_id), is_readable_by(caller))
+    own_event = and_(col(Delivery.workflow_id).is_(None), col(Delivery.user_id) == caller.user_id)
+    yield or_(own_event, workflow.correlate(Delivery))
+
+
+def redrivable_conditions() -> Iterable[ColumnElement[bool]]:
+    """Yield the conditions for deliveries with one run each whose content is kept; redrives are left out."""
+    yield col(Delivery.route).in_(list(KINDS))
+    yield col(Delivery.redriven_from).is_(None)
+    yield _IS_KEPT
 
 
 async def find_not_redriven(
@@ -103,18 +145,16 @@ async def find_not_redriven(
 
     Redrives themselves are left out; duplicates too, unless the filter names them.
     """
-    conditions = [
+    of_list = [
         *_of(workflow),
-        *_conditions(wanted),
-        col(Delivery.route).in_(list(KINDS)),
-        col(Delivery.redriven_from).is_(None),
-        _IS_KEPT,
+        *conditions(wanted),
+        *redrivable_conditions(),
         ~_is_settled(workflow, col(Delivery.id)).correlate(Delivery),
     ]
     if wanted.outcome is None:
-        conditions.append(col(Delivery.outcome) != DeliveryOutcome.DUPLICATE)
-    count = await connection.scalar(select(func.count()).select_from(Delivery).where(*conditions))
-    oldest = select(col(Delivery.id)).where(*conditions).order_by(col(Delivery.created_at), col(Delivery.id))
+        of_list.append(col(Delivery.outcome) != DeliveryOutcome.DUPLICATE)
+    count = await connection.scalar(select(func.count()).select_from(Delivery).where(*of_list))
+    oldest = select(col(Delivery.id)).where(*of_list).order_by(col(Delivery.created_at), col(Delivery.id))
     return count or 0, [*await connection.scalars(oldest.limit(limit))]
 
 
@@ -165,11 +205,30 @@ def _of(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
     )
 
 
-def _conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
-    if wanted.outcome is not None:
-        yield col(Delivery.outcome) == wanted.outcome
+def conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield the conditions of a filter."""
+    yield from _outcome_conditions(wanted)
+    yield from _route_conditions(wanted)
+    yield from _time_conditions(wanted)
+    if wanted.workflow_id is not None:
+        yield col(Delivery.workflow_id) == wanted.workflow_id
+
+
+def _outcome_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield literal conditions, by which databases use the index of all but accepted deliveries."""
+    if wanted.outcome is None:
+        return
+    yield col(Delivery.outcome) == literal_column(f"'{wanted.outcome}'")
+    if wanted.outcome is not DeliveryOutcome.ACCEPTED:
+        yield col(Delivery.outcome) != literal_column(f"'{DeliveryOutcome.ACCEPTED}'")
+
+
+def _route_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
     if wanted.route is not None:
         yield col(Delivery.route) == wanted.route
+
+
+def _time_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
     if wanted.since is not None:
         yield col(Delivery.created_at) >= wanted.since
     if wanted.until is not None:

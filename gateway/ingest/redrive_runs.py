@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import select
 from sqlmodel import col
 
+from engine.values import fingerprint
+from gateway.access import audit_log
 from gateway.http import errors, idempotency
 from gateway.http.errors import ApiError
 from gateway.ingest import delivery_log, delivery_rows
@@ -20,10 +22,13 @@ from models.execution import Execution, ExecutionData
 from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from gateway.ingest.ingest import IngestCapacity, RequestIngestor, RunInput, RunTarget
     from journal.blobs.blob_store import BlobStore
     from journal.store import IdempotencyKey
     from models.access import ApiCaller
+    from models.audit import AuditAction
     from models.database import Database
     from models.ingest import Delivery
 
@@ -58,23 +63,46 @@ async def redrive_each(
     redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> RedriveResult:
     """Redrive each object of a workflow unless a list has redriven it before; return the result."""
+
+    async def once(resource_id: str) -> AcceptanceResult:
+        accepted, _ = await redrive(resource_id, idempotency.redrive_key(workflow_id, resource_id))
+        return accepted
+
+    return await redrive_all(resource_ids, once)
+
+
+async def redrive_all(
+    resource_ids: Sequence[str], redrive: Callable[[str], Awaitable[AcceptanceResult]]
+) -> RedriveResult:
+    """Redrive objects, ten at a time; return the new runs, and the refusals by the ids of the objects."""
     done = RedriveResult()
 
-    async def once(resource_id: str) -> AcceptanceResult | ApiError:
+    async def attempt(resource_id: str) -> AcceptanceResult | ApiError:
         try:
-            accepted, _ = await redrive(resource_id, idempotency.redrive_key(workflow_id, resource_id))
+            return await redrive(resource_id)
         except ApiError as error:
             return error
-        return accepted
 
     for start in range(0, len(resource_ids), TOGETHER):
         some = resource_ids[start : start + TOGETHER]
-        for resource_id, outcome in zip(some, await asyncio.gather(*map(once, some)), strict=True):
+        for resource_id, outcome in zip(some, await asyncio.gather(*map(attempt, some)), strict=True):
             if isinstance(outcome, ApiError):
                 done.errors[resource_id] = outcome
             elif outcome.verdict is AcceptanceVerdict.ACCEPTED:
                 done.execution_ids.append(outcome.execution_id)
     return done
+
+
+async def record_redrive(
+    database: Database, caller: ApiCaller, action: AuditAction, about: str, resource_ids: Sequence[str]
+) -> None:
+    """Record a redrive in the audit trail of a workflow or organization, before it begins."""
+    after = fingerprint(list(resource_ids))
+
+    async def record(connection: AsyncConnection) -> None:
+        await audit_log.record_change(connection, caller, action, about, before=None, after=after)
+
+    await database.transaction(record)
 
 
 class RunRedriver:

@@ -223,6 +223,10 @@ INDEXES: Mapping[str, str] = {
     DELIVERIES: "ix_delivery_workflow",
     "/api/v1/events": "ix_event_organization",
     "/api/v1/audit": "ix_audit_entry_organization",
+    "/api/v1/deliveries?limit=3": "ix_delivery_organization",
+    "/api/v1/deliveries?outcome=rejected": "ix_delivery_outcome",
+    f"/api/v1/deliveries?workflow_id={many_runs.workflow_id(0)}": "ix_delivery_workflow",
+    "/api/v1/dead-letters": "ix_execution_unsuccessful",
 }
 
 

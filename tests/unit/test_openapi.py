@@ -22,7 +22,7 @@ from gateway.http.refusals import ERROR_CODES, JSON_CODES
 from gateway.http.route import Route
 from gateway.http.sender import TOKEN
 from gateway.http.wire import WireStruct, is_strict_body
-from gateway.ingest import dead_letters, deliveries, events
+from gateway.ingest import dead_letters, deliveries, events, organization_dead_letters
 from gateway.openapi import examples, openapi_document
 from gateway.workflows import nodes
 from tests.unit.call_graph import CallGraph, CodeDefinition
@@ -70,6 +70,8 @@ NEVER = {
     (events.emit, "workflow-not-active"),
     (events.emit, "not-found"),
     (dead_letters.purge, "idempotency-mismatch"),
+    (organization_dead_letters.purge, "idempotency-mismatch"),
+    (deliveries.redrive_all, "not-found"),
 }
 """Refusals that the call graph finds and that never occur. These handlers read stored data with the functions
 for bodies, leave out limited data, report refusals inside their answer, or never get signed requests.
@@ -77,7 +79,11 @@ for bodies, leave out limited data, report refusals inside their answer, or neve
 TOLD_OF_EACH = {
     bulk_replay.replay: CodeDefinition("gateway.executions.bulk_replay", "_replay_one"),
     deliveries.redrive_many: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_delivery"),
+    deliveries.redrive_all: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_delivery"),
     dead_letters.redrive: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_dead_letter"),
+    organization_dead_letters.redrive: CodeDefinition(
+        "gateway.ingest.redrive_runs", "RunRedriver.redrive_dead_letter"
+    ),
 }
 """Repeated operations of handlers that report in their answer why each item was refused."""
 NO_TRIGGER = COMPUTED["gateway.http.errors.no_such_trigger"]

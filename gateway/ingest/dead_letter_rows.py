@@ -1,0 +1,229 @@
+"""Queries of the dead letters and deliveries of a whole organization, in bounded batches.
+
+An object that was redriven by a list, or purged, has used up its redrive key. The key is derived from the
+workflow, so that rows are read first and their keys are looked up in batches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import msgspec
+from sqlalchemy import and_, literal_column, or_, select
+from sqlmodel import col
+
+from gateway.executions.resume_runs import IS_TAKEN_UP
+from gateway.http import idempotency, limits
+from gateway.http.keyset import KeysetBounds, PageCursor
+from gateway.ingest import delivery_rows
+from models.execution import Execution, Idempotency
+from models.execution_status import ExecutionStatus
+from models.execution_visibility import visibility_condition
+from models.ingest import INTAKE_KINDS, Delivery
+from models.workflow import Workflow, is_readable_by
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.ingest.delivery_rows import DeliveryFilter
+    from models.access import ApiCaller
+
+Row = TypeVar("Row", Execution, Delivery)
+
+BATCH: Final = 200
+"""Rows whose redrive keys are looked up at once."""
+FINGERPRINT_LENGTH: Final = 16
+MESSAGE_LENGTH: Final = 200
+_VARIABLE: Final = re.compile(
+    r"\"[^\"]*\"|'[^']*'|“[^”]*”|\b[0-9a-fA-F-]{12,}\b|\b\w+_[0-9A-Za-z]{10,}\b|\d+"
+)
+"""Parts of an error message that differ between errors with one cause: quoted texts, ids and numbers."""
+# Literals, not bound parameters: databases use a partial index only for a condition that they can read.
+_UNSUCCESSFUL: Final = col(Execution.status).in_(
+    [
+        literal_column(f"'{one}'")
+        for one in (ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED)
+    ]
+)
+_FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCause:
+    """Node, code and message of the error of a run, and the fingerprint of all runs that failed alike."""
+
+    node_id: str | None
+    code: str
+    message: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterFilter:
+    """Filter of the dead letters of an organization."""
+
+    workflow_id: str | None = None
+    trigger_type: str | None = None
+    group: str | None = None
+    """Fingerprint of the error."""
+    since: datetime | None = None
+    until: datetime | None = None
+    """Times of acceptance: `since` is inclusive, `until` is exclusive."""
+    execution_ids: Sequence[str] = ()
+    """Only these; empty: all."""
+    owner_id: str | None = None
+    """Only runs of workflows of this user."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRows(Generic[Row]):
+    """Rows that are neither redriven nor purged."""
+
+    rows: Sequence[Row]
+    last_examined: Row | None
+    """Last row that was read, unless all were: others follow behind it."""
+
+
+def describe_cause(execution: Execution) -> ErrorCause:
+    """Return the cause of a failed run; runs with one fingerprint failed in one node with one kind of message."""
+    error: Mapping[str, Any] = execution.error or {}
+    cause: Mapping[str, Any] = error.get("cause") or error
+    node_id = cause.get("nodeId") or error.get("nodeId")
+    code, message = str(cause.get("code", "unknown")), str(cause.get("message", ""))
+    normal = _VARIABLE.sub("…", message[:MESSAGE_LENGTH])
+    text = msgspec.json.encode([execution.workflow_id, node_id, code, normal])
+    return ErrorCause(node_id, code, message, sha256(text).hexdigest()[:FINGERPRINT_LENGTH])
+
+
+async def find_dead_letters(
+    connection: AsyncConnection, caller: ApiCaller, wanted: DeadLetterFilter, bounds: KeysetBounds
+) -> OpenRows[Execution]:
+    """Return the dead letters behind a cursor that the caller may see and that match, up to the limit of `bounds`.
+
+    At most `limits.EXAMINED_DEAD_LETTERS` failed runs are read, so that there may be fewer.
+    """
+    statement = select(Execution).where(*_failed_conditions(caller, wanted))
+
+    def matches(execution: Execution) -> bool:
+        return wanted.group is None or describe_cause(execution).fingerprint == wanted.group
+
+    return await _find_open(connection, caller, Execution, statement, bounds, matches)
+
+
+async def find_deliveries(
+    connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
+) -> OpenRows[Delivery]:
+    """Return the deliveries behind a cursor that the caller may see, that match, and that can be redriven."""
+    statement = select(*delivery_rows.LISTED).where(
+        col(Delivery.organization_id) == caller.organization_id,
+        *delivery_rows.conditions(wanted),
+        *delivery_rows.redrivable_conditions(),
+        *delivery_rows.visible_conditions(caller),
+    )
+    return await _find_open(connection, caller, Delivery, statement, bounds, lambda _: True)
+
+
+async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterable[str]) -> dict[str, str]:
+    """Return the names of workflows by id, deleted ones included."""
+    wanted = sorted(set(workflow_ids))
+    if not wanted:
+        return {}
+    statement = select(col(Workflow.id), col(Workflow.name)).where(col(Workflow.id).in_(wanted))
+    return {row.id: row.name for row in await connection.execute(statement)}
+
+
+def _failed_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
+    yield col(Execution.organization_id) == caller.organization_id
+    yield _UNSUCCESSFUL
+    yield _FAILED
+    yield col(Execution.trigger_type).in_(INTAKE_KINDS)
+    yield col(Execution.parent_id).is_(None)
+    yield col(Execution.is_private).is_(False)
+    yield visibility_condition(caller)
+    yield ~IS_TAKEN_UP
+    # Runs of a deleted workflow can't be redriven.
+    workflow = select(col(Workflow.id)).where(col(Workflow.id) == col(Execution.workflow_id))
+    if wanted.owner_id is not None:
+        workflow = workflow.where(col(Workflow.owner_id) == wanted.owner_id)
+    yield workflow.where(is_readable_by(caller)).correlate(Execution).exists()
+    if wanted.workflow_id is not None:
+        yield col(Execution.workflow_id) == wanted.workflow_id
+    if wanted.trigger_type is not None:
+        yield col(Execution.trigger_type) == wanted.trigger_type
+    if wanted.since is not None:
+        yield col(Execution.created_at) >= wanted.since
+    if wanted.until is not None:
+        yield col(Execution.created_at) < wanted.until
+    if wanted.execution_ids:
+        yield col(Execution.id).in_(wanted.execution_ids)
+
+
+async def _find_open(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    kind: type[Row],
+    statement: Select[*tuple[Any, ...]],
+    bounds: KeysetBounds,
+    matches: Any,  # noqa: ANN401 - a predicate of the kind's rows
+) -> OpenRows[Row]:
+    found: list[Row] = []
+    examined, last = 0, None
+    async for batch, is_last in _batches(connection, kind, statement, bounds):
+        settled = await _find_settled(connection, caller, batch)
+        for row in batch:
+            examined, last = examined + 1, row
+            if row.id not in settled and matches(row):
+                found.append(row)
+                if len(found) == bounds.limit:
+                    is_all = is_last and row is batch[-1]
+                    return OpenRows(found, None if is_all else row)
+        if is_last:
+            return OpenRows(found, None)
+        if examined >= limits.EXAMINED_DEAD_LETTERS:
+            break
+    return OpenRows(found, last)
+
+
+async def _batches(
+    connection: AsyncConnection, kind: type[Row], statement: Select[*tuple[Any, ...]], bounds: KeysetBounds
+) -> AsyncIterator[tuple[list[Row], bool]]:
+    """Yield batches of rows in the order of the request, each with whether it is the last."""
+    created_at, item_id = col(kind.created_at), col(kind.id)
+    while True:
+        rows = await connection.execute(
+            statement.where(*bounds.condition(created_at, item_id))
+            .order_by(*bounds.order(created_at, item_id))
+            .limit(BATCH + 1)
+        )
+        batch = [kind(**row) for row in rows.mappings()]
+        is_last = len(batch) <= BATCH
+        yield batch[:BATCH], is_last
+        if is_last:
+            return
+        behind = PageCursor(bounds.is_descending, batch[BATCH - 1].created_at, batch[BATCH - 1].id)
+        bounds = KeysetBounds(bounds.limit, bounds.is_descending, behind)
+
+
+async def _find_settled(
+    connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
+) -> frozenset[str]:
+    """Return the ids of the rows that were redriven by a list, or purged."""
+    by_workflow = sorted(rows, key=lambda row: str(row.workflow_id))
+    used = [
+        and_(
+            col(Idempotency.scope) == idempotency.redrive_key(workflow_id, "").scope,
+            col(Idempotency.key).in_([row.id for row in of_workflow]),
+        )
+        for workflow_id, of_workflow in groupby(by_workflow, key=lambda row: str(row.workflow_id))
+    ]
+    if not used:
+        return frozenset()
+    statement = select(col(Idempotency.key)).where(col(Idempotency.shard) == caller.shard, or_(*used))
+    return frozenset(await connection.scalars(statement))

@@ -1,0 +1,290 @@
+"""Dead letters of a whole organization: list, groups by cause, redrive and purge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+
+from gateway.http import errors, idempotency, limits
+from gateway.http.keyset import AFTER, KeysetBounds, PageCursor
+from gateway.http.parameters import LIMIT, FlagParameter, TextParameter, TimeParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
+from gateway.ingest import dead_letter_rows, dead_letters, delivery_rows, redrive_runs
+from gateway.ingest.dead_letter_rows import DeadLetterFilter, ErrorCause
+from gateway.ingest.dead_letters import DeadLetter, PurgeResult
+from gateway.ingest.deliveries import counted
+from journal.store import AcceptanceResult
+from models.audit import AuditAction
+
+if TYPE_CHECKING:
+    from models.execution import Execution
+
+WORKFLOW: Final = TextParameter("workflow_id", "Only dead letters of this workflow.")
+KIND: Final = TextParameter("trigger_type", "Only dead letters of this kind of trigger, such as `email`.")
+GROUP: Final = TextParameter("group", "Only dead letters of this group, by its id.")
+SINCE: Final = TimeParameter("since", "Only runs accepted from this time on.")
+UNTIL: Final = TimeParameter("until", "Only runs accepted before this time.")
+OLDEST_FIRST: Final = FlagParameter("oldest_first", "Begin with the oldest instead of the newest.")
+LISTED: Final = (WORKFLOW, KIND, GROUP, SINCE, UNTIL, OLDEST_FIRST, LIMIT, AFTER)
+GROUPED: Final = (WORKFLOW, KIND, SINCE, UNTIL)
+FIRST_PAGE: Final = PageCursor()
+
+
+class OrganizationDeadLetter(DeadLetter, kw_only=True):
+    """Dead letter in a list of the whole organization."""
+
+    workflow_id: str
+    workflow_name: str
+    group: str
+    """Id of the group of dead letters with the same cause."""
+    completed_nodes: int
+    total_nodes: int
+
+
+class OrganizationDeadLetterList(WireStruct):
+    """Page of the dead letters of the organization.
+
+    A page may be shorter than `limit` although another follows: one request examines at most 2,000 failed runs.
+    """
+
+    limit: int
+    next: str | None
+    """Cursor of the next page; null on the last page."""
+    dead_letters: Sequence[OrganizationDeadLetter]
+
+
+class DeadLetterGroup(WireStruct):
+    """Dead letters with the same workflow, node, code and kind of message."""
+
+    id: str
+    workflow_id: str
+    workflow_name: str
+    node_id: str | None
+    code: str
+    message: str
+    """Message of the newest one; the others may differ in numbers, ids and quoted texts."""
+    count: int
+    first_at: Instant
+    last_at: Instant
+    """Times of acceptance of the oldest and the newest."""
+    newest_execution_id: str
+
+
+class DeadLetterGroups(WireStruct):
+    """Groups of the dead letters of the organization, the one with the newest failure first."""
+
+    count: int
+    """Number of dead letters in all groups."""
+    count_is_lower_bound: bool
+    """Whether there may be older ones: the newest 2,000 failed runs are examined."""
+    oldest_at: Instant | None
+    groups: Sequence[DeadLetterGroup]
+
+
+class DeadLetterSelection(StrictWire):
+    """Filter of the dead letters of an organization; without fields it selects all."""
+
+    workflow_id: str | None = None
+    trigger_type: str | None = None
+    group: str | None = None
+    """Id of a group."""
+    created_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    """Accepted at this time or later."""
+    created_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    execution_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
+        default_factory=list
+    )
+    """Only these; empty: all."""
+
+    def wanted(self) -> DeadLetterFilter:
+        return DeadLetterFilter(
+            workflow_id=self.workflow_id,
+            trigger_type=self.trigger_type,
+            group=self.group,
+            since=self.created_after,
+            until=self.created_before,
+            execution_ids=self.execution_ids,
+        )
+
+
+class SelectDeadLetters(StrictWire):
+    """Selection of dead letters of an organization, the oldest first.
+
+    An unknown field is refused, since it might be meant to narrow the selection.
+    """
+
+    filter: DeadLetterSelection
+    limit: Annotated[int, msgspec.Meta(ge=1, le=limits.REDRIVEN_AT_ONCE)] = limits.REDRIVEN_AT_ONCE
+    dry_run: bool = False
+    """Only count the dead letters, without a change."""
+
+
+@dataclass(slots=True)
+class _GroupedRuns:
+    """Group while it is collected, the newest run first."""
+
+    cause: ErrorCause
+    newest: Execution
+    oldest: Execution
+    count: int = 0
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the failed runs of inbound requests of the organization that are neither redriven nor purged.
+
+    Members see those of workflows that they may read.
+    """
+    query = request.query
+    wanted = DeadLetterFilter(
+        workflow_id=query[WORKFLOW],
+        trigger_type=query[KIND],
+        group=query[GROUP],
+        since=query[SINCE],
+        until=query[UNTIL],
+    )
+    cursor, is_descending = query[AFTER] or FIRST_PAGE, not query[OLDEST_FIRST]
+    if cursor.is_descending not in {None, is_descending}:
+        raise errors.invalid_query(
+            AFTER.name, "invalid-cursor", "after must be a cursor of this list in the same order"
+        )
+    bounds = KeysetBounds(query[LIMIT], is_descending, cursor)
+    async with request.gateway.database.read() as connection:
+        found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
+        given = await delivery_rows.read_input(connection, [failed.id for failed in found.rows])
+        names = await dead_letter_rows.read_workflow_names(
+            connection, [failed.workflow_id for failed in found.rows]
+        )
+    last = found.last_examined
+    outputs = request.gateway.large_outputs
+    shown = [
+        OrganizationDeadLetter(
+            **msgspec.structs.asdict(
+                dead_letters.shape(failed, given.get(failed.id), outputs.explain(failed.id))
+            ),
+            workflow_id=failed.workflow_id,
+            workflow_name=names.get(failed.workflow_id, failed.workflow_id),
+            group=dead_letter_rows.describe_cause(failed).fingerprint,
+            completed_nodes=failed.completed_nodes,
+            total_nodes=failed.total_nodes,
+        )
+        for failed in found.rows
+    ]
+    next_cursor = None if last is None else bounds.cursor_behind(last.created_at, last.id)
+    return JsonResponse(OrganizationDeadLetterList(limit=bounds.limit, next=next_cursor, dead_letters=shown))
+
+
+async def groups(request: GatewayRequest) -> JsonResponse:
+    """Group the dead letters of the organization by workflow, node, code and kind of message."""
+    query = request.query
+    wanted = DeadLetterFilter(
+        workflow_id=query[WORKFLOW], trigger_type=query[KIND], since=query[SINCE], until=query[UNTIL]
+    )
+    bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=True, cursor=FIRST_PAGE)
+    async with request.gateway.database.read() as connection:
+        found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
+        names = await dead_letter_rows.read_workflow_names(
+            connection, [failed.workflow_id for failed in found.rows]
+        )
+    collected = _collect(found.rows)
+    return JsonResponse(
+        DeadLetterGroups(
+            count=len(found.rows),
+            count_is_lower_bound=found.last_examined is not None,
+            oldest_at=instant(found.rows[-1].created_at) if found.rows else None,
+            groups=[
+                _show_group(group, names.get(group.newest.workflow_id, group.newest.workflow_id))
+                for group in collected
+            ],
+        )
+    )
+
+
+async def redrive(request: GatewayRequest) -> JsonResponse:
+    """Run the present workflows again on the input of the organization's dead letters, the oldest first.
+
+    At most 2,000 failed runs are examined and 1,000 redriven at a time; `remaining` counts the others. Repeated
+    requests run each dead letter once.
+    """
+    body = await decode_body(request, SelectDeadLetters)
+    matched, chosen = await _choose(request, body, body.filter.wanted())
+    found = {failed.id: failed for failed in chosen}
+
+    async def again(execution_id: str) -> AcceptanceResult:
+        failed = found[execution_id]
+        key = idempotency.redrive_key(failed.workflow_id, execution_id)
+        accepted, _ = await request.gateway.redriver.redrive_dead_letter(request.caller, failed, key)
+        return accepted
+
+    if found and not body.dry_run:
+        await redrive_runs.record_redrive(
+            request.gateway.database,
+            request.caller,
+            AuditAction.DEAD_LETTERS_REDRIVEN,
+            _subject(request, body),
+            list(found),
+        )
+    done = await redrive_runs.redrive_all([] if body.dry_run else list(found), again)
+    return JsonResponse(counted(matched, done))
+
+
+async def purge(request: GatewayRequest) -> JsonResponse:
+    """Take dead letters of the organization off the list for good, so that none can be redriven.
+
+    Only those of workflows that the caller may change are selected: of their own; for an admin, of all. Their
+    executions stay until their retention ends.
+    """
+    body = await decode_body(request, SelectDeadLetters)
+    caller = request.caller
+    wanted = replace(body.filter.wanted(), owner_id=None if caller.is_admin else caller.user_id)
+    matched, chosen = await _choose(request, body, wanted)
+    purged = 0 if body.dry_run else len(chosen)
+    if purged:
+        await dead_letters.purge_runs(request, chosen, _subject(request, body))
+    return JsonResponse(PurgeResult(matched=matched, purged=purged, remaining=matched - purged))
+
+
+async def _choose(
+    request: GatewayRequest, body: SelectDeadLetters, wanted: DeadLetterFilter
+) -> tuple[int, Sequence[Execution]]:
+    """Return the number of dead letters that match, and the oldest of them up to the limit of the request."""
+    bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
+    async with request.gateway.database.read() as connection:
+        found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
+    return len(found.rows), found.rows[: body.limit]
+
+
+def _subject(request: GatewayRequest, body: SelectDeadLetters) -> str:
+    """Return the subject of the audit record: the workflow of the filter, or the organization."""
+    return body.filter.workflow_id or request.caller.organization_id
+
+
+def _collect(rows: Sequence[Execution]) -> Sequence[_GroupedRuns]:
+    """Return the groups of dead letters that are ordered from the newest to the oldest."""
+    collected: dict[str, _GroupedRuns] = {}
+    for failed in rows:
+        cause = dead_letter_rows.describe_cause(failed)
+        group = collected.setdefault(cause.fingerprint, _GroupedRuns(cause, failed, failed))
+        group.oldest = failed
+        group.count += 1
+    return list(collected.values())
+
+
+def _show_group(group: _GroupedRuns, name: str) -> DeadLetterGroup:
+    return DeadLetterGroup(
+        id=group.cause.fingerprint,
+        workflow_id=group.newest.workflow_id,
+        workflow_name=name,
+        node_id=group.cause.node_id,
+        code=group.cause.code,
+        message=group.cause.message,
+        count=group.count,
+        first_at=instant(group.oldest.created_at),
+        last_at=instant(group.newest.created_at),
+        newest_execution_id=group.newest.id,
+    )

@@ -1,0 +1,226 @@
+"""Deliveries and dead letters of a whole organization: lists, groups, redrive in bulk, and hints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from gateway.http import limits
+from gateway.ingest import dead_letter_rows
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
+from tests.integration.browser import serve_gateway
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.integration.test_gateway_deliveries import enqueue, get_json
+from tests.integration.test_gateway_enqueue import WORKFLOWS, create_active_workflow
+from tests.integration.test_live_hints import next_hint, open_stream
+
+DELIVERIES = "/api/v1/deliveries"
+DEAD_LETTERS = "/api/v1/dead-letters"
+
+
+async def fail_alike(
+    harness: GatewayHarness, execution_ids: list[str], message: str, node_id: str = "write"
+) -> None:
+    """End runs with an error each, whose message has the id of the run in quotes."""
+
+    async def fail(connection: AsyncConnection) -> None:
+        for execution_id in execution_ids:
+            error = {
+                "code": "node-error",
+                "message": f'{message} "{execution_id}"',
+                "nodeId": node_id,
+                "attempt": 1,
+            }
+            values = {"status": ExecutionStatus.FAILED, "ended_at": col(Execution.created_at), "error": error}
+            await connection.execute(
+                update(Execution).where(col(Execution.id) == execution_id).values(**values)
+            )
+
+    await harness.gateway.database.transaction(fail)
+
+
+async def walk(person: UserClient, path: str, name: str) -> list[dict[str, Any]]:
+    """Return the items of all pages of a list."""
+    found: list[dict[str, Any]] = []
+    cursor: str | None = "start"
+    while cursor is not None:
+        page = await get_json(person, f"{path}{'&' if '?' in path else '?'}after={cursor}")
+        found += page[name]
+        cursor = page["next"]
+    return found
+
+
+async def test_deliveries_of_all_workflows_are_one_list_for_those_who_may_read_them(
+    people: OrganizationUsers,
+) -> None:
+    first, second = [await create_active_workflow(people.owner) for _ in range(2)]
+    hidden = await create_active_workflow(people.admin)
+    for workflow_id in (first, second, first):
+        await enqueue(people.owner, workflow_id)
+    await enqueue(people.admin, hidden)
+    await people.owner.api.post(f"{WORKFLOWS}/{first}/enqueue", json={"message": 1, "priority": 999})
+    await people.owner.api.post("/api/v1/workflows/events", json={"event_type": "order.paid"})
+
+    mine = await walk(people.owner, f"{DELIVERIES}?limit=2", "deliveries")
+    assert [one["workflowId"] for one in mine] == [None, first, first, second, first]
+    assert mine[1]["workflowName"] == "A workflow"
+    assert (mine[1]["outcome"], mine[1]["reason"]["code"]) == ("rejected", "validation-failed")
+    everything = await get_json(people.admin, DELIVERIES)
+    assert (everything["count"], everything["countIsLowerBound"], everything["next"]) == (6, False, None)
+    assert [one["workflowId"] for one in everything["deliveries"]][2] == hidden
+
+    for query, count in (
+        ("outcome=rejected", 1),
+        (f"workflow_id={second}", 1),
+        (f"workflow_id={first}&outcome=accepted", 2),
+        ("route=events", 1),
+        ("since=2020-01-01T00:00:00Z&until=2021-01-01T00:00:00Z", 0),
+    ):
+        page = await get_json(people.owner, f"{DELIVERIES}?{query}")
+        assert (page["count"], len(page["deliveries"])) == (count, count), query
+    assert (await get_json(people.owner, f"{DELIVERIES}?workflow_id={hidden}"))["deliveries"] == []
+    assert (await get_json(people.colleague, DELIVERIES))["count"] == 0
+    assert (await get_json(people.stranger, f"{DELIVERIES}?workflow_id={first}"))["count"] == 0
+    assert_refused(await people.owner.api.get(f"{DELIVERIES}?after=nonsense"), 400, "invalid-query")
+    assert_refused(await people.owner.api.get(f"{DELIVERIES}?outcome=lost"), 400, "invalid-query")
+
+
+async def test_deliveries_of_one_outcome_are_redriven_once(people: OrganizationUsers) -> None:
+    api = people.owner.api
+    workflow_ids = [await create_active_workflow(people.owner) for _ in range(2)]
+    for workflow_id in workflow_ids:
+        await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
+        refused = await api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": {"of": workflow_id}})
+        assert_refused(refused, 409, "workflow-not-active")
+        await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
+    path = f"{DELIVERIES}/redrive"
+    chosen = {"filter": {"outcome": "rejected"}}
+    dry = (await api.post(path, json={**chosen, "dryRun": True})).json()
+    assert (dry["matched"], dry["redriven"], dry["executionIds"]) == (2, 0, [])
+    assert_refused(await api.post(path, json={"filter": {}}), 422, "validation-failed")
+    assert_refused(await api.post(path, json={**chosen, "dryrun": True}), 422, "validation-failed")
+    foreign = await people.stranger.api.post(path, json=chosen)
+    assert (foreign.status_code, foreign.json()["matched"]) == (200, 0)
+    first = (await api.post(path, json={**chosen, "limit": 1})).json()
+    assert (first["matched"], first["redriven"], first["remaining"]) == (2, 1, 1)
+    second = (await api.post(path, json=chosen)).json()
+    assert (second["matched"], second["redriven"], second["errors"]) == (1, 1, {})
+    assert (await api.post(path, json=chosen)).json()["matched"] == 0
+    trail = await get_json(people.admin, "/api/v1/audit?action=deliveries.redriven")
+    assert trail["count"] == 2
+
+
+async def test_dead_letters_of_all_workflows_are_grouped_by_their_cause(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    first, second = [await create_active_workflow(people.owner) for _ in range(2)]
+    alike = [await enqueue(people.owner, first, number) for number in range(3)]
+    other = await enqueue(people.owner, first, "other")
+    elsewhere = await enqueue(people.owner, second, "elsewhere")
+    await enqueue(people.owner, second, "in time")
+    await fail_alike(harness, alike, "No row for order")
+    await fail_alike(harness, [other], "No row for order", node_id="read")
+    await fail_alike(harness, [elsewhere], "No row for order")
+
+    groups = await get_json(people.owner, f"{DEAD_LETTERS}/groups")
+    assert (groups["count"], groups["countIsLowerBound"]) == (5, False)
+    assert [(one["workflowId"], one["nodeId"], one["count"]) for one in groups["groups"]] == [
+        (second, "write", 1),
+        (first, "read", 1),
+        (first, "write", 3),
+    ]
+    largest = groups["groups"][2]
+    assert largest["newestExecutionId"] == alike[2]
+    assert largest["message"] == f'No row for order "{alike[2]}"'
+    assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups?workflow_id={second}"))["count"] == 1
+
+    pages = await walk(people.owner, f"{DEAD_LETTERS}?limit=2", "deadLetters")
+    assert [one["executionId"] for one in pages] == [elsewhere, other, *reversed(alike)]
+    oldest = await walk(people.owner, f"{DEAD_LETTERS}?oldest_first=true&limit=2", "deadLetters")
+    assert oldest == pages[::-1]
+    of_group = await walk(people.owner, f"{DEAD_LETTERS}?group={largest['id']}&limit=1", "deadLetters")
+    assert [one["executionId"] for one in of_group] == alike[::-1]
+    assert of_group[0]["given"]["message"] == 2
+    for person, path in (
+        (people.colleague, DEAD_LETTERS),
+        (people.stranger, f"{DEAD_LETTERS}?workflow_id={first}"),
+    ):
+        assert (await get_json(person, path))["deadLetters"] == []
+        assert (await get_json(person, f"{DEAD_LETTERS}/groups"))["count"] == 0
+
+
+async def test_a_group_of_dead_letters_is_redriven_or_purged_once(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner)
+    broken = [await enqueue(people.owner, workflow_id, number) for number in range(3)]
+    useless = await enqueue(people.owner, workflow_id, "useless")
+    await fail_alike(harness, broken, "Broken")
+    await fail_alike(harness, [useless], "Useless", node_id="read")
+    api = people.owner.api
+    by_node = {
+        one["nodeId"]: one["id"] for one in (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["groups"]
+    }
+    of_write, of_read = {"filter": {"group": by_node["write"]}}, {"filter": {"group": by_node["read"]}}
+
+    dry = (await api.post(f"{DEAD_LETTERS}/redrive", json={**of_write, "dryRun": True})).json()
+    assert (dry["matched"], dry["redriven"], dry["remaining"]) == (3, 0, 3)
+    for body in ({}, {"filter": {"groups": "x"}}, {"filter": {}, "limit": 0}):
+        assert_refused(await api.post(f"{DEAD_LETTERS}/redrive", json=body), 422, "validation-failed")
+    foreign = await people.stranger.api.post(f"{DEAD_LETTERS}/redrive", json=of_write)
+    assert foreign.json()["matched"] == 0
+    first = (await api.post(f"{DEAD_LETTERS}/redrive", json={**of_write, "limit": 1})).json()
+    assert (first["matched"], first["redriven"], first["remaining"]) == (3, 1, 2)
+    rest = (await api.post(f"{DEAD_LETTERS}/redrive", json=of_write)).json()
+    assert (rest["matched"], rest["redriven"]) == (2, 2)
+    # A list of one workflow and the list of the organization use one key for each dead letter.
+    again = await api.post(f"{WORKFLOWS}/{workflow_id}/dead-letters/redrive", json={"executionIds": broken})
+    assert again.json()["matched"] == 0
+
+    not_theirs = await people.colleague.api.post(f"{DEAD_LETTERS}/purge", json=of_read)
+    assert not_theirs.json() == {"matched": 0, "purged": 0, "remaining": 0}
+    purged = await api.post(f"{DEAD_LETTERS}/purge", json=of_read)
+    assert purged.json() == {"matched": 1, "purged": 1, "remaining": 0}
+    assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 0
+    actions = {one["action"] for one in (await get_json(people.admin, "/api/v1/audit"))["entries"]}
+    assert {"dead-letters.redriven", "dead-letters.purged"} <= actions
+
+
+async def test_a_request_examines_a_bounded_number_of_failed_runs(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "EXAMINED_DEAD_LETTERS", 4)
+    monkeypatch.setattr(dead_letter_rows, "BATCH", 2)
+    workflow_id = await create_active_workflow(people.owner)
+    wanted = await enqueue(people.owner, workflow_id, "the oldest")
+    others = [await enqueue(people.owner, workflow_id, number) for number in range(5)]
+    await fail_alike(harness, [wanted], "Wanted", node_id="read")
+    await fail_alike(harness, others, "Other")
+    [failed] = (await get_json(people.owner, f"{DEAD_LETTERS}?oldest_first=true&limit=1"))["deadLetters"]
+    page = await get_json(people.owner, f"{DEAD_LETTERS}?group={failed['group']}")
+    assert page["deadLetters"] == []
+    assert page["next"] is not None
+    found = await walk(people.owner, f"{DEAD_LETTERS}?group={failed['group']}", "deadLetters")
+    assert [one["executionId"] for one in found] == [wanted]
+    groups = await get_json(people.owner, f"{DEAD_LETTERS}/groups")
+    assert (groups["count"], groups["countIsLowerBound"]) == (4, True)
+
+
+async def test_a_stream_hints_that_something_was_delivered(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner)
+    async with (
+        serve_gateway(harness) as url,
+        open_stream(url, people.owner.key, "deliveries") as stream,
+    ):
+        await enqueue(people.owner, workflow_id)
+        hint = await next_hint(stream)
+        while hint.topic != "deliveries":
+            hint = await next_hint(stream)
+        assert hint.id == ""
