@@ -49,6 +49,11 @@ STATES: Final[Mapping[str, StateLook]] = {
     "starting": StateLook("lit", "waking", "Starting"),
     "stopping": StateLook("", "draining", "Stopping"),
     "error": StateLook("bad", "failed", "No start"),
+    "accepted": StateLook("good", "completed", "Accepted"),
+    "duplicate": StateLook("", "minus", "Duplicate"),
+    "deferred": StateLook("warn", "waiting", "Deferred"),
+    "rejected": StateLook("bad", "failed", "Rejected"),
+    "shed": StateLook("bad", "failed", "Shed"),
 }
 TRIGGER_ICONS: Final[Mapping[str, str]] = {
     "manual": "hand",
@@ -136,3 +141,8 @@ def show_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
     lines = text[:MAX_CHARACTERS].split("\n")
     shown = "\n".join(lines[:MAX_LINES])
     return shown if len(shown) == len(text) else f"{shown}\n… {len(text) - len(shown):,} more characters"
+
+
+def show_line(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Return JSON as text in one line."""
+    return msgspec.json.encode(value).decode()

@@ -25,6 +25,8 @@ ENTRIES: Final[Sequence[NavigationEntry]] = (
     NavigationEntry("workflows", "Workflows", "/dashboard/workflows", "graph", "w", "workflows:read"),
     NavigationEntry("runs", "Runs", "/dashboard/runs", "list", "r", "workflows:read"),
     NavigationEntry("approvals", "Approvals", "/dashboard/approvals", "person", "a", "workflows:read"),
+    NavigationEntry("dead-letters", "Dead letters", "/dashboard/dead-letters", "dead", "d", "workflows:read"),
+    NavigationEntry("deliveries", "Deliveries", "/dashboard/deliveries", "inbox", "e", "workflows:read"),
     NavigationEntry("schedule", "Schedule", "/dashboard/schedule", "clock", "s", "workflows:read"),
     NavigationEntry("sources", "Data sources", "/dashboard/sources", "db", "b", "datasources:read"),
     NavigationEntry("keys", "Keys and users", "/dashboard/keys", "key", "k"),

@@ -78,6 +78,17 @@ class PageRequest:
         body = msgspec.json.encode({**fields, "dryRun": True})
         return _value_of(*await self._request(path, "", body))
 
+    async def plan_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of a route to a dry run; None where it is missing or forbidden."""
+        count = len(self.asked)
+        try:
+            return await self.plan(path, **fields)
+        except ApiError as error:
+            if error.status not in _ABSENT:
+                raise
+            del self.asked[count:]
+            return None
+
     async def _request(self, path: str, query: str, body: bytes | None = None) -> tuple[int, bytes]:
         status, pieces = 0, []
         headers = [pair for pair in self._scope["headers"] if pair[0] in _FORWARDED]

@@ -1,0 +1,102 @@
+"""Deliveries of all workflows: each request with its outcome, its reason and its run, and refused ones unnamed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.dashboard.addresses import list_address
+from gateway.dashboard.page import Page, PageData, PageFrame
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page_request import PageRequest
+
+LIMIT: Final = 50
+SHOWN_SAMPLES: Final = 20
+START: Final = "start"
+PATH: Final = "/dashboard/deliveries"
+FILTERS: Final = ("outcome", "route", "workflow_id", "since", "until")
+OUTCOMES: Final = (
+    ("", "All"),
+    ("accepted", "Accepted"),
+    ("duplicate", "Duplicate"),
+    ("deferred", "Deferred"),
+    ("rejected", "Rejected"),
+    ("shed", "Shed"),
+)
+REDRIVEN_IN_BULK: Final = frozenset({"rejected", "shed"})
+"""Outcomes without a run, whose requests a person may want to run after all."""
+MEANINGS: Final = {
+    "duplicate": "Repeats an earlier request: the answer and the run are the first one's.",
+    "deferred": "Its run starts when the workflow may run again.",
+}
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask for a page of deliveries, the plan of a bulk redrive, and samples of refused requests."""
+    given = page.query
+    filters = {name: given[name] for name in FILTERS if given.get(name)}
+    deliveries, samples, plan = await asyncio.gather(
+        page.get("/api/v1/deliveries", **filters, limit=LIMIT, after=given.get("after", START)),
+        _load_samples(page, filters),
+        _plan_redrive(page, filters),
+    )
+    return {"deliveries": deliveries, "samples": samples, "plan": plan}
+
+
+async def _load_samples(page: PageRequest, filters: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
+    if page.query.get("after", START) != START or not set(filters) <= {"outcome"}:
+        return None
+    if filters.get("outcome", "rejected") != "rejected":
+        return None
+    return await page.get_if_present("/api/v1/intake-samples", limit=SHOWN_SAMPLES)
+
+
+async def _plan_redrive(page: PageRequest, filters: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
+    if filters.get("outcome") not in REDRIVEN_IN_BULK or {"since", "until"} & set(filters):
+        return None
+    return await page.plan_if_allowed("/api/v1/deliveries/redrive", filter=redrive_filter(filters))
+
+
+def redrive_filter(filters: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the filter of a redrive that selects the deliveries of a list."""
+    names = {"outcome": "outcome", "route": "route", "workflow_id": "workflowId"}
+    return {names[name]: value for name, value in filters.items() if name in names}
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the rows, the filters and the ways to other pages of the list."""
+    listed = data["deliveries"]
+    filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
+    is_newest = frame.query.get("after", START) == START
+    plan, samples = data["plan"], data["samples"]
+    return {
+        "title": "Deliveries",
+        "crumbs": (("Deliveries", ""),),
+        "deliveries": listed["deliveries"],
+        "count": listed["count"],
+        "count_is_lower_bound": listed["countIsLowerBound"],
+        "filters": filters,
+        "outcomes": [
+            (
+                label,
+                list_address(frame, PATH, {**filters, "outcome": outcome}),
+                filters.get("outcome", "") == outcome,
+            )
+            for outcome, label in OUTCOMES
+        ],
+        "meanings": MEANINGS,
+        "workflow_name": next((one["workflowName"] for one in listed["deliveries"]), ""),
+        "redrivable": plan["matched"] if plan else 0,
+        "redrive_filter": redrive_filter(filters),
+        "may_run": frame.may("workflows:execute"),
+        "samples": samples["samples"] if samples else (),
+        "sample_count": samples["count"] if samples else 0,
+        "older": list_address(frame, PATH, {**filters, "after": listed["next"]}) if listed["next"] else "",
+        "newest": "" if is_newest else list_address(frame, PATH, filters),
+        "is_newest": is_newest,
+    }
+
+
+PAGE: Final = Page(PATH, "delivery_list.html", load, view, "deliveries", ("deliveries",))
