@@ -65,12 +65,16 @@ class MailGateway:
         self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False)
 
     async def find_address(self, token: str) -> SmtpReply:
-        """Return the reply for a recipient: 250 if its address accepts mail; never raises."""
+        """Return the SMTP reply for a recipient: 250 if its address accepts mail; never raises.
+
+        An unreachable gateway gives a temporary reply (4xx).
+        """
         return await self._ask("GET", token, {}, None)
 
     async def hand_off(self, token: str, content: bytes, *, sender: str, recipient: str) -> SmtpReply:
-        """Return 250 once the mail's run is committed, else the reply that tells the sender how to proceed; never
-        raises.
+        """Post a mail to the gateway; return the SMTP reply for its sender, and never raise.
+
+        The reply is 250 once the mail's run is committed, else 4xx (send it again) or 5xx (refused for good).
         """
         headers = {
             "Content-Type": "message/rfc822",
@@ -120,5 +124,8 @@ def _reply_for_status(status: int, text: bytes) -> SmtpReply:
 
 
 def _encode_address(address: str) -> str:
-    """Return an address in visible ASCII: aiohttp refuses line ends in headers, and SMTPUTF8 is not offered."""
+    """Return the visible ASCII characters of an address and drop all others.
+
+    aiohttp refuses line ends in headers, and SMTPUTF8 is not offered.
+    """
     return "".join(one for one in address if " " < one <= "~")

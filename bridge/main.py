@@ -19,7 +19,10 @@ log = structlog.get_logger()
 
 
 def serve(settings: BridgeSettings) -> None:
-    """Run the bridge until a signal stops it; raises `BridgeRefused` for failures that an operator has to fix."""
+    """Run the bridge until SIGTERM or SIGINT stops it.
+
+    Raises `BridgeRefused` for failures that an operator must fix.
+    """
     uvloop.run(_serve(settings))
 
 

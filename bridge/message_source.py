@@ -61,7 +61,10 @@ class MessageSource(Protocol):
 
 
 def to_json(content: bytes) -> bytes:
-    """Return JSON content unchanged, and other text as a JSON string; raises `UnreadableMessage`."""
+    """Return valid JSON unchanged, and other text as a JSON string.
+
+    Raises `UnreadableMessage` for content that is nested too deeply or not UTF-8.
+    """
     try:
         decoding.decode(content)
         return content
@@ -80,7 +83,10 @@ def decode_text(content: bytes) -> str:
 
 
 def parse_priority(text: str | None) -> int | None:
-    """Return a priority from its text; raises `UnreadableMessage`."""
+    """Return a priority as an integer, None without a text.
+
+    Raises `UnreadableMessage` for a text that is no whole number.
+    """
     if text is None:
         return None
     try:

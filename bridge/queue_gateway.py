@@ -79,7 +79,10 @@ class _ValidationRefusal(RefusalDetail, frozen=True):
 
     @property
     def blames_content(self) -> bool:
-        """Tell whether a message caused the refusal; an invalid graph has the same code."""
+        """Return whether the messages of the request caused the refusal.
+
+        An invalid graph of the workflow is refused with the same code, but its problems are elsewhere.
+        """
         if self.code == VALIDATION_FAILED_CODE:
             return all(detail.path.startswith("messages") for detail in self.details)
         return self.code in CONTENT_CODES
@@ -109,9 +112,10 @@ class QueueGateway:
         )
 
     async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]:
-        """Post messages and return a result for each; after an error, the outcome of all of them is unknown.
+        """Post messages and return one result for each, in their order; after an error the outcome of all is unknown.
 
-        Raises `BridgeUnavailable`, `BridgeRefused` and `ContentRefused`.
+        Raises `BridgeUnavailable` if a retry may help (also at the concurrency limit of the workflow),
+        `ContentRefused` if a message is to blame, and `BridgeRefused` for other refusals.
         """
         sent = [
             _MessageBody(msgspec.Raw(one.body), one.deduplication_id, source, one.priority)
@@ -167,9 +171,7 @@ def _error_for_response(status: int, headers: Mapping[str, str], text: bytes) ->
 
 
 def _parse_retry_after(retry_after: str | None) -> float:
-    """Return the seconds of a `Retry-After` header in either of its forms (RFC 9110, section 10.2.3); 0 without a valid
-    one.
-    """
+    """Return the seconds of a `Retry-After` header in either of its forms (RFC 9110); 0 without a valid one."""
     if retry_after is None:
         return 0.0
     if retry_after.isdecimal():

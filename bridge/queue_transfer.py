@@ -52,8 +52,10 @@ class QueueTransfer:
         self.duplicates = 0
 
     async def run(self) -> None:
-        """Run until the stop event, finishing the current batch; raises `BridgeRefused` for failures to fix by an
-        operator.
+        """Move batches of messages to the gateway until the stop event, and finish the current batch.
+
+        Unacknowledged messages are released at the end. Raises `BridgeRefused` for failures that an operator
+        must fix, and other `BridgeError`s of the source.
         """
         try:
             while not self._stop.is_set():
@@ -85,8 +87,10 @@ class QueueTransfer:
             await self._handle_refused(refused)
 
     async def _enqueue_halving(self, messages: Sequence[SourceMessage]) -> Sequence[MessageResult]:
-        """Post messages and return their results; halves a refused request to isolate the message that caused the
-        refusal.
+        """Post messages and return their results, in order.
+
+        A request with refused content is halved until the message to blame is alone; that one gets a refused
+        result. A message with a `problem` is refused without a request.
         """
         problem = messages[0].problem
         if problem is not None:
@@ -126,7 +130,7 @@ class QueueTransfer:
 
     @asynccontextmanager
     async def _extend_holds(self) -> AsyncIterator[None]:
-        """Renew the hold on unacknowledged messages for the duration of the block."""
+        """Renew the hold on unacknowledged messages periodically for the duration of the block."""
         ended = asyncio.Event()
         task = asyncio.create_task(self._hold_until(ended))
         try:
@@ -156,7 +160,10 @@ class QueueTransfer:
 
 
 def split_requests(messages: Sequence[SourceMessage]) -> Iterator[Sequence[SourceMessage]]:
-    """Yield messages in order, grouped by the size limit of a request; messages with a problem are alone."""
+    """Yield the messages in order, in groups of at most `MAX_PART_BYTES` of bodies.
+
+    A message with a `problem`, or larger than the limit, is alone in its group.
+    """
     part: list[SourceMessage] = []
     size = 0
     for message in messages:

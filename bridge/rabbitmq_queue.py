@@ -78,7 +78,10 @@ class RabbitmqQueue:
                 await delivery.reject(requeue=True)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Reject messages to the queue's dead-letter exchange; without one, RabbitMQ drops them."""
+        """Reject messages without requeuing: RabbitMQ moves them to the queue's dead-letter exchange, or drops them.
+
+        The reasons are not passed on. A closed channel is ignored, since its messages are delivered again.
+        """
         for delivery in self._open_deliveries(list(reasons)):
             with _ignore_closed_channel():
                 await delivery.reject(requeue=False)
@@ -89,7 +92,10 @@ class RabbitmqQueue:
             await consumer.close()
 
     def _open_deliveries(self, ids: Sequence[str]) -> Iterator[AbstractIncomingMessage]:
-        """Yield deliveries of this connection; RabbitMQ has requeued those of an earlier one."""
+        """Remove deliveries from those in hand and yield the ones of this connection.
+
+        RabbitMQ has requeued those of an earlier connection.
+        """
         for delivery_id in ids:
             delivery = self._consumer.in_hand.pop(delivery_id, None) if self._consumer else None
             if delivery is not None:
@@ -142,8 +148,10 @@ class RabbitmqConsumer:
         self._received.put_nowait(None)
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[tuple[str, AbstractIncomingMessage]]:
-        """Return received messages by id; raises `BridgeUnavailable` after the end of the channel, without
-        acknowledgements.
+        """Return up to `limit` received messages by id; an empty list if none arrives within `wait_seconds`.
+
+        They stay in hand until they are acknowledged or rejected. Raises `BridgeUnavailable` once the channel
+        has ended, and then drops the messages received in the same call.
         """
         try:
             arrived = [await asyncio.wait_for(self._received.get(), wait_seconds)]
@@ -175,7 +183,10 @@ async def _translate_errors() -> AsyncIterator[None]:
 
 @contextmanager
 def _ignore_closed_channel() -> Iterator[None]:
-    """Ignore errors of a closed channel: its messages are delivered again and deduplicated then."""
+    """Log errors of a closed channel instead of raising them.
+
+    Its messages are delivered again and deduplicated then.
+    """
     try:
         yield
     except RETRYABLE_ERRORS as error:

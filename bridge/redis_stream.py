@@ -71,8 +71,10 @@ class RedisStream:
         self._claims_at = 0.0
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Return own pending entries of an earlier process first, then abandoned entries of other consumers, then new
-        ones.
+        """Return own pending entries of an earlier process, else abandoned entries of other consumers, else new ones.
+
+        Creates the consumer group if it is missing, and waits up to `wait_seconds` for new entries. Raises
+        `BridgeUnavailable` and `BridgeRefused`.
         """
         async with self._translate_errors():
             await self._make_group()
@@ -94,7 +96,11 @@ class RedisStream:
         await self._set_idle(ids, milliseconds=self._hold_milliseconds)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Copy entries to the stream of dead letters, then acknowledge them."""
+        """Copy entries with their reasons to the stream of dead letters, then acknowledge the originals.
+
+        An entry that is gone from the stream is only acknowledged. Raises `BridgeUnavailable` and
+        `BridgeRefused`.
+        """
         async with self._translate_errors():
             for entry_id, reason in reasons.items():
                 found = cast("list[StreamEntry]", await self._client.xrange(self._stream, entry_id, entry_id))
@@ -126,7 +132,11 @@ class RedisStream:
         return entries
 
     async def _claim_abandoned(self, limit: int) -> Sequence[StreamEntry]:
-        """Claim entries that other consumers have abandoned, page by page and at intervals."""
+        """Claim up to `limit` entries of other consumers that were idle for the hold time; return them.
+
+        Searches one page of pending entries per call. After the last page it returns nothing for
+        `CLAIM_EVERY_SECONDS`.
+        """
         loop = asyncio.get_running_loop()
         if loop.time() < self._claims_at:
             return []
@@ -193,9 +203,10 @@ class RedisStream:
 
 
 def parse_entry(fields: Mapping[bytes, bytes]) -> tuple[bytes, int | None]:
-    """Return body and priority of an entry; raises `UnreadableMessage`.
+    """Return the JSON body and the priority of an entry (None without one); raises `UnreadableMessage`.
 
-    A field `message` or `data` is the body, alone or beside a field `priority`. Otherwise all fields are the body.
+    A field `message` or `data` is the body, alone or beside a field `priority`. Otherwise the body is an
+    object of all fields, without a priority.
     """
     rest = [name for name in fields if name != PRIORITY_FIELD]
     if len(rest) == 1 and rest[0] in MESSAGE_FIELDS:

@@ -24,8 +24,9 @@ log = structlog.get_logger()
 
 
 async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
-    """Return the result of `work`, retried after each `BridgeUnavailable`; raises `BridgeStopped` and other errors of
-    it.
+    """Return the result of `work`, called again after each `BridgeUnavailable`, with a growing pause.
+
+    Raises `BridgeStopped` if the stop event is set during a pause, and other errors of `work`.
     """
     failures = 0
     while True:
@@ -47,7 +48,10 @@ async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event)
 
 
 def pause_seconds(failures: int, retry_after_seconds: float) -> float:
-    """Return the backoff after consecutive failures, with jitter, and at least the requested time."""
+    """Return the seconds to wait after consecutive failures: exponential backoff with jitter, plus the requested time.
+
+    Both parts have an upper limit.
+    """
     own = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, MAX_DOUBLINGS))
     spread = own * uniform(0.5, 1.0)  # noqa: S311 - spreads load only
     return min(retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + spread

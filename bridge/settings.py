@@ -107,7 +107,10 @@ class BridgeSettings(BaseSettings):
         return key
 
     def label(self, kind: str, name: str) -> str:
-        """Return the name of a source in runs and deduplication ids; raises `InvalidSettings`."""
+        """Return the name of a source in runs and deduplication ids: its kind with the configured name, else `name`.
+
+        Raises `InvalidSettings` for a name that is not 1 to 100 visible ASCII characters.
+        """
         chosen = self.bridge_name or name
         if not _NAME.fullmatch(chosen):
             raise InvalidSettings(
@@ -198,7 +201,10 @@ class AwsCredentials:
     def from_environment(
         cls, settings: SqsBridgeSettings, environment: Mapping[str, str] = os.environ
     ) -> AwsCredentials:
-        """Return the credentials from the environment; raises `InvalidSettings` for missing variables."""
+        """Return the credentials from the environment; raises `InvalidSettings` that names missing variables.
+
+        A region in the queue's host name has precedence over `AWS_REGION` and `AWS_DEFAULT_REGION`.
+        """
         host = _SQS_HOST.fullmatch(urlsplit(settings.bridge_sqs_queue_url).hostname or "")
         # The region in an address of Amazon is certain, even if the environment has another one.
         chosen = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or ""

@@ -96,14 +96,14 @@ class SmtpMailHandler:
 
 
 def split_recipient(address: str) -> tuple[str | None, str]:
-    """Return the trigger token in an address, or None, and the domain in lower case."""
+    """Return the trigger token in an address such as `name+token@domain`, or None, and its domain in lower case."""
     local, _, domain = address.strip().removeprefix("<").removesuffix(">").rpartition("@")
     token = local.strip('"').lower().rpartition("+")[2]
     return (token if token.startswith(TOKEN_PREFIX) else None), domain.lower()
 
 
 def worst_reply(replies: Sequence[SmtpReply]) -> SmtpReply:
-    """Return the single SMTP reply to a mail for several recipients.
+    """Return the single SMTP reply to a mail for several recipients: the first 4xx, else the first 5xx, else 250.
 
     A temporary failure makes the mail server repeat the mail for all of them; accepted ones are deduplicated.
     """
@@ -172,7 +172,7 @@ class _BoundedLmtp(_BoundedSmtp, LMTP):
 
 @asynccontextmanager
 async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.Server]:
-    """Listen until the context ends, then wait for mails that are being posted.
+    """Listen for mail until the context ends, then wait up to `SHUTDOWN_SECONDS` for mails that are being posted.
 
     Raises `InvalidSettings` for unusable TLS files, and `OSError` for an address that can't be bound.
     """
@@ -195,7 +195,7 @@ async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.
 
 
 def serve(settings: SmtpListenerSettings) -> None:
-    """Run the listener until a signal stops it; raises the errors of `run_listener`."""
+    """Run the listener until SIGTERM or SIGINT stops it; raises the errors of `run_listener`."""
     asyncio.run(_serve(settings))
 
 

@@ -114,7 +114,11 @@ class SqsQueue:
         )
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Wait for a first full page; after it, fetch more pages concurrently."""
+        """Return up to `limit` messages: wait for a first page, and after a full one fetch more pages concurrently.
+
+        Raises `BridgeUnavailable` and `BridgeRefused` for the first page; failures of later pages are
+        ignored.
+        """
         first = await self._receive(min(limit, BATCH_MESSAGES), wait_seconds)
         if len(first) < BATCH_MESSAGES:
             return first
@@ -128,14 +132,17 @@ class SqsQueue:
         await self._change_visibility(ids, self._hold_seconds)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Delete messages; a message whose visibility timeout has passed is delivered again, and deduplicated."""
+        """Delete messages. One whose visibility timeout has passed is delivered again, and deduplicated."""
         await self._in_batches("DeleteMessageBatch", ids, {})
 
     async def release(self, ids: Sequence[str]) -> None:
         await self._change_visibility(ids, 0)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Make messages visible at once, until SQS itself moves them to the queue's dead-letter queue."""
+        """Make messages visible at once; SQS moves them to the dead-letter queue after its number of receives.
+
+        The reasons are not passed on. Raises `BridgeRefused` if the queue has no redrive policy.
+        """
         found = await self._call(
             "GetQueueAttributes",
             {"AttributeNames": ["RedrivePolicy"]},

@@ -14,7 +14,10 @@ HEARTBEAT_SECONDS = 5.0
 
 @asynccontextmanager
 async def run_heartbeat(file: Path | None, every_seconds: float = HEARTBEAT_SECONDS) -> AsyncIterator[None]:
-    """Touch the file periodically while the context lasts and the loop runs; raises OSError at the start."""
+    """Touch a file periodically while the context lasts and the event loop runs; None touches nothing.
+
+    Raises `OSError` at the start if the file can't be touched.
+    """
     if file is None:
         yield
         return

@@ -16,7 +16,10 @@ class LoopShare:
         self._ends_at = time.monotonic() + SHARE_SECONDS
 
     async def yield_if_due(self) -> None:
-        """Yield to other work if this time slice is used up. A cancellation is raised here too."""
+        """Yield to other work on the event loop if this time slice is used up, and begin the next slice.
+
+        A cancellation is raised here too.
+        """
         if time.monotonic() >= self._ends_at:
             await offload.yield_to_loop()
             self._ends_at = time.monotonic() + SHARE_SECONDS

@@ -34,7 +34,7 @@ class BudgetExceeded(Exception):
 
 
 def budget(most: int, brief: int) -> int:
-    """Return the permitted amount of work: `brief` in an inline call, `most` otherwise."""
+    """Return the permitted amount of work: at most `brief` within `try_inline`, `most` otherwise."""
     return min(most, brief) if _is_inline.get() else most
 
 
@@ -45,7 +45,10 @@ def require_offloaded() -> None:
 
 
 def try_inline(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function inline, with the brief budget; raises `BudgetExceeded`."""
+    """Call a function on the event loop with the brief budget, and return its result.
+
+    Raises `BudgetExceeded` if the work is too long for the loop, and errors of the function.
+    """
     before = _is_inline.set(True)
     try:
         return function(*args, **kwargs)
@@ -54,12 +57,18 @@ def try_inline(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function in the thread for long work."""
+    """Call a function in the process's one thread for long work; return its result or raise its error.
+
+    Calls wait for each other. A cancellation does not stop a function that has begun.
+    """
     return await asyncio.wrap_future(_thread.submit(function, *args, **kwargs))
 
 
 async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function inline, and again in the thread if it exceeds its budget."""
+    """Call a function on the event loop, and from its beginning in the thread if it exceeds the brief budget.
+
+    The function must be repeatable. Returns its result or raises its error.
+    """
     try:
         return try_inline(function, *args, **kwargs)
     except BudgetExceeded:
@@ -67,7 +76,11 @@ async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine that awaits only `yield_to_loop`: on the loop, or anew in the thread, step by step."""
+    """Run a coroutine that awaits only `yield_to_loop`; return its result.
+
+    It runs on the event loop. If it exceeds the brief budget, `begin` makes another one, which runs in the
+    thread step by step, so that other calls get the thread in between.
+    """
     before = _is_inline.set(True)
     try:
         return await begin()
@@ -88,7 +101,7 @@ async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def _advance(coroutine: Coroutine[Any, Any, T]) -> tuple[T] | None:
-    """Advance a coroutine to its next yield; returns its result in a tuple when it has ended."""
+    """Advance a coroutine to its next yield; return None, or its result in a tuple when it has ended."""
     try:
         coroutine.send(None)
     except StopIteration as end:

@@ -18,7 +18,10 @@ class SingleFlight(Generic[Key, Answer]):
         self._tasks: dict[Key, asyncio.Task[Answer]] = {}
 
     async def get(self, key: Key) -> Answer:
-        """Return the result for a key, or raise the exception of the lookup."""
+        """Return the result for a key from one lookup that concurrent callers share, or raise its exception.
+
+        The cancellation of a caller does not cancel the lookup. Results are not cached after the lookup.
+        """
         task = self._tasks.get(key)
         if task is None:
             task = self._tasks[key] = asyncio.create_task(self._find_and_resolve(key))

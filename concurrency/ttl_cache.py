@@ -25,7 +25,10 @@ class TTLCache(Generic[Key, Value]):
         return None if item is None or item[0] <= monotonic() else item[1]
 
     def put(self, key: Key, value: Value) -> None:
-        """Store a value; it replaces an earlier one and its expiry."""
+        """Store a value with a new expiry, in place of an earlier one.
+
+        The oldest values beyond the maximum size are evicted.
+        """
         now = monotonic()
         self._items[key] = (now + self._seconds, value)
         # All values live equally long, so those at the front expire next.

@@ -38,7 +38,7 @@ class ClusterDeployment(Protocol):
 
 
 async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentActivity]:
-    """Return every deployment that is to be in the cluster, with its policy and activity."""
+    """Return all deployments that should be in the cluster, with policy and activity, read in batches."""
     found: list[DeploymentActivity] = []
     while True:
         batch = await activity.read_all_activities(
@@ -50,7 +50,7 @@ async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentAc
 
 
 def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[DriftFinding]:
-    """Yield findings that the rows show: a policy that is not kept, and a change that is not applied."""
+    """Yield at most one finding per deployment: its lifecycle policy is not kept, or a change is not applied."""
     for seen in deployments:
         if finding := _check_policy(seen) or _check_change(seen):
             yield finding
@@ -59,7 +59,10 @@ def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[Dri
 def compare_cluster(
     deployments: Sequence[DeploymentActivity], listed: Sequence[ClusterDeployment]
 ) -> Iterator[DriftFinding]:
-    """Yield findings about differences between the rows and the objects in the cluster."""
+    """Yield findings about deployments that the cluster lacks, has with other replicas, or has without a row.
+
+    Deployments with a change in progress are compared only for the last kind.
+    """
     in_cluster = {one.workflow_id: one for one in listed if one.exists}
     for seen in deployments:
         deployment = seen.deployment
@@ -123,7 +126,7 @@ def _check_change(seen: DeploymentActivity) -> DriftFinding | None:
 
 
 def _is_settled(seen: DeploymentActivity) -> bool:
-    """Return whether no change is on its way to the cluster."""
+    """Return whether the last change is applied and older than `UNAPPLIED_TIME`, so that the cluster must agree."""
     deployment = seen.deployment
     return (
         deployment.observed_generation >= deployment.generation

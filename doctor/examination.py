@@ -79,9 +79,10 @@ class _Observation:
 
 
 async def examine(stores: ExaminedStores, *, grace_seconds: float = GRACE_SECONDS) -> ExaminationReport:
-    """Observe all stores twice; return the findings of both, the most urgent first.
+    """Observe all stores twice, `grace_seconds` apart; return the findings seen both times, critical ones first.
 
-    An unreachable store is reported, never taken for clean. Without findings the second observation is left out.
+    An unreachable store is reported, never taken for clean. Without findings the second observation is left
+    out.
     """
     first = await _observe(stores)
     second = first

@@ -68,7 +68,7 @@ class DriftFinding:
 
     @property
     def key(self) -> tuple[DriftClass, str, str]:
-        """Identity of a finding between two observations."""
+        """Identity of a finding in two observations: class, and type and id of its subject."""
         return (self.drift_class, self.subject.type, self.subject.id)
 
 

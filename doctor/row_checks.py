@@ -43,12 +43,15 @@ class RowCheck:
 
 
 def before(seconds: float) -> ColumnElement[int]:
-    """Return the SQL expression for a time some seconds ago, by the database's clock."""
+    """Return the SQL expression for the time `seconds` ago by the database's clock, in microseconds."""
     return DatabaseTime() - int(seconds * 1_000_000)
 
 
 async def find_overdue_rows(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return a finding for each overdue row, at most `SHOWN_ROWS` of a class."""
+    """Return a critical finding for each overdue row, at most `SHOWN_ROWS` of a class.
+
+    Pending runs count as overdue only while a present worker could claim more.
+    """
     found: list[DriftFinding] = []
     for check in _CHECKS:
         if check.drift_class is DriftClass.PENDING_UNCLAIMED and not await _have_workers_places(connection):
@@ -63,7 +66,7 @@ async def find_overdue_rows(connection: AsyncConnection) -> Sequence[DriftFindin
 
 
 async def _have_workers_places(connection: AsyncConnection) -> bool:
-    """Return whether a present worker could claim another run."""
+    """Return whether the present workers together hold fewer runs than their concurrency."""
     free = select(func.sum(col(WorkerPresence.concurrency) - col(WorkerPresence.held_runs))).where(
         col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
     )

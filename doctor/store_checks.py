@@ -39,7 +39,7 @@ _INVALID_INDEXES: Final = text(
 
 
 async def check_tables(database: Database) -> Sequence[DriftFinding]:
-    """Find tables that are older than this code; raises `DatabaseUnavailable`."""
+    """Return a critical finding if the tables are older or newer than this code; raises `DatabaseUnavailable`."""
     try:
         await schema_migration.require_current(database)
     except (schema_migration.OutdatedDatabase, schema_migration.NewerDatabase) as error:
@@ -57,7 +57,7 @@ async def check_tables(database: Database) -> Sequence[DriftFinding]:
 
 
 async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Find invalid indexes, an absent leader, absent workers, and a clock that differs from the database's."""
+    """Return findings about an absent leader or workers and, on PostgreSQL, invalid indexes and a differing clock."""
     found = [*await _check_leader(connection), *await _check_workers(connection)]
     if connection.dialect.name == "postgresql":
         found += await _check_postgresql(connection)
@@ -65,9 +65,10 @@ async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFinding]:
-    """Find blobs that belong to no run, and large outputs without their blob.
+    """Return findings about blobs without a run, and about large outputs without their blob.
 
-    Raises `DatabaseUnavailable` and `BlobsUnavailable`.
+    Only the newest `CHECKED_BLOBS` outputs are looked up. Raises `DatabaseUnavailable` and
+    `BlobsUnavailable`.
     """
     orphans = 0
     async for owners in blobs.backend.idle_owners(timedelta(hours=MIN_AGE_HOURS + 1)):
@@ -151,7 +152,7 @@ async def _check_postgresql(connection: AsyncConnection) -> Sequence[DriftFindin
 
 
 async def _newest_references(database: Database) -> AsyncIterator[tuple[BlobOwner, BlobReference]]:
-    """Yield the owners and references of the newest large outputs."""
+    """Yield owner and reference of the newest `CHECKED_BLOBS` large outputs; invalid references are left out."""
     statement = (
         select(*(col(Execution.organization_id), col(Execution.key_id), col(SpanRow.output_blob)))
         .join(Execution, col(Execution.id) == col(SpanRow.execution_id))

@@ -34,7 +34,10 @@ class _WaitRecord(msgspec.Struct):
 
 
 def decode_answer(payload: bytes) -> NodeResult:
-    """Return the result that an answer gives its node; raises `InvalidJson`, and `NodeError` for a failure."""
+    """Return the result, with output and port, that a stored answer gives its node.
+
+    Raises `InvalidJson` for a malformed payload, and `NodeError` if the answer is a failure.
+    """
     answer = msgspec.convert(values.decode_json(payload), _AnswerRecord)
     if answer.error is not None:
         error = answer.error
@@ -43,7 +46,7 @@ def decode_answer(payload: bytes) -> NodeResult:
 
 
 def encode_wait(outcome: AnswerWait) -> Json:
-    """Return the stored form of a wait for an answer."""
+    """Return the stored form of a wait for an answer: its kind, its request, and its result at expiry or None."""
     expired = outcome.expired
     return {
         "kind": outcome.kind.value,
@@ -53,6 +56,6 @@ def encode_wait(outcome: AnswerWait) -> Json:
 
 
 def decode_expired(kept: bytes) -> NodeResult | None:
-    """Return the result of a node at the end of an expired wait; None if the node fails then."""
+    """Return the result of a node at the end of an expired wait, from the stored wait; None if the node fails then."""
     found = msgspec.convert(values.decode_json(kept), _WaitRecord).expired
     return None if found is None else NodeResult(found.output, found.port)

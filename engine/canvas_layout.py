@@ -84,7 +84,10 @@ _QUICK_EFFORTS: Final = (*_EFFORTS[:2], _LayoutEffort(inf, starts=0, sweeps=0, l
 
 
 def find_free_position(placed: Iterable[CardPosition]) -> CardPosition:
-    """Return a free position for one more card: right of the others, in the row of the rightmost."""
+    """Return a free position for one more card: right of the rightmost card, in its row or below.
+
+    Cards far outside the canvas are ignored; without others it is the origin.
+    """
     cards = list(placed)
     near = [card for card in cards if _is_on_canvas(card)]
     if not near:
@@ -96,10 +99,10 @@ def find_free_position(placed: Iterable[CardPosition]) -> CardPosition:
 def complete_layout(
     node_ids: Sequence[str], edges: Sequence[CardEdge], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return a position for each node, in the order of `node_ids`; nodes without a position get a free one.
+    """Return a position for each node, in the order of `node_ids`; existing positions are unchanged.
 
-    A free position is beside the node's neighbors. Nodes without placed neighbors, and large numbers of
-    nodes, are arranged by themselves, below all others.
+    A missing position is chosen beside the node's neighbors. Nodes without placed neighbors, and large
+    numbers of nodes, are arranged by themselves, below all others.
     """
     missing = [number for number, place in enumerate(current) if place is None]
     if len(missing) == len(node_ids):
@@ -120,7 +123,7 @@ def complete_layout(
 def _place_beside_neighbors(
     graph: _LayoutGraph, missing: Sequence[int], places: dict[int, CardPosition]
 ) -> None:
-    """Add positions right of parents, or left of children, for nodes that paths connect to placed ones."""
+    """Add positions to `places`: right of parents or left of children, for nodes that paths connect to placed ones."""
     to_the_right = sorted(missing, key=graph.columns.__getitem__)
     sides = (
         (to_the_right, graph.parents, max, COLUMN_WIDTH),
@@ -139,7 +142,7 @@ def _place_beside_neighbors(
 
 
 def _stack_below(cards: Iterable[CardPosition], block: Sequence[CardPosition]) -> list[CardPosition]:
-    """Return the positions of a block that begins at the origin, moved below the cards."""
+    """Return the positions of a block that begins at the origin, moved below the cards; at the origin without cards."""
     cards = list(cards)
     near = [card for card in cards if _is_on_canvas(card)]
     wanted = (min(x for x, _ in near), max(y for _, y in near) + ROW_HEIGHT) if near else ORIGIN
@@ -159,7 +162,10 @@ def _find_free_from(
     width: float = CARD_WIDTH,
     height: float = CARD_HEIGHT,
 ) -> CardPosition:
-    """Return the first position at or below `wanted` at which an area of that size overlaps no card."""
+    """Return the first position at or below `wanted` at which an area of that size overlaps no card.
+
+    Its x is that of `wanted`.
+    """
     x, y = wanted
     for other in sorted(card[1] for card in cards if x - CARD_WIDTH < card[0] < x + width):
         if y - CARD_HEIGHT < other < y + height:
@@ -185,7 +191,10 @@ def arrange_cards(
 def _arrange_parts(
     graph: _LayoutGraph, current: Sequence[CardPosition | None], efforts: Iterable[_LayoutEffort]
 ) -> list[CardPosition]:
-    """Return positions: connected parts below one another, then nodes without edges in rows."""
+    """Return a position for each node: connected parts below one another, then nodes without edges in rows.
+
+    The first effort that permits this number of nodes bounds the work.
+    """
     effort = next(effort for effort in efforts if len(current) <= effort.nodes)
     parts = sorted(_connected_parts(graph), key=lambda part: _part_corner(part, current))
     places: list[tuple[int, int]] = [(0, 0)] * len(current)
@@ -214,7 +223,7 @@ def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) ->
 def _anchor_layout(
     places: Sequence[tuple[int, int]], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return the positions shifted so that most nodes keep their place, or else moved to the origin."""
+    """Return the positions shifted so that most nodes keep their place; unshifted if at most half would keep it."""
     shifts = Counter(
         (round(now[0] - x), round(now[1] - y))
         for (x, y), now in zip(places, current, strict=True)
@@ -258,7 +267,7 @@ def _build_layout_graph(node_ids: Sequence[str], edges: Iterable[CardEdge]) -> _
 
 
 def _build_neighbors(count: int, edges: Iterable[tuple[int, int]]) -> tuple[NeighborLists, NeighborLists]:
-    """Return the parents and the children of each node."""
+    """Return the parents and the children of each of `count` nodes, as two lists of lists by node number."""
     parents: NeighborLists = [[] for _ in range(count)]
     children: NeighborLists = [[] for _ in range(count)]
     for source, target in edges:
@@ -270,7 +279,7 @@ def _build_neighbors(count: int, edges: Iterable[tuple[int, int]]) -> tuple[Neig
 def _search_depth_first(
     parents: NeighborLists, children: NeighborLists
 ) -> tuple[list[int], list[int], set[tuple[int, int]]]:
-    """Return the nodes in preorder and in postorder, and the edges that close a cycle."""
+    """Return the nodes in preorder, the nodes in postorder, and the edges that close a cycle."""
     met: list[int] = []
     left: list[int] = []
     back: set[tuple[int, int]] = set()
@@ -296,7 +305,11 @@ def _search_depth_first(
 
 
 def _assign_columns(left: Sequence[int], parents: NeighborLists, children: NeighborLists) -> list[int]:
-    """Return the column of each node, right of all its parents; a tributary of a join ends just before it."""
+    """Return the column of each node, right of all its parents.
+
+    A chain of nodes whose only purpose is a join (a tributary) ends just before the join. `left` are the
+    nodes in postorder.
+    """
     columns = [0] * len(left)
     is_tributary = [True] * len(left)
     for node in reversed(left):
@@ -366,14 +379,14 @@ class _ConnectedPart:
             self.before[other].append(one)
 
     def order(self, heights: Sequence[float]) -> ColumnOrder:
-        """Return the columns sorted by the heights of nodes, or of nodes and bends."""
+        """Return the numbers of nodes (and bends, if `heights` has them) by column, sorted by height."""
         order: ColumnOrder = [[] for _ in range(1 + max(self.columns))]
         for number in sorted(range(len(heights)), key=heights.__getitem__):
             order[self.columns[number]].append(number)
         return order
 
     def routed(self, order: ColumnOrder) -> ColumnOrder:
-        """Return an order of nodes extended by bends, at the positions of straight edges."""
+        """Return an order of nodes extended by the bends of long edges, at the positions of straight edges."""
         nodes = [[number for number in column if number < self.nodes] for column in order]
         heights: list[float] = [*_straighten_edges(nodes, self.parents, self.children, self.nodes)]
         heights += [
@@ -387,7 +400,7 @@ class _ConnectedPart:
         return order
 
     def disorder(self, heights: Sequence[int]) -> int:
-        """Return a measure of the height of nodes and edges, and of the number of edges behind cards."""
+        """Return a penalty for heights: the extent of the part, the slopes of edges, and edges behind cards."""
         rows: list[list[int]] = [[] for _ in range(1 + max(self.columns))]
         for number in sorted(range(self.nodes), key=heights.__getitem__):
             rows[self.columns[number]].append(heights[number])
@@ -405,7 +418,7 @@ class _ConnectedPart:
         return max(heights) - min(heights) + slopes + hidden * HIDDEN_EDGE
 
     def crossings(self, order: ColumnOrder) -> int:
-        """Return the number of crossings between neighboring columns."""
+        """Return the number of edge crossings between neighboring columns in an order."""
         crossings = 0
         position = _index_positions(order, len(self.columns))
         for column in order:
@@ -467,7 +480,10 @@ def _keep_heights(part: _ConnectedPart, order: ColumnOrder, standing: Mapping[in
 def _find_best_order(
     part: _ConnectedPart, order: ColumnOrder, effort: _LayoutEffort, worth_starting_anew: float
 ) -> ColumnOrder:
-    """Return the order with the fewest crossings that the search finds, if it is worth moving nodes for."""
+    """Return the order with the fewest crossings that several starts find.
+
+    Another order than the given one needs at most `worth_starting_anew` times its crossings.
+    """
     order = _tidy_order(part, order, effort.sweeps)
     fewest = part.crossings(order)
     for start in range(effort.starts):
@@ -483,7 +499,7 @@ def _find_best_order(
 
 
 def _tidy_order(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
-    """Return an order that further passes don't improve."""
+    """Return an order improved by passes until one no longer reduces the crossings noticeably."""
     fewest = part.crossings(order)
     while fewest:
         found = part.routed(_reduce_crossings(part, order, sweeps))
@@ -522,7 +538,10 @@ def _index_positions(order: ColumnOrder, count: int) -> list[int]:
 
 
 def _sort_column(column: list[int], neighbours: NeighborLists, position: list[int], *, turn: bool) -> None:
-    """Sort a column by the mean position of the neighbors; nodes without neighbors keep their place."""
+    """Sort a column in place by the mean position of the neighbors, and update `position`.
+
+    Nodes without neighbors keep their place. `turn` reverses the order of nodes with the same mean.
+    """
     mean = {
         number: sum([position[other] for other in neighbours[number]]) / len(neighbours[number])
         for number in column
@@ -538,7 +557,10 @@ def _sort_column(column: list[int], neighbours: NeighborLists, position: list[in
 def _exchange_neighbors(
     column: list[int], part: _ConnectedPart, position: list[int], *, fixed: int = 0
 ) -> None:
-    """Swap neighbors in a column if that saves crossings; numbers below `fixed` keep their order."""
+    """Swap neighbors in a column in place if that saves crossings, and update `position`.
+
+    Two numbers below `fixed` are never swapped with each other.
+    """
     before = {number: sorted([position[other] for other in part.before[number]]) for number in column}
     after = {number: sorted([position[other] for other in part.after[number]]) for number in column}
     for index in range(len(column) - 1):
@@ -552,7 +574,10 @@ def _exchange_neighbors(
 
 
 def _crossings_saved(upper: Sequence[int], lower: Sequence[int]) -> int:
-    """Return the number of crossings that a swap of two neighbors in a column saves."""
+    """Return the number of crossings that a swap of two neighbors in a column saves; negative if it adds some.
+
+    The arguments are the sorted positions of their neighbors in another column.
+    """
     if not upper or not lower:
         return 0
     if upper[-1] < lower[0]:
@@ -596,20 +621,20 @@ def _straighten_edges(
 
 
 def _column_offsets(column: Sequence[int], nodes: int) -> list[int]:
-    """Return the minimum distance of each node of a column below the first."""
+    """Return the minimum distance in pixels of each member of a column below the first; bends need less than nodes."""
     sizes = [ROW_HEIGHT if number < nodes else LANE_HEIGHT for number in column]
     return [0, *accumulate((one + other) // 2 for one, other in pairwise(sizes))]
 
 
 def _upper_median(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
-    """Return the median height of a node's neighbors; the upper of two medians."""
+    """Return the median height of a node's neighbors, the upper of two medians; its own height without neighbors."""
     if not others:
         return heights[number]
     return sorted([heights[other] for other in others])[(len(others) - 1) // 2]
 
 
 def _nearest_median(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
-    """Return the height nearest to a node's own that has as many neighbors above as below."""
+    """Return the height between the medians of a node's neighbors that is nearest to its own; its own without any."""
     if not others:
         return heights[number]
     ends = sorted([heights[other] for other in others])
@@ -619,7 +644,10 @@ def _nearest_median(heights: Sequence[int], number: int, others: Sequence[int]) 
 def _fit_column(
     column: Sequence[int], offsets: Sequence[int], wanted: Sequence[int], heights: list[int]
 ) -> None:
-    """Fit a column to the wanted heights under its minimum distances: isotonic regression by medians."""
+    """Set the heights of a column as near to the wanted ones as its minimum distances allow.
+
+    This is isotonic regression by medians; `heights` is changed.
+    """
     blocks: list[list[int]] = []
     for height, offset in zip(wanted, offsets, strict=True):
         block = [height - offset]

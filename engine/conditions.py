@@ -47,7 +47,10 @@ class CompiledCondition:
 
 
 def compile_condition(value: Json) -> CompiledCondition:
-    """Compile a condition; both sides may contain `{{ path }}` and `$op`. Raises `ExpressionError`."""
+    """Compile a condition, whose sides may contain `{{ path }}` and `$op`.
+
+    Raises `ExpressionError` for an invalid operator, field, path or operation.
+    """
     compiler = _ConditionCompiler()
     test = compiler.compile(value, nesting=0)
     return CompiledCondition(value, tuple(compiler.paths), test)
@@ -196,7 +199,10 @@ class _ConditionCompiler:
 
 
 def _resolve_operator(value: dict[str, Json]) -> str:
-    """Return the full name of a comparison's operator; raises `ExpressionError` for wrong fields."""
+    """Return the full name of a comparison's operator, also for a symbol such as `==`.
+
+    Raises `ExpressionError` for unknown or missing fields and for an unknown operator, with a suggestion.
+    """
     unknown = sorted(value.keys() - {"left", "operator", "right"})
     if unknown:
         raise ExpressionError(unknown[0], "a condition has left, operator, right, or one of all, any, not")
@@ -250,7 +256,7 @@ def _binary_test(name: str, left: ValueTemplate, right: ValueTemplate) -> _Condi
 
 
 def _comparison_cost(value: Json, allowance: OutputAllowance) -> int:
-    """Return the cost of comparing or searching a value."""
+    """Return the cost of comparing or searching a value, in the units of `OutputAllowance`; 0 for scalars."""
     if type(value) is list or type(value) is dict:
         return reading_cost(value, allowance)
     return len(value) // SEARCHING_DISCOUNT if type(value) is str else 0

@@ -115,7 +115,7 @@ class ExpressionReader:
     def _read_templates(
         self, part: NodeSection, place: PlaceSteps, value: Json, reading: NodeExpressions
     ) -> None:
-        """Read a value whose texts contain paths in braces."""
+        """Add the expressions in the texts of a value to `reading`; an invalid one is added to its errors."""
         if _is_static(value):
             return
         try:
@@ -146,7 +146,10 @@ class ExpressionReader:
     def _read_compiled(
         self, place: PlaceSteps, value: Json, kind: FieldCompilation, reading: NodeExpressions
     ) -> None:
-        """Read a condition or a computed value, which may be wrong as a whole, not only in its texts."""
+        """Add the expressions of a condition or a computed value to `reading`.
+
+        One that doesn't compile as a whole is added to the errors instead.
+        """
         try:
             if kind is FieldCompilation.CONDITION:
                 compile_condition(value)
@@ -159,7 +162,7 @@ class ExpressionReader:
             self._read_text(NodeSection.CONFIG, steps, text, reading, is_late=True)
 
     def _read_path(self, name: str, source: str, reading: NodeExpressions) -> None:
-        """Read a mapping that is a bare expression."""
+        """Add a mapping that is a bare expression to `reading`; an invalid one is added to its errors."""
         paths = self._read.get(source)
         try:
             if paths is None:
@@ -179,7 +182,10 @@ def format_place(part: NodeSection, steps: PlaceSteps) -> str:
 def _config_fields(
     config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> Iterator[tuple[PlaceSteps, Json, FieldCompilation | None]]:
-    """Yield the fields of a config; those of list items one by one, if some of them are compiled."""
+    """Yield the fields of a config with their place, value and kind of compilation (None for plain fields).
+
+    Fields of list items are yielded one by one if some of them are compiled.
+    """
     of_items: dict[str, dict[str, FieldCompilation]] = {}
     for place, kind in compiled.items():
         field, of_each, name = place.partition(OF_EACH)
@@ -198,7 +204,7 @@ def _config_fields(
 
 
 def _is_static(value: Json) -> bool:
-    """Return whether a value contains no expression; most values contain none and need no further work."""
+    """Return whether a value contains neither `{{` nor `$op`, so that it needs no compilation."""
     if isinstance(value, str):
         return "{{" not in value
     if isinstance(value, dict):
@@ -207,10 +213,10 @@ def _is_static(value: Json) -> bool:
 
 
 def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = False) -> Iterator[_Leaf]:
-    """Yield the texts of a value that contain expressions, in order.
+    """Yield the texts of a value that contain `{{`, with their places, in order.
 
-    Raises `ExpressionError` if the value is nested too deeply, or contains an operation in a field that
-    doesn't compute them.
+    With `needed_only`, texts whose paths may be missing are left out. Otherwise an operation is an error: the
+    field doesn't compute them. Raises `ExpressionError` for that, and for a value that is nested too deeply.
     """
     left: list[tuple[PlaceSteps, Json]] = [(steps, value)]
     while left:
@@ -235,7 +241,10 @@ def _all_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Js
 
 
 def _needed_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Json]]:
-    """Return the parts of a condition or computed value whose paths must be found."""
+    """Return the parts of a condition or computed value whose paths must be found, with their steps.
+
+    Arguments with a fallback and operands of `exists` may be missing.
+    """
     if isinstance(value, list):
         return _all_texts(value)
     operation, arguments = OPERATIONS.get(str(value.get("$op"))), value.get("args")
@@ -254,7 +263,7 @@ class ScriptChecker:
         self._read: dict[str, str | None] = {}
 
     def findings(self, node: GraphNode, node_type: NodeType) -> Iterator[GraphFinding]:
-        """Yield a finding for each field with invalid Python."""
+        """Yield a finding for each config field in Python (`x-language`) whose text has a syntax error."""
         properties = node_type.config_schema.get("properties")
         for name, schema in properties.items() if isinstance(properties, dict) else ():
             source = node.config.get(name)
@@ -313,7 +322,10 @@ def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
 
 
 def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceReference]:
-    """Return every resource reference of a graph, in order; nodes of unknown types have none."""
+    """Return every reference to a resource id in the configs of a graph, in the order of nodes and fields.
+
+    Nodes of unknown types have none.
+    """
     found: list[ResourceReference] = []
     types: dict[tuple[str, str | None], NodeType | None] = {}
     for node in graph.nodes:
@@ -337,7 +349,10 @@ def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None
 
 
 def _named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
-    """Yield the resource ids in a value, each with its path and the schema of its field."""
+    """Yield the resource ids in a value, each with its path and the schema of its field.
+
+    Texts that are no ids are left out.
+    """
     if not isinstance(schema, dict):
         return
     if isinstance(value, str):

@@ -36,7 +36,10 @@ class DataFlow:
         """Shape of the root `trigger`."""
 
     def enter(self, node: GraphNode) -> ValueShape:
-        """Return the shape of a node's input: the output of one predecessor, or a union of several."""
+        """Return the shape of a node's input: the trigger's data, the output of one predecessor, or a union of several.
+
+        A join has the shape that it builds, and it is unknown without predecessors or behind an invalid port.
+        """
         edges = self._graph.inbound[node.id]
         node_type = self._types.get(node.id)
         if node_type and node_type.is_trigger and not edges:
@@ -75,7 +78,7 @@ class DataFlow:
         return {source: shapes.union_shapes(leaving) for source, leaving in by_source.items()}
 
     def leave(self, node: GraphNode, given: ValueShape) -> None:
-        """Store the input of a node, after its mappings, and derive its output."""
+        """Store the shape of a node's input, after its mappings, and derive and store that of its output."""
         self._given[node.id] = given
         output = self._output_shape(node, given)
         if node.pass_through_values:
@@ -88,7 +91,10 @@ class DataFlow:
         self._outputs[node.id] = output
 
     def node_shape(self, node_id: str) -> ValueShape:
-        """Return the shape of a node under the root `nodes`, through any of its ports."""
+        """Return the shape of a node under the root `nodes`: its output.
+
+        With a connected port `error`, it is the union with the error's shape.
+        """
         if any(edge.source_port == ERROR for edge in self._graph.outbound[node_id]):
             return shapes.union_shapes([self._outputs[node_id], self._error_shape(node_id)])
         return self._outputs[node_id]
@@ -104,7 +110,7 @@ class DataFlow:
         return self._error_shape(edge.source) if edge.source_port == ERROR else self._outputs[edge.source]
 
     def _error_shape(self, node_id: str) -> ValueShape:
-        """Return the shape of the data at a node's port `error`."""
+        """Return the shape of the data at a node's port `error`: the error, and the input as `data`."""
         return ValueShape({"error": _ERROR, "data": self._given[node_id]})
 
     def _output_shape(self, node: GraphNode, given: ValueShape) -> ValueShape:
@@ -127,7 +133,7 @@ class DataFlow:
         return self._own_output(node.id)
 
     def _own_output(self, node_id: str) -> ValueShape:
-        """Return the shape of a node's own output: declared by its type and seen in past runs."""
+        """Return the shape of a node's own output: declared by its type, completed by outputs of past runs."""
         node_type = self._types[node_id]
         if node_type.type not in self._of_schemas:
             self._of_schemas[node_type.type] = shapes.shape_of_schema(dict(node_type.output.schema))

@@ -22,7 +22,7 @@ MAX_CACHED: Final = 4_096
 
 
 def matches_event(condition: str, scope: ExpressionScope) -> bool:
-    """Return whether a condition, given as JSON, holds; missing values are null.
+    """Return whether a condition, given as JSON text, holds in a scope; missing values are null.
 
     Raises `ExpressionError` if it can't be compiled or evaluated, or not within some milliseconds.
     """
@@ -53,7 +53,11 @@ class _ConditionBinder:
     """Resolved values, which the condition sees as `data`."""
 
     def bind(self, expression: Expression) -> str:
-        """Return the text for an expression in a condition on events: a path into the run becomes its value."""
+        """Return the text that replaces an expression in a condition on events.
+
+        A path into the run becomes a path to its value, which is collected in `given`; paths into the event
+        stay.
+        """
         return (
             self._bind_path(expression)
             if isinstance(expression, ExpressionPath)

@@ -142,7 +142,7 @@ class FallbackExpression:
 
     @property
     def text(self) -> str:
-        """Text of the path that must be found."""
+        """Text of the last path, which must be found if there is no fallback value."""
         return self.paths[-1].text
 
     def resolve(self, scope: ExpressionScope) -> Json | MissingType:
@@ -165,7 +165,10 @@ _LITERAL = re.compile(r"""["\[{0-9-] | (?: true | false | null ) \Z""", re.VERBO
 
 
 def compile_expression(text: str) -> Expression:
-    """Compile a path, or paths and a final JSON value joined by `??`; raises `ExpressionError`."""
+    """Compile a path, or paths and an optional final JSON value joined by `??`.
+
+    Raises `ExpressionError` for an invalid path or more than `MAX_ALTERNATIVES` paths.
+    """
     if "??" not in text:
         return compile_path(text)
     paths: list[ExpressionPath] = []
@@ -189,7 +192,7 @@ def list_paths(expression: Expression) -> Sequence[ExpressionPath]:
 
 
 def needed_path(expression: Expression) -> ExpressionPath | None:
-    """Return the path of an expression that must be found; None if it has a fallback value."""
+    """Return the path of an expression that must be found, the last one; None if it has a fallback value."""
     if isinstance(expression, ExpressionPath):
         return expression
     return expression.paths[-1] if expression.otherwise is MISSING else None
@@ -216,7 +219,10 @@ class OutputAllowance:
         self.left = offload.budget(MAX_WRITTEN, INLINE_WRITTEN)
 
     def spend(self, amount: int, expression: str) -> None:
-        """Spend a part of the budget; raises `ExpressionError` if it is exceeded."""
+        """Subtract produced characters or elements; raises `ExpressionError` when the budget is exceeded.
+
+        Within `offload.try_inline`, it raises `BudgetExceeded` first.
+        """
         self.left -= amount
         if self.left < 0:
             offload.require_offloaded()
@@ -244,9 +250,11 @@ class ValueTemplate:
     def render(
         self, scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance | None = None
     ) -> Json:
-        """Return the value; an unresolved path is null, and its text is added to `unresolved`.
+        """Return the value with its expressions replaced by values of `scope`.
 
-        Parts without expressions are shared by all results and must not be changed. Raises `ExpressionError`.
+        An unresolved path becomes null, and its text is added to `unresolved`. Parts without expressions are
+        shared by all results and must not be changed. Raises `ExpressionError` for a failing operation or a
+        result that is too large.
         """
         if self._render is None:
             return self.source
@@ -256,7 +264,8 @@ class ValueTemplate:
 def compile_template(value: Json) -> ValueTemplate:
     """Compile the `{{ path }}` in the texts of `value` (not in its keys); raises `ExpressionError`.
 
-    A text that is a single expression becomes the value found, of any type.
+    A text that is a single expression becomes the value found, of any type; in a longer text, values are
+    written as text. Operations are not computed.
     """
     return _TemplateCompiler(operations={}).compile(value)
 
@@ -396,7 +405,10 @@ _BRACES = re.compile(
 
 
 def _split_text(text: str) -> Sequence[str | Expression]:
-    """Return the expressions and the nonempty texts between them; caches short texts, which often recur."""
+    """Return the compiled expressions of a text and the nonempty texts between them; raises `ExpressionError`.
+
+    Short texts, which often recur, are cached.
+    """
     return _parse_text_cached(text) if len(text) <= MAX_CACHED_LENGTH else _parse_text(text)
 
 
@@ -416,7 +428,10 @@ def _parse_text(text: str) -> Sequence[str | Expression]:
 
 
 def _find_end_of_braces(text: str, opening: int) -> int:
-    """Return the end of an expression that contains an object: `{{ data.a ?? {"b": {}} }}`."""
+    """Return the index behind the `}}` of an expression that may contain an object: `{{ data.a ?? {"b": {}} }}`.
+
+    Raises `ExpressionError` if the braces are not closed.
+    """
     depth, at = 0, opening + 2
     while depth or not text.startswith("}}", at):
         match = _BRACES.match(text, at)
@@ -501,7 +516,7 @@ def _operation_renderer(operation: ExpressionOperation, renders: list[_Render]) 
 
 
 def reading_cost(value: Json, allowance: OutputAllowance) -> int:
-    """Return the cost of visiting all of a value."""
+    """Return the cost of visiting all of a value, in the units of `OutputAllowance`: characters of a text, or parts."""
     return (
         len(value)
         if type(value) is str

@@ -80,7 +80,7 @@ class SectionFrame:
     def for_iteration(
         cls, loop: LoopProgress, index: int, recorded: Mapping[str, NodeSpan], started_at: datetime
     ) -> SectionFrame:
-        """Return the frame of an iteration of a loop, at its start."""
+        """Return a new frame for iteration `index` of a loop; its roots add `item`, `index` and the outer nodes."""
         outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
         frame = cls(loop.body, item, outer.roots, recorded, started_at)
         frame.iteration, frame.loop, frame.index = loop.iteration(index), loop, index
@@ -94,21 +94,27 @@ class SectionFrame:
         return {**self.roots, "nodes": self.nodes.copy()}
 
     def start(self) -> ReadinessChange:
-        """Return the nodes that are ready at the start."""
+        """Return the nodes that are ready at the start: triggers, or successors of the loop in an iteration.
+
+        Nodes that can't be reached are returned as skipped.
+        """
         return self.plan.start() if self.loop is None else self.plan.settle(self.loop.visit.node_id, CONTINUE)
 
     def result(self) -> Json:
-        """Return the result of an iteration: the output of the last node reached, or several by node id."""
+        """Return the result of an iteration: the output of the last node reached, an object by node id for several.
+
+        None if no last node was reached.
+        """
         found = {node_id: self.outputs[node_id] for node_id in self.section.last if node_id in self.outputs}
         return next(iter(found.values()), None) if len(found) <= 1 else found
 
     def share_of(self, node_id: str) -> float:
-        """Return the share of the run's progress for one of its nodes; a loop includes the nodes of its body."""
+        """Return the share, from 0 to 1, of the run's progress for a node; a loop includes the nodes of its body."""
         body = self.section.bodies.get(node_id)
         return self.share if body is None else self.share * (1 + body.size)
 
     def is_skipped(self, node_id: str) -> bool:
-        """Return whether a node of this frame or of an enclosing one is not run."""
+        """Return whether a node of this frame or of an enclosing one is skipped."""
         frame = self
         while node_id not in frame.skipped:
             if frame.loop is None:
@@ -117,14 +123,14 @@ class SectionFrame:
         return True
 
     def with_inner_iterations(self) -> Iterator[SectionFrame]:
-        """Yield this frame and all iterations in progress inside it."""
+        """Yield this frame and the frames of all iterations in progress inside it, outer ones first."""
         yield self
         for loop in self.loops:
             for turn in loop.iterations.values():
                 yield from turn.with_inner_iterations()
 
     def is_fatal(self) -> bool:
-        """Return whether no enclosing loop handles a failure of this frame."""
+        """Return whether a failure of this frame fails the run: no enclosing loop continues or has an error edge."""
         frame = self
         while frame.loop is not None:
             if frame.loop.continues_on_error or frame.loop.visit.has_error_edge:
@@ -182,7 +188,7 @@ class NodeVisit(msgspec.Struct, eq=False):
         return self.program.node.at_most_once and self.is_write
 
     def note_sources_in_loops(self) -> None:
-        """Add the data sources that the node has used to those of the enclosing loops."""
+        """Add the data sources that the node has used to those of all enclosing loops."""
         loop = self.frame.loop
         while loop is not None:
             loop.visit.sources = (loop.visit.sources or set()) | (self.sources or set())
@@ -253,7 +259,7 @@ class LoopProgress:
         )
 
     def iteration(self, index: int) -> str:
-        """Return the name of an iteration: its index, behind those of the enclosing loops."""
+        """Return the name of an iteration: the indexes of the enclosing iterations and its own, such as `2.0`."""
         outer = self.visit.frame.iteration
         return f"{outer}.{index}" if outer else str(index)
 
@@ -294,7 +300,7 @@ class ReadinessTracker:
         """Edge by which each eager node was reached."""
 
     def start(self) -> ReadinessChange:
-        """Return the triggers as ready; other nodes without incoming edges are skipped."""
+        """Return nodes without incoming edges: triggers as ready, others and the nodes behind them as skipped."""
         step = ReadinessChange()
         roots = [node_id for node_id, count in self._undecided.items() if count == 0]
         step.ready = [node_id for node_id in roots if node_id in self._triggers]
@@ -302,7 +308,10 @@ class ReadinessTracker:
         return step
 
     def settle(self, node_id: str, port: str) -> ReadinessChange:
-        """Record that a node has left by `port`: its edges at that port are taken, the others are not."""
+        """Record that a node has left by `port`; return the nodes that became ready or are skipped.
+
+        Its edges at that port are taken, the others are not.
+        """
         step = ReadinessChange()
         unreachable: list[str] = []
         self._ports[node_id] = port
@@ -357,8 +366,9 @@ class Worklist:
     sleeping: dict[NodeVisit, SleepingNode] = field(default_factory=dict)
 
     def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
-        """Add ready nodes of a frame; those that settled in an earlier attempt are restored in their old order
-        first.
+        """Add ready nodes of a frame to the work, and count them as open.
+
+        Nodes that settled in an earlier attempt are restored first, in their old order.
         """
         frame.open += len(node_ids)
         if not frame.recorded:
@@ -373,7 +383,10 @@ class Worklist:
                 self.ready.append((frame, node_id))
 
     def drop_frames(self, frames: Collection[SectionFrame]) -> list[NodeVisit]:
-        """Remove unbegun nodes of frames and cancel their reads in progress; returns their sleeping visits."""
+        """Remove unbegun nodes of frames, and cancel their reads in progress; return the visits that were sleeping.
+
+        Writes in progress continue.
+        """
         dropped = [frame for frame, _ in self.ready if frame in frames]
         dropped += [frame for _, _, frame in self.settled_before if frame in frames]
         if dropped:
@@ -396,5 +409,5 @@ class Worklist:
 
     @property
     def next_wake(self) -> float | None:
-        """Earliest wake time of the sleeping nodes, by `time.monotonic`."""
+        """Earliest wake time of the sleeping nodes, in seconds of `time.monotonic`; None if none wakes by itself."""
         return min((one.wakes_at for one in self.sleeping.values() if one.wakes_at is not None), default=None)

@@ -51,7 +51,10 @@ class RetryPolicy:
         )
 
     def delay_seconds(self, attempt: int, chance: float) -> float:
-        """Return the delay after the failed `attempt` (1, 2, …); `chance` is a random number from 0 to 1."""
+        """Return the seconds to wait after the failed `attempt` (1, 2, …); `chance` is a random number from 0 to 1.
+
+        The delay doubles with each attempt up to a maximum; jitter shortens it.
+        """
         delay = min(self.backoff_seconds * 2.0 ** min(attempt - 1, 30), self.max_delay_seconds)
         return delay * (1 - self.jitter * chance)
 
@@ -274,7 +277,11 @@ class LoopBodies:
 
 
 def find_bodies(graph: ParsedGraph, loops: Collection[str]) -> LoopBodies:
-    """Find the bodies of `loops` in one pass; a node in several bodies belongs to the deepest."""
+    """Return the bodies of `loops`, found in one pass.
+
+    A node in several bodies belongs to the deepest. Edges that enter a body without its loop are listed as
+    `crossing`.
+    """
     if not loops:
         return LoopBodies(frozenset(), {}, {}, ())
     holders: dict[str, str | None] = {}

@@ -33,16 +33,16 @@ _Steps: TypeAlias = "list[str]"
 
 
 def find_secrets(value: Json) -> list[str]:
-    """Return the places of the credentials in a value, such as `headers.authorization` or `args.0`."""
+    """Return the places of at most `MAX_PATHS` credentials in a value, such as `headers.authorization` or `args.0`."""
     return remove_secrets(value)[1]
 
 
 def remove_secrets(value: Json) -> tuple[Json, list[str]]:
-    """Return a value without its credentials, and their places.
+    """Return a value without its credentials, and their places (at most `MAX_PATHS`).
 
     A field is removed with its name. In a list an empty text replaces a credential, so that the other items
-    keep their positions. A text of several lines (a program, a message) loses only the credential, unless the field
-    name marks all of it.
+    keep their positions; so it does for a value that is a credential itself. A text of several lines (a
+    program, a message) loses only the credential, unless the field name marks all of it.
     """
     found: list[str] = []
     kept = _filter_value(value, "", [], found)
@@ -50,7 +50,10 @@ def remove_secrets(value: Json) -> tuple[Json, list[str]]:
 
 
 def _filter_value(value: Json, name: str, steps: _Steps, found: list[str]) -> Json | _RemovedType:
-    """Return the rest of a value with the field name `name` at the path `steps`."""
+    """Return a value without credentials, or the marker for removal; adds their places to `found`.
+
+    `name` is the field name that applies to the value, and `steps` its path.
+    """
     if isinstance(value, str):
         rest = _filter_text(value, name)
         if rest == value:
@@ -78,7 +81,7 @@ def _filter_child(value: Json, name: str, step: str, steps: _Steps, found: list[
 
 
 def _field_name(key: str, siblings: dict[str, Json], above: str) -> str:
-    """Return the effective name of a field, which isn't always its key.
+    """Return the field name that tells whether a value is secret, which isn't always its own key.
 
     Cases are `{"name": "Authorization", "value": "…"}`, `{"password": {"value": "…"}}` and values computed
     from literals: `{"token": {"$op": "concat", "args": ["…", "…"]}}`.
@@ -90,7 +93,7 @@ def _field_name(key: str, siblings: dict[str, Json], above: str) -> str:
 
 
 def _filter_text(text: str, name: str) -> str:
-    """Return the rest of a text: all of it without a credential, nothing if it is a credential."""
+    """Return a text without credentials: unchanged if it has none, empty if it is one or has one in a single line."""
     if _is_secret_name(name[: MAX_NAME_LENGTH + 1]) and _is_literal(text):
         return ""
     rest = _cut_secrets(text)
@@ -147,7 +150,10 @@ _BRIEF_FALLBACK: Final = re.compile(r'-?[0-9.]{1,7}|"[^"]{0,7}"')
 
 
 def _is_literal(text: str) -> bool:
-    """Return whether a text may be a credential itself, and not a reference to one."""
+    """Return whether a text may be a credential itself.
+
+    Empty texts, templates, and names of variables or vault entries (also with a short fallback) are not.
+    """
     stripped = text.strip()
     has_template = "{{" in stripped and "}}" in stripped and not _WRITTEN_FALLBACK.search(stripped)
     if stripped == "" or has_template:
@@ -221,7 +227,7 @@ _NAMED_SECRETS: Final = [
 
 
 def _cut_secrets(text: str) -> str:
-    """Return a text without credentials that have a known shape."""
+    """Return a text without the credentials that have a known shape, such as keys with the prefix of a provider."""
     if len(text) < SHORTEST_SHAPE:
         return text
     rest, lowered = text, text.lower()

@@ -49,7 +49,10 @@ class JoinConfig:
             raise ExpressionError("merge", str(error)) from error
 
     def data(self, outputs: Mapping[str, Json]) -> Json:
-        """Return the combined input after all branches, from outputs by node id in the order of edges."""
+        """Return the combined input of a join: an object by node id, a list, or a merged object.
+
+        `outputs` are the outputs by node id, in the order of edges.
+        """
         match self.combine:
             case JoinCombination.BY_NODE:
                 return dict(outputs)

@@ -63,7 +63,10 @@ class LoopScheduler:
     # ── loops ─────────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self, visit: NodeVisit, each: LoopRequest) -> None:
-        """Begin a loop, or continue it after the recorded iterations."""
+        """Begin a loop, or continue it after the recorded iterations.
+
+        It fails for too many items, and completes at once without items or a body.
+        """
         frame, node_id = visit.frame, visit.node_id
         if len(each.items) > self._limits.max_loop_items:
             self._owner.fail(visit, _too_many_items(len(each.items), self._limits), is_final=True)
@@ -86,7 +89,7 @@ class LoopScheduler:
         self._advance(loop)
 
     def _restore_sources(self, visit: NodeVisit) -> None:
-        """Restore the data sources that the body of a loop has used in earlier attempts."""
+        """Add to a visit the data sources that the body of its loop has used in earlier attempts."""
         body, found = visit.program.body, set(visit.sources or ())
         for spans in self._recorded.values():
             for span in spans.values():
@@ -95,7 +98,7 @@ class LoopScheduler:
         visit.sources = found
 
     def _advance(self, loop: LoopProgress) -> None:
-        """Begin as many iterations as the limits allow, or end the loop if nothing is left to wait for."""
+        """Begin as many iterations as the limits allow; end the loop if none is in progress."""
         while loop.can_start_iteration and (
             not loop.iterations or self._iterations_at_once < MAX_ITERATIONS_AT_ONCE
         ):
@@ -134,7 +137,7 @@ class LoopScheduler:
         self._owner.schedule_successors(turn, turn.start())
 
     def _restore_iteration(self, loop: LoopProgress, index: int, span: NodeSpan) -> None:
-        """Restore the end of an iteration from the journal, without its nodes."""
+        """Apply the recorded end of an iteration, its result or failure, without running its nodes."""
         loop.visit.counted += loop.iteration_share
         self._recorder.count(loop.visit.frame, loop.iteration_share)
         if span.error is not None:
@@ -180,14 +183,17 @@ class LoopScheduler:
             self._fail(loop, error)
 
     def _fail(self, loop: LoopProgress, error: RunError) -> None:
-        """Fail a loop: cancel its other iterations, and wait for their end."""
+        """Fail a loop with its first error, and cancel its other iterations; later errors are ignored."""
         if loop.failure is None:
             loop.failure = error
             for turn in list(loop.iterations.values()):
                 self.cancel_iteration(turn)
 
     def cancel_iteration(self, turn: SectionFrame) -> None:
-        """Begin nothing more in an iteration and the loops inside it; writes in progress complete."""
+        """Stop an iteration and the loops inside it: begin nothing more and cancel reads.
+
+        Writes in progress complete first; an iteration without any ends at once.
+        """
         frames = list(turn.with_inner_iterations())
         for frame in frames:
             frame.is_broken_off = True

@@ -54,10 +54,10 @@ class InspectedGraph:
 
 
 def check_paths(drawn: InspectedGraph, samples: OutputSamples) -> Iterator[GraphFinding]:
-    """Yield a finding for each path that is certain to find nothing.
+    """Yield a finding for each path in mappings and configs that is certain to find nothing.
 
-    The content of `item` is not checked: it is known only at run time. Graphs with cycles or duplicate node
-    ids are not checked either, since their order is undefined.
+    `samples` are outputs of past runs. The content of `item` is not checked: it is known only at run time.
+    Graphs with cycles or duplicate node ids are not checked either, since their order is undefined.
     """
     if len(drawn.graph.order) < len(drawn.graph.nodes):
         return
@@ -198,7 +198,7 @@ class _PathChecker:
         )
 
     def _ancestors(self, node: GraphNode) -> Iterator[GraphNode]:
-        """Yield the ancestors of a node, the nearest first."""
+        """Yield the direct and indirect predecessors of a node, the nearest first."""
         seen = {node.id}
         queue = deque([node.id])
         while queue:
@@ -226,7 +226,10 @@ class _PathChecker:
 
 
 def _mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, ValueShape]:
-    """Return the field that a mapping creates, if the mapping is a bare path into the input."""
+    """Return the shape of the field that a mapping creates, by name.
+
+    Empty unless the mapping is a bare path into `data` whose shape is known.
+    """
     if "{{" in place.text or "??" in place.text:
         return {}
     (path, *_), (field, *_) = place.paths, place.steps
@@ -237,7 +240,7 @@ def _mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, Val
 
 
 def _referenced_nodes(drawn: InspectedGraph) -> list[str]:
-    """Return the ids of nodes that paths of the form `nodes.<id>` refer to."""
+    """Return the ids of existing nodes that paths of the form `nodes.<id>` refer to, in no particular order."""
     named = {
         path.steps[0][0]
         for reading in drawn.readings.values()
@@ -268,7 +271,7 @@ def _unresolved_finding(node: GraphNode, place: ExpressionPlace, unfound: _Unres
 
 
 def _replace_path(place: ExpressionPlace, path: str, meant: str) -> str:
-    """Return the text of a place with one of its paths replaced."""
+    """Return the text of a mapping or config field with one of its paths replaced by `meant`."""
     if "{{" not in place.text and "??" not in place.text:
         return meant
     expression = rf"((?:\{{\{{|\?\?)\s*){re.escape(path)}(\s*(?:\}}\}}|\?\?|\Z))"
@@ -297,7 +300,7 @@ def _shorten(text: str) -> str:
 
 
 def _format_path(root: str, steps: ShapeSteps) -> str:
-    """Return a path as authors write it: the root followed by fields and indexes."""
+    """Return a path as authors write it, such as `data.items[0]`: the root followed by fields and indexes."""
     return root + "".join(map(_format_step, steps))
 
 

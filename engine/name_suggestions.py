@@ -24,8 +24,8 @@ MAX_ENDING: Final = 3
 def suggest_names(given: str, known: Collection[str]) -> list[str]:
     """Return at most two known names that an unknown name may mean; a single one is certain enough for a fix.
 
-    The order of preference: the same letters, names with that prefix, names with the same stem, similar
-    names.
+    Only the first rule that finds any counts: the same letters, names with that prefix, names with the same
+    stem, similar names. Empty if none is near.
     """
     start = given[:MAX_COMPARED]
     letters = _normalize_name(start)
@@ -39,7 +39,7 @@ def suggest_names(given: str, known: Collection[str]) -> list[str]:
 
 
 def _normalize_name(name: str) -> str:
-    """Return a name without differences of convention: `max_attempts` equals `maxAttempts`."""
+    """Return a name in lower case without `_` and `-`: `max_attempts` equals `maxAttempts`."""
     return name.casefold().replace("_", "").replace("-", "")
 
 

@@ -49,7 +49,10 @@ class EffectRule:
     cases: Mapping[str, NodeEffect] = field(default_factory=dict)
 
     def of(self, config: Mapping[str, Json]) -> NodeEffect:
-        """Return the effect under `config`; a value that is still a template gets the default."""
+        """Return the effect of a node under `config`.
+
+        An unknown value, or one that is still a template, gives the default.
+        """
         if self.deciding_field is None:
             return self.default
         value = config.get(self.deciding_field)
@@ -162,7 +165,10 @@ class NodeType:
         return self.trigger_kind is not None
 
     def outputs_of(self, config: Mapping[str, Json]) -> tuple[str, ...]:
-        """Return the outputs of a node with this config, besides `error`."""
+        """Return the output ports of a node with this config, without duplicates, besides `error`.
+
+        Some types take names of ports from their config.
+        """
         if self.outputs_from is None:
             return self.outputs
         field_name, _, name = self.outputs_from.partition(OF_EACH)
@@ -278,7 +284,7 @@ class NodeCall(msgspec.Struct, frozen=True):
     """`set_metadata({key: value})` sets metadata of the execution, by which lists find it."""
 
     def scope_of(self, item: Json, index: int) -> dict[str, Json]:
-        """Return the scope in which a condition or value sees one item of a list."""
+        """Return the scope for the evaluation of one item of a list: with `item` and `index`."""
         return {**self.scope, "item": item, "index": index}
 
 

@@ -45,12 +45,11 @@ class NodeInputs:
     def reach_node(
         self, frame: SectionFrame, node_id: str, roots: Mapping[str, Json] | None = None
     ) -> NodeVisit:
-        """Return the visit of a node with its input.
-
-        Raises `ExpressionError`, `InvalidJson`, `NodeError` and `BudgetExceeded`.
+        """Return the visit of a node with its input, and with its recorded state from an earlier attempt.
 
         In a thread, `roots` is a snapshot of the frame's roots at the start, since other nodes complete
-        meanwhile.
+        meanwhile. Raises `ExpressionError`, `InvalidJson`, `NodeError` and, within `offload.try_inline`,
+        `BudgetExceeded`.
         """
         program = self._nodes[node_id]
         data, input_node = self._gather_input(frame, program)
@@ -77,11 +76,14 @@ class NodeInputs:
         return visit
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
-        """Return the visit of a node whose input could not be prepared."""
+        """Return the visit of a node whose input could not be prepared: it has no input and an empty digest."""
         return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._recorder.clock.now())
 
     def _gather_input(self, frame: SectionFrame, program: NodeProgram) -> tuple[Json, str | None]:
-        """Return the input of a node, and the single parent whose unchanged output it is, if any."""
+        """Return the input of a node, and the single parent whose unchanged output it is, or None.
+
+        Several parents give a merged object that also has each output by node id.
+        """
         edges = frame.plan.parents(program.node.id)
         if not edges:
             return (None if program.is_pinned else frame.given), None
@@ -101,11 +103,10 @@ class NodeInputs:
         return merged, None
 
     def build_call(self, visit: NodeVisit, roots: Mapping[str, Json] | None = None) -> NodeCall:
-        """Render the config and return the call.
+        """Render the config of a visit, compute its key, and return the call of the node.
 
-        Raises `ExpressionError`, `InvalidJson`, `BudgetExceeded`, and `NodeError` for missing data.
-
-        See `reach_node` for `roots`.
+        Raises `ExpressionError`, `InvalidJson`, `BudgetExceeded`, and `NodeError` for missing configuration
+        or, in a strict graph, unresolved paths. See `reach_node` for `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._recorder.clock.now()
@@ -155,7 +156,7 @@ class NodeInputs:
         )
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
-        """Return the fields of a call that depend on the execution id in idempotency keys."""
+        """Return `caller` and `idempotency_key` of a call, which depend on the execution id in idempotency keys."""
         prefix = visit.key_id or self._key_prefix
         key = f"{prefix}:{visit.node_id}:{visit.frame.iteration or 0}"
         return {"caller": self._caller_of(visit), "idempotency_key": key}
@@ -166,7 +167,10 @@ class NodeInputs:
         return structs.replace(self._caller, write_key_id=visit.key_id)
 
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
-        """Return the digest of the values that a node can read outside `data`."""
+        """Return the digest of the values that a node can read outside `data`.
+
+        `UNKNOWN` in an iteration, and for a loop whose body may see nodes that settle later.
+        """
         if frame.loop is not None:
             return node_key.UNKNOWN  # a replay never reuses one node of an iteration
         if program.body and any(_is_undecided(frame, path) for path in program.outside):
@@ -203,14 +207,14 @@ class NodeInputs:
 
 
 def _select_nodes(nodes: Mapping[str, Json], names: Sequence[str]) -> dict[str, Json]:
-    """Return a copy of the outputs that a node can read late; of all for a path without a node."""
+    """Return the outputs that a node can read while it runs, as a copy; all of them for `nodes` without an id."""
     if EVERY_NODE in names:
         return dict(nodes)
     return {name: nodes[name] for name in names if name in nodes}
 
 
 def _is_undecided(frame: SectionFrame, path: ExpressionPath) -> bool:
-    """Return whether a path leads into a node that may settle later."""
+    """Return whether a path leads into a node that has neither settled nor been skipped."""
     node_id = path.steps[0][0] if path.root == "nodes" and path.steps else None
     return node_id is not None and node_id not in frame.nodes and not frame.is_skipped(node_id)
 
@@ -232,7 +236,10 @@ def _leads_to_skipped(frame: SectionFrame, text: str) -> bool:
 
 
 def _parent_output(frame: SectionFrame, parent: str) -> tuple[Json, str | None]:
-    """Return a parent's output and id; an enclosing loop provides the item, without an id."""
+    """Return a parent's output and its id.
+
+    The enclosing loop of an iteration provides the item, with None as id.
+    """
     if frame.loop is not None and parent == frame.section.loop_id:
         return frame.given, None
     return frame.outputs[parent], parent
@@ -256,7 +263,10 @@ def _apply_mappings(
 
 
 def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
-    """Continue a node after an earlier attempt; a recorded input and config must not change."""
+    """Set attempt, input and config of a visit from the span of an earlier attempt.
+
+    A recorded input and config must not change. A span that was running is noted as lost.
+    """
     visit.started_at = recorded.started_at or visit.started_at
     visit.key_id = recorded.key_id
     if recorded.status is SpanStatus.WAITING:

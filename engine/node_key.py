@@ -57,7 +57,7 @@ _source_decoder = decoding.build_decoder(tuple[DataSourceUse, ...])
 
 
 def decode_key(hashes: bytes | None) -> NodeKey | None:
-    """Return the key that a span contains; None if it has none or an incomplete one."""
+    """Return the key that the hashes of a span contain; None if it has none, an incomplete or an unreadable one."""
     if hashes is None or len(hashes) < _FIXED_BYTES:
         return None
     parts: list[bytes] = []
@@ -88,13 +88,13 @@ def list_digests(hashes: bytes) -> dict[str, bytes]:
 
 
 def is_same(hashes: bytes | None, recorded: bytes | None) -> bool:
-    """Return whether two keys are complete and equal, apart from the data sources."""
+    """Return whether two keys are complete and equal, apart from the data sources; False if either can't be decoded."""
     now, before = decode_key(hashes), decode_key(recorded)
     return now is not None and before is not None and now[:-1] == before[:-1]
 
 
 def decode_sources(hashes: bytes | None) -> tuple[DataSourceUse, ...] | None:
-    """Return the data sources in the key of a span, whose other parts may be unknown."""
+    """Return the data sources in the key of a span, whose other parts may be unknown; None without readable ones."""
     if hashes is None or len(hashes) <= _FIXED_BYTES:
         return None
     try:
@@ -104,14 +104,14 @@ def decode_sources(hashes: bytes | None) -> tuple[DataSourceUse, ...] | None:
 
 
 def encode_sources(sources: Collection[DataSourceUse]) -> bytes:
-    """Return the end of a key: the data sources that a node has used; empty for none."""
+    """Return the data sources of a node as the end of its key: empty for none, a mark for more than `MAX_SOURCES`."""
     if not sources:
         return b""
     return _encode(sorted(sources)) if len(sources) <= MAX_SOURCES else _UNKNOWN_SOURCES
 
 
 def digest_part(value: object) -> bytes:
-    """Return the digest of a JSON value as a later part of a key."""
+    """Return the digest of a JSON value as a part of a key, `PART_BYTES` long; raises `InvalidJson`."""
     return sha256(values.encode_canonical(value)).digest()[:PART_BYTES]
 
 

@@ -104,7 +104,10 @@ class WorkflowProgram:
     def compile(
         cls, graph: ParsedGraph, catalog: NodeTypeLookup, implementation: Callable[[str], RunNode]
     ) -> Self:
-        """Compile `graph`; raises `InvalidDefinition` for definitions that validation would refuse."""
+        """Compile a graph, reduced to the nodes that run; `implementation` gives the function of a node type.
+
+        Raises `InvalidDefinition` for definitions that validation would refuse.
+        """
         try:
             graph = prune_graph(graph, catalog)
             nodes = {node.id: _compile_pinned_or_node(node, graph, catalog) for node in graph.nodes}
@@ -137,7 +140,10 @@ class WorkflowProgram:
 
 
 def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup) -> NodeProgram:
-    """Compile a node; a pinned node has nothing to render, to wait for or to fail by, for any config."""
+    """Compile a node; a pinned one gets an empty config, so that it renders nothing and can't fail.
+
+    Raises `LookupError` and `ExpressionError`.
+    """
     if node.id not in graph.pinned:
         return compile_node(node, catalog)
     bare = replace(node, config={}, input_mappings={}, pass_through_values={})
@@ -157,7 +163,10 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
 
 
 def _pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
-    """Return the implementation of a pinned node; its output leaves by `output` or a connected port."""
+    """Return the function of a pinned node, which returns the pinned output.
+
+    It leaves by the port `output`, or by a connected one if the type has no such port.
+    """
     node_id = program.node.id
     ports = program.node_type.outputs_of(graph.by_id[node_id].config)
     connected = {edge.source_port for edge in graph.outbound[node_id]} - {CONTINUE}
@@ -171,7 +180,7 @@ def _complete_keys(
     section: GraphSection,
     graph: ParsedGraph,
 ) -> dict[str, NodeProgram]:
-    """Return the programs of a section and its bodies with the parts of their keys that depend on the graph."""
+    """Return the programs of a section and its bodies, with the parts of their keys that depend on the graph."""
     done: dict[str, NodeProgram] = {}
     for body in section.bodies.values():
         done |= _complete_keys(nodes, body, graph)
@@ -216,7 +225,7 @@ def _implementation_with_body(own: bytes, body: GraphSection, nodes: Mapping[str
 def _outside_of_body(
     loop: NodeProgram, inner: Sequence[NodeProgram], body_ids: frozenset[str]
 ) -> tuple[ExpressionPath, ...]:
-    """Return the paths of a loop and its body that lead out of both, each once."""
+    """Return the paths of a loop and its body to values outside of both, without duplicates."""
     paths = {path.text: path for path in loop.outside}
     hidden = body_ids | {loop.node.id}
     for program in inner:
@@ -234,7 +243,10 @@ def mapping_paths(program: NodeProgram) -> Iterator[ExpressionPath]:
 
 
 def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
-    """Compile one node; raises `LookupError` for an unknown type, `ExpressionError` for a bad expression."""
+    """Compile one node: its config, mappings, conditions and the static part of its key.
+
+    Raises `LookupError` for an unknown type, and `ExpressionError` for a bad expression.
+    """
     node_type = catalog.get(node.type, node.version)
     config = catalog.with_defaults(node_type, node.config)
     early, late = _divide_config(config, node_type.compiled)
@@ -287,7 +299,7 @@ def _named_nodes(paths: Sequence[ExpressionPath]) -> tuple[str, ...]:
 
 
 def _literal_paths(value: Json) -> Sequence[ExpressionPath]:
-    """Return the paths in a text that its node may compile itself, as keys of items are."""
+    """Return the paths of the expressions in a value that its node may compile itself; none if it doesn't compile."""
     try:
         return compile_value(value).paths
     except ExpressionError:
@@ -297,7 +309,10 @@ def _literal_paths(value: Json) -> Sequence[ExpressionPath]:
 def _divide_config(
     config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> tuple[dict[str, Json], dict[str, tuple[FieldCompilation, Json]]]:
-    """Split a config into the fields to render before a call, and those that the node evaluates, by place."""
+    """Split a config into the fields to render before a call, and those that the node evaluates itself, by place.
+
+    Fields of list items have places such as `items.0.value`.
+    """
     early = dict(config)
     late: dict[str, tuple[FieldCompilation, Json]] = {}
     for place, kind in compiled.items():
@@ -320,7 +335,10 @@ def _without_fields(item: Json, name: str) -> Json:
 
 
 def compile_mapping(source: Json) -> ValueTemplate | Expression:
-    """Compile the source of one mapped field: an expression, a text with `{{ }}`, or a constant."""
+    """Compile the source of one mapped field: an expression, a text with `{{ }}`, or a constant.
+
+    Raises `ExpressionError`.
+    """
     if isinstance(source, str) and "{{" not in source:
         return compile_expression(source)
     return compile_template(source)

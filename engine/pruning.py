@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
-    """Return the part of a graph that is run: all of it without a last node and pinned nodes.
+    """Return the part of a graph that is run: nodes needed for `up_to` and not hidden behind pinned nodes.
 
-    Raises `InvalidDefinition` for an unknown node.
+    Without both it is the graph itself. Raises `InvalidDefinition` for an unknown node to pin or to end with.
     """
     if graph.up_to is None and not graph.pinned:
         return graph
@@ -80,7 +80,7 @@ class _NeededNodes:
         return self._found
 
     def _last_nodes(self) -> Mapping[str | None, list[str]]:
-        """Return the nodes that lead nowhere, or only into a body, by innermost loop."""
+        """Return the nodes without successors outside of their own body, by their innermost loop (None for none)."""
         last: dict[str | None, list[str]] = {None: []}
         for node in self._graph.nodes:
             leading = [

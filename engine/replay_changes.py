@@ -57,7 +57,7 @@ def _static_key(program: NodeProgram) -> dict[str, bytes]:
 
 
 def _implementation_change(facts: ReplayFacts, node_id: str) -> ReplayReason:
-    """Return the reason for a changed implementation: of a loop, usually the edited nodes of its body."""
+    """Return the reason for a changed implementation: of a loop, the edited nodes of its body if there are any."""
     program = facts.program.nodes[node_id]
     if program.body:
         changed = _edited_body_nodes(program, facts.original, facts.program.graph)
@@ -73,7 +73,7 @@ def _source_changes(facts: ReplayFacts, key: NodeKey) -> list[ReplayReason]:
 
 
 def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> frozenset[str]:
-    """Return the nodes of a loop's body that differ between two definitions, and the nodes behind them."""
+    """Return the nodes of a loop's body that differ between two definitions, and the body's nodes behind them."""
     found = set(_edited_body_nodes(loop, original, graph))
     left = deque(found)
     while left:
@@ -109,7 +109,10 @@ def edge_ends(edge: GraphEdge) -> tuple[str, str, str]:
 
 
 def diff_paths(before: Json, after: Json, prefix: str = "") -> list[str]:
-    """Return the places at which two values differ, at most `MAX_PATHS`, with dots: `headers.Accept`."""
+    """Return the places at which two values differ, at most `MAX_PATHS`, such as `headers.Accept`.
+
+    Lists of different lengths count as one difference.
+    """
     found: list[str] = []
     left: deque[tuple[str, Json, Json]] = deque([(prefix, before, after)])
     while left and len(found) < MAX_PATHS:

@@ -160,7 +160,7 @@ class ReplayPlan:
         return tuple(node.node_id for node in self.nodes if node.decision is ReplayDecision.ASK)
 
     def digest(self, *context: Json) -> str:
-        """Return the hash of the plan before confirmations, and of the context that it was made in."""
+        """Return the hash of the plan, as it was before confirmations, and of the context that it was made in."""
         nodes: list[Json] = [
             [
                 node.node_id,

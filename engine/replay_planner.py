@@ -52,7 +52,10 @@ if TYPE_CHECKING:
 
 
 def plan_replay(facts: ReplayFacts, options: ReplayOptions) -> ReplayPlan:
-    """Return the plan of a replay; pure. Takes noticeable time for large outputs, so call it in a thread."""
+    """Return the plan of a replay: a decision for each node, without side effects.
+
+    It takes noticeable time for large outputs, so call it in a thread.
+    """
     unknowable: frozenset[str] = frozenset()
     while True:
         planner = _NodePlanner(facts, options, unknowable)
@@ -119,7 +122,10 @@ class _NodePlanner:
     # ── nodes with known inputs ───────────────────────────────────────────────────────────────────
 
     def _decide_reachable(self) -> None:
-        """Decide every node whose inputs are all known, in the order in which they settled."""
+        """Decide about every node whose inputs are all known, in the order in which they settled in the run.
+
+        Nodes behind one that runs again are left undecided.
+        """
         step = self._frame.start()
         ready = list(step.ready)
         self._skip(step.skipped)
@@ -155,13 +161,13 @@ class _NodePlanner:
         return span.sequence if span is not None else 2**31
 
     def misjudged(self) -> frozenset[str]:
-        """Return the nodes that were presumed to be unaffected by a parallel branch, and are not."""
+        """Return the nodes whose results were kept although a parallel branch that they refer to runs again."""
         return frozenset(
             node_id for node_id in self._presumed if node_id in self._known and self._open_references(node_id)
         )
 
     def _open_references(self, node_id: str) -> set[str]:
-        """Return the nodes that a node refers to whose output is not known, and that do not follow it."""
+        """Return the nodes with an unknown output that a node refers to, except those that follow it."""
         found = {
             other
             for other in self._references(node_id)
@@ -170,7 +176,7 @@ class _NodePlanner:
         return found - self._followers(node_id) if found else found
 
     def _references(self, node_id: str) -> set[str]:
-        """Return the other nodes outside of loops that the expressions of a node refer to."""
+        """Return the other nodes outside of loops that the expressions of a node refer to; all for `nodes` alone."""
         program = self._program.nodes[node_id]
         section = self._frame.section.graph.by_id
         found: set[str] = set()
@@ -191,7 +197,10 @@ class _NodePlanner:
         return found
 
     def _known_port(self, node_id: str, decision: NodeReplay) -> str | None:
-        """Return the port by which a node leaves if its result is known now, with its output in the frame."""
+        """Return the port by which a node leaves if its result is known now, else None.
+
+        Its output and digest are stored in the frame.
+        """
         span = self._recorded.get(node_id)
         if decision.use is ResultUse.SETTLED and span is not None and span.port is not None:
             output = span.output or b"null"
@@ -241,7 +250,11 @@ class _NodePlanner:
         return ReplayReason(ReplayReasonCode.NO_RESULT if known else ReplayReasonCode.NEW_NODE)
 
     def _decide_unfinished(self, node_id: str, span: NodeSpan) -> NodeReplay:
-        """Decide about a node that has failed, or was not finished, with known inputs."""
+        """Decide about a node with known inputs that failed or was not finished in the run.
+
+        It runs again, unless it is a write with a possible effect: that one needs a confirmation or the same
+        request.
+        """
         program = self._program.nodes[node_id]
         reasons = [self._failure(span)]
         if node_id in self._options.forced:
@@ -282,7 +295,7 @@ class _NodePlanner:
     # ── nodes behind others that run ──────────────────────────────────────────────────────────────
 
     def _decide_behind(self, node_id: str) -> NodeReplay:
-        """Decide about a node whose input is not known before the replay runs."""
+        """Decide about a node whose input is known only when the replay runs."""
         span, program = self._recorded.get(node_id), self._program.nodes[node_id]
         if span is None:
             return self._run(node_id, self._absence(node_id))
@@ -338,7 +351,7 @@ class _NodePlanner:
         }
 
     def _is_guarded(self, program: NodeProgram) -> bool:
-        """Return whether a node would repeat a write without confirmation if it ran."""
+        """Return whether a run of the node would repeat an unconfirmed write, its own or one in its body."""
         confirmed = self._options.confirmed
         if program.is_write:
             return program.node.id not in confirmed
@@ -378,7 +391,10 @@ class _NodePlanner:
     def _dynamic_changes(
         self, node_id: str, span: NodeSpan, key: NodeKey, *, ignores_body: bool = False
     ) -> list[ReplayReason]:
-        """Return whether the values that a node can reach have changed; all of them are known."""
+        """Return the reasons for which the values that a node reads have changed; empty if they are the same.
+
+        Its predecessors are all decided.
+        """
         if self._has_same_values(node_id):
             return []
         lost = [edge.source for edge in self._facts.original.inbound.get(node_id, ())]
@@ -401,7 +417,7 @@ class _NodePlanner:
         return [*gone, ReplayReason(ReplayReasonCode.INPUT_CHANGED, tuple(paths))]
 
     def _has_same_values(self, node_id: str) -> bool:
-        """Return whether a node gets the recorded values, without looking at them."""
+        """Return whether a node surely gets the recorded values: its sources are the same and reuse their results."""
         program = self._program.nodes[node_id]
         paths = list(_all_paths(program))
         is_first = not self._graph.inbound[node_id] and not program.is_pinned
@@ -438,7 +454,7 @@ class _NodePlanner:
     # ── decisions ─────────────────────────────────────────────────────────────────────────────────
 
     def _repeat(self, node_id: str, reasons: list[ReplayReason], key: NodeKey | None) -> NodeReplay:
-        """Return the decision to run a completed node again, which a write needs a confirmation for."""
+        """Return the decision to run a completed node again; a write is asked about first."""
         if not self._program.nodes[node_id].is_write:
             return self._run(node_id, *reasons)
         is_forced = any(reason.code is ReplayReasonCode.FORCED for reason in reasons)

@@ -73,7 +73,10 @@ class RunProgress:
     # ── node outcomes ─────────────────────────────────────────────────────────────────────────────
 
     def apply_outcome(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
-        """Apply the outcome that a node returned: complete it, retry it, let it wait, or start a loop."""
+        """Apply the outcome that a node returned: complete it, let it wait, or start a loop.
+
+        A result that can't be stored, or an unresolved path in a strict graph, is handled as its failure.
+        """
         try:
             if not isinstance(outcome, NodeDirective):
                 self._on_completed(visit, OUTPUT, outcome)
@@ -90,7 +93,11 @@ class RunProgress:
             self.fail(visit, to_node_error(error))
 
     def write_output(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
-        """Encode a returned output, if any; raises `InvalidJson`, `NodeError` and `BudgetExceeded`."""
+        """Encode the output of an outcome, if it has one, and store it in the visit.
+
+        Raises `InvalidJson`, `NodeError` if it is too large or a strict path was unresolved, and
+        `BudgetExceeded`.
+        """
         if isinstance(outcome, NodeResult | TimerWait):
             visit.written = self._encode_output(visit, outcome.output)
         elif not isinstance(outcome, NodeDirective):
@@ -102,7 +109,10 @@ class RunProgress:
         self._settle(visit, SpanStatus.COMPLETED, port, output, text, digest)
 
     def _encode_output(self, visit: NodeVisit, output: Json) -> tuple[Json, bytes, bytes]:
-        """Return the visible output, its stored form, and its digest; raises `InvalidJson` and `NodeError`."""
+        """Return the output with passed-through fields, its JSON, and the digest of that.
+
+        Raises `InvalidJson`, and `NodeError` if it is too large or a path of a strict graph was unresolved.
+        """
         if visit.program.pass_through:
             output = self._pass_through(visit, output)
         if visit.unresolved:
@@ -118,8 +128,8 @@ class RunProgress:
     def _max_bytes(self, visit: NodeVisit, output: Json) -> int:
         """Return the size limit of an output in bytes.
 
-        Only `maxBodyBytes` of its trigger limits a webhook, when the gateway accepts it. Nodes that pass the
-        output of another node on unchanged don't enlarge it.
+        An output passed on unchanged from another node, and that of a webhook trigger, may be as large as any
+        value: the gateway has limited it by `maxBodyBytes`.
         """
         is_passed_on = output is visit.data and visit.input_node is not None
         if is_passed_on or visit.program.node_type.trigger_kind == WEBHOOK:
@@ -127,7 +137,7 @@ class RunProgress:
         return self._max_output_bytes
 
     def complete(self, visit: NodeVisit, output: Json, port: str) -> None:
-        """Complete a node with an output that it has not returned itself."""
+        """Complete a node with an output at a port, as if it had returned both; used for loops."""
         self.apply_outcome(visit, NodeResult(output, port))
 
     def _pass_through(self, visit: NodeVisit, output: Json) -> Json:
@@ -143,7 +153,7 @@ class RunProgress:
     # ── failures ──────────────────────────────────────────────────────────────────────────────────
 
     def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None:
-        """Handle the failure of a node: retry it, unless no retry is allowed or left."""
+        """Handle the failure of a node: record it and schedule a retry, or give up if none is allowed or left."""
         reason = self.to_run_error(visit, error)
         pause = None if is_final or visit.frame.is_broken_off else self._pause_seconds(visit, error)
         if pause is None:
@@ -163,7 +173,7 @@ class RunProgress:
         """Return the delay before the next attempt in seconds; None if there is none.
 
         Attempts are grouped in rounds. With `retryOnFailure`, the run is resumed at a node that has used up
-        one round; the round follows from the number of the next attempt.
+        one round; the round follows from the number of the next attempt, which is then changed.
         """
         node = visit.program.node
         is_known = error.retryable and error.code not in run_records.UNKNOWN_OUTCOMES
@@ -180,7 +190,7 @@ class RunProgress:
         return min(2.0**rounds, MAX_ROUND_SECONDS)
 
     def give_up(self, visit: NodeVisit, reason: RunError) -> None:
-        """Fail a node permanently: route its error to the error port, or fail its frame."""
+        """Fail a node permanently: its error leaves by a connected error port, or fails its frame."""
         frame = visit.frame
         if visit.has_error_edge and not frame.is_broken_off:
             output, text = run_records.error_output(reason, visit.data, self._max_output_bytes)
@@ -206,7 +216,7 @@ class RunProgress:
             self._loops.cancel_iteration(frame)
 
     def record_cancelled(self, visit: NodeVisit) -> None:
-        """Record that a node in a cancelled frame was cancelled."""
+        """Record a node in a cancelled frame as cancelled, which may end the frame."""
         self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._recorder.clock.now())
         self._on_node_settled(visit.frame)
 
@@ -240,7 +250,7 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def restore(self, frame: SectionFrame, span: NodeSpan) -> None:
-        """Restore a settled node from the journal instead of running it.
+        """Restore a settled node from the journal instead of running it, and schedule its successors.
 
         Call this in the order in which nodes settled, so that an eager node is reached by the branch that was
         first.
@@ -256,7 +266,7 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def reuse(self, visit: NodeVisit, candidate: NodeSpan) -> None:
-        """Complete a node with its result in an earlier run, whose key is the same."""
+        """Complete a node with its result in an earlier run, whose key is the same, and schedule its successors."""
         frame, node_id, text = visit.frame, visit.node_id, candidate.output or b"null"
         frame.outputs[node_id] = frame.nodes[node_id] = values.restore_json(text)
         frame.digests[node_id] = sha256(candidate.output or b"").digest()
@@ -266,7 +276,7 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None:
-        """Schedule ready nodes of a frame, and record skipped ones."""
+        """Add the ready nodes of a frame to the worklist, and record the skipped ones with their bodies."""
         if step.ready:
             self._worklist.add(frame, step.ready)
         frame.skipped.update(step.skipped)
@@ -278,13 +288,13 @@ class RunProgress:
                     self.skip_body(frame.section.bodies[node_id], frame)
 
     def skip_body(self, body: GraphSection, frame: SectionFrame) -> None:
-        """Record the nodes of a loop body without iterations as skipped."""
+        """Record all nodes of a loop body as skipped, unless they are recorded already."""
         for node in body.inner_nodes():
             if node.id not in frame.recorded:
                 self._recorder.record_skipped(node, frame.iteration)
 
     def _on_node_settled(self, frame: SectionFrame) -> None:
-        """Record that one node of a frame has ended."""
+        """Count down the open nodes of a frame; the last one ends its iteration."""
         frame.open -= 1
         if frame.open == 0 and frame.loop is not None:
             self._loops.end_iteration(frame, frame.loop)
@@ -310,7 +320,10 @@ class RunProgress:
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
     def resume_sleep(self, visit: NodeVisit, recorded: NodeSpan) -> None:
-        """Continue a wait of an earlier attempt, which an answer may have ended meanwhile."""
+        """Continue a wait, or the pause before a retry, of an earlier attempt.
+
+        An answer that has come meanwhile is applied.
+        """
         if recorded.status is SpanStatus.RETRYING:
             self._sleep(visit, recorded.wake_at, WakeAction.TRIED_AGAIN)
         elif recorded.awaits is None:
@@ -322,7 +335,7 @@ class RunProgress:
             self._sleep(visit, recorded.wake_at, WakeAction.EXPIRED, expired=expired)
 
     def apply_answers(self, wait_answers: NodeAnswers) -> None:
-        """Apply the current wait answers to sleeping nodes."""
+        """Store the current wait answers, and apply those of sleeping nodes."""
         self._wait_answers, sleeping = wait_answers, self._worklist.sleeping
         for visit in [sleeper.visit for sleeper in sleeping.values() if sleeper.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
@@ -343,7 +356,10 @@ class RunProgress:
             self.apply_outcome(visit, result)
 
     def wake(self, sleeping: SleepingNode) -> None:
-        """Continue a sleeping node whose time has come: complete it, or run it again, as its wait demands."""
+        """Continue a sleeping node whose time has come: complete it, apply its result at expiry, or fail it.
+
+        It fails, finally, if no answer came and no result at expiry is set.
+        """
         visit = sleeping.visit
         if sleeping.then is WakeAction.DONE:
             text = sleeping.output or b"null"

@@ -125,7 +125,7 @@ class NodeSpan(msgspec.Struct, frozen=True):
 
     @property
     def is_iteration(self) -> bool:
-        """Whether this is the span of an iteration. A node has hashes before it leaves by any port."""
+        """Whether this is the span of an iteration: at port `continue` without hashes, which each node has by then."""
         return self.port == CONTINUE and self.hashes is None
 
 
@@ -220,7 +220,7 @@ def encode_output(output: Json, max_bytes: int) -> bytes:
 
 
 def output_too_large(max_bytes: int) -> NodeError:
-    """Return the error of an output above the size limit."""
+    """Return the error of an output above `max_bytes`, which names the setting."""
     name = run_limits.setting_name("max_output_bytes")
     return NodeError(
         f"The output is larger than the maximum of {max_bytes:,} bytes ({name})",
@@ -229,7 +229,10 @@ def output_too_large(max_bytes: int) -> NodeError:
 
 
 def error_output(reason: RunError, data: Json, max_bytes: int) -> tuple[Json, bytes]:
-    """Return the output at the error port; data that doesn't fit beside the error is omitted."""
+    """Return the output at the error port, with error and input, and its JSON.
+
+    An input that doesn't fit beside the error is replaced by null.
+    """
     output: Json = {"error": reason.as_json(), "data": data}
     try:
         return output, encode_output(output, max_bytes)
@@ -246,7 +249,10 @@ def node_timed_out(node: GraphNode) -> NodeError:
 
 
 def to_run_error(reason: RunError) -> RunError:
-    """Convert a node's error to the error of its run, which has fewer codes; the cause keeps the node's code."""
+    """Convert a node's error to the error of its run: `timed-out` stays, others become `node-error`.
+
+    The cause keeps the node's code and message.
+    """
     if reason.code == TIMEOUT_CODE:
         return replace(reason, cause=None)
     cause = reason.cause or FailureCause(reason.code, reason.message, reason.node_id)
@@ -254,7 +260,7 @@ def to_run_error(reason: RunError) -> RunError:
 
 
 def to_node_run_error(error: NodeError, node_id: str, attempt: int) -> RunError:
-    """Convert an error to the stored error of a node, with texts that every database accepts."""
+    """Convert an error of a node's attempt to its stored form, with texts that every database accepts."""
     cause = error.cause
     if error.request is not None:
         method, url = error.request
@@ -266,12 +272,15 @@ def to_node_run_error(error: NodeError, node_id: str, attempt: int) -> RunError:
 
 
 def make_storable(text: str) -> str:
-    """Return an arbitrary text in a form that every database accepts."""
+    """Return a text cut to the maximum length, with characters that databases refuse replaced."""
     return _UNSTORABLE.sub("\ufffd", text[:MAX_MESSAGE_LENGTH])
 
 
 def to_node_error(error: Exception) -> NodeError:
-    """Convert an exception of a node to a `NodeError`; an unexpected one keeps its type in the message."""
+    """Convert an exception of a node to a `NodeError`; only timeouts become retryable.
+
+    A `NodeError` is returned unchanged, and an unexpected exception keeps its type in the message.
+    """
     if isinstance(error, NodeError):
         return error
     if isinstance(error, ExpressionError):

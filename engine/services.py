@@ -44,14 +44,14 @@ _used_sources: Final[ContextVar[set[tuple[str, int]] | None]] = ContextVar("used
 
 
 def collect_source_uses() -> set[tuple[str, int]]:
-    """Return a set that receives the id and revision of each data source that the current task uses from now on."""
+    """Return a set that receives id and revision of each data source that the current task uses from now on."""
     uses: set[tuple[str, int]] = set()
     _used_sources.set(uses)
     return uses
 
 
 def note_source_use(source_id: str, revision: int) -> None:
-    """Add a data source to those that the current node has used."""
+    """Add a data source to the set of the current task, if it collects them."""
     uses = _used_sources.get()
     if uses is not None:
         uses.add((source_id, revision))
@@ -319,7 +319,7 @@ class RunControl:
         self.changed = asyncio.Event()
 
     def ask(self, request: ControlRequest) -> None:
-        """Set the request to the run and wake the waiters of `changed`, unless one at least as strong is set."""
+        """Set a request to the run and wake the waiters of `changed`; ignored if one at least as strong is set."""
         if self.request is None or request > self.request:
             self.request = request
             self.changed.set()

@@ -62,7 +62,10 @@ SCALAR: Final = ValueShape()
 
 
 def follow_path(shape: ValueShape, steps: ShapeSteps) -> ValueShape | PathDeadEnd:
-    """Return the shape at the end of a path, or its dead end."""
+    """Return the shape at the end of a path, or its dead end: the step and the shape that lacks it.
+
+    It is `UNKNOWN` where a shape may have other fields.
+    """
     for at, step in enumerate(steps):
         below = _child_shape(shape, step)
         if below is None and shape.rest >= OtherFields.UNKNOWN:
@@ -110,7 +113,10 @@ def _other_fields(additional: Json) -> OtherFields:
 
 
 def shape_of_config(value: Json, levels: int = MAX_LEVELS) -> ValueShape:
-    """Return the shape of a value in a config before its templates are rendered."""
+    """Return the shape of a config value before its templates are rendered.
+
+    Templates, items of lists and operations are unknown.
+    """
     match value:
         case dict() if levels == 0 or "$op" in value or len(value) > MAX_FIELDS:
             return UNKNOWN
@@ -125,7 +131,10 @@ def shape_of_config(value: Json, levels: int = MAX_LEVELS) -> ValueShape:
 
 
 def shape_of_samples(past: Sequence[Json], levels: int = MAX_LEVELS) -> ValueShape:
-    """Return the union of the shapes of past values; empty and null values are ignored."""
+    """Return the union of the shapes of past values; empty and null values are ignored.
+
+    `UNKNOWN` without others, below `levels` and for very many fields.
+    """
     telling = [value for value in past if value not in (None, [], {})]
     if levels == 0 or not telling:
         return UNKNOWN
@@ -174,7 +183,10 @@ def add_fields(shape: ValueShape, fields: Mapping[str, ValueShape]) -> ValueShap
 
 
 def union_shapes(shapes: Sequence[ValueShape]) -> ValueShape:
-    """Return the union of shapes: it has each field that one of them has."""
+    """Return the union of one or more shapes: it has each field that one of them has.
+
+    Fields in which they differ are unknown.
+    """
     first, *others = shapes
     if not others:
         return first
@@ -207,7 +219,10 @@ def _accepts_field(shape: ValueShape, name: str, expected: ValueShape) -> bool:
 
 
 def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
-    """Return existing paths that are likely meant, with a similar name, or a step more or less."""
+    """Return existing paths that a path with a dead end may mean: a similar name, a step less, or a step more.
+
+    Only the first kind that is found, and at most two.
+    """
     head, (key, _), tail = steps[: lost.at], steps[lost.at], steps[lost.at + 1 :]
     fields = lost.shape.fields
     meant = name_suggestions.suggest_names(key, fields) if key is not None else []
@@ -235,7 +250,7 @@ def _resolves(shape: ValueShape, steps: ShapeSteps) -> bool:
 
 
 def _is_known(shape: ValueShape, steps: ShapeSteps) -> bool:
-    """Return whether the shape names every step of a path."""
+    """Return whether the shape has every step of a path as a known field or item."""
     for step in steps:
         below = _child_shape(shape, step)
         if below is None:
@@ -245,7 +260,7 @@ def _is_known(shape: ValueShape, steps: ShapeSteps) -> bool:
 
 
 def _list_paths(shape: ValueShape) -> Iterator[tuple[ShapeSteps, ValueShape]]:
-    """Yield the fields of a shape and their fields, with their paths, the nearest first."""
+    """Yield the fields of a shape and then their fields, with paths and shapes; their number is limited."""
     inner = [(((name, None),), each) for name, each in islice(shape.fields.items(), MAX_FIELDS)]
     yield from inner
     for way, each in inner:

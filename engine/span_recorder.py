@@ -74,7 +74,7 @@ class SpanRecorder:
         return self._sequence - self._committed > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES
 
     async def commit(self) -> None:
-        """Make all records so far durable; raises `LeaseLost`."""
+        """Make all records so far durable in the journal; raises `LeaseLost`."""
         self.has_uncommitted_write = False
         self._committed, self._pending_bytes = self._sequence, 0
         await self._journal.commit()
@@ -91,8 +91,9 @@ class SpanRecorder:
         error: RunError | None = None,
         awaits: bytes | None = None,
     ) -> None:
-        """Record the present state of a node in the journal, with its output, error and times as far as they
-        are known.
+        """Record the state of a node in the journal under the next sequence number.
+
+        Several attempts are recorded by rows of their own. Data sources in use are added to the key.
         """
         if visit.attempt > 1 or status is SpanStatus.RETRYING:
             self._record_attempt_state(visit, status, ended_at, wake_at, error)
@@ -135,7 +136,7 @@ class SpanRecorder:
         )
 
     def record_reused(self, candidate: NodeSpan) -> None:
-        """Record that the result of an earlier run holds."""
+        """Record the result of an earlier run, completed or failed, as that of this run's node."""
         self._sequence += 1
         self._pending_bytes += len(candidate.output or b"") + len(candidate.input or b"")
         has_failed = candidate.error is not None
@@ -151,7 +152,10 @@ class SpanRecorder:
         wake_at: datetime | None,
         error: RunError | None,
     ) -> None:
-        """Record the state of the current attempt of a node with several attempts."""
+        """Record the state of the current attempt of a node with several attempts.
+
+        Nothing is recorded between two attempts. A lost attempt of an earlier worker is recorded first.
+        """
         if visit.lost is not None:
             self._record_lost_attempt(visit, visit.lost)
             visit.lost = None
@@ -215,7 +219,7 @@ class SpanRecorder:
         )
 
     def count(self, frame: SectionFrame, share: float) -> None:
-        """Add a share to the run's progress, and in an iteration to all enclosing loops."""
+        """Add a share, from 0 to 1, to the run's progress; in an iteration also to all enclosing loops."""
         while (loop := frame.loop) is not None:
             frame.counted += share
             loop.visit.counted += share
@@ -223,7 +227,7 @@ class SpanRecorder:
         self._advance(share)
 
     def count_node(self, visit: NodeVisit) -> None:
-        """Add a node to the run's progress; a loop adds the rest of its iterations."""
+        """Add a node's share to the run's progress; a loop adds the part that its iterations have not."""
         frame = visit.frame
         if not frame.section.bodies:
             self.count(frame, frame.share)
@@ -241,7 +245,7 @@ class SpanRecorder:
         output: bytes | None,
         error: RunError | None,
     ) -> None:
-        """Record the end of an iteration, under the id of its loop."""
+        """Record the end of an iteration as a span with the id of its loop."""
         self._sequence += 1
         self._pending_bytes += len(output or b"")
         self._journal.record(
@@ -261,7 +265,7 @@ class SpanRecorder:
         )
 
     def record_skipped(self, node: GraphNode, iteration: str) -> None:
-        """Record that a node will never run, because no taken edge leads to it."""
+        """Record a node as skipped: no taken edge leads to it, so it will never run."""
         self._sequence += 1
         self._journal.record(
             NodeSpan(
@@ -276,7 +280,10 @@ class SpanRecorder:
         )
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Set metadata of the run; raises `NodeError` for more keys than its nodes may set."""
+        """Set metadata of the run; long or invalid texts are cut.
+
+        Raises `NodeError` for more keys than its nodes may set together.
+        """
         self._metadata_keys |= metadata.keys()
         if len(self._metadata_keys) > MAX_METADATA_KEYS:
             message = f"The nodes of a run set at most {MAX_METADATA_KEYS} keys of metadata"
@@ -284,7 +291,10 @@ class SpanRecorder:
         self._journal.set_metadata({key: make_storable(value) for key, value in metadata.items()})
 
     def log(self, level: str, message: str, node_id: str) -> None:
-        """Write a line to the log of the run."""
+        """Write a line to the log of the run.
+
+        At the limit, one warning replaces the line, and further lines are dropped.
+        """
         if self._log_lines > self._max_log_lines:
             return
         self._log_lines += 1

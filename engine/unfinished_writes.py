@@ -37,12 +37,18 @@ _MAY_HAVE_HAPPENED: Final = ("http-408", "http-425")
 
 
 def was_refused(span: NodeSpan) -> bool:
-    """Return whether a write was not repeated for lack of a confirmation; it had its effect in an earlier run."""
+    """Return whether a replay refused to repeat a write without confirmation.
+
+    The write had its effect in an earlier run.
+    """
     return span.error is not None and span.error.code == NEEDS_CONFIRM_CODE
 
 
 def may_have_happened(span: NodeSpan) -> bool:
-    """Return whether an unfinished write may have had its effect, or a part of it."""
+    """Return whether an unfinished write may have had its effect.
+
+    It has not if no request was recorded, or if its only attempt failed with an error that proves it.
+    """
     if span.resolved_config is None:
         return False
     if span.status in CANDIDATE_STATUSES or span.status is not SpanStatus.FAILED or span.error is None:

@@ -42,7 +42,10 @@ def validate_graph(
     is_draft: bool = False,
     samples: OutputSamples = NO_SAMPLES,
 ) -> ValidationResult:
-    """Validate a graph against the catalog, and its paths also against `samples`, the outputs of past runs."""
+    """Return errors and warnings of a graph: its structure, configs, paths and inline secrets.
+
+    Paths are also checked against `samples`, the outputs of past runs. In a draft, some errors are warnings.
+    """
     findings = FindingCollector(is_draft=is_draft)
     drawn = _inspect_graph(graph, catalog, findings)
     if drawn is not None:
@@ -54,7 +57,7 @@ def validate_graph(
 def find_errors(
     graph: ParsedGraph, catalog: NodeTypeLookup, *, passed: Collection[str] = ()
 ) -> ValidationResult:
-    """Validate only whether a graph can run: in a fraction of the time, and without most warnings.
+    """Return whether a graph can run, with its errors: in a fraction of the time, without most warnings.
 
     `passed` holds the ids of nodes whose configs were valid before and aren't validated again.
     """
@@ -66,7 +69,10 @@ def find_errors(
 def _inspect_graph(
     graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector, passed: Collection[str] = ()
 ) -> InspectedGraph | None:
-    """Find all problems except unresolved paths and secrets; returns None if the validation was truncated."""
+    """Add all findings except unresolved paths and secrets; return the parsed parts for these checks.
+
+    None for an empty graph, or if the validation was truncated.
+    """
     if not graph.nodes:
         findings.add(_empty_graph_finding())
         return None
@@ -114,7 +120,10 @@ def _empty_graph_finding() -> GraphFinding:
 def _look_up(
     graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector
 ) -> list[tuple[GraphNode, NodeType]]:
-    """Return the nodes of known types, each with its type; duplicate node ids are possible."""
+    """Return the nodes of known types, each with its type; add findings for unknown and unrunnable types.
+
+    Duplicate node ids are possible.
+    """
     asked: dict[tuple[str, str | None], NodeType | UnknownNodeType] = {}
     known: list[tuple[GraphNode, NodeType]] = []
     for node in graph.nodes:
@@ -232,7 +241,7 @@ def _unknown_input_finding(edge: GraphEdge, node: GraphNode, node_type: NodeType
 
 
 def _suggest_port(edge: GraphEdge, field: str, port: str, ports: Sequence[str]) -> SuggestedFix | None:
-    """Return a fix with the intended port, if there is only one candidate."""
+    """Return a fix with the intended port; None unless there is exactly one candidate."""
     meant = ports if len(ports) == 1 else name_suggestions.suggest_names(port, ports)
     if len(meant) != 1:
         return None
@@ -277,7 +286,7 @@ def _cycle_finding(graph: ParsedGraph, loops: Collection[str]) -> Iterator[Graph
 
 
 def _find_loop_back_edge(around: Sequence[GraphEdge], loops: Collection[str]) -> GraphEdge | None:
-    """Return the edge of a cycle that leads from a loop's body back to the loop."""
+    """Return the edge of a cycle that leads from a loop's body back to the loop; None without one."""
     entered = {edge.source for edge in around if edge.source_port == CONTINUE and edge.source in loops}
     return next((edge for edge in around if edge.target in entered), None)
 

@@ -76,11 +76,11 @@ class InvalidJson(ValueError):
 
 
 def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
-    """Return the value of one JSON text; raises `InvalidJson` if it couldn't be stored exactly.
+    """Return the value of one JSON text; raises `InvalidJson` if it is malformed or couldn't be stored exactly.
 
-    The decoder itself accepts duplicate keys, NUL and any depth. They are detected afterwards, which costs
-    less than a slower decoder: without duplicate keys, the result has as many keys as the text has colons
-    outside strings.
+    Duplicate keys, NUL, long numbers and great depth are refused. The decoder accepts them; they are detected
+    afterwards, which costs less than a slower decoder: without duplicate keys, the result has as many keys as
+    the text has colons outside strings. Within `offload.try_inline`, a long text raises `BudgetExceeded`.
     """
     raw = bytes(raw)
     if len(raw) <= INLINE_BYTES:
@@ -100,7 +100,7 @@ def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEP
 
 
 def _decode_at_once(raw: bytes, max_depth: int) -> Json:
-    """Return the value of a text that is decoded as a whole."""
+    """Return the value of a text that is decoded as a whole; raises `InvalidJson` as `decode_json` does."""
     try:
         value: Json = _decode(raw)
     except RecursionError as error:
@@ -114,7 +114,7 @@ def _decode_at_once(raw: bytes, max_depth: int) -> Json:
 
 
 def restore_json(raw: bytes) -> Json:
-    """Return the value of a text that `encode_json` has written."""
+    """Return the value of a text that `encode_json` has written, without the checks of `decode_json`."""
     value: Json = decoding.decode(raw)
     return value
 
@@ -200,22 +200,32 @@ def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
 
 
 def encode_json(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
-    """Return `value` as compact JSON; raises `InvalidJson` if `decode_json` wouldn't return it unchanged."""
+    """Return a value as compact JSON.
+
+    Raises `InvalidJson` if it is too large or `decode_json` wouldn't return it unchanged. Within
+    `offload.try_inline`, a large value raises `BudgetExceeded`.
+    """
     return _encode_checked(value, _encode, max_bytes)
 
 
 def encode_canonical(value: object) -> bytes:
-    """Return the canonical JSON text of a value: compact, keys sorted. `1` and `1.0` stay different texts."""
+    """Return the canonical JSON of a value: compact, with sorted keys; raises `InvalidJson`.
+
+    `1` and `1.0` stay different texts.
+    """
     return _encode_checked(value, _encode_sorted, MAX_ENCODED_BYTES)
 
 
 def fingerprint(value: object) -> str:
-    """Return the SHA-256 of the canonical text, in hexadecimal."""
+    """Return the SHA-256 of a value's canonical JSON, in hexadecimal; raises `InvalidJson`."""
     return sha256(encode_canonical(value)).hexdigest()
 
 
 def value_as_text(value: Json, *, max_bytes: int = MAX_ENCODED_BYTES) -> str:
-    """Return a value as part of a text: texts unchanged, null as the empty text, others as compact JSON."""
+    """Return a value as part of a text: texts unchanged, null as the empty text, others as compact JSON.
+
+    Raises `InvalidJson` for a JSON text above `max_bytes`.
+    """
     if type(value) is str:
         return value
     if type(value) is int:
@@ -237,10 +247,11 @@ def _encode_checked(value: object, encoder: Callable[[object], bytes], max_bytes
 
 
 def _check_value(value: object, max_bytes: int) -> None:
-    """Raise `InvalidJson` for values that the encoder would silently change, and for excessive ones.
+    """Raise `InvalidJson` for values that the encoder would silently change, and for too deep or too large ones.
 
     A list may occur many times in a value, so that its JSON is far larger than the value in memory. The
-    minimum size of the JSON is summed up on the way.
+    minimum size of the JSON is summed up on the way. Within `offload.try_inline`, a large value raises
+    `BudgetExceeded`.
     """
     least_bytes = depth = 0
     most_bytes = offload.budget(max_bytes, INLINE_BYTES)
@@ -289,7 +300,7 @@ def _count_key_characters(keys: Iterable[str]) -> int:
 
 
 def count_values(value: Json, most: int) -> int:
-    """Return the number of values in a value, itself included; counting stops at `most`."""
+    """Return the number of values in a value, itself included; counting stops once it reaches `most`."""
     count = 1
     level = [value]
     while level and count < most:
@@ -313,10 +324,10 @@ def type_name(value: object) -> str:
 
 
 def equal_json(left: Json, right: Json) -> bool:
-    """Compare as JSON: `1` and `1.0` are equal, `1` and `true` are not, also inside lists and objects.
+    """Return whether two values are equal as JSON, also inside lists and objects.
 
-    Compares container by container, since Python's own comparison of large values holds the interpreter's
-    lock throughout.
+    `1` and `1.0` are equal, `1` and `true` are not. Compares container by container, since Python's own
+    comparison of large values holds the interpreter's lock throughout.
     """
     waiting: list[tuple[Any, Any]] = [([left], [right])]
     while waiting:
@@ -341,7 +352,7 @@ def equal_json(left: Json, right: Json) -> bool:
 
 
 def identity_key(value: Json) -> Hashable:
-    """Return a key that two values share if, and only if, they are equal."""
+    """Return a hashable key that two JSON values share if, and only if, `equal_json` holds."""
     if type(value) is list:
         return ("list", *map(identity_key, value))
     if type(value) is dict:

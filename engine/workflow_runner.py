@@ -95,7 +95,10 @@ async def run_workflow(
     services: NodeServices,
     limits: RunLimits = DEFAULT_LIMITS,
 ) -> RunOutcome:
-    """Run a workflow until this attempt ends; raises `LeaseLost` if another process may hold the run."""
+    """Run a workflow until this attempt ends, and return its outcome; nodes are recorded in the journal.
+
+    Raises `LeaseLost` if another process may hold the run.
+    """
     return await WorkflowRunner(program, start, journal, control, services, limits).run()
 
 
@@ -137,7 +140,10 @@ class WorkflowRunner:
         )
 
     async def run(self) -> RunOutcome:
-        """Run nodes until the run ends, waits, or leaves this process; returns the outcome to store."""
+        """Run nodes until the run ends, waits, or leaves this process; return the outcome to store.
+
+        Running nodes are cancelled then. Raises `LeaseLost`.
+        """
         worklist, recorder = self._worklist, self._recorder
         self._progress.schedule_successors(self._root, self._root.start())
         slice_ends = time.monotonic() + SLICE_SECONDS
@@ -198,7 +204,7 @@ class WorkflowRunner:
         return RunOutcome(RunStatus.FAILED, error=RunError(TIMEOUT_CODE, message))
 
     async def _cancel_tasks(self) -> None:
-        """Cancel all running tasks; a task that doesn't react within ten seconds is abandoned."""
+        """Cancel all running tasks and wait for them; a task that doesn't react within ten seconds is abandoned."""
         if not self._worklist.tasks:
             return
         tasks = dict(self._worklist.tasks)
@@ -209,7 +215,7 @@ class WorkflowRunner:
         self._interrupted += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
 
     def _record_cancelled(self, ended: RunOutcome) -> None:
-        """Record interrupted nodes as cancelled; a run that continues elsewhere leaves them unchanged."""
+        """Record interrupted nodes and open loops as cancelled, unless the run continues later or completed."""
         if ended.status in {RunStatus.RELEASED, RunStatus.WAITING, RunStatus.COMPLETED}:
             return
         loops = [loop.visit for frame in self._root.with_inner_iterations() for loop in frame.loops]
@@ -226,7 +232,7 @@ class WorkflowRunner:
         )
 
     async def _reach_node(self, frame: SectionFrame, node_id: str) -> None:
-        """Reach a node, and begin it unless it continues to sleep or has failed."""
+        """Prepare the input of a ready node, and begin it unless it continues to sleep or has failed."""
         visit: NodeVisit | None
         try:
             visit = offload.try_inline(self._node_inputs.reach_node, frame, node_id)
@@ -240,7 +246,10 @@ class WorkflowRunner:
             await self._begin(visit)
 
     def _resume_node(self, visit: NodeVisit) -> bool:
-        """Continue a node of an earlier attempt; returns False if the node has to be begun."""
+        """Continue the wait of a node from an earlier attempt, or fail an interrupted at-most-once node.
+
+        Return False if the node has to be begun.
+        """
         frame = visit.frame
         if not frame.recorded or (recorded := frame.recorded.get(visit.node_id)) is None:
             return False
@@ -284,7 +293,10 @@ class WorkflowRunner:
         self._call_in_place(visit, call)
 
     def _apply_candidate(self, visit: NodeVisit, candidate: NodeSpan) -> bool:
-        """Reuse the result of an earlier run if its key is the same; returns False if the node has to run."""
+        """Reuse the result of an earlier run if its key is the same, or fail a write that would differ unconfirmed.
+
+        Return False if the node has to run.
+        """
         visit.candidate = None
         if node_key.is_same(visit.hashes, candidate.hashes):
             if candidate.port is not None:
@@ -305,7 +317,10 @@ class WorkflowRunner:
     async def _prepare_in_thread(
         self, frame: SectionFrame, node_id: str, prepare: Callable[[], T], visit: NodeVisit | None = None
     ) -> T | None:
-        """Prepare a node in a thread; returns None if the node must not start now."""
+        """Prepare a node in a thread and return the result; None if the node must not start now.
+
+        It has then failed, was cancelled or is queued again. Raises `LeaseLost`.
+        """
         try:
             prepared = await offload.run_in_thread(prepare)
         except (ExpressionError, InvalidJson, NodeError) as error:
@@ -341,7 +356,11 @@ class WorkflowRunner:
             self._progress.apply_outcome(visit, outcome)
 
     def _may_continue(self, visit: NodeVisit) -> bool:
-        """Check again after a commit: the lease may be lost, the run may have failed or received a request."""
+        """Return whether a node may still start after a commit.
+
+        If not, it is recorded as cancelled or queued again, since the run has failed or received a request
+        meanwhile. Raises `LeaseLost`.
+        """
         if not self._recorder.holds_lease():
             raise LeaseLost
         if visit.frame.is_broken_off:
@@ -366,7 +385,7 @@ class WorkflowRunner:
     def _finish_cancelled(
         self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> None:
-        """Finish a node after its task was cancelled before it began, since the task itself can't."""
+        """Finish a node after its task was cancelled before it began: the task itself can't."""
         pending.close()
         if task in self._worklist.tasks:
             self._finish_task(task)
@@ -374,7 +393,10 @@ class WorkflowRunner:
                 self._progress.record_cancelled(visit)
 
     async def _perform_node(self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome]) -> None:
-        """Run a node to its end in a task of its own."""
+        """Run an asynchronous node to its end in the current task, and apply its outcome or failure.
+
+        A cancellation is raised again.
+        """
         task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
             outcome = await self._limit_time(visit.program.node, pending, task)
@@ -416,7 +438,10 @@ class WorkflowRunner:
     async def _call_in_thread(
         self, visit: NodeVisit, run: Callable[[NodeCall], NodeOutcome], call: NodeCall
     ) -> NodeOutcome:
-        """Call a node in a thread; the loop records its log lines and metadata afterwards."""
+        """Call a synchronous node in a thread and return its outcome.
+
+        Log lines and metadata are recorded afterwards.
+        """
         lines: list[tuple[str, str]] = []
         metadata: dict[str, str] = {}
         call = msgspec.structs.replace(
@@ -479,9 +504,9 @@ class WorkflowRunner:
                 self._progress.wake(sleeper)
 
     async def _read_new_answers(self, *, is_due: bool) -> bool:
-        """Apply new wait answers: periodically, and always before a wait for an answer expires.
+        """Read and apply new wait answers, periodically and always before a wait for an answer expires.
 
-        Returns False if the answers are unavailable.
+        Return False if the answers are unavailable.
         """
         awaits = any(sleeper.then is WakeAction.EXPIRED for sleeper in self._worklist.sleeping.values())
         is_time = is_due or time.monotonic() > self._answers_read_at + ANSWER_POLL_SECONDS

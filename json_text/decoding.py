@@ -31,11 +31,11 @@ def build_decoder(kind: object) -> Decoder[Any]: ...
 
 
 def build_decoder(kind: object = Any) -> Decoder[Any]:
-    """Return a decoder of a type; raises `TypeError` for a type with a float inside a list or a mapping.
+    """Return a decoder of JSON into a type.
 
-    msgspec calls the hook for `Any` alone, and decodes a field of type float by itself: a single float is
-    harmless, a list of floats is not. Where a client could repeat a field many times, screen the text first,
-    as `engine.values` does.
+    Raises `TypeError` for a type with a float inside a list or a mapping: msgspec calls the hook for `Any`
+    alone, and decodes a field of type float by itself. A single float is harmless, a list of floats is not.
+    Where a client could repeat a field many times, screen the text first, as `engine.values` does.
     """
     for part in _iterate_types(inspect.type_info(kind), set()):
         if isinstance(part, _COLLECTIONS) and any(_is_float(inner) for inner in _iterate_types(part, set())):
@@ -50,9 +50,10 @@ def decode(text: bytes | str, kind: type[Kind]) -> Kind: ...
 
 
 def decode(text: bytes | str, kind: object = Any) -> Any:
-    """Return the value of a text as a type; raises `ValueError` and `RecursionError`.
+    """Return the value of a JSON text as a type.
 
-    A long text is decoded in pieces if the type is `Any`. If two members have the same name, the second wins.
+    Raises `ValueError` (its subclass `msgspec.ValidationError` for another type) and `RecursionError`. A long
+    text is decoded in pieces if the type is `Any`. If two members have the same name, the second wins.
     """
     decode_whole = _cached_decoder(kind).decode
     if kind is not Any or len(text) <= pieces.LONG_BYTES:
@@ -85,7 +86,7 @@ def _is_float(part: object) -> bool:
 
 
 def _parse_finite_float(text: str) -> float:
-    """Return a number; raises `ValueError` if it would be infinite, as msgspec does by itself.
+    """Return a number; raises `ValueError` if it would be infinite.
 
     A Python function, unlike the built-in `float`, lets other threads run between two numbers.
     """

@@ -47,7 +47,7 @@ class DuplicateName(ValueError):
 def decode_in_pieces(
     text: bytes, decode_piece: Callable[[bytes], Any], *, piece_bytes: int = PIECE_BYTES
 ) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value of a text by decoding each piece with `decode_piece`.
+    """Return the value of a JSON text by decoding pieces of about `piece_bytes` with `decode_piece`.
 
     Raises the errors of `decode_piece`, and `DecodeError` and `RecursionError` for a text that isn't JSON.
     Raises `DuplicateName` if members of the same name are in different pieces, or if `decode_piece` merges
@@ -74,7 +74,10 @@ def decode_in_pieces(
 
 
 def _iterate_segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the segments of a text, cut behind commas, each with its brackets outside of strings."""
+    """Yield the segments of a text, cut behind commas outside of strings, each with its brackets outside of strings.
+
+    A segment is longer than `piece_bytes` if no comma is within that size.
+    """
     begin = 0
     size = piece_bytes
     while begin < len(text):
@@ -91,7 +94,10 @@ def _iterate_segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, by
 
 
 def _cut_at_last_comma(parts: list[bytes]) -> int:
-    """Return the number of bytes up to the last comma outside of strings; removes the parts behind it."""
+    """Return the number of bytes up to and including the last comma outside of strings; 0 without one.
+
+    `parts` alternate between text outside and inside of strings; those behind the comma are removed.
+    """
     while parts:
         if len(parts) % 2 and (at := parts[-1].rfind(b",")) >= 0:
             parts[-1] = parts[-1][: at + 1]
@@ -101,7 +107,7 @@ def _cut_at_last_comma(parts: list[bytes]) -> int:
 
 
 def _track_brackets(kinds: list[str], brackets: bytes) -> int:
-    """Update the kinds of the open containers by `brackets`; returns the lowest depth in between."""
+    """Update the stack of open containers by `brackets`, in order; return the lowest depth in between."""
     lowest = len(kinds)
     for _ in range(_MATCHES):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
@@ -115,7 +121,10 @@ def _track_brackets(kinds: list[str], brackets: bytes) -> int:
 
 
 def _add_piece(path: list[JsonContainer], piece: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Add the value of a piece to the containers that were open before it, beginning with the outermost."""
+    """Add the value of a piece to the containers that were open before it, beginning with the outermost.
+
+    Raises `DuplicateName` if an object has one of the piece's members already.
+    """
     for container in path:
         is_innermost = container is path[-1]
         inner = None
@@ -134,7 +143,10 @@ def _add_piece(path: list[JsonContainer], piece: Any) -> None:  # noqa: ANN401 -
 
 
 def _open_path(root: Any, path: list[JsonContainer], depth: int) -> list[JsonContainer]:  # noqa: ANN401 - any JSON value
-    """Return the open containers, of which `path` were open all along; removes the mark from the innermost."""
+    """Return the containers open after a piece, outermost first, and remove the mark from the innermost.
+
+    `path` were open all along. Raises `DuplicateName` if the mark is missing: a member has replaced another.
+    """
     if not depth:
         return []
     path = path or [root]
@@ -151,7 +163,10 @@ def _open_path(root: Any, path: list[JsonContainer], depth: int) -> list[JsonCon
 
 
 def _last_item(container: JsonContainer) -> JsonContainer:
-    """Return the container that was opened last; raises `DuplicateName` if it has replaced an earlier member."""
+    """Return the item of a container that was added last, a list or dict.
+
+    Raises `DuplicateName` for any other item: it has replaced an earlier member of the same name.
+    """
     item = container[-1] if isinstance(container, list) else next(reversed(container.values()))
     if not isinstance(item, dict | list):
         raise DuplicateName

@@ -22,10 +22,10 @@ LAG_SAMPLES: Final = 10
 
 @asynccontextmanager
 async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
-    """Serve the metrics of this process while the context lasts; without a port, do nothing.
+    """Serve the metrics of this process over HTTP while the context lasts; without a port, do nothing.
 
-    A port that can't be opened is logged, and the process goes on without metrics. Port 0 chooses a free one,
-    which the log shows.
+    A port that can't be opened is logged, and the process continues without metrics. Port 0 chooses a free
+    one, which the log shows.
     """
     if port is None:
         yield
@@ -51,7 +51,10 @@ async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
 
 
 async def _measure_lag() -> None:
-    """Measure how much later than requested a timer fires, since other work held the event loop."""
+    """Measure forever how much later than requested a timer fires.
+
+    The metric shows the maximum of the last samples, in seconds.
+    """
     lags: deque[float] = deque(maxlen=LAG_SAMPLES)
     shown = instruments.gauge("event_loop_lag_seconds")
     while True:

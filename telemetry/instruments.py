@@ -21,24 +21,36 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series fo
 
 @cache
 def counter(name: str, *values: str) -> Counter:
-    """Return the counter of a family with these label values, in the order of its labels."""
+    """Return the counter of a family with these label values, in the order of its labels.
+
+    Raises `LookupError` for an unknown family or one of another kind.
+    """
     return _child(_counter(name), name, values)
 
 
 @cache
 def gauge(name: str, *values: str) -> Gauge:
-    """Return the gauge of a family with these label values."""
+    """Return the gauge of a family with these label values, in the order of its labels.
+
+    Raises `LookupError` for an unknown family or one of another kind.
+    """
     return _child(_gauge(name), name, values)
 
 
 @cache
 def histogram(name: str, *values: str) -> Histogram:
-    """Return the histogram of a family with these label values."""
+    """Return the histogram of a family with these label values, in the order of its labels.
+
+    Raises `LookupError` for an unknown family or one of another kind.
+    """
     return _child(_histogram(name), name, values)
 
 
 def declare(*names: str) -> None:
-    """Expose families from the start, with every combination of labels that the table lists."""
+    """Expose families from the start, with every combination of labels that the table lists.
+
+    A family with a label of free values is declared without any.
+    """
     of_kind = {
         MetricKind.COUNTER: counter,
         MetricKind.GAUGE: gauge,

@@ -21,7 +21,10 @@ _ROUNDING = Context(prec=400)
 
 @define_operation("add")
 def add(first: Json, second: Json, *more: Json) -> Number:
-    """Add numbers."""
+    """Add numbers.
+
+    Raises `OperationError` for other values, with a hint to `concat`.
+    """
     return _fold_numbers(operator.add, [first, second, *more], "concat joins texts")
 
 
@@ -33,13 +36,19 @@ def subtract(first: Number, second: Number) -> Number:
 
 @define_operation("multiply")
 def multiply(first: Json, second: Json, *more: Json) -> Number:
-    """Multiply numbers."""
+    """Multiply numbers.
+
+    Raises `OperationError` for other values.
+    """
     return _fold_numbers(operator.mul, [first, second, *more], "to-number reads a number from a text")
 
 
 @define_operation("divide")
 def divide(dividend: Number, divisor: Number) -> Number:
-    """Divide the first number by the second; whole numbers that divide evenly give a whole number."""
+    """Divide the first number by the second; whole numbers that divide evenly give a whole number.
+
+    Raises `ZeroDivisionError`, which `ExpressionOperation.apply` translates.
+    """
     if type(dividend) is int and type(divisor) is int and dividend % divisor == 0:
         return dividend // divisor
     return dividend / divisor
@@ -47,7 +56,10 @@ def divide(dividend: Number, divisor: Number) -> Number:
 
 @define_operation("modulo")
 def compute_remainder(dividend: Number, divisor: Number) -> Number:
-    """Return the remainder of a division, with the sign of the second number."""
+    """Return the remainder of a division, with the sign of the second number.
+
+    Raises `ZeroDivisionError`, which `ExpressionOperation.apply` translates.
+    """
     return dividend % divisor
 
 
@@ -78,26 +90,39 @@ def absolute_value(value: Number) -> Number:
 
 @define_operation("min")
 def find_least(first: Json, *more: Json) -> Number:
-    """Return the smallest of several numbers, or of a list of numbers."""
+    """Return the smallest of several numbers, or of a list of numbers.
+
+    Raises `OperationError` for other values and for an empty list.
+    """
     return min(_number_arguments(first, more) or _no_numbers_error())
 
 
 @define_operation("max")
 def find_greatest(first: Json, *more: Json) -> Number:
-    """Return the largest of several numbers, or of a list of numbers."""
+    """Return the largest of several numbers, or of a list of numbers.
+
+    Raises `OperationError` for other values and for an empty list.
+    """
     return max(_number_arguments(first, more) or _no_numbers_error())
 
 
 @define_operation("sum")
 def sum_numbers(first: Json, *more: Json) -> Number:
-    """Add numbers, or a list of numbers; an empty list gives 0."""
+    """Add numbers, or a list of numbers; an empty list gives 0.
+
+    Raises `OperationError` for other values.
+    """
     numbers = _number_arguments(first, more)
     return sum(numbers) if all(type(each) is int for each in numbers) else fsum(numbers)
 
 
 @define_operation("format-number")
 def format_number(value: Number, decimals: int = 0, group: str = ",", point: str = ".") -> str:
-    """Format a number with a number of decimals, a separator of thousands and a decimal mark."""
+    """Format a number with a number of decimals, a separator of thousands and a decimal mark.
+
+    Halves are rounded away from zero. Raises `OperationError` for too many or negative decimals and long
+    separators.
+    """
     if decimals < 0:
         raise OperationError(f"writes 0 to {MAX_DECIMALS} decimals, not {decimals}")
     if max(len(group), len(point)) > MAX_MARK_LENGTH:

@@ -18,7 +18,10 @@ from engine.values import Json, identity_key, type_name
 
 @define_operation("length")
 def count_elements(value: Json) -> int:
-    """Count the characters of a text, the elements of a list or the keys of an object."""
+    """Count the characters of a text, the elements of a list or the keys of an object.
+
+    Raises `OperationError` for other values.
+    """
     if isinstance(value, str | list | dict):
         return len(value)
     raise OperationError(f"needs a text, a list or an object, not {type_name(value)}")
@@ -44,7 +47,10 @@ def slice_list(values: list[Json], start: int, end: int | None = None) -> Json:
 
 @define_operation("get")
 def get_element(value: Json, key: Json, fallback: Json = None) -> Json:
-    """Return the value of an object's key or of a list's position, or a fallback where there is none."""
+    """Return the value of an object's key or of a list's position, or a fallback where there is none.
+
+    Negative positions count from the end. Raises `OperationError` for a key of a wrong type.
+    """
     if type(value) is list:
         position = require_whole_number(key)
         return value[position] if -len(value) <= position < len(value) else fallback
@@ -53,7 +59,10 @@ def get_element(value: Json, key: Json, fallback: Json = None) -> Json:
 
 @define_operation("flatten")
 def flatten(values: list[Json]) -> Json:
-    """Replace the lists in a list with their elements, one level deep."""
+    """Replace the lists in a list with their elements, one level deep.
+
+    Raises `OperationError` for a result that is too long.
+    """
     return concat_lists([value if type(value) is list else [value] for value in values])
 
 
@@ -74,7 +83,10 @@ def reverse_list(values: list[Json]) -> Json:
 
 @define_operation("sort")
 def sort_list(values: list[Json], by: str | None = None, order: str = "ascending") -> Json:
-    """Sort numbers or texts, or objects by one of their keys, in ascending or descending order."""
+    """Sort numbers or texts, or objects by one of their keys, in ascending or descending order.
+
+    Raises `OperationError` for mixed or other types, and for an unknown order.
+    """
     if order not in ("ascending", "descending"):
         raise OperationError(f'sorts in "ascending" or "descending" order, not {order[:40]!r}')
     key = _sort_field(by)
@@ -86,7 +98,10 @@ def sort_list(values: list[Json], by: str | None = None, order: str = "ascending
 
 @define_operation("range")
 def number_range(start: int, end: int | None = None, step: int = 1) -> Json:
-    """Return the numbers from a start to an end, which is excluded, by a step; one argument is the end."""
+    """Return the numbers from a start to an end, which is excluded, by a step; one argument is the end.
+
+    Raises `OperationError` for a step of 0 or too many numbers.
+    """
     if step == 0:
         raise OperationError("needs a step other than 0")
     numbers = range(start) if end is None else range(start, end, step)
@@ -96,7 +111,10 @@ def number_range(start: int, end: int | None = None, step: int = 1) -> Json:
 
 @define_operation("merge")
 def merge(first: dict[str, Json], *more: dict[str, Json]) -> Json:
-    """Merge objects into one; the last value of a repeated key counts."""
+    """Merge objects into one; the last value of a repeated key counts.
+
+    Raises `OperationError` for a result with too many keys.
+    """
     merged = first.copy()
     for each in more:
         merged |= each
@@ -106,13 +124,19 @@ def merge(first: dict[str, Json], *more: dict[str, Json]) -> Json:
 
 @define_operation("pick")
 def pick(value: dict[str, Json], keys: list[Json]) -> Json:
-    """Keep only the given keys of an object."""
+    """Keep only the given keys of an object.
+
+    Absent keys are ignored. Raises `OperationError` for keys that are not texts.
+    """
     return {key: value[key] for key in map(require_text, keys) if key in value}
 
 
 @define_operation("omit")
 def omit(value: dict[str, Json], keys: list[Json]) -> Json:
-    """Remove the given keys from an object."""
+    """Remove the given keys from an object.
+
+    Absent keys are ignored. Raises `OperationError` for keys that are not texts.
+    """
     omitted = set(map(require_text, keys))
     return {key: item for key, item in value.items() if key not in omitted}
 
@@ -135,7 +159,7 @@ def concat_lists(lists: list[list[Json]]) -> list[Json]:
 
 
 def _sort_field(name: str | None) -> Callable[[Json], Any]:
-    """Return the sort key of elements."""
+    """Return the function that gives the sort key of an element: the element itself, or its field `name`."""
     if name is None:
         return lambda value: value
     return lambda value: require_object(value).get(name)

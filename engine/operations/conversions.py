@@ -27,13 +27,19 @@ def default_value(value: Json, fallback: Json) -> Json:
 
 @define_operation("coalesce", takes_first_found=True)
 def coalesce(first: Json, *more: Json) -> Json:
-    """Return the first value that is neither null nor missing."""
+    """Return the first value that is neither null nor missing.
+
+    Null if there is none.
+    """
     return next((value for value in (first, *more) if value is not None), None)
 
 
 @define_operation("to-number")
 def to_number(value: Json) -> Number:
-    """Parse a number from a text, as JSON writes it; a number stays unchanged."""
+    """Parse a number from a text, as JSON writes it; a number stays unchanged.
+
+    Raises `OperationError` for other texts and values.
+    """
     if type(value) is not str:
         return require_number(value)
     try:
@@ -44,13 +50,19 @@ def to_number(value: Json) -> Number:
 
 @define_operation("to-text")
 def to_text(value: Json) -> str:
-    """Convert a value to text: null to the empty text, objects and lists to JSON."""
+    """Convert a value to text: null to the empty text, objects and lists to JSON.
+
+    Raises `InvalidJson` for a text that is too long.
+    """
     return value_as_text(value, max_bytes=MAX_TEXT_LENGTH)
 
 
 @define_operation("to-boolean")
 def to_boolean(value: Json) -> bool:
-    """Convert the texts true and false, or the numbers 1 and 0, to a boolean."""
+    """Convert the texts true and false, or the numbers 1 and 0, to a boolean.
+
+    Case and white space don't matter; booleans stay unchanged. Raises `OperationError` for other values.
+    """
     if type(value) is bool:
         return value
     if type(value) is str and value.strip().lower() in _BOOLEANS:
@@ -62,26 +74,38 @@ def to_boolean(value: Json) -> bool:
 
 @define_operation("from-json", reads_all=True)
 def from_json(value: str) -> Json:
-    """Parse a JSON text."""
+    """Parse a JSON text.
+
+    Raises `InvalidJson`.
+    """
     return decode_json(value.encode())
 
 
 @define_operation("to-json")
 def to_json(value: Json) -> str:
-    """Serialize a value as compact JSON."""
+    """Serialize a value as compact JSON.
+
+    Raises `InvalidJson` for a text that is too long.
+    """
     return encode_json(value, max_bytes=MAX_TEXT_LENGTH).decode()
 
 
 @define_operation("base64-encode")
 def base64_encode(value: str) -> str:
-    """Encode a text, in UTF-8, as base64."""
+    """Encode a text, in UTF-8, as base64.
+
+    Raises `OperationError` for a text that is too long.
+    """
     check_text_length(4 * len(value) // 3)
     return b64encode(value.encode()).decode()
 
 
 @define_operation("base64-decode")
 def base64_decode(value: str) -> str:
-    """Decode base64 (standard or URL-safe alphabet, padded or not) to a text in UTF-8."""
+    """Decode base64 (standard or URL-safe alphabet, padded or not) to a text in UTF-8.
+
+    White space is ignored. Raises `OperationError` for other content, long texts and NUL characters.
+    """
     check_text_length(len(value))
     digits = "".join(value.split()).translate(_URL_SAFE).rstrip("=")
     try:

@@ -29,7 +29,10 @@ _MONTHS = {"months": 1, "years": 12}
 
 @define_operation("parse-date")
 def parse_date(date: Json, zone: str = "UTC") -> str:
-    """Parse an ISO 8601 date, or seconds since 1970, into UTC; the time zone applies to dates without an offset."""
+    """Parse an ISO 8601 date, or seconds since 1970, into UTC; the time zone applies to dates without an offset.
+
+    Raises `OperationError` for other values and unknown time zones.
+    """
     if type(date) is str:
         return _format_moment(_parse_moment(date, _load_zone(zone)))
     return _format_moment(_EPOCH + timedelta(seconds=require_number(date)))
@@ -37,7 +40,10 @@ def parse_date(date: Json, zone: str = "UTC") -> str:
 
 @define_operation("format-date")
 def format_date(date: str, form: str, zone: str = "UTC") -> str:
-    """Format a date with a pattern such as `%Y-%m-%d %H:%M`, in a time zone."""
+    """Format a date with a pattern such as `%Y-%m-%d %H:%M`, in a time zone.
+
+    Raises `OperationError` for other codes of patterns, invalid dates and unknown time zones.
+    """
     unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - _FORMAT_CODES
     if unknown or len(form) > MAX_FORMAT_LENGTH:
         known = " ".join(f"%{code}" for code in sorted(_FORMAT_CODES))
@@ -47,7 +53,11 @@ def format_date(date: str, form: str, zone: str = "UTC") -> str:
 
 @define_operation("add-time")
 def add_time(date: str, amount: int, unit: str, zone: str = "UTC") -> str:
-    """Add an amount of time to a date; days, weeks, months and years follow the calendar of the time zone."""
+    """Add an amount of time to a date; days, weeks, months and years follow the calendar of the time zone.
+
+    A missing day becomes the last of its month. The result is in UTC. Raises `OperationError` for invalid
+    dates, units and zones, and `OverflowError`.
+    """
     moment = _parse_moment(date)
     if unit in _CLOCK_UNITS:
         return _format_moment(moment + amount * _UNITS[unit])
@@ -59,7 +69,10 @@ def add_time(date: str, amount: int, unit: str, zone: str = "UTC") -> str:
 
 @define_operation("date-diff")
 def date_diff(start: str, end: str, unit: str = "seconds") -> Number:
-    """Count the seconds, minutes, hours, days or weeks from one date to another."""
+    """Count the seconds, minutes, hours, days or weeks from one date to another.
+
+    Negative if `end` is earlier. Raises `OperationError` for invalid dates and units.
+    """
     difference, step = _parse_moment(end) - _parse_moment(start), _parse_unit(unit)
     return difference // step if difference % step == timedelta() else difference / step
 
@@ -77,7 +90,10 @@ def _format_moment(moment: datetime) -> str:
 
 
 def _add_months(local: datetime, months: int) -> datetime:
-    """Return the same day of another month, or the last day of a shorter one."""
+    """Return the same day and time of another month, or its last day if it is shorter.
+
+    Raises `OverflowError` outside of the years 1 to 9999.
+    """
     year, month = divmod(local.year * 12 + local.month - 1 + months, 12)
     if not MINYEAR <= year <= MAXYEAR:
         raise OverflowError

@@ -52,7 +52,11 @@ class ExpressionOperation:
         return f"{self.min_arguments} to {self.max_arguments} arguments"
 
     def apply(self, arguments: Sequence[Json]) -> Json:
-        """Compute the result for a permitted number of arguments; raises `OperationError`."""
+        """Convert the arguments, of a permitted number, and compute the result.
+
+        Raises `OperationError` for wrong types, division by zero, results out of range and results that are
+        too large.
+        """
         try:
             converted = [convert(given) for convert, given in zip(self._converters, arguments, strict=False)]
             result: Json = self._function(*converted)
@@ -69,13 +73,16 @@ class ExpressionOperation:
 def define_operation(
     name: str, *, takes_first_found: bool = False, reads_all: bool = False
 ) -> Callable[[Callable[..., Json]], ExpressionOperation]:
-    """Turn a function into an operation: parameters define its arguments, the docstring its summary."""
+    """Return a decorator that turns a function into an operation.
+
+    Parameters define its arguments, and the first paragraph of the docstring its summary.
+    """
 
     def make(function: Callable[..., Json]) -> ExpressionOperation:
         parameters = signature(function).parameters.values()
         return ExpressionOperation(
             name=name,
-            summary=(function.__doc__ or "").strip(),
+            summary=(function.__doc__ or "").strip().partition("\n")[0],
             min_arguments=sum(_is_required(parameter) for parameter in parameters),
             max_arguments=min(sum(map(_max_arguments, parameters)), MAX_ARGUMENTS),
             takes_first_found=takes_first_found,
@@ -96,7 +103,7 @@ def _max_arguments(parameter: Parameter) -> int:
 
 
 def _argument_converters(parameters: Iterable[Parameter]) -> Iterator[ArgumentConverter]:
-    """Yield the converter of each argument, by the annotation of its parameter."""
+    """Yield the converter of each argument, by the annotation of its parameter; raises `KeyError` for another type."""
     for parameter in parameters:
         converter = _CONVERTERS[str(parameter.annotation)]
         yield from [converter] * _max_arguments(parameter)

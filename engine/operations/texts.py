@@ -17,7 +17,10 @@ from engine.values import Json, type_name, value_as_text
 
 @define_operation("concat")
 def concat(first: Json, *more: Json) -> Json:
-    """Join values into one text, or lists into one list."""
+    """Join values into one text, or lists into one list.
+
+    Raises `OperationError` for objects, for lists among other values, and for a result that is too long.
+    """
     values = [first, *more]
     if all(type(value) is list for value in values):
         return concat_lists(cast("list[list[Json]]", values))
@@ -46,7 +49,10 @@ def trim(value: str) -> str:
 
 @define_operation("replace")
 def replace(value: str, old: str, new: str) -> str:
-    """Replace every occurrence of a text with another."""
+    """Replace every occurrence of a text with another.
+
+    Raises `OperationError` for an empty text to replace and a result that is too long.
+    """
     _check_not_empty(old)
     check_text_length(len(value) + value.count(old) * (len(new) - len(old)))
     return value.replace(old, new)
@@ -54,7 +60,10 @@ def replace(value: str, old: str, new: str) -> str:
 
 @define_operation("split")
 def split(value: str, separator: str) -> Json:
-    """Split a text at each separator into a list."""
+    """Split a text at each separator into a list.
+
+    Raises `OperationError` for an empty separator and too many parts.
+    """
     _check_not_empty(separator)
     check_list_length(value.count(separator) + 1)
     return cast("Json", value.split(separator))
@@ -74,7 +83,11 @@ def substring(value: str, start: int, end: int | None = None) -> str:
 
 @define_operation("pad")
 def pad(value: str, length: int, fill: str = " ", side: str = "start") -> str:
-    """Pad a text to a length, at its `start` or `end`, with a character."""
+    """Pad a text to a length, at its `start` or `end`, with a character.
+
+    A longer text stays unchanged. Raises `OperationError` for several characters, another side or a great
+    length.
+    """
     check_text_length(length)
     if len(fill) != 1 or side not in ("start", "end"):
         raise OperationError('pads with one character, at the "start" or the "end"')
