@@ -17,6 +17,7 @@ HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 86_400_000
 MAX_LINES: Final = 200
 MAX_CHARACTERS: Final = 20_000
+MAX_VALUE_CHARACTERS: Final = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +147,48 @@ def show_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
 def show_line(value: Any) -> str:  # noqa: ANN401 - any JSON value
     """Return JSON as text in one line."""
     return msgspec.json.encode(value).decode()
+
+
+def show_value(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Return JSON in one line, at most 400 characters of it; texts without line breaks keep their quotes."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}…"
+
+
+def show_bytes(count: int) -> str:
+    """Return a size such as `312 kB`."""
+    for unit, size in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
+        if count >= size:
+            return f"{count / size:.1f}".removesuffix(".0") + f" {unit}"
+    return f"{count} bytes"
+
+
+TYPE_ICONS: Final[Mapping[str, str]] = {
+    "manual": "hand",
+    "schedule-trigger": "clock",
+    "wait": "waiting",
+    "wait-for-event": "event",
+    "human-input": "person",
+    "loop": "loop",
+    "conditional": "branch",
+    "switch": "branch",
+    "merge": "branch",
+    "sub-workflow": "graph",
+    "http-request": "http",
+    "webhook": "hook",
+    "queue-trigger": "queue",
+    "email-trigger": "mail",
+    "email-send": "mail",
+    "event-trigger": "event",
+    "filter": "filter",
+    "log": "list",
+    "stop-with-error": "failed",
+}
+"""Icons of node types; others are recognized by their ending."""
+TYPE_ENDINGS: Final = (("-source", "db"), ("-destination", "write"), ("-trigger", "event"))
+
+
+def icon_of_type(name: str) -> str:
+    """Return the icon of a node type."""
+    found = TYPE_ICONS.get(name)
+    return found or next((icon for ending, icon in TYPE_ENDINGS if name.endswith(ending)), "fx")

@@ -1,6 +1,6 @@
-"""Rows of a run: its nodes in order, with lanes of the graph and bars of time, as shapes for an SVG.
+"""Rows of a run: its nodes in order, with lanes of the graph, bars of time and strips of turns.
 
-Everything is a pure function of the spans and the graph that public routes return.
+Everything is a pure function of the graph of the run, as the public route returns it.
 """
 
 from __future__ import annotations
@@ -10,79 +10,65 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
+from gateway.dashboard import run_bars
 from gateway.dashboard.formats import look_of, parse_instant
+from gateway.dashboard.graph_lanes import LANES, LaneEdge, LanePath, draw_lanes
+from gateway.dashboard.run_bars import NodeState, StartRow, TimeBar
+from gateway.dashboard.time_axis import AxisTick, FoldedWait, TimeAxis
 
-Span: TypeAlias = Mapping[str, Any]
-"""Span, as the API shows it."""
-
-LANES: Final = (14, 30, 46)
-"""Horizontal positions of lanes; further lanes share the last one."""
-MIDDLE: Final = 18
-HEIGHT: Final = 36
-FOLDED_SHARE: Final = 0.12
-"""Share of the time axis that a folded wait takes."""
-MIN_FOLDED_SECONDS: Final = 2.0
-FOLDED_FACTOR: Final = 0.5
-"""A gap is folded if it lasts longer than this part of all work."""
-MIN_WIDTH: Final = 0.6
-"""Percentage of the axis that the shortest bar takes."""
-MAX_TURNS: Final = 200
-"""Turns of a loop that a strip shows one by one."""
-WAITING_TYPES: Final = frozenset({"human-input", "wait", "wait-for-event", "sub-workflow"})
+MAX_CELLS: Final = 24
+"""Cells of the strip that shows the turns of a node; with more turns, each stands for several."""
+MAX_ROWS: Final = 300
+"""Rows of a run; in a larger graph, rows without news are folded into one."""
+FOLDED_ROWS: Final = 100
+"""Rows that are folded into one at most, so that opening it shows few."""
+NEIGHBORS: Final = 2
+"""Rows that stay on both sides of a row with news."""
+BODY: Final = "continue"
+"""Port of a loop that leads to its body."""
+NEWS: Final = frozenset({"failed", "running", "waiting", "retrying", "cancelled"})
+"""States of the nodes that are never folded."""
+WORST_FIRST: Final = ("failed", "running", "retrying", "waiting", "cancelled", "completed", "skipped")
 NEVER: Final = "9999"
 """Text that sorts behind all times."""
 NOT_TAKEN: Final = frozenset({"not-reached", "skipped"})
-WHOLE: Final = 100.0
 
 
 @dataclass(frozen=True, slots=True)
-class TimeBar:
-    """Bar on the time axis, in percent of its width."""
+class TurnCell:
+    """Cell of the strip of turns, which stands for `count` turns."""
 
-    x: float
-    width: float
     tone: str
-
-
-@dataclass(frozen=True, slots=True)
-class LanePath:
-    """Line of the graph beside a row; `is_taken` is false for a branch that the run did not take."""
-
-    path: str
-    is_taken: bool
+    count: int
 
 
 @dataclass(slots=True)
 class RunRow:
-    """Node of a run: its state, its lane, its bars and, in a loop, the states of its turns."""
+    """Node of a run, or several that are folded: its state, lane, bars and, in a loop, the states of its turns."""
 
     id: str
     label: str
     type: str
     state: str
-    span_id: str = ""
     port: str = ""
     duration_ms: int | None = None
     attempts: int = 1
     turns: Sequence[tuple[str, str]] = ()
-    """Name and tone of each turn."""
+    """Name and state of the first turns."""
     turn_count: int = 0
+    cells: Sequence[TurnCell] = ()
+    nesting: int = 0
+    """Number of loops around it."""
     bars: Sequence[TimeBar] = ()
+    ghost_x: float | None = None
+    """Position at which it would have ended with its duration in the last good run."""
     lane_x: int = LANES[0]
     paths: Sequence[LanePath] = ()
     is_critical: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FoldedWait:
-    """Part of the time axis in which nothing ran, drawn shorter than it was."""
-
-    x: float
-    width: float
-    milliseconds: int
+    folded: int = 0
+    """Number of nodes that the row stands for; 0 for the row of one node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,280 +76,219 @@ class RunTimeline:
     """Rows of a run with their time axis."""
 
     rows: Sequence[RunRow]
+    start: StartRow | None
     folds: Sequence[FoldedWait]
-    ticks: Sequence[tuple[float, int]]
-    """Positions in percent, with the milliseconds since the start of the run."""
+    ticks: Sequence[AxisTick]
     counts: Mapping[str, int]
     """Number of nodes by state."""
+    states: Mapping[str, str]
+    """State of each node by its id."""
 
 
 @dataclass(slots=True)
-class _NodeSpans:
-    """Spans of one node."""
+class _RowOrder:
+    """Graph whose nodes are brought into an order."""
 
-    whole: Span | None = None
-    turns: list[Span] = field(default_factory=list)
-    """Spans of the node in iterations of a loop."""
-    attempts: list[Span] = field(default_factory=list)
+    keys: Mapping[str, tuple[str, int]]
+    sources: dict[str, set[str]] = field(default_factory=dict)
+    followers: dict[str, list[str]] = field(default_factory=dict)
 
 
 def build_timeline(
     run: Mapping[str, Any],
-    spans: Sequence[Span],
-    graph: Mapping[str, Any] | None,
+    graph: Mapping[str, Any],
     now: datetime,
     critical: Iterable[str] = (),
+    *,
+    waking_seconds: float = 0.0,
+    opened: str = "",
+    selected: str = "",
 ) -> RunTimeline:
-    """Return the rows of a run; `graph` has `nodes` and `connections`, and `critical` names nodes."""
-    found = _group(spans)
-    nodes = {node["id"]: node for node in (graph or {}).get("nodes", ())}
-    edges = [(edge["sourceNodeId"], edge["targetNodeId"]) for edge in (graph or {}).get("connections", ())]
-    order = _order(found, nodes, edges)
-    axis = _TimeAxis.build(run, spans, now)
+    """Return the rows of a run.
+
+    `graph` is the answer of its route, and `critical` names nodes. `opened` is the first node of folded rows that
+    are shown, and `selected` a node that is not folded.
+    """
+    states = {state["nodeId"]: state for state in graph["states"]}
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    order = _order(states, nodes, graph["connections"])
+    start = parse_instant(run["createdAt"]) or now
+    busy = [*run_bars.work(graph["states"], now), *run_bars.waking(run, waking_seconds)]
+    axis = TimeAxis.build(start, parse_instant(run["endedAt"]) or now, busy)
     on_path = set(critical)
     rows = []
     for node_id in order:
-        row = _describe(node_id, found.get(node_id, _NodeSpans()), nodes.get(node_id))
+        row = _describe(node_id, states.get(node_id), nodes.get(node_id))
         row.is_critical = node_id in on_path
-        row.bars = _bars(found.get(node_id, _NodeSpans()), axis, now)
         rows.append(row)
-    _draw_lanes(rows, edges)
-    return RunTimeline(rows, axis.folds(), axis.ticks(), Counter(row.state for row in rows))
+    shown = _fold_rows(rows, opened, selected)
+    for row in shown:
+        if (state := states.get(row.id)) is not None and not row.folded:
+            row.bars = run_bars.bars(state, axis, now)
+            row.ghost_x = run_bars.ghost(state, axis)
+    _set_lanes(shown, rows, graph["connections"])
+    return RunTimeline(
+        shown,
+        run_bars.start_row(run, axis, now, waking_seconds),
+        axis.folds(),
+        axis.ticks(),
+        Counter(row.state for row in rows),
+        {row.id: row.state for row in rows},
+    )
 
 
-def _group(spans: Sequence[Span]) -> dict[str, _NodeSpans]:
-    found: dict[str, _NodeSpans] = {}
-    for span in spans:
-        node = found.setdefault(span["nodeId"], _NodeSpans())
-        if span["kind"] == "attempt":
-            node.attempts.append(span)
-        elif span["kind"] == "turn":
-            continue  # the nodes of the turn have spans of their own
-        elif span["iteration"]:
-            node.turns.append(span)
-        else:
-            node.whole = span
-    return found
+# ── order ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _order(
-    found: Mapping[str, _NodeSpans],
+    states: Mapping[str, NodeState],
     nodes: Mapping[str, Mapping[str, Any]],
-    edges: Sequence[tuple[str, str]],
+    connections: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """Return the ids of nodes by their first start, each behind its sources; those that never started come last."""
-    keys = {
-        node_id: _first_start(found.get(node_id), number)
-        for number, node_id in enumerate([*nodes, *(one for one in found if one not in nodes)])
-    }
-    sources: dict[str, set[str]] = {node_id: set() for node_id in keys}
-    followers: dict[str, list[str]] = {node_id: [] for node_id in keys}
-    for source, target in edges:
-        if source in keys and target in keys and source != target:
-            sources[target].add(source)
-            followers[source].append(target)
-    ready = [(keys[node_id], node_id) for node_id in keys if not sources[node_id]]
+    known = [*nodes, *(one for one in states if one not in nodes)]
+    graph = _RowOrder(
+        {node_id: _start_key(states.get(node_id), number) for number, node_id in enumerate(known)}
+    )
+    graph.sources = {node_id: set() for node_id in graph.keys}
+    graph.followers = {node_id: [] for node_id in graph.keys}
+    for edge in connections:
+        source, target = edge["sourceNodeId"], edge["targetNodeId"]
+        if source in graph.keys and target in graph.keys and source != target:
+            graph.sources[target].add(source)
+            graph.followers[source].append(target)
+    return _sort_by_sources(graph)
+
+
+def _sort_by_sources(graph: _RowOrder) -> list[str]:
+    ready = [(key, node_id) for node_id, key in graph.keys.items() if not graph.sources[node_id]]
     heapify(ready)
+    left = sorted(graph.keys, key=lambda one: graph.keys[one], reverse=True)
     order: list[str] = []
     placed: set[str] = set()
-    while len(order) < len(keys):
+    while len(order) < len(graph.keys):
         # A cycle has no first node: the one that started first leads.
-        node_id = heappop(ready)[1] if ready else min(keys.keys() - placed, key=lambda one: keys[one])
+        node_id = heappop(ready)[1] if ready else left.pop()
         if node_id in placed:
             continue
         order.append(node_id)
         placed.add(node_id)
-        for follower in followers[node_id]:
-            sources[follower].discard(node_id)
-            if not sources[follower] and follower not in placed:
-                heappush(ready, (keys[follower], follower))
+        for follower in graph.followers[node_id]:
+            graph.sources[follower].discard(node_id)
+            if not graph.sources[follower] and follower not in placed:
+                heappush(ready, (graph.keys[follower], follower))
     return order
 
 
-def _first_start(node: _NodeSpans | None, number: int) -> tuple[str, int]:
+def _start_key(state: NodeState | None, number: int) -> tuple[str, int]:
     """Return the first start of a node and its place in the graph; a node that never started sorts last."""
-    spans = () if node is None else (*filter(None, [node.whole]), *node.turns)
-    starts = [span["startedAt"] for span in spans if span["startedAt"]]
-    return (min(starts, default=NEVER), number)
+    return ((state or {}).get("startedAt") or NEVER, number)
 
 
-def _describe(node_id: str, found: _NodeSpans, node: Mapping[str, Any] | None) -> RunRow:
-    shown = found.whole or (found.turns[-1] if found.turns else None)
-    if shown is None:
+# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _describe(node_id: str, state: NodeState | None, node: Mapping[str, Any] | None) -> RunRow:
+    if state is None:
         known = node or {}
-        return RunRow(node_id, known.get("label", node_id), known.get("type", ""), "not-reached")
-    row = RunRow(
+        return RunRow(node_id, known.get("label") or node_id, known.get("type", ""), "not-reached")
+    turns = state["turns"]
+    return RunRow(
         node_id,
-        shown["nodeLabel"] or node_id,
-        shown["nodeType"],
-        _worst_state(found.turns) if found.whole is None else shown["status"],
-        span_id=shown["id"],
-        port=shown["port"] or "",
-        duration_ms=shown["durationMs"] if found.whole is not None else None,
-        attempts=max([shown["attempt"], *(one["attempt"] for one in found.attempts)]),
-        turn_count=len(found.turns),
+        state["nodeLabel"] or node_id,
+        state["nodeType"],
+        state["status"],
+        port=state["port"] or "",
+        duration_ms=state["durationMs"],
+        attempts=state["attempt"],
+        turns=[(turn["iteration"], turn["status"]) for turn in turns],
+        turn_count=sum(state["turnCounts"].values()),
+        cells=build_cells(state),
+        nesting=turns[0]["iteration"].count(".") + 1 if turns else 0,
     )
-    row.turns = [(turn["iteration"], look_of(turn["status"]).tone) for turn in found.turns[:MAX_TURNS]]
-    return row
 
 
-def _worst_state(turns: Sequence[Span]) -> str:
-    states = {turn["status"] for turn in turns}
-    for state in ("failed", "running", "retrying", "waiting"):
-        if state in states:
-            return state
-    return "completed" if "completed" in states else next(iter(states))
+def build_cells(state: NodeState) -> Sequence[TurnCell]:
+    """Return the strip of a node's turns: one cell for each, or for several the worst of them.
+
+    If not all turns are listed, the cells show the share of each state, with the worst first.
+    """
+    counts, turns = state["turnCounts"], [turn["status"] for turn in state["turns"]]
+    total = sum(counts.values())
+    if total > len(turns):
+        turns = [status for status in _worst_first(counts) for _ in range(_share(counts[status], total))]
+    size = -(-len(turns) // MAX_CELLS) or 1
+    parts = [turns[number : number + size] for number in range(0, len(turns), size)]
+    scale = total / len(turns) if turns else 1
+    return [
+        TurnCell(look_of(_worst_first(dict.fromkeys(part))[0]).tone, round(len(part) * scale))
+        for part in parts
+    ]
 
 
-# ── time ────────────────────────────────────────────────────────────────────────────────────────────────────
+def _share(count: int, total: int) -> int:
+    return max(round(MAX_CELLS * count / total), 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _TimeAxis:
-    """Map from times to percent, in which long waits are folded."""
-
-    pieces: Sequence[tuple[float, float, float, float, bool]]
-    """Start and end in seconds since the start of the run, start and end in percent, whether it is folded."""
-    start: datetime
-
-    @classmethod
-    def build(cls, run: Mapping[str, Any], spans: Sequence[Span], now: datetime) -> _TimeAxis:
-        start = parse_instant(run["createdAt"]) or now
-        end = parse_instant(run["endedAt"]) or now
-        length = max((end - start).total_seconds(), 0.001)
-        busy = [
-            (max((first - start).total_seconds(), 0.0), min((last - start).total_seconds(), length))
-            for first, last in _work(spans, now)
-        ]
-        edges = sorted({0.0, length, *(edge for pair in busy for edge in pair if 0 <= edge <= length)})
-        segments = [
-            (first, last, any(begin <= first and last <= stop for begin, stop in busy))
-            for first, last in pairwise(edges)
-        ]
-        work = sum(last - first for first, last, is_busy in segments if is_busy)
-        longest = max(MIN_FOLDED_SECONDS, work * FOLDED_FACTOR)
-        folded = [not is_busy and last - first > longest for first, last, is_busy in segments]
-        share = FOLDED_SHARE * WHOLE * min(1.0, 4 / max(sum(folded), 1))
-        plain = sum(
-            last - first
-            for (first, last, _), is_folded in zip(segments, folded, strict=True)
-            if not is_folded
-        )
-        left = WHOLE - share * sum(folded)
-        pieces, position = [], 0.0
-        for (first, last, _), is_folded in zip(segments, folded, strict=True):
-            width = share if is_folded else left * (last - first) / plain if plain else 0.0
-            pieces.append((first, last, position, position + width, is_folded))
-            position += width
-        return cls(pieces, start)
-
-    def percent(self, moment: datetime) -> float:
-        seconds = (moment - self.start).total_seconds()
-        for first, last, begin, stop, _ in self.pieces:
-            if seconds <= last:
-                part = (seconds - first) / (last - first) if last > first else 0.0
-                return begin + (stop - begin) * min(max(part, 0.0), 1.0)
-        return WHOLE
-
-    def folds(self) -> list[FoldedWait]:
-        return [
-            FoldedWait(round(begin, 2), round(stop - begin, 2), int((last - first) * 1_000))
-            for first, last, begin, stop, is_folded in self.pieces
-            if is_folded
-        ]
-
-    def ticks(self) -> list[tuple[float, int]]:
-        """Return the start, the end, and the points between plain pieces that are far enough apart."""
-        ticks = [(0.0, 0)]
-        for _, last, _, stop, _ in self.pieces:
-            if stop - ticks[-1][0] >= WHOLE / 4:
-                ticks.append((round(stop, 2), int(last * 1_000)))
-        return ticks
+def _worst_first(states: Iterable[str]) -> list[str]:
+    return sorted(states, key=lambda one: WORST_FIRST.index(one) if one in WORST_FIRST else len(WORST_FIRST))
 
 
-def _work(spans: Sequence[Span], now: datetime) -> Iterable[tuple[datetime, datetime]]:
-    """Yield the times in which nodes ran; of a node that waited, its start alone."""
-    for span in spans:
-        start = parse_instant(span["startedAt"])
-        if start is None or span["kind"] == "turn":
-            continue
-        end = parse_instant(span["endedAt"]) or (start if span["status"] == "waiting" else now)
-        yield (start, start) if span["nodeType"] in WAITING_TYPES else (start, end)
-        if span["nodeType"] in WAITING_TYPES:
-            yield end, end
-
-
-def _bars(node: _NodeSpans, axis: _TimeAxis, now: datetime) -> list[TimeBar]:
-    bars = []
-    shown = [*filter(None, [node.whole]), *node.turns[:MAX_TURNS]]
-    tried = [one for one in node.attempts if one["status"] == "failed"]
-    for span in (*shown, *tried):
-        start = parse_instant(span["startedAt"])
-        if start is None:
-            continue
-        end = parse_instant(span["endedAt"]) or now
-        first = axis.percent(start)
-        width = max(axis.percent(end) - first, MIN_WIDTH)
-        tone = "warn" if span["nodeType"] in WAITING_TYPES else look_of(span["status"]).tone
-        is_attempt = span["kind"] == "attempt"
-        bars.append(
-            TimeBar(round(min(first, WHOLE - width), 2), round(width, 2), "tried" if is_attempt else tone)
-        )
-    return bars
-
-
-# ── lanes ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _draw_lanes(rows: Sequence[RunRow], edges: Sequence[tuple[str, str]]) -> None:
-    """Give each row its lane, and the lines of the graph that pass it."""
-    place = {row.id: number for number, row in enumerate(rows)}
-    targets: dict[int, list[int]] = {}
-    for source, target in edges:
-        if source in place and target in place and place[source] < place[target]:
-            targets.setdefault(place[source], []).append(place[target])
-    lanes: list[tuple[int, bool] | None] = []
-    """For each lane, the row that its line leads to, and whether the run took it."""
+def _fold_rows(rows: Sequence[RunRow], opened: str, selected: str) -> Sequence[RunRow]:
+    """Return the rows to show: of many, those with news, their neighbors, and one for the others between them."""
+    if len(rows) <= MAX_ROWS:
+        return rows
+    kept = {
+        near
+        for number, row in enumerate(rows)
+        if row.state in NEWS or row.id == selected
+        for near in range(number - NEIGHBORS, number + NEIGHBORS + 1)
+    }
+    if len(kept) > MAX_ROWS:
+        kept = {number for number, row in enumerate(rows) if row.id == selected}
+    shown: list[RunRow] = []
+    waiting: list[RunRow] = []
     for number, row in enumerate(rows):
-        arriving = [lane for lane, line in enumerate(lanes) if line is not None and line[0] == number]
-        own = arriving[0] if arriving else _free_lane(lanes)
-        row.lane_x = _lane_x(own)
-        paths = [
-            LanePath(f"M{_lane_x(lane)} 0V{HEIGHT}", line[1])
-            for lane, line in enumerate(lanes)
-            if line is not None and line[0] != number
-        ]
-        for lane in arriving:
-            line = lanes[lane]
-            paths.append(LanePath(_curve(_lane_x(lane), 0, row.lane_x, MIDDLE), line is not None and line[1]))
-            lanes[lane] = None
-        for later in sorted(set(targets.get(number, ()))):
-            is_taken = not {row.state, rows[later].state} & NOT_TAKEN
-            known = next(
-                (lane for lane, line in enumerate(lanes) if line is not None and line[0] == later), None
-            )
-            if known is None:
-                known = own if _is_free(lanes, own) else _free_lane(lanes)
-            lanes += [None] * (known + 1 - len(lanes))
-            lanes[known] = (later, is_taken)
-            paths.append(LanePath(_curve(row.lane_x, MIDDLE, _lane_x(known), HEIGHT), is_taken))
-        row.paths = paths
+        if number in kept:
+            shown += _fold(waiting, opened)
+            shown.append(row)
+            waiting = []
+        else:
+            waiting.append(row)
+            if len(waiting) == FOLDED_ROWS:
+                shown += _fold(waiting, opened)
+                waiting = []
+    return [*shown, *_fold(waiting, opened)]
 
 
-def _free_lane(lanes: Sequence[object]) -> int:
-    return next((lane for lane, line in enumerate(lanes) if line is None), len(lanes))
+def _fold(rows: Sequence[RunRow], opened: str) -> Sequence[RunRow]:
+    if len(rows) <= 1 or any(row.id == opened for row in rows):
+        return rows
+    counts = Counter(row.state for row in rows)
+    worst = _worst_first(counts)[0]
+    cells = [
+        TurnCell(look_of(state).tone, counts[state])
+        for state in _worst_first(counts)
+        for _ in range(_share(counts[state], len(rows)))
+    ]
+    label = f"{rows[0].label} … {rows[-1].label}"
+    return [RunRow(rows[0].id, label, "", worst, cells=cells, folded=len(rows))]
 
 
-def _is_free(lanes: Sequence[object], lane: int) -> bool:
-    return lane >= len(lanes) or lanes[lane] is None
-
-
-def _lane_x(lane: int) -> int:
-    return LANES[min(lane, len(LANES) - 1)]
-
-
-def _curve(x1: int, y1: int, x2: int, y2: int) -> str:
-    if x1 == x2:
-        return f"M{x1} {y1}V{y2}"
-    middle = (y1 + y2) // 2
-    return f"M{x1} {y1}C{x1} {middle} {x2} {middle} {x2} {y2}"
+def _set_lanes(
+    shown: Sequence[RunRow], rows: Sequence[RunRow], connections: Sequence[Mapping[str, Any]]
+) -> None:
+    """Set the lane of each row, and the lines of the graph that pass it."""
+    place, number = {}, -1
+    starts = {row.id for row in shown}
+    for row in rows:
+        number += row.id in starts
+        place[row.id] = shown[number].id
+    edges = [
+        LaneEdge(place[edge["sourceNodeId"]], place[edge["targetNodeId"]], edge["sourcePort"] == BODY)
+        for edge in connections
+        if edge["sourceNodeId"] in place and edge["targetNodeId"] in place
+    ]
+    not_taken = {row.id for row in shown if row.state in NOT_TAKEN}
+    for row, lanes in zip(shown, draw_lanes([row.id for row in shown], edges, not_taken), strict=True):
+        row.lane_x, row.paths = lanes.x, lanes.paths

@@ -39,6 +39,7 @@ def _open_environment() -> jinja2.Environment:
         auto_reload=False,
     )
     environment.filters |= {
+        "bytes": formats.show_bytes,
         "clock": formats.show_clock,
         "count": formats.show_count,
         "duration": formats.show_duration,
@@ -49,6 +50,7 @@ def _open_environment() -> jinja2.Environment:
     environment.globals |= {
         "age": formats.show_age,
         "icon_of_trigger": formats.icon_of_trigger,
+        "icon_of_type": formats.icon_of_type,
         "look_of": formats.look_of,
     }
     return environment

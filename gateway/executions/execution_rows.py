@@ -227,12 +227,18 @@ def has_label(label: tuple[str, str]) -> ColumnElement[bool]:
     )
 
 
+async def find_head(connection: AsyncConnection, execution_id: str, caller: ApiCaller) -> Execution | None:
+    """Return the row of an execution that the caller may see, without its data."""
+    condition = and_(col(Execution.id) == execution_id, visibility_condition(caller))
+    row = (await connection.execute(select(Execution).where(condition))).mappings().first()
+    return None if row is None else Execution(**row)
+
+
 async def find_execution(
     connection: AsyncConnection, execution_id: str, caller: ApiCaller
 ) -> ExecutionRecord | None:
     """Return an execution that the caller may see."""
-    condition = and_(col(Execution.id) == execution_id, visibility_condition(caller))
-    execution = (await connection.execute(select(Execution).where(condition))).mappings().first()
+    execution = await find_head(connection, execution_id, caller)
     if execution is None:
         return None
     heavy = select(ExecutionData).where(
@@ -254,7 +260,7 @@ async def find_execution(
     )
     rows = (await connection.execute(outputs)).all()
     return ExecutionRecord(
-        Execution(**execution),
+        execution,
         ExecutionData(**data),
         [(row.node_id, row.output) for row in rows],
         [row.node_id for row in rows if row.output_is_reference],

@@ -108,6 +108,7 @@ EXPAND = ChoicesParameter(
     f" {limits.EXPANDED_BYTES:,} bytes in one answer.",
     Expansion,
 )
+SUMMARY = FlagParameter("summary", "Leave out `config`, `outputs` and the data of the trigger, as in lists.")
 TOPICS = TextParameter(
     "topics", "Topics, separated by commas: `executions`, `deliveries`, or `execution:` and an id."
 )
@@ -223,6 +224,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show an execution with its trigger, config and outputs."""
     async with request.gateway.database.read() as connection:
+        if request.query[SUMMARY]:
+            return await _show_summary(connection, request)
         found = await execution_rows.find_execution(connection, request.path_params["id"], request.caller)
     if found is None:
         raise errors.not_found("execution")
@@ -232,6 +235,15 @@ async def show(request: GatewayRequest) -> JsonResponse:
     texts += large_outputs.trigger_references(found.data.trigger)
     outputs = await _select_view(request, found.execution.id, owner, texts)
     return JsonResponse(execution_shapes.show_execution(found, outputs))
+
+
+async def _show_summary(connection: AsyncConnection, request: GatewayRequest) -> JsonResponse:
+    execution_id, caller = request.path_params["id"], request.caller
+    execution = await execution_rows.find_head(connection, execution_id, caller)
+    if execution is None:
+        raise errors.not_found("execution")
+    labels = await execution_rows.read_labels(connection, caller, [execution_id])
+    return JsonResponse(execution_shapes.show_summary(execution, labels.get(execution_id, ())))
 
 
 async def progress(request: GatewayRequest) -> JsonResponse:

@@ -146,7 +146,7 @@ ROUTES: Final[Sequence[Route]] = (
         "/api/v1/executions/{id}",
         READ,
         executions.show,
-        query=(executions.EXPAND,),
+        query=(executions.SUMMARY, executions.EXPAND),
         answer=ExecutionShape,
     ),
     Route(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.executions.execution_rows import Recorded
     from gateway.executions.run_graph_rows import RunGraphRows, TurnCounts
+    from journal.definition_snapshot import LoadedWorkflow
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _WORST_FIRST: Final = ("failed", "running", "retrying", "waiting", "cancelled", "completed", "skipped")
@@ -109,9 +110,11 @@ class RunGraph(WireStruct):
 
     execution_id: str
     workflow_id: str
+    workflow_name: str | None
+    """Null if the caller may not read the workflow, or if it was deleted."""
     definition_hash: str
     is_current: bool | None
-    """Whether the workflow still has this definition; null if the caller may not read the workflow."""
+    """Whether the workflow still has this definition; null as `workflowName`."""
     nodes: Sequence[RunGraphNode]
     """Empty if the definition is not stored any more."""
     connections: Sequence[ShownConnection]
@@ -131,16 +134,15 @@ async def show(request: GatewayRequest) -> JsonResponse:
         rows = await run_graph_rows.read_rows(connection, key)
     if rows is None:
         raise errors.not_found("execution")
-    is_current = await _is_current(request, rows)
+    workflow = await _load_workflow(request, rows)
     with_config = GraphExpansion.CONFIG in request.query[EXPAND]
     # In a thread, so that large graphs do not block other requests.
-    shown = await asyncio.to_thread(
-        _show, key.execution_id, rows, is_current=is_current, with_config=with_config
-    )
+    shown = await asyncio.to_thread(_show, key.execution_id, rows, workflow, with_config=with_config)
     return JsonResponse(shown)
 
 
-async def _is_current(request: GatewayRequest, rows: RunGraphRows) -> bool | None:
+async def _load_workflow(request: GatewayRequest, rows: RunGraphRows) -> LoadedWorkflow | None:
+    """Return the workflow as it is now; None if the caller may not read it."""
     workflows, head = request.gateway.workflows, rows.head
     try:
         workflow = await workflows.load(head.workflow_id, request.caller)
@@ -150,18 +152,21 @@ async def _is_current(request: GatewayRequest, rows: RunGraphRows) -> bool | Non
             workflow = await workflows.load(head.workflow_id, request.caller)
     except ApiError:
         return None
-    return workflow.definition_hash == head.definition_hash
+    return workflow
 
 
-def _show(execution_id: str, rows: RunGraphRows, *, is_current: bool | None, with_config: bool) -> RunGraph:
+def _show(
+    execution_id: str, rows: RunGraphRows, workflow: LoadedWorkflow | None, *, with_config: bool
+) -> RunGraph:
     definition = decoding.decode(rows.definition) if rows.definition else {}
     connections = definition.get("connections", [])
     nodes = graph_shapes.placed(definition.get("nodes", []), connections)
     return RunGraph(
         execution_id=execution_id,
         workflow_id=rows.head.workflow_id,
+        workflow_name=None if workflow is None else workflow.name,
         definition_hash=rows.head.definition_hash,
-        is_current=is_current,
+        is_current=None if workflow is None else workflow.definition_hash == rows.head.definition_hash,
         nodes=[_show_node(node, with_config=with_config) for node in nodes],
         connections=[
             ShownConnection(

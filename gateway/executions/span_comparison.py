@@ -24,7 +24,7 @@ from json_text import decoding
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.value_difference import Missing, PathChange
+    from engine.value_difference import PathChange
     from engine.values import Json
     from gateway.executions.execution_shapes import SpanDetailsShape
     from gateway.executions.span_details import SpanDetails
@@ -75,8 +75,10 @@ class SpanComparison(WireStruct):
     iteration: str
     with_: ComparedSpan | None = field(name="with")
     """Null if there is no such run, or the node did not run there."""
+    definition: PartComparison | None
+    """Config in the definitions, with its expressions and without credentials; null without anything to compare."""
     config: PartComparison | None
-    """Config as rendered; null if there is nothing to compare with, as `input` and `output`."""
+    """Config as rendered; null if it was not recorded on both sides, as `output` if it is not on both."""
     input: PartComparison | None
     output: PartComparison | None
 
@@ -102,6 +104,8 @@ async def compare(request: GatewayRequest) -> JsonResponse:
         if other_key is not None:
             span = found.span
             other = await span_details.read_span(connection, other_key, span.node_id, span.iteration)
+        if other is not None and other.span.status == ShownSpanStatus.SKIPPED:
+            other = None
     shown = await asyncio.to_thread(_compare, request.gateway, found, other)
     return JsonResponse(shown)
 
@@ -122,6 +126,7 @@ def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | Non
             node_id=span.node_id,
             iteration=span.iteration,
             with_=None,
+            definition=None,
             config=None,
             input=None,
             output=None,
@@ -138,6 +143,7 @@ def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | Non
             started_at=before.started_at,
             duration_ms=before.duration_ms,
         ),
+        definition=_compare_values(span_details.defined_config(other), span_details.defined_config(found)),
         config=_compare_part(before.config, after.config),
         input=_compare_part(before.input_data, after.input_data),
         output=_compare_part(before.output_data, after.output_data),
@@ -150,8 +156,14 @@ def _show(gateway: GatewayState, details: SpanDetails) -> SpanDetailsShape:
     return execution_shapes.show_span_details(details, config, hidden, outputs)
 
 
-def _compare_part(before: Raw | None, after: Raw | None) -> PartComparison:
-    found = compare_values(_decode(before), _decode(after), at_most=MAX_CHANGES)
+def _compare_part(before: Raw | None, after: Raw | None) -> PartComparison | None:
+    if before is None or after is None:
+        return None
+    return _compare_values(_decode(before), _decode(after))
+
+
+def _compare_values(before: Json, after: Json) -> PartComparison:
+    found = compare_values(before, after, at_most=MAX_CHANGES)
     return PartComparison(
         changes=[_show_change(change) for change in found.changes],
         equal_paths=found.equal_paths,
@@ -159,10 +171,8 @@ def _compare_part(before: Raw | None, after: Raw | None) -> PartComparison:
     )
 
 
-def _decode(text: Raw | None) -> Json | Missing:
+def _decode(text: Raw) -> Json:
     """Return a value to compare; of a value in a blob, its reference without the address that each run has."""
-    if text is None:
-        return MISSING
     value = decoding.decode(bytes(text))
     if isinstance(value, dict) and BLOB in value:
         return {BLOB: value[BLOB]}

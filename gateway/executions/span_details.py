@@ -152,6 +152,14 @@ def show_config(details: SpanDetails, catalog: NodeCatalog) -> tuple[Raw | None,
     return _hide(rendered)
 
 
+def defined_config(details: SpanDetails) -> Json:
+    """Return the config of the node in the definition, without credentials; empty if it is not stored."""
+    if details.node is None:
+        return {}
+    kept, _ = inline_secrets.remove_secrets(dict(GraphNode.from_stored(decoding.decode(details.node)).config))
+    return kept
+
+
 def _compile_node(
     details: SpanDetails, catalog: NodeCatalog
 ) -> tuple[Mapping[str, Json], NodeProgram | None]:

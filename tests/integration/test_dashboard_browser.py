@@ -244,7 +244,7 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
     selected = "document.querySelector('.row[aria-current]').id"
     assert await page.evaluate(selected) == "node-write"
     rows = await page.evaluate(
-        "[...document.querySelectorAll('.row .cut:first-child')].map(one => one.textContent)"
+        "[...document.querySelectorAll('a.row .cut:first-child')].map(one => one.textContent)"
     )
     assert rows[:4] == ["Order message", "For each line", "Reserve stock", "Above 5,000 €?"]
     assert await page.evaluate("document.querySelectorAll('#node-reserve .turns rect').length") == 12

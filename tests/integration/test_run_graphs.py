@@ -132,6 +132,7 @@ async def test_a_node_is_compared_with_the_last_completed_run_by_path(
         {"path": "by", "before": "Ada", "after": "Bo"},
         {"path": "total", "before": 6_000, "after": 7_000},
     ]
+    assert found["definition"]["changes"] == [{"path": "values.by", "before": "Ada", "after": "Bo"}]
     assert {change["path"] for change in found["config"]["changes"]} == {"values.by"}
     same = await get_json(owner, f"/{second}/spans/each/diff?iteration=1&with={first}")
     assert same["output"] == {"changes": [], "equalPaths": 1, "isCut": False}
@@ -181,3 +182,12 @@ def test_quantiles_are_values_that_were_measured() -> None:
     assert node_statistics.quantile(values, 50) == 50
     assert node_statistics.quantile([7], 95) == 7
     assert node_statistics.quantile([], 95) is None
+
+
+async def test_a_summary_of_a_run_has_the_fields_of_a_list(people: OrganizationUsers) -> None:
+    workflow_id = await people.owner.create(nodes=NODES, connections=EDGES)
+    run = await execute_workflow(people.owner, workflow_id, total=1, lines=[])
+    (listed,) = (await get_json(people.owner, f"?workflow_id={workflow_id}"))["executions"]
+    assert await get_json(people.owner, f"/{run}?summary=true") == listed
+    refused = await people.stranger.api.get(f"/api/v1/executions/{run}?summary=true")
+    assert refused.status_code == 404

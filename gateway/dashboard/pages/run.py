@@ -7,80 +7,94 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
+from gateway.dashboard.formats import milliseconds_between
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
-from gateway.dashboard.run_rows import RunTimeline, build_timeline
+from gateway.dashboard.pages import run_node
+from gateway.dashboard.run_rows import build_timeline
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
+    from gateway.dashboard.run_rows import RunTimeline
 
-SPANS: Final = 1_000
 ENDED: Final = frozenset({"completed", "failed", "stopped", "cancelled"})
-TABS: Final = (("input", "Input"), ("output", "Output"), ("config", "Config"), ("logs", "Logs"))
 WORDS_OF_TIME: Final = (
-    ("queued", "queued", ""),
+    ("queued", "in the queue", ""),
     ("waking", "waking a pod", "lit"),
     ("running", "work", "good"),
 )
 SHARES: Final = 1_000
 """Units of the bar that shows where the time went."""
+OTHER_RUNS: Final = 6
+"""Earlier runs that a node can be compared with by choosing them."""
+KEPT: Final = ("node", "turn", "tab", "view", "with", "open")
+"""Parameters of the address that the links of the page keep."""
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the run, its spans and reasons, then for its workflow and the selected span."""
+    """Ask for the run, its graph and reasons, then for the data of the selected node alone."""
     path = f"/api/v1/executions/{page.parameters['id']}"
-    run, spans, why = await asyncio.gather(
-        page.get(path), page.get(f"{path}/spans", limit=SPANS), page.get_if_present(f"{path}/why")
+    run, graph, why = await asyncio.gather(
+        page.get(path, summary="true"), page.get(f"{path}/graph"), page.get_if_present(f"{path}/why")
     )
-    selected = choose_span(spans["spans"], page.query)
-    workflow, span, inputs = await asyncio.gather(
-        page.get_if_present(f"/api/v1/workflows/{run['workflowId']}"),
-        _load_span(page, path, selected),
-        _load_inputs(page, path, run),
-    )
-    # Outputs of nodes are those of the spans; the page shows one at a time.
-    run = {name: value for name, value in run.items() if name != "outputs"}
-    return {"run": run, "spans": spans, "why": why, "workflow": workflow, "span": span, "inputs": inputs}
+    state = run_node.choose_state(graph["states"], page.query)
+    tab = run_node.choose_tab(page.query, state, graph)
+    node, inputs = await asyncio.gather(_load_node(page, path, state, tab), _load_inputs(page, path, run))
+    others = None
+    if tab == "diff":
+        others = await page.get_if_present(
+            "/api/v1/executions",
+            workflow_id=run["workflowId"],
+            until=run["createdAt"],
+            after="start",
+            limit=OTHER_RUNS,
+        )
+    wanted = page.query.get("node")
+    if wanted and state is None:
+        # A node that was not reached has no span: its config is that of the definition.
+        graph = await page.get(f"{path}/graph", expand="config")
+    return {"run": run, "graph": graph, "why": why, "inputs": inputs, "others": others, **node}
 
 
-async def _load_span(page: PageRequest, path: str, selected: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - any JSON value
-    if selected is None:
-        return None
-    return await page.get_if_present(f"{path}/spans/{selected['id']}") or selected
+async def _load_node(
+    page: PageRequest, path: str, state: Mapping[str, Any] | None, tab: str
+) -> Mapping[str, Any]:
+    """Return the span of the selected node, and its differences from another run if they are shown."""
+    if state is None:
+        return {"span": None, "diff": None}
+    turn = run_node.choose_turn(state, page.query)
+    of_node = f"{path}/spans/{state['nodeId']}"
+    span, diff = await asyncio.gather(
+        page.get_if_present(of_node, iteration=turn),
+        page.get_if_present(f"{of_node}/diff", iteration=turn, **{"with": page.query.get("with")})
+        if tab == "diff"
+        else asyncio.sleep(0),
+    )
+    return {"span": span, "diff": diff}
 
 
 async def _load_inputs(page: PageRequest, path: str, run: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
     return await page.get_if_present(f"{path}/pending-inputs") if run["status"] == "waiting" else None
 
 
-def choose_span(spans: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> Mapping[str, Any] | None:
-    """Return the selected span; without a selection, that of the first failure, else of the present node."""
-    whole = [span for span in spans if span["kind"] == "node"]
-    wanted = query.get("node")
-    if wanted is not None:
-        turn = query.get("turn")
-        of_node = [span for span in whole if span["nodeId"] == wanted]
-        in_turn = [span for span in of_node if span["iteration"] == turn]
-        return next(iter(in_turn or of_node[-1:]), None)
-    for state in ("failed", "retrying", "waiting", "running"):
-        found = [span for span in whole if span["status"] == state]
-        if found:
-            return found[0]
-    return whole[-1] if whole else None
-
-
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the values of the page."""
-    run, workflow, span, why = data["run"], data["workflow"], data["span"], data["why"]
+    run, graph, why = data["run"], data["graph"], data["why"] or {}
     has_ended = run["status"] in ENDED
-    path_of_time = [
-        one["nodeId"] if isinstance(one, Mapping) else one for one in (why or {}).get("criticalPath", ())
-    ]
-    timeline = build_timeline(run, data["spans"]["spans"], workflow, frame.now, path_of_time)
-    node_id = frame.query.get("node") or (span["nodeId"] if span else "")
-    name = workflow["name"] if workflow else run["workflowId"]
+    state = run_node.choose_state(graph["states"], frame.query)
+    node_id = frame.query.get("node") or (state["nodeId"] if state else "")
+    timeline = build_timeline(
+        run,
+        graph,
+        frame.now,
+        [step["nodeId"] for step in why.get("criticalPath", ())],
+        waking_seconds=_waking_seconds(run, why.get("history", ())),
+        opened=frame.query.get("open", ""),
+        selected=node_id,
+    )
+    name = graph["workflowName"] or run["workflowId"]
     shows_map = frame.query.get("view") == "map"
-    tab = frame.query.get("tab", "")
+    row = next((row for row in timeline.rows if row.id == node_id and not row.folded), None)
     return {
         "title": f"{name}: {run['status']}",
         "crumbs": (
@@ -90,56 +104,48 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ),
         "topics": () if has_ended else (f"execution:{run['id']}",),
         "run": run,
+        "graph": graph,
         "name": name,
         "has_ended": has_ended,
         "api": f"/api/v1/executions/{run['id']}",
-        "why": why,
-        "shares": show_shares((why or {}).get("timing")),
+        "why": data["why"],
+        "shares": show_shares(why.get("timing")),
         "timeline": timeline,
         "summary": summarize(timeline),
-        "labels": {row.id: row.label for row in timeline.rows},
-        "row": next((row for row in timeline.rows if row.id == node_id), None),
-        "node": next((one for one in (workflow or {}).get("nodes", ()) if one["id"] == node_id), None),
-        "span": span if span and span["nodeId"] == node_id else None,
-        "tab": tab if tab in dict(TABS) else _first_tab(span),
-        "tabs": [(tab, label, _address(frame, tab=tab)) for tab, label in TABS],
-        "map": _draw_map(timeline, workflow) if shows_map else None,
+        "labels": {state["nodeId"]: state["nodeLabel"] for state in graph["states"]},
+        "row": row,
+        "map": draw_graph(graph["nodes"], graph["connections"], timeline.states) if shows_map else None,
         "shows_map": shows_map,
         "views": (
             ("Graph and time", _address(frame, view=""), not shows_map),
             ("Map", _address(frame, view="map"), shows_map),
         ),
-        "addresses": {row.id: _address(frame, node=row.id, tab="", turn="") for row in timeline.rows},
-        "turn_addresses": _turn_addresses(timeline, node_id, frame),
+        "addresses": {
+            row.id: _address(frame, node=row.id, tab="", turn="", **{"with": ""}) for row in timeline.rows
+        },
+        "open_addresses": {
+            row.id: _address(frame, open=row.id) + f"#node-{row.id}" for row in timeline.rows if row.folded
+        },
         "inputs": (data["inputs"] or {}).get("inputs", ()),
-        "is_cut": data["spans"]["count"] > len(data["spans"]["spans"]),
         "may_execute": frame.may("workflows:execute"),
+        **run_node.view_node(data, frame, row, lambda **changes: _address(frame, **changes)),
     }
 
 
 def _address(frame: PageFrame, **changes: str) -> str:
-    query = {name: frame.query.get(name, "") for name in ("node", "turn", "tab", "view")} | changes
+    query = {name: frame.query.get(name, "") for name in KEPT} | changes
     return list_address(frame, f"/dashboard/runs/{frame.parameters['id']}", query)
 
 
-def _turn_addresses(timeline: RunTimeline, node_id: str, frame: PageFrame) -> Sequence[tuple[str, str, str]]:
-    row = next((one for one in timeline.rows if one.id == node_id), None)
-    if row is None:
-        return ()
-    return [(turn, tone, _address(frame, node=node_id, turn=turn)) for turn, tone in row.turns]
-
-
-def _first_tab(span: Mapping[str, Any] | None) -> str:
-    """Return the tab that a node shows first: its output, or its input if it failed."""
-    return "input" if span and span["status"] == "failed" else "output"
-
-
-def _draw_map(timeline: RunTimeline, workflow: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - drawn shapes
-    if workflow is None:
-        return None
-    return draw_graph(
-        workflow["nodes"], workflow["connections"], {row.id: row.state for row in timeline.rows}
-    )
+def _waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds before the start of a run in which its pods were woken."""
+    started = run["startedAt"]
+    lengths = [
+        milliseconds_between(one["from"], one["to"] or started)
+        for one in history
+        if one["code"] == "waking" and started and one["from"] < started
+    ]
+    return sum(length or 0 for length in lengths) / 1_000
 
 
 def summarize(timeline: RunTimeline) -> str:

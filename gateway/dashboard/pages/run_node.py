@@ -1,0 +1,152 @@
+"""Panel of one node of a run: its data in one turn, and its differences from another run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from gateway.dashboard.formats import show_age, show_value
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page import PageData, PageFrame
+    from gateway.dashboard.run_rows import RunRow
+
+State: TypeAlias = Mapping[str, Any]
+
+TABS: Final = {"input": "Input", "output": "Output", "config": "Config", "logs": "Logs", "diff": "Diff"}
+MAX_TURN_LINKS: Final = 24
+"""Turns of a node that have links; of more, there is a field for the number."""
+FIRST_STATES: Final = ("failed", "retrying", "waiting", "running")
+"""States of the node that is selected first, the most urgent first."""
+PARTS: Final = (
+    ("definition", "Config"),
+    ("input", "Input"),
+    ("config", "Rendered config"),
+    ("output", "Output"),
+)
+MAX_LINES: Final = 60
+"""Changes that are shown of each part."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownChange:
+    """Changed value of a node: the part and path, the value before, and the value now; None where there is none."""
+
+    place: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnLink:
+    """Link to a turn of a loop."""
+
+    name: str
+    state: str
+    address: str
+
+
+def choose_state(states: Sequence[State], query: Mapping[str, str]) -> State | None:
+    """Return the state of the selected node; without a selection, that of the first failure, else of the last node."""
+    wanted = query.get("node")
+    if wanted:
+        return next((state for state in states if state["nodeId"] == wanted), None)
+    for status in FIRST_STATES:
+        found = [state for state in states if state["status"] == status]
+        # The loop around a failed node has failed too, and says less.
+        inner = [state for state in found if state["nodeType"] != "loop"]
+        if found:
+            return (inner or found)[0]
+    return states[-1] if states else None
+
+
+def choose_turn(state: State, query: Mapping[str, str]) -> str:
+    """Return the selected turn of a node in a loop: by default the first that failed, else the last one listed."""
+    turns = state["turns"]
+    if query.get("turn") or not turns:
+        return query.get("turn", "")
+    for status in FIRST_STATES:
+        found = next((turn for turn in turns if turn["status"] == status), None)
+        if found is not None:
+            return str(found["iteration"])
+    return str(turns[-1]["iteration"])
+
+
+def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str, Any]) -> str:
+    """Return the selected tab: by default the differences of a failed node from the last good run, else the output."""
+    wanted = query.get("tab", "")
+    if wanted in TABS:
+        return wanted
+    if state is None:
+        return "config"
+    if state["status"] != "failed":
+        return "output"
+    return "diff" if graph["previousExecutionId"] else "input"
+
+
+def view_node(
+    data: PageData, frame: PageFrame, row: RunRow | None, address: Callable[..., str]
+) -> Mapping[str, Any]:
+    """Return the values of the panel; `address` returns that of the page with changed parameters."""
+    graph, span = data["graph"], data["span"]
+    state = choose_state(graph["states"], frame.query)
+    tab = choose_tab(frame.query, state, graph)
+    if tab == "diff" and not frame.query.get("tab") and not (data["diff"] or {}).get("with"):
+        tab = "input"
+    turn = choose_turn(state, frame.query) if state else ""
+    names = [one["iteration"] for one in state["turns"]] if state else []
+    number = names.index(turn) if turn in names else -1
+    defined = next((node for node in graph["nodes"] if row is not None and node["id"] == row.id), None)
+    return {
+        "tab": tab,
+        "tabs": [(name, label, address(tab=name)) for name, label in TABS.items()],
+        "span": span,
+        "defined_config": (defined or {}).get("config"),
+        "turn": turn,
+        "turn_count": sum(state["turnCounts"].values()) if state else 0,
+        "turn_links": _link_turns(state, address),
+        "turn_before": address(turn=names[number - 1]) if number > 0 else "",
+        "turn_after": address(turn=names[number + 1]) if 0 <= number < len(names) - 1 else "",
+        "kept_query": {
+            name: value for name, value in frame.query.items() if name in {"node", "tab", "view"} and value
+        },
+        "diff": data["diff"],
+        "changes": list_changes(data["diff"]),
+        "equal_paths": _count_equal(data["diff"]),
+        "others": [
+            (one["id"], f"{one['status']}, {show_age(one['createdAt'], frame.now)}")
+            for one in (data["others"] or {}).get("executions", ())
+        ],
+        "lost_paths": (span or {}).get("unresolved") or (),
+    }
+
+
+def _link_turns(state: State | None, address: Callable[..., str]) -> Sequence[TurnLink]:
+    """Return links to all turns of a node, or to those that failed if there are many."""
+    if state is None:
+        return ()
+    turns = state["turns"]
+    if len(turns) > MAX_TURN_LINKS or sum(state["turnCounts"].values()) > len(turns):
+        turns = [turn for turn in turns if turn["status"] == "failed"][:MAX_TURN_LINKS]
+    return [
+        TurnLink(turn["iteration"], turn["status"], address(turn=turn["iteration"], node=state["nodeId"]))
+        for turn in turns
+    ]
+
+
+def list_changes(diff: Mapping[str, Any] | None) -> Sequence[ShownChange]:
+    """Return the changed values of a comparison in the order of their causes."""
+    return [
+        ShownChange(
+            f"{label} · {change['path']}" if change["path"] else label,
+            show_value(change["before"]) if "before" in change else None,
+            show_value(change["after"]) if "after" in change else None,
+        )
+        for name, label in PARTS
+        for change in ((diff or {}).get(name) or {"changes": ()})["changes"][:MAX_LINES]
+    ]
+
+
+def _count_equal(diff: Mapping[str, Any] | None) -> int:
+    return sum(((diff or {}).get(name) or {"equalPaths": 0})["equalPaths"] for name, _ in PARTS)

@@ -1,0 +1,131 @@
+"""Bars of a run on its time axis: of nodes, turns of loops, failed attempts, and the time before the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, TypeAlias
+
+from gateway.dashboard.formats import look_of, milliseconds_between, parse_instant
+from gateway.dashboard.time_axis import WHOLE, Interval, TimeAxis
+
+NodeState: TypeAlias = Mapping[str, Any]
+"""State of a node, as the graph of a run shows it."""
+
+MIN_WIDTH: Final = 0.6
+"""Percentage of the axis that the shortest bar takes."""
+WAITING_TYPES: Final = frozenset({"human-input", "wait", "wait-for-event", "sub-workflow"})
+CONTAINERS: Final = frozenset({"loop"})
+"""Types that last as long as the nodes inside of them."""
+MIN_START_SHARE: Final = 2.0
+"""Percentage of the axis that the time before the start must take to have a row."""
+MILLISECOND: Final = timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeBar:
+    """Bar on the time axis, in percent of its width."""
+
+    x: float
+    width: float
+    tone: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartRow:
+    """Time between the acceptance of a run and its start."""
+
+    label: str
+    bars: Sequence[TimeBar]
+    duration_ms: int
+
+
+def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
+    """Yield the times in which nodes ran; of a node that waited, and of a loop, its start and end alone."""
+    for state in states:
+        waits = state["nodeType"] in WAITING_TYPES or state["nodeType"] in CONTAINERS
+        for one in _spans_of(state):
+            start = parse_instant(one["startedAt"])
+            if start is None:
+                continue
+            end = parse_instant(one["endedAt"])
+            if waits or one["status"] == "waiting":
+                yield start, start
+                if end is not None:
+                    yield end, end
+            else:
+                yield start, end or now
+
+
+def waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
+    """Yield the time before the start of a run in which its pods were woken."""
+    started = parse_instant(run["startedAt"])
+    if started is not None and seconds:
+        yield started - timedelta(seconds=seconds), started
+
+
+def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
+    """Return the bars of a node: of its turns if it is in a loop, and behind them those of failed attempts."""
+    is_waiting = state["nodeType"] in WAITING_TYPES
+    bars = [
+        _bar(one, axis, now, "warn" if is_waiting else look_of(one["status"]).tone)
+        for one in _spans_of(state)
+        if one["startedAt"]
+    ]
+    tried = [_bar(one, axis, now, "tried") for one in state["failedAttempts"] if one["startedAt"]]
+    return [*_join(bars), *_join(tried)]
+
+
+def _spans_of(state: NodeState) -> Sequence[Mapping[str, Any]]:
+    """Return the turns of a node in a loop; the state itself if it is in no loop, or if they are not all listed."""
+    turns: Sequence[Mapping[str, Any]] = state["turns"]
+    is_complete = bool(turns) and sum(state["turnCounts"].values()) == len(turns)
+    return turns if is_complete else [state]
+
+
+def _bar(one: Mapping[str, Any], axis: TimeAxis, now: datetime, tone: str) -> TimeBar:
+    first = axis.percent(parse_instant(one["startedAt"]) or now)
+    width = max(axis.percent(parse_instant(one["endedAt"]) or now) - first, MIN_WIDTH)
+    return TimeBar(round(min(first, WHOLE - width), 2), round(width, 2), tone)
+
+
+def _join(bars: Sequence[TimeBar]) -> Sequence[TimeBar]:
+    """Return bars in their order, those of one tone that touch as one."""
+    joined: list[TimeBar] = []
+    for bar in sorted(bars, key=lambda one: one.x):
+        last = joined[-1] if joined else None
+        if last is not None and last.tone == bar.tone and bar.x <= last.x + last.width:
+            end = max(last.x + last.width, bar.x + bar.width)
+            joined[-1] = TimeBar(last.x, round(end - last.x, 2), last.tone)
+        else:
+            joined.append(bar)
+    return joined
+
+
+def ghost(state: NodeState, axis: TimeAxis) -> float | None:
+    start, previous = parse_instant(state["startedAt"]), state["previousDurationMs"]
+    if start is None or previous is None:
+        return None
+    return round(min(axis.percent(start + previous * MILLISECOND), WHOLE - MIN_WIDTH / 2), 2)
+
+
+def start_row(
+    run: Mapping[str, Any], axis: TimeAxis, now: datetime, waking_seconds: float
+) -> StartRow | None:
+    """Return the row of the time before the start; None if it is too short to be seen."""
+    created, started = parse_instant(run["createdAt"]), parse_instant(run["startedAt"])
+    if created is None or (started is None and run["endedAt"] is not None):
+        return None
+    end = started or now
+    waited = milliseconds_between(run["createdAt"], end.isoformat()) or 0
+    if axis.percent(end) < MIN_START_SHARE:
+        return None
+    woken = min(timedelta(seconds=waking_seconds), end - created)
+    parts = ((created, end - woken, "queued"), (end - woken, end, "lit"))
+    bars = [
+        TimeBar(round(axis.percent(first), 2), round(axis.percent(last) - axis.percent(first), 2), tone)
+        for first, last, tone in parts
+        if last > first
+    ]
+    return StartRow("Woke its pod" if woken else "Waited for its start", bars, waited)
