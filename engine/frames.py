@@ -174,6 +174,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Last attempt with a span of its own."""
     counted: float = 0.0
     """Share of the run's progress counted for the iterations of a loop so far."""
+    task: bytes | None = None
+    """JSON of the task that the record of its wait creates."""
 
     @property
     def node_id(self) -> str:

@@ -74,6 +74,8 @@ class GraphNode:
     timeout_seconds: float | None = None
     at_most_once: bool = False
     """Whether a write whose attempt has an unknown outcome fails the node instead of being repeated."""
+    has_own_retry: bool = False
+    """Whether the node itself has a retry policy, which precedes that of a custom type."""
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Json]) -> Self:
@@ -92,6 +94,7 @@ class GraphNode:
             else RetryPolicy(),
             timeout_seconds=float(timeout) if isinstance(timeout, int | float) else None,
             at_most_once=stored.get("atMostOnce") is True,
+            has_own_retry=isinstance(stored.get("retry"), dict),
         )
 
 

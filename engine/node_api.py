@@ -116,8 +116,32 @@ class OutputDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskRules:
+    """Rules for the tasks of a custom node type, which workers of its organization perform."""
+
+    timeout_seconds: float = 300.0
+    """Maximum duration of an attempt, from its claim on."""
+    lease_seconds: float = 30.0
+    """Time without a report of the worker after which an attempt is lost."""
+    max_attempts: int = 1
+    """Attempts that may fail; lost ones are counted apart."""
+    first_delay_seconds: float = 1.0
+    """Delay after the first failure; it doubles with each further one if it grows."""
+    delay_grows: bool = True
+    max_delay_seconds: float = 60.0
+    concurrency_limit: int | None = None
+    """Maximum number of leased tasks with the same key; None without a limit."""
+    concurrency_key: str = ""
+    """Template of the key, rendered for each task; empty for one key for the whole type."""
+    pool: str = "default"
+    """Pool of workers that may claim the tasks."""
+    start_timeout_seconds: float | None = None
+    """Maximum time until the first claim; None without a limit."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeType:
-    """Entry of the catalog, as described in its `.toml`."""
+    """Entry of the catalog, as described in its `.toml`, or custom type of an organization."""
 
     type: str
     name: str
@@ -159,6 +183,12 @@ class NodeType:
     """Earlier versions that nodes may be pinned to, the newest first."""
     changes: str = ""
     """Differences of an earlier version from its successor."""
+    task: TaskRules | None = None
+    """Rules for its tasks; None for the types of the library."""
+    content_hash: str = ""
+    """SHA-256 of the document of a custom type, in hexadecimal."""
+    is_deprecated: bool = False
+    """Whether the catalog hides this version; workflows that have it keep it."""
 
     @property
     def is_trigger(self) -> bool:
@@ -176,6 +206,11 @@ class NodeType:
         items = given if isinstance(given, list) else []
         found = [item.get(name) for item in items if isinstance(item, dict)]
         return tuple(dict.fromkeys([*(port for port in found if isinstance(port, str)), *self.outputs]))
+
+
+def parse_version(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, which sort like versions."""
+    return tuple(int(part) if part.isdecimal() else 0 for part in version.split("."))
 
 
 class UnknownNodeType(LookupError):
@@ -221,6 +256,8 @@ class AnswerSource(StrEnum):
     """A run that the node has started."""
     EVENT = "event"
     """An event."""
+    TASK = "task"
+    """A worker of the organization."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +270,8 @@ class AnswerWait(NodeDirective):
     expires_at: datetime | None = None
     expired: NodeResult | None = None
     """Result of the node without an answer by then; None if it fails with the code `expired`."""
+    task: bytes = b""
+    """JSON of the task to create together with the wait; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)

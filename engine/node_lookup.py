@@ -38,3 +38,7 @@ class NodeTypeLookup(Protocol):
     def config_problems(
         self, node_type: NodeType, config: Mapping[str, Json]
     ) -> Sequence[ConfigProblemView]: ...
+    def rendered_config_problems(
+        self, node_type: NodeType, config: Mapping[str, Json]
+    ) -> Sequence[ConfigProblemView]:
+        """Validate the rendered config of a custom type."""

@@ -8,6 +8,7 @@ from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Final, Self
 
+from engine import task_node
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
     Expression,
@@ -111,14 +112,24 @@ class WorkflowProgram:
         try:
             graph = prune_graph(graph, catalog)
             nodes = {node.id: _compile_pinned_or_node(node, graph, catalog) for node in graph.nodes}
-            run = {node.type for node in graph.nodes if node.id not in graph.pinned}
+            run = {
+                node.type
+                for node in graph.nodes
+                if node.id not in graph.pinned and nodes[node.id].node_type.task is None
+            }
             kinds = {kind: implementation(kind) for kind in run}
+            tasks = {
+                node_id: task_node.build_runner(each.node, each.node_type, catalog)
+                for node_id, each in nodes.items()
+                if each.node_type.task is not None
+            }
         except (LookupError, ExpressionError) as error:
             raise InvalidDefinition(str(error)) from error
         pinned = {
             node_id: _pinned_runner(nodes[node_id], graph) for node_id in graph.pinned if node_id in nodes
         }
-        runs = {node_id: pinned.get(node_id) or kinds[each.node.type] for node_id, each in nodes.items()}
+        own = {**tasks, **pinned}
+        runs = {node_id: own.get(node_id) or kinds[each.node.type] for node_id, each in nodes.items()}
         root = divide_graph(
             graph,
             loops=[key for key, each in nodes.items() if each.node_type.loops and not each.is_pinned],

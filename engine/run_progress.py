@@ -314,8 +314,10 @@ class RunProgress:
             self._apply_answer(visit, payload)
             return
         text = run_records.encode_output(answer_payloads.encode_wait(outcome), self._max_output_bytes)
+        visit.task = outcome.task or None
         self._recorder.record_node(visit, SpanStatus.WAITING, wake_at=outcome.expires_at, awaits=text)
-        if visit.is_write:
+        if visit.is_write or outcome.task:
+            # A worker gets the task only after its commit.
             self._recorder.has_uncommitted_write = True
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 

@@ -122,6 +122,8 @@ class NodeSpan(msgspec.Struct, frozen=True):
 
     In the row, JSON or the reference to a blob.
     """
+    task: bytes | None = None
+    """JSON of the task to create together with this span, which waits for its answer; no column of its row."""
 
     @property
     def is_iteration(self) -> bool:

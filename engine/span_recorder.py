@@ -109,6 +109,9 @@ class SpanRecorder:
             self._pending_bytes += len(visit.input)
         if visit.rendered_config is not None:
             self._pending_bytes += len(visit.rendered_config)
+        task = visit.task if status is SpanStatus.WAITING else None
+        if task is not None:
+            self._pending_bytes += len(task)
         self._journal.record(
             NodeSpan(
                 node_id=node.id,
@@ -132,6 +135,7 @@ class SpanRecorder:
                 hashes=hashes,
                 key_id=visit.key_id,
                 rendered_config=visit.rendered_config,
+                task=task,
             )
         )
 

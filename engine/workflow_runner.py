@@ -279,11 +279,13 @@ class WorkflowRunner:
             if self._apply_candidate(visit, visit.candidate):
                 return
             call = msgspec.structs.replace(call, **self._node_inputs.identify_call(visit))
-        is_write = visit.program.is_write
+        # A task is created by the commit that records its ancestors: nothing has begun before that.
+        is_task = visit.program.node_type.task is not None
+        is_write = visit.program.is_write and not is_task
         if is_write:
             self._recorder.record_node(visit, SpanStatus.RUNNING)
             self._recorder.has_uncommitted_write = True
-        if self._recorder.has_uncommitted_write:
+        if self._recorder.has_uncommitted_write and not is_task:
             await self._recorder.commit()
             if not self._may_continue(visit):
                 return

@@ -18,6 +18,7 @@ from sqlmodel import col
 from engine.run_errors import NodeError
 from engine.triggers import trigger_output
 from engine.values import equal_json
+from execution.organization_catalogs import OrganizationCatalogs
 from execution.retry import until_available
 from journal import concurrency_limits, definition_snapshot, run_copies
 from journal.concurrency_limits import LimitAction
@@ -39,11 +40,12 @@ if TYPE_CHECKING:
 
     from engine.services import RunCaller
     from engine.values import Json
-    from journal.definition_snapshot import LoadedWorkflow, NodeTypeRegistry
+    from journal.definition_snapshot import LoadedWorkflow
     from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
     from models.settings import ServerSettings
+    from nodes.catalog import NodeCatalog
 
 TRIGGER_TYPE: Final = "sub-workflow"
 SCHEDULED_AT: Final = "scheduledAt"
@@ -84,13 +86,13 @@ class ChildRunStarter:
         database: Database,
         store: JournalStore,
         broker: Broker,
-        catalog: NodeTypeRegistry,
+        catalog: NodeCatalog,
         settings: ServerSettings,
     ) -> None:
         self._database = database
         self._store = store
         self._broker = broker
-        self._catalog = catalog
+        self._catalogs = OrganizationCatalogs(database, catalog)
         self._max_depth = settings.max_run_depth
         self._max_sub_runs = settings.max_sub_runs
         self._cached: OrderedDict[tuple[str, str], LoadedWorkflow] = OrderedDict()
@@ -281,7 +283,7 @@ class ChildRunStarter:
         )
         revision = await connection.scalar(select(col(Workflow.revision)).where(*readable))
         cached = self._cached.get((caller.organization_id, workflow_id))
-        if cached is None or cached.revision != revision:
+        if cached is None or cached.revision != revision or cached.validation.errors:
             row = (
                 await connection.execute(
                     select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
@@ -292,9 +294,8 @@ class ChildRunStarter:
             if row is None:
                 raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
             # In a thread: other runs progress while a large graph is validated.
-            cached = await asyncio.to_thread(
-                definition_snapshot.load_workflow, row, frozenset(), self._catalog
-            )
+            catalog = await self._catalogs.read(connection, caller.organization_id)
+            cached = await asyncio.to_thread(definition_snapshot.load_workflow, row, frozenset(), catalog)
         self._cache_workflow(cached)
         _require_runnable(cached)
         return cached

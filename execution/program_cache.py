@@ -14,6 +14,7 @@ from engine.program import WorkflowProgram
 from engine.run_errors import InvalidDefinition
 from journal.store import ClaimedRun, DefinitionKey
 from json_text import decoding
+from nodes import custom_types
 
 if TYPE_CHECKING:
     from journal.store import RunStore
@@ -72,8 +73,10 @@ class ProgramCache:
 
     def _compile(self, text: str) -> WorkflowProgram | InvalidDefinition:
         try:
+            definition = decoding.decode(text)
+            catalog = custom_types.catalog_of_definition(self._catalog, definition)
             return WorkflowProgram.compile(
-                ParsedGraph.from_stored(decoding.decode(text)), self._catalog, self._catalog.implementation
+                ParsedGraph.from_stored(definition), catalog, catalog.implementation
             )
         except InvalidDefinition as error:
             return error

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from execution.event_matching import EventMatcher
+from execution.organization_catalogs import OrganizationCatalogs
 from gateway.access.bootstrap import bootstrap
 from gateway.access.browser_sign_in import BrowserSignIn
 from gateway.data_sources.data_source_editing import DataSourceEditor
@@ -59,7 +60,7 @@ from models import database as databases
 from models import schema_migration
 from models.database import Database
 from models.encryption import SecretVault
-from nodes import catalog as catalogs
+from nodes import catalog as node_catalog
 from nodes.catalog import NodeCatalog
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.form_checks import FormChecker
@@ -77,6 +78,9 @@ class GatewayState:
     blobs: BlobStore
     broker: Broker
     catalog: NodeCatalog
+    """Node types of the library."""
+    catalogs: OrganizationCatalogs
+    """Node types of organizations."""
     authenticator: KeyAuthenticator
     sender_authenticator: SenderAuthenticator
     deliveries: DeliveryLog
@@ -145,7 +149,8 @@ async def assemble_state(
     """
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)
-    catalog = catalogs.load_catalog()
+    catalog = node_catalog.load_catalog()
+    catalogs = OrganizationCatalogs(database, catalog)
     blobs = open_blobs(settings)
     authenticator = KeyAuthenticator(
         database, settings.secret, settings.previous_secrets, settings.public_url
@@ -165,7 +170,7 @@ async def assemble_state(
     activation = DeploymentActivator(database, broker, waiting)
     deployed = DeployedDefinitions(database, catalog)
     access = ExecutionAccess(database)
-    workflows = WorkflowCache(database, catalog)
+    workflows = WorkflowCache(database, catalogs)
     capacity = IngestCapacity(rates, backlog, workflows)
     live_events = LiveEvents(
         database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
@@ -196,6 +201,7 @@ async def assemble_state(
                 blobs=blobs,
                 broker=broker,
                 catalog=catalog,
+                catalogs=catalogs,
                 authenticator=authenticator,
                 sender_authenticator=sender_authenticator,
                 deliveries=deliveries,
@@ -209,7 +215,7 @@ async def assemble_state(
                 verifier=TriggerVerifier(database, workflows, deployed, opened_services.sources),
                 mail_verifier=MailVerifier(workflows, opened_services.sources, certificates, mail_attempts),
                 workflows=workflows,
-                workflow_editor=WorkflowEditor(database, catalog, vault),
+                workflow_editor=WorkflowEditor(database, catalogs, vault),
                 acceptances=acceptances,
                 workflow_runs=WorkflowRunAcceptor(database, workflows, access, rates, backlog, acceptances),
                 callbacks=CallbackChecker(database, settings.outbound_allowed_networks),
@@ -220,7 +226,7 @@ async def assemble_state(
                 deployed=deployed,
                 waiting=waiting,
                 access=access,
-                replays=ReplayPlanner(database, database.clock, workflows, catalog, blobs),
+                replays=ReplayPlanner(database, database.clock, workflows, catalogs, blobs),
                 live_events=live_events,
                 live_hints=live_hints,
                 large_outputs=live_events.large_outputs,

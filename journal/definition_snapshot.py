@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from engine.graph import ParsedGraph, RunSettings
+from engine.node_api import UnknownNodeType
 from engine.node_lookup import NodeTypeLookup
 from engine.validation import find_errors
 from engine.values import encode_canonical, encode_json
+from json_text import decoding
 from models.workflow import DEFAULT_SETTINGS, WorkflowStatus
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ class NodeTypeRegistry(NodeTypeLookup, Protocol):
 
     @property
     def node_types(self) -> Mapping[str, NodeType]: ...
+
+    def document(self, node_type: NodeType) -> str | None:
+        """Return the JSON text of a custom type; None for a type of the library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ def load_workflow(
 
     Takes noticeable time for a large graph.
     """
-    text = encode_canonical(build_definition(row.nodes, row.connections, row.settings))
+    text = encode_canonical(build_definition(row.nodes, row.connections, row.settings, catalog))
     settings = effective_settings(row.settings)
     return LoadedWorkflow(
         id=row.id,
@@ -128,10 +133,44 @@ def effective_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def build_definition(
-    nodes: Sequence[dict[str, Json]], connections: Sequence[dict[str, Json]], settings: Mapping[str, Json]
+    nodes: Sequence[dict[str, Json]],
+    connections: Sequence[dict[str, Json]],
+    settings: Mapping[str, Json],
+    catalog: NodeTypeRegistry | None = None,
 ) -> dict[str, Json]:
-    """Return a graph and its settings in the form that a run stores, with defaults for settings that are not given."""
-    return {"nodes": list(nodes), "connections": list(connections), "settings": effective_settings(settings)}
+    """Return a graph and its settings in the form that a run stores, with defaults for settings that are not given.
+
+    With a `catalog`, the definition pins the custom types of its nodes, so that whoever runs it needs no lookup.
+    """
+    definition: dict[str, Json] = {
+        "nodes": list(nodes),
+        "connections": list(connections),
+        "settings": effective_settings(settings),
+    }
+    if catalog is not None and (pinned := _pin_custom_types(nodes, catalog)):
+        definition["nodeTypes"] = pinned
+    return definition
+
+
+def has_custom_type(node: Mapping[str, Json]) -> bool:
+    """Return whether the type of a stored node is a custom one."""
+    return "/" in str(node["type"])
+
+
+def _pin_custom_types(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeRegistry) -> dict[str, Json]:
+    """Return the documents of the custom types of nodes, by type and version; unknown ones are left out."""
+    pinned: dict[str, Json] = {}
+    for node in filter(has_custom_type, nodes):
+        version = node.get("version")
+        try:
+            node_type = catalog.get(str(node["type"]), None if version is None else str(version))
+        except UnknownNodeType:
+            continue
+        document = catalog.document(node_type)
+        if document is not None:
+            versions = cast("dict[str, Json]", pinned.setdefault(node_type.type, {}))
+            versions[node_type.version] = decoding.decode(document)
+    return pinned
 
 
 def check_graph(

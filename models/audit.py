@@ -63,6 +63,9 @@ class AuditAction(StrEnum):
     DATA_SOURCE_UPDATED = "data-source.updated"
     DATA_SOURCE_VISIBILITY_SET = "data-source.visibility-set"
     DATA_SOURCE_DELETED = "data-source.deleted"
+    NODE_TYPE_ADDED = "node-type.added"
+    NODE_TYPE_DEPRECATED = "node-type.deprecated"
+    NODE_TYPE_DELETED = "node-type.deleted"
     DRIFT_FIXED = "drift.fixed"
 
 

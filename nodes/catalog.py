@@ -174,6 +174,18 @@ class NodeCatalog:
         """
         return config_problems.find_problems(self._validator(node_type), config, node_type.config_schema)
 
+    def rendered_config_problems(
+        self,
+        node_type: NodeType,  # noqa: ARG002 - see `OrganizationCatalog`
+        config: Mapping[str, Json],  # noqa: ARG002 - the same
+    ) -> Sequence[ConfigProblem]:
+        """Return nothing: types of the library validate rendered values themselves."""
+        return ()
+
+    def document(self, node_type: NodeType) -> str | None:  # noqa: ARG002 - see `OrganizationCatalog`
+        """Return None: types of the library have no document."""
+        return None
+
     def implementation_digest(self, node_type: NodeType) -> bytes:
         """Return the digest of the file that implements a node type, without importing it."""
         found = self._digests.get(node_type.type)

@@ -13,7 +13,7 @@ from nodes import config_fields
 from nodes.config_formats import TEXT_FORMATS
 
 if TYPE_CHECKING:
-    from jsonschema_rs import Draft202012Validator, ValidationError
+    from jsonschema_rs import Draft202012Validator, RegexOptions, ValidationError
 
     from engine.node_api import NodeType
     from engine.values import Json
@@ -27,6 +27,8 @@ MAXIMUM_EXPLAINED_VALUES = 10_000
 memory.
 """
 SHOWN_CHARACTERS = 100
+MAX_PATTERN_BYTES = 262_144
+"""Memory of one compiled pattern of a custom node type."""
 
 TEMPLATE_SCHEMA: JsonSchema = {"type": "string", "pattern": r"\{\{"}
 
@@ -78,8 +80,25 @@ def build_validator(node_type: NodeType) -> Draft202012Validator:
     for place, kind in node_type.compiled.items():
         if kind is FieldCompilation.CONDITION:
             schema = change_schema(schema, place, lambda _said: {"type": "object"})
-    fits = {name: form.fits for name, form in TEXT_FORMATS.items()}
-    return Draft202012Validator(accept_templates(schema), validate_formats=True, formats=fits)
+    limits: dict[str, Any] = {}
+    if node_type.task is not None:
+        # The schema is that of a user: its patterns must not backtrack.
+        limits = {"offline": True, "pattern_options": linear_patterns()}
+    return Draft202012Validator(
+        accept_templates(schema), validate_formats=True, formats=format_checks(), **limits
+    )
+
+
+def format_checks() -> dict[str, Callable[[str], bool]]:
+    """Return the checks of the formats of texts, by name."""
+    return {name: form.fits for name, form in TEXT_FORMATS.items()}
+
+
+def linear_patterns() -> RegexOptions:
+    """Return options of a validator with which patterns take linear time and little memory."""
+    from jsonschema_rs import RegexOptions  # noqa: PLC0415 - as above
+
+    return RegexOptions(size_limit=MAX_PATTERN_BYTES, dfa_size_limit=MAX_PATTERN_BYTES)
 
 
 def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema], JsonSchema]) -> JsonSchema:

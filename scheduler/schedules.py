@@ -14,6 +14,7 @@ from sqlmodel import col
 
 from engine.values import encode_canonical
 from execution import due_runs
+from execution.organization_catalogs import OrganizationCatalogs
 from journal import concurrency_limits, definition_snapshot, scheduled_runs
 from journal.deployments import wakes
 from journal.scheduled_runs import BATCH_SCHEDULES, DueSchedule, ScheduleDefinition, ScheduleRunResult
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from journal.definition_snapshot import NodeTypeRegistry
     from messages.broker import Broker
     from models.database import Database
+    from nodes.catalog import NodeCatalog
 
 log = structlog.get_logger()
 
@@ -47,13 +49,13 @@ class ScheduleRunner:
         self,
         database: Database,
         broker: Broker,
-        catalog: NodeTypeRegistry,
+        catalog: NodeCatalog,
         now: ColumnElement[int] | None = None,
     ) -> None:
         """Create a runner; `now` is a SQL expression for the time, by default the database's own time."""
         self._database = database
         self._broker = broker
-        self._catalog = catalog
+        self._catalogs = OrganizationCatalogs(database, catalog)
         self._now = DatabaseTime() if now is None else now
         self._cache: OrderedDict[str, ScheduleDefinition] = OrderedDict()
         self._cached_characters = 0
@@ -132,8 +134,12 @@ class ScheduleRunner:
             async with self._database.read() as connection:
                 own = await _read_graphs(connection, [one for one in missing if not one.deployed_hash])
                 deployed = await _read_definitions(connection, [one for one in missing if one.deployed_hash])
+                catalogs = {
+                    organization_id: await self._catalogs.read(connection, organization_id)
+                    for organization_id in {one.organization_id for one in missing}
+                }
             # In a thread: `pilotflame dev` serves requests while large graphs are decoded.
-            found = await asyncio.to_thread(_build_definitions, missing, own, deployed, self._catalog)
+            found = await asyncio.to_thread(_build_definitions, missing, own, deployed, catalogs)
             for runnable in found:
                 self._store_in_cache(runnable)
                 runnables[runnable.due.workflow_id] = runnable
@@ -187,11 +193,12 @@ def _build_definitions(
     due: Sequence[DueSchedule],
     own: Mapping[str, RowMapping],
     deployed: Mapping[str, str],
-    catalog: NodeTypeRegistry,
+    catalogs: Mapping[str, NodeTypeRegistry],
 ) -> list[ScheduleDefinition]:
     """Return the definitions to run, without those of workflows that have changed since they were found."""
     found: list[ScheduleDefinition] = []
     for one in due:
+        catalog = catalogs[one.organization_id]
         if one.deployed_hash is not None:
             if text := deployed.get(one.workflow_id):
                 definition = cast("dict[str, Any]", decoding.decode(text))
@@ -200,7 +207,7 @@ def _build_definitions(
         row = own.get(one.workflow_id)
         if row is not None and row["revision"] == one.revision:
             definition = definition_snapshot.build_definition(
-                row["nodes"], row["connections"], row["settings"]
+                row["nodes"], row["connections"], row["settings"], catalog
             )
             encoded = encode_canonical(definition)
             found.append(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gateway.executions.long_poll import ExecutionPollHub
     from gateway.http.preconditions import RequestedObject
     from gateway.workflows.stored_workflow import StoredWorkflow
+    from journal.definition_snapshot import NodeTypeRegistry
     from journal.deployments.activity import DeploymentActivity
     from messages.broker import Broker
     from models.access import ApiCaller
@@ -49,6 +50,7 @@ async def deploy_workflow(
     caller: ApiCaller,
     stored: StoredWorkflow,
     snapshot: Mapping[str, Any],
+    catalog: NodeTypeRegistry,
     *,
     version: int,
     token_id: str,
@@ -59,7 +61,7 @@ async def deploy_workflow(
     The token of its pods is hashed with `secret`.
     """
     workflow = stored.workflow
-    text = await asyncio.to_thread(_pinned, snapshot)
+    text = await asyncio.to_thread(_pinned, snapshot, catalog)
     order = DeployRequest(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,
@@ -180,9 +182,11 @@ def fresh_token_id() -> str:
     return deployment_token.new_token_id()
 
 
-def _pinned(snapshot: Mapping[str, Any]) -> bytes:
+def _pinned(snapshot: Mapping[str, Any], catalog: NodeTypeRegistry) -> bytes:
     return encode_canonical(
-        definition_snapshot.build_definition(snapshot["nodes"], snapshot["connections"], snapshot["settings"])
+        definition_snapshot.build_definition(
+            snapshot["nodes"], snapshot["connections"], snapshot["settings"], catalog
+        )
     )
 
 

@@ -24,6 +24,7 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.node_lookup import NodeTypeLookup
     from gateway.http.request import GatewayRequest
     from gateway.workflows.editing import WorkflowEdit
     from gateway.workflows.stored_workflow import StoredWorkflow
@@ -154,6 +155,7 @@ async def deploy(request: GatewayRequest) -> JsonResponse:
             request.caller,
             stored,
             snapshot,
+            await request.gateway.workflow_editor.read_catalog(connection, request.caller.organization_id),
             version=version,
             token_id=token_id,
             secret=request.gateway.settings.secret,
@@ -174,12 +176,15 @@ async def deploy_version(request: GatewayRequest) -> JsonResponse:
         version = await version_rows.find_version(connection, edited.after.workflow.id, wanted)
         if version is None:
             raise errors.not_found("version")
-        _require_runnable(version, request)
+        editor = request.gateway.workflow_editor
+        catalog = await editor.read_catalog(connection, request.caller.organization_id)
+        _require_runnable(version, catalog)
         await deployment_changes.deploy_workflow(
             connection,
             request.caller,
             edited.after,
             version.snapshot,
+            catalog,
             version=wanted,
             token_id=token_id,
             secret=request.gateway.settings.secret,
@@ -195,11 +200,11 @@ def _active(before: StoredWorkflow) -> StoredWorkflow:
     return before.with_columns(status=WorkflowStatus.ACTIVE)
 
 
-def _require_runnable(version: WorkflowVersion, request: GatewayRequest) -> None:
+def _require_runnable(version: WorkflowVersion, catalog: NodeTypeLookup) -> None:
     """Raise 422 for a version that is invalid, or not valid with the present node types."""
     snapshot = version.snapshot
     graph_shapes.require_valid(
-        definition_snapshot.check_graph(snapshot["nodes"], snapshot["connections"], request.gateway.catalog)
+        definition_snapshot.check_graph(snapshot["nodes"], snapshot["connections"], catalog)
     )
 
 

@@ -127,7 +127,7 @@ async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: Exe
         run = RunRequest(workflow, kind, trigger_output(kind, inputs, request.gateway.clock()))
     else:
         # A thread, so that a large graph does not block other requests.
-        catalog = request.gateway.catalog
+        catalog = await request.catalog()
         run = await asyncio.to_thread(
             _plan_changed_run, workflow, override, piece, inputs, catalog, request.gateway.clock()
         )

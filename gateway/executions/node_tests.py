@@ -97,7 +97,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
 
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
     """Return the run to accept; raises 403, 404, 409 and 422."""
-    caller, catalog = request.caller, request.gateway.catalog
+    caller, catalog = request.caller, await request.catalog()
     if body.config is not None and not caller.has_scope(KeyScope.WORKFLOWS_WRITE):
         raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
     acceptance.require_open(workflow.status)

@@ -43,6 +43,7 @@ from models.data_source import DataSource
 from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
 from models.workflow import Definition, Workflow
+from nodes import custom_types
 
 if TYPE_CHECKING:
     from sqlalchemy import Row, Select
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.run_clock import RunClock
     from engine.values import Json
+    from execution.organization_catalogs import OrganizationCatalogs
     from gateway.workflows.workflow_cache import WorkflowCache
     from journal.blobs.blob_store import RunBlobs
     from journal.definition_snapshot import LoadedWorkflow
@@ -138,14 +140,14 @@ class ReplayPlanner:
         database: Database,
         clock: RunClock,
         workflows: WorkflowCache,
-        catalog: NodeCatalog,
+        catalogs: OrganizationCatalogs,
         blobs: RunBlobs,
     ) -> None:
         self._database = database
         self._clock = clock
         self._workflows = workflows
-        self._catalog = catalog
-        self._compiled = _CompiledDefinitions(catalog)
+        self._catalogs = catalogs
+        self._compiled = _CompiledDefinitions(catalogs.base)
         self._blobs = blobs
 
     async def plan(self, key: ExecutionKey, caller: ApiCaller, choice: ReplayChoice) -> PlannedReplay:
@@ -163,7 +165,7 @@ class ReplayPlanner:
         trigger = None
         if choice.input is not None:
             kind = recorded.row.trigger_type
-            found = definition_snapshot.find_trigger(chosen.content["nodes"], self._catalog)
+            found = definition_snapshot.find_trigger(chosen.content["nodes"], self._catalogs.base)
             trigger = trigger_output(found.kind if found else kind, choice.input, self._clock.now())
         plan = _Planning(recorded, chosen, choice, options, trigger, self._compiled, self._clock)
         planned = await asyncio.to_thread(plan.make)
@@ -221,11 +223,12 @@ class ReplayPlanner:
             message = f"The workflow has no version {number}"
             raise errors.invalid([errors.problem("definition", "unknown-version", message)])
         snapshot = stored_workflow.move_foreign_settings(version.snapshot)
+        catalog = await self._catalogs.read(connection, workflow.organization_id)
         content = definition_snapshot.build_definition(
-            snapshot["nodes"], snapshot["connections"], snapshot["settings"]
+            snapshot["nodes"], snapshot["connections"], snapshot["settings"], catalog
         )
         validation = await asyncio.to_thread(
-            definition_snapshot.check_graph, snapshot["nodes"], snapshot["connections"], self._catalog
+            definition_snapshot.check_graph, snapshot["nodes"], snapshot["connections"], catalog
         )
         graph_shapes.require_valid(validation)
         text = encode_canonical(content)
@@ -317,7 +320,8 @@ class _CompiledDefinitions:
         found = self._kept.get(key)
         if found is None:
             graph = ParsedGraph.from_stored(content)
-            found = WorkflowProgram.compile(graph, self._catalog, lambda _kind: _run_nothing)
+            catalog = custom_types.catalog_of_definition(self._catalog, content)
+            found = WorkflowProgram.compile(graph, catalog, lambda _kind: _run_nothing)
             self._kept[key] = found
             while sum(len(each.nodes) for each in list(self._kept.values())[:-1]) > MAX_KEPT_NODES:
                 self._kept.popitem(last=False)

@@ -20,6 +20,7 @@ from gateway.executions import execution_rows
 from json_text import decoding
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
 from models.workflow import Definition
+from nodes import custom_types
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -48,6 +49,8 @@ class SpanDetails:
     """Config as it was rendered, or the reference to a blob; None if it depends on no data."""
     node: bytes | None
     """Node in the definition of the run, as JSON; None if it is not stored."""
+    custom_types: bytes
+    """Custom node types that the definition pins, as JSON."""
     attempts: Sequence[Recorded]
     logs: Sequence[Recorded]
     previous: Recorded | None
@@ -92,7 +95,11 @@ async def read_span(
     return SpanDetails(
         span,
         configs and (configs.rendered_config or configs.resolved_config),
-        None if definition is None else await asyncio.to_thread(_find_node, definition, span.node_id),
+        *(
+            (None, b"{}")
+            if definition is None
+            else await asyncio.to_thread(_find_node, definition, span.node_id)
+        ),
         await execution_rows.list_attempts(connection, key, span.node_id, span.iteration, ATTEMPTS),
         (await connection.execute(lines)).all(),
         await _find_previous(connection, key, row.workflow_id, row.created_at, span),
@@ -134,9 +141,12 @@ async def _find_previous(
     return (await connection.execute(statement)).first()
 
 
-def _find_node(definition: str, node_id: str) -> bytes | None:
-    nodes = decoding.decode(definition).get("nodes", [])
-    return next((_encode(node) for node in nodes if node.get("id") == node_id), None)
+def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:
+    """Return a node of a definition, and the custom types that the definition pins."""
+    decoded = decoding.decode(definition)
+    nodes = decoded.get("nodes", [])
+    node = next((_encode(node) for node in nodes if node.get("id") == node_id), None)
+    return node, _encode(decoded.get(custom_types.PINNED) or {})
 
 
 def show_config(details: SpanDetails, catalog: NodeCatalog) -> tuple[Raw | None, Sequence[str]]:
@@ -167,6 +177,8 @@ def _compile_node(
     if details.node is None:
         return {}, None
     node = GraphNode.from_stored(decoding.decode(details.node))
+    pinned = {custom_types.PINNED: decoding.decode(details.custom_types)}
+    catalog = custom_types.catalog_of_definition(catalog, pinned)
     try:
         return node.config, compile_node(node, catalog)
     except (LookupError, ValueError):

@@ -148,7 +148,7 @@ def _with_definition(
     piece: GraphSelection,
     catalog: NodeCatalog,
 ) -> LoadedWorkflow:
-    definition = definition_snapshot.build_definition(nodes, connections, workflow.settings)
+    definition = definition_snapshot.build_definition(nodes, connections, workflow.settings, catalog)
     if piece.up_to is not None:
         definition["upTo"] = piece.up_to
     text = encode_canonical(definition)

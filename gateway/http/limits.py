@@ -64,8 +64,12 @@ REMOVED_SECRETS: Final = 1_000
 """Removed credentials that the answer to a copy lists."""
 GRAPH_BYTES: Final = 10_000_000
 """Bytes of a graph's nodes as JSON, up to which single nodes can be added."""
-NODE_TYPE_LENGTH: Final = 64
+NODE_TYPE_LENGTH: Final = 103
 """Characters of a node's type, and of its version."""
+NODE_TYPES: Final = 1_000
+"""Versions of custom node types of an organization."""
+NODE_TYPE_EXAMPLES: Final = 20
+"""Examples of a custom node type."""
 LABEL_LENGTH: Final = 200
 """Characters of a node's label, and of a port's name."""
 FINDINGS: Final = 100

@@ -171,6 +171,13 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "already-answered": ErrorCode(409, "The node already has its answer."),
     "input-expired": ErrorCode(409, "The node's wait has expired, and it continues without an answer."),
     "no-input-pending": ErrorCode(409, "No node with this id waits for input."),
+    "node-type-in-use": ErrorCode(
+        409, "Workflows have the node type; `details` lists those that the caller may see."
+    ),
+    "version-exists": ErrorCode(409, "The version of the node type exists with another content."),
+    "too-many-node-types": ErrorCode(
+        409, f"An organization may have at most {limits.NODE_TYPES:,} versions of custom node types."
+    ),
     "not-deployed": ErrorCode(409, "The workflow is not deployed: deploy it first."),
     "not-redrivable": ErrorCode(
         409,

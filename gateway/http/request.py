@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gateway.state import GatewayState
     from journal.store import IdempotencyKey
     from models.access import ApiCaller
+    from nodes.catalog import NodeCatalog
 
 MAX_LENGTH_DIGITS = 15
 """Longer values of `Content-Length` exceed any limit."""
@@ -100,6 +101,10 @@ class GatewayRequest(StarletteRequest):
     def has_key(self) -> bool:
         """Whether an API key authenticates the request, not a token in its URL."""
         return self._caller is not None and (self._sender is None or self._sender.token is None)
+
+    async def catalog(self) -> NodeCatalog:
+        """Return the node types of the caller's organization."""
+        return await self.gateway.catalogs.of(self.caller.organization_id)
 
     @property
     def id(self) -> str:

@@ -53,7 +53,7 @@ _SENT_WITH: Final[Mapping[int, HeaderDoc]] = {
     503: RETRY_AFTER,
 }
 """Response headers of error responses by status."""
-_NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
+_NAMED: Final = re.compile(r"([^/]+)/(?=\{(\w+)\})")
 
 TAGS: Final[Mapping[str, str]] = {
     "Access": "API keys, sessions, users and the signing secret of an organization.",
@@ -75,7 +75,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
     for tag, modules in {
         "Access": ("access", "sessions", "sign_in", "signing"),
         "Workflows": ("workflows", "copies", "sharing", "graph", "node_statistics"),
-        "Nodes": ("validation", "catalog", "nodes", "node_tests"),
+        "Nodes": ("validation", "catalog", "nodes", "node_tests", "custom_nodes"),
         "Deployments": ("discover", "deployments", "lifecycle", "trigger"),
         "Events": ("events", "event_tokens"),
         "Queues": ("enqueue", "enqueue_batch"),

@@ -33,7 +33,10 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "diff": PathParameterDoc("Number of the version to compare with, or `current`.", "current"),
     "share": PathParameterDoc("Id of the user.", "user_789"),
     "datasources": PathParameterDoc("Id of the data source.", "ds_001"),
-    "workflow-nodes": PathParameterDoc("Name of the node type.", "http-request"),
+    "workflow-nodes": PathParameterDoc(
+        "Node type, or the namespace of a custom one, which its name follows.", "http-request"
+    ),
+    "{type}": PathParameterDoc("Name of a custom node type in its namespace.", "resize"),
     "deliveries": PathParameterDoc("Id of the delivery.", "dlv_abc123"),
     "spans": PathParameterDoc("Id of the span, or of a node outside of loops.", "span_abc123"),
     "executions": PathParameterDoc("Id of the execution.", "exec_xyz789"),

@@ -9,20 +9,23 @@ from msgspec import UNSET, UnsetType
 
 from engine.node_api import NodeEffect, UnknownNodeType
 from gateway.http.errors import ApiError
-from gateway.http.parameters import LIMIT, OFFSET, TextParameter
+from gateway.http.parameters import LIMIT, OFFSET, FlagParameter, TextParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
+from nodes.custom_types import TaskConcurrencyDocument, TaskDocument, TaskRetryDocument
 
 if TYPE_CHECKING:
     from engine.node_api import EffectRule, NodeType, OutputDescription
+    from nodes.catalog import NodeCatalog
 
 SEARCH = TextParameter("search", "Only types with this text in their type, name or description.")
 CATEGORY = TextParameter(
     "category", "Only types of this category: `triggers`, `sources`, `transform`, `control`, `io`, `ai`."
 )
 TYPE = TextParameter("type", "Only the type with exactly this name.")
-LISTED = (SEARCH, CATEGORY, TYPE, LIMIT, OFFSET)
+DEPRECATED = FlagParameter("deprecated", "Include custom types whose versions are all deprecated.")
+LISTED = (SEARCH, CATEGORY, TYPE, DEPRECATED, LIMIT, OFFSET)
 
 
 class EffectShape(WireStruct):
@@ -60,6 +63,12 @@ class NodeTypeShape(WireStruct):
     runnable: bool
     """False if this server can't run the type; it can still be drawn, connected and configured."""
     is_trigger: bool
+    task: TaskDocument | UnsetType = UNSET
+    """Rules for the tasks of a custom type."""
+    hash: str | UnsetType = UNSET
+    """SHA-256 of the content of a custom type."""
+    deprecated: bool | UnsetType = UNSET
+    """True if the list of the catalog hides this version of a custom type."""
 
 
 class NodeTypeList(WireStruct):
@@ -87,7 +96,7 @@ class OutputShape(WireStruct):
     """Field of the config with keys that are fields of the output."""
 
 
-class NodeTypeSchema(NodeTypeShape):
+class NodeTypeSchema(NodeTypeShape, kw_only=True):
     """Node type with the schema of its config."""
 
     config: Mapping[str, Any]
@@ -112,10 +121,12 @@ async def index(request: GatewayRequest) -> JsonResponse:
     query = request.query
     part = query.page()
     search, category, wanted = query[SEARCH], query[CATEGORY], query[TYPE]
+    catalog, with_deprecated = await request.catalog(), query[DEPRECATED]
     types = [
         node_type
-        for _, node_type in sorted(request.gateway.catalog.node_types.items())
-        if wanted in (None, node_type.type)
+        for _, node_type in sorted(catalog.node_types.items())
+        if (with_deprecated or not node_type.is_deprecated or wanted is not None)
+        and wanted in (None, node_type.type)
         and category in (None, node_type.category)
         and (search is None or _mentions(node_type, search))
     ]
@@ -125,21 +136,24 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 async def schema(request: GatewayRequest) -> JsonResponse:
     """Show a node type with its ports, output, defaults, examples and the JSON Schema of its config."""
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
     try:
         node_type = catalog.get(request.path_params["type"])
     except UnknownNodeType as error:
         raise ApiError(404, "not-found", error.message) from error
-    return JsonResponse(
-        NodeTypeSchema(
-            **_fields(node_type),
-            config=node_type.config_schema,
-            defaults=catalog.with_defaults(node_type, {}),
-            evaluated=node_type.compiled,
-            input_description=node_type.input_description,
-            output=_output(node_type.output),
-            examples=node_type.examples,
-        )
+    return JsonResponse(show_schema(catalog, node_type))
+
+
+def show_schema(catalog: NodeCatalog, node_type: NodeType) -> NodeTypeSchema:
+    """Return a node type with the schema of its config."""
+    return NodeTypeSchema(
+        **_fields(node_type),
+        config=node_type.config_schema,
+        defaults=catalog.with_defaults(node_type, {}),
+        evaluated=node_type.compiled,
+        input_description=node_type.input_description,
+        output=_output(node_type.output),
+        examples=node_type.examples,
     )
 
 
@@ -165,6 +179,33 @@ def _fields(node_type: NodeType) -> dict[str, Any]:
         "s3_location": node_type.s3_location,
         "runnable": node_type.runnable,
         "is_trigger": node_type.is_trigger,
+        **_custom_fields(node_type),
+    }
+
+
+def _custom_fields(node_type: NodeType) -> dict[str, Any]:
+    """Return the fields that only custom types have."""
+    rules = node_type.task
+    if rules is None:
+        return {}
+    return {
+        "task": TaskDocument(
+            timeout_seconds=rules.timeout_seconds,
+            lease_seconds=rules.lease_seconds,
+            retry=TaskRetryDocument(
+                max_attempts=rules.max_attempts,
+                backoff="exponential" if rules.delay_grows else "fixed",
+                delay=rules.first_delay_seconds,
+                max_delay=rules.max_delay_seconds,
+            ),
+            concurrency=None
+            if rules.concurrency_limit is None
+            else TaskConcurrencyDocument(rules.concurrency_limit, rules.concurrency_key),
+            pool=rules.pool,
+            start_timeout_seconds=rules.start_timeout_seconds,
+        ),
+        "hash": node_type.content_hash,
+        "deprecated": node_type.is_deprecated,
     }
 
 

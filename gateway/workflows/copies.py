@@ -149,7 +149,7 @@ async def save_as_template(request: GatewayRequest) -> JsonResponse:
     if not request.caller.is_admin:
         raise errors.admin_required()
     described = UpdateWorkflow(name=body.name, description=body.description, tags=body.tags)
-    changed = workflow_shapes.apply_changes(source, described, request.gateway.catalog)
+    changed = workflow_shapes.apply_changes(source, described, await request.catalog())
     copy = await asyncio.to_thread(
         workflow_documents.copy_workflow, changed, request.caller, request.gateway.clock(), is_template=True
     )
@@ -168,8 +168,9 @@ async def templates(request: GatewayRequest) -> JsonResponse:
     first = max(part.offset - own, 0)
     here = common[first : first + part.limit - len(found)]
 
+    catalog = await request.catalog()
+
     def shown() -> list[dict[str, Json]]:
-        catalog = request.gateway.catalog
         return [_template(workflow_documents.strip_credentials(stored).stored) for stored in found] + [
             _template(one.shown(request.caller, catalog)) for one in here
         ]
@@ -182,7 +183,7 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
     """Create a draft from a template."""
     value = await read_json(request)
     body = body_of(request, value, UseTemplate)
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
     template, references = await _find_template(request, body)
 
     def copied() -> CredentialFreeWorkflow:
@@ -202,8 +203,9 @@ async def _find_template(
     """Return the template and the replacements of its references; raises 404."""
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:
-        stored = common.stored(request.caller, request.gateway.catalog, request.gateway.clock())
-        named = workflow_documents.references(stored, request.gateway.catalog)
+        catalog = request.gateway.catalog
+        stored = common.stored(request.caller, catalog, request.gateway.clock())
+        named = workflow_documents.references(stored, catalog)
         return stored, {one.id: None for one in named} | (body.references or {})
     async with request.gateway.database.read() as connection:
         template = await workflow_rows.find_workflow(connection, body.template_id, request.caller)
@@ -237,7 +239,7 @@ def _template(stored: StoredWorkflow) -> dict[str, Json]:
 async def export_workflow(request: GatewayRequest) -> JsonResponse:
     """Export a workflow as a document without credentials, for a backup or an import elsewhere."""
     stored = await request.gateway.workflow_editor.read(request.requested_object)
-    written = await asyncio.to_thread(_encode_document, stored, request.gateway.catalog)
+    written = await asyncio.to_thread(_encode_document, stored, await request.catalog())
     disposition = f'attachment; filename="{workflow_documents.file_name(stored.workflow)}"'
     headers = {"Content-Disposition": disposition, **editing.entity_tag(stored)}
     return JsonResponse(msgspec.Raw(written), headers=headers)
@@ -260,7 +262,7 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = workflow_documents.read_document(value)
     stored, answer = await asyncio.to_thread(
-        _imported, body, request.caller, request.gateway.catalog, request.gateway.clock()
+        _imported, body, request.caller, await request.catalog(), request.gateway.clock()
     )
     if not answer.created:
         read_idempotency_key(request.headers)  # an invalid key is refused, though no workflow is created

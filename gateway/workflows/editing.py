@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from engine.config_places import ResourceReference
     from engine.node_lookup import NodeTypeLookup
     from engine.values import Json
+    from execution.organization_catalogs import OrganizationCatalogs
     from gateway.http.preconditions import RequestedObject
     from journal.store import IdempotencyKey
     from models.access import ApiCaller
@@ -92,9 +93,9 @@ def require_writer(caller: ApiCaller, workflow: Workflow) -> None:
 class WorkflowEditor:
     """Reads, edits and creates workflows, each in a transaction with its audit record."""
 
-    def __init__(self, database: Database, catalog: NodeCatalog, vault: SecretVault) -> None:
+    def __init__(self, database: Database, catalogs: OrganizationCatalogs, vault: SecretVault) -> None:
         self._database = database
-        self._catalog = catalog
+        self._catalogs = catalogs
         self._vault = vault
 
     async def read(self, requested: RequestedObject) -> StoredWorkflow:
@@ -130,13 +131,14 @@ class WorkflowEditor:
             require_writer(caller, before.workflow)
             preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="workflow")
             # A thread, so that a large graph does not block other requests.
-            wanted = await asyncio.to_thread(_applied, change, before, self._catalog)
+            catalog = await self.read_catalog(connection, caller.organization_id)
+            wanted = await asyncio.to_thread(_applied, change, before, catalog)
             if wanted is None:
                 same = WorkflowEdit(before, before)
                 if anyway is not None:
                     await anyway(connection, same)
                 return same
-            edited = WorkflowEdit(before, await self._save(connection, before, wanted, caller))
+            edited = WorkflowEdit(before, await self._save(connection, before, wanted, caller, catalog))
             for addition in (also, anyway):
                 if addition is not None:
                     await addition(connection, edited)
@@ -156,14 +158,25 @@ class WorkflowEditor:
             log.info(action, workflow_id=edited.after.workflow.id, revision=edited.after.workflow.revision)
         return edited
 
+    async def read_catalog(self, connection: AsyncConnection, organization_id: str) -> NodeCatalog:
+        """Return the node types of an organization as a transaction sees them."""
+        if not await workflow_rows.has_custom_types(connection, organization_id):
+            return self._catalogs.base
+        return await self._catalogs.read(connection, organization_id)
+
     async def _save(
-        self, connection: AsyncConnection, before: StoredWorkflow, wanted: _AppliedEdit, caller: ApiCaller
+        self,
+        connection: AsyncConnection,
+        before: StoredWorkflow,
+        wanted: _AppliedEdit,
+        caller: ApiCaller,
+        catalog: NodeCatalog,
     ) -> StoredWorkflow:
         """Store a changed workflow as its next revision; raises 409 and 422."""
         after = wanted.after.with_columns(
             revision=before.workflow.revision + 1, updated_at=self._database.clock.now()
         )
-        if not await workflow_rows.save_workflow(connection, before, after, caller, self._catalog):
+        if not await workflow_rows.save_workflow(connection, before, after, caller, catalog):
             raise errors.conflict(
                 "edit-conflict", "Another request changed this workflow at the same time: try again"
             )
@@ -184,7 +197,8 @@ class WorkflowEditor:
         named: Sequence[ResourceReference] = ()
         if workflow.status == WorkflowStatus.ACTIVE:
             every = {str(node["id"]) for node in made.nodes}
-            named = await asyncio.to_thread(named_sources, made, self._catalog, only=every)
+            catalog = await self._catalogs.of(caller.organization_id)
+            named = await asyncio.to_thread(named_sources, made, catalog, only=every)
 
         async def insert(connection: AsyncConnection) -> str:
             if idempotency_key is not None:
@@ -200,7 +214,8 @@ class WorkflowEditor:
             # An earlier attempt may have been committed, though its answer was lost.
             if not await workflow_rows.exists(connection, workflow.id):
                 await require_usable(connection, made, named, self._vault)
-                await workflow_rows.add_workflow(connection, made, self._catalog)
+                catalog = await self.read_catalog(connection, caller.organization_id)
+                await workflow_rows.add_workflow(connection, made, catalog)
                 after = content_hash(made)
                 await audit_log.record_change(
                     connection, caller, action, workflow.id, before=None, after=after

@@ -107,7 +107,7 @@ async def build(request: GatewayRequest) -> JsonResponse:
         workflow_builder.plan_workflow,
         request.caller,
         value,
-        request.gateway.catalog,
+        await request.catalog(),
         request.gateway.clock(),
     )
     warnings = plan.warnings[: limits.FINDINGS]

@@ -164,7 +164,11 @@ def stored_node(
         problems.add(f"{path}nodeId", "unknown-node-type", f"{path}nodeId names no node type")
     else:
         try:
-            default_label = catalog.get(type_name, version).name
+            found = catalog.get(type_name, version)
+            default_label = found.name
+            if found.task is not None:
+                # A new version of a custom type changes no workflow by itself.
+                version = found.version
         except UnknownNodeType as error:
             problems.add(f"{path}nodeId", "unknown-node-type", error.message)
     stored: StoredNode = {

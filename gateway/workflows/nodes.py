@@ -160,7 +160,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     stored = await request.gateway.workflow_editor.read(request.requested_object)
     inbound = Counter(edge["target"] for edge in stored.connections)
     outbound = Counter(edge["source"] for edge in stored.connections)
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
     nodes = [_summary(node, catalog, inbound[node["id"]], outbound[node["id"]]) for node in stored.nodes]
     listed = NodeList(workflow_id=stored.workflow.id, count=len(nodes), nodes=nodes)
     return editing.answer(stored, listed)
@@ -171,13 +171,13 @@ async def add(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, NodeInput)
     node_id = body.id or graph_shapes.new_id("node")
     named = msgspec.structs.replace(body, id=node_id)
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object,
         AuditAction.NODE_ADDED,
         lambda before: node_edits.with_node(before, named, catalog),
     )
-    return _node_answer(request, edited, node_id, status=201)
+    return _node_answer(catalog, edited, node_id, status=201)
 
 
 async def configure(request: GatewayRequest) -> JsonResponse:
@@ -189,7 +189,7 @@ async def configure(request: GatewayRequest) -> JsonResponse:
     body = _wrapped(await read_json(request))
     changes = body_of(request, body, NodeChanges)
     node_id = request.path_params["sub"]
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
 
     def change(before: StoredWorkflow) -> StoredWorkflow:
         read_only.require_same(body, NodeChanges, lambda: _all_fields(before, node_id, catalog))
@@ -200,7 +200,7 @@ async def configure(request: GatewayRequest) -> JsonResponse:
         AuditAction.NODE_CONFIGURED,
         change,
     )
-    return _node_answer(request, edited, node_id)
+    return _node_answer(catalog, edited, node_id)
 
 
 async def remove(request: GatewayRequest) -> JsonResponse:
@@ -285,7 +285,7 @@ async def connect(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, ConnectionInput)
     connection_id = body.id or graph_shapes.new_id("conn")
     named = msgspec.structs.replace(body, id=connection_id)
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object,
         AuditAction.CONNECTION_ADDED,
@@ -317,9 +317,9 @@ async def disconnect(request: GatewayRequest) -> JsonResponse:
 
 
 def _node_answer(
-    request: GatewayRequest, edited: WorkflowEdit, node_id: str, *, status: int = 200
+    catalog: NodeCatalog, edited: WorkflowEdit, node_id: str, *, status: int = 200
 ) -> JsonResponse:
-    node = _shown(node_edits.node_of(edited.after, node_id), request.gateway.catalog)
+    node = _shown(node_edits.node_of(edited.after, node_id), catalog)
     answer = NodeAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, node=node)
     return editing.answer(edited.after, answer, status=status)
 

@@ -8,13 +8,25 @@ from typing import Final
 
 from gateway.http.operation_docs import CREATES, DISPOSITION, EDITS, ETAG, TAGGED, OperationDoc, OtherSuccess
 from gateway.http.parameters import LIMIT, OFFSET
-from gateway.http.route import READ, WRITE, Route
-from gateway.workflows import catalog, copies, graph, nodes, sharing, validation, versions, workflows
+from gateway.http.route import NODES, READ, WRITE, Route
+from gateway.workflows import (
+    catalog,
+    copies,
+    custom_nodes,
+    graph,
+    nodes,
+    sharing,
+    validation,
+    versions,
+    workflows,
+)
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
 from gateway.workflows.node_edits import NodeChanges
 from gateway.workflows.workflow_builder import BuildWorkflow
 from gateway.workflows.workflow_documents import ImportWorkflow, WorkflowDocument
 from gateway.workflows.workflow_shapes import CreateWorkflow, NewWorkflow, UpdateWorkflow, WorkflowShape
+
+CREATES_GRAPH: Final = CREATES.refusing("edit-conflict")
 
 ROUTES: Final[Sequence[Route]] = (
     Route(
@@ -33,7 +45,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=CreateWorkflow,
         answer=NewWorkflow,
         status=201,
-        docs=CREATES,
+        docs=CREATES_GRAPH,
     ),
     Route("GET", "/api/v1/workflows/stats", READ, workflows.stats, answer=workflows.WorkflowStats),
     Route(
@@ -52,7 +64,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=copies.UseTemplate,
         answer=copies.CopyResult,
         status=201,
-        docs=CREATES.refusing("not-found"),
+        docs=CREATES_GRAPH.refusing("not-found"),
     ),
     Route(
         "POST",
@@ -63,7 +75,7 @@ ROUTES: Final[Sequence[Route]] = (
         answer=copies.ImportAnswer,
         status=201,
         docs=replace(
-            CREATES,
+            CREATES_GRAPH,
             also={
                 200: OtherSuccess(
                     "The request has no `references`: the answer lists those to resolve. Nothing is created.",
@@ -79,7 +91,7 @@ ROUTES: Final[Sequence[Route]] = (
         copies.duplicate,
         answer=copies.CopyResult,
         status=201,
-        docs=CREATES.refusing("validation-failed"),
+        docs=CREATES_GRAPH.refusing("validation-failed"),
     ),
     Route(
         "POST",
@@ -89,7 +101,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=copies.SaveAsTemplate,
         answer=copies.CopyResult,
         status=201,
-        docs=CREATES.refusing("admin-required"),
+        docs=CREATES_GRAPH.refusing("admin-required"),
     ),
     Route(
         "GET",
@@ -202,7 +214,7 @@ ROUTES: Final[Sequence[Route]] = (
         status=201,
         query=(graph.DRY_RUN,),
         docs=replace(
-            CREATES,
+            CREATES_GRAPH,
             also={200: OtherSuccess("With `dryRun`: the findings. Nothing is created.", graph.BuildFindings)},
         ),
     ),
@@ -239,6 +251,51 @@ ROUTES: Final[Sequence[Route]] = (
         READ,
         catalog.schema,
         answer=catalog.NodeTypeSchema,
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflow-nodes",
+        NODES,
+        custom_nodes.add,
+        body=custom_nodes.AddNodeType,
+        answer=catalog.NodeTypeSchema,
+        status=201,
+        docs=OperationDoc(
+            also={200: OtherSuccess("The version has this content already.", catalog.NodeTypeSchema)},
+            refusals=("version-exists", "too-many-node-types"),
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflow-nodes/{type}/{name}",
+        READ,
+        custom_nodes.show,
+        query=custom_nodes.VERSIONED,
+        answer=catalog.NodeTypeSchema,
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/workflow-nodes/{type}/{name}",
+        NODES,
+        custom_nodes.remove,
+        query=custom_nodes.VERSIONED,
+        status=204,
+        docs=OperationDoc(refusals=("node-type-in-use",)),
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflow-nodes/{type}/{name}/schema",
+        READ,
+        custom_nodes.schema,
+        query=custom_nodes.VERSIONED,
+        answer=catalog.NodeTypeSchema,
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflow-nodes/{type}/{name}/versions",
+        READ,
+        custom_nodes.versions,
+        answer=custom_nodes.NodeTypeVersions,
     ),
     Route("GET", "/api/v1/workflows/{id}/nodes", READ, nodes.index, answer=nodes.NodeList, docs=TAGGED),
     Route(

@@ -49,13 +49,13 @@ async def check(request: GatewayRequest) -> JsonResponse:
         stored = await editing.find_readable(connection, request.requested_object)
         past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)
     # A thread, so that a large graph does not block other requests.
-    validation = await asyncio.to_thread(_checked, stored, past, request.gateway.catalog)
+    validation = await asyncio.to_thread(_checked, stored, past, await request.catalog())
     return editing.answer(stored, _shown(stored, validation))
 
 
 async def compute_scopes(request: GatewayRequest) -> JsonResponse:
     """Compute the permissions that a workflow needs, from its nodes, and store them."""
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
 
     def with_scopes(before: StoredWorkflow) -> StoredWorkflow:
         return before.with_columns(

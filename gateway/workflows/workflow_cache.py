@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from execution.organization_catalogs import OrganizationCatalogs
     from journal.definition_snapshot import LoadedWorkflow
     from models.access import ApiCaller
     from models.database import Database
@@ -57,14 +58,16 @@ class CachedWorkflow:
 
     workflow: LoadedWorkflow
     fresh_until: float
+    catalog: NodeCatalog
+    """Node types by which it was validated."""
 
 
 class WorkflowCache:
     """Workflows that this process has used recently, by organization and id."""
 
-    def __init__(self, database: Database, catalog: NodeCatalog) -> None:
+    def __init__(self, database: Database, catalogs: OrganizationCatalogs) -> None:
         self._database = database
-        self._catalog = catalog
+        self._catalogs = catalogs
         self._kept: OrderedDict[tuple[str, str], CachedWorkflow] = OrderedDict()
         self._characters = 0
         self._loads: dict[tuple[str, str], asyncio.Task[LoadedWorkflow | None]] = {}
@@ -108,7 +111,12 @@ class WorkflowCache:
         found: dict[str, LoadedWorkflow] = {}
         for workflow_id, revision in revisions.items():
             kept = self._kept.get((organization_id, workflow_id))
-            if kept is not None and kept.workflow.revision == revision:
+            # An invalid one is read again: a custom node type may have been added.
+            if (
+                kept is not None
+                and kept.workflow.revision == revision
+                and not kept.workflow.validation.errors
+            ):
                 self._kept.move_to_end((organization_id, workflow_id))
                 found[workflow_id] = kept.workflow
         missing = [workflow_id for workflow_id in revisions if workflow_id not in found]
@@ -147,11 +155,12 @@ class WorkflowCache:
     async def _load(self, key: tuple[str, str]) -> LoadedWorkflow | None:
         asked_at = monotonic()
         async with self._database.read() as connection:
-            workflow = await self._current(connection, key)
+            catalog = await self._catalogs.read(connection, key[0])
+            workflow = await self._current(connection, key, catalog)
         if self._loads.get(key) is asyncio.current_task():  # otherwise a newer query has been started
             self._drop(key)
             if workflow is not None:
-                self._keep(key, CachedWorkflow(workflow, asked_at + CACHE_SECONDS))
+                self._keep(key, CachedWorkflow(workflow, asked_at + CACHE_SECONDS, catalog))
         return workflow
 
     async def _load_together(
@@ -161,6 +170,7 @@ class WorkflowCache:
         of_workflows = col(WorkflowShare.workflow_id).in_(workflow_ids)
         readers: dict[str, set[str]] = {}
         async with self._database.read() as connection:
+            catalog = await self._catalogs.read(connection, organization_id)
             rows = (
                 await connection.execute(
                     _WITH_GRAPH.where(
@@ -175,19 +185,17 @@ class WorkflowCache:
                 readers.setdefault(workflow_id, set()).add(user_id)
         # A thread, so that many graphs do not block other requests.
         loaded = await asyncio.to_thread(
-            lambda: [self._loaded_row(row, frozenset(readers.get(row.id, ()))) for row in rows]
+            lambda: [_loaded_row(row, frozenset(readers.get(row.id, ())), catalog) for row in rows]
         )
         for workflow in loaded:
             self._drop((organization_id, workflow.id))
-            self._keep((organization_id, workflow.id), CachedWorkflow(workflow, asked_at + CACHE_SECONDS))
+            cached = CachedWorkflow(workflow, asked_at + CACHE_SECONDS, catalog)
+            self._keep((organization_id, workflow.id), cached)
         return {workflow.id: workflow for workflow in loaded}
 
-    def _loaded_row(self, row: Row[Any], readers: frozenset[str]) -> LoadedWorkflow:
-        return definition_snapshot.load_workflow(
-            row, readers, self._catalog, is_deployed=bool(row.is_deployed)
-        )
-
-    async def _current(self, connection: AsyncConnection, key: tuple[str, str]) -> LoadedWorkflow | None:
+    async def _current(
+        self, connection: AsyncConnection, key: tuple[str, str], catalog: NodeCatalog
+    ) -> LoadedWorkflow | None:
         organization_id, workflow_id = key
         condition = (
             col(Workflow.organization_id) == organization_id,
@@ -195,7 +203,7 @@ class WorkflowCache:
             col(Workflow.deleted_at).is_(None),
         )
         kept = self._kept.get(key)
-        if kept is not None:
+        if kept is not None and kept.catalog is catalog:
             now = (
                 await connection.execute(select(col(Workflow.revision), _IS_DEPLOYED).where(*condition))
             ).first()
@@ -207,7 +215,7 @@ class WorkflowCache:
         shares = select(col(WorkflowShare.user_id)).where(col(WorkflowShare.workflow_id) == workflow_id)
         readers = frozenset(await connection.scalars(shares))
         # A thread, so that a large graph does not block other requests.
-        return await asyncio.to_thread(self._loaded_row, row, readers)
+        return await asyncio.to_thread(_loaded_row, row, readers, catalog)
 
     def _keep(self, key: tuple[str, str], kept: CachedWorkflow) -> None:
         self._kept[key] = kept
@@ -219,3 +227,7 @@ class WorkflowCache:
         dropped = self._kept.pop(key, None)
         if dropped is not None:
             self._characters -= len(dropped.workflow.definition)
+
+
+def _loaded_row(row: Row[Any], readers: frozenset[str], catalog: NodeCatalog) -> LoadedWorkflow:
+    return definition_snapshot.load_workflow(row, readers, catalog, is_deployed=bool(row.is_deployed))

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select, update
+from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select, tuple_, update
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
+from gateway.http import errors
 from gateway.workflows import schedule_rows, stored_workflow
 from gateway.workflows.stored_workflow import StoredWorkflow
-from journal import held_runs
+from journal import definition_snapshot, held_runs
 from journal.store import ExecutionKey
 from models import ids
 from models.column_types import column_values
+from models.custom_node_type import CustomNodeType
 from models.execution import Execution, ExecutionData
 from models.execution_status import TERMINAL_STATUSES
 from models.workflow import (
@@ -252,9 +254,48 @@ async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
     )
 
 
+async def has_custom_types(connection: AsyncConnection, organization_id: str) -> bool:
+    """Tell whether an organization has node types of its own."""
+    statement = select(col(CustomNodeType.type)).where(col(CustomNodeType.organization_id) == organization_id)
+    return await connection.scalar(statement.limit(1)) is not None
+
+
+async def lock_custom_types(
+    connection: AsyncConnection, organization_id: str, nodes: Sequence[StoredNode], catalog: NodeCatalog
+) -> None:
+    """Keep the custom types of nodes from being deleted until the end of the transaction.
+
+    Raises 409 if one was deleted meanwhile.
+    """
+    used = {
+        (str(node["type"]), str(node["version"]))
+        for node in nodes
+        if definition_snapshot.has_custom_type(node) and "version" in node
+    }
+    wanted = {
+        (name, version)
+        for name, version in used
+        if (found := catalog.node_types.get(name)) and version in {found.version, *found.earlier}
+    }
+    if not wanted:
+        return
+    statement = (
+        select(col(CustomNodeType.type), col(CustomNodeType.version))
+        .where(
+            col(CustomNodeType.organization_id) == organization_id,
+            tuple_(col(CustomNodeType.type), col(CustomNodeType.version)).in_(sorted(wanted)),
+        )
+        .order_by(col(CustomNodeType.type), col(CustomNodeType.version))
+        .with_for_update(read=True)
+    )
+    if len((await connection.execute(statement)).all()) < len(wanted):
+        raise errors.conflict("edit-conflict", "A node type of the workflow is being deleted: try again")
+
+
 async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:
     """Insert a workflow with its graph, triggers, tags and first version."""
     workflow = stored.workflow
+    await lock_custom_types(connection, workflow.organization_id, stored.nodes, catalog)
     graph = WorkflowGraph(
         workflow_id=workflow.id,
         shard=workflow.shard,
@@ -311,6 +352,7 @@ async def save_workflow(
         return False
     changed: dict[str, object] = {}
     if after.nodes is not before.nodes:
+        await lock_custom_types(connection, workflow.organization_id, after.nodes, catalog)
         changed["nodes"] = list(after.nodes)
     if after.connections is not before.connections:
         changed["connections"] = list(after.connections)

@@ -111,7 +111,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
     body = body_of(request, value, CreateWorkflow)
     # A thread, so that a large graph does not block other requests.
     made = await asyncio.to_thread(
-        workflow_shapes.build_workflow, request.caller, body, request.gateway.catalog, request.gateway.clock()
+        workflow_shapes.build_workflow, request.caller, body, await request.catalog(), request.gateway.clock()
     )
     read_only.warn_of_new(request, value, CreateWorkflow, lambda: workflow_shapes.show_workflow(made))
     idempotency_key = await offload.run(request.idempotency_key, value)
@@ -128,7 +128,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateWorkflow)
-    catalog = request.gateway.catalog
+    catalog = await request.catalog()
 
     def change(before: StoredWorkflow) -> StoredWorkflow:
         read_only.require_same(value, UpdateWorkflow, lambda: workflow_shapes.show_workflow(before))

@@ -31,6 +31,7 @@ from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from models.ids import new_id, shard_of
 from models.workflow import Workflow, WorkflowShare
+from tests.custom_types import custom_type
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running, serve_as_pods
 from tests.integration.gateway_harness import EDGE, GRAPH, SECRET, GatewayHarness, UserClient, create_gateway
@@ -131,6 +132,8 @@ SCOPES = {
 }
 """Scope of the key for operations that no scope alone permits."""
 
+NODE_TYPE = custom_type(type="<type>")
+
 Make: TypeAlias = Callable[["AccessCast", bool], Awaitable[str]]
 """Creates an object of the owner, public or not, and returns its id."""
 
@@ -182,11 +185,12 @@ class AccessCast:
             "id": target,
             "guest": self.users[CallerKind.GUEST].id,
             "colleague": self.users[CallerKind.COLLEAGUE].id,
+            "type": f"acme/{_new_name()}",
             "address": f"{uuid4().hex}@example.com",
             "subscribed": self.kept.get((create_subscribed_workflow, True), ""),
         }
         steps = {"sub": "step", "subId": words["guest"], "version": "1", "other": "current", "type": "set"}
-        steps["sha256"] = NOTHING
+        steps |= {"sha256": NOTHING, "name": target}
         key = self.keys.get((caller, row.scope))
         return await client.request(
             row.method,
@@ -202,7 +206,7 @@ class AccessCast:
         return [
             kept
             for (make, is_public), kept in self.kept.items()
-            if caller is CallerKind.STRANGER or not (is_public or make is create_template)
+            if caller is CallerKind.STRANGER or not (is_public or make in {create_template, create_node_type})
         ]
 
 
@@ -236,6 +240,18 @@ async def create_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FB
 
     await cast.harness.gateway.database.transaction(open_up)
     return workflow_id
+
+
+def _new_name() -> str:
+    return f"x{uuid4().hex}"
+
+
+async def create_node_type(cast: AccessCast, _is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Create a custom node type of the namespace `set`; return its name in it."""
+    name = _new_name()
+    made = await cast.owner.api.post("/api/v1/workflow-nodes", json=custom_type(type=f"set/{name}"))
+    assert made.status_code == 201, made.text
+    return name
 
 
 async def create_template(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
@@ -407,6 +423,7 @@ MADE: Sequence[Make] = (
         create_email_workflow,
         create_template,
         create_delivery,
+        create_node_type,
     ),
     *(create_failed_execution, create_waiting_execution, create_key, create_session, create_data_source),
     *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
@@ -498,6 +515,20 @@ ROWS = [
     change_row("PUT", "/visibility", {"isPublic": True}),
     AccessRow("GET", "/api/v1/workflow-nodes", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
+    AccessRow("POST", "/api/v1/workflow-nodes", KeyScope.NODES_WRITE, OWN, body=NODE_TYPE, status=201),
+    AccessRow("GET", "/api/v1/workflow-nodes/{type}/{name}", READ, TEMPLATE_READERS, create_node_type),
+    AccessRow("GET", "/api/v1/workflow-nodes/{type}/{name}/schema", READ, TEMPLATE_READERS, create_node_type),
+    AccessRow(
+        "GET", "/api/v1/workflow-nodes/{type}/{name}/versions", READ, TEMPLATE_READERS, create_node_type
+    ),
+    AccessRow(
+        "DELETE",
+        "/api/v1/workflow-nodes/{type}/{name}",
+        KeyScope.NODES_WRITE,
+        TEMPLATE_READERS,
+        create_node_type,
+        status=204,
+    ),
     AccessRow("GET", "/api/v1/workflows", READ, OWN),
     AccessRow("GET", "/api/v1/workflows/stats", READ, OWN),
     AccessRow("GET", "/api/v1/workflows/templates", READ, OWN),

@@ -14,6 +14,7 @@ from journal.blobs.blob_storage import BlobOwner
 from models import ids
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
+from tests.custom_types import RESIZE
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
@@ -44,6 +45,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     template_id = await admin.create(name="A template")
     await _send(people, "PUT", f"workflows/{template_id}/visibility", {"isTemplate": True})
     await _send(people, "POST", f"workflows/{workflow_id}/share", {"userId": people.owner.user.id})
+    await _send(people, "POST", "workflow-nodes", RESIZE)
     key = await _send(people, "POST", "auth/keys", {"name": "a key to revoke"})
     body = {"name": f"For {workflow_id}", "type": "postgresql", **DATABASE}
     source = await _send(people, "POST", "datasources", body)

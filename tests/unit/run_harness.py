@@ -83,6 +83,9 @@ class MadeUpNodeTypes:
     def implementation_digest(self, node_type: NodeType) -> bytes:
         return sha256(self.kinds[node_type.type].code).digest()[:PART_BYTES]
 
+    def rendered_config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002 - the protocol's signature
+        return []
+
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002 - the protocol's signature
         return []
 

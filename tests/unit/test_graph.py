@@ -36,6 +36,7 @@ def test_a_stored_definition_is_read_as_it_says() -> None:
         pass_through_values={"total": "amount"},
         retry=RetryPolicy(max_attempts=5, backoff_seconds=2.0, max_delay_seconds=60.0, jitter=0.0),
         timeout_seconds=30.0,
+        has_own_retry=True,
     )
     assert graph.edges == (GraphEdge("e", "a", "pay", source_port="true", target_port="tools"),)
     assert graph.settings == RunSettings(timeout_seconds=60.0, strict_mappings=True, parallelism=4)

@@ -11,7 +11,7 @@ from gateway.http.parameters import LIMIT, OFFSET, QueryParameter, TextParameter
 from gateway.http.request import QueryString
 
 PARAMETERS = [
-    pytest.param(parameter, id=f"{line.path} {parameter.name}")
+    pytest.param(parameter, id=f"{line.method} {line.path} {parameter.name}")
     for line in routes.TABLE
     for parameter in line.query
 ]

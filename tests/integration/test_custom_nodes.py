@@ -1,0 +1,206 @@
+"""Custom node types: versions that never change, their place in catalog, validation and definitions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from sqlmodel import col
+
+from json_text import decoding
+from models.access import KeyScope
+from models.execution import Execution
+from models.workflow import Definition
+from tests.custom_types import RESIZE, custom_graph, custom_type
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+
+pytestmark = pytest.mark.timeout(60)
+NODES = "/api/v1/workflow-nodes"
+READ_ONLY = {"resources", "s3Location", "runnable", "isTrigger", "defaults", "evaluated"}
+
+
+async def add_type(person: UserClient, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    answer = await person.api.post(NODES, json=custom_type(**changes))
+    assert answer.status_code == 201, answer.text
+    shown: dict[str, Any] = answer.json()
+    return shown
+
+
+async def validate(person: UserClient, workflow_id: str) -> dict[str, Any]:
+    answer = await person.api.post(f"/api/v1/workflows/{workflow_id}/validate")
+    shown: dict[str, Any] = answer.json()
+    return shown
+
+
+async def test_a_version_never_changes_and_its_answer_can_be_sent_again(people: OrganizationUsers) -> None:
+    api = people.owner.api
+    shown = await add_type(people.owner)
+    assert shown["effect"] == {"default": "write"}
+    assert shown["defaults"] == {"width": 1200}
+    assert shown["task"]["retry"] == {
+        "maxAttempts": 3,
+        "backoff": "exponential",
+        "delay": 1,
+        "maxDelay": 60,
+    }
+
+    again = await api.post(NODES, json=shown)
+    assert (again.status_code, again.json()) == (200, shown)
+    same = await asyncio.gather(*(api.post(NODES, json=custom_type(version="1.3.0")) for _ in range(5)))
+    assert sorted(one.status_code for one in same) == [200, 200, 200, 200, 201]
+    assert_refused(await api.post(NODES, json=custom_type(description="Another.")), 409, "version-exists")
+
+    await add_type(people.owner, version="1.10.0", description="Newest.")
+    await add_type(people.owner, version="1.9.0")
+    found = (await api.get(f"{NODES}/acme/resize")).json()
+    assert (found["version"], found["description"]) == ("1.10.0", "Newest.")
+    older = (await api.get(f"{NODES}/acme/resize/schema?version=1.2.0")).json()
+    assert older["hash"] == shown["hash"]
+    versions = (await api.get(f"{NODES}/acme/resize/versions")).json()
+    assert [one["version"] for one in versions["versions"]] == ["1.10.0", "1.9.0", "1.3.0", "1.2.0"]
+
+    # Deprecation hides a version, and may change.
+    for version in ("1.10.0", "1.9.0", "1.3.0", "1.2.0"):
+        one = (await api.get(f"{NODES}/acme/resize?version={version}")).json()
+        assert (await api.post(NODES, json={**one, "deprecated": True})).json()["deprecated"] is True
+    assert (await api.get(f"{NODES}?search=resize")).json()["count"] == 0
+    assert (await api.get(f"{NODES}?search=resize&deprecated=true")).json()["count"] == 1
+    oldest = (await api.get(f"{NODES}/acme/resize?version=1.2.0")).json()
+    await api.post(NODES, json={**oldest, "deprecated": False})
+    listed = (await api.get(f"{NODES}?search=resize")).json()["nodes"]
+    assert [one["version"] for one in listed] == ["1.2.0"]
+
+
+async def test_documents_are_checked(people: OrganizationUsers) -> None:
+    async def refused(**changes: Any) -> str:  # noqa: ANN401 - any JSON value
+        answer = await people.owner.api.post(NODES, json=custom_type(**changes))
+        assert answer.status_code == 422, answer.text
+        return " ".join(one["message"] for one in answer.json()["error"]["details"])
+
+    assert "a namespace and a name" in await refused(type="resize")
+    assert "reserved" in await refused(type="pilotflame/resize")
+    assert "reserved" in await refused(type="acme/schema")
+    assert "three numbers" in await refused(version="1.2")
+    assert "did you mean effect?" in await refused(efect="read")
+    assert "no references outside" in await refused(config={"properties": {"a": {"$ref": "http://x/y"}}})
+    assert "contains itself" in await refused(
+        config={
+            "properties": {"a": {"$ref": "#/$defs/a"}},
+            "$defs": {"a": {"properties": {"b": {"$ref": "#/$defs/a"}}}},
+        }
+    )
+    assert "not supported" in await refused(config={"patternProperties": {"a": {}}})
+    assert "no usable JSON Schema" in await refused(config={"properties": {"a": {"pattern": "(a)\\1"}}})
+    assert "larger than" in await refused(config={"properties": {"a": {"description": "x" * 70_000}}})
+    assert "config.type" in await refused(config={"type": "string"})
+    assert "the port error" in await refused(ports={"outputs": ["output", "error"]})
+    assert "exponential or fixed" in await refused(task={"retry": {"backoff": "often"}})
+    assert "task.concurrency.key" in await refused(task={"concurrency": {"limit": 1, "key": "{{ nothing }}"}})
+    assert "no property" in await refused(effect={"default": "read", "field": "metod", "cases": {}})
+    # Exponential references cost nothing.
+    doubled = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(30)}
+    bomb = {"properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": {**doubled, "d30": {"type": "string"}}}
+    assert "too large or too deep" in await refused(config=bomb)
+
+
+async def test_references_are_written_out(people: OrganizationUsers) -> None:
+    config = {
+        "type": "object",
+        "properties": {"size": {"$ref": "#/$defs/Size", "description": "The size."}},
+        "$defs": {"Size": {"type": "object", "properties": {"width": {"type": "integer"}}}},
+    }
+    shown = await add_type(people.owner, config=config)
+    size = {"type": "object", "properties": {"width": {"type": "integer"}}, "description": "The size."}
+    assert shown["config"]["properties"] == {"size": size}
+    again = await people.owner.api.post(NODES, json=custom_type(config=config))
+    assert again.status_code == 200
+
+
+async def test_custom_types_are_seen_by_their_organization_alone(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people.owner)
+    assert (await people.colleague.api.get(f"{NODES}/acme/resize")).status_code == 200
+    for path in ("", "/schema", "/versions"):
+        assert_refused(await people.stranger.api.get(f"{NODES}/acme/resize{path}"), 404, "not-found")
+    assert_refused(await people.stranger.api.delete(f"{NODES}/acme/resize"), 404, "not-found")
+    assert (await people.stranger.api.get(f"{NODES}?type=acme/resize")).json()["count"] == 0
+    refused = await people.stranger.api.post("/api/v1/workflows", json={"name": "x", **custom_graph()})
+    assert_refused(refused, 422, "validation-failed")
+    assert "acme/resize" not in refused.json()["error"]["details"][0]["message"].partition("did you")[2]
+
+    organization = await harness.organization()
+    worker = await harness.person(organization, scopes={KeyScope.TASKS_WORK, KeyScope.WORKFLOWS_READ})
+    assert_refused(await worker.api.post(NODES, json=RESIZE), 403, "scope-required")
+
+
+async def test_validation_reads_the_document(people: OrganizationUsers) -> None:
+    await add_type(people.owner)
+    await add_type(people.owner, version="1.3.0")
+    workflow_id = await people.owner.create(**custom_graph({"image": 7, "widht": 3}))
+    shown = await people.owner.workflow(workflow_id)
+    work = next(node for node in shown["nodes"] if node["id"] == "work")
+    assert (work["version"], work["label"]) == ("1.3.0", "Resize image")
+    found = await validate(people.owner, workflow_id)
+    messages = " ".join(one["message"] for one in [*found["errors"], *found["warnings"]])
+    assert "image: must be a text, not" in messages
+    assert "did you mean width?" in messages
+    config = {"image": "{{ data.file }}", "width": "{{ data.width }}"}
+    changed = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=custom_graph(config))
+    assert changed.status_code == 200, changed.text
+    assert (await validate(people.owner, workflow_id))["errors"] == []
+
+    # A wrong port and a misspelled type have fixes, also where the type was added after the workflow.
+    wrong = custom_graph(type_name="acme/resise")
+    assert "did you mean acme/resize?" in str(
+        (await people.owner.api.post("/api/v1/workflows", json={"name": "x", **wrong})).json()
+    )
+    later = custom_graph()
+    later["nodes"].append({"id": "end", "nodeId": "log", "config": {"message": "x"}})
+    later["connections"].append({"source": "work", "sourcePort": "to-small", "target": "end"})
+    workflow_id = await people.owner.create(**later)
+    error = (await validate(people.owner, workflow_id))["errors"][0]
+    assert (error["type"], error["fix"]["value"]) == ("invalid-port", "too-small")
+
+
+async def test_a_type_is_deleted_only_while_no_workflow_has_it(people: OrganizationUsers) -> None:
+    api = people.owner.api
+    await add_type(people.owner)
+    await add_type(people.owner, version="1.3.0")
+    workflow_id = await people.owner.create(**custom_graph(version="1.2.0"))
+    refused = await api.delete(f"{NODES}/acme/resize?version=1.2.0")
+    assert_refused(refused, 409, "node-type-in-use")
+    assert [one["path"] for one in refused.json()["error"]["details"]] == [f"workflows.{workflow_id}"]
+    assert_refused(await api.delete(f"{NODES}/acme/resize"), 409, "node-type-in-use")
+    hidden = await people.colleague.api.delete(f"{NODES}/acme/resize")
+    assert hidden.json()["error"]["details"] == []
+    assert (await api.delete(f"{NODES}/acme/resize?version=1.3.0")).status_code == 204
+    assert_refused(await api.delete(f"{NODES}/acme/resize?version=1.3.0"), 404, "not-found")
+    assert (await api.delete(f"/api/v1/workflows/{workflow_id}")).status_code == 204
+    assert (await api.delete(f"{NODES}/acme/resize")).status_code == 204
+    audit = await people.admin.api.get("/api/v1/audit?objectId=acme/resize@1.2.0")
+    assert [one["action"] for one in audit.json()["entries"]] == ["node-type.deleted", "node-type.added"]
+
+
+async def test_a_run_pins_the_content_of_its_types(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**{**custom_graph(), "nodes": custom_graph()["nodes"][:1]})
+    await add_type(people.owner)
+    changed = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=custom_graph())
+    assert changed.status_code == 200, changed.text
+    answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    assert answer.status_code == 201, answer.text
+    statement = (
+        select(col(Definition.body))
+        .join(Execution, col(Execution.definition_hash) == col(Definition.hash))
+        .where(col(Execution.id) == answer.json()["executionId"])
+    )
+    async with harness.gateway.database.read() as connection:
+        body = await connection.scalar(statement)
+    pinned = decoding.decode(body or "{}")["nodeTypes"]["acme/resize"]["1.2.0"]
+    assert pinned["ports"]["outputs"] == ["output", "too-small"]
+    exported = await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/export")
+    assert exported.json()["nodes"][1]["version"] == "1.2.0"
