@@ -20,6 +20,7 @@ from gateway.dashboard.pages import (
     run_list,
     run_replay,
     schedule_list,
+    trigger_setup,
     workflow,
     workflow_list,
 )
@@ -30,6 +31,7 @@ PAGES: Final[Sequence[Page]] = (
     overview.PAGE,
     workflow_list.PAGE,
     workflow.PAGE,
+    trigger_setup.PAGE,
     run_list.PAGE,
     approvals.PAGE,
     run.PAGE,

@@ -8,7 +8,7 @@ all streams of an organization, from the newest rows alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
-from sqlalchemy import and_, select
+from sqlalchemy import and_, func, select
 from sqlmodel import col
 
 from gateway.executions.live_events import HEADERS
@@ -25,7 +25,7 @@ from gateway.http.errors import ApiError
 from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData
 from models.execution_status import TERMINAL_STATUSES
-from models.ingest import Delivery
+from models.ingest import Delivery, RejectedRequestSample
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -212,26 +212,24 @@ class LiveHints:
             del self._lists[topic, organization_id]
 
     async def _watch_list(self, topic: str, organization_id: str, watch: ListWatch) -> None:
-        statement = (
-            _newest_runs(organization_id) if topic == EXECUTIONS else _newest_deliveries(organization_id)
-        )
+        statements = _STATEMENTS[topic](organization_id)
         while True:
             with suppress(DatabaseUnavailable):
-                version = await self._read_version(statement)
+                version = await self._read_version(statements)
                 if watch.version and version != watch.version:
                     for queue in watch.queues:
                         queue.put(LiveHint(topic, "", version))
                 watch.version = version
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _read_version(self, statement: Select[*tuple[Any, ...]]) -> str:
+    async def _read_version(self, statements: Sequence[Select[*tuple[Any, ...]]]) -> str:
         async with self._live_events.database.read() as connection:
-            rows = (await connection.execute(statement)).all()
+            rows = [row for one in statements for row in (await connection.execute(one)).all()]
         return blake2b(repr([tuple(row) for row in rows]).encode(), digest_size=12).hexdigest()
 
 
-def _newest_runs(organization_id: str) -> Select[*tuple[Any, ...]]:
-    return (
+def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
+    newest = (
         select(col(Execution.id), col(Execution.updated_at))
         .join(
             ExecutionData,
@@ -244,15 +242,28 @@ def _newest_runs(organization_id: str) -> Select[*tuple[Any, ...]]:
         .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
         .limit(WATCHED_ROWS)
     )
+    return (newest,)
 
 
-def _newest_deliveries(organization_id: str) -> Select[*tuple[Any, ...]]:
-    return (
+def _newest_deliveries(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
+    """Return the queries of the newest deliveries, and of the newest sample of a refused request."""
+    newest = (
         select(col(Delivery.id))
         .where(col(Delivery.organization_id) == organization_id)
         .order_by(col(Delivery.created_at).desc(), col(Delivery.id).desc())
         .limit(WATCHED_ROWS)
     )
+    refused = select(func.max(col(RejectedRequestSample.created_at))).where(
+        col(RejectedRequestSample.organization_id) == organization_id
+    )
+    return newest, refused
+
+
+_STATEMENTS: Final[Mapping[str, Callable[[str], Sequence[Select[*tuple[Any, ...]]]]]] = {
+    EXECUTIONS: _newest_runs,
+    DELIVERIES: _newest_deliveries,
+}
+"""Queries of the rows whose change is a change of a list, by topic."""
 
 
 class HintStream:

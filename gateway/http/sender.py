@@ -87,17 +87,20 @@ class SenderAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, scope: Scope) -> RequestSender | None:
-        """Return the sender of a key or of a token in the URL; None when the request has neither.
+        """Return the sender of a key, of a token in the URL, or of a browser session; None without any.
 
-        Raises 401 for an invalid one, 403 for a key without the scope, and 429 after too many failures.
+        Raises 401 for an invalid key or token, 403 for a key without the scope or a session that another site
+        uses, and 429 after too many failures.
         """
         if any(name == b"x-api-key" for name, _ in scope["headers"]):
-            caller = await self._authenticator.caller(scope)
-            if not caller.has_scope(KeyScope.WORKFLOWS_EXECUTE):
-                raise errors.scope_required(KeyScope.WORKFLOWS_EXECUTE)
-            return RequestSender(caller, f"api-key:{caller.key_id}")
+            return _sender_of(await self._authenticator.caller(scope))
         token = _read_token(scope)
-        return None if token is None else await self.by_token(scope, token)
+        if token is not None:
+            return await self.by_token(scope, token)
+        if not any(name == b"cookie" for name, _ in scope["headers"]):
+            return None  # any other program than a browser
+        caller = await self._authenticator.sessions.caller(scope)
+        return None if caller is None else _sender_of(caller)
 
     async def by_path_token(self, scope: Scope, token: str) -> RequestSender:
         """Return the sender of a trigger token in the path of a URL, which identifies the workflow too.
@@ -185,6 +188,13 @@ def refuse_sender() -> ApiError:
     )
     # Some senders send user and password only after a challenge.
     return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": 'Basic realm="Pilotflame"'})
+
+
+def _sender_of(caller: ApiCaller) -> RequestSender:
+    """Return the sender that a key is; a session stands for its key. Raises 403 without the scope."""
+    if not caller.has_scope(KeyScope.WORKFLOWS_EXECUTE):
+        raise errors.scope_required(KeyScope.WORKFLOWS_EXECUTE)
+    return RequestSender(caller, f"api-key:{caller.key_id}")
 
 
 def _read_token(scope: Scope) -> str | None:

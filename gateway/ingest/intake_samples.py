@@ -10,6 +10,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
 from gateway.ingest import rejected_samples
+from gateway.workflows import editing
 from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 ROUTE: Final = ChoiceParameter("route", "Only requests of this route.", IngestRoute)
 LISTED: Final = (ROUTE, LIMIT, OFFSET)
+OF_WORKFLOW: Final = (LIMIT, OFFSET)
 
 
 class SampleShape(WireStruct):
@@ -57,6 +59,22 @@ async def index(request: GatewayRequest) -> JsonResponse:
     query, part = request.query, request.query.page()
     async with request.gateway.database.read() as connection:
         count, found = await rejected_samples.list_samples(connection, request.caller, query[ROUTE], part)
+    shown = [_shape(one) for one in found]
+    return JsonResponse(SampleList(count=count, limit=part.limit, offset=part.offset, samples=shown))
+
+
+async def of_workflow(request: GatewayRequest) -> JsonResponse:
+    """List recent rejected requests that named a workflow or its token, for its owner and admins.
+
+    The last hundred of each route are kept, for all organizations together.
+    """
+    part = request.query.page()
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request.requested_object)
+        editing.require_writer(request.caller, stored.workflow)
+        count, found = await rejected_samples.list_samples(
+            connection, request.caller, None, part, stored.workflow.id
+        )
     shown = [_shape(one) for one in found]
     return JsonResponse(SampleList(count=count, limit=part.limit, offset=part.offset, samples=shown))
 

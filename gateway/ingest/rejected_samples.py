@@ -127,10 +127,16 @@ class RejectedSamples:
 
 
 async def list_samples(
-    connection: AsyncConnection, caller: ApiCaller, route: IngestRoute | None, part: PageBounds
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    route: IngestRoute | None,
+    part: PageBounds,
+    workflow_id: str | None = None,
 ) -> tuple[int, list[RejectedRequestSample]]:
     """Return the number of samples of the caller's organization, and a page of them, the newest first."""
     conditions = [col(RejectedRequestSample.organization_id) == caller.organization_id]
+    if workflow_id is not None:
+        conditions.append(col(RejectedRequestSample.workflow_id) == workflow_id)
     if route is not None:
         conditions.append(col(RejectedRequestSample.route) == route)
     found = await connection.scalar(

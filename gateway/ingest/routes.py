@@ -205,6 +205,15 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "GET",
+        "/api/v1/workflows/{id}/intake-samples",
+        READ,
+        intake_samples.of_workflow,
+        answer=intake_samples.SampleList,
+        query=intake_samples.OF_WORKFLOW,
+        docs=OperationDoc(refusals=("not-owner",)),
+    ),
+    Route(
+        "GET",
         "/api/v1/deliveries",
         READ,
         deliveries.index_all,

@@ -223,7 +223,7 @@ def codes(line: Route) -> list[str]:
     found = set(_note(line).refusals)
     if line.access is not AccessRule.PUBLIC:
         found |= {"unauthorized", "rate-limited", "internal-error", "not-ready"}
-        if line.access is not AccessRule.SENDER and line.method not in SAFE_METHODS:
+        if line.method not in SAFE_METHODS:
             found |= {"cross-site-request"}
     if line.access not in {AccessRule.PUBLIC, AccessRule.ANY_KEY}:
         found |= {"scope-required"}

@@ -579,6 +579,7 @@ ROWS = [
     write_row("POST", "/trigger-token", status=201),
     write_row("DELETE", "/trigger-token", status=204),
     read_row("GET", "/deliveries"),
+    AccessRow("GET", f"{WORKFLOW}/intake-samples", READ, WRITERS, create_workflow),
     read_row("POST", "/deliveries/redrive", scope=EXECUTE),
     read_row("GET", "/dead-letters"),
     read_row("POST", "/dead-letters/redrive", scope=EXECUTE),

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from gateway.dashboard.pages import dead_letter_list
+from gateway.dashboard.pages import dead_letter_list, trigger_setup
 from models import access_store
 from models.access import Organization, UserRole
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.gateway_harness import (
+    STEP,
+    GatewayHarness,
+    OrganizationUsers,
+    assert_refused,
+    create_gateway,
+)
 from tests.integration.test_dashboard import HOSTILE, sign_in
 from tests.integration.test_gateway_deliveries import enqueue
 from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS
@@ -114,3 +122,102 @@ def test_nodes_that_write_are_named_by_the_effect_of_their_config() -> None:
     ]
     assert dead_letter_list.list_writes({"nodes": nodes}, types) == ["Write", "d", "e"]
     assert dead_letter_list.list_writes(None, types) == ()
+
+
+# ── set-up of triggers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def graph_of(trigger: str, **config: object) -> dict[str, Any]:
+    """Return an active workflow that begins with a trigger of this type."""
+    return {
+        **QUEUE,
+        "status": "active",
+        "nodes": [{"id": "start", "nodeId": trigger, "label": "Start", "config": config}, STEP],
+    }
+
+
+@pytest.mark.parametrize(
+    ("trigger", "config", "sender", "texts"),
+    [
+        ("email-trigger", {}, "", ["mx.sendgrid.net", "/email-trigger</code>", "Public key"]),
+        ("email-trigger", {}, "mailgun", ["mxa.mailgun.org", "?format=mime", "HTTP webhook signing key"]),
+        ("email-trigger", {}, "ses", ["inbound-smtp.eu-west-1.amazonaws.com", "ARN of the topic"]),
+        ("email-trigger", {}, "other", ["message/rfc822", "/mail/"]),
+        ("webhook", {}, "", ["Payload URL", "X-Hub-Signature-256"]),
+        ("webhook", {}, "stripe", ["Add destination", "Stripe-Signature"]),
+        ("webhook", {}, "slack", ["Slash Commands", "X-Slack-Signature"]),
+        ("webhook", {"verification": {"provider": "none"}}, "", ["webhook-signature", "Verified as"]),
+        ("queue-trigger", {}, "", ["/enqueue-batch", "Send a test message"]),
+        ("event-trigger", {"event_type": ["order.*"]}, "", ["order.test", "/api/v1/workflows/events"]),
+        ("schedule-trigger", {"cron": "30 2 * * *"}, "", ["30 2 * * *", "Next runs", "Run it now"]),
+    ],
+)
+async def test_the_page_of_a_trigger_says_what_to_paste_where(
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    trigger: str,
+    config: dict[str, object],
+    sender: str,
+    texts: list[str],
+) -> None:
+    workflow_id = await people.owner.create(**graph_of(trigger, **config))
+    browser = await sign_in(harness, people.owner.key)
+    page = await browser.get(f"/dashboard/workflows/{workflow_id}/trigger?sender={sender}")
+    assert page.status_code == 200
+    shown = html.unescape(page.text)
+    assert [text for text in texts if text not in shown] == []
+    assert ("Waiting for the first delivery…" in shown) is (trigger != "schedule-trigger")
+    stranger = await sign_in(harness, people.stranger.key)
+    assert (await stranger.get(f"/dashboard/workflows/{workflow_id}/trigger")).status_code == 404
+
+
+async def test_the_page_of_a_trigger_explains_refused_requests_to_those_who_may_mend_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**graph_of("email-trigger"))
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/visibility", json={"isPublic": True})
+    anonymous = await harness.client()
+    assert (await anonymous.post(f"{WORKFLOWS}/{workflow_id}/email-trigger", json={})).status_code == 401
+    await harness.gateway.samples.drain()
+    path = f"/dashboard/workflows/{workflow_id}/trigger"
+    page = await (await sign_in(harness, people.owner.key)).get(path)
+    assert "1 was refused" in page.text
+    assert "no valid signature and no token" in page.text
+    seen = await (await sign_in(harness, people.colleague.key)).get(path)
+    assert "Waiting for the first delivery…" in seen.text
+    samples = f"{WORKFLOWS}/{workflow_id}/intake-samples"
+    assert (await people.owner.api.get(samples)).json()["samples"][0]["reason"].startswith("unauthorized: ")
+    assert_refused(await people.colleague.api.get(samples), 403, "not-owner")
+    assert_refused(await people.stranger.api.get(samples), 404, "not-found")
+    await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/email-trigger", json={"subject": "Now"})
+    mended = await (await sign_in(harness, people.owner.key)).get(path)
+    assert "was refused" not in mended.text
+    assert "Receiving" in mended.text
+
+
+async def test_a_session_sends_test_requests_from_pages_of_this_server_alone(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**graph_of("queue-trigger"))
+    browser = await sign_in(harness, people.owner.key)
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+    sent = await browser.post(url, json={"message": 1})
+    assert sent.status_code == 201
+    delivery = (await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}/deliveries")).json()["deliveries"][0]
+    key_id = (await browser.get("/api/v1/auth/whoami")).json()["keyId"]
+    assert (delivery["sender"], delivery["executionId"]) == (f"api-key:{key_id}", sent.json()["executionId"])
+    foreign = await browser.post(url, json={"message": 1}, headers={"Sec-Fetch-Site": "cross-site"})
+    assert_refused(foreign, 403, "cross-site-request")
+    organization = await find_organization(harness, people.owner.user.organization_id)
+    viewer = await harness.person(organization, UserRole.VIEWER)
+    refused = await (await sign_in(harness, viewer.key)).post(url, json={"message": 1})
+    assert_refused(refused, 403, "scope-required")
+
+
+def test_the_sender_of_a_trigger_is_the_one_that_its_config_names() -> None:
+    mail, hook = trigger_setup.SENDERS["email"], trigger_setup.SENDERS["webhook"]
+    assert trigger_setup.guess_sender({}, mail) == "sendgrid"
+    assert trigger_setup.guess_sender({"ses": {"topics": []}}, mail) == "ses"
+    assert trigger_setup.guess_sender({"verification": {"provider": "slack"}}, hook) == "slack"
+    assert trigger_setup.guess_sender({"verification": {"provider": "hmac"}}, hook) == "other"
+    assert trigger_setup.guess_sender({}, ()) == ""

@@ -22,18 +22,22 @@ function confirmed(question) {
   });
 }
 
-// `data-json` fields hold JSON, `data-number` fields a number; checked `data-list` boxes of one name become a list.
+// `data-json` fields hold JSON, `data-number` fields a number; `data-list` fields of one name become a list, and
+// `data-off` boxes are false unless checked. `data-in` is the path of the object that a field belongs to.
 function bodyOf(form, button) {
   const body = form.dataset.sends ? JSON.parse(form.dataset.sends) : {};
   if (button?.name) body[button.name] = button.value;
   for (const field of form.elements) {
-    if (!field.name || field.type === "submit" || field.value === "" || (field.type === "checkbox" && !field.checked)) continue;
+    const isOff = field.type === "checkbox" && !field.checked;
+    if (!field.name || field.type === "submit" || field.value === "" || (isOff && !("off" in field.dataset))) continue;
+    const path = field.dataset.in ? field.dataset.in.split(".") : [];
+    const target = path.reduce((part, name) => (part[name] ??= {}), body);
     if ("list" in field.dataset) {
-      (body[field.name] ??= []).push(field.value);
+      (target[field.name] ??= []).push(field.value);
       continue;
     }
     const isNumber = field.type === "number" || "number" in field.dataset;
-    let value = field.type === "checkbox" ? true : isNumber ? Number(field.value) : field.value;
+    let value = field.type === "checkbox" ? !isOff : isNumber ? Number(field.value) : field.value;
     if ("json" in field.dataset) {
       try {
         value = JSON.parse(field.value);
@@ -44,10 +48,32 @@ function bodyOf(form, button) {
         return null;
       }
     }
-    const target = field.dataset.in ? (body[field.dataset.in] ??= {}) : body;
     target[field.name] = value;
   }
   return body;
+}
+
+// A refusal is shown at the form, if it has a place for it.
+function refuse(form, text) {
+  const place = form.querySelector("[data-problem]");
+  if (!place) {
+    say(text);
+    return;
+  }
+  place.textContent = text;
+  place.hidden = false;
+}
+
+async function copy(button) {
+  const source = document.getElementById(button.dataset.copies);
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    say("Copied");
+  } catch {
+    // Without HTTPS there is no clipboard: the text is selected instead.
+    getSelection().selectAllChildren(source);
+    say("Selected: press Ctrl+C");
+  }
 }
 
 async function submit(form, button) {
@@ -56,6 +82,7 @@ async function submit(form, button) {
   if (body === null || (form.dataset.confirm && !(await confirmed(form.dataset.confirm)))) return;
   const buttons = form.querySelectorAll("button[type=submit]");
   buttons.forEach((button) => { button.disabled = true; });
+  form.querySelector("[data-problem]")?.setAttribute("hidden", "");
   try {
     const options = { method, headers: {} };
     if (Object.keys(body).length || form.dataset.sends) {
@@ -67,9 +94,10 @@ async function submit(form, button) {
     const value = text ? JSON.parse(text) : {};
     if (!answer.ok) {
       const details = (value.error.details ?? []).map((one) => one.message).filter((one) => one !== value.error.message);
-      say([value.error.message, ...details].join(" · "));
+      refuse(form, [value.error.message, ...details].join(" · "));
       return;
     }
+    delete form.dataset.changed;
     form.closest("dialog")?.close();
     const fill = (text, encode) => (text ?? "").replace(/\{(\w+)\}/g, (_, name) => encode(value[name] ?? ""));
     const next = fill(form.dataset.then, encodeURIComponent);
@@ -77,7 +105,8 @@ async function submit(form, button) {
     else await reload();
     if (form.dataset.says) say(fill(form.dataset.says, String));
     if (form.dataset.shows) {
-      document.getElementById("shown-value").textContent = value[form.dataset.shows];
+      const shown = form.dataset.shows.split(".").reduce((part, name) => part[name], value);
+      document.getElementById("shown-value").textContent = shown;
       document.getElementById("shown").showModal();
     }
   } catch {
@@ -93,10 +122,15 @@ document.addEventListener("submit", (event) => {
     submit(event.target, event.submitter);
   }
 });
+// An update of the page keeps what a visitor has typed.
+document.addEventListener("input", (event) => {
+  if (event.target.form?.dataset.request) event.target.form.dataset.changed = "";
+});
 document.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-opens], [data-closes], [data-confirms]");
+  const button = event.target.closest("[data-opens], [data-closes], [data-confirms], [data-copies]");
   if (!button) return;
-  if (button.dataset.opens) document.getElementById(button.dataset.opens).showModal();
+  if (button.dataset.copies) copy(button);
+  else if (button.dataset.opens) document.getElementById(button.dataset.opens).showModal();
   else button.closest("dialog").close("confirms" in button.dataset ? "yes" : "");
 });
 

@@ -61,7 +61,7 @@ export async function reload({ takesNewRows = true } = {}) {
       Idiomorph.morph(document.querySelector("main"), page.querySelector("main"), {
         ignoreActiveValue: true,
         callbacks: {
-          beforeNodeMorphed: (old) => !(old instanceof HTMLElement && (old.matches("form:focus-within, dialog[open]"))),
+          beforeNodeMorphed: (old) => !(old instanceof HTMLElement && (old.matches("form:focus-within, form[data-changed], dialog[open]"))),
           beforeAttributeUpdated: (name, node) => !(name === "open" && node.matches("details")),
         },
       });

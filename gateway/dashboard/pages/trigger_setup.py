@@ -1,0 +1,197 @@
+"""Set-up of the trigger of one workflow: addresses, steps at each sender, a test, and what arrives meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.dashboard.addresses import list_address
+from gateway.dashboard.page import Page, PageData, PageFrame
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page_request import PageRequest
+
+SHOWN_ROWS: Final = 8
+SOURCES: Final = 100
+PATH: Final = "/dashboard/workflows/{id}/trigger"
+KINDS: Final = {
+    "queue-trigger": "queue",
+    "email-trigger": "email",
+    "webhook": "webhook",
+    "event-trigger": "event",
+    "schedule-trigger": "schedule",
+}
+SENDERS: Final[Mapping[str, Sequence[tuple[str, str]]]] = {
+    "email": (
+        ("sendgrid", "SendGrid"),
+        ("mailgun", "Mailgun"),
+        ("ses", "Amazon SES"),
+        ("other", "Another sender"),
+    ),
+    "webhook": (
+        ("github", "GitHub"),
+        ("stripe", "Stripe"),
+        ("slack", "Slack"),
+        ("other", "Another sender"),
+    ),
+}
+"""Senders with steps of their own, by kind of trigger."""
+TITLES: Final = {
+    "queue": "Messages",
+    "email": "Mail",
+    "webhook": "Webhook",
+    "event": "Events",
+    "schedule": "Schedule",
+}
+REMEDIES: Final = {
+    "unauthorized": "It reaches the address, but has no valid signature and no token. Finish the steps.",
+    "missing-signature": "It reaches the address and does not sign yet. Turn the signature on at the sender.",
+    "invalid-signature": "The secret here is not the sender's. Compare both, and the clock of the sender.",
+    "stale-signature": "It was signed too long ago. Compare the clocks.",
+    "no-secret": "It is signed, but no key is saved here. Save it on the left.",
+    "no-verification": "The trigger does not say how to verify senders. Choose it on the left.",
+    "trigger-not-ready": "The data source of the trigger is not usable. Choose one of the right type.",
+    "workflow-not-active": "Activate the workflow, then redrive the request.",
+    "network-not-allowed": "Add the sender's network to allowedNetworks.",
+    "validation-failed": "The content does not fit. The reason names the field.",
+}
+"""Advice by the code of a refusal."""
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask for the workflow, its addresses, the last deliveries, refused requests, data sources and schedule."""
+    path = f"/api/v1/workflows/{page.parameters['id']}"
+    names = ("workflow", "inbound", "deliveries", "samples", "sources", "schedule")
+    answers = await asyncio.gather(
+        page.get(path),
+        page.get_if_present(f"{path}/inbound-address"),
+        page.get_if_present(f"{path}/deliveries", limit=SHOWN_ROWS),
+        page.get_if_present(f"{path}/intake-samples", limit=SHOWN_ROWS),
+        page.get_if_present("/api/v1/datasources", limit=SOURCES),
+        page.get_if_present(f"{path}/schedule"),
+    )
+    return dict(zip(names, answers, strict=True))
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the trigger, the chosen sender, the addresses and the requests so far."""
+    workflow, inbound = data["workflow"], data["inbound"] or {"urls": {}, "tokens": (), "warnings": ()}
+    node = find_trigger(workflow["nodes"])
+    kind = "" if node is None else KINDS[node["nodeId"]]
+    config = {} if node is None else node["config"]
+    senders = SENDERS.get(kind, ())
+    asked = frame.query.get("sender", "")
+    sender = asked if asked in dict(senders) else guess_sender(config, senders)
+    deliveries = data["deliveries"]["deliveries"] if data["deliveries"] else ()
+    samples = data["samples"]["samples"] if data["samples"] else ()
+    here = PATH.format(id=workflow["id"])
+    title = f"{TITLES.get(kind, 'Trigger')} for {workflow['name']}"
+    return {
+        "title": title,
+        "crumbs": (
+            ("Workflows", f"{frame.root}/dashboard/workflows"),
+            (workflow["name"], f"{frame.root}/dashboard/workflows/{workflow['id']}"),
+            (TITLES.get(kind, "Trigger"), ""),
+        ),
+        "workflow": workflow,
+        "api": f"/api/v1/workflows/{workflow['id']}",
+        "node": node,
+        "kind": kind,
+        "config": config,
+        "senders": [
+            (name, label, list_address(frame, here, {"sender": name}), name == sender)
+            for name, label in senders
+        ],
+        "sender": sender,
+        "sender_label": dict(senders).get(sender, ""),
+        "urls": inbound["urls"],
+        "plain_url": _plain_url(frame, workflow["id"], kind),
+        "tokens": inbound["tokens"],
+        "warnings": inbound["warnings"],
+        "sources": _sources_by_type(data["sources"]),
+        "verification": config.get("verification") or {},
+        "deliveries": deliveries,
+        "samples": samples,
+        "has_arrived": bool(deliveries) or bool(samples),
+        "has_sender": bool(samples) or any(not one["sender"].startswith("api-key:") for one in deliveries),
+        "has_run": any(one["executionId"] or one["executionIds"] for one in deliveries),
+        "refusal": describe_refusals(samples, deliveries),
+        "schedule": data["schedule"],
+        "event_type": _sample_event_type(config.get("event_type")),
+        "is_active": workflow["status"] == "active",
+        "may_write": frame.may("workflows:write"),
+        "may_run": frame.may("workflows:execute"),
+        "may_write_sources": frame.may("datasources:write"),
+        "may_write_tokens": frame.may("keys:write") and frame.may("users:write"),
+        "base_url": frame.base_url,
+        "list_page": f"{frame.root}/dashboard/deliveries?workflow_id={workflow['id']}",
+    }
+
+
+def find_trigger(nodes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the node of a graph that inbound requests or times start; None for one that is started by hand."""
+    return next((node for node in nodes if node["nodeId"] in KINDS), None)
+
+
+def guess_sender(config: Mapping[str, Any], senders: Sequence[tuple[str, str]]) -> str:
+    """Return the sender that the config of a trigger names; the first one if it names none."""
+    names = [name for name, _ in senders]
+    provider = (config.get("verification") or {}).get("provider")
+    if provider in names:
+        return str(provider)
+    if provider is not None and "other" in names:
+        return "other"
+    return next((name for name in names if name in config), names[0] if names else "")
+
+
+def describe_refusals(
+    samples: Sequence[Mapping[str, Any]], deliveries: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """Return the newest refusal with its advice, and the number of those like it; None after a later success."""
+    refused = [
+        *((one["createdAt"], *one["reason"].split(": ", 1)) for one in samples),
+        *(
+            (one["createdAt"], one["reason"]["code"], one["reason"]["message"])
+            for one in deliveries
+            if one["reason"]
+        ),
+    ]
+    newest = max(refused, default=None)
+    accepted = max((one["createdAt"] for one in deliveries if one["reason"] is None), default="")
+    if newest is None or newest[0] < accepted:
+        return None
+    code = newest[1]
+    return {
+        "code": code,
+        "message": newest[-1],
+        "count": sum(one[1] == code for one in refused),
+        "remedy": REMEDIES.get(code, ""),
+        "at": newest[0],
+    }
+
+
+def _plain_url(frame: PageFrame, workflow_id: str, kind: str) -> str:
+    """Return the address without a token, for senders that sign or send a key."""
+    paths = {
+        "email": f"/api/v1/workflows/{workflow_id}/email-trigger",
+        "queue": f"/api/v1/workflows/{workflow_id}/enqueue",
+        "event": "/api/v1/workflows/events",
+    }
+    return frame.base_url + paths[kind] if kind in paths else ""
+
+
+def _sources_by_type(listed: Mapping[str, Any] | None) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for source in listed["dataSources"] if listed else ():
+        found.setdefault(source["type"], []).append(source)
+    return found
+
+
+def _sample_event_type(configured: str | Sequence[str] | None) -> str:
+    """Return an event type that the trigger takes, such as `order.test` for `order.*`."""
+    first = configured if isinstance(configured, str) else next(iter(configured or ()), "test")
+    return first.replace(".*", ".test")
+
+
+PAGE: Final = Page(PATH, "trigger_setup.html", load, view, "workflows", ("deliveries",))
