@@ -12,6 +12,7 @@ from execution.event_matching import EventMatcher
 from execution.organization_catalogs import OrganizationCatalogs
 from gateway.access.bootstrap import bootstrap
 from gateway.access.browser_sign_in import BrowserSignIn
+from gateway.access.invitation_acceptor import InvitationAcceptor
 from gateway.data_sources.data_source_editing import DataSourceEditor
 from gateway.data_sources.data_source_probes import DataSourceProber
 from gateway.deployments.activation import DeploymentActivator
@@ -117,6 +118,7 @@ class GatewayState:
     certificates: SnsCertificateCache
     sessions: SessionAuthenticator
     sign_in: BrowserSignIn
+    invitations: InvitationAcceptor
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]]
@@ -241,6 +243,7 @@ async def assemble_state(
                 clock=database.clock.now,
                 sessions=authenticator.sessions,
                 sign_in=BrowserSignIn(database, (settings.secret, *settings.previous_secrets)),
+                invitations=InvitationAcceptor(database, settings.secret),
             )
     finally:
         for finish in (

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from gateway.access import access, audit, session_shapes, sessions, sign_in, signing
+from gateway.access import (
+    access,
+    audit,
+    invitations,
+    session_shapes,
+    sessions,
+    sign_in,
+    signing,
+)
 from gateway.http.endpoint import AccessRule
 from gateway.http.operation_docs import OperationDoc
 from gateway.http.parameters import LIMIT, OFFSET
@@ -72,12 +80,31 @@ ROUTES: Final[Sequence[Route]] = (
         docs=OperationDoc(refusals=("email-taken",)),
     ),
     Route(
+        "GET",
+        "/api/v1/auth/invitations",
+        AccessRule.ADMIN,
+        invitations.index,
+        query=(LIMIT, OFFSET),
+        answer=invitations.InvitationList,
+    ),
+    Route(
+        "POST",
+        "/api/v1/auth/invitations",
+        AccessRule.ADMIN,
+        invitations.create,
+        body=invitations.CreateInvitation,
+        answer=invitations.InvitationShape,
+        status=201,
+    ),
+    Route("DELETE", "/api/v1/auth/invitations/{id}", AccessRule.ADMIN, invitations.revoke, status=204),
+    Route(
         "GET", "/api/v1/audit", AccessRule.ADMIN, audit.index, query=audit.LISTED, answer=audit.AuditEntryList
     ),
 )
 
 FOR_BROWSERS: Final[Sequence[Route]] = (
     Route("POST", "/session", AccessRule.PUBLIC, sign_in.create, status=201),
+    Route("POST", "/invitation", AccessRule.PUBLIC, invitations.accept, status=201),
     Route("DELETE", "/session", AccessRule.PUBLIC, sign_in.end, status=204),
 )
 """Routes of sign-ins, for the pages of the dashboard."""

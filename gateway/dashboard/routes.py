@@ -49,6 +49,7 @@ ROUTES: Final[Sequence[Route]] = (
     Route("GET", "/", AccessRule.PUBLIC, sign_in_page.redirect, status=302),
     Route("GET", "/dashboard", AccessRule.PUBLIC, sign_in_page.show_start, status=302),
     Route("GET", "/sign-in", AccessRule.PUBLIC, sign_in_page.show, answer=bytes),
+    Route("GET", "/invitation", AccessRule.PUBLIC, sign_in_page.show_invitation, answer=bytes),
     Route("GET", "/dashboard/search", AccessRule.PUBLIC, sign_in_page.search, status=302),
     Route("GET", f"{assets.PREFIX}*", AccessRule.PUBLIC, assets.show, answer=bytes),
     *(Route("GET", one.path, AccessRule.PUBLIC, page.serve(one), answer=bytes) for one in PAGES),

@@ -27,6 +27,16 @@ async def show(request: GatewayRequest) -> ASGIApp:
     return await page.answer_html(request, html)
 
 
+async def show_invitation(request: GatewayRequest) -> ASGIApp:
+    """Show the page behind the link of an invitation; the code in its fragment stays in the browser."""
+    if request.gateway.settings.dashboard == "off":
+        raise errors.not_found()
+    cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)
+    frame = page.frame_of(request, build_page_request(request))
+    html = page.render_plain("invitation.html", frame, title="Invitation", is_possible=cookie is not None)
+    return await page.answer_html(request, html)
+
+
 async def redirect(request: GatewayRequest) -> RedirectResponse:
     """Lead to the dashboard; without one, to the documentation. Relative addresses stay below the path of a proxy."""
     return RedirectResponse("docs/" if request.gateway.settings.dashboard == "off" else "dashboard")

@@ -135,6 +135,8 @@ USER_NAME_LENGTH: Final = 200
 """Characters of a user's name."""
 EMAIL_LENGTH: Final = 254
 """Characters of an email address."""
+INVITATION_SECONDS: Final = 2_592_000
+"""Seconds until an invitation expires: 30 days."""
 IDEMPOTENCY_KEY_LENGTH: Final = 255
 """Visible ASCII characters of an `Idempotency-Key`."""
 IDEMPOTENCY_SECONDS: Final = 86_400

@@ -23,6 +23,7 @@ class PathParameterDoc:
 
 PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "sessions": PathParameterDoc("Id of the session.", "session_abc123"),
+    "invitations": PathParameterDoc("Id of the invitation.", "invitation_abc123"),
     "keys": PathParameterDoc("Id of the key.", "key_abc123"),
     "event-tokens": PathParameterDoc("Id of the token.", "tok_abc123"),
     "events": PathParameterDoc("Id of the event.", "event_abc123"),

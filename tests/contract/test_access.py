@@ -334,6 +334,13 @@ async def create_delivery(cast: AccessCast, is_public: bool) -> str:  # noqa: FB
     return delivery_id
 
 
+async def create_invitation(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+    admin = await cast.harness.client(cast.keys[CallerKind.ADMIN, USERS])
+    made = await admin.post("/api/v1/auth/invitations", json={"email": "ada@example.com"})
+    invitation_id: str = made.json()["id"]
+    return invitation_id
+
+
 async def create_failed_execution(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     workflow_id = await create_workflow(cast, is_public)
     response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
@@ -417,6 +424,7 @@ async def create_data_source(cast: AccessCast, is_public: bool) -> str:  # noqa:
 
 MADE: Sequence[Make] = (
     *(
+        create_invitation,
         create_workflow,
         create_deployed_workflow,
         create_queue_workflow,
@@ -501,6 +509,9 @@ ROWS = [
     AccessRow("GET", "/api/v1/auth/users", USERS, ADMINS),
     AccessRow("POST", "/api/v1/auth/users", USERS, ADMINS, body={"email": "<address>"}, status=201),
     AccessRow("GET", "/api/v1/audit", USERS, ADMINS),
+    AccessRow("GET", "/api/v1/auth/invitations", USERS, ADMINS),
+    AccessRow("POST", "/api/v1/auth/invitations", USERS, ADMINS, body={"email": "<address>"}, status=201),
+    AccessRow("DELETE", "/api/v1/auth/invitations/{id}", USERS, TOKEN_HOLDERS, create_invitation, status=204),
     AccessRow("GET", "/api/v1/admin/drift", USERS, ADMINS),
     AccessRow("GET", "/api/v1/intake-samples", USERS, ADMINS),
     AccessRow("GET", "/api/v1/datasources", READ_SOURCES, OWN),

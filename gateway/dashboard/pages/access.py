@@ -17,13 +17,14 @@ UNUSED_DAYS: Final = 90
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for keys, sessions, and the users if the visitor is an admin."""
-    keys, sessions, users = await asyncio.gather(
+    """Ask for keys, sessions, and users and invitations if the visitor is an admin."""
+    keys, sessions, users, invitations = await asyncio.gather(
         page.get_if_present("/api/v1/auth/keys", limit=LIMIT),
         page.get("/api/v1/auth/sessions"),
         page.get_if_present("/api/v1/auth/users", limit=LIMIT),
+        page.get_if_present("/api/v1/auth/invitations", limit=LIMIT),
     )
-    return {"keys": keys, "sessions": sessions, "users": users}
+    return {"keys": keys, "sessions": sessions, "users": users, "invitations": invitations}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -40,6 +41,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "names": {}
         if users is None
         else {user["id"]: user["name"] or user["email"] for user in users["users"]},
+        "invitations": [
+            one
+            for one in (data["invitations"] or {}).get("invitations", ())
+            if one["state"] in {"open", "expired"}
+        ],
         "scopes": sorted(frame.visitor["scopes"]) if frame.visitor else [],
     }
 

@@ -1,0 +1,152 @@
+"""Acceptance of invitations: a code becomes a user, a key of the role's scopes, and a session of the browser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from engine.values import fingerprint
+from gateway.access import audit_log
+from gateway.access.session_shapes import hash_session
+from gateway.http import errors
+from gateway.http.client_address import client_of_scope
+from gateway.http.errors import ApiError
+from gateway.http.failed_attempts import FailedAttempts
+from models import access_store, browser_session, invitation
+from models.access import SCOPES_OF_ROLES, ApiCaller, User, UserRole
+from models.audit import AuditAction
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.access import Organization
+    from models.access_store import CreatedKey
+    from models.database import Database
+    from models.invitation import Invitation
+
+MAX_FAILURES: Final = 10
+"""Wrong codes per minute and address."""
+KEY_LIFETIME: Final = timedelta(days=365)
+LONGEST_CODE: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class NewMember:
+    """User that an invitation has made, with key and session."""
+
+    organization: Organization
+    user: User
+    key: CreatedKey
+    session_secret: str
+
+
+class InvitationAcceptor:
+    """Acceptance of invitations in one process, with its failed attempts by address."""
+
+    def __init__(self, database: Database, secret: bytes) -> None:
+        """Set the database, and the server's secret under which keys are hashed."""
+        self._database = database
+        self._secret = secret
+        self._failures = FailedAttempts(
+            "Too many links from this address were wrong: wait a minute", max_failures=MAX_FAILURES
+        )
+
+    async def find(self, scope: Mapping[str, Any], code: str) -> tuple[Invitation, Organization]:
+        """Return the open invitation with a code; raises 401 for any other, and 429 after too many of them."""
+        client = client_of_scope(scope)
+        refusal = self._failures.refusal(client)
+        if refusal is not None:
+            raise refusal
+        async with self._database.read() as connection:
+            found = await invitation.find_by_code(connection, code[:LONGEST_CODE])
+            organization = (
+                None
+                if found is None
+                else await access_store.find_organization(connection, found.organization_id)
+            )
+        if found is None or organization is None or not found.is_open(self._database.clock.now()):
+            self._failures.count(client)
+            raise refuse_invitation()
+        return found, organization
+
+    async def accept(
+        self, one: Invitation, organization: Organization, name: str, *, user_agent: str
+    ) -> NewMember:
+        """Make the user of an invitation with a key and a session.
+
+        Raises 401 if another request was first, and 409 if the organization has a user with the address.
+        """
+        now = self._database.clock.now()
+
+        async def make(connection: AsyncConnection) -> NewMember:
+            return await self._make(connection, one, organization, name, user_agent, now)
+
+        try:
+            return await self._database.transaction(make)
+        except access_store.EmailTaken as error:
+            raise errors.conflict("email-taken", str(error)) from error
+
+    async def _make(
+        self,
+        connection: AsyncConnection,
+        one: Invitation,
+        organization: Organization,
+        name: str,
+        user_agent: str,
+        now: datetime,
+    ) -> NewMember:
+        if not await invitation.take_invitation(connection, one, now):
+            raise refuse_invitation()
+        role = UserRole(one.role)
+        user = await access_store.create_user(
+            connection, organization=organization, email=one.email, name=name, role=role, now=now
+        )
+        await invitation.record_user(connection, one, user.id)
+        key = await access_store.create_key(
+            connection,
+            user=user,
+            name="First key, by invitation",
+            scopes=SCOPES_OF_ROLES[role],
+            secret=self._secret,
+            now=now,
+            expires_at=now + KEY_LIFETIME,
+        )
+        caller = ApiCaller(
+            key_id=key.row.id,
+            user_id=user.id,
+            organization_id=user.organization_id,
+            shard=user.shard,
+            role=role,
+            scopes=SCOPES_OF_ROLES[role],
+        )
+        session, secret = await browser_session.create_session(
+            connection, caller, user_agent=user_agent, now=now, replaces=None
+        )
+        for action, object_id, before, after in (
+            (AuditAction.INVITATION_ACCEPTED, one.id, hash_invitation(one), None),
+            (AuditAction.USER_CREATED, user.id, None, audit_log.hash_content(user)),
+            (AuditAction.KEY_CREATED, key.row.id, None, audit_log.hash_content(key.row)),
+            (AuditAction.SESSION_CREATED, session.id, None, hash_session(session)),
+        ):
+            await audit_log.record_change(connection, caller, action, object_id, before=before, after=after)
+        return NewMember(organization, user, key, secret)
+
+
+def refuse_invitation() -> ApiError:
+    """Return the common answer for an unknown, used, revoked or expired link."""
+    return ApiError(
+        401,
+        "sign-in-refused",
+        "The invitation has been used, was revoked or has expired: ask for a new link",
+    )
+
+
+def hash_invitation(row: Invitation) -> str:
+    """Return the SHA-256 of an invitation for the audit trail, without its code."""
+    return fingerprint(msgspec.to_builtins(row.model_dump(exclude={"hash"})))

@@ -1,0 +1,64 @@
+// Invitation: the code is in the fragment of the link, which no server log ever sees.
+const root = document.documentElement.dataset.root;
+const form = document.getElementById("invitation");
+const problem = document.getElementById("problem");
+const code = new URLSearchParams(location.hash.slice(1)).get("code") ?? "";
+const roles = { viewer: "a viewer, who sees everything and changes nothing", member: "an editor, who builds and runs workflows", admin: "an admin" };
+
+async function send(body) {
+  problem.hidden = true;
+  try {
+    const answer = await fetch(`${root}/invitation`, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ code, ...body }),
+    });
+    const value = await answer.json();
+    if (answer.ok) return value;
+    problem.textContent = value.error.message;
+  } catch {
+    problem.textContent = "The server can’t be reached.";
+  }
+  problem.hidden = false;
+  return null;
+}
+
+async function show() {
+  const found = await send({ dryRun: true });
+  const terms = document.getElementById("terms");
+  if (!found) {
+    terms.textContent = "This link does not work.";
+    return;
+  }
+  document.getElementById("organization").textContent = found.organizationName;
+  terms.textContent = `You join as ${roles[found.role]}, with the address ${found.email}. No password is needed.`;
+  form.querySelector("button").disabled = false;
+  form.elements.name.focus();
+}
+
+async function accept() {
+  const button = form.querySelector("button");
+  button.disabled = true;
+  const accepted = await send({ name: form.elements.name.value.trim() });
+  button.disabled = false;
+  if (!accepted) return;
+  history.replaceState(null, "", location.pathname);
+  document.getElementById("new-key").textContent = accepted.key;
+  document.getElementById("key-ends").textContent = accepted.keyExpiresAt.slice(0, 10);
+  form.hidden = true;
+  document.getElementById("accepted").hidden = false;
+  document.getElementById("accepted-title").focus();
+}
+
+if (form) {
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    accept();
+  });
+  document.getElementById("copy-key").addEventListener("click", () => {
+    const key = document.getElementById("new-key");
+    getSelection().selectAllChildren(key);
+    navigator.clipboard?.writeText(key.textContent);
+  });
+  show();
+}
