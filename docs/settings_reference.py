@@ -52,8 +52,8 @@ SUBJECTS: Final[Mapping[str, str]] = {
         r"concurrency|lease_seconds|commit_seconds|sweep_seconds|cpu_processes|code_.*|worker_name"
     ),
     "Schedules and retention": r"(lifecycle|schedule|leadership)_seconds|retention_.*",
-    "Logs, metrics and shutdown": (
-        r"log_level|heartbeat_file|shutdown_seconds|metrics_address"
+    "Logs, metrics, traces and shutdown": (
+        r"log_level|heartbeat_file|shutdown_seconds|metrics_address|otlp_url|trace_.*"
         r"|((worker|scheduler|deployer|runner)_)?metrics_port"
     ),
     "Deployments": (

@@ -44,6 +44,7 @@ from engine.run_records import (
 from engine.services import ControlRequest, RunControl, collect_source_uses
 from engine.span_recorder import SpanRecorder
 from engine.values import InvalidJson
+from telemetry import log_context
 
 if TYPE_CHECKING:
     from engine.graph import GraphNode
@@ -432,6 +433,7 @@ class WorkflowRunner:
     async def _call_node(self, visit: NodeVisit, call: NodeCall) -> NodeOutcome:
         run = self._program.runs[visit.node_id]
         visit.sources = collect_source_uses()
+        log_context.fields.set({**log_context.fields.get(log_context.EMPTY), "node_id": visit.node_id})
         if visit.node_id in self._program.repeatable:
             return await offload.run_coroutine(lambda: cast("Coroutine[Any, Any, NodeOutcome]", run(call)))
         outcome = run(call)

@@ -32,6 +32,7 @@ from models.access import User, UserRole
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.workflow import Workflow, WorkflowGraph, WorkflowStatus, is_readable_by
+from telemetry import tracing
 
 if TYPE_CHECKING:
     from sqlalchemy import Row, Select
@@ -233,6 +234,7 @@ class ChildRunStarter:
                 {} if is_last else workflow.settings, answering=answering
             ),
             is_private=parent.is_private,
+            trace_origin=None if tracing.tracer is None else tracing.current_origin(),
         )
         async with self._hold_capacity(parent.root_id):
             (accepted,) = await self._store.accept([child])

@@ -20,7 +20,7 @@ from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome,
 from engine.services import ControlRequest, RunCaller, RunControl
 from engine.values import InvalidJson
 from engine.workflow_runner import RunStart, run_workflow
-from execution import run_metrics
+from execution import run_metrics, run_traces
 from execution.program_cache import ProgramCache, definition_key
 from execution.trials import POLL_SECONDS, TRIAL_SECONDS, SuspectSearch, TrialGate
 from journal.blobs.blob_storage import BlobOwner
@@ -31,6 +31,7 @@ from messages import wakeups
 from messages.broker import BrokerUnavailable, DirectMessage, Notification
 from models.errors import DatabaseUnavailable
 from models.ids import turn_of_workflow
+from telemetry import log_context, tracing
 
 if TYPE_CHECKING:
     from engine.program import WorkflowProgram
@@ -59,6 +60,8 @@ HAND_OFF_SECONDS = 10.0
 CANCEL_SECONDS = 5.0
 RECORD_SECONDS = 2.0
 PAUSE_SECONDS = 0.5
+UNKNOWN_STATUS = "unknown"
+"""Status in traces of a claim that ended by an unexpected exception or a cancellation."""
 ReadAnswers = Callable[[Sequence[ExecutionKey]], Awaitable[dict[str, dict[tuple[str, str], bytes]]]]
 """Returns the wait answers of runs, by execution id, then by node id and iteration."""
 
@@ -434,17 +437,29 @@ class RunExecutor:
         control: RunControl,
         lease: RunLease,
     ) -> None:
+        trace: run_traces.SegmentTrace | None = None
+        result: tuple[str, str | None] = UNKNOWN_STATUS, UNKNOWN_STATUS
+        log_context.fields.set({"execution_id": run.execution_id})
+        if tracing.tracer is not None:
+            trace = run_traces.begin_segment(tracing.tracer, run, self._store.clock.now())
+            log_context.fields.set({"execution_id": run.execution_id, "trace_id": trace.run.trace_id})
+            journal.on_durable = trace.add_committed
         try:
             outcome = await self._finish(run, program, recovered, journal, control)
             await journal.end(outcome)
         except LeaseLost:
+            result = "abandoned", "lease-lost"
             log.warning("run abandoned", execution_id=run.execution_id, reason="lease lost")
         except Exception:
             # The lease expires, and the attempt is counted, so a run that always breaks ends as crashed.
             log.exception("run failed unexpectedly", execution_id=run.execution_id)
         else:
+            if trace is not None:
+                result = outcome.status.value, run_traces.error_code(outcome.error)
             self._on_ended(run, outcome)
         finally:
+            if trace is not None:
+                trace.end(self._store.clock.now(), *result)
             self._leases.release(lease)
             if self._running_execution(lease) is not None:
                 del self._active[run.execution_id]

@@ -7,15 +7,15 @@ from abc import abstractmethod
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings
 
 from engine.run_limits import RunLimits
 from nodes.sandbox.code.code_backend import CodeBackend
+from telemetry.trace_settings import TraceSettings
 
 MAX_CPU_PROCESSES = 64
 
 
-class ExecutionSettings(BaseSettings):
+class ExecutionSettings(TraceSettings):
     """Settings that workers and pods share."""
 
     concurrency: int = Field(

@@ -29,6 +29,7 @@ from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
 from models.descriptor_limits import raise_descriptor_limit
 from telemetry.exporter import serve_metrics
+from telemetry.trace_export import run_tracer
 
 log = structlog.get_logger()
 
@@ -76,6 +77,7 @@ async def _serve(settings: GatewaySettings) -> None:
     async with (
         heartbeat.run_heartbeat(settings.heartbeat_file),
         serve_metrics(settings.metrics_address, settings.metrics_port),
+        run_tracer(settings, "gateway"),
         state.open_state(settings) as opened,
     ):
         if not settings.public_url:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from typing import Generic, TypeAlias, TypeVar
 
 from models.errors import DatabaseUnavailable, LockWaitTimeout
@@ -53,7 +54,8 @@ class GroupCommit(Generic[Item, Answer]):
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future, self._weigh(item)))
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            # Without the context of the caller: the batch has items of others too.
+            self._task = asyncio.create_task(self._run(), context=Context())
         return future
 
     @property

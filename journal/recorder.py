@@ -80,6 +80,7 @@ class _AwaitedAnswer(msgspec.Struct):
 _decode_awaits = decoding.build_decoder(_AwaitedAnswer).decode
 
 
+OnDurable: TypeAlias = Callable[[Sequence[NodeSpan], Sequence[AttemptSpan]], None]
 OnCommitted: TypeAlias = Callable[[Mapping[str, str], Sequence[EndedExecution]], None]
 
 
@@ -212,6 +213,8 @@ class RunJournal:
         """Last spans of the nodes that wait or retry."""
         self.has_new_result = False
         """Whether a result was committed since the run was claimed."""
+        self.on_durable: OnDurable | None = None
+        """Called with the records of each commit."""
 
     def record(self, span: NodeSpan) -> None:
         """Add the new state of a node to the next commit; an earlier uncommitted state is replaced."""
@@ -366,6 +369,8 @@ class RunJournal:
         self._is_new = False
         if not await self._repeat_until_done(lambda: self._recorder.submit(write, is_whole_run=is_whole)):
             raise LeaseLost
+        if self.on_durable is not None:
+            self.on_durable(write.spans, write.attempts)
         self.has_new_result = self.has_new_result or write.has_new_result
 
     async def _repeat_until_done(self, begin: Callable[[], asyncio.Future[T]]) -> T:

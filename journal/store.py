@@ -90,6 +90,8 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """Visible only to its user and to users who may change the workflow."""
     labels: Sequence[tuple[str, str]] = ()
     """Tags and metadata, as in `journal.run_labels`."""
+    trace_origin: str | None = None
+    """Span that starts the run, as in `telemetry.tracing.encode_origin`; None without traces."""
 
 
 class IngestedRun(RunAcceptance, frozen=True):
@@ -240,6 +242,8 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     """Time by the database's clock; None from a gateway of an earlier version."""
     write_key_id: str = ""
     """Execution id in idempotency keys; empty: `key_id`."""
+    trace_origin: str | None = None
+    """Span that started it; None without traces."""
 
 
 @dataclass(frozen=True, slots=True)

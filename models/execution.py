@@ -247,6 +247,8 @@ class Execution(SQLModel, table=True):
     """Earliest time of the next attempt: the end of a worker's lease, or of a delay after a failure."""
     completion_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Progress of external completion actions, for display; None before the first attempt."""
+    trace_origin: str | None = None
+    """Span that started it, as in `telemetry.tracing.encode_origin`; None without traces."""
     is_private: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
     )

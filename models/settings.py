@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from telemetry.trace_settings import TraceSettings
 
 MIN_SECRET_LENGTH = 32
 
@@ -37,7 +39,7 @@ def _sqlite_url(data: dict[str, Any]) -> str:
     return f"sqlite:///{data['data_dir']}/pilotflame.db"
 
 
-class ServerSettings(BaseSettings):
+class ServerSettings(TraceSettings):
     """Settings of all processes; each process has a subclass with its own."""
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")

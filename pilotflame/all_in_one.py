@@ -45,6 +45,7 @@ from pilotflame.log_lines import LogLineWriter
 from scheduler.main import list_duties, run_duties
 from scheduler.settings import SchedulerSettings
 from telemetry.exporter import serve_metrics
+from telemetry.trace_export import run_tracer
 from workers.deployer import main as deployers
 from workers.deployer.deployer import run_deployer
 from workers.deployer.settings import DeployerSettings
@@ -131,6 +132,7 @@ async def _run(
         await stack.enter_async_context(
             serve_metrics(roles.gateway.metrics_address, roles.gateway.metrics_port)
         )
+        await stack.enter_async_context(run_tracer(roles.gateway, "dev"))
         url = databases.parse_url(roles.gateway.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)

@@ -53,6 +53,7 @@ def explain_error(error: Exception) -> str | None:
         from models.errors import DatabaseUnavailable
         from models.schema_migration import NewerDatabase, OutdatedDatabase
         from models.settings import InvalidSettings
+        from telemetry.trace_export import TracingUnavailable
     except ImportError:
         return None  # A pod's image has no database client, and none of these errors.
 
@@ -63,6 +64,7 @@ def explain_error(error: Exception) -> str | None:
         InvalidSettings,
         NewerDatabase,
         OutdatedDatabase,
+        TracingUnavailable,
     )
     return str(error) if isinstance(error, fixable) else None
 

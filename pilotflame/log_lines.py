@@ -41,6 +41,8 @@ def _absent(module: str) -> Iterator[None]:
 with _absent("rich"):
     import structlog
 
+from telemetry import log_context  # noqa: E402
+
 MAX_WAITING_LINES: Final = 10_000
 MAX_LINES_PER_WRITE: Final = 500
 WRITE_EVERY_SECONDS: Final = 0.01
@@ -93,6 +95,8 @@ def _add_fields(line: dict[str, Any], fields: Fields) -> None:
     exc_info = fields.pop("exc_info", None)
     for name, value in fields.items():
         line[name] = HIDDEN if _is_secret(name) else _bounded(value)
+    for name, context_value in log_context.fields.get(log_context.EMPTY).items():
+        line.setdefault(name, context_value)
     if exc_info:
         line["traceback"] = _traceback(exc_info)
 

@@ -41,6 +41,7 @@ from runner.pod_app import PodLifecycle, PodPhase, create_app
 from runner.remote_store import RemoteRunStore
 from runner.work_poll import GatewayWorkPoll
 from telemetry.exporter import serve_metrics
+from telemetry.trace_export import run_tracer
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -69,6 +70,7 @@ async def _serve(settings: RunnerSettings) -> None:
     async with (
         serve_app(create_app(life), settings),
         serve_metrics(settings.metrics_address, settings.runner_metrics_port),
+        run_tracer(settings, "pod"),
     ):
         gateway = GatewayClient(settings)
         orphaned = asyncio.create_task(_stop_when_orphaned(gateway, settings, stop))

@@ -43,6 +43,7 @@ from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
 from telemetry.exporter import serve_metrics
+from telemetry.trace_export import run_tracer
 from workers import lost_worker_leases
 from workers.approval_mails import ApprovalMailer
 from workers.completion_actions import CompletionActions
@@ -69,6 +70,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
         await stack.enter_async_context(serve_metrics(settings.metrics_address, settings.worker_metrics_port))
+        await stack.enter_async_context(run_tracer(settings, "worker"))
         url = databases.parse_url(settings.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)

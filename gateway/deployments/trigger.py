@@ -34,7 +34,7 @@ from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.lifecycle_policy import StartRefusal
 from models.workflow import WorkflowStatus
-from telemetry import instruments
+from telemetry import instruments, tracing
 
 if TYPE_CHECKING:
     from gateway.executions.awaited_end import OutcomeShape
@@ -136,6 +136,8 @@ async def start(request: GatewayRequest) -> JsonResponse:
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _plan_run(request, workflow, body, times)
 
+    if body.sync and tracing.tracer is not None:
+        tracing.mark_awaited()
     preference = None if body.sync else awaited_end.read_preference(request.headers, request.caller)
     with request.gateway.activation.queue(workflow_id):
         accepted = await request.gateway.workflow_runs.accept(request, workflow_id, plan, idempotency_key)

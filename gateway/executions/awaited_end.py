@@ -16,6 +16,7 @@ from gateway.http.errors import ApiError
 from gateway.http.wire import WireStruct
 from models.access import KeyScope
 from models.errors import DatabaseUnavailable
+from telemetry import tracing
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
@@ -59,6 +60,8 @@ def read_preference(headers: Headers, caller: ApiCaller | None) -> WaitPreferenc
     found = _WAIT.search(", ".join(headers.getlist("prefer")))
     if found is None or caller is None or not caller.has_scope(KeyScope.WORKFLOWS_READ):
         return None
+    if tracing.tracer is not None:
+        tracing.mark_awaited()
     return WaitPreference(min(int(found[1] or found[2]), limits.PREFERRED_WAIT_SECONDS))
 
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.http.protocol import INTERNAL
 from models import ids, workflow_names
-from telemetry import instruments
+from telemetry import instruments, log_context, tracing
 
 if TYPE_CHECKING:
     from gateway.http.protocol import RequestHolding
@@ -52,6 +52,7 @@ EXPOSED: Final = (
     "RateLimit-Policy",
     "Retry-After",
     "Server-Timing",
+    "Traceparent",
     "WebHook-Allowed-Origin",
     "WebHook-Allowed-Rate",
     "WWW-Authenticate",
@@ -89,12 +90,20 @@ class EdgeLayer:
         scope["request_id"] = request_id
         headers = [(b"x-request-id", request_id.encode()), *_HEADERS]
         scope["sent_with_answer"] = headers
+        trace = None
+        if tracing.tracer is not None and not scope["path"].startswith(INTERNAL):
+            trace = scope["trace"] = tracing.tracer.begin_request(scope["headers"])
+            log_context.fields.set({"request_id": request_id, "trace_id": trace.trace_id})
+        else:
+            log_context.fields.set({"request_id": request_id})
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 own = message["headers"]
+                if trace is not None:
+                    headers.append((b"traceparent", str(trace.context).encode()))
                 message["headers"] = (
                     [*own, *headers] if _has_cache_control(own) else [*own, *headers, _NO_STORE]
                 )
@@ -111,7 +120,11 @@ class EdgeLayer:
                 holding.release()
             route = scope.get("route")
             path = route.path if route is not None else "none"
-            _count_answer(scope["method"], path, status, perf_counter() - started)
+            seconds = perf_counter() - started
+            _count_answer(scope["method"], path, status, seconds)
+            if trace is not None:
+                now = scope["app"].state.gateway.clock()
+                trace.end(now, seconds, scope["method"], path, status, request_id)
 
 
 def _count_answer(method: str, route: str, status: int, seconds: float) -> None:

@@ -104,6 +104,8 @@ class PathEndpoint:
         if not all(map(ids.is_id, scope["path_params"].values())):
             raise errors.not_found("object")
         request = GatewayRequest(scope, receive, gateway, caller, operation.query, sender)
+        if "trace" in scope:
+            scope["trace"].has_key = request.has_key
         if operation.access not in OPEN_QUERIES:
             request.query.require_known()
         response = await operation.handler(request)

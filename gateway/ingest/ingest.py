@@ -28,6 +28,7 @@ from journal.waits import completion
 from models import ids
 from models.ingest import Delivery, DeliveryOutcome
 from models.workflow import WorkflowStatus
+from telemetry import tracing
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -161,6 +162,7 @@ class RequestIngestor:
             delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
             is_read=message.is_read,
             labels=_labels(workflow, message),
+            trace_origin=None if tracing.tracer is None else tracing.current_origin(),
         )
 
     async def ingest_request(

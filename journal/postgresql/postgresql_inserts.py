@@ -221,12 +221,13 @@ async def _lock_free_slots(connection: Any, item: RunAcceptance) -> int:  # noqa
 _RUN_TYPES = (
     *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
     *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
-    *("text", "text", "integer", "text", "integer", "text", "text", "boolean"),
+    *("text", "text", "integer", "text", "integer", "text", "text", "boolean", "text"),
 )
 _RUN_COLUMNS = """
         id, shard, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
         timeout, total_nodes, advance, queue_turn, scope, key, fingerprint, lifetime, channel, parent_id, root_id,
-        depth, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private"""
+        depth, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private,
+        trace_origin"""
 _DEFINITION_TYPES = ("text", "text", "smallint", "text")
 _LABEL_TYPES = ("text", "text", "text")
 _INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
@@ -273,11 +274,13 @@ def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_la
     INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type,
         definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
         key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth, wait_answer_count,
-        concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private, due_at)
+        concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private, due_at,
+        trace_origin)
     SELECT id, shard, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
         definition_hash, {since} - advance, queue_turn, true, 0, 0, timeout, 0, total_nodes,
         id, false, channel, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
-        concurrency_limit, completion_action, assigned_deployment_id, coalesce(is_private, false), {due_at}
+        concurrency_limit, completion_action, assigned_deployment_id, coalesce(is_private, false), {due_at},
+        trace_origin
     FROM winner ON CONFLICT DO NOTHING
     RETURNING id
 )"""
@@ -403,6 +406,7 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
         item.completion_action,
         item.assigned_deployment_id,
         item.is_private or None,
+        item.trace_origin,
     )
 
 

@@ -260,9 +260,9 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
         "INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type,"
         " definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes,"
         " total_nodes, key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth,"
-        " wait_answer_count, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id,"
-        " is_private, due_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)"
+        " wait_answer_count, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private,"
+        " due_at, trace_origin)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING",
         [
             (
@@ -292,6 +292,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
                 item.assigned_deployment_id,
                 item.is_private,
                 _delay_microseconds(item),
+                item.trace_origin,
             )
             for item in batch
         ],

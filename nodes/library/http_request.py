@@ -15,6 +15,7 @@ from engine.run_errors import NodeError
 from engine.values import InvalidJson, decode_json, encode_json, value_as_text
 from nodes import config_fields, http_errors, redaction, url_targets
 from nodes.outbound_http import OutboundResponse
+from telemetry import tracing
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -87,6 +88,10 @@ async def _send_request(
         _set_default_header(headers, "Content-Type", content_type)
     if method not in READ_METHODS:
         _set_default_header(headers, "Idempotency-Key", call.idempotency_key)
+    if tracing.tracer is not None:
+        sent = tracing.tracer.outgoing_headers(url, call.node_id, call.iteration, call.attempt)
+        for name, value in sent.items():
+            _set_default_header(headers, name, value)
     return await call.services.http.request(
         method,
         url,

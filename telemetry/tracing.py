@@ -1,0 +1,328 @@
+"""Traces of requests and runs, with ids that are derived from the run, so that a repeated export doubles nothing.
+
+`tracer` is None unless the operator has set `PILOTFLAME_OTLP_URL`. Callers look at it before they call anything here,
+so that a process without traces neither loads OpenTelemetry nor enters this file.
+
+A run has no span that stays open: each claim of it is a segment, which ends with the claim, and each attempt of a node
+is a span that is sent when its record is committed. Spans carry ids, types and codes; never values, messages or URLs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import blake2b
+from typing import Final, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+Attributes: TypeAlias = Mapping[str, str | int]
+SpanKind: TypeAlias = Literal["internal", "server", "producer", "consumer", "client"]
+
+HEADER: Final = "traceparent"
+TRACE_BYTES: Final = 16
+SPAN_BYTES: Final = 8
+UNTRACED_ROUTES: Final = ("/health", "/docs", "none")
+"""Beginnings of the templates of routes without spans: probes, static files, and paths that no route has."""
+FIRST_SERVER_ERROR: Final = 500
+SAMPLE_STEPS: Final = 1 << 56
+"""Number of values of the random part of a trace id that decides whether it is sampled."""
+_TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """Identity of a span in its trace, as in the header `traceparent` (https://www.w3.org/TR/trace-context/)."""
+
+    trace_id: str
+    """32 hexadecimal digits."""
+    span_id: str
+    """16 hexadecimal digits."""
+    is_sampled: bool
+
+    def __str__(self) -> str:
+        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.is_sampled else '00'}"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedSpan:
+    """Span as it is sent, after its end."""
+
+    name: str
+    kind: SpanKind
+    context: TraceContext
+    parent: TraceContext | None
+    started_at: datetime
+    ended_at: datetime
+    attributes: Attributes
+    links: Sequence[TraceContext] = ()
+    error: str | None = None
+    """Code of the error that ended it."""
+
+
+def parse_traceparent(text: str) -> TraceContext | None:
+    """Return the context of a `traceparent` header; None if it is malformed."""
+    match = _TRACEPARENT.fullmatch(text)
+    if match is None:
+        return None
+    version, trace_id, span_id, flags, more = match.groups()
+    if version == "ff" or (version == "00" and more is not None):
+        return None
+    if not trace_id.strip("0") or not span_id.strip("0"):
+        return None
+    return TraceContext(trace_id, span_id, is_sampled=bool(int(flags, 16) & 1))
+
+
+def derive_id(size: int, *parts: str | int) -> str:
+    """Return `size` bytes as hexadecimal digits, always the same for the same parts."""
+    return blake2b("\0".join(map(str, parts)).encode(), digest_size=size).hexdigest()
+
+
+def encode_origin(context: TraceContext, *, is_awaited: bool) -> str:
+    """Return the text that a run's row keeps about the span that started it."""
+    return f"{'parent' if is_awaited else 'link'}={context}"
+
+
+@dataclass(slots=True)
+class RequestTrace:
+    """Trace of one request to the gateway."""
+
+    tracer: Tracer
+    trace_id: str
+    span_id: str
+    parent: TraceContext | None
+    has_key: bool = False
+    """Whether a key authenticates the request: only then the caller decides whether it is sampled."""
+    is_awaited: bool = False
+    """Whether the answer waits for the run that the request starts, which then belongs to this trace."""
+
+    @property
+    def context(self) -> TraceContext:
+        """Context of the request's span."""
+        if self.has_key and self.parent is not None:
+            return TraceContext(self.trace_id, self.span_id, self.parent.is_sampled)
+        return TraceContext(self.trace_id, self.span_id, self.tracer.samples(self.trace_id))
+
+    def origin(self) -> str:
+        """Return the text that the row of a run keeps about this request."""
+        return encode_origin(self.context, is_awaited=self.is_awaited)
+
+    def end(
+        self, now: datetime, seconds: float, method: str, route: str, status: int, request_id: str
+    ) -> None:
+        """Send the span of the request, which ends at `now`."""
+        if not self.context.is_sampled or route.startswith(UNTRACED_ROUTES):
+            return
+        attributes: dict[str, str | int] = {
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": status,
+            "pilotflame.request.id": request_id,
+        }
+        started_at = now - timedelta(seconds=seconds)
+        error = str(status) if status >= FIRST_SERVER_ERROR else None
+        name = f"{method} {route}"
+        self.tracer.send(
+            FinishedSpan(name, "server", self.context, self.parent, started_at, now, attributes, (), error)
+        )
+
+
+@dataclass(slots=True)
+class RunTrace:
+    """Trace of one claim of a run, a segment."""
+
+    tracer: Tracer
+    execution_id: str
+    workflow_id: str
+    trace_id: str
+    segment_id: str
+    is_sampled: bool
+    started_at: datetime
+    """Time of the claim."""
+
+    @property
+    def context(self) -> TraceContext:
+        """Context of the segment."""
+        return TraceContext(self.trace_id, self.segment_id, self.is_sampled)
+
+    def origin(self) -> str:
+        """Return the text that the row of a run keeps about this one, which starts it."""
+        return encode_origin(self.context, is_awaited=False)
+
+    def node_context(self, node_id: str, iteration: str, attempt: int) -> TraceContext:
+        """Return the context of one attempt of a node."""
+        span_id = derive_id(SPAN_BYTES, "node", self.execution_id, node_id, iteration, attempt)
+        return TraceContext(self.trace_id, span_id, self.is_sampled)
+
+    def add_node(
+        self,
+        node_id: str,
+        node_type: str,
+        iteration: str,
+        attempt: int,
+        started_at: datetime,
+        ended_at: datetime,
+        status: str,
+        error: str | None,
+    ) -> None:
+        """Send the span of one attempt of a node; the time of a wait before this claim is not part of it."""
+        attributes: dict[str, str | int] = {
+            "pilotflame.execution.id": self.execution_id,
+            "pilotflame.node.id": node_id,
+            "pilotflame.node.type": node_type,
+            "pilotflame.node.attempt": attempt,
+            "pilotflame.node.status": status,
+        }
+        if iteration:
+            attributes["pilotflame.node.iteration"] = iteration
+        since = max(started_at, min(self.started_at, ended_at))
+        context = self.node_context(node_id, iteration, attempt)
+        self.tracer.send(
+            FinishedSpan(
+                node_type,
+                "internal",
+                context,
+                self.context,
+                since,
+                max(since, ended_at),
+                attributes,
+                (),
+                error,
+            )
+        )
+
+    def end(self, now: datetime, status: str, error: str | None) -> None:
+        """Send the span of the segment."""
+        if not self.is_sampled:
+            return
+        attributes = {
+            **self.tracer.run_attributes(self.execution_id, self.workflow_id),
+            "messaging.operation.type": "process",
+            "pilotflame.run.status": status,
+        }
+        parent = TraceContext(self.trace_id, _start_id(self.execution_id), is_sampled=True)
+        self.tracer.send(
+            FinishedSpan(
+                "run segment", "consumer", self.context, parent, self.started_at, now, attributes, (), error
+            )
+        )
+
+
+current: Final[ContextVar[RequestTrace | RunTrace | None]] = ContextVar("current_trace", default=None)
+"""Trace of the request or run that the current task works for."""
+
+
+def current_origin() -> str | None:
+    """Return the text that the row of a run keeps about the current request or run, which starts it."""
+    trace = current.get()
+    return None if trace is None else trace.origin()
+
+
+def mark_awaited() -> None:
+    """Note that the answer to the current request waits for the run that it starts."""
+    trace = current.get()
+    if isinstance(trace, RequestTrace):
+        trace.is_awaited = True
+
+
+class Tracer:
+    """Maker of the spans of one process."""
+
+    def __init__(
+        self, send: Callable[[FinishedSpan], None], *, sample: float = 1.0, hosts: Iterable[str] = ()
+    ) -> None:
+        """Send finished spans by a function that never blocks; `sample` is the share of traces without a caller's
+        decision. Requests of nodes to `hosts`, patterns such as `*.example.com`, carry a `traceparent`.
+        """
+        self.send = send
+        self._limit = int(sample * SAMPLE_STEPS)
+        self._hosts = tuple(host.lower() for host in hosts)
+
+    def samples(self, trace_id: str) -> bool:
+        """Return whether a trace is sampled: every process decides the same."""
+        return int(trace_id[-14:], 16) < self._limit
+
+    def begin_request(self, headers: Iterable[tuple[bytes, bytes]]) -> RequestTrace:
+        """Begin the trace of a request, or continue its caller's."""
+        given = [value for name, value in headers if name == b"traceparent"]
+        parent = parse_traceparent(given[0].decode("latin-1")) if len(given) == 1 else None
+        trace_id = secrets.token_hex(TRACE_BYTES) if parent is None else parent.trace_id
+        trace = RequestTrace(self, trace_id, secrets.token_hex(SPAN_BYTES), parent)
+        current.set(trace)
+        return trace
+
+    def begin_segment(
+        self,
+        execution_id: str,
+        workflow_id: str,
+        origin: str | None,
+        *,
+        token: int,
+        accepted_at: datetime | None,
+        started_at: datetime,
+        claimed_at: datetime,
+    ) -> RunTrace:
+        """Begin the trace of a claimed run; `accepted_at` is given at its first claim alone.
+
+        The span from its acceptance to that claim is the parent of all segments.
+        """
+        kind, _, text = (origin or "").partition("=")
+        caller = parse_traceparent(text)
+        is_child = caller is not None and kind == "parent"
+        trace_id = (
+            caller.trace_id
+            if caller is not None and is_child
+            else derive_id(TRACE_BYTES, "run", execution_id)
+        )
+        is_sampled = self.samples(trace_id) if caller is None else caller.is_sampled
+        segment_id = derive_id(SPAN_BYTES, "segment", execution_id, token)
+        trace = RunTrace(self, execution_id, workflow_id, trace_id, segment_id, is_sampled, claimed_at)
+        current.set(trace)
+        if is_sampled and accepted_at is not None:
+            start = TraceContext(trace_id, _start_id(execution_id), is_sampled=True)
+            links = () if caller is None or is_child else (caller,)
+            attributes = self.run_attributes(execution_id, workflow_id)
+            parent = caller if is_child else None
+            self.send(
+                FinishedSpan(
+                    *("run accepted", "producer", start, parent, min(accepted_at, started_at), started_at),
+                    attributes,
+                    links,
+                )
+            )
+        return trace
+
+    def run_attributes(self, execution_id: str, workflow_id: str) -> dict[str, str | int]:
+        """Return the attributes that the spans of a run share."""
+        return {
+            "messaging.system": "pilotflame",
+            "messaging.message.id": execution_id,
+            "pilotflame.execution.id": execution_id,
+            "pilotflame.workflow.id": workflow_id,
+        }
+
+    def outgoing_headers(self, url: str, node_id: str, iteration: str, attempt: int) -> dict[str, str]:
+        """Return the headers that a node adds to its request: none, unless the operator trusts the host."""
+        trace = current.get()
+        if not isinstance(trace, RunTrace) or not self._is_trusted(url):
+            return {}
+        return {HEADER: str(trace.node_context(node_id, iteration, attempt))}
+
+    def _is_trusted(self, url: str) -> bool:
+        try:
+            host = (urlsplit(url).hostname or "").lower()
+        except ValueError:
+            return False
+        return any(fnmatch.fnmatchcase(host, pattern) for pattern in self._hosts)
+
+
+def _start_id(execution_id: str) -> str:
+    return derive_id(SPAN_BYTES, "accepted", execution_id)
+
+
+tracer: Tracer | None = None
+"""Tracer of this process; None: no traces."""

@@ -1,0 +1,259 @@
+"""Traces of requests and runs, as a collector gets them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import Counter
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from pilotflame.log_lines import as_json
+from telemetry import log_context, tracing
+from telemetry.trace_export import run_tracer
+from telemetry.trace_settings import TraceSettings
+from tests.http_receiver import HttpReceiver, run_receiver
+from tests.integration.gateway_harness import GatewayHarness, UserClient, create_gateway
+from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, run_otlp_receiver
+from tests.services import PostgresServer
+from tests.system.wait_conditions import wait_until
+from workers.main import run_worker
+from workers.settings import WorkerSettings
+
+CALLER_TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
+CALLER_SPAN: Final = "00f067aa0ba902b7"
+CALLER: Final = f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"
+UNSAMPLED: Final = f"00-{CALLER_TRACE}-{CALLER_SPAN}-00"
+SECRET: Final = "s3cr3t-in-a-value"
+LOOPBACK: Final = (IPv4Network("127.0.0.1/32"),)
+
+
+@pytest.fixture(scope="module")
+async def collector() -> AsyncIterator[OtlpReceiver]:
+    async with run_otlp_receiver() as receiver:
+        os.environ["OTEL_RESOURCE_ATTRIBUTES"] = "deployment.environment.name=test"
+        yield receiver
+        del os.environ["OTEL_RESOURCE_ATTRIBUTES"]
+
+
+@pytest.fixture(scope="module")
+async def target() -> AsyncIterator[HttpReceiver]:
+    async with run_receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def harness(
+    request: pytest.FixtureRequest,
+    collector: OtlpReceiver,
+    postgres: PostgresServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[GatewayHarness]:
+    """Yield a gateway with a worker in its process; both send traces."""
+    folder: Path = tmp_path_factory.mktemp("traces")
+    async with create_gateway(request.param, postgres, folder) as harness:
+        gateway = harness.gateway
+        shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
+        settings = WorkerSettings(
+            **shared, outbound_allowed_networks=LOOPBACK, sweep_seconds=0.2, lease_seconds=60
+        )
+        traces = TraceSettings(otlp_url=collector.url, trace_hosts="127.0.0.*")
+        async with (
+            run_tracer(traces, "test"),
+            run_worker(settings, gateway.store, gateway.broker, gateway.database),
+        ):
+            yield harness
+
+
+@pytest.fixture
+async def user(harness: GatewayHarness) -> UserClient:
+    return (await harness.people()).owner
+
+
+async def run_to_end(
+    user: UserClient, workflow_id: str, headers: dict[str, str], inputs: dict[str, Any] | None = None
+) -> tuple[str, str]:
+    """Run a workflow to its end; return its id and the `traceparent` of the answer."""
+    path = f"/api/v1/workflows/{workflow_id}/execute"
+    answer = await user.api.post(path, json={"inputs": inputs or {}}, headers=headers)
+    execution_id: str = answer.json()["executionId"]
+    await wait_until(lambda: has_ended(user, execution_id), what="the run ends")
+    return execution_id, answer.headers["traceparent"]
+
+
+async def has_ended(user: UserClient, execution_id: str) -> bool:
+    progress = (await user.api.get(f"/api/v1/executions/{execution_id}/progress?wait=5")).json()
+    assert progress["status"] != "failed", progress["error"]
+    return bool(progress["status"] == "completed")
+
+
+async def received(collector: OtlpReceiver, execution_id: str, nodes: int) -> list[ReceivedSpan]:
+    """Return the spans of a run once its segment and at least `nodes` nodes have arrived."""
+
+    def is_complete() -> bool:
+        spans = collector.of_run(execution_id)
+        segments = [span for span in spans if span.attributes.get("pilotflame.run.status") == "completed"]
+        return len(segments) == 1 and sum("pilotflame.node.id" in span.attributes for span in spans) >= nodes
+
+    await wait_until(is_complete, what=f"the spans of {execution_id} arrive")
+    return collector.of_run(execution_id)
+
+
+def node_of(spans: list[ReceivedSpan], node_id: str, attempt: int = 1) -> ReceivedSpan:
+    (found,) = [
+        span
+        for span in spans
+        if span.attributes.get("pilotflame.node.id") == node_id
+        and span.attributes["pilotflame.node.attempt"] == attempt
+    ]
+    return found
+
+
+async def test_a_run_links_to_its_request_and_passes_its_trace_on_to_trusted_hosts(
+    collector: OtlpReceiver, target: HttpReceiver, user: UserClient
+) -> None:
+    call = {
+        "id": "call",
+        "nodeId": "http-request",
+        "config": {"url": target.url(f"/{SECRET}"), "method": "POST"},
+    }
+    call["config"]["body"] = {"value": "{{ data.body.secret }}"}  # type: ignore[index]  # a JSON object
+    workflow_id = await user.create(
+        nodes=[{"id": "start", "nodeId": "manual"}, call],
+        connections=[{"sourceNodeId": "start", "targetNodeId": "call"}],
+    )
+    execution_id, answered = await run_to_end(
+        user, workflow_id, {"traceparent": CALLER, "baggage": f"user={SECRET}"}, {"secret": SECRET}
+    )
+    spans = await received(collector, execution_id, 2)
+    answer = tracing.parse_traceparent(answered)
+    assert answer is not None
+    assert (answer.trace_id, answer.is_sampled) == (CALLER_TRACE, True)
+    await wait_until(lambda: any(span.span_id == answer.span_id for span in collector.spans))
+    (request,) = [span for span in collector.spans if span.span_id == answer.span_id]
+    assert request.name == "POST /api/v1/workflows/{id}/execute"
+    assert (request.kind, request.parent_id) == ("server", CALLER_SPAN)
+    assert request.attributes["http.response.status_code"] == 201
+    by_name = {span.name: span for span in spans}
+    accepted, segment, sent = by_name["run accepted"], by_name["run segment"], by_name["http-request"]
+    assert accepted.links == ((CALLER_TRACE, answer.span_id),)
+    assert {span.trace_id for span in spans} == {accepted.trace_id} != {CALLER_TRACE}
+    assert (accepted.parent_id, segment.parent_id) == ("", accepted.span_id)
+    assert sent.parent_id == node_of(spans, "start").parent_id == segment.span_id
+    outgoing = target.received[-1].headers
+    assert outgoing["traceparent"] == f"00-{sent.trace_id}-{sent.span_id}-01"
+    assert "baggage" not in outgoing
+    assert SECRET in target.received[-1].path
+    assert not any(SECRET.encode() in body for body in collector.bodies)
+
+
+async def test_an_awaited_run_is_a_child_of_its_request(collector: OtlpReceiver, user: UserClient) -> None:
+    workflow_id = await user.create(nodes=[{"id": "start", "nodeId": "manual"}])
+    execution_id, answered = await run_to_end(user, workflow_id, {"traceparent": CALLER, "Prefer": "wait=20"})
+    spans = await received(collector, execution_id, 1)
+    (accepted,) = [span for span in spans if span.name == "run accepted"]
+    assert (accepted.trace_id, accepted.links) == (CALLER_TRACE, ())
+    assert f"-{accepted.parent_id}-" in answered
+
+
+async def test_each_attempt_and_each_claim_has_one_span_and_none_spans_a_wait(
+    collector: OtlpReceiver, target: HttpReceiver, user: UserClient
+) -> None:
+    target.answers[:] = ["503 Service Unavailable"]
+    calls = {"id": "call", "nodeId": "http-request", "retry": {"maxAttempts": 2, "backoff": 0.2}}
+    workflow_id = await user.create(
+        nodes=[
+            {"id": "start", "nodeId": "manual"},
+            {**calls, "config": {"url": target.url("/again")}},
+            {"id": "pause", "nodeId": "wait", "config": {"seconds": 3}},
+            {"id": "last", "nodeId": "set", "config": {"values": {"a": 1}}},
+        ],
+        connections=[
+            {"sourceNodeId": "start", "targetNodeId": "call"},
+            {"sourceNodeId": "call", "targetNodeId": "pause"},
+            {"sourceNodeId": "pause", "targetNodeId": "last"},
+        ],
+    )
+    execution_id, _ = await run_to_end(user, workflow_id, {})
+    spans = await received(collector, execution_id, 5)
+    failed, repeated = node_of(spans, "call"), node_of(spans, "call", 2)
+    assert (failed.is_error, failed.attributes["error.type"]) == (True, "http-503")
+    assert not repeated.is_error
+    statuses = [span.attributes.get("pilotflame.run.status") for span in spans if span.name == "run segment"]
+    assert sorted(filter(None, statuses)) == ["completed", "waiting"]
+    assert all(span.seconds < 3 for span in spans), "a wait of three seconds is inside no span"
+    assert max(Counter(span.span_id for span in spans).values()) == 1
+    assert len({span.trace_id for span in spans}) == 1
+
+
+async def test_a_caller_with_a_key_decides_whether_its_runs_are_traced(
+    collector: OtlpReceiver, harness: GatewayHarness, user: UserClient
+) -> None:
+    workflow_id = await user.create(nodes=[{"id": "start", "nodeId": "manual"}])
+    untraced, answered = await run_to_end(user, workflow_id, {"traceparent": UNSAMPLED})
+    assert answered.endswith("-00")
+    stranger = await harness.client()
+    refused = await stranger.get("/api/v1/workflows", headers={"traceparent": UNSAMPLED})
+    assert refused.status_code == 401
+    assert refused.headers["traceparent"].endswith("-01"), "without a key, the share of the operator counts"
+    for malformed in (
+        "00-" + "0" * 32 + "-00f067aa0ba902b7-01",
+        "ff" + CALLER[2:],
+        "nonsense",
+        CALLER + "-x",
+    ):
+        answer = await user.api.get("/api/v1/workflows", headers={"traceparent": malformed})
+        assert CALLER_TRACE not in answer.headers["traceparent"]
+    traced, _ = await run_to_end(user, workflow_id, {})
+    await received(collector, traced, 1)
+    assert not collector.of_run(untraced)
+
+
+async def test_runs_that_other_runs_start_or_continue_link_to_them(
+    collector: OtlpReceiver, user: UserClient
+) -> None:
+    child_id = await user.create(nodes=[{"id": "start", "nodeId": "manual"}])
+    workflow_id = await user.create(
+        nodes=[
+            {"id": "start", "nodeId": "manual"},
+            {"id": "sub", "nodeId": "sub-workflow", "config": {"workflowId": child_id}},
+        ],
+        connections=[{"sourceNodeId": "start", "targetNodeId": "sub"}],
+    )
+    parent, _ = await run_to_end(user, workflow_id, {})
+    spans = await received(collector, parent, 2)
+    segments = {(span.trace_id, span.span_id) for span in spans if span.name == "run segment"}
+    listed = (await user.api.get(f"/api/v1/executions?workflow_id={child_id}")).json()["executions"]
+    children = await received(collector, listed[0]["id"], 1)
+    (accepted,) = [span for span in children if span.name == "run accepted"]
+    assert set(accepted.links) <= segments
+    assert accepted.links
+    replayed = await user.api.post(
+        f"/api/v1/executions/{parent}/replay",
+        json={"definition": "original", "from": ["start"], "confirm": ["sub"]},
+    )
+    assert replayed.status_code == 201, replayed.text
+    replay = replayed.json()["executionId"]
+    await wait_until(lambda: has_ended(user, replay))
+    (accepted,) = [span for span in await received(collector, replay, 1) if span.name == "run accepted"]
+    assert f"-{accepted.links[0][1]}-" in replayed.headers["traceparent"]
+
+
+async def test_log_lines_carry_the_ids_of_their_request_run_and_node() -> None:
+    def line(**fields: str) -> dict[str, Any]:
+        decoded: dict[str, Any] = json.loads(as_json(None, "info", {"event": "tested", **fields}))
+        return decoded
+
+    async def in_a_run() -> dict[str, Any]:
+        log_context.fields.set({"execution_id": "exec_1", "trace_id": CALLER_TRACE, "node_id": "step"})
+        return line(node_id="other")
+
+    in_run = await asyncio.create_task(in_a_run())
+    assert (in_run["execution_id"], in_run["trace_id"]) == ("exec_1", CALLER_TRACE)
+    assert in_run["node_id"] == "other", "a field of the call counts"
+    assert "execution_id" not in line(), "other tasks have ids of their own"
