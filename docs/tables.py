@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from docs import expression_reference, node_reference, settings_reference, workflow_settings_reference
+from docs import (
+    command_reference,
+    expression_reference,
+    node_reference,
+    settings_reference,
+    workflow_settings_reference,
+)
 from gateway.http import limits
 from gateway.http.refusals import ERROR_CODES
 from journal.explanations.blockers import BLOCKER_RULES
@@ -103,9 +109,13 @@ def build_documents() -> dict[Path, str]:
     expressions, retries = ROOT / "docs/expressions.md", ROOT / "docs/retries.md"
     workflow_settings = ROOT / "docs/workflow-settings.md"
     why, metrics = ROOT / "docs/why.md", ROOT / "docs/metrics.md"
+    command_line = ROOT / "docs/command-line.md"
     return {
         metrics: replace_table(metrics.read_text(), "metrics", build_metrics_tables()),
         why: replace_table(why.read_text(), "blockers", build_blockers_table()),
+        command_line: replace_table(
+            command_line.read_text(), "commands", command_reference.build_commands_table()
+        ),
         readme: replace_table(readme.read_text(), "settings", settings_reference.build_short_table()),
         operations: replace_table(operations.read_text(), "limits", build_limits_table()),
         ROOT / "docs/errors.md": build_error_page(),

@@ -38,7 +38,6 @@ from models.schema_migration import OutdatedDatabase
 from models.worker_processes import ALL_IN_ONE_OWNER
 from models.workflow_names import POD_OWNER_PREFIX
 from pilotflame import data_dir
-from pilotflame.client import ApiClient
 from pilotflame.command_error import CommandError
 from pilotflame.dev import begin_migration
 from pilotflame.log_lines import LogLineWriter
@@ -254,9 +253,12 @@ async def _offer_example(lines: LogLineWriter, url: str, key: str, example: Exam
 
 def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
     """Create the example through the API, as a user would; return whether it succeeded."""
+    from pilotflame_sdk import Client, PilotflameError
+
     try:
-        ApiClient(url, key).apply(example.definition)
-    except CommandError as error:
+        with Client(url, key) as client:
+            client.workflows.put(example.definition)
+    except PilotflameError as error:
         log.warning("example not loaded", error=str(error))
         return False
     return True

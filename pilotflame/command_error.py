@@ -8,14 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-REFUSED: Final = 2
-"""Exit code of a command whose user can fix its error."""
+from pilotflame import exit_codes
+
+REFUSED: Final = exit_codes.USAGE
+"""Exit code of a process that can't start, and of a command with wrong arguments."""
 _INVISIBLE: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control characters for terminals, and characters that change the direction of text."""
 
 
 class CommandError(Exception):
     """Error that the user can fix; its text gives the cause and the fix."""
+
+    def __init__(self, text: str, exit_code: int = REFUSED) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @contextmanager
@@ -28,7 +34,31 @@ def printed_errors() -> Iterator[None]:
         if text is None:
             raise
         print(f"pilotflame: {escape_text(text)}", file=sys.stderr)  # noqa: T201 - output of the command
-        sys.exit(REFUSED)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: Exception) -> int:
+    """Return the exit code of an error that a user can fix."""
+    if isinstance(error, CommandError):
+        return error.exit_code
+    return _sdk_exit_code(error) or REFUSED
+
+
+def _sdk_exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error of the SDK, None for others."""
+    # A raised error has loaded its module; others need not load it.
+    sdk = sys.modules.get("pilotflame_sdk.errors")
+    if sdk is None or not isinstance(error, sdk.PilotflameError):
+        return None
+    for kinds, code in (
+        ((sdk.LoginRequired, sdk.ScopeRequired), exit_codes.LOGIN),
+        (sdk.ConfigurationError, exit_codes.USAGE),
+        (sdk.RunFailed, exit_codes.RUN_FAILED),
+        (sdk.RunTimeout, exit_codes.TIMED_OUT),
+    ):
+        if isinstance(error, kinds):
+            return code
+    return exit_codes.REFUSED
 
 
 def escape_text(text: str) -> str:
@@ -38,7 +68,7 @@ def escape_text(text: str) -> str:
 
 def explain_error(error: Exception) -> str | None:
     """Return the line for an error that a user can fix, or None for an internal error."""
-    if isinstance(error, CommandError):
+    if isinstance(error, CommandError) or _sdk_exit_code(error) is not None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

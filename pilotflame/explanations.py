@@ -6,21 +6,21 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pilotflame.client import ApiClient
+    from pilotflame_sdk import Client
 
 EXECUTION_PREFIX = "exec_"
 
 
-def fetch_explanation(client: ApiClient, subject: str | None) -> dict[str, Any]:
+def fetch_explanation(client: Client, subject: str | None) -> dict[str, Any]:
     """Return the explanation of an execution or workflow, or of the organization without a subject.
 
-    A workflow is named by its id or its exact name. Raises `CommandError`.
+    A workflow is named by its id or its exact name. Raises errors of the SDK.
     """
     if subject is None:
-        return client.explain("")
+        return dict(client.server.why())
     if subject.startswith(EXECUTION_PREFIX):
-        return client.explain_execution(subject)
-    return client.explain_workflow(client.find_workflow(subject))
+        return dict(client.executions.why(subject))
+    return dict(client.workflows.why(client.workflows.find(subject)))
 
 
 def render_explanation(explained: Mapping[str, Any]) -> Iterator[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pilotflame.client import ServerSentEvent
+if TYPE_CHECKING:
+    from pilotflame_sdk import RunEvent
+
 
 MAX_ROWS: Final = 25
 """The most recently updated nodes; more would not fit on a screen."""
@@ -35,7 +37,7 @@ class RunView:
         self._execution: dict[str, Any] = {}
         self._spans: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def take(self, event: ServerSentEvent) -> None:
+    def take(self, event: RunEvent) -> None:
         if event.name == "execution":
             self._execution = event.data
         elif event.name == "span" and event.data["kind"] != "attempt":
@@ -63,7 +65,7 @@ class RunView:
         return heading
 
 
-def show_run(name: str, events: Iterable[ServerSentEvent]) -> None:
+def show_run(name: str, events: Iterable[RunEvent]) -> None:
     """Show a run until its events end, on standard error; standard output has the result alone."""
     view = RunView(name)
     with Live(view, console=Console(file=sys.stderr), refresh_per_second=8) as live:

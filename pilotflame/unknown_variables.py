@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
 PREFIX: Final = "PILOTFLAME_"
-OF_COMMANDS: Final = frozenset({"PILOTFLAME_URL", "PILOTFLAME_API_KEY"})
-"""Variables of client commands, known without loading the settings of every process."""
+OF_COMMANDS: Final = frozenset(
+    f"PILOTFLAME_{name}" for name in ("URL", "API_KEY", "PROFILE", "CONFIG", "TEST_URL", "TEST_API_KEY")
+)
+"""Variables of client commands and of the SDK, known without loading the settings of every process."""
 _SERVICE_HOST: Final = "_SERVICE_HOST"
 """Kubernetes describes each Service of a namespace in variables; those of Pilotflame's Services have the same prefix.
 """

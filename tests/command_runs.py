@@ -31,14 +31,20 @@ def command_environment(folder: Path, **variables: str) -> dict[str, str]:
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
     given = {f"PILOTFLAME_{name}": value for name, value in variables.items()}
-    return {**kept, "PILOTFLAME_DATA_DIR": str(folder), **given}
+    own = {"PILOTFLAME_DATA_DIR": str(folder), "PILOTFLAME_CONFIG": str(folder / "profiles.json")}
+    return {**kept, **own, **given}
 
 
-def run(*arguments: str, given: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+def run(
+    *arguments: str, given: Mapping[str, str], typed: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with a text on its standard input."""
     with TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
-        process = ForkedCommand(COMMAND, arguments, given, outputs)
+        source = Path(folder, "stdin")
+        if typed is not None:
+            source.write_text(typed)
+        process = ForkedCommand(COMMAND, arguments, given, outputs, source=source if typed else None)
         try:
             code = process.wait(PATIENCE_SECONDS)
         finally:

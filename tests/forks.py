@@ -41,12 +41,18 @@ class ForkedCommand:
         given: Mapping[str, str],
         outputs: tuple[Path, Path],
         folder: Path | None = None,
+        source: Path | None = None,
     ) -> None:
-        """Start the process. Its output is appended to two files, or to one that is named twice."""
+        """Start the process. Its output is appended to two files, or to one that is named twice.
+
+        `source` is the file of its standard input.
+        """
         typed = [str(command), *arguments]
         # A daemon: else the tests would wait for it in the end.
         self._process = _context.Process(
-            target=_run_forked, args=(typed, dict(given), outputs, folder or Path.cwd()), daemon=True
+            target=_run_forked,
+            args=(typed, dict(given), outputs, folder or Path.cwd(), source or Path(os.devnull)),
+            daemon=True,
         )
         self._process.start()
 
@@ -76,13 +82,16 @@ class ForkedCommand:
 
 
 def _run_forked(
-    typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path
+    typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path, source: Path
 ) -> None:
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.setsid()  # Ctrl-C ends the tests, and they end the processes
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(given)
+    with source.open("rb") as given_input:
+        os.dup2(given_input.fileno(), 0)
+    sys.stdin = os.fdopen(0, closefd=False)
     for descriptor, file in zip((1, 2), outputs, strict=True):
         with file.open("ab") as sink:
             os.dup2(sink.fileno(), descriptor)

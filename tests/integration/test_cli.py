@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import redis
 from telemetry.metric_families import FAMILIES
 from tests import command_runs, services
 from tests.command_runs import command_environment
+from tests.integration.command_shell import KEY, CommandShell, open_shell
 
-KEY = "sk-of-the-settings-0123"
 SECRET = "a secret of more than thirty-two characters"
 NOWHERE = "http://127.0.0.1:1"
 
@@ -33,37 +32,11 @@ connections:
 """
 
 
-@dataclass(frozen=True)
-class CommandShell:
-    """Shell for commands, with a running server."""
-
-    given: dict[str, str]
-    folder: Path
-
-    def output(self, *arguments: str) -> str:
-        return command_runs.run_output(*arguments, given=self.given)
-
-    def file(self, name: str, content: str) -> str:
-        """Write a file and return its name."""
-        path = self.folder / name
-        path.write_text(content)
-        return str(path)
-
-    def api(self, path: str, key: str = KEY) -> httpx2.Response:
-        """Send a request to the server itself."""
-        url = self.given["PILOTFLAME_URL"] + path
-        return httpx2.get(url, headers={"X-API-Key": key}, trust_env=False)
-
-
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
-    folder = tmp_path_factory.mktemp("shell")
-    given = command_environment(folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0")
-    misspelt = {**given, "PILOTFLAME_LOG_LEVLE": "a value that nobody is shown"}
-    with command_runs.run_command("dev", "--port", "0", given=misspelt, log=folder / "log") as dev:
-        address = dev.says(r"Pilotflame runs on (\S+)")[1]
-        yield CommandShell({**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": KEY}, folder)
-        assert dev.stop() == 0
+    misspelt = {"PILOTFLAME_LOG_LEVLE": "a value that nobody is shown"}
+    with open_shell(tmp_path_factory.mktemp("shell"), **misspelt) as shell:
+        yield shell
 
 
 def test_a_misspelt_variable_is_named_when_a_process_or_a_command_starts(shell: CommandShell) -> None:
@@ -207,7 +180,7 @@ def test_watch_tells_the_turns_of_a_loop_apart(shell: CommandShell) -> None:
     assert rows == ["Manual", "Log [0]", "Loop [0]", "Log [1]", "Loop [1]", "Loop"]
 
 
-def test_a_run_that_fails_ends_with_1_and_says_why(shell: CommandShell) -> None:
+def test_a_run_that_fails_ends_with_5_and_says_why(shell: CommandShell) -> None:
     nodes = [
         {"id": "start", "type": "manual"},
         {"id": "ask", "type": "http-request", "config": {"url": "http://127.0.0.1/"}},
@@ -216,7 +189,7 @@ def test_a_run_that_fails_ends_with_1_and_says_why(shell: CommandShell) -> None:
     failing = {"name": "Failing", "nodes": nodes, "connections": edges}
     shell.output("apply", shell.file("f.json", json.dumps(failing)))
     done = command_runs.run("run", "Failing", given=shell.given)
-    assert done.returncode == 1
+    assert done.returncode == 5
     assert "failed: " in done.stderr
     assert "(node-error)" in done.stderr
 
@@ -284,7 +257,7 @@ def test_an_error_that_the_user_can_fix_is_one_line(
     arguments: list[str], variables: dict[str, str], told: str, tmp_path: Path
 ) -> None:
     done = command_runs.run(*arguments, given=command_environment(tmp_path, **variables))
-    assert done.returncode == 2
+    assert done.returncode == {NOWHERE: 1, "PILOTFLAME_API_KEY": 4}.get(told, 2)
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("pilotflame: ")
@@ -309,7 +282,8 @@ def test_a_refusal_of_a_server_or_its_database_is_one_line(
     shell: CommandShell, arguments: list[str], told: str
 ) -> None:
     done = command_runs.run(*arguments, given=shell.given)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    code = 1 if told in {"There is no workflow 'Nobody knows it'", "not-found"} else 2
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
     assert told in done.stderr
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pilotflame_sdk import Client
 
 from pilotflame import supervisor
-from pilotflame.client import ApiClient
 from tests import command_runs, databases, services
 from tests.command_runs import RunningCommand, command_environment
 from tests.http_receiver import run_receiver
@@ -45,8 +45,8 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
         PORT=str(free_tcp_port),
         OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32",
     )
-    client = ApiClient(f"http://127.0.0.1:{free_tcp_port}", KEY)
     async with run_receiver() as receiver:
+        client = Client(f"http://127.0.0.1:{free_tcp_port}", KEY)
         with command_runs.run_command("server", given=given, log=tmp_path / "server.log") as server:
             receiver.may_answer.clear()
             node = {"url": receiver.url(), "method": "POST"}
@@ -60,8 +60,8 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             }
             await asyncio.to_thread(server.says, "process started")
             # The socket listens by now, so the first request waits until the gateway answers.
-            workflow_id = await asyncio.to_thread(client.apply, definition)
-            run = (await asyncio.to_thread(client.execute, workflow_id, {})).execution_id
+            workflow_id = await asyncio.to_thread(client.workflows.put, definition)
+            run = await asyncio.to_thread(client.start, workflow_id)
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while not receiver.received:  # noqa: ASYNC110 - of other processes
                     await asyncio.sleep(0.02)
@@ -76,11 +76,12 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             for pid in first.values():
                 os.kill(pid, signal.SIGKILL)
             # Connections wait for the restarted gateway.
-            other = (await asyncio.to_thread(client.execute, workflow_id, {})).execution_id
+            other = await asyncio.to_thread(client.start, workflow_id)
             receiver.may_answer.set()
-            for execution_id in (run, other):
-                result = await asyncio.to_thread(client.result, execution_id)
-                assert result["status"] == "completed"
+            for started in (run, other):
+                result = await asyncio.to_thread(started.wait, PATIENCE_SECONDS)
+                assert result.status == "completed"
+            client.close()
             await asyncio.to_thread(server.says, "scheduler ready.*scheduler ready")
             again = child_ids(server)
             assert set(again) == set(CHILDREN)

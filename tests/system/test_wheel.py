@@ -13,10 +13,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from pilotflame_sdk import Client
 
 from docs.tables import ROOT
 from gateway.documentation import site
-from pilotflame.client import ApiClient
 from tests.command_runs import RunningCommand, command_environment
 
 LISTED_MODULES = (
@@ -109,7 +109,6 @@ def test_the_installed_wheel_runs_outside_of_the_checkout(installed_python: Path
     running = RunningCommand(process, log)
     try:
         said = running.says(r"Pilotflame runs on (\S+).*?(sk-\S+)")
-        client = ApiClient(said[1], said[2])
         workflow = {
             "name": "Installed",
             "nodes": [
@@ -118,8 +117,9 @@ def test_the_installed_wheel_runs_outside_of_the_checkout(installed_python: Path
             ],
             "connections": [{"source": "start", "target": "greet"}],
         }
-        execution = client.execute(client.apply(workflow), {"triggerInputs": {"name": "wheel"}}).execution_id
-        assert client.result(execution)["outputs"]["greet"]["text"] == "Hello, wheel!"
+        with Client(said[1], said[2]) as client:
+            run = client.run(client.workflows.put(workflow), {"name": "wheel"}, wait=60)
+        assert run.outputs["greet"]["text"] == "Hello, wheel!"
         for path in ["/openapi.json", *(["/docs/"] if (site.BUILT / site.MANIFEST).exists() else [])]:
             with urllib.request.urlopen(f"{said[1]}{path}", timeout=60) as answer:  # noqa: S310 - its own server
                 assert answer.status == 200

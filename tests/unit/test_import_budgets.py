@@ -53,3 +53,24 @@ def test_a_start_loads_no_more_modules_than_its_budget(process: str) -> None:
     assert not [name for name in own if name.startswith("nodes.library.")], "read by the catalog at first use"
     assert len(own) <= most_own, own
     assert len(of_libraries) <= most_of_libraries, of_libraries
+
+
+def test_a_command_loads_its_own_module_and_no_client_before_it_needs_one() -> None:
+    program = """
+import json, sys
+sys.argv = ["pilotflame", "runs", "list", "--help"]
+from pilotflame.command import main
+try:
+    main()
+except SystemExit:
+    print(json.dumps([*sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {*json.loads(done.stdout.splitlines()[-1])}
+    assert {name for name in loaded if name.startswith("pilotflame.commands.")} == {
+        f"pilotflame.commands.{name}"
+        for name in ("arguments", "nouns", "output", "run", "runs", "server_connection")
+    }
+    assert not loaded & {"httpx2", "pilotflame_sdk", "rich", "sqlalchemy", "starlette", "yaml"}

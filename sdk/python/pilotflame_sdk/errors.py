@@ -14,6 +14,10 @@ class ConfigurationError(PilotflameError):
     """The client has no valid server address or API key; the text says which variable to set."""
 
 
+class LoginRequired(ConfigurationError):
+    """No API key is configured."""
+
+
 class TransportError(PilotflameError):
     """No answer: the server is unreachable, the connection was lost, or the answer is none of Pilotflame's."""
 

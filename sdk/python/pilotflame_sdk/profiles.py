@@ -16,7 +16,7 @@ from tempfile import mkstemp
 from typing import Final
 from urllib.parse import urlsplit
 
-from pilotflame_sdk.errors import ConfigurationError
+from pilotflame_sdk.errors import ConfigurationError, LoginRequired
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 OWNER_ONLY: Final = 0o600
@@ -105,7 +105,7 @@ def find_server(
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigurationError(f"PILOTFLAME_URL must begin with http:// or https://, not be {url!r}")
     if not api_key:
-        raise ConfigurationError(
+        raise LoginRequired(
             "Set PILOTFLAME_API_KEY to an API key of the server, or store one with `pilotflame login`"
         )
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):

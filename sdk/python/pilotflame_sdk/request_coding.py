@@ -138,4 +138,7 @@ def _json_or_none(response: httpx2.Response) -> object:
 
 def unreachable(url: str, error: Exception) -> TransportError:
     """Return the error of a request without an answer."""
-    return TransportError(f"No Pilotflame server answers at {url} ({error or type(error).__name__})")
+    reason = str(error) or type(error).__name__
+    return TransportError(
+        f"No Pilotflame server answers at {url} ({reason}): start one, or set PILOTFLAME_URL"
+    )

@@ -1,0 +1,1 @@
+"""Commands of `pilotflame`, a module for each noun; `pilotflame.cli` loads the one that is called."""

@@ -1,0 +1,50 @@
+"""Commands for questions of runs that wait for a person."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+from pilotflame.commands.arguments import ExecutionArgument, KeyOption, read_json
+from pilotflame.commands.nouns import new_noun
+from pilotflame.commands.output import FormatOption, OutputFormat, show_list, show_object
+from pilotflame.commands.server_connection import connect
+
+app = new_noun("Answer runs that wait for a person.")
+COLUMNS = {
+    "Execution": "executionId",
+    "Node": "nodeId",
+    "Workflow": "workflowName",
+    "Title": "title",
+    "Asked": "requestedAt",
+    "Expires": "expiresAt",
+}
+
+
+@app.command("list")
+def list_questions(output: FormatOption = OutputFormat.TABLE) -> None:
+    """List the questions that the key may answer."""
+    show_list(connect().approvals.list()["inputs"], output, COLUMNS, key="executionId")
+
+
+@app.command("answer")
+def answer(
+    execution: ExecutionArgument,
+    node: Annotated[str, Argument(metavar="NODE", help="Node that asks.")],
+    choice: Annotated[str | None, Option(help="Port of the choice.")] = None,
+    data: Annotated[str | None, Option(help="Data of a form, as JSON, @file or @-.")] = None,
+    iteration: Annotated[str | None, Option(help="Iteration of a loop.")] = None,
+    idempotency_key: KeyOption = None,
+    output: FormatOption = OutputFormat.JSON,
+) -> None:
+    """Answer a question; the first answer counts."""
+    done = connect().approvals.answer(
+        execution,
+        node_id=node,
+        choice=choice,
+        iteration=iteration,
+        data=None if data is None else read_json(data, "--data"),
+        idempotency_key=idempotency_key,
+    )
+    show_object(dict(done), output, key="executionId")

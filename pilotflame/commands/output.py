@@ -1,0 +1,122 @@
+"""Output of commands: data on standard output, as a table, JSON, YAML or names; remarks on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from itertools import islice
+from typing import Annotated, Any, TypeAlias
+
+import typer
+from typer import Option
+
+from pilotflame.command_error import escape_text
+
+Columns: TypeAlias = Mapping[str, str]
+"""Headings of a table with the paths of their values, such as `error.code`."""
+GAP = "  "
+
+
+class OutputFormat(StrEnum):
+    """Format of the data on standard output."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+    NAME = "name"
+
+
+FormatOption: TypeAlias = Annotated[
+    OutputFormat, Option("--output", "-o", help="Format; `name` prints ids alone.")
+]
+
+
+def take(items: Iterable[Any], limit: int, *, all_items: bool) -> list[Any]:
+    """Return the first items of a list, or all of them."""
+    return list(items if all_items else islice(items, limit))
+
+
+def show_list(
+    items: Sequence[Mapping[str, Any]], output: OutputFormat, columns: Columns, *, key: str = "id"
+) -> None:
+    """Print a list; `key` is the path of the name of an item."""
+    if output is OutputFormat.TABLE:
+        show_table([[value_at(one, path) for path in columns.values()] for one in items], [*columns])
+    elif output is OutputFormat.NAME:
+        for one in items:
+            say(str(value_at(one, key)))
+    else:
+        show_value(items, output)
+
+
+def show_object(
+    value: Mapping[str, Any], output: OutputFormat = OutputFormat.JSON, *, key: str = "id"
+) -> None:
+    """Print one object: as JSON or YAML, its fields as lines, or its name."""
+    if output is OutputFormat.TABLE:
+        show_table([[name, _short(one)] for name, one in value.items()], [])
+    elif output is OutputFormat.NAME:
+        say(str(value_at(value, key)))
+    else:
+        show_value(value, output)
+
+
+def show_value(value: object, output: OutputFormat = OutputFormat.JSON) -> None:
+    """Print any JSON value as JSON or YAML."""
+    if output is OutputFormat.YAML:
+        import yaml
+
+        text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+        say(text.rstrip("\n"))
+    else:
+        say(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_table(rows: Sequence[Sequence[object]], headings: Sequence[str]) -> None:
+    """Print rows below headings, each column as wide as its longest value."""
+    texts = [[escape_text(_short(value)).replace("\n", " ") for value in row] for row in rows]
+    lines = [[heading.upper() for heading in headings], *texts] if headings else texts
+    if not lines:
+        return
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    for line in lines:
+        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+        typer.echo(GAP.join(padded).rstrip())
+
+
+def value_at(item: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401 - any JSON
+    """Return the value at a path, or None where there is none."""
+    found: Any = item
+    for name in path.split("."):
+        if isinstance(found, list) and name.isdecimal():
+            found = found[int(name)] if int(name) < len(found) else None
+        else:
+            found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ",".join(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | list) else str(value)
+
+
+def say(text: str) -> None:
+    """Print data on standard output."""
+    typer.echo(escape_text(text))
+
+
+def remark(text: str) -> None:
+    """Print a remark on standard error."""
+    typer.echo(escape_text(f"pilotflame: {text}"), err=True)
+
+
+def is_terminal() -> bool:
+    """Tell whether a person reads standard output."""
+    return sys.stdout.isatty()

@@ -1,0 +1,32 @@
+"""Connection of commands to a server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pilotflame_sdk import Client
+
+chosen_profiles: list[str] = []
+"""Profile of the option `--profile`, if it is given."""
+
+
+def connect() -> Client:
+    """Return a client of the chosen server, which fails at once if that has never answered."""
+    from pilotflame_sdk import Client, RetryPolicy
+
+    return Client(
+        profile=chosen_profiles[-1] if chosen_profiles else None, retry=RetryPolicy(waits_for_start=False)
+    )
+
+
+def is_configured() -> bool:
+    """Tell whether commands would reach a server with an API key; else they use the database of this machine."""
+    from pilotflame_sdk import ConfigurationError
+    from pilotflame_sdk.profiles import find_server
+
+    try:
+        find_server(profile=chosen_profiles[-1] if chosen_profiles else None)
+    except ConfigurationError:
+        return False
+    return True

@@ -1,0 +1,251 @@
+"""Nouns and verbs of the command line: formats, exit codes, profiles, and requests to every part of the API."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import command_runs
+from tests.integration.command_shell import KEY, CommandShell, open_shell
+
+CHOICES = [{"port": "yes", "label": "Yes"}, {"port": "no", "label": "No"}]
+
+
+def chain(name: str, *nodes: dict[str, Any], **others: object) -> dict[str, Any]:
+    """Return a workflow whose nodes follow each other."""
+    ids = [node["id"] for node in nodes]
+    edges = [{"source": one, "target": other} for one, other in pairwise(ids)]
+    return {"name": name, "nodes": list(nodes), "connections": edges, **others}
+
+
+ASKING = chain(
+    "Asking",
+    {"id": "start", "type": "manual"},
+    {"id": "ask", "type": "human-input", "config": {"title": "Go on?", "choices": CHOICES}},
+)
+QUEUED = chain(
+    "Queued",
+    {"id": "start", "type": "queue"},
+    {"id": "note", "type": "log", "config": {"message": "{{ data.message.n }}"}},
+    status="active",
+)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
+    with open_shell(tmp_path_factory.mktemp("shell")) as shell:
+        shell.apply(ASKING)
+        shell.apply(QUEUED)
+        yield shell
+
+
+def test_lists_have_four_formats(shell: CommandShell) -> None:
+    table = shell.output("workflows", "list", "--search", "Asking").splitlines()
+    assert table[0].split() == ["ID", "NAME", "STATUS", "VERSION", "TAGS", "UPDATED"]
+    assert table[1].split()[1:3] == ["Asking", "draft"]
+    (found,) = shell.json("workflows", "list", "--search", "Asking", "-o", "json")
+    assert yaml.safe_load(shell.output("workflows", "list", "--search", "Asking", "-o", "yaml")) == [found]
+    assert shell.output("workflows", "list", "--search", "Asking", "-o", "name") == found["id"]
+    assert shell.json("workflows", "get", "Asking")["id"] == found["id"]
+    assert shell.output("workflows", "get", "Asking", "-o", "name") == found["id"]
+    assert "Asking" in shell.output("workflows", "get", found["id"], "-o", "table")
+
+
+def test_a_run_is_started_answered_watched_cancelled_and_stopped(shell: CommandShell) -> None:
+    first, second, third = (shell.output("runs", "start", "Asking", "--tag", "cli") for _ in range(3))
+    timed_out = shell.run("runs", "wait", first, "--timeout", "0.2")
+    assert (timed_out.returncode, timed_out.stdout) == (6, "")
+    assert f"{first} had not ended after 0.2 s" in timed_out.stderr
+    assert first in shell.output("approvals", "list", "-o", "name").splitlines()
+    answered = shell.json("approvals", "answer", first, "ask", "--choice", "yes")
+    assert answered["nodeId"] == "ask"
+    watched = shell.run("runs", "watch", first)
+    assert watched.returncode == 0
+    assert "completed" in watched.stderr
+    assert shell.json("runs", "wait", first, "-o", "json")["outputs"]["ask"]["choice"] == "yes"
+
+    shell.output("runs", "cancel", second)
+    cancelled = shell.run("runs", "wait", second)
+    assert (cancelled.returncode, f"{second} cancelled" in cancelled.stderr) == (5, True)
+    shell.output("runs", "stop", third)
+    assert shell.run("runs", "wait", third).returncode == 5
+    listed = shell.output("runs", "list", "--tag", "cli", "-o", "name").splitlines()
+    assert {*listed} == {first, second, third}
+    assert len(shell.output("runs", "list", "--tag", "cli", "--limit", "2", "-o", "name").splitlines()) == 2
+    assert "ask" in shell.output("runs", "spans", first)
+
+
+def test_many_runs_are_cancelled_at_once_after_a_question(shell: CommandShell) -> None:
+    started = {shell.output("runs", "start", "Asking", "--metadata", "batch=7") for _ in range(2)}
+    chosen = ("runs", "bulk", "cancel", "--metadata", "batch=7")
+    seen = shell.run(*chosen, "--dry-run")
+    assert ({*seen.stdout.split()}, "2 executions match" in seen.stderr) == (started, True)
+    refused = shell.run(*chosen)
+    assert (refused.returncode, "--yes" in refused.stderr) == (2, True)
+    assert {*shell.output(*chosen, "--yes").split()} == started
+    for one in started:
+        assert shell.run("runs", "wait", one).returncode == 5
+
+
+def test_messages_and_events_start_runs(shell: CommandShell) -> None:
+    sent = shell.output("queue", "send", "Queued", "--message", '{"n": 41}', "--deduplication-id", "a")
+    assert sent == shell.output(
+        "queue", "send", "Queued", "--message", '{"n": 41}', "--deduplication-id", "a"
+    )
+    shell.output("runs", "wait", sent)
+    assert shell.output("logs", sent).endswith("note 41")
+    assert shell.json("deliveries", "list", "Queued", "-o", "json")[-1]["executionId"] == sent
+    assert shell.output("queue", "dead-letters", "Queued", "-o", "name") == ""
+    event = shell.output("events", "send", "order.paid", "--data", '{"order": 7}')
+    assert shell.json("events", "get", event)["eventData"] == {"order": 7}
+    assert event in shell.output("events", "list", "--type", "order.paid", "-o", "name")
+    token = shell.output("events", "create-token", "Shop")
+    (listed,) = shell.json("events", "tokens", "-o", "json")
+    assert (listed["name"], token in str(listed)) == ("Shop", False)
+    shell.output("events", "revoke-token", listed["id"])
+
+
+def test_schedules_deployments_and_addresses_are_shown(shell: CommandShell) -> None:
+    hourly = {"id": "start", "type": "schedule", "config": {"cron": "0 * * * *"}}
+    shell.apply(chain("Hourly", hourly, {"id": "n", "type": "log"}, status="active"))
+    (row,) = shell.output("schedules", "list").splitlines()[1:]
+    assert row.split()[1:3] == ["Hourly", "yes"]
+    assert shell.json("schedules", "get", "Hourly")["isActive"]
+    assert "not-deployed" in shell.output("deployments", "status", "Hourly")
+    assert "lifecyclePolicy" in shell.json("deployments", "lifecycle", "Hourly")
+    assert shell.json("triggers", "address", "Queued")["triggerKind"] == "queue"
+    assert "filter" in shell.output("nodes", "list", "--search", "filter", "-o", "name")
+    assert shell.json("nodes", "get", "filter")["type"] == "filter"
+    assert shell.output("sessions", "list", "-o", "name") == ""
+
+
+def test_workflows_are_versioned_shared_copied_and_deleted(shell: CommandShell) -> None:
+    shell.apply(chain("Versioned", {"id": "start", "type": "manual"}))
+    shell.output("workflows", "create-version", "Versioned", "v1.1.0")
+    shell.apply({**chain("Versioned", {"id": "start", "type": "manual"}), "description": "Changed"})
+    assert shell.json("workflows", "get", "Versioned")["description"] == "Changed"
+    shell.output("workflows", "restore", "Versioned", "2")
+    assert shell.json("workflows", "get", "Versioned")["description"] == ""
+    assert [one["versionTag"] for one in shell.json("workflows", "versions", "Versioned", "-o", "json")][:2]
+    copy = shell.output("workflows", "duplicate", "Versioned")
+    shell.output("workflows", "status", copy, "archived")
+    assert shell.json("workflows", "get", copy)["status"] == "archived"
+    user = shell.output("users", "create", "guest@example.com", "--name", "Guest")
+    shell.output("workflows", "share", "Versioned", user)
+    assert shell.json("workflows", "get", "Versioned")["sharedWith"] == [user]
+    shell.output("workflows", "unshare", "Versioned", user)
+    assert user in shell.output("users", "list", "-o", "name")
+    refused = shell.run("workflows", "delete", copy)
+    assert (refused.returncode, "--yes" in refused.stderr) == (2, True)
+    shell.output("workflows", "delete", copy, "--yes")
+    assert shell.run("workflows", "get", copy).returncode == 1
+    assert "workflow.deleted" in shell.output("audit", "list", "--object", copy)
+
+
+def test_secrets_of_data_sources_come_from_variables_or_standard_input(shell: CommandShell) -> None:
+    created = shell.run(
+        *("datasources", "create", "Orders", "--type", "http-bearer", "--secret-env", "token=MY_TOKEN"),
+        MY_TOKEN="t-0123",
+    )
+    assert created.returncode == 0, created.stderr
+    found = shell.json("datasources", "get", "@Orders")
+    assert (found["id"], found["secretNames"]) == (created.stdout.strip(), ["token"])
+    missing = shell.run("datasources", "update", "Orders", "--secret-env", "token=NOT_SET")
+    assert (missing.returncode, "NOT_SET is not set" in missing.stderr) == (2, True)
+    changed = command_runs.run(
+        *("datasources", "update", "Orders", "--settings", '{"hosts": ["example.com"]}', "--secrets-stdin"),
+        given=shell.given,
+        typed='{"token": "t-1"}',
+    )
+    assert changed.returncode == 0, changed.stderr
+    assert shell.json("datasources", "get", "Orders")["settings"]["hosts"] == ["example.com"]
+    shell.output("datasources", "delete", "Orders", "--yes")
+    assert shell.run("datasources", "get", "Orders").returncode == 1
+
+
+def test_a_key_without_the_scope_and_a_revoked_key_end_with_4(shell: CommandShell) -> None:
+    key = shell.output("keys", "create", "--name", "reader", "--scope", "workflows:read")
+    denied = shell.run("runs", "start", "Asking", PILOTFLAME_API_KEY=key)
+    assert (denied.returncode, "scope-required" in denied.stderr) == (4, True)
+    (found,) = [one for one in shell.json("keys", "list", "-o", "json") if one["name"] == "reader"]
+    shell.output("keys", "revoke", found["id"])
+    unknown = shell.run("workflows", "list", PILOTFLAME_API_KEY="sk-unknown")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (4, 1)
+
+
+def test_login_stores_a_profile_that_only_its_owner_reads(shell: CommandShell, tmp_path: Path) -> None:
+    config = tmp_path / "config/profiles.json"
+    alone = {"PILOTFLAME_URL": "", "PILOTFLAME_API_KEY": "", "PILOTFLAME_CONFIG": str(config)}
+    assert shell.run("whoami", **alone).returncode == 4
+    address = shell.given["PILOTFLAME_URL"]
+    stored = command_runs.run(
+        *("login", "--url", address, "--name", "local"), given={**shell.given, **alone}, typed=KEY
+    )
+    assert stored.returncode == 0, stored.stderr
+    assert (stored.stdout, KEY in stored.stderr) == ("", False)
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+    assert json.loads(shell.run("whoami", "-o", "json", **alone).stdout)["role"] == "admin"
+    assert shell.run("--profile", "local", "workflows", "list", **alone).returncode == 0
+    unknown = shell.run("--profile", "nowhere", "workflows", "list", **alone)
+    assert (unknown.returncode, "the stored ones are: local" in unknown.stderr) == (2, True)
+    assert shell.run("profile", "list", **alone).stdout.split()[-3:] == ["local", address, "yes"]
+    assert shell.run("profile", "remove", "local", **alone).returncode == 0
+    assert shell.run("whoami", **alone).returncode == 4
+
+
+def test_a_refused_key_is_not_stored(shell: CommandShell, tmp_path: Path) -> None:
+    config = tmp_path / "profiles.json"
+    given = {**shell.given, "PILOTFLAME_CONFIG": str(config)}
+    done = command_runs.run("login", "--url", shell.given["PILOTFLAME_URL"], given=given, typed="sk-wrong")
+    assert (done.returncode, config.exists()) == (4, False)
+
+
+def test_api_reaches_every_path(shell: CommandShell) -> None:
+    assert shell.json("api", "GET", "/auth/whoami") == shell.json("api", "/api/v1/auth/whoami")
+    made = shell.json("api", "workflows", "-f", "name=By hand", "-f", 'tags=["x"]')["workflowId"]
+    assert shell.json("api", "/workflows", "-q", "tag=x")["workflows"][0]["id"] == made
+    assert shell.output("api", "DELETE", f"/workflows/{made}") == ""
+    refused = shell.run("api", f"/workflows/{made}")
+    assert (refused.returncode, refused.stdout, "not-found" in refused.stderr) == (1, "", True)
+    assert shell.run("api", "FETCH", "/workflows").returncode == 2
+
+
+def test_completion_names_commands(shell: CommandShell) -> None:
+    assert "_PILOTFLAME_COMPLETE" in shell.output("completion", "bash")
+    words = {"COMP_WORDS": "pilotflame runs wa", "COMP_CWORD": "2", "_PILOTFLAME_COMPLETE": "complete_bash"}
+    assert shell.run(**words).stdout.split() == ["watch", "wait"]
+    assert shell.run("completion", "tcsh").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["rnus", "list"], "Did you mean 'runs'"),
+        (["runs", "lsit"], "Did you mean 'list'"),
+        (["runs", "list", "--metadata", "x"], "--metadata must look like key=value"),
+        (["queue", "send", "Queued", "--message", "{"], "--message is not valid JSON"),
+        (["runs", "list", "--limit", "0"], "--limit"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_usage_ends_with_2_and_says_how_it_is_right(
+    shell: CommandShell, arguments: list[str], told: str
+) -> None:
+    done = shell.run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+
+
+def test_every_command_has_help(shell: CommandShell) -> None:
+    overview = shell.output("--help")
+    names = [line.split()[0] for line in overview.partition("Commands:")[2].splitlines() if line.strip()]
+    assert len(names) > 30
+    for name in names:
+        assert "Usage: pilotflame" in shell.output(name, "--help")
