@@ -321,11 +321,13 @@ def _write_resources(operations: Sequence[ApiOperation], *, is_async: bool) -> s
         by_resource[one.resource].append(one)
     kind, iterators = ("asynchronous", "AsyncIterator") if is_async else ("synchronous", "Iterator")
     base = "AsyncResource" if is_async else "Resource"
+    transport = base.replace("Resource", "Transport")
+    package = "async_transport" if is_async else "transport"
     parts = [
         HEADER.format(title=f"Methods of the {kind} client, a class for each resource of the API."),
         f"from collections.abc import {iterators}, Mapping, Sequence\n",
         "from typing import TYPE_CHECKING, Any, Dict, List, Literal, cast\n\n",
-        f"from pilotflame_sdk.{'async_transport' if is_async else 'transport'} import {base}\n\n",
+        f"from pilotflame_sdk.{package} import {base}, {transport}\n\n",
         "if TYPE_CHECKING:\n    from pilotflame_sdk import types as t\n",
     ]
     for resource, own in by_resource.items():
@@ -336,7 +338,20 @@ def _write_resources(operations: Sequence[ApiOperation], *, is_async: bool) -> s
             parts.append(_write_method(one, is_async=is_async))
             if one.list_field is not None:
                 parts.append(_write_iterator(one, is_async=is_async))
-    return "".join(parts)
+    return "".join([*parts, _write_groups([*by_resource], is_async=is_async)])
+
+
+def _write_groups(names: Sequence[str], *, is_async: bool) -> str:
+    """Return the class with an attribute for each resource."""
+    prefix = "Async" if is_async else ""
+    lines = "".join(f"        self.{name} = {prefix}{_type_name(name)}(self)\n" for name in names)
+    return (
+        f"\n\nclass {prefix}ResourceClient({prefix}Transport):\n"
+        f'    """Client with an attribute for each resource."""\n\n'
+        f"    def __init__(self, *args: Any, **options: Any) -> None:\n"
+        f'        """Arguments are those of `{prefix}Transport`."""\n'
+        f"        super().__init__(*args, **options)\n{lines}"
+    )
 
 
 def _write_method(one: ApiOperation, *, is_async: bool) -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from pilotflame_sdk import async_resources, run_states, workflow_files
 from pilotflame_sdk.async_runs import AsyncRun
-from pilotflame_sdk.async_transport import AsyncTransport
 from pilotflame_sdk.errors import Conflict, NotFound
 from pilotflame_sdk.request_coding import PREFER_SECONDS, quote_segment
 
@@ -57,32 +56,19 @@ class AsyncWorkflows(async_resources.AsyncWorkflows):
         return workflow_id
 
 
-class AsyncClient(AsyncTransport):
+class AsyncClient(async_resources.AsyncResourceClient):
     """Client of one server. Every method raises `APIError` and `TransportError`.
 
     Without arguments it uses PILOTFLAME_URL and PILOTFLAME_API_KEY, or the profile of `pilotflame login`. The tasks of
     one event loop may share a client.
     """
 
+    executions: AsyncExecutions
+    workflows: AsyncWorkflows
+
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as `AsyncTransport`
         super().__init__(*args, **options)
-        self.approvals = async_resources.AsyncApprovals(self)
-        self.audit = async_resources.AsyncAudit(self)
-        self.datasources = async_resources.AsyncDatasources(self)
-        self.deliveries = async_resources.AsyncDeliveries(self)
-        self.deployments = async_resources.AsyncDeployments(self)
-        self.event_tokens = async_resources.AsyncEventTokens(self)
-        self.events = async_resources.AsyncEvents(self)
         self.executions = AsyncExecutions(self)
-        self.keys = async_resources.AsyncKeys(self)
-        self.node_types = async_resources.AsyncNodeTypes(self)
-        self.queue = async_resources.AsyncQueue(self)
-        self.schedules = async_resources.AsyncSchedules(self)
-        self.server = async_resources.AsyncServer(self)
-        self.sessions = async_resources.AsyncSessions(self)
-        self.signing_secret = async_resources.AsyncSigningSecret(self)
-        self.triggers = async_resources.AsyncTriggers(self)
-        self.users = async_resources.AsyncUsers(self)
         self.workflows = AsyncWorkflows(self)
 
     async def __aenter__(self) -> Self:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Dict, List, Literal, cast
 
-from pilotflame_sdk.async_transport import AsyncResource
+from pilotflame_sdk.async_transport import AsyncResource, AsyncTransport
 
 if TYPE_CHECKING:
     from pilotflame_sdk import types as t
@@ -30,11 +30,11 @@ class AsyncApprovals(AsyncResource):
 class AsyncAudit(AsyncResource):
     """Methods of `client.audit`."""
 
-    async def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
+    async def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
         """List changes of workflows, data sources, keys and users of the organization, with author and time."""
         return cast("t.AuditEntryList", await self._client.request("GET", "/api/v1/audit", query={"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "limit": limit, "offset": offset, "after": after, "sort": sort}))
 
-    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> AsyncIterator[Any]:
+    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> AsyncIterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/audit", "entries", {"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "sort": sort}, has_cursor=True)
 
@@ -102,9 +102,17 @@ class AsyncDeliveries(AsyncResource):
         """Yield every item of `list`, page by page."""
         return self._client.iterate(f"/api/v1/workflows/{self._quote(workflow_id)}/deliveries", "deliveries", {"outcome": outcome, "route": route, "since": since, "until": until}, has_cursor=True)
 
+    async def list_all(self, *, workflow_id: str | None = None, outcome: Literal['accepted', 'duplicate', 'deferred', 'rejected', 'shed'] | None = None, route: Literal['enqueue', 'enqueue-batch', 'email-trigger', 'events', 'hook'] | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, after: str | None = None) -> t.OrganizationDeliveryList:
+        """List the deliveries of the organization with their outcomes, the newest first."""
+        return cast("t.OrganizationDeliveryList", await self._client.request("GET", "/api/v1/deliveries", query={"workflow_id": workflow_id, "outcome": outcome, "route": route, "since": since, "until": until, "limit": limit, "after": after}))
+
     async def redrive(self, delivery_id: str, *, idempotency_key: str | None = None) -> t.DeliveryRedriveResult:
         """Run the current workflow again on the content of a delivery."""
         return cast("t.DeliveryRedriveResult", await self._client.request("POST", f"/api/v1/deliveries/{self._quote(delivery_id)}/redrive", idempotency_key=idempotency_key, is_keyed=True))
+
+    async def redrive_all(self, *, filter: Any, limit: int | None = None, dry_run: bool | None = None) -> t.DeliveryRedriveResults:
+        """Run workflows again on the content of the organization's deliveries with one outcome, the oldest first."""
+        return cast("t.DeliveryRedriveResults", await self._client.request("POST", "/api/v1/deliveries/redrive", fields={"filter": filter, "limit": limit, "dryRun": dry_run}))
 
     async def redrive_many(self, workflow_id: str, *, outcome: Literal['accepted', 'deferred', 'duplicate', 'rejected', 'shed'] | None = None, route: Literal['email-trigger', 'enqueue', 'enqueue-batch', 'events', 'hook'] | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, dry_run: bool | None = None) -> t.DeliveryRedriveResults:
         """Run the current workflow again on the content of deliveries, at most 1,000 at a time, the oldest first."""
@@ -117,6 +125,14 @@ class AsyncDeliveries(AsyncResource):
     def iterate_samples(self, *, route: Literal['enqueue', 'enqueue-batch', 'email-trigger', 'events', 'hook'] | None = None) -> AsyncIterator[Any]:
         """Yield every item of `samples`, page by page."""
         return self._client.iterate("/api/v1/intake-samples", "samples", {"route": route})
+
+    async def workflow_samples(self, workflow_id: str, *, limit: int | None = None, offset: int | None = None) -> t.SampleList:
+        """List recent rejected requests that named a workflow or its token, for its owner and admins."""
+        return cast("t.SampleList", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/intake-samples", query={"limit": limit, "offset": offset}))
+
+    def iterate_workflow_samples(self, workflow_id: str) -> AsyncIterator[Any]:
+        """Yield every item of `workflow_samples`, page by page."""
+        return self._client.iterate(f"/api/v1/workflows/{self._quote(workflow_id)}/intake-samples", "samples", {})
 
 
 class AsyncDeployments(AsyncResource):
@@ -250,9 +266,17 @@ class AsyncExecutions(AsyncResource):
         """Cancel an execution: running nodes are interrupted. An ended execution does not change."""
         return cast("t.EndRequestResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/cancel"))
 
-    async def get(self, execution_id: str, *, expand: Sequence[Literal['blobs']] | None = None) -> t.Execution:
+    async def compare_span(self, execution_id: str, span_id: str, *, with_: str | None = None, iteration: str | None = None) -> t.SpanComparison:
+        """Compare a node of an execution with the same node and turn of another one."""
+        return cast("t.SpanComparison", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/spans/{self._quote(span_id)}/diff", query={"with": with_, "iteration": iteration}))
+
+    async def get(self, execution_id: str, *, summary: bool | None = None, expand: Sequence[Literal['blobs']] | None = None) -> t.Execution:
         """Show an execution with its trigger, config and outputs."""
-        return cast("t.Execution", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}", query={"expand": expand}))
+        return cast("t.Execution", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}", query={"summary": summary, "expand": expand}))
+
+    async def graph(self, execution_id: str, *, expand: Sequence[Literal['config']] | None = None) -> t.RunGraph:
+        """Show the graph of an execution: the definition that ran, and the state of each node."""
+        return cast("t.RunGraph", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/graph", query={"expand": expand}))
 
     async def list(self, *, workflow_id: str | None = None, status: Sequence[Literal['pending', 'running', 'waiting', 'completed', 'failed', 'stopped', 'cancelled']] | None = None, trigger_type: str | None = None, parent_id: str | None = None, since: str | None = None, until: str | None = None, tag: str | None = None, metadata: Mapping[str, str] | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'startedAt', 'startedAt:asc', 'startedAt:desc', 'endedAt', 'endedAt:asc', 'endedAt:desc'] | None = None) -> t.ExecutionList:
         """List the executions of the workflows that the caller may read."""
@@ -286,9 +310,9 @@ class AsyncExecutions(AsyncResource):
         """Resume a failed execution: start a new one from its committed results."""
         return cast("t.ResumeResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/resume", idempotency_key=idempotency_key, is_keyed=True))
 
-    async def span(self, execution_id: str, span_id: str, *, expand: Sequence[Literal['blobs']] | None = None) -> t.SpanDetails:
+    async def span(self, execution_id: str, span_id: str, *, iteration: str | None = None, expand: Sequence[Literal['blobs']] | None = None) -> t.SpanDetails:
         """Show a span: input, rendered config, output, log, attempts, hashes, and the duration in the run before."""
-        return cast("t.SpanDetails", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/spans/{self._quote(span_id)}", query={"expand": expand}))
+        return cast("t.SpanDetails", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/spans/{self._quote(span_id)}", query={"iteration": iteration, "expand": expand}))
 
     async def spans(self, execution_id: str, *, node_id: str | None = None, status: Sequence[Literal['running', 'waiting', 'retrying', 'completed', 'failed', 'skipped', 'cancelled']] | None = None, expand: Sequence[Literal['blobs']] | None = None, limit: int | None = None, offset: int | None = None) -> t.SpanList:
         """List the spans of an execution, with the input, output and error of each node."""
@@ -309,6 +333,26 @@ class AsyncExecutions(AsyncResource):
     async def why(self, execution_id: str, *, node: str | None = None) -> t.RunExplanation:
         """Explain why an execution does not move: what blocks it, who holds that, until when, and what helps."""
         return cast("t.RunExplanation", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/why", query={"node": node}))
+
+
+class AsyncInvitations(AsyncResource):
+    """Methods of `client.invitations`."""
+
+    async def create(self, *, email: str, role: Literal['admin', 'member', 'viewer'] | None = None, expires_in_seconds: int | None = None) -> t.Invitation:
+        """Invite a person: only this answer contains the link, which works once and until it expires."""
+        return cast("t.Invitation", await self._client.request("POST", "/api/v1/auth/invitations", fields={"email": email, "role": role, "expiresInSeconds": expires_in_seconds}))
+
+    async def list(self, *, limit: int | None = None, offset: int | None = None) -> t.InvitationList:
+        """List the invitations of the organization, also those that have ended."""
+        return cast("t.InvitationList", await self._client.request("GET", "/api/v1/auth/invitations", query={"limit": limit, "offset": offset}))
+
+    def iterate(self) -> AsyncIterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/auth/invitations", "invitations", {})
+
+    async def revoke(self, invitation_id: str) -> None:
+        """Revoke an invitation, so that its link ends; one that was accepted does not change."""
+        await self._client.request("DELETE", f"/api/v1/auth/invitations/{self._quote(invitation_id)}")
 
 
 class AsyncKeys(AsyncResource):
@@ -334,21 +378,49 @@ class AsyncKeys(AsyncResource):
 class AsyncNodeTypes(AsyncResource):
     """Methods of `client.node_types`."""
 
-    async def list(self, *, search: str | None = None, category: str | None = None, type: str | None = None, limit: int | None = None, offset: int | None = None) -> t.NodeTypeList:
-        """List the node types of the catalog."""
-        return cast("t.NodeTypeList", await self._client.request("GET", "/api/v1/workflow-nodes", query={"search": search, "category": category, "type": type, "limit": limit, "offset": offset}))
+    async def add(self, *, type: str, version: str, config: Mapping[str, Any] | None = None, name: str | None = None, category: str | None = None, description: str | None = None, effect: Any = None, ports: Any = None, output: Any = None, task: Any = None, input_description: str | None = None, examples: Sequence[Mapping[str, Any]] | None = None, deprecated: bool | None = None) -> t.NodeTypeSchema:
+        """Add a version of a custom node type, which workers of the organization perform."""
+        return cast("t.NodeTypeSchema", await self._client.request("POST", "/api/v1/workflow-nodes", fields={"type": type, "version": version, "config": config, "name": name, "category": category, "description": description, "effect": effect, "ports": ports, "output": output, "task": task, "inputDescription": input_description, "examples": examples, "deprecated": deprecated}))
 
-    def iterate(self, *, search: str | None = None, category: str | None = None, type: str | None = None) -> AsyncIterator[Any]:
+    async def custom_schema(self, node_type: str, name: str, *, version: str | None = None) -> t.NodeTypeSchema:
+        """Show a custom node type with the JSON Schema of its config."""
+        return cast("t.NodeTypeSchema", await self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}/schema", query={"version": version}))
+
+    async def delete(self, node_type: str, name: str, *, version: str | None = None) -> None:
+        """Delete a version of a custom node type, or all versions; runs that have begun keep theirs."""
+        await self._client.request("DELETE", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}", query={"version": version})
+
+    async def get(self, node_type: str, name: str, *, version: str | None = None) -> t.NodeTypeSchema:
+        """Show a custom node type in its newest version, or in another one."""
+        return cast("t.NodeTypeSchema", await self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}", query={"version": version}))
+
+    async def list(self, *, search: str | None = None, category: str | None = None, type: str | None = None, deprecated: bool | None = None, limit: int | None = None, offset: int | None = None) -> t.NodeTypeList:
+        """List the node types of the catalog."""
+        return cast("t.NodeTypeList", await self._client.request("GET", "/api/v1/workflow-nodes", query={"search": search, "category": category, "type": type, "deprecated": deprecated, "limit": limit, "offset": offset}))
+
+    def iterate(self, *, search: str | None = None, category: str | None = None, type: str | None = None, deprecated: bool | None = None) -> AsyncIterator[Any]:
         """Yield every item of `list`, page by page."""
-        return self._client.iterate("/api/v1/workflow-nodes", "nodes", {"search": search, "category": category, "type": type})
+        return self._client.iterate("/api/v1/workflow-nodes", "nodes", {"search": search, "category": category, "type": type, "deprecated": deprecated})
 
     async def schema(self, node_type: str) -> t.NodeTypeSchema:
         """Show a node type with its ports, output, defaults, examples and the JSON Schema of its config."""
         return cast("t.NodeTypeSchema", await self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/schema"))
 
+    async def versions(self, node_type: str, name: str) -> t.NodeTypeVersions:
+        """List the versions of a custom node type, deprecated ones too."""
+        return cast("t.NodeTypeVersions", await self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}/versions"))
+
 
 class AsyncQueue(AsyncResource):
     """Methods of `client.queue`."""
+
+    async def all_dead_letters(self, *, workflow_id: str | None = None, trigger_type: str | None = None, group: str | None = None, since: str | None = None, until: str | None = None, oldest_first: bool | None = None, limit: int | None = None, after: str | None = None) -> t.OrganizationDeadLetterList:
+        """List the failed runs of inbound requests of the organization that are neither redriven nor purged."""
+        return cast("t.OrganizationDeadLetterList", await self._client.request("GET", "/api/v1/dead-letters", query={"workflow_id": workflow_id, "trigger_type": trigger_type, "group": group, "since": since, "until": until, "oldest_first": oldest_first, "limit": limit, "after": after}))
+
+    async def dead_letter_groups(self, *, workflow_id: str | None = None, trigger_type: str | None = None, since: str | None = None, until: str | None = None) -> t.DeadLetterGroups:
+        """Group the dead letters of the organization by workflow, node, code and kind of message."""
+        return cast("t.DeadLetterGroups", await self._client.request("GET", "/api/v1/dead-letters/groups", query={"workflow_id": workflow_id, "trigger_type": trigger_type, "since": since, "until": until}))
 
     async def dead_letters(self, workflow_id: str, *, limit: int | None = None, offset: int | None = None) -> t.DeadLetterList:
         """List the failed runs of inbound requests of a workflow that are neither redriven nor purged."""
@@ -358,9 +430,17 @@ class AsyncQueue(AsyncResource):
         """Yield every item of `dead_letters`, page by page."""
         return self._client.iterate(f"/api/v1/workflows/{self._quote(workflow_id)}/dead-letters", "deadLetters", {})
 
+    async def purge_all_dead_letters(self, *, filter: Any, limit: int | None = None, dry_run: bool | None = None) -> t.PurgeResult:
+        """Take dead letters of the organization off the list for good, so that none can be redriven."""
+        return cast("t.PurgeResult", await self._client.request("POST", "/api/v1/dead-letters/purge", fields={"filter": filter, "limit": limit, "dryRun": dry_run}))
+
     async def purge_dead_letters(self, workflow_id: str, *, execution_ids: Sequence[str] | None = None, limit: int | None = None, dry_run: bool | None = None) -> t.PurgeResult:
         """Take the chosen dead letters off the list for good, so that none can be redriven; a dry run only counts them."""
         return cast("t.PurgeResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/dead-letters/purge", fields={"executionIds": execution_ids, "limit": limit, "dryRun": dry_run}))
+
+    async def redrive_all_dead_letters(self, *, filter: Any, limit: int | None = None, dry_run: bool | None = None) -> t.DeliveryRedriveResults:
+        """Run the present workflows again on the input of the organization's dead letters, the oldest first."""
+        return cast("t.DeliveryRedriveResults", await self._client.request("POST", "/api/v1/dead-letters/redrive", fields={"filter": filter, "limit": limit, "dryRun": dry_run}))
 
     async def redrive_dead_letters(self, workflow_id: str, *, execution_ids: Sequence[str] | None = None, limit: int | None = None, dry_run: bool | None = None) -> t.DeliveryRedriveResults:
         """Run the current workflow again on the input of its dead letters."""
@@ -590,6 +670,10 @@ class AsyncWorkflows(AsyncResource):
         """List the users that a workflow is shared with."""
         return cast("t.WorkflowGuests", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/share"))
 
+    async def statistics(self, workflow_id: str) -> t.WorkflowStatistics:
+        """Sum up the durations and failures of each node over the newest runs of seven days, 100 at most."""
+        return cast("t.WorkflowStatistics", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/statistics"))
+
     async def stats(self) -> t.WorkflowStats:
         """Count the organization's workflows by status."""
         return cast("t.WorkflowStats", await self._client.request("GET", "/api/v1/workflows/stats"))
@@ -633,3 +717,30 @@ class AsyncWorkflows(AsyncResource):
     async def why(self, workflow_id: str) -> t.WorkflowExplanation:
         """Explain why the pods of a workflow run, are stopped, or can't start."""
         return cast("t.WorkflowExplanation", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/why"))
+
+
+class AsyncResourceClient(AsyncTransport):
+    """Client with an attribute for each resource."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Arguments are those of `AsyncTransport`."""
+        super().__init__(*args, **options)
+        self.approvals = AsyncApprovals(self)
+        self.audit = AsyncAudit(self)
+        self.datasources = AsyncDatasources(self)
+        self.deliveries = AsyncDeliveries(self)
+        self.deployments = AsyncDeployments(self)
+        self.event_tokens = AsyncEventTokens(self)
+        self.events = AsyncEvents(self)
+        self.executions = AsyncExecutions(self)
+        self.invitations = AsyncInvitations(self)
+        self.keys = AsyncKeys(self)
+        self.node_types = AsyncNodeTypes(self)
+        self.queue = AsyncQueue(self)
+        self.schedules = AsyncSchedules(self)
+        self.server = AsyncServer(self)
+        self.sessions = AsyncSessions(self)
+        self.signing_secret = AsyncSigningSecret(self)
+        self.triggers = AsyncTriggers(self)
+        self.users = AsyncUsers(self)
+        self.workflows = AsyncWorkflows(self)

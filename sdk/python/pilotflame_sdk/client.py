@@ -10,7 +10,6 @@ from pilotflame_sdk import resources, run_states, workflow_files
 from pilotflame_sdk.errors import Conflict, NotFound
 from pilotflame_sdk.request_coding import PREFER_SECONDS, quote_segment
 from pilotflame_sdk.runs import Run
-from pilotflame_sdk.transport import Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,32 +56,19 @@ class Workflows(resources.Workflows):
         return workflow_id
 
 
-class Client(Transport):
+class Client(resources.ResourceClient):
     """Client of one server. Every method raises `APIError` and `TransportError`.
 
     Without arguments it uses PILOTFLAME_URL and PILOTFLAME_API_KEY, or the profile of `pilotflame login`. Threads may
     share a client.
     """
 
+    executions: Executions
+    workflows: Workflows
+
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as `Transport`
         super().__init__(*args, **options)
-        self.approvals = resources.Approvals(self)
-        self.audit = resources.Audit(self)
-        self.datasources = resources.Datasources(self)
-        self.deliveries = resources.Deliveries(self)
-        self.deployments = resources.Deployments(self)
-        self.event_tokens = resources.EventTokens(self)
-        self.events = resources.Events(self)
         self.executions = Executions(self)
-        self.keys = resources.Keys(self)
-        self.node_types = resources.NodeTypes(self)
-        self.queue = resources.Queue(self)
-        self.schedules = resources.Schedules(self)
-        self.server = resources.Server(self)
-        self.sessions = resources.Sessions(self)
-        self.signing_secret = resources.SigningSecret(self)
-        self.triggers = resources.Triggers(self)
-        self.users = resources.Users(self)
         self.workflows = Workflows(self)
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Literal, TypedDict, Union
 __all__ = [
     "AssignedInput",
     "AssignedInputs",
+    "AttemptTimes",
     "AuditAction",
     "AuditEntry",
     "AuditEntryList",
@@ -27,6 +28,7 @@ __all__ = [
     "CanvasPosition",
     "ChangedItem",
     "ClockChange",
+    "ComparedSpan",
     "ConnectionAnswer",
     "ConnectionRemoval",
     "CopyResult",
@@ -39,6 +41,8 @@ __all__ = [
     "DataSourceTest",
     "DataSourceType",
     "DeadLetter",
+    "DeadLetterGroup",
+    "DeadLetterGroups",
     "DeadLetterList",
     "Decision",
     "DecisionList",
@@ -93,6 +97,9 @@ __all__ = [
     "InboundAddress",
     "IngestRoute",
     "InputAnswerResult",
+    "Invitation",
+    "InvitationList",
+    "InvitationState",
     "ItemsDifference",
     "Key",
     "KeyList",
@@ -120,15 +127,25 @@ __all__ = [
     "NodeEffect",
     "NodeList",
     "NodeRemoval",
+    "NodeState",
+    "NodeStatistics",
     "NodeSummary",
     "NodeTestResult",
     "NodeType",
     "NodeTypeList",
     "NodeTypeSchema",
+    "NodeTypeVersion",
+    "NodeTypeVersions",
+    "OrganizationDeadLetter",
+    "OrganizationDeadLetterList",
+    "OrganizationDelivery",
+    "OrganizationDeliveryList",
     "OrganizationExplanation",
     "Output",
     "OverlapPolicy",
+    "PartComparison",
     "PassThroughAnswer",
+    "PathChange",
     "PathStep",
     "PendingInput",
     "PendingInputs",
@@ -155,6 +172,8 @@ __all__ = [
     "ResumeResult",
     "Retry",
     "RunExplanation",
+    "RunGraph",
+    "RunGraphNode",
     "Sample",
     "SampleList",
     "Schedule",
@@ -169,6 +188,7 @@ __all__ = [
     "SkipReason",
     "SkippedInstant",
     "Span",
+    "SpanComparison",
     "SpanDetails",
     "SpanKind",
     "SpanList",
@@ -177,6 +197,9 @@ __all__ = [
     "StoppedReason",
     "StoreState",
     "SuggestedRequest",
+    "TaskConcurrencyDocument",
+    "TaskDocument",
+    "TaskRetryDocument",
     "TemplateList",
     "Timing",
     "Transition",
@@ -186,6 +209,7 @@ __all__ = [
     "TriggerResult",
     "TriggerStatus",
     "TriggerToken",
+    "TurnState",
     "UndeployResult",
     "UpcomingRun",
     "Usage",
@@ -209,6 +233,7 @@ __all__ = [
     "WorkflowSchedule",
     "WorkflowScopes",
     "WorkflowSnapshot",
+    "WorkflowStatistics",
     "WorkflowStats",
     "WorkflowStatus",
     "WorkflowSummary",
@@ -218,7 +243,7 @@ __all__ = [
 ]
 
 
-AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'input.answered', 'key.created', 'key.revoked', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-event', 'awaiting-input', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -255,6 +280,9 @@ InactiveReason = Literal['archived', 'draft', 'invalid-schedule', 'no-schedule',
 
 
 IngestRoute = Literal['email-trigger', 'enqueue', 'enqueue-batch', 'events', 'hook']
+
+
+InvitationState = Literal['accepted', 'expired', 'open', 'revoked']
 
 
 KeyScope = Literal['datasources:read', 'datasources:write', 'keys:write', 'models:read', 'models:write', 'nodes:write', 'tasks:work', 'users:write', 'workflows:execute', 'workflows:read', 'workflows:write']
@@ -327,6 +355,15 @@ class AssignedInputs(TypedDict):
 
     count: int
     inputs: List[AssignedInput]
+
+
+class AttemptTimes(TypedDict):
+    """Failed attempt of a node."""
+
+    iteration: str
+    attempt: int
+    startedAt: str | None
+    endedAt: str | None
 
 
 class AuditEntry(TypedDict):
@@ -479,6 +516,16 @@ class ClockChange(TypedDict):
     localTimeAfter: str
 
 
+class ComparedSpan(TypedDict):
+    """Span of the other run."""
+
+    executionId: str
+    spanId: str
+    status: Literal['running', 'waiting', 'retrying', 'completed', 'failed', 'skipped', 'cancelled']
+    startedAt: str | None
+    durationMs: int | None
+
+
 class _ConnectionAnswerAlways(TypedDict):
     connectionId: str
     workflowId: str
@@ -583,6 +630,30 @@ class DeadLetter(TypedDict):
     error: ExecutionError | None
     createdAt: str
     failedAt: str | None
+
+
+class DeadLetterGroup(TypedDict):
+    """Dead letters with the same workflow, node, code and kind of message."""
+
+    id: str
+    workflowId: str
+    workflowName: str
+    nodeId: str | None
+    code: str
+    message: str
+    count: int
+    firstAt: str
+    lastAt: str
+    newestExecutionId: str
+
+
+class DeadLetterGroups(TypedDict):
+    """Groups of the dead letters of the organization, the one with the newest failure first."""
+
+    count: int
+    countIsLowerBound: bool
+    oldestAt: str | None
+    groups: List[DeadLetterGroup]
 
 
 class DeadLetterList(TypedDict):
@@ -1095,6 +1166,33 @@ class InputAnswerResult(_InputAnswerResultAlways, total=False):
     missingApprovals: int
 
 
+class _InvitationAlways(TypedDict):
+    id: str
+    email: str
+    role: UserRole
+    state: InvitationState
+    invitedBy: str
+    createdAt: str
+    expiresAt: str
+    acceptedAt: str | None
+    userId: str | None
+
+
+class Invitation(_InvitationAlways, total=False):
+    """Invitation as the API shows it: without its code, except in the answer that creates it."""
+
+    url: str
+
+
+class InvitationList(TypedDict):
+    """Page of the invitations, the newest first; `count` is the number of all."""
+
+    count: int
+    limit: int
+    offset: int
+    invitations: List[Invitation]
+
+
 class ItemsDifference(TypedDict):
     """Added, removed and changed nodes or connections; their order is ignored."""
 
@@ -1328,6 +1426,35 @@ class NodeRemoval(TypedDict):
     workflowId: str
 
 
+class NodeState(TypedDict):
+    """State of a node in a run; a node that has not been reached has none."""
+
+    nodeId: str
+    nodeLabel: str
+    nodeType: str
+    status: Literal['running', 'waiting', 'retrying', 'completed', 'failed', 'skipped', 'cancelled']
+    port: str | None
+    attempt: int
+    startedAt: str | None
+    endedAt: str | None
+    wakeAt: str | None
+    durationMs: int | None
+    previousDurationMs: int | None
+    turnCounts: Dict[str, int]
+    turns: List[TurnState]
+    failedAttempts: List[AttemptTimes]
+
+
+class NodeStatistics(TypedDict):
+    """Durations and failures of a node; each turn of a loop counts as one."""
+
+    nodeId: str
+    ended: int
+    failed: int
+    p50Ms: int | None
+    p95Ms: int | None
+
+
 class _NodeSummaryAlways(TypedDict):
     id: str
     type: str
@@ -1361,9 +1488,7 @@ class NodeTestResult(_NodeTestResultAlways, total=False):
     durationMs: int | None
 
 
-class NodeType(TypedDict):
-    """Node type."""
-
+class _NodeTypeAlways(TypedDict):
     type: str
     name: str
     version: str
@@ -1377,6 +1502,14 @@ class NodeType(TypedDict):
     isTrigger: bool
 
 
+class NodeType(_NodeTypeAlways, total=False):
+    """Node type."""
+
+    task: TaskDocument
+    hash: str
+    deprecated: bool
+
+
 class NodeTypeList(TypedDict):
     """Page of the catalog; `count` is the total."""
 
@@ -1386,9 +1519,7 @@ class NodeTypeList(TypedDict):
     nodes: List[NodeType]
 
 
-class NodeTypeSchema(TypedDict):
-    """Node type with the schema of its config."""
-
+class _NodeTypeSchemaAlways(TypedDict):
     type: str
     name: str
     version: str
@@ -1406,6 +1537,87 @@ class NodeTypeSchema(TypedDict):
     inputDescription: str
     output: Output
     examples: List[Dict[str, Any]]
+
+
+class NodeTypeSchema(_NodeTypeSchemaAlways, total=False):
+    """Node type with the schema of its config."""
+
+    task: TaskDocument
+    hash: str
+    deprecated: bool
+    warnings: List[ErrorDetail]
+
+
+class NodeTypeVersion(TypedDict):
+    """Version of a custom node type."""
+
+    version: str
+    hash: str
+    deprecated: bool
+    createdBy: str
+    createdAt: str
+
+
+class NodeTypeVersions(TypedDict):
+    """Versions of a custom node type, the newest first."""
+
+    type: str
+    count: int
+    versions: List[NodeTypeVersion]
+
+
+class OrganizationDeadLetter(TypedDict):
+    """Dead letter in a list of the whole organization."""
+
+    executionId: str
+    triggerType: str
+    given: Any
+    error: ExecutionError | None
+    createdAt: str
+    failedAt: str | None
+    workflowId: str
+    workflowName: str
+    group: str
+    completedNodes: int
+    totalNodes: int
+
+
+class OrganizationDeadLetterList(TypedDict):
+    """Page of the dead letters of the organization."""
+
+    limit: int
+    next: str | None
+    deadLetters: List[OrganizationDeadLetter]
+
+
+class OrganizationDelivery(TypedDict):
+    """Delivery in a list of the whole organization."""
+
+    id: str
+    workflowId: str | None
+    route: IngestRoute
+    sender: str
+    contentHash: str
+    contentBytes: int
+    outcome: DeliveryOutcome
+    status: int
+    reason: ErrorReason | None
+    executionId: str | None
+    executionIds: List[str]
+    eventId: str | None
+    redrivenFrom: str | None
+    createdAt: str
+    workflowName: str | None
+
+
+class OrganizationDeliveryList(TypedDict):
+    """Page of the deliveries of the organization, the newest first; `count` goes up to 10,000."""
+
+    count: int
+    countIsLowerBound: bool
+    limit: int
+    next: str | None
+    deliveries: List[OrganizationDelivery]
 
 
 class OrganizationExplanation(TypedDict):
@@ -1427,6 +1639,14 @@ class Output(TypedDict):
     fieldsOf: str | None
 
 
+class PartComparison(TypedDict):
+    """Differences of one part of a node's data."""
+
+    changes: List[PathChange]
+    equalPaths: int
+    isCut: bool
+
+
 class _PassThroughAnswerAlways(TypedDict):
     nodeId: str
     workflowId: str
@@ -1437,6 +1657,17 @@ class PassThroughAnswer(_PassThroughAnswerAlways, total=False):
     """Pass-through values of a node."""
 
     warnings: List[ErrorDetail]
+
+
+class _PathChangeAlways(TypedDict):
+    path: str
+
+
+class PathChange(_PathChangeAlways, total=False):
+    """Values at a path that differ: `before` is that of the other run. An absent side has no value there."""
+
+    before: Any
+    after: Any
 
 
 class PathStep(TypedDict):
@@ -1698,6 +1929,33 @@ class RunExplanation(TypedDict):
     criticalPath: List[PathStep]
 
 
+class RunGraph(TypedDict):
+    """Definition that a run executes, with the states of its nodes but without their inputs and outputs."""
+
+    executionId: str
+    workflowId: str
+    workflowName: str | None
+    definitionHash: str
+    isCurrent: bool | None
+    nodes: List[RunGraphNode]
+    connections: List[ShownConnection]
+    states: List[NodeState]
+    previousExecutionId: str | None
+
+
+class _RunGraphNodeAlways(TypedDict):
+    id: str
+    label: str
+    type: str
+    position: CanvasPosition
+
+
+class RunGraphNode(_RunGraphNodeAlways, total=False):
+    """Node of the definition that ran."""
+
+    config: Dict[str, Any]
+
+
 class Sample(TypedDict):
     """Sample of a rejected request."""
 
@@ -1853,6 +2111,18 @@ class Span(TypedDict):
     hashes: Dict[str, str] | None
 
 
+SpanComparison = TypedDict('SpanComparison', {
+    'executionId': 'str',
+    'nodeId': 'str',
+    'iteration': 'str',
+    'with': 'ComparedSpan | None',
+    'definition': 'PartComparison | None',
+    'config': 'PartComparison | None',
+    'input': 'PartComparison | None',
+    'output': 'PartComparison | None',
+})
+
+
 class SpanDetails(TypedDict):
     """Span with everything that is known about it."""
 
@@ -1920,6 +2190,36 @@ class SuggestedRequest(TypedDict):
     method: str
     path: str
     scope: str
+
+
+class _TaskConcurrencyDocumentAlways(TypedDict):
+    limit: int
+
+
+class TaskConcurrencyDocument(_TaskConcurrencyDocumentAlways, total=False):
+    """Limit of the tasks that workers perform at the same time."""
+
+    key: str
+
+
+class TaskDocument(TypedDict, total=False):
+    """Rules for the tasks of a type."""
+
+    timeoutSeconds: float
+    leaseSeconds: float
+    retry: TaskRetryDocument
+    concurrency: TaskConcurrencyDocument | None
+    pool: str
+    startTimeoutSeconds: float | None
+
+
+class TaskRetryDocument(TypedDict, total=False):
+    """Retries of failed attempts."""
+
+    maxAttempts: int
+    backoff: str
+    delay: float
+    maxDelay: float
 
 
 class TemplateList(TypedDict):
@@ -1993,6 +2293,16 @@ class TriggerToken(TypedDict):
     createdAt: str
     expiresAt: str | None
     lastUsedAt: str | None
+
+
+class TurnState(TypedDict):
+    """State of a node in one turn of a loop."""
+
+    iteration: str
+    status: Literal['running', 'waiting', 'retrying', 'completed', 'failed', 'skipped', 'cancelled']
+    attempt: int
+    startedAt: str | None
+    endedAt: str | None
 
 
 class UndeployResult(TypedDict):
@@ -2238,6 +2548,15 @@ class WorkflowSnapshot(TypedDict):
     connections: List[ShownConnection]
     config: Dict[str, Any]
     settings: Dict[str, Any]
+
+
+class WorkflowStatistics(TypedDict):
+    """Statistics of the nodes of a workflow over its newest runs of seven days."""
+
+    workflowId: str
+    since: str
+    runs: int
+    nodes: List[NodeStatistics]
 
 
 class WorkflowStats(TypedDict):
