@@ -165,6 +165,7 @@ async def test_no_more_nodes_run_at_once_than_the_settings_allow(
     retry: dict[str, Json], settings: dict[str, Json], most: int
 ) -> None:
     now_running = most_running = 0
+    reached = asyncio.Event()
 
     async def count(call: NodeCall) -> Json:
         nonlocal now_running, most_running
@@ -172,7 +173,10 @@ async def test_no_more_nodes_run_at_once_than_the_settings_allow(
             raise NodeError("not yet", retryable=True)
         now_running += 1
         most_running = max(most_running, now_running)
-        await asyncio.sleep(0.0005 * most)
+        if most_running >= most:
+            reached.set()
+        await asyncio.wait_for(reached.wait(), PATIENCE_SECONDS)
+        await asyncio.sleep(0.002)  # so that nodes above the limit would start meanwhile
         now_running -= 1
         return None
 
