@@ -52,6 +52,7 @@ async def list_page(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter, bounds: KeysetBounds
 ) -> ListPage[Execution]:
     """Return a page of the executions that the caller may see and that match."""
+    await keyset.follow_indexes(connection)
     found: list[tuple[datetime, Execution]] = []
     count, is_lower_bound = 0, False
     for source in await _choose_sources(connection, caller, wanted):

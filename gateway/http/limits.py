@@ -29,7 +29,7 @@ METADATA_KEYS: Final = 20
 """Keys of the metadata of an execution."""
 PENDING_INPUTS: Final = 1_000
 """Waiting nodes of an organization that a list of its questions examines."""
-EXAMINED_RUNS: Final = 10_000
+EXAMINED_RUNS: Final = 5_000
 """Executions that a list with `after` examines to count those that match."""
 EXAMINED_DEAD_LETTERS: Final = 2_000
 """Failed executions that a list of the dead letters of an organization examines."""

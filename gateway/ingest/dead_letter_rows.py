@@ -19,7 +19,7 @@ from sqlalchemy import and_, literal_column, or_, select
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_TAKEN_UP
-from gateway.http import idempotency, limits
+from gateway.http import idempotency, keyset, limits
 from gateway.http.keyset import KeysetBounds, PageCursor
 from gateway.ingest import delivery_rows
 from models.execution import Execution, Idempotency
@@ -173,6 +173,7 @@ async def _find_open(
     bounds: KeysetBounds,
     matches: Any,  # noqa: ANN401 - a predicate of the kind's rows
 ) -> OpenRows[Row]:
+    await keyset.follow_indexes(connection)
     found: list[Row] = []
     examined, last = 0, None
     async for batch, is_last in _batches(connection, kind, statement, bounds):

@@ -113,10 +113,10 @@ async def list_of_organization(
     within += _time_conditions(wanted)
     created_at, item_id = col(Delivery.created_at), col(Delivery.id)
     table: FromClause = Delivery.__table__  # type: ignore[attr-defined]  # SQLModel adds it
-    counted = await keyset.count_examined(connection, table, within, residual, created_at)
     page = await keyset.read_rows(
         connection, LISTED, [*within, *residual], bounds, created_at=created_at, item_id=item_id
     )
+    counted = await keyset.count_examined(connection, table, within, residual, created_at)
     return ListPage(
         counted.count, [Delivery(**row) for row in page.rows], page.next_cursor, counted.is_lower_bound
     )
