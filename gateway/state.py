@@ -29,7 +29,7 @@ from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
 from gateway.executions.replay_planning import ReplayPlanner
 from gateway.executions.request_limits import BacklogLimits, RunRateLimiter
 from gateway.http.authentication import KeyAuthenticator
-from gateway.http.failed_attempts import PasswordAttempts
+from gateway.http.failed_attempts import FailedAttempts, PasswordAttempts
 from gateway.http.sender import SenderAuthenticator
 from gateway.http.sessions import SessionAuthenticator
 from gateway.ingest.delivery_log import DeliveryLog
@@ -119,6 +119,7 @@ class GatewayState:
     sessions: SessionAuthenticator
     sign_in: BrowserSignIn
     invitations: InvitationAcceptor
+    approval_failures: FailedAttempts
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]]
@@ -244,6 +245,7 @@ async def assemble_state(
                 sessions=authenticator.sessions,
                 sign_in=BrowserSignIn(database, (settings.secret, *settings.previous_secrets)),
                 invitations=InvitationAcceptor(database, settings.secret),
+                approval_failures=FailedAttempts("Too many links from this address were not valid"),
             )
     finally:
         for finish in (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +23,8 @@ from sqlmodel import col
 from engine import values
 from engine.values import InvalidJson
 from gateway.executions import input_checks, inputs
+from gateway.http import errors
+from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
 from journal.store import ExecutionKey
@@ -112,6 +114,7 @@ class PageResponse:
     status: int
     title: str
     body: str
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         page = (
@@ -120,7 +123,7 @@ class PageResponse:
             f"<title>{escape(self.title)} · Pilotflame</title><style>{_STYLE}</style></head>"
             f"<body>{self.body}</body></html>"
         ).encode()
-        headers = [*_HEADERS, (b"content-length", b"%d" % len(page))]
+        headers = [*_HEADERS, *self.headers, (b"content-length", b"%d" % len(page))]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else page})
 
@@ -128,14 +131,14 @@ class PageResponse:
 async def show(request: GatewayRequest) -> PageResponse:
     """Show the question of a link; nothing changes."""
     question = await _find_question(request)
-    return _GONE if question is None else _show_question(question)
+    return _refuse(request) if question is None else _show_question(question)
 
 
 async def answer(request: GatewayRequest) -> PageResponse:
     """Answer the question of a link, and use the link up."""
     question = await _find_question(request)
     if question is None:
-        return _GONE
+        return _refuse(request)
     asked = question.asked
     if asked is None or question.link.used_at is not None or question.is_self_approval:
         return _show_question(question, status=409)
@@ -152,6 +155,18 @@ async def answer(request: GatewayRequest) -> PageResponse:
         problems = [str(one["message"]) for one in error.details] or [error.message]
         return _show_question(question, status=error.status, problems=problems)
     return await _store_answer(request, question, asked, choice, data)
+
+
+def _refuse(request: GatewayRequest) -> PageResponse:
+    """Return the answer for an unknown token, and count it: a client with too many gets 429.
+
+    Tokens have 256 bits, so a known one works even for such a client.
+    """
+    refusal = request.gateway.approval_failures.fail(client_of_scope(request.scope), _UNKNOWN)
+    if refusal is _UNKNOWN:
+        return _GONE
+    page = _message(refusal.status, "Too many attempts", f"{refusal.message}. Try again in a minute.")
+    return replace(page, headers=[(b"retry-after", refusal.headers["Retry-After"].encode())])
 
 
 async def _store_answer(
@@ -287,6 +302,7 @@ def _message(status: int, title: str, text: str) -> PageResponse:
     return PageResponse(status, title, f"<main><h1>{escape(title)}</h1><p>{escape(text)}</p></main>")
 
 
+_UNKNOWN: Final = errors.not_found("question")
 _GONE: Final = _message(404, "No such question", "This link is not valid, or its run is no longer stored.")
 
 

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import insert, select, update
 from sqlmodel import col
 
+from gateway.http import failed_attempts
 from journal.store import ExecutionKey
 from journal.waits import approvals
 from models.approval import ApprovalLink, ApprovalRequest
@@ -228,6 +229,26 @@ async def test_a_link_ends_with_its_question_its_run_and_its_starter(
     assert (await nobody.post("/approve/ap-unknown", data={})).status_code == 404
     hostile = await nobody.post(third.path, content=b"choice=%00&x=\xff")
     assert hostile.status_code < 500
+
+
+async def test_a_client_that_guesses_tokens_is_refused_while_links_still_work(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 3)
+    client = await harness.client()
+    async with serve_worker(harness):
+        run = await ask(people, assignees=["mira@example.com"])
+        link = await make_link(harness, run, "mira@example.com")
+        # Other tests of this gateway have failed from the same address.
+        statuses = [(await client.get(f"/approve/ap-guess{number}")).status_code for number in range(4)]
+        assert statuses == sorted(statuses)
+        assert {*statuses} <= {404, 429}
+        refused = await client.post("/approve/ap-guess", data={})
+        assert (refused.status_code, "Too many attempts" in refused.text) == (429, True)
+        assert 0 < int(refused.headers["retry-after"]) <= 60
+        assert (await client.get(link.path)).status_code == 200
+        assert (await client.post(link.path, data={"choice": "yes"})).status_code == 200
+        await wait_until_ended(people.owner, run)
 
 
 # ── mails ───────────────────────────────────────────────────────────────────────────────────────────────────
