@@ -118,6 +118,10 @@ class Deployment(SQLModel, table=True):
     """Consecutive failed starts without a ready pod in between."""
     observed_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time since which this state is observed."""
+    start_deadline_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Time at which the present start has failed unless its pods make progress; None while the cluster has not
+    scheduled them, or has no capacity.
+    """
     held_by: str | None = None
     """Deployer that reconciles it at present, so that no other does."""
     held_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))

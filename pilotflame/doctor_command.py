@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from doctor import examination
@@ -33,6 +34,7 @@ from models import database as databases
 from models.access import Organization
 from models.audit import AuditAction
 from models.database import Database
+from models.drift_fix_count import DriftFixCount
 from nodes import catalog as catalogs
 from pilotflame.command_error import CommandError
 from scheduler import lifecycle_policies, recovery
@@ -115,7 +117,7 @@ async def examine_installation(settings: ServerSettings, request: DoctorRequest)
             if not found or drift_class not in FIXES:
                 continue
             await _FIXES[FIXES[drift_class].id](stores, found)
-            await _record_fix(stores.database, FIXES[drift_class].id, found)
+            await _record_fix(stores.database, drift_class, found)
             fixed[drift_class] = len(found)
         if fixed:
             report = await examination.examine(stores.examined, grace_seconds=request.grace_seconds)
@@ -277,11 +279,17 @@ _FIXES: Final[Mapping[str, _Fix]] = {
 }
 
 
-async def _record_fix(database: Database, fix_id: str, found: Sequence[DriftFinding]) -> None:
-    """Add an entry to the audit trail of each organization whose objects were fixed."""
+async def _record_fix(database: Database, drift_class: DriftClass, found: Sequence[DriftFinding]) -> None:
+    """Count the fixed findings, and add an entry to the audit trail of each organization whose objects were fixed."""
     concerned = {finding.subject.organization_id for finding in found}
 
     async def record(connection: AsyncConnection) -> None:
+        dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+        added = dialect.insert(DriftFixCount).values(drift_class=drift_class.value, fixed=len(found))
+        sum_of_both = col(DriftFixCount.fixed) + added.excluded.fixed
+        await connection.execute(
+            added.on_conflict_do_update(index_elements=["drift_class"], set_={"fixed": sum_of_both})
+        )
         rows = await connection.execute(
             select(col(Organization.id), col(Organization.shard)).where(col(Organization.id).in_(concerned))
         )
@@ -293,7 +301,7 @@ async def _record_fix(database: Database, fix_id: str, found: Sequence[DriftFind
                 connection,
                 ServerOperator(organization_id, shard),
                 AuditAction.DRIFT_FIXED,
-                fix_id,
+                FIXES[drift_class].id,
                 before=None,
                 after=sha256(encode_canonical(subjects)).hexdigest(),
             )

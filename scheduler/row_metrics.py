@@ -15,6 +15,7 @@ from journal.explanations import run_counts
 from journal.explanations.blockers import BlockerCode
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
+from models.drift_fix_count import DriftFixCount
 from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, Execution
 from models.execution_status import ExecutionStatus
 from models.ingest import INTAKE_KINDS
@@ -22,7 +23,7 @@ from models.schedule import Schedule
 from telemetry import instruments
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -50,7 +51,7 @@ _STATUS_OF: Final = {
 instruments.declare(
     *("executions", "pending_oldest_seconds", "waiting", "dead_letters", "schedule_lag_seconds"),
     *("deferred_oldest_overdue_seconds", "deployments", "pod_seconds_total", "pod_seconds_saved_total"),
-    *("drift", "leader"),
+    *("drift", "doctor_fixes_total", "leader"),
 )
 
 
@@ -60,6 +61,7 @@ class RowMetrics:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._counted_at: float | None = None
+        self._fixed: dict[str, int] = {}
 
     async def count_rows(self) -> None:
         """Count runs, schedules and deployments. Raises `DatabaseUnavailable`."""
@@ -74,6 +76,8 @@ class RowMetrics:
             dead_letters = await connection.scalar(select(_dead_letters_statement()))
             drift = await row_checks.find_overdue_rows(connection)
             deployments = (await connection.execute(_deployments_statement())).all()
+            fixes = select(col(DriftFixCount.drift_class), col(DriftFixCount.fixed))
+            fixed = {row.drift_class: row.fixed for row in await connection.execute(fixes)}
         _set_runs(counts)
         for target, seconds in oldest.items():
             instruments.gauge("pending_oldest_seconds", target).set(seconds)
@@ -81,8 +85,17 @@ class RowMetrics:
         instruments.gauge("deferred_oldest_overdue_seconds").set((overdue or 0) / MILLION)
         instruments.gauge("dead_letters").set(dead_letters or 0)
         _set_drift(drift)
+        self._count_fixes(fixed)
         instruments.gauge("leader").set(1)
         self._set_deployments(deployments)
+
+    def _count_fixes(self, fixed: Mapping[str, int]) -> None:
+        """Count the fixes that were added since the last turn; those of all times at the first."""
+        for drift_class in DriftClass:
+            total = fixed.get(drift_class.value, 0)
+            added = total - self._fixed.get(drift_class.value, 0)
+            instruments.counter("doctor_fixes_total", drift_class.value).inc(max(added, 0))
+        self._fixed = dict(fixed)
 
     def _set_deployments(self, rows: Sequence[Row[*tuple[Any, ...]]]) -> None:
         for wanted in ("up", "down"):

@@ -225,6 +225,13 @@ GROUPS: Final[Mapping[str, Sequence[MetricFamily]]] = {
             "leader",
             {"class": ()},
         ),
+        MetricFamily(
+            "doctor_fixes_total",
+            MetricKind.COUNTER,
+            "Findings that `pilotflame doctor --fix` has fixed, by class.",
+            "leader",
+            {"class": ()},
+        ),
         MetricFamily("leader", MetricKind.GAUGE, "1 while the scheduler leads, otherwise 0.", "scheduler"),
         MetricFamily(
             "tick_seconds",

@@ -79,7 +79,8 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
     ),
     BlockerCode.WAKING: BlockerRule(
         BlockerKind.WAIT,
-        "The pods of the workflow start. `phase` is `decide`, `schedule` or `start`; `podReason` says why they can't.",
+        "The pods of the workflow start. `phase` is `decide`, `schedule` or `start`; `podReason` says why they can't."
+        " The start fails at `deadline` unless they make progress; null before one is scheduled.",
         "Wait. With `podReason` `unschedulable`, `quota` or `node-not-ready`, give the cluster more capacity.",
     ),
     BlockerCode.DRAINING: BlockerRule(

@@ -94,7 +94,7 @@ def _starting_blocker(
         details={
             "phase": "start" if is_applied else "schedule",
             "elapsed": _elapsed(begun_at, now),
-            "deadline": None,
+            "deadline": moment_text(deployment.start_deadline_at if is_applied else None),
             "podReason": reason,
         },
     )

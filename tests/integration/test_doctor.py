@@ -44,6 +44,7 @@ def migrated(request: pytest.FixtureRequest) -> MigratedDatabase:
 async def runs(migrated: MigratedDatabase) -> AsyncIterator[RunDatabase]:
     async with open_run_database(migrated) as database:
         await database.query("DELETE FROM leadership")
+        await database.query("DELETE FROM drift_fix_count")
         await database.query(
             "INSERT INTO leadership (name, owner, epoch, lease_until) VALUES ('scheduler', 'a', 1, :until)",
             until=4_000_000_000_000_000,
@@ -152,6 +153,8 @@ async def test_overdue_rows_are_found_and_mended(
     after = await examine(drift_class)
     assert after.fixed == {drift_class: 1}
     assert after.exit_code is DoctorExit.CLEAN
+    counted = await runs.query("SELECT drift_class, fixed FROM drift_fix_count")
+    assert counted == [{"drift_class": drift_class.value, "fixed": 1}]
     (entry,) = await runs.query("SELECT action, user_id, object_id FROM audit_entry")
     assert entry == {"action": "drift.fixed", "user_id": "operator", "object_id": FIXES[drift_class].id}
 

@@ -23,6 +23,7 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     data_source,
     deployment,
     deployment_token,
+    drift_fix_count,
     event_wait,
     execution,
     execution_label,

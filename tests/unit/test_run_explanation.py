@@ -229,6 +229,11 @@ def test_a_slot_names_its_holders_place_and_estimate_and_hides_foreign_ids() -> 
 
 
 def test_pods_without_capacity_are_for_an_operator() -> None:
+    starting = deployed(
+        replicas=1, observed="starting", observed_generation=1, start_deadline_at=NOW + 60 * SECOND
+    )
+    (blocker,) = explain_run(facts(run(target=WORKFLOW), deployment=starting)).blockers
+    assert blocker.details["deadline"] == "2026-03-04T12:01:00.000Z"
     blocked = deployed(replicas=1, observed="starting", observed_reason_code="unschedulable")
     last = LastDecision("wake", "run-due", NOW - 20 * SECOND, None)
     known = facts(run(target=WORKFLOW), deployment=blocked, last_decision=last)

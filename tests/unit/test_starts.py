@@ -10,6 +10,7 @@ from models.deployment import Deployment
 from models.deployment import ObservedState as Stored
 from workers.cluster.driver import ObservedDeployment, ObservedPod, PodFailure, PodFailureReason, PodStage
 from workers.deployer import reconcile
+from workers.deployer.deployment_rows import ObservedStatus
 from workers.deployer.reconcile_queue import StartClock, StartGate
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
@@ -115,6 +116,35 @@ def test_the_time_of_a_start_runs_from_the_scheduling_of_its_pod() -> None:
     assert starts.state(3_600, make_observed(PodStage.SCHEDULED)) == ("starting", None)
     assert starts.state(3_719, make_observed(PodStage.SCHEDULED)) == ("starting", None)
     assert starts.state(3_721, make_observed(PodStage.SCHEDULED))[0] == "failed"
+
+
+def test_a_deadline_is_known_once_a_pod_is_scheduled_and_moves_with_its_progress() -> None:
+    clock, row = StartClock(), make_deployment()
+
+    def status(seconds: float, observed: ObservedDeployment) -> ObservedStatus:
+        now = NOON + timedelta(seconds=seconds)
+        return reconcile.observed_status(
+            row,
+            observed,
+            now=now,
+            start_time=START_TIME,
+            stalled_since=clock.stalled_since(row, observed, now),
+            waiting_since=clock.waiting_since("wf"),
+        )
+
+    assert status(0, make_observed()).start_deadline_at is None
+    scheduled = status(5, make_observed(PodStage.SCHEDULED))
+    assert scheduled.start_deadline_at == NOON + timedelta(seconds=125)
+    quick = status(7, make_observed(PodStage.STARTED))
+    assert quick.start_deadline_at == NOON + timedelta(seconds=127)
+    assert not quick.differs_from(scheduled), "two seconds are worth no write"
+    assert status(9, make_observed(PodStage.READY)).start_deadline_at is None
+    full = make_observed(
+        PodStage.CREATED, failure=PodFailure(PodFailureReason.UNSCHEDULABLE, "no room", is_final=False)
+    )
+    assert status(60, full).start_deadline_at is None
+    later = status(80, make_observed(PodStage.STARTED))
+    assert later.differs_from(scheduled)
 
 
 def test_pods_that_make_progress_are_not_given_up() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -30,6 +31,8 @@ LOCK_SECONDS: Final = 15
 which is harmless: both do the same.
 """
 BATCH_DEPLOYMENTS: Final = 1_000
+DEADLINE_STEP: Final = timedelta(seconds=5)
+"""Shift of a start's deadline that is stored by itself: each step of a quick start moves it by moments."""
 _UNSETTLED_CONDITIONS: Final = (
     *(ObservedState.ABSENT, ObservedState.STARTING, ObservedState.STOPPING),
     *(ObservedState.FAILED, ObservedState.OUTDATED, ObservedState.UNKNOWN),
@@ -68,6 +71,16 @@ class ObservedStatus:
     failed_reason: str | None = None
     failed_reason_code: str | None = None
     ready_addresses: Sequence[str] = ()
+    start_deadline_at: datetime | None = None
+
+    def differs_from(self, other: ObservedStatus) -> bool:
+        """Return whether a status is worth another write: a deadline that moves by moments is not."""
+        if replace(self, start_deadline_at=None) != replace(other, start_deadline_at=None):
+            return True
+        own, others = self.start_deadline_at, other.start_deadline_at
+        if own is None or others is None:
+            return own is not others
+        return abs(own - others) >= DEADLINE_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +104,7 @@ def stored_status(deployment: Deployment) -> ObservedStatus:
         deployment.failed_reason,
         deployment.failed_reason_code,
         tuple(deployment.ready_addresses),
+        deployment.start_deadline_at,
     )
 
 
@@ -185,7 +199,7 @@ async def unlock_deployment(database: Database, workflow_id: str, deployer: str)
 async def store_status(database: Database, before: Deployment, status: ObservedStatus) -> bool:
     """Store the observed state; return False if the desired or the observed state has changed meanwhile."""
     last = stored_status(before)
-    if status == last:
+    if not status.differs_from(last):
         return True
     since = before.observed_at if status.observed is last.observed else None
     failures = 0 if status.observed is ObservedState.RUNNING else col(Deployment.start_failures)

@@ -117,7 +117,12 @@ def observed_status(
         failed_reason=failed_reason,
         failed_reason_code=failed_code,
         ready_addresses=tuple(sorted(pod.address for pod in observed.ready_pods if pod.address is not None)),
+        start_deadline_at=_start_deadline(state, stalled_since, start_time) if not is_blocked else None,
     )
+
+
+def _start_deadline(state: Stored, stalled_since: datetime | None, start_time: timedelta) -> datetime | None:
+    return None if stalled_since is None or state is not Stored.STARTING else stalled_since + start_time
 
 
 def lost_processes(processes: Collection[PodProcess], observed: ObservedDeployment) -> Collection[PodProcess]:
@@ -191,7 +196,13 @@ def unknown_status(deployment: Deployment, reason: str) -> ObservedStatus:
     The desired state remains, and the last known pods may still serve.
     """
     last = stored_status(deployment)
-    return replace(last, observed=Stored.UNKNOWN, observed_reason=reason, observed_reason_code=None)
+    return replace(
+        last,
+        observed=Stored.UNKNOWN,
+        observed_reason=reason,
+        observed_reason_code=None,
+        start_deadline_at=None,
+    )
 
 
 def refused_status(deployment: Deployment, reason: str) -> ObservedStatus:
@@ -206,6 +217,7 @@ def refused_status(deployment: Deployment, reason: str) -> ObservedStatus:
         observed_reason_code=REFUSED,
         failed_reason=reason,
         failed_reason_code=REFUSED,
+        start_deadline_at=None,
     )
 
 

@@ -363,7 +363,7 @@ class Reconciler:
     async def _store_status(self, deployment: Deployment, status: ObservedStatus) -> ScheduledRetry | None:
         """Store a status, and notify waiting clients; return None if no further change is expected."""
         retry = None if reconcile.is_settled(deployment, status) else RETRY_LATER
-        if status == deployment_rows.stored_status(deployment):
+        if not status.differs_from(deployment_rows.stored_status(deployment)):
             return retry
         if not await deployment_rows.store_status(self._database, deployment, status):
             return RETRY_AT_ONCE
