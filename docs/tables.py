@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+from deploy.monitoring import files as monitoring_files
 from docs import (
     command_reference,
     expression_reference,
@@ -111,6 +112,7 @@ def build_documents() -> dict[Path, str]:
     why, metrics = ROOT / "docs/why.md", ROOT / "docs/metrics.md"
     command_line = ROOT / "docs/command-line.md"
     return {
+        **monitoring_files.build_files(),
         metrics: replace_table(metrics.read_text(), "metrics", build_metrics_tables()),
         why: replace_table(why.read_text(), "blockers", build_blockers_table()),
         command_line: replace_table(
