@@ -49,7 +49,7 @@ SUBJECTS: Final[Mapping[str, str]] = {
     "Rates and backlogs": r"rate_.*|max_backlog_.*",
     "Limits of runs": r"max_(run_depth|sub_runs|row_output_bytes|output_bytes|log_lines|loop_items|iterations)",
     "Execution and recovery": (
-        r"concurrency|lease_seconds|commit_seconds|sweep_seconds|cpu_processes|code_.*|worker_name"
+        r"concurrency|direct_runs|lease_seconds|commit_seconds|sweep_seconds|cpu_processes|code_.*|worker_name"
     ),
     "Schedules and retention": r"(lifecycle|schedule|leadership)_seconds|retention_.*",
     "Logs, metrics, traces and shutdown": (

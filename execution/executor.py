@@ -21,14 +21,15 @@ from engine.services import ControlRequest, RunCaller, RunControl
 from engine.values import InvalidJson
 from engine.workflow_runner import RunStart, run_workflow
 from execution import run_metrics, run_traces
+from execution.direct_slots import DirectSlots
 from execution.program_cache import ProgramCache, definition_key
 from execution.trials import POLL_SECONDS, TRIAL_SECONDS, SuspectSearch, TrialGate
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.large_values import LargeValues, RecordedValueLost
 from journal.recorder import LeaseKeeper, RunJournal, RunLease, RunRecorder
-from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey
+from journal.store import DIRECT_LEASE_SECONDS, ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey
 from messages import wakeups
-from messages.broker import BrokerUnavailable, DirectMessage, Notification
+from messages.broker import GRANT_SECONDS, NO_GRANTS, BrokerUnavailable, DirectMessage, Notification
 from models.errors import DatabaseUnavailable
 from models.ids import turn_of_workflow
 from telemetry import log_context, tracing
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from execution.settings import ExecutionSettings
     from journal.blobs.blob_store import RunBlobs
     from journal.store import RunStore
-    from messages.broker import RunBroker
+    from messages.broker import DirectRuns, RunBroker
     from models.ended_execution import EndedExecution
     from nodes.catalog import NodeCatalog
 
@@ -55,6 +56,8 @@ TIMER_MARGIN_SECONDS = 0.01
 """Delay that allows for a timer that fires early."""
 MAX_CACHED_TURNS = 1_000
 """Number of organizations, the last ones served, whose next workflow turn is remembered."""
+MAX_DIRECT_AGE_SECONDS = 2.0
+"""Age at which assigned runs are too late to begin under their first lease."""
 CLAIM_SECONDS = 2.0
 HAND_OFF_SECONDS = 10.0
 CANCEL_SECONDS = 5.0
@@ -146,8 +149,12 @@ class RunExecutor:
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._isolation = isolation or TrialGate()
         self._isolation.join(self._is_proven)
-        self._is_claiming = False
+        self._claims_in_progress = 0
         self._has_claimed = False
+        self._is_behind = True
+        """Whether runs may wait to be claimed for want of a slot here."""
+        self._grants_slots = settings.grants_slots
+        self._slots = DirectSlots(broker.channel)
         self._suspects = SuspectSearch(store, settings)
         self._wanted = asyncio.Event()
         self._owes_claim = False
@@ -165,10 +172,13 @@ class RunExecutor:
         self._leases.start()
         await self._broker.listen(self._on_notification)
         self._broker.start_worker(self.wake)
+        if self._grants_slots:
+            self._broker.receive_direct(self._on_direct)
         self._loops = [
             asyncio.create_task(self._repeat_until_draining(self._claim, "claim")),
             asyncio.create_task(self._repeat_until_draining(self._sweep, "sweep")),
             asyncio.create_task(self._repeat_forever(self._commit_dirty, "commit")),
+            asyncio.create_task(self._repeat_until_draining(self._renew_grants, "grants")),
         ]
         self.wake()
 
@@ -185,9 +195,12 @@ class RunExecutor:
         """Stop claiming, and hand off runs that outlast the patience, at the boundary of a node if possible."""
         self._is_draining = True
         self._wanted.set()
+        await self._suppress_outages(self._send_grants)  # of no slots
         await self._broker.stop_worker()
         # Wait for a claim in progress: if cancelled, it might leave leased runs that no process executes.
         await asyncio.wait(self._loops[:1], timeout=CLAIM_SECONDS)
+        if self._grants_slots:
+            await self._suppress_outages(self._release_unheld)  # assigned runs that have not arrived
         await self._wait_for_runs(patience_seconds)
         await self._hand_off(ControlRequest.HAND_OFF, HAND_OFF_SECONDS)
         await self._hand_off(ControlRequest.HAND_OFF_NOW, CANCEL_SECONDS)
@@ -229,6 +242,7 @@ class RunExecutor:
         await self._isolation.pass_gate()
         limit, excluded_organizations = self._free_slots()
         if limit <= 0 or self._is_draining:
+            self._is_behind = True
             return  # the end of a run triggers the owed claim
         self._owes_claim = bool(excluded_organizations)
         since = time.monotonic()
@@ -240,11 +254,13 @@ class RunExecutor:
             self._turns,
             excluded_organizations=excluded_organizations,
         )
-        self._is_claiming = True
+        self._claims_in_progress += 1
         try:
-            await self._claim_and_begin(claim, since)
+            claimed = await self._claim_and_begin(claim, since)
         finally:
-            self._is_claiming = False
+            self._claims_in_progress -= 1
+        is_used_up = len(claimed) == limit or any(run.may_have_more for run in claimed)
+        self._is_behind = is_used_up or bool(excluded_organizations)
 
     async def _claim_and_begin(self, claim: ClaimQuery, since: float) -> Sequence[ClaimedRun]:
         """Claim runs and begin them; `since` is the time before the claim, by the monotonic clock."""
@@ -259,12 +275,18 @@ class RunExecutor:
             await self._release_unheld()
             return ()
         run_metrics.count_claims(claimed, self._broker.channel)
+        self._slots.see(claimed)
         if not claim.is_trial:
             self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.shard), c.token, since) for c in claimed]
         if any(run.may_have_more for run in claimed):
             self.wake()
             await wakeups.wake_workers(self._broker)
+        await self._begin_or_release(claimed, leases)
+        return claimed
+
+    async def _begin_or_release(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
+        """Begin runs; makes them pending and raises `DatabaseUnavailable` if what they need can't be read."""
         try:
             await self._begin(claimed, leases)
         except DatabaseUnavailable:
@@ -275,7 +297,6 @@ class RunExecutor:
         except Exception:
             log.exception("claimed runs not started together", runs=len(claimed))
             await self._begin_each_alone(claimed, leases)
-        return claimed
 
     def _free_slots(self) -> tuple[int, Sequence[str]]:
         """Return the number of runs to claim, and the organizations to exclude.
@@ -386,11 +407,51 @@ class RunExecutor:
             return {}
         return await self._hooks.answers(answered)
 
+    # ── assigned runs ─────────────────────────────────────────────────────────────────────────────
+
+    def _on_direct(self, message: DirectRuns) -> None:
+        """Begin runs that a gateway has assigned to this process, or make them pending if it may not."""
+        runs = self._slots.receive(message)
+        since = self._store.clock.monotonic_of(runs[0].started_at) if runs else 0.0
+        is_late = time.monotonic() - since > MAX_DIRECT_AGE_SECONDS
+        if is_late or self._is_draining or not self._isolation.is_open:
+            self._in_background(self._release_unheld)
+            return
+        run_metrics.count_claims(runs, self._broker.channel)
+        leases = [
+            self._leases.hold(
+                ExecutionKey(run.execution_id, run.shard), run.token, since, DIRECT_LEASE_SECONDS
+            )
+            for run in runs
+        ]
+        self._in_background(partial(self._begin_direct, runs, leases))
+
+    async def _begin_direct(self, runs: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
+        self._claims_in_progress += 1
+        try:
+            await self._begin_or_release(runs, leases)
+        finally:
+            self._claims_in_progress -= 1
+
+    def _count_free_slots(self) -> int:
+        """Return the number of slots that gateways may use; none while runs wait to be claimed."""
+        if self._is_behind or self._is_draining or not self._grants_slots or not self._isolation.is_open:
+            return 0
+        return self._settings.concurrency - len(self._active)
+
+    async def _renew_grants(self) -> None:
+        await asyncio.sleep(GRANT_SECONDS / 2)
+        await self._suppress_outages(self._send_grants)
+
+    async def _send_grants(self) -> None:
+        if grants := self._slots.grant(self._count_free_slots()):
+            await self._broker.publish({}, (), grants)
+
     # ── trials ────────────────────────────────────────────────────────────────────────────────────
 
     def _is_proven(self) -> bool:
         """Return whether all runs here are proven harmless and no claim is in progress."""
-        return not self._is_claiming and all(active.is_proven() for active in self._active.values())
+        return not self._claims_in_progress and all(active.is_proven() for active in self._active.values())
 
     async def _try_suspects(self) -> None:
         """Run suspects one after another, apart from unproven runs."""
@@ -545,7 +606,10 @@ class RunExecutor:
         return active if active is not None and active.lease is lease else None
 
     def _publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
-        self._in_background(lambda: self._broker.publish(channels, outcomes))
+        ended = [channel for channel in channels.values() if channel]
+        # The runs that have just ended leave their slots in a moment.
+        grants = self._slots.grant(self._count_free_slots() + len(ended), set(ended)) if ended else NO_GRANTS
+        self._in_background(lambda: self._broker.publish(channels, outcomes, grants))
 
     # ── periodic duties ───────────────────────────────────────────────────────────────────────────────
 

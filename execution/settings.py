@@ -113,6 +113,11 @@ class ExecutionSettings(TraceSettings):
         """Seconds between searches for runs without an owner."""
 
     @property
+    def grants_slots(self) -> bool:
+        """Whether gateways may assign runs to the process, which it then need not claim."""
+        return False
+
+    @property
     def limits(self) -> RunLimits:
         """Limits of a single run, such as the size of outputs and the number of iterations."""
         return RunLimits(

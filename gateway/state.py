@@ -56,7 +56,7 @@ from journal.store import JournalStore
 from journal.store_factory import open_store
 from messages import broker as brokers
 from messages.broker import Broker
-from messages.outcome_seal import OutcomeSeal
+from messages.message_seal import MessageSeal
 from models import database as databases
 from models import schema_migration
 from models.database import Database
@@ -135,7 +135,7 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
         await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
-        seal = OutcomeSeal.from_settings(settings, database.clock)
+        seal = MessageSeal.from_settings(settings, database.clock)
         broker = await brokers.connect_broker(settings.broker_url, seal=seal)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
@@ -188,6 +188,7 @@ async def assemble_state(
     certificates = SnsCertificateCache(OutboundClient(to_sns))
     mail_attempts = PasswordAttempts("Too many mails from this address had a wrong password")
     await waiting.start()
+    await acceptances.assigner.start()
     await pod_logs.start()
     await activation.start()
     try:

@@ -43,12 +43,11 @@ def ended_execution(write: RunWrite) -> EndedExecution | None:
         for node_id, span in newest.items()
         if span.ended_at is not None and span.output is not None
     )
-    ended = EndedExecution(
-        write.execution_id,
-        STATUS_AFTER[write.end].value,
-        write.completed_nodes,
-        write.progress,
-        encode_error(write.error),
-        outputs,
+    error = encode_error(write.error)
+    size = len(error or "") + sum(len(node_id) + len(text) for node_id, text in outputs)
+    if size > MAX_NOTIFIED_BYTES:
+        return None
+    status = STATUS_AFTER[write.end].value
+    return EndedExecution(
+        write.execution_id, status, write.completed_nodes, write.progress, error, outputs, size
     )
-    return ended if ended.size <= MAX_NOTIFIED_BYTES else None

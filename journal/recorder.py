@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import ceil
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import msgspec
@@ -63,6 +64,10 @@ ROUNDING_PERCENT = 1e-6
 """Tolerance for rounding errors in sums of shares."""
 
 RENEWALS_PER_LEASE = 3
+MAX_ROUND_SECONDS = 2.0
+"""Longest time between two looks at the leases: the first lease of an assigned run is short."""
+ROUND_TOLERANCE = 1.03
+"""Factor that keeps a round that begins a little late from renewing leases twice as often."""
 TRIES_PER_RENEWAL = 5
 """Attempts at a lease whose row is locked, until the next renewal."""
 LEASE_MARGIN = 0.15
@@ -271,7 +276,7 @@ class RunJournal:
 
     async def trigger(self, text: str) -> Json:
         """Return the output of the trigger node; raises `InvalidJson`, `RecordedValueLost` and `LeaseLost`."""
-        if self._large is None or not large_values.is_separate(text):
+        if self._large is None or not text.startswith(large_values.SEPARATE_BODY):
             return await offload.run(values.decode_json, text.encode())
         large = self._large
         return await self._repeat_until_done(lambda: asyncio.create_task(large.trigger(text)))
@@ -435,6 +440,10 @@ class RunLease:
         return time.monotonic() < self.until
 
 
+def _lease_end(since: float, seconds: float) -> float:
+    return since + seconds * (1 - LEASE_MARGIN)
+
+
 class LeaseKeeper:
     """Renewer of the leases of one process.
 
@@ -451,6 +460,8 @@ class LeaseKeeper:
     ) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
+        third = lease_seconds / RENEWALS_PER_LEASE
+        self._round_seconds = third / ceil(third / MAX_ROUND_SECONDS)
         self._on_lost = on_lost
         self._on_request = on_request
         self._leases: dict[str, RunLease] = {}
@@ -468,9 +479,14 @@ class LeaseKeeper:
         """Stop the renewal thread; leases that are still held expire by themselves."""
         self._stopping.set()
 
-    def hold(self, key: ExecutionKey, token: int, since: float) -> RunLease:
-        """Renew a lease, claimed at `since` (monotonic seconds), until it is released."""
-        lease = RunLease(key, token, self._lease_end(since))
+    def hold(
+        self, key: ExecutionKey, token: int, since: float, first_seconds: float | None = None
+    ) -> RunLease:
+        """Renew a lease, claimed at `since` (monotonic seconds), until it is released.
+
+        `first_seconds` is its duration before the first renewal, if it is not that of other leases.
+        """
+        lease = RunLease(key, token, _lease_end(since, first_seconds or self._lease_seconds))
         self._leases[key.execution_id] = lease
         return lease
 
@@ -483,20 +499,16 @@ class LeaseKeeper:
         """Return the ids of the executions with held leases."""
         return list(self._leases)
 
-    def _lease_end(self, since: float) -> float:
-        return since + self._lease_seconds * (1 - LEASE_MARGIN)
-
     async def _renew_forever(self) -> None:
         store = await self._store.for_thread()
-        interval_seconds = self._lease_seconds / RENEWALS_PER_LEASE
         begun_at = time.monotonic()
         while not await asyncio.to_thread(self._stopping.wait, self._seconds_until_renewal(begun_at)):
             begun_at = time.monotonic()
-            leases = list(self._leases.values())
+            leases = self._due_leases(begun_at)
             if not leases:
                 continue
             try:
-                await self._renew_unlocked(store, leases, interval_seconds)
+                await self._renew_unlocked(store, leases, self._round_seconds)
             except DatabaseUnavailable as error:
                 # The leases expire by themselves: each run checks its own before it starts a node.
                 log.warning("leases not renewed", error=str(error), leases=len(leases))
@@ -510,7 +522,13 @@ class LeaseKeeper:
 
         It counts from the begin of the last round, so that a slow round delays nothing.
         """
-        return max(0.0, begun_at + self._lease_seconds / RENEWALS_PER_LEASE - time.monotonic())
+        return max(0.0, begun_at + self._round_seconds - time.monotonic())
+
+    def _due_leases(self, now: float) -> list[RunLease]:
+        """Return the leases of which a third would have passed by the next round, or that are short."""
+        third = self._lease_seconds / RENEWALS_PER_LEASE
+        until = _lease_end(now, self._lease_seconds) + self._round_seconds - third * ROUND_TOLERANCE
+        return [lease for lease in list(self._leases.values()) if lease.until < until]
 
     async def _renew_unlocked(self, store: RunStore, leases: list[RunLease], seconds: float) -> None:
         """Renew leases, and retry those with locked rows until the next round."""
@@ -538,7 +556,7 @@ class LeaseKeeper:
             if answer.is_locked:
                 locked.append(lease)
                 continue
-            lease.until = self._lease_end(since)
+            lease.until = _lease_end(since, self._lease_seconds)
             if answer.request is not None:
                 self._loop.call_soon_threadsafe(self._on_request, lease, answer.request)
         return locked

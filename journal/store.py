@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -21,6 +21,11 @@ from journal.explanations.blockers import BlockerCode
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.loss_limits import MAX_ISOLATION_LOSSES
 from models.timestamps import DatabaseClock
+
+DIRECT_LEASE_SECONDS: Final = 5.0
+"""First lease of a run that is assigned to a worker; a run whose message is lost costs this time."""
+DIRECT_TOKEN: Final = 1
+"""Fencing token of an assigned run, as after a first claim."""
 
 
 class ExecutionKey(NamedTuple):
@@ -92,6 +97,8 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """Tags and metadata, as in `journal.run_labels`."""
     trace_origin: str | None = None
     """Span that starts the run, as in `telemetry.tracing.encode_origin`; None without traces."""
+    worker: str = ""
+    """Worker that the run is assigned to: it is inserted as if claimed. Empty: it is pending."""
 
 
 class IngestedRun(RunAcceptance, frozen=True):
@@ -186,6 +193,8 @@ class AcceptanceResult(msgspec.Struct, frozen=True):
 
     verdict: AcceptanceVerdict
     execution_id: str
+    started_at: datetime | None = None
+    """Start of a run that is assigned to a worker, by the database's clock; None if its answer was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,6 +419,12 @@ class JournalStore(RunStore, Protocol):
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         """Insert runs in one transaction; answers are in the order of the batch."""
+
+    async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
+        """Make assigned runs pending that their worker has not received; returns their number.
+
+        The lost assignment doesn't count as an attempt. Leaves locked rows to the end of their leases.
+        """
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         """Store inbound requests, each in one transaction; answers are in the order of the batch."""

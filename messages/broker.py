@@ -1,7 +1,7 @@
 """Broker through which processes wake and notify one another, over Redis, PostgreSQL or inside one process.
 
-The broker holds nothing that must happen. A wakeup or notification that is lost, late or doubled only changes
-the time at which a process reads the rows.
+The broker holds nothing that must happen. A message that is lost, late or doubled only changes the time at which a
+process reads the rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
 
+import msgspec
+
 from messages.deployer_messages import DeployerMessage
-from messages.outcome_seal import OutcomeSeal
+from messages.message_seal import MessageSeal
 from messages.token_buckets import TokenDemand, TokenGrant
 from messages.worker_wakeup import ALL_SHARDS
 from models.ended_execution import EndedExecution
@@ -18,6 +20,10 @@ from models.ended_execution import EndedExecution
 WATCH_SECONDS: Final = 15 * 60
 CHANGED_EXECUTIONS: Final = "changed executions"
 """Subject of notifications about changed executions; that of a direct message is any key of it."""
+GRANT_SECONDS: Final = 2.0
+"""Time for which a grant is valid: workers renew it each second."""
+SLOT_GRANTS: Final = "slot grants"
+"""Subject of grants, for listeners."""
 
 
 class BrokerError(Exception):
@@ -46,7 +52,30 @@ class DirectMessage:
     message: Mapping[str, str]
 
 
-Notification: TypeAlias = ChangedExecutions | DirectMessage
+class SlotGrant(msgspec.Struct, frozen=True):
+    """Grant of a worker to one gateway, which replaces its earlier grants."""
+
+    worker: str
+    """Channel of the worker, the owner of its leases."""
+    received: int
+    """Number of the last run that it has received from this gateway."""
+    slots: int
+    """Number of further runs that it takes."""
+
+
+class DirectRuns(msgspec.Struct, frozen=True):
+    """Runs that a gateway has assigned to one worker; the rows are committed."""
+
+    gateway: str
+    """Channel of the gateway."""
+    number: int
+    """Number of the last of them: the gateway counts the runs that it assigns to this worker."""
+    content: msgspec.Raw
+    """Runs as JSON, as a claim returns them."""
+
+
+Notification: TypeAlias = ChangedExecutions | DirectMessage | SlotGrant
+NO_GRANTS: Final[Mapping[str, SlotGrant]] = {}
 
 
 class RunBroker(Protocol):
@@ -62,25 +91,37 @@ class RunBroker(Protocol):
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         """Announce work after the commit. Sends nothing while an earlier wakeup is still in the queue."""
 
-    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
+    async def publish(
+        self,
+        channels: Mapping[str, str],
+        outcomes: Sequence[EndedExecution] = (),
+        grants: Mapping[str, SlotGrant] = NO_GRANTS,
+    ) -> None:
         """Announce changed executions, one notification for each process, and end their watches.
 
         Each execution is mapped to a channel that is notified without a watch, or to an empty text for none. That
-        channel alone gets the outcomes, encrypted, up to the limit of one notification.
+        channel alone gets the outcomes, encrypted, up to the limit of one notification. Grants are sent along, by
+        the channel of their gateway.
         """
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
         """Call `on_notification` on the running event loop for each message of the channel, until `close`.
 
         Returns when the channel is open, or after two seconds if Redis is away: it opens once Redis is back.
-        Each of several listeners receives all messages.
+        Each of several listeners receives all messages but grants, which have a subject of their own.
         """
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         """Receive wakeups on threads of this process; call `on_wakeup(shard)` on the running event loop."""
 
+    def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
+        """Call `on_runs` on the running event loop for runs that gateways assign to this process."""
+
     async def stop_worker(self) -> None:
-        """Receive no more wakeups. Unprocessed wakeups return to the queue for other workers."""
+        """Receive no more wakeups and no more assigned runs.
+
+        Unprocessed wakeups return to the queue for other workers.
+        """
 
     async def close(self) -> None: ...
 
@@ -106,6 +147,9 @@ class Broker(RunBroker, Protocol):
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         """Send a direct message to the channel of another process. It is lost silently if no process listens."""
 
+    async def send_direct(self, worker: str, message: DirectRuns) -> bool:
+        """Send runs to the worker that they are assigned to; False if no process listens on its channel."""
+
     async def is_heard(self, channel: str) -> bool:
         """Return whether a process listens on a channel; false for a dead process."""
 
@@ -130,11 +174,12 @@ class Broker(RunBroker, Protocol):
 
 
 async def connect_broker(
-    url: str | None, *, channel: str | None = None, seal: OutcomeSeal | None = None
+    url: str | None, *, channel: str | None = None, seal: MessageSeal | None = None
 ) -> Broker:
     """Connect to the Redis or PostgreSQL at `url`, or return a broker inside this process for None.
 
-    Without a `seal`, and over PostgreSQL, whose notifications are small, notifications carry no outcomes.
+    Without a `seal`, and over PostgreSQL, whose notifications are small, notifications carry no outcomes and no
+    grants, so that all runs are claimed.
 
     An unreachable server doesn't prevent the start. Raises `RedisMayEvict`, and ValueError for an invalid URL.
     """

@@ -7,10 +7,13 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from messages.broker import (
+    NO_GRANTS,
     WATCH_SECONDS,
     ChangedExecutions,
     DirectMessage,
+    DirectRuns,
     Notification,
+    SlotGrant,
 )
 from messages.deployer_messages import DeployerMessage
 from messages.token_buckets import LocalTokenBuckets, TokenDemand, TokenGrant
@@ -23,6 +26,7 @@ class LocalBroker:
     def __init__(self, *, channel: str) -> None:
         self.channel = channel
         self._worker: Callable[[int], None] | None = None
+        self._direct: Callable[[DirectRuns], None] | None = None
         self._listeners = NotificationListeners()
         self._deployer: Callable[[DeployerMessage], None] | None = None
         self._mail_parser: Callable[[], None] | None = None
@@ -44,7 +48,12 @@ class LocalBroker:
             self._watched_until[execution_id] = now + WATCH_SECONDS
         self._forget_watches_before(now)
 
-    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
+    async def publish(
+        self,
+        channels: Mapping[str, str],
+        outcomes: Sequence[EndedExecution] = (),
+        grants: Mapping[str, SlotGrant] = NO_GRANTS,
+    ) -> None:
         self._forget_watches_before(asyncio.get_running_loop().time())
         notified = tuple(
             execution_id
@@ -54,6 +63,8 @@ class LocalBroker:
         if notified:
             own = tuple(one for one in outcomes if channels[one.execution_id] == self.channel)
             self._listeners.deliver(ChangedExecutions(notified, own))
+        if self.channel in grants:
+            self._listeners.deliver(grants[self.channel])
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         if channel == self.channel:
@@ -72,8 +83,17 @@ class LocalBroker:
         for shard in self._queued_shards:
             asyncio.get_running_loop().call_soon(self._wake, shard)
 
+    def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
+        self._direct = on_runs
+
+    async def send_direct(self, worker: str, message: DirectRuns) -> bool:
+        if self._direct is None or worker != self.channel:
+            return False
+        asyncio.get_running_loop().call_soon(self._direct, message)
+        return True
+
     async def stop_worker(self) -> None:
-        self._worker = None
+        self._worker = self._direct = None
 
     async def wake_mail_parsers(self) -> None:
         """Wake the mail parser of this process, if it has one. No queue is needed."""

@@ -20,7 +20,16 @@ import structlog
 
 from json_text import decoding
 from messages import deployer_messages, mail_parser_wakeup, worker_wakeup
-from messages.broker import WATCH_SECONDS, BrokerUnavailable, ChangedExecutions, DirectMessage, Notification
+from messages.broker import (
+    NO_GRANTS,
+    WATCH_SECONDS,
+    BrokerUnavailable,
+    ChangedExecutions,
+    DirectMessage,
+    DirectRuns,
+    Notification,
+    SlotGrant,
+)
 from messages.mail_parser_wakeup import MailParserWakeup
 from messages.token_buckets import TokenDemand, TokenGrant, grant_tokens
 from messages.wakeup_worker import parse_wakeup
@@ -147,6 +156,12 @@ class PostgresqlBroker:
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         await self._put(worker_wakeup.QUEUE, str(shard), asdict(WorkerWakeup(shard=shard)))
 
+    def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
+        """Do nothing: runs are claimed, since nothing is granted."""
+
+    async def send_direct(self, worker: str, message: DirectRuns) -> bool:  # noqa: ARG002 - see receive_direct
+        return False
+
     async def wake_mail_parsers(self) -> None:
         await self._put(mail_parser_wakeup.QUEUE, "all", asdict(MailParserWakeup()))
 
@@ -245,6 +260,7 @@ class PostgresqlBroker:
         self,
         channels: Mapping[str, str],
         outcomes: Sequence[EndedExecution] = (),  # noqa: ARG002 - too large for notifications of 8,000 bytes
+        grants: Mapping[str, SlotGrant] = NO_GRANTS,  # noqa: ARG002 - all runs are claimed
     ) -> None:
         if not channels:
             return

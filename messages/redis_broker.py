@@ -19,16 +19,19 @@ from redis.backoff import NoBackoff
 from json_text import decoding
 from messages import deployer_messages, mail_parser_wakeup, wakeup_worker, worker_wakeup
 from messages.broker import (
+    NO_GRANTS,
     WATCH_SECONDS,
     BrokerUnavailable,
     ChangedExecutions,
     DirectMessage,
+    DirectRuns,
     Notification,
     RedisMayEvict,
+    SlotGrant,
 )
 from messages.deployer_messages import DeployerMessage
 from messages.mail_parser_wakeup import MailParserWakeup
-from messages.outcome_seal import OutcomeSeal, SealedOutcomes
+from messages.message_seal import NOTICES, MessageSeal, SealedMessage
 from messages.redis_consumer import (
     MESSAGE_ID,
     NAMESPACE,
@@ -37,6 +40,7 @@ from messages.redis_consumer import (
     WakeupQueues,
     reconnect_seconds,
 )
+from messages.redis_direct_queue import DirectQueue
 from messages.token_buckets import SPARE, TokenDemand, TokenGrant
 from messages.wakeups import NotificationListeners
 from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
@@ -73,7 +77,7 @@ end
 """
 
 # KEYS: the watchers of each execution. ARGV: the prefix of channels, then, in the same order, each execution
-# with the channel that is notified in any case, or an empty text; then channels with their sealed outcomes.
+# with the channel that is notified in any case, or an empty text; then channels with their sealed notices.
 ANNOUNCE: Final = """
 local changed, sealed = {}, {}
 for index = 2 * #KEYS + 2, #ARGV, 2 do
@@ -95,7 +99,11 @@ for index, watchers in ipairs(KEYS) do
     end
 end
 for channel, execution_ids in pairs(changed) do
-    redis.call("PUBLISH", ARGV[1] .. channel, cjson.encode({execution_ids = execution_ids, outcomes = sealed[channel]}))
+    redis.call("PUBLISH", ARGV[1] .. channel, cjson.encode({execution_ids = execution_ids, notice = sealed[channel]}))
+    sealed[channel] = nil
+end
+for channel, notice in pairs(sealed) do
+    redis.call("PUBLISH", ARGV[1] .. channel, cjson.encode({notice = notice}))
 end
 """
 
@@ -134,8 +142,15 @@ log = structlog.get_logger()
 
 class _PublishedMessage(msgspec.Struct):
     execution_ids: tuple[str, ...] = ()
-    outcomes: SealedOutcomes | None = None
+    notice: SealedMessage | None = None
     direct_message: dict[str, str] | None = None
+
+
+class _GatewayNotice(msgspec.Struct):
+    """Content of a message to the gateway that accepted the executions."""
+
+    outcomes: tuple[EndedExecution, ...] = ()
+    grant: SlotGrant | None = None
 
 
 async def refuse_evicting(client: Redis) -> None:
@@ -161,7 +176,7 @@ async def _check_answer() -> AsyncIterator[None]:
         raise BrokerUnavailable(str(error) or "redis did not answer in time") from error
 
 
-async def connect(url: str, *, channel: str, seal: OutcomeSeal | None = None) -> "RedisBroker":
+async def connect(url: str, *, channel: str, seal: MessageSeal | None = None) -> "RedisBroker":
     broker = RedisBroker(url, channel=channel, seal=seal)
     try:
         async with _check_answer():
@@ -193,7 +208,7 @@ def _connected_to(url: str) -> Redis:
 
 
 class RedisBroker:
-    def __init__(self, url: str, *, channel: str, seal: OutcomeSeal | None = None) -> None:
+    def __init__(self, url: str, *, channel: str, seal: MessageSeal | None = None) -> None:
         self.channel = channel
         self._seal = seal
         self.client = _connected_to(url)
@@ -205,6 +220,7 @@ class RedisBroker:
         self._worker: dramatiq.Worker | None = None
         self._mail_parser: dramatiq.Worker | None = None
         self._deployer: dramatiq.Worker | None = None
+        self._direct = None if seal is None else DirectQueue(self.client, seal, channel)
         self._listeners = NotificationListeners()
         self._listening: asyncio.Task[None] | None = None
         self._is_channel_open = asyncio.Event()
@@ -252,19 +268,28 @@ class RedisBroker:
         async with _check_answer():
             await self._watch(keys=_watchers_key(execution_ids), args=[self.channel, WATCH_SECONDS])
 
-    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
-        if not channels:
+    async def publish(
+        self,
+        channels: Mapping[str, str],
+        outcomes: Sequence[EndedExecution] = (),
+        grants: Mapping[str, SlotGrant] = NO_GRANTS,
+    ) -> None:
+        if not channels and not grants:
             return
-        pairs = chain.from_iterable([*channels.items(), *self._sealed(channels, outcomes)])
+        pairs = chain.from_iterable([*channels.items(), *self._notices(channels, outcomes, grants)])
         async with _check_answer():
             await self._publish(keys=_watchers_key(channels), args=[CHANNELS, *pairs])
 
-    def _sealed(
-        self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution]
+    def _notices(
+        self,
+        channels: Mapping[str, str],
+        outcomes: Sequence[EndedExecution],
+        grants: Mapping[str, SlotGrant],
     ) -> Iterator[tuple[str, str]]:
-        """Yield each channel with the sealed outcomes of its executions, as far as they fit in one notification."""
+        """Yield each channel with its sealed notice: as many outcomes as fit, and its grant."""
         if self._seal is None:
             return
+        notices = {channel: _GatewayNotice(grant=grant) for channel, grant in grants.items()}
         chosen: dict[str, list[EndedExecution]] = {}
         left: dict[str, int] = {}
         for outcome in outcomes:
@@ -274,7 +299,10 @@ class RedisBroker:
                 left[channel] = left_bytes
                 chosen.setdefault(channel, []).append(outcome)
         for channel, of_channel in chosen.items():
-            yield channel, msgspec.json.encode(self._seal.seal(channel, of_channel)).decode()
+            notices.setdefault(channel, _GatewayNotice()).outcomes = tuple(of_channel)
+        for channel, notice in notices.items():
+            sealed = self._seal.seal(NOTICES, channel, msgspec.json.encode(notice))
+            yield channel, msgspec.json.encode(sealed).decode()
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         async with _check_answer():
@@ -300,7 +328,19 @@ class RedisBroker:
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         self._worker = wakeup_worker.start(WakeupQueues(self._url), on_wakeup)
 
+    def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
+        if self._direct is not None:
+            self._direct.start(on_runs)
+
+    async def send_direct(self, worker: str, message: DirectRuns) -> bool:
+        if self._direct is None:
+            return False
+        async with _check_answer():
+            return await self._direct.send(worker, CHANNELS + worker, message)
+
     async def stop_worker(self) -> None:
+        if self._direct is not None:
+            await self._direct.stop()
         worker, self._worker = self._worker, None
         if worker is not None:
             await asyncio.to_thread(wakeup_worker.stop, worker)
@@ -359,19 +399,28 @@ class RedisBroker:
         if kind != "message":
             return
         try:
-            notification = self._parse_message(body)
+            notifications = self._parse_message(body)
         except ValueError:
             log.warning("notification unreadable", channel=self.channel)
             return
-        self._listeners.deliver(notification)
+        for notification in notifications:
+            self._listeners.deliver(notification)
 
-    def _parse_message(self, body: bytes) -> Notification:
+    def _parse_message(self, body: bytes) -> Iterable[Notification]:
         published = decoding.decode(body, _PublishedMessage)
         if published.direct_message:
-            return DirectMessage(published.direct_message)
-        if published.outcomes is None or self._seal is None:
-            return ChangedExecutions(published.execution_ids)
-        return ChangedExecutions(published.execution_ids, self._seal.open(self.channel, published.outcomes))
+            return [DirectMessage(published.direct_message)]
+        notice = self._open(published.notice)
+        grants = [] if notice.grant is None else [notice.grant]
+        if not published.execution_ids:
+            return grants
+        return [ChangedExecutions(published.execution_ids, notice.outcomes), *grants]
+
+    def _open(self, sealed: SealedMessage | None) -> _GatewayNotice:
+        content = None
+        if sealed is not None and self._seal is not None:
+            content = self._seal.open(NOTICES, self.channel, sealed)
+        return _GatewayNotice() if content is None else decoding.decode(content, _GatewayNotice)
 
 
 def _watchers_key(execution_ids: Iterable[str]) -> list[str]:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from messages.broker import CHANGED_EXECUTIONS, Broker, BrokerUnavailable, DirectMessage
+from messages.broker import (
+    CHANGED_EXECUTIONS,
+    SLOT_GRANTS,
+    Broker,
+    BrokerUnavailable,
+    DirectMessage,
+    SlotGrant,
+)
 from messages.deployer_messages import ReconcileRequest
 
 if TYPE_CHECKING:
@@ -105,12 +112,14 @@ class NotificationListeners:
 
         So an exception of one listener ends neither the others nor this task.
         """
-        subjects: Collection[str] = (
-            notification.message if isinstance(notification, DirectMessage) else (CHANGED_EXECUTIONS,)
-        )
+        subjects: Collection[str | None]
+        if isinstance(notification, DirectMessage):
+            subjects = [None, *notification.message]
+        else:
+            subjects = (SLOT_GRANTS,) if isinstance(notification, SlotGrant) else (None, CHANGED_EXECUTIONS)
         loop = asyncio.get_running_loop()
         for on_notification, subject in self._listeners:
-            if subject is None or subject in subjects:
+            if subject in subjects:
                 loop.call_soon(on_notification, notification)
 
     def clear(self) -> None:

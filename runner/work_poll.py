@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from execution.pod_api import MAX_WAIT_SECONDS, WorkPollRequest, WorkPollResponse
-from messages.broker import DirectMessage, Notification
+from messages.broker import NO_GRANTS, DirectMessage, DirectRuns, Notification, SlotGrant
 from messages.worker_wakeup import ALL_SHARDS
 from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable
@@ -45,7 +45,12 @@ class GatewayWorkPoll:
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         """Do nothing: other pods poll for themselves."""
 
-    async def publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
+    async def publish(
+        self,
+        channels: Mapping[str, str],
+        outcomes: Sequence[EndedExecution] = (),
+        grants: Mapping[str, SlotGrant] = NO_GRANTS,
+    ) -> None:
         """Do nothing: the gateway itself writes the changes, and publishes them."""
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
@@ -55,6 +60,9 @@ class GatewayWorkPoll:
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         """Poll the gateway for work, and call `on_wakeup` when runs may be pending."""
         self._task = asyncio.create_task(self._poll(on_wakeup))
+
+    def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
+        """Do nothing: runs of deployments are claimed."""
 
     async def stop_worker(self) -> None:
         """Receive no more wakeups. Runs that finish meanwhile learn of requests by their lease renewals."""

@@ -29,7 +29,7 @@ from journal.store_factory import open_store
 from journal.waits import node_answers
 from messages import broker as brokers
 from messages.broker import Broker
-from messages.outcome_seal import OutcomeSeal
+from messages.message_seal import MessageSeal
 from models import database as databases
 from models import schema_migration
 from models.database import Database
@@ -79,7 +79,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         owner = new_lease_owner(settings.worker_name)
-        seal = OutcomeSeal.from_settings(settings, database.clock)
+        seal = MessageSeal.from_settings(settings, database.clock)
         broker = await brokers.connect_broker(settings.broker_url, channel=owner, seal=seal)
         stack.push_async_callback(broker.close)
         await lost_worker_leases.reclaim_predecessor_leases(database, store, broker, settings.worker_name)

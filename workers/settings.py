@@ -34,6 +34,17 @@ class WorkerSettings(ExecutionSettings, ServerSettings):
         description="Port of the worker's Prometheus metrics, at `METRICS_ADDRESS`. Unset: no metrics.",
     )
 
+    direct_runs: bool = Field(
+        default=True,
+        description=(
+            "Whether gateways may assign runs to free workers as they accept them. Off: workers claim all runs."
+        ),
+    )
+
+    @property
+    def grants_slots(self) -> bool:
+        return self.direct_runs
+
     @property
     def seconds_between_sweeps(self) -> float:
         return self.sweep_seconds

@@ -13,6 +13,7 @@ from sqlalchemy import select, tuple_
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
+from gateway.executions.run_assignment import RunAssigner
 from gateway.http import errors, idempotency, limits
 from gateway.http.errors import ApiError
 from gateway.http.responses import location
@@ -106,6 +107,7 @@ class RunAcceptor:
         )
         self._admissions: set[asyncio.Task[None]] = set()
         self._wakeups: GroupCommit[None, None] = GroupCommit(self._wake)
+        self.assigner = RunAssigner(store, broker, self.wake_workers)
         self._pod_notifications: GroupCommit[str, None] = GroupCommit(self._notify_pods)
         self._parser_wakeups: GroupCommit[None, None] = GroupCommit(self._wake_mail_parsers)
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
@@ -151,6 +153,7 @@ class RunAcceptor:
         await self._group.drain()
         await self._separate.drain()
         await self._ingests.drain()
+        await self.assigner.drain()
         while self._admissions:
             await asyncio.wait(self._admissions)
         await self._wakeups.drain()
@@ -160,7 +163,13 @@ class RunAcceptor:
     async def _commit(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         # Expect the executions before the commit, so that no later change is missed.
         self._waiting.expect({one.execution_id: one.total_nodes for one in batch})
-        answers = await self._store.accept(batch)
+        batch = self.assigner.assign(batch)
+        try:
+            answers = await self._store.accept(batch)
+        except BaseException:
+            self.assigner.withdraw(batch)
+            raise
+        self.assigner.send(batch, answers)
         _count_replays(answers)
         accepted = [
             one
@@ -197,7 +206,10 @@ class RunAcceptor:
 
     def _notify(self, accepted: Sequence[RunAcceptance]) -> None:
         """Notify pods and workers of runs that may start."""
-        if any(one.concurrency_key is None and one.assigned_deployment_id is None for one in accepted):
+        if any(
+            one.concurrency_key is None and one.assigned_deployment_id is None and not one.worker
+            for one in accepted
+        ):
             self.wake_workers()
         for one in accepted:
             if one.concurrency_key is None and one.assigned_deployment_id is not None:

@@ -189,7 +189,7 @@ class RequestIngestor:
         async def plan_write() -> InboundRequest:
             target = await self.resolve_target(caller, workflow_id, kind)
             runs[:] = [self.build_run(target, await plan(target))]
-            if not large_values.is_separate(runs[0].trigger):
+            if not runs[0].trigger.startswith(large_values.SEPARATE_BODY):
                 inbound.payload = runs[0].trigger
             outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
             return msgspec.structs.replace(

@@ -29,7 +29,7 @@ MEDIA_TYPE: Final = "application/json"
 MAX_ROW_BYTES: Final = 262_144
 """Size in bytes of JSON above which a body is stored as a blob."""
 _FIELD: Final = b'{"body":'
-_BEGINNING: Final = '{ "body":'
+SEPARATE_BODY: Final = '{ "body":'
 """Start of a row with a reference. No encoder writes this space, so no request body can pass for a reference.
 """
 
@@ -43,13 +43,13 @@ class RecordedValueLost(Exception):
         self.node_id = node_id
 
 
+@dataclass(frozen=True, slots=True)
 class LargeValues:
     """Large values of one chain of resumed runs. Its methods raise `BlobsUnavailable`."""
 
-    def __init__(self, blobs: RunBlobs, owner: BlobOwner, max_row_bytes: int) -> None:
-        self.max_row_bytes = max_row_bytes
-        self._blobs = blobs
-        self._owner = owner
+    blobs: RunBlobs
+    owner: BlobOwner
+    max_row_bytes: int
 
     async def store(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
         """Return the newest span of each node for its row, with large values as references.
@@ -67,7 +67,7 @@ class LargeValues:
     async def trigger(self, text: str) -> Json:
         """Return the whole output of a trigger with a separate body; raises `RecordedValueLost`."""
         try:
-            return await read_body(text, self._blobs, self._owner)
+            return await read_body(text, self.blobs, self.owner)
         except (BlobLost, InvalidBlobReference) as error:
             raise RecordedValueLost(
                 f"The body of the trigger is gone from the blob storage: {error}"
@@ -93,7 +93,7 @@ class LargeValues:
 
     async def _reference(self, content: bytes, put: dict[bytes, bytes]) -> bytes:
         if content not in put:
-            put[content] = (await self._blobs.put(self._owner, content, media_type=MEDIA_TYPE)).as_text()
+            put[content] = (await self.blobs.put(self.owner, content, media_type=MEDIA_TYPE)).as_text()
         return put[content]
 
     async def _restore_span(self, span: NodeSpan) -> NodeSpan:
@@ -110,7 +110,7 @@ class LargeValues:
 
     async def _read_content(self, span: NodeSpan, field: str, reference: bytes) -> bytes:
         try:
-            return await self._blobs.get(self._owner, BlobReference.from_text(reference).sha256)
+            return await self.blobs.get(self.owner, BlobReference.from_text(reference).sha256)
         except (BlobLost, InvalidBlobReference) as error:
             message = f"The {field} of the node {span.node_id!r} is gone from the blob storage: {error}"
             raise RecordedValueLost(message, span.node_id) from error
@@ -142,12 +142,12 @@ class EncodedTrigger:
 
     def as_row(self, reference: BlobReference) -> str:
         """Return the row's text with a reference in place of the body."""
-        return f"{_BEGINNING}{reference.as_text().decode()},{self.rest[1:].decode()}"
+        return f"{SEPARATE_BODY}{reference.as_text().decode()},{self.rest[1:].decode()}"
 
 
 def is_separate(trigger: str) -> bool:
     """Return whether the row's text has a reference in place of the body."""
-    return trigger.startswith(_BEGINNING)
+    return trigger.startswith(SEPARATE_BODY)
 
 
 def split_fields(trigger: str) -> dict[str, Raw]:

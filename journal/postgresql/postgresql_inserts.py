@@ -9,6 +9,8 @@ from journal.concurrency_limits import advisory_lock_id
 from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
 from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS, split_rivals
 from journal.store import (
+    DIRECT_LEASE_SECONDS,
+    DIRECT_TOKEN,
     AcceptanceResult,
     AcceptanceVerdict,
     ExecutionKey,
@@ -25,7 +27,7 @@ from models.execution import (
 )
 from models.ids import turn_of_workflow
 from models.postgresql_sessions import LOCK_WAIT_MILLISECONDS, timeout_statement
-from models.timestamps import to_microseconds
+from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
     import asyncpg
@@ -93,12 +95,13 @@ class PostgresqlInserts:
 
     async def _accept(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
         rows = await self._fetch(_ACCEPT, *_bind_acceptances(batch))
-        accepted = {row[0] for row in rows}
         answers = {
-            execution_id: AcceptanceResult(AcceptanceVerdict.ACCEPTED, execution_id)
-            for execution_id in accepted
+            row[0]: AcceptanceResult(
+                AcceptanceVerdict.ACCEPTED, row[0], None if row[1] is None else from_microseconds(row[1])
+            )
+            for row in rows
         }
-        refused = [item for item in batch if item.execution_id not in accepted]
+        refused = [item for item in batch if item.execution_id not in answers]
         if refused:
             answers |= await self._explain_refusals(refused)
         return answers
@@ -218,16 +221,17 @@ async def _lock_free_slots(connection: Any, item: RunAcceptance) -> int:  # noqa
 
 # ── statements ──────────────────────────────────────────────────────────────────────────────────────────────
 
+_LEASE = int(DIRECT_LEASE_SECONDS * 1_000_000)
 _RUN_TYPES = (
     *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
     *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
-    *("text", "text", "integer", "text", "integer", "text", "text", "boolean", "text"),
+    *("text", "text", "integer", "text", "integer", "text", "text", "boolean", "text", "text"),
 )
 _RUN_COLUMNS = """
         id, shard, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
         timeout, total_nodes, advance, queue_turn, scope, key, fingerprint, lifetime, channel, parent_id, root_id,
         depth, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private,
-        trace_origin"""
+        trace_origin, worker"""
 _DEFINITION_TYPES = ("text", "text", "smallint", "text")
 _LABEL_TYPES = ("text", "text", "text")
 _INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
@@ -275,14 +279,17 @@ def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_la
         definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
         key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth, wait_answer_count,
         concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private, due_at,
-        trace_origin)
-    SELECT id, shard, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
-        definition_hash, {since} - advance, queue_turn, true, 0, 0, timeout, 0, total_nodes,
+        trace_origin, lease_owner, lease_until, started_at, deadline_at)
+    SELECT id, shard, organization_id, workflow_id, user_id,
+        CASE WHEN worker IS NULL THEN {status} ELSE 'running' END, {target}, trigger_type,
+        definition_hash, {since} - advance, queue_turn, worker IS NULL,
+        CASE WHEN worker IS NULL THEN 0 ELSE {DIRECT_TOKEN} END, (worker IS NOT NULL)::integer, timeout, 0, total_nodes,
         id, false, channel, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
         concurrency_limit, completion_action, assigned_deployment_id, coalesce(is_private, false), {due_at},
-        trace_origin
+        trace_origin, worker, CASE WHEN worker IS NOT NULL THEN {NOW} + {_LEASE} END,
+        CASE WHEN worker IS NOT NULL THEN {NOW} END, CASE WHEN worker IS NOT NULL THEN {NOW} + timeout END
     FROM winner ON CONFLICT DO NOTHING
-    RETURNING id
+    RETURNING id, started_at
 )"""
 
 
@@ -303,7 +310,7 @@ WITH item AS (
 ), winner AS (
     SELECT * FROM current WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
 ), {_run_inserts_sql("'pending'", _TARGET, "NULL::bigint", NOW, len(_RUN_TYPES) + len(_DEFINITION_TYPES) + 1)}
-SELECT id FROM inserted
+SELECT id, started_at FROM inserted
 """
 _FIRST_INGEST = len(_INGESTED_RUN_TYPES) + len(_DEFINITION_TYPES) + 1
 _INGEST = f"""
@@ -407,6 +414,7 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
         item.assigned_deployment_id,
         item.is_private or None,
         item.trace_origin,
+        item.worker or None,
     )
 
 

@@ -47,6 +47,7 @@ from journal.run_rows import (
     span_rows,
 )
 from journal.store import (
+    DIRECT_TOKEN,
     AcceptanceResult,
     ClaimedRun,
     ClaimQuery,
@@ -296,6 +297,10 @@ class PostgreSQLStore:
         number.
         """
         return len(await self._fetch(_RELEASE, owner, list(held)))
+
+    async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
+        """Make assigned runs pending that their worker has not received; see `JournalStore.return_direct`."""
+        return len(await self._fetch(_RETURN_DIRECT, [key.execution_id for key in keys]))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once. None for an unknown
@@ -798,12 +803,20 @@ _RECLAIM_OWNER = f"""
 WHERE {_skip_locked_sql("status = 'running' AND starts_with(lease_owner, $1)")}
 RETURNING id
 """
-_RELEASE = f"""
+_RELEASE_RUNS = f"""
 UPDATE execution SET token = token + 1, attempt = attempt - 1, isolated = false, lease_owner = NULL,
     lease_until = NULL, updated_at = {NOW}, target = {release_target_sql(f"attempt > {SUSPECT_LOSSES}")},
     status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,
     ended_at = CASE WHEN request IS NOT NULL THEN {NOW} END
+"""
+_RELEASE = f"""
+{_RELEASE_RUNS}
 WHERE {_skip_locked_sql("status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])")}
+RETURNING id
+"""
+_RETURN_DIRECT = f"""
+{_RELEASE_RUNS}
+WHERE {_skip_locked_sql(f"id = ANY ($1::text[]) AND status || '' = 'running' AND token = {DIRECT_TOKEN}")}
 RETURNING id
 """
 # In the order of the index of pending runs: otherwise a table full of ended runs might be scanned from its

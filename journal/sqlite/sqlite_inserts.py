@@ -8,6 +8,8 @@ import msgspec
 
 from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS
 from journal.store import (
+    DIRECT_LEASE_SECONDS,
+    DIRECT_TOKEN,
     AcceptanceResult,
     AcceptanceVerdict,
     InboundRequest,
@@ -24,13 +26,16 @@ from models.execution import (
 )
 from models.execution_status import ExecutionStatus
 from models.ids import turn_of_workflow
-from models.timestamps import to_microseconds
+from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
 
     from journal.store import IdempotencyKey
+
+
+_LEASE = int(DIRECT_LEASE_SECONDS * 1_000_000)
 
 
 def insert_runs(
@@ -40,6 +45,7 @@ def insert_runs(
     since 1970.
     """
     is_current = _current_workflows(connection, batch)
+    started_at = from_microseconds(now)
     answers: list[AcceptanceResult] = []
     inserted: list[RunAcceptance] = []
     for item in batch:
@@ -55,7 +61,11 @@ def insert_runs(
                 )
             )
         else:
-            answers.append(AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id))
+            answers.append(
+                AcceptanceResult(
+                    AcceptanceVerdict.ACCEPTED, item.execution_id, started_at if item.worker else None
+                )
+            )
             inserted.append(item)
     _insert_executions(connection, inserted, now)
     return answers
@@ -151,6 +161,19 @@ def _delay_microseconds(item: RunAcceptance) -> int | None:
     if not isinstance(item, IngestedRun) or item.delay_until is None:
         return None
     return to_microseconds(item.delay_until)
+
+
+def _initial_status(item: RunAcceptance) -> ExecutionStatus:
+    if item.worker:
+        return ExecutionStatus.RUNNING
+    return ExecutionStatus.WAITING if _delay_microseconds(item) else ExecutionStatus.PENDING
+
+
+def _direct_times(item: RunAcceptance, now: int) -> tuple[str | None, int | None, int | None, int | None]:
+    """Return the worker, end of its lease, start and deadline of an assigned run."""
+    if not item.worker:
+        return None, None, None, None
+    return item.worker, now + _LEASE, now, now + int(item.timeout_seconds * 1_000_000)
 
 
 def _initial_target(item: RunAcceptance) -> str:
@@ -261,8 +284,9 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
         " definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes,"
         " total_nodes, key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth,"
         " wait_answer_count, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private,"
-        " due_at, trace_origin)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?, ?)"
+        " due_at, trace_origin, lease_owner, lease_until, started_at, deadline_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?, ?,"
+        " ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING",
         [
             (
@@ -271,12 +295,15 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
                 item.organization_id,
                 item.workflow_id,
                 item.user_id,
-                ExecutionStatus.WAITING if _delay_microseconds(item) else ExecutionStatus.PENDING,
+                _initial_status(item),
                 _initial_target(item),
                 item.trigger_type,
                 item.definition_hash,
                 (_delay_microseconds(item) or now) - item.priority * PRIORITY_MICROSECONDS,
                 turn_of_workflow(item.workflow_id),
+                not item.worker,
+                DIRECT_TOKEN if item.worker else 0,
+                1 if item.worker else 0,
                 int(item.timeout_seconds * 1_000_000),
                 item.total_nodes,
                 item.execution_id,
@@ -293,6 +320,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
                 item.is_private,
                 _delay_microseconds(item),
                 item.trace_origin,
+                *_direct_times(item, now),
             )
             for item in batch
         ],

@@ -42,6 +42,7 @@ from journal.run_rows import (
 )
 from journal.sqlite import sqlite_inserts
 from journal.store import (
+    DIRECT_TOKEN,
     AcceptanceResult,
     ClaimedRun,
     ClaimQuery,
@@ -165,6 +166,10 @@ class SQLiteStore:
         number.
         """
         return await self._writer.run(lambda connection: _release(connection, owner, held))
+
+    async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
+        """Make assigned runs pending that their worker has not received; see `JournalStore.return_direct`."""
+        return await self._writer.run(lambda connection: _return_direct(connection, keys))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once. None for an unknown
@@ -723,6 +728,12 @@ def _release(connection: sqlite3.Connection, owner: str, held: Sequence[str]) ->
         _RELEASE, [{"now": _now_microseconds(), "id": execution_id} for execution_id in unheld]
     )
     return len(unheld)
+
+
+def _return_direct(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> int:
+    now = _now_microseconds()
+    statement = f"{_RELEASE} AND token = {DIRECT_TOKEN}"
+    return sum(connection.execute(statement, {"id": key.execution_id, "now": now}).rowcount for key in keys)
 
 
 def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str) -> EndRequestOutcome | None:

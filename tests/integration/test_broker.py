@@ -23,10 +23,9 @@ from messages.broker import (
     connect_broker,
 )
 from messages.deployer_messages import DeployerMessage, PodLogRequest, ReconcileRequest
-from messages.outcome_seal import PURPOSE, OutcomeSeal
+from messages.message_seal import MessageSeal
 from messages.token_buckets import BucketRate, TokenDemand
 from messages.worker_wakeup import ALL_SHARDS
-from models.encryption import SecretVault
 from models.ended_execution import MAX_NOTIFIED_BYTES, EndedExecution
 from models.timestamps import DatabaseClock
 from tests import services
@@ -207,14 +206,14 @@ async def test_an_outcome_reaches_the_channel_of_its_execution_and_none_without_
 ) -> None:
     database_clock = DatabaseClock()
     small, large = (
-        EndedExecution(name, "completed", 1, 99, None, (("node", f'"{text}"'),))
+        EndedExecution(name, "completed", 1, 99, None, (("node", f'"{text}"'),), len(text))
         for name, text in (("a", "a secret"), ("b", "x" * MAX_NOTIFIED_BYTES))
     )
     async with AsyncExitStack() as stack:
         heard: dict[str, Queue[Notification]] = {}
         opened = []
         for name, secrets in (("new", [b"2", b"1"]), ("old", [b"1"]), ("other", [b"3"])):
-            seal = OutcomeSeal(SecretVault(secrets[0], secrets[1:], purpose=PURPOSE), database_clock)
+            seal = MessageSeal(secrets[0], secrets[1:], database_clock)
             broker = await connect_broker(redis_url, channel=name, seal=seal)
             stack.push_async_callback(broker.close)
             heard[name] = Queue()

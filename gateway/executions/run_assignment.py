@@ -1,0 +1,221 @@
+"""Assignment of accepted runs to workers that have granted slots: these runs need no wakeup and no claim."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+
+from journal.group_commit import GroupCommit
+from journal.store import (
+    DIRECT_TOKEN,
+    AcceptanceResult,
+    AcceptanceVerdict,
+    ClaimedRun,
+    ExecutionKey,
+    RunAcceptance,
+)
+from messages.broker import GRANT_SECONDS, SLOT_GRANTS, BrokerUnavailable, DirectRuns, SlotGrant
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from journal.store import JournalStore
+    from messages.broker import Broker, Notification
+
+MAX_DIRECT_CHARACTERS: Final = 16_000
+"""Limit of the texts in one message to a worker; larger runs are claimed."""
+FORGET_SECONDS: Final = 60.0
+"""Time after its last grant for which a worker is remembered, with the number of runs that it got."""
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class GrantingWorker:
+    """Worker with slots for this gateway."""
+
+    assigned: int = 0
+    """Number of runs that were assigned to it, including those whose commit is in progress."""
+    sent: int = 0
+    """Number of runs that were sent to it."""
+    received: int = 0
+    """Number of the last run that it has received."""
+    lost: int = 0
+    """Number of later runs that have not arrived in time."""
+    assigned_at: float = float("-inf")
+    """Time of the last assignment, by the event loop's clock."""
+    left: int = 0
+    until: float = 0.0
+
+    def take(self, grant: SlotGrant, now: float) -> None:
+        """Apply a grant that arrived at `now`."""
+        if grant.received > self.received:
+            self.received, self.lost = grant.received, 0
+            # This gateway has forgotten the worker, but not the other way round.
+            self.sent, self.assigned = max(self.sent, self.received), max(self.assigned, self.received)
+        if now - self.assigned_at > GRANT_SECONDS:
+            self.lost = self.assigned - self.received
+        self.left = max(grant.slots - max(self.assigned - self.received - self.lost, 0), 0)
+        self.until = now + GRANT_SECONDS
+
+    def assign(self, now: float) -> None:
+        """Use up one slot."""
+        self.assigned, self.assigned_at, self.left = self.assigned + 1, now, self.left - 1
+
+    def number_of(self, count: int) -> int:
+        """Return the number of the last of so many runs that are sent now."""
+        self.sent += count
+        return self.sent
+
+
+class RunAssigner:
+    """Assigner of one gateway."""
+
+    def __init__(self, store: JournalStore, broker: Broker, wake_workers: Callable[[], object]) -> None:
+        """`wake_workers` announces runs that could not be sent and are pending now."""
+        self._store = store
+        self._broker = broker
+        self._wake_workers = wake_workers
+        self._workers: dict[str, GrantingWorker] = {}
+        # One after another, so that messages arrive in the order of their numbers.
+        self._sends: GroupCommit[tuple[str, list[ClaimedRun]], None] = GroupCommit(self._send_all)
+        self._returns: GroupCommit[ExecutionKey, None] = GroupCommit(self._return)
+
+    async def start(self) -> None:
+        """Listen to grants."""
+        await self._broker.listen(self._handle_notification, subject=SLOT_GRANTS)
+
+    async def drain(self) -> None:
+        """Wait until all assigned runs are sent, or pending again."""
+        await self._sends.drain()
+        await self._returns.drain()
+
+    def assign(self, batch: Sequence[RunAcceptance]) -> Sequence[RunAcceptance]:
+        """Return the runs of one commit, each with its worker if one has a free slot for it."""
+        now = asyncio.get_running_loop().time()
+        free = [entry for entry in self._workers.items() if entry[1].left and entry[1].until > now]
+        if not free:
+            return batch
+        free.sort(key=lambda entry: entry[1].left)
+        name, worker = free.pop()
+        left_characters = MAX_DIRECT_CHARACTERS
+        assigned: list[RunAcceptance] = []
+        for run in batch:
+            if not worker.left and free:
+                name, worker = free.pop()
+                left_characters = MAX_DIRECT_CHARACTERS
+            size = _count_characters(run)
+            if worker.left and size <= left_characters and _needs_nothing_else(run):
+                worker.assign(now)
+                left_characters -= size
+                assigned.append(msgspec.structs.replace(run, worker=name))
+            else:
+                assigned.append(run)
+        return assigned
+
+    def send(self, batch: Sequence[RunAcceptance], answers: Sequence[AcceptanceResult]) -> None:
+        """Send the accepted runs of a committed batch to their workers."""
+        chosen: dict[str, list[ClaimedRun]] = {}
+        refused: list[RunAcceptance] = []
+        for run, answer in zip(batch, answers, strict=True):
+            if not run.worker:
+                continue
+            if answer.verdict is not AcceptanceVerdict.ACCEPTED:
+                refused.append(run)
+            elif answer.started_at is None:  # stored by a statement whose answer was lost
+                refused.append(run)
+                self._returns.submit(ExecutionKey(run.execution_id, run.shard))
+            else:
+                chosen.setdefault(run.worker, []).append(_claimed_run(run, answer.started_at))
+        self.withdraw(refused)
+        for entry in chosen.items():
+            self._sends.submit(entry)
+
+    def withdraw(self, batch: Sequence[RunAcceptance]) -> None:
+        """Take back the assignments of runs that are not sent."""
+        for run in batch:
+            if (worker := self._workers.get(run.worker)) is not None:
+                worker.assigned -= 1
+
+    def _handle_notification(self, notification: Notification) -> None:
+        if isinstance(notification, SlotGrant):
+            now = asyncio.get_running_loop().time()
+            for name in [name for name, one in self._workers.items() if one.until + FORGET_SECONDS < now]:
+                del self._workers[name]
+            self._workers.setdefault(notification.worker, GrantingWorker()).take(notification, now)
+
+    async def _send_all(self, batches: Sequence[tuple[str, list[ClaimedRun]]]) -> Sequence[None]:
+        together: dict[str, list[ClaimedRun]] = {}
+        for name, runs in batches:
+            together.setdefault(name, []).extend(runs)
+        for name, runs in together.items():
+            await self._send(name, runs)
+        return [None] * len(batches)
+
+    async def _send(self, name: str, runs: list[ClaimedRun]) -> None:
+        """Send runs to a worker; make them pending if it is certainly gone."""
+        is_heard, worker = False, self._workers.get(name)
+        if worker is not None:
+            content = msgspec.Raw(msgspec.json.encode(runs))
+            message = DirectRuns(self._broker.channel, worker.number_of(len(runs)), content)
+            try:
+                is_heard = await self._broker.send_direct(name, message)
+            except BrokerUnavailable as error:
+                # The message may have arrived. If not, its runs are claimed after their leases.
+                log.debug("assigned runs not sent", worker=name, error=str(error))
+                self._workers.pop(name, None)
+                return
+        if not is_heard:
+            self._workers.pop(name, None)
+            for run in runs:
+                self._returns.submit(ExecutionKey(run.execution_id, run.shard))
+
+    async def _return(self, keys: Sequence[ExecutionKey]) -> Sequence[None]:
+        """Make runs pending that no worker has received."""
+        try:
+            if await self._store.return_direct(keys):
+                self._wake_workers()
+        except DatabaseUnavailable as error:
+            log.debug("assigned runs not returned", error=str(error))  # a sweep does it after their leases
+        return [None] * len(keys)
+
+
+def _count_characters(run: RunAcceptance) -> int:
+    return len(run.trigger) + len(run.completion_action or "")
+
+
+def _needs_nothing_else(run: RunAcceptance) -> bool:
+    """Return whether any worker may run it at once: it needs no slot of a key and no deployment."""
+    return run.concurrency_key is None and run.assigned_deployment_id is None
+
+
+def _claimed_run(run: RunAcceptance, started_at: datetime) -> ClaimedRun:
+    """Return an assigned run as a claim would return it; `started_at` is the time in its row."""
+    return ClaimedRun(
+        execution_id=run.execution_id,
+        shard=run.shard,
+        organization_id=run.organization_id,
+        workflow_id=run.workflow_id,
+        definition_hash=run.definition_hash,
+        token=DIRECT_TOKEN,
+        attempt=1,
+        key_id=run.execution_id,
+        has_journal=False,
+        trigger=run.trigger,
+        started_at=started_at,
+        deadline_at=started_at + timedelta(seconds=run.timeout_seconds),
+        request=None,
+        channel=run.channel,
+        user_id=run.user_id,
+        wait_answer_count=0,
+        concurrency_key=None,
+        completion_action=run.completion_action,
+        may_have_more=False,
+        claimed_at=started_at,
+        trace_origin=run.trace_origin,
+    )

@@ -1,0 +1,373 @@
+"""Runs that a gateway assigns to a worker: the way from grant to end, and every way on which a run may get lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+
+from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
+from engine.services import NodeServices
+from engine.values import Json
+from execution import executor as executors
+from execution.executor import RunExecutor
+from gateway.executions import run_assignment
+from gateway.executions.run_assignment import RunAssigner
+from journal.store import (
+    AcceptanceResult,
+    AcceptanceVerdict,
+    ClaimedRun,
+    ClaimQuery,
+    ExecutionKey,
+    RunAcceptance,
+)
+from messages.broker import Broker, DirectRuns, SlotGrant, connect_broker
+from messages.message_seal import MessageSeal
+from models.timestamps import DatabaseClock
+from nodes import catalog
+from nodes.catalog import NodeCatalog
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    open_run_database,
+)
+from tests.node_calls import NoNetwork
+from tests.services import RedisServer
+from workers.settings import WorkerSettings
+
+PATIENCE_SECONDS = 60.0
+QUIET_SECONDS = 3600.0
+SECRET = b"0" * 32
+TRIGGER = {"id": "start", "type": "manual"}
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
+
+
+@dataclass(frozen=True)
+class HeldNodeCatalog(NodeCatalog):
+    """The library, and a node that ends when the test says so."""
+
+    hold: RunNode = field(kw_only=True)
+
+    def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
+        return self.hold if type == "hold" else super().implementation(type)
+
+
+def definition_of(kind: str) -> str:
+    nodes = [TRIGGER, {"id": "node", "type": kind, "config": {"values": {"a": 1}} if kind == "set" else {}}]
+    return json.dumps({"nodes": nodes, "connections": [{"id": "e", "source": "start", "target": "node"}]})
+
+
+QUICK, HELD = definition_of("set"), definition_of("hold")
+
+
+class AssigningGateway:
+    """One gateway, as far as it accepts and assigns runs."""
+
+    def __init__(self, run_database: RunDatabase, broker: Broker) -> None:
+        self.broker = broker
+        self.wakeups = 0
+        self.assigner = RunAssigner(run_database.store, broker, self.wake)
+        self._database = run_database
+
+    def wake(self) -> None:
+        self.wakeups += 1
+        self._waking = asyncio.create_task(self.broker.wake_workers())
+
+    async def accept(self, place: OwnedWorkflow, definition: str = QUICK, **changes: Any) -> RunAcceptance:  # noqa: ANN401 - any field of an Acceptance
+        """Accept a run, and wake workers unless it is assigned to one."""
+        given = place.run(definition=definition, total_nodes=2, channel=self.broker.channel, **changes)
+        (run,) = self.assigner.assign([given])
+        answers = await self._database.store.accept([run])
+        self.assigner.send([run], answers)
+        if not run.worker:
+            await self.broker.wake_workers()
+        return run
+
+    async def accept_direct(self, place: OwnedWorkflow, definition: str = QUICK) -> RunAcceptance:
+        """Accept runs until one is assigned."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not (run := await self.accept(place, definition)).worker:  # noqa: ASYNC110 - as grants arrive
+                await asyncio.sleep(0.02)
+        return run
+
+
+@dataclass
+class DirectWorld:
+    """A gateway and a worker, with brokers of their own or a common one."""
+
+    run_database: RunDatabase
+    gateway: AssigningGateway
+    worker: Broker
+    stack: AsyncExitStack
+    claims: int = 0
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def start(self, **settings: Any) -> RunExecutor:  # noqa: ANN401 - any field of WorkerSettings
+        async def hold(call: NodeCall) -> Json:
+            await self.go_on.wait()
+            return call.data
+
+        held = NodeType("hold", "Hold", "1.0.0", "test", "", EffectRule(NodeEffect.PURE), {"type": "object"})
+        store = await self.run_database.another_store()
+        claim_runs = store.claim
+
+        async def count_and_claim(claim: ClaimQuery) -> Sequence[ClaimedRun]:
+            self.claims += 1
+            return await claim_runs(claim)
+
+        store.claim = count_and_claim  # type: ignore[method-assign]
+        executor = RunExecutor(
+            store,
+            self.worker,
+            HeldNodeCatalog({**catalog.load_catalog().node_types, "hold": held}, hold=hold),
+            NodeServices(http=NoNetwork()),
+            WorkerSettings(**{"sweep_seconds": QUIET_SECONDS, **settings}),
+        )
+        await executor.start()
+        self.stack.push_async_callback(executor.drain)
+        return executor
+
+    async def row(self, run: RunAcceptance) -> dict[str, Any]:
+        return await self.run_database.row(run.execution_id)
+
+    async def wait_for(self, run: RunAcceptance, **columns: object) -> dict[str, Any]:
+        """Wait until columns of a run have these values, and return its row."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (row := await self.row(run)) | columns != row:  # noqa: ASYNC110 - rows send no events
+                await asyncio.sleep(0.02)
+        return row
+
+
+@pytest.fixture(params=["local", "redis"])
+async def world(
+    request: pytest.FixtureRequest, run_database: RunDatabase, redis_server: RedisServer
+) -> AsyncIterator[DirectWorld]:
+    async with open_world(run_database, redis_server.url if request.param == "redis" else None) as world:
+        yield world
+
+
+@asynccontextmanager
+async def open_world(run_database: RunDatabase, redis_url: str | None) -> AsyncIterator[DirectWorld]:
+    seal = MessageSeal(SECRET, (), DatabaseClock())
+    async with AsyncExitStack() as stack:
+        worker = await connect_broker(redis_url, channel=uuid4().hex, seal=seal)
+        stack.push_async_callback(worker.close)
+        broker = await connect_broker(redis_url, channel=uuid4().hex, seal=seal) if redis_url else worker
+        stack.push_async_callback(broker.close)
+        gateway = AssigningGateway(run_database, broker)
+        await gateway.assigner.start()
+        world = DirectWorld(run_database, gateway, worker, stack)
+        stack.callback(world.go_on.set)
+        yield world
+
+
+ON_ONE = pytest.mark.parametrize(("migrated_database", "world"), [("on_sqlite", "local")], indirect=True)
+"""For tests that depend on neither database nor broker."""
+
+
+async def test_an_assigned_run_is_inserted_as_claimed_and_ends_without_a_claim(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    await world.start()
+    first = await world.gateway.accept(place)
+    assert not first.worker
+    await world.wait_for(first, status="completed")
+    await world.gateway.accept_direct(place)
+    claims = world.claims
+    runs = [await world.gateway.accept(place) for _ in range(20)]
+    assert {run.worker for run in runs} == {world.worker.channel}
+    for run in runs:
+        row = await world.wait_for(run, status="completed")
+        assert (row["token"], row["attempt"], row["is_fresh"]) == (1, 1, False)
+        assert row["started_at"] == row["created_at"]
+        assert row["deadline_at"] - row["started_at"] == 3600 * 1_000_000
+    assert world.claims == claims
+
+
+async def test_a_run_without_a_listening_worker_is_pending_at_once(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    world.gateway.assigner._handle_notification(SlotGrant("gone", 0, 10))  # noqa: SLF001 - as a dead worker's last grant
+    run = await world.gateway.accept(place)
+    assert run.worker == "gone"
+    row = await world.wait_for(run, status="pending")
+    assert (row["attempt"], row["lease_owner"], row["token"]) == (0, None, 2)
+    await world.gateway.assigner.drain()
+    assert world.gateway.wakeups == 1
+    assert not (await world.gateway.accept(place)).worker
+    await world.start()
+    await world.wait_for(run, status="completed")
+
+
+async def test_a_lost_message_costs_the_first_lease(
+    world: DirectWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = await world.run_database.workflow()
+
+    async def lose(_worker: str, _message: DirectRuns) -> bool:
+        return True
+
+    monkeypatch.setattr(world.gateway.broker, "send_direct", lose)
+    world.gateway.assigner._handle_notification(SlotGrant("deaf", 0, 10))  # noqa: SLF001 - as a message
+    run = await world.gateway.accept(place)
+    await world.gateway.assigner.drain()
+    row = await world.row(run)
+    assert (row["status"], row["lease_owner"]) == ("running", "deaf")
+    assert row["lease_until"] - row["created_at"] == 5_000_000
+    await world.run_database.query("UPDATE execution SET lease_until = 1")
+    await world.start(sweep_seconds=0.05)
+    row = await world.wait_for(run, status="completed")
+    assert row["token"] > 2
+
+
+async def test_slots_are_granted_only_while_no_run_waits(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    executor = await world.start(concurrency=4)
+    await world.wait_for(await world.gateway.accept_direct(place), status="completed")
+    held: list[RunAcceptance] = []
+    while executor.count_held_runs() < 4:
+        held.append(await world.gateway.accept(place, HELD))
+        await asyncio.sleep(0.01)
+    # Runs of earlier grants are taken beyond the limit; then nothing is granted until no run waits.
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (waiting := await world.gateway.accept(place)).worker:
+            held.append(waiting)
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(2.2)  # the slots of all earlier grants have expired
+    later = [await world.gateway.accept(place) for _ in range(3)]
+    assert not any(run.worker for run in later)
+    world.go_on.set()
+    for run in (*held, waiting, *later):
+        await world.wait_for(run, status="completed")
+    await world.gateway.accept_direct(place)
+
+
+@pytest.mark.parametrize("reason", ["late", "draining", "trial"])
+@ON_ONE
+async def test_a_worker_makes_pending_the_runs_that_it_may_not_begin(
+    world: DirectWorld, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = await world.run_database.workflow()
+    executor = await world.start()
+    await world.gateway.accept_direct(place)
+    monkeypatch.setattr(executors, "MAX_DIRECT_AGE_SECONDS", -1.0 if reason == "late" else 60.0)
+    if reason == "draining":
+        monkeypatch.setattr(executor, "_is_draining", True)
+    elif reason == "trial":
+        executor._isolation._is_open.clear()  # noqa: SLF001 - as during a trial
+    run = await world.gateway.accept(place)
+    assert run.worker
+    row = await world.wait_for(run, lease_owner=None)
+    assert row["token"] > 1
+    if reason == "trial":
+        executor._isolation._is_open.set()  # noqa: SLF001 - its end
+    if reason != "draining":
+        await world.wait_for(run, status="completed")
+
+
+@ON_ONE
+async def test_a_repeated_message_begins_nothing(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    executor = await world.start()
+    sent: list[DirectRuns] = []
+    send = world.gateway.broker.send_direct
+
+    async def note_and_send(worker: str, message: DirectRuns) -> bool:
+        sent.append(message)
+        return await send(worker, message)
+
+    world.gateway.broker.send_direct = note_and_send  # type: ignore[method-assign]
+    run = await world.gateway.accept_direct(place)
+    await world.wait_for(run, status="completed")
+    executor._on_direct(sent[-1])  # noqa: SLF001 - as a message
+    assert not executor.count_held_runs()
+    unreadable = msgspec.structs.replace(
+        sent[-1], number=10_000, content=msgspec.Raw(b'[{"execution_id": 1}]')
+    )
+    executor._on_direct(unreadable)  # noqa: SLF001 - as a message
+    assert not executor.count_held_runs()
+
+
+@ON_ONE
+async def test_large_limited_and_deployed_runs_are_claimed(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    assigner = world.gateway.assigner
+    assigner._handle_notification(SlotGrant("worker", 0, 1_000))  # noqa: SLF001 - as a message
+    large = place.run(trigger=json.dumps({"body": "x" * run_assignment.MAX_DIRECT_CHARACTERS}))
+    others = [place.run(concurrency_key="key"), place.run(assigned_deployment_id="wf"), large]
+    small = [place.run(trigger=json.dumps({"body": "x" * 6_000})) for _ in range(3)]
+    assigned = assigner.assign([*others, *small])
+    assert [bool(run.worker) for run in assigned] == [False, False, False, True, True, False]
+
+
+@ON_ONE
+async def test_slots_of_runs_that_were_refused_or_lost_are_used_again(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    assigner = world.gateway.assigner
+
+    def assign(count: int) -> list[RunAcceptance]:
+        return [run for run in assigner.assign([place.run() for _ in range(count)]) if run.worker]
+
+    assigner._handle_notification(SlotGrant("worker", 0, 5))  # noqa: SLF001 - as a message
+    refused = assign(9)
+    assert len(refused) == 5
+    assert not assign(1)
+    assigner._handle_notification(SlotGrant("worker", 0, 5))  # noqa: SLF001 - as a message
+    assert not assign(1), "the first five may still arrive"
+    assigner.send(refused, [AcceptanceResult(AcceptanceVerdict.STALE, run.execution_id) for run in refused])
+    assigner._handle_notification(SlotGrant("worker", 0, 5))  # noqa: SLF001 - as a message
+    assert len(assign(9)) == 5
+    (worker,) = assigner._workers.values()  # noqa: SLF001 - time passes
+    worker.assigned_at -= 3
+    assigner._handle_notification(SlotGrant("worker", 0, 5))  # noqa: SLF001 - as a message
+    assert len(assign(9)) == 5
+    worker.until = 0
+    assert not assign(1), "the grant has expired"
+
+
+async def test_an_assigned_run_that_lasts_keeps_its_lease(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    await world.start(lease_seconds=30)
+    run = await world.gateway.accept_direct(place, HELD)
+    begun_at = time.monotonic()
+    row = await world.row(run)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (await world.row(run))["lease_until"] == row["lease_until"]:  # noqa: ASYNC110 - rows send no events
+            await asyncio.sleep(0.1)
+    assert time.monotonic() - begun_at < 5
+    world.go_on.set()
+    row = await world.wait_for(run, status="completed")
+    assert row["token"] == 1
+
+
+async def test_only_runs_that_no_other_process_has_claimed_since_are_returned(
+    run_database: RunDatabase,
+) -> None:
+    place = await run_database.workflow()
+    runs = [msgspec.structs.replace(place.run(), worker="w") for _ in range(2)]
+    keys = [ExecutionKey(run.execution_id, run.shard) for run in runs]
+    await run_database.store.accept(runs)
+    assert not await run_database.claim()
+    assert await run_database.store.return_direct(keys[:1]) == 1
+    (claimed,) = await run_database.claim()
+    assert (claimed.execution_id, claimed.attempt) == (keys[0].execution_id, 1)
+    assert await run_database.store.return_direct(keys) == 1
+    assert (await run_database.row(keys[0].execution_id))["status"] == "running"
