@@ -50,6 +50,12 @@ STATES: Final[Mapping[str, StateLook]] = {
     "starting": StateLook("lit", "waking", "Starting"),
     "stopping": StateLook("", "draining", "Stopping"),
     "error": StateLook("bad", "failed", "No start"),
+    "deploying": StateLook("lit", "waking", "Deploying"),
+    "undeploying": StateLook("", "draining", "Undeploying"),
+    "same": StateLook("", "none", "Unchanged"),
+    "added": StateLook("good", "plus", "Added"),
+    "changed": StateLook("warn", "fx", "Changed"),
+    "removed": StateLook("bad", "minus", "Removed"),
     "accepted": StateLook("good", "completed", "Accepted"),
     "duplicate": StateLook("", "minus", "Duplicate"),
     "deferred": StateLook("warn", "waiting", "Deferred"),
@@ -136,9 +142,14 @@ def show_count(number: int) -> str:
     return f"{number:,}"
 
 
+def show_whole_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Return JSON as indented text, of any length: for fields that are sent back."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
 def show_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
     """Return JSON as indented text, at most 200 lines and 20,000 characters of it."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    text = show_whole_json(value)
     lines = text[:MAX_CHARACTERS].split("\n")
     shown = "\n".join(lines[:MAX_LINES])
     return shown if len(shown) == len(text) else f"{shown}\n… {len(text) - len(shown):,} more characters"

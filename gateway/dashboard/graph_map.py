@@ -1,10 +1,20 @@
-"""Map of a graph as shapes for an SVG: cards at their stored positions, and elbow edges between them."""
+"""Map of a graph as shapes for an SVG: cards at their stored positions, and elbow edges between them.
+
+Of a graph with more than 300 nodes, the map shows the neighborhood of one node, and an overview shows all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+
+from engine.canvas_layout import complete_layout
+from gateway.dashboard.formats import look_of
+
+Node: TypeAlias = Mapping[str, Any]
+Connection: TypeAlias = Mapping[str, Any]
 
 CARD_WIDTH: Final = 188
 CARD_HEIGHT: Final = 42
@@ -14,7 +24,17 @@ VERTICAL_SCALE: Final = 0.6
 """Stored positions are for cards of 80 pixels; those of the map are about half as high."""
 RADIUS: Final = 7
 MAX_CARDS: Final = 300
-"""Maximum number of cards; larger graphs are shown as a table."""
+"""Maximum number of cards of a whole graph."""
+WINDOW: Final = 120
+"""Number of cards around the focus of a larger graph."""
+OVERVIEW_WIDTH: Final = 1_000
+OVERVIEW_HEIGHT: Final = 200
+DOT: Final = 3
+URGENT: Final = ("failed", "running", "retrying", "waiting")
+"""States of the node that an unselected map shows first."""
+TONES: Final = ("off", "", "good", "warn", "lit", "bad")
+"""Tones of states, the least urgent first."""
+NOT_TAKEN: Final = frozenset({"not-reached", "skipped", "removed"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +47,10 @@ class MapCard:
     x: int
     y: int
     state: str | None
+    note: str = ""
+    """Line below the card."""
+    targets: Sequence[str] = ()
+    """Ids of the nodes that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +62,15 @@ class MapEdge:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphOverview:
+    """All nodes of a large graph as dots: one path of an SVG for each tone, and one for the nodes of the map."""
+
+    paths: Sequence[tuple[str, str]]
+    """Tone and path."""
+    shown: str
+
+
+@dataclass(frozen=True, slots=True)
 class GraphMap:
     """Map of a graph with its size in pixels."""
 
@@ -45,32 +78,39 @@ class GraphMap:
     edges: Sequence[MapEdge]
     width: int
     height: int
+    node_count: int
+    focus: str = ""
+    """Label of the node around which a large graph is shown."""
+    focus_id: str = ""
+    overview: GraphOverview | None = None
+    """Null for a graph that is shown whole."""
 
 
 def draw_graph(
-    nodes: Sequence[Mapping[str, Any]],
-    connections: Sequence[Mapping[str, Any]],
+    nodes: Sequence[Node],
+    connections: Sequence[Connection],
     states: Mapping[str, str] | None = None,
+    *,
+    notes: Mapping[str, str] | None = None,
+    focus: str = "",
+    at: str = "",
 ) -> GraphMap | None:
-    """Return the map of a workflow's nodes and connections, as the API shows them; None for an unfit graph.
+    """Return the map of a workflow's nodes and connections, as the API shows them; None for a graph without nodes.
 
-    A graph is unfit if it has no nodes, or more than `MAX_CARDS`. `states` are the states of nodes in a run.
+    `states` are the states of nodes in a run, and `notes` lines below the cards. Of a large graph, the map shows the
+    nodes around `focus`, or around the position `at` of the overview, as `500,100`.
     """
-    if not 0 < len(nodes) <= MAX_CARDS:
+    if not nodes:
         return None
-    left = min(node["position"]["x"] for node in nodes)
-    top = min(node["position"]["y"] for node in nodes)
-    cards = {
-        node["id"]: MapCard(
-            node["id"],
-            node["label"],
-            node["type"],
-            MARGIN + round((node["position"]["x"] - left) * HORIZONTAL_SCALE),
-            MARGIN + round((node["position"]["y"] - top) * VERTICAL_SCALE),
-            None if states is None else states.get(node["id"], "not-reached"),
-        )
-        for node in nodes
-    }
+    overview, center = None, None
+    shown = nodes
+    if len(nodes) > MAX_CARDS:
+        scale = _OverviewScale.of(nodes)
+        center = _find_focus(nodes, states or {}, focus, scale.nearest(nodes, at))
+        near = _neighborhood(center["id"], connections)
+        shown = _arrange([node for node in nodes if node["id"] in near], connections)
+        overview = _draw_overview(nodes, states or {}, near, scale)
+    cards = _place_cards(shown, states, notes or {}, _targets(connections))
     edges = [
         _draw_edge(cards[edge["sourceNodeId"]], cards[edge["targetNodeId"]])
         for edge in connections
@@ -81,14 +121,51 @@ def draw_graph(
         edges,
         max(card.x for card in cards.values()) + CARD_WIDTH + MARGIN,
         max(card.y for card in cards.values()) + CARD_HEIGHT + MARGIN,
+        len(nodes),
+        center["label"] if center else "",
+        center["id"] if center else "",
+        overview,
     )
+
+
+# ── cards ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _place_cards(
+    nodes: Sequence[Node],
+    states: Mapping[str, str] | None,
+    notes: Mapping[str, str],
+    targets: Mapping[str, Sequence[str]],
+) -> dict[str, MapCard]:
+    left = min(node["position"]["x"] for node in nodes)
+    top = min(node["position"]["y"] for node in nodes)
+    return {
+        node["id"]: MapCard(
+            node["id"],
+            node["label"],
+            node["type"],
+            MARGIN + round((node["position"]["x"] - left) * HORIZONTAL_SCALE),
+            MARGIN + round((node["position"]["y"] - top) * VERTICAL_SCALE),
+            None if states is None else states.get(node["id"], "not-reached"),
+            notes.get(node["id"], ""),
+            targets.get(node["id"], ()),
+        )
+        for node in nodes
+    }
+
+
+def _targets(connections: Iterable[Connection]) -> Mapping[str, Sequence[str]]:
+    found: dict[str, dict[str, None]] = {}
+    for edge in connections:
+        found.setdefault(edge["sourceNodeId"], {})[edge["targetNodeId"]] = None
+    return {source: [*targets] for source, targets in found.items()}
 
 
 def _draw_edge(source: MapCard, target: MapCard) -> MapEdge:
     """Return an elbow from the right of one card to the left of another; back edges pass below both."""
     x1, y1 = source.x + CARD_WIDTH, source.y + CARD_HEIGHT // 2
     x2, y2 = target.x, target.y + CARD_HEIGHT // 2
-    is_taken = target.state != "not-reached" and source.state != "not-reached"
+    is_taken = target.state not in NOT_TAKEN and source.state not in NOT_TAKEN
     if x2 <= x1:
         below = max(source.y, target.y) + CARD_HEIGHT + MARGIN // 2
         return MapEdge(f"M{x1} {y1}h{RADIUS}V{below}H{x2 - RADIUS}V{y2}H{x2}", is_taken)
@@ -99,3 +176,106 @@ def _draw_edge(source: MapCard, target: MapCard) -> MapEdge:
         f"M{x1} {y1}H{middle - RADIUS}q{RADIUS} 0 {RADIUS} {turn}V{y2 - turn}q0 {turn} {RADIUS} {turn}H{x2}",
         is_taken,
     )
+
+
+# ── large graphs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _OverviewScale:
+    """Map from stored positions to those of the overview."""
+
+    left: float
+    top: float
+    horizontal: float
+    vertical: float
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node]) -> _OverviewScale:
+        columns = [node["position"]["x"] for node in nodes]
+        rows = [node["position"]["y"] for node in nodes]
+        width, height = max(columns) - min(columns), max(rows) - min(rows)
+        return cls(
+            min(columns),
+            min(rows),
+            (OVERVIEW_WIDTH - DOT) / width if width else 0,
+            (OVERVIEW_HEIGHT - DOT) / height if height else 0,
+        )
+
+    def place(self, node: Node) -> tuple[int, int]:
+        position = node["position"]
+        return (
+            round((position["x"] - self.left) * self.horizontal),
+            round((position["y"] - self.top) * self.vertical),
+        )
+
+    def nearest(self, nodes: Sequence[Node], at: str) -> Node | None:
+        """Return the node nearest to a position such as `500,100`; None for other texts."""
+        x, _, y = at.partition(",")
+        if not (x.isdecimal() and y.isdecimal()) or len(at) > len("9999,9999"):
+            return None
+        wanted = (int(x), int(y))
+        return min(nodes, key=lambda node: _distance(self.place(node), wanted))
+
+
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> int:
+    return (one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2
+
+
+def _find_focus(nodes: Sequence[Node], states: Mapping[str, str], focus: str, nearest: Node | None) -> Node:
+    """Return the chosen node, else the nearest to the chosen position, else an urgent one, else the first."""
+    chosen = next((node for node in nodes if focus and node["id"] == focus), None) or nearest
+    if chosen is not None:
+        return chosen
+    for state in URGENT:
+        found = next((node for node in nodes if states.get(node["id"]) == state), None)
+        if found is not None:
+            return found
+    return nodes[0]
+
+
+def _neighborhood(center: str, connections: Iterable[Connection]) -> set[str]:
+    """Return the ids of the nodes around one, the nearest first, at most `WINDOW`."""
+    beside: dict[str, list[str]] = {}
+    for edge in connections:
+        beside.setdefault(edge["sourceNodeId"], []).append(edge["targetNodeId"])
+        beside.setdefault(edge["targetNodeId"], []).append(edge["sourceNodeId"])
+    near, waiting = {center}, deque([center])
+    while waiting:
+        for other in beside.get(waiting.popleft(), ()):
+            if len(near) >= WINDOW:
+                return near
+            if other not in near:
+                near.add(other)
+                waiting.append(other)
+    return near
+
+
+def _arrange(nodes: Sequence[Node], connections: Iterable[Connection]) -> Sequence[Node]:
+    """Return nodes with positions close to each other: those in the whole graph may be far apart."""
+    ids = [node["id"] for node in nodes]
+    known = set(ids)
+    edges = [
+        (edge["sourceNodeId"], edge["targetNodeId"])
+        for edge in connections
+        if edge["sourceNodeId"] in known and edge["targetNodeId"] in known
+    ]
+    places = complete_layout(ids, edges, [None] * len(ids))
+    return [{**node, "position": {"x": x, "y": y}} for node, (x, y) in zip(nodes, places, strict=True)]
+
+
+def _draw_overview(
+    nodes: Sequence[Node], states: Mapping[str, str], shown: set[str], scale: _OverviewScale
+) -> GraphOverview:
+    dots: dict[str, dict[str, None]] = {}
+    marked: dict[str, None] = {}
+    for node in nodes:
+        x, y = scale.place(node)
+        tone = look_of(states[node["id"]]).tone if node["id"] in states else "off"
+        # Nodes at one place are one dot.
+        dots.setdefault(tone, {})[f"M{x} {y}h{DOT}v{DOT}h-{DOT}z"] = None
+        if node["id"] in shown:
+            marked[f"M{x - 1} {y - 1}h{DOT + 2}v{DOT + 2}h-{DOT + 2}z"] = None
+    # Urgent tones are drawn last, above the others.
+    order = sorted(dots, key=TONES.index)
+    return GraphOverview([(tone, "".join(dots[tone])) for tone in order], "".join(marked))

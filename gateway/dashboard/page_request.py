@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
 
 OK: Final = 200
+WITH_BODY: Final = " with "
+"""Text between a path and the body of a POST in the list of requests; an encoded path has no spaces."""
 _FORWARDED: Final = frozenset({b"cookie", b"x-api-key", b"host", b"origin", b"sec-fetch-site"})
 _OF_ORIGIN: Final = frozenset({b"origin", b"sec-fetch-site"})
 _ABSENT: Final = frozenset({403, 404, 405})
@@ -40,7 +42,7 @@ class PageRequest:
         self.now = now
         self.parameters: Mapping[str, str] = self._scope["path_params"]
         self.asked: list[str] = []
-        """Paths with queries that the page has asked for, in order."""
+        """Paths with queries that the page has asked for, in order; those of a POST with its body."""
 
     @property
     def query(self) -> dict[str, str]:
@@ -74,20 +76,28 @@ class PageRequest:
 
         A dry run changes nothing, so that a link of another site may lead to a page that shows its plan.
         """
-        self.asked.append(f"{path} with a dry run")
-        body = msgspec.json.encode({**fields, "dryRun": True})
+        return await self.preview(path, **fields, dryRun=True)
+
+    async def preview(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of a route to a POST that changes nothing by its nature, such as a preview."""
+        body = msgspec.json.encode(fields)
+        self.asked.append(f"{path}{WITH_BODY}{body.decode()}")
         return _value_of(*await self._request(path, "", body))
 
-    async def plan_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of a route to a dry run; None where it is missing or forbidden."""
+    async def preview_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer to a preview; None where the route is missing or forbidden."""
         count = len(self.asked)
         try:
-            return await self.plan(path, **fields)
+            return await self.preview(path, **fields)
         except ApiError as error:
             if error.status not in _ABSENT:
                 raise
             del self.asked[count:]
             return None
+
+    async def plan_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of a route to a dry run; None where it is missing or forbidden."""
+        return await self.preview_if_allowed(path, **fields, dryRun=True)
 
     async def _request(self, path: str, query: str, body: bytes | None = None) -> tuple[int, bytes]:
         status, pieces = 0, []

@@ -22,7 +22,9 @@ from gateway.dashboard.pages import (
     schedule_list,
     trigger_setup,
     workflow,
+    workflow_lifecycle,
     workflow_list,
+    workflow_versions,
 )
 from gateway.http.endpoint import AccessRule
 from gateway.http.route import Route
@@ -32,6 +34,8 @@ PAGES: Final[Sequence[Page]] = (
     workflow_list.PAGE,
     workflow.PAGE,
     trigger_setup.PAGE,
+    workflow_versions.PAGE,
+    workflow_lifecycle.PAGE,
     run_list.PAGE,
     approvals.PAGE,
     run.PAGE,

@@ -44,6 +44,7 @@ def _open_environment() -> jinja2.Environment:
         "count": formats.show_count,
         "duration": formats.show_duration,
         "json": formats.show_json,
+        "json_whole": formats.show_whole_json,
         "line": formats.show_line,
         "moment": formats.show_moment,
     }

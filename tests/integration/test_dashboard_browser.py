@@ -92,9 +92,14 @@ PATHS = (
     "/dashboard/runs/{execution_id}",
     "/dashboard/runs/{execution_id}?node=reserve&turn=3&tab=config",
     "/dashboard/runs/{execution_id}?view=map",
+    "/dashboard/runs/{execution_id}?node=write&tab=diff",
     "/dashboard/runs/{execution_id}/replay?definition=original",
     "/dashboard/workflows",
     "/dashboard/workflows/{orders_id}",
+    "/dashboard/workflows/{orders_id}?node=write",
+    "/dashboard/workflows/{orders_id}?view=table",
+    "/dashboard/workflows/{orders_id}/versions",
+    "/dashboard/workflows/{orders_id}/lifecycle",
     "/dashboard/workflows/{workflow_id}",
     "/dashboard/approvals",
     "/dashboard/schedule",
@@ -350,3 +355,49 @@ async def test_a_foreign_policy_cannot_make_html(visit: DashboardVisit) -> None:
     other = "(() => { try { trustedTypes.createPolicy('other', {}); return false } catch { return true } })()"
     assert await visit.page.evaluate(other)
     visit.page.problems.clear()  # the browser logs what it refused
+
+
+async def test_arrows_follow_the_edges_of_a_graph(visit: DashboardVisit) -> None:
+    await visit.show("/dashboard/runs/{execution_id}?view=map")
+    focused = "document.activeElement.dataset.card"
+    await visit.page.wait_for(LOADED)
+    await visit.page.evaluate("document.querySelector('[data-card=start]').focus()")
+    await visit.press("ArrowRight")
+    assert await visit.page.evaluate(focused) == "lines"
+    await visit.press("ArrowRight", "ArrowDown", "ArrowRight")
+    assert await visit.page.evaluate(focused) in {"write", "small"}
+    await visit.press("ArrowLeft")
+    assert await visit.page.evaluate(focused) == "large"
+    in_order = "[...document.querySelectorAll('[data-card][tabindex=\"0\"]')].map(one => one.dataset.card)"
+    assert await visit.page.evaluate(in_order) == ["large"], "one card is in the tab order"
+    await visit.page.evaluate(
+        "document.activeElement.dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
+    await visit.page.wait_for(f"{LOADED} && location.search.includes('node=large')")
+    assert await visit.page.evaluate("document.querySelector('#node').textContent") == "Above 5,000 €?"
+
+
+async def test_a_node_is_mended_on_the_page_of_its_workflow(visit: DashboardVisit) -> None:
+    owner = visit.people.owner
+    workflow_id = await owner.create(name="To mend", status="active", **GRAPH)
+    await visit.page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step", LOADED)
+    await visit.page.evaluate("document.querySelector('#config').value = '{\"values\": {\"b\": 2}'")
+    await visit.page.click("#node form button[type=submit]")
+    await visit.page.wait_for(
+        "document.querySelector('#config').validationMessage.startsWith('This is no JSON')"
+    )
+    text = '{"values": {"b": 2}, "mode": "replace"}'
+    await visit.page.evaluate(f"document.querySelector('#config').value = '{text}'")
+    await visit.page.evaluate(
+        "document.querySelector('#config').dispatchEvent(new Event('input', {bubbles: true}))"
+    )
+    await visit.page.click("#node form button[type=submit]")
+    await visit.page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
+    (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
+    assert step["config"] == {"values": {"b": 2}, "mode": "replace"}
+    await visit.page.wait_for("document.querySelector('#config').dataset.before.includes('replace')")
+    await visit.page.evaluate("document.querySelector('#config').value = '{\"values\": {\"b\": 3}}'")
+    await visit.page.click("#node form button[type=submit]")
+    await visit.page.wait_for("!document.querySelector('#config').dataset.before.includes('replace')")
+    (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
+    assert step["config"] == {"values": {"b": 3}}, "a field that was deleted is gone"

@@ -1,6 +1,6 @@
 from typing import Any
 
-from gateway.dashboard.graph_map import CARD_HEIGHT, CARD_WIDTH, MARGIN, MAX_CARDS, draw_graph
+from gateway.dashboard.graph_map import CARD_HEIGHT, CARD_WIDTH, MARGIN, WINDOW, draw_graph
 
 
 def node(name: str, x: float, y: float) -> dict[str, Any]:
@@ -37,6 +37,36 @@ def test_edges_to_nodes_that_a_run_did_not_reach_are_not_taken() -> None:
     assert [each.is_taken for each in graph.edges] == [True, False]
 
 
-def test_a_graph_without_nodes_or_with_too_many_has_no_map() -> None:
+def test_a_graph_without_nodes_has_no_map() -> None:
     assert draw_graph([], []) is None
-    assert draw_graph([node(str(number), 0, 0) for number in range(MAX_CARDS + 1)], []) is None
+
+
+def test_a_large_graph_is_shown_around_one_node_with_an_overview_of_all() -> None:
+    nodes = [node(f"n{number}", number * 250, number % 7 * 120) for number in range(2_000)]
+    edges = [edge(f"n{number}", f"n{number + 1}") for number in range(1_999)]
+    states = {"n0": "completed", "n900": "failed"}
+    graph = draw_graph(nodes, edges, states)
+    assert graph is not None
+    assert graph.overview is not None
+    assert (graph.node_count, len(graph.cards), graph.focus_id) == (2_000, WINDOW, "n900")
+    assert graph.width < WINDOW * 300
+    assert {tone for tone, _ in graph.overview.paths} == {"off", "good", "bad"}
+    chosen = draw_graph(nodes, edges, states, focus="n5")
+    assert chosen is not None
+    assert chosen.focus_id == "n5"
+    at = draw_graph(nodes, edges, states, at="500,100")
+    assert at is not None
+    assert 950 < int(at.focus_id[1:]) < 1_050
+    for text in ("5", "x,1", "-1,2", "1,2,3", "99999,99999"):
+        unread = draw_graph(nodes, edges, states, at=text)
+        assert unread is not None
+        assert unread.focus_id == "n900"
+
+
+def test_ten_thousand_nodes_are_drawn_in_time() -> None:
+    nodes = [node(f"n{number}", 0, number) for number in range(10_000)]
+    graph = draw_graph(nodes, [edge("n0", f"n{number}") for number in range(1, 10_000)])
+    assert graph is not None
+    assert len(graph.cards) == WINDOW
+    assert graph.overview is not None
+    assert len(graph.overview.paths[0][1]) < 10_000

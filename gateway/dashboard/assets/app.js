@@ -1,4 +1,5 @@
 // The module of every page in the shell: requests of forms, dialogs, keys, and updates.
+import { watchCanvas } from "./canvas.js";
 import { watchKeys } from "./keys.js";
 import { reload, watch } from "./live.js";
 
@@ -22,8 +23,9 @@ function confirmed(question) {
   });
 }
 
-// `data-json` fields hold JSON, `data-number` fields a number; `data-list` fields of one name become a list, and
-// `data-off` boxes are false unless checked. `data-in` is the path of the object that a field belongs to.
+// `data-json` fields hold JSON, `data-number` fields a number, `data-any` fields JSON or else text; `data-list` fields of
+// one name become a list, and `data-off` boxes are false unless checked. `data-in` is the path of the object that a field
+// belongs to. `data-before` is the object that a field changes: keys that it lacks are sent as null.
 function bodyOf(form, button) {
   const body = form.dataset.sends ? JSON.parse(form.dataset.sends) : {};
   if (button?.name) body[button.name] = button.value;
@@ -38,6 +40,9 @@ function bodyOf(form, button) {
     }
     const isNumber = field.type === "number" || "number" in field.dataset;
     let value = field.type === "checkbox" ? !isOff : isNumber ? Number(field.value) : field.value;
+    if ("any" in field.dataset) {
+      try { value = JSON.parse(field.value); } catch { /* a text */ }
+    }
     if ("json" in field.dataset) {
       try {
         value = JSON.parse(field.value);
@@ -47,6 +52,10 @@ function bodyOf(form, button) {
         field.addEventListener("input", () => field.setCustomValidity(""), { once: true });
         return null;
       }
+    }
+    if (field.dataset.before) {
+      const before = Object.keys(JSON.parse(field.dataset.before));
+      value = { ...Object.fromEntries(before.map((key) => [key, null])), ...value };
     }
     target[field.name] = value;
   }
@@ -99,6 +108,8 @@ async function submit(form, button) {
     }
     delete form.dataset.changed;
     form.closest("dialog")?.close();
+    // A form with the focus stays as it is when the page loads itself again.
+    for (const field of form.querySelectorAll("[data-before]")) field.dataset.before = field.value;
     const fill = (text, encode) => (text ?? "").replace(/\{(\w+)\}/g, (_, name) => encode(value[name] ?? ""));
     const next = fill(form.dataset.then, encodeURIComponent);
     if (next) location.assign(next);
@@ -126,6 +137,11 @@ document.addEventListener("submit", (event) => {
 document.addEventListener("input", (event) => {
   if (event.target.form?.dataset.request) event.target.form.dataset.changed = "";
 });
+// A file fills the text field that `data-fills` names.
+document.addEventListener("change", async (event) => {
+  const file = event.target.dataset?.fills ? event.target.files[0] : null;
+  if (file) document.getElementById(event.target.dataset.fills).value = await file.text();
+});
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-opens], [data-closes], [data-confirms], [data-copies]");
   if (!button) return;
@@ -135,4 +151,5 @@ document.addEventListener("click", (event) => {
 });
 
 watchKeys();
+watchCanvas();
 watch();

@@ -1,19 +1,30 @@
-"""Page of one workflow: its graph, why its pods run or not, its runs, deliveries, dead letters and versions."""
+"""Page of one workflow: its graph with figures, a node to look at and mend, a form that runs it, and its runs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.graph_map import MAX_CARDS, draw_graph
+from gateway.dashboard.addresses import list_address
+from gateway.dashboard.form_fields import list_inputs
+from gateway.dashboard.formats import show_duration, show_whole_json
+from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 SHOWN_ROWS: Final = 10
+SHOWN_VERSIONS: Final = 5
+VALIDATED_NODES: Final = 300
+"""Number of nodes up to which each load of the page validates the graph."""
+MAX_INPUT_CHARACTERS: Final = 200_000
+"""Length of the last input up to which the form repeats it."""
 PATH: Final = "/dashboard/workflows/{id}"
+KEPT: Final = ("node", "view", "at", "input")
+LISTS: Final = ("deliveries", "dead-letters")
+OBJECTS: Final = ("why", "lifecycle", "inbound-address", "schedule", "statistics")
 
 
 async def load(page: PageRequest) -> PageData:
@@ -21,44 +32,142 @@ async def load(page: PageRequest) -> PageData:
     workflow_id = page.parameters["id"]
     path = f"/api/v1/workflows/{workflow_id}"
     workflow, runs = await asyncio.gather(
-        page.get(path), page.get_if_present("/api/v1/executions", workflow_id=workflow_id, limit=SHOWN_ROWS)
+        page.get(path),
+        page.get_if_present("/api/v1/executions", workflow_id=workflow_id, after="start", limit=SHOWN_ROWS),
     )
-    names = ("why", "lifecycle", "deliveries", "dead-letters", "versions", "inbound-address", "schedule")
-    asked = [page.get_if_present(f"{path}/{name}", limit=_limit_of(name)) for name in names]
-    if runs and runs["executions"]:
-        spans_path = f"/api/v1/executions/{runs['executions'][0]['id']}/spans"
-        asked.append(page.get_if_present(spans_path, limit=MAX_CARDS))
-    answers = await asyncio.gather(*asked)
-    found = {name.replace("-", "_"): answer for name, answer in zip(names, answers, strict=False)}
-    spans = answers[len(names)] if len(answers) > len(names) else None
-    return {"workflow": workflow, "runs": runs, "spans": spans, **found}
+    asked: dict[str, Any] = {name: page.get_if_present(f"{path}/{name}") for name in OBJECTS}
+    asked |= {name: page.get_if_present(f"{path}/{name}", limit=SHOWN_ROWS) for name in LISTS}
+    # The oldest come first in the list.
+    skipped = max(workflow["version"] - SHOWN_VERSIONS, 0)
+    asked["versions"] = page.get_if_present(f"{path}/versions", limit=SHOWN_VERSIONS, offset=skipped or None)
+    last = runs["executions"][0]["id"] if runs and runs["executions"] else None
+    if last:
+        asked["graph"] = page.get_if_present(f"/api/v1/executions/{last}/graph")
+        if page.query.get("input"):
+            asked["last_run"] = page.get_if_present(f"/api/v1/executions/{last}")
+    if workflow["nodes"] and (len(workflow["nodes"]) <= VALIDATED_NODES or page.query.get("node")):
+        asked["validation"] = page.preview_if_allowed(f"{path}/validate")
+    node = _find_node(workflow, page.query)
+    if node is not None:
+        asked["type"] = page.get_if_present(f"/api/v1/workflow-nodes/{node['type']}/schema")
+    answers = await asyncio.gather(*asked.values())
+    found = {name.replace("-", "_"): answer for name, answer in zip(asked, answers, strict=True)}
+    trigger = (found.pop("last_run", None) or {}).get("trigger")
+    return {
+        "workflow": workflow,
+        "runs": runs,
+        "graph": None,
+        "validation": None,
+        "type": None,
+        "input": trigger and trigger.get("data"),
+        **found,
+    }
 
 
-def _limit_of(name: str) -> int | None:
-    """Return the number of rows of a list; None for an object."""
-    return SHOWN_ROWS if name in {"deliveries", "dead-letters", "versions"} else None
+def _find_node(workflow: Mapping[str, Any], query: Mapping[str, str]) -> Mapping[str, Any] | None:
+    return next((node for node in workflow["nodes"] if node["id"] == query.get("node")), None)
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the parts of the page."""
-    workflow, spans = data["workflow"], data["spans"]
-    states = None if spans is None else {span["nodeId"]: span["status"] for span in spans["spans"]}
+    workflow, why = data["workflow"], data["why"]
+    node = _find_node(workflow, frame.query)
+    figures = {one["nodeId"]: one for one in (data["statistics"] or {"nodes": ()})["nodes"]}
+    states = _states(data["graph"], workflow)
+    findings = data["validation"] or {"errors": (), "warnings": ()}
+    status = why["deploymentStatus"] if why else "not-deployed"
+    given = _given_input(data["input"])
+    shows_table = frame.query.get("view") == "table"
     return {
         "title": workflow["name"],
-        "crumbs": (
-            ("Workflows", f"{frame.root}/dashboard/workflows"),
-            (workflow["name"], ""),
-        ),
+        "crumbs": (("Workflows", f"{frame.root}/dashboard/workflows"), (workflow["name"], "")),
         **data,
-        "map": draw_graph(workflow["nodes"], workflow["connections"], states),
+        "map": None
+        if shows_table
+        else draw_graph(
+            workflow["nodes"],
+            workflow["connections"],
+            states,
+            notes={node_id: describe_figures(one) for node_id, one in figures.items()},
+            focus=frame.query.get("node", ""),
+            at=frame.query.get("at", ""),
+        ),
+        "address_of": lambda node_id: _address(frame, node=node_id, at="") + "#node",
+        "here": _address(frame, node="", at=""),
+        "views": (
+            ("Map", _address(frame, view=""), not shows_table),
+            ("Table", _address(frame, view="table"), shows_table),
+        ),
+        "shows_table": shows_table,
+        "states": states or {},
+        "figures": figures,
+        "node": node,
+        "closed": _address(frame, node=""),
+        "findings": [("error", one) for one in findings["errors"]]
+        + [("warning", one) for one in findings["warnings"]],
+        "fields": list_inputs(workflow["nodes"]),
+        "given": given,
+        "given_texts": {
+            name: value if isinstance(value, str) else show_whole_json(value) for name, value in given.items()
+        },
+        "schema_fields": list_schema((data["type"] or {}).get("config")),
+        "share": show_share,
+        "input_address": _address(frame, input="last") + "#run",
         "api": f"/api/v1/workflows/{workflow['id']}",
+        "page_path": f"{frame.root}/dashboard/workflows/{workflow['id']}",
         "may_write": frame.may("workflows:write"),
         "may_run": frame.may("workflows:execute"),
         "is_active": workflow["status"] == "active",
-        "is_deployed": bool(data["why"]) and data["why"]["deploymentStatus"] != "not-deployed",
-        "is_up": bool(data["why"])
-        and data["why"]["deploymentStatus"] in {"running", "starting", "deploying"},
+        "is_deployed": status != "not-deployed",
+        "is_up": status in {"running", "starting", "deploying"},
     }
+
+
+def _address(frame: PageFrame, **changes: str) -> str:
+    query = {name: frame.query.get(name, "") for name in KEPT} | changes
+    return list_address(frame, f"/dashboard/workflows/{frame.parameters['id']}", query)
+
+
+def _states(graph: Mapping[str, Any] | None, workflow: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """Return the states of the workflow's nodes in its last run; None if it has not run."""
+    if graph is None:
+        return None
+    present = {node["id"] for node in workflow["nodes"]}
+    return {one["nodeId"]: one["status"] for one in graph["states"] if one["nodeId"] in present}
+
+
+def describe_figures(figures: Mapping[str, Any]) -> str:
+    """Return the figures of a node as one line, such as `p95 120 ms · 2 % failed`."""
+    parts = []
+    if figures["p95Ms"] is not None:
+        parts.append(f"p95 {show_duration(figures['p95Ms'])}")
+    if figures["failed"]:
+        parts.append(f"{show_share(figures['failed'], figures['ended'])} failed")
+    return " · ".join(parts)
+
+
+def show_share(count: int, whole: int) -> str:
+    """Return a share in percent; a small one is never shown as nothing."""
+    percent = 100 * count / whole if whole else 0
+    return f"{percent:.0f} %" if percent >= 1 or not count else "under 1 %"
+
+
+def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return the inputs of the last run for the form; empty without them, or if they are no object of small size."""
+    body = data.get("body") if isinstance(data, dict) else None
+    if not isinstance(body, dict) or len(str(body)) > MAX_INPUT_CHARACTERS:
+        return {}
+    return body
+
+
+def list_schema(schema: Mapping[str, Any] | None) -> Sequence[tuple[str, str, bool]]:
+    """Return name, description and necessity of each field of a config's JSON Schema."""
+    given = schema or {}
+    required = given.get("required", ())
+    return [
+        (name, str(one.get("description", "")) if isinstance(one, dict) else "", name in required)
+        for name, one in given.get("properties", {}).items()
+    ]
 
 
 PAGE: Final = Page(PATH, "workflow.html", load, view, "workflows", ("executions",))

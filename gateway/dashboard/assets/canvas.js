@@ -1,0 +1,69 @@
+// Canvas of a graph: arrows follow its edges, one card is in the tab order, and the overview leads to any place.
+function cardsOf(map) {
+  return new Map([...map.querySelectorAll("[data-card]")].map((card) => [card.dataset.card, card]));
+}
+
+function centerOf(card) {
+  const box = card.getBoundingClientRect();
+  return { x: box.x + box.width / 2, y: box.y + box.height / 2 };
+}
+
+// The nearest of several cards, seen from one; beyond the direction of the arrow a distance counts four times.
+function nearest(card, others, isVertical) {
+  const from = centerOf(card);
+  const distance = (other) => {
+    const to = centerOf(other);
+    const [along, aside] = isVertical ? [to.y - from.y, to.x - from.x] : [to.x - from.x, to.y - from.y];
+    return Math.abs(along) + 4 * Math.abs(aside);
+  };
+  return others.reduce((best, other) => (best && distance(best) <= distance(other) ? best : other), undefined);
+}
+
+function next(card, key) {
+  const cards = cardsOf(card.closest("[data-map]"));
+  const all = [...cards.values()].filter((other) => other !== card);
+  const from = centerOf(card);
+  if (key === "ArrowRight") {
+    const targets = card.dataset.to.split(" ").map((id) => cards.get(id)).filter(Boolean);
+    return nearest(card, targets, false);
+  }
+  if (key === "ArrowLeft") {
+    const sources = all.filter((other) => other.dataset.to.split(" ").includes(card.dataset.card));
+    return nearest(card, sources, false);
+  }
+  const sign = key === "ArrowDown" ? 1 : -1;
+  return nearest(card, all.filter((other) => (centerOf(other).y - from.y) * sign > 4), true);
+}
+
+function focus(card) {
+  for (const other of card.closest("[data-map]").querySelectorAll("[data-card]")) other.setAttribute("tabindex", "-1");
+  card.setAttribute("tabindex", "0");
+  card.focus({ preventScroll: true });
+  card.scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+export function watchCanvas() {
+  document.addEventListener("keydown", (event) => {
+    if (!event.key.startsWith("Arrow") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const card = event.target.closest?.("[data-card]");
+    const found = card ? next(card, event.key) : undefined;
+    if (card) event.preventDefault();
+    if (found) focus(found);
+  });
+  document.addEventListener("click", (event) => {
+    const overview = event.target.closest?.("[data-overview]");
+    if (!overview) return;
+    const box = overview.getBoundingClientRect();
+    const at = [(event.clientX - box.x) / box.width * 1004 - 2, (event.clientY - box.y) / box.height * 204 - 2];
+    const address = new URL(overview.dataset.overview, location.href);
+    address.searchParams.set("at", at.map((one) => Math.max(Math.round(one), 0)).join(","));
+    location.assign(address);
+  });
+  // The selected card, the focus of a large graph, or the first failed card is in sight.
+  const map = document.querySelector("[data-map]");
+  const card = map?.querySelector("[aria-current]") ?? map?.querySelector("[data-focus]") ?? map?.querySelector("[data-failed]");
+  if (!card) return;
+  const { x, y } = centerOf(card);
+  const box = map.getBoundingClientRect();
+  map.scrollTo(x - box.x - box.width / 2, y - box.y - box.height / 2);
+}

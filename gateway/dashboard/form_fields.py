@@ -1,0 +1,82 @@
+"""Fields of forms: from a JSON Schema, or from the paths that the expressions of a workflow read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+KINDS: Final = {"string": "text", "integer": "integer", "number": "number", "boolean": "boolean"}
+"""Kinds of form fields by the type of a JSON Schema; any other type is written as JSON."""
+BODY_TRIGGERS: Final = frozenset({"manual", "webhook"})
+"""Types of triggers whose output has the inputs of a run as `body`."""
+MAX_FIELDS: Final = 30
+NAME: Final = r"([A-Za-z_][A-Za-z0-9_]*)"
+READ_INPUT: Final = re.compile(rf"\b(?:trigger|data|nodes\.[A-Za-z0-9_-]+)\.body\.{NAME}")
+
+
+@dataclass(frozen=True, slots=True)
+class FormField:
+    """Field of a form: `kind` is `text`, `integer`, `number`, `boolean`, `choice`, `json` or `any`."""
+
+    name: str
+    label: str
+    kind: str
+    is_required: bool
+    hint: str
+    choices: Sequence[str] = ()
+
+
+def list_fields(schema: Mapping[str, Any] | None) -> Sequence[FormField]:
+    """Return a form field for each property of an object's JSON Schema."""
+    properties = (schema or {}).get("properties", {})
+    required = (schema or {}).get("required", [])
+    return [_build_field(name, given, is_required=name in required) for name, given in properties.items()]
+
+
+def _build_field(name: str, schema: Any, *, is_required: bool) -> FormField:  # noqa: ANN401 - any JSON Schema
+    given = schema if isinstance(schema, dict) else {}
+    choices = given.get("enum", [])
+    is_choice = bool(choices) and all(isinstance(choice, str) for choice in choices)
+    kind = "choice" if is_choice else KINDS.get(str(given.get("type")), "json")
+    return FormField(
+        name,
+        str(given.get("title") or name),
+        kind,
+        is_required,
+        str(given.get("description", "")),
+        choices if is_choice else (),
+    )
+
+
+def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
+    """Return a field for each input that the expressions of a workflow read; none for triggers without a body."""
+    found: dict[str, list[str]] = {}
+    has_body = False
+    for node in nodes:
+        has_body = has_body or node["type"] in BODY_TRIGGERS
+        for text in _texts([node["config"], node["inputMappings"]]):
+            for name in READ_INPUT.findall(text):
+                readers = found.setdefault(name, [])
+                if node["label"] not in readers:
+                    readers.append(node["label"])
+    if not has_body:
+        return ()
+    return [
+        FormField(name, name, "any", is_required=False, hint=f"read by {', '.join(readers[:3])}")
+        for name, readers in [*found.items()][:MAX_FIELDS]
+    ]
+
+
+def _texts(values: Iterable[Any]) -> Iterable[str]:
+    """Yield all texts in JSON values."""
+    left = [*values]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += reversed(value.values())
+        elif isinstance(value, list):
+            left += reversed(value)

@@ -1,0 +1,179 @@
+"""When a workflow has pods: a calendar of two weeks, its decisions, and another policy tried on its past runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.dashboard.day_calendar import draw_calendar, list_forecast, list_up_times
+from gateway.dashboard.formats import parse_instant, show_duration
+from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.http.errors import ApiError
+
+if TYPE_CHECKING:
+    from gateway.dashboard.page_request import PageRequest
+
+PATH: Final = "/dashboard/workflows/{id}/lifecycle"
+DECISIONS: Final = 100
+SHOWN_DECISIONS: Final = 12
+UP: Final = frozenset({"running", "starting", "deploying"})
+POLICIES: Final = {
+    "always-on": "Always on",
+    "idle-shutdown": "Stops when idle",
+    "on-demand": "On demand",
+    "scheduled-window": "In weekly windows",
+}
+DAYS: Final = {
+    "weekdays": ("Monday to Friday", [1, 2, 3, 4, 5]),
+    "all": ("Every day", [0, 1, 2, 3, 4, 5, 6]),
+    "weekend": ("Saturday and Sunday", [0, 6]),
+}
+IDLE_MINUTES: Final = 30
+WORDS: Final = {
+    "start": ("lit", "awake", "Started"),
+    "wake": ("lit", "waking", "Woken for a run"),
+    "drain": ("", "draining", "Draining"),
+    "stop": ("", "asleep", "Stopped"),
+    "none": ("", "minus", "Left as it is"),
+}
+"""Tone, icon and word of each action."""
+
+
+async def load(page: PageRequest) -> PageData:
+    """Ask for the workflow, its policy and decisions, then for the preview of the wanted policy."""
+    path = f"/api/v1/workflows/{page.parameters['id']}"
+    workflow, lifecycle, history, why = await asyncio.gather(
+        page.get(path),
+        page.get(f"{path}/lifecycle"),
+        page.get(f"{path}/lifecycle/history", limit=DECISIONS),
+        page.get_if_present(f"{path}/why"),
+    )
+    present = lifecycle["lifecyclePolicy"]
+    candidate = read_candidate(page.query, present)
+    preview, problem = await _preview(page, path, present), ""
+    tried = preview
+    if candidate != present:
+        try:
+            tried = await _preview(page, path, candidate)
+        except ApiError as error:
+            problem = error.message
+    return {
+        "workflow": {name: workflow[name] for name in ("id", "name", "status")},
+        "lifecycle": lifecycle,
+        "history": history,
+        "why": why,
+        "preview": preview,
+        "tried": tried,
+        "candidate": candidate,
+        "problem": problem,
+    }
+
+
+async def _preview(page: PageRequest, path: str, policy: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+    return await page.preview(f"{path}/lifecycle/preview", **policy)
+
+
+def read_candidate(query: Mapping[str, str], present: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the policy that the form asks for; the present one without a form."""
+    kind = query.get("type", "")
+    if kind not in POLICIES:
+        return present
+    if kind == "idle-shutdown":
+        minutes = query.get("minutes", "")
+        return {"type": kind, "idleTimeoutMinutes": int(minutes) if minutes.isdecimal() else IDLE_MINUTES}
+    if kind == "scheduled-window":
+        _, days = DAYS.get(query.get("days", ""), DAYS["weekdays"])
+        window = {
+            "days": days,
+            "startTime": query.get("start") or "08:00",
+            "endTime": query.get("end") or "18:00",
+        }
+        return {"type": kind, "schedule": {"timezone": query.get("zone") or "UTC", "windows": [window]}}
+    return {"type": kind}
+
+
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the calendar, the decisions and the comparison of policies."""
+    workflow, lifecycle, decisions = data["workflow"], data["lifecycle"], data["history"]["decisions"]
+    status = lifecycle["deploymentStatus"]
+    is_up = status in UP
+    up_times = [
+        *list_up_times(decisions, frame.now, is_up=is_up),
+        *list_forecast(lifecycle, data["preview"]["transitions"], frame.now, is_up=is_up),
+    ]
+    failures = [parse_instant(one["at"]) for one in decisions if one["reason"] == "failed"]
+    page_path = f"{frame.root}/dashboard/workflows/{workflow['id']}"
+    present = lifecycle["lifecyclePolicy"]
+    return {
+        "title": f"When {workflow['name']} is awake",
+        "crumbs": (
+            ("Workflows", f"{frame.root}/dashboard/workflows"),
+            (workflow["name"], page_path),
+            ("Awake and asleep", ""),
+        ),
+        **data,
+        "is_deployed": status != "not-deployed",
+        "is_up": is_up,
+        "status": status,
+        "policy": describe_policy(present),
+        "days": draw_calendar(up_times, [one for one in failures if one], frame.now),
+        "decisions": [(*WORDS.get(one["action"], WORDS["none"]), one) for one in decisions[:SHOWN_DECISIONS]],
+        "clock_changes": data["preview"]["clockChanges"],
+        "policies": POLICIES,
+        "day_choices": {name: label for name, (label, _) in DAYS.items()},
+        "is_other": data["candidate"] != present,
+        "tried_policy": describe_policy(data["candidate"]),
+        "rows": compare_policies(data["tried"]["replay"]),
+        "page_path": page_path,
+        "api": f"/api/v1/workflows/{workflow['id']}",
+        "may_write": frame.may("workflows:write"),
+    }
+
+
+def describe_policy(policy: Mapping[str, Any]) -> str:
+    """Return a policy as words, such as `Stops when idle, after 30 minutes`."""
+    label = POLICIES.get(policy["type"], policy["type"])
+    if policy["type"] == "idle-shutdown":
+        return f"{label}, after {policy.get('idleTimeoutMinutes', IDLE_MINUTES):g} minutes"
+    schedule = policy.get("schedule")
+    if schedule:
+        windows = ", ".join(f"{one['startTime']} to {one['endTime']}" for one in schedule["windows"])
+        return f"{label}, {windows} in {schedule['timezone']}"
+    return str(label)
+
+
+def compare_policies(replay: Mapping[str, Any]) -> Sequence[tuple[str, str, str, str, str]]:
+    """Return label, both values, tone and difference of each figure of a policy on the past runs."""
+    now, then = replay["current"], replay["candidate"]
+    counts = [
+        ("Runs that wait for a wake", "coldStarts"),
+        ("Runs that wait for a wake or a window", "waits"),
+    ]
+    rows = [
+        _compare("Hours its pods are up", now["podHours"], then["podHours"], lambda hours: f"{hours:,.1f}")
+    ]
+    rows += [_compare(label, now[name], then[name], lambda count: f"{count:,.0f}") for label, name in counts]
+    waits = [("They wait together", "totalWaitSeconds"), ("The longest wait", "longestWaitSeconds")]
+    rows += [
+        _compare(label, now[name], then[name], lambda seconds: show_duration(seconds * 1_000))
+        for label, name in waits
+    ]
+    return rows
+
+
+def _compare(label: str, now: float, then: float, show: Any) -> tuple[str, str, str, str, str]:  # noqa: ANN401 - a formatter
+    difference = then - now
+    if show(abs(difference)) == show(0):
+        return (label, show(now), show(then), "", "the same")
+    word = "more" if difference > 0 else "less"
+    return (
+        label,
+        show(now),
+        show(then),
+        "bad" if difference > 0 else "good",
+        f"{show(abs(difference))} {word}",
+    )
+
+
+PAGE: Final = Page(PATH, "workflow_lifecycle.html", load, view, "workflows")

@@ -1,0 +1,150 @@
+"""Pages of a workflow without a browser: graph and figures, node, form, versions, and times awake."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from models.access import UserRole
+from tests.integration.deployed_workflows import mark_running
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.test_dashboard import HOSTILE, MARKUP, sign_in
+from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
+from tests.services import PostgresServer
+
+NODES: list[dict[str, Any]] = [
+    {"id": "start", "nodeId": "manual", "label": "Measurements"},
+    {"id": "parse", "nodeId": "csv-parse", "label": "Read", "config": {"text": "{{ data.body.csv }}"}},
+    {"id": "report", "nodeId": "template", "label": "Report", "config": {"text": "{{ nodes.parse.rows }}"}},
+]
+EDGES = [{"source": "start", "target": "parse"}, {"source": "parse", "target": "report"}]
+
+
+@pytest.fixture(scope="module")
+async def harness(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("dashboard")) as harness:
+        yield harness
+
+
+async def test_a_workflow_shows_figures_of_its_nodes_and_a_form_for_its_inputs(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(nodes=NODES, connections=EDGES, status="active")
+    async with serve_worker(harness):
+        run = await execute_workflow(people.owner, workflow_id, csv="a,b\n1,2")
+        await wait_until_ended(people.owner, run)
+    browser = await sign_in(harness, people.owner.key)
+    address = f"/dashboard/workflows/{workflow_id}"
+    page = await browser.get(address)
+    assert page.status_code == 200, page.text
+    assert "figures of 1 run in 7 days" in page.text
+    assert re.search(r'class="note"[^>]*>p95 \d+ ms', page.text)
+    assert 'name="csv"' in page.text
+    assert "read by Read" in page.text
+    assert "Versions" in page.text
+    filled = await browser.get(f"{address}?input=last")
+    assert re.search(r'name="csv"[^>]*>a,b\n1,2</textarea>', filled.text)
+    table = await browser.get(f"{address}?view=table")
+    assert table.text.count("data-row") >= len(NODES)
+    assert "0 %" in table.text
+    chosen = await browser.get(f"{address}?node=report")
+    assert f"PUT /api/v1/workflows/{workflow_id}/nodes/report" in chosen.text
+    assert "&#34;text&#34;: &#34;{{ nodes.parse.rows }}&#34;" in chosen.text
+    assert "Fields of Template" in chosen.text
+    viewer = await sign_in(harness, (await harness.person(await harness.organization(), UserRole.VIEWER)).key)
+    assert (await viewer.get(address)).status_code == 404
+
+
+async def test_findings_lead_to_their_nodes(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    broken = [NODES[0], {"id": "parse", "nodeId": "http-request", "label": "Read", "config": {}}]
+    workflow_id = await people.owner.create(nodes=broken, connections=EDGES[:1])
+    page = await (await sign_in(harness, people.owner.key)).get(f"/dashboard/workflows/{workflow_id}")
+    assert "url is required" in page.text
+    assert f"/dashboard/workflows/{workflow_id}?node=parse#node" in page.text
+
+
+async def test_versions_are_compared_by_path_and_restored_from_there(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    api = people.owner.api
+    workflow_id = await people.owner.create(nodes=NODES, connections=EDGES, status="active")
+    path = f"/api/v1/workflows/{workflow_id}"
+    changed = [NODES[0], {**NODES[1], "label": HOSTILE}, {"id": "note", "nodeId": "log", "label": "Note"}]
+    changed[1]["config"] = {"text": "{{ data.body.text }}", "delimiter": ";"}
+    changed[2]["config"] = {"message": "x"}
+    edges = [EDGES[0], {"source": "parse", "target": "note"}]
+    edited = await api.put(path, json={"nodes": changed, "connections": edges, "settings": {"timeout": 60}})
+    assert edited.status_code == 200, edited.text
+    created = await api.post(f"{path}/versions", json={"versionTag": "v2", "description": HOSTILE})
+    assert created.status_code == 201, created.text
+    browser = await sign_in(harness, people.owner.key)
+    address = f"/dashboard/workflows/{workflow_id}/versions"
+    page = await browser.get(f"{address}?from=1&to=2")
+    assert page.status_code == 200, page.text
+    for part in ("config.text", "{{ data.body.csv }}", "{{ data.body.text }}", "timeout", " → Report"):
+        assert part in page.text, part
+    for state in ("Added", "Removed", "Changed"):
+        assert page.text.count(f"</svg>{state}</span>") >= 2, state
+    assert "<img" not in page.text
+    assert "<script>" not in page.text
+    assert f"POST {path}/versions/1/restore" in page.text
+    assert f"POST {path}/deploy-version" in page.text
+    same = await browser.get(f"{address}?from=nonsense&to={MARKUP}")
+    assert "No differences" in same.text, "the newest version is compared with the workflow as it is now"
+    assert "<img" not in same.text
+
+
+async def test_times_awake_are_a_calendar_and_another_policy_is_tried_on_past_runs(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Stock check", status="active", **GRAPH)
+    browser = await sign_in(harness, people.owner.key)
+    address = f"/dashboard/workflows/{workflow_id}/lifecycle"
+    assert "It is not deployed" in (await browser.get(address)).text
+    assert (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/deploy")).status_code == 202
+    await mark_running(harness, workflow_id)
+    page = await browser.get(address)
+    assert page.status_code == 200, page.text
+    assert page.text.count('<li class="day') == 14
+    assert 'class="pre"' in page.text
+    assert "deployed, by" in page.text
+    query = "type=scheduled-window&days=all&start=07:00&end=19:00&zone=Europe/Berlin"
+    tried = await browser.get(f"{address}?{query}")
+    assert "Set “In weekly windows, 07:00 to 19:00 in Europe/Berlin”" in tried.text
+    assert f"PUT /api/v1/workflows/{workflow_id}/lifecycle" in tried.text
+    assert "Europe/Berlin" in tried.text
+    present = (await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/lifecycle")).json()
+    assert present["lifecyclePolicy"]["type"] == "idle-shutdown", "a preview changes nothing"
+    for wrong in ("type=scheduled-window&zone=Nowhere", "type=idle-shutdown&minutes=0"):
+        refused = await browser.get(f"{address}?{wrong}")
+        assert refused.status_code == 200
+        assert 'class="pad error"' in refused.text
+        assert "lifecycle&#34;" not in refused.text
+
+
+@pytest.mark.parametrize("page", ["", "?view=table&node=step", "?node=step", "/versions", "/lifecycle"])
+async def test_texts_of_a_workflow_are_shown_as_text(
+    harness: GatewayHarness, people: OrganizationUsers, page: str
+) -> None:
+    nodes = [
+        {"id": "start", "nodeId": "manual", "label": HOSTILE},
+        {"id": "step", "nodeId": "set", "label": HOSTILE, "config": {"values": {MARKUP: MARKUP}}},
+    ]
+    workflow_id = await people.owner.create(
+        name=HOSTILE,
+        description=HOSTILE,
+        tags=["<b>tag</b>"],
+        status="active",
+        nodes=nodes,
+        connections=[{"source": "start", "target": "step"}],
+    )
+    shown = await (await sign_in(harness, people.owner.key)).get(f"/dashboard/workflows/{workflow_id}{page}")
+    assert shown.status_code == 200, shown.text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown.text
+    for markup in ("<img", "<script>", "<b>tag"):
+        assert markup not in shown.text
