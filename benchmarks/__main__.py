@@ -17,6 +17,7 @@ from benchmarks import (
     baseline,
     claims,
     cluster,
+    dashboard,
     deployed,
     durability,
     engine,
@@ -54,6 +55,7 @@ PARTS = (
     "mass_starts",
     "node_loss",
     "million",
+    "dashboard",
 )
 PART_OF_PROCESS = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
@@ -182,6 +184,10 @@ async def _million(folder: Path, _options: MeasureOptions) -> dict[str, float]:
         return await million.measure(postgres, redis, folder)
 
 
+async def _dashboard(folder: Path, _options: MeasureOptions) -> dict[str, float]:
+    return await dashboard.measure(folder)
+
+
 async def _durability(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     return await durability.measure(folder)
 
@@ -199,6 +205,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "mass_starts": _mass_starts,
     "node_loss": _node_loss,
     "million": _million,
+    "dashboard": _dashboard,
 }
 """Parts that are measured once, however often the others are repeated."""
 

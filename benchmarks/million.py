@@ -61,6 +61,20 @@ READS: Final[Mapping[str, str]] = {
     "deliveries": f"/api/v1/workflows/{workflow_id(0)}/deliveries?after=start",
     "events": "/api/v1/events?after=start",
     "audit_trail": "/api/v1/audit?after=start",
+    "graph_of_a_run": f"{_PATH}/{run_id(RUNS // 2)}/graph",
+    "statistics_of_a_workflow": f"/api/v1/workflows/{workflow_id(3)}/statistics",
+    "overview_page": "/dashboard/overview",
+    "runs_page": "/dashboard/runs",
+    "runs_page_after_half": f"/dashboard/runs?after={cursor_behind(RUNS // 2)}",
+    "failed_runs_page": "/dashboard/runs?status=failed",
+    "runs_page_of_a_workflow": f"/dashboard/runs?workflow_id={workflow_id(3)}",
+    "run_page": f"/dashboard/runs/{run_id(RUNS // 2)}",
+    "workflows_page": "/dashboard/workflows",
+    "workflow_page": f"/dashboard/workflows/{workflow_id(3)}",
+    "deliveries_page": "/dashboard/deliveries",
+    "dead_letters_page": "/dashboard/dead-letters",
+    "audit_page": "/dashboard/audit",
+    "health_page": "/dashboard/health",
 }
 """Paths of the measured reads by name."""
 LARGE_TABLES: Final = (

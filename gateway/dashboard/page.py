@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import quote, urlsplit
 
@@ -114,12 +115,13 @@ def _frame_values(frame: PageFrame) -> dict[str, Any]:
     }
 
 
-def serve(page: Page) -> Handler:
-    """Return the handler of a page."""
+def serve(name: str) -> Handler:
+    """Return the handler of a page by the name of its module, which is loaded with the first request for it."""
 
     async def show(request: GatewayRequest) -> ASGIApp:
         if request.gateway.settings.dashboard == "off":
             raise errors.not_found()
+        page = load_page(name)
         asking = build_page_request(request)
         try:
             visitor, data = await _load(page, asking)
@@ -128,11 +130,22 @@ def serve(page: Page) -> Handler:
         except DatabaseUnavailable as error:
             return show_refusal(request, errors.not_ready(f"{error}: try again"))
         frame = frame_of(request, asking, visitor)
-        html = render(page, data, frame)
-        tag = sha256(msgspec.json.encode([assets.version(), visitor, data])).hexdigest()[:32]
+        # In a thread, so that large pages do not block other requests.
+        html, tag = await asyncio.to_thread(_render_with_tag, page, data, frame)
         return await answer_html(request, html, tag=f'W/"{tag}"')
 
     return show
+
+
+def load_page(name: str) -> Page:
+    """Return the page that a module defines."""
+    page: Page = import_module(f"gateway.dashboard.pages.{name}").PAGE
+    return page
+
+
+def _render_with_tag(page: Page, data: PageData, frame: PageFrame) -> tuple[str, str]:
+    answers = msgspec.json.encode([assets.version(), frame.visitor, data])
+    return render(page, data, frame), sha256(answers).hexdigest()[:32]
 
 
 async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], PageData]:

@@ -33,7 +33,7 @@ async def load(page: PageRequest) -> PageData:
             "/api/v1/workflows", **filters, limit=LIMIT, offset=given.get("offset"), sort="updatedAt:desc"
         ),
         page.get("/api/v1/workflows/stats"),
-        page.get("/api/v1/executions", status="failed", limit=LIMIT),
+        page.get("/api/v1/executions", status="failed", after="start", limit=LIMIT),
     )
     return {"workflows": workflows, "stats": stats, "failed": failed}
 
