@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 async def end_abandoned_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """Request the end of abandoned runs and notify their executors; raises `DatabaseUnavailable`."""
+    """Request the end of child runs whose parents have ended, and notify their executors.
+
+    Raises `DatabaseUnavailable`; lost notifications are ignored.
+    """
     for child in await children.request_abandoned_ends(database, store):
         requested = child.requested
         await wakeups.notify_end_request(

@@ -110,10 +110,11 @@ class ChildRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run of another workflow, or find the run of an earlier call; returns its execution id.
+        """Start a run of another workflow, or find the run of an earlier call; return its execution id.
 
-        An awaited run answers this very execution, so a resumed execution starts it anew. A run that isn't
-        awaited belongs to all executions that share its idempotency key. Raises `NodeError`.
+        An awaited run answers this very execution, so a resumed execution starts it anew, or resumes the
+        failed run of the execution that it replays. A run that isn't awaited belongs to all executions that
+        share its idempotency key. Waits while the database is unavailable. Raises `NodeError`.
         """
         origin = caller.execution_id if awaited else caller.key_prefix
         child_id = ids.derive_id("exec", origin, node_id, iteration)
@@ -141,9 +142,10 @@ class ChildRunStarter:
         node_id: str,
         iteration: str,
     ) -> bool:
-        """Resume the failed run that this node has started in the execution that the caller replays, if any.
+        """Resume the failed run that this node started, with equal inputs, in the execution that the caller replays.
 
-        A new run would repeat the writes that the failed one has completed. With other inputs, it is a new run.
+        Return False if there is none, or a run of this execution exists already. A new run would repeat the
+        writes that the failed one has completed. Raises `NodeError`.
         """
         async with self._database.read() as connection:
             found = await _find_failed_child(connection, caller, workflow_id, node_id, iteration)
@@ -199,7 +201,11 @@ class ChildRunStarter:
         answering: dict[str, dict[str, str]] | None,
         trigger_type: str = TRIGGER_TYPE,
     ) -> bool:
-        """Return whether this call or an earlier one accepted the run; False if the workflow has changed."""
+        """Accept a child run; return False if its workflow has changed meanwhile.
+
+        A run that an earlier call accepted counts as accepted. Raises `NodeError` for depth, number, access,
+        an invalid workflow and a reached concurrency limit, and `DatabaseUnavailable`.
+        """
         async with self._database.read() as connection:
             if await _child_exists(connection, caller, child_id):
                 return True
@@ -250,9 +256,10 @@ class ChildRunStarter:
 
     @asynccontextmanager
     async def _hold_capacity(self, root_id: str) -> AsyncIterator[None]:
-        """Hold capacity for one more run below a root; raises `NodeError`.
+        """Hold capacity for one more run below a root run during the block; raises `NodeError` if there is none.
 
-        Starts in progress may be committed or not. If they decide whether there is capacity, wait for them.
+        Starts in progress may be committed or not. While they decide whether there is capacity, this waits
+        for them.
         """
         descendants = self._descendants.setdefault(root_id, DescendantCount())
         while True:
@@ -278,7 +285,10 @@ class ChildRunStarter:
     async def _load_workflow(
         self, connection: AsyncConnection, caller: RunCaller, shard: int, workflow_id: str
     ) -> LoadedWorkflow:
-        """Return a workflow that the user of the run may run; raises `NodeError`."""
+        """Return a workflow that the user of the run may run, from the cache if it has not changed.
+
+        Raises `NodeError` if it is unreadable, missing or not runnable.
+        """
         readable = (
             col(Workflow.id) == workflow_id,
             is_readable_by(await _read_caller(connection, caller, shard)),
@@ -368,7 +378,10 @@ async def _read_parent(connection: AsyncConnection, caller: RunCaller) -> Parent
 
 
 async def _read_caller(connection: AsyncConnection, caller: RunCaller, shard: int) -> access.ApiCaller:
-    """Return the user of the run as an API caller: the user's role decides which workflows are readable."""
+    """Return the user of the run as an API caller without a key; the role decides which workflows are readable.
+
+    A deleted user counts as a member.
+    """
     statement = select(col(User.role)).where(
         col(User.id) == caller.user_id, col(User.organization_id) == caller.organization_id
     )

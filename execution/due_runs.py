@@ -17,7 +17,10 @@ instruments.declare("wakes_total")
 
 
 async def wake_due_deployments(database: Database, broker: Broker) -> None:
-    """Wake deployments with due runs, and release deferred runs that may start; raises `DatabaseUnavailable`."""
+    """Wake deployments with due runs, release deferred runs that may start, and count the outcomes.
+
+    Raises `DatabaseUnavailable`.
+    """
     done = await wakes.wake_for_waiting_runs(database)
     for workflow_id, outcome in done.items():
         instruments.counter("wakes_total", outcome.name.lower().replace("_", "-")).inc()

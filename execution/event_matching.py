@@ -48,7 +48,10 @@ class EventMatcher:
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Register the wait of a node and scan earlier events; returns the time at which the wait expires."""
+        """Register the wait of a node, and answer it from earlier events within its period; return its expiry.
+
+        None if the run has ended or the node has its answer. Waits while the database is unavailable.
+        """
         add = partial(
             event_waits.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration
         )
@@ -59,7 +62,7 @@ class EventMatcher:
         return wait.expires_at
 
     async def deliver(self, event_ids: Sequence[str]) -> None:
-        """Deliver committed events to the nodes that wait for them; idempotent.
+        """Answer the nodes that wait for committed events, and mark these as delivered; idempotent.
 
         An event stays undelivered while another transaction locks the run of a node that waits for it. Raises
         `DatabaseUnavailable`.
@@ -133,7 +136,7 @@ class EventMatcher:
             after = event_waits.wait_key(found[-1])
 
     async def _answer_unlocked(self, waits: Sequence[EventWait], data: str) -> bool:
-        """Answer nodes, one at a time if some of their runs are locked; returns whether all were answered."""
+        """Answer nodes, one at a time if some of their runs are locked; return False if a lock remains."""
         try:
             await self._answer(waits, data)
         except LockWaitTimeout:

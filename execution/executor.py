@@ -164,11 +164,11 @@ class RunExecutor:
         self._loops: list[asyncio.Task[None]] = []
 
     async def prepare(self, key: DefinitionKey, definition: str) -> None:
-        """Compile and cache a definition before a run needs it."""
+        """Compile and cache a definition before a run needs it; an invalid one is cached as its error."""
         await self._programs.prepare(key, definition)
 
     async def start(self) -> None:
-        """Start the claim, sweep and commit loops, and listen for wakeups."""
+        """Start to claim and execute runs: the loops for claims, sweeps and commits, lease renewals, and wakeups."""
         self._leases.start()
         await self._broker.listen(self._on_notification)
         self._broker.start_worker(self.wake)
@@ -183,7 +183,7 @@ class RunExecutor:
         self.wake()
 
     def wake(self, _shard: int = 0) -> None:
-        """Claim runs as soon as there is room for them, because some may be pending."""
+        """Let the claim loop claim runs as soon as there is room, because some may be pending."""
         self._owes_claim = True
         self._wanted.set()
 
@@ -192,7 +192,11 @@ class RunExecutor:
         return len(self._active)
 
     async def drain(self, *, patience_seconds: float = 0) -> None:
-        """Stop claiming, and hand off runs that outlast the patience, at the boundary of a node if possible."""
+        """Stop claiming, let runs finish for `patience_seconds`, and hand off the others.
+
+        That happens at the boundary of a node if possible; then nodes are interrupted. The end releases
+        claimed runs and wakes other workers.
+        """
         self._is_draining = True
         self._wanted.set()
         await self._suppress_outages(self._send_grants)  # of no slots
@@ -263,7 +267,11 @@ class RunExecutor:
         self._is_behind = is_used_up or bool(excluded_organizations)
 
     async def _claim_and_begin(self, claim: ClaimQuery, since: float) -> Sequence[ClaimedRun]:
-        """Claim runs and begin them; `since` is the time before the claim, by the monotonic clock."""
+        """Claim runs, hold their leases and begin them; return the runs.
+
+        `since` is the time before the claim, by the monotonic clock. While draining, claimed runs are
+        released again. Raises `DatabaseUnavailable`, after runs that could not begin are released.
+        """
         try:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
@@ -299,7 +307,7 @@ class RunExecutor:
             await self._begin_each_alone(claimed, leases)
 
     def _free_slots(self) -> tuple[int, Sequence[str]]:
-        """Return the number of runs to claim, and the organizations to exclude.
+        """Return the number of runs to claim, at most `MAX_CLAIM`, and the organizations to exclude.
 
         If all slots are taken, organizations without a run here may still claim a few. Otherwise they would
         wait for others, whose runs may last arbitrarily long.
@@ -329,7 +337,10 @@ class RunExecutor:
             self._turns.popitem(last=False)
 
     async def _release_unheld(self) -> None:
-        """Release runs that only the database assigns to this process: a claim's answer may be lost."""
+        """Release runs that the database assigns to this process and it does not hold: a claim's answer may be lost.
+
+        Raises `DatabaseUnavailable`.
+        """
         self.wake()
         await self._store.release(self._broker.channel, self._leases.execution_ids())
 
@@ -390,7 +401,10 @@ class RunExecutor:
     async def _read_answers(
         self, run: ClaimedRun, journal: RunJournal
     ) -> Mapping[tuple[str, str], bytes] | None:
-        """Return the current wait answers of a run; None if the database is unavailable."""
+        """Return the current wait answers of a run by node id and iteration.
+
+        None, after a pause, if the database is unavailable.
+        """
         try:
             answers = await self._group_answers([ExecutionKey(run.execution_id, run.shard)])
         except DatabaseUnavailable:
@@ -454,7 +468,10 @@ class RunExecutor:
         return not self._claims_in_progress and all(active.is_proven() for active in self._active.values())
 
     async def _try_suspects(self) -> None:
-        """Run suspects one after another, apart from unproven runs."""
+        """Run suspects one after another, while other claims wait, if a search is due and finds some.
+
+        A period of trials has a maximum length. Raises `DatabaseUnavailable`.
+        """
         max_isolation_losses = await self._suspects.find()
         if max_isolation_losses is None:
             return
@@ -475,7 +492,10 @@ class RunExecutor:
         self._suspects.pause()
 
     async def _watch_trial(self, run: ClaimedRun) -> None:
-        """Wait until a run is proven or has left."""
+        """Wait until a suspect is proven harmless or has left, and commit its results meanwhile.
+
+        A run proven by time alone is recorded as such.
+        """
         log.info("suspect on trial", execution_id=run.execution_id, attempt=run.attempt)
         active = self._active.get(run.execution_id)
         while active is not None and not active.is_proven() and not active.task.done():
@@ -601,7 +621,10 @@ class RunExecutor:
             active.control.ask(ControlRequest.ABANDON)
 
     def _running_execution(self, lease: RunLease) -> RunningExecution | None:
-        """Return the run under this very lease: a lost execution may be back here under another lease."""
+        """Return the run held under this very lease, or None.
+
+        A lost execution may be back here under another lease.
+        """
         active = self._active.get(lease.key.execution_id)
         return active if active is not None and active.lease is lease else None
 
@@ -634,7 +657,7 @@ class RunExecutor:
             await self._hooks.on_swept()
 
     async def _commit_dirty(self) -> None:
-        """Commit results that their runs haven't committed yet, to bound the reads that a crash repeats."""
+        """After a pause, commit results that runs haven't committed yet, to bound the reads that a crash repeats."""
         await asyncio.sleep(self._settings.commit_seconds)
         for active in list(self._active.values()):
             if active.journal.is_dirty and not active.journal.is_committing:
@@ -649,7 +672,7 @@ class RunExecutor:
             await self._attempt(duty, name)
 
     async def _attempt(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
-        """Run a duty and survive any error: this is the outermost loop of the process."""
+        """Run a duty; log any error and pause: this is the outermost loop of the process."""
         try:
             await duty()
         except DatabaseUnavailable as error:
@@ -665,7 +688,7 @@ class RunExecutor:
         task.add_done_callback(self._side_tasks.discard)
 
     async def _suppress_outages(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do work that may fail without harm: the sweep, or the run itself, repeats it."""
+        """Do work and log its errors instead of raising them: the sweep, or the run itself, repeats it."""
         try:
             await work()
         except (BrokerUnavailable, DatabaseUnavailable, LeaseLost) as error:

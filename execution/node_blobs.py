@@ -27,8 +27,9 @@ class NodeBlobs:
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
-        """Store content as a blob of the caller's run and return the reference as JSON; raises `NodeError` if
-        it is too large.
+        """Store content as a blob of the caller's run and return the reference as JSON.
+
+        Raises `NodeError` if it is too large or the storage is unavailable.
         """
         if len(content) > MAX_BLOB_BYTES:
             raise _blob_too_large(len(content), MAX_BLOB_BYTES)
@@ -39,7 +40,11 @@ class NodeBlobs:
         return reference.as_json()
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return the content of a blob of the caller's run, at most `max_bytes`; raises `NodeError`."""
+        """Return the content of a blob of the caller's run.
+
+        Raises `NodeError` for an invalid reference, a missing or corrupt blob, one above `max_bytes`, and an
+        unavailable storage.
+        """
         max_bytes = min(max_bytes, MAX_BLOB_BYTES)
         try:
             # Only the hash of the reference counts: the run, never the reference, decides where to read.

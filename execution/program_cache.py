@@ -49,7 +49,10 @@ class ProgramCache:
     async def load(
         self, runs: Sequence[ClaimedRun]
     ) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
-        """Return the program of each run's definition, or the error that prevents its run."""
+        """Return by key the program of each run's definition, or the `InvalidDefinition` that prevents its run.
+
+        Missing ones are read and compiled, and the oldest cached ones evicted. Raises `DatabaseUnavailable`.
+        """
         wanted = {definition_key(run) for run in runs}
         missing = [key for key in wanted if key not in self._cached]
         texts = await self._store.definitions(missing) if missing else {}
@@ -65,7 +68,10 @@ class ProgramCache:
         return found
 
     async def prepare(self, key: DefinitionKey, text: str) -> None:
-        """Compile and cache a definition whose text the caller has read."""
+        """Compile and cache a definition whose text the caller has read; an invalid one is cached as its error.
+
+        Long texts are compiled in a thread.
+        """
         # In a thread if it takes long: runs in progress continue meanwhile.
         is_long = len(text) > LONG_DEFINITION_CHARACTERS
         program = await asyncio.to_thread(self._compile, text) if is_long else self._compile(text)

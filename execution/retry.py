@@ -14,9 +14,10 @@ PAUSE_SECONDS: Final = 0.5
 
 
 async def until_available(work: Callable[[], Awaitable[T]]) -> T:
-    """Call `work` until the database is available, and return its result; losing the lease cancels it.
+    """Call `work` again and again until the database is available; return its result.
 
-    A failed call may have been committed, so `work` must be idempotent.
+    A failed call may have been committed, so `work` must be idempotent. Losing the lease cancels it. Raises
+    all errors of `work` but `DatabaseUnavailable`.
     """
     while True:
         try:

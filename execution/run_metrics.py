@@ -26,7 +26,7 @@ instruments.declare(
 
 
 def set_held_runs(count: int) -> None:
-    """Set the number of runs that this process holds."""
+    """Set the metric of the number of runs that this process holds."""
     instruments.gauge("runs_held").set(count)
 
 
@@ -42,7 +42,7 @@ def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
 
 
 def count_end(status: RunStatus, started_at: datetime, now: datetime) -> None:
-    """Count the end of one claim of a run."""
+    """Count the end of one claim of a run by status, with its duration in seconds since `started_at`."""
     seconds = max((now - started_at).total_seconds(), 0.0)
     instruments.histogram("execution_duration_seconds", status.value).observe(seconds)
 

@@ -34,9 +34,10 @@ class SharedThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next free slot and return its time; raises `NodeError` if it is too far away.
+        """Reserve the next free slot of a rate of `limit` runs per `per_seconds`; return its time.
 
-        A slot that is reserved but not used, since its worker died, stays empty.
+        Raises `NodeError` (retryable) if it is over `max_wait_seconds` away. A slot that is reserved but not
+        used, since its worker died, stays empty. Waits while the database is unavailable.
         """
         interval = timedelta(seconds=per_seconds / limit)
         max_wait = timedelta(seconds=max_wait_seconds)

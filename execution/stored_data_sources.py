@@ -42,8 +42,9 @@ class StoredDataSources:
         self._lookups: SingleFlight[_SourceKey, ConnectionSource] = SingleFlight(self._find)
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source with its decrypted secrets, cached for a moment; raises `NodeError` if the
-        caller may not use it.
+        """Return a data source with its decrypted secrets, cached for a moment.
+
+        Raises `NodeError` if the caller may not use it, or its secrets can't be decrypted.
         """
         key = (caller.organization_id, caller.user_id, source_id)
         cached = self._cached.get(key)

@@ -38,10 +38,10 @@ class SuspectSearch:
         return time.monotonic() >= self._next_at
 
     async def find(self) -> int | None:
-        """Search for suspects if it is due, and return the limit of trial losses for claims of this process.
+        """Search for suspects if it is due; return the limit of isolation losses for claims of them.
 
-        The limit is 0 until this process has outlived a lease. Returns None if there is no such suspect or the search
-        is not due; raises `DatabaseUnavailable`.
+        The limit is 0 until this process has outlived a lease. None if there is no such suspect or the search
+        is not due. Raises `DatabaseUnavailable`.
         """
         if not self.is_due:
             return None
@@ -54,7 +54,7 @@ class SuspectSearch:
         )
 
     def pause(self) -> None:
-        """Let other runs be claimed before the next trials."""
+        """Postpone the next search by the interval of sweeps, so that other runs are claimed before the next trials."""
         self._next_at = time.monotonic() + self._every_seconds
 
 

@@ -21,14 +21,20 @@ REFUSAL_REASONS = {
 
 
 def open_worker_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
-    """Return the runner for code nodes on a shared worker; it starts processes only when needed."""
+    """Return the runner for code nodes on a shared worker, or one that refuses them if the setting demands that.
+
+    It starts processes only when needed.
+    """
     if settings.code_nodes == "on":
         return _open_code(settings)
     return RefusedCode(REFUSAL_REASONS[settings.code_nodes])
 
 
 def open_pod_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
-    """Return the runner for code nodes in a pod, which serves a single workflow."""
+    """Return the runner for code nodes in a pod of a single workflow, or one that refuses them if they are off.
+
+    It starts processes only when needed.
+    """
     if settings.code_nodes == "off":
         return RefusedCode(REFUSAL_REASONS["off"])
     return _open_code(settings)

@@ -33,7 +33,7 @@ _DEFERRED: Final = and_(
 async def count_organization_backlog(
     connection: AsyncConnection, organization_id: str, *, at_most: int
 ) -> int:
-    """Return the number of unstarted runs of an organization, at most `at_most`."""
+    """Return the number of unstarted runs of an organization: pending and deferred ones, at most `at_most`."""
     deployed = select(col(Deployment.workflow_id)).where(
         col(Deployment.organization_id) == organization_id, col(Deployment.is_deployed)
     )
@@ -44,7 +44,7 @@ async def count_organization_backlog(
 async def count_workflow_backlog(
     connection: AsyncConnection, organization_id: str, workflow_id: str, *, at_most: int
 ) -> int:
-    """Return the number of unstarted runs of a workflow, at most `at_most`."""
+    """Return the number of unstarted runs of a workflow: pending and deferred ones, at most `at_most`."""
     return await _count_up_to(connection, workflow_statements(organization_id, workflow_id), at_most)
 
 

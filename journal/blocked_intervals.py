@@ -57,9 +57,10 @@ async def add_ended_intervals(
 async def add_waking_intervals(
     connection: AsyncConnection, execution_ids: Collection[str], pod_started_at: datetime
 ) -> None:
-    """Add the wait for their pod to runs that it has claimed, and that were accepted before it started.
+    """Add an interval of waking to runs that a pod has claimed and that were accepted before it started.
 
-    The wait begins at the acceptance of the run, or at the end of its last interval.
+    It begins at the acceptance of the run, or at the end of its last interval, and ends at the claim. Very
+    short ones are left out.
     """
     earlier = (
         select(func.max(type_coerce(col(BlockedInterval.ended_at), BigInteger)))
@@ -96,7 +97,7 @@ async def _insert_intervals(connection: AsyncConnection, rows: Select[*tuple[Any
 
 
 async def end_interval(connection: AsyncConnection, execution_id: str) -> None:
-    """End the open interval of a run, which can be claimed from now on."""
+    """Set the end of a run's open interval, if it has one, to now: the run can be claimed from now on."""
     await connection.execute(
         update(BlockedInterval)
         .where(col(BlockedInterval.execution_id) == execution_id, col(BlockedInterval.ended_at).is_(None))

@@ -84,7 +84,10 @@ async def run_clock_sync(
 
 
 async def follow_host_clock(database: Database) -> None:
-    """Adopt the time of a host after its clock was set, and move all deadlines; raises `DatabaseUnavailable`."""
+    """Adopt the host's time after its clock was set, and move all stored deadlines by the same step.
+
+    For SQLite, in one transaction; a failed one changes nothing. Raises `DatabaseUnavailable`.
+    """
     step = HOST_TIME.step()
     has_moved = False
 

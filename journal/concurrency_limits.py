@@ -173,7 +173,8 @@ async def _admit_all(database: Database, key: str, lock: LockKey) -> int:
 async def admit_waiting_keys(database: Database, after: str = "") -> tuple[int, str]:
     """Admit waiting runs for a batch of keys after `after`, except keys that another transaction has locked.
 
-    Returns the number of admitted runs and the last key, to continue after; empty at the end of all keys.
+    Return the number of admitted runs and the last key, to continue after; empty at the end of all keys.
+    Raises `DatabaseUnavailable`.
     """
     async with database.read() as connection:
         found = (await connection.execute(waiting_keys_statement(after))).all()
@@ -184,12 +185,18 @@ async def admit_waiting_keys(database: Database, after: str = "") -> tuple[int, 
 
 
 def advisory_lock_id(key: str) -> int:
-    """Return the id of a key's advisory lock. Two keys may share an id, and then wait for each other."""
+    """Return the id of a key's advisory lock in PostgreSQL: a signed 64-bit hash.
+
+    Two keys may share an id, and then wait for each other.
+    """
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 async def _lock_key(connection: AsyncConnection, key: str) -> bool:
-    """Wait for the lock of a key; raises `LockWaitTimeout`."""
+    """Wait for the lock of a key until the transaction ends, and return True; raises `LockWaitTimeout`.
+
+    On SQLite there is one writer, and no lock is needed.
+    """
     if connection.dialect.name == "postgresql":
         # A statement of its own, so that the next one sees the commit of the previous holder.
         await connection.execute(select(func.pg_advisory_xact_lock(advisory_lock_id(key))))
@@ -197,7 +204,10 @@ async def _lock_key(connection: AsyncConnection, key: str) -> bool:
 
 
 async def _try_lock_key(connection: AsyncConnection, key: str) -> bool:
-    """Take the lock of a key if it is free; returns whether it was."""
+    """Take the lock of a key until the transaction ends if it is free; return whether it was.
+
+    Always on SQLite, which has one writer.
+    """
     if connection.dialect.name != "postgresql":
         return True
     return bool(await connection.scalar(select(func.pg_try_advisory_xact_lock(advisory_lock_id(key)))))
@@ -256,7 +266,10 @@ def _admit_statement(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
 
 
 def _count_admissible(live: int, limits: Sequence[int]) -> int:
-    """Return how many waiting runs get a slot under the limit of each, in order: no run overtakes another."""
+    """Return how many waiting runs get a slot, in their order, while `live` slots are occupied.
+
+    `limits` are the limits of the waiting runs; no run overtakes another.
+    """
     return sum(1 for _ in takewhile(lambda one: live + one[0] < one[1], enumerate(limits)))
 
 

@@ -98,7 +98,7 @@ class LoadedWorkflow:
 def load_workflow(
     row: Row[Any], readers: frozenset[str], catalog: NodeTypeRegistry, *, is_deployed: bool = False
 ) -> LoadedWorkflow:
-    """Build a loaded workflow from its row joined with its graph's row.
+    """Build a loaded workflow from its row joined with its graph's row, and validate its graph.
 
     Takes noticeable time for a large graph.
     """
@@ -180,7 +180,7 @@ def check_graph(
     *,
     passed: Collection[str] = (),
 ) -> ValidationResult:
-    """Return the errors that keep a stored graph from running.
+    """Return the errors that keep a stored graph from running, without most warnings.
 
     Configs of the nodes in `passed` count as valid.
     """

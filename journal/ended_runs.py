@@ -24,7 +24,7 @@ STATUS_AFTER = {
 
 
 def encode_error(error: RunError | None) -> str | None:
-    """Return an error as JSON text, as rows and the API hold it."""
+    """Return an error as JSON text, as rows and the API hold it; None for no error."""
     if error is None:
         return None
     shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
@@ -32,7 +32,10 @@ def encode_error(error: RunError | None) -> str | None:
 
 
 def ended_execution(write: RunWrite) -> EndedExecution | None:
-    """Return the outcome of a run whose records are all in one write; None if it is too large to be notified."""
+    """Return the outcome of a run that ends with a write which contains all its records.
+
+    None if the run does not end, or the outcome is too large for a notification.
+    """
     if write.end is None or write.end in UNFINISHED_STATUSES:
         return None
     newest = {span.node_id: span for span in write.spans if not span.iteration}

@@ -50,7 +50,10 @@ class GroupCommit(Generic[Item, Answer]):
         self._task: asyncio.Task[None] | None = None
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
-        """Queue an item; the future gets its answer after the commit."""
+        """Queue an item for the next commit.
+
+        Return the future of its answer, which may raise the error of the commit.
+        """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future, self._weigh(item)))
         if self._task is None:
@@ -69,7 +72,7 @@ class GroupCommit(Generic[Item, Answer]):
         return self._task is None
 
     async def drain(self) -> None:
-        """Wait until every submitted item is committed or has failed."""
+        """Wait until every submitted item is committed or has failed; raises none of their errors."""
         while self._task is not None:
             await asyncio.shield(self._task)
 

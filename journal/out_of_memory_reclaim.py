@@ -33,10 +33,10 @@ _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNIN
 
 
 async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: str) -> int:
-    """Reclaim the runs of a killed process and log their nodes; returns the number of runs.
+    """Reclaim the runs of a killed process, and add a line to their logs; return the number of runs.
 
-    Logs only nodes with effect `write`: other nodes record nothing before they end. Raises
-    `DatabaseUnavailable`.
+    The line names the nodes with effect `write` that were running: other nodes record nothing before they
+    end. Raises `DatabaseUnavailable`.
     """
     nodes = await database.transaction(partial(_log_out_of_memory, owner=owner))
     log.warning(
@@ -49,7 +49,7 @@ async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: 
 
 
 async def _log_out_of_memory(connection: AsyncConnection, *, owner: str) -> dict[str, list[str]]:
-    """Add a log line to each run of a dead process; returns the nodes in progress by execution id."""
+    """Add a log line to each run of a dead process; return the running nodes by execution id."""
     # The leases are still valid: no other process writes these logs before the reclaim.
     is_held = func.substr(col(Execution.lease_owner), 1, len(owner)) == owner
     held = select(col(Execution.id), col(Execution.shard)).where(_IS_RUNNING, is_held)

@@ -110,7 +110,10 @@ async def insert_copy(
     trigger_type: str,
     also: Mapping[str, SQLColumnExpression[Any]] | None = None,
 ) -> None:
-    """Insert the execution `new_id` with the committed results of a failed one, and with columns of its own."""
+    """Insert the execution `new_id`, which resumes a failed one with its committed results, labels and attempts.
+
+    `also` are columns with values of their own.
+    """
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), _KEPT
     )
@@ -145,7 +148,7 @@ async def insert_copy(
 async def insert_replay(
     connection: AsyncConnection, source: ExecutionKey, new_id: str, user_id: str, replay: ReplayCopy
 ) -> None:
-    """Insert the execution `new_id`, a replay of an ended one."""
+    """Insert the execution `new_id`, a replay of an ended one, with the results and labels that it reuses."""
     changes: dict[str, SQLColumnExpression[Any]] = {
         "completed_nodes": literal(len(replay.spans[ResultUse.SETTLED])),
         "progress": literal(0),
@@ -182,7 +185,7 @@ async def insert_replay(
 
 
 def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str, SQLColumnExpression[Any]]:
-    """Return the changed columns of a span that a replay begins with."""
+    """Return the columns in which the first span of a replay differs from the recorded one, by its use."""
     origin = func.coalesce(col(SpanRow.reused_from), source.execution_id)
     own_key = func.coalesce(col(SpanRow.key_id), key_id)
     # The end of a candidate is kept in `wake_at`: a span with an end counts as ended everywhere.
@@ -239,9 +242,9 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
 async def _completion_action(
     connection: AsyncConnection, failed: ExecutionKey, trigger_type: str
 ) -> str | None:
-    """Return the completion actions of the new execution, from the settings of the failed one.
+    """Return the completion actions of the new execution as JSON text, from the settings of the failed one.
 
-    The callbacks of the failed one were sent at its end.
+    None for none. The callbacks of the failed one were sent at its end, and a failure workflow has none.
     """
     if trigger_type == completion.ON_FAILURE_TRIGGER:
         return None
@@ -328,7 +331,7 @@ def _spans_of(failed: ExecutionKey) -> ColumnElement[bool]:
 def _copy_rows(
     table: str, changes: Mapping[str, SQLColumnExpression[Any]], condition: ColumnElement[bool]
 ) -> Insert:
-    """Return the statement that copies rows of a table with some columns changed."""
+    """Return the statement that copies the rows of a table that satisfy a condition, with some columns changed."""
     columns = SQLModel.metadata.tables[table].columns
     selected = select(*(changes.get(column.name, column) for column in columns)).where(condition)
     return insert(SQLModel.metadata.tables[table]).from_select([column.name for column in columns], selected)

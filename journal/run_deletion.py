@@ -77,10 +77,11 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
 async def delete_runs(
     database: Database, execution_ids: Collection[str], left_over: Collection[str] = ()
 ) -> dict[str, BlobOwner]:
-    """Delete ended executions, and the remains of others; returns the blob owner of each deleted run.
+    """Delete ended executions, and the remains of others; return the blob owner of each deleted run, by its id.
 
-    Skips executions with rows that another transaction has locked. Raises `LockWaitTimeout` for other locked
-    rows. The caller deletes the blobs afterwards with `journal.blobs.orphan_blobs`.
+    Skips unfinished executions, and those with rows that another transaction has locked. Raises
+    `LockWaitTimeout` for other locked rows, and `DatabaseUnavailable`. The caller deletes the blobs
+    afterwards with `journal.blobs.orphan_blobs`.
     """
 
     async def delete_rows(connection: AsyncConnection) -> dict[str, BlobOwner]:

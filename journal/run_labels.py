@@ -49,7 +49,7 @@ def read_settings_metadata(settings: Mapping[str, Json], trigger: Json) -> Seque
 
 
 async def insert_labels(connection: AsyncConnection, run: ExecutionKey, labels: Sequence[RunLabel]) -> None:
-    """Insert the labels of a new run, whose data is stored."""
+    """Insert the labels of a new run whose `ExecutionData` is stored; without that, nothing is inserted."""
     for key, value in labels:
         selected = select(
             col(ExecutionData.execution_id),
@@ -61,7 +61,7 @@ async def insert_labels(connection: AsyncConnection, run: ExecutionKey, labels: 
 
 
 async def copy_labels(connection: AsyncConnection, origin: ExecutionKey, new_id: str) -> None:
-    """Copy the tags and metadata of a run to a repetition of it, whose data is stored."""
+    """Copy the tags and metadata of a run to a repetition of it whose `ExecutionData` is stored."""
     new_time = select(col(ExecutionData.created_at)).where(
         col(ExecutionData.execution_id) == new_id, col(ExecutionData.shard) == origin.shard
     )

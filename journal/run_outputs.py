@@ -76,10 +76,10 @@ class _DefinitionConnections(msgspec.Struct):
 async def read_leaf_outputs(
     connection: AsyncConnection, key: ExecutionKey, definition: DefinitionKey, *, max_characters: int
 ) -> Mapping[str, LeafOutput]:
-    """Return the outputs of a run's leaves by node id, in the order of their spans; raises `OutputsTooLarge`.
+    """Return the outputs of a run's leaves by node id, in the order of their spans.
 
-    A leaf is a node with output that reached no node: no connection leads from its chosen port to a node with a
-    span.
+    A leaf is a node with output that reached no node: no connection leads from its chosen port to a node with
+    a span. Raises `OutputsTooLarge` above `max_characters` together.
     """
     run = {"execution_id": key.execution_id, "shard": key.shard}
     rows = (await connection.execute(_SETTLED, run)).all()

@@ -109,7 +109,7 @@ OUT_OF_MEMORY_ERROR = encode_error(
 
 
 def release_target_sql(is_suspect: str) -> str:
-    """Return SQL for the target of a released run: the isolation target for a suspect."""
+    """Return SQL for the target of a released run: the isolation target for a suspect, otherwise its own."""
     apart = " ".join(f"WHEN '{target}' THEN '{isolated}'" for target, isolated in ISOLATION_TARGETS.items())
     return f"CASE WHEN {is_suspect} THEN CASE target {apart} ELSE target END ELSE target END"
 
@@ -228,7 +228,7 @@ def metadata_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def decode_span(row: Sequence[Any]) -> NodeSpan:
-    """Decode a span from a row of `SPAN_COLUMNS`."""
+    """Return the span in a row with the columns `SPAN_COLUMNS`."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
     started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
     awaits, resolved_config, hashes, input_blob, output_blob, reused_from, key_id, rendered_config = rest
@@ -317,7 +317,10 @@ def _to_bytes(text: str | None) -> bytes | None:
 
 
 def split_rivals(batch: Sequence[InboundRequest]) -> tuple[list[InboundRequest], list[InboundRequest]]:
-    """Split requests into those without a common key and the rest: a statement can insert a key once."""
+    """Split requests into those without a common idempotency key, and the others, both in order.
+
+    A statement can insert a key once.
+    """
     chosen: list[InboundRequest] = []
     others: list[InboundRequest] = []
     taken: set[tuple[int, str, str]] = set()
@@ -340,12 +343,12 @@ def _unique_keys(one: InboundRequest) -> Iterator[IdempotencyKey]:
 
 
 def pending_sql(target: str) -> str:
-    """Return the condition that a run is pending at a target, which is an SQL expression."""
+    """Return the SQL condition that a run is pending at `target`, which is an SQL expression."""
     return f"status = 'pending' AND target = {target}"
 
 
 def suspect_sql(max_isolation_losses: str) -> str:
-    """Return the condition that a trial takes a pending run."""
+    """Return the SQL condition under which a trial takes a pending run: a suspect with few enough isolation losses."""
     return f"{IS_SUSPECT_SQL} AND isolation_losses <= {max_isolation_losses}"
 
 

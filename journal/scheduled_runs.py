@@ -128,7 +128,10 @@ class ScheduleRunResult:
 
 
 def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds due schedules, the longest due first, with one index range."""
+    """Return the statement that finds up to `BATCH_SCHEDULES` due schedules, the longest due first.
+
+    It uses one range of an index.
+    """
     # Selected before any join, so that the planner can't start from another table.
     chosen = (
         select(*(col(Schedule.workflow_id), col(Schedule.due_at)))
@@ -153,7 +156,7 @@ def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
 async def start_due_runs(
     connection: AsyncConnection, runnables: Mapping[str, ScheduleDefinition], now: ColumnElement[int]
 ) -> ScheduleRunResult:
-    """Decide about the schedules of these workflows that are still due, and accept their runs.
+    """Decide about the schedules of these workflows that are still due, and accept their runs; return the counts.
 
     Leaves schedules alone that another transaction has locked, or that have a changed workflow or deployed
     definition.
@@ -198,7 +201,7 @@ async def postpone_schedules(
 
 
 async def reset_schedules_ahead(connection: AsyncConnection, now: ColumnElement[int]) -> int:
-    """Recompute next instants that were computed by a clock that was ahead; returns their number."""
+    """Recompute a batch of next instants that were computed by a clock that was ahead; return their number."""
     ahead = (
         select(Schedule, col(WorkflowTrigger.config), now.label("now"))
         .join(WorkflowTrigger, _is_trigger_of_schedule())
@@ -292,7 +295,10 @@ class _ScheduleWriter:
         self._moves: list[dict[str, Any]] = []
 
     async def decide(self, row: RowMapping, runnable: ScheduleDefinition) -> None:
-        """Decide whether a due schedule starts a run now, and collect the rows to write for it."""
+        """Decide whether a due schedule starts runs now, and collect the rows to write for it.
+
+        An invalid timetable is stored as its problem.
+        """
         workflow_id, now = row["workflow_id"], from_microseconds(row["now"])
         self.started.decided += 1
         try:
@@ -333,7 +339,7 @@ class _ScheduleWriter:
             await self._connection.execute(_MOVE_SCHEDULE, self._moves)
 
     async def _state(self, row: RowMapping) -> ScheduleState:
-        """Return the state of a schedule. If its last run has ended, no earlier run waits either."""
+        """Return the state of a schedule, with its waiting runs if its last run has not ended."""
         waiting_runs = 0
         is_busy = row["last_execution_id"] in self._unended
         if is_busy:
@@ -370,7 +376,7 @@ class _ScheduleWriter:
         limit: ConcurrencyLimit | None,
         now: datetime,
     ) -> str:
-        """Collect the rows of a run; returns its id."""
+        """Collect the rows of a new run; return its id."""
         due = runnable.due
         assigned_deployment_id = due.workflow_id if due.deployed_hash else None
         completion_action = completion.requested_actions(runnable.settings)
@@ -451,7 +457,7 @@ class _ScheduleWriter:
 
 
 def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, instant: datetime) -> Json:
-    """Return the output of the trigger: the instant for which the run is scheduled, even if it starts late."""
+    """Return the output of the trigger, with the instant for which the run is scheduled, even if it starts late."""
     given: dict[str, Json] = {
         "scheduledAt": timestamps.format_timestamp(instant),
         "timezone": wanted.timezone,
@@ -462,7 +468,7 @@ def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, inst
 def _schedule_limit(
     runnable: ScheduleDefinition, wanted: ScheduleTimetable, trigger: Json
 ) -> ConcurrencyLimit | None:
-    """Return the concurrency limit of a run.
+    """Return the concurrency limit of a run, or None.
 
     It is that of the workflow's settings, or one run at a time for overlap `queue`.
     """

@@ -66,7 +66,7 @@ class ScreeningRules(msgspec.Struct, frozen=True, rename="camel", omit_defaults=
     """Whether automatic replies, bounces and receipts are run too."""
 
     def rejection_reason(self, received: MailReception) -> str | None:
-        """Return why the rules reject a mail by the report of its service; None if they accept it."""
+        """Return the reason why the rules reject a mail, by the report of its service; None if they accept it."""
         if (check := received.failed_check(self.reject_on)) is not None:
             return f"The mail service reports that the mail failed its {check} check, which `rejectOn` names"
         score, most = received.spam_score, self.max_spam_score
@@ -101,10 +101,10 @@ class UnparsedMail(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
         return _decode(text).intake
 
     def parse(self, contents: list[bytes], keep: KeepAttachment) -> tuple[ParsedMailContent, MailReception]:
-        """Return the parsed mail and its reception; pass attachments to `keep`. Raises `InvalidMail`.
+        """Return the parsed mail and the report of its service; attachments are passed to `keep`.
 
         It is CPU work and belongs into a thread. The content is removed from `contents`, since the decoded
-        fields of a urlencoded form are as large again.
+        fields of a urlencoded form are as large again. Raises `InvalidMail`, and the errors of `keep`.
         """
         if not self.content_type:
             mail = mail_parsing.parse_mail(contents.pop(), keep)
@@ -177,10 +177,10 @@ class MailRunState:
 async def release_parsed(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
 ) -> list[MailRunState | None]:
-    """Release the runs of parsed mail to executors, without counting an attempt.
+    """Release the runs of parsed mail to executors; return the state of each run, None for a lost lease.
 
-    The result is None for each run with a lost lease. A run with a stop or cancel request ends. So does a run
-    that may not wait and finds no free concurrency slot.
+    No attempt is counted. A run with a stop or cancel request ends. So does a run that may not wait and finds
+    no free concurrency slot.
     """
     settings = await _read_settings(connection, batch)
     limits = {
@@ -200,7 +200,7 @@ async def release_parsed(
 
 
 async def note_rejection(connection: AsyncConnection, key: ExecutionKey, reason: str) -> None:
-    """Store in the delivery of a run why its mail was not run."""
+    """Store the reason for which a mail was rejected in the delivery of its run."""
     await connection.execute(
         update(Delivery)
         .where(col(Delivery.execution_id) == key.execution_id, col(Delivery.shard) == key.shard)
@@ -211,7 +211,7 @@ async def note_rejection(connection: AsyncConnection, key: ExecutionKey, reason:
 async def _read_settings(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
 ) -> dict[str, Mapping[str, Json]]:
-    """Return the settings under which runs were accepted, by id."""
+    """Return the settings under which runs were accepted, by execution id; empty for missing ones."""
     ids = [one.key.execution_id for one in batch]
     configs: dict[str, str] = {}
     for start in range(0, len(ids), _ROWS_AT_ONCE):

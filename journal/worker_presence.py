@@ -35,7 +35,10 @@ FORGET_MICROSECONDS: Final = 86_400_000_000
 async def report_presence(
     database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
 ) -> AsyncIterator[None]:
-    """Report a worker as present while the context lasts; an unreachable database is no error."""
+    """Report a worker as present every few seconds while the context lasts, and its end after it.
+
+    An unreachable database is no error.
+    """
     task = asyncio.create_task(_report_forever(database, owner, concurrency, held_runs))
     try:
         yield
@@ -51,9 +54,7 @@ async def report_presence(
 async def store_presence(
     connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int
 ) -> None:
-    """Insert or renew the row by which a worker shows that it lives, with its capacity and the number of held
-    runs.
-    """
+    """Insert or renew the row by which a worker shows that it lives, with its concurrency and number of held runs."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(WorkerPresence).values(
         owner=owner,

@@ -62,7 +62,7 @@ def make_message_id(key: str, domain: str) -> str:
 
 
 def is_workflow_mail(message_id: str) -> bool:
-    """Tell whether the Message-ID says that a workflow sent the mail, of this server or another."""
+    """Return whether the Message-ID says that a workflow sent the mail, of this server or another."""
     return message_id.strip().removeprefix("<").startswith(MESSAGE_ID_PREFIX)
 
 
@@ -82,7 +82,7 @@ def check_line(text: str, what: str) -> None:
 
 
 def compose_mail(mail: OutgoingMail) -> bytes:
-    """Return the mail as bytes; raises `ValueError` for invalid headers."""
+    """Return the mail as bytes; raises `ValueError` for invalid headers and line ends in the subject."""
     composed = EmailMessage(policy=_POLICY)
     composed["From"] = _to_address(mail.sender)
     for name, mailboxes in (("To", mail.to), ("Cc", mail.cc), ("Reply-To", mail.reply_to)):

@@ -58,12 +58,19 @@ def find_codec(name: str) -> str | None:
 
 
 def decode_text(raw: bytes, charset: str = "") -> str:
-    """Decode bytes; invalid sequences become U+FFFD, and so does NUL, which stored JSON can't contain."""
+    """Decode bytes as a text.
+
+    An unknown charset is guessed; invalid sequences become U+FFFD, and so does NUL, which stored JSON can't
+    contain.
+    """
     return decode_text_pieces((raw,), charset)
 
 
 def decode_text_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
-    """Decode a text that is given in pieces by its charset; an unknown charset is guessed."""
+    """Decode a text that is given in pieces by its charset; an unknown charset is guessed.
+
+    Invalid sequences and NUL become U+FFFD.
+    """
     codec = find_codec(charset)
     if codec is None:
         return _guess_codec(b"".join(pieces)).replace("\0", "\ufffd")
@@ -85,9 +92,10 @@ def _decode_pieces(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
 def _decode_piece(
     decoder: codecs.IncrementalDecoder, codec: str, piece: bytes, *, final: bool = False
 ) -> str:
-    """Return the text of one piece.
+    """Return the text of one piece; invalid sequences become U+FFFD.
 
-    The decoders of ISO-2022 raise "pending buffer overflow" for unfinished escape sequences in spite of "replace".
+    The decoders of ISO-2022 raise "pending buffer overflow" for unfinished escape sequences in spite of
+    "replace".
     """
     try:
         return decoder.decode(piece, final)
@@ -136,7 +144,10 @@ def iterate_pieces(raw: Raw, start: int, end: int) -> Iterator[bytes]:
 
 
 def decode_pieces(raw: Raw, start: int, end: int, encoding: str) -> Iterator[bytes]:
-    """Return the decoded bytes from `start` to `end`; an unknown encoding is left as it is."""
+    """Return an iterator over the decoded bytes from `start` to `end`.
+
+    `encoding` is that of `Content-Transfer-Encoding`; an unknown one is left undecoded.
+    """
     written = iterate_pieces(raw, start, end)
     match encoding:
         case "base64":
@@ -148,7 +159,7 @@ def decode_pieces(raw: Raw, start: int, end: int, encoding: str) -> Iterator[byt
 
 
 def _decode_base64(written: Iterable[bytes]) -> Iterator[bytes]:
-    """Decode base64, skipping other characters; the content ends at the padding."""
+    """Yield the bytes of base64 text in pieces, skipping other characters; the content ends at the padding."""
     left = b""
     for piece in written:
         symbols, padding, _ = (left + piece.translate(None, _NOT_BASE64)).partition(b"=")
@@ -164,7 +175,7 @@ def _decode_base64(written: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _decode_quoted_printable(written: Iterable[bytes]) -> Iterator[bytes]:
-    """Decode pieces that are cut at line ends, or else where no escape is split."""
+    """Yield the bytes of quoted-printable text in pieces, cut at line ends or else where no escape is split."""
     left = b""
     for piece in written:
         text = left + piece

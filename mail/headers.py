@@ -63,17 +63,20 @@ class MailHeaders:
 
 
 def headers_of_pairs(pairs: Iterable[tuple[str, str]], limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return headers from pairs of name and value."""
+    """Return headers from pairs of name and value, unfolded; those beyond the limits are omitted and counted."""
     return _limit_headers([(name, _unfold(value)) for name, value in pairs], limits)
 
 
 def parse_header_block(raw: bytes, limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return the headers of a text that contains nothing else; raises `InvalidMail`."""
+    """Return the headers of a text that contains nothing else; raises `InvalidMail` if it is too long.
+
+    Headers beyond the limits are omitted and counted.
+    """
     return take_headers(raw, 0, len(raw), limits)[0]
 
 
 def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[MailHeaders, int]:
-    """Return the headers at an offset, and the offset of the body; raises `InvalidMail`.
+    """Return the headers at an offset, and the offset of the body; raises `InvalidMail` if they are too long.
 
     A line that is no header ends them too: then the empty line before the body is missing.
     """
@@ -108,7 +111,7 @@ def _unfold(value: str) -> str:
 
 
 def decode_value(value: str) -> str:
-    """Return the decoded value; white space between two encoded words is dropped (RFC 2047, section 6.2)."""
+    """Return a header value with its encoded words decoded; white space between two of them is dropped (RFC 2047)."""
     if "=?" not in value:
         return value
     pieces: list[str] = []
@@ -135,7 +138,7 @@ def _split_encoded_word(charset: str, encoding: str, written: str) -> tuple[str,
 
 
 def _join_words(words: Iterable[tuple[str, bytes]]) -> str:
-    """Return adjacent words as one text: some mail clients split a character between words."""
+    """Return adjacent encoded words as one line of text: some mail clients split a character between words."""
     joined: list[tuple[str, list[bytes]]] = []
     for charset, raw in words:
         if joined and joined[-1][0] == charset:
@@ -212,7 +215,7 @@ def format_addresses(value: str) -> str:
 
 
 def bare_addresses(value: str) -> list[str]:
-    """Return the addresses without names, such as `ada@example.org`."""
+    """Return the addresses of a header without names, such as `ada@example.org`; empty if there are none."""
     return [address for _, address in _parse_pairs(value) if address]
 
 
@@ -248,7 +251,7 @@ class Mailbox:
 
 
 def parse_mailboxes(text: str) -> list[Mailbox]:
-    """Return the comma-separated addresses in a text; raises `ValueError` for anything else."""
+    """Return the comma-separated mail addresses in a text; raises `ValueError` for anything else."""
     if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError("it holds a control character")
     pairs = _parse_pairs(text)

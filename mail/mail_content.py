@@ -130,7 +130,7 @@ def join_pieces(pieces: Iterable[bytes]) -> bytes:
 
 
 def join_lines(text: str) -> str:
-    """Return the value of a header as one line."""
+    """Return a text as one line without white space at its ends."""
     return " ".join(text.splitlines()).strip()
 
 
@@ -138,13 +138,16 @@ def join_lines(text: str) -> str:
 
 
 def clean_file_name(text: str) -> str:
-    """Return the displayable name of a file: one line, without a path and without invisible characters."""
+    """Return the displayable name of a file: one short line, without a path and invisible characters.
+
+    Possibly empty.
+    """
     name = _strip_unshowable(text[-_LOOKED_AT_CHARACTERS:]).replace("\\", "/").rpartition("/")[2].strip()
     return "" if name in {".", ".."} else name[-MAX_NAME_CHARACTERS:]
 
 
 def clean_media_type(text: str) -> str:
-    """Return a media type in lower case and without parameters."""
+    """Return a media type in lower case and without parameters; the default type for a malformed one."""
     found = _TYPE.match(text.strip().lower())
     return found[0] if found else DEFAULT_TYPE
 

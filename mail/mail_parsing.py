@@ -34,9 +34,10 @@ _REPLY_HEADERS: Final = ("in-reply-to", "references")
 def parse_mail(
     raw: Raw | BinaryIO, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Parse a mail, calling `keep_attachment` for each attachment; raises `InvalidMail`.
+    """Parse a mail, calling `keep_attachment` for each attachment; raises `InvalidMail` beyond the limits.
 
-    Its time is proportional to the size of the mail, in steps of milliseconds: call it in a thread.
+    Malformed parts are read leniently. The time is proportional to the size of the mail, in steps of
+    milliseconds: call it in a thread.
     """
     given = raw if isinstance(raw, bytes | bytearray | memoryview | mmap) else raw.read()
     root = MailPart.parse(given, _find_beginning(given), len(given), limits)
@@ -86,7 +87,7 @@ def _display_value(name: str, value: str) -> str:
 
 
 def decode_body(pieces: Iterable[bytes], charset: str) -> str:
-    r"""Decode a text and convert its line ends to `\n`."""
+    r"""Return the text of pieces in a charset, with line ends converted to `\n`."""
     return content_decoding.decode_text_pieces(pieces, charset).replace("\r\n", "\n")
 
 
@@ -102,7 +103,10 @@ class AttachmentCollector:
         self._bytes = 0
 
     def add(self, label: AttachmentLabel, pieces: Iterable[bytes]) -> None:
-        """Pass one attachment to the callback, or count it beyond the limit; raises `InvalidMail`."""
+        """Pass one attachment to the callback and note its size and digest; beyond the maximum number, count it.
+
+        Raises `InvalidMail` for one that is too large, and the errors of the callback.
+        """
         if len(self.found) == self._limits.max_attachments:
             self.omitted += 1
             return
@@ -156,7 +160,7 @@ def is_automatic(mail: ParsedMailContent) -> bool:
 
 
 def is_reply_to_workflow(mail: ParsedMailContent) -> bool:
-    """Return whether a mail answers a mail of a workflow."""
+    """Return whether a mail answers a mail that a workflow has sent, by its References and In-Reply-To."""
     named = " ".join(_first_header(mail, name) for name in _REPLY_HEADERS)
     return any(composition.is_workflow_mail(one) for one in named.split())
 
@@ -196,7 +200,7 @@ class MailPart:
     def parse(
         cls, raw: Raw, start: int, end: int, limits: MailLimits, default_type: str = TEXT_TYPE
     ) -> MailPart:
-        """Parse the headers of a part; raises `InvalidMail`."""
+        """Parse the headers of a part at an offset and return the part; raises `InvalidMail` if they are too long."""
         found, body = headers.take_headers(raw, start, end, limits)
         written, parameters = headers.parse_parameters(found.first("content-type"))
         disposition, more = headers.parse_parameters(found.first("content-disposition"))
@@ -244,7 +248,10 @@ class PartSearch:
 
 
 def find_leaves(raw: Raw, root: MailPart, limits: MailLimits) -> PartSearch:
-    """Return the leaf parts in their order; an embedded mail is one part."""
+    """Return the leaf parts in their order, found while they are iterated; an embedded mail is one part.
+
+    Parts beyond the limits are counted as omitted.
+    """
     found = PartSearch(iter(()))
     found.leaves = _iterate_leaves(raw, root, limits, found)
     return found
@@ -278,7 +285,10 @@ def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSea
 
 
 def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tuple[int, int]]:
-    """Return the offsets of the parts of a container; the last part may be unterminated."""
+    """Return start and end of the parts of a container; the last part may be unterminated.
+
+    Empty without a boundary.
+    """
     boundary = container.parameters.get("boundary", "").rstrip()[:_MAX_BOUNDARY_CHARACTERS]
     if not boundary:
         return []
@@ -296,7 +306,7 @@ def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tupl
 
 
 def _find_delimiters(raw: Raw, container: MailPart, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield the start, the end and the finality of each boundary line."""
+    """Yield the start and end of each boundary line of a container, and whether it is the last."""
     pattern = re.compile(rb"\n" + re.escape(delimiter) + rb"(--)?[ \t\r]{0,%d}(?:\n|\Z)" % _MAX_PADDING_BYTES)
     overlap = len(delimiter) + 2 * _MAX_PADDING_BYTES
     at = max(0, container.start - 1)  # The line end before the first boundary may be that of the headers.
@@ -312,7 +322,7 @@ def _find_delimiters(raw: Raw, container: MailPart, delimiter: bytes) -> Iterato
 
 
 def _strip_line_end(raw: Raw, start: int, end: int) -> int:
-    """Return the end of a body: the line end in front of a boundary belongs to the boundary."""
+    """Return the end of a part without a final line end, which belongs to the boundary behind it."""
     if end > start and raw[end - 1 : end] == b"\n":
         end -= 1
         if end > start and raw[end - 1 : end] == b"\r":

@@ -34,7 +34,10 @@ _MAX_URL_CHARACTERS: Final = 2_000
 def parse_sendgrid_form(
     form: MailForm, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Return the mail in a form of SendGrid's Inbound Parse; raises `InvalidMail`."""
+    """Return the mail in a form of SendGrid's Inbound Parse, raw or parsed; attachments go to `keep_attachment`.
+
+    Raises `InvalidMail` beyond the limits.
+    """
     if "email" in form.fields:
         return mail_parsing.parse_mail(form.first("email"), keep_attachment, limits)
     encodings = _object_field(form, "charsets")
@@ -67,7 +70,10 @@ def parse_sendgrid_form(
 def parse_mailgun_form(
     form: MailForm, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Return the mail in a form of a Mailgun route, of `forward()` or of `store()`; raises `InvalidMail`."""
+    """Return the mail in a form of a Mailgun route, `forward()` or `store()`; attachments go to `keep_attachment`.
+
+    Raises `InvalidMail` beyond the limits.
+    """
     if "body-mime" in form.fields:
         return mail_parsing.parse_mail(form.first("body-mime"), keep_attachment, limits)
     content_ids = _invert_mapping(_object_field(form, "content-id-map"))
@@ -98,7 +104,10 @@ def parse_mailgun_form(
 def _keep_attachments(
     form: MailForm, label: Callable[[FormFile], AttachmentLabel], keep: KeepAttachment, limits: MailLimits
 ) -> AttachmentCollector:
-    """Pass the files to `keep` by their numbers: they are posted in any order, before and between the fields."""
+    """Pass the files of a form to `keep`, sorted by their numbers; return the collector. Raises `InvalidMail`.
+
+    They are posted in any order, before and between the fields.
+    """
     kept = mail_parsing.AttachmentCollector(keep, limits)
     for file in sorted(form.files, key=_attachment_number):
         kept.add(label(file), content_decoding.iterate_pieces(file.content, 0, len(file.content)))
@@ -124,7 +133,10 @@ def _attachment_label(file: FormFile, described: dict[str, Any], content_id: str
 
 
 def _stored_attachments(form: MailForm) -> Iterator[MailAttachment]:
-    """Yield the attachments that Mailgun stores; their URLs need the key of the account."""
+    """Yield the attachments that Mailgun stores, with URLs for which the key of the account is needed.
+
+    Malformed entries are left out, and a URL that is not HTTPS is empty.
+    """
     for each in _list_field(form, "attachments"):
         if not isinstance(each, dict):
             continue
@@ -247,7 +259,7 @@ class MailReception:
         }
 
     def failed_check(self, checks: Collection[str]) -> str | None:
-        """Return the first of these checks (`spf`, `dkim`, `dmarc`, `spam`, `virus`) that the mail has failed."""
+        """Return the first of these checks (`spf`, `dkim`, `dmarc`, `spam`, `virus`) that failed; None if none did."""
         results = {
             "spf": self.spf,
             "dkim": self.dkim,

@@ -20,7 +20,7 @@ class ReconcileRequest:
 
     @property
     def key(self) -> str:
-        """Key of which the queue needs one message only."""
+        """Deduplication key: the queue keeps one message per workflow."""
         return self.workflow_id
 
 
@@ -35,6 +35,7 @@ class PodLogRequest:
 
     @property
     def key(self) -> str:
+        """Deduplication key: the queue keeps every request."""
         return self.request_id
 
 
@@ -47,7 +48,10 @@ def encode_message(message: DeployerMessage) -> dict[str, object]:
 
 
 def parse_message(payload: Mapping[str, object]) -> DeployerMessage | None:
-    """Return the message of a payload, or None for an unknown version. The deployer's sweep then finds the change."""
+    """Return the message of a payload, or None for an unknown version.
+
+    The deployer's sweep then finds the change.
+    """
     match payload:
         case {
             "v": 1,

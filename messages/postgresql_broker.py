@@ -192,7 +192,10 @@ class PostgresqlBroker:
         await self._stop_consuming(deployer_messages.QUEUE)
 
     async def _put(self, queue: str, key: str, payload: Mapping[str, object]) -> None:
-        """Put a message into a queue unless one with the same key is still in it."""
+        """Put a message into a queue, and notify, unless one with the same key is still in it.
+
+        Raises `BrokerUnavailable`.
+        """
         body = msgspec.json.encode(payload).decode()
         async with _check_answer():
             await self._pool.execute(PUT, queue, key, body, QUEUE_CHANNEL, queue)
@@ -209,7 +212,7 @@ class PostgresqlBroker:
             await asyncio.gather(drain, return_exceptions=True)
 
     def _drain(self, queue: str) -> None:
-        """Take all messages of a queue; once more if a notification arrives meanwhile."""
+        """Take all messages of a queue in the background, if it has a consumer; again if it is called meanwhile."""
         self._is_due.add(queue)
         if queue in self._consumers and queue not in self._drains:
             self._drains[queue] = asyncio.create_task(self._take_all(queue))
@@ -237,8 +240,8 @@ class PostgresqlBroker:
     async def watch(self, execution_ids: Sequence[str]) -> None:
         """Watch executions for `WATCH_SECONDS`, as `Broker.watch` describes.
 
-        Every process hears of all changes, and delivers those that it watches. Raises `BrokerUnavailable` if the
-        listening session is not connected.
+        Every process hears of all changes, and delivers those that it watches. Raises `BrokerUnavailable` if
+        the listening session is not connected.
         """
         if not execution_ids:
             return
@@ -321,7 +324,10 @@ class PostgresqlBroker:
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _hear(self, connection: asyncpg.Connection) -> None:
-        """Listen on a session as long as it answers."""
+        """Listen on a session until it ends, and check it, its lock and the queues periodically.
+
+        Raises the errors of asyncpg and `TimeoutError` if a check fails.
+        """
         await connection.add_listener(QUEUE_CHANNEL, lambda *given: self._drain(given[3]))
         await connection.add_listener(CHANGES_CHANNEL, lambda *given: self._deliver_changes(given[3]))
         await connection.add_listener(
@@ -404,7 +410,10 @@ class PostgresqlBroker:
 
 
 async def connect(url: str, *, channel: str) -> PostgresqlBroker:
-    """Return a broker; the first statement opens the first connection."""
+    """Return a broker for a database URL; the first statement opens the first connection.
+
+    Raises `ValueError` for an invalid URL.
+    """
     address = url.replace("postgresql+asyncpg://", "postgresql://", 1)
     pool = await asyncpg.create_pool(
         address,
@@ -419,7 +428,7 @@ async def connect(url: str, *, channel: str) -> PostgresqlBroker:
 
 
 def _channel_name(channel: str) -> str:
-    """Return the channel of PostgreSQL, whose names have 63 bytes at most."""
+    """Return the channel name in PostgreSQL, which allows 63 bytes: a prefix and a hash."""
     return f"pilotflame_{blake2b(channel.encode(), digest_size=16).hexdigest()}"
 
 

@@ -154,7 +154,10 @@ class _GatewayNotice(msgspec.Struct):
 
 
 async def refuse_evicting(client: Redis) -> None:
-    """Raise `RedisMayEvict` unless a full Redis refuses to write. Otherwise it may evict acknowledged data."""
+    """Raise `RedisMayEvict` unless a full Redis refuses to write: otherwise it may evict acknowledged data.
+
+    A policy that can't be read is logged and accepted.
+    """
     try:
         # From INFO, which hosted servers allow where they forbid CONFIG.
         policy = (await client.info("memory")).get("maxmemory_policy")
@@ -250,7 +253,10 @@ class RedisBroker:
         )
 
     async def _put(self, name: str, actor: str, key: str, payload: dict[str, object]) -> None:
-        """Put a message into a queue unless the latest one with the same key is still in it."""
+        """Put a message into a queue unless the latest one with the same key is still in it.
+
+        Raises `BrokerUnavailable`.
+        """
         identity = str(uuid4())
         message: dramatiq.Message[None] = dramatiq.Message(
             name, actor, (), payload, {MESSAGE_ID: identity}, identity

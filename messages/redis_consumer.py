@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 
 def reconnect_seconds(failures: int) -> float:
-    """Return the pause after so many consecutive failures: from 50 ms to a second, randomized."""
+    """Return the seconds to pause after so many consecutive failures: from 50 ms to a second, halved at random."""
     return min(1.0, 0.05 * 2.0 ** min(failures - 1, 8)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load only
 
 
@@ -113,7 +113,10 @@ class WakeupQueues(RedisBroker):
         self.client.ltrim(wakeup_signal, -WAKEUPS_KEPT, -1)
 
     def interrupt(self) -> None:
-        """End the waits of all consumers at once, for a wakeup signal or for the return of Redis."""
+        """End the waits of all consumers at once, for a wakeup signal or for the return of Redis.
+
+        Errors of Redis are ignored.
+        """
         self.interrupted.set()
         with suppress(redis.RedisError):
             for queue_name in self.queues:
@@ -208,7 +211,7 @@ class BlockingConsumer(Consumer):
         return message if is_ours and isinstance(message.options.get(MESSAGE_ID), str) else None
 
     def _bury_unreadable(self) -> None:
-        """Move unreadable messages to the dead letters.
+        """Move unreadable messages to the dead letters and log them; raises `RedisError`.
 
         A fetch returns bodies without IDs, so these are the held IDs of no message.
         """

@@ -54,9 +54,10 @@ class TokenGrant:
 
 
 def grant_tokens(demand: TokenDemand, full_at: float, now: float) -> tuple[TokenGrant, float]:
-    """Return the answer of a bucket that is full at a time, and the time at which it is full afterwards.
+    """Return the grant for a demand from a bucket that is full at `full_at`, and the next such time.
 
-    Times are in seconds of one clock.
+    Times are in seconds of one clock. Without the needed tokens, none are granted, and the grant has the
+    seconds to wait.
     """
     rate = demand.rate
     full_at = max(full_at, now)
@@ -77,7 +78,10 @@ class LocalTokenBuckets:
         self._swept_above = MAX_BUCKETS
 
     def take(self, demand: TokenDemand, now: float) -> TokenGrant:
-        """Take tokens; `now` is in seconds of a monotonic clock."""
+        """Take tokens from a bucket of this process; `now` is in seconds of a monotonic clock.
+
+        A grant without tokens says how long to wait, and takes none.
+        """
         grant, full_at = grant_tokens(demand, self._full_at.get(demand.bucket, now), now)
         if grant.tokens:
             self._full_at[demand.bucket] = full_at

@@ -17,7 +17,10 @@ STOP_MILLISECONDS: Final = 1_000
 
 
 def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq.Worker:
-    """Call `on_wakeup` with the shard of each wakeup of workers that arrives in the queue."""
+    """Start a thread that calls `on_wakeup` with the shard of each wakeup of workers in the queue.
+
+    Return its worker.
+    """
     return _start(
         broker,
         worker_wakeup.QUEUE,
@@ -27,12 +30,15 @@ def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq
 
 
 def start_reader(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
-    """Call `on_wakeup` for each wakeup of mail parsers that arrives in the queue."""
+    """Start a thread that calls `on_wakeup` for each wakeup of mail parsers in the queue; return its worker."""
     return _start(broker, mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, lambda _payload: on_wakeup())
 
 
 def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessage], None]) -> dramatiq.Worker:
-    """Call `on_message` with each message to deployers in the queue; those of unknown versions are dropped."""
+    """Start a thread that calls `on_message` with each message to deployers in the queue; return its worker.
+
+    Messages of unknown versions are dropped.
+    """
 
     def take(payload: Mapping[str, object]) -> None:
         message = deployer_messages.parse_message(payload)
@@ -59,13 +65,16 @@ def _start(
 
 
 def stop(worker: dramatiq.Worker) -> None:
-    """Stop the worker and its broker. Blocks for a quarter of a second, or a few seconds if Redis hangs."""
+    """Stop the worker and close its broker; blocks for a quarter of a second, or a few seconds if Redis hangs."""
     worker.stop(timeout=STOP_MILLISECONDS)
     worker.broker.close()
 
 
 def parse_wakeup(payload: Mapping[str, object]) -> WorkerWakeup:
-    """Return the wakeup of a payload. A payload of an unknown version still means "there is work", in all shards."""
+    """Return the wakeup of a payload.
+
+    One of an unknown version means "there is work" too: it has no shard.
+    """
     match payload:
         case {"v": 1, "shard": int(shard)}:
             return WorkerWakeup(shard=shard)

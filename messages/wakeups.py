@@ -33,7 +33,10 @@ TAKEN_RUNS: Final = "taken"
 
 
 async def wake_workers(broker: RunBroker) -> None:
-    """Announce pending runs, so that a worker claims them at once and not at its next sweep."""
+    """Announce pending runs, so that a worker claims them at once; an unavailable broker is ignored.
+
+    Workers find them at their next sweep too.
+    """
     try:
         await broker.wake_workers()
     except BrokerUnavailable as error:
@@ -41,7 +44,10 @@ async def wake_workers(broker: RunBroker) -> None:
 
 
 async def wake_mail_parsers(broker: Broker) -> None:
-    """Announce unparsed mail, so that a worker parses it at once and not at its next sweep."""
+    """Announce unparsed mail, so that a worker parses it at once; an unavailable broker is ignored.
+
+    Workers find it at their next sweep too.
+    """
     try:
         await broker.wake_mail_parsers()
     except BrokerUnavailable as error:
@@ -49,7 +55,10 @@ async def wake_mail_parsers(broker: Broker) -> None:
 
 
 async def wake_deployer(broker: Broker, workflow_id: str) -> None:
-    """Wake a deployer for a deployment with a new desired state."""
+    """Wake a deployer for a deployment with a new desired state; an unavailable broker is ignored.
+
+    Its sweep finds the change too.
+    """
     try:
         await broker.notify_deployer(ReconcileRequest(workflow_id))
     except BrokerUnavailable as error:
@@ -68,7 +77,7 @@ class TakenRun(Protocol):
 
 
 async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
-    """Notify each gateway of the claimed runs that it accepted.
+    """Notify each gateway of the claimed runs that it accepted; an unavailable broker is ignored.
 
     If a message is lost, the gateway polls once a second.
     """
@@ -89,7 +98,10 @@ def parse_taken_runs(notification: Notification) -> Sequence[str]:
 async def notify_end_request(
     broker: Broker, execution_id: str, request: str, *, lease_owner: str | None, channel: str
 ) -> None:
-    """Send the `request` to the worker that holds the run, or notify the waiting clients if the run has ended by it."""
+    """Send the `request` to the worker that holds the run; without one, notify clients that wait for its end.
+
+    An unavailable broker is ignored.
+    """
     # Without the broker, the worker learns of it when it renews its lease, and clients poll once a second.
     with suppress(BrokerUnavailable):
         if lease_owner is None:
@@ -108,7 +120,7 @@ class NotificationListeners:
         self._listeners.append((on_notification, subject))
 
     def deliver(self, notification: Notification) -> None:
-        """Call the listeners to the subject of a notification, each by the event loop.
+        """Schedule a call of each listener to the subject of a notification on the event loop.
 
         So an exception of one listener ends neither the others nor this task.
         """

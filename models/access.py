@@ -148,5 +148,5 @@ def _derive_hashing_key(secret: bytes) -> bytes:
 
 
 def visible_prefix(key: str) -> str:
-    """Return the prefix of a key by which its owner may recognize it."""
+    """Return the first nine characters of a key, by which its owner may recognize it."""
     return key[:9]

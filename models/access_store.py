@@ -93,7 +93,7 @@ def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
 
 
 async def record_use(database: Database, key_id: str, *, now: datetime, every: timedelta) -> None:
-    """Store the time of a key's use, unless a use within `every` is stored."""
+    """Store the time of a key's use, unless a use within `every` is stored; raises `DatabaseUnavailable`."""
     is_due = or_(col(ApiKey.last_used_at).is_(None), col(ApiKey.last_used_at) < now - every)
     statement = update(ApiKey).where(col(ApiKey.id) == key_id, is_due).values(last_used_at=now)
 
@@ -104,7 +104,10 @@ async def record_use(database: Database, key_id: str, *, now: datetime, every: t
 
 
 async def rehash_key(database: Database, key: str, *, earlier: str, secret: bytes) -> None:
-    """Replace the hash of a key under an earlier server secret by one under the current secret."""
+    """Replace the hash of a key under an earlier server secret by one under the current secret.
+
+    Raises `DatabaseUnavailable`.
+    """
     statement = (
         update(ApiKey)
         .where(col(ApiKey.hash) == earlier)
@@ -154,7 +157,10 @@ async def create_user(
     role: UserRole,
     now: datetime,
 ) -> User:
-    """Insert a user of an organization; raises `EmailTaken`."""
+    """Insert a user of an organization, with the mail address in lower case, and return the row.
+
+    Raises `EmailTaken`.
+    """
     user = User(
         id=ids.new_id("user"),
         organization_id=organization.id,
@@ -208,7 +214,7 @@ async def find_operator_key(connection: AsyncConnection, now: datetime) -> ApiKe
 
 
 async def find_key(connection: AsyncConnection, key_id: str) -> FoundKey | None:
-    """Return the key with an id and its caller, valid or not."""
+    """Return the key with an id and its caller, valid or not; None for an unknown id."""
     statement = (
         select(ApiKey, col(User.role))
         .join(User, col(User.id) == col(ApiKey.user_id))
@@ -276,7 +282,10 @@ async def list_keys(
 async def revoke_key(
     connection: AsyncConnection, organization_id: str, key_id: str, *, user_id: str | None, now: datetime
 ) -> RevokedKey | None:
-    """Revoke a key of an organization, or of `user_id` if given; None for an unknown key."""
+    """Revoke a key of an organization, or of `user_id` if given; return its row before and after.
+
+    Both are the same if it was revoked before. None for an unknown key.
+    """
     conditions = [col(ApiKey.organization_id) == organization_id, col(ApiKey.id) == key_id]
     if user_id is not None:
         conditions.append(col(ApiKey.user_id) == user_id)

@@ -55,7 +55,10 @@ class BrowserSession(SQLModel, table=True):
     last_seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
     def ends_at(self, key_expires_at: datetime | None) -> datetime:
-        """Return the time at which the session ends without another request."""
+        """Return the time at which the session ends without another request.
+
+        That is by idleness, by age, or with its key.
+        """
         ends = min(self.last_seen_at + IDLE_LIFETIME, self.created_at + LIFETIME)
         return ends if key_expires_at is None else min(ends, key_expires_at)
 
@@ -139,7 +142,7 @@ async def delete_session(connection: AsyncConnection, session_id: str) -> None:
 
 
 async def record_use(database: Database, session_id: str, now: datetime) -> None:
-    """Store `now` as the time when a browser session was last used."""
+    """Store `now` as the time when a browser session was last used; raises `DatabaseUnavailable`."""
     statement = update(BrowserSession).where(col(BrowserSession.id) == session_id).values(last_seen_at=now)
 
     async def record(connection: AsyncConnection) -> None:

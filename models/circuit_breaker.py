@@ -60,7 +60,7 @@ class CircuitBreaker:
         self._probing: asyncio.Task[None] | None = None
 
     def guard(self) -> GuardedCall:
-        """Return the context of a call; entering and leaving it raises `DatabaseUnavailable`."""
+        """Return the context of a call; entering and leaving it raises `DatabaseUnavailable` during an outage."""
         return GuardedCall(self)
 
     def begin(self, call: GuardedCall) -> None:
@@ -77,7 +77,7 @@ class CircuitBreaker:
         self._calls.pop(call, None)
 
     def _look(self) -> None:
-        """Start a probe if the oldest call is late."""
+        """Start a probe of the server if the oldest call is late; look again while calls are in progress."""
         self._check = None
         if not self._calls:
             return
@@ -97,7 +97,7 @@ class CircuitBreaker:
             self._probing = None
 
     async def _open(self) -> None:
-        """Fail all calls, and probe until the server answers or no new calls are made."""
+        """Fail all calls, terminate the connections, and probe until the server answers or no new calls are made."""
         log.warning("database does not answer", calls=len(self._calls))
         self._is_open = True
         self._terminate()
@@ -153,7 +153,7 @@ class GuardedCall:
                 raise DatabaseUnavailable(OUTAGE_MESSAGE) from error
 
     def give_up(self) -> None:
-        """Cancel the task that waits in the context, because the database is known to be away."""
+        """Cancel the task that waits in the context, once, because the database is known to be away."""
         if self._task is not None and not self._is_given_up:
             self._is_given_up = True
             self._task.cancel()

@@ -74,7 +74,7 @@ class DataSourceShare(SQLModel, table=True):
 def encrypt_secrets(
     vault: SecretVault, secrets: dict[str, object], *, organization_id: str, source_id: str
 ) -> EncryptedText:
-    """Encrypt the secrets of a data source for its row."""
+    """Return the secrets of a data source, encrypted for its row in its organization."""
     text = msgspec.json.encode(secrets)
     return vault.encrypt(text, organization_id=organization_id, object_id=source_id)
 
@@ -93,13 +93,16 @@ def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
 
 
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a caller may see, test and use a data source."""
+    """Return the SQL condition under which a caller may see, test and use a data source: as admin, owner or guest.
+
+    Public ones are open to the whole organization.
+    """
     everybody = col(DataSource.organization_id) == caller.organization_id
     return and_(everybody, true() if caller.is_admin else _is_open_to(caller.user_id))
 
 
 def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
-    """Return the same condition for the user of a run, with the user's present role."""
+    """Return the SQL condition under which the user of a run may use a data source, by the user's present role."""
     is_admin = (
         select(col(User.id))
         .where(
@@ -118,6 +121,6 @@ def _is_open_to(user_id: str) -> ColumnElement[bool]:
 
 
 def is_writable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a caller may change, share and delete a data source."""
+    """Return the SQL condition under which a caller may change, share and delete a data source: as owner or admin."""
     own = true() if caller.is_admin else col(DataSource.owner_id) == caller.user_id
     return and_(col(DataSource.organization_id) == caller.organization_id, own)

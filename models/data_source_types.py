@@ -264,7 +264,10 @@ DATA_SOURCE_TYPES: Final[Mapping[DataSourceType, DataSourceTypeFields]] = {
 
 
 def describe_fields(part: str) -> str:
-    """Describe the fields in the `settings` or `secrets` of each type; a `?` marks an optional field."""
+    """Return a text with the names of the fields in `settings` or `secrets` of each type.
+
+    A `?` marks an optional field.
+    """
     descriptions = []
     for kind, definition in DATA_SOURCE_TYPES.items():
         fields = msgspec.structs.fields(getattr(definition, part))

@@ -58,7 +58,10 @@ class InvalidDatabaseUrl(ValueError):
 
 
 def parse_url(url: str) -> URL:
-    """Parse a database URL and set the driver; raises `InvalidDatabaseUrl`."""
+    """Return a database URL with the asynchronous driver of its kind.
+
+    Raises `InvalidDatabaseUrl` for a malformed URL, another kind and SQLite in memory.
+    """
     try:
         parsed = make_url(url)
     except ArgumentError as error:
@@ -218,9 +221,10 @@ class _SqliteWriteTransactions:
         self._under_way: set[object] = set()
 
     def begin(self, connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
-        """Begin a write transaction at once.
+        """Begin a write transaction at once, unless the connection only reads.
 
-        Otherwise it could fail at its first write because another transaction was faster.
+        Otherwise it could fail at its first write because another transaction was faster. Raises
+        `DatabaseUnavailable` while the file is locked.
         """
         if not connection.get_execution_options().get("reads_only"):
             self._breaker.begin(connection.exec_driver_sql, busy_seconds=SQLITE_BUSY_SECONDS)
@@ -288,9 +292,10 @@ class WriteLockBreaker:
         self._is_open = False
 
     def begin(self, execute: Callable[[str], object], *, busy_seconds: float) -> None:
-        """Begin a transaction on a connection; raises `DatabaseUnavailable`.
+        """Begin a write transaction on a connection, and wait for the lock of the file.
 
-        `busy_seconds` is the lock wait of the connection.
+        `busy_seconds` is the lock wait of the connection. After an earlier timeout, it fails at once while
+        the lock stays. Raises `DatabaseUnavailable`.
         """
         if not self._is_open or not self._is_free(execute, busy_seconds):
             self._wait(execute)
@@ -319,7 +324,11 @@ class WriteLockBreaker:
                     raise _lock_error() from error
 
     def _is_free(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
-        """Begin without a wait; returns False if another writer of this process was faster."""
+        """Try to begin a transaction without a wait; return whether it has begun.
+
+        False means that another writer of this process was faster. Raises `DatabaseUnavailable` while another
+        process holds the lock.
+        """
         execute("PRAGMA busy_timeout = 0")
         try:
             error = _try_begin(execute)
@@ -331,13 +340,13 @@ class WriteLockBreaker:
 
 
 def write_breaker(path: str) -> WriteLockBreaker:
-    """Return the breaker for a file in this process."""
+    """Return the breaker for an SQLite file, which all connections of this process share."""
     with _guard:
         return _breakers.setdefault(path, WriteLockBreaker())
 
 
 def _try_begin(execute: Callable[[str], object]) -> Exception | None:
-    """Try to begin a transaction; returns the error if the file is locked."""
+    """Try to begin a write transaction; return None, or the error if the file is locked; raise other errors."""
     try:
         execute("BEGIN IMMEDIATE")
     except Exception as error:
@@ -363,7 +372,10 @@ class TransactionTurns:
 
     @asynccontextmanager
     async def take(self, key: str) -> AsyncIterator[None]:
-        """Wait for the turn, and hold it for the block; raises `LockWaitTimeout`."""
+        """Wait for the turn among transactions with this key, and hold it for the block.
+
+        Raises `LockWaitTimeout` if one before it has waited in vain for a lock.
+        """
         queue = self._queues.setdefault(key, _TurnQueue())
         queue.users += 1
         timeouts = queue.timeouts

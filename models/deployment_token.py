@@ -66,7 +66,10 @@ async def ensure_token(
 async def issue_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Issue a new current token; earlier tokens stay valid until they are revoked."""
+    """Issue a new current token of a deployment's pods and return it.
+
+    Earlier tokens stay valid until they are revoked.
+    """
     token = runner_tokens.derive_token(token_id, secret)
     await connection.execute(
         insert(DeploymentToken).values(
@@ -82,7 +85,10 @@ async def issue_token(
 
 
 async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: datetime) -> int:
-    """Revoke all tokens of a deployment; returns their number. Gateways refuse them within two seconds."""
+    """Revoke all tokens of a deployment; return their number.
+
+    Gateways refuse them within two seconds.
+    """
     statement = (
         update(DeploymentToken)
         .where(col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None))
@@ -94,7 +100,7 @@ async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: d
 async def revoke_superseded_tokens(
     connection: AsyncConnection, workflow_id: str, *, before: datetime, now: datetime
 ) -> int:
-    """Revoke all tokens but the current one; returns the number of revoked tokens.
+    """Revoke all tokens of a deployment but the current one; return the number of revoked tokens.
 
     Does nothing unless the current token is older than `before`.
     """
@@ -118,7 +124,7 @@ async def revoke_superseded_tokens(
 
 
 async def list_superseded(connection: AsyncConnection) -> Sequence[str]:
-    """Return the workflows with more than one valid token."""
+    """Return the ids of workflows with more than one valid token."""
     workflow_id = col(DeploymentToken.workflow_id)
     statement = (
         select(workflow_id)

@@ -12,8 +12,8 @@ PRIVATE_MODE = 0o700
 def make_folder(folder: Path, mode: int = PRIVATE_MODE) -> None:
     """Create a folder and its missing parents durably; an existing folder is kept.
 
-    Always syncs the parent folder: another process may have died between creating and syncing. Raises
-    OSError.
+    Always syncs the parent folder, if it is readable: another process may have died between creating and
+    syncing. Raises `OSError`.
     """
     if not folder.parent.is_dir():
         make_folder(folder.parent, mode)
@@ -24,7 +24,7 @@ def make_folder(folder: Path, mode: int = PRIVATE_MODE) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable; raises OSError."""
+    """Make the names of the files in a folder durable (fsync); raises `OSError`."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -43,7 +43,7 @@ class EncryptedText:
 
 
 def identify_secret(secret: bytes) -> str:
-    """Return an id of a server secret that reveals nothing of it."""
+    """Return an id of a server secret, in hexadecimal, that reveals nothing of it."""
     return blake2b(secret, digest_size=8, person=b"secret id").hexdigest()
 
 
@@ -56,7 +56,7 @@ class SecretVault:
         self._keys = {identify_secret(one): _DerivedKey(one, purpose) for one in (secret, *previous)}
 
     def encrypt(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
-        """Encrypt a text so that it can be decrypted for this object of this organization alone."""
+        """Encrypt a text with the current secret, so that only this object of this organization can decrypt it."""
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
         return EncryptedText(

@@ -58,9 +58,9 @@ def earliest_id(prefix: str, moment: datetime) -> str:
 
 
 def time_of(text: str) -> datetime | None:
-    """Return the time at which an id was made, in milliseconds; None for a text of another form.
+    """Return the time at which an id was made, to the millisecond; None for a text of another form.
 
-    Ids that are derived from others have no meaningful time.
+    Ids that are derived from others have the time of their origin.
     """
     encoded = text.rpartition("_")[2]
     if len(encoded) != ID_CHARACTERS or any(one not in ALPHABET for one in encoded):
@@ -104,7 +104,7 @@ def _next_millisecond() -> int:
 
 
 def encode_base32(number: int) -> str:
-    """Encode 128 bits as 26 characters that sort like the numbers."""
+    """Encode a number of 128 bits as 26 characters that sort like the numbers."""
     parts = []
     for _ in range(13):
         parts.append(_PAIRS[number & 1023])
@@ -113,7 +113,7 @@ def encode_base32(number: int) -> str:
 
 
 def derive_id(prefix: str, origin: str, *parts: str) -> str:
-    """Derive the id of `parts` below another id.
+    """Derive the id of `parts` below the id `origin`; the same arguments give the same id.
 
     It has the time of `origin`, so that their rows are adjacent.
     """
@@ -139,12 +139,12 @@ def is_id(text: str) -> bool:
 
 
 def shard_of(organization_id: str) -> int:
-    """Return the shard for new rows of an organization."""
+    """Return the shard for new rows of an organization: a small hash of its id."""
     return _hash(organization_id) % SHARDS
 
 
 def turn_of_workflow(workflow_id: str) -> int:
-    """Return the queue turn for new runs of a workflow."""
+    """Return the queue turn for new runs of a workflow: a small hash of its id."""
     return _hash(workflow_id) % TURNS
 
 

@@ -45,7 +45,7 @@ class PolicyReplay:
 
 
 def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowChange]:
-    """Return the starts and stops of a policy by the clock alone, within the length of a preview."""
+    """Return the window openings and closings of a policy within `PREVIEW_TIME`; none for other policies."""
     match policy:
         case ScheduledWindowPolicy(schedule):
             return [*weekly_windows.window_changes(schedule, now, now + PREVIEW_TIME)]
@@ -54,7 +54,7 @@ def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowCh
 
 
 def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[ZoneClockChange]:
-    """Return the clock changes of a policy's time zone within the length of a preview."""
+    """Return the clock changes of a policy's time zone within `PREVIEW_TIME`; none for policies without windows."""
     match policy:
         case ScheduledWindowPolicy(schedule):
             return [*weekly_windows.zone_clock_changes(schedule.timezone, now, now + PREVIEW_TIME)]
@@ -65,7 +65,10 @@ def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[Zo
 def replay_runs(
     policy: DeploymentPolicy, runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> PolicyReplay:
-    """Replay runs between two times under a policy; `runs` are sorted by acceptance."""
+    """Return the pod time, cold starts and waits that a policy would have had for these runs between two times.
+
+    `runs` are sorted by acceptance.
+    """
     match policy:
         case AlwaysOnPolicy():
             return PolicyReplay(until - since, 0, [])
@@ -78,7 +81,7 @@ def replay_runs(
 
 
 def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> PolicyReplay:
-    """Replay runs with pods that start for a run and stay up for `keep` after the last one."""
+    """Return pod time and cold starts with pods that start for a run and stay up for `keep` after the last one."""
     pod_time, cold_starts = timedelta(), 0
     up_since = up_until = None
     for run in runs:
@@ -96,7 +99,7 @@ def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime)
 def _replay_schedule(
     schedule: WindowSchedule, runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> PolicyReplay:
-    """Replay runs with pods that are up while a schedule is open; earlier runs wait for its opening."""
+    """Return pod time and waits with pods that are up while a schedule is open; earlier runs wait for its opening."""
     spans = [*_open_spans(schedule, since, until)]
     pod_time = sum(
         (min(closes_at, until) - opens_at for opens_at, closes_at in spans if opens_at < until), timedelta()
@@ -114,7 +117,7 @@ def _replay_schedule(
 def _open_spans(
     schedule: WindowSchedule, since: datetime, until: datetime
 ) -> Iterator[tuple[datetime, datetime]]:
-    """Yield the open spans of a schedule after `since`, up to the first opening after `until`."""
+    """Yield start and end of the open times of a schedule after `since`, up to the first that begins after `until`."""
     end = until + weekly_windows.HORIZON
     opens_at = since if weekly_windows.is_open(schedule, since) else None
     for change in weekly_windows.window_changes(schedule, since, end):

@@ -195,7 +195,7 @@ def effective_policy(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
-    """Parse a stored policy.
+    """Parse a stored policy, which is valid.
 
     Its shape is `type`, and `idleTimeoutMinutes` or `schedule` with `timezone` and `windows` of `days`,
     `startTime` and `endTime`.
@@ -220,7 +220,10 @@ def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
 
 
 def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
-    """Decide on the action on a deployment at this time."""
+    """Return the decision of a policy about a deployment: the action, its reason, and the time to decide again.
+
+    Pure. Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     if not situation.is_deployed:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
     if situation.drain_until is not None:
@@ -231,7 +234,7 @@ def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: dateti
 
 
 def retry_time(start_failures: int) -> timedelta:
-    """Return the pause after this many consecutive failed starts."""
+    """Return the pause after this many consecutive failed starts; it doubles up to a maximum."""
     doublings = min(max(start_failures - 1, 0), 16)
     return min(RETRY_TIME * (1 << doublings), MAX_RETRY_TIME)
 
@@ -239,7 +242,10 @@ def retry_time(start_failures: int) -> timedelta:
 def start_refusal(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> StartRefusal | None:
-    """Return why a deployment can't serve a run now; None: it is up, or may be started for the run."""
+    """Return the reason why a deployment can't serve a run now; None if it is up, or may be started for the run.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     if not situation.is_deployed or situation.stopped_reason is StoppedReason.ARCHIVED:
         return StartRefusal(StartRefusalCode.NOT_DEPLOYED)
     if situation.is_up and situation.drain_until is None:
@@ -264,7 +270,10 @@ def stop_decision(
 def next_transition(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleTransition | None:
-    """Return the next start or stop of a deployment by the clock alone, without further events."""
+    """Return the next start or stop of a deployment by the clock alone, without further events.
+
+    None if there is none. Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     decision = decide(policy, situation, now)
     match decision.action:
         case LifecycleAction.START | LifecycleAction.WAKE:
@@ -322,7 +331,10 @@ def _stop_unless_in_use(
 def _stop_unless_open(
     schedule: WindowSchedule, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
-    """Return a stop while the schedule is closed, but not before its first closing after a start by a user."""
+    """Return a stop while the schedule is closed, but not before its first closing after a start by a user.
+
+    Otherwise no action, with the time of the next closing.
+    """
     if weekly_windows.is_open(schedule, now):
         closes_at = weekly_windows.next_closing(schedule, now)
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.WINDOW_OPEN, check_at=closes_at)
@@ -376,7 +388,7 @@ def _decide_while_down(
 def _start_reason(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleReason | None:
-    """Return why a policy wants a deployment up without a due run; None if it doesn't."""
+    """Return the reason why a policy wants a deployment up without a due run; None if it doesn't."""
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL
     match policy:
         case AlwaysOnPolicy() if not is_by_hand:

@@ -16,7 +16,7 @@ _ROOT = Path("/")
 
 
 def count_kills(root: Path = _ROOT) -> int | None:
-    """Return the number of kills; None where the system doesn't report it."""
+    """Return the number of processes killed for lack of memory in this cgroup or system; None if it is not reported."""
     for file in _counter_files(root):
         try:
             lines = file.read_text(encoding="ascii").splitlines()
@@ -39,7 +39,10 @@ class OomKillWatch:
         self._look_at = time.monotonic() + LOOK_SECONDS
 
     def look(self) -> None:
-        """Update the counts, to forget earlier kills of other processes; call it again and again."""
+        """Update the counts at most every `LOOK_SECONDS`, to forget earlier kills of other processes.
+
+        Call it again and again.
+        """
         if time.monotonic() >= self._look_at:
             self._earlier, self._latest = self._latest, count_kills()
             self._look_at = time.monotonic() + LOOK_SECONDS

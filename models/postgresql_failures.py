@@ -43,7 +43,7 @@ _CLASSES: Final = {
 
 
 def failure_of(error: BaseException) -> DatabaseFailure | None:
-    """Return the kind of failure for an error; None for an error that isn't transient.
+    """Return the kind of a transient failure of the database; None for any other error.
 
     The error is one of asyncpg, SQLAlchemy or the system.
     """

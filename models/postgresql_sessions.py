@@ -78,7 +78,7 @@ async def open_session(address: str, *, settings: Mapping[str, str], **options: 
 
 
 async def open_checked_session(address: str, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session as `open_session` does, and check whether a pooler has silently dropped the timeouts."""
+    """Open a session as `open_session` does, and note whether a pooler has silently dropped the timeouts."""
     connection = await open_session(address, settings={}, **options)
     try:
         found = await connection.fetchval("SELECT setting FROM pg_settings WHERE name = 'lock_timeout'")
@@ -97,7 +97,7 @@ def timeout_statement() -> str:
 
 
 def has_timeouts(connection: object) -> bool:
-    """Return whether the session has the timeouts; otherwise each transaction must set them."""
+    """Return whether the session has the timeouts; otherwise each transaction must run `timeout_statement`."""
     return connection not in _without_timeouts
 
 
@@ -130,7 +130,10 @@ async def _open_session(address: str, settings: Mapping[str, str], options: dict
 
 
 async def _probe_server(address: str) -> None:
-    """Return after the server has answered on a new connection, even by a refusal."""
+    """Return after the server has answered a query on a new connection, even by an error.
+
+    Raises `OSError` and `TimeoutError` without an answer.
+    """
     try:
         connection = await _open_session(address, {}, {})
     except asyncpg.PostgresError:

@@ -19,7 +19,7 @@ _CHARACTERS: Final = 52
 
 
 def derive_token(token_id: str, secret: bytes) -> str:
-    """Derive the token of a row: `rt-`, a routing code of two characters, 260 bits."""
+    """Derive a pod's token from its id and the server's secret: `rt-`, a routing code of two characters, 260 bits."""
     key = blake2b(secret, digest_size=64, person=b"runner tokens").digest()
     number = int.from_bytes(blake2b(token_id.encode(), key=key, digest_size=33).digest(), "big")
     return (

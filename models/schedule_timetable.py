@@ -87,12 +87,12 @@ class ScheduleTimetable:
 
     @property
     def timing_hash(self) -> str:
-        """Hash that changes with the instants and with nothing else."""
+        """Hash of cron, interval, time zone and jitter, which determine the instants."""
         timing = (self.cron, self.interval_seconds, self.timezone, self.jitter_seconds)
         return sha256(msgspec.json.encode(timing)).hexdigest()
 
     def start_delay(self, workflow_id: str) -> timedelta:
-        """Return the constant delay of a workflow's runs after their instants, less than the jitter."""
+        """Return the constant delay of a workflow's runs after their instants: from 0 to less than the jitter."""
         digest = blake2b(workflow_id.encode(), digest_size=4).digest()
         return timedelta(
             milliseconds=self.jitter_seconds * 1_000 * int.from_bytes(digest, "big") // 256 ** len(digest)
@@ -103,7 +103,10 @@ class ScheduleTimetable:
         return next(self.instants_after(moment, anchor), None)
 
     def instants_after(self, moment: datetime, anchor: datetime) -> Iterator[datetime]:
-        """Yield all instants after a time, in UTC."""
+        """Yield all instants after a time, in UTC, possibly without end.
+
+        Intervals count from `anchor`.
+        """
         if self.interval_seconds is not None:
             yield from _interval_instants(timedelta(seconds=self.interval_seconds), moment, anchor)
             return
@@ -120,7 +123,10 @@ class ScheduleTimetable:
         ]
 
     def last_instants(self, count: int, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
-        """Return the last instants from `first` to `last`, without computing all of a long time."""
+        """Return at most `count` instants, the last ones from `first` to `last`, earliest first.
+
+        It doesn't compute all instants of a long time.
+        """
         stretch = _FIRST_STRETCH
         while True:
             start = max(first, last - stretch)
@@ -215,7 +221,10 @@ def is_cron_expression(cron: str) -> bool:
 
 
 def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: datetime) -> ScheduleDecision:
-    """Decide about all due instants from `state.next_run_at` on; none of them is due again."""
+    """Decide which due instants from `state.next_run_at` on get a run; none of them is due again.
+
+    The decision also has the next instant, and the reason and time of instants that are skipped.
+    """
     due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
         return ScheduleDecision((), state.next_run_at)
@@ -232,10 +241,7 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
 def _instants_to_run(
     timetable: ScheduleTimetable, state: ScheduleState, due_until: datetime
 ) -> tuple[list[datetime], SkipReason | None, datetime | None]:
-    """Return the due instants that the misfire policy runs.
-
-    With them, returns the reason for leaving others out, and the last of these.
-    """
+    """Return the due instants that the misfire policy runs; with the reason for others, and the last of those."""
     first, anchor_at = state.next_run_at, state.anchor_at
     in_time_since = due_until - GRACE_TIME
     if first >= in_time_since:
@@ -263,8 +269,8 @@ def recompute_next_instant(
 ) -> datetime | None:
     """Return the next instant of a schedule after the clock that computed it was found to be ahead.
 
-    Instants that ran early are not run again, unless the clock was so far ahead that nothing would run for
-    long.
+    None without any. Instants that ran early are not run again, unless the clock was so far ahead that
+    nothing would run for long.
     """
     since = now - timetable.start_delay(workflow_id)
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:
@@ -275,12 +281,12 @@ def recompute_next_instant(
 def upcoming_instants(
     timetable: ScheduleTimetable, moment: datetime, anchor: datetime, count: int
 ) -> list[datetime]:
-    """Return the next `count` instants after a time."""
+    """Return at most `count` instants after a time, earliest first."""
     return [*islice(timetable.instants_after(moment, anchor), count)]
 
 
 def _interval_instants(step: timedelta, moment: datetime, anchor: datetime) -> Iterator[datetime]:
-    """Yield the times after `moment` at multiples of a step after `anchor`."""
+    """Yield without end the times after `moment` at multiples of a step after `anchor`."""
     number = max(0, (moment - anchor) // step)
     while True:
         number += 1

@@ -42,7 +42,7 @@ class NewerDatabase(Exception):
 async def migrate(url: URL) -> None:
     """Run every migration that the database lacks; safe to repeat, and to run from several processes at once.
 
-    Raises `DatabaseUnavailable` and `NewerDatabase`.
+    Raises `DatabaseUnavailable`, `NewerDatabase`, and `LockWaitTimeout` if tables stay locked.
     """
     database = Database(url)
     try:
@@ -53,13 +53,16 @@ async def migrate(url: URL) -> None:
 
 
 async def read_revision(database: Database) -> str | None:
-    """Return the revision of the database, or None if it has no tables."""
+    """Return the revision of the database, or None if it has no tables; raises `DatabaseUnavailable`."""
     async with database.read() as connection:
         return await connection.run_sync(_revision)
 
 
 async def require_current(database: Database) -> None:
-    """Raise `OutdatedDatabase` or `NewerDatabase` unless this code can use the tables."""
+    """Raise `OutdatedDatabase` or `NewerDatabase` unless this code can use the tables.
+
+    Raises `DatabaseUnavailable` too.
+    """
     async with database.read() as connection:
         found = await connection.run_sync(_revision)
         if found is None or found < HEAD_REVISION:
@@ -106,7 +109,7 @@ async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
 
 
 async def _upgrade_when_unlocked(database: Database) -> None:
-    """Migrate as soon as no other transaction has locked a table.
+    """Migrate as soon as no other transaction has locked a table; raises `LockWaitTimeout` after `LOCKED_SECONDS`.
 
     Each attempt is short: other users of a table wait behind a statement that is to change it.
     """

@@ -64,14 +64,17 @@ def hash_token(token: str) -> str:
 
 
 def visible_suffix(token: str) -> str:
-    """Return the suffix of a token by which its owner may recognize it."""
+    """Return the last `HINT_CHARACTERS` of a token, by which its owner may recognize it."""
     return token[-HINT_CHARACTERS:]
 
 
 async def find_tokens(
     database: Database, hashes: Collection[str], now: datetime
 ) -> dict[str, FoundSenderToken]:
-    """Return the valid tokens with these hashes, by hash, without tokens of deleted workflows."""
+    """Return the valid tokens with these hashes, by hash, without tokens of deleted workflows.
+
+    Raises `DatabaseUnavailable`.
+    """
     statement = (
         select(SenderToken, col(User.role), col(Workflow.owner_id))
         .join(User, col(User.id) == col(SenderToken.user_id))
@@ -104,7 +107,7 @@ def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
 
 
 async def record_use(database: Database, token_id: str, *, now: datetime, every: timedelta) -> None:
-    """Store the time of a token's use, unless a use within `every` is stored."""
+    """Store the time of a token's use, unless a use within `every` is stored; raises `DatabaseUnavailable`."""
     is_due = or_(col(SenderToken.last_used_at).is_(None), col(SenderToken.last_used_at) < now - every)
     statement = update(SenderToken).where(col(SenderToken.id) == token_id, is_due).values(last_used_at=now)
 

@@ -27,7 +27,10 @@ class InvalidSettings(ValueError):
 
 
 def split_list(value: object) -> object:
-    """Split a text with commas, or parse a JSON list; returns other values unchanged."""
+    """Split a text at commas into a tuple, or parse a JSON list; return other values unchanged.
+
+    Raises `ValueError` for malformed JSON.
+    """
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -182,7 +185,10 @@ class ServerSettings(TraceSettings):
 
     @property
     def broker_url(self) -> str | None:
-        """Redis or PostgreSQL of wakeups and notifications; None for SQLite without Redis, in one process."""
+        """URL of the Redis or PostgreSQL for wakeups and notifications.
+
+        None for SQLite without Redis, in one process.
+        """
         if self.redis_url:
             return self.redis_url
         url = self.listen_url or self.database_url

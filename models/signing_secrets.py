@@ -63,12 +63,12 @@ def valid_secrets_statement(organization_id: str) -> Select[Any]:
 
 
 def new_secret() -> str:
-    """Return a new secret, as it is shown once."""
+    """Return a new random signing secret: a prefix and base64."""
     return PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
 def visible_suffix(secret: str) -> str:
-    """Return the suffix that is shown of a secret afterwards."""
+    """Return the last `HINT_CHARACTERS` of a secret, which are shown after its creation."""
     return secret.rstrip("=")[-HINT_CHARACTERS:]
 
 
@@ -84,7 +84,7 @@ def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
 
 
 def sign_message(keys: Iterable[str], message_id: str, timestamp: int, body: bytes) -> str:
-    """Return the header `webhook-signature`: one signature per secret, the newest first."""
+    """Return the header `webhook-signature`: one signature per secret, in their order, separated by spaces."""
     signed = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
     return " ".join(f"v1,{_sign(key, signed)}" for key in keys)
 

@@ -111,7 +111,7 @@ class HostTime:
         self._offset = _wall_microseconds() - _counter_microseconds()
 
     def microseconds(self) -> int:
-        """Return the time in microseconds since 1970."""
+        """Return this host's time in microseconds since 1970, which follows no change of the wall clock by itself."""
         return self._offset + _counter_microseconds()
 
     def seconds(self) -> float:
@@ -119,7 +119,7 @@ class HostTime:
         return self.microseconds() / 1_000_000
 
     def step(self) -> int:
-        """Return by how many microseconds the wall clock is ahead; a large step means that it was set."""
+        """Return by how many microseconds the wall clock is ahead of this time; a large step means that it was set."""
         return _wall_microseconds() - self.microseconds()
 
     def move(self, step: int) -> None:

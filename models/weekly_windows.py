@@ -69,7 +69,7 @@ class ZoneClockChange:
 
 @cache
 def zone_names() -> frozenset[str]:
-    """Return the valid names of time zones for a schedule."""
+    """Return the valid names of time zones for a schedule: those of places, such as `Europe/Berlin`."""
     return frozenset(available_timezones() - _NO_PLACES)
 
 
@@ -87,7 +87,10 @@ def parse_window(days: Iterable[int], start: str, end: str) -> WeeklyWindow:
 
 
 def is_open(schedule: WindowSchedule, now: datetime) -> bool:
-    """Return whether a schedule is open at a time."""
+    """Return whether a schedule is open at a time, by the local time of its zone.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     local = now.astimezone(ZoneInfo(schedule.timezone))
     minute = _day_of_week(local.date()) * DAY_MINUTES + local.hour * 60 + local.minute
     week = _week_minutes(schedule.windows)
@@ -105,7 +108,10 @@ def next_closing(schedule: WindowSchedule, since: datetime) -> datetime | None:
 
 
 def window_changes(schedule: WindowSchedule, since: datetime, until: datetime) -> Iterator[WindowChange]:
-    """Yield the openings and closings after `since` and up to `until`, in order."""
+    """Yield the openings and closings after `since` and up to `until`, in order; none for a whole week.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     week = _week_minutes(schedule.windows)
     if week == (0, WEEK_MINUTES):
         return
@@ -124,7 +130,10 @@ def window_changes(schedule: WindowSchedule, since: datetime, until: datetime) -
 
 
 def zone_clock_changes(timezone: str, since: datetime, until: datetime) -> Iterator[ZoneClockChange]:
-    """Yield the jumps of a zone's local time after `since` and up to `until`, in order."""
+    """Yield the changes of a zone's UTC offset after `since` and up to `until`, in order.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     zone = ZoneInfo(timezone)
     start = since.astimezone(UTC)
     before = _utc_offset(zone, start)
@@ -196,7 +205,7 @@ def _utc_offset(zone: ZoneInfo, at: datetime) -> timedelta:
 
 
 def _find_jump(zone: ZoneInfo, start: datetime, end: datetime) -> datetime:
-    """Return the time of a jump between two times, to the second."""
+    """Return the time between two times at which a zone's UTC offset changes, to the second."""
     before = _utc_offset(zone, start)
     while end - start > _SECOND:
         middle = start + (end - start) // 2

@@ -174,7 +174,7 @@ def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def is_listed_for(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a list shows a workflow to a caller: readable, and not a template.
+    """Return the SQL condition under which a list shows a workflow to a caller: readable, and not a template.
 
     Without the `or` for templates, indexes that leave them out can be used.
     """
@@ -196,5 +196,5 @@ def _is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def is_writable_by(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a caller may change, share and delete a workflow."""
+    """Return the SQL condition under which a caller may change, share and delete a workflow: as owner or admin."""
     return and_(*_is_present(caller), true() if caller.is_admin else col(Workflow.owner_id) == caller.user_id)

@@ -74,7 +74,7 @@ class PodProcess:
 
     @classmethod
     def new(cls, pod: str) -> PodProcess:
-        """Return the identity of a process that starts now."""
+        """Return the identity of a process of a pod that starts now, to the millisecond."""
         return cls(pod, datetime.fromtimestamp(int(datetime.now(UTC).timestamp() * 1_000) / 1_000, UTC))  # noqa: TID251 - compared on one machine
 
     @classmethod

@@ -78,13 +78,20 @@ class GatewayClient:
 
     @property
     def failing_seconds(self) -> float:
-        """Seconds for which every call on this loop found no gateway, or one that doesn't know this pod."""
+        """Seconds for which every call on this loop found no gateway, or one that doesn't know this pod.
+
+        0.0 after a success.
+        """
         return 0.0 if self._failing_since is None else monotonic() - self._failing_since
 
     async def call(
         self, path: str, call: msgspec.Struct | None, answer: type[Answer], *, seconds: float = CALL_SECONDS
     ) -> Answer:
-        """Return the answer to a call. Raises `DatabaseUnavailable`, `NodeError` and `CallRefused`."""
+        """Post a call to the gateway and return its decoded answer.
+
+        Raises `DatabaseUnavailable`, after a pause, if the gateway does not answer in time or asks for a
+        retry, `NodeError` for errors of node services, and `CallRefused` for other refusals.
+        """
         body = b"{}" if call is None else msgspec.json.encode(call)
         async with self._translated_errors(seconds):
             response = await self._connections.post(path, body)
@@ -134,7 +141,7 @@ class GatewayClient:
 
     @asynccontextmanager
     async def _translated_errors(self, seconds: float) -> AsyncIterator[None]:
-        """Limit the time of a block, and pause after a failure before the error is raised."""
+        """Limit the time of a block, and raise `DatabaseUnavailable` for network errors, after a pause."""
         try:
             async with asyncio.timeout(seconds):
                 yield

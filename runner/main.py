@@ -57,7 +57,10 @@ KEEP_ALIVE_SECONDS: Final = 75
 
 
 def serve(settings: RunnerSettings) -> None:
-    """Run until a stop signal; then let runs finish, hand off those that still run, and return."""
+    """Run the pod until a stop signal; then let runs finish, hand off those that still run, and return.
+
+    It ends too if the pod is orphaned.
+    """
     uvloop.run(_serve(settings))
 
 
@@ -99,7 +102,10 @@ async def _stop_when_orphaned(gateway: GatewayClient, settings: RunnerSettings, 
 async def make_first_contact(
     gateway: GatewayClient, settings: RunnerSettings, stop: asyncio.Event
 ) -> PodContact | None:
-    """Return the first response of the gateway, retrying until it answers; None if `stop` is set before."""
+    """Return the first answer of the gateway, retried until it comes, and learn the database time from it.
+
+    None if `stop` is set before.
+    """
     while not stop.is_set():
         try:
             asked_at = time.monotonic()
@@ -114,7 +120,10 @@ async def make_first_contact(
 
 
 async def _drain_seconds(gateway: GatewayClient, settings: RunnerSettings) -> float:
-    """Return the seconds that runs may take to finish; none after a stop, which has already given them that time."""
+    """Return the seconds that runs may take to finish: 0 after a stop by the gateway, which has given them that time.
+
+    The setting applies if the gateway can't be asked.
+    """
     try:
         contact = await gateway.call("/contact", None, PodContact, seconds=LAST_CONTACT_SECONDS)
     except (DatabaseUnavailable, CallRefused) as error:

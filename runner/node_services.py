@@ -49,8 +49,9 @@ class RemoteDataSources:
         self._remembered: OrderedDict[tuple[str, str], tuple[float, ConnectionSource]] = OrderedDict()
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source with its secrets as the gateway sends it, cached for the run; raises
-        `NodeError`.
+        """Return a data source with its secrets as the gateway sends it, cached for a moment per run.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
         """
         key = (caller.execution_id, source_id)
         known = self._remembered.get(key)
@@ -90,7 +91,10 @@ class RemoteRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run, or find the one that was started before; return its execution ID."""
+        """Start a run of another workflow through the gateway, or find that of an earlier call; return its id.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
+        """
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
         call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited)
         path = f"/executions/{caller.execution_id}/runs"
@@ -106,8 +110,9 @@ class RemoteThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next free time of a throttle at the gateway and return it; raises `NodeError` if it is
-        too far away.
+        """Reserve the next free time of a throttle at the gateway and return it.
+
+        Raises `NodeError` if it is over `max_wait_seconds` away; waits while the gateway is unavailable.
         """
         call = ThrottleRequest(key, limit, per_seconds, max_wait_seconds)
         path = f"/executions/{caller.execution_id}/reservations"
@@ -123,7 +128,10 @@ class RemoteEventWaits:
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Register an event wait of a node; return when it expires."""
+        """Register an event wait of a node at the gateway; return the time at which it expires.
+
+        None if the node has its answer already. Raises `NodeError`; waits while the gateway is unavailable.
+        """
         call = ExpectEventRequest(
             node_id,
             iteration,
@@ -156,7 +164,10 @@ class RemoteBlobStorage:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a blob. Raises `BlobLost` and `BlobsUnavailable`; see `BlobStorage.open`."""
+        """Open a blob from the gateway, to be read within the block.
+
+        Raises `BlobLost` if it does not exist, and `BlobsUnavailable`.
+        """
         try:
             async with self._gateway.stream(
                 "GET", _blob_path(owner, sha256), seconds=BLOB_SECONDS

@@ -13,7 +13,11 @@ CHECK_SECONDS: Final = 1.0
 
 
 async def wait_orphaned(gateway: GatewayClient, patience_seconds: float | None) -> str:
-    """Return the reason why this pod must exit. Without `patience_seconds`, only the loss of its folder is one."""
+    """Wait until this pod must exit; return the reason.
+
+    That is the loss of its folder, or a gateway that was away, or refused it, for `patience_seconds`; None
+    means without limit.
+    """
     while _has_folder():
         failing_seconds = gateway.failing_seconds
         if patience_seconds is not None and failing_seconds > patience_seconds:

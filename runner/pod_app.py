@@ -43,7 +43,10 @@ class PodLifecycle:
 
 
 def create_app(life: PodLifecycle) -> Starlette:
-    """Return the ASGI application by which a pod answers probes and wakeups."""
+    """Return the ASGI application of a pod.
+
+    It has the probes `/healthz` and `/readyz`, and `/trigger`, which wakes the executor.
+    """
 
     async def alive(_request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})

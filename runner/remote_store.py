@@ -60,7 +60,10 @@ class RemoteRunStore:
         self.clock = gateway.clock
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take pending runs of this pod's deployment through the gateway, each with a lease and fencing token."""
+        """Take pending runs of this pod's deployment through the gateway, each with a lease and fencing token.
+
+        Also learns the database time. Raises `DatabaseUnavailable` and `CallRefused`, as all calls here do.
+        """
         call = ClaimRequest(
             min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_isolation_losses
         )
@@ -75,7 +78,10 @@ class RemoteRunStore:
         return (await self._gateway.call("/suspects", call, SuspectsResponse)).has_suspects
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows the owner
-        """Write the progress of runs; see `RunStore.record`. Raises `PartialCommit`."""
+        """Write the progress of runs in several calls; return the ids of runs that still held their token.
+
+        Raises `PartialCommit` if some writes are not stored; see `RunStore.record`.
+        """
         held: set[str] = set()
         unwritten: set[str] = set()
         for part in _split_batch(batch):
@@ -94,7 +100,10 @@ class RemoteRunStore:
         *,
         owner: str = "",  # noqa: ARG002 - the gateway knows the owner
     ) -> Sequence[RenewalResult]:
-        """Extend leases by `lease_seconds` through the gateway; a lease that is not among the answers is lost."""
+        """Extend leases by `lease_seconds` through the gateway; return those with requests, and locked ones.
+
+        A lease that is not among the answers is lost. Also learns the database time.
+        """
         leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()
         answer = await self._gateway.call("/renew", RenewRequest(leases, lease_seconds), RenewResponse)
@@ -138,11 +147,11 @@ class RemoteRunStore:
         return found
 
     async def promote_due(self) -> int:
-        """Return runs of this deployment whose wait is over to the queue."""
+        """Return runs of this deployment whose wait is over to the queue; return their number."""
         return (await self._gateway.call("/promote", None, CountResponse)).count
 
     async def sweep(self, limit: int) -> SweepResult:  # noqa: ARG002 - the protocol's signature
-        """Find nothing: workers sweep for runs without an owner, and the gateway announces work to pods."""
+        """Return an empty result: workers sweep for runs without an owner, and the gateway announces work to pods."""
         return SweepResult(0, {}, 0, has_pending=False)
 
     async def release(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows the owner
@@ -165,7 +174,7 @@ def _runs_request(keys: Sequence[ExecutionKey]) -> RunsRequest:
 
 
 def _split_batch(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
-    """Split the writes of runs into parts that each fit into one call of the gateway."""
+    """Yield the writes of runs in parts that each fit into one call of the gateway, by bytes and number."""
     part: list[RunWrite] = []
     size = 0
     for write in batch:

@@ -81,7 +81,7 @@ class RunnerSettings(ExecutionSettings):
 
     @property
     def token(self) -> str:
-        """Token from the setting or its file. Raises OSError."""
+        """Token from the setting or its file; raises `OSError` if the file can't be read."""
         if self.runner_token is not None:
             return self.runner_token.get_secret_value()
         return (self.runner_token_file or Path()).read_text(encoding="ascii").strip()

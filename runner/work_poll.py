@@ -65,7 +65,10 @@ class GatewayWorkPoll:
         """Do nothing: runs of deployments are claimed."""
 
     async def stop_worker(self) -> None:
-        """Receive no more wakeups. Runs that finish meanwhile learn of requests by their lease renewals."""
+        """End the poll of the gateway: no more wakeups come.
+
+        Runs that finish meanwhile learn of requests by their lease renewals.
+        """
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -99,7 +102,10 @@ class GatewayWorkPoll:
                 on_wakeup(ALL_SHARDS)
 
     def _remember(self, execution_id: str, request: str) -> None:
-        """Remember a request, so that the gateway doesn't send it again: it sends all that aren't in `heard`."""
+        """Remember the last request to an execution, so that the gateway doesn't send it again.
+
+        Only the latest `MAX_REMEMBERED` are kept.
+        """
         self._heard.pop(execution_id, None)
         self._heard[execution_id] = request
         while len(self._heard) > MAX_REMEMBERED:

@@ -43,7 +43,10 @@ class LeaderElection:
         return time.monotonic() < self._until
 
     async def renew(self) -> None:
-        """Renew the lease, or take it if it has expired. Raises `DatabaseUnavailable`."""
+        """Renew the lease, or take it if it has expired; the state of leadership is updated and measured.
+
+        Raises `DatabaseUnavailable`.
+        """
         since = time.monotonic()
         epoch = await self._database.transaction(self._take)
         if epoch is None:
@@ -64,7 +67,10 @@ class LeaderElection:
         await self._database.transaction(self._leave)
 
     async def _take(self, connection: AsyncConnection) -> int | None:
-        """Return our epoch, which increases with each change of the leader; None if another process leads."""
+        """Take or renew the lease; return our epoch, which increases with each change of the leader.
+
+        None if another process leads.
+        """
         insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
         until = DatabaseTime() + int(self._lease_seconds * 1_000_000)
         is_ours = col(Leadership.owner) == self.owner

@@ -32,7 +32,7 @@ BATCH_ROWS: Final = 1_000
 
 
 async def keep_policies(database: Database, broker: Broker) -> None:
-    """Apply the policies of all deployments. Raises `DatabaseUnavailable`."""
+    """Apply the lifecycle policies of all deployments, one after the other; raises `DatabaseUnavailable`."""
     after = ""
     while True:
         async with database.read() as connection:

@@ -130,7 +130,10 @@ def list_duties(
 
 
 def serve(settings: SchedulerSettings) -> None:
-    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit."""
+    """Run the scheduler until a stop signal.
+
+    Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
+    """
     settings.check_for_production()
     uvloop.run(_serve(settings))
 
@@ -163,7 +166,10 @@ async def _serve(settings: SchedulerSettings) -> None:
 
 @asynccontextmanager
 async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
-    """Do each duty now, and then at its interval, while the context lasts."""
+    """Do each duty now, and then at its interval, while the context lasts.
+
+    At the end, duties in progress get `FINISH_SECONDS`.
+    """
     # It logs at every tick that a slow duty is still running.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     ticker = AsyncIOScheduler(timezone=UTC)
@@ -221,7 +227,10 @@ async def _run_duty(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> Non
 async def _run_leadership(
     settings: SchedulerSettings, database: Database
 ) -> AsyncIterator[Callable[[], bool]]:
-    """Lead whenever no other process does; yield a function that returns whether this process leads."""
+    """Lead whenever no other process does, while the context lasts; resign after it.
+
+    It yields a function that returns whether this process leads. Raises `DatabaseUnavailable` at the start.
+    """
     leader = LeaderElection(database, settings.leadership_seconds)
     await leader.renew()
     renewal = PeriodicDuty("renew leadership", settings.leadership_seconds / RENEWALS_PER_LEASE, leader.renew)

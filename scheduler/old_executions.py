@@ -46,7 +46,11 @@ class RetentionPeriods:
 
 
 async def delete_old_executions(settings: SchedulerSettings, database: Database) -> None:
-    """Delete expired executions with their blobs. Raises `DatabaseUnavailable`."""
+    """Delete expired executions with their blobs, and log their number. Raises `DatabaseUnavailable`.
+
+    If the blob storage is unavailable, blobs are left to the sweep of orphaned ones, and later executions to
+    the next run.
+    """
     retention = RetentionPeriods(settings.retention_days, settings.retention_runs)
     blobs = open_blobs(settings)
     deleted = 0
@@ -67,7 +71,10 @@ async def delete_old_executions(settings: SchedulerSettings, database: Database)
 async def _delete_batches(
     database: Database, retention: RetentionPeriods
 ) -> AsyncIterator[Sequence[BlobOwner]]:
-    """Delete expired executions in batches, and yield the owners of each batch's blobs."""
+    """Delete expired executions in batches, and yield the owners of each batch's blobs.
+
+    Workflows with locked rows are left out. Raises `DatabaseUnavailable`.
+    """
     after: str | None = ""
     while after is not None:
         async with database.read() as connection:
@@ -127,9 +134,10 @@ async def _delete_of_workflow(
 
 
 def old(workflow_id: str, beyond: datetime | None, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds the oldest deletable executions of a workflow.
+    """Return the statement that finds the oldest deletable executions of a workflow, up to `BATCH_RUNS`.
 
-    It keeps running ones, those with pending completion actions, and those whose parent still runs.
+    It keeps running ones, those with pending completion actions, and those whose parent still runs. `beyond`
+    is the time of the newest run above the limit of runs.
     """
     is_over = col(Execution.ended_at) < DatabaseTime() - retention.days * 24 * _HOUR_MICROSECONDS
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()

@@ -18,7 +18,10 @@ log = structlog.get_logger()
 
 
 async def delete_orphaned_blobs(settings: ServerSettings, database: Database) -> None:
-    """Delete orphaned blobs that are at least a day old. Raises `DatabaseUnavailable`."""
+    """Delete orphaned blobs that are at least a day old; an unavailable storage is logged.
+
+    Raises `DatabaseUnavailable`.
+    """
     blobs = open_blobs(settings)
     try:
         await orphan_blobs.delete_orphans(blobs, database)

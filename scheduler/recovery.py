@@ -21,7 +21,10 @@ SWEEP_ROWS: Final = 500
 
 
 async def recover_runs(store: JournalStore, broker: Broker) -> None:
-    """Reclaim all expired leases, and wake workers. Raises `DatabaseUnavailable`."""
+    """Reclaim all expired leases, publish the runs that end by it, and wake workers for pending ones.
+
+    An unavailable broker is ignored. Raises `DatabaseUnavailable`.
+    """
     swept_rows = SWEEP_ROWS
     while swept_rows == SWEEP_ROWS:
         swept = await store.sweep(SWEEP_ROWS)
@@ -38,7 +41,7 @@ async def recover_runs(store: JournalStore, broker: Broker) -> None:
 
 
 async def promote_due_runs(store: JournalStore, broker: Broker) -> None:
-    """Return delayed runs that are due to the queue, and wake workers. Raises `DatabaseUnavailable`."""
+    """Make delayed runs that are due pending, and wake workers. Raises `DatabaseUnavailable`."""
     if await store.promote_due():
         await wakeups.wake_workers(broker)
 

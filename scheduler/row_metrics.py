@@ -64,7 +64,7 @@ class RowMetrics:
         self._fixed: dict[str, int] = {}
 
     async def count_rows(self) -> None:
-        """Count runs, schedules and deployments. Raises `DatabaseUnavailable`."""
+        """Set the metrics of runs, schedules, deployments and drift from one snapshot; raises `DatabaseUnavailable`."""
         async with self._database.read_snapshot() as connection:
             counts = await run_counts.count_runs(connection)
             oldest = {
@@ -132,7 +132,7 @@ def _set_runs(counts: run_counts.RunCounts) -> None:
 
 
 def _set_drift(findings: Sequence[DriftFinding]) -> None:
-    """Set the numbers of overdue rows by class, which are zero as long as sweeps work."""
+    """Set the metric of overdue rows of every class, which is zero as long as sweeps work."""
     for drift_class in DriftClass:
         number = sum(finding.drift_class is drift_class for finding in findings)
         instruments.gauge("drift", drift_class.value).set(number)

@@ -61,7 +61,10 @@ class ScheduleRunner:
         self._cached_characters = 0
 
     async def start_due(self) -> int:
-        """Start all due runs and return their number. Raises `DatabaseUnavailable`."""
+        """Start all due runs, wake workers and deployments, and return the number of runs.
+
+        Raises `DatabaseUnavailable`.
+        """
         runs = 0
         while True:
             async with self._database.read() as connection:
@@ -108,7 +111,11 @@ class ScheduleRunner:
         return started
 
     async def _start_runs(self, runnables: Mapping[str, ScheduleDefinition]) -> ScheduleRunResult:
-        """Start runs. If a lock wait times out, start them workflow by workflow; a locked one remains due."""
+        """Start the due runs of workflows in one transaction; return the result.
+
+        If a lock wait times out, they are started workflow by workflow; a locked one remains due. Raises
+        `DatabaseUnavailable`.
+        """
         try:
             return await self._database.transaction(
                 partial(scheduled_runs.start_due_runs, runnables=runnables, now=self._now)
@@ -127,7 +134,10 @@ class ScheduleRunner:
     async def _load_definitions(
         self, due: Sequence[DueSchedule]
     ) -> tuple[dict[str, ScheduleDefinition], dict[str, str]]:
-        """Return the definitions of these workflows, and the reasons why others can't be run."""
+        """Return the definitions of these workflows by id, and the reasons why others can't be run.
+
+        Workflows that have changed meanwhile are in neither. Raises `DatabaseUnavailable`.
+        """
         runnables = {one.workflow_id: self._cache[one.workflow_id] for one in due if self._is_cached(one)}
         missing = [one for one in due if one.workflow_id not in runnables]
         if missing:

@@ -35,7 +35,7 @@ _IDENTITY: Final = (col(Definition.organization_id), col(Definition.hash))
 
 
 async def delete_unused_definitions(database: Database) -> None:
-    """Delete the definitions that no execution and no deployment names. Raises `DatabaseUnavailable`."""
+    """Delete old definitions that no execution and no deployment refers to; raises `DatabaseUnavailable`."""
     async with database.read() as connection:
         if await connection.scalar(select(col(Definition.hash)).where(_is_old()).limit(1)) is None:
             return
@@ -50,9 +50,9 @@ async def delete_unused_definitions(database: Database) -> None:
 
 
 async def _find_used(database: Database) -> set[tuple[str, str]]:
-    """Return the definitions of all executions and deployments.
+    """Return organization id and hash of the definitions of all executions and deployments.
 
-    Reads them in the order of their IDs, so that no read is long.
+    It reads them in the order of their ids, so that no read is long. Raises `DatabaseUnavailable`.
     """
     used: set[tuple[str, str]] = set()
     after: str | None = ""

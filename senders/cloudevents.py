@@ -46,7 +46,7 @@ _INTEGER_RANGE: Final = range(-(2**31), 2**31)
 
 
 def is_cloudevent(request: SenderRequest) -> bool:
-    """Tell whether the media type or a header of a request says that it is a CloudEvent."""
+    """Return whether the media type or a header of a request says that it is a CloudEvent."""
     return (
         request.media_type.name.startswith("application/cloudevents")
         or f"{HEADER_PREFIX}specversion" in request.headers
@@ -118,7 +118,7 @@ def _parse_binary(request: SenderRequest) -> SenderEvent:
 
 
 def _decode_header(value: str) -> str:
-    """Return the decoded value of a header: percent-encoded text, optionally quoted."""
+    """Return the decoded value of a header: percent-encoded UTF-8, optionally quoted; raises `RequestRefused`."""
     if len(value) >= 2 and value[0] == value[-1] == '"':  # noqa: PLR2004 - both quotes
         value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
     try:
@@ -130,7 +130,10 @@ def _decode_header(value: str) -> str:
 
 
 def _parse_body(request: SenderRequest) -> Json:
-    """Return the body by its media type: JSON, text, or else base64."""
+    """Return the body by its media type: JSON, text, or else an object with its base64; None if it is empty.
+
+    Raises `RequestRefused` for malformed JSON.
+    """
     if not request.body:
         return None
     media_type = request.media_type
@@ -178,7 +181,7 @@ def _build_event(attributes: Mapping[str, Json], data: Json) -> SenderEvent:
 
 
 def _require_attribute(name: str, value: Json) -> None:
-    """Require a text, a boolean, or an integer of 32 bits; raises `RequestRefused`."""
+    """Require a valid attribute name, and a text, a boolean, or an integer of 32 bits; raises `RequestRefused`."""
     if not _ATTRIBUTE_NAME.fullmatch(name):
         raise _invalid_event("attribute names may contain only lower-case letters and digits")
     if isinstance(value, str):

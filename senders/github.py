@@ -16,9 +16,10 @@ SOURCE: Final = "github"
 
 
 def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the delivery; raises `RequestRefused`.
+    """Verify the signature and return the deduplication key of the delivery, if it has an id.
 
-    The signature covers no time, so it never becomes stale. The legacy SHA-1 signature is ignored.
+    Raises `RequestRefused`. The signature covers no time, so it never becomes stale. The legacy SHA-1
+    signature is ignored.
     """
     keys = signatures.usable_secrets(secrets)
     signature = request.headers.single("X-Hub-Signature-256")
@@ -32,7 +33,7 @@ def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
-    """Return the event; its JSON is the body or the form field `payload`. Raises `RequestRefused`."""
+    """Return the event with its JSON, which is the body or the form field `payload`; raises `RequestRefused`."""
     name = request.headers.single("X-GitHub-Event")
     if not name:
         raise RequestRefused("invalid-event", "The header X-GitHub-Event is missing")

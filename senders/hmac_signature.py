@@ -48,7 +48,10 @@ class HmacScheme:
 
 
 def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the delivery; raises `RequestRefused`."""
+    """Verify a signature by this scheme and return the deduplication key of the delivery, None without its header.
+
+    Raises `RequestRefused` for a missing, invalid or stale signature, and without a usable secret.
+    """
     keys = signatures.usable_secrets(secrets)
     header = request.headers.single(scheme.header)
     if header is None:
@@ -72,7 +75,10 @@ def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -
 
 
 def _signed_prefix(request: SenderRequest, scheme: HmacScheme) -> bytes:
-    """Return the signed bytes in front of the body."""
+    """Return the signed bytes in front of the body: the timestamp and a dot, if the scheme has one.
+
+    Raises `RequestRefused` for a missing or stale timestamp.
+    """
     if scheme.timestamp_header is None:
         return b""
     time = request.headers.single(scheme.timestamp_header)

@@ -236,7 +236,10 @@ def find_message_id(mail: memoryview) -> str | None:
 
 
 def _content_digest(form: PostedForm, kind: MailKind) -> str:
-    """Return a digest of the decoded mail; of the whole form where the mail can't be decoded."""
+    """Return a digest of the decoded mail, or of the whole form if the mail can't be decoded.
+
+    Raises `RequestRefused` for a value with an invalid escape.
+    """
     try:
         mail, _ = parse_mail_form(form, kind, _drop_attachment)
     except InvalidMail:
@@ -270,10 +273,9 @@ def _iterate_pieces(form: PostedForm) -> Iterator[bytes | memoryview]:
 def parse_mail_form(
     form: PostedForm, kind: MailKind, keep: KeepAttachment
 ) -> tuple[ParsedMailContent, MailReception]:
-    """Return the mail in a form and the facts that the service reports about it.
+    """Return the mail in a form and the report of the service about it; attachments are passed to `keep`.
 
-    Calls `keep` for each attachment. Raises `InvalidMail`, and `RequestRefused` for a value with an invalid
-    escape.
+    Raises `InvalidMail`, and `RequestRefused` for a value with an invalid escape.
     """
     given = _to_mail_form(form)
     if kind in SENDGRID_KINDS:

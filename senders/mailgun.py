@@ -42,7 +42,8 @@ def verify(request: SenderRequest, signing_keys: Sequence[str]) -> SignatureResu
 def _signature_fields(request: SenderRequest) -> tuple[str, str, str]:
     """Return time, token and signature: fields of a form, or members of an object of a JSON body.
 
-    Headers of the mail are fields too, in front of the signature: of equal names the last one counts.
+    Headers of the mail are fields too, in front of the signature: of equal names the last one counts. Raises
+    `RequestRefused` if one is missing.
     """
     given: Sequence[Json]
     if request.media_type.is_json:

@@ -39,7 +39,10 @@ class SigningCertificate:
 
 
 def read_certificate(pem: bytes) -> SigningCertificate:
-    """Return a certificate; raises ValueError for a text that is none."""
+    """Return the validity and RSA key of a PEM certificate; the key is None for another kind.
+
+    Raises `ValueError` for a text that is no certificate.
+    """
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         key = certificate.public_key()
@@ -53,7 +56,7 @@ def read_certificate(pem: bytes) -> SigningCertificate:
 
 
 def is_rsa_signed(key: RSAPublicKey, signature: bytes, message: bytes, digest: RsaDigest) -> bool:
-    """Tell whether the private key of an RSA key has signed a message."""
+    """Return whether a signature of a message was made with the private key of this RSA key (PKCS #1 v1.5)."""
     try:
         key.verify(signature, message, PKCS1v15(), digest.value)
     except (InvalidSignature, ValueError):
@@ -62,7 +65,7 @@ def is_rsa_signed(key: RSAPublicKey, signature: bytes, message: bytes, digest: R
 
 
 def read_ecdsa_key(der: bytes) -> EllipticCurvePublicKey | None:
-    """Return a public key of an elliptic curve, or None for anything else."""
+    """Return the public key of an elliptic curve in DER; None for anything else."""
     try:
         key = load_der_public_key(der)
     except (ValueError, UnsupportedAlgorithm):
@@ -71,7 +74,7 @@ def read_ecdsa_key(der: bytes) -> EllipticCurvePublicKey | None:
 
 
 def is_ecdsa_signed(key: EllipticCurvePublicKey, signature: bytes, sha256_digest: bytes) -> bool:
-    """Tell whether the private key of a key has signed the message with this digest."""
+    """Return whether a signature was made with the private key of this key, for a message with this SHA-256."""
     try:
         key.verify(signature, sha256_digest, ECDSA(Prehashed(SHA256())))
     except InvalidSignature:
@@ -85,7 +88,7 @@ def read_ed25519_key(raw: bytes) -> Ed25519PublicKey:
 
 
 def is_ed25519_signed(key: Ed25519PublicKey, signature: bytes, message: bytes) -> bool:
-    """Tell whether the private key of a key has signed a message."""
+    """Return whether a signature of a message was made with the private key of this key."""
     try:
         key.verify(signature, message)
     except InvalidSignature:

@@ -66,17 +66,23 @@ class SenderRequest:
 
     @cached_property
     def media_type(self) -> MediaType:
-        """Media type of the body; its name is empty without a Content-Type."""
+        """Media type of the body; its name is empty without a Content-Type. Raises `RequestRefused` for several."""
         return parse_media_type(self.headers.single("Content-Type") or "")
 
     @cached_property
     def json(self) -> Json:
-        """Body as JSON, independent of its media type."""
+        """Body as JSON, independent of its media type.
+
+        Raises `RequestRefused`, and `BudgetExceeded` on the event loop if it is long.
+        """
         return parse_json(self.body)
 
     @cached_property
     def form(self) -> PostedForm:
-        """Body parsed as a form, multipart or urlencoded; large ones may be parsed in a thread only."""
+        """Body parsed as a form, multipart or urlencoded; raises `RequestRefused`.
+
+        On the event loop, a long body raises `BudgetExceeded`.
+        """
         self.require_offloaded()
         return parse_form(self.media_type, self.body)
 
@@ -156,22 +162,26 @@ class PostedForm:
         return [part for part in self.parts if part.is_file]
 
     def values(self, name: str) -> Sequence[memoryview]:
-        """Return the bytes of every field with this name; raises `RequestRefused`."""
+        """Return the bytes of every field with this name; raises `RequestRefused` for an invalid escape."""
         return [part.value for part in self.fields.get(name, ())]
 
     def first(self, name: str) -> memoryview | None:
-        """Return the bytes of the first field with this name, or None; raises `RequestRefused`."""
+        """Return the bytes of the first field with this name, or None.
+
+        Raises `RequestRefused` for an invalid escape.
+        """
         fields = self.fields.get(name)
         return fields[0].value if fields else None
 
     def last(self, name: str) -> memoryview | None:
-        """Return the bytes of the last field with this name, or None; raises `RequestRefused`."""
+        """Return the bytes of the last field with this name, or None; raises `RequestRefused` for an invalid escape."""
         fields = self.fields.get(name)
         return fields[-1].value if fields else None
 
     def text_of_header(self, name: str) -> str | None:
-        """Return the text of the first field with this name, ignoring case as in mail headers; raises
-        `RequestRefused`.
+        """Return the text of the first field with this name, in any case as in mail headers; None without one.
+
+        Raises `RequestRefused` for an invalid escape.
         """
         wanted = name.lower()
         found = (part for part in self.parts if not part.is_file and part.name.lower() == wanted)
@@ -189,7 +199,7 @@ class PostedForm:
 
 
 def parse_form(media_type: MediaType, body: bytes) -> PostedForm:
-    """Parse a body as a form; raises `RequestRefused`."""
+    """Parse a body as a form; raises `RequestRefused` for another media type, a malformed form or too many parts."""
     if media_type.name == MULTIPART_TYPE:
         return PostedForm(list(_parse_multipart(body, media_type.parameters.get("boundary", ""))))
     if media_type.name == URLENCODED_TYPE:
@@ -230,7 +240,10 @@ def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
 
 
 def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield the start, the end and the finality of each delimiter line."""
+    """Yield the start and end of each delimiter line, and whether it is the last.
+
+    Raises `RequestRefused` for too many.
+    """
     found = position = 0
     after = len(delimiter)
     while True:
@@ -308,11 +321,11 @@ def _parse_urlencoded(body: bytes) -> Iterator[FormPart]:
 
 
 def _unescape(body: bytes, start: int, end: int) -> memoryview:
-    """Return the unescaped bytes of a part of a urlencoded body, in pieces, since values are as large as
-    mails.
+    """Return the unescaped bytes of a part of a urlencoded body; raises `RequestRefused` for an invalid escape.
 
-    Quoted-printable has the same escapes with another sign; its decoder in C is twenty times as fast as
-    `urllib`.
+    It works in pieces, since values are as large as mails. Quoted-printable has the same escapes with another
+    sign; its decoder in C is twenty times as fast as `urllib`. On the event loop, a long part raises
+    `BudgetExceeded`.
     """
     value = bytearray()
     while start < end:
@@ -353,7 +366,7 @@ class MediaType:
 
     @property
     def is_json(self) -> bool:
-        """Tell whether the media type is JSON or has the suffix `+json`."""
+        """Whether the media type is JSON or has the suffix `+json`."""
         return self.name == "application/json" or self.name.endswith("+json")
 
 

@@ -25,7 +25,10 @@ within that time is the same mail, deduplicated by its Message-ID.
 
 
 def verify(request: SenderRequest, keys_in_base64: Sequence[str]) -> SignatureResult:
-    """Verify the signature with one of these public keys (DER in base64); raises `RequestRefused`."""
+    """Verify the signature with one of these public keys (DER in base64); the result has no deduplication key.
+
+    Raises `RequestRefused` for a missing, invalid or stale signature, and without a usable key.
+    """
     from senders import public_keys  # noqa: PLC0415 - loads cryptography
 
     keys = _usable_keys(keys_in_base64)

@@ -101,7 +101,7 @@ def parse_ses_mail(message: SnsMessage) -> SesMail | None:
 
 
 def _decode_content(text: str, action: Mapping[str, Json]) -> bytes:
-    """Return the raw mail: SES sends text or, if configured so, base64."""
+    """Return the raw mail: SES sends text or, if configured so, base64; raises `RequestRefused`."""
     encoding = action.get("encoding")
     if not isinstance(encoding, str) or encoding.upper() != "BASE64":
         return text.encode()

@@ -49,7 +49,10 @@ def compute_hmac(key: bytes, *parts: bytes, algorithm: str = "sha256") -> bytes:
 
 
 def require_match(given: Collection[bytes], expected: Collection[bytes]) -> None:
-    """Require one given signature to equal an expected one, comparing all pairs; raises `RequestRefused`."""
+    """Require one given signature to equal an expected one; raises `RequestRefused`, also for too many given ones.
+
+    All pairs are compared, in constant time.
+    """
     if len(given) > MAX_SIGNATURES:
         raise invalid_signature()
     matches = [hmac.compare_digest(one, other) for one in given for other in expected]
@@ -58,14 +61,20 @@ def require_match(given: Collection[bytes], expected: Collection[bytes]) -> None
 
 
 def require_fresh(timestamp: str, at: datetime, *, past: timedelta, ahead: timedelta = CLOCK_SKEW) -> None:
-    """Require a timestamp header, in seconds since the epoch, to be close to `at`; raises `RequestRefused`."""
+    """Require a header in seconds since the epoch to be at most `past` before and `ahead` after `at`.
+
+    Raises `RequestRefused`.
+    """
     if not _SECONDS.fullmatch(timestamp):
         raise RequestRefused("invalid-signature", "The time of the signature is not a number of seconds")
     require_recent(int(timestamp), at, past=past, ahead=ahead)
 
 
 def require_recent(seconds: float, at: datetime, *, past: timedelta, ahead: timedelta = CLOCK_SKEW) -> None:
-    """Require a time, in seconds since the epoch, to be close to `at`; raises `RequestRefused`."""
+    """Require a time in seconds since the epoch to be at most `past` before and `ahead` after `at`.
+
+    Raises `RequestRefused`.
+    """
     age = at.timestamp() - seconds
     if not -ahead.total_seconds() <= age <= past.total_seconds():
         raise RequestRefused("stale-signature", "The request was signed too long ago, or in the future")

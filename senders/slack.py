@@ -48,7 +48,10 @@ def parse_event(request: SenderRequest) -> SenderEvent | UrlChallenge:
 
 
 def _event_type(data: Mapping[str, Json]) -> str:
-    """Return the event type: of the inner event for a callback; a slash command has none of its own."""
+    """Return the event type: of the inner event for a callback, `slash_command` for a command.
+
+    Raises `RequestRefused` without one.
+    """
     if "command" in data and "type" not in data:
         return "slash_command"
     if data.get("type") == "event_callback":
@@ -57,7 +60,10 @@ def _event_type(data: Mapping[str, Json]) -> str:
 
 
 def _parse_payload(request: SenderRequest) -> Json:
-    """Return the payload: a body of JSON, JSON in a form (a click), or the fields of a form (a command)."""
+    """Return the payload: a body of JSON, JSON in a form (a click), or the fields of a form (a command).
+
+    Raises `RequestRefused`.
+    """
     if request.media_type.name != sender_request.URLENCODED_TYPE:
         return request.json
     form = request.form
@@ -73,7 +79,10 @@ def _parse_payload(request: SenderRequest) -> Json:
 
 
 def _delivery_name(data: Json) -> str | None:
-    """Return the id of an event, or the trigger id of an interaction, with which an app can open a dialog."""
+    """Return the id of an event, or the trigger id of an interaction (with which an app can open a dialog).
+
+    Else None.
+    """
     named = [data.get("event_id"), data.get("trigger_id")] if isinstance(data, dict) else []
     return next((name for name in named if isinstance(name, str) and name), None)
 

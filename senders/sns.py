@@ -126,7 +126,8 @@ def verify(
 ) -> SignatureResult:
     """Verify the signature and return the deduplication key of the message; raises `RequestRefused`.
 
-    `certificate_pem` is the content of `signing_certificate_url`.
+    `certificate_pem` is the content of `signing_certificate_url`. Topic, time and certificate are checked
+    too.
     """
     from senders import public_keys  # noqa: PLC0415 - loads cryptography
 
@@ -175,7 +176,7 @@ def _parse_type(members: dict[str, Json], header: str | None) -> SnsMessageType:
 
 
 def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
-    """Return the ARN of the topic and the host of SNS in its region."""
+    """Return the ARN of the topic and the host of SNS in its region; raises `RequestRefused`."""
     arn = _text_member(members, "TopicArn")
     parts = _TOPIC_ARN.fullmatch(arn)
     if parts is None:
@@ -197,7 +198,10 @@ def _has_member(members: dict[str, Json], name: str) -> bool:
 
 
 def _text_member(members: dict[str, Json], name: str, pattern: re.Pattern[str] | None = None) -> str:
-    """Return a text member; patterns exclude line ends, which would forge lines of the signed text."""
+    """Return a required text member that matches `pattern`; raises `RequestRefused`.
+
+    Patterns exclude line ends, which would forge lines of the signed text.
+    """
     value = members.get(name)
     if not isinstance(value, str):
         raise _malformed_message(f"it has no text {name}")

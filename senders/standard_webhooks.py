@@ -30,7 +30,8 @@ def verify(
 ) -> SignatureResult:
     """Verify the signature and return the deduplication key of the message; raises `RequestRefused`.
 
-    Secrets are in base64, optionally after `whsec_`; keys after `whpk_` are public keys.
+    Secrets are in base64, optionally after `whsec_`; keys after `whpk_` are public keys. A message older than
+    `tolerance` is refused.
     """
     keys, verifying_keys = _split_secrets(secrets)
     name, time, header = (_signed_header(request, suffix) for suffix in ("id", "timestamp", "signature"))
@@ -67,8 +68,9 @@ def signature_headers() -> Sequence[str]:
 
 
 def _signed_header(request: SenderRequest, suffix: str) -> str | None:
-    """Return a header with the prefix of the signature header; id and time under other prefixes are not
-    signed.
+    """Return the header with this suffix and the prefix of the signature header, or None.
+
+    Id and time under other prefixes are not signed. Raises `RequestRefused` for a repeated header.
     """
     prefix = next(
         (each for each in HEADER_PREFIXES if f"{each}-signature" in request.headers), HEADER_PREFIXES[0]
@@ -102,7 +104,7 @@ def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed
 def _is_signed_with(
     verifying_keys: Sequence[Ed25519PublicKey], given: Sequence[bytes], prefix: bytes, body: bytes
 ) -> bool:
-    """Tell whether a `v1a` signature was made with the private key of one of these public keys."""
+    """Return whether a `v1a` signature was made with the private key of one of these public keys."""
     signed = [signature.removeprefix(b"v1a,") for signature in given if signature.startswith(b"v1a,")]
     if not signed or not verifying_keys:
         return False

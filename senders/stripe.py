@@ -19,7 +19,10 @@ TOLERANCE: Final = timedelta(minutes=5)
 def verify(
     request: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
 ) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the event; raises `RequestRefused`."""
+    """Verify the signature and return the deduplication key of the event, None without its id.
+
+    Raises `RequestRefused` for a missing, invalid or stale signature, and without a usable secret.
+    """
     keys = signatures.usable_secrets(secrets)
     header = request.headers.single("Stripe-Signature")
     if header is None:

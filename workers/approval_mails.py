@@ -97,7 +97,7 @@ class ApprovalMailer:
         self._sweeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start the sweep."""
+        """Start the periodic sweep, which sends the mails of due requests."""
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def close(self) -> None:
@@ -108,7 +108,7 @@ class ApprovalMailer:
                 await self._sweeping
 
     async def sweep(self) -> None:
-        """Send the mails of due requests. Raises `DatabaseUnavailable`."""
+        """Claim due requests and send their mails, one request after the other; raises `DatabaseUnavailable`."""
         for request in await self._claim():
             await self._perform(request)
 
@@ -190,7 +190,10 @@ class ApprovalMailer:
         attempts: int = 0,
         error: str | None = None,
     ) -> None:
-        """Store the outcome of a round, unless another worker has claimed the request meanwhile."""
+        """Store the outcome of a round, unless another worker has claimed the request meanwhile.
+
+        None as `due_in_seconds` ends the request. Raises `DatabaseUnavailable`.
+        """
         due_at = None if due_in_seconds is None else DatabaseTime() + int(due_in_seconds * 1_000_000)
         statement = (
             update(ApprovalRequest)
@@ -209,7 +212,10 @@ class ApprovalMailer:
     async def _send_all(
         self, request: ClaimedRequest, question: OpenQuestion, notify: Mapping[str, Json]
     ) -> None:
-        """Send the mail of this round to each assignee who has not got it; raises `NodeError`."""
+        """Send the mail of this round to each assignee who has not got it, with an approval link; note each one.
+
+        Raises `NodeError` for a missing setting or a failure of the mail server, and `DatabaseUnavailable`.
+        """
         if not self._public_url:
             raise NodeError("PILOTFLAME_PUBLIC_URL is not set: links need the address of the gateway")
         server = await self._connections.mail_server(question.caller, str(notify.get("dataSource") or ""))
@@ -238,7 +244,10 @@ class ApprovalMailer:
         await self._database.transaction(lambda connection: connection.execute(statement))
 
     async def _store_link(self, request: ClaimedRequest, assignee: str, digest: str) -> ApprovalLink | None:
-        """Store the link of an assignee before its mail; None if it was used."""
+        """Store the approval link of an assignee before its mail, unless it exists; return it, None if it was used.
+
+        Raises `DatabaseUnavailable`.
+        """
 
         async def store(connection: AsyncConnection) -> ApprovalLink | None:
             dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
@@ -265,7 +274,7 @@ class ApprovalMailer:
     async def _read_question(self, request: ClaimedRequest) -> OpenQuestion | None:
         """Return the open question that a mail is about, with the addresses of the assignees who have not answered yet.
 
-        Returns None if nobody waits for its answer any more.
+        None if its answer is no longer awaited. Raises `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             waiting = [
@@ -328,7 +337,7 @@ def _is_request(request: ClaimedRequest) -> Sequence[Any]:
 async def _read_users(
     connection: AsyncConnection, organization_id: str, asked: WaitingNode
 ) -> Sequence[User]:
-    """Return the users among the assignees, by id or address, and all admins if they are assigned."""
+    """Return the users among the assignees, by id or address, and all admins if they are assigned; a limited number."""
     assignees = approvals.assignees_of(asked.request)
     addresses = [one.casefold() for one in [*assignees, *_extra_addresses(asked)] if "@" in one]
     condition: ColumnElement[bool] = or_(
@@ -345,7 +354,7 @@ async def _read_users(
 def _list_recipients(
     asked: WaitingNode, users: Sequence[User], *, starter_id: str, trigger_type: str
 ) -> Mapping[str, str]:
-    """Return the mail addresses by assignee, without a starter who may not answer.
+    """Return the mail addresses by assignee, at most `MAX_RECIPIENTS`, without a starter who may not answer.
 
     The address of a user counts as the user: one person has one link and one vote.
     """

@@ -110,7 +110,10 @@ class CompletionActions:
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def close(self) -> None:
-        """Wait a moment for running actions and cancel the rest; other processes find them."""
+        """End the sweep, wait up to `CLOSE_SECONDS` for running actions, and cancel the rest.
+
+        Other processes find them.
+        """
         if self._sweeping is not None:
             self._sweeping.cancel()
         with suppress(TimeoutError):
@@ -122,7 +125,10 @@ class CompletionActions:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def handle_end(self, one: ClaimedRun, ended: RunOutcome) -> None:
-        """Start the actions for a run that has ended or waits, in the background."""
+        """Start, in the background, the completion actions of a run that has ended, and give away its concurrency slot.
+
+        A run that waits gives away its slot too, and is admitted again when it is due.
+        """
         status = STATUS_AFTER[ended.status]
         key = one.concurrency_key
         if key is not None:
@@ -138,17 +144,23 @@ class CompletionActions:
                 self._start_task(lambda: self.perform([execution]))
 
     async def admit_waiting(self, key: str) -> None:
-        """Give the free slots of a concurrency key to its waiting runs. Raises `DatabaseUnavailable`."""
+        """Give the free slots of a concurrency key to its waiting runs, and wake workers for them.
+
+        Raises `DatabaseUnavailable`.
+        """
         if await concurrency_limits.admit_waiting_runs(self._database, key):
             await wakeups.wake_workers(self._broker)
 
     async def perform(self, keys: Sequence[ExecutionKey]) -> None:
-        """Claim and start the due actions of runs. Raises `DatabaseUnavailable`."""
+        """Claim the due actions of these runs, and start them in the background; raises `DatabaseUnavailable`."""
         for due in await completion.claim_completions(self._database, keys, self._lease_seconds):
             self._start_task(partial(self._perform_due, due))
 
     async def sweep(self) -> None:
-        """Give away free slots, then start due actions without an owner. Raises `DatabaseUnavailable`."""
+        """Give away free slots, then start due actions without an owner, within the limits.
+
+        Organizations with many actions in progress are left out. Raises `DatabaseUnavailable`.
+        """
         admitted, self._after_key = await concurrency_limits.admit_waiting_keys(
             self._database, self._after_key
         )
@@ -194,7 +206,10 @@ class CompletionActions:
         callback: WebhookFailure | None,
         on_failure: WebhookFailure | None,
     ) -> None:
-        """Store the results of the attempts, and schedule the next attempt of failed ones."""
+        """Store the results of the attempts, and schedule the next attempt of retryable failures; log a failure.
+
+        Raises `DatabaseUnavailable`.
+        """
         attempts = due.outcome.attempts + 1
         pause = webhook_delivery.retry_delay_seconds(attempts, random.random())  # noqa: S311 - no secret
         left = CompletionAction(
@@ -229,7 +244,10 @@ class CompletionActions:
     async def _answer_parent(
         self, due: DueCompletion, completion_action: CompletionAction
     ) -> CompletionAction:
-        """Answer the parent's node with the result of this run; return the remaining actions."""
+        """Answer the waiting node of the parent run with the result of this run; return the remaining actions.
+
+        A parent that is gone is ignored. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
+        """
         parent = completion_action.parent
         if parent is None:
             return completion_action
@@ -259,7 +277,10 @@ class CompletionActions:
         return left
 
     async def _build_answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:
-        """Return the answer to the parent's node: the outputs of the run, or its error."""
+        """Return the answer to the parent's node: the outputs of the run, or its error.
+
+        Outputs that are lost or too large give an error. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
+        """
         if due.status is not ExecutionStatus.COMPLETED:
             return node_answers.encode_error_answer(*_describe_failure(due), _find_cause(due))
         try:
@@ -282,7 +303,10 @@ class CompletionActions:
             )
 
     async def _read_output(self, due: DueCompletion, leaf: LeafOutput, parent: BlobOwner) -> bytes:
-        """Return an output as JSON, read from its blob if it is one. Its files are shared with the parent."""
+        """Return an output as JSON, read from its blob if it is one; files in it are shared with the parent.
+
+        Raises `BlobLost`, `BlobTooLarge`, `InvalidBlobReference` and `BlobsUnavailable`.
+        """
         own = BlobOwner(due.organization_id, due.key_id)
         text = leaf.text
         if leaf.is_blob:
@@ -296,7 +320,10 @@ class CompletionActions:
     async def _share_blobs(
         self, references: Sequence[BlobReference], own: BlobOwner, parent: BlobOwner
     ) -> None:
-        """Copy files to the parent's line of runs, if they belong to this run and up to a total size."""
+        """Copy files of this run to the parent's line of runs, up to a total size.
+
+        References to blobs that the run does not have are ignored. Raises `BlobsUnavailable`.
+        """
         left_bytes = MAX_ANSWER_BLOB_BYTES
         for reference in references:
             try:
@@ -330,7 +357,10 @@ class CompletionActions:
         return await self._messages.send(due.organization_id, url, f"{due.key.execution_id}-{kind}", body)
 
     async def _sendable_outputs(self, due: DueCompletion) -> Mapping[str, LeafOutput] | None:
-        """Return the outputs of a completed run; None if they are too large for a callback."""
+        """Return the outputs of a run for a callback: empty unless it completed, None if they are too large.
+
+        Raises `DatabaseUnavailable`.
+        """
         if due.status is not ExecutionStatus.COMPLETED:
             return {}
         try:
@@ -364,7 +394,7 @@ class CompletionActions:
     # ── in the background ─────────────────────────────────────────────────────────────────────────
 
     def _admit_when_due(self, key: str, due_at: datetime) -> None:
-        """Admit a waiting run again as soon as it is due. If that is far off, the sweep does it."""
+        """Schedule the admission of a waiting run for when it is due; if that is far off, the sweep does it."""
         seconds = self._store.clock.seconds_until(due_at)
         if seconds < MAX_TIMER_SECONDS:
             asyncio.get_running_loop().call_later(
@@ -388,7 +418,7 @@ class CompletionActions:
 
 
 async def _suppress_outages(work: Callable[[], Awaitable[None]]) -> None:
-    """Do work and log its exceptions, since the next sweep repeats it: this is the outermost loop of this work."""
+    """Do work and log its exceptions instead of raising them: the next sweep repeats it."""
     try:
         await work()
     except (DatabaseUnavailable, BlobsUnavailable) as error:
@@ -402,14 +432,14 @@ def _is_retryable(failure: WebhookFailure | None) -> bool:
 
 
 def _describe_failure(due: DueCompletion) -> tuple[str, str]:
-    """Return the error code and message for a run without a result."""
+    """Return the error code and message for a run that did not complete."""
     if due.error is not None:
         return str(due.error["code"]), str(due.error["message"])
     return due.status.value, f"The run {due.key.execution_id} was {due.status}"
 
 
 def _find_cause(due: DueCompletion) -> FailureCause | None:
-    """Return the error of the node that made a run fail, with the execution of that node."""
+    """Return the error of the node that made a run fail, with the execution of that node; None without one."""
     stored = due.error and due.error.get("cause")
     if not stored:
         return None

@@ -217,7 +217,7 @@ class MailParser:
     # ── claiming ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _parse_forever(self) -> None:
-        """Claim mails at each wakeup, and from time to time without: this is the outermost loop."""
+        """Claim mails at each wakeup, and periodically, until the parser drains; errors are logged."""
         while not self._is_draining:
             # Randomized, so that parsers that were started together don't query at the same time.
             seconds = self._settings.sweep_seconds * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
@@ -243,7 +243,10 @@ class MailParser:
         )
 
     async def _try_suspects(self) -> None:
-        """Parse a suspect in isolation from all other work of the process."""
+        """Parse suspects in isolation from all other work of the process, if a search is due.
+
+        Raises `DatabaseUnavailable`.
+        """
         max_isolation_losses = None if self._is_draining else await self._suspects.find()
         if max_isolation_losses is None:
             return
@@ -309,7 +312,10 @@ class MailParser:
     # ── parsing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _parse_and_finish(self, parse_task: MailParseTask) -> None:
-        """Parse one mail and finish its row. After an exception the lease expires, which counts as an attempt."""
+        """Parse one mail and finish its run; exceptions are logged.
+
+        After one, the lease expires, which counts as an attempt.
+        """
         try:
             await self._parse_claimed(parse_task)
         except asyncio.CancelledError:
@@ -371,7 +377,10 @@ class MailParser:
                 raise MailUnavailable(str(error)) from error
 
     async def _read_content(self, parse_task: MailParseTask, found: UnparsedMail) -> bytes:
-        """Return the raw mail from its row, blob or bucket; raises `InvalidMail` and `MailUnavailable`."""
+        """Return the raw mail from its row, blob or bucket.
+
+        Raises `InvalidMail` for a lost or too large one, and `MailUnavailable` if a retry may help.
+        """
         if found.blob is not None:
             return await self._read_blob(parse_task.owner, found.blob.sha256)
         if found.stored is None:
@@ -386,7 +395,10 @@ class MailParser:
             raise MailUnavailable(error.message) from error
 
     async def _read_blob(self, owner: BlobOwner, digest: str) -> bytes:
-        """Return a blob with one copy in memory; joining its chunks would take two."""
+        """Return a blob with one copy in memory; joining its chunks would take two.
+
+        Raises `InvalidMail` if it is lost, and `MailUnavailable` if the storage does not answer in time.
+        """
         written = BytesIO()
         try:
             async with asyncio.timeout(FETCH_SECONDS), self._blobs.open(owner, digest) as opened:
@@ -405,9 +417,10 @@ class MailParser:
         contents: list[bytes],
         loop: asyncio.AbstractEventLoop,
     ) -> ParsedMail:
-        """Parse a mail in a thread, which waits for each attachment to be stored before it decodes the next.
+        """Return a mail parsed in this thread, which waits for each attachment to be stored before it decodes the next.
 
-        Raises `InvalidMail` for any exception of a parser, since another attempt would fail the same way.
+        Raises `MailUnavailable` and `BlobsUnavailable`, and `InvalidMail` for any other exception of a
+        parser, since another attempt would fail the same way.
         """
         references: list[dict[str, Any]] = []
         try:
@@ -447,7 +460,10 @@ class MailParser:
         return keep
 
     async def _rejection_reason(self, parse_task: MailParseTask, parsed: ParsedMail) -> RunError | None:
-        """Return why a mail must not run: its trigger rejects it, it is automatic, or it may be part of a mail loop."""
+        """Return the error of a mail that must not run: rejected by its trigger, automatic, or in a mail loop.
+
+        Else None. Raises `MailUnavailable`.
+        """
         if parsed.screening is not None:
             if (rejected := parsed.screening.rejection_reason(parsed.received)) is not None:
                 return RunError(MAIL_REJECTED_CODE, rejected)
@@ -460,7 +476,10 @@ class MailParser:
         return None if reason is None else RunError(MAIL_LOOP_CODE, reason)
 
     async def _loop_reason(self, parse_task: MailParseTask, mail: ParsedMailContent) -> str | None:
-        """Return why a mail must not run if it may be part of a mail loop."""
+        """Return the reason why a reply may be part of a mail loop: one sender answers too often; else None.
+
+        Each reply counts. Raises `MailUnavailable`.
+        """
         if not mail_parsing.is_reply_to_workflow(mail):
             return None
         sender = ",".join(headers.bare_addresses(mail.from_)).lower()
@@ -487,7 +506,10 @@ class MailParser:
         return await self._database.transaction(partial(unparsed_mail.release_parsed, batch=batch))
 
     async def _notify_next(self, parse_task: MailParseTask, left: MailRunState) -> None:
-        """Wake the processes that continue with a run. If this fails, a sweep does it."""
+        """Wake the processes that continue with a run, or publish its end; a sweep does it too.
+
+        Raises `DatabaseUnavailable` and `BrokerUnavailable`.
+        """
         if left.status in TERMINAL_STATUSES:
             status = RunStatus(left.status.value)
             await self._on_ended(parse_task, RunOutcome(status, left.error), left.channel)
@@ -510,7 +532,7 @@ class MailParser:
         await self._on_ended(parse_task, RunOutcome(status, error), parse_task.claim.channel)
 
     async def _postpone(self, parse_task: MailParseTask, reason: str) -> None:
-        """Postpone a mail for longer and longer times; after a day its run fails."""
+        """Let a mail wait for longer and longer times; after a day its run fails. Raises `DatabaseUnavailable`."""
         now = self._store.clock.now()
         age = now - parse_task.claim.started_at
         if age > MAX_RETRY_TIME:
@@ -527,7 +549,7 @@ class MailParser:
         )
 
     async def _store_end(self, parse_task: MailParseTask, **fields: Any) -> bool:  # noqa: ANN401 - fields of any type
-        """Store the end of a run; return False if its lease was lost."""
+        """Store the end of a claim; return False if its lease was lost. Raises `DatabaseUnavailable`."""
         one = parse_task.claim
         write = RunWrite(one.execution_id, one.shard, one.token, **fields)
         return one.execution_id in await self._store.record([write], owner=self._owner)
@@ -560,7 +582,10 @@ class MailParser:
             self._in_background(partial(self._release, parse_task))
 
     async def _release(self, parse_task: MailParseTask) -> None:
-        """Release a run that a client has asked to end, which ends it."""
+        """Cancel and release a run that a client has asked to end, which ends it, and publish that.
+
+        Raises `DatabaseUnavailable`.
+        """
         parse_task.task.cancel()
         await asyncio.wait([parse_task.task])
         if await self._store_end(parse_task, end=RunStatus.RELEASED):

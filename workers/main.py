@@ -95,7 +95,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
 async def run_worker(
     settings: WorkerSettings, store: JournalStore, broker: Broker, database: Database
 ) -> AsyncIterator[RunExecutor]:
-    """Execute runs while the context lasts; on exit, hand off those that still run.
+    """Execute runs and parse mails while the context lasts; on exit, hand off those that still run.
 
     Runs go through the store, everything less frequent through the database.
     """
@@ -182,6 +182,9 @@ async def run_worker(
 
 
 async def _sweep_unattended_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """Sweep runs that need no executor, in case no scheduler is running. Raises `DatabaseUnavailable`."""
+    """End abandoned runs and wake deployments with due runs, in case no scheduler is running.
+
+    Raises `DatabaseUnavailable`.
+    """
     await abandoned_runs.end_abandoned_runs(database, store, broker)
     await due_runs.wake_due_deployments(database, broker)

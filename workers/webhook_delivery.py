@@ -54,14 +54,17 @@ class WebhookFailure:
 
 
 def retry_delay_seconds(attempts: int, chance: float) -> float | None:
-    """Return the pause after so many attempts, with jitter by a `chance` from 0 to 1; None after the last attempt."""
+    """Return the seconds to pause after so many attempts, with jitter; None after the last attempt.
+
+    `chance` is a random number from 0 to 1.
+    """
     if attempts > len(RETRY_SECONDS):
         return None
     return RETRY_SECONDS[attempts - 1] * (1 + JITTER * chance)
 
 
 def build_completion_body(due: DueCompletion, outputs: Mapping[str, LeafOutput] | None) -> bytes:
-    """Return the message about the end of a run; without `outputs`, it says that they are too large."""
+    """Return the JSON message about the end of a run; None as `outputs` says that they are too large."""
     data: dict[str, object] = {
         "executionId": due.key.execution_id,
         "workflowId": due.workflow_id,
@@ -95,7 +98,10 @@ class WebhookSender:
     async def send(
         self, organization_id: str, url: str, message_id: str, body: bytes
     ) -> WebhookFailure | None:
-        """Send one message once; return the failure, or None. Raises `DatabaseUnavailable`."""
+        """Send one signed message once; return the failure, or None after an answer of success.
+
+        Raises `DatabaseUnavailable`.
+        """
         secrets = await self._secrets(organization_id)
         if not secrets:
             return WebhookFailure(

@@ -38,8 +38,10 @@ class RunBlobs:
     async def put(
         self, owner: BlobOwner, content: bytes, *, media_type: str, name: str = ""
     ) -> BlobReference:
-        """Store content as a blob named by its SHA-256, durably, and return the reference to it; raises
-        `BlobsUnavailable`.
+        """Store content durably as a blob named by its SHA-256, and return the reference to it.
+
+        Media type and name are cleaned. Waits for one of a limited number of transfers. Raises
+        `BlobsUnavailable`, also after a timeout.
         """
         _require_ids(owner)
         async with self._transfers, _limit_time():
@@ -49,7 +51,11 @@ class RunBlobs:
         return BlobReference(digest, len(content), label.type, label.name)
 
     async def get(self, owner: BlobOwner, sha256: str, *, max_bytes: int | None = None) -> bytes:
-        """Return a whole blob; raises `BlobTooLarge`, `BlobLost` and `BlobsUnavailable`."""
+        """Return a whole blob.
+
+        Raises `BlobTooLarge` above `max_bytes`, `BlobLost` for a missing or corrupt blob, and
+        `BlobsUnavailable`.
+        """
         async with self._transfers, _limit_time(), self.open(owner, sha256) as opened:
             if max_bytes is not None and opened.size > max_bytes:
                 raise BlobTooLarge(opened.size)
@@ -57,7 +63,11 @@ class RunBlobs:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a blob for reading in chunks; raises `BlobLost`, possibly instead of the last chunk."""
+        """Open a blob for reading in chunks within the block.
+
+        Raises `BlobLost` for a missing blob and, instead of the last chunk, for a corrupt one; and
+        `BlobsUnavailable`.
+        """
         _require_ids(owner)
         if not _SHA256.fullmatch(sha256):
             raise BlobLost("There is no such blob")
@@ -106,7 +116,7 @@ async def _limit_time() -> AsyncIterator[None]:
 
 
 async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
-    """Yield chunks, each after the next was read, so that the last one follows only if the hash is right."""
+    """Yield chunks, each after the next was read; raise `BlobLost` instead of the last one if the hash is wrong."""
     digest = hash_of()
     held = b""
     async for chunk in opened.chunks:
@@ -120,7 +130,7 @@ async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
 
 
 def _require_ids(owner: BlobOwner) -> None:
-    """Refuse an owner with ids that could lead out of the storage's folder.
+    """Raise `ValueError` for an owner with ids that could lead out of the storage's folder.
 
     Ids are parts of paths. They come from rows, so this never fails.
     """
@@ -134,5 +144,5 @@ def _clean_media_type(text: str) -> str:
 
 
 def _clean_file_name(text: str) -> str:
-    """Return a displayable file name from an untrusted one: no path, no control characters."""
+    """Return a displayable file name from an untrusted one: no path, no control characters, a limited length."""
     return _UNPRINTABLE.sub("", text).replace("\\", "/").rpartition("/")[2][-MAX_NAME_CHARACTERS:]

@@ -50,7 +50,10 @@ class BucketBlobStorage:
         )
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Write a blob as an object of the bucket, with its media type and file name as attributes."""
+        """Write a blob as an object of the bucket, with its media type and file name as attributes.
+
+        Raises `BlobsUnavailable`.
+        """
         attributes = {
             "Content-Type": label.type,
             **({NAME_ATTRIBUTE: quote(label.name)} if label.name else {}),
@@ -62,8 +65,9 @@ class BucketBlobStorage:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open the object of a blob for reading in pieces until the block ends; raises `BlobLost` if it is
-        missing.
+        """Open the object of a blob for reading in pieces until the block ends.
+
+        Raises `BlobLost` if it is missing, and `BlobsUnavailable`.
         """
         with _translate_errors():
             result = await obstore.get_async(self._store, _blob_path(owner, sha256))
@@ -72,13 +76,19 @@ class BucketBlobStorage:
         yield OpenBlob(label, result.meta["size"], _read_chunks(result))
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Delete all objects of one run, or of one chain of resumed runs."""
+        """Delete all objects of one run, or of one chain of resumed runs; none is no error.
+
+        Raises `BlobsUnavailable`.
+        """
         with _translate_errors():
             async for listed in obstore.list(self._store, prefix=_blob_path(owner, "")):
                 await obstore.delete_async(self._store, [entry["path"] for entry in listed])
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Yield batches of owners with objects that are all older than `age`, by the time of the bucket."""
+        """Yield batches of owners with objects that are all older than `age`, by the time of the bucket.
+
+        Raises `BlobsUnavailable`.
+        """
         since = await self._now() - age
         newest: dict[BlobOwner, datetime] = {}
         with _translate_errors():
@@ -94,7 +104,10 @@ class BucketBlobStorage:
         yield [owner for owner, added in newest.items() if added < since]
 
     async def _now(self) -> datetime:
-        """Return the bucket's time, by which it dates objects, from a probe object."""
+        """Return the bucket's time, by which it dates objects, from a probe object that is deleted again.
+
+        Raises `BlobsUnavailable`.
+        """
         probe = f"{CLOCK_FOLDER}/{secrets.token_hex(8)}"
         with _translate_errors():
             await obstore.put_async(self._store, probe, b"", use_multipart=False)

@@ -46,13 +46,17 @@ class FolderBlobStorage:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Write a blob to a file in the folder of its owner, durable when the call returns."""
+        """Write a blob to a file in the folder of its owner, durable when the call returns.
+
+        Raises `BlobsUnavailable`.
+        """
         await self._in_thread(lambda: self._put(owner, sha256, content, label))
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open the file of a blob for reading in pieces until the block ends; raises `BlobLost` if it is
-        missing.
+        """Open the file of a blob for reading in pieces until the block ends.
+
+        Raises `BlobLost` if it is missing or its label unreadable, and `BlobsUnavailable`.
         """
         file, label, size = await self._in_thread(lambda: _open_labeled(self._of(owner) / sha256))
         try:
@@ -61,7 +65,10 @@ class FolderBlobStorage:
             file.close()
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Remove the folder with all blobs of one run, or of one chain of resumed runs."""
+        """Remove the folder with all blobs of one run, or of one chain of resumed runs; none is no error.
+
+        Raises `BlobsUnavailable`.
+        """
         await self._in_thread(lambda: _remove_folder(self._of(owner)))
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
@@ -116,7 +123,7 @@ class FolderBlobStorage:
                     yield BlobOwner(organization.name, line.name)
 
     def _now(self) -> float:
-        """Return the file system's time, by which it dates files, from a probe file."""
+        """Return the file system's time, by which it dates files, in seconds since 1970, from a probe file."""
         with tempfile.TemporaryFile(dir=self._root) as probe:
             probe.write(b"0")
             probe.flush()
@@ -134,7 +141,10 @@ def _list_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _write_atomically(path: Path, *parts: bytes) -> None:
-    """Write a file atomically: complete or not at all, even after a crash."""
+    """Write the parts to a file that is complete or absent, even after a crash; raises `OSError`.
+
+    The name is durable once the folder is synced.
+    """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with _create_file(unfinished) as file:
@@ -165,7 +175,10 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 
 def _open_labeled(path: Path) -> tuple[BinaryIO, BlobLabel, int]:
-    """Return a file positioned behind its label, the label, and the number of bytes that follow."""
+    """Return a file positioned behind its label, the label, and the number of bytes that follow.
+
+    Raises `BlobLost` for a missing file or an unreadable label.
+    """
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
     except FileNotFoundError as error:

@@ -25,7 +25,10 @@ BATCH_OWNERS: Final = 500
 
 
 async def delete_orphans(blobs: BlobStore, database: Database) -> None:
-    """Delete blobs that have had no run for a day; raises `BlobsUnavailable` and `DatabaseUnavailable`."""
+    """Delete blobs that have had no run for `MIN_AGE_HOURS`, and log their number of runs.
+
+    Raises `BlobsUnavailable` and `DatabaseUnavailable`.
+    """
     deleted = 0
     async for owners in blobs.backend.idle_owners(timedelta(hours=MIN_AGE_HOURS)):
         deleted += await delete_unused(blobs, database, owners)
@@ -34,10 +37,10 @@ async def delete_orphans(blobs: BlobStore, database: Database) -> None:
 
 
 async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[BlobOwner]) -> int:
-    """Delete the blobs of owners that no execution refers to; returns the number of these owners.
+    """Delete the blobs of owners that no execution refers to; return the number of these owners.
 
     Call it after the commit that deletes the rows: a run that was resumed from a deleted run keeps their
-    shared blobs.
+    shared blobs. Raises `BlobsUnavailable` and `DatabaseUnavailable`.
     """
     unused = await find_unused(database, owners)
     await blobs.delete_runs(unused)
@@ -45,7 +48,10 @@ async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[B
 
 
 async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequence[BlobOwner]:
-    """Return those owners of blobs that no execution refers to any more, so that their blobs may be deleted."""
+    """Return those owners that no execution refers to any more, so that their blobs may be deleted.
+
+    Raises `DatabaseUnavailable`.
+    """
     unused: list[BlobOwner] = []
     for begin in range(0, len(owners), BATCH_OWNERS):
         batch = owners[begin : begin + BATCH_OWNERS]

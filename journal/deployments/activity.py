@@ -128,7 +128,7 @@ class DeploymentActivity:
 
 
 def activity_statement() -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads the activity of deployments, for callers to add conditions."""
+    """Return the statement that reads deployments with policy, activity and the time, for callers to add conditions."""
     return select(
         Deployment,
         col(Workflow.lifecycle),
@@ -149,7 +149,7 @@ async def read_activity(connection: AsyncConnection, workflow_id: str) -> Deploy
 async def read_activities(
     connection: AsyncConnection, workflow_ids: Sequence[str]
 ) -> Mapping[str, DeploymentActivity]:
-    """Return the activity of some deployments, by workflow id."""
+    """Return the activity of some deployments by workflow id; workflows that were never deployed are absent."""
     found: dict[str, DeploymentActivity] = {}
     for start in range(0, len(workflow_ids), BATCH_DEPLOYMENTS):
         batch = workflow_ids[start : start + BATCH_DEPLOYMENTS]
@@ -176,7 +176,7 @@ lock.
 
 
 async def lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Lock a deployment against changes and new activity until the transaction ends.
+    """Lock a deployment against changes and new activity until the transaction ends; return True.
 
     A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock. Waits
     for other transactions; raises `LockWaitTimeout`.
@@ -252,11 +252,11 @@ async def decide_and_apply(
     user_id: str | None = None,
     lock: LockDeployment = lock_deployment,
 ) -> DecidedDeployment | None:
-    """Read a deployment, decide, and apply the decision in one transaction.
+    """Read a deployment, decide, and apply the decision in one transaction; return both.
 
-    Returns None for a workflow that was never deployed, or if `lock` doesn't get the deployment. Concurrent
-    activity is either seen here, or sees the decision. `decide` may be called again, and its exceptions
-    propagate. Raises `DatabaseUnavailable`.
+    None for a workflow that was never deployed, or if `lock` doesn't get the deployment. Concurrent activity
+    is either seen here, or sees the decision. `decide` may be called again, and its exceptions propagate.
+    Raises `DatabaseUnavailable`.
     """
     work = partial(
         _decide_and_apply,
@@ -279,7 +279,10 @@ async def decide_and_apply(
 
 
 def decide_by_policy(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Return the decision of a deployment's policy, as `decide` of `decide_and_apply`."""
+    """Return the decision that the lifecycle policy of a deployment makes now, for `decide_and_apply`.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     return lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
 
 
@@ -291,9 +294,10 @@ async def apply_decision(
     replicas: int | None = None,
     user_id: str | None = None,
 ) -> Deployment:
-    """Change the desired state of a deployment and store the decision; raises `DeploymentChanged`.
+    """Change the desired state of a deployment by a decision, and store the decision; return the new state.
 
-    `replicas` is for a start; the default is the last number of pods.
+    `replicas` is for a start; the default is the last number of pods. Raises `DeploymentChanged` if the state
+    has changed since it was read.
     """
     before = seen.deployment
     changes = {
@@ -321,7 +325,7 @@ async def store_decision(
     *,
     user_id: str | None = None,
 ) -> None:
-    """Store a decision with its inputs, its author, and the number of pods that it wants."""
+    """Store a decision with its inputs, its author, and the number of pods that it wants; count it in the metrics."""
     kept = LifecycleDecision(
         id=ids.new_id("decision"),
         organization_id=after.organization_id,
@@ -394,7 +398,7 @@ def _desired_changes(
 
 
 async def pod_lease_owners(database: Database, workflow_id: str) -> frozenset[PodProcess]:
-    """Return the processes of a workflow's pods that hold runs of it; raises `DatabaseUnavailable`."""
+    """Return the pod processes that hold runs of a workflow; raises `DatabaseUnavailable`."""
     prefix = lease_owner_prefix(workflow_id)
     statement = (
         select(col(Execution.lease_owner))

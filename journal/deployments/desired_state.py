@@ -60,9 +60,11 @@ async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Depl
 
 
 async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, secret: bytes) -> Deployment:
-    """Deploy a definition. Does nothing if its pods are already desired and have not failed.
+    """Deploy a definition and return the desired state.
 
-    New pods get a new token. The token of replaced pods stays valid until none of them is left.
+    Do nothing if its pods are already desired and have not failed. New pods get a new token. The token of
+    replaced pods stays valid until none of them is left. Raises `LockWaitTimeout`, and `LookupError` for an
+    unknown workflow.
     """
     await _store_definition(connection, order)
     await activity.lock_deployment(connection, order.workflow_id)
@@ -94,7 +96,10 @@ async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, 
 async def undeploy_workflow(
     connection: AsyncConnection, workflow_id: str, *, user_id: str, reason: StoppedReason | None = None
 ) -> Deployment | None:
-    """Undeploy a workflow and leave its runs to the workers; None for a workflow that isn't deployed."""
+    """Undeploy a workflow, release its runs to the workers, and return the new state.
+
+    None for a workflow that isn't deployed. Raises `LockWaitTimeout`.
+    """
     await activity.lock_deployment(connection, workflow_id)
     seen = await activity.read_activity(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
@@ -138,7 +143,10 @@ async def _store_definition(connection: AsyncConnection, order: DeployRequest) -
 
 
 async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> DeploymentActivity:
-    """Insert a deployment with an empty desired state; returns its activity."""
+    """Insert a deployment that is not deployed yet, and return its activity.
+
+    Raises `LookupError` for an unknown workflow.
+    """
     now = await database_time.read_database_time(connection)
     first = Deployment(
         workflow_id=order.workflow_id,
@@ -171,7 +179,7 @@ async def _update_deployment(
 
 
 async def _release_to_workers(connection: AsyncConnection, deployment: Deployment) -> None:
-    """Release the runs of pods to any worker: at once, or when their lease or wait ends."""
+    """Let workers execute the runs of a deployment: at once, or when their lease or wait ends."""
     workflow_id = deployment.workflow_id
     await wakes.release_deferred_runs(connection, workflow_id)
     for status in UNFINISHED:

@@ -110,7 +110,7 @@ class WakeOutcome(Enum):
 
 
 def is_desired(deployment: Deployment) -> bool:
-    """Return whether a deployment is to have pods and is not draining."""
+    """Return whether a deployment should have pods and is not draining."""
     return deployment.replicas > 0 and deployment.drain_until is None
 
 
@@ -125,10 +125,11 @@ def has_failed(deployment: Deployment) -> bool:
 
 
 async def record_activities(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
-    """Record activity of several deployments; returns those that are deployed, by workflow id.
+    """Record activity of several deployments; return the deployed ones by workflow id.
 
     Skips a deployment that another transaction has locked. That transaction records activity itself, or is
-    about to stop the deployment, and then the sweep for waiting runs finds the runs.
+    about to stop the deployment, and then the sweep for waiting runs finds the runs. Raises
+    `DatabaseUnavailable`.
     """
     return await database.transaction(partial(_record_activities, workflow_ids=sorted(set(workflow_ids))))
 
@@ -145,7 +146,10 @@ def blocked_reason(deployment: Deployment) -> str | None:
 
 
 def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Decide about a deployment by its policy; one that can't start is stopped, and started again later."""
+    """Decide about a deployment by its policy; one whose pods failed to start is stopped, and started again later.
+
+    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    """
     situation = seen.situation
     if situation.is_up and has_failed(seen.deployment):
         return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
@@ -185,7 +189,7 @@ async def wake_for_waiting_runs(database: Database) -> dict[str, WakeOutcome]:
 
 
 async def release_deferred_runs(connection: AsyncConnection, workflow_id: str) -> int:
-    """Make the deferred runs of a deployment pending; returns their number."""
+    """Make the deferred runs of a deployment pending, with blocked intervals that end now; return their number."""
     code = case(
         (col(Execution.due_at) == UNTIL_STARTED, BlockerCode.STOPPED_MANUALLY.value),
         else_=BlockerCode.WINDOW_CLOSED.value,
@@ -200,9 +204,9 @@ async def release_deferred_runs(connection: AsyncConnection, workflow_id: str) -
 
 
 def targets_statement(condition: ColumnElement[bool], after: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds deployments after `after` with such runs, with one index probe each.
+    """Return the statement that finds up to `BATCH_TARGETS` deployments after `after` with such runs.
 
-    Ids of workflows sort after the words that name the other targets.
+    It makes one index probe for each. Ids of workflows sort after the words that name the other targets.
     """
     target = col(Execution.target)
     first = select(func.min(target)).where(condition, target > after).scalar_subquery()
@@ -250,7 +254,8 @@ async def _wake_for_runs(database: Database, workflow_id: str, condition: Column
 def _needs_nothing(seen: DeploymentActivity, condition: ColumnElement[bool]) -> bool:
     """Return, without a lock, whether the runs of a deployment need no change.
 
-    Fast path for most: pods are already desired for the pending runs, or the deferred runs may not start yet.
+    That holds for most: pods are already desired for the pending runs, or the deferred runs may not start
+    yet.
     """
     if not seen.deployment.is_deployed:
         return False
@@ -286,7 +291,10 @@ async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> Wake
 
 
 async def _defer_runs(connection: AsyncConnection, workflow_id: str, due_at: datetime) -> WakeOutcome:
-    """Defer runs that have not started until `due_at`. Started runs keep their state and continue first."""
+    """Defer pending runs that have not started until `due_at`; return `DEFERRED`, or `NOTHING` without any.
+
+    Started runs keep their state and continue first.
+    """
     is_new = and_(IS_PENDING, col(Execution.started_at).is_(None))
     deferred = await _retarget_runs(
         connection, workflow_id, is_new, status=ExecutionStatus.WAITING.value, due_at=due_at

@@ -225,7 +225,7 @@ class Blocker:
 
     @property
     def effective_kind(self) -> BlockerKind:
-        """The kind of this blocker, or else that of its code."""
+        """The kind of this blocker if it has its own, else that of its code."""
         return self.kind or BLOCKER_RULES[self.code].kind
 
 

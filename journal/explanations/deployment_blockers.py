@@ -23,7 +23,7 @@ _STARTS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
 def find_blocker(
     seen: DeploymentActivity | None, last: LastDecision | None, now: datetime, *, since: datetime | None
 ) -> Blocker | None:
-    """Return why no pod of a deployment claims runs; None if one does.
+    """Return the reason why no pod of a deployment claims runs; None if one does.
 
     `since` is the time from which the run could be claimed. A deployment in an unknown time zone can't be
     decided here, and counts as asleep.
@@ -73,7 +73,10 @@ def find_blocker(
 def _starting_blocker(
     seen: DeploymentActivity, last: LastDecision | None, now: datetime, since: datetime | None
 ) -> Blocker:
-    """Return the blocker of a deployment that shall have pods and has none that claims."""
+    """Return the blocker of a deployment that should have pods and has none that claims runs.
+
+    It has failed, or its pods start.
+    """
     deployment = seen.deployment
     if status_of(deployment) is DeploymentStatus.FAILED:
         return _failed_blocker(seen, since, None)

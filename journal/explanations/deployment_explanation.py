@@ -62,7 +62,7 @@ class DeploymentExplanation:
 def explain_deployment(
     workflow: Workflow, seen: DeploymentActivity | None, last: LastDecision | None
 ) -> DeploymentExplanation:
-    """Explain the state of a workflow's deployment, at the time of its activity."""
+    """Explain status, reason, blockers and next event of a workflow's deployment, at the time of its activity."""
     paused = [workflow_paused(workflow.id, since=None)] if workflow.status == WorkflowStatus.PAUSED else []
     status = status_of(seen.deployment if seen is not None else None)
     if seen is None or not seen.deployment.is_deployed:
@@ -98,7 +98,7 @@ def _next_event(seen: DeploymentActivity) -> NextEvent | None:
 
 
 def suggest_requests(workflow_id: str, status: DeploymentStatus) -> Sequence[SuggestedRequest]:
-    """Return requests that change the state of a deployment."""
+    """Return the request that changes a deployment in this status; none while it changes anyway."""
     names = {
         DeploymentStatus.NOT_DEPLOYED: "deploy",
         DeploymentStatus.STOPPED: "start",

@@ -49,7 +49,7 @@ async def read_graph(connection: AsyncConnection, run: Execution) -> ParsedGraph
 
 
 async def read_settled(connection: AsyncConnection, run: Execution) -> Mapping[str, SettledNode]:
-    """Return the nodes of a run that have ended, by their ids."""
+    """Return the settled nodes of a run outside of loops, with status and port, by their ids."""
     statement = select(col(SpanRow.node_id), col(SpanRow.status), col(SpanRow.port)).where(
         col(SpanRow.execution_id) == run.id,
         col(SpanRow.shard) == run.shard,
@@ -119,7 +119,7 @@ def _find_blockers(
 
 
 def _ready_blockers(facts: RunFacts, graph: ParsedGraph) -> Sequence[Blocker]:
-    """Return why a ready node has not started: other nodes take all places, or the run itself is blocked."""
+    """Return the reasons why a ready node has not started: the parallelism is used up, or the run itself is blocked."""
     limit = graph.settings.parallelism
     at_work = [node for node in facts.nodes if node.status is SpanStatus.RUNNING]
     if len(at_work) >= limit:
@@ -142,7 +142,7 @@ def _branch_blocker(
     skipped: Collection[str],
     node_id: str,
 ) -> Blocker:
-    """Return the router that has left by another port, the nearest before the node."""
+    """Return the blocker that names the nearest settled node before a node, which left by another port."""
     queue, seen = [node_id], {node_id}
     for place in queue:
         for edge in graph.inbound[place]:

@@ -106,7 +106,7 @@ def _moment(value: datetime | int | None) -> datetime | None:
 
 
 def _bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:  # noqa: ANN401 - any expression
-    """Return the statement that counts rows of one kind up to the limit."""
+    """Return the statement that counts at most `MAX_COUNTED` rows, with `label` and the oldest time."""
     some = select(col(Execution.updated_at).label("at")).where(*conditions).limit(MAX_COUNTED).subquery()
     return select(
         literal(label).label("label"), func.count().label("number"), func.min(some.c.at).label("oldest")
@@ -118,7 +118,7 @@ def _of(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
 
 
 async def _deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
-    """Return the deployments with pending or deferred runs, of an organization or of all."""
+    """Return the deployments with pending or deferred runs, of an organization or (None) of all, sorted."""
     found: set[str] = set()
     for condition in (wakes.IS_PENDING, wakes.IS_DEFERRED):
         if organization_id is None:
@@ -158,7 +158,7 @@ async def _pending(
 async def _pending_code(
     connection: AsyncConnection, target: str, workers: Sequence[WorkerPresence], now: datetime
 ) -> BlockerCode:
-    """Return the reason of the pending runs of a target."""
+    """Return the reason why the pending runs of a target wait."""
     if target == LIMITED_TARGET:
         return BlockerCode.WAITING_FOR_SLOT
     if target in _WORKER_QUEUES:
@@ -178,7 +178,7 @@ async def _deployment_code(
 async def _deferred(
     connection: AsyncConnection, organization_id: str | None, pods: Sequence[str], now: datetime
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return counts of runs that were accepted and may not start yet."""
+    """Return reasons and counts of runs that were accepted and may not start yet."""
     is_held = col(Execution.due_at) == UNTIL_RESUMED
     of_delayed = and_(wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET, *_of(organization_id))
     statement = union_all(
@@ -205,7 +205,7 @@ async def _deferred(
 async def _waiting(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return counts of started runs that wait, from the intervals that are open."""
+    """Return reasons and counts of started runs that wait, from the intervals that are open."""
     is_open: list[ColumnElement[bool]] = [col(BlockedInterval.ended_at).is_(None)]
     if organization_id is not None:
         is_open.append(col(BlockedInterval.organization_id) == organization_id)
@@ -237,7 +237,7 @@ async def _waiting(
 async def _running(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return counts of running runs: with a lease, without one, and with a request to end."""
+    """Return reasons and counts of running runs: their worker is lost, they should end, or they run."""
     code = case(
         (col(Execution.lease_until) < DatabaseTime(), BlockerCode.WORKER_LOST.value),
         (col(Execution.request).is_not(None), BlockerCode.CANCEL_REQUESTED.value),

@@ -153,7 +153,10 @@ def _slot_blocker(facts: RunFacts) -> Blocker:
 
 
 def _estimate_slot(facts: RunFacts) -> EndEstimate | None:
-    """Estimate the time of a free slot from the ends of the holders, as if each takes the median time."""
+    """Estimate the time of a free slot from the ends of the holders, as if each takes the median time.
+
+    None without a limit or recent durations.
+    """
     slot, durations = facts.slot, facts.recent.runs
     if slot is None or not durations or not slot.limit:
         return None
@@ -247,7 +250,7 @@ def workflow_paused(workflow_id: str, *, since: datetime | None) -> Blocker:
 
 
 def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
-    """Return what a node that is at work or waits is waiting for."""
+    """Return the blocker that a node at work or in a wait is for its run: the timer, person, event or child run."""
     where: Mapping[str, Json] = {
         "node": node.node_id,
         "iteration": node.iteration,
@@ -291,7 +294,7 @@ def _input_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
 
 
 def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
-    """Return the blocker of a node at work; sub-workflow runs that it has started hold it."""
+    """Return the blocker of a node at work, with an estimate of its end; child runs that it waits for hold it."""
     children = [child for child in facts.children if child.node_id in {node.node_id, ""}]
     durations = facts.recent.nodes.get(node.node_id, ())
     p95 = percentile(durations, 0.95) if durations else None
@@ -362,7 +365,7 @@ def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
 
 
 def _next_event(facts: RunFacts, blockers: Sequence[Blocker]) -> NextEvent | None:
-    """Return the earliest of the events with a known time that may let the run continue."""
+    """Return the earliest event with a known time that may let the run continue; None if no time is known."""
     run = facts.run
     moments = [
         NextEvent(_EVENTS.get(one.code, one.code.value), one.until)
@@ -390,7 +393,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that this share of the values does not exceed."""
+    """Return the smallest value that at least this share (0 to 1) of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
 

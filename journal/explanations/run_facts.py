@@ -186,7 +186,7 @@ async def read_run_facts(
 
 
 async def read_intervals(connection: AsyncConnection, execution_id: str) -> Sequence[BlockedInterval]:
-    """Return the blocked intervals of a run, the earliest first."""
+    """Return the first `MAX_INTERVALS` blocked intervals of a run, the earliest first."""
     statement = (
         select(BlockedInterval)
         .where(col(BlockedInterval.execution_id) == execution_id)
@@ -197,7 +197,7 @@ async def read_intervals(connection: AsyncConnection, execution_id: str) -> Sequ
 
 
 def _claimable_sql() -> str:
-    """Return the condition under which some claim takes a pending row at its own target.
+    """Return the SQL condition under which some claim takes a pending row at its own target.
 
     Executors claim their target without suspects, and suspects at the isolation target of theirs; targets of
     limited, delayed and unparsed runs are never claimed by executors.
@@ -213,7 +213,7 @@ def _claimable_sql() -> str:
 
 
 async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCaller) -> RunFacts:
-    """Add the facts that matter for the state of an unfinished run."""
+    """Return the facts of an unfinished run with those that matter for its state: slot, workers, nodes, deployment."""
     run = facts.run
     added: dict[str, Any] = {}
     if run.status == ExecutionStatus.PENDING:
@@ -237,7 +237,7 @@ async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCal
 
 
 async def _count_ahead(connection: AsyncConnection, run: Execution, *, is_suspect: bool) -> int:
-    """Return how many runs the claims of this run's target and turn take before it."""
+    """Return how many runs the claims of this run's target and turn take before it, at most `MAX_COUNTED`."""
     order = run_rows.TRIAL_ORDER if is_suspect else run_rows.CLAIM_ORDER
     kind = run_rows.suspect_sql(str(MAX_ISOLATION_LOSSES)) if is_suspect else run_rows.IS_NO_SUSPECT_SQL
     of_turn = "" if is_suspect else " AND organization_id = :organization_id AND queue_turn = :queue_turn"
@@ -280,7 +280,7 @@ async def _slot_facts(connection: AsyncConnection, run: Execution, caller: ApiCa
 
 
 async def _workers(connection: AsyncConnection, owner: str | None) -> Sequence[WorkerPresence]:
-    """Return the newest reports of workers; only that of `owner` if it is given."""
+    """Return up to 1,000 reports of workers, the newest first; only that of `owner` if it is given."""
     statement = select(WorkerPresence).order_by(col(WorkerPresence.seen_at).desc()).limit(1_000)
     if owner is not None:
         statement = statement.where(col(WorkerPresence.owner) == owner)
@@ -288,7 +288,7 @@ async def _workers(connection: AsyncConnection, owner: str | None) -> Sequence[W
 
 
 async def read_last_decision(connection: AsyncConnection, workflow_id: str) -> LastDecision | None:
-    """Return the last decision about a deployment that is still stored."""
+    """Return the last decision about a deployment that is still stored; None without one."""
     statement = (
         select(
             *(col(LifecycleDecision.action), col(LifecycleDecision.reason)),
@@ -303,7 +303,7 @@ async def read_last_decision(connection: AsyncConnection, workflow_id: str) -> L
 
 
 async def _unsettled_nodes(connection: AsyncConnection, run: Execution) -> Sequence[UnsettledNode]:
-    """Return the nodes that are at work or wait without an answer, in the order of their spans."""
+    """Return up to `MAX_NODES` nodes at work or in a wait without an answer, in the order of their spans."""
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
         col(WaitAnswer.node_id) == col(SpanRow.node_id),
@@ -367,7 +367,7 @@ async def _children(connection: AsyncConnection, run: Execution, caller: ApiCall
 async def _recent_durations(
     connection: AsyncConnection, run: Execution, node_ids: Sequence[str]
 ) -> RecentDurations:
-    """Return durations of the newest completed runs of the workflow, and of these nodes in them."""
+    """Return durations in seconds of the newest completed runs of the workflow, and of these nodes in them."""
     newest = (
         select(col(ExecutionData.execution_id))
         .where(

@@ -68,7 +68,7 @@ def sum_times(
     primary: BlockerCode,
     since: datetime | None,
 ) -> TimeSpent:
-    """Divide the time of a run by cause.
+    """Divide the time of a run by cause: queued, waking, running, and each code of blocked intervals.
 
     `primary` and `since` are the present reason of an unfinished run that has no open interval.
     """
@@ -100,7 +100,7 @@ def _blocked_spans(
     primary: BlockerCode,
     since: datetime | None,
 ) -> Iterator[tuple[str, datetime, datetime]]:
-    """Yield code, start and end of each block; where several overlap, the first counts."""
+    """Yield code, start and end of each blocked interval, and of the present block of an unfinished run."""
     for interval in intervals:
         yield interval.code, interval.started_at, interval.ended_at or end
     is_open = any(interval.ended_at is None for interval in intervals)
@@ -112,7 +112,7 @@ def _blocked_spans(
 def _queued_spans(
     run: Execution, intervals: Sequence[BlockedInterval], end: datetime
 ) -> Iterator[tuple[datetime, datetime]]:
-    """Yield the times in which a run that had started could be claimed again."""
+    """Yield start and end of the times in which a started run could be claimed again and was not."""
     for interval in intervals:
         has_started = run.started_at is not None and interval.started_at >= run.started_at
         if has_started and interval.ended_at is not None:
@@ -122,7 +122,8 @@ def _queued_spans(
 def find_critical_path(spans: Iterable[PathStep], edges: Iterable[tuple[str, str]]) -> Sequence[PathStep]:
     """Return the nodes that determined the end of a run, from the first to the last.
 
-    Each is the parent of the next that ended last. `edges` are pairs of source and target.
+    Each is the parent of the next that ended last. `edges` are pairs of source and target. Empty without
+    spans.
     """
     by_id = {step.node_id: step for step in spans}
     parents: dict[str, list[PathStep]] = {}

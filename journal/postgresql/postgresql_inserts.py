@@ -60,7 +60,10 @@ class PostgresqlInserts:
     # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs, those under a concurrency limit one by one; answers are in the order of the batch."""
+        """Insert runs, those that need a free concurrency slot at once one by one.
+
+        Return answers in the order of the batch. Raises `DatabaseUnavailable`.
+        """
         answers: dict[str, AcceptanceResult] = {}
         for item in batch:
             if not item.may_wait:
@@ -76,7 +79,10 @@ class PostgresqlInserts:
         return [answers[item.execution_id] for item in batch]
 
     async def _accept_within_limit(self, item: RunAcceptance) -> dict[str, AcceptanceResult]:
-        """Insert a run if its key has a free slot and no waiting runs before it."""
+        """Insert a run if its key has a free slot; return its answer by execution id.
+
+        Without one the verdict is FULL. Raises `DatabaseUnavailable`.
+        """
 
         async def insert() -> list[Any] | None:
             async with self._pool.acquire() as connection, connection.transaction():
@@ -107,7 +113,7 @@ class PostgresqlInserts:
         return answers
 
     async def _explain_refusals(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
-        """Explain missing rows of runs.
+        """Return the answers for runs that a statement has not inserted, by execution id.
 
         They were accepted by an attempt with a lost answer, repeated, or built from an old revision.
         """
@@ -123,7 +129,7 @@ class PostgresqlInserts:
     async def _read_earlier_keys(
         self, asked: Sequence[tuple[int, IdempotencyKey | None]]
     ) -> dict[tuple[Any, ...], tuple[str, str]]:
-        """Return the fingerprints and resource ids of existing idempotency keys, by shard, scope and key."""
+        """Return fingerprint and resource id of those keys that exist, by shard, scope and key."""
         keys = [(shard, key.scope, key.key) for shard, key in asked if key]
         found = await self._fetch(_EARLIER_KEYS, *transpose_rows(keys, 3)) if keys else []
         return {tuple(row)[:3]: (row[3], row[4]) for row in found}
@@ -131,8 +137,9 @@ class PostgresqlInserts:
     # ── inbound requests ────────────────────────────────────────────────────────────────────────────────────
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Store inbound requests with their runs, those that share keys one after another; answers are in the
-        order of the batch.
+        """Store inbound requests with their runs; return answers in the order of the batch.
+
+        Requests that share keys are stored one after another. Raises `DatabaseUnavailable`.
         """
         answers: dict[str, IngestResult] = {}
         waiting: Sequence[InboundRequest] = batch
@@ -148,7 +155,7 @@ class PostgresqlInserts:
         return [answers[one.delivery_id] for one in batch]
 
     async def _ingest_within_limit(self, write: InboundRequest) -> dict[str, IngestResult]:
-        """Store an inbound request without those runs that may not wait and have no free slot."""
+        """Store an inbound request without those runs that may not wait and have no free slot; return its answer."""
         full: set[str] = set()
 
         async def insert() -> list[Any]:
@@ -173,9 +180,9 @@ class PostgresqlInserts:
     async def _ingest_results(
         self, batch: Sequence[InboundRequest], rows: Sequence[Any], full: Collection[str] = ()
     ) -> dict[str, IngestResult]:
-        """Return the results of inbound requests, from the ids that the statement returned.
+        """Return the results of inbound requests by delivery id, from the returned ids of deliveries and runs.
 
-        The ids are those of deliveries and of runs.
+        Runs in `full` had no free slot.
         """
         returned = {row[0] for row in rows}
         missing = [one for one in batch if one.delivery_id not in returned]
@@ -197,7 +204,7 @@ class PostgresqlInserts:
         return answers
 
     async def _explain_missing(self, batch: Sequence[InboundRequest]) -> dict[str, IngestResult]:
-        """Explain missing rows of deliveries.
+        """Return the answers for deliveries that a statement has not inserted, by delivery id.
 
         They were stored by an attempt with a lost answer, repeated, or built from an old revision.
         """
@@ -210,7 +217,10 @@ class PostgresqlInserts:
 
 
 async def _lock_free_slots(connection: Any, item: RunAcceptance) -> int:  # noqa: ANN401 - the pool's proxy has no type
-    """Return the number of free slots of a key, and lock the key until the transaction ends."""
+    """Lock a concurrency key until the transaction ends, and return its number of free slots.
+
+    Negative above the limit.
+    """
     # A statement of its own, so that the next one sees the commit of the previous holder.
     await connection.execute(
         f"{timeout_statement()}, pg_advisory_xact_lock($1)", advisory_lock_id(item.concurrency_key or "")
@@ -252,7 +262,10 @@ def _definitions_sql(first: int) -> str:
 
 
 def _idempotency_sql(table: str) -> str:
-    """Return SQL that binds the keys of a table's rows to their ids, unless unexpired rows hold these keys."""
+    """Return SQL that binds the keys of a table's rows to their ids, unless unexpired rows hold these keys.
+
+    It returns the ids whose keys were bound.
+    """
     return f"""
     INSERT INTO idempotency AS earlier (shard, scope, key, fingerprint, resource_id, expires_at)
     SELECT shard, scope, key, fingerprint, id, {NOW} + lifetime FROM {table}
@@ -264,7 +277,10 @@ def _idempotency_sql(table: str) -> str:
 
 
 def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_label: int) -> str:
-    """Return SQL that inserts the runs of the table `winner`, data first; labels begin at a parameter."""
+    """Return SQL that inserts the runs of the table `winner`: labels, data, and executions.
+
+    The labels begin at the parameter with the number `first_label`.
+    """
     return f"""label AS (
     INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)
     SELECT winner.id, label.key, label.value, winner.shard, winner.organization_id, {NOW}

@@ -128,8 +128,9 @@ class PostgreSQLStore:
         self._inserts = PostgresqlInserts(pool, self._fetch, self._repeat)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs in one transaction; the answers, in the order of the batch, tell which are new, repeated
-        or stale.
+        """Insert runs; the answers, in the order of the batch, tell which are new, repeated, stale or over a limit.
+
+        Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._inserts.accept(batch)
 
@@ -140,8 +141,10 @@ class PostgreSQLStore:
         return await self._inserts.ingest(batch)
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take the best pending runs for a process: sets lease and fencing token, counts the attempt. See
-        `RunStore.claim`.
+        """Take the best pending runs for a process: set lease and fencing token, and count the attempt.
+
+        See `RunStore.claim`. Learns the database time. Raises `DatabaseUnavailable`; only a claim that was
+        surely rolled back is repeated.
         """
         asked_at = monotonic()
         # A repeated claim would take other runs, and the first ones would have no executor.
@@ -151,16 +154,18 @@ class PostgreSQLStore:
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Return whether runs that lost several workers wait to be run apart; those with too many losses don't
-        count.
+        """Return whether runs that lost several workers wait to be run apart.
+
+        Those with more than `max_isolation_losses` don't count.
         """
         return bool(
             await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write spans and ends of runs; returns the ids of runs whose fencing token was still valid. See
-        `RunStore.record`.
+        """Write spans and ends of runs; return the ids of runs whose fencing token was still valid.
+
+        See `RunStore.record`. Raises `PartialCommit` if locked rows prevent some writes.
         """
         batch = sorted(batch, key=lambda write: write.execution_id)
         try:
@@ -171,7 +176,10 @@ class PostgreSQLStore:
         return await self._record_each(batch, owner)
 
     async def _record_each(self, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
-        """Write run by run, so that a locked row delays only its own run; raises `PartialCommit`."""
+        """Write run by run, so that a locked row delays only its own run; return the ids of held runs.
+
+        Raises `PartialCommit` with the runs that were not written.
+        """
         held: set[str] = set()
         unwritten: set[str] = set()
         for number, write in enumerate(batch):
@@ -208,7 +216,11 @@ class PostgreSQLStore:
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases by `lease_seconds`; a lease that is not among the answers is lost."""
+        """Extend leases by `lease_seconds`; return those that are held, with their control requests.
+
+        A lease that is not among the answers is lost. Locked rows are tried several times, and then marked as
+        locked. Learns the database time.
+        """
         left = sorted((lease.execution_id, lease.shard, lease.token) for lease in held)
         renewed: list[RenewalResult] = []
         for pause_seconds in (*RENEW_PAUSES_SECONDS, None):
@@ -227,7 +239,7 @@ class PostgreSQLStore:
         return [*renewed, *(RenewalResult(execution_id, None, is_locked=True) for execution_id, _, _ in left)]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return the JSON texts of definition snapshots by their keys."""
+        """Return the JSON texts of definition snapshots by their keys; missing ones are left out."""
         rows = await self._fetch(_DEFINITIONS, *transpose_rows(keys, 3))
         return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
 
@@ -246,7 +258,7 @@ class PostgreSQLStore:
         return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *transpose_rows(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return status and progress of runs, with outputs of ended runs only."""
+        """Return status, progress and error of runs, with outputs of ended runs only; unknown runs are left out."""
         outputs: dict[str, list[tuple[str, str]]] = {}
         references: dict[str, list[str]] = {}
         rows = await self._fetch(_PROGRESS, *transpose_rows(dict.fromkeys(keys), 2))
@@ -270,12 +282,13 @@ class PostgreSQLStore:
         ]
 
     async def promote_due(self) -> int:
-        """Make runs with an ended wait pending; see `RunStore.promote_due`."""
+        """Make runs with an ended wait pending; return their number. See `RunStore.promote_due`."""
         return len(await self._fetch(_PROMOTE_DUE))
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Free up to `limit` runs of dead workers, make due runs pending, and report whether unclaimed runs
-        wait.
+        """Free or end up to `limit` runs of dead workers, and make due runs pending.
+
+        The result also says whether unclaimed runs wait.
         """
         # Before due runs: a run of a dead worker has waited longest, for the end of its lease and then for
         # this sweep.
@@ -286,7 +299,7 @@ class PostgreSQLStore:
         return SweepResult(len(rows) - len(ended), ended, due, bool(pending))
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Reclaim the leases of a dead owner; see `JournalStore.reclaim`."""
+        """Reclaim the runs of a dead owner; return their number. See `JournalStore.reclaim`."""
         if not out_of_memory:
             return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, CRASHED_ERROR, False))  # noqa: FBT003 - an argument of the statement
         counts = not await self._fetch(_HAD_TRIAL, owner_prefix)
@@ -303,8 +316,9 @@ class PostgreSQLStore:
         return len(await self._fetch(_RETURN_DIRECT, [key.execution_id for key in keys]))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Request a run to `stop` or `cancel`; a run that no process holds ends at once. None for an unknown
-        run.
+        """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
+
+        Return its status, lease owner and channel; None for an unknown run.
         """
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
@@ -331,7 +345,7 @@ class PostgreSQLStore:
         *arguments: object,
         may_repeat: Callable[[Exception], bool] = lambda _error: True,
     ) -> list[Any]:
-        """Run one statement, and retry it where that may help.
+        """Run one statement, and repeat it after failures that `may_repeat` allows; return the rows.
 
         Raises `DatabaseUnavailable` and `LockWaitTimeout`.
         """
@@ -470,7 +484,7 @@ WITH chosen AS MATERIALIZED (
 
 
 def _claim_statement(claim: ClaimQuery) -> tuple[Any, ...]:
-    """Return the statement of a claim and its arguments."""
+    """Return the statement of a claim followed by its arguments."""
     lease = claim.owner, int(claim.lease_seconds * 1_000_000)
     if claim.is_trial:
         queue = ISOLATION_TARGETS.get(claim.target, claim.target)
@@ -735,7 +749,7 @@ LEFT JOIN LATERAL (
 
 
 def _skip_locked_sql(condition: str, limit: str = "") -> str:
-    """Return the condition that selects unlocked rows, so that a locked row delays only itself."""
+    """Return the SQL condition that selects unlocked rows with a condition, so that a locked row delays only itself."""
     # An array is evaluated once; a subquery may run again for each row, and select other rows each time.
     return (
         f"id = ANY (ARRAY(SELECT id FROM execution WHERE {condition} {limit} FOR NO KEY UPDATE SKIP LOCKED))"

@@ -9,7 +9,7 @@ NOW: Final = "(date_part('epoch', now()) * 1000000)::bigint"
 
 
 def lock_wait_sql(milliseconds: int) -> str:
-    """Return an always true condition that bounds the lock waits of its statement, behind a pooler too.
+    """Return an always true SQL condition that limits the lock waits of its statement, behind a pooler too.
 
     An uncorrelated subquery is evaluated once, before the rows that it filters.
     """
@@ -17,7 +17,7 @@ def lock_wait_sql(milliseconds: int) -> str:
 
 
 def transpose_rows(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
-    """Turn rows into columns, since `unnest` takes one array per column.
+    """Turn rows into `width` columns, since `unnest` takes one array per column.
 
     `unnest` pads short arrays with NULL, so a column of NULLs is sent as an empty array: the driver looks at
     each element.

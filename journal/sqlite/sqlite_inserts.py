@@ -177,7 +177,7 @@ def _direct_times(item: RunAcceptance, now: int) -> tuple[str | None, int | None
 
 
 def _initial_target(item: RunAcceptance) -> str:
-    """Return the target of a new run, which names its possible executors."""
+    """Return the target of a new run: unparsed, limited, delayed, a deployment, or shared by all workers."""
     if isinstance(item, IngestedRun) and not item.is_read:
         return UNPARSED_TARGET
     if item.concurrency_key is not None:
@@ -206,9 +206,9 @@ def _current_workflows(
 def _claim_key(
     connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
 ) -> AcceptanceResult | None:
-    """Return the answer to an earlier request with this key.
+    """Return the answer to an earlier request with this key, or None.
 
-    Without one, store the key if the run will be accepted.
+    Without one, the key is stored if `is_new`.
     """
     bound = _bind_key(connection, item.shard, key, item.execution_id, now, is_new=is_new)
     return None if bound is None else AcceptanceResult(*bound)
@@ -223,7 +223,10 @@ def _bind_key(
     *,
     is_new: bool,
 ) -> tuple[AcceptanceVerdict, str] | None:
-    """Return the verdict and the id of the resource that holds a key; otherwise bind the key if `is_new`."""
+    """Return the verdict and the id of the resource that holds a key, or None if no unexpired one does.
+
+    Then the key is bound to `resource_id` if `is_new`.
+    """
     identity = (shard, key.scope, key.key)
     found = connection.execute(
         "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE shard = ? AND scope = ? AND key = ?",
@@ -249,7 +252,10 @@ def _bind_key(
 def _has_free_slot(
     connection: sqlite3.Connection, item: RunAcceptance, inserted: Sequence[RunAcceptance]
 ) -> bool:
-    """Return whether fewer runs than the limit hold or await a slot of the key, including this batch."""
+    """Return whether fewer runs than the limit hold or await a slot of the run's key, with those of this batch.
+
+    Always without a limit.
+    """
     live: int = connection.execute(
         "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
         f" AND target <> '{LIMITED_TARGET}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"

@@ -82,8 +82,9 @@ class SQLiteStore:
         self._reader = _ConnectionThread(path, "sqlite-reader", writes=False)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs in one transaction; the answers, in the order of the batch, tell which are new, repeated
-        or stale.
+        """Insert runs; the answers, in the order of the batch, tell which are new, repeated, stale or over a limit.
+
+        Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._writer.run(
             lambda connection: sqlite_inserts.insert_runs(connection, batch, _now_microseconds())
@@ -98,37 +99,43 @@ class SQLiteStore:
         )
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take the best pending runs for a process: sets lease and fencing token, counts the attempt. See
-        `RunStore.claim`.
+        """Take the best pending runs for a process: set lease and fencing token, and count the attempt.
+
+        See `RunStore.claim`.
         """
         claimed = await self._writer.run(lambda connection: _claim(connection, claim))
         self.clock.follow_host()
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Return whether runs that lost several workers wait to be run apart; those with too many losses don't
-        count.
+        """Return whether runs that lost several workers wait to be run apart.
+
+        Those with more than `max_isolation_losses` don't count.
         """
         return await self._reader.run(
             lambda connection: _has_suspects(connection, target, max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write spans and ends of runs; returns the ids of runs whose fencing token was still valid. See
-        `RunStore.record`.
+        """Write spans and ends of runs; return the ids of runs whose fencing token was still valid.
+
+        See `RunStore.record`.
         """
         return await self._writer.run(lambda connection: _record(connection, batch, owner))
 
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases by `lease_seconds`; a lease that is not among the answers is lost."""
+        """Extend leases by `lease_seconds`; return those that are held, with their control requests.
+
+        A lease that is not among the answers is lost.
+        """
         renewed = await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
         self.clock.follow_host()
         return renewed
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return the JSON texts of definition snapshots by their keys."""
+        """Return the JSON texts of definition snapshots by their keys; missing ones are left out."""
         return await self._reader.run(lambda connection: _definitions(connection, keys))
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
@@ -142,21 +149,22 @@ class SQLiteStore:
         return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return status and progress of runs, with outputs of ended runs only."""
+        """Return status, progress and error of runs, with outputs of ended runs only; unknown runs are left out."""
         return await self._reader.run(lambda connection: _progress(connection, keys))
 
     async def promote_due(self) -> int:
-        """Make runs with an ended wait pending; see `RunStore.promote_due`."""
+        """Make runs with an ended wait pending; return their number. See `RunStore.promote_due`."""
         return await self._writer.run(_promote_due)
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Free up to `limit` runs of dead workers, make due runs pending, and report whether unclaimed runs
-        wait.
+        """Free or end up to `limit` runs of dead workers, and make due runs pending.
+
+        The result also says whether unclaimed runs wait.
         """
         return await self._writer.run(lambda connection: _sweep(connection, limit))
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Reclaim the leases of a dead owner; see `JournalStore.reclaim`."""
+        """Reclaim the runs of a dead owner; return their number. See `JournalStore.reclaim`."""
         return await self._writer.run(
             lambda connection: _reclaim(connection, owner_prefix, out_of_memory=out_of_memory)
         )
@@ -172,8 +180,9 @@ class SQLiteStore:
         return await self._writer.run(lambda connection: _return_direct(connection, keys))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Request a run to `stop` or `cancel`; a run that no process holds ends at once. None for an unknown
-        run.
+        """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
+
+        Return its status, lease owner and channel; None for an unknown run.
         """
         return await self._writer.run(lambda connection: _request_end(connection, key, request))
 
@@ -238,9 +247,9 @@ class _ConnectionThread:
     def _transact(
         self, connection: sqlite3.Connection, works: list[tuple[DatabaseWork[Any], Future[Any]]]
     ) -> None:
-        """Run queued work in one transaction.
+        """Run queued work in one transaction, and give each future its result or error.
 
-        If a piece of it fails, run each piece in a transaction of its own.
+        If a piece of it fails, each piece runs again in a transaction of its own.
         """
         try:
             self._begin(connection)
@@ -341,7 +350,10 @@ def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[
 
 
 def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) -> list[str]:
-    """Return organizations with pending runs, starting after the last one served, with one index probe each."""
+    """Return up to `claim.limit` organizations with pending runs, starting after the last one served.
+
+    Excluded ones are left out. It makes one index probe for each.
+    """
     statement = (
         "SELECT min(organization_id) FROM execution"
         " WHERE status = 'pending' AND target = ? AND organization_id > ?"
@@ -365,9 +377,9 @@ def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) ->
 def _organization_runs(
     connection: sqlite3.Connection, claim: ClaimQuery, organization_id: str, share: int
 ) -> list[tuple[str, bool]]:
-    """Return an organization's next runs, its workflows in turn.
+    """Return up to `share` next runs of an organization, its workflows in turn.
 
-    Each run has a flag that says whether its workflow may have more.
+    Each id has a flag: whether its workflow may have more.
     """
     statement = (
         "SELECT min(queue_turn) FROM execution"

@@ -78,13 +78,13 @@ class DecisionResult:
 
 
 def needed_approvals(request: Mapping[str, Json]) -> int:
-    """Return the number of people who must make the same choice."""
+    """Return the number of people who must make the same choice; 1 by default."""
     count = request.get("approvals")
     return int(count) if isinstance(count, int | float) else 1
 
 
 def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
-    """Return the assignees of a question; empty: everybody who may answer runs of the workflow."""
+    """Return the assignees of a question; empty if everybody with access to the workflow's runs may answer."""
     assignees = request.get("assignees")
     return [str(one) for one in assignees] if isinstance(assignees, list) else []
 
@@ -111,8 +111,8 @@ async def record_decision(
 ) -> DecisionResult:
     """Record a person's answer in the caller's transaction; enough equal choices are passed to the node.
 
-    Whether the person may answer is checked before. The result says if the answer came late, expired or unawaited,
-    and how many votes are missing.
+    The result says if the answer came late, expired or unawaited, and how many votes are missing. The caller
+    has checked that the person may answer.
     """
     place = (asked.node_id, asked.iteration)
     own: dict[str, Json] = {
@@ -168,7 +168,7 @@ async def record_decision(
 async def _read_votes(
     connection: AsyncConnection, key: ExecutionKey, place: tuple[str, str]
 ) -> dict[str, dict[str, Json]]:
-    """Return the votes so far by voter, as the output of the node shows them."""
+    """Return the votes of a question so far by voter, the earliest first, as the output of the node shows them."""
     statement = (
         select(col(ApprovalVote.voter), col(ApprovalVote.choice), col(ApprovalVote.created_at))
         .where(
@@ -207,12 +207,12 @@ def derive_token(secret: bytes, key: ExecutionKey, node_id: str, iteration: str,
 
 
 def hash_token(token: str) -> str:
-    """Return the stored form of a token."""
+    """Return the stored form of a token: its SHA-256 in hexadecimal."""
     return sha256(token.encode()).hexdigest()
 
 
 async def find_link(connection: AsyncConnection, token: str) -> ApprovalLink | None:
-    """Return the link with a token."""
+    """Return the approval link with a token; None if there is none."""
     statement = select(ApprovalLink).where(col(ApprovalLink.hash) == hash_token(token))
     row = (await connection.execute(statement)).mappings().first()
     return None if row is None else ApprovalLink(**row)

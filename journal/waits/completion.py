@@ -65,7 +65,7 @@ class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_default
 
     @property
     def to_text(self) -> str | None:
-        """JSON as it is stored; None if no action remains."""
+        """JSON text as it is stored; None if no action remains."""
         return msgspec.json.encode(self).decode() if self != NO_ACTION else None
 
     @property
@@ -74,7 +74,7 @@ class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_default
         return self.callback is not None or self.on_failure is not None
 
     def for_status(self, status: ExecutionStatus) -> CompletionAction:
-        """Return the actions that apply to a run with this final status."""
+        """Return the actions that apply to a run with this final status: a failure workflow only for `failed`."""
         return self if status is ExecutionStatus.FAILED else msgspec.structs.replace(self, on_failure=None)
 
 
@@ -142,7 +142,10 @@ def requested_actions(
 
 
 def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect[*tuple[Any, ...]]:
-    """Return the statement that finds runs with due completion actions, except those of some organizations."""
+    """Return the statement that finds ended runs with due completion actions.
+
+    Runs of the organizations in `but_of` are left out.
+    """
     is_fresh = col(Execution.completion_due_at).is_(None)
     is_due_again = col(Execution.completion_due_at) <= DatabaseTime()
     return union_all(
@@ -154,7 +157,10 @@ def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect
 async def find_due_completions(
     database: Database, limit: int, *, but_of: Collection[str] = ()
 ) -> Sequence[ExecutionKey]:
-    """Return runs with due completion actions: new ones first, then those due longest."""
+    """Return up to `limit` ended runs with due completion actions: new ones first, then those due longest.
+
+    Raises `DatabaseUnavailable`.
+    """
     async with database.read() as connection:
         rows = await connection.execute(due_statement(limit, but_of=but_of).limit(limit))
         return [ExecutionKey(row.id, row.shard) for row in rows]
@@ -163,7 +169,10 @@ async def find_due_completions(
 async def claim_completions(
     database: Database, keys: Collection[ExecutionKey], lease_seconds: float
 ) -> list[DueCompletion]:
-    """Claim due completion actions of these runs, except those that are claimed or locked."""
+    """Claim due completion actions of these runs for `lease_seconds`; return them.
+
+    Claimed and locked ones are left out. Raises `DatabaseUnavailable`.
+    """
 
     async def take(connection: AsyncConnection) -> list[DueCompletion]:
         unlocked = (
@@ -196,9 +205,9 @@ async def settle_completion(
     outcome: CompletionOutcome | None,
     delay_seconds: float | None,
 ) -> None:
-    """Store the remaining actions and the delay before them. None as delay: the lease continues.
+    """Store the remaining actions of a claimed run, their outcome, and the seconds until they are due again.
 
-    Writes nothing if another worker has claimed the run meanwhile.
+    None as delay: the lease continues. Writes nothing if another worker has claimed the run meanwhile.
     """
     changes: dict[str, Any] = {
         "completion_action": msgspec.to_builtins(left) if left != NO_ACTION else null()
@@ -217,7 +226,10 @@ async def settle_completion(
 
 
 async def clear_action(database: Database, key: ExecutionKey) -> None:
-    """Clear the completion actions of an ended run if none of them applies to its status."""
+    """Clear the completion actions of an ended run: none of them applies to its status.
+
+    Raises `DatabaseUnavailable`.
+    """
 
     async def clear(connection: AsyncConnection) -> None:
         await connection.execute(

@@ -65,7 +65,7 @@ async def add_wait(
 ) -> EventWait | None:
     """Store the wait of a node in a transaction and return it; an existing wait stays as it was.
 
-    Returns None if the node has its answer already, or never started.
+    None if the node has its answer already, or never started.
     """
     of_run = (
         col(Execution.id) == caller.execution_id,
@@ -106,7 +106,10 @@ async def add_wait(
 async def list_events_since(
     connection: AsyncConnection, wait: EventWait, after: tuple[datetime, str] | None
 ) -> Sequence[EventRecord]:
-    """Return the next batch of matching events since a node waits, after `after`, earliest first."""
+    """Return the next batch of events in the period of a wait that match its pattern, earliest first.
+
+    `after` are time and id of the last event of the batch before.
+    """
     conditions: list[ColumnElement[bool]] = [
         col(EventRecord.organization_id) == wait.organization_id,
         matches_pattern(wait.pattern),
@@ -132,10 +135,7 @@ async def list_events_since(
 
 
 def matches_pattern(pattern: str) -> ColumnElement[bool]:
-    """Return the condition that the type of an event matches a pattern.
-
-    A pattern is a type, or a prefix that ends in `.*`.
-    """
+    """Return the SQL condition that the type of an event matches a pattern: a type, or a prefix that ends in `.*`."""
     if not pattern.endswith(".*"):
         return col(EventRecord.event_type) == pattern
     beginning = pattern.removesuffix(".*")
@@ -147,7 +147,7 @@ def matches_pattern(pattern: str) -> ColumnElement[bool]:
 async def filter_awaited(
     connection: AsyncConnection, event_ids: Collection[str]
 ) -> Sequence[EventAnnouncement]:
-    """Return those of some events for which a node of their organization might wait, earliest first."""
+    """Return those events in whose organization some node waits for an event, earliest first."""
     anybody = select(col(EventWait.organization_id)).where(
         col(EventWait.organization_id) == col(EventRecord.organization_id)
     )
@@ -198,16 +198,16 @@ async def list_waits(
 
 
 async def read_event_data(connection: AsyncConnection, event_id: str) -> str | None:
-    """Return the data of an event as JSON text."""
+    """Return the data of an event as JSON text; None if it is deleted."""
     return await connection.scalar(select(col(EventRecord.data)).where(col(EventRecord.id) == event_id))
 
 
 async def answer_waits(
     connection: AsyncConnection, waits: Sequence[EventWait], data: str
 ) -> list[AnswerResult]:
-    """Answer waiting nodes with an event, in a transaction, and delete their waits.
+    """Answer waiting nodes with an event, in a transaction, and delete their waits; return the receptions.
 
-    The waits are deleted even if a node doesn't accept the answer.
+    They are in the order of `wait_key`. A wait is deleted even if its node doesn't accept the answer.
     """
     payload = _encode({"output": msgspec.Raw(data.encode()), "port": OUTPUT})
     given: list[AnswerResult] = []
@@ -234,7 +234,7 @@ async def mark_delivered(connection: AsyncConnection, event_ids: Collection[str]
 
 
 async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
-    """Return undelivered events that were stored a while ago, earliest first."""
+    """Return the ids of up to `BATCH_EVENTS` events stored a while ago and not delivered, earliest first."""
     statement = (
         select(col(EventRecord.id))
         .where(
@@ -250,9 +250,9 @@ async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
 async def delete_finished_waits(
     connection: AsyncConnection, after: tuple[str, str] | None
 ) -> tuple[str, str] | None:
-    """Delete waits of ended or deleted runs in the next batch after `after`.
+    """Delete the waits of ended or deleted runs in the batch after `after`, except locked ones.
 
-    Returns the last key of the batch, None at the end.
+    Return the key to continue after; None at the end.
     """
     condition = () if after is None else (col(EventWait.execution_id) > after[0],)
     statement = (

@@ -79,12 +79,15 @@ class WaitingNode:
 
 
 def encode_output_answer(value: Json, port: str = OUTPUT) -> bytes:
-    """Encode the wait answer by which a waiting node completes with a value at a port."""
+    """Return the stored answer with which a waiting node completes with a value at a port."""
     return _encode({"output": value, "port": port})
 
 
 def encode_error_answer(code: str, message: str, cause: FailureCause | None = None) -> bytes:
-    """Encode the answer with which a node fails; `cause` is the error inside the run for which it has waited."""
+    """Return the stored answer with which a waiting node fails.
+
+    `cause` is the error inside the run for which it has waited.
+    """
     error: dict[str, object] = {"code": code, "message": message}
     return _encode({"error": error if cause is None else {**error, "cause": cause}})
 
@@ -99,10 +102,10 @@ async def store_answer(
     kind: AnswerSource,
     user_id: str | None = None,
 ) -> AnswerResult:
-    """Store the answer of a node in a transaction; the first answer counts.
+    """Store the answer of a node in a transaction, and wake its waiting run; return the reception.
 
-    A sub-workflow run or an event may answer a node before its run waits. Input of a person needs a waiting
-    run.
+    The first answer counts. A sub-workflow run or an event may answer a node before its run waits; input of a
+    person needs a waiting run.
     """
     columns = (col(Execution.status), col(Execution.concurrency_key))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
@@ -155,7 +158,10 @@ async def store_answer(
 async def read_answers(
     database: Database, keys: Sequence[ExecutionKey]
 ) -> dict[str, dict[tuple[str, str], bytes]]:
-    """Return the answers of runs, by execution id, then by node id and iteration."""
+    """Return the stored answers of runs by execution id, then by node id and iteration.
+
+    Raises `DatabaseUnavailable`.
+    """
     found: dict[str, dict[tuple[str, str], bytes]] = {}
     columns = (
         col(WaitAnswer.execution_id),
@@ -222,7 +228,7 @@ class OrganizationWait:
 async def list_organization_waits(
     connection: AsyncConnection, visible: ColumnElement[bool], *, at_most: int
 ) -> list[OrganizationWait]:
-    """Return nodes that wait for input in the runs that a condition selects, of the newest runs first."""
+    """Return up to `at_most` nodes that wait for input, in runs that satisfy a condition, the newest runs first."""
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
         col(WaitAnswer.node_id) == col(SpanRow.node_id),
@@ -266,7 +272,7 @@ async def list_organization_waits(
 async def _receive_answer(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, kind: AnswerSource
 ) -> AnswerReception:
-    """Return the verdict on the first answer to a node, by the node's span."""
+    """Return the reception of the first answer to a node, by its span: taken, expired or unawaited."""
     has_expired = (
         type_coerce(col(SpanRow.wake_at), BigInteger) <= DatabaseTime() + MAX_CLOCK_SKEW_MICROSECONDS
     )

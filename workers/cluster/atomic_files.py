@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read. Readers find the old or the new content, never a part."""
+    """Write a file that only its owner may read; readers find the old or the new content, never a part.
+
+    Not durable. Raises `OSError`.
+    """
     temporary = path.with_name(path.name + ".new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -179,7 +179,7 @@ class ObservedDeployment:
 
     @property
     def is_starting(self) -> bool:
-        """Whether desired pods are not created or not ready yet."""
+        """Whether desired pods are missing, not ready, or of an earlier apply."""
         live = [pod for pod in self.pods if not pod.is_terminating]
         is_complete = (
             self.is_current
@@ -302,7 +302,10 @@ class ClusterConnection:
         self._opening = asyncio.Lock()
 
     async def driver(self) -> ClusterDriver:
-        """Return the driver, opened by the first call that succeeds. Raises `ClusterError`."""
+        """Return the driver, opened by the first call that succeeds, which also calls `on_open`.
+
+        Raises `ClusterError`.
+        """
         async with self._opening:
             if self.current is None:
                 self.current = await self._open_driver()

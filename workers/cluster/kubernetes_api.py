@@ -83,7 +83,7 @@ class RequestBudget:
         self._paused_until = 0.0
 
     async def acquire(self) -> None:
-        """Wait until one more request may be sent, first come first served."""
+        """Wait until one more request may be sent, by rate and pauses; first come, first served."""
         loop = asyncio.get_running_loop()
         at = max(self._next_at, loop.time() - self._burst_seconds)
         self._next_at = at + self._interval
@@ -123,7 +123,11 @@ class KubernetesApi:
         await self._client.close()
 
     async def list(self, path: str, label: str) -> tuple[Sequence[Manifest], str]:
-        """Return all items, read page by page, and their resource version."""
+        """Return all items with a label, read page by page, and their resource version.
+
+        A list whose version expires meanwhile is read again. Raises `ClusterError`, and `ClusterUnavailable`
+        for a path that is not served or changes too fast.
+        """
         for _ in range(ATTEMPTS):
             items: list[Manifest] = []
             query = {"labelSelector": label, "limit": str(PAGE_SIZE)}
@@ -144,7 +148,10 @@ class KubernetesApi:
     async def patch(
         self, path: str, body: Manifest, *, content_type: str, query: Mapping[str, str]
     ) -> Manifest:
-        """Patch an object, repeat it on conflicts, and return the object."""
+        """Patch an object, again on conflicts, and return it.
+
+        Raises `ObjectNotFound`, `ClusterError`, and `ClusterUnavailable` after several conflicts.
+        """
         for _ in range(ATTEMPTS):
             with suppress(ObjectConflict):
                 return await self.request("PATCH", path, query=query, body=body, content_type=content_type)
@@ -153,9 +160,9 @@ class KubernetesApi:
     async def watch(
         self, path: str, query: Mapping[str, str], *, seconds: float, on_event: Callable[[Manifest], None]
     ) -> None:
-        """Pass each event to `on_event` until the stream ends.
+        """Pass each event of a watch to `on_event` until the stream ends, after about `seconds`.
 
-        Raises `VersionExpired` for a version that is too old.
+        Raises `VersionExpired` for a version that is too old, and `ClusterError`.
         """
         query = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": f"{seconds:.0f}"}
         await self._budget.acquire()
@@ -184,7 +191,10 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> Manifest:
-        """Send a request and return the object of its answer."""
+        """Send a request and return the JSON object of its answer.
+
+        Raises `ObjectNotFound`, `ObjectConflict` and `ClusterError`.
+        """
         answer = await self.read(method, path, query=query, body=body, content_type=content_type)
         try:
             decoded: Manifest = decoding.decode(answer)
@@ -201,7 +211,10 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> bytes:
-        """Send a request and return the body of its answer; repeat it for a while if it is deferred with 429."""
+        """Send a request and return the body of its answer; repeat it for a while if it is deferred with 429.
+
+        Raises `ObjectNotFound`, `ObjectConflict` and `ClusterError`.
+        """
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + BUSY_SECONDS
         while True:
@@ -247,7 +260,10 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> aiohttp.ClientResponse:
-        """Send one request without regard to the budget, and return the response before its body is read."""
+        """Send one request without regard to the budget; return the response before its body is read.
+
+        The response has any status. Raises the errors of aiohttp and `OSError`.
+        """
         request = await self._client.param_serialize(
             method=method,
             resource_path=path,
@@ -262,7 +278,7 @@ class KubernetesApi:
         return response
 
     def _error_for_response(self, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
-        """Return the exception for an unsuccessful answer; 429 pauses all requests."""
+        """Return the exception for an unsuccessful response; 429 pauses all requests and gives `ClusterBusy`."""
         if response.status != HTTPStatus.TOO_MANY_REQUESTS:
             return _error_for_status(response.status, _error_message(answer))
         seconds = _parse_retry_after(response.headers.get("Retry-After", ""))
@@ -271,7 +287,10 @@ class KubernetesApi:
 
 
 def _enable_keep_alive(response: aiohttp.ClientResponse) -> None:
-    """Enable TCP keepalive, so that a silently vanished server is noticed within 25 s."""
+    """Enable TCP keepalive, so that a silently vanished server is noticed within 25 s.
+
+    Does nothing if the connection is closed.
+    """
     connection = response.connection
     transport = None if connection is None else connection.transport
     found = None if transport is None else transport.get_extra_info("socket")

@@ -105,7 +105,7 @@ class KubernetesDriver:
     # ── desired state ───────────────────────────────────────────────────────────────────────────────────────
 
     async def apply(self, desired: DesiredDeployment) -> None:
-        """Apply all objects, and set the replicas.
+        """Apply all objects of a deployment, and set the replicas; raises `ClusterError`.
 
         Fields that another manager has set are taken back: the deployer owns all fields that it applies, and
         the number of pods is not among them.
@@ -124,7 +124,10 @@ class KubernetesDriver:
             raise ClusterForbidden(f"The API server has no namespace for {path}: {error}") from error
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
-        """Set the number of pods of a deployment, 0 to stop it; raises `NotDeployed` if it doesn't exist."""
+        """Set the number of pods of a deployment, 0 to stop it.
+
+        Raises `NotDeployed` if it doesn't exist, and `ClusterError`.
+        """
         path = _object_path(self._layout, "Deployment", names.workflow_name(workflow_id))
         change = {"spec": {"replicas": replicas}}
         try:
@@ -137,7 +140,8 @@ class KubernetesDriver:
     async def delete(self, workflow_id: str) -> bool:
         """Stop the pods, and once they have ended delete all objects with the workflow's label.
 
-        The Deployment is deleted last: it exists as long as any other object is left.
+        Return True once none is left. The Deployment is deleted last: it exists as long as any other object
+        is left. Raises `ClusterError`.
         """
         deployments, listed = await self._list_objects(workflow_id)
         if any(not pod_status.has_ended(pod) for pod in listed):
@@ -169,7 +173,10 @@ class KubernetesDriver:
         return False
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Delete these pods. Their ReplicaSet creates others at once, even while the old ones take long to end."""
+        """Delete these pods; missing ones are ignored. Raises `ClusterError`.
+
+        Their ReplicaSet creates others at once, even while the old ones take long to end.
+        """
         for name in pods:
             with suppress(ObjectNotFound, ObjectConflict):
                 deleted = await self._api.request("DELETE", _pods_path(self._layout, name))
@@ -192,15 +199,24 @@ class KubernetesDriver:
     # ── observed state ──────────────────────────────────────────────────────────────────────────────────────
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
-        """Read the Deployment and its pods, from the cache while a watch is open."""
+        """Return the observed state from the Deployment and its pods, from the cache while a watch is open.
+
+        Raises `ClusterError`.
+        """
         return self._summarize(workflow_id, *await self._list_objects(workflow_id))
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Read the Deployment and its pods: the Deployment alone never says why no pod becomes ready."""
+        """Return the observed state from the Deployment and its pods, read from the API server.
+
+        The Deployment alone never says why no pod becomes ready. Raises `ClusterError`.
+        """
         return self._summarize(workflow_id, *await self._read_objects(workflow_id))
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Return the observed state of all Deployments that Pilotflame manages, with their pods."""
+        """Return the observed state of all Deployments that Pilotflame manages, with their pods.
+
+        Raises `ClusterError`.
+        """
         if self.cache.is_open:
             await self.cache.wait_synced(self._api.request_seconds)
             deployments: Sequence[Manifest] = tuple(self.cache.deployments)
@@ -218,7 +234,10 @@ class KubernetesDriver:
         )
 
     async def _list_objects(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
-        """Return the Deployments and pods of a workflow, from the cache of the watch while that is open."""
+        """Return the Deployments and pods of a workflow, from the cache of the watch while that is open.
+
+        Raises `ClusterError`.
+        """
         if not self.cache.is_open:
             return await self._read_objects(workflow_id)
         await self.cache.wait_synced(self._api.request_seconds)
@@ -241,12 +260,15 @@ class KubernetesDriver:
         return pod_status.summarize_deployment(workflow_id, deployment, listed, port=self._layout.port)
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the addresses of the pods that can receive requests now."""
+        """Return the base URLs of the pods that can receive requests now; raises `ClusterError`."""
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return the last lines of all pods in order of time. A crashed container gives those of its last run."""
+        """Return the last `limit` lines of all pods in order of time; raises `ClusterError`.
+
+        A crashed container gives those of its last run.
+        """
         label = _format_selector(manifests.workflow_labels(workflow_id))
         listed, _ = await self._api.list(_pods_path(self._layout), label)
         read = await asyncio.gather(*(self._read_pod_log(pod, limit) for pod in listed))
@@ -275,7 +297,10 @@ class KubernetesDriver:
     # ── changes ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield workflows to observe, and keep the cache meanwhile."""
+        """Yield ids of workflows to observe, first all and then changed ones.
+
+        Keep the cache and watch quotas meanwhile.
+        """
         quotas = asyncio.create_task(self._quotas.follow())
         try:
             async with aclosing(self.cache.watch()) as changes:
@@ -288,7 +313,8 @@ class KubernetesDriver:
     async def _retry_refused_pods(self) -> None:
         """Annotate Deployments with pods over quota, since a change makes their ReplicaSets try again now.
 
-        A pause after each one lets other requests pass. It ends once the quota is full again.
+        A pause after each one lets other requests pass. It ends once the quota is full again. Raises
+        `ClusterError`.
         """
         refused = [one for one in self.cache.deployments if pod_status.is_over_quota(one)]
         for one in refused:
@@ -335,7 +361,10 @@ class ChangeAttempt:
         self.last: Send | None = None
 
     async def send(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Send one request of the change; it is counted, and repeated first at the next attempt if it fails."""
+        """Send one request of the change, count it, and return its result.
+
+        If it fails, it is repeated first at the next attempt.
+        """
         self.requests += 1
         self.last = request
         return await request()

@@ -67,7 +67,7 @@ class ScalePlan:
 
 
 def plan_scaling(copies: Sequence[PodCopy], *, template: str, replicas: int) -> ScalePlan:
-    """Plan the starts and stops that lead to `replicas` pods of one template.
+    """Return the number of pods to start and the pods to stop, on the way to `replicas` pods of one template.
 
     A pod of another template remains until a pod of this one is ready in its place.
     """
@@ -131,7 +131,10 @@ class LocalDriver:
         os.close(self._lock)
 
     async def end_pods(self, patience_seconds: float) -> None:
-        """End all pods and close. The next driver of the folder starts them again."""
+        """End all pods, by force after `patience_seconds`, and close.
+
+        The next driver of the folder starts them again.
+        """
         pods = [pod for deployment in self._deployments.values() for pod in deployment.pods.values()]
         await self.close()
         await asyncio.gather(*(pod.end(patience_seconds) for pod in pods))
@@ -164,7 +167,10 @@ class LocalDriver:
         return tuple(observed for observed in every if observed.exists)
 
     async def delete(self, workflow_id: str) -> bool:
-        """Stop the pods, and remove the deployment once they have ended."""
+        """Stop the pods, and remove the deployment once they have ended; return whether it is gone.
+
+        Waits up to `DELETE_SECONDS` for the end.
+        """
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
             return True
@@ -200,7 +206,7 @@ class LocalDriver:
             self._watchers.discard(changes)
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return the last lines of its pods, one pod after the other."""
+        """Return the last `limit` lines of its pods, one pod after the other; none for an unknown deployment."""
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
             return ()
@@ -212,7 +218,7 @@ class LocalDriver:
         return tuple(lines[-limit:])
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the addresses of the pods that can receive requests now."""
+        """Return the base URLs of the pods that can receive requests now."""
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
@@ -278,7 +284,7 @@ class LocalDeployment:
         )
 
     def adopt(self) -> None:
-        """Adopt the pods that are recorded in the folder."""
+        """Supervise the pods that are recorded in the folder, then start and stop pods as desired."""
         for path in sorted(self.folder.glob(f"*/{POD_FILE}")):
             with suppress(msgspec.DecodeError):
                 self._add(path.parent, decoding.decode(path.read_bytes(), LocalPodRecord))
@@ -294,7 +300,7 @@ class LocalDeployment:
         self._changed()
 
     def replace(self, names: Collection[str]) -> None:
-        """Stop those of the pods that still exist, and start others."""
+        """Stop the pods with these names, if they still exist, and start others."""
         for name in self.pods.keys() & set(names):
             self.pods[name].stop()
         self._reconcile()

@@ -126,13 +126,13 @@ class LocalPod:
         )
 
     def stop(self) -> None:
-        """Send SIGTERM now, and SIGKILL after the grace period."""
+        """Mark the pod as terminating: its process gets SIGTERM now, and SIGKILL after the grace period."""
         if not self.is_terminating:
             self._save_record(terminating_since=HOST_TIME.seconds())
             self._stop.set()
 
     async def end(self, patience_seconds: float) -> None:
-        """End an unsupervised process, by force after a while, and keep everything else."""
+        """End the process of an unsupervised pod, by SIGKILL after `patience_seconds`; keep its folder."""
         running = local_process.find_process(self.folder / WORK_FOLDER)
         if running is None or not running.is_alive:
             return
@@ -143,7 +143,10 @@ class LocalPod:
         running.kill_session()
 
     async def supervise(self, desired: DesiredDeployment) -> None:
-        """Restart the program until the pod is stopped, and then remove the pod."""
+        """Run the program, and again after each exit, until the pod is stopped; then remove the pod's folder.
+
+        A process of an earlier deployer is adopted.
+        """
         running = await self._find_process()
         if running is not None:
             await self._watch_until_exit(running)
@@ -163,7 +166,7 @@ class LocalPod:
         self._changed()
 
     async def _find_process(self) -> local_process.LocalProcess | None:
-        """Return the process that an earlier deployer has started, if it is alive."""
+        """Return the process that an earlier deployer has started, if it is alive; otherwise None."""
         if not self.record.port or self.record.boot_id != local_process.read_boot_id():
             return None
         for _ in range(
@@ -198,7 +201,7 @@ class LocalPod:
         )
 
     async def _watch_until_exit(self, running: local_process.LocalProcess) -> None:
-        """Watch the program while it runs; after a crash, wait before it may be started again."""
+        """Probe the program until it exits; after a crash, report the failure and wait before a restart."""
         helpers = [asyncio.create_task(self._probe_readiness()), asyncio.create_task(self._drain(running))]
         try:
             code = await running.wait_ended()
@@ -213,7 +216,10 @@ class LocalPod:
             await self._back_off_after(PodFailure(reason, self._exit_message(code)))
 
     async def _back_off_after(self, failure: PodFailure) -> None:
-        """Report why the process failed, and wait before the next start, longer after each failure in a row."""
+        """Report a failure of the process, and wait before the next start: from 0.2 to 30 s, doubled per failure.
+
+        A stop of the pod ends the wait.
+        """
         steady = self._ready_since is not None and time.monotonic() - self._ready_since > STABLE_SECONDS
         self._failures = 0 if steady else min(self._failures + 1, MAX_DOUBLINGS)
         self._set_ready(is_ready=False)
@@ -233,7 +239,7 @@ class LocalPod:
         running.kill_session()
 
     async def _probe_readiness(self) -> None:
-        """Probe readiness, more often during the start, and rotate the log."""
+        """Probe readiness forever, more often during the start; rotate the log and count kills for memory."""
         misses = 0
         while True:
             if await self._is_answering():
@@ -265,7 +271,7 @@ class LocalPod:
         self._changed()
 
     def _rotate_log(self) -> None:
-        """Copy the log aside and truncate it, because the program keeps its descriptor of the file."""
+        """Copy the end of a large log aside and truncate it, because the program keeps its descriptor of the file."""
         log = self.folder / LOG_FILE
         with suppress(OSError):  # repeated in a second
             if log.stat().st_size > self._limits.log_bytes:
@@ -309,7 +315,10 @@ def _describe_exit(code: int | None) -> str:
 
 
 def _find_free_port() -> int:
-    """Return a free port. If another process takes it first, the program crashes and gets another port."""
+    """Return a free port of this machine.
+
+    If another process takes it first, the program crashes and gets another port.
+    """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

@@ -51,12 +51,15 @@ class LocalProcess:
                 os.close(handle)
 
     def kill_session(self) -> None:
-        """Kill the process and its descendants, which are in its process group."""
+        """Kill the process and its descendants with SIGKILL; they are in its process group."""
         if self.is_alive:
             _kill_group(self.pid)
 
     async def wait_ended(self) -> int | None:
-        """Wait until it has ended; return the exit code of a child (minus the signal that ended it), or None."""
+        """Wait until it has ended, and kill its descendants; return its exit code.
+
+        That is minus the signal that ended it, or None for a process that is no child of this one.
+        """
         if self.is_alive:
             try:
                 handle = os.pidfd_open(self.pid)
@@ -90,7 +93,10 @@ def _kill_group(number: int) -> None:
 def start_process(
     command: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]
 ) -> LocalProcess:
-    """Start a program in its own session with only this environment and `folder` as its working directory."""
+    """Start a program in its own session with only this environment; return its process.
+
+    `folder` is its working directory, and its output is appended to `log`. Raises `OSError`.
+    """
     # Remove the birth file of an earlier process: a program that dies before it writes its own would be
     # mistaken for it.
     (folder.parent / BIRTH_FILE).unlink(missing_ok=True)

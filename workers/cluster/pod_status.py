@@ -73,7 +73,7 @@ def summarize_deployment(
 
 
 def is_over_quota(deployment: Manifest) -> bool:
-    """Return whether a quota has refused pods of a Deployment."""
+    """Return whether the status of a Deployment says that a quota has refused its pods."""
     failure = _deployment_failure(deployment.get("status") or {})
     return failure is not None and failure.reason is PodFailureReason.QUOTA
 
@@ -121,10 +121,10 @@ def has_ended(pod: Manifest) -> bool:
 
 
 def _container_ended_at(pod: Manifest) -> datetime | None:
-    """Return when a container was restarted, or has ended: no earlier process is left by then.
+    """Return the time when a container was restarted, or has ended; None while its first process runs.
 
-    A restart takes precedence: if the node's clock was set back in between, the new process started by that
-    clock too.
+    No earlier process is left by then. A restart takes precedence: if the node's clock was set back in
+    between, the new process started by that clock too.
     """
     moments: list[str] = []
     for one in _container_statuses(pod):

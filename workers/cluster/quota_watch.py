@@ -54,7 +54,7 @@ log = structlog.get_logger()
 
 
 def quota_headroom(quota: Manifest) -> QuotaHeadroom:
-    """Return the unused quantity of each resource that a quota limits."""
+    """Return the unused quantity of each resource that a quota limits; negative if it is exceeded."""
     status = quota.get("status") or {}
     used = status.get("used") or {}
     return {
@@ -81,7 +81,7 @@ class QuotaWatch:
 
     @property
     def is_full(self) -> bool:
-        """Whether some quota leaves nothing for another pod."""
+        """Whether some quota leaves nothing of a resource that every pod needs."""
         return any(
             left <= 0
             for known in self._known.values()
@@ -90,7 +90,10 @@ class QuotaWatch:
         )
 
     async def follow(self) -> None:
-        """Call `on_room` whenever there is more headroom, until cancelled."""
+        """Watch the quotas of the namespace and call `on_room` whenever there is more headroom, until cancelled.
+
+        Failures are logged, and the watch is repeated after a growing pause.
+        """
         notifying = asyncio.create_task(self._notify())
         failures = 0
         try:
@@ -107,7 +110,7 @@ class QuotaWatch:
             await asyncio.gather(notifying, return_exceptions=True)
 
     async def _listen(self) -> bool:
-        """List, then apply events until the stream ends; return whether it ended normally.
+        """List the quotas, then apply events until the stream ends; return False if it ended by an error.
 
         Raises `ClusterForbidden`.
         """

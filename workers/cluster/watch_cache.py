@@ -59,7 +59,7 @@ class WatchedCollection:
     _objects: dict[str, dict[str, Manifest]] = field(default_factory=dict)
 
     def objects_of(self, name: str) -> tuple[Manifest, ...]:
-        """Return the objects of a workflow, by its name in the cluster."""
+        """Return the cached objects of a workflow, by its name in the cluster."""
         return tuple(self._objects.get(name, {}).values())
 
     def __iter__(self) -> Iterator[Manifest]:
@@ -86,7 +86,7 @@ class WatchedCollection:
         return {workflow_id for one in changed if (workflow_id := workflow_id_of(one)) is not None}
 
     def put(self, item: Manifest) -> bool:
-        """Store the present state of an object; return False if this or a later state is known."""
+        """Store the state of an object, without unused fields; return False if this or a later state is known."""
         metadata = item["metadata"]
         objects = self._objects.setdefault(_owner_name(item), {})
         known = objects.get(metadata["name"])
@@ -101,7 +101,7 @@ class WatchedCollection:
         return True
 
     def remove(self, item: Manifest) -> bool:
-        """Remove an object; return False if another one has its name by now."""
+        """Remove an object; return False if it is unknown, or another one has its name by now."""
         objects = self._objects.get(_owner_name(item), {})
         known = objects.get(item["metadata"]["name"])
         if known is None or known["metadata"]["uid"] != item["metadata"]["uid"]:
@@ -147,7 +147,7 @@ class WatchCache:
         return bool(self._followers)
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield the IDs of changed workflows, at first of all workflows."""
+        """Yield the ids of changed workflows, at first of all known ones; the cache is kept while a watch is open."""
         changes = ChangedWorkflows()
         self._watchers.add(changes)
         changes.add(
@@ -186,7 +186,10 @@ class WatchCache:
             collection.clear()
 
     async def wait_synced(self, seconds: float) -> None:
-        """Wait until both collections are listed. Raises the `ClusterError` that prevents it."""
+        """Wait until both collections are listed; raise the `ClusterError` that prevents it.
+
+        Raises `ClusterUnavailable` after `seconds`.
+        """
         await asyncio.sleep(0)  # a caller that reads in a loop lets events be processed
         try:
             async with asyncio.timeout(seconds):
@@ -201,7 +204,10 @@ class WatchCache:
             raise ClusterUnavailable(message) from error
 
     async def _follow(self, collection: WatchedCollection) -> None:
-        """List and then apply events, in a loop: each list makes up for events that a gap has lost."""
+        """List a collection and apply its events, again and again: each list makes up for events lost in a gap.
+
+        Errors are logged and noted for `wait_synced`.
+        """
         loop = asyncio.get_running_loop()
         pauses = 0
         while True:
@@ -286,7 +292,10 @@ def _resource_version(metadata: Manifest) -> int:
 
 
 def _parse_version(version: str) -> int:
-    """Return a number that orders two states of an object: versions are integers, documented so since 1.35."""
+    """Return a resource version as a number that orders two states of an object; 0 for another form.
+
+    Versions are integers, documented so since Kubernetes 1.35.
+    """
     return int(version) if version.isdecimal() else 0
 
 

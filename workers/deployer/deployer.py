@@ -58,7 +58,10 @@ async def run_deployer(
     command: Sequence[str],
     close_driver: CloseDriver = release_driver,
 ) -> AsyncIterator[Deployer]:
-    """Reconcile deployments while the context lasts; the cluster is opened once a deployment exists."""
+    """Run a deployer, which reconciles deployments, while the context lasts.
+
+    The cluster is opened once a deployment exists, and `close_driver` closes it.
+    """
     deployer = Deployer(settings, database, store, broker, open_driver, command=command)
     await deployer.start()
     try:
@@ -114,7 +117,7 @@ class Deployer:
             self._spawn(loop)
 
     async def stop(self) -> ClusterDriver | None:
-        """Stop without changing any deployment; return the driver if it was opened."""
+        """Stop all tasks without changing any deployment; return the driver if it was opened."""
         await self._broker.stop_deployer()
         for task in self._tasks:
             task.cancel()
@@ -170,7 +173,10 @@ class Deployer:
             await asyncio.sleep(self._settings.deployer_sweep_seconds)
 
     async def _add_all(self, batch: Callable[..., Awaitable[Sequence[tuple[str, int]]]]) -> set[str]:
-        """Enqueue the workflows of rows, in case their messages were lost; those with a scheduled retry wait for it."""
+        """Enqueue the workflows of rows, in case their messages were lost; return their ids.
+
+        Those with a scheduled retry wait for it. Raises `DatabaseUnavailable`.
+        """
         found: set[str] = set()
         after = ""
         while some := await batch(self._database, after=after):
@@ -181,7 +187,10 @@ class Deployer:
         return found
 
     async def _request_all(self) -> None:
-        """Enqueue all workflows with a row or with objects in the cluster."""
+        """Enqueue all workflows with a row or with objects in the cluster, and revoke superseded tokens.
+
+        Raises `DatabaseUnavailable` and `ClusterError`.
+        """
         known = await self._add_all(deployment_rows.list_present)
         if not known and self._connection.current is None:
             return  # nothing is deployed: the cluster need not be opened

@@ -164,7 +164,10 @@ async def list_present(database: Database, *, after: str = "") -> Sequence[tuple
 
 
 async def lock_deployment(database: Database, workflow_id: str, deployer: str) -> bool:
-    """Lock a deployment against other deployers for a while; return False if another one holds it."""
+    """Lock a deployment against other deployers for `LOCK_SECONDS`; return False if another one holds it.
+
+    Raises `DatabaseUnavailable`.
+    """
     until = DatabaseTime() + LOCK_SECONDS * 1_000_000
     is_free = or_(
         col(Deployment.held_by).is_(None),
@@ -184,7 +187,7 @@ async def lock_deployment(database: Database, workflow_id: str, deployer: str) -
 
 
 async def unlock_deployment(database: Database, workflow_id: str, deployer: str) -> None:
-    """Release a deployer's lock of a deployment; does nothing if the deployer no longer holds it."""
+    """Release a deployer's lock of a deployment, if it still holds it; raises `DatabaseUnavailable`."""
     statement = (
         update(Deployment)
         .where(col(Deployment.workflow_id) == workflow_id, col(Deployment.held_by) == deployer)
@@ -197,7 +200,10 @@ async def unlock_deployment(database: Database, workflow_id: str, deployer: str)
 
 
 async def store_status(database: Database, before: Deployment, status: ObservedStatus) -> bool:
-    """Store the observed state; return False if the desired or the observed state has changed meanwhile."""
+    """Store the observed state; return False if the desired or the observed state has changed meanwhile.
+
+    The tokens of an undeployed workflow without pods are revoked. Raises `DatabaseUnavailable`.
+    """
     last = stored_status(before)
     if not status.differs_from(last):
         return True
@@ -230,7 +236,7 @@ async def store_status(database: Database, before: Deployment, status: ObservedS
 
 
 async def ensure_token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
-    """Return the token for new pods of a deployment; create it if needed."""
+    """Return the token for new pods of a deployment; create it if needed. Raises `DatabaseUnavailable`."""
     bearer = TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.shard)
     token_id = deployment_token.new_token_id()
     return await database.transaction(
@@ -241,7 +247,7 @@ async def ensure_token(database: Database, deployment: Deployment, *, secret: by
 
 
 async def pod_resources(database: Database, deployment: Deployment) -> PodResources:
-    """Return the resources of pods in the deployed definition."""
+    """Return the resources of pods in the deployed definition, or the defaults; raises `DatabaseUnavailable`."""
     statement = select(col(Definition.body)).where(
         col(Definition.organization_id) == deployment.organization_id,
         col(Definition.hash) == deployment.definition_hash,

@@ -34,7 +34,10 @@ LOCAL_COMMAND: Final = (sys.executable, "-m", "pilotflame", "runner")
 
 
 def serve(settings: DeployerSettings) -> None:
-    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit."""
+    """Run a deployer until a stop signal.
+
+    Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
+    """
     settings.check_for_production()
     uvloop.run(_serve(settings))
 
@@ -82,7 +85,7 @@ async def end_pods(driver: ClusterDriver) -> None:
 
 
 async def open_driver(settings: DeployerSettings) -> ClusterDriver:
-    """Return the driver for the cluster of the settings. Raises `ClusterError`."""
+    """Return the driver for the cluster of the settings, Kubernetes or local processes; raises `ClusterError`."""
     if settings.cluster == "local":
         from workers.cluster import local_driver  # noqa: PLC0415 - without pods, nothing needs its HTTP client
         from workers.cluster.local_pod import LocalPodLimits  # noqa: PLC0415 - the same

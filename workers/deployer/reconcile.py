@@ -126,7 +126,10 @@ def _start_deadline(state: Stored, stalled_since: datetime | None, start_time: t
 
 
 def lost_processes(processes: Collection[PodProcess], observed: ObservedDeployment) -> Collection[PodProcess]:
-    """Return the dead ones among processes that were known before the observation: their runs have no owner."""
+    """Return those processes that have ended by the observation: their runs have no owner.
+
+    The processes must have been known before the observation.
+    """
     ended_at = {pod.name: pod.ended_at for pod in observed.pods}
     return [
         process
@@ -182,7 +185,7 @@ def seconds_until_replaced(deployment: Deployment, seen: ObservedStatus, *, now:
 
 
 def _node_lost_since(deployment: Deployment) -> datetime | None:
-    """Return the time of the observation that no pod is ready because of a lost node."""
+    """Return the time since which no pod is ready because of a lost node; None if that is not the case."""
     is_lost = (
         deployment.observed == Stored.STARTING
         and deployment.observed_reason_code == PodFailureReason.NODE_NOT_READY
@@ -206,7 +209,7 @@ def unknown_status(deployment: Deployment, reason: str) -> ObservedStatus:
 
 
 def refused_status(deployment: Deployment, reason: str) -> ObservedStatus:
-    """Return the status after a refusal by the cluster: earlier ready pods still serve."""
+    """Return the status after a refusal by the cluster: outdated while earlier pods serve, otherwise failed."""
     last = stored_status(deployment)
     is_serving = deployment.replicas > 0 and last.ready_replicas > 0
     return replace(
@@ -259,12 +262,15 @@ def _observed_state(deployment: Deployment, observed: ObservedDeployment) -> Sto
 
 
 def _is_unchanged_since(deployment: Deployment, state: Stored) -> bool:
-    """Return whether this was the last stored state, and the desired state hasn't changed since."""
+    """Return whether `state` was the last stored state, and the desired state hasn't changed since."""
     return deployment.observed == state and deployment.observed_generation == deployment.generation
 
 
 def _serving_definition(observed: ObservedDeployment) -> str | None:
-    """Return the definition of the ready pods: during a replacement, the old one while any of its pods is ready."""
+    """Return the hash of the definition of the ready pods; None without ready pods.
+
+    During a replacement, it is the old one while any of its pods is ready.
+    """
     live = [pod for pod in observed.pods if not pod.is_terminating]
     hashes = {pod.definition_hash for pod in live if pod.is_ready}
     if not hashes:

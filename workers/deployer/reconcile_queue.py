@@ -40,7 +40,10 @@ class RetryBackoff:
     longest_seconds: float
 
     def delay(self, retries: int) -> float:
-        """Return the seconds before another retry after `retries` earlier ones, with random jitter."""
+        """Return the seconds before another retry after `retries` earlier ones.
+
+        They double up to a maximum, with jitter.
+        """
         seconds: float = min(self.first_seconds * 2 ** min(retries, MAX_DOUBLINGS), self.longest_seconds)
         return seconds * random.uniform(1, 1 + JITTER)  # noqa: S311 - spreads retries, no secret
 
@@ -85,7 +88,7 @@ class ReconcileQueue:
         self._is_filled = asyncio.Event()
 
     def add(self, workflow_id: str) -> None:
-        """Enqueue a workflow, as after an event of the cluster."""
+        """Enqueue a workflow as routine work, as after an event of the cluster; a queued one is not added twice."""
         self._enqueue(workflow_id, is_urgent=False)
 
     def add_urgent(self, workflow_id: str) -> None:
@@ -155,7 +158,7 @@ class ReconcileQueue:
             self._is_filled.set()
 
     def _schedule(self, workflow_id: str, entry: _QueueEntry, retry: ScheduledRetry) -> None:
-        """Start the timer; a running one remains, unless this retry is due before it."""
+        """Start the timer of a retry; a running one remains if it is due earlier."""
         loop = asyncio.get_running_loop()
         delay = retry.backoff.delay(entry.retries)
         if retry.within_seconds is not None:
@@ -198,7 +201,10 @@ class RefusalBudget:
         self._charged: dict[str, _ChargedRefusal] = {}
 
     def require(self, workflow_id: str, generation: int | None) -> None:
-        """Raise `AttemptDeferred`, unless the last refusal is paid for, or was of another generation of the row."""
+        """Raise `AttemptDeferred` until the last refusal of a workflow is paid for.
+
+        A refusal of another generation of the row does not count.
+        """
         charged = self._charged.get(workflow_id)
         if charged is None or charged.generation != generation:
             return
@@ -207,7 +213,7 @@ class RefusalBudget:
             raise AttemptDeferred(charged.refusal, seconds)
 
     def charge(self, workflow_id: str, generation: int | None, refusal: Refusal) -> None:
-        """Bar a workflow from changes for ten seconds for each request that the refused attempt has cost."""
+        """Bar a workflow from changes for ten seconds for each request that the refused attempt has sent."""
         paid_at = asyncio.get_running_loop().time() + refusal.requests * SECONDS_PER_REQUEST
         self._charged[workflow_id] = _ChargedRefusal(generation, refusal, paid_at)
 
@@ -221,7 +227,7 @@ def choose_next_start(waiting: Mapping[str, str], starting: Mapping[str, str], l
 
     Both map workflows to their organizations, `waiting` in the order of requests. The organization with the
     fewest starts goes first. Up to twice the limit may start while an organization has less than its share of
-    it. So slow starts of one organization delay no other.
+    it, so that slow starts of one organization delay no other.
     """
     if not waiting:
         return None
@@ -243,7 +249,7 @@ class StartGate:
         self._starting: dict[str, str] = {}
 
     def admit(self, workflow_id: str, organization_id: str) -> bool:
-        """Return whether a workflow may start now; if not, `on_admit` is called with it once it may."""
+        """Return whether a workflow may start now; if not, it waits, and `on_admit` is called with it once it may."""
         if workflow_id in self._starting:
             return True
         self._waiting.setdefault(workflow_id, organization_id)
@@ -308,7 +314,7 @@ class StartClock:
         return start.since if is_timed else None
 
     def waiting_since(self, workflow_id: str) -> datetime | None:
-        """Return the time of the last progress of a start, for any reason; None if no start is in progress."""
+        """Return the time of the last progress of a start in progress; None if there is none."""
         start = self._starts.get(workflow_id)
         return None if start is None else start.since
 

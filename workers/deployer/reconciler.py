@@ -117,7 +117,10 @@ class Reconciler:
         self._refusals = RefusalBudget()
 
     async def reconcile(self, workflow_id: str) -> ReconcileResult:
-        """Bring a workflow nearer to its desired state. Raises `DatabaseUnavailable`."""
+        """Take one step that brings a workflow nearer to its desired state; return when to reconcile it again.
+
+        The lifecycle policy decides first about a draining deployment. Raises `DatabaseUnavailable`.
+        """
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         if found is not None and found.deployment.drain_until is not None:
             settled = await activity.decide_and_apply(self._database, workflow_id, activity.decide_by_policy)
@@ -138,7 +141,11 @@ class Reconciler:
     async def _reconcile_found(
         self, workflow_id: str, found: DeploymentSnapshot | None
     ) -> ScheduledRetry | None:
-        """Act and store the result; return None if no further change is expected."""
+        """Reclaim runs of dead pods, take one step, and store the result; return the retry.
+
+        None if no further change is expected. Errors of the cluster are stored as the status. Raises
+        `DatabaseUnavailable`.
+        """
         try:
             driver = await self._connection.driver()
             # Read before the pods: a lease owner that is known by then and is not among the pods is dead.
@@ -201,7 +208,10 @@ class Reconciler:
     async def _replace(
         self, driver: ClusterDriver, workflow_id: str, stale: Collection[ObservedPod]
     ) -> ObservedDeployment:
-        """Replace these pods; return the observed state after it. Two deployers may do so at once."""
+        """Replace these pods; return the observed state after it. Raises `ClusterError`.
+
+        Two deployers may do so at once.
+        """
         reasons = {pod.failure.reason for pod in stale if pod.failure is not None}
         await driver.replace(workflow_id, [pod.name for pod in stale])
         log.info("pods replaced", workflow_id=workflow_id, count=len(stale), reasons=sorted(reasons))
@@ -219,7 +229,11 @@ class Reconciler:
     # ── acting ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _act_under_lock(self, driver: ClusterDriver, workflow_id: str) -> ScheduledRetry | None:
-        """Take the next step, unless another deployer holds the workflow."""
+        """Take the next step under the lock of a workflow, and return the retry.
+
+        It is retried later if another deployer holds the lock. Raises `ClusterError`, `AttemptDeferred` and
+        `DatabaseUnavailable`.
+        """
         if not await deployment_rows.lock_deployment(self._database, workflow_id, self._name):
             self._gate.release(workflow_id)
             return RETRY_LATER
@@ -286,7 +300,10 @@ class Reconciler:
     async def _remove_unknown(
         self, driver: ClusterDriver, observed: ObservedDeployment
     ) -> ScheduledRetry | None:
-        """Delete the objects of a workflow without a row."""
+        """Delete the objects of a workflow without a row; return the retry until they are gone, then None.
+
+        Raises `ClusterError` and `AttemptDeferred`.
+        """
         if not observed.exists and not observed.pods:
             self._refusals.forget(observed.workflow_id)
             return None
@@ -297,7 +314,10 @@ class Reconciler:
     async def _reclaim_leases(
         self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
     ) -> None:
-        """Reclaim the runs of dead processes before their leases expire, so that other processes continue them."""
+        """Reclaim the runs of dead processes before their leases expire, and wake workers and pods for them.
+
+        Raises `DatabaseUnavailable`.
+        """
         if gone and await activity.reclaim_pod_leases(
             self._database, self._store, workflow_id, gone, out_of_memory
         ):
@@ -332,7 +352,10 @@ class Reconciler:
     async def _store_observed(
         self, found: DeploymentSnapshot, observed: ObservedDeployment
     ) -> ScheduledRetry | None:
-        """Store the observed state of a deployed workflow, and update the count of starts."""
+        """Store the observed state of a deployed workflow, and count it as starting or not; return the retry.
+
+        Raises `DatabaseUnavailable`.
+        """
         deployment, now = found.deployment, found.now
         start_time = timedelta(seconds=self._settings.start_seconds)
         stalled_since = self._clock.stalled_since(deployment, observed, now)
@@ -361,7 +384,10 @@ class Reconciler:
         return retry
 
     async def _store_status(self, deployment: Deployment, status: ObservedStatus) -> ScheduledRetry | None:
-        """Store a status, and notify waiting clients; return None if no further change is expected."""
+        """Store a status, and notify waiting clients; return the retry, None if no further change is expected.
+
+        A row that has changed meanwhile is reconciled again at once. Raises `DatabaseUnavailable`.
+        """
         retry = None if reconcile.is_settled(deployment, status) else RETRY_LATER
         if not status.differs_from(deployment_rows.stored_status(deployment)):
             return retry
@@ -396,7 +422,10 @@ class Reconciler:
         make_status: Callable[[Deployment, str], ObservedStatus],
         retry: ScheduledRetry,
     ) -> ScheduledRetry:
-        """Store an error of the cluster as the status; return the retry."""
+        """Store an error of the cluster as the status, and end the start; return the retry.
+
+        Raises `DatabaseUnavailable`.
+        """
         log.warning("cluster operation failed", workflow_id=workflow_id, error=str(error))
         self._gate.release(workflow_id)
         found = await deployment_rows.find_deployment(self._database, workflow_id)
@@ -406,7 +435,10 @@ class Reconciler:
         return RETRY_AT_ONCE if noted is RETRY_AT_ONCE else retry
 
     async def revoke_superseded(self, driver: ClusterDriver, workflow_id: str) -> None:
-        """Revoke tokens that no pod uses any more: those of replaced pods, once they are gone."""
+        """Revoke tokens that no pod uses any more: those of replaced pods, once they are gone.
+
+        Raises `DatabaseUnavailable` and `ClusterError`.
+        """
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         observed = await driver.observe(workflow_id)
         if found is None or not (observed.is_rolled_out or not observed.pods):
@@ -428,7 +460,7 @@ def _generation(found: DeploymentSnapshot | None) -> int | None:
 
 
 def _postpone(workflow_id: str, error: ClusterBusy) -> ScheduledRetry:
-    """Return the retry of a deferred request; the last observed state remains valid."""
+    """Return the retry of a request that the API server deferred; the last observed state remains valid."""
     log.info("cluster busy", workflow_id=workflow_id, seconds=error.retry_seconds)
     return ScheduledRetry(
         RetryBackoff(error.retry_seconds, max(error.retry_seconds, CHANGING_BACKOFF.longest_seconds))

@@ -17,7 +17,7 @@ IDENTIFIER = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    """Create the tables."""
+    """Create all tables and indexes of release 0.1.0, and tune those on PostgreSQL."""
     _create_schema_support()
     _create_access()
     _create_workflows()

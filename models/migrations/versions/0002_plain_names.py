@@ -71,7 +71,7 @@ POSTGRESQL_KEYS = {"pace_pkey": "throttle_pkey", "signal_pkey": "wait_answer_pke
 
 
 def upgrade() -> None:
-    """Rename everything to its new name."""
+    """Rename tables, columns and indexes to their new names, and refuse older code."""
     _complete_first_tables()
     for old, new in TABLES.items():
         op.rename_table(old, new)
@@ -84,7 +84,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Rename everything to its old name."""
+    """Rename tables, columns and indexes to their old names."""
     tables = {new: old for old, new in TABLES.items()}
     _rename_keys({new: old for old, new in POSTGRESQL_KEYS.items()})
     for table, names in COLUMNS.items():

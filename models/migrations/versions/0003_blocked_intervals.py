@@ -16,7 +16,7 @@ IDENTIFIER = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    """Create both tables."""
+    """Create the tables `blocked_interval` and `worker_presence`."""
     op.create_table(
         "blocked_interval",
         sa.Column("execution_id", IDENTIFIER, nullable=False),
@@ -51,7 +51,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop both tables."""
+    """Drop the tables `blocked_interval` and `worker_presence`."""
     op.drop_table("worker_presence")
     op.drop_index("ix_blocked_interval_open", "blocked_interval")
     op.drop_table("blocked_interval")

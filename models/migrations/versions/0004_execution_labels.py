@@ -18,7 +18,7 @@ UNSUCCESSFUL = sa.text("status IN ('failed', 'stopped', 'cancelled')")
 
 
 def upgrade() -> None:
-    """Create the table and the indexes."""
+    """Create the table `execution_label`, and the indexes by which lists find runs."""
     op.create_table(
         "execution_label",
         sa.Column("execution_id", IDENTIFIER, nullable=False),
@@ -47,7 +47,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the indexes and the table."""
+    """Drop the table `execution_label`, and the indexes by which lists find runs."""
     op.drop_index("ix_execution_unsuccessful", "execution")
     op.drop_index("ix_execution_live", "execution")
     op.drop_index("ix_execution_label_value", "execution_label")

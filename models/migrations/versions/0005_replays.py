@@ -17,7 +17,7 @@ COLUMNS = {"execution": ("replay_of", "write_key_id"), "span": ("reused_from", "
 
 
 def upgrade() -> None:
-    """Add the columns, empty in existing rows, and the index of replays."""
+    """Add the columns of replays, empty in existing rows, to executions and spans, and an index of replays."""
     for table, names in COLUMNS.items():
         for name in names:
             op.add_column(table, sa.Column(name, IDENTIFIER, nullable=True))
@@ -33,7 +33,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the index and the columns."""
+    """Drop the columns of replays from executions and spans, and the index."""
     op.drop_index("ix_execution_replayed", "execution")
     for table, names in COLUMNS.items():
         for name in names:

@@ -28,7 +28,7 @@ NEW_SCOPES = ("models:read", "models:write", "nodes:write", "tasks:work")
 
 
 def upgrade() -> None:
-    """Create the table, and add the new scopes to keys that have all earlier ones."""
+    """Create the table `browser_session`, and add the new scopes to keys that have all earlier ones."""
     op.create_table(
         "browser_session",
         sa.Column("id", IDENTIFIER, nullable=False),
@@ -51,7 +51,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the table, and remove the new scopes."""
+    """Drop the table `browser_session`, and remove the new scopes from keys that have all."""
     _replace_scopes((*EARLIER_SCOPES, *NEW_SCOPES), EARLIER_SCOPES)
     op.drop_index("ix_browser_session_last_seen", "browser_session")
     op.drop_index("ix_browser_session_organization", "browser_session")

@@ -14,10 +14,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the column."""
+    """Add the column `rendered_config` to spans."""
     op.add_column("span", sa.Column("rendered_config", sa.Text(), nullable=True))
 
 
 def downgrade() -> None:
-    """Drop the column."""
+    """Drop the column `rendered_config` of spans."""
     op.drop_column("span", "rendered_config")

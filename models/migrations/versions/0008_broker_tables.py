@@ -14,7 +14,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create the tables; on PostgreSQL they are not logged, because nothing in them must outlive a crash."""
+    """Create the tables `broker_message` and `rate_bucket`.
+
+    On PostgreSQL they are not logged, because nothing in them must outlive a crash.
+    """
     op.create_table(
         "broker_message",
         sa.Column("queue", sa.String(), nullable=False),
@@ -36,7 +39,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the tables."""
+    """Drop the tables `broker_message` and `rate_bucket`."""
     op.drop_table("rate_bucket")
     op.drop_index("ix_broker_message_created", table_name="broker_message")
     op.drop_table("broker_message")

@@ -16,7 +16,7 @@ IDENTIFIER = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    """Create the tables."""
+    """Create the tables `approval_request`, `approval_link` and `approval_vote`."""
     op.create_table(
         "approval_request",
         sa.Column("execution_id", IDENTIFIER, nullable=False),
@@ -70,7 +70,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the tables."""
+    """Drop the tables `approval_request`, `approval_link` and `approval_vote`."""
     op.drop_table("approval_vote")
     op.drop_index("ix_approval_link_execution", "approval_link")
     op.drop_table("approval_link")

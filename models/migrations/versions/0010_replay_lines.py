@@ -14,7 +14,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create the index."""
+    """Create the index of executions by key, by which the replays of one line are found."""
     is_replay = sa.text("replay_of IS NOT NULL")
     op.create_index(
         "ix_execution_line",
@@ -27,5 +27,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the index."""
+    """Drop the index of executions by key."""
     op.drop_index("ix_execution_line", "execution")

@@ -25,13 +25,13 @@ COLUMNS = {
 
 
 def upgrade() -> None:
-    """Rename the columns and their index to the new names."""
+    """Rename the columns of completion actions and their index to the new names, and refuse older code."""
     _rename(COLUMNS, "ix_execution_follow_up", "ix_execution_completion")
     _support_from(revision)
 
 
 def downgrade() -> None:
-    """Rename the columns and their index to the old names."""
+    """Rename the columns of completion actions and their index to the old names."""
     _rename({new: old for old, new in COLUMNS.items()}, "ix_execution_completion", "ix_execution_follow_up")
     _support_from("0002")
 
