@@ -53,7 +53,7 @@ class GatewayApplication(Starlette):
 
 
 def create_app(open_state: StateFactory) -> Starlette:
-    """Return the application; it holds the state that `open_state` yields while it runs."""
+    """Return the application of the gateway; while it runs, it holds the state that `open_state` yields."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -64,9 +64,9 @@ def create_app(open_state: StateFactory) -> Starlette:
 
 
 def serve(settings: GatewaySettings) -> None:
-    """Serve until a signal stops the process.
+    """Serve the API until a signal stops the process.
 
-    Raises `InvalidSettings` when a setting is missing that only `pilotflame dev` can do without.
+    Raises `InvalidSettings` when a setting is missing that only `pilotflame dev` can omit.
     """
     settings.check_for_production()
     uvloop.run(_serve(settings))
@@ -120,7 +120,10 @@ class GatewayServer(uvicorn.Server):
 
 
 def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
-    """Return the connection limits of a server; also raises this process's limit of file descriptors."""
+    """Return the connection limits of a server; also raises this process's limit of file descriptors.
+
+    Logs a warning if the system allows fewer connections than are configured.
+    """
     most = connections_for(raise_descriptor_limit())
     connections = settings.max_connections or most
     if connections > most:

@@ -127,7 +127,10 @@ StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]
 
 @asynccontextmanager
 async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
-    """Open the whole state for a gateway in a process of its own."""
+    """Yield the whole state for a gateway in a process of its own, and close it after the block.
+
+    Raises `OutdatedDatabase`, `DatabaseUnavailable` and `BrokerUnavailable`.
+    """
     async with AsyncExitStack() as stack:
         url = databases.parse_url(settings.database_url)
         database = Database(url)
@@ -146,9 +149,9 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
 async def assemble_state(
     settings: GatewaySettings, database: Database, store: JournalStore, broker: Broker
 ) -> AsyncIterator[GatewayState]:
-    """Build the gateway's own parts around a database, store and broker that other roles may share.
+    """Yield the gateway's own parts around a database, store and broker that other roles may share.
 
-    The shared ones stay open at the end; the gateway's own parts are closed.
+    After the block, the gateway's own parts are closed, and the shared ones stay open.
     """
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)

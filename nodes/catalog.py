@@ -155,7 +155,7 @@ class NodeCatalog:
         return node_type.earlier[version]
 
     def canonical_name(self, name: str) -> str:
-        """Return the node type of an alias; any other name unchanged."""
+        """Return the node type of an alias, such as `queue-trigger` for `queue`; any other name unchanged."""
         alias = TYPE_ALIASES.get(name)
         return name if alias is None or name in self.node_types else alias
 
@@ -164,13 +164,14 @@ class NodeCatalog:
         return sorted(self.node_types)
 
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:
-        """Return `config` with the defaults of its schema filled in, also in nested objects."""
+        """Return a copy of `config` with the defaults of the node type's schema filled in, also in nested objects."""
         return _fill_defaults(node_type.config_schema, config)
 
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[ConfigProblem]:
-        """Validate a stored config by its schema, before anything in it is rendered.
+        """Return the problems of a stored config by its schema, before templates are rendered.
 
-        Conditions and expressions are not validated: their compilers report more than a schema can.
+        An empty list for a valid one. Conditions and expressions are not validated: their compilers report
+        more than a schema can.
         """
         return config_problems.find_problems(self._validator(node_type), config, node_type.config_schema)
 
@@ -187,7 +188,10 @@ class NodeCatalog:
         return None
 
     def implementation_digest(self, node_type: NodeType) -> bytes:
-        """Return the digest of the file that implements a node type, without importing it."""
+        """Return the first bytes of the SHA-256 of the file that implements a node type, without importing it.
+
+        Kept after the first call. For a node type without a file, they are of empty content.
+        """
         found = self._digests.get(node_type.type)
         if found is None:
             path = LIBRARY_FOLDER / f"{_file_stem(node_type.type)}.py"
@@ -196,12 +200,15 @@ class NodeCatalog:
         return found
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
-        """Import and return the function that runs a node type; for processes that execute nodes."""
+        """Import and return the function that runs a node type.
+
+        For processes that execute nodes. Raises `UnknownNodeType`.
+        """
         module = import_module(f"nodes.library.{_file_stem(self.get(type).type)}")
         return cast("RunNode", module.run)
 
     def _validator(self, node_type: NodeType) -> Draft202012Validator:
-        """Return the validator of a node type, built at first use."""
+        """Return the validator for configs of a node type; it is built at first use and kept."""
         key = (node_type.type, node_type.version)
         if key not in self._validators:
             self._validators[key] = config_problems.build_validator(node_type)
@@ -233,12 +240,15 @@ class LazyNodeTypes(Mapping[str, NodeType]):
 
 @cache
 def load_catalog() -> NodeCatalog:
-    """Return the library, whose node types are read at their first use."""
+    """Return the catalog of the node library; its node types are read from files at their first use."""
     return NodeCatalog(LazyNodeTypes(LIBRARY_FOLDER))
 
 
 def read_catalog(folder: Path) -> NodeCatalog:
-    """Read every `.toml` of `folder`; raises `InvalidCatalogEntry` for an unknown key or a wrong value."""
+    """Return a catalog of every `.toml` file of `folder`.
+
+    Raises `InvalidCatalogEntry` for an unknown key or a wrong value.
+    """
     node_types = [_read_entry(path) for path in sorted(folder.glob("*.toml"))]
     return NodeCatalog({node_type.type: node_type for node_type in node_types})
 
@@ -345,7 +355,10 @@ def _read_entry(path: Path) -> NodeType:
 
 
 def _merge_schemas(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema with another one merged into it, which takes precedence."""
+    """Return the schema `below` with `above` merged into it at each level.
+
+    Where both have a value, that of `above` counts.
+    """
     laid = dict(below)
     for key, value in above.items():
         own = laid.get(key)

@@ -41,7 +41,10 @@ def read_number(config: Mapping[str, Json], name: str, *, minimum: float, maximu
 
 
 def read_timeout_seconds(config: Mapping[str, Json]) -> float:
-    """Return the seconds that a node waits for another system."""
+    """Return `timeoutSeconds`, the seconds that a node waits for another system.
+
+    Raises `NodeError` if it is not a number in the permitted range.
+    """
     return read_number(
         config, "timeoutSeconds", minimum=SHORTEST_TIMEOUT_SECONDS, maximum=LONGEST_TIMEOUT_SECONDS
     )
@@ -77,7 +80,7 @@ def read_sequence(config: Mapping[str, Json], name: str) -> list[Json]:
 
 
 def invalid_field(name: str, wanted: str, value: Json) -> NodeError:
-    """Return the error for a field of the wrong type."""
+    """Return the error for a field of the wrong type: it names field, wanted type and given type, not the value."""
     return NodeError(f"`{name}` must be {wanted}, but {describe_type(value)} arrived", code="invalid-config")
 
 

@@ -17,12 +17,12 @@ class TextFormat(NamedTuple):
 
 
 def is_time_zone(text: str) -> bool:
-    """Tell whether a name is a zone of the IANA database."""
+    """Return whether a text is the name of a zone of the IANA database, such as `Europe/Paris`."""
     return text in weekly_windows.zone_names()
 
 
 def is_network(text: str) -> bool:
-    """Tell whether a text is an IP address or a network in CIDR notation."""
+    """Return whether a text is an IP address or a network in CIDR notation, such as `10.0.0.0/8`."""
     try:
         ip_network(text)
     except ValueError:

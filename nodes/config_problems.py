@@ -144,7 +144,10 @@ def _allow_template(schema: Json) -> Json:
 def find_problems(
     checker: Draft202012Validator, config: Mapping[str, Json], schema: JsonSchema
 ) -> list[ConfigProblem]:
-    """Return the problems of a config, without its values, which may be secrets."""
+    """Return the problems of a config, without its values, which may be secrets; an empty list for a valid one.
+
+    At most `MAXIMUM_PROBLEMS`. A config with very many values has one problem without a location.
+    """
     if checker.is_valid(config):
         return []
     if _has_many_values(config):
@@ -218,7 +221,10 @@ def _unknown_field_problem(
 
 
 def _suggest_option(given: Json, options: Sequence[Json]) -> Json:
-    """Return the single option that is similar to a text; None for none or several."""
+    """Return the only text option that is similar to `given`.
+
+    None for none or several, and if `given` is not a text.
+    """
     if not isinstance(given, str):
         return None
     meant = name_suggestions.suggest_names(given, [option for option in options if isinstance(option, str)])
@@ -247,7 +253,10 @@ def _describe_violation(error: ValidationError, facts: Mapping[str, Any]) -> str
 
 
 def _field_names(schema: JsonSchema, path: SchemaPath) -> Sequence[str]:
-    """Return the names of the fields of `schema` at `path`."""
+    """Return the names of the fields that the schema defines for the object at `path`.
+
+    An empty list for unknown paths.
+    """
     at: Any = schema
     for step in path:
         at = at.get("items", {}) if isinstance(step, int) else at.get("properties", {}).get(step, {})

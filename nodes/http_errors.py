@@ -12,7 +12,10 @@ from nodes.outbound_http import OutboundRefused, OutboundUnavailable
 
 @contextmanager
 def name_request_in_errors(method: str, url: str) -> Iterator[None]:
-    """Convert failures of a request to `NodeError`s with its method and URL; secrets in the URL are redacted."""
+    """Convert failures of the block's request to `NodeError`s that begin with its method and URL.
+
+    Secrets in the URL are redacted.
+    """
     try:
         yield
     except NodeError as error:

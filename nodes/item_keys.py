@@ -45,7 +45,11 @@ class ItemKey:
         return cls(call, value)
 
     def value_of(self, item: Json, index: int) -> Json:
-        """Return the key of an item; null for a missing field, which is reported."""
+        """Return the key of an item: a field, or the rendered template.
+
+        Null for a missing field, which is counted as missing. Raises `NodeError` if the item is no object, or
+        the keys become too large in total.
+        """
         if isinstance(self.source, str):
             return self._field(self.source, item, index)
         unresolved: list[str] = []
@@ -83,7 +87,7 @@ class ItemKeys:
 
     @classmethod
     def from_config(cls, call: NodeCall, name: str) -> Self:
-        """Return the keys that the compiled field `name` lists."""
+        """Return the keys that the compiled field `name` lists; raises `NodeError` for too many or none."""
         template = call.values[name]
         if isinstance(template.source, list):
             parts = [ItemKey.from_config(name, call, entry) for entry in template.source]
@@ -103,7 +107,10 @@ def require_key_count(name: str, count: int) -> None:
 
 
 def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
-    """Return the value of a field by its name or dotted path, or null, and whether it exists."""
+    """Return the value of an item's field by its name or dotted path, and True; null and False if it is missing.
+
+    Raises `NodeError` if the item is no object.
+    """
     own = require_item_fields(item, index, f"it has no field `{name}`")
     if name in own:
         return own[name], True
@@ -116,7 +123,10 @@ def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
 
 
 def require_item_fields(item: Json, index: int, consequence: str) -> dict[str, Json]:
-    """Return an item that must be an object; raises `NodeError` with the consequence for other types."""
+    """Return an item that is an object.
+
+    Raises `NodeError` with the type and `consequence` for other items.
+    """
     if isinstance(item, dict):
         return item
     raise NodeError(

@@ -15,7 +15,10 @@ MAXIMUM_ITEMS = 100_000
 
 
 def read_items(config: Mapping[str, Json], name: str = "items") -> list[Json]:
-    """Return the list in a field; raises `NodeError` for other types, and for a list that is too long."""
+    """Return the list in a field of the config.
+
+    Raises `NodeError` for other types, and for more than `MAXIMUM_ITEMS` items.
+    """
     value = config.get(name)
     if isinstance(value, dict):
         lists = [key for key, inner in value.items() if isinstance(inner, list)]

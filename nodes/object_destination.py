@@ -45,7 +45,10 @@ async def write_to_bucket(call: NodeCall) -> Json:
 
 
 async def write_object(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
-    """Write the configured object to a bucket or folder."""
+    """Write the configured object to a bucket or folder, and return its key, size in bytes, tag and media type.
+
+    Raises `NodeError`.
+    """
     config = call.config
     key = config_fields.read_text(config, "key")
     timeout_seconds = config_fields.read_timeout_seconds(config)
@@ -55,7 +58,7 @@ async def write_object(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
 
 
 async def _encode_content(call: NodeCall) -> tuple[bytes, str]:
-    """Encode the `content` of the config by its `format`; return bytes and media type."""
+    """Return the `content` of the config as bytes by its `format`, and its media type; raises `NodeError`."""
     value = call.config.get("content")
     wanted = config_fields.read_choice(call.config, "format", ObjectFormat)
     if wanted is ObjectFormat.AUTO:

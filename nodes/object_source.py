@@ -27,7 +27,10 @@ async def read_from_bucket(call: NodeCall) -> Json:
 
 
 async def read_objects(call: NodeCall, bucket: ObjectBucket) -> Json:
-    """Return the configured object or listing of a bucket or folder."""
+    """Return the configured object of a bucket or folder with its size in bytes, or a listing if no `key` is set.
+
+    Raises `NodeError` for a missing or too large object, and if the storage fails.
+    """
     config = call.config
     timeout_seconds = config_fields.read_timeout_seconds(config)
     if config.get("key") is None:

@@ -234,7 +234,10 @@ class OutboundConnection(asyncio.Protocol):
         self._pieces = 0
 
     def _decompress(self, data: bytes) -> bytes:
-        """Return decompressed data, at most one byte more than the limit; raises `zlib.error`."""
+        """Return decompressed data, at most one byte more than the limit allows.
+
+        Raises `zlib.error` for invalid data.
+        """
         found = bytearray()
         while data:
             if self._decompressor is None:

@@ -162,7 +162,10 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: IpAddress) -> None:
-    """Raise `OutboundRefused` without the address: names of the internal network must not be resolvable by users."""
+    """Raise `OutboundRefused` for an address that is not public, or a privileged port, unless its network is allowed.
+
+    The error doesn't contain the address: users must not be able to resolve names of the internal network.
+    """
     if any(address in network for network in policy.allowed_networks):
         return
     if not url_targets.is_public(address):
@@ -189,7 +192,11 @@ def require_valid_request(method: str, headers: Mapping[str, str]) -> None:
 
 
 def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundCall | None:
-    """Return the next call of a redirect, or None."""
+    """Return the call that a redirect leads to; None for other responses.
+
+    Credentials go to no other origin, and 303 and usually 301 and 302 become GET. Raises `OutboundRefused`
+    from https to http, ValueError for an invalid URL.
+    """
     location = response.headers.get("location")
     if response.status not in REDIRECTS or not location:
         return None
@@ -209,7 +216,10 @@ def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundC
 
 
 def _require_final_status(target: UrlTarget, status: int) -> None:
-    """Refuse an interim status: 101 switches to a protocol that wasn't requested (RFC 9110, section 15)."""
+    """Raise `OutboundRefused` for an interim status.
+
+    101 switches to a protocol that wasn't requested (RFC 9110, section 15).
+    """
     if status not in FINAL_STATUSES:
         message = f"{target.host} answered {status}, which is not a final status"
         raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message)
@@ -245,7 +255,10 @@ class OutboundClient:
         timeout_seconds: float | None = None,
         follow_redirects: bool = True,
     ) -> OutboundResponse:
-        """Send a request; the timeout spans resolution, connections, redirects and the body. Raises `OutboundError`."""
+        """Send a request and return the response; the timeout spans resolution, connections, redirects and the body.
+
+        Raises `OutboundError`, and ValueError for an invalid URL.
+        """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
         seconds = self._policy.timeout_seconds if timeout_seconds is None else timeout_seconds
@@ -288,7 +301,10 @@ class OutboundClient:
             raise _interruption(call.target) from error
 
     async def _connect(self, target: UrlTarget) -> OutboundConnection:
-        """Connect to the first checked address that answers. Raises `OutboundError`."""
+        """Return a new connection to the first permitted address that answers; waits for room among the connections.
+
+        Raises `OutboundError`.
+        """
         failure = OutboundUnavailable(OutboundOutageCode.NAME_NOT_RESOLVED, f"{target.host} has no address")
         addresses = await self._checked_addresses(target)
         await self._take_place()
@@ -308,7 +324,7 @@ class OutboundClient:
         raise failure
 
     async def _take_place(self) -> None:
-        """Wait for room among the connections; an idle one makes room at once."""
+        """Wait for room among the connections; if all places are taken, an idle connection is closed."""
         if self._places.locked() and self._idle:
             self._discard(next(iter(self._idle)))
         self._waiting += 1
@@ -348,7 +364,10 @@ class OutboundClient:
     # ── kept connections ────────────────────────────────────────────────────────────────────────────────────────
 
     def _take_kept(self, target: UrlTarget) -> OutboundConnection | None:
-        """Return an idle connection to an origin; its address was checked when it was made."""
+        """Return an open idle connection to the target's origin, whose address was checked when it was made.
+
+        None without one.
+        """
         kept = self._by_origin.get(_origin(target))
         while kept:
             connection = kept[-1]
@@ -416,7 +435,10 @@ class OutboundClient:
         return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
 
     async def _exchange(self, call: OutboundCall, connection: OutboundConnection) -> OutboundResponse:
-        """Send a call over a connection, and keep or close it. Raises `OutboundRefused` or `ConnectionBroken`."""
+        """Send a call over a connection and return the response; the connection is kept if reusable, else closed.
+
+        Raises `OutboundRefused` or `ConnectionBroken`.
+        """
         target = call.target
         try:
             response = await connection.exchange(
@@ -446,7 +468,7 @@ def _interruption(target: UrlTarget) -> OutboundUnavailable:
 
 
 def _request_head(call: OutboundCall) -> bytes:
-    """Return the request line and the headers; every part was validated before."""
+    """Return the request line and the headers as bytes, with defaults added; every part was validated before."""
     target = call.target
     path = f"{target.path}?{target.query}" if target.query else target.path
     given = {name.lower() for name in call.headers}

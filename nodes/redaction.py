@@ -25,7 +25,7 @@ invalid.
 
 
 def redact_text(text: str, secrets: Iterable[str]) -> str:
-    """Return a text, such as an error message, without the secrets."""
+    """Return a text, such as an error message, with the secrets replaced; short secrets only as whole words."""
     for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
             text = text.replace(secret, REDACTED)
@@ -47,7 +47,7 @@ def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
 
 
 def redact_body(body: bytes, secrets: Iterable[str]) -> bytes:
-    """Return the body of a response without the secrets; short ones only in quotes or at the end of a field."""
+    """Return the body of a response with the secrets replaced; short ones only in quotes or at the end of a field."""
     for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
             body = body.replace(secret.encode(), REDACTED.encode())

@@ -28,7 +28,10 @@ LIST_FIELDS = ("rows", "items", "groups")
 
 
 async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
-    """Run the query of a source node with its parameters, and return the rows up to the configured maximum."""
+    """Run the query of a source node with its parameters, and return its rows, columns and number of rows.
+
+    Raises `NodeError`, also for more rows than `maxRows`.
+    """
     statement = require_constant_sql(call, "query")
     parameters = _read_parameters(call.config)
     max_rows = int(config_fields.read_number(call.config, "maxRows", minimum=1, maximum=MAX_ROWS))
@@ -49,7 +52,10 @@ async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
 
 
 async def run_write(call: NodeCall, dialect: SqlDialect) -> Json:
-    """Write the rows of a destination node, or run its statement."""
+    """Write the rows of a destination node, or run its statement; return the number of rows as `written`.
+
+    Raises `NodeError`.
+    """
     timeout_seconds = config_fields.read_timeout_seconds(call.config)
     if "statement" in call.values:
         if "table" in call.config:
@@ -106,7 +112,10 @@ def _check_names(columns: Sequence[str]) -> None:
 
 
 async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
-    """Return the union of the rows' columns in order of appearance, and each row's values of them."""
+    """Return the union of the rows' columns in order of appearance, and each row's values, null for missing ones.
+
+    Raises `NodeError` for a row that is no object.
+    """
     template = call.values.get("columns")
     turn = LoopShare()
     records: list[dict[str, Json]] = []

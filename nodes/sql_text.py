@@ -50,18 +50,24 @@ class SqlStatement:
         return len(self.parts) - 1
 
     def with_places(self, places: Sequence[str]) -> str:
-        """Return the statement with the placeholders of a driver."""
+        """Return the text of the statement with these placeholders of a driver, one for each value."""
         pieces = [piece for pair in zip(self.parts, places, strict=False) for piece in pair]
         return "".join([*pieces, self.parts[-1]])
 
 
 def parse_reading(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Parse a read-only statement with this number of placeholders; raises `StatementRefused`."""
+    """Return a parsed read-only statement.
+
+    Raises `StatementRefused` for other statements, and if it doesn't have exactly `values` placeholders.
+    """
     return _require_statement(parse_statement(text, dialect), READING_VERBS, "a statement that reads", values)
 
 
 def parse_writing(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Parse a writing statement with this number of placeholders; raises `StatementRefused`."""
+    """Return a parsed writing statement.
+
+    Raises `StatementRefused` for other statements, and if it doesn't have exactly `values` placeholders.
+    """
     return _require_statement(
         parse_statement(text, dialect), WRITING_VERBS, "a statement that writes", values
     )
@@ -81,7 +87,10 @@ def _require_statement(
 
 
 def quote_name(name: str, dialect: SqlDialect) -> str:
-    """Quote a column name, or a part of a table name; raises `StatementRefused`."""
+    """Return a column name, or a part of a table name, in quotes.
+
+    Raises `StatementRefused` for an empty or too long one.
+    """
     if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
         raise StatementRefused(
             f"{name[:40]!r} is not a valid name: a name has 1 to {MAX_NAME_BYTES} bytes, without NUL"
@@ -91,7 +100,7 @@ def quote_name(name: str, dialect: SqlDialect) -> str:
 
 
 def quote_table(name: str, dialect: SqlDialect) -> str:
-    """Quote a table name, with its schema before a dot or without; raises `StatementRefused`."""
+    """Return a table name in quotes, with its schema before a dot or without; raises `StatementRefused`."""
     parts = name.split(".")
     if len(parts) > MAX_NAME_PARTS:
         raise StatementRefused(f"{name[:40]!r} has too many parts to be the name of a table")
@@ -148,7 +157,10 @@ _COMMENT_EDGE: Final = re.compile(r"/\*|\*/")
 
 
 def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
-    """Parse one statement; raises `StatementRefused` for none, for several, and for invalid tokens."""
+    """Return the only statement of a text, split at its placeholders.
+
+    Raises `StatementRefused` for none, for several, and for invalid tokens.
+    """
     if len(text) > MAX_CHARACTERS:
         raise StatementRefused(f"The statement has more than {MAX_CHARACTERS:,} characters")
     if "\0" in text:
@@ -165,7 +177,10 @@ def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
 
 
 def _first_verb(words: str) -> str:
-    """Return the first word of the only statement; `words` contains no comments and no texts."""
+    """Return the first word of the only statement, in upper case; `words` contains no comments and no texts.
+
+    Raises `StatementRefused` for no statement, several, and `INTO` a file of the server.
+    """
     first = _FIRST_WORD.search(words)
     if first is None:
         raise StatementRefused("There is no statement: the text is empty")
@@ -188,7 +203,7 @@ def _tokenize(text: str, lexer: re.Pattern[str]) -> Iterator[tuple[str, str]]:
 
 
 def _find_token_end(text: str, token: re.Match[str], kind: str) -> int:
-    """Return the end of a token; raises `StatementRefused` for an unterminated or forbidden token."""
+    """Return the position after a token; raises `StatementRefused` for an unterminated or forbidden token."""
     match kind:
         case "nested":
             return _find_nested_end(text, token.end())

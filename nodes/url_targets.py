@@ -104,7 +104,10 @@ def redact_url(url: str) -> str:
 
 
 def _redact_field(text: str) -> str:
-    """Redact the value of `name=value`, and a name that may be a secret; return other texts unchanged."""
+    """Return a query field with its value redacted, and its name if that may be a secret.
+
+    Texts without `=` unchanged.
+    """
     name, equals, _ = text.partition("=")
     return f"{REDACTED if TOKEN_PATTERN.search(name) else name}={REDACTED}" if equals else name
 
@@ -159,7 +162,10 @@ def _parse_address(host: str) -> IpAddress | None:
 
 @lru_cache(maxsize=1_024)
 def unmap_ipv4(text: str) -> IpAddress:
-    """Return an IP address; an IPv4-mapped IPv6 address is connected as IPv4, so it must be checked as IPv4."""
+    """Return an IP address, an IPv4-mapped IPv6 one as IPv4.
+
+    It is connected as IPv4, so it must be checked as IPv4.
+    """
     address = ip_address(text)
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 

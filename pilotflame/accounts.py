@@ -28,7 +28,10 @@ MAX_LISTED: Final = 10_000
 
 
 async def create_organization(settings: ServerSettings, name: str) -> str:
-    """Create an organization and return its id."""
+    """Create an organization and return its id.
+
+    Raises `OutdatedDatabase` and `DatabaseUnavailable`, as all functions here.
+    """
 
     async def create(connection: AsyncConnection) -> str:
         made = await access_store.create_organization(
@@ -43,7 +46,10 @@ async def create_organization(settings: ServerSettings, name: str) -> str:
 async def create_user(
     settings: ServerSettings, organization: str, email: str, name: str, role: UserRole
 ) -> str:
-    """Create a user and return its id; raises `CommandError`."""
+    """Create a user with an entry in the audit trail, and return its id.
+
+    `organization` is an id or a name. Raises `CommandError` if it is missing, or the e-mail address is taken.
+    """
 
     async def create(connection: AsyncConnection) -> str:
         found = await _organization(connection, organization)
@@ -77,7 +83,10 @@ async def create_key(
     scopes: Collection[KeyScope],
     lifetime: timedelta | None,
 ) -> str:
-    """Create a key for a user, by id or e-mail address, and return it; raises `CommandError`."""
+    """Create an API key for a user, by id or e-mail address, and return it; without `lifetime` it doesn't expire.
+
+    Raises `CommandError` for a missing user, and a missing or ambiguous organization.
+    """
     secret = settings.secret
 
     async def create(connection: AsyncConnection) -> str:
@@ -104,7 +113,10 @@ async def create_key(
 
 
 async def list_keys(settings: ServerSettings, organization: str | None) -> Sequence[ApiKey]:
-    """Return the keys of an organization, the newest first; raises `CommandError`."""
+    """Return the keys of an organization, the newest first, at most `MAX_LISTED`.
+
+    Raises `CommandError` for a missing or ambiguous organization.
+    """
     async with opened(settings) as database, database.read() as connection:
         found = await _organization(connection, organization)
         _, keys = await access_store.list_keys(connection, found.id, user_id=None, limit=MAX_LISTED, offset=0)
@@ -112,7 +124,7 @@ async def list_keys(settings: ServerSettings, organization: str | None) -> Seque
 
 
 async def revoke_key(settings: ServerSettings, organization: str | None, key_id: str) -> None:
-    """Revoke a key by its id; raises `CommandError`."""
+    """Revoke a key by its id; raises `CommandError` for a missing key, and a missing or ambiguous organization."""
 
     async def revoke(connection: AsyncConnection) -> None:
         found = await _organization(connection, organization)
@@ -135,7 +147,10 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
 
 @asynccontextmanager
 async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
-    """Open the database for a command; raises `OutdatedDatabase`."""
+    """Yield the database of the settings, and close it after the block.
+
+    Raises `OutdatedDatabase` if it is not migrated.
+    """
     database = Database(parse_url(settings.database_url))
     try:
         await schema_migration.require_current(database)
@@ -145,8 +160,9 @@ async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
 
 
 async def _organization(connection: AsyncConnection, id_or_name: str | None) -> Organization:
-    """Return the organization with this id or name, or the only one; raises `CommandError` if it is ambiguous or
-    missing.
+    """Return the organization with this id or name; the only one if None is given.
+
+    Raises `CommandError` if there is none or more than one.
     """
     found = await access_store.list_organizations(connection)
     if id_or_name is not None:

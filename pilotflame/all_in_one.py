@@ -98,7 +98,10 @@ class RoleSettings:
 
     @classmethod
     def build(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> RoleSettings:
-        """Build the settings from given values and the environment."""
+        """Return the settings of each role from given values and the environment.
+
+        Raises pydantic's `ValidationError`.
+        """
         # Local pods are not isolated from one another: in one process for one user, they all belong to that user.
         local: dict[str, Any] = {**shared, "cluster": "local"}
         return cls(
@@ -116,7 +119,10 @@ def run_all_roles(
     lines: LogLineWriter,
     example: ExampleWorkflow | None,
 ) -> None:
-    """Run until a signal, on a database that `migration` may still be creating; raises `CommandError`."""
+    """Run all roles until a stop signal, on a database that `migration` may still be creating.
+
+    `listener` is the socket of the gateway. Raises `CommandError`.
+    """
     uvloop.run(_run(roles, listener, migration, lines, example))
 
 
@@ -182,7 +188,10 @@ async def _run(
 
 
 async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bool) -> None:
-    """End the pods while the gateway still serves them, so that they can hand off their runs."""
+    """End the pods while the gateway still serves them, so that they can hand off their runs.
+
+    If this process owns the store, runs that weren't handed off in time are reclaimed at once.
+    """
     await pods.aclose()
     if owns_store:
         # Runs that a pod could not hand off in time are reclaimed at once, and not after their leases.
@@ -201,7 +210,10 @@ async def _bring_up_to_date(database: Database, migration: subprocess.Popen[byte
 
 
 async def _first_key(database: Database, settings: GatewaySettings) -> str | None:
-    """Create the first organization and key of an empty database, unless settings give the gateway a bootstrap key."""
+    """Create the first organization and return its API key.
+
+    None if the database isn't empty or a bootstrap key is configured.
+    """
     if settings.bootstrap_api_key is not None:
         return None
     key = access.new_key()
@@ -209,14 +221,14 @@ async def _first_key(database: Database, settings: GatewaySettings) -> str | Non
 
 
 def _reached_at(address: str, settings: DeployerSettings) -> DeployerSettings:
-    """Return the deployer's settings with the address at which pods reach this process."""
+    """Return the deployer's settings with the URL at which pods reach this process, unless it is configured."""
     return settings.model_copy(
         update={"runner_gateway_url": settings.runner_gateway_url or _local_url(address)}
     )
 
 
 def _local_url(address: str) -> str:
-    """Return the URL at which processes on this machine reach the gateway."""
+    """Return the URL at which processes on this machine reach the gateway: a loopback address for all interfaces."""
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]")
 
 
@@ -234,7 +246,8 @@ def _greeting(address: str, key: str | None) -> str:
 async def _sign_in_link(database: Database, gateway: GatewayState, address: str) -> str:
     """Return a line with a link that signs a browser of this machine in, once and within ten minutes.
 
-    The code is in the fragment, which browsers do not send: no log of requests has it.
+    The code is in the fragment, which browsers don't send, so it is in no log of requests. Empty without a
+    dashboard or an operator's key, and for other hosts.
     """
     if gateway.settings.dashboard == "off" or not is_loopback_host(urlsplit(address).hostname or ""):
         return ""
@@ -246,13 +259,13 @@ async def _sign_in_link(database: Database, gateway: GatewayState, address: str)
 
 
 async def _offer_example(lines: LogLineWriter, url: str, key: str, example: ExampleWorkflow) -> None:
-    """Load the example, and print the command that runs it."""
+    """Load the example workflow through the API, and print the command that runs it; print nothing if loading fails."""
     if await asyncio.to_thread(_load, example, url, key):
         lines.put(_command_of(example, url, key).encode())
 
 
 def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
-    """Create the example through the API, as a user would; return whether it succeeded."""
+    """Create the example workflow through the API, as a user would; return whether it succeeded, and log a failure."""
     from pilotflame_sdk import Client, PilotflameError
 
     try:

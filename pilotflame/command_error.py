@@ -62,12 +62,12 @@ def _sdk_exit_code(error: Exception) -> int | None:
 
 
 def escape_text(text: str) -> str:
-    """Escape characters that a terminal could act on."""
+    r"""Return a text with characters that a terminal could act on as `\\u` and their code."""
     return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def explain_error(error: Exception) -> str | None:
-    """Return the line for an error that a user can fix, or None for an internal error."""
+    """Return the line for an error that a user can fix; None for an internal error."""
     if isinstance(error, CommandError) or _sdk_exit_code(error) is not None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:

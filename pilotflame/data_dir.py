@@ -23,7 +23,10 @@ _FILE: Final = "secret.key"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create the folder if needed, and lock it; raises `CommandError` if another process has locked it."""
+    """Create the folder if needed, and hold its lock during the block.
+
+    Raises `CommandError` if another process holds it.
+    """
     durable_folders.make_folder(folder)
     with (folder / "lock").open("a+") as lock:
         try:
@@ -42,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holds_database(settings: ServerSettings) -> bool:
-    """Tell whether the database is in the data folder, so that the lock of the folder covers it."""
+    """Return whether the database is the default one in the data folder, so that the folder's lock covers it."""
     return "database_url" not in settings.model_fields_set
 
 
@@ -53,7 +56,10 @@ def secret_key(folder: Path) -> SecretStr | None:
 
 
 def make_secret_key(folder: Path) -> SecretStr:
-    """Create and store the secret of the folder; requires the lock."""
+    """Create the secret of the folder, store it durably in a file for its owner only, and return it.
+
+    Requires the lock.
+    """
     secret = secrets.token_urlsafe(48)
     unfinished = folder / f"{_FILE}.unfinished"
     unfinished.unlink(missing_ok=True)

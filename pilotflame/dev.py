@@ -25,9 +25,9 @@ def serve(
     example: Mapping[str, Any] | None = None,
     example_inputs: Path | None = None,
 ) -> None:
-    """Run until a signal; `given` from the command line overrides the environment. Raises `CommandError`.
+    """Run all roles until a stop signal; settings `given` on the command line override the environment.
 
-    `example` is the definition of a workflow that is stored in a new database.
+    `example` is the definition of a workflow that is stored in a new database. Raises `CommandError`.
     """
     settings = ServerSettings()
     folder = settings.data_dir
@@ -45,7 +45,10 @@ def serve(
 
 
 def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
-    """Start the migration of a database in another process; Alembic would stay in the memory of this one."""
+    """Start the migration of a database in another process, and return it.
+
+    Alembic would stay in the memory of this one.
+    """
     environment = os.environ | {"PILOTFLAME_DATABASE_URL": database_url}
     command = [sys.executable, "-m", "pilotflame", "migrate"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - this program itself

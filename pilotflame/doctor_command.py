@@ -104,9 +104,10 @@ _Fix = Callable[[_OpenStores, Sequence["DriftFinding"]], Awaitable[None]]
 
 
 async def examine_installation(settings: ServerSettings, request: DoctorRequest) -> DoctorResult:
-    """Examine every store and fix the findings of the requested classes; then examine again.
+    """Examine every store and fix the findings of the requested classes.
 
-    Raises `CommandError`, `InvalidSettings`, and `DatabaseUnavailable` in a fix.
+    Return the report, examined again after a fix. Raises `CommandError`, `InvalidSettings`, and
+    `DatabaseUnavailable` in a fix.
     """
     _require_file(settings)
     async with _open_stores(settings, request) as stores:
@@ -125,7 +126,7 @@ async def examine_installation(settings: ServerSettings, request: DoctorRequest)
 
 
 def _require_file(settings: ServerSettings) -> None:
-    """Raise `CommandError` if the database is a file that does not exist: opening it would create it."""
+    """Raise `CommandError` if the database is an SQLite file that doesn't exist: opening it would create it."""
     url = databases.parse_url(settings.database_url)
     if databases.is_sqlite(url) and not Path(url.database or "").exists():
         raise CommandError(
@@ -191,7 +192,7 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
 
 
 def read_facts(settings: ServerSettings, gateway: GatewaySettings) -> ServerFacts:
-    """Return the facts about settings that the checks judge."""
+    """Return the settings that the checks of an installation examine, with the server's secret."""
     return ServerFacts(
         host=gateway.host,
         public_url=gateway.public_url,

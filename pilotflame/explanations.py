@@ -24,7 +24,7 @@ def fetch_explanation(client: Client, subject: str | None) -> dict[str, Any]:
 
 
 def render_explanation(explained: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that a terminal shows for an explanation of a run, workflow or organization."""
+    """Yield the lines of text for an explanation of a run, workflow or organization."""
     if "reasons" in explained:
         yield from _organization_lines(explained)
         return

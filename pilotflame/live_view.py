@@ -66,7 +66,7 @@ class RunView:
 
 
 def show_run(name: str, events: Iterable[RunEvent]) -> None:
-    """Show a run until its events end, on standard error; standard output has the result alone."""
+    """Show the progress of a run on standard error until its events end; standard output has the result alone."""
     view = RunView(name)
     with Live(view, console=Console(file=sys.stderr), refresh_per_second=8) as live:
         for event in events:

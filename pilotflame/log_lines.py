@@ -26,7 +26,7 @@ import msgspec
 
 @contextmanager
 def _absent(module: str) -> Iterator[None]:
-    """Make a module impossible to import for the duration of the block, unless it is already loaded or blocked."""
+    """Make a module impossible to import during the block, unless it is already loaded or blocked."""
     if module in sys.modules:
         yield
         return
@@ -69,7 +69,7 @@ class LineRenderer(Protocol):
 
 
 def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
-    """Render an event as one JSON object: `time`, `level`, `event`, and then its fields."""
+    """Render an event as one line with a JSON object: `time`, `level`, `event`, and then its fields."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"time": now[:-6] + "Z", "level": level, "event": _bounded(fields.pop("event", None))}
     _add_fields(line, fields)
@@ -80,7 +80,7 @@ def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
 
 
 def as_text(_logger: object, level: str, fields: Fields, /) -> bytes:
-    """Render an event as one line of text, with a traceback below it if there is one."""
+    """Render an event as one line of text, with its traceback below it if there is one."""
     line: dict[str, Any] = {}
     event = _visible(_bounded(fields.pop("event", None)))
     _add_fields(line, fields)
@@ -103,13 +103,13 @@ def _add_fields(line: dict[str, Any], fields: Fields) -> None:
 
 @lru_cache(maxsize=1_000)
 def _is_secret(name: str) -> bool:
-    """Tell whether a field of this name may contain a secret; ids are no secrets."""
+    """Return whether a field of this name may contain a secret; ids are no secrets."""
     lowered = name.lower()
     return any(word in lowered for word in _SECRET_WORDS) and not lowered.endswith("_id")
 
 
 def _bounded(value: object, depth: int = 0) -> object:
-    """Return a value truncated to the limits of a line."""
+    """Return a value for a log line: texts and containers truncated, other objects as their `repr`."""
     if isinstance(value, str):
         # `str()` converts a member of an enum to plain text.
         return str(value) if len(value) <= MAX_TEXT else value[:MAX_TEXT] + "…"
@@ -138,7 +138,10 @@ def _visible(value: object) -> str:
 
 
 def _traceback(exc_info: object) -> str:
-    """Return the traceback of an exception; of a long one the end, which has the message."""
+    """Return the traceback of an exception, or of the current one.
+
+    Only the end of a long one, which has the message.
+    """
     if isinstance(exc_info, tuple):
         exc_info = exc_info[1]
     error = exc_info if isinstance(exc_info, BaseException) else sys.exc_info()[1]
@@ -162,7 +165,7 @@ class LogLineWriter:
         self._thread.start()
 
     def put(self, line: bytes) -> None:
-        """Enqueue a line, or drop and count it if the queue is full."""
+        """Enqueue a line for writing; if the queue is full, it is dropped and counted."""
         if self._waiting.qsize() < MAX_WAITING_LINES:
             self._waiting.put(line)
             return
@@ -173,7 +176,7 @@ class LogLineWriter:
     debug = info = warning = error = critical = put
 
     def close(self) -> None:
-        """Write the queued lines, as far as the sink accepts them within `FLUSH_SECONDS`."""
+        """Write the queued lines, as far as the descriptor accepts them within `FLUSH_SECONDS`."""
         self._is_closing = True
         self._waiting.put(None)
         self._thread.join(FLUSH_SECONDS)
@@ -235,9 +238,10 @@ class _LoggingHandler(logging.Handler):
 
 
 def configure_logging(level: str, render: LineRenderer, *, descriptor: int = 1) -> LogLineWriter:
-    """Send all logging to `descriptor`: the project's own from `level` up, and warnings of libraries.
+    """Send all logging to `descriptor`, and return its writer.
 
-    Loggers are created at first use and filtered then: calls below the level cost next to nothing.
+    The project's own logs are sent from `level` up, warnings of libraries always. Loggers are created at
+    first use and filtered then: calls below the level cost next to nothing.
     """
     lines = LogLineWriter(descriptor, render)
     structlog.configure(

@@ -34,7 +34,7 @@ def select_last(outputs: Mapping[str, Any], connections: Iterable[Mapping[str, A
 
 
 def find_omitted(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the explanations of outputs that are too large for an answer, by node id."""
+    """Return the details of outputs that are too large for an answer and were left out, by node id."""
     return {
         node_id: output["omitted"]
         for node_id, output in outputs.items()

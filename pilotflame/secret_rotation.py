@@ -46,7 +46,10 @@ class RotationResult:
 
 
 async def rotate_secret(settings: ServerSettings) -> RotationResult:
-    """Encrypt all values with the current secret; safe to repeat and to run beside the server."""
+    """Encrypt all stored secrets with the current key; return counts, and the ids of those that no key can decrypt.
+
+    Safe to repeat and to run beside the server. Raises `OutdatedDatabase` and `DatabaseUnavailable`.
+    """
     vault = SecretVault(settings.secret, settings.previous_secrets)
     rotation = RotationResult()
     async with opened(settings) as database:
@@ -93,7 +96,10 @@ def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
 
 
 async def _replace(database: Database, table: _Table, anew: dict[_Found, EncryptedText]) -> int:
-    """Write newly encrypted values, except those changed meanwhile; return the number of written ones."""
+    """Write newly encrypted values, except those changed meanwhile; return the number of written ones.
+
+    Raises `DatabaseUnavailable`.
+    """
 
     async def replace(connection: AsyncConnection) -> int:
         count = 0

@@ -29,7 +29,7 @@ REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 
 
 def prepare_process() -> None:
-    """Set the rights of new files, and the garbage collector. First step of every command."""
+    """Make new files readable by their owner only, and tune the garbage collector; the first step of every command."""
     from concurrency import gc_tuning
 
     os.umask(0o077)  # New files are readable by their owner only.
@@ -37,7 +37,10 @@ def prepare_process() -> None:
 
 
 def begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
-    """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log."""
+    """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log.
+
+    Returns the writer of log lines; raises `CommandError` for an invalid Redis URL.
+    """
     from nodes.sandbox.children import confinement
 
     confinement.hide_process()  # The environment contains the server's secret.
@@ -47,7 +50,10 @@ def begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLi
 
 
 def begin_log(settings: LoggedSettings, render: LineRenderer | None = None) -> LogLineWriter:
-    """Configure the log, and exit with 0 on SIGTERM and SIGINT."""
+    """Configure the log, warn of unknown settings, and exit with 0 on SIGTERM and SIGINT from now on.
+
+    Return the writer.
+    """
     from pilotflame import log_lines, unknown_variables
 
     lines = log_lines.configure_logging(settings.log_level, render or log_lines.as_json)
@@ -78,10 +84,7 @@ def run_gateway() -> None:
 
 
 def run_worker() -> None:
-    """Execute runs.
-
-    If the worker dies, its parent process releases its leases at once.
-    """
+    """Execute runs in a child process until a stop signal. If it dies, this process releases its leases at once."""
     from pilotflame import worker_parent
 
     announce = worker_parent.fork_worker(_release_leases)
@@ -110,10 +113,7 @@ def _release_leases(death: ChildDeath) -> None:
 
 
 def run_scheduler() -> None:
-    """Run schedules, policies, retention and recovery.
-
-    One scheduler leads, others stand by.
-    """
+    """Run schedules, policies, retention and recovery until a stop signal; one scheduler leads, others stand by."""
     from scheduler.settings import SchedulerSettings
 
     settings = SchedulerSettings()
@@ -124,9 +124,9 @@ def run_scheduler() -> None:
 
 
 def run_deployer() -> None:
-    """Reconcile deployed workflows with the cluster.
+    """Reconcile deployed workflows with the cluster until a stop signal.
 
-    Several deployers share the deployments; each has one at a time.
+    Several deployers share the deployments; each deployment is with one deployer at a time.
     """
     from workers.deployer.settings import DeployerSettings
 
@@ -138,7 +138,7 @@ def run_deployer() -> None:
 
 
 def run_runner() -> None:
-    """Run the executions of one deployed workflow in its pod."""
+    """Run the executions of one deployed workflow in its pod, until a stop signal."""
     from runner.settings import RunnerSettings
 
     settings = RunnerSettings()  # type: ignore[call-arg]  # pydantic reads them from the environment
@@ -149,7 +149,10 @@ def run_runner() -> None:
 
 
 def run_server(*, has_deployer: bool) -> NoReturn:
-    """Run the processes of one machine as children of this one, until a stop signal; exits with their code."""
+    """Run the processes of one machine as children of this one until a stop signal.
+
+    Exit with 0 if every child did, else 1.
+    """
     from gateway.settings import GatewaySettings
 
     settings = GatewaySettings()

@@ -40,7 +40,10 @@ log = structlog.get_logger()
 
 
 def next_pause(pause_seconds: float, lived_seconds: float) -> float:
-    """Return the pause before the next start of a child: twice the last one, unless the child was stable."""
+    """Return the seconds to wait before the next start of a child: twice the last pause, up to a limit.
+
+    After a stable life of the child, it is the shortest pause.
+    """
     if lived_seconds >= STABLE_SECONDS:
         return FIRST_PAUSE_SECONDS
     return min(max(2 * pause_seconds, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
@@ -86,7 +89,7 @@ class SupervisedChild:
         log.info("process started", process=self.name, pid=self.process.pid)
 
     def note_end(self) -> int | None:
-        """Return the exit code of a process that has ended, once, and plan its restart."""
+        """Return the exit code of a process that has ended, once, and plan its restart; None otherwise."""
         code = None if self.process is None else self.process.poll()
         if code is None:
             return None
@@ -108,7 +111,10 @@ class Supervisor:
         ]
 
     def run(self) -> int:
-        """Run until a stop signal, and return the exit code: 0 if every child ended by itself."""
+        """Run the children until a stop signal, and restart those that end.
+
+        Returns the exit code: 0 if every child ended with 0 after the signal, else 1.
+        """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
         try:
             for child in reversed(self._children):
@@ -140,7 +146,11 @@ class Supervisor:
         return max(min(due) - time.monotonic(), 0.01) if due else LONGEST_PAUSE_SECONDS
 
     def _stop(self) -> int:
-        """Stop each child after the one before it has ended. Another stop signal reaches all that are left."""
+        """Stop the children one after the other, and return the exit code: 0 if all exited with 0, else 1.
+
+        A child that takes longer than `STOP_SECONDS` is killed. Another stop signal reaches all that are left
+        at once.
+        """
         log.info("server stops")
         code = 0
         for child in self._children:
@@ -166,14 +176,14 @@ class Supervisor:
                 child.process.send_signal(number)
 
     def _kill(self) -> None:
-        """Leave no child behind, also after an error of this process."""
+        """Kill all children that still run, also after an error of this process, and wait for their end."""
         self._signal_all(signal.SIGKILL)
         for child in self._children:
             if child.process is not None:
                 child.process.wait()
 
     def _wait(self, seconds: float) -> int | None:
-        """Return the next signal, or None after this time."""
+        """Return the number of the next stop signal or SIGCHLD; None if none arrives within `seconds`."""
         arrived = signal.sigtimedwait({*STOP_SIGNALS, signal.SIGCHLD}, seconds)
         return None if arrived is None else arrived.si_signo
 

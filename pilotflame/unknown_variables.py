@@ -25,9 +25,10 @@ _SERVICE_HOST: Final = "_SERVICE_HOST"
 def find_unknown(
     environment: Iterable[str], own: type[BaseSettings] | None = None
 ) -> Mapping[str, list[str]]:
-    """Return unknown variables with the prefix of settings, each with the settings that are similar.
+    """Return unknown variables with the prefix of settings, each with the names of similar settings.
 
     Settings of other processes than `own` are loaded only if variables are left that `own` does not know.
+    Variables that Kubernetes sets for services are skipped.
     """
     spared = OF_COMMANDS | (_variables(own) if own is not None else frozenset())
     given = [name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in spared]
@@ -45,20 +46,20 @@ def find_unknown(
 
 
 def _meant(name: str) -> list[str]:
-    """Return the settings similar to a variable, compared without the common prefix."""
+    """Return the names of settings that are similar to a variable, compared without the common prefix."""
     bare = [one.removeprefix(PREFIX) for one in sorted(known_variables())]
     return [PREFIX + one for one in name_suggestions.suggest_names(name.upper().removeprefix(PREFIX), bare)]
 
 
 def warning_text(name: str, meant: Iterable[str]) -> str:
-    """Return the warning about a variable; its value stays secret."""
+    """Return the warning about an unknown variable, with the similar settings; it doesn't contain the value."""
     suggestion = " or ".join(meant)
     return f"{name} is not a setting" + (f": did you mean {suggestion}?" if suggestion else "")
 
 
 @cache
 def known_variables() -> frozenset[str]:
-    """Return the variables of all processes, which often share one environment."""
+    """Return the names of the variables of all processes, which often share one environment."""
     return frozenset(name for kind in _kinds() for name in _variables(kind))
 
 

@@ -107,14 +107,14 @@ def _reaped(child: int) -> int | None:
 
 
 def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies; a kill of the parent is meant for both."""
+    """Have the kernel kill this process when its parent dies, and exit if it has died already."""
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(KILLED + signal.SIGKILL)
 
 
 def _announced(descriptor: int) -> str:
-    """Return the owner name that the child has announced, or an empty text."""
+    """Return the owner name that the child has announced through the pipe; empty if it has announced none."""
     os.set_blocking(descriptor, False)  # A process that the child has left behind may keep the pipe open.
     try:
         return os.read(descriptor, MAX_NAME_BYTES).decode()

@@ -218,19 +218,22 @@ async def revoke_key(request: GatewayRequest) -> NoContent:
 
 
 def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
-    """Return the known scopes in order: a newer release may have stored others."""
+    """Return the known ones of stored scopes, sorted; a newer release may have stored others, which are left out."""
     return sorted(KeyScope(scope) for scope in scopes if scope in ALL_KEY_SCOPES)
 
 
 def _require_scopes_of_role(body: CreateKey, role: UserRole) -> None:
-    """Raise 422 for requested scopes that keys of a role cannot have."""
+    """Raise a 422 error for requested scopes that keys of a role can't have."""
     if beyond := sorted(frozenset(body.scopes or ()) - SCOPES_OF_ROLES[role]):
         message = f"A {role} cannot have {', '.join(beyond)}: leave it out, or choose another user"
         raise errors.invalid([errors.problem("scopes", "beyond-role", message)])
 
 
 def _own(caller: ApiCaller) -> str | None:
-    """Return the user that a caller may manage keys of; None for all users of the organization."""
+    """Return the id of the user whose keys a caller may manage, that is, its own.
+
+    None for an admin, who manages all of the organization.
+    """
     return None if caller.is_admin else caller.user_id
 
 

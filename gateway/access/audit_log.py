@@ -67,7 +67,11 @@ async def record_change(
     before: str | None,
     after: str | None,
 ) -> None:
-    """Record an author's change of an object with the hashes before and after; equal hashes are no change."""
+    """Insert an entry for an author's change of an object into the audit trail.
+
+    `before` and `after` are hashes of its content, None for an absent object; nothing is inserted if they are
+    equal.
+    """
     if before == after:
         return
     statement = insert(AuditEntry).values(
@@ -110,7 +114,10 @@ async def list_entries(
     order: ColumnElement[Any],
     bounds: KeysetBounds | None,
 ) -> ListPage[AuditEntry]:
-    """Return a page of the matching entries of the caller's organization; `bounds` replaces `part` and `order`."""
+    """Return a page of the matching entries of the caller's organization, with their number.
+
+    With `bounds`, the page follows a cursor; without, it is `part` in `order`.
+    """
     conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_conditions(wanted)]
     item_id = col(AuditEntry.id)
     if bounds is not None:

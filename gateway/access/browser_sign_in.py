@@ -72,7 +72,7 @@ class BrowserSignIn:
         )
 
     def issue_code(self, key_id: str) -> str:
-        """Return a code that signs in for a key, once, within ten minutes, and on this machine only."""
+        """Return a code that stands for a key in one sign-in, within ten minutes, at this process only."""
         code = secrets.token_urlsafe(browser_session.SECRET_BYTES)
         self._codes.put(browser_session.hash_secret(code), key_id)
         return code
@@ -80,9 +80,9 @@ class BrowserSignIn:
     async def sign_in(
         self, scope: Mapping[str, Any], given: SignInRequest, *, user_agent: str, replaces: str | None
     ) -> SignInResult:
-        """Create a session that replaces the one with the hash `replaces`.
+        """Create a browser session and return it with its secret; the session with the hash `replaces` ends.
 
-        Raises 401 for a wrong key or code, and 429 after too many of them.
+        Raises a 401 error for a wrong key or code, and 429 after too many of them from an address.
         """
         client = client_of_scope(scope)
         refusal = self._failures.refusal(client)
@@ -128,9 +128,10 @@ class BrowserSignIn:
         return next((found[one] for one in hashes if one in found), None)
 
     async def _record_refusal(self, given: SignInRequest, found: FoundKey | None) -> None:
-        """Record a failed sign-in in the audit trail of the organization that it concerns, if one can be named.
+        """Record a failed sign-in in the audit trail of the organization that the key's prefix names.
 
-        Texts that are no keys are not recorded: they could be passwords of something else.
+        Without one, log it. Texts that are no keys are not recorded: they could be passwords of something
+        else.
         """
         prefix = visible_prefix(given.key) if given.key and given.key.startswith(KEY_PREFIX) else ""
 
@@ -158,7 +159,7 @@ class BrowserSignIn:
 
 
 def refuse_sign_in(*, is_code: bool) -> ApiError:
-    """Return the common answer for a wrong, expired or revoked key or code."""
+    """Return the 401 error for a wrong, expired or revoked key or code; it doesn't say which."""
     message = (
         "The link has been used, is older than ten minutes, or was opened on another machine"
         if is_code

@@ -58,7 +58,10 @@ async def end(request: GatewayRequest) -> NoContent:
 
 
 async def _require(request: GatewayRequest, connection: AsyncConnection) -> FoundSession:
-    """Return the session of the path; raises 404 for an unknown one and for one of others."""
+    """Return the session of the request's path.
+
+    Raises a 404 error for an unknown one, and for one of others unless the caller is an admin.
+    """
     caller = request.caller
     found = await browser_session.list_sessions(
         connection,
@@ -73,5 +76,8 @@ async def _require(request: GatewayRequest, connection: AsyncConnection) -> Foun
 
 
 def _own(caller: ApiCaller) -> str | None:
-    """Return the user whose sessions a caller may see; None for all users of the organization."""
+    """Return the id of the user whose sessions a caller may see, that is, its own.
+
+    None for an admin, who sees all of the organization.
+    """
     return None if caller.is_admin else caller.user_id

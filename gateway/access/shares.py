@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 async def require_user(connection: AsyncConnection, user_id: str, caller: ApiCaller) -> None:
-    """Raise 404 unless the user belongs to the organization."""
+    """Raise a 404 error unless the user exists and belongs to the caller's organization."""
     if await access_store.find_user(connection, caller.organization_id, user_id) is None:
         raise errors.not_found("user")
 
@@ -30,7 +30,11 @@ def added(
     owner_id: str,
     caller: ApiCaller,
 ) -> Mapping[str, datetime]:
-    """Return the shares of a `what` (`workflow`) with one more user; raises 409 and 422."""
+    """Return the shares of an object with one more user; unchanged if they include the user already.
+
+    `what` names the object in errors. Raises a 422 error for its owner and the caller, 409 for too many
+    shares.
+    """
     if user_id in {owner_id, caller.user_id}:
         message = f"userId must be neither the owner of the {what} nor yourself"
         raise errors.invalid([errors.problem("userId", "own-user", message)])
@@ -43,7 +47,7 @@ def added(
 
 
 def removed(shared_with: Mapping[str, datetime], user_id: str) -> Mapping[str, datetime]:
-    """Return the shares without a user; raises 404."""
+    """Return the shares of an object without a user; raises a 404 error if they don't include the user."""
     if user_id not in shared_with:
         raise errors.not_found("share")
     return {user: since for user, since in shared_with.items() if user != user_id}

@@ -67,7 +67,10 @@ async def end(request: GatewayRequest) -> NoContent:
 
 
 def require_cookie(request: GatewayRequest) -> SessionCookie:
-    """Return the cookie of sessions at this address; raises 403 over plain HTTP from elsewhere."""
+    """Return the session cookie that is used at this address.
+
+    Raises a 404 error if the dashboard is off, and 403 over plain HTTP from another machine.
+    """
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
     cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)

@@ -89,7 +89,10 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
 
 async def _retire(connection: AsyncConnection, organization_id: str, now: datetime) -> str | None:
-    """Expire the current secret after another day and delete secrets that are no longer valid; return its id."""
+    """Let the current signing secret expire after another day, and delete secrets that are no longer valid.
+
+    Returns the id of the former current one; None if there was none.
+    """
     # The lock serializes replacements: there is never more than one secret without an expiry.
     lock = select(col(Organization.id)).where(col(Organization.id) == organization_id).with_for_update()
     await connection.execute(lock)

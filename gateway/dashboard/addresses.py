@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 
 def list_address(frame: PageFrame, path: str, query: Mapping[str, str]) -> str:
-    """Return the address of a page with a query, without the parameters that are empty."""
+    """Return the address of a dashboard page below the public path, with the parameters of `query` that have values."""
     text = urlencode({name: value for name, value in query.items() if value})
     return f"{frame.root}{path}" + (f"?{text}" if text else "")

@@ -65,7 +65,7 @@ class AssetAnswer:
 
 @cache
 def read_files() -> dict[str, AssetFile]:
-    """Return all files by name."""
+    """Return the files of the dashboard by name, each plain and compressed."""
     files = {}
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in CONTENT_TYPES:
@@ -77,7 +77,7 @@ def read_files() -> dict[str, AssetFile]:
 
 @cache
 def version() -> str:
-    """Return the common hash of all files."""
+    """Return a hash of all files of the dashboard, which changes with any of them; part of their addresses."""
     digest = sha256()
     for name, file in read_files().items():
         digest.update(name.encode() + b"\0" + file.plain)

@@ -162,7 +162,10 @@ def _targets(connections: Iterable[Connection]) -> Mapping[str, Sequence[str]]:
 
 
 def _draw_edge(source: MapCard, target: MapCard) -> MapEdge:
-    """Return an elbow from the right of one card to the left of another; back edges pass below both."""
+    """Return the line from the right side of one card to the left side of another.
+
+    A back edge passes below both cards.
+    """
     x1, y1 = source.x + CARD_WIDTH, source.y + CARD_HEIGHT // 2
     x2, y2 = target.x, target.y + CARD_HEIGHT // 2
     is_taken = target.state not in NOT_TAKEN and source.state not in NOT_TAKEN

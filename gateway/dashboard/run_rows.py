@@ -104,10 +104,9 @@ def build_timeline(
     opened: str = "",
     selected: str = "",
 ) -> RunTimeline:
-    """Return the rows of a run.
+    """Return the rows of a run: its nodes in order with their bars, lanes and state, and the axis of time.
 
-    `graph` is the answer of its route, and `critical` names nodes. `opened` is the first node of folded rows that
-    are shown, and `selected` a node that is not folded.
+    `graph` has `nodes` and `connections`; `critical` holds ids of nodes that determine the run's duration.
     """
     states = {state["nodeId"]: state for state in graph["states"]}
     nodes = {node["id"]: node for node in graph["nodes"]}
@@ -145,7 +144,10 @@ def _order(
     nodes: Mapping[str, Mapping[str, Any]],
     connections: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Return the ids of nodes by their first start, each behind its sources; those that never started come last."""
+    """Return the ids of nodes by their first start, each after the sources of its connections.
+
+    Nodes that never started come last.
+    """
     known = [*nodes, *(one for one in states if one not in nodes)]
     graph = _RowOrder(
         {node_id: _start_key(states.get(node_id), number) for number, node_id in enumerate(known)}

@@ -62,7 +62,7 @@ async def search(request: GatewayRequest) -> RedirectResponse:
 
 
 async def show_missing(request: GatewayRequest) -> ASGIApp:
-    """Show that there is no such page."""
+    """Answer 404 for an unknown path of the dashboard, as a page."""
     error = errors.not_found("page")
     if request.gateway.settings.dashboard == "off":
         raise error

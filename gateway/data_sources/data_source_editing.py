@@ -35,7 +35,7 @@ Change: TypeAlias = Callable[[StoredDataSource], StoredDataSource]
 
 
 async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> StoredDataSource:
-    """Return the requested data source; raises 404 unless the caller may read it."""
+    """Return the requested data source; raises a 404 error if it is missing or the caller may not read it."""
     stored = await data_source_rows.find(connection, requested.id, requested.caller)
     if stored is None:
         raise errors.not_found("data source")
@@ -43,7 +43,10 @@ async def find_readable(connection: AsyncConnection, requested: RequestedObject)
 
 
 def require_writer(caller: ApiCaller, source: DataSource) -> None:
-    """Raise 403 unless the caller may change, share and delete a readable data source."""
+    """Raise a 403 error unless the caller owns the data source or is an admin.
+
+    Only these may change, share and delete it.
+    """
     preconditions.require_owner(caller, source.owner_id, what="data source")
 
 
@@ -54,16 +57,17 @@ class DataSourceEditor:
         self._database = database
 
     async def read(self, requested: RequestedObject) -> StoredDataSource:
-        """Return the requested data source in a transaction of its own; raises 404."""
+        """Return the requested data source, read in a transaction of its own; raises a 404 error."""
         async with self._database.read() as connection:
             return await find_readable(connection, requested)
 
     async def create(
         self, caller: ApiCaller, source: DataSource, idempotency_key: IdempotencyKey | None
     ) -> JsonResponse:
-        """Insert a data source, once per idempotency key, and answer 201 with its id.
+        """Insert a data source, once per idempotency key, and return an answer with 201 and its id.
 
-        Raises 409 for a taken name or too many data sources in the organization.
+        Raises a 409 error for a taken name or too many data sources of the organization, 422 for a key used
+        with another body.
         """
 
         async def insert(connection: AsyncConnection) -> str:
@@ -102,7 +106,7 @@ class DataSourceEditor:
         return JsonResponse(shown, status=201, headers=entity_tag(StoredDataSource(source, {})))
 
     async def edit(self, requested: RequestedObject, action: AuditAction, change: Change) -> StoredDataSource:
-        """Apply `change` to the requested data source, after all concurrent edits.
+        """Apply `change` to the requested data source after all concurrent edits, and return the stored result.
 
         Raises 404, 403, 412 if `If-Match` names another revision, `DataSourceNameTaken`, and the errors of
         `change`; then nothing is written.
@@ -140,7 +144,10 @@ class DataSourceEditor:
         return after
 
     async def delete(self, requested: RequestedObject, *, is_forced: bool) -> None:
-        """Delete the requested data source; raises 409 if workflows use it, unless `is_forced`."""
+        """Delete the requested data source.
+
+        Raises 404, 403, 412, and 409 if workflows use it, unless `is_forced`.
+        """
         is_done = False
 
         async def work(connection: AsyncConnection) -> None:
@@ -162,12 +169,12 @@ class DataSourceEditor:
 
 
 def entity_tag(stored: StoredDataSource) -> dict[str, str]:
-    """Return the `ETag` header of a data source, for a later `If-Match`."""
+    """Return the `ETag` header of a data source's revision, for a later `If-Match`."""
     return {"ETag": f'"{stored.source.revision}"'}
 
 
 def answer(stored: StoredDataSource, value: object) -> JsonResponse:
-    """Return an answer about a data source, with its `ETag`."""
+    """Return a JSON answer about a data source, with its `ETag`."""
     return JsonResponse(value, headers=entity_tag(stored))
 
 
@@ -183,7 +190,7 @@ def content_hash(stored: StoredDataSource) -> str:
 
 
 def name_taken(error: DataSourceNameTaken) -> ApiError:
-    """Return the error for a name that another data source of the owner has."""
+    """Return the 409 error for a name that another data source of the owner has."""
     message = f"The owner has another data source with the name {error.args[0]!r}"
     return errors.conflict("data-source-name-taken", message)
 
@@ -213,7 +220,7 @@ async def _require_unused(connection: AsyncConnection, source: DataSource, calle
 
 
 def without_secrets(body: Json, secret: bytes) -> Json:
-    """Return a body for the comparison of repeated requests, with a keyed hash in place of its secrets."""
+    """Return a request body for the comparison of repeated requests, with a keyed hash in place of its secrets."""
     if not isinstance(body, dict) or "secrets" not in body:
         return body
     hashed = hmac.digest(secret, encode_canonical(body["secrets"]), "sha256")

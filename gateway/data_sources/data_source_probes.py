@@ -72,9 +72,10 @@ class DataSourceProber:
         self._begun: OrderedDict[str, deque[float]] = OrderedDict()
 
     async def probe(self, source: DataSource) -> ProbeResult:
-        """Test the connection to a data source to which access was checked before; a failed connection is a result.
+        """Test the connection to a data source, and return success, message and duration; access was checked before.
 
-        Raises 429 after too many tests of the organization within a minute.
+        A failed connection is a result. Raises a 429 error after too many tests of the organization within a
+        minute.
         """
         self._count(source.organization_id)
         began = monotonic()
@@ -99,7 +100,7 @@ class DataSourceProber:
             return False, _redact(error.message, source.settings, secrets)
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
-        """Return a message about the connection; raises `NodeError`."""
+        """Connect to a data source as a node would, and return a message about it; raises `NodeError` if that fails."""
         from nodes.connections.data_source_connections import DataSourceConnections  # noqa: PLC0415 - most gateways never need the drivers
 
         caller = RunCaller(source.organization_id, source.owner_id, "", "", "")
@@ -131,7 +132,10 @@ class DataSourceProber:
         return "Its secrets can be decrypted; only a workflow tests them"
 
     def _count(self, organization_id: str) -> None:
-        """Raise 429 for too many tests, which could serve to guess passwords or to scan for servers."""
+        """Count a test of an organization; raises a 429 error for too many.
+
+        They could serve to guess passwords or to scan for servers.
+        """
         now = monotonic()
         begun = self._begun.setdefault(organization_id, deque())
         self._begun.move_to_end(organization_id)
@@ -155,7 +159,7 @@ async def _list_one(bucket: ObjectBucket) -> None:
 
 
 def _redact(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
-    """Return a driver's message without its secrets, with each IP address except the configured host replaced."""
+    """Return a driver's message with secrets replaced, and each IP address except the configured host."""
     return _ADDRESS.sub(
         lambda found: found[0] if found[0] == settings.get("host") else "its address",
         redaction.redact_text(message, secrets.values()),

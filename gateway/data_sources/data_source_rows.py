@@ -45,12 +45,12 @@ class StoredDataSource:
     """Time of each share by user id, in the order of the shares."""
 
     def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
-        """Return the data source with changed columns of its own row."""
+        """Return a copy of the data source with changed columns of its own row; nothing is written."""
         return replace(self, source=DataSource(**{**self.source.model_dump(), **changes}))
 
 
 async def lock(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> None:
-    """Lock a data source against other changes until the transaction ends."""
+    """Lock a data source of the caller's organization against other changes until the transaction ends."""
     row = select(col(DataSource.id)).where(
         col(DataSource.id) == source_id, col(DataSource.organization_id) == caller.organization_id
     )
@@ -58,7 +58,7 @@ async def lock(connection: AsyncConnection, source_id: str, caller: ApiCaller) -
 
 
 async def find(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> StoredDataSource | None:
-    """Return a data source that the caller may read."""
+    """Return a data source with its shares; None if it is missing or the caller may not read it."""
     statement = select(DataSource).where(col(DataSource.id) == source_id, is_readable_by(caller))
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
@@ -74,7 +74,10 @@ async def page(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, list[StoredDataSource]]:
-    """Return the number of data sources that the caller may read, and a page of them."""
+    """Return the number of data sources that the caller may read, and the rows `part` of them in `order`.
+
+    With `kind`, only those of this type.
+    """
     conditions = [is_readable_by(caller)]
     if kind is not None:
         conditions.append(col(DataSource.type) == kind)
@@ -114,7 +117,7 @@ async def count(connection: AsyncConnection, organization_id: str) -> int:
 
 
 async def exists(connection: AsyncConnection, source_id: str, *, revision: int | None = None) -> bool:
-    """Tell whether a data source exists, in a revision if given, without a check of visibility."""
+    """Return whether a data source exists, in a revision if given; visibility is not checked."""
     statement = select(col(DataSource.id)).where(col(DataSource.id) == source_id)
     if revision is not None:
         statement = statement.where(col(DataSource.revision) == revision)
@@ -122,7 +125,7 @@ async def exists(connection: AsyncConnection, source_id: str, *, revision: int |
 
 
 async def add(connection: AsyncConnection, source: DataSource) -> None:
-    """Insert the row of a data source; raises `DataSourceNameTaken` if its organization has one of this name."""
+    """Insert the row of a data source; raises `DataSourceNameTaken` if its owner has another one of this name."""
     try:
         await connection.execute(insert(DataSource).values(source.model_dump()))
     except IntegrityError as error:
@@ -132,7 +135,7 @@ async def add(connection: AsyncConnection, source: DataSource) -> None:
 async def save(
     connection: AsyncConnection, before: StoredDataSource, after: StoredDataSource, caller: ApiCaller
 ) -> bool:
-    """Save the differences unless the data source has changed since `before`; tells whether it was saved.
+    """Write the differences unless the data source has changed since `before`; return whether they were written.
 
     Raises `DataSourceNameTaken`.
     """
@@ -168,26 +171,26 @@ async def save(
 
 
 async def remove(connection: AsyncConnection, source: DataSource) -> None:
-    """Delete a data source with its secrets; no copy of them remains."""
+    """Delete a data source with its secrets and shares; no copy of them remains."""
     await connection.execute(delete(DataSourceShare).where(col(DataSourceShare.data_source_id) == source.id))
     await connection.execute(delete(DataSource).where(col(DataSource.id) == source.id))
 
 
 async def is_named(connection: AsyncConnection, source: DataSource) -> bool:
-    """Tell whether a workflow of the organization names a data source."""
+    """Return whether a workflow of the organization refers to a data source by its id."""
     return await connection.scalar(_naming(source).limit(1)) is not None
 
 
 async def naming(
     connection: AsyncConnection, source: DataSource, caller: ApiCaller, limit: int
 ) -> list[tuple[str, str]]:
-    """Return ids and names of workflows that name a data source and that the caller may read."""
+    """Return ids and names of at most `limit` workflows that refer to a data source and that the caller may read."""
     statement = _naming(source).where(workflow_readable_by(caller)).order_by(col(Workflow.id)).limit(limit)
     return [(row.id, row.name) for row in await connection.execute(statement)]
 
 
 def _naming(source: DataSource) -> Any:  # noqa: ANN401 - a statement with these columns
-    """Return the workflows with the id of a data source as a text in their graph.
+    """Return the query of workflows whose graph contains the id of a data source as a text.
 
     The graph counts, since stored scopes are computed on request only.
     """

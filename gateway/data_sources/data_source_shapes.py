@@ -94,7 +94,10 @@ class DataSourceShape(WireStruct):
 def build_data_source(
     caller: ApiCaller, body: CreateDataSource, vault: SecretVault, now: datetime
 ) -> DataSource:
-    """Return a new data source of the caller; raises 422."""
+    """Return a new data source of the caller with encrypted secrets, not stored yet.
+
+    Raises a 422 error for invalid fields.
+    """
     problems = ProblemCollector()
     name = text_rules.check_line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
     definition = DATA_SOURCE_TYPES[body.type]
@@ -124,7 +127,7 @@ def build_data_source(
 def apply_changes(
     before: StoredDataSource, body: UpdateDataSource, vault: SecretVault, now: datetime
 ) -> StoredDataSource:
-    """Return a data source with the changes of a body; raises 422."""
+    """Return a data source with the changes of a body, not stored yet; raises a 422 error for invalid fields."""
     source, problems = before.source, ProblemCollector()
     definition = DATA_SOURCE_TYPES[DataSourceType(source.type)]
     changes: dict[str, object] = {}

@@ -219,7 +219,7 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
-    """Raise 404 unless the user belongs to the organization; first require a caller that may share."""
+    """Raise a 403 error unless the caller may share the data source, 404 unless the user is of the organization."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         editing.require_writer(request.caller, stored.source)
@@ -227,7 +227,10 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
 
 
 def _shared(before: StoredDataSource, user_id: str, caller: ApiCaller, now: datetime) -> StoredDataSource:
-    """Return a data source with a share for one more user; raises 409 and 422."""
+    """Return a data source with a share for one more user.
+
+    Raises a 409 error for too many, and 422 for the owner or caller.
+    """
     shared_with = shares.added(
         before.shared_with, user_id, now, what="data source", owner_id=before.source.owner_id, caller=caller
     )
@@ -235,7 +238,7 @@ def _shared(before: StoredDataSource, user_id: str, caller: ApiCaller, now: date
 
 
 def _unshared(before: StoredDataSource, user_id: str) -> StoredDataSource:
-    """Return a data source without the share of a user; raises 404."""
+    """Return a data source without the share of a user; raises a 404 error if there is none."""
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 

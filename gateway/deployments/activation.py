@@ -114,17 +114,17 @@ class DeploymentActivator:
         self._is_released = False
 
     async def start(self) -> None:
-        """Receive notifications of runs that workers or pods have claimed; they end the waits of requests."""
+        """Subscribe to notifications of runs that workers or pods have claimed; they end the waits of requests."""
         await self._broker.listen(self._receive, subject=wakeups.TAKEN_RUNS)
 
     def release(self) -> None:
-        """End all waits, because the process is about to stop."""
+        """End all waits, present and later ones, because the process is about to stop."""
         self._is_released = True
         for execution_id in list(self._waiters):
             self._notify(execution_id, is_taken=False)
 
     async def close(self) -> None:
-        """End all waits, and finish the pending writes."""
+        """End all waits, cancel the watches of deployments, and finish the pending writes."""
         self.release()
         tasks = [watch.task for watch in self._watches.values() if watch.task is not None]
         for task in tasks:
@@ -135,14 +135,14 @@ class DeploymentActivator:
 
     @property
     def has_waiting_requests(self) -> bool:
-        """Whether any request waits until pods of its deployment are up."""
+        """Whether any request of this process waits until pods of its deployment are up."""
         return bool(self._queues)
 
     # ── requests for a deployment ───────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def queue(self, workflow_id: str) -> Iterator[None]:
-        """Count a request as waiting for a deployment while the context lasts.
+        """Count a request as waiting for a deployment during the block.
 
         If its client leaves, the deployment is woken, because the run may still be accepted.
         """
@@ -162,7 +162,8 @@ class DeploymentActivator:
     async def ask(self, workflow_id: str) -> Deployment:
         """Record activity of a deployment, and return it.
 
-        Raises 409 where it may not be started, and 503 where too many requests already wait for its start.
+        Raises a 409 error if it isn't deployed or its policy forbids a start, and 503 if too many requests
+        already wait for it.
         """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
@@ -174,7 +175,10 @@ class DeploymentActivator:
         return deployment
 
     async def count(self, workflow_id: str) -> CountedDeployment | None:
-        """Record activity of a deployment for a run without a waiting client; None if it isn't deployed."""
+        """Record activity of a deployment for a run without a waiting client.
+
+        Returns it with the refusal of its start, if any; None if it isn't deployed.
+        """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             return None
@@ -189,7 +193,10 @@ class DeploymentActivator:
         )
 
     async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, CountedDeployment]:
-        """Record activity of several deployments at once; omits workflows that aren't deployed."""
+        """Record activity of several deployments at once; return them by workflow with the refusals of their starts.
+
+        Workflows that aren't deployed are omitted.
+        """
         found = await wakes.record_activities(self._database, workflow_ids)
         stopped = [workflow_id for workflow_id, one in found.items() if not wakes.is_desired(one)]
         seen: Mapping[str, DeploymentActivity] = {}
@@ -234,9 +241,10 @@ class DeploymentActivator:
     async def taken(
         self, key: ExecutionKey, workflow_id: str, *, is_new: bool, is_ready: bool, seconds: float
     ) -> bool:
-        """Wake the deployment for a run, and return whether the run was taken in time. Raises `PodUnavailable`.
+        """Wake the deployment for a run, and return whether the run was claimed within `seconds`.
 
-        `is_new` for a run that was just accepted here, `is_ready` if the deployment had ready pods.
+        `is_new` means a run accepted here just now, `is_ready` a deployment with ready pods. Raises
+        `PodUnavailable` if its pods can't start.
         """
         if not is_new and await self._has_begun(key):
             return True
@@ -254,7 +262,7 @@ class DeploymentActivator:
     async def _wait_for_claim(
         self, key: ExecutionKey, workflow_id: str, waiter: asyncio.Future[bool]
     ) -> None:
-        """Watch the deployment and return once a run is taken. Raises `PodUnavailable`."""
+        """Watch the deployment, and return once the run is claimed; raises `PodUnavailable` if its pods can't start."""
         with self._shared_watch(workflow_id) as watch:
             news: set[asyncio.Future[Any]] = {waiter, watch.bad_news}
             while True:
@@ -276,7 +284,7 @@ class DeploymentActivator:
 
     @contextmanager
     def _waiter(self, execution_id: str) -> Iterator[asyncio.Future[bool]]:
-        """Yield a future with whether the run was taken, false if the process stops first."""
+        """Yield a future that gets True when the run is claimed, False if the process stops first."""
         waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self._is_released or self._heard.get(execution_id) is not None:
             waiter.set_result(not self._is_released)
@@ -305,7 +313,7 @@ class DeploymentActivator:
 
     @contextmanager
     def _shared_watch(self, workflow_id: str) -> Iterator[DeploymentWatch]:
-        """Watch a deployment while the context lasts; all contexts share one watch."""
+        """Yield the watch of a deployment, which keeps it awake; the first block starts it, the last one ends it."""
         watch = self._watches.get(workflow_id)
         if watch is None:
             watch = self._watches[workflow_id] = DeploymentWatch()
@@ -343,7 +351,10 @@ class DeploymentActivator:
         self._end(workflow_id, watch)
 
     async def _check_deployment(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
-        """Wake a deployment that is stopped or about to stop. Checks after the first expect its pods to start."""
+        """Wake a deployment that is stopped or about to stop; return why its pods can't start, None if they may.
+
+        Checks after the first expect its pods to start, so a failure or blockage counts then.
+        """
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)
         if seen is None or not seen.deployment.is_deployed:
@@ -366,7 +377,7 @@ class DeploymentActivator:
 
 
 def refuse_start(refusal: StartRefusal) -> ApiError:
-    """Return the error response for a run whose deployment may not start."""
+    """Return the 409 error for a run whose deployment may not start."""
     match refusal.code:
         case StartRefusalCode.NOT_DEPLOYED:
             return errors.not_deployed()

@@ -76,7 +76,10 @@ class DeployedDefinitions:
         )
 
     async def trigger_kind(self, key: DefinitionKey) -> str:
-        """Return the kind of the trigger node of a deployed definition. Raises `DefinitionMissing`."""
+        """Return the kind of the trigger node of a deployed definition, `manual` without one.
+
+        Raises `DefinitionMissing`.
+        """
         trigger = (await self._load(key)).trigger
         return trigger.kind if trigger else definition_snapshot.MANUAL_KIND
 

@@ -58,7 +58,8 @@ async def deploy_workflow(
 ) -> Deployment:
     """Deploy the definition of a snapshot in the transaction of `connection`, which may be repeated.
 
-    The token of its pods is hashed with `secret`.
+    Return the deployment. The token of its pods is hashed with `secret`. The change is recorded in the audit
+    trail.
     """
     workflow = stored.workflow
     text = await asyncio.to_thread(_pinned, snapshot, catalog)
@@ -85,7 +86,10 @@ async def undeploy_workflow(
     *,
     reason: StoppedReason | None = None,
 ) -> None:
-    """Undeploy a workflow in the transaction of `connection`; its runs belong to the workers from then on."""
+    """Undeploy a workflow in the transaction of `connection`; its runs belong to the workers from then on.
+
+    Does nothing if it isn't deployed; otherwise the audit trail gets an entry.
+    """
     before = await desired_state.find_deployment(connection, workflow_id)
     after = await desired_state.undeploy_workflow(
         connection, workflow_id, user_id=caller.user_id, reason=reason
@@ -102,9 +106,9 @@ async def change_deployment(
     *,
     replicas: int | None = None,
 ) -> Deployment:
-    """Apply a decision to the deployment of the requested workflow.
+    """Apply a decision to the deployment of the requested workflow, and return it.
 
-    Raises 404, 403, and 409 if the workflow isn't deployed.
+    Without an action it stays unchanged. Raises 404, 403, and 409 if the workflow isn't deployed.
     """
     workflow_id, caller = requested.id, requested.caller
 
@@ -145,14 +149,20 @@ class DeployerClient:
         self._settle_seconds = settle_seconds
 
     async def notify(self, workflow_id: str) -> None:
-        """Notify the deployer, and the workers, which may have received its runs. Call it after the commit."""
+        """Wake the deployer for a workflow, and the workers, which may have received its runs.
+
+        Call it after the commit.
+        """
         await wakeups.wake_deployer(self._broker, workflow_id)
         self._acceptances.wake_workers()
 
     async def await_state(
         self, workflow_id: str, is_reached: Callable[[Deployment], bool]
     ) -> Deployment | None:
-        """Return a deployment once it has reached a state, failed or is blocked, or the time is over."""
+        """Return a deployment once it has reached a state, failed or is blocked, or the time limit is over.
+
+        None if the workflow was never deployed.
+        """
         waiting, key = self._waiting, wakeups.deployment_watch_key(workflow_id)
         with waiting.waiter(key) as waiter:
             timer = asyncio.get_running_loop().call_later(self._settle_seconds, waiter.end)
@@ -178,7 +188,7 @@ def has_failed(deployment: Deployment) -> bool:
 
 
 def fresh_token_id() -> str:
-    """Return an ID for the token of a deploy, created before its transaction."""
+    """Return a new id for the token of a deployment's pods, created before its transaction, which may be repeated."""
     return deployment_token.new_token_id()
 
 
@@ -208,7 +218,7 @@ async def _record(
 
 
 def _content_hash(deployment: Deployment | None) -> str | None:
-    """Return the SHA-256 of the desired state, or None for a workflow that isn't deployed."""
+    """Return the SHA-256 of the desired state for the audit trail; None for a workflow that isn't deployed."""
     if deployment is None or not deployment.is_deployed:
         return None
     wanted = {

@@ -201,7 +201,7 @@ def _active(before: StoredWorkflow) -> StoredWorkflow:
 
 
 def _require_runnable(version: WorkflowVersion, catalog: NodeTypeLookup) -> None:
-    """Raise 422 for a version that is invalid, or not valid with the present node types."""
+    """Raise a 422 error for a version whose graph is invalid with the present node types."""
     snapshot = version.snapshot
     graph_shapes.require_valid(
         definition_snapshot.check_graph(snapshot["nodes"], snapshot["connections"], catalog)

@@ -92,7 +92,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _deployed(
     connection: AsyncConnection, caller: ApiCaller, app_id: str
 ) -> Sequence[Row[*tuple[Any, ...]]]:
-    """Return the deployed workflows of an application that the caller may trigger, newest first."""
+    """Return the active, deployed workflows of an application that the caller may trigger, newest first.
+
+    At most `limits.DISCOVERED`.
+    """
     rows = await connection.execute(
         select(
             *(col(Workflow.id), col(Workflow.name), col(Workflow.description)),

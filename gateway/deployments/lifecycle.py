@@ -222,7 +222,10 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
-    """Return the policy of a body, which is either a policy or the answer of `GET` with one."""
+    """Return the policy of a body, which is either a policy or an unchanged answer of `GET` with one.
+
+    Raises a 422 error.
+    """
     value = await read_json(request)
     if not isinstance(value, dict) or "type" in value or "lifecyclePolicy" not in value:
         return body_of(request, value, LifecyclePolicy)

@@ -47,7 +47,7 @@ class PodUsage:
 async def list_decisions(
     connection: AsyncConnection, workflow_id: str, part: PageBounds
 ) -> tuple[int, Sequence[LifecycleDecision]]:
-    """Return the number of decisions about a workflow, and a page of them, newest first."""
+    """Return the number of decisions about a workflow's deployment, and the rows `part` of them, newest first."""
     of_workflow = col(LifecycleDecision.workflow_id) == workflow_id
     count = await connection.scalar(select(func.count()).select_from(LifecycleDecision).where(of_workflow))
     rows = await connection.execute(
@@ -61,7 +61,10 @@ async def list_decisions(
 
 
 async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> PodUsage | None:
-    """Return the use of a workflow's pods in the last days, or since its first pods; None if it never had pods."""
+    """Return how long a workflow's pods ran, in seconds, in the last days or since its first pods.
+
+    None if it never had pods.
+    """
     row = (await connection.execute(usage_statement(workflow_id, now))).one()
     if row.first is None:
         return None
@@ -71,7 +74,7 @@ async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetim
 def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
     """Return the statement that sums the desired pods over time, in microseconds of pods.
 
-    The last decision before the period gives the number of pods at its begin.
+    The last decision before the period gives the number of pods at its start.
     """
     since = now - USAGE_TIME
     of_workflow = col(LifecycleDecision.workflow_id) == workflow_id
@@ -98,7 +101,10 @@ def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
 async def read_past_runs(
     connection: AsyncConnection, workflow_id: str, since: datetime, until: datetime
 ) -> Sequence[PastRun]:
-    """Return a workflow's last runs in the order of their acceptance, at most `limits.PREVIEW_RUNS`."""
+    """Return a workflow's last runs since a time, at most `limits.PREVIEW_RUNS`, in the order of their acceptance.
+
+    Runs that have not ended get `until` as their end.
+    """
     same_run = and_(
         col(Execution.id) == col(ExecutionData.execution_id), col(Execution.shard) == col(ExecutionData.shard)
     )

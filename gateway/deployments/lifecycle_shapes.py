@@ -71,7 +71,10 @@ class PolicyShape(WireStruct, omit_defaults=True):
 
 
 def store_policy(body: LifecyclePolicy) -> dict[str, Any]:
-    """Return the stored form of a policy. Raises 422."""
+    """Return the stored form of a policy, with the fields of its type only.
+
+    Raises a 422 error for an invalid schedule.
+    """
     match body.type:
         case PolicyType.IDLE_SHUTDOWN:
             minutes = body.idle_timeout_minutes

@@ -38,11 +38,14 @@ class PodLogReader:
         self._answers: dict[str, asyncio.Future[Sequence[PodLogEntry]]] = {}
 
     async def start(self) -> None:
-        """Receive the answers of deployers to requests for log lines of pods."""
+        """Subscribe to the answers of deployers to requests for log lines of pods."""
         await self._broker.listen(self._receive, subject=POD_LOGS)
 
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
-        """Return the last lines of a workflow's pods. Raises 503 if no deployer answers, or its cluster doesn't."""
+        """Return the last lines of a workflow's pods, at most `limit`, from a deployer.
+
+        Raises a 503 error if no deployer or its cluster answers in time, and for too many requests.
+        """
         if len(self._answers) >= MAX_REQUESTS:
             raise errors.not_ready("Too many requests wait here for pod logs: try again")
         request_id = ids.new_id("logs")

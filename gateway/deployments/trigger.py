@@ -111,7 +111,7 @@ class TriggerTimings:
     """Hash of the deployed definition."""
 
     def headers(self) -> dict[str, str]:
-        """Return the response headers with the durations and the cold start."""
+        """Return the headers `Server-Timing`, with durations in milliseconds, and `X-Cold-Start`."""
         now = perf_counter()
         taken = now if self.taken is None else self.taken
         parts = {"accept": self.accepted - self.began, "wake": taken - self.accepted, "run": now - taken}
@@ -171,7 +171,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
 
 
 def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
-    """Return the error for a run without pods; None if the run is kept until they may start."""
+    """Return the API error for a run whose pods can't start; None if the run is kept until they may."""
     match news:
         case StartFailure(reason):
             return errors.start_failed(reason, execution_id)
@@ -195,7 +195,11 @@ def _check_body(body: TriggerRequest) -> TriggerRequest:
 async def _plan_run(
     request: GatewayRequest, workflow: LoadedWorkflow, body: TriggerRequest, times: TriggerTimings
 ) -> RunRequest:
-    """Return the run request with the deployed definition. Raises 409 and 503."""
+    """Return the run with the deployed definition.
+
+    Raises a 409 error if the workflow accepts no runs or its deployment may not start, 503 if too many
+    requests wait.
+    """
     acceptance.require_open(workflow.status)
     deployment = await request.gateway.activation.ask(workflow.id)
     if workflow.status is WorkflowStatus.DRAFT:
@@ -212,7 +216,10 @@ async def _plan_run(
 async def _wait_for_pod(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, until: float
 ) -> None:
-    """Return when the run is taken, or the time is up. Raises `PodUnavailable`."""
+    """Wait until a pod has claimed the run, or the time `until` is over, and record the moment in `times`.
+
+    Raises `PodUnavailable` if pods can't start.
+    """
     is_taken = await request.gateway.activation.taken(
         _key(request, accepted),
         request.path_params["id"],
@@ -232,7 +239,10 @@ async def _read_progress(
     times: TriggerTimings,
     until: float,
 ) -> RunProgressReport | None:
-    """Return the progress of the run, with `sync` at its end or at the end of the wait; None if it was just taken."""
+    """Return the progress of the run: with `sync` at its end or at the time `until`.
+
+    None without `sync` if a pod has just claimed it.
+    """
     if times.taken is not None and not body.sync:
         return None
     return await request.gateway.waiting.progress(
@@ -323,9 +333,9 @@ def _seconds_left(until: float) -> float:
 
 
 async def run_until_disconnect(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
-    """Return the result of `work`; raise `ClientDisconnect` if the client disconnects first.
+    """Return the result of `work`, or raise `ClientDisconnect` if the client leaves first.
 
-    The run is not affected.
+    `work` is cancelled then, the run is not.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.create_task(_wait_disconnect(request))

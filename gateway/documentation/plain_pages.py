@@ -33,7 +33,10 @@ class PlainPages:
     pages: Mapping[str, Path]
 
     def find(self, path: str) -> ASGIApp | None:
-        """Return the answer for a path, or None."""
+        """Return the answer with the page at a path, or with an explanation for pages that aren't built.
+
+        None for other paths.
+        """
         name = path or CONTENTS
         if name in self.pages:
             return _build_answer(name, self._render_markdown(name))
@@ -44,7 +47,7 @@ class PlainPages:
         return None
 
     def _render_markdown(self, name: str) -> str:
-        """Return the text of a page as HTML in which links to served pages can be followed."""
+        """Return the text of a page as HTML, escaped, with its links to other served pages."""
 
         def link(match: re.Match[str]) -> str:
             target = posixpath.normpath(posixpath.join(posixpath.dirname(name), match[2].partition("#")[0]))
@@ -56,7 +59,7 @@ class PlainPages:
 
 
 def find_pages(checkout: Path) -> PlainPages:
-    """Return the pages of a checkout; none where the folder is something else, such as `site-packages`."""
+    """Return the Markdown pages of a checkout; none if the folder is no checkout, such as `site-packages`."""
     docs = checkout / "docs"
     if not (checkout / "pyproject.toml").exists():
         return PlainPages({})

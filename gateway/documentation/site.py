@@ -60,7 +60,10 @@ class DocumentationSite:
     files: Mapping[str, SiteFile] = field(default_factory=dict)
 
     def find(self, path: str) -> ASGIApp | None:
-        """Return the answer for a path, or None. A folder redirects to itself with a slash at the end."""
+        """Return the answer with the file at a path, or a redirect of a folder to itself with a slash.
+
+        None for other paths.
+        """
         name = path + INDEX if path.endswith("/") or not path else path
         entry = self.files.get(name)
         if entry is not None:
@@ -83,7 +86,10 @@ class DocumentationSite:
 
 
 def open_site(folder: Path, *, checkout: Path) -> DocumentationSite | plain_pages.PlainPages:
-    """Return the site in `folder`; where none was built, the Markdown pages of the checkout, if there are any."""
+    """Return the built site in `folder`.
+
+    If none was built, the Markdown pages of the checkout, of which there may be none.
+    """
     manifest = folder / MANIFEST
     if manifest.exists():
         files = build_decoder(dict[str, SiteFile]).decode(manifest.read_bytes())

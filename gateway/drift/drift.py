@@ -86,7 +86,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 def build_report(report: ExaminationReport) -> DriftReport:
-    """Return a report as the API and `pilotflame doctor --json` show it."""
+    """Return a report in the form that the API and `pilotflame doctor --json` show."""
     return DriftReport(
         as_of=optional_instant(report.as_of),
         clean=report.is_clean,

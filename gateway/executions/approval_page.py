@@ -200,7 +200,7 @@ async def _store_answer(
 
 
 async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
-    """Return the question of the link in the path; None for a token that is not known."""
+    """Return the question of the link whose token is in the path; None for an unknown token."""
     async with request.gateway.database.read() as connection:
         link = await approvals.find_link(connection, request.path_params["id"])
         if link is None:
@@ -250,7 +250,7 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
 
 
 def _read_form(content: bytes) -> Mapping[str, str]:
-    """Return the fields of a form; raises `ValueError`."""
+    """Return the fields of a posted form, the last value of each; raises ValueError if it is too long or invalid."""
     if len(content) > MAX_FORM_BYTES:
         raise ValueError("The answer is too long")
     if b"\0" in content or b"%00" in content:
@@ -260,7 +260,7 @@ def _read_form(content: bytes) -> Mapping[str, str]:
 
 
 def _read_answer(asked: WaitingNode, form: Mapping[str, str]) -> tuple[str | None, Json]:
-    """Return the choice and the data of a form; raises `ValueError` for a number that is none."""
+    """Return the choice and the data of a form, None where it has none; raises ValueError for an invalid number."""
     properties = _properties(asked)
     data: dict[str, Json] = {}
     for name, schema in properties.items():

@@ -52,10 +52,10 @@ class WaitPreference:
 
 
 def read_preference(headers: Headers, caller: ApiCaller | None) -> WaitPreference | None:
-    """Return the wait that a request prefers, at most a minute; None without one.
+    """Return the wait that the `Prefer` header asks for, at most a minute; None without one.
 
-    A preference that is malformed is ignored, as RFC 7240 demands. So is one of a caller who may not read the
-    outputs: a key without the scope for it, or a sender with a trigger token.
+    A malformed one is ignored, as RFC 7240 demands. So is that of a caller who may not read the outputs: a
+    key without the scope for it, or a sender with a trigger token.
     """
     found = _WAIT.search(", ".join(headers.getlist("prefer")))
     if found is None or caller is None or not caller.has_scope(KeyScope.WORKFLOWS_READ):
@@ -74,9 +74,10 @@ class EndAwaiter:
         self._outputs = outputs
 
     async def ended(self, execution_id: str, caller: ApiCaller, seconds: float) -> OutcomeShape | None:
-        """Return the outcome of a run that ends within `seconds`; None without one, or if it can't be read now.
+        """Return the outcome of a run that ends within `seconds`, without its outputs if they are too large.
 
-        The run is accepted, so no failure may cost the client its id.
+        None if it doesn't end, or can't be read now: the run is accepted, so no failure may cost the client
+        its id.
         """
         try:
             found = await self._polls.end_within(await self._access.key(execution_id, caller), seconds)

@@ -163,7 +163,10 @@ async def _retried(
 async def _chosen(
     request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
 ) -> ChosenExecutions:
-    """Select the executions to act on, and record the action in the audit trail before it begins."""
+    """Return the executions to act on by the filter of the body.
+
+    Unless it is a dry run, record the action in the audit trail first.
+    """
     wanted = body.filter.wanted(request.caller.organization_id)
     found, _ = await bulk_actions.find(request.gateway.database, wanted, condition, body.limit)
     if not body.dry_run:
@@ -174,12 +177,12 @@ async def _chosen(
 
 
 def _audit_subject(body: BulkRequest, caller: ApiCaller) -> str:
-    """Return the subject of the audit record: the workflow of the filter, or the organization."""
+    """Return the subject of the audit entry: the id of the filter's workflow, or of the organization."""
     return body.filter.workflow_id or caller.organization_id
 
 
 def _counts(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
-    """Return the counts of a result; `done` is None for a dry run."""
+    """Return the fields of a result; `done` holds the ids of changed executions, None for a dry run."""
     listed = chosen.execution_ids if done is None else done
     return {
         "dry_run": done is None,

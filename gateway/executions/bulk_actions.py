@@ -79,14 +79,17 @@ _OPEN: Final = exists().where(
 
 
 def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition for executions that the caller may cancel and that have no cancel request yet."""
+    """Return the SQL condition for executions to cancel.
+
+    They are those that the caller may see, that have not ended, and that have no cancel request yet.
+    """
     is_asked_for = col(Execution.request) == "cancel"
     goes_on = col(Execution.status).not_in(TERMINAL_STATUSES)
     return and_(visibility_condition(caller), goes_on, or_(col(Execution.request).is_(None), ~is_asked_for))
 
 
 def retryable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition for failed executions that the caller may resume and that nobody has resumed.
+    """Return the SQL condition for failed executions that the caller may resume and that were not resumed yet.
 
     Node tests are excluded: their purpose ends with the test.
     """
@@ -94,7 +97,7 @@ def retryable(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def replayable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition for ended executions that the caller may replay and that nobody has taken up."""
+    """Return the SQL condition for ended executions that the caller may replay and that were not taken up yet."""
     return _repeatable(caller, col(Execution.status).in_(TERMINAL_STATUSES))
 
 
@@ -107,7 +110,7 @@ def _repeatable(caller: ApiCaller, has_ended: ColumnElement[bool]) -> ColumnElem
 
 
 def deletable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition for executions that may be deleted, of workflows that the caller may delete."""
+    """Return the SQL condition for deletable executions of workflows that the caller owns, or of all for an admin."""
     if caller.is_admin:
         return and_(visibility_condition(caller), IS_DELETABLE)
     own = exists().where(
@@ -119,7 +122,10 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 async def find(
     database: Database, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
-    """Return the oldest executions that match a filter and a condition, and the matches by workflow."""
+    """Return the oldest executions that match a filter and a condition, and their number by workflow.
+
+    At most `limit` executions.
+    """
     async with database.read() as connection:
         matched, rows = await execution_rows.find_oldest(connection, wanted, condition, limit=limit)
     found = ChosenExecutions(ids.new_id("bulk"), matched, [row.id for row in rows])
@@ -129,7 +135,7 @@ async def find(
 async def trace(
     database: Database, caller: ApiCaller, found: ChosenExecutions, action: AuditAction, about: str
 ) -> None:
-    """Record a bulk action in the audit trail of a workflow or organization, before it begins."""
+    """Add a bulk action to the audit trail before it begins; `about` is the id of the workflow or organization."""
     record = partial(_trace, caller=caller, found=found, action=action, about=about)
     await database.transaction(record)
 
@@ -143,10 +149,10 @@ async def begin_retry(
     *,
     action: AuditAction = AuditAction.EXECUTIONS_RETRIED,
 ) -> ChosenExecutions:
-    """Record a retry or replay in the audit trail and return its selection of executions.
+    """Add a retry or replay to the audit trail, and return its selection of executions.
 
-    The selection is that of the first request with the idempotency key. Raises 422 if that request had
-    another body.
+    With an idempotency key, the selection is that of the first request with it. Raises a 422 error if that
+    request had another body.
     """
     text, now = _encode(found).decode(), database.clock.now()
 
@@ -164,9 +170,9 @@ async def begin_retry(
 
 
 async def begun(database: Database, shard: int, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
-    """Return the selection of an earlier request with this idempotency key, or None.
+    """Return the selection of an earlier request with this idempotency key; None if there was none.
 
-    Raises 422 if the body of that request differs.
+    Raises a 422 error if the body of that request differs.
     """
     earlier = await acceptance.find_earlier(database, shard, idempotency_key)
     if earlier is None:
@@ -196,7 +202,7 @@ async def _trace(
 async def cancel(
     store: JournalStore, broker: Broker, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> list[str]:
-    """Cancel executions; returns those that had not ended before."""
+    """Cancel executions, skipping those that are locked; return the ids of those that had not ended before."""
     cancelled: list[str] = []
     for some in _batches(execution_ids, CANCELS_AT_ONCE):
         keys = [ExecutionKey(execution_id, caller.shard) for execution_id in some]
@@ -212,7 +218,7 @@ async def cancel(
 async def _ask_to_end_unlocked(
     store: JournalStore, broker: Broker, key: ExecutionKey
 ) -> EndRequestOutcome | None:
-    """Cancel an execution; None if it does not exist or another transaction holds its lock."""
+    """Request the cancellation of an execution; None if it does not exist or another transaction locks it."""
     try:
         return await request_end_of_run(store, broker, key, "cancel")
     except LockWaitTimeout:
@@ -247,7 +253,10 @@ async def retry(
 async def _resumed_unlocked(
     database: Database, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Resume a batch; if another transaction locks part of it, resume one by one and skip the locked ones."""
+    """Resume a batch, and return the concurrency keys of the resumed executions by the ids of the failed ones.
+
+    If another transaction locks part of it, they are resumed one by one and the locked ones skipped.
+    """
     try:
         return await database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
     except LockWaitTimeout:
@@ -262,9 +271,9 @@ async def _resumed_unlocked(
 async def _resume(
     connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Resume executions; returns the concurrency keys of the resumed ones, by failed id.
+    """Insert copies of failed executions under new ids, and return their concurrency keys by failed id.
 
-    Executions that an earlier call has resumed are included.
+    Executions that an earlier call has resumed are included, with None.
     """
     of_batch = col(Execution.id).in_(list(new_ids))
     # A separate statement, so that the next ones see the commit of the previous lock holder.
@@ -285,7 +294,10 @@ async def _resume(
 
 
 async def delete(database: Database, blobs: BlobStore, execution_ids: Sequence[str]) -> list[str]:
-    """Delete ended executions with their data; returns the deleted ids."""
+    """Delete ended executions with their data; return the ids of the deleted ones.
+
+    Blobs that can't be deleted now are left to the sweep of orphaned ones.
+    """
     deleted: list[str] = []
     for some in _batches(execution_ids, DELETIONS_AT_ONCE):
         gone = await delete_runs(database, some)

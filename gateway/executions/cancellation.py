@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 async def request_end_of_run(
     store: JournalStore, broker: Broker, key: ExecutionKey, action: str
 ) -> EndRequestOutcome | None:
-    """Request the `stop` or `cancel` of an execution; None if it does not exist."""
+    """Request the `stop` or `cancel` of an execution, and notify its worker; return its state.
+
+    None if it does not exist. Raises `LockWaitTimeout`.
+    """
     requested = await store.request_end(key, action)
     if requested is not None:
         await wakeups.notify_end_request(

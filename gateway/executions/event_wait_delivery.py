@@ -19,7 +19,7 @@ class EventWaitDelivery:
         self._group: GroupCommit[str, None] = GroupCommit(self._deliver)
 
     def submit(self, event_id: str) -> None:
-        """Queue a committed event; runs that wait for such an event get it with the next batch."""
+        """Queue the id of a committed event; runs that wait for such an event get it with the next batch."""
         self._group.submit(event_id)
 
     async def drain(self) -> None:

@@ -113,7 +113,11 @@ async def start(request: GatewayRequest) -> JsonResponse:
 
 
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:
-    """Return the run to accept; raises 403, 409 and 422."""
+    """Return the run to accept, of the workflow or of another graph or part of it.
+
+    Raises a 403 error without the scope for another graph, 409 for a closed workflow, 422 for an invalid
+    graph.
+    """
     override = body.definition
     if override is not None and not override.nodes and not override.connections:
         override = None
@@ -149,7 +153,10 @@ def _plan_changed_run(
     catalog: NodeCatalog,
     now: datetime,
 ) -> RunRequest:
-    """Return the run of another graph or of a part of one; neither is saved."""
+    """Return the run of another graph or of a part of one; neither is saved.
+
+    Raises a 422 error for an invalid graph.
+    """
     if override is None:
         nodes, connections = test_runs.select_graph(workflow)
         return test_runs.plan_partial_run(workflow, nodes, connections, piece, inputs, catalog, now)

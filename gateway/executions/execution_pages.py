@@ -51,7 +51,10 @@ class _RunSource:
 async def list_page(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter, bounds: KeysetBounds
 ) -> ListPage[Execution]:
-    """Return a page of the executions that the caller may see and that match."""
+    """Return a page of the executions that the caller may see and that match.
+
+    It has a count, which may be a lower bound, and the cursor of the next page.
+    """
     await keyset.follow_indexes(connection)
     found: list[tuple[datetime, Execution]] = []
     count, is_lower_bound = 0, False
@@ -92,7 +95,7 @@ def _select_page(source: _RunSource, bounds: KeysetBounds) -> Select[*tuple[Any,
 async def _choose_sources(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
 ) -> Sequence[_RunSource]:
-    """Return the sources whose rows together are the list; no run is in two of them."""
+    """Return the queries whose rows together are the list; no run is in two of them, and each uses an index."""
     if wanted.labels:
         return [await _labelled(connection, caller, wanted)]
     if wanted.parent_id is not None:
@@ -148,7 +151,7 @@ def _of_status(
 
 
 async def _labelled(connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
-    """Return the source of runs with the rarest of the labels; the others are checked run by run."""
+    """Return the query of runs with the rarest of the labels; the others are checked run by run."""
     rarest = wanted.labels[0]
     if len(wanted.labels) > 1:
         counts = {
@@ -193,7 +196,10 @@ def _executions() -> FromClause:
 
 
 def _hidden(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
-    """Return the conditions for executions that the caller may see; admins see all of their organization."""
+    """Return the SQL conditions that hide executions from the caller.
+
+    None for admins, who see all of their organization.
+    """
     return () if caller.is_admin else (visibility_condition(caller),)
 
 

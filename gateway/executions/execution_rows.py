@@ -50,7 +50,7 @@ Recorded: TypeAlias = Row[*tuple[Any, ...]]
 
 
 def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
-    """Sort null times before all others; SQLite and PostgreSQL have different defaults."""
+    """Return an expression that sorts null times before all others; SQLite and PostgreSQL have different defaults."""
     return func.coalesce(moment, literal(0, BigInteger))
 
 
@@ -130,7 +130,7 @@ async def list_executions(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> ListPage[Execution]:
-    """Return a page of the executions that the caller may see and that match."""
+    """Return the rows `part` in `order` of the executions that the caller may see and that match, with their number."""
     conditions = [visibility_condition(caller), *_conditions(wanted)]
     if not wanted.labels:
         # A list by labels begins with their index; another condition would make SQLite read that of the
@@ -153,7 +153,7 @@ async def list_executions(
 async def find_oldest(
     connection: AsyncConnection, wanted: ExecutionFilter, *conditions: ColumnElement[bool], limit: int
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of matching executions, and the ids and workflows of the oldest."""
+    """Return the number of matching executions, and the ids and workflow ids of the oldest, at most `limit`."""
     required = [*conditions, *_conditions(wanted)]
     count = await connection.scalar(
         select(func.count()).select_from(Execution).join(ExecutionData, SAME_RUN).where(*required)
@@ -188,13 +188,13 @@ def _conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def column_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the conditions on columns that no index of a list has."""
+    """Yield the SQL conditions of a filter on columns that no index of a list has."""
     if wanted.trigger_type is not None:
         yield col(Execution.trigger_type) == wanted.trigger_type
 
 
 def is_child_of(parent_id: str) -> Sequence[ColumnElement[bool]]:
-    """Return the conditions for the executions that a node of another has started."""
+    """Return the SQL conditions for the executions that a node of another execution has started."""
     # A redundant condition on the root: the index of trees of runs begins with it.
     parent = aliased(Execution)
     root = select(col(parent.root_id)).where(col(parent.id) == parent_id).scalar_subquery()
@@ -204,7 +204,7 @@ def is_child_of(parent_id: str) -> Sequence[ColumnElement[bool]]:
 def time_conditions(
     wanted: ExecutionFilter, created_at: SQLColumnExpression[Any]
 ) -> Iterable[ColumnElement[bool]]:
-    """Yield the conditions on the time of acceptance, in the given column."""
+    """Yield the SQL conditions of a filter on the time of acceptance, in the column `created_at`."""
     if wanted.since is not None:
         yield created_at >= wanted.since
     if wanted.until is not None:
@@ -212,7 +212,7 @@ def time_conditions(
 
 
 def has_label(label: tuple[str, str]) -> ColumnElement[bool]:
-    """Return the condition for executions with a tag or metadata entry, for a look at one run after the other."""
+    """Return the SQL condition for executions with a tag or metadata entry, evaluated run by run."""
     key, value = label
     one = aliased(ExecutionLabel)
     return (
@@ -237,7 +237,10 @@ async def find_head(connection: AsyncConnection, execution_id: str, caller: ApiC
 async def find_execution(
     connection: AsyncConnection, execution_id: str, caller: ApiCaller
 ) -> ExecutionRecord | None:
-    """Return an execution that the caller may see."""
+    """Return an execution with its data and the outputs of its nodes.
+
+    None if it is missing or the caller may not see it.
+    """
     execution = await find_head(connection, execution_id, caller)
     if execution is None:
         return None
@@ -271,7 +274,7 @@ async def find_execution(
 async def read_labels(
     connection: AsyncConnection, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> dict[str, list[RunLabel]]:
-    """Return the tags and metadata of executions by id, sorted; executions without any are left out."""
+    """Return the sorted tags and metadata of executions by id; executions without any are left out."""
     if not execution_ids:
         return {}
     statement = select(
@@ -284,7 +287,7 @@ async def read_labels(
 
 
 async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwner | None:
-    """Return the owner of the blobs of a run."""
+    """Return the owner of the blobs of a run; None if the run is missing."""
     statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
         col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
     )
@@ -364,7 +367,10 @@ async def list_spans(
     node_id: str | None,
     statuses: Sequence[ShownSpanStatus],
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of spans of a run, and a page of them, ordered by their last change."""
+    """Return the number of spans of a run, and the rows `part` of them, ordered by their last change.
+
+    With `node_id` or `statuses`, only matching spans.
+    """
 
     def conditions(table: type[SpanRow | AttemptRow]) -> Iterable[ColumnElement[bool]]:
         yield from _of(table, key)
@@ -384,7 +390,10 @@ async def list_spans(
 async def find_span(
     connection: AsyncConnection, key: ExecutionKey, span_id: str, iteration: str = ""
 ) -> Recorded | None:
-    """Return a span by its id, or by the id of a node its span in a turn of a loop; outside of loops without one."""
+    """Return a span by its id, or by the id of a node and its `iteration` of a loop, empty outside of loops.
+
+    None if missing.
+    """
     statement = _spans_and_attempts(
         [*_of(SpanRow, key), col(SpanRow.id) == span_id],
         [*_of(AttemptRow, key), col(AttemptRow.id) == span_id],
@@ -401,7 +410,7 @@ async def find_span(
 async def list_attempts(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, at_most: int
 ) -> Sequence[Recorded]:
-    """Return the attempts of a node that was tried more than once, the first ones, in order."""
+    """Return the first `at_most` attempts of a node in an iteration, in order; none if it was tried only once."""
     statement = (
         _ATTEMPTS.where(
             *_of(AttemptRow, key),
@@ -424,7 +433,10 @@ def _spans_and_attempts(
 async def list_logs(
     connection: AsyncConnection, key: ExecutionKey, part: PageBounds, *, levels: Sequence[str]
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of lines of a run's log, and a page of them, the oldest first."""
+    """Return the number of log lines of a run, and the rows `part` of them, the oldest first.
+
+    With `levels`, only these.
+    """
     conditions = list(_of(LogRow, key))
     if levels:
         conditions.append(col(LogRow.level).in_(levels))
@@ -466,7 +478,7 @@ class RunChanges:
 
 
 async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
-    """Return the rows of several executions, without their data, by id."""
+    """Return the rows of several executions by id, without their data; missing ones are omitted."""
     ids, shards = {key.execution_id for key in keys}, {key.shard for key in keys}
     statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.shard).in_(shards))
     rows = await connection.execute(statement)
@@ -516,7 +528,7 @@ def _between(
 
 
 def _newest(key: ExecutionKey) -> Select[int, int]:
-    """Return the statement that reads the highest sequence number of each kind."""
+    """Return the statement that reads the highest sequence number of spans and of log lines, 0 without any."""
     of_span, of_line = (
         select(func.coalesce(func.max(col(table.sequence)), 0)).where(*_of(table, key)).scalar_subquery()
         for table in (SpanRow, LogRow)

@@ -236,7 +236,7 @@ def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionS
 
 
 def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionShape:
-    """Return an execution with its data; `outputs` shows large values."""
+    """Return an execution in API form with its data; large outputs are shown as `outputs` decides."""
     shape = show_summary(found.execution, found.labels)
     shape.trigger = TriggerShape(
         type=found.execution.trigger_type, data=outputs.show_trigger(found.data.trigger)
@@ -333,7 +333,7 @@ def show_log(row: Recorded) -> LogShape:
 
 
 def percent_done(status: str, stored: int) -> int:
-    """Return the percentage of a run that is done: 100 if it has completed, else the stored value."""
+    """Return the percentage of a run that is done: 100 if its status is completed, else the stored value."""
     return 100 if status == ExecutionStatus.COMPLETED else stored
 
 

@@ -321,7 +321,10 @@ async def events(request: GatewayRequest) -> ASGIApp:
 
 
 async def _follow(request: GatewayRequest, levels: Collection[str] | None) -> ASGIApp:
-    """Return the stream of all records, or with `levels` of log lines; raises 400, 404 and 503."""
+    """Return the stream of all records of the path's execution, or with `levels` of these log lines only.
+
+    Raises a 400 error for an invalid `Last-Event-ID`, 404, and 503 if too many streams are open.
+    """
     last_seen = request.headers.get("last-event-id", "0")
     key = await _find_key(request)
     if last_seen == live_events.END:
@@ -432,7 +435,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
 
 
 async def _owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
-    """Return the owner of the blobs of an execution; raises 404."""
+    """Return the owner of the blobs of an execution; raises a 404 error if the execution is gone."""
     async with request.gateway.database.read() as connection:
         owner = await execution_rows.blob_owner(connection, key)
     if owner is None:
@@ -443,7 +446,10 @@ async def _owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
 async def _select_view(
     request: GatewayRequest, execution_id: str, owner: BlobOwner | None, references: Sequence[str]
 ) -> ShownOutputs:
-    """Return the view of an execution's outputs that the query selects."""
+    """Return the view of an execution's outputs that the query selects: large ones explained or expanded.
+
+    Raises a 503 error if the blob storage does not answer.
+    """
     shown = request.gateway.large_outputs
     if owner is None or not references or Expansion.BLOBS not in request.query[EXPAND]:
         return shown.explain(execution_id)
@@ -451,5 +457,5 @@ async def _select_view(
 
 
 async def _find_key(request: GatewayRequest) -> ExecutionKey:
-    """Return the key of the execution of the path; raises 404 unless the caller may see it."""
+    """Return the key of the execution in the path; raises a 404 error unless the caller may see it."""
     return await request.gateway.access.key(request.path_params["id"], request.caller)

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
 
 def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
-    """Return the choices that a node with human input offers; empty if any input is allowed."""
+    """Return the choices that a node with human input offers.
+
+    An empty list if it offers none, so that any input is allowed.
+    """
     return cast("Sequence[Mapping[str, Json]]", request.get("choices") or [])
 
 
 async def require_valid_inputs(
     forms: FormChecker, organization_id: str, asked: Mapping[str, Json], choice: str | None, data: Json
 ) -> None:
-    """Raise 422 unless `choice` is one of the choices and `data` matches the schema.
+    """Raise a 422 error unless `choice` is one of the node's choices and `data` matches its schema.
 
-    Raises 503 if the schema of the node could not be checked in time.
+    Raises 503 if the schema could not be checked in time.
     """
     found = ProblemCollector()
     ports = [str(one["port"]) for one in read_choices(asked)]

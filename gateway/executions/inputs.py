@@ -193,7 +193,10 @@ async def answer(request: GatewayRequest) -> JsonResponse:
 
 
 async def continue_run(database: Database, acceptances: RunAcceptor, given: DecisionResult) -> None:
-    """Wake the workers for a run that a decision has woken, after its commit."""
+    """Wake the workers for a run that a decision has woken, after its commit.
+
+    First, runs of its concurrency key are admitted.
+    """
     if given.answer.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(database, given.answer.concurrency_key)
     if given.answer.is_woken:
@@ -207,7 +210,7 @@ async def audit_decision(
     decision: ApprovalDecision,
     author: ChangeAuthor,
 ) -> None:
-    """Record who has decided, and how, in the transaction of the decision."""
+    """Add to the audit trail who has decided, and how, in the transaction of the decision."""
     workflow_id = await connection.scalar(
         select(col(Execution.workflow_id)).where(
             col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
@@ -227,7 +230,7 @@ async def audit_decision(
 async def require_assigned(
     connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, caller: ApiCaller
 ) -> None:
-    """Raise 403 if the caller may not answer a question."""
+    """Raise a 403 error if the caller may not answer a question, 404 if its run is gone."""
     run = (
         await connection.execute(
             select(col(Execution.user_id), col(Execution.trigger_type)).where(
@@ -248,7 +251,7 @@ async def require_assigned(
 
 
 async def find_approver(connection: AsyncConnection, caller: ApiCaller) -> Approver:
-    """Return the caller as one who answers questions."""
+    """Return the caller in the form that rules of approval use: with e-mail address and role."""
     user = await access_store.find_user(connection, caller.organization_id, caller.user_id)
     return Approver(caller.user_id, user.email if user else "", caller.is_admin)
 
@@ -256,7 +259,10 @@ async def find_approver(connection: AsyncConnection, caller: ApiCaller) -> Appro
 async def _is_repeated(
     request: GatewayRequest, key: ExecutionKey, idempotency_key: IdempotencyKey | None
 ) -> bool:
-    """Tell whether an earlier request with this idempotency key was answered; raises 422 if its body differs."""
+    """Return whether an earlier request with this idempotency key was answered; False without a key.
+
+    Raises a 422 error if the body of that request differs.
+    """
     if idempotency_key is None:
         return False
     earlier = await acceptance.find_earlier(request.gateway.database, key.shard, idempotency_key)
@@ -268,7 +274,10 @@ async def _is_repeated(
 async def _find_waiting_node(
     connection: AsyncConnection, key: ExecutionKey, body: InputAnswer
 ) -> WaitingNode:
-    """Return the waiting node of an answer; raises 409 if none waits, and 422 if several iterations of a loop do."""
+    """Return the waiting node that an answer is for.
+
+    Raises a 409 error if none waits, and 422 if several iterations of a loop do and the body names none.
+    """
     waiting = [
         one
         for one in await node_answers.list_input_waits(connection, key)
@@ -291,9 +300,10 @@ async def _store_answer(
     body: InputAnswer,
     idempotency_key: IdempotencyKey | None,
 ) -> DecisionResult | None:
-    """Store the answer; None if an earlier request with the same key did.
+    """Store an answer in the journal and the audit trail.
 
-    Raises 409, and 422 if the body of that request differs.
+    None if an earlier request with the same key has stored it. Raises a 409 error for a late or repeated
+    answer, and 422 if the body of the earlier request differs.
     """
     caller, answered_at = request.caller, request.gateway.clock()
     decision = ApprovalDecision(caller.user_id, caller.user_id, body.choice, body.data, answered_at)

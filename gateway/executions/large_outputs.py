@@ -68,14 +68,14 @@ class LargeOutputs:
         self._slots = asyncio.Semaphore(EXPANSIONS_AT_ONCE)
 
     def explain(self, execution_id: str) -> ShownOutputs:
-        """Return the view of an execution's outputs in which large ones are explained."""
+        """Return the view of an execution's outputs that shows an explanation with a URL in place of each large one."""
         return ShownOutputs(f"{self._address}/{execution_id}", {}, {})
 
     async def expand(self, execution_id: str, owner: BlobOwner, texts: Sequence[str]) -> ShownOutputs:
-        """Return the view in which large outputs are shown, up to the limit of bytes for all of them.
+        """Return the view of an execution's outputs that shows large ones, up to a limit of bytes for all of them.
 
-        `texts` are the references, one for each place of an output. Raises 503 if the blob storage does not
-        answer.
+        `texts` are their references, one for each place of an output. Raises a 503 error if the blob storage
+        does not answer.
         """
         contents: dict[str, Raw] = {}
         reasons: dict[str, OmissionReason] = {}
@@ -143,7 +143,7 @@ class ShownOutputs:
         return Raw(_encode(explained))
 
     def show_trigger(self, text: str) -> Raw:
-        """Return the output of a trigger; a webhook body that is a blob is shown as large outputs are.
+        """Return the output of a trigger as JSON; a webhook body that is a blob is shown as large outputs are.
 
         An unparsed mail is shown as an empty object.
         """
@@ -155,7 +155,7 @@ class ShownOutputs:
 
 
 def trigger_references(text: str) -> list[str]:
-    """Return the text of the reference in the output of a trigger; none unless its body is a blob."""
+    """Return the text of the blob reference in the output of a trigger; an empty list unless its body is a blob."""
     if not large_values.is_separate(text):
         return []
     return [_text_of(large_values.split_fields(text)[large_values.BODY])]
@@ -173,6 +173,6 @@ def _reference_of(text: str) -> BlobReference | None:
 
 
 def _checked(content: bytes) -> Raw:
-    """Return JSON text unchanged; raises `ValueError` for other bytes."""
+    """Return JSON text unchanged; raises ValueError for bytes that aren't JSON in UTF-8."""
     content.decode()
     return decoding.decode(content, Raw)

@@ -63,12 +63,18 @@ class LiveEvents:
         self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
 
     def stream(self, key: ExecutionKey, after: int) -> RunEventStream:
-        """Return the stream of a run's records behind `after`; raises 503 if too many streams are open."""
+        """Return the stream of a run's records with sequence numbers above `after`.
+
+        Raises a 503 error if too many streams are open.
+        """
         self._require_room()
         return RunEventStream(self, key, after)
 
     def stream_log(self, key: ExecutionKey, after: int, levels: Collection[str]) -> RunEventStream:
-        """Return the stream of a run's log lines behind `after`, of all levels or of some; raises 503."""
+        """Return the stream of a run's log lines above `after`, of the given levels or of all for none.
+
+        Raises a 503 error if too many streams are open.
+        """
         self._require_room()
         return RunEventStream(self, key, after, LogSelection(frozenset(levels)))
 
@@ -81,7 +87,7 @@ class LiveEvents:
         await self._heads.drain()
 
     async def check_access(self, key: ExecutionKey, scope: Scope) -> None:
-        """Raise the error that a new request of the same client would get.
+        """Raise the 401 or 404 error that a new request of the same client would get.
 
         Keys may be revoked while a stream is open.
         """
@@ -89,11 +95,11 @@ class LiveEvents:
         await self._access.key(key.execution_id, caller)
 
     async def authenticate(self, scope: Scope) -> None:
-        """Raise 401 if the client's key or session has ended."""
+        """Raise a 401 error if the client's key or session is no longer valid."""
         await self._authenticator.caller(scope)
 
     async def head(self, key: ExecutionKey) -> Execution | None:
-        """Return the row of a run without its data; concurrent calls share one query."""
+        """Return the row of a run without its data, None if it is gone; concurrent calls share one query."""
         return await self._heads.submit(key)
 
     async def _read_heads(self, batch: Sequence[ExecutionKey]) -> Sequence[Execution | None]:
@@ -119,7 +125,10 @@ class RunEventStream:
     def __init__(
         self, live: LiveEvents, key: ExecutionKey, after: int, selection: LogSelection | None = None
     ) -> None:
-        """Create a stream; with a `selection`, of log lines and the end of the run alone."""
+        """Create a stream of records above `after`.
+
+        With a `selection`, only of its log lines and the end of the run.
+        """
         self._selection = selection
         self._live = live
         self._key = key
@@ -152,7 +161,11 @@ class RunEventStream:
                 client.cancel()
 
     async def _send_changes(self, waiter: ExecutionWaiter, scope: Scope, send: Send) -> bool:
-        """Send new events; False if none will follow."""
+        """Send the events since the last call; return False if none will follow.
+
+        None follow after the end of the run, or if the client may not see it any more. While the database is
+        away, nothing is sent.
+        """
         waiter.changed.clear()
         try:
             await self._live.check_access(self._key, scope)

@@ -82,7 +82,7 @@ class HintQueue:
         self.changed.set()
 
     def take(self) -> bytes:
-        """Return all waiting hints as events, or the request to load everything again."""
+        """Return all waiting hints as events and clear them; `resync` in their place if some were dropped."""
         self.changed.clear()
         hints, self.waiting = list(self.waiting.values()), {}
         if self.has_overflowed:
@@ -126,7 +126,7 @@ class LiveHints:
             queue.end()
 
     async def close(self) -> None:
-        """End all streams and the reading of versions."""
+        """End all streams, and stop to follow lists."""
         self.release()
         tasks = [watch.task for watch in self._lists.values() if watch.task is not None]
         for task in tasks:
@@ -134,23 +134,26 @@ class LiveHints:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def stream(self, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]) -> HintStream:
-        """Return a stream about single runs and the lists of these topics.
+        """Return a stream of hints about single runs and the lists of these topics.
 
-        Raises 503 if too many streams are open.
+        Raises a 503 error if too many streams are open, or the process stops.
         """
         if self.open >= limits.EVENT_STREAMS or self._is_released:
             raise errors.not_ready("Too many event streams are open here: load the page again instead")
         return HintStream(self, caller, runs, lists)
 
     async def have_ended(self, runs: Sequence[ExecutionKey]) -> bool:
-        """Return whether no run can change any more."""
+        """Return whether none of these runs can change any more: each has ended or is gone."""
         heads = await asyncio.gather(*map(self._live_events.head, runs))
         return all(head is None or head.status in TERMINAL_STATUSES for head in heads)
 
     async def follow(
         self, queue: HintQueue, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]
     ) -> None:
-        """Put hints about changes of these runs, and of the organization's lists, into a queue until cancelled."""
+        """Put hints about changes of these runs, and of the organization's lists, into a queue until cancelled.
+
+        Without lists, the queue ends when all runs have ended.
+        """
         self._queues.add(queue)
         following = [asyncio.create_task(self._follow_run(queue, key)) for key in runs]
         for topic in lists:
@@ -169,7 +172,7 @@ class LiveHints:
             await asyncio.gather(*following, return_exceptions=True)
 
     async def check(self, scope: Scope) -> None:
-        """Raise the error that a new request of the same client would get."""
+        """Raise the 401 error that a new request of the same client would get."""
         await self._live_events.authenticate(scope)
 
     # ── single runs ─────────────────────────────────────────────────────────────────────────────────────────

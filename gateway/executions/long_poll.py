@@ -87,7 +87,7 @@ class ExecutionPollHub:
         self._is_released = False
 
     async def start(self) -> None:
-        """Open the channel, or continue without it while the broker is away."""
+        """Subscribe to notifications of changed executions, or continue without them while Redis is away."""
         await self._broker.listen(self._handle_notification, subject=CHANGED_EXECUTIONS)
         self._looking = asyncio.create_task(self._look_again())
 
@@ -111,7 +111,7 @@ class ExecutionPollHub:
     async def progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
         """Return the progress of a run at its end or after `wait_seconds`; None if it does not exist.
 
-        Raises 503 if too many requests wait.
+        Raises a 503 error if too many requests wait.
         """
         if wait_seconds <= 0:
             return await self._reads.submit(key)
@@ -127,7 +127,10 @@ class ExecutionPollHub:
                 self.polls -= 1
 
     async def end_within(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
-        """Return a run that ends within `wait_seconds`, or None; raises 503 if too many requests wait."""
+        """Return the outcome of a run that ends within `wait_seconds`, else None.
+
+        Raises a 503 error if too many requests wait.
+        """
         found = await self.progress(key, wait_seconds)
         return found if found is not None and found.status in TERMINAL_STATUSES else None
 
@@ -148,7 +151,7 @@ class ExecutionPollHub:
 
     @contextmanager
     def waiter(self, execution_id: str) -> Iterator[ExecutionWaiter]:
-        """Register a waiter that is notified of every change of a watched execution.
+        """Yield a waiter that is notified of every change of a watched execution.
 
         After its first second, it is notified once a second besides.
         """
@@ -165,7 +168,7 @@ class ExecutionPollHub:
                 self._waiters.pop(execution_id, None)
 
     def _is_end_watched(self, execution_id: str) -> bool:
-        """Tell whether a watch for the end is in effect and no notification has arrived since."""
+        """Return whether a watch for the end of an execution is in effect and no notification has arrived since."""
         return self._expected.get(execution_id) is not None or self.is_watched(execution_id)
 
     def expect(self, total_nodes: Mapping[str, int]) -> None:
@@ -174,12 +177,12 @@ class ExecutionPollHub:
             self._expected.put(execution_id, count)
 
     def is_watched(self, execution_id: str) -> bool:
-        """Tell whether a watch for the next change is in effect and no notification has arrived since."""
+        """Return whether a watch for the next change is in effect and no notification has arrived since."""
         watch = self._watched.get(execution_id)
         return watch is not None and watch.is_set
 
     def watch(self, execution_ids: Sequence[str]) -> asyncio.Future[bool]:
-        """Request a notification of the next change of each execution; False while the broker is away."""
+        """Request a notification of the next change of each execution; the result is False while Redis is away."""
         watch = BrokerWatch(execution_ids)
         for execution_id in execution_ids:
             self._watched.put(execution_id, watch)
@@ -223,7 +226,10 @@ class ExecutionPollHub:
             self.wake_overdue(asyncio.get_running_loop().time())
 
     def _hand_over(self, ended: EndedExecution) -> None:
-        """Give an outcome to the requests that wait for it; `wake_waiters` wakes them."""
+        """Set the outcome for the requests that wait for an ended execution; `wake_waiters` wakes them.
+
+        Does nothing for executions that were not expected here.
+        """
         total_nodes = self._expected.get(ended.execution_id)
         if total_nodes is None:
             return
@@ -240,7 +246,10 @@ class ExecutionPollHub:
             waiter.outcome = report
 
     def wake_overdue(self, now: float) -> None:
-        """Wake the waiters that have waited for a second by `now`: most runs end sooner, and need no second read."""
+        """Wake the waiters that have waited for a second at `now`, so that they read again.
+
+        Most runs end sooner, and need no second read.
+        """
         for waiters in self._waiters.values():
             for waiter in waiters:
                 if now - waiter.begun_at >= LOOK_SECONDS:
@@ -255,7 +264,10 @@ class ExecutionAccess:
         self._visible: TTLCache[tuple[str, str, UserRole], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
 
     async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
-        """Return the key of the rows of an execution; raises 404 unless the caller may see it."""
+        """Return the key of the rows of an execution; raises a 404 error unless the caller may see it.
+
+        Visibility is cached for a few seconds.
+        """
         if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
             statement = select(col(Execution.id)).where(
                 col(Execution.id) == execution_id, visibility_condition(caller)
@@ -267,7 +279,7 @@ class ExecutionAccess:
         return ExecutionKey(execution_id, caller.shard)
 
     def allow(self, execution_id: str, caller: ApiCaller) -> None:
-        """Record that the caller may see an execution that it has just started."""
+        """Cache that the caller may see an execution, because it has just started it."""
         self._visible.put((execution_id, caller.user_id, caller.role), value=True)
 
     def forget(self) -> None:

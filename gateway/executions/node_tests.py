@@ -96,7 +96,11 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
 
 
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
-    """Return the run to accept; raises 403, 404, 409 and 422."""
+    """Return the run of one node to accept.
+
+    Raises a 403 error without the scope for another config, 404 for an unknown node, 409 for a closed
+    workflow, 422 for invalid input.
+    """
     caller, catalog = request.caller, await request.catalog()
     if body.config is not None and not caller.has_scope(KeyScope.WORKFLOWS_WRITE):
         raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)

@@ -184,7 +184,10 @@ async def _start(
 async def _find_answer(
     request: GatewayRequest, key: ExecutionKey, idempotency_key: IdempotencyKey | None
 ) -> JsonResponse | None:
-    """Return the answer to an earlier request with the same idempotency key; raises 422 for another body."""
+    """Return the answer to an earlier request with the same idempotency key; None without one.
+
+    Raises a 422 error if that request had another body.
+    """
     if idempotency_key is None:
         return None
     earlier = await acceptance.find_earlier(request.gateway.database, key.shard, idempotency_key)
@@ -211,13 +214,13 @@ def _show_result(
 
 
 def _detail(code: str, message: str, planned: PlannedReplay) -> list[dict[str, Any]]:
-    """Return the details of a refusal, with the plan."""
+    """Return the details of an error response, with the plan of the replay."""
     plan: Mapping[str, Any] = msgspec.to_builtins(show_plan(planned))
     return [{**errors.problem("", code, message), "plan": dict(plan)}]
 
 
 def show_plan(planned: PlannedReplay) -> ReplayPlanShape:
-    """Return the API shape of a plan."""
+    """Return the plan of a replay in API form, with the number of nodes by decision."""
     nodes = planned.plan.nodes
     counts = {decision.value: 0 for decision in ReplayDecision}
     for node in nodes:

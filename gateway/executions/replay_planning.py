@@ -151,10 +151,10 @@ class ReplayPlanner:
         self._blobs = blobs
 
     async def plan(self, key: ExecutionKey, caller: ApiCaller, choice: ReplayChoice) -> PlannedReplay:
-        """Return the plan of a replay.
+        """Return the plan of a replay; nothing is stored.
 
-        Raises 404, 409 for an execution that has not ended, 422 for unknown nodes and invalid definitions, and
-        503 while the blob storage is away.
+        Raises 404, 409 for an execution that has not ended, 422 for unknown nodes and invalid definitions,
+        and 503 while the blob storage is away.
         """
         async with self._database.read() as connection:
             recorded = await _read_execution(connection, key, caller)
@@ -243,7 +243,10 @@ class ReplayPlanner:
         )
 
     async def _find_expired(self, recorded: RecordedExecution) -> frozenset[str]:
-        """Return the nodes whose large output is gone from the blob storage."""
+        """Return the ids of nodes whose large output is gone from the blob storage.
+
+        Raises a 503 error if the storage does not answer.
+        """
         owner = BlobOwner(recorded.row.organization_id, recorded.row.key_id)
         lost: set[str] = set()
         for span in recorded.spans:
@@ -259,7 +262,10 @@ class ReplayPlanner:
         return frozenset(lost)
 
     async def _load_values(self, plan: _Planning) -> None:
-        """Load recorded inputs and outputs, and the recorded output of the trigger."""
+        """Load recorded inputs and outputs, and the recorded output of the trigger, into the plan.
+
+        Raises a 503 error if the blob storage does not answer.
+        """
         recorded = plan.recorded
         row = recorded.row
         values: Select[*tuple[Any, ...]] = select(
@@ -315,7 +321,7 @@ class _CompiledDefinitions:
         self._kept: OrderedDict[tuple[str, str], WorkflowProgram] = OrderedDict()
 
     def program(self, organization_id: str, digest: str, content: Mapping[str, Any]) -> WorkflowProgram:
-        """Return a program; raises `InvalidDefinition`."""
+        """Return the compiled program of a definition, cached by its hash; raises `InvalidDefinition`."""
         key = (organization_id, digest)
         found = self._kept.get(key)
         if found is None:
@@ -358,7 +364,7 @@ class _Planning:
 
     @property
     def needs_trigger(self) -> bool:
-        """Whether the concurrency key of the new definition is computed from the recorded trigger."""
+        """Whether the recorded trigger has to be loaded to compute the concurrency key of the new definition."""
         concurrency = self._chosen.settings.get("concurrency")
         has_key = isinstance(concurrency, dict) and concurrency.get("key") is not None
         return (
@@ -366,7 +372,11 @@ class _Planning:
         )
 
     def make(self) -> ReplayPlan:
-        """Return the plan by the facts so far; takes noticeable time for a large graph."""
+        """Return the plan by the facts loaded so far.
+
+        For a large graph it takes so long that it must run in a thread. Raises a 422 error for unknown nodes
+        and an invalid definition.
+        """
         if self._program is None:
             self._program = self._compile()
             self._original = ParsedGraph.from_stored(decoding.decode(self.recorded.definition_text))
@@ -446,7 +456,10 @@ class _Planning:
 
 
 def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple[str, str]]]) -> ReplayCopy:
-    """Return the content of the new execution; `inner` are spans of iterations to begin with."""
+    """Return the content of the new execution of a replay.
+
+    `inner` holds spans of iterations that it begins with, by their use.
+    """
     spans: dict[ResultUse, list[tuple[str, str]]] = {
         use: [(node.node_id, "") for node in planned.plan.nodes if node.use is use]
         for use in (ResultUse.SETTLED, ResultUse.IN_FLIGHT, ResultUse.CANDIDATE, ResultUse.UNCONFIRMED)
@@ -560,7 +573,7 @@ async def _read_execution(
 
 
 async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:
-    """Return the nodes with results in any iteration, and those with results in iterations that did not complete."""
+    """Return the ids of nodes with results in any iteration, and in iterations that did not complete."""
     of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
     written = set(
         await connection.scalars(

@@ -119,10 +119,10 @@ class RunRateLimiter:
         count: int = 1,
         also: Sequence[RateLimit] = (),
     ) -> None:
-        """Count a request for `count` runs, and add the rate limit headers to its answer; raises 429.
+        """Count a request for `count` runs, and add the rate limit headers to its answer; raises a 429 error.
 
-        It counts for the id `key`: by default the API key, and nobody if it is empty. `workflow_id` adds the
-        limit of a workflow, and only for callers who may run it. `also` adds limits of the route.
+        It counts for the id `key`: by default the API key, and for none if it is empty. `workflow_id` adds
+        the limit of a workflow, and only for callers who may run it. `also` adds limits of the route.
         """
         limits = list(also)
         if self._per_key is not None and (sender_key := request.caller.key_id if key is None else key):
@@ -138,13 +138,16 @@ class RunRateLimiter:
                 request.send_with_answer(name, value)
 
     def of_workflow(self, workflow_id: str) -> Sequence[RateLimit]:
-        """Return the limits of the requests for a workflow, for all callers together."""
+        """Return the limits of requests for a workflow, for all callers together; none if it is not configured."""
         if self._per_workflow is None:
             return ()
         return (RateLimit("workflow", f"workflow:{workflow_id}", self._per_workflow),)
 
     async def spend(self, limits: Sequence[RateLimit], count: int = 1) -> None:
-        """Count for limits without headers in the answer; raises 429 and then counts for none of them."""
+        """Take `count` tokens of each limit, without headers in the answer.
+
+        Raises a 429 error, and then takes none.
+        """
         pairs = [(limit, self._lease(limit)) for limit in limits]
         while short := [pair for pair in pairs if pair[1].held(monotonic()) < count]:
             for limit, lease in short:
@@ -156,7 +159,7 @@ class RunRateLimiter:
             lease.spent += count
 
     async def drain(self) -> None:
-        """Wait until requests for tokens that are in progress have been answered by Redis."""
+        """Wait until Redis has answered the requests for tokens that are in progress."""
         await self._demands.drain()
 
     def _lease(self, limit: RateLimit) -> TokenLease:
@@ -185,7 +188,7 @@ class RunRateLimiter:
     # ── token leases ────────────────────────────────────────────────────────────────────────────────────────
 
     async def _lease_more(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
-        """Lease tokens, with one request for all that wait for them."""
+        """Lease more tokens of a limit from Redis; one request serves all callers that wait for them."""
         lease.awaited += count
         try:
             if lease.asking is None:
@@ -222,16 +225,19 @@ class RunRateLimiter:
 
 
 def read_rate(per_second: float, burst: int | None) -> BucketRate | None:
-    """Return the rate of the settings; None means no limit. The default burst is two seconds of requests."""
+    """Return the rate of the settings, in requests per second; None for no limit.
+
+    The default burst is two seconds of requests.
+    """
     if not per_second:
         return None
     return BucketRate(per_second, burst or math.ceil(2 * per_second))
 
 
 def _ahead(rate: BucketRate, lease: TokenLease, now: float) -> int:
-    """Return the number of tokens to lease in advance.
+    """Return the number of tokens to lease in advance: as many as were used recently, and more if they ran out early.
 
-    As many as were used recently, and more if they ran out early.
+    0 if the last lease is long over.
     """
     if now >= lease.until + LEASE_SECONDS:
         return 0
@@ -268,7 +274,7 @@ class BacklogCount:
         return self.size + count > limit
 
     def recount(self, found: int, *, added_before: int, began: float, ended: float) -> None:
-        """Store the result of a count, and update the speed at which the backlog shrinks."""
+        """Store the result of a count, and update the speed at which the backlog shrinks, in runs per second."""
         if self.counted is not None:
             begun = max(self.counted + added_before - found, 0)
             self.begun_per_second = begun / max(began - self.counted_at, FRESH_SECONDS)
@@ -278,7 +284,7 @@ class BacklogCount:
         self.fresh_until = ended + max(FRESH_SECONDS, COUNTING_SHARE * (ended - began))
 
     def retry_seconds(self, count: int, limit: int) -> int:
-        """Estimate the seconds until there is capacity, from the recent speed of the backlog."""
+        """Return the estimated seconds until `count` more runs fit the limit, from the recent speed of the backlog."""
         if not self.begun_per_second:
             return UNKNOWN_RETRY_SECONDS
         seconds = math.ceil((self.size + count - limit) / self.begun_per_second)
@@ -296,7 +302,10 @@ class BacklogLimits:
         self._counting: set[asyncio.Task[None]] = set()
 
     async def require_capacity(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
-        """Add runs to the backlogs of a workflow and its organization; raises 429 without capacity for all."""
+        """Add `count` runs to the backlogs of a workflow and its organization.
+
+        Raises a 429 error without capacity for all.
+        """
         organization = self._tally(organization_id)
         whole = self._per_organization
 

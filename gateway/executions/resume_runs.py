@@ -44,9 +44,10 @@ IS_TAKEN_UP: Final = or_(
 async def resume_execution(
     connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller
 ) -> str | None:
-    """Insert the execution `new_id`; raises 404, and 409 if the failed one can't be resumed.
+    """Insert the execution `new_id` as a copy of a failed one.
 
-    Returns its concurrency key if it waits for a slot.
+    Return its concurrency key if it waits for a slot, else None. Raises a 404 error, and 409 if the failed
+    one can't be resumed.
     """
     earlier = await lock_ended(connection, failed, caller)
     if earlier.status != ExecutionStatus.FAILED:
@@ -66,7 +67,7 @@ async def resume_execution(
 async def lock_ended(connection: AsyncConnection, ended: ExecutionKey, caller: ApiCaller) -> Row[Any]:
     """Return the row of an execution, locked against resume, replay and deletion until the transaction ends.
 
-    Raises 404.
+    Raises a 404 error unless the caller may see it.
     """
     statement: Select[*tuple[Any, ...]] = (
         select(
@@ -84,21 +85,21 @@ async def lock_ended(connection: AsyncConnection, ended: ExecutionKey, caller: A
 
 
 def require_ended(status: str) -> None:
-    """Raise 409 unless an execution has ended."""
+    """Raise a 409 error unless the status is that of an ended execution."""
     if status not in TERMINAL_STATUSES:
         message = f"Only an ended execution can be replayed: this one is {status}"
         raise errors.conflict("execution-not-ended", message)
 
 
 def require_open(found: Row[Any]) -> None:
-    """Raise 409 if the workflow of an execution refuses runs."""
+    """Raise a 409 error if the workflow of an execution is deleted, or its status accepts no runs."""
     if found.deleted_at is not None:
         raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
     acceptance.require_open(WorkflowStatus(found.workflow_status))
 
 
 async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey) -> None:
-    """Raise 409 if an execution was resumed or replayed; the details name the newest execution of the line."""
+    """Raise a 409 error if an execution was resumed or replayed; its details name the newest execution of the line."""
     # A separate statement after the lock, so that it sees the commit of a competing resume.
     taken_up_key = select(col(Execution.key_id)).where(col(Execution.id) == ended.execution_id, IS_TAKEN_UP)
     key_id = await connection.scalar(taken_up_key)
@@ -119,7 +120,7 @@ async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey)
 
 
 def already_taken_up(newest: str) -> ApiError:
-    """Return the refusal of a second resume or replay; the details name the newest execution of the line."""
+    """Return the 409 error for a second resume or replay; its details name the newest execution of the line."""
     message = f"The execution was resumed or replayed already: continue the newest of its line, {newest}"
     detail = errors.problem("id", "already-resumed", message)
     return errors.conflict("already-resumed", message, details=[{**detail, "executionId": newest}])

@@ -108,7 +108,10 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
 
 
 async def read_head(connection: AsyncConnection, key: ExecutionKey) -> RunHead | None:
-    """Return the facts that the graph of a run depends on; None if its deletion is in progress."""
+    """Return organization, workflow, definition hash and creation time of a run.
+
+    None if its deletion is in progress.
+    """
     statement = (
         select(
             *(col(Execution.organization_id), col(Execution.workflow_id)),

@@ -203,7 +203,7 @@ def _hide(config: Mapping[str, Json]) -> Mapping[str, Any]:
 
 
 def _show_states(rows: RunGraphRows) -> Iterator[NodeState]:
-    """Yield the states of nodes outside of loops, then those of nodes in loops alone."""
+    """Yield the states of nodes with spans outside of loops, then of the nodes that ran only inside loops."""
     whole = {row.node_id for row in rows.nodes}
     for row in rows.nodes:
         yield _show_state(row, rows, rows.counts.get(row.node_id))
@@ -213,7 +213,10 @@ def _show_states(rows: RunGraphRows) -> Iterator[NodeState]:
 
 
 def _show_state(row: Recorded, rows: RunGraphRows, counts: TurnCounts | None) -> NodeState:
-    """Return the state of a node; `row` is its span outside of loops, or that of its first turn."""
+    """Return the state of a node; `row` is its span outside of loops, or that of its first iteration.
+
+    `counts` are those of its iterations, if it has any.
+    """
     is_in_loop = bool(row.iteration) and counts is not None
     started_at, ended_at = (
         (counts.started_at, counts.ended_at) if is_in_loop and counts else (row.started_at, row.ended_at)

@@ -47,7 +47,7 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
         return name.startswith(PREFIX)
 
     def collect(self, query: Mapping[str, Sequence[str]]) -> Sequence[str]:
-        """Return `key=value` texts, the last value of each key; keys contain no `=`."""
+        """Return the metadata parameters of a query as texts `key=value`, the last value of each key."""
         given = {name: values for name, values in query.items() if self.has_name(name) and values}
         return [f"{name.removeprefix(PREFIX)}={values[-1]}" for name, values in given.items()]
 
@@ -71,7 +71,7 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
 
 
 def filter_labels(tag: str | None, metadata: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    """Return the labels that a list is filtered by."""
+    """Return the labels that a list is filtered by, from the parameters for a tag and metadata."""
     return [*([] if tag is None else [(TAG_KEY, tag)]), *metadata]
 
 
@@ -80,7 +80,10 @@ def read_labels(
     metadata: Mapping[str, str | float] | None,
     path: str = "",
 ) -> Sequence[RunLabel]:
-    """Return the labels of a body; raises 422. `path` precedes the names of the fields in refusals."""
+    """Return the sorted labels of a body; raises a 422 error for invalid ones.
+
+    `path` precedes the names of fields in errors.
+    """
     problems = ProblemCollector()
     labels = {
         (TAG_KEY, text_rules.check_line(tag, f"{path}tags", problems, max_length=limits.EXECUTION_TAG_LENGTH))

@@ -172,7 +172,10 @@ def _compare_values(before: Json, after: Json) -> PartComparison:
 
 
 def _decode(text: Raw) -> Json:
-    """Return a value to compare; of a value in a blob, its reference without the address that each run has."""
+    """Return a JSON text decoded for a comparison, `MISSING` for None.
+
+    Of a value in a blob, the reference without the address that each run has.
+    """
     value = decoding.decode(bytes(text))
     if isinstance(value, dict) and BLOB in value:
         return {BLOB: value[BLOB]}

@@ -60,7 +60,10 @@ class SpanDetails:
 async def read_span(
     connection: AsyncConnection, key: ExecutionKey, span_id: str, iteration: str = ""
 ) -> SpanDetails | None:
-    """Return a span of a run by its id, or by the id and turn of a node; None if there is none."""
+    """Return the span of a node in a run with its log and attempts, by its id, or by the node's id and iteration.
+
+    None if missing.
+    """
     span = await execution_rows.find_span(connection, key, span_id, iteration)
     if span is None:
         return None
@@ -150,7 +153,7 @@ def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:
 
 
 def show_config(details: SpanDetails, catalog: NodeCatalog) -> tuple[Raw | None, Sequence[str]]:
-    """Return the rendered config without credentials, and the places of those; None if it is not known."""
+    """Return the rendered config of a span without credentials, and the places of those; None if it is not known."""
     text = details.rendered_config
     defined, program = _compile_node(details, catalog)
     rendered = None if text is None else decoding.decode(text)
@@ -173,7 +176,10 @@ def defined_config(details: SpanDetails) -> Json:
 def _compile_node(
     details: SpanDetails, catalog: NodeCatalog
 ) -> tuple[Mapping[str, Json], NodeProgram | None]:
-    """Return the config of a node in the definition, and its program unless its type is gone."""
+    """Return the config of a node in the definition, and its program.
+
+    None if its type is gone or it doesn't compile.
+    """
     if details.node is None:
         return {}, None
     node = GraphNode.from_stored(decoding.decode(details.node))

@@ -66,7 +66,7 @@ class NodeTestInput:
 
 
 def select_graph(workflow: LoadedWorkflow) -> tuple[list[StoredNode], list[StoredConnection]]:
-    """Return the nodes and connections of a workflow."""
+    """Return the nodes and connections of a workflow's stored definition."""
     definition = decoding.decode(workflow.definition)
     return definition["nodes"], definition["connections"]
 
@@ -80,7 +80,10 @@ def plan_partial_run(
     catalog: NodeCatalog,
     now: datetime,
 ) -> RunRequest:
-    """Return the run of a part of a graph; raises 422 if the part names unknown nodes."""
+    """Return the run of a part of a graph, with a definition of its own.
+
+    Raises a 422 error if the part names unknown nodes, or pinned outputs are too large.
+    """
     known = {str(node["id"]) for node in nodes}
     asked = {} if piece.up_to is None else {"upTo": piece.up_to}
     _require_known(known, asked | {f"pinned.{node_id}": node_id for node_id in piece.pinned})
@@ -94,9 +97,9 @@ def plan_partial_run(
 def plan_node_test(
     workflow: LoadedWorkflow, node_id: str, given: NodeTestInput, catalog: NodeCatalog, now: datetime
 ) -> RunRequest:
-    """Return the run of one node, behind a node that returns its input; a loop runs with its body.
+    """Return the run of one node after a node that returns its input; a loop runs with its body, a trigger alone.
 
-    A trigger has no node before it. Raises 404, 409 if two nodes share the id, and 422.
+    Raises 404, 409 if two nodes share the id, and 422.
     """
     nodes, connections = select_graph(workflow)
     tried = node_edits.named(nodes, node_id)
@@ -168,7 +171,10 @@ def _with_definition(
 
 
 def _filter_findings(found: ValidationResult, piece: GraphSelection) -> ValidationResult:
-    """Omit findings about nodes that do not run; with pinned outputs, a missing trigger is no error."""
+    """Return a validation result without errors about nodes that don't run.
+
+    With pinned outputs, a missing trigger is no error.
+    """
 
     def matters(finding: GraphFinding) -> bool:
         if finding.type is FindingType.MISSING_TRIGGER:
@@ -188,7 +194,7 @@ def _trigger(
     catalog: NodeCatalog,
     now: datetime,
 ) -> Json:
-    """Return the output of the trigger: its pinned output, or the output for the inputs."""
+    """Return the output of the trigger: its pinned output, or the one that the inputs produce."""
     for node in nodes if pinned else ():
         if node["id"] in pinned and _is_trigger(node, catalog):
             return pinned[str(node["id"])]
@@ -198,7 +204,7 @@ def _trigger(
 def _body(
     node_id: str, nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: NodeCatalog
 ) -> frozenset[str]:
-    """Return the nodes in the body of a loop; empty for any other node."""
+    """Return the ids of the nodes in the body of a loop; empty for a node that is no loop."""
     types = {str(node["id"]): catalog.node_types.get(str(node["type"])) for node in nodes}
     loops = {each for each, node_type in types.items() if node_type and node_type.loops}
     if node_id not in loops:
@@ -217,7 +223,7 @@ def _is_trigger(node: StoredNode, catalog: NodeCatalog) -> bool:
 def _build_parent(
     node: StoredNode, taken: Collection[str], catalog: NodeCatalog
 ) -> tuple[StoredNode, StoredConnection]:
-    """Return a node that stands for the predecessors of another, and the connection between them."""
+    """Return a node that stands for the predecessors of another, and the connection from it; `taken` are ids in use."""
     node_type = catalog.node_types.get(str(node["type"]))
     port = node_type.inputs[0] if node_type and node_type.inputs else INPUT
     is_free = "input" not in {*taken, node["id"]}
@@ -244,7 +250,7 @@ def _build_parent(
 
 
 def _require_known(known: Collection[str], asked: Mapping[str, str]) -> None:
-    """Raise 422 with a problem for each field that names an unknown node, by its path."""
+    """Raise a 422 error if a field names an unknown node; `asked` has the node ids by the paths of their fields."""
     absent = [_absent(path, node_id, known) for path, node_id in asked.items() if node_id not in known]
     if absent:
         raise errors.invalid(absent)

@@ -138,7 +138,7 @@ def show_interval(interval: BlockedInterval) -> BlockedIntervalShape:
 
 
 def show_timing(spent: TimeSpent) -> TimingShape:
-    """Return the shape of the time of a run."""
+    """Return the time of a run in API form: seconds in the queue, waking, running and waiting by reason."""
     return TimingShape(
         queued=_seconds(spent.queued),
         waking=_seconds(spent.waking),
@@ -148,7 +148,7 @@ def show_timing(spent: TimeSpent) -> TimingShape:
 
 
 def show_step(step: PathStep) -> PathStepShape:
-    """Return the shape of a node on the critical path."""
+    """Return a node on the critical path in API form, with its duration in seconds."""
     return PathStepShape(
         node_id=step.node_id,
         node_label=step.label,

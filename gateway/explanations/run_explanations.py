@@ -94,7 +94,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _explain_node(
     connection: AsyncConnection, catalog: NodeCatalog, facts: RunFacts, node_id: str
 ) -> Explanation:
-    """Explain one node of a run; raises 404 for a node that its graph does not have."""
+    """Return the explanation of one node of a run; raises a 404 error for a node that its graph does not have."""
     graph = await node_explanation.read_graph(connection, facts.run)
     if node_id not in graph.by_id:
         raise errors.not_found("node")

@@ -76,8 +76,8 @@ class KeyAuthenticator:
     async def caller(self, scope: Scope) -> ApiCaller:
         """Return the caller of the request's key; without a key, that of its browser session.
 
-        Raises 401 without a valid key or session, 403 for a change that another site requests by a session,
-        and 429 after too many failures. A request with a key never looks at cookies.
+        Raises a 401 error without a valid key or session, 403 for a change that another site requests by a
+        session, and 429 after too many failures. A request with a key never looks at cookies.
         """
         key = _key(scope)
         if key is None:
@@ -98,7 +98,7 @@ class KeyAuthenticator:
         return None if has_key else await self.sessions.caller(scope)
 
     async def close(self) -> None:
-        """Wait for background writes, such as the time of the last use of a key."""
+        """Wait for lookups of keys and for background writes, such as the time of the last use of a key."""
         await self._lookups.drain()
         await self.sessions.close()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -137,7 +137,10 @@ class KeyAuthenticator:
             log.warning("use of key not recorded", key_id=key_id, reason=str(error))
 
     async def _rehash(self, key: str, found: FoundKey) -> None:
-        """Hash a key with the current secret, so that it works after the previous secret is gone."""
+        """Store the hash of a key with the current secret, so that it works after the previous secret is gone.
+
+        While the database is away, this is only logged.
+        """
         try:
             await access_store.rehash_key(self._database, key, earlier=found.hash, secret=self._secret)
         except DatabaseUnavailable as error:

@@ -21,7 +21,7 @@ class ByteHolding:
     __slots__ = ("_budget", "_evict", "bytes", "client", "is_evicted", "is_moving", "since")
 
     def __init__(self, budget: ByteBudget, client: str, evict: Callable[[], None]) -> None:
-        """Register the callback `evict`, which drops the bytes when the budget reclaims them."""
+        """Create the count of a transfer with 0 bytes; `evict` is called when the budget drops the transfer."""
         self._budget = budget
         self._evict = evict
         self.client = client
@@ -32,7 +32,7 @@ class ByteHolding:
         self.is_evicted = False
 
     def add(self, count: int) -> bool:
-        """Count received bytes; return whether the transfer may continue."""
+        """Count received bytes, which may evict transfers; return whether this transfer may continue."""
         if self.is_evicted:
             return False
         before, self.bytes = self.bytes, self.bytes + count
@@ -41,7 +41,7 @@ class ByteHolding:
         return not self.is_evicted
 
     def lower(self, count: int) -> None:
-        """Lower the count to the bytes left after a part was sent."""
+        """Lower the count to the `count` bytes that are left after a part was sent."""
         if UNCOUNTED_BYTES < count < self.bytes:
             self._budget.count(self, count - self.bytes)
             self.bytes = count
@@ -52,13 +52,13 @@ class ByteHolding:
         self.bytes = 0
 
     def evict(self) -> None:
-        """Drop the transfer, so that its bytes are free for other clients; it ends with a refusal."""
+        """Drop the transfer, so that its bytes are free for other clients; its request ends with an error."""
         self.is_evicted = True
         self.release()
         self._evict()
 
     def rate(self, now: float) -> float:
-        """Return the bytes per second since the transfer began."""
+        """Return the average bytes per second since the transfer began."""
         return self.bytes / max(now - self.since, _SHORTEST_SECONDS)
 
 
@@ -74,7 +74,7 @@ class ByteBudget:
         self.used = 0
 
     def count(self, holding: ByteHolding, change: int) -> None:
-        """Count a change of one transfer; over a limit, evict the slowest transfers of the largest clients."""
+        """Add a change of one transfer's bytes; over a limit, evict the slowest transfers of the largest clients."""
         self._holdings.add(holding)
         self._add(holding.client, change)
         while change > 0 and not holding.is_evicted:
@@ -98,7 +98,10 @@ class ByteBudget:
             self._by_client.pop(client, None)
 
     def _slowest(self, client: str | None) -> ByteHolding | None:
-        """Return the slowest transfer that may be evicted: of `client`, or of the client with the most bytes."""
+        """Return the slowest transfer that may be evicted, of `client` or else of the client with the most bytes.
+
+        None without one.
+        """
         now = monotonic()
         moving = [one for one in self._holdings if one.is_moving and client in {None, one.client}]
         return min(moving, key=lambda one: (-self._by_client[one.client], one.rate(now)), default=None)

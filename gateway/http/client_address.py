@@ -14,7 +14,10 @@ _HOST_BITS: Final = 64
 
 @lru_cache(maxsize=4_096)
 def client_of(address: str) -> str:
-    """Return the client of an address: the /64 network of an IPv6 address, otherwise the address itself."""
+    """Return the client of an address: the /64 network of an IPv6 address, otherwise the address itself.
+
+    An IPv4-mapped IPv6 address counts as IPv4.
+    """
     if ":" not in address:
         return address
     try:
@@ -26,6 +29,6 @@ def client_of(address: str) -> str:
 
 
 def client_of_scope(scope: Mapping[str, Any]) -> str:
-    """Return the client of a request; empty when its connection has no address."""
+    """Return the client of a request; empty if its connection has no address."""
     client = scope.get("client")
     return client_of(client[0]) if client else ""

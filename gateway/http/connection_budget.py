@@ -65,7 +65,7 @@ class BoundedConnection(Protocol):
 
 
 def connections_for(descriptors: int) -> int:
-    """Return the number of connections for a process with this limit of descriptors."""
+    """Return the number of connections for a process with this limit of file descriptors, at least 1."""
     most = int(descriptors * SPENT_PART)
     return max(min(most - most // (RESERVE_PART + 1), MOST_CONNECTIONS), 1)
 
@@ -85,7 +85,10 @@ class ConnectionBudget:
         return len(self._open) > self._limit
 
     def admit(self, connection: BoundedConnection) -> bool:
-        """Count a new connection and close others for it; False when even the reserve is full."""
+        """Count a new connection, and close others for it if there are too many.
+
+        Returns False, without counting it, if even the reserve is full.
+        """
         self._open[connection] = None
         if self.is_over:
             self._close_others(connection)

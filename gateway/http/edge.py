@@ -128,7 +128,10 @@ class EdgeLayer:
 
 
 def _count_answer(method: str, route: str, status: int, seconds: float) -> None:
-    """Count one answered request; `route` is the template of its path."""
+    """Record the method, status class and duration in seconds of an answered request.
+
+    `route` is the template of its path.
+    """
     instruments.histogram(
         "http_server_request_duration_seconds",
         route,
@@ -142,7 +145,7 @@ def _has_cache_control(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def _request_id(scope: Scope) -> str:
-    """Return the client's request id if it is valid, otherwise a new one."""
+    """Return the request id that the client sends if it is valid, otherwise a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.match(value):
             given: bytes = value
@@ -176,7 +179,10 @@ class CrossOriginLayer:
 def _cross_origin_headers(
     scope: Scope, origins: Collection[str], answered: Iterable[tuple[bytes, bytes]]
 ) -> Headers:
-    """Return the CORS headers to add to an answer, by the origin of the request and the allowed origins."""
+    """Return the CORS headers to add to an answer, by the origin of the request and the allowed origins.
+
+    `answered` are the headers of the answer.
+    """
     sent: dict[bytes, bytes] = dict(scope["headers"])
     origin = sent.get(b"origin", b"")
     is_for_all = EVERY_ORIGIN in origins
@@ -224,7 +230,7 @@ class PathRouter:
     """ASGI application that dispatches each request to the endpoint of its path."""
 
     def __init__(self, endpoints: Mapping[str, ASGIApp], *, default: ASGIApp) -> None:
-        """Build the tree; `default` answers all other paths.
+        """Build the tree of routes by their paths; `default` answers all other paths.
 
         A literal segment takes precedence: below `/workflows/stats`, no route of `/workflows/{id}` matches.
         Raises ValueError when two paths name the same segment differently.
@@ -243,7 +249,7 @@ class PathRouter:
         await match.route.endpoint(scope, receive, send)
 
     def match(self, path: str) -> RouteMatch | None:
-        """Return the route of a path, or None."""
+        """Return the route of a path with its parameters; None if no route matches."""
         branch = self._root
         path_params: dict[str, str] = {}
         for segment in path.split("/"):
@@ -280,7 +286,10 @@ class WorkflowHostRouter:
     """Router of requests to the host of a workflow; all others go to `app`."""
 
     def __init__(self, app: ASGIApp, *, trigger: PathRoute, default: ASGIApp) -> None:
-        """Set the routes; `default` answers every other path of such a host."""
+        """Set the routes of hosts that name a workflow: `trigger` for its trigger path, `default` for all others.
+
+        Requests for other hosts go to `app`.
+        """
         self._app = app
         self._trigger = trigger
         self._default = default
@@ -297,7 +306,7 @@ class WorkflowHostRouter:
 
 
 def _workflow_of(scope: Scope) -> str | None:
-    """Return the workflow that the host names, in any domain."""
+    """Return the id of the workflow that the host name begins with, in any domain; None for other hosts."""
     for name, value in scope["headers"]:
         if name == b"host":
             host: bytes = value.lower()

@@ -54,7 +54,10 @@ class ApiError(Exception):
 
 
 def problem(path: str, code: str, message: str) -> dict[str, Json]:
-    """Return one entry of `details`: the field, the code of the rule, and the correction."""
+    """Return one entry of an error's `details`.
+
+    It has the path of the field, the code of the rule, and a message with the correction.
+    """
     return {"path": path, "code": code, "message": message}
 
 
@@ -63,14 +66,14 @@ def invalid_query(path: str, code: str, message: str) -> ApiError:
 
 
 def invalid(details: Iterable[Mapping[str, Json]]) -> ApiError:
-    """Return the refusal of a JSON body with invalid fields, one entry per field."""
+    """Return the 422 error for a JSON body with invalid fields, one entry per field, at most `limits.FINDINGS`."""
     found = list(details)[: limits.FINDINGS]
     message = str(found[0]["message"]) if len(found) == 1 else "Several fields are invalid: see details"
     return ApiError(422, "validation-failed", message, details=found)
 
 
 def unauthorized() -> ApiError:
-    """Return the common answer for a missing, unknown, expired or revoked key."""
+    """Return the common 401 error for a missing, unknown, expired or revoked key."""
     message = "Send a valid API key in the X-API-Key header"
     return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "ApiKey"})
 
@@ -85,7 +88,7 @@ def admin_required() -> ApiError:
 
 
 def not_found(what: str = "route") -> ApiError:
-    """Return the common answer for a missing object and for another owner's, which must look the same."""
+    """Return the common 404 error for a missing object and for another owner's, which must look the same."""
     return ApiError(404, "not-found", f"There is no such {what}")
 
 
@@ -99,7 +102,7 @@ def conflict(code: str, message: str, *, details: Iterable[Mapping[str, Json]] =
 
 
 def too_large(limit_bytes: int, setting: str) -> ApiError:
-    """Return the refusal of a body over a limit; the message names `setting` unless it is empty."""
+    """Return the 413 error for a body over a limit; the message names `setting` unless it is empty."""
     limit = f"{limit_bytes:,} bytes, the limit of {setting}" if setting else f"{limit_bytes:,} bytes"
     return ApiError(413, "payload-too-large", f"The body is larger than {limit}")
 
@@ -109,7 +112,7 @@ def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> Ap
 
 
 def trigger_not_ready(message: str) -> ApiError:
-    """Return the refusal of a request until the workflow's owner corrects the trigger.
+    """Return the 503 error for a request that can't succeed until the workflow's owner corrects the trigger.
 
     The sender retries, and a delivery informs the owner.
     """
@@ -117,7 +120,7 @@ def trigger_not_ready(message: str) -> ApiError:
 
 
 def busy(message: str, *, closes: bool = False) -> ApiError:
-    """Return the refusal of a request for lack of capacity here; `closes` also ends the connection."""
+    """Return the 503 error for lack of capacity in this process; `closes` also ends the connection."""
     headers = {"Connection": "close"} if closes else None
     return ApiError(
         503,
@@ -129,13 +132,13 @@ def busy(message: str, *, closes: bool = False) -> ApiError:
 
 
 def concurrency_limit() -> ApiError:
-    """Return the refusal of a run over its workflow's concurrency limit."""
+    """Return the 429 error for a run over its workflow's concurrency limit."""
     message = "The workflow has as many runs in progress as settings.concurrency allows: try again"
     return ApiError(429, "concurrency-limit", message, retry_after_seconds=CONCURRENCY_RETRY_SECONDS)
 
 
 def queue_full(whose: str, limit: int, retry_after_seconds: int) -> ApiError:
-    """Return the refusal of runs over the backlog limit of a workflow or an organization."""
+    """Return the 429 error for runs over the backlog limit of a workflow or an organization."""
     message = f"The backlog of {whose} has its maximum of {limit:,} pending runs: try again later"
     return ApiError(429, "queue-full", message, retry_after_seconds=retry_after_seconds)
 
@@ -151,7 +154,7 @@ def workflow_paused() -> ApiError:
 
 
 def no_such_trigger(kind: str) -> ApiError:
-    """Return the refusal of a request that doesn't match the kind of the workflow's trigger."""
+    """Return the 422 error for a request that doesn't match the kind of the workflow's trigger."""
     return ApiError(422, f"no-{kind}-trigger", f"The workflow has no {kind} trigger node: add one")
 
 
@@ -160,7 +163,7 @@ def not_deployed() -> ApiError:
 
 
 def outside_window(opens_at: str | None) -> ApiError:
-    """Return the refusal of a run outside the windows of a schedule."""
+    """Return the 409 error for a run outside the windows of a schedule, with the time of the next opening if known."""
     message = "The workflow's schedule is closed: try again when it opens, or start it"
     details = [{**problem("", "outside-window", f"It opens at {opens_at}"), "opensAt": opens_at}]
     return ApiError(409, "outside-window", message, details=details if opens_at else ())
@@ -171,13 +174,16 @@ def stopped_manually() -> ApiError:
 
 
 def start_failed(reason: str, execution_id: str) -> ApiError:
-    """Return the answer for an accepted run when its pod can't start."""
+    """Return the 503 error for an accepted run whose pods can't start; it names the run, which remains."""
     message = f"The workflow's pods can't start: {reason}. {execution_id} was accepted and runs once they can"
     return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
 
 
 def start_blocked(reason: str, execution_id: str) -> ApiError:
-    """Return the answer for an accepted run while its pods wait for capacity in the cluster."""
+    """Return the 503 error for an accepted run whose pods wait for capacity in the cluster.
+
+    It names the run, which remains.
+    """
     message = (
         f"The workflow's pods wait for their start: {reason}. {execution_id} was accepted and runs after it"
     )
@@ -185,7 +191,10 @@ def start_blocked(reason: str, execution_id: str) -> ApiError:
 
 
 def execution_failed(execution_id: str) -> ApiError:
-    """Return the answer to a sender that awaits a response when the run failed; the owner learns the reason."""
+    """Return the 500 error for a sender that awaits a response of a run that failed.
+
+    Only the owner learns the reason.
+    """
     return ApiError(500, "execution-failed", f"The execution {execution_id} has not completed")
 
 

@@ -41,14 +41,14 @@ class FailedAttempts:
         self._failures: OrderedDict[str, ClientFailures] = OrderedDict()
 
     def fail(self, client: str, otherwise: ApiError) -> ApiError:
-        """Count a failure and return its answer: `otherwise`, or 429 after too many."""
+        """Count a failure of a client, and return the error to answer: `otherwise`, or 429 after too many failures."""
         refusal = self.refusal(client)
         if refusal is None:
             self.count(client)
         return refusal or otherwise
 
     def refusal(self, client: str) -> ApiError | None:
-        """Return 429 when a client has failed too often, otherwise None."""
+        """Return the 429 error for a client that has failed too often within the time window; None for others."""
         failures = self._failures.get(client)
         max_failures = MAX_FAILURES if self._max_failures is None else self._max_failures
         if failures is None or failures.count < max_failures:
@@ -60,7 +60,7 @@ class FailedAttempts:
         return ApiError(429, "rate-limited", self._message, retry_after_seconds=math.ceil(left))
 
     def count(self, client: str) -> None:
-        """Count a failed authentication of a client; too many within a time window get refused."""
+        """Count a failed authentication of a client; too many within a time window lead to refusals."""
         failures = self._failures.get(client)
         if failures is None or failures.since + FAILURE_WINDOW_SECONDS < monotonic():
             failures = ClientFailures(since=monotonic())
@@ -84,7 +84,7 @@ class PasswordAttempts:
         self._hashing_key = secrets.token_bytes(32)
 
     def require_allowed(self, client: str, offered: str) -> None:
-        """Raise 429 when a client has failed too often, unless its credentials were valid before."""
+        """Raise a 429 error if a client has failed too often, unless its credentials were right shortly before."""
         refusal = self._failures.refusal(client)
         if refusal is not None and self._right.get(self._digest(offered)) is None:
             raise refusal

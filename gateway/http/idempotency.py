@@ -51,16 +51,17 @@ def is_key(text: str) -> bool:
 
 
 def mismatch_error() -> ApiError:
-    """Return the refusal of a key that was used before, with another body."""
+    """Return the 422 error for a key that was used before with another body."""
     return ApiError(422, "idempotency-mismatch", "This Idempotency-Key was used before, with another body")
 
 
 async def reserve_key(
     connection: AsyncConnection, key: IdempotencyKey, *, shard: int, resource_id: str, now: datetime
 ) -> str:
-    """Reserve a key for an object that the transaction creates; return its id, or the first request's id.
+    """Reserve a key for an object that the transaction creates.
 
-    Waits for a concurrent transaction with the same key. Raises 422 when the first request had another body.
+    Return its id, or that of the first request with the key. Waits for a concurrent transaction with the same
+    key. Raises a 422 error when the first request had another body.
     """
     identity = (
         col(Idempotency.shard) == shard,
@@ -98,12 +99,12 @@ WEEK_SECONDS: Final = 7 * 86_400
 
 
 def sender_key(workflow_id: str, deduplication_id: str) -> IdempotencyKey:
-    """Return the key of a message with a `deduplicationId`; its content doesn't count."""
+    """Return the idempotency key of a message with a `deduplicationId`; its content isn't compared."""
     return _build_key("deduplication", workflow_id, deduplication_id, limits.IDEMPOTENCY_SECONDS)
 
 
 def derive_key(kind: str, place: str, key: str, *, content: str = "") -> IdempotencyKey:
-    """Return the key of a provider's request to a `place`, from the provider's own id.
+    """Return the idempotency key of a provider's request to a `place`, from the provider's own id.
 
     A place is a workflow or an organization. Bodies are not compared, since providers sign again when they
     retry; `content` is compared.
@@ -112,7 +113,7 @@ def derive_key(kind: str, place: str, key: str, *, content: str = "") -> Idempot
 
 
 def redrive_key(workflow_id: str, resource_id: str) -> IdempotencyKey:
-    """Return the key that a dead letter or delivery uses up when it is redriven by a list or purged."""
+    """Return the idempotency key that marks a dead letter or delivery as redriven by a list, or purged."""
     return _build_key("settled", workflow_id, resource_id, YEAR_SECONDS)
 
 

@@ -104,7 +104,7 @@ class KeysetBounds:
     def condition(
         self, created_at: SQLColumnExpression[Any], item_id: SQLColumnExpression[Any]
     ) -> Sequence[ColumnElement[bool]]:
-        """Return the conditions for items behind the cursor."""
+        """Return the SQL conditions for items after the cursor; none for the first page."""
         if self.cursor.created_at is None:
             return ()
         moment = literal(self.cursor.created_at, TimestampColumn)
@@ -122,7 +122,7 @@ class KeysetBounds:
         return created_at.asc(), item_id.asc()
 
     def cursor_behind(self, created_at: datetime, item_id: str) -> str:
-        """Return the cursor of the page behind an item, as clients send it."""
+        """Return the cursor of the page after an item, as the text that clients send."""
         text = f"{'d' if self.is_descending else 'a'}{to_microseconds(created_at)}.{item_id}"
         return urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
@@ -151,10 +151,10 @@ class ListPage(Generic[Item]):
 
 
 def read_bounds(query: QueryValues, sort: OrderParameter | None = None) -> KeysetBounds | None:
-    """Return the page that `after` selects; None without it.
+    """Return the page that the parameter `after` selects.
 
-    Lists without `sort` begin with the newest. Raises 400 for a cursor of another order, for an order that is
-    not by `createdAt`, and for an `offset` beside it.
+    None without it. Lists without `sort` begin with the newest. Raises a 400 error for a cursor of another
+    order, for an order that is not by `createdAt`, and for an `offset` beside it.
     """
     cursor = query[AFTER]
     if cursor is None:
@@ -179,7 +179,7 @@ async def list_rows(
     created_at: SQLColumnExpression[Any],
     item_id: SQLColumnExpression[Any],
 ) -> ListPage[RowMapping]:
-    """Return a page of the rows that match; `columns` contain `created_at` and `id`."""
+    """Return a page of the rows that match, with their number; `columns` contain `created_at` and `id`."""
     page = await read_rows(connection, columns, conditions, bounds, created_at=created_at, item_id=item_id)
     counted = await count_rows(connection, conditions, created_at)
     return ListPage(counted.count, page.rows, page.next_cursor, counted.is_lower_bound)
@@ -202,7 +202,7 @@ async def read_rows(
     created_at: SQLColumnExpression[Any],
     item_id: SQLColumnExpression[Any],
 ) -> RowPage:
-    """Return a page of the rows that match, without a count of all; the transaction follows indexes from then on."""
+    """Return a page of the rows that match and the cursor of the next one, without a count of all."""
     await follow_indexes(connection)
     statement = select(*columns).where(*conditions, *bounds.condition(created_at, item_id))
     # One more than shown: then another page follows.

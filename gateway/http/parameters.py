@@ -46,11 +46,11 @@ class QueryParameter(ABC, Generic[Value]):
         """Return the parsed value of the given texts, none of which is empty; raises 400."""
 
     def has_name(self, name: str) -> bool:
-        """Return whether a name of a query means this parameter."""
+        """Return whether a name in a query is that of this parameter."""
         return name == self.name
 
     def collect(self, query: Mapping[str, Sequence[str]]) -> Sequence[str]:
-        """Return the texts to parse from a query by name."""
+        """Return the values of this parameter in a query, as texts; empty if it is absent."""
         return query.get(self.name, ())
 
 
@@ -209,7 +209,7 @@ class OrderParameter(QueryParameter[ColumnElement[Any]]):
 
 
 def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> OrderParameter:
-    """Return the parameter `sort` of a list that can be sorted by these columns."""
+    """Return the parameter `sort` for a list that can be sorted by these columns, by the names of their fields."""
     return OrderParameter("sort", "Field by which the list is sorted, then `:asc` or `:desc`.", columns)
 
 

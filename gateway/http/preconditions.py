@@ -22,14 +22,14 @@ class RequestedObject:
 
 
 def require_owner(caller: ApiCaller, owner_id: str, *, what: str) -> None:
-    """Raise 403 when the caller may use an object, but not change, share or delete it."""
+    """Raise a 403 error unless the caller owns an object or is an admin; only these may change, share or delete it."""
     if owner_id != caller.user_id and not caller.is_admin:
         message = f"Only the {what}'s owner and admins of the organization may do this"
         raise ApiError(403, "not-owner", message)
 
 
 def require_match(if_match: str | None, current: str, *, what: str) -> None:
-    """Raise 412 unless `If-Match` is absent, `*`, or contains the `current` tag (RFC 9110, 13.1.1)."""
+    """Raise a 412 error unless `If-Match` is absent, `*`, or contains the `current` tag (RFC 9110, 13.1.1)."""
     if if_match is None or if_match.strip() == "*":
         return
     if current not in (tag.strip() for tag in if_match.split(",")):

@@ -80,9 +80,7 @@ class RequestHolding:
                 self.refusal = errors.busy("Too many concurrent requests of this address")
 
     def release(self) -> None:
-        """Free the request's share of the limits: its slot of the client and the bytes of its body. Repetitions
-        change nothing.
-        """
+        """Free the request's slot of its client and the bytes of its body; repeated calls change nothing."""
         self.body.release()
         if self.client and not self._is_released:
             self._bounds.requests[self.client] -= 1
@@ -100,7 +98,7 @@ class BufferedTransport:
     def __init__(
         self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, linger_seconds: float
     ) -> None:
-        """Wrap a transport; `close` cuts off a client that leaves the rest for `linger_seconds`."""
+        """Wrap a transport; after `close`, a client that doesn't read the rest within `linger_seconds` is cut off."""
         self._transport = transport
         self._loop = loop
         self._linger_seconds = linger_seconds
@@ -175,7 +173,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def phase(self) -> ConnectionPhase:
-        """Phase of the connection: the event that it waits for."""
+        """Phase of the connection, by the event that it waits for, such as the client or the handler."""
         if self.gathering.is_closing():
             return ConnectionPhase.CLOSING
         if not self._is_complete or self.flow.write_paused:
@@ -186,11 +184,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def client_key(self) -> str:
-        """Client of the request in progress, or else the peer of the connection."""
+        """Client of the request in progress, otherwise the peer of the connection."""
         return self._holding.client if self._holding is not None and self._is_served else self._peer
 
     def cut(self) -> None:
-        """Close the connection at once; nothing that it waits for would arrive soon."""
+        """Close the connection at once, without sending what is buffered."""
         self.gathering.abort()
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
@@ -256,7 +254,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _drop_body(self) -> None:
-        """Drop a body in favor of others; the handler's next read raises the refusal."""
+        """Drop the body of the request in favor of others; the handler's next read raises a 503 error."""
         metrics.count_abandoned_body()
         self.cycle.body = bytearray()
         self.cycle.message_event.set()

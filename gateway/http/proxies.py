@@ -32,7 +32,10 @@ class TrustedProxies:
     """Addresses, networks and host names of trusted proxies, from the settings."""
 
     def __init__(self, named: str) -> None:
-        """Parse addresses, networks and host names, separated by commas; `*` trusts everybody."""
+        """Parse addresses, networks and host names, separated by commas; `*` trusts every address.
+
+        A very large network is logged as a warning.
+        """
         parts = [one.strip() for one in named.split(",") if one.strip()]
         self._addresses = [_whole_network(one) for one in parts if _network_size(one)]
         self._names = [one for one in parts if not _network_size(one)]
@@ -52,13 +55,13 @@ class TrustedProxies:
         return bool(self._names)
 
     async def follow(self) -> None:
-        """Resolve the host names of the proxies again and again, until cancelled."""
+        """Resolve the host names of the proxies every `RESOLVE_SECONDS`, until cancelled."""
         while True:
             await self.resolve()
             await asyncio.sleep(RESOLVE_SECONDS)
 
     async def resolve(self) -> None:
-        """Resolve all host names; a name that isn't found keeps its previous addresses."""
+        """Resolve all host names and trust their addresses; a name that isn't found keeps its previous ones."""
         loop = asyncio.get_running_loop()
         for name in self._names:
             try:
@@ -76,7 +79,7 @@ class TrustedProxies:
     def client(
         self, peer: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]
     ) -> tuple[str, int] | None:
-        """Return the client of a request: its peer, unless a trusted proxy names another address."""
+        """Return the client of a request: its peer, unless a trusted proxy names another in `X-Forwarded-For`."""
         is_trusted = peer is not None and peer[0] in self._trusted
         if not is_trusted and self._has_warned:
             return peer

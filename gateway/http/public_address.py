@@ -14,11 +14,11 @@ NOT_SET: Final = (
 
 
 def base_url(request: GatewayRequest) -> str:
-    """Return the base of absolute URLs: the public URL, or the address of the request."""
+    """Return the base of absolute URLs without a slash at its end: the public URL, or the address of the request."""
     public_url = request.gateway.settings.public_url.rstrip("/")
     return public_url or f"{request.url.scheme}://{request.url.netloc}"
 
 
 def address_warnings(request: GatewayRequest) -> list[str]:
-    """Return the warnings to send with URLs for senders."""
+    """Return the warnings to send along with URLs for senders: one if the public URL is not set."""
     return [] if request.gateway.settings.public_url else [NOT_SET]

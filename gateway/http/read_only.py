@@ -18,7 +18,7 @@ CODE: Final = "read-only"
 
 
 def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]) -> None:
-    """Raise 422 for read-only fields that differ from the object's current values."""
+    """Raise a 422 error for read-only fields of a body that differ from the object's current values."""
     found = [*_differing(given, kind, shown)]
     if found:
         raise errors.invalid(problem for _, problem in found)
@@ -27,9 +27,10 @@ def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mappin
 def warn_of_new(
     request: GatewayRequest, given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> None:
-    """Refuse read-only fields of a new object that another route sets; warn of those that the server sets.
+    """Check read-only fields in the body of a new object.
 
-    Raises 422.
+    Raises a 422 error for those that another route sets; those that the server sets only add a warning to the
+    answer.
     """
     found = [*_differing(given, kind, shown)]
     refused = [problem for name, problem in found if kind.read_only[name]]

@@ -74,7 +74,7 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def caller(self) -> ApiCaller:
-        """Caller of the request's key; public routes have none and must not ask for it."""
+        """Caller of the request's key; raises LookupError on public routes, which have none."""
         if self._caller is None:
             raise LookupError("A public route has no caller")
         return self._caller
@@ -86,7 +86,7 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def sender(self) -> RequestSender:
-        """Sender by key or token; raises 401 without either, and for a token of another workflow."""
+        """Sender by key or token; raises a 401 error without either, and for a token of another workflow."""
         workflow_id = self.path_params.get("id")
         if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
             raise refuse_sender()
@@ -94,7 +94,7 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def requested_object(self) -> RequestedObject:
-        """Object that the path names; only routes with a caller may ask for it."""
+        """Object that the path names, with the caller and `If-Match`; only for routes with a caller."""
         return RequestedObject(self.path_params["id"], self.caller, self.headers.get("if-match"))
 
     @property
@@ -117,7 +117,7 @@ class GatewayRequest(StarletteRequest):
         return QueryString(self.scope["query_string"], self._parameters)
 
     def idempotency_key(self, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
-        """Return the idempotency key of the request, or None; raises 400 for an invalid key.
+        """Return the idempotency key of the request, None without one; raises a 400 error for an invalid one.
 
         Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with
         one key. The `body` of equal requests is then compared.
@@ -147,24 +147,24 @@ class GatewayRequest(StarletteRequest):
         return SenderRequest(self.method, path, query or {}, headers, content, self.gateway.clock())
 
     def send_with_answer(self, name: str, value: str) -> None:
-        """Add a header to the answer, be it a success or a refusal."""
+        """Add a header to the answer, whether it is a success or an error."""
         self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
 
     def release_body(self) -> None:
-        """Release the body's bytes from the budget, when no reference is left and the answer takes a while."""
+        """Release the body's bytes from the budget early, when nothing refers to it and the answer takes a while."""
         holding: RequestHolding | None = self.scope.get("holding")
         if holding is not None:
             holding.body.release()
 
     async def body(self) -> bytes:
-        """Return the whole body, decompressed; raises 413 as soon as it is too large."""
+        """Return the whole body, decompressed; raises a 413 error if it is too large, and those of `body_up_to`."""
         return await self.body_up_to(BodyLimit(self.gateway.settings.max_body_bytes))
 
     async def body_up_to(self, limit: BodyLimit) -> bytes:
         """Return the whole body, decompressed.
 
-        Raises 413 as soon as the body exceeds the limit, 415 for an unknown `Content-Encoding`, 400 for
-        malformed compression, and 503 when the budget has evicted it.
+        Raises a 413 error as soon as the body exceeds the limit, 415 for an unknown `Content-Encoding`, 400
+        for malformed compression, 503 when the budget has evicted it, and `ClientDisconnect`.
         """
         holding: RequestHolding | None = self.scope.get("holding")
         declared = self.headers.get("content-length", "0")
@@ -197,7 +197,7 @@ class GatewayRequest(StarletteRequest):
 
 
 def read_idempotency_key(headers: Headers) -> str | None:
-    """Return the value of the header `Idempotency-Key`, or None; raises 400 for an invalid one."""
+    """Return the value of the header `Idempotency-Key`; None without it. Raises a 400 error for an invalid one."""
     keys = headers.getlist("idempotency-key")
     if not keys:
         return None
@@ -208,7 +208,7 @@ def read_idempotency_key(headers: Headers) -> str | None:
 
 
 def _require_not_evicted(holding: RequestHolding | None) -> None:
-    """Raise 503 when the budget has evicted the bytes of this request."""
+    """Raise a 503 error if the budget has evicted the bytes of this request."""
     if holding is not None and holding.body.is_evicted:
         raise errors.busy("Too many bytes of request bodies at once")
 
@@ -217,7 +217,7 @@ class ContentDecoder:
     """Decoder of one body by its `Content-Encoding` (RFC 9110, section 8.4.1)."""
 
     def __init__(self, encoding: str) -> None:
-        """Raise 415 for an encoding other than gzip, deflate and identity."""
+        """Create a decoder for a `Content-Encoding`; raises a 415 error for others than gzip, deflate and identity."""
         name = encoding.strip().lower().removeprefix("x-")
         if name not in {"", "identity", "gzip", "deflate"}:
             message = "Send the body uncompressed, or compressed with gzip or deflate"
@@ -228,7 +228,7 @@ class ContentDecoder:
         self._is_over = False
 
     def decode(self, data: bytes) -> Iterator[bytes]:
-        """Yield the decompressed pieces of the next bytes of a body; raises 400 for malformed bytes."""
+        """Yield the decompressed pieces of the next bytes of a body; raises a 400 error for malformed bytes."""
         if self._is_over and data:
             raise _malformed()
         has_more = bool(data)
@@ -249,12 +249,15 @@ class ContentDecoder:
                 raise _malformed()
 
     def finish(self) -> None:
-        """Raise 400 when the compressed body is cut short; an empty body is valid."""
+        """Raise a 400 error if the compressed body is cut short; an empty body is valid."""
         if self._has_begun and not self._is_over:
             raise _malformed()
 
     def _begin(self, data: bytes) -> zlib._Decompress:
-        """Return the decompressor of deflate; some senders omit the zlib wrapper that RFC 9110 requires."""
+        """Return the decompressor of deflate by the first byte.
+
+        Some senders omit the zlib wrapper that RFC 9110 requires.
+        """
         window = zlib.MAX_WBITS if data[0] & 0x0F == _ZLIB_METHOD else _RAW_WINDOW
         self._decompressor = zlib.decompressobj(window)
         return self._decompressor
@@ -274,7 +277,7 @@ class BodyLimit:
     """Setting to name in the refusal; empty when no setting changes the limit."""
 
     def exceeded(self) -> ApiError:
-        """Return the 413 for a larger body, which names the limit and the setting that changes it."""
+        """Return the 413 error for a larger body, which names the limit and the setting that changes it."""
         return errors.too_large(self.bytes, self.setting)
 
 
@@ -301,7 +304,7 @@ class QueryString:
         self._declared = declared
 
     def require_known(self) -> None:
-        """Raise 400 for a name that the route doesn't declare."""
+        """Raise a 400 error for a parameter that the route doesn't declare, with a suggestion."""
         known = {parameter.name for parameter in self._declared}
         for name in self._given:
             if not any(parameter.has_name(name) for parameter in self._declared):
@@ -312,11 +315,14 @@ class QueryString:
                 raise invalid_query(shown, "unknown-parameter", f"{shown} is not a parameter here: {hint}")
 
     def __getitem__(self, parameter: QueryParameter[Value]) -> Value:
-        """Return the value of a declared parameter; raises 400 for an invalid one."""
+        """Return the value of a declared parameter.
+
+        Raises a 400 error for an invalid value, LookupError for a parameter that isn't declared.
+        """
         if parameter not in self._declared:
             raise LookupError(f"The route doesn't declare the parameter {parameter.name}")
         return parameter.read(parameter.collect(self._given))
 
     def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:
-        """Return the page that `limit` and `offset` request."""
+        """Return the page that `limit` and `offset` request; raises a 400 error for an invalid value."""
         return PageBounds(self[limit], self[OFFSET])

@@ -24,7 +24,7 @@ class JsonResponse:
         self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encoded(headers)]
 
     def warn(self, warnings: Sequence[object]) -> None:
-        """Add the field `warnings` to a body that is an object with fields."""
+        """Add the field `warnings` to the JSON body, which must be an object with at least one field."""
         self.body = b'%b,"warnings":%b}' % (self.body[:-1], _encode(warnings))
         self.headers[1] = (b"content-length", b"%d" % len(self.body))
 
@@ -47,7 +47,7 @@ class NoContent:
 
 
 def location(settings: GatewaySettings, execution_id: str) -> dict[str, str]:
-    """Return the header `Location` with the address of an execution: absolute if the public URL is set."""
+    """Return the header `Location` with the URL of an execution: absolute if the public URL is set."""
     return {"Location": f"{settings.public_url.rstrip('/')}/api/v1/executions/{execution_id}"}
 
 

@@ -64,7 +64,7 @@ class RequestSender:
         return str(self.token and self.token.workflow_id)
 
     def may_send_to(self, workflow_id: str) -> bool:
-        """Return whether the sender's token allows requests to a workflow."""
+        """Return whether the sender may send to a workflow: True for a key, for a token only to its own workflow."""
         if self.token is None:
             return True
         return self.token.kind is SenderTokenKind.TRIGGER and self.token.workflow_id == workflow_id
@@ -87,10 +87,10 @@ class SenderAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, scope: Scope) -> RequestSender | None:
-        """Return the sender of a key, of a token in the URL, or of a browser session; None without any.
+        """Return the sender of a key or of a token in the URL; None when the request has neither.
 
-        Raises 401 for an invalid key or token, 403 for a key without the scope or a session that another site
-        uses, and 429 after too many failures.
+        Raises a 401 error for an invalid one, 403 for a key without the scope, and 429 after too many
+        failures.
         """
         if any(name == b"x-api-key" for name, _ in scope["headers"]):
             return _sender_of(await self._authenticator.caller(scope))
@@ -105,7 +105,7 @@ class SenderAuthenticator:
     async def by_path_token(self, scope: Scope, token: str) -> RequestSender:
         """Return the sender of a trigger token in the path of a URL, which identifies the workflow too.
 
-        Raises 404 for any other token, and 429 after too many failures.
+        Raises a 404 error for any other token, and 429 after too many failures.
         """
         try:
             sender = await self.by_token(scope, token)
@@ -118,7 +118,10 @@ class SenderAuthenticator:
         return sender
 
     async def by_token(self, scope: Scope, token: str) -> RequestSender:
-        """Return the sender of a token; raises 401 for an invalid one, 429 after too many failures."""
+        """Return the sender of a token, and keep it with the request.
+
+        Raises a 401 error for an invalid one, 429 after too many failures.
+        """
         found = await self._find(scope, token)
         self._note_use(found)
         caller = ApiCaller(
@@ -182,7 +185,7 @@ class SenderAuthenticator:
 
 
 def refuse_sender() -> ApiError:
-    """Return the common answer for a missing or invalid key, token or signature."""
+    """Return the common 401 error for a missing or invalid key, token or signature."""
     message = (
         "Send a valid API key in the X-API-Key header, or the workflow's trigger token as ?key= in the URL"
     )
@@ -198,7 +201,7 @@ def _sender_of(caller: ApiCaller) -> RequestSender:
 
 
 def _read_token(scope: Scope) -> str | None:
-    """Return the token in a URL; a repeated parameter gives an invalid token."""
+    """Return the token in a URL, None without one; an empty, invalid one for a repeated parameter."""
     try:
         fields = parse_qsl(
             scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS

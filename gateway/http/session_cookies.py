@@ -32,7 +32,7 @@ class SessionCookie:
     origin: str
 
     def value_of(self, scope: Mapping[str, Any]) -> str | None:
-        """Return the value that a request sends; None without one."""
+        """Return the value of this cookie that a request sends; None without one."""
         prefix = f"{self.name}="
         for header, value in scope["headers"]:
             if header == b"cookie" and len(value) <= LONGEST_COOKIE:
@@ -43,13 +43,13 @@ class SessionCookie:
         return None
 
     def header(self, value: str) -> str:
-        """Return the header `Set-Cookie` that stores a value, or removes the cookie for an empty one."""
+        """Return the value of the header `Set-Cookie` that stores a value, or removes the cookie for an empty one."""
         seconds = int(LIFETIME.total_seconds()) if value else 0
         secure = "; Secure" if self.is_secure else ""
         return f"{self.name}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
 
     def require_same_origin(self, scope: Mapping[str, Any]) -> None:
-        """Raise 403 for a request that may change something and is not from a page of this server."""
+        """Raise a 403 error for a request that may change something and is not from a page of this server."""
         if scope["method"] in SAFE_METHODS:
             return
         headers = dict(scope["headers"])
@@ -67,7 +67,7 @@ class SessionCookie:
 
 
 def cookie_of(scope: Mapping[str, Any], public_url: str) -> SessionCookie | None:
-    """Return the cookie of sessions at the address of a request; None where sessions are not possible.
+    """Return the session cookie at the address of a request; None where sessions are not possible.
 
     Behind HTTPS, `public_url` says so. Plain HTTP is possible on this machine only: the client and the
     requested host are loopback addresses, so that a foreign host name that resolves to one is refused.
@@ -86,7 +86,7 @@ def cookie_of(scope: Mapping[str, Any], public_url: str) -> SessionCookie | None
 
 
 def is_loopback_client(scope: Mapping[str, Any]) -> bool:
-    """Return whether a request comes from this machine."""
+    """Return whether a request comes from a loopback address, that is, from this machine."""
     client = scope.get("client")
     return client is not None and is_loopback_host(client[0])
 

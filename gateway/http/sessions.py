@@ -45,7 +45,7 @@ class SessionAuthenticator:
     async def caller(self, scope: Scope) -> ApiCaller | None:
         """Return the caller of the request's session; None without a valid one.
 
-        Raises 403 for a request of another site that may change something.
+        Raises a 403 error for a request of another site that may change something.
         """
         cookie = session_cookies.cookie_of(scope, self._public_url)
         secret = None if cookie is None else cookie.value_of(scope)
@@ -59,7 +59,7 @@ class SessionAuthenticator:
         return found.caller
 
     def forget(self, hashed: str) -> None:
-        """Drop the cached session with a hash, so that it ends at once in this process."""
+        """Drop the cached session with this hash, so that its end is effective at once in this process."""
         self._kept.drop(hashed)
 
     async def close(self) -> None:

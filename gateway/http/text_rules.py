@@ -19,9 +19,9 @@ _LINES = frozenset("\n\r\t")
 
 
 def is_allowed_text(max_length: int, *, min_length: int = 0) -> Meta:
-    """Declare length limits in the OpenAPI document only; the functions below check them.
+    """Return annotations with length limits for the OpenAPI document; they check nothing.
 
-    Their messages are better than those of msgspec.
+    The functions below check the limits, with better messages than those of msgspec.
     """
     return Meta(extra_json_schema={"minLength": min_length, "maxLength": max_length})
 
@@ -41,7 +41,7 @@ class ProblemCollector:
         return len(self.found) >= limits.FINDINGS
 
     def raise_any(self) -> None:
-        """Raise one 422 `validation-failed` that lists all collected problems; do nothing without any."""
+        """Raise one 422 error `validation-failed` that lists all collected problems; do nothing without any."""
         if self.found:
             raise errors.invalid(self.found)
 
@@ -49,7 +49,10 @@ class ProblemCollector:
 def check_line(
     value: str, path: str, problems: ProblemCollector, *, max_length: int, may_be_empty: bool = False
 ) -> str:
-    """Return a one-line text in its stored form."""
+    """Return a one-line text in its stored form: normalized and without surrounding spaces.
+
+    Problems with it are added to `problems` with `path`.
+    """
     kept = unicodedata.normalize("NFC", value).strip()
     if not kept and not may_be_empty:
         problems.add(path, "required", f"{path} must not be empty")
@@ -62,14 +65,17 @@ def check_line(
 
 
 def check_identifier(value: str, path: str, problems: ProblemCollector) -> str:
-    """Return a client's id unchanged; an invalid one is a problem."""
+    """Return a client's id unchanged; an invalid one is added to `problems`."""
     if not ids.is_id(value):
         problems.add(path, "invalid-id", f"{path} must have 1 to 64 of the characters A-Z a-z 0-9 _ -")
     return value
 
 
 def check_paragraphs(value: str, path: str, problems: ProblemCollector, *, max_length: int) -> str:
-    """Return a text of several lines in its stored form."""
+    """Return a text of several lines in its stored form, normalized.
+
+    Problems with it are added to `problems` with `path`.
+    """
     kept = unicodedata.normalize("NFC", value)
     if len(kept) > max_length:
         problems.add(path, "too-long", f"{path} may have at most {max_length:,} characters")

@@ -99,22 +99,34 @@ class JsonRequest(Protocol):
 
 
 async def decode_body(request: JsonRequest, kind: type[Body]) -> Body:
-    """Return the body as `kind`; raises 400 for invalid JSON, 415 for other types, 422 for invalid fields."""
+    """Return the JSON body as `kind`.
+
+    Raises a 400 error for invalid JSON, 415 for other types, 422 for invalid fields.
+    """
     return body_of(request, await read_json(request), kind)
 
 
 def body_of(request: JsonRequest, value: Json, kind: type[Body]) -> Body:
-    """Return the request's JSON as `kind`; the answer warns of unknown fields. Raises 422."""
+    """Return the request's JSON as `kind`.
+
+    The answer warns of unknown fields. Raises a 422 error for invalid fields.
+    """
     return convert(value, kind, warnings=request.warnings)
 
 
 async def read_json(request: JsonRequest) -> Json:
-    """Return the body as JSON; an absent one is an empty object."""
+    """Return the body as JSON; an absent one is an empty object.
+
+    Raises a 400 error for invalid JSON, 415 for other types, 413 for a body that is too large.
+    """
     return await json_of(request, await request.body())
 
 
 async def json_of(request: JsonRequest, raw: bytes) -> Json:
-    """Return raw bytes of a body as JSON; an absent one is an empty object."""
+    """Return raw bytes of a body as JSON; an absent one is an empty object.
+
+    Raises a 400 error for invalid JSON, 415 for other types.
+    """
     if not raw:
         return {}
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -129,7 +141,7 @@ async def json_of(request: JsonRequest, raw: bytes) -> Json:
 def convert(
     value: Json, kind: type[Shape], path: str = "", warnings: list[dict[str, Json]] | None = None
 ) -> Shape:
-    """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry per invalid field.
+    """Return a JSON value, found at `path`, as `kind`; raises a 422 error with one entry per invalid field.
 
     Unknown fields that resemble no known one are added to `warnings`, unless the body is strict.
     """
@@ -176,12 +188,12 @@ def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any ty
 
 
 def instant(moment: datetime) -> str:
-    """Return a time in the format of answers."""
+    """Return a time as text in the format of answers: ISO 8601 in UTC."""
     return timestamps.format_timestamp(moment)
 
 
 def optional_instant(moment: datetime | None) -> str | None:
-    """Return a time in the format of answers, or null."""
+    """Return a time as text in the format of answers; None for None."""
     return timestamps.format_optional(moment)
 
 
@@ -189,7 +201,10 @@ def optional_instant(moment: datetime | None) -> str | None:
 
 
 def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
-    """Yield the problems that prevent a conversion of `value` to `kind`, nested fields included."""
+    """Yield the problems that prevent a conversion of `value` to `kind`, nested fields included.
+
+    None if it is valid.
+    """
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -289,7 +304,7 @@ class _UnknownFieldGuard:
 
 @cache
 def _guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any type annotation
-    """Return the guards of a type, empty when it accepts any fields."""
+    """Return the objects that find unknown fields of a type; empty if it accepts any fields."""
     found: list[_UnknownFieldGuard] = []
     for part in _parts(kind):
         if _is_body(part):
@@ -303,7 +318,7 @@ def _guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any 
 
 
 def _unknown_fields(value: Json, kind: Any, path: str) -> _UnknownFields:  # noqa: ANN401 - any type annotation
-    """Return the unknown fields of a body, nested bodies included."""
+    """Return the unknown fields of a body, nested bodies included: those to refuse and those to warn of."""
     found = _UnknownFields()
     _look_for_unknown_fields(value, _guards(kind), path, found, is_strict=False)
     return found

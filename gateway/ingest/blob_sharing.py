@@ -30,8 +30,8 @@ async def share_blobs(
 ) -> RunInput:
     """Return the input of a new run from the input of the run of `source`, after copying its blobs.
 
-    An unparsed mail is parsed again, and run even if the trigger's rules rejected it before. Raises 409 if
-    the content is gone, and 503 if the blob storage does not answer.
+    An unparsed mail is parsed again, and run even if the trigger's rules rejected it before. Raises a 409
+    error if the content is gone, and 503 if the blob storage does not answer.
     """
     execution_id = ids.new_id("exec")
     if large_values.is_separate(given):
@@ -54,9 +54,9 @@ async def share_blobs(
 
 
 async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
-    """Copy the body of a webhook and return the whole output of its trigger.
+    """Copy the body of a webhook to the blobs of an execution, and return the whole output of its trigger.
 
-    Raises 409 if the body is gone, and 503 if the blob storage does not answer.
+    Raises a 409 error if the body is gone, and 503 if the blob storage does not answer.
     """
     if source is None or not await _copy_blob(
         blobs, source, execution_id, large_values.find_reference(given)
@@ -89,7 +89,7 @@ async def _copy_blob(
 ) -> bool:
     """Copy a blob of the source to an execution of the same organization; return False if it is gone.
 
-    Raises 503 if the storage of blobs does not answer.
+    Raises a 503 error if the blob storage does not answer.
     """
     target = BlobOwner(source.organization_id, execution_id)
     try:

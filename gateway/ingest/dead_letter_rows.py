@@ -92,7 +92,10 @@ class OpenRows(Generic[Row]):
 
 
 def describe_cause(execution: Execution) -> ErrorCause:
-    """Return the cause of a failed run; runs with one fingerprint failed in one node with one kind of message."""
+    """Return the cause of a failed run, with its fingerprint.
+
+    Runs with one fingerprint failed in one node with one kind of message.
+    """
     error: Mapping[str, Any] = execution.error or {}
     cause: Mapping[str, Any] = error.get("cause") or error
     node_id = cause.get("nodeId") or error.get("nodeId")
@@ -105,7 +108,7 @@ def describe_cause(execution: Execution) -> ErrorCause:
 async def find_dead_letters(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeadLetterFilter, bounds: KeysetBounds
 ) -> OpenRows[Execution]:
-    """Return the dead letters behind a cursor that the caller may see and that match, up to the limit of `bounds`.
+    """Return the dead letters after a cursor that the caller may see and that match, up to the limit of `bounds`.
 
     At most `limits.EXAMINED_DEAD_LETTERS` failed runs are read, so that there may be fewer.
     """
@@ -120,7 +123,7 @@ async def find_dead_letters(
 async def find_deliveries(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
 ) -> OpenRows[Delivery]:
-    """Return the deliveries behind a cursor that the caller may see, that match, and that can be redriven."""
+    """Return the deliveries after a cursor that the caller may see, that match, and that can be redriven."""
     statement = select(*delivery_rows.LISTED).where(
         col(Delivery.organization_id) == caller.organization_id,
         *delivery_rows.conditions(wanted),
@@ -131,7 +134,7 @@ async def find_deliveries(
 
 
 async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterable[str]) -> dict[str, str]:
-    """Return the names of workflows by id, deleted ones included."""
+    """Return the names of workflows by id, deleted ones included; missing ones are omitted."""
     wanted = sorted(set(workflow_ids))
     if not wanted:
         return {}
@@ -195,7 +198,7 @@ async def _find_open(
 async def _batches(
     connection: AsyncConnection, kind: type[Row], statement: Select[*tuple[Any, ...]], bounds: KeysetBounds
 ) -> AsyncIterator[tuple[list[Row], bool]]:
-    """Yield batches of rows in the order of the request, each with whether it is the last."""
+    """Yield batches of rows in the order of `bounds`, each with whether it is the last."""
     created_at, item_id = col(kind.created_at), col(kind.id)
     while True:
         rows = await connection.execute(

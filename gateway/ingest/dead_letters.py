@@ -131,7 +131,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose_dead_letters(
     connection: AsyncConnection, workflow: Workflow, body: ChooseDeadLetters
 ) -> tuple[int, dict[str, Execution]]:
-    """Return the number of dead letters to choose from, and the chosen ones by id."""
+    """Return the number of dead letters that match the body, and the chosen ones by id, up to its limit."""
     count, found = await delivery_rows.list_dead_letters(
         connection, workflow, PageBounds(body.limit, 0), body.execution_ids
     )
@@ -139,7 +139,10 @@ async def _choose_dead_letters(
 
 
 async def purge_runs(request: GatewayRequest, failed: Sequence[Execution], about: str) -> None:
-    """Use up the redrive keys of failed runs, and record it in the audit trail of a workflow or organization."""
+    """Mark failed runs as purged, so that they leave the lists of dead letters; add this to the audit trail.
+
+    `about` is the id of a workflow or organization.
+    """
     now = request.gateway.clock()
 
     async def settle(connection: AsyncConnection) -> None:

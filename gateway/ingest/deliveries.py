@@ -296,7 +296,7 @@ def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveRe
 
 
 async def _readable(request: GatewayRequest, delivery_id: str) -> Delivery:
-    """Return a delivery; raises 404 for a delivery of a workflow that the caller may not read."""
+    """Return a delivery; raises a 404 error if it is missing, or of a workflow that the caller may not read."""
     caller = request.caller
     async with request.gateway.database.read() as connection:
         found = await delivery_rows.find_delivery(connection, delivery_id, caller)
@@ -335,7 +335,7 @@ def _shape(delivery: Delivery) -> DeliveryShape:
 
 
 def _several_runs(delivery: Delivery) -> list[str]:
-    """Return the runs of a delivery that has several."""
+    """Return the ids of the runs of a batch delivery; an empty list for other deliveries."""
     if delivery.answer is None or delivery.route != IngestRoute.ENQUEUE_BATCH:
         return []
     return decoding.decode(delivery.answer, list[str])

@@ -54,7 +54,7 @@ TOO_MANY: Final = 429
 async def describe_request(
     route: IngestRoute, sender: RequestSender, content: bytes, *, workflow_id: str | None = None
 ) -> InboundRequest:
-    """Return an inbound request with the hash of its body; a large body is hashed off the event loop."""
+    """Return an inbound request with a new id and the hash of its body; a large body is hashed off the event loop."""
     hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
     return InboundRequest(
         delivery_id=new_delivery_id(),
@@ -70,28 +70,28 @@ async def describe_request(
 
 
 def new_delivery_id() -> str:
-    """Return a new id of a delivery."""
+    """Return a new unique id for a delivery."""
     return ids.new_id("dlv")
 
 
 def repetition_delivery(
     inbound: InboundRequest, now: datetime, *, status: int, execution_id: str | None
 ) -> Delivery:
-    """Return the delivery of a repeated request, which started no run; `execution_id` is the first one's run."""
+    """Return the delivery of a repeated request, not stored yet; `execution_id` is the run of the first one."""
     return _delivery(
         inbound, now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
     )
 
 
 def noted_delivery(inbound: InboundRequest, now: datetime, *, status: int, reason: str) -> Delivery:
-    """Return the delivery of a valid request without a run; a long `reason` is cut."""
+    """Return the delivery of a valid request without a run, not stored yet; a long `reason` is truncated."""
     return _delivery(
         inbound, now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
     )
 
 
 def refusal_delivery(inbound: InboundRequest, now: datetime, error: ApiError) -> Delivery:
-    """Return the delivery of a refused request: shed if the error is a 429, otherwise rejected.
+    """Return the delivery of a refused request, not stored yet: shed if the error is a 429, otherwise rejected.
 
     A rejected one keeps payload and deduplication key, so that it can be redriven.
     """
@@ -138,7 +138,7 @@ class DeliveryLog:
         self._kept = LocalTokenBuckets()
 
     async def note(self, delivery: Delivery) -> None:
-        """Store a delivery; when the database is unavailable, write it to the process log instead."""
+        """Store a delivery with the next commit, and wait for it; if the database is unavailable, log it instead."""
         instruments.counter("deliveries_total", delivery.route, delivery.outcome).inc()
         waiting = self._group.submit(delivery)
         try:
@@ -148,7 +148,7 @@ class DeliveryLog:
 
     @asynccontextmanager
     async def refusals(self, inbound: InboundRequest) -> AsyncIterator[None]:
-        """Store a delivery for a request that the block refuses.
+        """Store a delivery for a request that the block refuses by an `ApiError`, which is raised again.
 
         Faults of the server are no refusals, since senders retry the same request. Faults of the workflow's
         owner are: the delivery informs the owner.
@@ -177,8 +177,8 @@ class DeliveryLog:
     ) -> AsyncIterator[None]:
         """Store a delivery for a request that can't be verified since its trigger isn't ready.
 
-        Anybody can send such a request, hence a low rate per workflow. `describe` adds to `inbound` the content
-        that a redrive needs.
+        The error is raised again. Anybody can send such a request, hence a low rate per workflow. `describe`
+        adds to `inbound` the content that a redrive needs.
         """
         try:
             yield

@@ -78,7 +78,10 @@ async def list_deliveries(
     part: PageBounds,
     bounds: KeysetBounds | None,
 ) -> ListPage[Delivery]:
-    """Return a page of the matching deliveries of a workflow, the newest first; `bounds` replaces `part`."""
+    """Return a page of the matching deliveries of a workflow, the newest first, with their number.
+
+    With `bounds`, the page follows a cursor; without, it is `part`.
+    """
     of_list = [*_of(workflow), *conditions(wanted)]
     created_at, item_id = col(Delivery.created_at), col(Delivery.id)
     if bounds is not None:
@@ -100,7 +103,7 @@ async def list_deliveries(
 async def list_of_organization(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
 ) -> ListPage[Delivery]:
-    """Return a page of the matching deliveries that the caller may see, the newest first."""
+    """Return a page of the matching deliveries that the caller may see, with a count that may be a lower bound."""
     within = [col(Delivery.organization_id) == caller.organization_id, *_outcome_conditions(wanted)]
     residual = [*_route_conditions(wanted), *visible_conditions(caller)]
     if wanted.workflow_id is not None:
@@ -123,7 +126,10 @@ async def list_of_organization(
 
 
 def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
-    """Yield the condition for deliveries that a caller may see: of readable workflows, and their own events."""
+    """Yield the SQL condition for deliveries that a caller may see: of readable workflows, and its own events.
+
+    None for admins.
+    """
     if caller.is_admin:
         return
     workflow = exists().where(col(Workflow.id) == col(Delivery.workflow_id), is_readable_by(caller))
@@ -132,7 +138,7 @@ def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
 
 
 def redrivable_conditions() -> Iterable[ColumnElement[bool]]:
-    """Yield the conditions for deliveries with one run each whose content is kept; redrives are left out."""
+    """Yield the SQL conditions for deliveries with one run each whose content is kept; redrives are left out."""
     yield col(Delivery.route).in_(list(KINDS))
     yield col(Delivery.redriven_from).is_(None)
     yield _IS_KEPT
@@ -141,9 +147,9 @@ def redrivable_conditions() -> Iterable[ColumnElement[bool]]:
 async def find_not_redriven(
     connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, limit: int
 ) -> tuple[int, list[str]]:
-    """Return the number of deliveries that no list has redriven and that can be redriven, and the oldest ids.
+    """Return the number of deliveries that can be redriven and that no list has redriven, and the ids of the oldest.
 
-    Redrives themselves are left out; duplicates too, unless the filter names them.
+    At most `limit` ids. Redrives themselves are left out; duplicates too, unless the filter names them.
     """
     of_list = [
         *_of(workflow),
@@ -161,9 +167,9 @@ async def find_not_redriven(
 async def list_dead_letters(
     connection: AsyncConnection, workflow: Workflow, part: PageBounds, only: Sequence[str] = ()
 ) -> tuple[int, list[Execution]]:
-    """Return the number of failed runs of inbound requests, and a page of them, the oldest first.
+    """Return the number of failed runs of inbound requests, and the rows `part` of them, the oldest first.
 
-    Redriven and purged runs are left out.
+    Redriven and purged runs are left out. With `only`, runs of these ids.
     """
     conditions = [
         col(Execution.workflow_id) == workflow.id,
@@ -189,7 +195,7 @@ async def list_dead_letters(
 
 
 async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) -> dict[str, str]:
-    """Return the inputs of runs as JSON, by run; inputs too large for a list are left out."""
+    """Return the inputs of runs as JSON text, by run; inputs too large for a list are left out."""
     statement = select(col(ExecutionData.execution_id), col(ExecutionData.trigger)).where(
         col(ExecutionData.execution_id).in_(execution_ids),
         func.length(col(ExecutionData.trigger)) <= SHOWN_CHARACTERS,
@@ -206,7 +212,7 @@ def _of(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
 
 
 def conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the conditions of a filter."""
+    """Yield the SQL conditions of a filter of deliveries."""
     yield from _outcome_conditions(wanted)
     yield from _route_conditions(wanted)
     yield from _time_conditions(wanted)
@@ -215,7 +221,10 @@ def conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _outcome_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield literal conditions, by which databases use the index of all but accepted deliveries."""
+    """Yield the SQL conditions of the filter's outcome.
+
+    Literal, so that the index of all but accepted deliveries is used.
+    """
     if wanted.outcome is None:
         return
     yield col(Delivery.outcome) == literal_column(f"'{wanted.outcome}'")
@@ -236,7 +245,7 @@ def _time_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any:  # noqa: ANN401 - a correlated condition
-    """Return the condition that a delivery or run was purged, or redriven by a list: its redrive key is used."""
+    """Return the SQL condition that a delivery or run was purged, or redriven by a list: its redrive key is used."""
     return exists().where(
         and_(
             col(Idempotency.shard) == workflow.shard,

@@ -84,7 +84,7 @@ class ParsedMailRequest(GuardedWire):
     email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
 
     def given(self, attachments: Sequence[Json]) -> dict[str, Json]:
-        """Return the output of the trigger node; header values are single lines, as in a parsed mail."""
+        """Return the output of the trigger node for the mail; header values are single lines, as in a parsed mail."""
         return {
             "from": join_lines(self.from_),
             "to": join_lines(self.to),
@@ -125,7 +125,11 @@ async def receive(request: GatewayRequest) -> JsonResponse:
 
 
 async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestSender | None) -> JsonResponse:
-    """Run a workflow on a mail of an authenticated sender, or of an anonymous one if it can be verified."""
+    """Run a workflow on a mail of the sender `known`, or of an anonymous one if the mail can be verified.
+
+    Return the answer. Raises the API errors of verification, limits and ingest, in the form that the mail
+    service understands.
+    """
     gateway = request.gateway
     target = await gateway.mail_verifier.find_target(workflow_id, known)
     body = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
@@ -159,7 +163,10 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
 
 
 async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, content: SenderRequest) -> None:
-    """Add to a delivery the content that a redrive of an unverified mail needs, and its deduplication key."""
+    """Set the payload of an unverified mail and its deduplication key, so that its delivery can be redriven.
+
+    Does nothing for other mails than forms of a mail service, and for large ones.
+    """
     kind = await mail_verification.recognize_service(content)
     if kind not in FORMS or len(content.body) > MAX_INLINE_BYTES:
         return
@@ -171,7 +178,7 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
 
 
 def _unparsed_form(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
-    """Return the unparsed form of a mail service, for a worker; raises `RequestRefused`."""
+    """Return the form of a mail service as an unparsed mail, which a worker parses; raises `RequestRefused`."""
     envelope = mail_kinds.parse_envelope(mail.content.form, mail.kind)
     content_type = mail.content.headers.single("Content-Type") or ""
     return mail.unparsed(
@@ -222,7 +229,10 @@ async def _ingest_raw(request: GatewayRequest, mail: VerifiedMail, inbound: Inbo
 async def _process_sns_message(
     request: GatewayRequest, mail: VerifiedMail, inbound: InboundRequest
 ) -> JsonResponse:
-    """Process an SNS message: confirm or end a subscription, or run the workflow on the mail that it reports."""
+    """Confirm or end a subscription of SNS, or run the workflow on the mail that the message reports.
+
+    Return the answer. Raises `RequestRefused` for a subscription to a topic that the trigger doesn't name.
+    """
     message = await offload.run(sns.parse_sns_message, mail.content)
     match message.type:
         case SnsMessageType.SUBSCRIPTION:
@@ -264,7 +274,7 @@ async def _find_stored_mail(
 ) -> StoredMailObject:
     """Return the object of a mail that SES has stored; the trigger's config must allow its bucket and prefix.
 
-    Raises 503 otherwise: SNS treats a 4xx as final, and the owner may correct the config.
+    Raises a 503 error otherwise: SNS treats a 4xx as final, and the owner may correct the config.
     """
     config = mail.target.trigger.ses
     if config is None or not config.objects or mail.verified_by != "sns":
@@ -303,7 +313,10 @@ async def _ingest_unparsed(
     *,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Ingest a mail that a worker parses; large content is durable before its run."""
+    """Ingest a mail that a worker parses, and return the answer; large content is durable as a blob before its run.
+
+    Raises a 503 error if the blob storage does not answer.
+    """
     blobs, organization_id = request.gateway.blobs, mail.target.workflow.organization_id
     if content is not None and len(content) <= MAX_INLINE_BYTES:
         unparsed = msgspec.structs.replace(unparsed, content=content)
@@ -336,9 +349,9 @@ async def _ingest(
     is_large: bool = False,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Run the workflow on a mail, or repeat the answer to the same mail; `message` makes the run's input.
+    """Run the workflow on a mail, or repeat the answer to the same mail; `message` returns the run's input.
 
-    `ses_id` is the id that Amazon SES has given the mail.
+    `ses_id` is the id that Amazon SES has given the mail. Raises the API errors of limits and ingest.
     """
     gateway, workflow = request.gateway, mail.target.workflow
     await gateway.rates.take(request, workflow.id, key=mail.sender.caller.key_id)
@@ -379,9 +392,9 @@ def _refuse_replay() -> ApiError:
 
 
 def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
-    """Return the key of the delivery itself, so that a signature of one mail is valid for no other.
+    """Return the idempotency key of the delivery itself, so that a signature of one mail is valid for no other.
 
-    Several actions of an SES rule may report the same mail, with the same id.
+    None without a signature. Several actions of an SES rule may report the same mail, with the same id.
     """
     if ses_id:
         return idempotency.derive_key("ses", mail.target.workflow.id, ses_id)

@@ -58,7 +58,7 @@ class QueueMessage(GuardedWire):
 
     @property
     def payload(self) -> Any:  # noqa: ANN401 - any JSON value
-        """Message in the output of the trigger node."""
+        """Content of the message, which the output of the trigger node contains; from either of its two fields."""
         return self.data if self.message is None else self.message
 
     def delayed_until(self, now: datetime) -> datetime | None:
@@ -69,7 +69,7 @@ class QueueMessage(GuardedWire):
     def planned(
         self, now: datetime, idempotency_key: IdempotencyKey | None, callback_url: str | None
     ) -> RunInput:
-        """Return the run that the message starts: its trigger output, priority, delay and callback URL."""
+        """Return the run that the message starts: its trigger output, priority, delay, labels and callback URL."""
         trigger = {"message": self.payload, "priority": self.priority, "source": self.source}
         return RunInput(
             trigger=trigger,
@@ -82,7 +82,7 @@ class QueueMessage(GuardedWire):
         )
 
     def labels(self) -> Sequence[RunLabel]:
-        """Return the tags and metadata of the run; messages of a batch may have some."""
+        """Return the tags and metadata of the run: none, since only messages of a batch have their own."""
         return ()
 
 
@@ -95,7 +95,7 @@ class BatchMessage(QueueMessage, forbid_unknown_fields=True):
     """Metadata by which lists find the run; it replaces that of `settings.metadata` with the same keys."""
 
     def labels(self) -> Sequence[RunLabel]:
-        """Tags and metadata of the message as labels of its run; raises 422 for invalid ones."""
+        """Return tags and metadata of the message as labels of its run; raises a 422 error for invalid ones."""
         return run_labels.read_labels(self.tags, self.metadata)
 
 
@@ -184,7 +184,10 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
 def _idempotency_keys(
     request: GatewayRequest, value: Json, body: EnqueueRequest, signature: VerifiedSignature | None
 ) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
-    """Return the request's own key, if there are several, and the idempotency key of the message."""
+    """Return the request's own key if there are several, else None.
+
+    And the idempotency key of the message, None without one.
+    """
     workflow_id = request.path_params["id"]
     keys = [
         find_signed_key(signature, workflow_id),
@@ -198,7 +201,10 @@ def _idempotency_keys(
 
 
 def find_signed_key(signature: VerifiedSignature | None, workflow_id: str) -> IdempotencyKey | None:
-    """Return the key of a signed request, regardless of its other keys, which aren't signed."""
+    """Return the idempotency key that a signature covers, regardless of other keys, which aren't signed.
+
+    None without one.
+    """
     if signature is None or signature.delivery_key is None:
         return None
     return idempotency.derive_key(DELIVERY, workflow_id, signature.delivery_key)
@@ -211,7 +217,7 @@ def check_message(
     path: str = "",
     warnings: list[dict[str, Json]] | None = None,
 ) -> Queued:
-    """Return the message found at `path`; raises 422."""
+    """Return the message found at `path`; raises a 422 error for invalid fields."""
     body = convert(value, kind, path, warnings)
     problems = ProblemCollector()
     inside = f"{path}." if path else ""

@@ -154,9 +154,9 @@ async def _ingest_messages(
     callback_url: str | None,
     key: IdempotencyKey | None,
 ) -> BatchAnswers:
-    """Ingest all valid messages, or find the results of the first request.
+    """Ingest all valid messages in one commit, or find the results of the first request with the same key.
 
-    Raises 422 when the first request had another body.
+    Raises a 422 error when the first request had another body, and the errors of verification and limits.
     """
     gateway, now = request.gateway, request.gateway.clock()
     runs: list[IngestedRun] = []
@@ -194,7 +194,10 @@ async def _ingest_messages(
 async def _first_results(
     request: GatewayRequest, planned: Sequence[PlannedMessage], delivery_id: str
 ) -> Sequence[AcceptanceResult]:
-    """Return the results of the first request; a key without a run hit the concurrency limit then."""
+    """Return the results of the first request with the same key.
+
+    A message without a run hit the concurrency limit then.
+    """
     database = request.gateway.database
     idempotency_keys = [one.idempotency_key for one in planned if one.idempotency_key is not None]
     found = await acceptance.find_all_earlier(database, request.caller.shard, idempotency_keys)
@@ -214,7 +217,7 @@ async def _first_results(
 def _plan_messages(
     messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None, now: datetime
 ) -> tuple[list[PlannedMessage], dict[int, BatchResult]]:
-    """Return the valid messages, and the answers to the invalid ones by their places."""
+    """Return the valid messages, and the answers to the invalid ones by their index in the batch."""
     planned: list[PlannedMessage] = []
     refused: dict[int, BatchResult] = {}
     for place, value in enumerate(messages):
@@ -240,7 +243,7 @@ def _plan_messages(
 
 
 def _split_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessage], Mapping[int, int]]:
-    """Return the first message of each key, and the places of repetitions mapped to the place of the first."""
+    """Return the first message of each key, and the indexes of repetitions mapped to the index of the first."""
     first: list[PlannedMessage] = []
     places: dict[IdempotencyKey, int] = {}
     repeats: dict[int, int] = {}
@@ -263,7 +266,7 @@ def _result(accepted: AcceptanceResult) -> BatchResult:
 
 
 def _duplicate_of(result: BatchResult) -> BatchResult:
-    """Return the answer to a message that repeats another of its batch."""
+    """Return the answer to a message that repeats another of its batch, from the answer to that one."""
     return BatchResult(status="duplicate", execution_id=result.execution_id)
 
 

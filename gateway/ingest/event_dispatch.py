@@ -99,7 +99,7 @@ class EventDispatchPlan:
         self.has_other = True
 
     def refuse(self, workflow: LoadedWorkflow, error: ApiError) -> None:
-        """Skip a workflow whose backlog is full: record the error as its outcome, and start no run of it."""
+        """Record an error, such as a full backlog, as the outcome for a workflow; no run of it is started."""
         self.outcomes.append(
             WorkflowEventOutcome(workflow.id, workflow.name, None, (error.code, error.message))
         )
@@ -144,8 +144,8 @@ class EventDispatcher:
     ) -> EventDispatchResult:
         """Ingest an event with a run of every subscribed workflow, or return the outcomes of its first delivery.
 
-        Raises 400 when the event can't be stored, and 409 when workflows change all the time. Raises 413 and 429
-        over a limit, 422 when its idempotency key had another body, and 503.
+        Raises 400 when the event can't be stored, 409 when workflows change all the time, 413 and 429 over a
+        limit, 422 when its idempotency key had another body, and 503.
         """
         trigger = build_event_input(event)
         try:
@@ -215,7 +215,10 @@ class EventDispatcher:
         counted: CountedDeployment | None,
         message: RunInput,
     ) -> None:
-        """Add the outcome of an event for one workflow, if the definition that will run is subscribed to it."""
+        """Add the run of an event for one workflow, or its error, to the plan.
+
+        Nothing is added if the definition that will run doesn't subscribe to the event.
+        """
         is_held = workflow.status is WorkflowStatus.PAUSED
         if counted is not None:
             try:
@@ -253,7 +256,10 @@ class EventDispatcher:
     async def _repeat_result(
         self, inbound: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str
     ) -> EventDispatchResult:
-        """Return the outcomes of the first event with the same key; raises 422 when it had another body."""
+        """Return the outcomes of the first event with the same key; raises a 422 error when it had another body.
+
+        Raises a 503 error if they are no longer kept.
+        """
         if verdict is AcceptanceVerdict.MISMATCH:
             raise idempotency.mismatch_error()
         async with self._database.read() as connection:
@@ -278,7 +284,10 @@ class EventDispatcher:
 
 
 def _matches_subscription(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
-    """Return whether a trigger subscribes to an event; a deployed trigger may differ from the current one."""
+    """Return whether a trigger is an event trigger that subscribes to the type of an event.
+
+    It is checked again since a deployed trigger may differ from the current one.
+    """
     patterns = matching_patterns(str(_read_field(trigger, "event_type")))
     return kind == TriggerKind.EVENT and not set(patterns).isdisjoint(parse_patterns(config))
 
@@ -294,7 +303,7 @@ def _read_field(trigger: Json, name: str) -> Json:
 
 
 def _require_size(message: RunInput, count: int) -> None:
-    """Raise 413 when an event is too large for all its subscribers, since each run has its own copy."""
+    """Raise a 413 error if an event is too large for `count` subscribers together, since each run has its own copy."""
     if len(message.text or "") * count > limits.EVENT_FAN_OUT_BYTES:
         text = (
             f"{count:,} workflows subscribe to this event: together, their inputs may have"
@@ -307,7 +316,7 @@ def _require_size(message: RunInput, count: int) -> None:
 
 
 def _merge_outcomes(planned: EventDispatchPlan, taken: IngestResult) -> Sequence[WorkflowEventOutcome]:
-    """Return the outcomes, corrected by the runs that were actually accepted."""
+    """Return the planned outcomes; those whose run was refused for lack of a concurrency slot are corrected."""
     full = {
         run.execution_id
         for run, answer in zip(planned.runs, taken.runs, strict=True)
@@ -325,7 +334,7 @@ def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> Workf
 
 
 async def read_outcomes(connection: AsyncConnection, delivery: Delivery) -> Sequence[WorkflowEventOutcome]:
-    """Return the outcomes of the event of a delivery."""
+    """Return the outcomes of the event of a delivery, by workflow; an empty list if none subscribed."""
     return await _resolve_outcomes(connection, delivery.answer or "[]")
 
 

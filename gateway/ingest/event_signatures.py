@@ -73,7 +73,7 @@ def _require_signature(request: SenderRequest, claimed: Provider | None, secrets
 
 
 def refusal_error(error: RequestRefused) -> ApiError:
-    """Return the API error for a refused request."""
+    """Return the API error for a refused request: 401 for signatures, 413, 415, or 400 for others."""
     if error.code in _OF_SIGNATURES:
         return ApiError(401, "invalid-signature", error.message)
     if error.code == "too-large":

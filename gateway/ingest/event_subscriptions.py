@@ -47,7 +47,10 @@ async def match_subscriptions(
 
 
 def statement(organization_id: str, event_type: str) -> Select[*tuple[Any, ...]]:
-    """Return the query of the subscribed workflows: each once, even if several of its patterns match."""
+    """Return the query of the workflows that subscribe to an event type.
+
+    Each is found once, even if several of its patterns match.
+    """
     matched = (
         select(col(WorkflowTriggerMatch.workflow_id), col(WorkflowTriggerMatch.node_id))
         .where(

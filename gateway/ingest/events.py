@@ -306,7 +306,10 @@ async def handshake(request: GatewayRequest) -> NoContent:
 
 
 async def _ingest_batch(request: GatewayRequest, inbound: InboundRequest, batch: EventBatch) -> JsonResponse:
-    """Ingest the events of a batch in order, each with its own key, so that partial repetitions are detected."""
+    """Ingest the events of a batch in order, and return the answer with the outcomes of each.
+
+    Each event has its own key, so that partial repetitions are detected.
+    """
     if not batch.events:
         await request.gateway.acceptances.ingest(
             msgspec.structs.replace(inbound, status=event_dispatch.ANSWERED)
@@ -342,7 +345,7 @@ def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
 
 
 async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tuple[EventRow, Delivery | None]:
-    """Return an event that the caller may see, and its delivery while that is kept; raises 404."""
+    """Return an event that the caller may see, and its delivery, None if that is no longer kept; raises a 404 error."""
     statement = select(EventRow).where(
         col(EventRow.id) == request.path_params["id"], *_visible_to(request.caller)
     )
@@ -361,7 +364,7 @@ async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tup
 
 
 def _native_event(body: EmitEventRequest) -> SenderEvent:
-    """Return an event in the API's own format; raises 422."""
+    """Return an event from a body in the API's own format; raises a 422 error for invalid fields."""
     problems = ProblemCollector()
     try:
         sent_events.require_type(body.event_type)

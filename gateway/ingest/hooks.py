@@ -137,7 +137,10 @@ async def options(request: GatewayRequest) -> NoContent:
 async def _answer_request(
     request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest, started: float
 ) -> ASGIApp:
-    """Return the answer to a verified request; raises `RequestRefused` for invalid content."""
+    """Return the answer to a verified request, after starting its run, if its event is allowed.
+
+    Raises `RequestRefused` for invalid content, and the API errors of limits and ingest.
+    """
     hook, sent = verified.hook, verified.sent
     meaning = await offload.run(webhook_triggers.parse_request, hook, sent)
     if isinstance(meaning, UrlChallenge):
@@ -160,7 +163,10 @@ async def _answer_request(
 
 
 async def _find_sender(request: GatewayRequest) -> RequestSender:
-    """Return the sender of the token in the path; raises 404, and 429."""
+    """Return the sender of the token in the path.
+
+    Raises a 404 error for an unknown one, 429 after too many failures.
+    """
     return await request.gateway.sender_authenticator.by_path_token(request.scope, request.path_params["id"])
 
 
@@ -197,7 +203,10 @@ async def _accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
 
 
 def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
-    """Return the query without `key`, which is a token elsewhere."""
+    """Return the values of query parameters by name, without `key`, which is a token elsewhere.
+
+    Raises a 400 error for too many.
+    """
     try:
         query = parse_qs(
             request.scope["query_string"].decode("latin-1"),
@@ -211,7 +220,7 @@ def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
 
 
 def _extra_limits(verified: VerifiedWebhookRequest) -> Sequence[RateLimit]:
-    """Return the rate limit of a webhook without verification."""
+    """Return the rate limit of a webhook without verification; none for a verified one."""
     if verified.hook.verification.provider is not SigningProvider.NONE:
         return ()
     rate = BucketRate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
@@ -241,9 +250,10 @@ async def _ingest(
     trigger: Json,
     encoded: EncodedTrigger,
 ) -> tuple[AcceptanceResult, bool]:
-    """Return the run of a request, and whether its start is deferred.
+    """Store the run of a request, and return it, or the earlier one of a repetition, and whether its start is deferred.
 
-    A large body is durable as a blob before its run.
+    A large body is durable as a blob before its run. Raises a 503 error if the blob storage does not answer,
+    and those of limits and ingest.
     """
     gateway = request.gateway
     idempotency_key = _idempotency_key(request, inbound, verified)
@@ -277,7 +287,10 @@ async def _ingest(
 def _idempotency_key(
     request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest
 ) -> IdempotencyKey | None:
-    """Return the key of a request: from the sender's own id, an `Idempotency-Key`, or `webhook-id`."""
+    """Return the key of a request: from the sender's signed id, else the header `Idempotency-Key`, else `webhook-id`.
+
+    None without them.
+    """
     workflow_id = str(inbound.workflow_id)
     if verified.signature.delivery_key is not None:
         inbound.deduplication_key = idempotency.derive_key(
@@ -303,7 +316,10 @@ async def _await_response(
     inbound: InboundRequest,
     until: float,
 ) -> ASGIApp:
-    """Return the run's own answer, or report its end, or that it continues after the deadline."""
+    """Return the run's own answer, or report its end, or after the time `until` that it continues.
+
+    Raises a 500 error if the run fails without an answer.
+    """
     key = ExecutionKey(accepted.execution_id, inbound.shard)
     seconds = until - asyncio.get_running_loop().time()
     standing = await webhook_responses.await_answer(

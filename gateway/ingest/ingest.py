@@ -127,7 +127,7 @@ class RequestIngestor:
             return await self._resolve_target(current, kind)
 
     def build_run(self, target: RunTarget, message: RunInput) -> IngestedRun:
-        """Return the run of a message; it runs for the workflow's owner, regardless of the sender."""
+        """Return the run of a message, not stored yet; it runs for the workflow's owner, whoever the sender is."""
         workflow = target.workflow
         definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
         limit = (
@@ -179,8 +179,8 @@ class RequestIngestor:
     ) -> AcceptanceResult:
         """Ingest the one run of a request, or return the earlier run with the same idempotency key.
 
-        `own_key` identifies the request itself; if it was used for other content, `refuse_reuse` makes the
-        refusal. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
+        `own_key` identifies the request itself; if it was used for other content, `refuse_reuse` returns the
+        error. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
         is stored as a duplicate.
         """
         workflow_id = str(inbound.workflow_id)
@@ -221,9 +221,10 @@ class RequestIngestor:
         return accepted
 
     async def ingest_batch(self, plan: WritePlanner) -> IngestResult:
-        """Ingest the planned runs; plan again when a workflow has changed in the meantime.
+        """Ingest the planned runs in one commit, and return their results.
 
-        Raises the errors of `plan`, 409 when workflows change all the time, and 503.
+        Plan again when a workflow has changed in the meantime. Raises the errors of `plan`, 409 when
+        workflows change all the time, and 503.
         """
         for _ in range(ATTEMPTS):
             write = await plan()
@@ -284,7 +285,7 @@ class RequestIngestor:
         return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
 
     async def _ingest_first(self, taken: IngestResult) -> AcceptanceResult:
-        """Return the answer to the first request with the same key; raises 503 when it isn't stored yet."""
+        """Return the answer to the first request with the same key; raises a 503 error if it isn't stored yet."""
         async with self._database.read() as connection:
             execution_id = await connection.scalar(
                 select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
@@ -295,7 +296,10 @@ class RequestIngestor:
 
 
 def _labels(workflow: LoadedWorkflow, message: RunInput) -> Sequence[RunLabel]:
-    """Return the labels of a run: those of the message replace those of the settings with the same key."""
+    """Return the labels of a run: those of the message replace those of the settings with the same key.
+
+    None for an unparsed mail, which gets its labels later.
+    """
     if not message.is_read:
         return ()  # by the settings, when the mail is parsed
     given = {key for key, _ in message.labels}
@@ -315,25 +319,26 @@ class IngestCapacity:
         self._workflows = workflows
 
     async def require(self, request: RateLimitedRequest, target: RunTarget, count: int = 1) -> None:
-        """Require capacity for `count` runs, and add rate limit headers to the answer.
+        """Take capacity for `count` runs, and add rate limit headers to the answer.
 
-        Raises 409 for a paused workflow, and 429 when a limit of workflow, organization or sender is reached.
+        Raises a 409 error for a paused workflow, and 429 when a limit of workflow, organization or sender is
+        reached.
         """
         await self.require_not_paused(request.caller, target)
         await self._rates.take(request, target.workflow.id, count=count)
         await self.require_backlog(target.workflow, count)
 
     async def require_of_workflow(self, workflow: LoadedWorkflow) -> None:
-        """Require capacity for a run that no sender requests itself; raises 429."""
+        """Take capacity for a run that no sender requests itself; raises a 429 error when a limit is reached."""
         await self._rates.spend(self._rates.of_workflow(workflow.id))
         await self.require_backlog(workflow)
 
     async def require_backlog(self, workflow: LoadedWorkflow, count: int = 1) -> None:
-        """Raise 429 when the backlog of the workflow or its organization is full."""
+        """Add `count` runs to the backlog of the workflow and its organization; raises a 429 error if one is full."""
         await self._backlog.require_capacity(workflow.organization_id, workflow.id, count)
 
     async def require_not_paused(self, caller: ApiCaller, target: RunTarget) -> None:
-        """Raise 409 when a workflow is paused; for senders that can retry, unlike those of mails and webhooks."""
+        """Raise a 409 error if a workflow is paused; for senders that can retry, unlike those of mails and webhooks."""
         if not target.is_held:
             return
         # Reload before a refusal, which must not rest on a cached status. A plan made with it is made again.

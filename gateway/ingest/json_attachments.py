@@ -30,7 +30,10 @@ class JsonAttachment:
     content: bytes | None
 
     async def as_json(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
-        """Return the attachment for the run's input, once its content is durable; raises `BlobsUnavailable`."""
+        """Store the content as a blob, and return the attachment for the run's input; raises `BlobsUnavailable`.
+
+        An attachment without content is returned as it was sent.
+        """
         if self.content is None:
             return dict(self.members)
         label = self._label()
@@ -53,7 +56,7 @@ class JsonAttachment:
 
 
 def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
-    """Return attachments with decoded contents; raises 422 for invalid base64 and for too many attachments."""
+    """Return attachments with decoded contents; raises a 422 error for invalid base64 and for too many attachments."""
     if len(attachments) > DEFAULT_LIMITS.max_attachments:
         most = f"A mail may have at most {DEFAULT_LIMITS.max_attachments:,} attachments"
         raise errors.invalid([errors.problem(_FIELD, "too-many", most)])
@@ -71,7 +74,7 @@ def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[Js
 
 
 def _content(members: Mapping[str, Json]) -> bytes | None:
-    """Return the decoded content, None when there is none; raises `ValueError`."""
+    """Return the decoded content of an attachment, None without one; raises ValueError for invalid base64."""
     value = members.get(CONTENT)
     if value is None:
         return None

@@ -109,7 +109,10 @@ class MailTarget:
     trigger: MailTrigger
 
     def sender(self, label: str) -> RequestSender:
-        """Return the sender of a verified mail service; it acts for the owner, and may only execute."""
+        """Return the sender of a mail that a mail service has sent.
+
+        It acts for the workflow's owner, and may only execute. `label` says how the mail was verified.
+        """
         workflow = self.workflow
         caller = ApiCaller(
             key_id="",
@@ -141,7 +144,7 @@ class VerifiedMail:
     """The sender's own id of the delivery."""
 
     def unparsed(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
-        """Return the mail as it is stored for a worker."""
+        """Return the mail in the form that is stored for a worker to parse, with the trigger's rules of screening."""
         screening = self.target.trigger.screening
         return UnparsedMail(self.kind, self.content.received_at, screening=screening, **fields)
 
@@ -162,9 +165,9 @@ class MailVerifier:
         self._attempts = attempts
 
     async def find_target(self, workflow_id: str, known: RequestSender | None) -> MailTarget:
-        """Return the target workflow.
+        """Return the workflow that a mail is for, with its trigger's config.
 
-        Raises 404 for authenticated callers, and 401 when the trigger accepts no anonymous mail.
+        Raises a 404 error for authenticated callers, and 401 when the trigger accepts no anonymous mail.
         """
         if known is not None:
             workflow = await self._workflows.load(workflow_id, known.caller)
@@ -177,7 +180,7 @@ class MailVerifier:
     async def verify(
         self, target: MailTarget, content: SenderRequest, known: RequestSender | None, *, address: str
     ) -> VerifiedMail:
-        """Verify a mail; raises `ApiError` when it is refused.
+        """Verify a mail and return it with its sender; raises `ApiError` when it is refused.
 
         A signature is checked whenever the mail has one and the trigger has its key, even for authenticated
         callers. Wrong passwords are limited by the client's `address`. A trigger that isn't ready is loaded
@@ -197,7 +200,7 @@ class MailVerifier:
             return await self._verify(current.mail(content, kind, known), known, address)
 
     async def _verify(self, mail: VerifiedMail, known: RequestSender | None, address: str) -> VerifiedMail:
-        """Return a mail with the result of its verification; refusals are those of its service."""
+        """Return a mail with the result of its verification; raises the `ApiError` in the form of its service."""
         with refuse_until_later(mail.kind), answer_once(mail.kind):
             signed = await self._verify_signature(mail)
             if signed is not None:
@@ -214,7 +217,7 @@ class MailVerifier:
     async def _verify_signature(self, mail: VerifiedMail) -> tuple[str, SignatureResult] | None:
         """Verify a mail's signature; return the kind of its sender, and the result.
 
-        None when the mail has none or the trigger has no key for it.
+        None when the mail has none or the trigger has no key for it. Raises `RequestRefused` for a wrong one.
         """
         trigger = mail.target.trigger
         if mail.kind in mail_kinds.SENDGRID_KINDS and trigger.sendgrid is not None:
@@ -243,7 +246,10 @@ class MailVerifier:
         return sns.verify(message, pem, topics, sent.received_at)
 
     async def _try_credentials(self, mail: VerifiedMail, *, client: str) -> str:
-        """Return the kind of a mail's credentials; raises 429 for a client with too many wrong ones."""
+        """Return the kind of a mail's valid credentials.
+
+        Raises a 401 error without them, 429 for a client with too many wrong ones.
+        """
         attempt = f"{mail.target.workflow.id} {client}"
         offered = f"{mail.target.workflow.id} {mail.content.headers.single('Authorization')}"
         self._attempts.require_allowed(attempt, offered)
@@ -258,7 +264,10 @@ class MailVerifier:
         return label
 
     async def _verify_credentials(self, mail: VerifiedMail) -> str | None:
-        """Verify a mail's credentials and return their kind; None when it has none, or none are configured."""
+        """Verify a mail's credentials and return their kind; None when it has none, or none are configured.
+
+        Raises `RequestRefused` for wrong ones.
+        """
         trigger = mail.target.trigger
         scheme, _, given = (mail.content.headers.single("Authorization") or "").partition(" ")
         if scheme.lower() == "basic" and trigger.basic_auth:
@@ -279,7 +288,10 @@ class MailVerifier:
 
 
 async def recognize_service(sent: SenderRequest) -> MailKind:
-    """Return the format of a mail; raises the API error for a request that contains no mail."""
+    """Return the format of a mail, by the service that sent it.
+
+    Raises the API error for a request that contains no mail.
+    """
     try:
         return await offload.run(mail_kinds.recognize_mail, sent)
     except RequestRefused as error:
@@ -288,7 +300,7 @@ async def recognize_service(sent: SenderRequest) -> MailKind:
 
 @contextmanager
 def answer_once(kind: MailKind) -> Iterator[None]:
-    """Translate refusals for each mail service: Mailgun treats only 406 as final."""
+    """Translate errors of the block to final ones for the mail service: Mailgun treats only 406 as final."""
     try:
         yield
     except RequestRefused as error:
@@ -299,7 +311,7 @@ def answer_once(kind: MailKind) -> Iterator[None]:
 
 @contextmanager
 def refuse_until_later(kind: MailKind) -> Iterator[None]:
-    """Answer 503 instead of 429 to mail services, which would give up otherwise."""
+    """Translate a 429 error of the block to 503 for mail services, which would give up otherwise."""
     try:
         yield
     except ApiError as error:
@@ -318,7 +330,7 @@ def refusal_error(error: RequestRefused) -> ApiError:
 
 
 def no_mail() -> ApiError:
-    """Return the refusal of Mailgun events about sent mails."""
+    """Return the 406 error for events of Mailgun about sent mails."""
     message = "This is an event about a sent mail, not a mail: set another URL for the webhooks of Mailgun"
     return ApiError(_FINAL, "mail-refused", message)
 
@@ -332,7 +344,10 @@ def _final_refusal(kind: MailKind, error: ApiError) -> ApiError:
 
 
 def _trigger_config(workflow: LoadedWorkflow) -> MailTrigger:
-    """Return the config of the workflow's trigger; an invalid one accepts nobody."""
+    """Return the config of the workflow's e-mail trigger.
+
+    An invalid one accepts no mail, a missing one no anonymous mail.
+    """
     trigger = workflow.trigger
     if trigger is None or trigger.kind != TriggerKind.EMAIL:
         return MailTrigger()

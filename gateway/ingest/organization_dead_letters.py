@@ -252,7 +252,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose(
     request: GatewayRequest, body: SelectDeadLetters, wanted: DeadLetterFilter
 ) -> tuple[int, Sequence[Execution]]:
-    """Return the number of dead letters that match, and the oldest of them up to the limit of the request."""
+    """Return the number of dead letters that match, and the oldest of them up to the limit of the body."""
     bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
         found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
@@ -260,12 +260,12 @@ async def _choose(
 
 
 def _subject(request: GatewayRequest, body: SelectDeadLetters) -> str:
-    """Return the subject of the audit record: the workflow of the filter, or the organization."""
+    """Return the subject of the audit entry: the id of the filter's workflow, or of the organization."""
     return body.filter.workflow_id or request.caller.organization_id
 
 
 def _collect(rows: Sequence[Execution]) -> Sequence[_GroupedRuns]:
-    """Return the groups of dead letters that are ordered from the newest to the oldest."""
+    """Return the groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest."""
     collected: dict[str, _GroupedRuns] = {}
     for failed in rows:
         cause = dead_letter_rows.describe_cause(failed)

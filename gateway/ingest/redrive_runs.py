@@ -62,7 +62,10 @@ async def redrive_each(
     resource_ids: Sequence[str],
     redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> RedriveResult:
-    """Redrive each object of a workflow unless a list has redriven it before; return the result."""
+    """Redrive each object of a workflow unless a list has redriven it before.
+
+    Return the new runs and the errors by object.
+    """
 
     async def once(resource_id: str) -> AcceptanceResult:
         accepted, _ = await redrive(resource_id, idempotency.redrive_key(workflow_id, resource_id))
@@ -74,7 +77,10 @@ async def redrive_each(
 async def redrive_all(
     resource_ids: Sequence[str], redrive: Callable[[str], Awaitable[AcceptanceResult]]
 ) -> RedriveResult:
-    """Redrive objects, ten at a time; return the new runs, and the refusals by the ids of the objects."""
+    """Redrive objects, ten at a time; return the new runs, and the API errors by the ids of the objects.
+
+    Objects that were redriven before count as neither.
+    """
     done = RedriveResult()
 
     async def attempt(resource_id: str) -> AcceptanceResult | ApiError:
@@ -96,7 +102,7 @@ async def redrive_all(
 async def record_redrive(
     database: Database, caller: ApiCaller, action: AuditAction, about: str, resource_ids: Sequence[str]
 ) -> None:
-    """Record a redrive in the audit trail of a workflow or organization, before it begins."""
+    """Add a redrive to the audit trail before it begins; `about` is the id of the workflow or organization."""
     after = fingerprint(list(resource_ids))
 
     async def record(connection: AsyncConnection) -> None:
@@ -119,9 +125,10 @@ class RunRedriver:
     async def redrive_delivery(
         self, caller: ApiCaller, one: Delivery, idempotency_key: IdempotencyKey | None
     ) -> tuple[AcceptanceResult, str]:
-        """Run the workflow of a delivery on its content; return the run, and the kind of its trigger.
+        """Run the workflow of a delivery on its content; return the result, and the kind of its trigger.
 
-        Raises 409 when the delivery has no content to run, or several runs, and the errors of the ingest.
+        Raises a 409 error when the delivery has no content to run, or several runs, and the errors of the
+        ingest.
         """
         kind = delivery_rows.KINDS.get(IngestRoute(one.route))
         if kind is None:
@@ -149,7 +156,10 @@ class RunRedriver:
     async def redrive_dead_letter(
         self, caller: ApiCaller, failed: Execution, idempotency_key: IdempotencyKey
     ) -> tuple[AcceptanceResult, str]:
-        """Run the workflow of a failed run on the same input; raises 409, and the errors of the ingest."""
+        """Run the workflow of a failed run on the same input; return the result, and the kind of its trigger.
+
+        Raises a 409 error if the input is no longer kept, and the errors of the ingest.
+        """
         given, source = await self._read_input(caller, failed.id)
         if given is None:
             raise errors.conflict("not-redrivable", "The input of the run is no longer kept")
@@ -192,7 +202,7 @@ class RunRedriver:
         )
 
     async def _read_input(self, caller: ApiCaller, execution_id: str) -> tuple[str | None, BlobOwner | None]:
-        """Return a run's input while it is kept, and the owner of its blobs."""
+        """Return a run's input as JSON text, and the owner of its blobs; None twice if it is no longer kept."""
         organization_id = caller.organization_id
         statement = (
             select(col(ExecutionData.trigger), col(Execution.key_id))

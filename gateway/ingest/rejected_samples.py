@@ -69,7 +69,10 @@ class RejectedSamples:
         self._per_workflow = LocalTokenBuckets()
 
     def note(self, scope: Scope, error: ApiError) -> None:
-        """Count a refused request that has no delivery, and sample its shape."""
+        """Count a refused request that has no delivery, and sample its shape in the background.
+
+        Requests of other routes and faults of the server are skipped; too many requests are counted only.
+        """
         route = ROUTES.get(scope["route"].path)
         if route is None or error.is_noted or error.status >= SERVER_ERROR:
             return
@@ -82,8 +85,9 @@ class RejectedSamples:
             self._writing = asyncio.create_task(self._write())
 
     def _may_sample(self, scope: Scope) -> bool:
-        """Return whether the sample may replace another, so that a flood to one workflow spares other
-        samples.
+        """Return whether a sample may be kept, by a rate per workflow.
+
+        So a flood to one workflow spares the samples of others.
         """
         demand = TokenDemand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
         return self._per_workflow.take(demand, monotonic()).tokens > 0
@@ -133,7 +137,10 @@ async def list_samples(
     part: PageBounds,
     workflow_id: str | None = None,
 ) -> tuple[int, list[RejectedRequestSample]]:
-    """Return the number of samples of the caller's organization, and a page of them, the newest first."""
+    """Return the number of samples of the caller's organization, and the rows `part` of them, the newest first.
+
+    With `route`, only those of it.
+    """
     conditions = [col(RejectedRequestSample.organization_id) == caller.organization_id]
     if workflow_id is not None:
         conditions.append(col(RejectedRequestSample.workflow_id) == workflow_id)
@@ -171,7 +178,7 @@ async def _upsert(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]
 
 
 def _row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
-    """Return the row of a sample, without the id of a workflow that doesn't exist."""
+    """Return the columns of a sample with the organization of its workflow, without a workflow that doesn't exist."""
     row = sample.model_dump()
     if sample.organization_id is None:
         row["organization_id"] = owners.get(sample.workflow_id or "")
@@ -202,7 +209,10 @@ def _sample(
 
 
 def _shape(scope: Scope) -> dict[str, Any]:
-    """Return the shape of a request; only the names of its headers, since values may be secrets."""
+    """Return method, address, content type and names of headers of a request.
+
+    Not their values, which may be secrets.
+    """
     headers = scope["headers"]
     content_types = [value for name, value in headers if name.lower() == b"content-type"]
     return {

@@ -163,7 +163,7 @@ class _ListedRow:
 async def _list_rows(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds
 ) -> tuple[int, Sequence[_ListedRow]]:
-    """Return the number of schedules that the caller may read, and a page of them."""
+    """Return the number of schedules that the caller may read, and the rows `part` of them, the next to start first."""
     is_schedule = and_(
         col(WorkflowTrigger.workflow_id) == col(Schedule.workflow_id),
         col(WorkflowTrigger.kind) == SCHEDULE_KIND,
@@ -185,7 +185,7 @@ async def _list_rows(
 
 
 def _listed_row(values: Sequence[Any]) -> _ListedRow:
-    """Return the objects of a row with the columns of three tables, one after the other."""
+    """Return the objects of a result row that has the columns of three tables, one after the other."""
     objects: list[Any] = []
     position = 0
     for table in (Schedule, Workflow, WorkflowTrigger):
@@ -198,7 +198,7 @@ def _listed_row(values: Sequence[Any]) -> _ListedRow:
 
 
 async def _row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule | None, str | None]:
-    """Return the row of a schedule, and the status of its last run."""
+    """Return the row of a schedule, and the status of its last run; None for each that is missing."""
     statement = (
         select(Schedule, col(Execution.status))
         .outerjoin(Execution, col(Execution.id) == col(Schedule.last_execution_id))

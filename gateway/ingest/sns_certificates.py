@@ -60,7 +60,7 @@ class SnsCertificateCache:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def get(self, url: str, now: datetime) -> bytes:
-        """Return the certificate at an address as PEM; raises 503 when it can't be fetched.
+        """Return the certificate at a URL as PEM, cached for a while; raises a 503 error when it can't be fetched.
 
         SNS treats a 4xx as final, and the fault may be temporary: a network that is not allowed, or a proxy
         that answers instead of SNS.
@@ -75,7 +75,10 @@ class SnsCertificateCache:
         return await asyncio.shield(fetch)
 
     async def confirm(self, url: str) -> None:
-        """Confirm a subscription; raises `RequestRefused` when SNS refuses, and 503 when it is unavailable."""
+        """Request a URL that confirms a subscription.
+
+        Raises `RequestRefused` when SNS refuses, a 503 error when it is unavailable.
+        """
         status, _ = await self._request(url)
         if status != OK:
             raise RequestRefused(

@@ -23,10 +23,10 @@ log = structlog.get_logger()
 async def find_secrets(
     sources: StoredDataSources, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource | None:
-    """Return a data source that the workflow's owner may use, at most two seconds old.
+    """Return a data source that the workflow's owner may use, with its secrets, at most two seconds old.
 
-    None when there is none with this id and one of these types. Raises 503 when it can't be read, so that
-    senders retry.
+    None when there is none with this id and one of these types. Raises a 503 error when it can't be read, so
+    that senders retry.
     """
     owner = RunCaller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
     try:
@@ -43,7 +43,7 @@ async def find_secrets(
 async def find_secret_source(
     sources: StoredDataSources, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource:
-    """Return the data source as `find_secrets` does; raises 503 when there is none.
+    """Return the data source as `find_secrets` does; raises a 503 error when there is none.
 
     The error doesn't name the data source, since senders read it.
     """

@@ -189,7 +189,10 @@ async def _valid(connection: AsyncConnection, workflow_id: str, now: datetime) -
 
 
 async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
-    """End the tokens of a workflow, no later than they would expire; return the ids of those that were valid."""
+    """Let the tokens of a workflow end at a time, or earlier if they expire before.
+
+    Return the ids of those that were valid. Of too many valid tokens, the oldest end now.
+    """
     rows = await _valid(connection, workflow_id, now)
     for place, row in enumerate(rows, start=1):
         ends = at if row.expires_at is None else min(at, row.expires_at)
@@ -206,7 +209,7 @@ def _kind(request: GatewayRequest, stored: StoredWorkflow) -> str | None:
 
 
 def _urls(request: GatewayRequest, stored: StoredWorkflow, token: str) -> dict[str, str]:
-    """Return the URLs of a workflow's trigger by kind of sender."""
+    """Return the URLs of a workflow's trigger with a token, by kind of sender; empty for triggers without senders."""
     base = base_url(request)
     workflow = f"{base}/api/v1/workflows/{stored.workflow.id}"
     match _kind(request, stored):

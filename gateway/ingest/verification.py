@@ -126,9 +126,10 @@ class TriggerVerifier:
         workflow_id: str,
         use: Callable[[LoadedWorkflow], Awaitable[Used]],
     ) -> Used:
-        """Return the result of `use` with the executed definition of a workflow.
+        """Return the result of `use` with the definition of a workflow that runs execute, deployed or stored.
 
-        No refusal rests on an outdated config. Raises 404, and the errors of `use`.
+        After an error it is loaded and used again, so that none rests on an outdated config. Raises 404, and
+        the errors of `use`.
         """
         workflow = await self._executed_workflow(await self._workflows.load(workflow_id, caller))
         try:
@@ -145,7 +146,7 @@ class TriggerVerifier:
     async def verify_message(
         self, sender: RequestSender, workflow_id: str, kind: str, request: SenderRequest
     ) -> VerifiedSignature | None:
-        """Verify a message sent with a trigger token, if its trigger of a kind requires that.
+        """Verify a message sent with a trigger token, if its trigger of a kind requires that; return the result.
 
         None for senders with a key. Raises the errors of `verify_signature`.
         """
@@ -161,7 +162,7 @@ class TriggerVerifier:
         return await self.verify_with_current_secret(sender.caller, workflow_id, use)
 
     async def verify_again(self, verified: VerifiedSignature, target: RunTarget) -> None:
-        """Verify a request again if the `verification` of its target has changed.
+        """Verify a request again if the `verification` of its target has changed since.
 
         Raises the errors of `verify_signature`.
         """
@@ -172,8 +173,8 @@ class TriggerVerifier:
     async def verify_signature(self, workflow: LoadedWorkflow, request: SenderRequest) -> VerifiedSignature:
         """Verify a request by the workflow's trigger and return the result.
 
-        Raises 401 for an invalid signature, and 400 for a request that can't be parsed. Raises 422 when the
-        trigger has no valid `verification`, and 503 when its secret is missing or can't be read.
+        Raises a 401 error for an invalid signature, and 400 for a request that can't be parsed. Raises 422
+        when the trigger has no valid `verification`, and 503 when its secret is missing or can't be read.
         """
         said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
         verification = parse_config(said)
@@ -195,7 +196,10 @@ class TriggerVerifier:
         return VerifiedSignature(request, said, verified.delivery_key)
 
     async def _executed_workflow(self, workflow: LoadedWorkflow) -> LoadedWorkflow:
-        """Return a workflow with its deployed definition, if any; unlike a run's lookup, it records no activity."""
+        """Return a workflow with its deployed definition, if any.
+
+        Unlike the lookup for a run, it records no activity.
+        """
         if not workflow.is_deployed:
             return workflow
         statement = select(Deployment).where(
@@ -207,7 +211,7 @@ class TriggerVerifier:
 
 
 def parse_config(said: Json) -> VerificationConfig:
-    """Return the `verification` of a trigger; raises 422 when it is missing or invalid."""
+    """Return the parsed `verification` of a trigger; raises a 422 error when it is missing or invalid."""
     if said is None:
         message = (
             "The trigger has no `verification` of its senders: set it in the config, with the provider `none` to accept"

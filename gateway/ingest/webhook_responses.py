@@ -62,9 +62,9 @@ class AwaitedRunState:
 async def await_answer(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, seconds: float
 ) -> AwaitedRunState | None:
-    """Return the state of a run once it has answered or ended, or the time is over; None if there is none.
+    """Return the state of a run once it has answered or ended, or after `seconds`; None if there is no such run.
 
-    Raises 503 when too many requests wait.
+    Raises a 503 error when too many requests wait.
     """
     if waiting.polls >= limits.POLLS_WAITING:
         raise errors.not_ready("Too many requests wait for executions to end")
@@ -114,7 +114,10 @@ class WorkflowAnswer:
     """Response of a workflow as an ASGI callable."""
 
     def __init__(self, answer: WebhookResponse, headers: Mapping[str, str]) -> None:
-        """Build the response; the server's `headers` override those of the workflow."""
+        """Build the HTTP response from the answer of a workflow.
+
+        The server's `headers` override those of the workflow.
+        """
         self._answer = answer
         ours = {name.lower(): value for name, value in headers.items()}
         self._headers = {

@@ -62,23 +62,26 @@ class WebhookTrigger:
 
     @property
     def body_limit(self) -> BodyLimit:
-        """Limit of a body that the trigger accepts."""
+        """Largest body that the trigger accepts, in bytes, with the name of its setting for the error."""
         return BodyLimit(self.config.max_body_bytes, "`maxBodyBytes` of the trigger")
 
     def require_method(self, method: str) -> None:
-        """Raise 405 for a method that the trigger doesn't accept."""
+        """Raise a 405 error for a method that the trigger doesn't accept."""
         if method not in self.config.methods:
             raise errors.method_not_allowed(self.config.methods)
 
     def require_network(self, address: str) -> None:
-        """Raise 403 for a sender outside the networks that the trigger allows."""
+        """Raise a 403 error for an address outside the networks that the trigger allows, if it limits them."""
         networks = self.config.allowed_networks
         if networks is not None and not any(_is_in(address, network) for network in networks):
             message = "The trigger accepts no requests from this address"
             raise ApiError(403, "network-not-allowed", message)
 
     def runs_for(self, event_type: str | None) -> bool:
-        """Return whether an event type runs the workflow."""
+        """Return whether an event type runs the workflow.
+
+        Without a list of allowed events, all except a ping of GitHub.
+        """
         allowed = self.config.allowed_events
         if allowed is None:
             return not (self.verification.provider is SigningProvider.GITHUB and event_type == PING)
@@ -86,7 +89,7 @@ class WebhookTrigger:
 
 
 def read_webhook(workflow: LoadedWorkflow) -> WebhookTrigger:
-    """Return the webhook trigger of a workflow; raises 422 when it has none, or an invalid one."""
+    """Return the webhook trigger of a workflow; raises a 422 error when it has none, or an invalid one."""
     trigger = workflow.trigger
     if trigger is None or trigger.kind != KIND:
         raise errors.no_such_trigger(KIND)
@@ -121,7 +124,7 @@ class ParsedWebhookRequest:
 
 
 def parse_request(hook: WebhookTrigger, request: SenderRequest) -> ParsedWebhookRequest | UrlChallenge:
-    """Return the event type and body of a request, or its challenge; raises `RequestRefused`."""
+    """Return the event type, None without one, and body of a request, or its challenge; raises `RequestRefused`."""
     match hook.verification.provider:
         case SigningProvider.GITHUB:
             name = request.headers.single("X-GitHub-Event")
@@ -152,7 +155,10 @@ def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dic
 
 
 def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
-    """Return the headers that a run may see; several of one name become one list, as HTTP defines."""
+    """Return the headers that a run may see, without credentials.
+
+    Several of one name become one text, as HTTP defines.
+    """
     own = {hook.verification.header.lower()} if hook.verification.provider is SigningProvider.HMAC else set()
     return {
         name: ", ".join(headers.values(name))
@@ -162,7 +168,10 @@ def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
 
 
 def _body(request: SenderRequest) -> Json:
-    """Return a body, decoded by its media type."""
+    """Return a body, decoded by its media type: JSON, form fields, text, or bytes as base64.
+
+    An absent one is an empty object. Raises `RequestRefused` for invalid content.
+    """
     name = request.media_type.name
     if not request.body:
         return {}

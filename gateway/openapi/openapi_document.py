@@ -147,7 +147,10 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
 
 
 def _types(line: Route) -> list[object]:
-    """Return the types of an operation's request body, main response, and other success responses."""
+    """Return the types of an operation's request body, main response and other success responses.
+
+    None for absent ones.
+    """
     return [line.body, line.answer, *(also.answer for also in _note(line).also.values())]
 
 
@@ -166,7 +169,7 @@ def _note(line: Route) -> OperationDoc:
 
 
 def _tags(table: Iterable[Route]) -> list[Part]:
-    """Return the tags in the order of their first operations, with paths outside `/api/` last."""
+    """Return the tags with descriptions in the order of their first operations, with paths outside `/api/` last."""
     in_order = sorted(table, key=lambda line: not line.path.startswith("/api/"))
     modules = dict.fromkeys(line.handler.__module__ for line in in_order)
     names = dict.fromkeys(_tag(module) for module in modules)
@@ -219,7 +222,7 @@ def operation_id(line: Route) -> str:
 
 
 def codes(line: Route) -> list[str]:
-    """Return the error codes of an operation in the order of their status."""
+    """Return the error codes that an operation may answer, in the order of their status."""
     found = set(_note(line).refusals)
     if line.access is not AccessRule.PUBLIC:
         found |= {"unauthorized", "rate-limited", "internal-error", "not-ready"}
@@ -322,7 +325,7 @@ def _success(meaning: str, note: OperationDoc, answer: Part | None, shown: objec
 
 
 def _written(event: object) -> str:
-    """Return an event in the wire format of an event stream."""
+    """Return an event in the wire format of server-sent events."""
     fields: dict[str, str] = msgspec.convert(event, dict[str, str])
     return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
 
@@ -335,9 +338,7 @@ def _by_status(found: Iterable[str]) -> dict[int, list[str]]:
 
 
 def _name_of(of_status: Iterable[str]) -> str:
-    """Return the component name of a refusal that operations share: its codes, with the first of the JSON
-    codes for all.
-    """
+    """Return the component name of an error response that operations share: its codes joined, those of JSON as one."""
     return "-".join(dict.fromkeys(JSON_CODES[0] if code in JSON_CODES else code for code in of_status))
 
 

@@ -122,7 +122,7 @@ def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
 
 
 def _describe(struct: type[msgspec.Struct], schema: dict[str, Any]) -> None:
-    """Copy the docstring below each field into the field's schema."""
+    """Copy the docstring below each field of a type into the field's schema, and add its read-only fields."""
     descriptions: dict[str, str] = {}
     for kind in reversed(struct.__mro__):
         if issubclass(kind, WireStruct):
@@ -139,7 +139,7 @@ def _describe(struct: type[msgspec.Struct], schema: dict[str, Any]) -> None:
 
 @cache
 def _module_descriptions(module_name: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the docstrings below the fields of a module's classes."""
+    """Return the docstrings below the fields of a module's classes, by class and field, read from its source."""
     source = inspect.getsource(sys.modules[module_name])
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     return {one.name: dict(_field_descriptions(one.body)) for one in classes}

@@ -59,7 +59,7 @@ class WakeupForwarder:
         self._session: aiohttp.ClientSession | None = None
 
     def forward(self, workflow_id: str) -> None:
-        """Wake one ready pod of a workflow in the background, if there is any."""
+        """Wake one ready pod of a workflow in the background, if there is any; calls meanwhile lead to one more."""
         if workflow_id in self._tasks:
             self._requested_again.add(workflow_id)
         else:
@@ -116,7 +116,10 @@ class WakeupForwarder:
             return ReadyPods(tuple(addresses), await deployment_token.wakeup_keys(connection, workflow_id))
 
     async def _accepts_wakeup(self, address: str, keys: Sequence[str]) -> bool:
-        """Return whether a pod accepted a wakeup. A draining pod, or another process at its address, doesn't."""
+        """Send a wakeup to a pod, and return whether it accepted it with one of the keys.
+
+        False for a draining pod, for another process at its address, and without an answer.
+        """
         import aiohttp  # noqa: PLC0415 - its client costs 15 MB, which a gateway saves while all pods poll it
 
         if self._session is None:

@@ -61,7 +61,10 @@ MANY_WRITES = 20
 
 
 async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return the deployed definition, and the address that data sources must not reach. Raises 409 `not-deployed`."""
+    """Answer a pod's first call with its deployed definition and the database that data sources must not reach.
+
+    The runs of earlier processes of the pod are reclaimed. Raises a 409 error `not-deployed`.
+    """
     gateway = request.gateway
     await _reclaim_earlier(gateway, holder)
     found = await lease_checks.deployed_definition(gateway.database, holder)
@@ -80,7 +83,7 @@ async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def _reclaim_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
-    """Reclaim the runs of earlier processes of the same pod.
+    """Return the runs of earlier processes of the same pod to the queue, and notify pods of them.
 
     A pod never has two processes at the same time, so the earlier ones have ended.
     """
@@ -104,14 +107,15 @@ def _own_database(gateway: GatewayState) -> ServerDatabaseAddress | None:
 async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Answer when the pod may have runs to claim, or has stop or cancel requests to runs that it holds.
 
-    The answer is empty at the timeout of the call, and nothing is claimed. Raises 503 if too many pods wait.
+    The answer is empty at the timeout of the call, and nothing is claimed. Raises a 503 error if too many
+    pods wait.
     """
     call = await decode_call(request, WorkPollRequest)
     return JsonResponse(await request.gateway.pod_services.poll_hub.wait(holder, call))
 
 
 async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Claim pending runs of this deployment."""
+    """Claim pending runs of this deployment for the pod, and answer with them; with none if it is stopped or drains."""
     call = await decode_call(request, ClaimRequest)
     if not await lease_checks.takes_runs(request.gateway.database, holder):
         return JsonResponse(ClaimResponse(()))
@@ -133,7 +137,10 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def _record_wakes(gateway: GatewayState, holder: LeaseHolder, claimed: Sequence[ClaimedRun]) -> None:
-    """Record that first claims of a young pod have waited for its start. Losing this record is harmless."""
+    """Record that runs claimed for the first time by a young pod have waited for its start.
+
+    Losing this record is harmless, so database failures are ignored.
+    """
     fresh = [run.execution_id for run in claimed if not run.has_journal]
     if not fresh or gateway.clock() - holder.process.started_at > YOUNG_POD_TIME:
         return
@@ -156,7 +163,11 @@ async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse
 
 
 async def record(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Write the progress of runs to the journal."""
+    """Write the progress of runs to the journal.
+
+    Answer with the runs that the pod still holds, and those not written. Raises a 422 error for values that
+    can't be stored.
+    """
     call = await decode_call(request, RecordRequest, max_bytes=MAX_RECORD_BYTES)
     if len({write.execution_id for write in call.writes}) < len(call.writes):
         message = "A run has more than one write"
@@ -187,7 +198,10 @@ async def _publish(gateway: GatewayState, call: RecordRequest, held: frozenset[s
 
 
 async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Renew the leases of runs."""
+    """Renew the leases of runs.
+
+    Answers with the renewed ones and their stop or cancel requests, the locked ones, and the present time.
+    """
     call = await decode_call(request, RenewRequest)
     held = [LeaseRenewal(lease.execution_id, lease.shard, lease.token) for lease in call.leases]
     renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
@@ -210,33 +224,33 @@ async def release(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def promote(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return runs whose wait is over to the queue."""
+    """Return runs of this deployment whose wait is over to the queue; answer with their number."""
     return JsonResponse(CountResponse(await lease_checks.promote_due(request.gateway.database, holder)))
 
 
 async def definitions(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return the definitions of runs that the pod holds."""
+    """Answer with the definitions of runs that the pod holds, by hash; others are omitted."""
     call = await decode_call(request, DefinitionsRequest)
     found = await lease_checks.read_definitions(request.gateway.database, holder, call.hashes)
     return JsonResponse(DefinitionsResponse(found))
 
 
 async def spans(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return a page of the recorded spans of a run."""
+    """Answer with a page of the recorded spans of a run that the pod holds; empty for other runs."""
     call = await decode_call(request, SpansRequest)
     found = await lease_checks.read_spans(request.gateway.database, holder, call.execution_id, call.after)
     return JsonResponse(SpansResponse(found))
 
 
 async def log_ends(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return the last log position of each run."""
+    """Answer with the last log position of each run that the pod holds."""
     call = await decode_call(request, RunsRequest)
     found = await lease_checks.read_log_ends(request.gateway.database, holder, call.execution_ids)
     return JsonResponse(LogPositions(found))
 
 
 async def answers(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return the wait answers of nodes."""
+    """Answer with the wait answers of nodes in the runs that the pod holds."""
     call = await decode_call(request, RunsRequest)
     found = await lease_checks.read_answers(request.gateway.database, holder, call.execution_ids)
     return JsonResponse(NodeAnswersResponse(found))

@@ -59,12 +59,12 @@ class LeaseHolder:
 
 
 def lease_lost() -> ApiError:
-    """Return 409 `lease-lost`, the same for runs that are foreign, deleted or unknown."""
+    """Return the 409 error `lease-lost`, the same for runs that are foreign, deleted or unknown."""
     return ApiError(409, "lease-lost", "This pod holds no lease on such an execution")
 
 
 def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
-    """Return the conditions that select the executions with a live lease of this pod."""
+    """Return the SQL conditions that select the executions with a live lease of this pod."""
     return (
         col(Execution.workflow_id) == holder.workflow_id,
         col(Execution.organization_id) == holder.organization_id,
@@ -76,7 +76,10 @@ def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
 
 
 async def read_caller(database: Database, holder: LeaseHolder, execution_id: str) -> RunCaller:
-    """Return the organization, user and workflow in whose name a run acts. Raises 409 `lease-lost`."""
+    """Return the organization, user and workflow in whose name a run acts.
+
+    Raises a 409 error `lease-lost` if the pod doesn't hold the run.
+    """
     statement = select(col(Execution.user_id), col(Execution.key_id), col(Execution.write_key_id)).where(
         col(Execution.id) == execution_id, *held_conditions(holder)
     )
@@ -91,7 +94,7 @@ async def read_caller(database: Database, holder: LeaseHolder, execution_id: str
 
 
 async def require_resume_line(database: Database, holder: LeaseHolder, key_id: str) -> None:
-    """Raise 409 `lease-lost` unless the pod holds a run of this line of resumed runs."""
+    """Raise a 409 error `lease-lost` unless the pod holds a run of this line of resumed runs."""
     statement = (
         select(col(Execution.id)).where(col(Execution.key_id) == key_id, *held_conditions(holder)).limit(1)
     )
@@ -101,7 +104,7 @@ async def require_resume_line(database: Database, holder: LeaseHolder, key_id: s
 
 
 async def deployed_definition(database: Database, holder: LeaseHolder) -> tuple[str, str] | None:
-    """Return the hash and the text of the deployed definition, or `None`."""
+    """Return the hash and the text of the deployed definition; None if the workflow was never deployed."""
     statement = (
         select(col(Definition.hash), col(Definition.body))
         .join(
@@ -123,10 +126,7 @@ async def takes_runs(database: Database, holder: LeaseHolder) -> bool:
 
 
 async def is_stopped(database: Database, holder: LeaseHolder) -> bool:
-    """Return whether the pods of the deployment shall end after a drain.
-
-    An undeployed workflow counts as not stopped.
-    """
+    """Return whether the pods of the deployment have to end after a drain; False for an undeployed workflow."""
     statement = select(col(Deployment.workflow_id)).where(
         col(Deployment.workflow_id) == holder.workflow_id,
         col(Deployment.is_deployed),
@@ -137,7 +137,7 @@ async def is_stopped(database: Database, holder: LeaseHolder) -> bool:
 
 
 async def read_definitions(database: Database, holder: LeaseHolder, hashes: Sequence[str]) -> dict[str, str]:
-    """Return the definitions of runs that the pod holds."""
+    """Return the texts of definitions by hash, of runs that the pod holds; others are omitted."""
     pinned = (
         select(col(Execution.definition_hash))
         .where(col(Execution.definition_hash).in_(hashes), *held_conditions(holder))
@@ -155,7 +155,10 @@ async def read_definitions(database: Database, holder: LeaseHolder, hashes: Sequ
 async def read_spans(
     database: Database, holder: LeaseHolder, execution_id: str, after: int
 ) -> list[NodeSpan]:
-    """Return a page of the recorded spans of a run, in their order."""
+    """Return a page of the recorded spans of a run with sequence numbers above `after`, in order.
+
+    Empty if the pod doesn't hold the run.
+    """
     # Raw columns as they are stored, since `decode_span` reads those.
     columns: list[ColumnElement[Any]] = [literal_column(f"span.{column}") for column in SPAN_COLUMNS]
     statement = (
@@ -178,7 +181,7 @@ async def read_spans(
 async def read_log_ends(
     database: Database, holder: LeaseHolder, execution_ids: Sequence[str]
 ) -> dict[str, int]:
-    """Return the highest sequence number of each run's log."""
+    """Return the highest sequence number of the log of each run that the pod holds; runs without a log are omitted."""
     statement = (
         select(col(LogRow.execution_id), func.max(col(LogRow.sequence)).label("last"))
         .join(Execution, col(Execution.id) == col(LogRow.execution_id))

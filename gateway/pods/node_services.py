@@ -49,7 +49,10 @@ ASK_SECONDS: Final = 20.0
 
 
 async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
-    """Store a blob for a line of resumed runs. Raises 422 for a wrong hash and 503 without blob storage."""
+    """Store the body as a blob for a line of resumed runs.
+
+    Raises 409 `lease-lost`, 422 for a wrong hash and 503 without blob storage.
+    """
     owner = await _owner(request, holder)
     content = await request.body_up_to(BodyLimit(MAX_BLOB_BYTES, setting=""))
     wanted = request.path_params["sub"]
@@ -65,7 +68,10 @@ async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
 
 
 async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload:
-    """Return a blob of a line of resumed runs. Raises 404 for a lost blob and 503 without blob storage."""
+    """Answer with a blob of a line of resumed runs.
+
+    Raises 409 `lease-lost`, 404 for a lost blob and 503 without blob storage.
+    """
     owner = await _owner(request, holder)
     try:
         return await BlobDownload.of(request.gateway.blobs, owner, request.path_params["sub"])
@@ -82,7 +88,7 @@ async def _owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
 
 
 async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return a data source with its decrypted secrets, as the user of the path's run may use it.
+    """Answer with a data source and its decrypted secrets, if the user of the path's run may use it.
 
     Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
     """
@@ -93,7 +99,10 @@ async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> Json
 
 
 async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Start a run of another workflow and return its ID."""
+    """Start a run of another workflow on behalf of the path's run, and answer with its id.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
     call = await decode_call(request, StartRunRequest, max_bytes=MAX_START_BYTES)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translated_errors():
@@ -109,7 +118,10 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
 
 
 async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Register an event wait of a node and return when it expires."""
+    """Register an event wait of a node, and answer with the time when it expires.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
     call = await decode_call(request, ExpectEventRequest)
     record_checks.require_readable(call)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
@@ -126,7 +138,10 @@ async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResp
 
 
 async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Reserve the next time at which a throttled node may run."""
+    """Reserve the next time at which a throttled node may run, and answer with it.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
     call = await decode_call(request, ThrottleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translated_errors():
@@ -142,7 +157,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 @asynccontextmanager
 async def _translated_errors() -> AsyncIterator[None]:
-    """Translate a node's error into 422 with its kind in a header, and a slow database into 503."""
+    """Translate a node's error in the block to a 422 error with its kind in a header, and a slow database to 503."""
     try:
         async with asyncio.timeout(ASK_SECONDS):
             yield

@@ -49,7 +49,10 @@ class PodAuthenticator:
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
 
     async def holder(self, request: HTTPConnection) -> LeaseHolder:
-        """Return the calling pod. Raises 401 without a valid token, and 429 after too many failures."""
+        """Return the calling pod with its deployment and process.
+
+        Raises a 401 error without a valid token, and 429 after too many failures.
+        """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         process = PodProcess.from_name(request.headers.get(RUNNER_HEADER, ""))
         if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or process is None:

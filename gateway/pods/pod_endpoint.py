@@ -40,7 +40,10 @@ class PodEndpoint(PathEndpoint):
 
 
 async def decode_call(request: GatewayRequest, kind: type[Call], *, max_bytes: int = MAX_CALL_BYTES) -> Call:
-    """Return the body as `kind`. Raises 400 for invalid strict JSON, 413 for size, and 422 for wrong fields."""
+    """Return the body as `kind`.
+
+    Raises a 400 error for invalid strict JSON, 413 for size, and 422 for wrong fields.
+    """
     raw = await request.body_up_to(BodyLimit(max_bytes, setting=""))
     if len(raw) > LONG_BYTES:
         return await asyncio.to_thread(_decoded, raw, kind)

@@ -82,14 +82,14 @@ class PodPollHub:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Subscribe to notifications of runs at other gateways."""
+        """Subscribe to notifications of runs that other gateways have accepted."""
         await self._broker.listen(self._receive, subject=CHANGED_EXECUTIONS)
 
     async def wait(self, holder: LeaseHolder, call: WorkPollRequest) -> WorkPollResponse:
-        """Wait until a pod may have runs to claim, or new requests to its runs, and return that; empty at its
-        timeout.
+        """Wait until a pod may have runs to claim, or new requests to its runs, and return that.
 
-        Claims nothing. Raises `DatabaseUnavailable`, and 503 if too many pods poll or the gateway stops.
+        Empty at its timeout. Claims nothing. Raises `DatabaseUnavailable`, and a 503 error if too many pods
+        poll or the gateway stops.
         """
         if self._is_closed or sum(map(len, self._waiters.values())) >= MAX_WAITING:
             raise errors.not_ready("Too many pods wait here, or this gateway is stopping: try again")
@@ -110,7 +110,7 @@ class PodPollHub:
             self._leave(waiter)
 
     async def notify_pods(self, workflow_ids: Collection[str]) -> None:
-        """Notify pods of new runs after the commit, also those that poll other gateways."""
+        """After a commit, notify pods of workflows with new runs, also pods that poll other gateways."""
         elsewhere = [workflow_id for workflow_id in workflow_ids if not self._count_run(workflow_id)]
         for workflow_id in elsewhere:
             if self._polled.get(workflow_id) is None:
@@ -123,11 +123,11 @@ class PodPollHub:
             )  # the rows are committed: the periodic query finds them
 
     def has_waiting_pod(self, workflow_id: str) -> bool:
-        """Return whether a pod of a workflow polls here and will hear of runs at every gateway."""
+        """Return whether a pod of a workflow polls here and is notified of runs at every gateway."""
         return workflow_id in self._waiters and self._watched.get(workflow_id) is not None
 
     def release(self) -> None:
-        """Answer all polls and refuse new ones, because the gateway stops."""
+        """Answer all polls and refuse new ones, because the gateway is about to stop."""
         self._is_closed = True
         for waiter in self._all_waiters():
             self._respond(waiter)
@@ -151,7 +151,10 @@ class PodPollHub:
     # ── new runs ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _count_run(self, workflow_id: str) -> bool:
-        """Count a new run and return whether a pod that polls here was notified. Others learn it by their next poll."""
+        """Count a new run, and return whether a pod that polls here was notified.
+
+        Pods between two polls detect it by the count at their next poll.
+        """
         self._run_counts[workflow_id] = self._run_counts.get(workflow_id, 0) + 1
         self._run_counts.move_to_end(workflow_id)
         if len(self._run_counts) > MAX_COUNTED:
@@ -183,9 +186,9 @@ class PodPollHub:
         self._count_run(workflow_id)
 
     async def _watch(self, workflow_id: str) -> bool:
-        """Have the broker announce the next run at another gateway, once; return whether a new watch began.
+        """Request a notification of the next run at another gateway, once; return whether a new watch began.
 
-        False if a watch is in force or the broker is unavailable; the periodic check makes up for its loss.
+        False if a watch is in effect or Redis is unavailable; the periodic check makes up for its loss.
         """
         if self._watched.get(workflow_id) is not None:
             return False

@@ -39,7 +39,7 @@ class _AwaitedNode(msgspec.Struct):
 
 
 def require_storable(write: RunWrite) -> None:
-    """Raise 422 for values that could not be read back from their row."""
+    """Raise a 422 error for values of a pod's write that could not be read back from their row."""
     try:
         for span in write.spans:
             _check_span(span)
@@ -59,12 +59,12 @@ def require_storable(write: RunWrite) -> None:
 
 
 def is_storable_text(text: str) -> bool:
-    """Return whether every database can store a text from a pod."""
+    """Return whether every database can store a text of a pod: within the length limit, and without NUL."""
     return len(text) <= MAX_NODE_CHARACTERS and "\0" not in text
 
 
 def require_readable(call: ExpectEventRequest) -> None:
-    """Raise 422 for an event filter that can't be compiled."""
+    """Raise a 422 error for an event filter that can't be compiled, and for values that are no list."""
     try:
         if call.condition is not None:
             compile_condition(values.decode_json(call.condition.encode()))

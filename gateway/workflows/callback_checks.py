@@ -29,7 +29,7 @@ class CallbackChecker:
         self._allowed_networks = allowed_networks
 
     async def require_reachable(self, url: str, organization_id: str, *, has_key: bool) -> None:
-        """Raise 422 unless a run of the organization may report its end to this URL.
+        """Raise a 422 error unless a run of the organization may report its end to this URL.
 
         The address must be public, the organization needs a signing secret, and the caller an API key: a
         trigger token allows requests but reveals nothing about their runs. Host names are resolved and
@@ -65,7 +65,10 @@ class CallbackChecker:
 
 
 def check_callback(url: str, path: str, problems: ProblemCollector) -> UrlTarget | None:
-    """Parse a callback URL; problems of its text are added to `problems`, and the result is then None."""
+    """Return the parsed callback URL.
+
+    Problems of its text are added to `problems` with `path`, and the result is then None.
+    """
     if len(url) > limits.CALLBACK_URL_LENGTH:
         message = f"{path} may have at most {limits.CALLBACK_URL_LENGTH:,} characters"
         problems.add(path, "too-long", message)

@@ -200,7 +200,10 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
 async def _find_template(
     request: GatewayRequest, body: UseTemplate
 ) -> tuple[StoredWorkflow, Mapping[str, str | None] | None]:
-    """Return the template and the replacements of its references; raises 404."""
+    """Return the template that a body names, and the replacements of its references, None without any.
+
+    Raises a 404 error.
+    """
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:
         catalog = request.gateway.catalog
@@ -246,7 +249,7 @@ async def export_workflow(request: GatewayRequest) -> JsonResponse:
 
 
 def _encode_document(stored: StoredWorkflow, catalog: NodeCatalog) -> bytes:
-    """Return a document as JSON, indented unless it is very long."""
+    """Return the exported document of a workflow as JSON, indented unless it is very long."""
     written = msgspec.json.encode(workflow_documents.export_document(stored, catalog))
     # Indentation makes a deeply nested document sixty times as long.
     return written if len(written) > READABLE_BYTES else msgspec.json.format(written, indent=2)
@@ -280,7 +283,7 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
 def _imported(
     body: ImportWorkflow, caller: ApiCaller, catalog: NodeCatalog, now: datetime
 ) -> tuple[StoredWorkflow, ImportAnswer]:
-    """Return the workflow to create, and the answer with its findings; raises 422."""
+    """Return the workflow to create, and the answer with its findings; raises a 422 error for an invalid document."""
     stored = workflow_documents.import_document(caller, body, catalog, now)
     named = workflow_documents.references(stored, catalog)
     if body.references is not None:

@@ -78,7 +78,7 @@ Addition: TypeAlias = Callable[[AsyncConnection, WorkflowEdit], Awaitable[None]]
 
 
 async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> StoredWorkflow:
-    """Return the requested workflow; raises 404 unless the caller may read it."""
+    """Return the requested workflow; raises a 404 error if it is missing or the caller may not read it."""
     stored = await workflow_rows.find_workflow(connection, requested.id, requested.caller)
     if stored is None:
         raise errors.not_found("workflow")
@@ -86,7 +86,7 @@ async def find_readable(connection: AsyncConnection, requested: RequestedObject)
 
 
 def require_writer(caller: ApiCaller, workflow: Workflow) -> None:
-    """Raise 403 unless the caller may change, share and delete a readable workflow."""
+    """Raise a 403 error unless the caller owns the workflow or is an admin, and so may change, share and delete it."""
     preconditions.require_owner(caller, workflow.owner_id, what="workflow")
 
 
@@ -99,7 +99,10 @@ class WorkflowEditor:
         self._vault = vault
 
     async def read(self, requested: RequestedObject) -> StoredWorkflow:
-        """Return the requested workflow; raises 404 unless the caller may read it."""
+        """Return the requested workflow, read in a transaction of its own.
+
+        Raises a 404 error unless the caller may read it.
+        """
         async with self._database.read() as connection:
             return await find_readable(connection, requested)
 
@@ -112,11 +115,11 @@ class WorkflowEditor:
         also: Addition | None = None,
         anyway: Addition | None = None,
     ) -> WorkflowEdit:
-        """Apply `change` to the requested workflow, after all concurrent edits.
+        """Apply `change` to the requested workflow after all concurrent edits, and return it before and after.
 
-        `also` runs with a change, `anyway` even without one. Raises 404, 403, 412 if `If-Match` names another
-        revision, 422 if an active workflow would become invalid, and the errors of `change`, `also` and
-        `anyway`; then nothing is written.
+        `also` runs in the transaction of a change, `anyway` even without one. Raises 404, 403, 412 if
+        `If-Match` names another revision, 422 if an active workflow would become invalid, and the errors of
+        `change`, `also` and `anyway`; then nothing is written.
         """
         caller = requested.caller
         done: WorkflowEdit | None = None
@@ -172,7 +175,10 @@ class WorkflowEditor:
         caller: ApiCaller,
         catalog: NodeCatalog,
     ) -> StoredWorkflow:
-        """Store a changed workflow as its next revision; raises 409 and 422."""
+        """Store a changed workflow as its next revision, and return it.
+
+        Raises a 409 error for a concurrent edit, and 422.
+        """
         after = wanted.after.with_columns(
             revision=before.workflow.revision + 1, updated_at=self._database.clock.now()
         )
@@ -192,7 +198,10 @@ class WorkflowEditor:
         *,
         shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
     ) -> JsonResponse:
-        """Insert a workflow, once per idempotency key, and answer 201 with `shown(workflow_id)`."""
+        """Insert a workflow, once per idempotency key, and return an answer with 201 and `shown(workflow_id)`.
+
+        Raises a 422 error for unusable data sources, and for a key that was used with another body.
+        """
         workflow = made.workflow
         named: Sequence[ResourceReference] = ()
         if workflow.status == WorkflowStatus.ACTIVE:
@@ -230,12 +239,12 @@ class WorkflowEditor:
 
 
 def answer(stored: StoredWorkflow, value: object, *, status: int = 200) -> JsonResponse:
-    """Return an answer about a workflow, with its `ETag`."""
+    """Return a JSON answer about a workflow, with its `ETag`."""
     return JsonResponse(value, status=status, headers=entity_tag(stored))
 
 
 def entity_tag(stored: StoredWorkflow) -> dict[str, str]:
-    """Return the `ETag` header of a workflow, for a later `If-Match`."""
+    """Return the `ETag` header of a workflow's revision, for a later `If-Match`."""
     return {"ETag": f'"{stored.workflow.revision}"'}
 
 
@@ -251,9 +260,9 @@ def content_hash(stored: StoredWorkflow) -> str:
 
 
 def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
-    """Return the changed workflow, or None if the change has no effect.
+    """Return the changed workflow; None if the change has no effect.
 
-    Raises 422, and the errors of `change`.
+    Raises a 422 error if an active workflow would become invalid, and the errors of `change`.
     """
     after = change(before)
     # In Python, 1 equals true: the hashes are of JSON texts, which differ.
@@ -272,7 +281,7 @@ def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _A
 
 
 def _require_no_credentials(stored: StoredWorkflow) -> None:
-    """Raise 422 for credentials in a template, since the whole organization can read it."""
+    """Raise a 422 error for credentials in a template, since the whole organization can read it."""
     if not stored.workflow.is_template:
         return
     found = [
@@ -303,7 +312,7 @@ def _nodes_to_check(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[
 
 
 def _unchanged(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
-    """Return the ids of the nodes that an edit has not changed: in a large graph all but a few."""
+    """Return the ids of the nodes that an edit has not changed; in a large graph, these are all but a few."""
     known = {node["id"]: node for node in before.nodes}
     alike = [(known[node["id"]], node) for node in after.nodes if known.get(node["id"]) == node]
     if _encode_sorted([old for old, _ in alike]) != _encode_sorted([new for _, new in alike]):
@@ -314,7 +323,7 @@ def _unchanged(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
 def named_sources(
     stored: StoredWorkflow, catalog: NodeTypeLookup, *, only: Collection[str]
 ) -> Sequence[ResourceReference]:
-    """Return every field of these nodes that names a data source."""
+    """Return a reference for each field of the nodes in `only` that names a data source."""
     nodes = [node for node in stored.nodes if str(node["id"]) in only]
     graph = ParsedGraph.from_stored(build_definition(nodes, [], {}))
     return [one for one in list_references(graph, catalog) if one.kind == "datasources"]
@@ -326,7 +335,10 @@ async def require_usable(
     named: Sequence[ResourceReference],
     vault: SecretVault,
 ) -> None:
-    """Raise 422 unless each data source exists, is usable by the owner, decrypts, and has a suitable type."""
+    """Raise a 422 error for data sources that the workflow can't use.
+
+    Each must exist, be usable by the owner, decrypt, and have a suitable type.
+    """
     if not named:
         return
     owner = stored.workflow

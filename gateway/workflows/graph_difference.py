@@ -55,7 +55,7 @@ def compare_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, J
 
 
 def compare_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, ValueChange]:
-    """Return the keys with different values, or with a value on one side only."""
+    """Return the keys with different values, or with a value on one side only, each with both values."""
     return {
         key: ValueChange(before=before.get(key, UNSET), after=after.get(key, UNSET))
         for key in {**before, **after}

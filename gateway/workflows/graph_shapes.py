@@ -129,7 +129,10 @@ Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits
 def stored_nodes(
     nodes: Sequence[NodeInput], catalog: NodeCatalog, problems: ProblemCollector
 ) -> list[StoredNode]:
-    """Return nodes in the stored form, without generating positions; problems are added to `problems`."""
+    """Return the nodes of a body in their stored form, without generating positions.
+
+    Problems are added to `problems`.
+    """
     return [
         stored_node(node, f"nodes.{index}.", None, catalog, problems)
         for index, node in enumerate(nodes)
@@ -140,7 +143,7 @@ def stored_nodes(
 def stored_connections(
     connections: Sequence[ConnectionInput], problems: ProblemCollector
 ) -> list[StoredConnection]:
-    """Return connections in the stored form; problems are added to `problems`."""
+    """Return the connections of a body in their stored form; problems are added to `problems`."""
     return [
         stored_connection(edge, f"connections.{index}.", problems)
         for index, edge in enumerate(connections)
@@ -151,9 +154,9 @@ def stored_connections(
 def stored_node(
     node: NodeInput, path: str, place: CanvasPosition | None, catalog: NodeCatalog, problems: ProblemCollector
 ) -> StoredNode:
-    """Return a node in the stored form, at `place` unless it has a position.
+    """Return a node of a body in its stored form, at `place` unless it has a position.
 
-    `path` is the prefix of the paths of its problems.
+    Problems are added to `problems` with the prefix `path`.
     """
     type_name = catalog.canonical_name(node.node_id or node.type or node.node_type or "")
     version = node.version or node.node_version
@@ -193,7 +196,7 @@ def stored_node(
 
 
 def stored_connection(edge: ConnectionInput, path: str, problems: ProblemCollector) -> StoredConnection:
-    """Return a connection in the stored form; `path` is the prefix of the paths of its problems."""
+    """Return a connection of a body in its stored form; problems are added to `problems` with the prefix `path`."""
     return {
         "id": _id(edge.id, "conn", path, problems),
         "source": _end(edge.source_node_id or edge.source, f"{path}sourceNodeId", problems),
@@ -259,7 +262,7 @@ def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]
 
 
 def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
-    """Return nodes with new canvas positions, one for each node in the same order."""
+    """Return the nodes at other canvas positions, one for each node in the same order."""
     return [
         {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
         for node, (x, y) in zip(nodes, places, strict=True)
@@ -271,7 +274,10 @@ def placed(
     connections: Sequence[StoredConnection],
     before: Sequence[StoredNode] = (),
 ) -> list[StoredNode]:
-    """Return nodes with positions: their own, else that of the node in `before`, else a free one."""
+    """Return nodes with canvas positions.
+
+    A node keeps its own, else gets that of the node with the same id in `before`, else a free one.
+    """
     known = {str(node["id"]): node["position"] for node in before}
     kept: list[StoredNode] = []
     for node in nodes:
@@ -297,7 +303,7 @@ def graph_of(stored: StoredWorkflow) -> ParsedGraph:
 
 
 def require_valid(validation: ValidationResult) -> None:
-    """Raise 422 with the findings if a graph is invalid."""
+    """Raise a 422 error with the errors of a graph's validation, if there are any."""
     if not validation.errors:
         return
     shown = validation.errors[: limits.FINDINGS]
@@ -317,12 +323,12 @@ def _detail(finding: GraphFinding) -> dict[str, Json]:
 
 
 def shown_node(node: StoredNode) -> dict[str, Json]:
-    """Return a node as in the Workflow object."""
+    """Return a stored node in API form: with its type as `nodeId` too."""
     return {"id": node["id"], "nodeId": node["type"], **node}
 
 
 def shown_connection(connection: StoredConnection) -> dict[str, Json]:
-    """Return a connection as in the Workflow object."""
+    """Return a stored connection in API form: with `sourceNodeId` and `targetNodeId`."""
     return {
         "id": connection["id"],
         "sourceNodeId": connection["source"],

@@ -64,12 +64,12 @@ class NodeChanges(GuardedWire):
 
 
 def node_of(stored: StoredWorkflow, node_id: str) -> StoredNode:
-    """Return a node of a workflow by its id; raises 404, and 409 if two nodes share the id."""
+    """Return a node of a workflow by its id; raises a 404 error, and 409 if two nodes share the id."""
     return named(stored.nodes, node_id)
 
 
 def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
-    """Return the node with an id; raises 404, and 409 if two nodes share the id."""
+    """Return the node with an id; raises a 404 error, and 409 if two nodes share the id."""
     found = [node for node in nodes if node["id"] == node_id]
     if not found:
         raise errors.not_found("node")
@@ -80,7 +80,11 @@ def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
 
 
 def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Add a node with an id; without a position it gets a free one beside the others."""
+    """Return a workflow with one more node, which has an id.
+
+    Without a position it gets a free one beside the others. Raises a 409 error for an id in use, 422 for
+    invalid fields and too many or too large nodes.
+    """
     problems = ProblemCollector()
     place = node.position or _free_position(before.nodes)
     made = graph_shapes.stored_node(node, "", place, catalog, problems)
@@ -98,8 +102,9 @@ def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> 
 def with_changes(
     before: StoredWorkflow, node_id: str, changes: NodeChanges, catalog: NodeCatalog
 ) -> StoredWorkflow:
-    """Return a workflow with changed fields of one node; raises 404 for an unknown node and 422 for invalid
-    fields.
+    """Return a workflow with changed fields of one node.
+
+    Raises a 404 error for an unknown node, and 422 for invalid fields.
     """
     node = node_of(before, node_id)
     problems = ProblemCollector()
@@ -126,19 +131,19 @@ def with_changes(
 
 
 def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:
-    """Return a workflow with other input mappings of one node; raises 404 for an unknown node."""
+    """Return a workflow with other input mappings of one node; raises a 404 error for an unknown node."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "inputMappings": mappings})
 
 
 def with_pass_through(before: StoredWorkflow, node_id: str, values: Mapping[str, str]) -> StoredWorkflow:
-    """Return a workflow with other pass-through values of one node; raises 404 for an unknown node."""
+    """Return a workflow with other pass-through values of one node; raises a 404 error for an unknown node."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "passThroughValues": dict(values)})
 
 
 def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
-    """Return a workflow without one node and its connections; raises 404 for an unknown node."""
+    """Return a workflow without one node and its connections; raises a 404 error for an unknown node."""
     nodes = [node for node in before.nodes if node["id"] != node_id]
     if len(nodes) == len(before.nodes):
         raise errors.not_found("node")
@@ -147,7 +152,7 @@ def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
 
 
 def require_valid_mappings(mappings: Mapping[str, Json]) -> None:
-    """Raise 422 with an entry for each mapping that is no valid expression."""
+    """Raise a 422 error with an entry for each mapping that is no valid expression."""
     problems = ProblemCollector()
     _check_mappings(mappings, "mappings", problems)
     problems.raise_any()
@@ -194,7 +199,7 @@ def _with_replaced(before: StoredWorkflow, node: StoredNode, after: StoredNode) 
 
 
 def _require_size(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
-    """Raise 422 if the graph with a changed node would be too large for one request body."""
+    """Raise a 422 error if a changed node, or all nodes together, would be too large for one request body."""
     try:
         encode_json({"nodes": [changed]})
     except InvalidJson as error:
@@ -214,7 +219,10 @@ def _free_position(nodes: Iterable[StoredNode]) -> CanvasPosition:
 
 
 def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Add a connection with an id between two nodes."""
+    """Return a workflow with one more connection, which has an id.
+
+    Raises a 422 error for unknown nodes or ports, a repetition, a cycle, and too many connections.
+    """
     problems = ProblemCollector()
     made = graph_shapes.stored_connection(edge, "", problems)
     problems.raise_any()
@@ -230,7 +238,7 @@ def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: Node
 
 
 def without_connection(before: StoredWorkflow, connection_id: str) -> StoredWorkflow:
-    """Return a workflow without one connection; raises 404 for an unknown id."""
+    """Return a workflow without one connection; raises a 404 error for an unknown id."""
     connections = [edge for edge in before.connections if edge["id"] != connection_id]
     if len(connections) == len(before.connections):
         raise errors.not_found("connection")
@@ -267,7 +275,7 @@ def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], cata
 
 
 def _outputs(node: StoredNode, catalog: NodeCatalog) -> Sequence[str]:
-    """Return the outputs of a node; empty for an unknown type."""
+    """Return the output ports of a node, with the error port; empty for an unknown type."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
         return ()

@@ -262,7 +262,10 @@ async def set_pass_through(request: GatewayRequest) -> JsonResponse:
 
 
 def _one_of(name: str, value: Values | None, other_name: str, other: Values | None) -> Values:
-    """Return the given one of two aliases; raises 422 if both are absent or if they differ."""
+    """Return the given one of two fields with the same meaning.
+
+    Raises a 422 error if both are absent or if they differ.
+    """
     if value is not None and other is not None and value != other:
         message = f"Send {name} or {other_name}, not both"
         raise errors.invalid([errors.problem(other_name, "ambiguous", message)])
@@ -338,7 +341,7 @@ def _shown(node: StoredNode, catalog: NodeCatalog) -> ResolvedNode:
 
 
 def _resolved(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
-    """Return a node with the catalog's fields of its type; the type may have left the catalog since."""
+    """Return a node with the catalog's fields of its type; unknown ones if the type has left the catalog."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
         resolved: dict[str, Json] = {"category": UNKNOWN_CATEGORY, "s3Location": "", "resources": {}}
@@ -356,7 +359,7 @@ def _resolved(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
 
 
 def _all_fields(stored: StoredWorkflow, node_id: str, catalog: NodeCatalog) -> dict[str, Json]:
-    """Return every field of a node that some answer shows."""
+    """Return every field of a node that any answer of the API shows; raises a 404 error for an unknown node."""
     node = node_edits.node_of(stored, node_id)
     inbound = sum(edge["target"] == node_id for edge in stored.connections)
     outbound = sum(edge["source"] == node_id for edge in stored.connections)
@@ -366,7 +369,7 @@ def _all_fields(stored: StoredWorkflow, node_id: str, catalog: NodeCatalog) -> d
 
 
 def _is_summary(body: Mapping[str, Json]) -> bool:
-    """Tell whether a body is a node of the list of nodes."""
+    """Return whether a body has all fields of a node in the list of nodes, so that it isn't a config."""
     return all(field.encode_name in body for field in msgspec.structs.fields(NodeSummary) if field.required)
 
 

@@ -39,7 +39,7 @@ MAX_OUTPUTS: Final = 2_000
 async def recent_outputs(
     connection: AsyncConnection, workflow: Workflow, caller: ApiCaller
 ) -> Sequence[PastOutput]:
-    """Return outputs of a workflow's newest runs that the caller may see, the newest run first."""
+    """Return recorded outputs of nodes in a workflow's newest runs that the caller may see, the newest run first."""
     runs = (
         select(
             col(ExecutionData.execution_id).label("id"),
@@ -86,7 +86,7 @@ async def recent_outputs(
 def output_samples(
     past: Sequence[PastOutput], graph: ParsedGraph, catalog: NodeCatalog
 ) -> dict[str, list[Json]]:
-    """Return the outputs by node; outputs from before the last change of a node are omitted."""
+    """Return recorded outputs by node id; outputs from before the last change of a node are omitted."""
     present: dict[str, bytes | None] = {}
     found: dict[str, list[Json]] = {}
     for row in past:

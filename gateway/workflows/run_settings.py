@@ -88,7 +88,10 @@ def check_settings(
     workflow_id: str,
     problems: ProblemCollector,
 ) -> None:
-    """Add problems that types can't express: invalid expressions, invalid URLs, a workflow that names itself."""
+    """Add problems that types can't express to `problems`.
+
+    They are invalid expressions, invalid URLs, and a workflow that names itself.
+    """
     concurrency, on_failure = known.concurrency, known.on_failure
     if concurrency is not None and concurrency.key is not None:
         _check_expression(concurrency.key, "settings.concurrency.key", problems)

@@ -30,7 +30,7 @@ _HISTORY = {"last_run_at": None, "last_execution_id": None, "skipped_at": None, 
 async def save_schedule(
     connection: AsyncConnection, workflow: Workflow, trigger: WorkflowTrigger | None
 ) -> None:
-    """Start, continue or suspend the schedule of a workflow, by its status and its schedule trigger.
+    """Insert, update, suspend or delete the schedule of a workflow, by its status and its schedule trigger.
 
     A schedule that continues with the same instants keeps its next one, even if other settings have changed.
     """
@@ -65,7 +65,10 @@ async def save_schedule(
 
 
 def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
-    """Return the time up to which instants were run: now, or a later run that began after this transaction."""
+    """Return the time up to which instants were run: now, or a later run that began after this transaction.
+
+    A time that is too far ahead is ignored.
+    """
     last_run_at = found["last_run_at"] if found is not None else None
     return (
         now
@@ -75,7 +78,10 @@ def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
 
 
 def _new_schedule(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
-    """Return the row of a schedule that starts now; instants up to `since` were run."""
+    """Return the row of a schedule that starts now; instants up to `since` were run.
+
+    An invalid timetable becomes the row's `problem`.
+    """
     row = Schedule(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,

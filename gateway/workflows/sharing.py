@@ -126,7 +126,7 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
-    """Raise 404 unless the user belongs to the organization; first require a caller that may share."""
+    """Raise a 403 error unless the caller may share the workflow, then 404 unless the user is of the organization."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         editing.require_writer(request.caller, stored.workflow)
@@ -134,7 +134,10 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
 
 
 def _shared(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: datetime) -> StoredWorkflow:
-    """Return a workflow with a share for one more user; raises 409 and 422."""
+    """Return a workflow with a share for one more user.
+
+    Raises a 409 error for too many, and 422 for the owner or caller.
+    """
     shared_with = shares.added(
         before.shared_with, user_id, now, what="workflow", owner_id=before.workflow.owner_id, caller=caller
     )
@@ -142,12 +145,15 @@ def _shared(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: dateti
 
 
 def _unshared(before: StoredWorkflow, user_id: str) -> StoredWorkflow:
-    """Return a workflow without the share of a user; raises 404."""
+    """Return a workflow without the share of a user; raises a 404 error if there is none."""
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 
 def _visible(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> StoredWorkflow:
-    """Return a workflow with the requested visibility; raises 403."""
+    """Return a workflow with the requested visibility.
+
+    Raises a 403 error if a caller that is no admin changes `isTemplate`.
+    """
     workflow = before.workflow
     is_public = workflow.is_public if body.is_public is None else body.is_public
     is_template = workflow.is_template if body.is_template is None else body.is_template
@@ -158,7 +164,7 @@ def _visible(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> 
 
 
 def _forget_who_may_read(request: GatewayRequest, edited: WorkflowEdit) -> None:
-    """Clear this process's caches of readers; those of other processes expire within seconds."""
+    """Clear this process's caches of who may read a workflow; those of other processes expire within seconds."""
     workflow = edited.after.workflow
     request.gateway.workflows.forget(workflow.organization_id, workflow.id)
     request.gateway.access.forget()

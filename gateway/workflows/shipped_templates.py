@@ -43,13 +43,13 @@ class ShippedTemplate:
         )
 
     def shown(self, caller: ApiCaller, catalog: NodeCatalog) -> StoredWorkflow:
-        """Return the template for a list of templates."""
+        """Return the template as a workflow for a list of templates, with the template's own id."""
         return self.stored(caller, catalog, SINCE).with_columns(id=self.id)
 
 
 @cache
 def load_templates() -> Mapping[str, ShippedTemplate]:
-    """Read all templates, once per process: by id, in the order of their names."""
+    """Return all templates that ship with the server by id, in the order of their names; read once per process."""
     return {one.id: one for one in map(_read, sorted(FOLDER.glob("*.yaml")))}
 
 

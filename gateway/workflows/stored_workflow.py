@@ -45,7 +45,7 @@ class StoredWorkflow:
     """Time of each share by user id, in the order of the shares."""
 
     def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
-        """Return the workflow with changed columns of its own row."""
+        """Return a copy of the workflow with changed columns of its own row; nothing is written."""
         return replace(self, workflow=Workflow(**{**column_values(self.workflow), **changes}))
 
 
@@ -75,7 +75,7 @@ def move_foreign_settings(columns: Mapping[str, Any]) -> dict[str, Any]:
 def is_stored_foreign_setting(
     key: str, value: Json, settings: Mapping[str, Json], config: Mapping[str, Json]
 ) -> bool:
-    """Tell whether a foreign key in the `settings` of a request repeats its stored value.
+    """Return whether a foreign key in the `settings` of a request repeats its stored value.
 
     The value may be stored in `settings`, or in `config.settings` after the move.
     """

@@ -44,7 +44,7 @@ class VersionRow:
 async def list_versions(
     connection: AsyncConnection, workflow_id: str, part: PageBounds
 ) -> Sequence[VersionRow]:
-    """Return a page of a workflow's versions, the oldest first."""
+    """Return the rows `part` of a workflow's versions without their snapshots, the oldest first."""
     rows = await connection.execute(
         select(*_HEAD)
         .where(col(WorkflowVersion.workflow_id) == workflow_id)
@@ -64,7 +64,7 @@ async def find_version(connection: AsyncConnection, workflow_id: str, version: i
 
 
 async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> VersionRow | None:
-    """Return the version of a workflow with a tag, or None."""
+    """Return the version of a workflow with a tag, without its snapshot; None if there is none."""
     statement = select(*_HEAD).where(
         col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version_tag) == version_tag
     )

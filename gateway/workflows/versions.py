@@ -191,7 +191,7 @@ async def _state(
 
 
 async def _find(connection: AsyncConnection, stored: StoredWorkflow, number: str) -> WorkflowVersion:
-    """Return the version that a path names; raises 404."""
+    """Return the version that the number in a path names; raises a 404 error for unknown versions and other texts."""
     version = None
     if _NUMBER.match(number):
         version = await version_rows.find_version(connection, stored.workflow.id, int(number))
@@ -211,7 +211,7 @@ def _head(version: VersionRow | WorkflowVersion) -> VersionHead:
 
 
 def _readable_snapshot(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a snapshot for readers; without credentials if the workflow is a template.
+    """Return a snapshot for readers, without credentials if the workflow is a template.
 
     The whole organization reads templates.
     """
@@ -221,7 +221,7 @@ def _readable_snapshot(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> M
 
 
 def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a snapshot in the form of the Workflow object."""
+    """Return a snapshot in API form, as in the Workflow object."""
     snapshot = stored_workflow.move_foreign_settings(snapshot)
     return {
         **snapshot,
@@ -297,7 +297,7 @@ async def restore(request: GatewayRequest) -> JsonResponse:
 
 
 def _with_next_version(before: StoredWorkflow) -> StoredWorkflow:
-    """Return a workflow with the next version number; raises 409."""
+    """Return a workflow with the next version number; raises a 409 error for too many versions."""
     if before.workflow.version >= limits.VERSIONS:
         raise errors.conflict(
             "too-many-versions", f"A workflow may have at most {limits.VERSIONS:,} versions"
@@ -306,7 +306,7 @@ def _with_next_version(before: StoredWorkflow) -> StoredWorkflow:
 
 
 def _restored(before: StoredWorkflow, snapshot: Mapping[str, Any]) -> StoredWorkflow:
-    """Return a workflow with the content of a snapshot."""
+    """Return a workflow with name, description, settings, config and graph of a snapshot; nothing is written."""
     snapshot = stored_workflow.move_foreign_settings(snapshot)
     columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}
     return replace(

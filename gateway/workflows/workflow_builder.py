@@ -77,10 +77,10 @@ class WorkflowPlan:
 
 
 def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: datetime) -> WorkflowPlan:
-    """Return the workflow that a body describes, and its problems.
+    """Return the workflow that a body describes, not stored, and its problems.
 
-    The result is deterministic: nodes and connections without ids are numbered. Raises 422 only for a body
-    that is no object.
+    The result is deterministic: nodes and connections without ids are numbered. Raises a 422 error only for a
+    body that is no object.
     """
     body, wrong = _read(value)
     _number(body.nodes, "node")
@@ -102,7 +102,7 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
 
 
 def refusal_error(errors: Sequence[Problem]) -> ApiError:
-    """Return the answer to the creation of a workflow with errors."""
+    """Return the 422 error for the creation of a workflow with errors, at most `limits.FINDINGS` of them."""
     message = str(errors[0]["message"])
     if len(errors) > 1:
         message = f"There are {len(errors):,} errors: see details"
@@ -133,7 +133,7 @@ def _plain(body: BuildWorkflow) -> CreateWorkflow:
 def _located_findings(
     findings: Iterable[GraphFinding], stored: StoredWorkflow, wrong: InvalidFields, told: Iterable[Problem]
 ) -> Iterator[Problem]:
-    """Return the findings with their paths in the body, without those that follow from reported problems."""
+    """Yield the findings with their paths in the body, without those that follow from problems reported already."""
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}
     edges = {str(edge["id"]): f"connections.{number}" for number, edge in enumerate(stored.connections)}
     bare = {_item(str(problem["path"])) for problem in told if problem["code"] == "required"}
@@ -162,7 +162,7 @@ class InvalidFields:
 
     @property
     def uncertain_types(self) -> frozenset[FindingType]:
-        """Findings of these types may disappear once the fields are valid, for any node."""
+        """Types of findings that may disappear once the invalid fields are corrected, for any node."""
         uncertain_types = set()
         if any(item.startswith("connections.") for item in self.items):
             uncertain_types.add(FindingType.DISCONNECTED_NODE)
@@ -173,7 +173,7 @@ class InvalidFields:
         return frozenset(uncertain_types)
 
     def is_news(self, problem: Problem) -> bool:
-        """Tell whether a problem has another cause than the omission of an invalid field."""
+        """Return whether a problem has another cause than the omission of an invalid field."""
         path = str(problem["path"])
         item = _item(path)
         if {path, item, path.partition(".")[0]} & self.paths:
@@ -182,12 +182,12 @@ class InvalidFields:
 
 
 def _item(path: str) -> str:
-    """Return the path of the node or connection that contains a path."""
+    """Return the path of the node or connection that a path is in: its first two segments."""
     return ".".join(path.split(".")[:2])
 
 
 def _read(value: Json) -> tuple[BuildWorkflow, InvalidFields]:
-    """Return a body without its invalid fields, and these fields."""
+    """Return a body without its invalid fields, and these fields; raises a 422 error for a body that is no object."""
     try:
         return convert(value, BuildWorkflow), InvalidFields([])
     except ApiError as error:
@@ -199,7 +199,7 @@ def _read(value: Json) -> tuple[BuildWorkflow, InvalidFields]:
 
 
 def _readable(value: Mapping[str, Json]) -> BuildWorkflow:
-    """Return a body without its invalid fields; its nodes and connections keep their numbers."""
+    """Return a body without its invalid fields; its nodes and connections keep their indexes."""
     status = value.get("status")
     others = {name: field for name, field in value.items() if name not in {"nodes", "connections"}}
     body = _fitting(others, UpdateWorkflow)
@@ -220,7 +220,7 @@ def _items(value: Json) -> Sequence[Json]:
 
 
 def _fitting(value: Json, kind: type[Body]) -> Body:
-    """Return a body with optional fields alone, without the invalid ones."""
+    """Return a body of a type that has only optional fields, without the invalid ones."""
     fields = value if isinstance(value, dict) else {}
     return convert({name: field for name, field in fields.items() if _fits({name: field}, kind)}, kind)
 

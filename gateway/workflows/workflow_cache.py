@@ -74,7 +74,7 @@ class WorkflowCache:
         self._organizations: TTLCache[str, str] = TTLCache(ORGANIZATION_SECONDS, MAX_ORGANIZATIONS)
 
     async def load(self, workflow_id: str, caller: ApiCaller) -> LoadedWorkflow:
-        """Return a workflow that the caller may read and execute; raises 404."""
+        """Return a workflow that the caller may read and execute, cached for a few seconds; raises a 404 error."""
         key = (caller.organization_id, workflow_id)
         kept = self._kept.get(key)
         if kept and kept.fresh_until > monotonic() and kept.workflow.is_readable_by(caller):
@@ -85,7 +85,10 @@ class WorkflowCache:
         return workflow
 
     async def load_for_sender(self, workflow_id: str) -> LoadedWorkflow | None:
-        """Return a workflow for a sender that is verified by its request; None if it does not exist."""
+        """Return a workflow for a sender that is verified by its request; None if it does not exist.
+
+        The caller's permission is not checked.
+        """
         organization_id = self._organizations.get(workflow_id)
         if organization_id is None:
             statement = select(col(Workflow.organization_id)).where(col(Workflow.id) == workflow_id)
@@ -125,7 +128,7 @@ class WorkflowCache:
         return found
 
     def forget(self, organization_id: str, workflow_id: str) -> None:
-        """Query the database for the next use of a workflow, after a change."""
+        """Drop a cached workflow after a change, so that its next use queries the database."""
         self._loads.pop(
             (organization_id, workflow_id), None
         )  # a query that is running may have begun before the change
@@ -138,7 +141,7 @@ class WorkflowCache:
         await asyncio.gather(*self._loads.values(), return_exceptions=True)
 
     async def _load_once(self, key: tuple[str, str]) -> LoadedWorkflow | None:
-        """Query the database, once for all concurrent calls for the same workflow."""
+        """Return a workflow from the database, with one query for all concurrent calls; None if it does not exist."""
         load = self._loads.get(key)
         if load is None:
             load = asyncio.create_task(self._load(key))

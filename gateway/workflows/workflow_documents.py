@@ -146,14 +146,14 @@ def strip_credentials(stored: StoredWorkflow) -> CredentialFreeWorkflow:
 
 
 def _parts(workflow: Workflow) -> Iterator[tuple[str, Json]]:
-    """Return the fields of a workflow with free content, besides its graph."""
+    """Yield the fields of a workflow with free content, besides its graph, each with its name."""
     yield "description", workflow.description
     yield "settings", workflow.settings
     yield "config", workflow.config
 
 
 def _at(part: str, path: str) -> str:
-    """Return the path within a part; an empty path names the part itself, a text."""
+    """Return the path of a value within a part; the name of the part for an empty path."""
     return f"{part}.{path}" if path else part
 
 
@@ -163,7 +163,10 @@ def _at(part: str, path: str) -> str:
 def copy_workflow(
     source: StoredWorkflow, caller: ApiCaller, now: datetime, *, is_template: bool = False
 ) -> CredentialFreeWorkflow:
-    """Return a new draft of the caller with the content of another workflow, without its shares and history."""
+    """Return a new draft of the caller with the content of another workflow.
+
+    Its credentials, shares and history are left out.
+    """
     found = strip_credentials(source)
     content = found.stored.workflow
     workflow = Workflow(
@@ -223,7 +226,7 @@ def file_name(workflow: Workflow) -> str:
 
 
 def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalReference]:
-    """Return the external references of the nodes, sorted, without duplicates."""
+    """Return the external references of the nodes, such as data sources, sorted, each once with its uses."""
     uses: dict[tuple[str, str], list[ReferenceUse]] = {}
     for found in config_places.list_references(graph_shapes.graph_of(stored), catalog):
         uses.setdefault((found.kind, found.id), []).append(
@@ -239,7 +242,7 @@ def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalRef
 
 
 def read_document(value: Json) -> ImportWorkflow:
-    """Return the body of an import; raises 422."""
+    """Return the parsed body of an import; raises a 422 error for another format, and for unknown or invalid fields."""
     given = value.get("document") if isinstance(value, dict) else None
     unknown: list[dict[str, Json]] = []
     if isinstance(given, dict):
@@ -256,7 +259,10 @@ def read_document(value: Json) -> ImportWorkflow:
 
 
 def _require_format(given: Mapping[str, Json]) -> None:
-    """Refuse a document of another format before its fields are read: they may have another meaning."""
+    """Raise a 422 error for a document of another format or version.
+
+    It is checked before the fields are read, which may have another meaning.
+    """
     if given.get("format") != FORMAT:
         message = f"document.format must be {FORMAT!r}: send a document from `GET /workflows/:id/export`"
         raise errors.invalid([errors.problem("document.format", "unknown-format", message)])
@@ -274,7 +280,7 @@ def _unknown_field(name: str) -> dict[str, Json]:
 def import_document(
     caller: ApiCaller, body: ImportWorkflow, catalog: NodeCatalog, now: datetime
 ) -> StoredWorkflow:
-    """Return the workflow of a document, as a draft of the caller; raises 422 with all problems."""
+    """Return the workflow of a document, as a draft of the caller, not stored; raises a 422 error with all problems."""
     given = body.document
     wanted = CreateWorkflow(
         name=given.name,
@@ -325,7 +331,10 @@ def _check_ids(kind: str, code: str, given: Sequence[str | None], problems: Prob
 def resolve_references(
     stored: StoredWorkflow, named: Sequence[ExternalReference], given: Mapping[str, str | None]
 ) -> StoredWorkflow:
-    """Return a workflow with its references replaced by the given ids; raises 422 unless each has one."""
+    """Return a workflow with its references replaced by the given ids; raises a 422 error unless each has one.
+
+    None as an id leaves the field empty.
+    """
     problems = ProblemCollector()
     for reference in named:
         if reference.id not in given:
@@ -373,7 +382,7 @@ def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -
 
 
 def findings(stored: StoredWorkflow, catalog: NodeCatalog) -> ValidationResult:
-    """Return the findings of a draft, including credentials outside of its nodes."""
+    """Return the findings of a draft, with warnings about credentials outside of its nodes too."""
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=True)
     inline = [
         GraphFinding(

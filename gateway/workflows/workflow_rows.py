@@ -75,7 +75,7 @@ Listed: TypeAlias = Row[*tuple[Any, ...]]
 
 
 async def lock_workflow(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> None:
-    """Lock a workflow against other changes until the transaction ends.
+    """Lock a workflow of the caller's organization against other changes until the transaction ends.
 
     A separate statement: PostgreSQL may read rows together with a lock that are older than the lock. SQLite
     serializes transactions anyway.
@@ -87,7 +87,7 @@ async def lock_workflow(connection: AsyncConnection, workflow_id: str, caller: A
 
 
 async def is_readable(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> bool:
-    """Tell whether the caller may read a workflow."""
+    """Return whether a workflow exists and the caller may read it."""
     statement = select(col(Workflow.id)).where(col(Workflow.id) == workflow_id, is_readable_by(caller))
     return await connection.scalar(statement) is not None
 
@@ -95,7 +95,7 @@ async def is_readable(connection: AsyncConnection, workflow_id: str, caller: Api
 async def find_workflow(
     connection: AsyncConnection, workflow_id: str, caller: ApiCaller
 ) -> StoredWorkflow | None:
-    """Return a workflow that the caller may read."""
+    """Return a workflow with its graph and shares; None if it is missing or the caller may not read it."""
     row = (
         (
             await connection.execute(
@@ -141,7 +141,10 @@ async def list_workflows(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, Sequence[Listed]]:
-    """Return the number of workflows that the caller may read, without templates, and a page of them."""
+    """Return the number of workflows that the caller may read and that match, and the rows `part` in `order`.
+
+    Templates are left out.
+    """
     conditions = [is_listed_for(caller), *_conditions(caller, wanted)]
     sorting = (order, _tie_order(order))
     # Only ids are sorted and skipped: PostgreSQL would sort whole rows, on disk if there are many.
@@ -166,16 +169,19 @@ async def list_workflows(
 
 
 def _total_column(wanted: WorkflowFilter) -> ColumnElement[Any]:
-    """Return the total as a column for a search, which reads every row and should do so once.
+    """Return a column with the total for a search, which reads every row and should do so once.
 
-    Without a search, the total is counted in an index by another statement, and the page reads only its own
-    rows.
+    Null without a search. Without a search, the total is counted in an index by another statement, and the
+    page reads only its own rows.
     """
     return null() if wanted.search is None else func.count().over()
 
 
 def _tie_order(order: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return the order of equal rows: by id, in the same direction, so that one index gives the whole order."""
+    """Return the ORDER BY term for equal rows: by id, in the same direction.
+
+    So one index gives the whole order.
+    """
     is_descending = isinstance(order, UnaryExpression) and order.modifier is operators.desc_op
     return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
 
@@ -193,12 +199,12 @@ def _conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnEle
 
 
 def searched_in(name: str, description: str) -> str:
-    """Return the folded text of name and description in which the search of lists looks for words."""
+    """Return the normalized text of name and description in which the search of lists looks for words."""
     return _folded(f"{name}\n{description}")
 
 
 def _folded(text: str) -> str:
-    """Return a text with case folded; databases fold ASCII alone."""
+    """Return a text with case folded and normalized, since databases fold only ASCII."""
     return unicodedata.normalize("NFC", text.casefold())
 
 
@@ -219,7 +225,7 @@ async def count_by_status(connection: AsyncConnection, organization_id: str) -> 
 async def templates(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds
 ) -> tuple[int, list[StoredWorkflow]]:
-    """Return the number of templates of the caller's organization, and a page of them, the newest first."""
+    """Return the number of templates of the caller's organization, and the rows `part` of them, the newest first."""
     conditions = (
         col(Workflow.organization_id) == caller.organization_id,
         col(Workflow.deleted_at).is_(None),
@@ -238,7 +244,7 @@ async def templates(
 
 
 async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
-    """Tell whether a workflow is stored in this revision."""
+    """Return whether a workflow is stored in exactly this revision."""
     statement = select(col(Workflow.id)).where(
         col(Workflow.id) == workflow.id,
         col(Workflow.revision) == workflow.revision,
@@ -248,7 +254,7 @@ async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
 
 
 async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Tell whether a workflow exists, without a check of visibility."""
+    """Return whether a workflow exists, deleted or not; visibility is not checked."""
     return (
         await connection.scalar(select(col(Workflow.id)).where(col(Workflow.id) == workflow_id)) is not None
     )
@@ -337,7 +343,7 @@ async def save_workflow(
     caller: ApiCaller,
     catalog: NodeCatalog,
 ) -> bool:
-    """Save the differences unless the workflow has changed since `before`; tells whether it was saved."""
+    """Write the differences unless the workflow has changed since `before`; return whether they were written."""
     workflow = after.workflow
     result = await connection.execute(
         update(Workflow)
@@ -394,7 +400,7 @@ async def _save_shares(connection: AsyncConnection, before: StoredWorkflow, afte
 
 
 async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
-    """Return a workflow's runs that have not ended."""
+    """Return the keys of a workflow's runs that have not ended."""
     running = (
         select(col(Execution.id), col(Execution.shard))
         .join(ExecutionData, col(ExecutionData.execution_id) == col(Execution.id))
@@ -417,7 +423,7 @@ async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:
 
 
 def snapshot(stored: StoredWorkflow) -> dict[str, object]:
-    """Return the content of a version: all that a restore brings back, such as name, graph and settings."""
+    """Return the content of a version: everything that a restore brings back, such as name, graph and settings."""
     workflow = stored.workflow
     return {
         "name": workflow.name,
@@ -441,7 +447,7 @@ async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, cata
 async def save_triggers(
     connection: AsyncConnection, before: StoredWorkflow, after: StoredWorkflow, catalog: NodeCatalog
 ) -> None:
-    """Update the rows after a change of a workflow; a deleted workflow has none."""
+    """Replace the trigger and schedule rows of a workflow if a change concerns them; a deleted workflow has none."""
     workflow = after.workflow
     were = _triggers(before.workflow, before.nodes, catalog)
     are = _triggers(workflow, after.nodes, catalog) if workflow.deleted_at is None else []
@@ -476,7 +482,10 @@ async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigge
 def _triggers(
     workflow: Workflow, nodes: Sequence[StoredNode], catalog: NodeCatalog
 ) -> Sequence[WorkflowTrigger]:
-    """Return the trigger rows; of nodes with the same id, which only a draft may have, the last one counts."""
+    """Return the trigger rows of a graph.
+
+    Of nodes with the same id, which only a draft may have, the last one counts.
+    """
     found: dict[str, WorkflowTrigger] = {}
     for node in nodes:
         node_type = catalog.node_types.get(str(node["type"]))
@@ -504,5 +513,5 @@ def _standing(workflow: Workflow) -> tuple[str, bool]:
 
 
 def _schedule(triggers: Sequence[WorkflowTrigger]) -> WorkflowTrigger | None:
-    """Return the schedule trigger; only a draft may have several."""
+    """Return the first schedule trigger, of which only a draft may have several; None without one."""
     return next((trigger for trigger in triggers if trigger.kind == TriggerKind.SCHEDULE), None)

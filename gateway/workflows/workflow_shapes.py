@@ -167,7 +167,10 @@ class NewWorkflow(WireStruct):
 def build_workflow(
     caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, now: datetime
 ) -> StoredWorkflow:
-    """Return a new workflow of the caller; raises 422."""
+    """Return a new workflow of the caller, not stored.
+
+    Raises a 422 error for invalid fields, and for an active invalid graph.
+    """
     problems = ProblemCollector()
     stored = draft_workflow(caller, body, catalog, problems, now)
     problems.raise_any()
@@ -205,7 +208,7 @@ def draft_workflow(
 
 
 def apply_changes(before: StoredWorkflow, body: UpdateWorkflow, catalog: NodeCatalog) -> StoredWorkflow:
-    """Return a workflow with the changes of a body; raises 422."""
+    """Return a workflow with the changes of a body, not stored; raises a 422 error for invalid fields."""
     workflow = before.workflow
     problems = ProblemCollector()
     changes: dict[str, object] = {}
@@ -241,7 +244,10 @@ def _description(given: str, problems: ProblemCollector) -> str:
 
 
 def _tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
-    """Return the tags in the given order, without duplicates."""
+    """Return the tags in the given order, without duplicates.
+
+    Problems are added to `problems`, and too many tags give none.
+    """
     if len(given) > limits.TAGS:
         problems.add("tags", "too-many", f"A workflow may have at most {limits.TAGS} tags")
         return []
@@ -299,7 +305,10 @@ def _settings(
 def _config(
     before: Mapping[str, Json], given: Mapping[str, Json], problems: ProblemCollector
 ) -> dict[str, Json]:
-    """Return a config with the given one merged in; `appId` is the only key with a meaning for the server."""
+    """Return a config with the given one merged in; null removes a key. Problems are added to `problems`.
+
+    `appId` is the only key with a meaning for the server.
+    """
     app_id = given.get("appId")
     if app_id is not None:
         text_rules.check_identifier(app_id if isinstance(app_id, str) else "", "config.appId", problems)
@@ -309,7 +318,10 @@ def _config(
 def _merged(
     before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: ProblemCollector
 ) -> dict[str, Json]:
-    """Return `before` with the given keys set; null removes a key."""
+    """Return `before` with the given keys set, null removing a key.
+
+    Too large a result is added to `problems` with `path`.
+    """
     merged: dict[str, Json] = {key: value for key, value in {**before, **given}.items() if value is not None}
     if len(encode_json(merged)) > limits.SETTINGS_BYTES:
         problems.add(path, "too-large", f"{path} may take at most {limits.SETTINGS_BYTES:,} bytes")

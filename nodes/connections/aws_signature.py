@@ -14,12 +14,12 @@ UNRESERVED = "-_.~"
 
 
 def encode_path(path: str) -> str:
-    """Return a path as it is signed and sent."""
+    """Return a path percent-encoded, as it is signed and sent; slashes stay."""
     return quote(path, safe="/" + UNRESERVED)
 
 
 def encode_query(query: Mapping[str, str]) -> str:
-    """Return a query as it is signed and sent."""
+    """Return a query as it is signed and sent: percent-encoded and sorted by name."""
     pairs = sorted(
         (quote(name, safe=UNRESERVED), quote(value, safe=UNRESERVED)) for name, value in query.items()
     )
@@ -46,7 +46,10 @@ class AwsSigner:
         body: bytes,
         now: datetime,
     ) -> dict[str, str]:
-        """Return the given headers with the signature and its dates; the client itself adds `host`."""
+        """Return the given headers with the date, the digest of the body, the session token if any, and the signature.
+
+        `host` is signed but not among them: the client adds it.
+        """
         moment = now.strftime("%Y%m%dT%H%M%SZ")
         payload = sha256(body).hexdigest()
         sent = {**given, "x-amz-date": moment, "x-amz-content-sha256": payload}

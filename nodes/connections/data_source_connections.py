@@ -83,7 +83,10 @@ class DataSourceConnections:
                 }
 
     async def close(self) -> None:
-        """Close every connection; connections in use are closed after their release."""
+        """Close idle connections, and wait until those in use are released and closed.
+
+        End the child processes for SQLite.
+        """
         for _, pool in self._pools.values():
             await pool.close()
         self._pools.clear()
@@ -104,7 +107,11 @@ class DataSourceConnections:
         return source
 
     def _pool_of(self, source: ConnectionSource) -> SessionPool:
-        """Return the pool for the current revision of a data source; a pool of an earlier revision is closed."""
+        """Return the pool of connections of a data source, made at first use and for each new revision.
+
+        A pool of an earlier revision is closed in the background; other pools without connections are
+        dropped.
+        """
         key = (source.organization_id, source.id)
         revision, pool = self._pools.get(key, (None, None))
         if pool is not None and revision == source.revision:
@@ -227,8 +234,10 @@ class PooledSqlDatabase:
     async def _within(
         self, timeout_seconds: float, work: Callable[[DatabaseSession], Awaitable[Outcome]]
     ) -> Outcome:
-        """Do the work with a session of the pool; after a failure the state of the session is unknown, and it is
-        closed.
+        """Do `work` with a connection of the pool within the time limit, which includes waiting for one.
+
+        Return its result. Raises `NodeError` with the code `timeout` after it, else errors of `work` with the
+        source's secrets redacted. After any failure the connection is closed, since its state is unknown.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -250,7 +259,10 @@ def _refused_error(error: StatementRefused) -> NodeError:
 
 
 def _check_host(source: ConnectionSource, url: str) -> None:
-    """Raise `NodeError` for a host that the data source doesn't list, if it lists any: its credential stays secret."""
+    """Raise `NodeError` if the data source lists hosts and the URL's host is not among them.
+
+    Its secret headers go to no other host. Invalid URLs are refused in the same way.
+    """
     hosts = source.settings.get("hosts")
     if not hosts:
         return

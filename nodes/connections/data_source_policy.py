@@ -44,7 +44,10 @@ class ServerDatabase:
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Parse the database URL in the server's own settings."""
+        """Return the location of the database in the server's own settings.
+
+        It is the file of an SQLite URL, else host, port and name.
+        """
         parts = urlsplit(url)
         if parts.scheme.startswith("sqlite"):
             return cls(file=Path(unquote(parts.path.removeprefix("/"))))
@@ -80,7 +83,11 @@ async def resolve_allowed(
     database: str,
     privileged_ports: Container[int] = PRIVILEGED_PORTS,
 ) -> Sequence[IpAddress]:
-    """Return the permitted addresses of a server; raises `NodeError`."""
+    """Return the addresses of a server's host, if connections to all of them are permitted.
+
+    Raises `NodeError` for unresolvable hosts, private addresses, privileged ports and the server's own
+    database.
+    """
     found = await _resolve(host, resolve)
     for address in found:
         _require_allowed(policy, host, address, port, privileged_ports)
@@ -93,7 +100,11 @@ async def resolve_allowed(
 def _require_allowed(
     policy: ConnectionPolicy, host: str, address: IpAddress, port: int, privileged_ports: Container[int]
 ) -> None:
-    """Raise `NodeError` without the address: names of the internal network must not be resolvable by users."""
+    """Raise `NodeError` for an address that is not public, or a privileged port.
+
+    Networks that the operator allows are exempt. The error doesn't contain the address: users must not be
+    able to resolve names of the internal network.
+    """
     if any(address in network for network in policy.allowed_networks):
         return
     if not url_targets.is_public(address):
@@ -122,9 +133,10 @@ async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
 
 
 async def _is_server_database(own: ServerDatabase, found: Sequence[IpAddress], resolve: ResolveHost) -> bool:
-    """Tell whether one of the addresses leads to the machine of the server's own database.
+    """Return whether one of the addresses leads to the machine of the server's own database.
 
-    Raises `NodeError` if that can't be determined: its name may lead there again a moment later.
+    False for an SQLite file. Raises `NodeError` if its host can't be resolved: it may lead there again a
+    moment later.
     """
     if own.file is not None:
         return False
@@ -147,7 +159,7 @@ async def _server_addresses(host: str, resolve: ResolveHost) -> Sequence[IpAddre
 
 
 def is_local_address(address: IpAddress) -> bool:
-    """Tell whether an address belongs to this machine."""
+    """Return whether an IP address belongs to this machine: a loopback or unspecified one, or one of its interfaces."""
     if address.is_loopback or address.is_unspecified:
         return True
     family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6

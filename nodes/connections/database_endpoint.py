@@ -48,7 +48,10 @@ class DatabaseEndpoint:
         )
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Return the TLS context for connections to this server; None if its setting disables TLS."""
+        """Return the TLS context for connections to this server; None if its setting disables TLS.
+
+        Certificates are verified only under `DatabaseTls.VERIFY_FULL`.
+        """
         if self.tls is DatabaseTls.DISABLE:
             return None
         context = _NamedTlsContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -128,7 +131,10 @@ class NameResolver:
 
 
 def connection_error(reason: str, *, retryable: bool = True) -> NodeError:
-    """Return the error for an unusable database; it contains no address and no user."""
+    """Return the error `connection-failed` for an unusable database.
+
+    It contains the reason, but no address and no user.
+    """
     return NodeError(
         f"No connection to the database: {reason}", code="connection-failed", retryable=retryable
     )

@@ -68,8 +68,9 @@ FETCHED_VALUES = 20_000
 
 
 def rows_per_fetch(columns: int) -> int:
-    """Return the number of rows per fetch for this number of columns; their values are in memory before they are
-    counted.
+    """Return the number of rows to fetch at once for this number of columns, at least 1.
+
+    Fetched values are in memory before they are counted, so more columns mean fewer rows.
     """
     return min(FETCHED_ROWS, max(1, FETCHED_VALUES // max(1, columns)))
 
@@ -86,7 +87,10 @@ class RowCollector:
         self._bytes = 0
 
     def add(self, rows: list[list[Json]]) -> None:
-        """Add rows; raises `NodeError` beyond a limit. The size of a row includes its column names."""
+        """Add rows, with NUL in texts replaced by U+FFFD.
+
+        Raises `NodeError` beyond the limit of rows or of bytes, which include the column names of each row.
+        """
         if len(self._rows) + len(rows) > self._max_rows:
             message = f"The query returns more than {self._max_rows:,} rows, which is its limit (`maxRows`)"
             raise NodeError(message, code="too-many-rows")
@@ -101,7 +105,7 @@ class RowCollector:
 
 
 def result_too_large(max_bytes: int) -> NodeError:
-    """Return the error for a result that exceeds the size limit of outputs."""
+    """Return the error for a query result that exceeds the size limit of outputs, in bytes."""
     message = f"The result takes more than {max_bytes:,} bytes, which is the limit: select less"
     return NodeError(message, code="result-too-large")
 
@@ -112,7 +116,7 @@ def _replace_nul(row: list[Json]) -> list[Json]:
 
 
 def split_batches(rows: Sequence[Sequence[Json]], batch_rows: int) -> Iterator[Sequence[Sequence[Json]]]:
-    """Split rows into batches of at most `batch_rows` rows and about a megabyte, or a single row."""
+    """Yield batches of at most `batch_rows` rows and about a megabyte; a single larger row is a batch of its own."""
     for start in range(0, len(rows), batch_rows):
         yield from _split_evenly(rows[start : start + batch_rows])
 
@@ -134,18 +138,21 @@ MISREAD_ERRORS = (
 
 
 def unreadable_server() -> NodeError:
-    """Return the error for a server with unreadable messages."""
+    """Return the error for a server whose messages violate the database protocol."""
     message = "The response of the server can't be read: it violates the database protocol"
     return NodeError(message, code="invalid-response")
 
 
 def quote_server_message(message: object) -> str:
-    """Return the message of a server as one line of limited length."""
+    """Return the message of a server as one line without NUL, of at most `MAX_MESSAGE_CHARACTERS`.
+
+    "no reason given" if it is empty.
+    """
     return " ".join(str(message).replace("\0", "").split())[:MAX_MESSAGE_CHARACTERS] or "no reason given"
 
 
 def query_timed_out(timeout_seconds: float) -> NodeError:
-    """Return the error for an exceeded time limit."""
+    """Return the retryable error for a query that exceeded its time limit, in seconds."""
     message = (
         f"The database did not finish within {timeout_seconds:g} s, which is the limit (`timeoutSeconds`)"
     )

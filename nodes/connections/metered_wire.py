@@ -42,7 +42,7 @@ class _MeteredProtocol(asyncio.BaseProtocol):
         """Set if received data is implausible."""
 
     def limit(self, max_bytes: int) -> None:
-        """Allow this number of bytes from now on, plus the allowance for other messages."""
+        """Allow the server to send this number of bytes from now on, plus a fixed allowance for other messages."""
         self._left_bytes = max_bytes + BYTES_BESIDE
 
     def _is_allowed(self, size_bytes: int) -> bool:
@@ -98,7 +98,11 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
     def limit_rows(
         self, max_rows: int, types: LearnedTypes | None = None, columns: Sequence[int] | None = None
     ) -> None:
-        """Allow this number of rows from now on, plus an allowance; `columns` are their types, if known."""
+        """Allow the server to send this number of rows from now on, plus a fixed allowance.
+
+        `columns` are the type ids of the row's columns. If they are known and none is a container, rows are
+        not checked.
+        """
         self._left_rows = max_rows + ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE
         self._types = types or LearnedTypes()
@@ -124,7 +128,10 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
             self.inner.data_received(whole)
 
     def _end_of_messages(self) -> int | None:
-        """Return the end of the last complete message; None for a refused one."""
+        """Return the position after the last complete message in the buffer.
+
+        None if a message is refused: it is malformed, or exceeds a limit.
+        """
         position = 0
         while position + MESSAGE_HEADER.size <= len(self._held):
             kind, length = MESSAGE_HEADER.unpack_from(self._held, position)

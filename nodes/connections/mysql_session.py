@@ -128,7 +128,7 @@ class MysqlSession:
         self._is_mariadb = "MariaDB" in connection.get_server_info()
 
     async def prepare(self) -> None:
-        """Set the session variables, after connecting and after each reset."""
+        """Set the session variables, after connecting and after each reset. Raises `NodeError`."""
         with _translate_errors():
             await self._connection.query(SESSION_STATEMENT)
 
@@ -249,8 +249,10 @@ class MysqlSession:
 
     @contextmanager
     def _at_work(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
-        """Translate failures, including an exceeded receive limit, and record whether the connection is idle
-        afterwards.
+        """Translate failures of the block to `NodeError`.
+
+        One that exceeds the receive limit of `max_bytes` is named so. Only after success does the session
+        count as idle, that is, as usable by others.
         """
         self._is_idle = False
         self._wire.limit(0)
@@ -274,7 +276,10 @@ class MysqlSession:
         )
 
     async def _execute(self, text: str, values: Sequence[Json]) -> Any:  # noqa: ANN401 - a result of the driver
-        """Run a statement that the server prepares, with its values bound there."""
+        """Prepare a statement at the server, run it with these values, and return the driver's result.
+
+        Errors are those of the driver.
+        """
         self._wire.limit(RETURNED_BYTES + PLACEHOLDER_BYTES * len(values))
         prepared = await self._connection.prepare(text)
         result = await prepared.execute([_bind_value(value) for value in values])
@@ -282,7 +287,10 @@ class MysqlSession:
         return result
 
     async def _check_key(self, table: str, upsert: UpsertRule) -> None:
-        """Raise `NodeError` for a key without a unique index: the server would insert rows instead of updating them."""
+        """Raise `NodeError` for an upsert key without a unique index of exactly its columns.
+
+        The server would insert rows instead of updating them. Nothing is checked without a key.
+        """
         if not upsert.key:
             return
         schema, _, name = table.rpartition(".")
@@ -297,7 +305,7 @@ class MysqlSession:
             )
 
     async def _binders(self, table: str, names: Sequence[str]) -> Sequence[Convert]:
-        """Return a converter for the values of each column, by its type."""
+        """Return a function for each column that converts a value for its type; the types are asked of the server."""
         cursor: Any = self._connection.cursor()
         await cursor.execute(f"SELECT {', '.join(names)} FROM {table} LIMIT 0")  # noqa: S608 - names are quoted
         fields = cursor._result.fields  # noqa: SLF001 - where the driver says which columns hold bytes
@@ -329,7 +337,10 @@ def _column_binder(type_code: int, charset: int) -> Convert:
 
 
 def _to_utc_text(value: Json) -> Json:
-    """Convert a time with an offset to UTC, since not every server understands offsets."""
+    """Return an ISO time with an offset as UTC without one, since not every server understands offsets.
+
+    Other values unchanged.
+    """
     if not isinstance(value, str):
         return value
     try:

@@ -11,7 +11,11 @@ UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def require_object_key(key: str) -> str:
-    """Return a valid key; raises `NodeError` for one that could lead somewhere else."""
+    """Return a valid key unchanged.
+
+    Raises `NodeError` for an empty or too long one, a slash at the start, `.` or `..` between slashes, and
+    control characters.
+    """
     if not key or len(require_key_prefix(key).encode()) > MAX_KEY_BYTES:
         raise NodeError(f"A key must have 1 to {MAX_KEY_BYTES:,} bytes", code="invalid-key")
     if key.startswith("/") or any(part in {".", ".."} for part in key.split("/")):
@@ -21,7 +25,7 @@ def require_object_key(key: str) -> str:
 
 
 def require_key_prefix(text: str) -> str:
-    """Return a key or the beginning of one; raises `NodeError` for characters that keys can't have."""
+    """Return a key, or the beginning of one, unchanged; raises `NodeError` for control characters."""
     if UNUSABLE.search(text):
         raise NodeError("A key can't have control characters", code="invalid-key")
     return text

@@ -52,7 +52,7 @@ class OrganizationFolders:
         return OrganizationFolder(self._root, caller.organization_id, self._threads)
 
     def close(self) -> None:
-        """Let the threads end after their current work."""
+        """End the threads after their current work, without waiting for them; queued work is cancelled."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -69,8 +69,9 @@ class OrganizationFolder:
         return await self._in_time(timeout_seconds, partial(self._get, *_split_key(key), max_bytes))
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:  # noqa: ARG002 - a file has no type
-        """Write a file atomically, so that readers see the old or the new content, never a part; returns its
-        tag.
+        """Write a file atomically, so that readers see the old or the new content, never a part; return its tag.
+
+        Raises `NodeError` for an invalid key, for content that is too large, and at the time limit.
         """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
@@ -78,7 +79,7 @@ class OrganizationFolder:
         return await self._in_time(timeout_seconds, partial(self._put, *_split_key(key), content))
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all files below a prefix, by key; raises `NodeError` for more than `max_objects`."""
+        """Return all files whose key begins with the prefix, by key; raises `NodeError` for more than `max_objects`."""
         found = await self._in_time(
             timeout_seconds, partial(self._list, object_keys.require_key_prefix(prefix))
         )
@@ -156,7 +157,7 @@ class OrganizationFolder:
             raise NodeError(message, code="folder-full")
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the keys and stat results of all complete files."""
+        """Yield the key and the stat result of each complete file; none if the organization has no folder yet."""
         try:
             with self._opened(()) as folder:
                 for path, _, names, descriptor in os.fwalk(".", dir_fd=folder):
@@ -170,7 +171,10 @@ class OrganizationFolder:
 
     @contextmanager
     def _opened(self, folders: Sequence[str], *, makes: bool = False) -> Iterator[int]:
-        """Open the organization's folder and descend from there, step by step."""
+        """Yield the descriptor of a folder in the organization's folder, opened step by step without following links.
+
+        With `makes`, missing folders are created durably; without, raises `FileNotFoundError` for them.
+        """
         if makes:
             durable_folders.make_folder(self._root)
         descriptor = os.open(self._root, OPEN_FOLDER_FLAGS & ~os.O_NOFOLLOW)
@@ -190,7 +194,10 @@ class OrganizationFolder:
 
 
 def _split_key(key: str) -> tuple[Sequence[str], str]:
-    """Return the folders and the file name of a key; raises `NodeError`."""
+    """Return the folders and the file name of a key.
+
+    Raises `NodeError` for an invalid key, and for parts that are empty, begin with a dot, or are too long.
+    """
     *folders, name = parts = object_keys.require_object_key(key).split("/")
     if not all(parts) or any(part.startswith(".") or len(part.encode()) > MAX_NAME_BYTES for part in parts):
         message = f"A part of the key {key[:100]!r} is empty, begins with a dot, or is too long for a file"

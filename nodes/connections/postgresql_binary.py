@@ -53,7 +53,10 @@ class LearnedTypes:
         """Base types of domains."""
 
     def learn(self, types: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows of asyncpg's query for types; the first description of a type counts, as in asyncpg."""
+        """Record types from rows of asyncpg's query for types.
+
+        Only the first description of a type counts, as in asyncpg.
+        """
         for each in types:
             oid = int(each["oid"])
             if oid in self._containers or oid in self._bases:
@@ -70,7 +73,7 @@ class LearnedTypes:
                 self._containers[oid] = ContainerType(name, (int(each["range_subtype"] or 0),))
 
     def container(self, oid: int) -> ContainerType | None:
-        """Return the description of a container type; None for other types."""
+        """Return the description of a container type, also of a domain over one; None for other and unknown types."""
         for _ in range(MAX_DEPTH):
             if oid not in self._bases:
                 return self._containers.get(oid)
@@ -79,7 +82,10 @@ class LearnedTypes:
 
 
 def iterate_fields(row: bytes) -> Iterator[bytes]:
-    """Yield the fields of the body of a `DataRow`, null as empty bytes, up to an incomplete one."""
+    """Yield the bytes of each field in the body of a `DataRow`, empty ones for null.
+
+    Ends before an incomplete field.
+    """
     (count,) = COUNT.unpack_from(row)
     position = COUNT.size
     for _ in range(count):
@@ -94,7 +100,7 @@ def iterate_fields(row: bytes) -> Iterator[bytes]:
 
 
 def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
-    """Tell whether all counts within a value are plausible, and its nesting is not too deep.
+    """Return whether all counts within a value are plausible, and its nesting is not too deep.
 
     Wrong lengths end the check: the driver detects them itself, before it allocates memory.
     """
@@ -121,9 +127,9 @@ def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
 
 
 def has_plausible_dimensions(value: bytes) -> bool:
-    """Tell whether each dimension of an array may have its stated length, by the available bytes.
+    """Return whether each dimension of an array may have its stated length, by the available bytes.
 
-    Texts pass: none begins with the number of dimensions, of which three bytes are NUL.
+    True for texts: none begins with the number of dimensions, of which three bytes are NUL.
     """
     if len(value) < ARRAY_HEADER.size:
         return True
@@ -145,7 +151,7 @@ def _has_plausible_ranges(value: bytes) -> bool:
 def _contained_values(
     types: LearnedTypes, container: ContainerType, value: bytes
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the types and bytes of contained values that are containers in turn."""
+    """Yield the type and bytes of each value within a container that is itself a container."""
     match container.kind:
         case "array":
             if types.container(container.parts[0]) is not None and len(value) >= ARRAY_HEADER.size:

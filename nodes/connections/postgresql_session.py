@@ -124,7 +124,7 @@ class PostgresqlSession:
         self._wire = wire
 
     async def prepare(self) -> None:
-        """Set codecs and the formats of values, once after connecting."""
+        """Set codecs, the formats of values and the encoding, once after connecting. Raises `NodeError`."""
         with _translate_errors():
             for name in TEXT_CODEC_TYPES:
                 await self._connection.set_type_codec(
@@ -238,13 +238,19 @@ class PostgresqlSession:
         self._connection.terminate()
 
     def _expect(self, max_bytes: int, max_rows: int, columns: Sequence[int] | None = None) -> None:
-        """Allow this much data from now on, as JSON, plus an allowance; `columns` are the types of the rows."""
+        """Allow the server to send this much data from now on, in bytes of JSON and in rows, plus an allowance.
+
+        `columns` are the type ids of the rows, if known.
+        """
         self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
         self._wire.limit_rows(max_rows, self._connection.types, columns)
 
     @contextmanager
     def _limited(self, max_bytes: int, timeout_seconds: float) -> Iterator[None]:
-        """Translate failures, including an exceeded receive limit; until rows are due, the limit is low."""
+        """Translate failures of the block to `NodeError`: timeouts, exceeded receive limits, unreadable messages.
+
+        Until rows are expected, the receive limit is low.
+        """
         self._expect(0, 0)
         try:
             with _translate_errors(timeout_seconds):
@@ -263,7 +269,10 @@ class PostgresqlSession:
     async def _prepared(
         self, statement: SqlStatement, parameters: Sequence[Json]
     ) -> tuple[Prepared, list[str | None]]:
-        """Prepare a statement with values bound as texts, which the server casts to the types of the parameters."""
+        """Prepare a statement, and return it with its values as texts.
+
+        The server casts them to the types of the parameters.
+        """
         places = [f"${number}" for number in range(1, statement.values + 1)]
         prepared = await self._connection.prepare(statement.with_places(places))
         if not places:
@@ -354,7 +363,10 @@ CONVERTERS: dict[str, Convert] = {
 
 
 def _insert_statement(table: str, columns: Sequence[str], types: dict[str, str], upsert: UpsertRule) -> str:
-    """Return the statement for a batch: its one parameter is JSON, which the server casts to the column types."""
+    """Return the INSERT statement for a batch: its one parameter is JSON, which the server casts to the column types.
+
+    Raises `NodeError` for a column that the table doesn't have.
+    """
     places, definitions = [], []
     for column in [*columns, *upsert.key]:
         if column not in types:
@@ -401,7 +413,10 @@ def _encode_recordset(columns: Sequence[str], rows: Sequence[Sequence[Json]], nu
 def _deduplicate_rows(
     columns: Sequence[str], rows: Sequence[Sequence[Json]], upsert: UpsertRule
 ) -> Sequence[Sequence[Json]]:
-    """Return the last row of each key: a single statement can't update a row twice."""
+    """Return the last row of each key, since a single statement can't update a row twice.
+
+    All rows without an updating upsert.
+    """
     if not upsert.key or not upsert.update:
         return rows
     places = [columns.index(name) for name in upsert.key]
@@ -409,7 +424,7 @@ def _deduplicate_rows(
 
 
 def _parse_count(status: str | None) -> int:
-    """Return the number at the end of `INSERT 0 3`; 0 for statements that change no rows."""
+    """Return the number of rows from a command status such as `INSERT 0 3`; 0 for statements that change no rows."""
     last = (status or "").rpartition(" ")[2]
     return int(last) if last.isdigit() else 0
 

@@ -59,7 +59,10 @@ class S3Policy(Protocol):
 
 
 async def open_bucket(source: ConnectionSource, policy: S3Policy) -> S3Bucket:
-    """Return the bucket of a data source without a request; raises `NodeError`."""
+    """Return the bucket of a data source without sending a request.
+
+    Raises `NodeError` for unusable settings.
+    """
     way_out = OutboundPolicy(allowed_networks=policy.allowed_networks, max_response_bytes=MAX_OBJECT_BYTES)
     place = S3Location.from_settings(source.settings)
     return S3Bucket(place, _build_signer(source, place.region), policy.clock, lambda: OutboundClient(way_out))
@@ -80,7 +83,10 @@ class S3Location:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Json]) -> S3Location:
-        """Return the location in the settings of a data source; raises `NodeError`."""
+        """Return the location in the settings of a data source.
+
+        Raises `NodeError` for an unusable bucket, region, prefix or endpoint.
+        """
         bucket, region = _text_setting(settings, "bucket"), _text_setting(settings, "region") or "us-east-1"
         if not BUCKET_PATTERN.fullmatch(bucket) or ".." in bucket:
             raise _invalid_source("`bucket` must be the name of a bucket")
@@ -121,7 +127,10 @@ class S3Bucket:
         self._open_client = open_client
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
-        """Return an object; bytes beyond `max_bytes` are neither sent nor stored."""
+        """Return the content of an object; bytes beyond `max_bytes` are neither sent nor stored.
+
+        Raises `NodeError` for a missing or larger object, and if S3 fails.
+        """
         # One more byte is requested, to detect an object that is too large.
         headers = {"range": f"bytes=0-{max_bytes}"}
         async with self._client(timeout_seconds) as client:
@@ -143,7 +152,10 @@ class S3Bucket:
         return response.body
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
-        """Write an object atomically and return its tag; raises `NodeError` for content that is too large."""
+        """Write an object atomically and return its tag.
+
+        Raises `NodeError` for content that is too large, and if S3 fails or refuses it.
+        """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
             raise NodeError(message, code="object-too-large")
@@ -153,7 +165,10 @@ class S3Bucket:
         return response.headers.get("etag", "").strip('"')
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all objects below a prefix, by key; raises `NodeError` for more than `max_objects`."""
+        """Return all objects whose key begins with the prefix, by key.
+
+        Raises `NodeError` for more than `max_objects`, and if S3 fails.
+        """
         found: list[StoredObject] = []
         token: str | None = ""
         async with self._client(timeout_seconds) as client:
@@ -207,7 +222,11 @@ class S3Bucket:
         about: str = "the bucket",
         accepted: frozenset[int] = frozenset(),
     ) -> OutboundResponse:
-        """Send a signed request and return the response; raises `NodeError` for an error that names `about`."""
+        """Send a signed request and return the response; redirects are not followed.
+
+        Raises `NodeError` about `about` for a redirect or error status that is not in `accepted`, and if
+        there is no response.
+        """
         place, query = self._place, query or {}
         path = f"/{place.root}{key}"
         now = self._clock.now()

@@ -35,11 +35,14 @@ class SessionPool:
 
     @property
     def is_unused(self) -> bool:
-        """Tell whether nothing is open, and no caller waits."""
+        """Return whether the pool has no session, open or closing, and no caller waits for one."""
         return not self._lent and not self._idle and not self._endings and not self._slots.locked()
 
     async def acquire(self) -> DatabaseSession:
-        """Return a session for exclusive use, waiting for a free one; raises errors of opening one."""
+        """Return a session for exclusive use, an idle one or a new one, waiting while all are in use.
+
+        Raises the errors of opening one.
+        """
         await self._slots.acquire()
         self._lent += 1
         try:
@@ -71,15 +74,18 @@ class SessionPool:
         await _close_session(session)
 
     def release(self, session: DatabaseSession) -> None:
-        """Return a session after successful work; its state is reset before the next use."""
+        """Return a session to the pool after successful work.
+
+        Its state is reset in the background before its next use.
+        """
         self._in_background(self._reset(session))
 
     def discard(self, session: DatabaseSession) -> None:
-        """Close a session whose state is unknown in the background, so that no other call gets it."""
+        """Close a session whose state is unknown, in the background; it counts as in use until then."""
         self._in_background(self._end(session))
 
     async def close(self) -> None:
-        """Close idle sessions at once, and others after their release."""
+        """Close idle sessions, and wait for those already being reset or closed; others are closed at their release."""
         self._is_retired = True
         while self._idle:
             session, expiry = self._idle.popitem()

@@ -42,7 +42,10 @@ _BARE_LINE_END: Final = re.compile(rb"\r(?!\n)|(?<!\r)\n")
 def open_server(
     source: ConnectionSource, connection_policy: ConnectionPolicy, resolve: ResolveHost
 ) -> SmtpMailServer:
-    """Return the server of a data source without connecting; raises `NodeError`."""
+    """Return the mail server of a data source without connecting.
+
+    Raises `NodeError` for unusable settings.
+    """
     return SmtpMailServer(SmtpEndpoint.from_source(source), connection_policy, resolve)
 
 
@@ -69,7 +72,10 @@ class SmtpEndpoint:
         )
 
     def login_secrets(self) -> Sequence[str]:
-        """Return the password in each form that a server may repeat: plain, and encoded as in the login."""
+        """Return the password in each form that a server may repeat: plain, and Base64 as in the login.
+
+        An empty list without a password.
+        """
         if not self.password:
             return []
         sent = (self.password, f"\0{self.username}\0{self.password}")
@@ -108,13 +114,20 @@ class SmtpMailServer:
             await _send_content(client, written)
 
     async def check(self, *, timeout_seconds: float) -> None:
-        """Connect and log in as for a mail, and send none; raises `NodeError`."""
+        """Connect and log in as for a mail, without sending one.
+
+        Raises `NodeError` if that fails or exceeds the time limit.
+        """
         async with self._session(timeout_seconds):
             pass
 
     @asynccontextmanager
     async def _session(self, timeout_seconds: float) -> AsyncIterator[aiosmtplib.SMTP]:
-        """Open a connection, with TLS and login done."""
+        """Yield a connection with TLS and login done; close it at the end.
+
+        Failures and the time limit, which includes the block, raise `NodeError` with the login's secrets
+        redacted.
+        """
         client: aiosmtplib.SMTP | None = None
         try:
             with redaction.redact_errors(self._place.login_secrets()), _translate_errors(timeout_seconds):
@@ -129,7 +142,10 @@ class SmtpMailServer:
                 client.close()
 
     async def _connected(self) -> aiosmtplib.SMTP:
-        """Connect to the first permitted address that accepts a connection, and read the greeting."""
+        """Connect to the first permitted address that accepts a connection, and return it after the server's greeting.
+
+        Raises `NodeError` if no address is permitted or accepts, and for a negative greeting.
+        """
         place = self._place
         found = await data_source_policy.resolve_allowed(
             self._policy,
@@ -226,7 +242,10 @@ def _stuff_dots(message: bytes) -> bytes:
 
 
 async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
-    """Send a mail in pieces with flow control, and check the reply."""
+    """Send a mail in pieces with flow control, and wait for the server's confirmation.
+
+    Raises `NodeError`: with the code `delivery-unknown` if the connection is lost before the confirmation.
+    """
     with _refused_error("mail-refused", "the mail"):
         _require_code(await client.execute_command(b"DATA"), 354)
         protocol = client.protocol
@@ -247,7 +266,7 @@ async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
 
 
 def _quit(client: aiosmtplib.SMTP) -> None:
-    """Send QUIT without waiting for the reply: a slow server has accepted the mail all the same."""
+    """Send QUIT without waiting for the reply, since a slow server has accepted the mail all the same."""
     if client.protocol is not None:
         with suppress(aiosmtplib.SMTPServerDisconnected):
             client.protocol.write(b"QUIT\r\n")
@@ -263,7 +282,10 @@ def _require_code(answer: SMTPResponse, code: int) -> None:
 
 @contextmanager
 def _refused_error(code: str, what: str) -> Iterator[None]:
-    """Translate a negative SMTP reply within the block to a `NodeError`; `what` names the refused part."""
+    """Translate a negative SMTP reply within the block to a `NodeError` with `code`, retryable for temporary ones.
+
+    `what` names the refused part in the message.
+    """
     try:
         yield
     except aiosmtplib.SMTPResponseException as error:

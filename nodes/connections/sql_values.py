@@ -47,7 +47,7 @@ def bytes_to_json(value: bytes) -> Json:
 
 
 def json_column_to_json(text: str | bytes) -> Json:
-    """Return the value of a JSON column; its text where it exceeds the limits of JSON here."""
+    """Return the value of a JSON column; its text if it exceeds this server's limits for JSON."""
     raw = text.encode() if isinstance(text, str) else text
     try:
         return decode_json(raw, max_depth=MAX_DEPTH - ROWS_DEPTH)
@@ -56,7 +56,7 @@ def json_column_to_json(text: str | bytes) -> Json:
 
 
 def to_bytes(value: Json) -> bytes | None:
-    """Decode a Base64 text; raises `NodeError` for anything else."""
+    """Return the bytes of a Base64 text, None for null; raises `NodeError` for anything else."""
     if value is None:
         return None
     try:

@@ -110,7 +110,11 @@ def _run_query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
 
 
 def _fetch_pieces(cursor: sqlite3.Cursor, max_bytes: int) -> Iterator[list[list[Json]]]:
-    """Yield rows, at most 500 or about a megabyte at once; a single row may fill the heap of SQLite."""
+    """Yield lists of rows, at most 500 or about a megabyte at once.
+
+    Raises `NodeError` if texts and blobs exceed `max_bytes` in total. A single row may fill the heap of
+    SQLite.
+    """
     rows: list[list[Json]] = []
     size = 0
     for row in cursor:
@@ -164,7 +168,11 @@ class SqliteJobFile:
         return time.monotonic() >= self._ends_at
 
     def open(self) -> sqlite3.Connection:
-        """Return a connection whose statements end at the time limit; raises `NodeError` and `sqlite3.Error`."""
+        """Return a connection whose statements end at the time limit.
+
+        A transaction of a writer that died is rolled back first. Raises `NodeError` for an unusable file, and
+        `sqlite3.Error`.
+        """
         mode = self._mode
         if mode == "rw":
             durable_folders.make_folder(self._file.parent)
@@ -199,7 +207,11 @@ class SqliteJobFile:
         return connection
 
     def _check_file(self, mode: str) -> None:
-        """Create the file if permitted, and refuse a path that is not a regular file of the organization."""
+        """Create the file if `mode` is `rw`.
+
+        Raises `NodeError` for a missing file, and for a path that is no regular file of the organization
+        alone: a link, or one of the server's own files.
+        """
         flags = os.O_RDWR | os.O_CREAT if mode == "rw" else os.O_RDONLY
         try:
             descriptor = os.open(self._file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
@@ -216,7 +228,7 @@ class SqliteJobFile:
             raise foreign_file_error()
 
     def _is_own(self, found: os.stat_result) -> bool:
-        """Tell whether a file is the server's own."""
+        """Return whether a file is one of the server's own."""
         return (found.st_dev, found.st_ino) in self._own_files
 
 
@@ -237,7 +249,7 @@ def _to_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQL
 
 @contextmanager
 def _allow_actions(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
-    """Allow statements these actions and nothing else: no other file, no setting, no extension."""
+    """Allow statements in the block only these SQLite actions, which include no other file, setting or extension."""
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
         if action not in actions:

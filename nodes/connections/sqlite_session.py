@@ -32,7 +32,10 @@ COMPANION_SUFFIXES = ("-journal", "-wal", "-shm")
 
 
 def find_file(source: ConnectionSource, policy: ConnectionPolicy) -> Path:
-    """Return the path of a data source's database; raises `NodeError` for one outside its organization."""
+    """Return the path of a data source's SQLite file, which need not exist.
+
+    Raises `NodeError` for a name with a folder, a folder that is a link, and in a process without files.
+    """
     if policy.files is None:
         raise NodeError("Files are not available in this process", code="not-available")
     name = config_fields.read_text(source.settings, "file")
@@ -56,7 +59,7 @@ def _is_file_name(text: str) -> bool:
 
 
 def open_processes(policy: ConnectionPolicy) -> ProcessPool:
-    """Return the process pool for statements, which starts processes on demand."""
+    """Return the pool of child processes that run statements; it starts them on demand."""
     files = "" if policy.files is None else str(policy.files.absolute())
     return ProcessPool(
         ProcessKind.SQLITE,

@@ -31,7 +31,7 @@ class StepBudget:
         self._left = MAXIMUM_STEPS
 
     def take(self, count: int) -> None:
-        """Count some work; raises `NodeError` beyond the limit."""
+        """Subtract `count` from the remaining steps; raises `NodeError` when none are left."""
         self._left -= count
         if self._left < 0:
             message = f"The selectors would test elements more than {MAXIMUM_STEPS:,} times: take fewer fields or items"
@@ -57,7 +57,10 @@ class CssSelector:
     async def first(
         self, count: int, elements: Sequence[HtmlElement], steps: StepBudget, turn: LoopShare
     ) -> list[HtmlElement]:
-        """Return the first `count` matching elements of a range of a document; elements outside of it don't count."""
+        """Return the first `count` matching elements of a range of a document; elements outside of it don't count.
+
+        Raises `NodeError` when the steps are used up.
+        """
         passes = [ChainMatcher(chain) for chain in self.chains]
         found: list[HtmlElement] = []
         for element in elements:
@@ -100,7 +103,10 @@ class ChainMatcher:
 
 
 def compile_selector(name: str, written: str) -> CssSelector:
-    """Compile the selector of the field `name`; raises `NodeError`."""
+    """Return the compiled CSS selector of the config field `name`.
+
+    Raises `NodeError` for one that is invalid, unsupported, too long or nested too deeply.
+    """
     if len(written) > MAXIMUM_CHARACTERS:
         message = f"`{name}` has {len(written):,} characters; a selector has at most {MAXIMUM_CHARACTERS}"
         raise NodeError(message, code="invalid-selector")
@@ -135,7 +141,10 @@ def _build_chain(tree: css.Tree) -> list[SelectorPart]:
 
 
 def _build_test(tree: css.Tree) -> ElementTest:
-    """Return the test of a compound selector: one without a combinator."""
+    """Return the test of a compound selector: one without a combinator.
+
+    Raises `_UnsupportedSelector` for other selectors.
+    """
     match tree:
         case css.Element():
             return _tag_test(tree)
@@ -226,7 +235,7 @@ def _parse_nth(tree: css.Function) -> ElementTest:
 
 
 def _is_in_series(place: int, step: int, first: int) -> bool:
-    """Tell whether a place is `step * n + first` for some n from 0."""
+    """Return whether a place is `step * n + first` for some integer n from 0."""
     if step == 0:
         return place == first
     return (place - first) % step == 0 and (place - first) // step >= 0

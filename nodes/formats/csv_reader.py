@@ -79,7 +79,7 @@ def _detect_delimiter(config: Mapping[str, Json], text: str) -> str:
 
 
 def _count_fields(text: str, delimiter: str) -> int:
-    """Return the number of fields in the first line that isn't blank."""
+    """Return the number of fields in the first line that isn't blank; 0 without one."""
     records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     return len(next(filter(None, records), []))
 
@@ -97,7 +97,10 @@ def _read_records(text: str, delimiter: str) -> Iterator[CsvRecord]:
 def _read_columns(
     config: Mapping[str, Json], records: Iterator[CsvRecord]
 ) -> tuple[Sequence[str], Iterator[CsvRecord]]:
-    """Return the names of the columns, and the remaining records."""
+    """Return the names of the columns, from the config or the header, and the remaining records.
+
+    Raises `NodeError` for repeated names, and if the config has another number of names than the header.
+    """
     given = [
         config_fields.read_text({"columns": name}, "columns")
         for name in config_fields.read_sequence(config, "columns")
@@ -114,7 +117,7 @@ def _read_columns(
 
 
 def _number_blank_names(header: Sequence[str]) -> list[str]:
-    """Return the names of a header; a blank third one becomes `column3`."""
+    """Return the trimmed names of a header; a blank third one becomes `column3`."""
     return [name.strip() or f"column{number}" for number, name in enumerate(header, start=1)]
 
 
@@ -147,7 +150,10 @@ def _fit_width(line: int, record: Sequence[str], columns: Sequence[str], *, pads
 
 
 def _infer_value(written: str) -> Json:
-    """Return null for an empty field, a number for a JSON number, and other texts unchanged."""
+    """Return null for a blank field, a number for a JSON number, and other texts unchanged.
+
+    Integers with more digits than are exact, and numbers that are too large, stay texts.
+    """
     trimmed = written.strip()
     if not trimmed:
         return None

@@ -116,7 +116,10 @@ def _require_distinct(columns: Sequence[str]) -> Sequence[str]:
 
 
 async def _collect_columns(items: Sequence[Json], turn: LoopShare) -> list[str]:
-    """Return the names of all fields, in order of first appearance."""
+    """Return the names of all fields of the items, in order of first appearance.
+
+    Raises `NodeError` for an item that is no object, and for too many cells.
+    """
     names: dict[str, None] = {}
     for index, item in enumerate(items):
         await turn.yield_if_due()
@@ -147,5 +150,8 @@ def _check_size(rows: int, columns: int) -> None:
 
 
 def _may_be_formula(text: str) -> bool:
-    """Tell whether a spreadsheet may evaluate a text; a number with a sign is harmless."""
+    """Return whether a spreadsheet may evaluate a text as a formula.
+
+    False for a number with a sign, which is harmless.
+    """
     return FORMULA.match(text) is not None and SIGNED_NUMBER.fullmatch(text) is None

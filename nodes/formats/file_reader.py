@@ -88,7 +88,7 @@ async def parse_file(call: NodeCall) -> Json:
 
 
 def guess_format(content: bytes, *, name: str, media_type: str = "") -> FileFormat:
-    """Return the format of a file by its name, else by its media type, else by its first bytes."""
+    """Return the format of a file by its name, else its media type, else its first bytes, else `FileFormat.TEXT`."""
     by_name = FORMAT_BY_SUFFIX.get(PurePosixPath(name.lower()).suffix)
     by_type = FORMAT_BY_TYPE.get(media_type.partition(";")[0].strip().lower())
     if by_name or by_type:
@@ -100,7 +100,11 @@ def guess_format(content: bytes, *, name: str, media_type: str = "") -> FileForm
 
 
 async def parse_content(call: NodeCall, content: bytes, wanted: FileFormat) -> dict[str, Json]:
-    """Parse a file in a known format, with the options `encoding`, `csv`, `excel` and `xml` of the config."""
+    """Parse a file in a known format by the options `encoding`, `csv`, `excel` and `xml` of the config.
+
+    Returns the output of its parser; formats without one return their `text`. Raises `NodeError` for invalid
+    content.
+    """
     config = call.config
     match wanted:
         case FileFormat.CSV:
@@ -127,7 +131,7 @@ async def parse_content(call: NodeCall, content: bytes, wanted: FileFormat) -> d
 
 
 def _with_config(call: NodeCall, options: Mapping[str, Json], **given: Json) -> NodeCall:
-    """Return a call with another config, for the parser of another node."""
+    """Return a copy of a call with the options and the given fields as its config, for the parser of another node."""
     return structs.replace(call, config={**options, **given})
 
 

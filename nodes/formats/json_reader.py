@@ -41,7 +41,10 @@ async def parse_json(call: NodeCall) -> Json:
 
 
 async def _parse_lines(raw: bytes) -> list[Json]:
-    """Return the value of each line that isn't blank."""
+    """Return the JSON value of each line that isn't blank.
+
+    Raises `NodeError` for invalid JSON, with the line's number, and for more than `MAXIMUM_ITEMS` values.
+    """
     values: list[Json] = []
     turn = LoopShare()
     for number, line in enumerate(raw.split(b"\n"), start=1):

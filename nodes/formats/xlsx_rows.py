@@ -75,7 +75,10 @@ def _choose_sheet(config: Mapping[str, Json], sheets: Sequence[str]) -> str:
 
 
 def _name_columns(rows: Sequence[SheetRow], *, has_header: bool) -> dict[int, str]:
-    """Return the names of the columns with any cell, by their number in the sheet."""
+    """Return the names of the columns with any cell, by their number in the sheet: from the first row or by letters.
+
+    Raises `NodeError` for two columns with the same name.
+    """
     used = sorted({column for row in rows for column in row.cells})
     header = rows[0].cells if has_header and rows else {}
     names = {column: _column_name(header.get(column), column) for column in used}

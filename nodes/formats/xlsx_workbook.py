@@ -93,7 +93,10 @@ class XlsxWorkbook:
         return list(self._sheets)
 
     async def open(self) -> None:
-        """Parse everything except the cells; raises `NodeError` for a file that is no workbook."""
+        """Parse everything except the cells.
+
+        Raises `NodeError` for a file that is no workbook, or too large unpacked.
+        """
         main = next((part for kind, part in (await self._parts("")).values() if kind == "officeDocument"), "")
         if not self._archive.has(main):
             raise _invalid_workbook("it has no `officeDocument`")
@@ -116,13 +119,16 @@ class XlsxWorkbook:
                 self._styles = styles.shows
 
     async def rows(self, sheet: str) -> Sequence[SheetRow]:
-        """Return the rows of a sheet that have cells."""
+        """Return the rows of a sheet that have cells.
+
+        Raises `NodeError` for invalid XML and exceeded limits, `KeyError` for an unknown sheet.
+        """
         reader = SheetCells(self._strings, self._styles, counts_from_1904=self._counts_from_1904)
         await self._archive.read_part(self._sheets[sheet], reader)
         return reader.rows
 
     async def _parts(self, of: str) -> dict[str, tuple[str, str]]:
-        """Return the relationships of a part: kind and name of the target, by identifier."""
+        """Return the relationships of a part: kind and name of the target, by identifier; empty if it has none."""
         folder, name = posixpath.split(of)
         related = posixpath.join(folder, "_rels", f"{name}.rels")
         if not self._archive.has(related):
@@ -156,7 +162,10 @@ class ZipArchive:
         return name in self._names
 
     async def read_part(self, name: str, part: WorkbookPart) -> None:
-        """Unpack a part and parse it with its reader."""
+        """Unpack a part of the archive and parse its XML with `part`.
+
+        Raises `NodeError` for invalid XML and exceeded limits.
+        """
         part.elements_left = self._elements_left
         await xml_reader.read_xml(await self._unpacked(name), part, self._turn)
         self._elements_left = part.elements_left
@@ -366,7 +375,10 @@ class SheetCells(WorkbookPart):
             self._row.cells[self._column] = value
 
     def _value(self, written: str) -> Json:
-        """Return a cell as JSON: formulas by their last result, errors as Excel shows them."""
+        """Return a cell as JSON: formulas by their last result, errors as Excel shows them.
+
+        Raises `NodeError` for a reference to a missing text.
+        """
         match self._kind:
             case "s":
                 place = _parse_whole(written, otherwise=-1)
@@ -410,7 +422,10 @@ def _simplify_number(number: float) -> int | float:
 
 
 def _unescape(text: str) -> str:
-    """Replace `_x000D_` by the character that XML can't contain, where JSON can."""
+    """Return a text with escapes such as `_x000D_` replaced by their characters.
+
+    Escapes of characters that JSON can't contain stay.
+    """
     return ESCAPE_PATTERN.sub(_escaped_character, text) if "_x" in text else text
 
 

@@ -25,9 +25,9 @@ class XmlHandler(Protocol):
 
 
 async def read_xml(raw: bytes, reader: XmlHandler, turn: LoopShare, *, encoding: str | None = None) -> None:
-    """Parse a whole document with a handler; raises `NodeError` for invalid XML, and errors of the handler.
+    """Parse a whole document with a handler, in `encoding` or the one that the document declares.
 
-    Without an `encoding`, the document declares its own.
+    Raises `NodeError` for invalid XML and unknown encodings, and the errors of the handler.
     """
     parser = expat.ParserCreate(encoding)
     parser.buffer_text = True

@@ -66,7 +66,10 @@ class AggregateItem:
     """Fields that some item has."""
 
     def at(self, name: str) -> Json:
-        """Return the value of a field by its name or dotted path, else null."""
+        """Return the value of a field by its name or dotted path; null for a missing field, which is recorded.
+
+        Raises `NodeError` if the item is no object.
+        """
         if not isinstance(self.value, dict):
             message = (
                 f"Item {self.index} is {config_fields.describe_type(self.value)}: it has no field `{name}`"
@@ -85,7 +88,10 @@ class AggregateItem:
         return found
 
     def number(self, name: str) -> Number | None:
-        """Return the number in a field, or null."""
+        """Return the number in a field; None for null and a missing field.
+
+        Raises `NodeError` for other types, also booleans, and if the item is no object.
+        """
         value = self.at(name)
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
             return value
@@ -193,7 +199,7 @@ def _check_size(results: int) -> None:
 
 
 def _sum_exactly(numbers: Sequence[Number]) -> Number:
-    """Return an exact sum of integers, and a correctly rounded one of floats."""
+    """Return the exact sum of integers, or the correctly rounded sum if a float is among them."""
     return sum(numbers) if all(isinstance(number, int) for number in numbers) else math.fsum(numbers)
 
 

@@ -54,7 +54,10 @@ async def run(call: NodeCall) -> Json:
 
 
 def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the blob reference in the config, alone or in the description of an attachment."""
+    """Return the blob reference in the config, alone or in the description of an attachment.
+
+    Raises `NodeError` for other values, and for an attachment that is still at the URL of a mail service.
+    """
     given = config_fields.read_mapping(config, "attachment")
     inner = given if REFERENCE_KEY in given else given.get("blob")
     if isinstance(inner, dict) and isinstance(inner.get(REFERENCE_KEY), dict):
@@ -66,7 +69,7 @@ def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _convert_by_type(content: bytes, name: str, media_type: str) -> AttachmentForm:
-    """Return the default form of a file, by its format."""
+    """Return the form into which a file is converted by default, by its format: Base64 for unknown and Excel files."""
     match file_reader.guess_format(content, name=name, media_type=media_type):
         case FileFormat.CSV:
             return AttachmentForm.CSV

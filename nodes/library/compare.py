@@ -55,7 +55,10 @@ async def run(call: NodeCall) -> Json:
 async def _index_by_key(
     config: Mapping[str, Json], name: str, keys: ItemKeys, turn: LoopShare
 ) -> dict[Hashable, Json]:
-    """Return the items of a list by their keys, in order; null is an empty list."""
+    """Return the items of the list in field `name` by their keys, in order; null counts as an empty list.
+
+    Raises `NodeError` for two items with the same key.
+    """
     items = [] if config.get(name) is None else item_lists.read_items(config, name)
     found: dict[Hashable, Json] = {}
     places: dict[Hashable, int] = {}

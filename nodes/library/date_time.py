@@ -91,7 +91,10 @@ def run(call: NodeCall) -> Json:
 
 
 def _read_date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
-    """Return the moment in a field, in UTC."""
+    """Return the moment in a field, in UTC; that of the call if the field is missing.
+
+    Raises `NodeError` for values that are no date.
+    """
     if name not in call.config:
         return call.now.astimezone(UTC)
     given = call.config[name]
@@ -152,7 +155,10 @@ def _add_units(date: datetime, amount: int, unit: DateUnit, zone: ZoneInfo) -> d
 
 
 def _count_units(date: datetime, until: datetime, unit: DateUnit, zone: ZoneInfo) -> Json:
-    """Return the units between two moments: days and longer units by the local time of the zone."""
+    """Return the number of units between two moments, negative if `until` is earlier.
+
+    Months and longer are whole ones; days and longer count by the local time of the zone.
+    """
     start, end = date.astimezone(zone), until.astimezone(zone)
     if unit in UNIT_MONTHS:
         return _count_whole_months(start.replace(tzinfo=None), end.replace(tzinfo=None), UNIT_MONTHS[unit])
@@ -163,7 +169,7 @@ def _count_units(date: datetime, until: datetime, unit: DateUnit, zone: ZoneInfo
 
 
 def _count_whole_months(start: datetime, end: datetime, each: int) -> int:
-    """Return the number of whole steps of `each` months between two local times."""
+    """Return the number of whole steps of `each` months between two local times, negative if `end` is earlier."""
     if end < start:
         return -_count_whole_months(end, start, each)
     months = (end.year - start.year) * 12 + end.month - start.month
@@ -194,7 +200,10 @@ def _start_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
 
 
 def _end_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
-    """Return the last microsecond before the next unit starts."""
+    """Return the last microsecond of the unit that contains `date`, in UTC.
+
+    Units begin by the local time of the zone.
+    """
     start = _start_of_unit(date, unit, zone).astimezone(UTC)
     return _start_of_unit(_add_units(start, 1, unit, zone), unit, zone).astimezone(UTC) - MICROSECOND
 

@@ -89,7 +89,10 @@ def _compose(outgoing: OutgoingMail) -> bytes:
 
 
 def _read_mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
-    """Return the addresses in a text or a list of texts, skipping empty texts."""
+    """Return the addresses in the field `name`, a text or a list of texts; empty texts are skipped.
+
+    Raises `NodeError` for other types and invalid addresses.
+    """
     given = config.get(name)
     texts = given if isinstance(given, list) else [given]
     found: list[Mailbox] = []
@@ -178,7 +181,7 @@ async def _read_content(call: NodeCall, given: dict[str, Json]) -> bytes:
 
 
 def _find_reference(given: dict[str, Json]) -> dict[str, Json] | None:
-    """Return the blob reference that an attachment is, or has in `blob`."""
+    """Return the blob reference that an attachment is, or has in `blob`; None if it has neither."""
     inner = given if REFERENCE_KEY in given else given.get("blob")
     return inner if isinstance(inner, dict) else None
 

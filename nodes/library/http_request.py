@@ -124,7 +124,11 @@ def _read_headers(config: Mapping[str, Json]) -> dict[str, str]:
 
 
 async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
-    """Return the headers that the data source adds to a request to `url`; they are never recorded."""
+    """Return the headers that the data source adds to a request to `url`.
+
+    They are never recorded. Empty without a data source. Raises `NodeError` for an unknown data source, and
+    for hosts that it doesn't list.
+    """
     if call.config.get("dataSource") is None:
         return {}
     return await call.services.data_sources.headers(
@@ -133,13 +137,16 @@ async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
 
 
 def _replace_headers(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
-    """Return headers with others added, which replace those of the same names."""
+    """Return `headers` with `others` added, which replace those of the same name in any case."""
     names = {name.lower() for name in others}
     return {**{name: value for name, value in headers.items() if name.lower() not in names}, **others}
 
 
 def _encode_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
-    """Return the request body and its content type."""
+    """Return the request body and its content type: texts as they are, other values as JSON.
+
+    None twice without a body.
+    """
     body = config.get("body")
     if body is None:
         return None, None
@@ -157,7 +164,10 @@ def _set_default_header(headers: dict[str, str], name: str, value: str) -> None:
 
 
 def _redact_response(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
-    """Redact secrets that the response repeats: it has more readers than the data source."""
+    """Return a response with the secrets that it repeats redacted.
+
+    Its readers may not be permitted to use the data source.
+    """
     if not secrets:
         return response
     forms = {form for value in secrets.values() for form in _secret_forms(value)}
@@ -215,7 +225,7 @@ def _decode_json(response: HttpResponse) -> Json:
 
 
 def _decode_text(body: bytes, charset: str) -> str:
-    """Decode a text, with U+FFFD for invalid bytes and NUL."""
+    """Return the body as text, with U+FFFD for invalid bytes and NUL."""
     return body.decode(charset, errors="replace").replace("\0", "\ufffd")
 
 

@@ -54,7 +54,11 @@ class LookupJoin:
         )
 
     def joined(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
-        """Yield the joined items of an item lazily, since a single item can exceed the limit."""
+        """Yield an item joined with its matching rows.
+
+        Without rows none, the item alone, or `NodeError`, by `on_missing`. Lazily, since a single item can
+        exceed the limit of the output.
+        """
         if not rows:
             yield from self._missed(item, index)
         elif self.matches is LookupMatches.LIST:

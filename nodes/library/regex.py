@@ -177,7 +177,10 @@ def _replace_matches(pattern: RegexPattern, text: str, maximum: int, replacement
 
 
 def _replacement_writer(pattern: RegexPattern, replacement: str) -> Callable[[RegexMatch], str]:
-    """Return a function that returns the replacement of a match."""
+    """Return a function that returns the replacement of a match, with `$1` and `${name}` filled in, `$$` as `$`.
+
+    Raises `NodeError` for a group that the pattern doesn't have.
+    """
     parts: list[str] = []
     groups: list[int | str] = []
     end = 0

@@ -56,7 +56,11 @@ def _split_batches(config: Mapping[str, Json]) -> list[Json]:
 
 
 async def _split_elements(call: NodeCall) -> list[Json]:
-    """Return an item for each element of the list in a field of each item."""
+    """Return an item for each element of the list in a field of each item.
+
+    Raises `NodeError` for an item that is no object, a field that is no list, and too many or too large
+    items.
+    """
     name = config_fields.read_text(call.config, "field")
     keeps_fields = config_fields.read_flag(call.config, "keepFields")
     found: list[Json] = []
@@ -78,7 +82,11 @@ async def _split_elements(call: NodeCall) -> list[Json]:
 
 
 def _read_list(own: Mapping[str, Json], index: int, name: str, unresolved: list[str]) -> list[Json]:
-    """Return the list in a field of an item; an empty one for null and for a missing field."""
+    """Return the list in a field of an item.
+
+    Empty for null and for a missing field, which is reported as unresolved. Raises `NodeError` for other
+    types.
+    """
     if name not in own:
         unresolved.append(f"item.{name}")
     value = own.get(name)

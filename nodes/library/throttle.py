@@ -35,7 +35,10 @@ async def run(call: NodeCall) -> Json | TimerWait:
 
 
 def _throttle_key(call: NodeCall) -> str:
-    """Return the key that shares the rate limit; prefixes keep configured and default keys apart."""
+    """Return the key of the rate limit: the configured one, else the node of the workflow.
+
+    Prefixes keep both kinds apart. Raises `NodeError` for a key that is empty, too long, or has a NUL.
+    """
     if "key" not in call.config:
         return f"node:{call.caller.workflow_id}:{call.node_id}"
     key = config_fields.read_text(call.config, "key")

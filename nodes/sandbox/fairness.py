@@ -28,7 +28,10 @@ class FairSlots:
 
     @asynccontextmanager
     async def hold(self, organization_id: str) -> AsyncIterator[None]:
-        """Hold a slot; raises `NodeError` if too many jobs of the organization wait for one."""
+        """Hold a slot during the block, waiting for one.
+
+        Raises `NodeError` if too many jobs of the organization wait.
+        """
         await self._acquire(organization_id)
         try:
             yield

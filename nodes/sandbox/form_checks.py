@@ -42,7 +42,10 @@ class FormChecker:
     async def check(
         self, organization_id: str, schema: Mapping[str, Json], data: Json
     ) -> Sequence[FormViolation]:
-        """Return the violations of a schema; raises `InvalidSchema`, and `NodeError` if no process is free."""
+        """Return the violations of a form's schema in the answer `data`, an empty list if it is valid.
+
+        Raises `InvalidSchema`, and a retryable `NodeError` if no child process is free.
+        """
         job = await offload.run(_encode_job, schema, data)
         try:
             result = await self._processes.run(
@@ -55,7 +58,7 @@ class FormChecker:
         return msgspec.convert(result.output, list[FormViolation])
 
     async def close(self) -> None:
-        """End the child processes that check answers to forms."""
+        """End the child processes that check answers to forms, and wait for their end."""
         await self._processes.close()
 
 

@@ -121,7 +121,7 @@ decode_failure: Final = decoding.build_decoder(FailureFrame).decode
 
 
 def decode_frame(decode: Callable[[bytes], Kind], body: bytes) -> Kind:
-    """Decode the body of a frame; raises `InvalidFrame`."""
+    """Return the decoded body of a frame; raises `InvalidFrame` if it isn't of the decoder's type."""
     try:
         return decode(body)
     except (ValueError, RecursionError) as error:
@@ -133,7 +133,7 @@ def encode_frame(tag: FrameTag, body: bytes = b"") -> bytes:
 
 
 def parse_header(raw: bytes) -> tuple[int, FrameTag]:
-    """Return the length of the body and the tag; raises `InvalidFrame`."""
+    """Return the length of the body in bytes and the tag; raises `InvalidFrame` for an unknown tag."""
     length, tag = HEADER.unpack(raw)
     try:
         return length, FrameTag(tag)
@@ -147,7 +147,7 @@ def encode_value(value: Json) -> Iterator[bytes]:
 
 
 def _encode_parts(container: dict[str, Json] | list[Json]) -> Iterator[bytes]:
-    """Yield frames that add the content of a container to the open one."""
+    """Yield frames that add the content of a container to the open one, each about a piece at most."""
     text = _encode(container)
     if len(text) <= PIECE_BYTES:
         yield encode_frame(FrameTag.PART, text)

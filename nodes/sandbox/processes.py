@@ -108,7 +108,11 @@ class ProcessPool:
     async def run(
         self, job: bytes, listener: JobListener, *, organization_id: str, seconds: float
     ) -> NodeResult:
-        """Run a job; raises `NodeError` of the job, or with the code `timeout`, `crashed` or `busy`."""
+        """Run a job in a child process, and return its result; `listener` gets its log lines and unresolved paths.
+
+        Raises the `NodeError` of the job, or one with the code `timeout`, `crashed` or `busy`. The child is
+        ended after a failure.
+        """
         async with self._places.hold(organization_id):
             child = await self._acquire()
             began_at = time.monotonic()
@@ -132,7 +136,7 @@ class ProcessPool:
         return outcome
 
     async def close(self) -> None:
-        """End every idle child, and wait for all that are ending."""
+        """End every idle child process, and wait for all that are ending."""
         while self._idle:
             self._end(self._idle[-1])
         if self._ends:
@@ -208,7 +212,7 @@ class ChildProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process is alive now; the event loop notices a death a moment later."""
+        """Whether the process is running now; the event loop notices its end a moment later."""
         if self._process.returncode is not None or self._out.at_eof():
             return False
         try:
@@ -223,13 +227,16 @@ class ChildProcess:
             self.rest = None
 
     async def wait_ready(self) -> None:
-        """Wait until the child can accept a job."""
+        """Wait until the child can accept a job; raises `InvalidFrame` or `EOFError` if it fails before."""
         tag, _ = await self._frame()
         if tag is not FrameTag.READY:
             raise InvalidFrame("it isn't ready")
 
     async def perform(self, job: bytes, listener: JobListener) -> NodeResult | NodeError:
-        """Run a job; raises `InvalidFrame`, `EOFError` or `OSError` if the child fails or violates the protocol."""
+        """Run a job and return its result or its error; log lines and unresolved paths go to `listener`.
+
+        Raises `InvalidFrame`, `EOFError` or `OSError` if the child fails or violates the protocol.
+        """
         await self._send(encode_frame(FrameTag.JOB, job))
         assembly = ValueAssembler()
         turn = LoopShare()
@@ -286,5 +293,5 @@ class ChildProcess:
 
 
 def _import_paths() -> Sequence[str]:
-    """Return the import path: children skip `site`, which is slow, and would know only the standard library."""
+    """Return the import path for children as absolute paths: they skip `site`, which is slow."""
     return [str(Path(entry).absolute()) for entry in sys.path]

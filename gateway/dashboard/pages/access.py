@@ -17,7 +17,7 @@ UNUSED_DAYS: Final = 90
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for keys, sessions, and users and invitations if the visitor is an admin."""
+    """Ask the API for keys and sessions, and for users if the visitor is an admin; raises `ApiError`."""
     keys, sessions, users, invitations = await asyncio.gather(
         page.get_if_present("/api/v1/auth/keys", limit=LIMIT),
         page.get("/api/v1/auth/sessions"),
@@ -28,7 +28,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return keys with their state, sessions and users."""
+    """Return the template values: keys with their state, sessions and users."""
     users = data["users"]
     keys = [] if data["keys"] is None else data["keys"]["keys"]
     return {
@@ -51,7 +51,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _state_of(key: Mapping[str, Any], frame: PageFrame) -> str:
-    """Return `revoked`, `expired`, `unused` or `valid`."""
+    """Return the state of an API key: `revoked`, `expired`, `unused` for long, or `valid`."""
     if key["revokedAt"]:
         return "revoked"
     expires_at = parse_instant(key["expiresAt"])

@@ -20,7 +20,7 @@ OBJECT_PAGES: Final = {"wf_": "workflows", "ds_": "sources"}
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for a page of entries, and for the names of users."""
+    """Ask the API for a page of entries by the filters of the query, and for the names of users; raises `ApiError`."""
     given = {name: page.query[name] for name in FILTERS if page.query.get(name)}
     entries = await page.get("/api/v1/audit", **given, limit=LIMIT, offset=page.query.get("offset"))
     users = await page.get("/api/v1/auth/users", limit=MAX_USERS)
@@ -28,7 +28,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the rows, the filters and the ways to other pages of the list."""
+    """Return the template values: the entries with their pages, the filters, and addresses within the list."""
     entries = data["entries"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     shown = entries["offset"] + len(entries["entries"])
@@ -51,7 +51,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _page_of(frame: PageFrame, object_id: str) -> str:
-    """Return the address of an object's page; empty if it has none."""
+    """Return the address of an object's dashboard page by the prefix of its id; empty if it has none."""
     folder = next((page for prefix, page in OBJECT_PAGES.items() if object_id.startswith(prefix)), None)
     return "" if folder is None else f"{frame.root}/dashboard/{folder}/{object_id}"
 

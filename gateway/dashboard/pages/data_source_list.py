@@ -18,7 +18,7 @@ ADDRESS_FIELDS: Final = ("host", "endpoint", "url", "file", "bucket")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for a page of data sources."""
+    """Ask the API for a page of data sources; raises `ApiError`."""
     given = page.query
     return {
         "sources": await page.get(
@@ -28,7 +28,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the rows, and whether the visitor may test a source."""
+    """Return the template values: the data sources with their addresses, and the address of the next page."""
     sources = data["sources"]
     shown = sources["offset"] + len(sources["dataSources"])
     is_last = shown >= sources["count"]
@@ -46,7 +46,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _address_of(settings: Mapping[str, Any]) -> str:
-    """Return the place of a source: its host with port and database, or another setting that names it."""
+    """Return the address of a data source from its settings: host, port and database, or another setting.
+
+    Empty without one.
+    """
     name = next((settings[field] for field in ADDRESS_FIELDS if settings.get(field)), "")
     port = f":{settings['port']}" if settings.get("port") else ""
     database = f"/{settings['database']}" if settings.get("database") else ""

@@ -28,7 +28,10 @@ KINDS: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the groups, and for samples, workflow and node types of the group that is open."""
+    """Ask the API for the groups of dead letters, and for samples, workflow and node types of the open group.
+
+    Raises `ApiError`.
+    """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     groups = await page.get("/api/v1/dead-letters/groups", **filters)
@@ -50,7 +53,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the groups, with samples and consequences of the open one."""
+    """Return the template values: the groups, and for the open one samples and the writes that a redrive may repeat."""
     listed, rows = data["groups"], data["rows"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     shown = _open_group(listed["groups"], frame.query.get("group"))
@@ -91,7 +94,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _open_group(groups: Sequence[Mapping[str, Any]], group_id: str | None) -> Mapping[str, Any] | None:
-    """Return the group with an id; the first one if there is none."""
+    """Return the group with an id, else the first one; None without groups."""
     named = (group for group in groups if group["id"] == group_id)
     return next(named, groups[0] if groups else None)
 

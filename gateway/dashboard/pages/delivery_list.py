@@ -34,7 +34,10 @@ MEANINGS: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for a page of deliveries, the plan of a bulk redrive, and samples of refused requests."""
+    """Ask the API for a page of deliveries, the plan of a bulk redrive, and samples of refused requests.
+
+    Raises `ApiError`.
+    """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     deliveries, samples, plan = await asyncio.gather(
@@ -66,7 +69,7 @@ def redrive_filter(filters: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the rows, the filters and the ways to other pages of the list."""
+    """Return the template values: the deliveries, the filters, and the addresses of other pages of the list."""
     listed = data["deliveries"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     is_newest = frame.query.get("after", START) == START

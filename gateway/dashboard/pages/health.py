@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for drift, if the visitor is an admin, and for the reasons and the workers."""
+    """Ask the API for the reasons and the workers, and for drift if the visitor is an admin; raises `ApiError`."""
     drift, why = await asyncio.gather(page.get_if_present("/api/v1/admin/drift"), page.get("/api/v1/why"))
     return {"drift": drift, "why": why}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the findings, the stores, the workers and the reasons."""
+    """Return the template values: findings, stores, workers, and reasons why runs don't move."""
     drift, why = data["drift"], data["why"]
     return {
         "title": "Health",

@@ -24,7 +24,10 @@ NEEDS_PERSON: Final = frozenset({"change", "escalate"})
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for reasons, drift, the runs of a day, their failures, and schedules."""
+    """Ask the API for reasons, drift, workflows, the runs of the last 24 hours, their failures, and schedules.
+
+    Raises `ApiError`.
+    """
     # Whole minutes, so that an unchanged page keeps its tag for a minute.
     since = format_timestamp((page.now - DAY).replace(second=0, microsecond=0))
     why, drift, stats, workflows, failed, completed, started, schedules = await asyncio.gather(
@@ -50,7 +53,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:  # noqa: ARG001 - the signature of views
-    """Return the needs, the counts of a day, reasons and failures by cause."""
+    """Return the template values: what needs a person, counts of the last 24 hours, reasons, and failures by cause."""
     reasons = data["why"]["reasons"]
     findings = [] if data["drift"] is None else data["drift"]["findings"]
     return {
@@ -73,12 +76,15 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:  # noqa: ARG001
 
 
 def show_bounded(listed: Mapping[str, Any]) -> str:
-    """Return the number of a list, such as `10,000+` where only a lower bound is known."""
+    """Return the count of a list as text, such as `10,000+` where only a lower bound is known."""
     return f"{listed['count']:,}" + ("+" if listed.get("countIsLowerBound") else "")
 
 
 def group_failures(runs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return failed runs, the newest first, grouped by workflow, node and code: count, first and last time, sample."""
+    """Return failed runs, the newest first, grouped by workflow, node and error code.
+
+    Each group has its count, first and last time, and a sample.
+    """
     groups: dict[tuple[str, str | None, str], dict[str, Any]] = {}
     for run in runs:
         error = run["error"] or {"code": "unknown", "message": "", "nodeId": None}

@@ -32,7 +32,10 @@ KEPT: Final = ("node", "turn", "tab", "view", "with", "open")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the run, its graph and reasons, then for the data of the selected node alone."""
+    """Ask the API for the run, its spans and reasons, then for its workflow, the selected span and its inputs.
+
+    Raises `ApiError`.
+    """
     path = f"/api/v1/executions/{page.parameters['id']}"
     run, graph, why = await asyncio.gather(
         page.get(path, summary="true"), page.get(f"{path}/graph"), page.get_if_present(f"{path}/why")
@@ -78,7 +81,7 @@ async def _load_inputs(page: PageRequest, path: str, run: Mapping[str, Any]) -> 
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the values of the page."""
+    """Return the template values: the run, its timeline or map, and the selected node with its tab."""
     run, graph, why = data["run"], data["graph"], data["why"] or {}
     has_ended = run["status"] in ENDED
     state = run_node.choose_state(graph["states"], frame.query)
@@ -166,7 +169,10 @@ def summarize(timeline: RunTimeline) -> str:
 
 
 def show_shares(timing: Mapping[str, Any] | None) -> Sequence[tuple[str, str, int, int, int]]:
-    """Return word, tone, milliseconds, start and width of each part of a run's time, the longest first."""
+    """Return label, color name, milliseconds, start and width of each part of a run's time, the longest first.
+
+    Start and width are in thousandths of the whole. Empty without timing.
+    """
     if not timing:
         return ()
     parts = [(word, tone, timing.get(name) or 0) for name, word, tone in WORDS_OF_TIME]

@@ -29,7 +29,7 @@ STATES: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for a page of runs, and for the names of workflows."""
+    """Ask the API for a page of runs by the filters of the query, and for the names of workflows; raises `ApiError`."""
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     runs, workflows = await asyncio.gather(
@@ -40,7 +40,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the rows, the filters and the ways to other pages of the list."""
+    """Return the template values: the runs, the filters, and the addresses of other pages of the list."""
     runs = data["runs"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     is_newest = frame.query.get("after", START) == START

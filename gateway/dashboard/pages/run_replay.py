@@ -22,7 +22,7 @@ DECISIONS: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the run and the plan, then for the labels of its nodes."""
+    """Ask the API for the run and the plan of its replay, then for the labels of its nodes; raises `ApiError`."""
     path = f"/api/v1/executions/{page.parameters['id']}"
     run, plan = await asyncio.gather(
         page.get(path), page.plan(f"{path}/replay", definition=_definition(page.query))
@@ -38,7 +38,7 @@ def _definition(query: Mapping[str, str]) -> str:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the nodes of the plan with their decisions, and the ways to other plans."""
+    """Return the template values: the nodes of the plan with their decisions, and the addresses of other plans."""
     run, plan, workflow = data["run"], data["plan"], data["workflow"]
     path = f"/dashboard/runs/{run['id']}"
     definition = _definition(frame.query)

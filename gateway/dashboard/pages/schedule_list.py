@@ -16,12 +16,12 @@ PATH: Final = "/dashboard/schedule"
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for a page of schedules."""
+    """Ask the API for a page of schedules; raises `ApiError`."""
     return {"schedules": await page.get("/api/v1/schedules", limit=LIMIT, offset=page.query.get("offset"))}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the rows, each with its timing in words."""
+    """Return the template values: the schedules with their timing in words, and the address of the next page."""
     listed = data["schedules"]
     shown = listed["offset"] + len(listed["schedules"])
     is_last = shown >= listed["count"]
@@ -35,7 +35,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def describe_timing(policy: Mapping[str, Any] | None) -> str:
-    """Return the timing of a schedule, such as `30 7 * * mon-fri, Europe/Berlin` or `every 60 s`."""
+    """Return the timing of a schedule, such as `30 7 * * mon-fri, Europe/Berlin` or `every 60 s`.
+
+    Empty without a policy.
+    """
     if policy is None:
         return ""
     if policy["cron"] is not None:

@@ -25,7 +25,7 @@ STATES: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for a page of workflows, their number by status, and the failed runs of late."""
+    """Ask the API for a page of workflows, their number by status, and the newest failed runs; raises `ApiError`."""
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     workflows, stats, failed = await asyncio.gather(
@@ -39,7 +39,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the rows, each with its last failed run among the newest failures, and the filters."""
+    """Return the template values: the workflows, each with its last of the newest failures, and the filters."""
     listed = data["workflows"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     shown = listed["offset"] + len(listed["workflows"])

@@ -57,7 +57,7 @@ class JobModule(Protocol):
 
 
 def main(kind: str, parent: int) -> None:
-    """Perform jobs until the parent closes its end of the pipe."""
+    """Perform jobs of a kind and reply to each, until the parent closes its end of the pipe."""
     work = cast("JobModule", import_module(JOB_MODULES[kind]))
     perform = work.load()
     _close_log()
@@ -96,7 +96,7 @@ def _perform_and_reply(perform: PerformJob, job: bytes, reporter: JobReporter) -
 
 
 def _check_result(value: Json) -> None:
-    """Refuse a result that isn't JSON, or exceeds the size limit."""
+    """Raise `NodeError` for a result that exceeds the size limit, `InvalidJson` for one that isn't JSON."""
     try:
         encode_json(value, max_bytes=MAXIMUM_BYTES)
     except InvalidJson as error:
@@ -116,7 +116,7 @@ def _report_failure(code: str, message: str, *, retryable: bool = False) -> None
 
 
 def _to_encodable(text: str) -> str:
-    """Return a truncated text, with halves of surrogate pairs replaced, which can't be encoded."""
+    """Return a text cut to `MAX_MESSAGE_LENGTH`, with `?` for halves of surrogate pairs, which can't be encoded."""
     return text[:MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
 
 
@@ -132,7 +132,7 @@ def _read_job() -> bytes | None:
 
 
 def _read(length: int) -> bytes | None:
-    """Return this number of bytes; None if the pipe ends before."""
+    """Return this number of bytes of standard input; None if it ends before."""
     pieces: list[bytes] = []
     while length:
         piece = os.read(STDIN, length)

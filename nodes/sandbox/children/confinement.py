@@ -59,22 +59,25 @@ def limit_process(
 
 
 def limit_file_size(most_bytes: int) -> None:
-    """Limit the size of files that the process writes."""
+    """Limit the size in bytes of each file that the process writes; skipped if the system refuses it."""
     _set_limit(resource.RLIMIT_FSIZE, most_bytes)
 
 
 def limit_processes(most: int) -> None:
-    """Limit the number of processes and threads of the process's user."""
+    """Limit the number of processes and threads of the process's user; skipped if the system refuses it."""
     _set_limit(resource.RLIMIT_NPROC, most)
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Limit the memory of the process to its current use plus `more_bytes`."""
+    """Limit the memory of the process to its current use plus `more_bytes`; skipped if the system refuses it."""
     _set_limit(resource.RLIMIT_AS, _used_bytes() + more_bytes)
 
 
 def limit_cpu(more_seconds: float) -> None:
-    """Limit the CPU time of the process to its current use plus `more_seconds`."""
+    """Limit the CPU time of the process to its current use plus `more_seconds`, rounded up.
+
+    Skipped if the system refuses it.
+    """
     used = resource.getrusage(resource.RUSAGE_SELF)
     _set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + more_seconds) + 1)
 
@@ -91,7 +94,7 @@ def hide_process() -> None:
 
 
 def switch_user() -> bool:
-    """Switch to a user id of the process's own if permitted; return whether it has one."""
+    """Switch to a user id that only this process has, if the process is root; return whether it has one then."""
     user = FIRST_USER + os.getpid() % USERS
     if os.geteuid() == 0:
         with suppress(OSError):
@@ -111,14 +114,20 @@ def leave_network() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent ends; call it last, since a change of user resets it."""
+    """Have the kernel kill this process when its parent ends, and exit if it has ended already.
+
+    Call it last, since a change of user resets it.
+    """
     _prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 
 
 def die_with_pipe() -> None:
-    """Kill the whole process group when the pipe from the parent closes; for a process with children of its own."""
+    """Start a thread that kills the whole process group when the pipe from the parent closes.
+
+    For a process with children.
+    """
     threading.Thread(target=_watch_pipe, daemon=True).start()
 
 

@@ -41,7 +41,7 @@ def confine(parent: int) -> None:
 
 
 def _check_form(raw: bytes, _reporter: JobReporter) -> Json:
-    """Return the violations of an answer, each with its path, keyword and message."""
+    """Return the violations of the schema in an answer to a form, each with its path, keyword and message."""
     job = _decode(raw)
     return _find_violations(decoding.decode(job.schema), decoding.decode(job.data))
 

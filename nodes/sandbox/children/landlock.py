@@ -52,7 +52,7 @@ SCOPE_ABI: Final = 6
 
 @cache
 def landlock_version() -> int:
-    """Return the ABI of the kernel; 0 if Landlock is missing or disabled."""
+    """Return the version of the kernel's Landlock interface; 0 if Landlock is missing or disabled."""
     if sys.platform != "linux":
         return 0
     return max(0, _system_call(CREATE_RULESET, None, 0, ASK_VERSION))

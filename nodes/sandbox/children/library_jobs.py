@@ -62,7 +62,7 @@ def confine(parent: int) -> None:
 
 
 def _build_call(config: Mapping[str, Json], reporter: JobReporter) -> NodeCall:
-    """Return a call with a config and a log only: nodes that run here use no other part of it."""
+    """Return a node call that has only a config and a log: nodes that run in child processes use nothing else of it."""
     return NodeCall(
         config=config,
         data=None,
@@ -82,7 +82,7 @@ def _build_call(config: Mapping[str, Json], reporter: JobReporter) -> NodeCall:
 
 
 def _run_coroutine(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - the outcome of a node, or a coroutine of it
-    """Run a coroutine that never waits for anything but its next turn on the loop."""
+    """Return the result of a coroutine that waits for nothing but its next turn on the loop; other values unchanged."""
     if not iscoroutine(outcome):
         return cast("NodeOutcome", outcome)
     while True:

@@ -188,17 +188,17 @@ OTHER_TABLE: Final = 0x4000_0000
 
 
 def allow_calls(calls: CallNumbers) -> bool:
-    """Refuse every other call from now on; return whether the filter is active."""
+    """Refuse all system calls except these from now on; return whether the filter is active."""
     return _install_filter(calls, named=ALLOW, others=REFUSE)
 
 
 def refuse_calls(calls: CallNumbers) -> bool:
-    """Refuse these calls from now on; return whether the filter is active."""
+    """Refuse these system calls from now on; return whether the filter is active."""
     return _install_filter(calls, named=REFUSE, others=ALLOW)
 
 
 def refuse_changes(calls: CallNumbers) -> bool:
-    """Refuse these calls and every change of a file from now on; return whether the filter is active."""
+    """Refuse these system calls and every change of a file from now on; return whether the filter is active."""
     return _install_filter({**calls, **CHANGING_FILES_CALLS}, named=REFUSE, others=ALLOW, read_only=True)
 
 

@@ -78,5 +78,5 @@ class CodeRunner:
         return result.output
 
     async def close(self) -> None:
-        """End the processes; requires that no script is running."""
+        """End the child processes and wait for their end; requires that no script is running."""
         await self._processes.close()

@@ -73,7 +73,7 @@ def _find_interpreter() -> Path:
 
 
 def _list_needed_files(binary: Path) -> Mapping[str, int]:
-    """Return the files that the start of the interpreter needs: itself, the dynamic loader, and the C libraries."""
+    """Return the access rights by path that the interpreter needs to start: itself, the loader, and the C libraries."""
     allowed = {str(binary): landlock.RUN_RIGHTS, "/etc/ld.so.cache": landlock.READ_FILE}
     with suppress(OSError):  # Without /proc, the interpreter doesn't start, so nothing runs unconfined.
         for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
@@ -87,7 +87,7 @@ def _list_needed_files(binary: Path) -> Mapping[str, int]:
 
 
 def _is_world_executable(program: Path) -> bool:
-    """Tell whether every user may execute a program and enter its folders."""
+    """Return whether every user may execute a program and enter its folders; raises `OSError` if it is missing."""
     return all(path.stat().st_mode & stat.S_IXOTH for path in (program, *program.parents))
 
 
@@ -158,7 +158,10 @@ def _forbid_processes() -> None:
 
 
 def _translate_error(error: MontyError, job: CodeJob) -> NodeError:
-    """Convert an exception of the code or its parser to an error of the node."""
+    """Return the node error for an exception of the code or its parser.
+
+    Timeouts and lack of memory have errors of their own.
+    """
     raised = error.exception()
     message = str(raised)
     if isinstance(raised, TimeoutError) and message.startswith(TIMEOUT_MESSAGES):

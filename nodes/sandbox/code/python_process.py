@@ -159,7 +159,10 @@ class ScriptReturn(BaseException):
 
 
 def _run_script(source: str, names: Mapping[str, Json]) -> object:
-    """Run a script; return the value of its last expression, or of a `return` outside of functions."""
+    """Run a script; return the value of its last expression or of a `return` outside of functions, else None.
+
+    Raises the exceptions of the script, and `SyntaxError`.
+    """
     body, last = _compile_script(source)
     scope: dict[str, Any] = {"__name__": "__main__", RETURN_FUNCTION: ScriptReturn, **names}
     try:
@@ -193,13 +196,16 @@ class _ReturnTransformer(ast.NodeTransformer):
 
 
 def _free_frames(error: BaseException) -> None:
-    """Free the objects of code that ran out of memory, so that the error can be reported."""
+    """Free the objects that a failed script holds, so that its lack of memory can be reported."""
     error.__traceback__ = None
     gc.collect()
 
 
 def _translate_error(error: BaseException) -> NodeError:
-    """Convert an exception of the code or its parser to an error of the node; its `__str__` may fail in turn."""
+    """Return the node error for an exception of the code or its parser, with its line.
+
+    Its `__str__` may fail in turn.
+    """
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return script_output.code_error(kind, error.msg, error.lineno)
@@ -211,7 +217,10 @@ def _translate_error(error: BaseException) -> NodeError:
 
 
 def _last_script_line(traceback: TracebackType | None) -> int | None:
-    """Return the last line of the script in a traceback."""
+    """Return the line of the script in the innermost of its frames of a traceback.
+
+    None if no frame is of the script.
+    """
     line = None
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == CODE_FILE:

@@ -41,7 +41,7 @@ class PrintedLines:
             self._give_up()
 
     def end(self) -> None:
-        """Log the last printed line of each stream that has no line end, because the script has ended."""
+        """Log what each stream has printed since its last line end, because the script has ended."""
         for stream, begun in self._begun.items():
             if begun:
                 self._line(stream, begun)
