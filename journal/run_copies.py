@@ -57,7 +57,7 @@ _SETTLED: Final = or_(
 )
 """Nodes that do not run again.
 
-These include failed nodes that left by their error port, and exclude failed turns of loops.
+These include failed nodes that left by their error port, and exclude failed iterations of loops.
 """
 _IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
 """Writes with unknown outcome: they are repeated with the recorded key and body."""

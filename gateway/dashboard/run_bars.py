@@ -1,4 +1,4 @@
-"""Bars of a run on its time axis: of nodes, turns of loops, failed attempts, and the time before the start."""
+"""Bars of a run on its time axis: of nodes, iterations of loops, failed attempts, and the time before the start."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
 
 
 def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
-    """Return the bars of a node: of its turns if it is in a loop, and behind them those of failed attempts."""
+    """Return the bars of a node: of its iterations if it is in a loop, and behind them those of failed attempts."""
     is_waiting = state["nodeType"] in WAITING_TYPES
     bars = [
         _bar(one, axis, now, "warn" if is_waiting else look_of(one["status"]).tone)
@@ -78,10 +78,10 @@ def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
 
 
 def _spans_of(state: NodeState) -> Sequence[Mapping[str, Any]]:
-    """Return the turns of a node in a loop; the state itself if it is in no loop, or if they are not all listed."""
-    turns: Sequence[Mapping[str, Any]] = state["turns"]
-    is_complete = bool(turns) and sum(state["turnCounts"].values()) == len(turns)
-    return turns if is_complete else [state]
+    """Return the iterations of a node in a loop; the state itself in no loop, or if they are not all listed."""
+    iterations: Sequence[Mapping[str, Any]] = state["iterations"]
+    is_complete = bool(iterations) and sum(state["iterationCounts"].values()) == len(iterations)
+    return iterations if is_complete else [state]
 
 
 def _bar(one: Mapping[str, Any], axis: TimeAxis, now: datetime, tone: str) -> TimeBar:

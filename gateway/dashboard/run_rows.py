@@ -1,4 +1,4 @@
-"""Rows of a run: its nodes in order, with lanes of the graph, bars of time and strips of turns.
+"""Rows of a run: its nodes in order, with lanes of the graph, bars of time and strips of iterations.
 
 Everything is a pure function of the graph of the run, as the public route returns it.
 """
@@ -19,7 +19,7 @@ from gateway.dashboard.run_bars import NodeState, StartRow, TimeBar
 from gateway.dashboard.time_axis import AxisTick, FoldedWait, TimeAxis
 
 MAX_CELLS: Final = 24
-"""Cells of the strip that shows the turns of a node; with more turns, each stands for several."""
+"""Cells of the strip that shows the iterations of a node; with more iterations, each stands for several."""
 MAX_ROWS: Final = 300
 """Rows of a run; in a larger graph, rows without news are folded into one."""
 FOLDED_ROWS: Final = 100
@@ -37,8 +37,8 @@ NOT_TAKEN: Final = frozenset({"not-reached", "skipped"})
 
 
 @dataclass(frozen=True, slots=True)
-class TurnCell:
-    """Cell of the strip of turns, which stands for `count` turns."""
+class IterationCell:
+    """Cell of the strip of iterations, which stands for `count` iterations."""
 
     tone: str
     count: int
@@ -46,7 +46,7 @@ class TurnCell:
 
 @dataclass(slots=True)
 class RunRow:
-    """Node of a run, or several that are folded: its state, lane, bars and, in a loop, the states of its turns."""
+    """Node of a run, or several that are folded: its state, lane, bars and, in a loop, the states of its iterations."""
 
     id: str
     label: str
@@ -55,10 +55,10 @@ class RunRow:
     port: str = ""
     duration_ms: int | None = None
     attempts: int = 1
-    turns: Sequence[tuple[str, str]] = ()
-    """Name and state of the first turns."""
-    turn_count: int = 0
-    cells: Sequence[TurnCell] = ()
+    iterations: Sequence[tuple[str, str]] = ()
+    """Name and state of the first iterations."""
+    iteration_count: int = 0
+    cells: Sequence[IterationCell] = ()
     nesting: int = 0
     """Number of loops around it."""
     bars: Sequence[TimeBar] = ()
@@ -194,7 +194,7 @@ def _describe(node_id: str, state: NodeState | None, node: Mapping[str, Any] | N
     if state is None:
         known = node or {}
         return RunRow(node_id, known.get("label") or node_id, known.get("type", ""), "not-reached")
-    turns = state["turns"]
+    iterations = state["iterations"]
     return RunRow(
         node_id,
         state["nodeLabel"] or node_id,
@@ -203,27 +203,27 @@ def _describe(node_id: str, state: NodeState | None, node: Mapping[str, Any] | N
         port=state["port"] or "",
         duration_ms=state["durationMs"],
         attempts=state["attempt"],
-        turns=[(turn["iteration"], turn["status"]) for turn in turns],
-        turn_count=sum(state["turnCounts"].values()),
+        iterations=[(one["iteration"], one["status"]) for one in iterations],
+        iteration_count=sum(state["iterationCounts"].values()),
         cells=build_cells(state),
-        nesting=turns[0]["iteration"].count(".") + 1 if turns else 0,
+        nesting=iterations[0]["iteration"].count(".") + 1 if iterations else 0,
     )
 
 
-def build_cells(state: NodeState) -> Sequence[TurnCell]:
-    """Return the strip of a node's turns: one cell for each, or for several the worst of them.
+def build_cells(state: NodeState) -> Sequence[IterationCell]:
+    """Return the strip of a node's iterations: one cell for each, or for several the worst of them.
 
-    If not all turns are listed, the cells show the share of each state, with the worst first.
+    If not all iterations are listed, the cells show the share of each state, with the worst first.
     """
-    counts, turns = state["turnCounts"], [turn["status"] for turn in state["turns"]]
+    counts, iterations = state["iterationCounts"], [one["status"] for one in state["iterations"]]
     total = sum(counts.values())
-    if total > len(turns):
-        turns = [status for status in _worst_first(counts) for _ in range(_share(counts[status], total))]
-    size = -(-len(turns) // MAX_CELLS) or 1
-    parts = [turns[number : number + size] for number in range(0, len(turns), size)]
-    scale = total / len(turns) if turns else 1
+    if total > len(iterations):
+        iterations = [status for status in _worst_first(counts) for _ in range(_share(counts[status], total))]
+    size = -(-len(iterations) // MAX_CELLS) or 1
+    parts = [iterations[number : number + size] for number in range(0, len(iterations), size)]
+    scale = total / len(iterations) if iterations else 1
     return [
-        TurnCell(look_of(_worst_first(dict.fromkeys(part))[0]).tone, round(len(part) * scale))
+        IterationCell(look_of(_worst_first(dict.fromkeys(part))[0]).tone, round(len(part) * scale))
         for part in parts
     ]
 
@@ -269,7 +269,7 @@ def _fold(rows: Sequence[RunRow], opened: str) -> Sequence[RunRow]:
     counts = Counter(row.state for row in rows)
     worst = _worst_first(counts)[0]
     cells = [
-        TurnCell(look_of(state).tone, counts[state])
+        IterationCell(look_of(state).tone, counts[state])
         for state in _worst_first(counts)
         for _ in range(_share(counts[state], len(rows)))
     ]

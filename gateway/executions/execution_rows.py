@@ -55,7 +55,7 @@ def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
 
 
 class ShownSpanStatus(StrEnum):
-    """State of a node, a turn or an attempt that is shown; candidates of a replay are not."""
+    """State of a node, an iteration or an attempt that is shown; candidates of a replay are not."""
 
     RUNNING = SpanStatus.RUNNING.value
     WAITING = SpanStatus.WAITING.value

@@ -88,7 +88,7 @@ class ExecutionShape(WireStruct):
     progress: int
     """Percentage of nodes that are settled; it never decreases, and only a completed execution has 100.
 
-    In a loop of n items, each turn counts for an n-th of the loop and of the nodes in it.
+    In a loop of n items, each iteration counts for an n-th of the loop and of the nodes in it.
     """
     completed_nodes: int
     total_nodes: int
@@ -139,11 +139,11 @@ class HeadShape(WireStruct):
 
 
 class SpanShape(WireStruct):
-    """Span: one node in one run, one turn of a loop, or one attempt of a node that was tried more than once."""
+    """Span: one node in one run, one iteration of a loop, or one attempt of a node that was tried more than once."""
 
     id: str
     kind: SpanKind
-    """Subject of the span: the node `nodeId`, a turn of the loop `nodeId`, or an attempt of the node.
+    """Subject of the span: the node `nodeId`, an iteration of the loop `nodeId`, or an attempt of the node.
 
     The span of the node itself has its last state, input and output.
     """

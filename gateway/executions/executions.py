@@ -113,7 +113,7 @@ TOPICS = TextParameter(
     "topics", "Topics, separated by commas: `executions`, `deliveries`, or `execution:` and an id."
 )
 ITERATION = TextParameter(
-    "iteration", "Turn of a loop, such as `3`; the path then has the id of the node.", max_length=200
+    "iteration", "Iteration of a loop, such as `3`; the path then has the id of the node.", max_length=200
 )
 SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
 FOLLOW = FlagParameter(

@@ -11,7 +11,7 @@ from sqlalchemy import and_, func, not_, select
 from sqlmodel import col
 
 from engine.run_records import SpanStatus
-from gateway.executions.run_graph_rows import IS_TURN_OF_LOOP
+from gateway.executions.run_graph_rows import IS_ITERATION_OF_LOOP
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant
@@ -32,7 +32,7 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 class NodeStatistics(WireStruct):
-    """Durations and failures of a node; each turn of a loop counts as one."""
+    """Durations and failures of a node; each iteration of a loop counts as one."""
 
     node_id: str
     ended: int
@@ -85,7 +85,7 @@ async def _read_spans(
         .where(
             col(SpanRow.status).in_((SpanStatus.COMPLETED.value, SpanStatus.FAILED.value)),
             col(SpanRow.reused_from).is_(None),
-            not_(func.coalesce(IS_TURN_OF_LOOP, False)),
+            not_(func.coalesce(IS_ITERATION_OF_LOOP, False)),
         )
         .limit(SPANS)
     )

@@ -1,6 +1,6 @@
 """Queries about the graph of a run: its definition, the states of its nodes without their data, and durations before.
 
-Turns of loops are counted by the database, so that a run with many thousands of them is read as fast as another.
+Iterations of loops are counted by the database, so that a run with many thousands of them is read as fast as another.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded
     from journal.store import ExecutionKey
 
-SHOWN_TURNS: Final = 200
-"""Turns of each node that are read one by one, from the first."""
+SHOWN_ITERATIONS: Final = 200
+"""Iterations of each node that are read one by one, from the first."""
 SHOWN_ATTEMPTS: Final = 1_000
 """Failed attempts of all nodes that are read."""
 EARLIER_RUNS: Final = 20
 """Runs of the workflow before this one among which a completed run is looked for."""
 
-IS_TURN_OF_LOOP: Final = and_(col(SpanRow.port) == CONTINUE, col(SpanRow.hashes).is_(None))
-"""Condition of the records of a loop about its own turns, which are no spans of nodes."""
+IS_ITERATION_OF_LOOP: Final = and_(col(SpanRow.port) == CONTINUE, col(SpanRow.hashes).is_(None))
+"""Condition of the records of a loop about its own iterations, which are no spans of nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class RunHead:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnCounts:
-    """Turns of a node in all loops around it: their number by status, first start and last end."""
+class IterationCounts:
+    """Iterations of a node in all loops around it: their number by status, first start and last end."""
 
     by_status: Mapping[str, int]
     started_at: datetime | None
@@ -65,9 +65,9 @@ class RunGraphRows:
     """JSON text; None if it is not stored any more."""
     nodes: Sequence[Recorded]
     """Spans of nodes outside of loops, in the order of their last change."""
-    turns: Mapping[str, Sequence[Recorded]]
-    """First turns by node, in their order."""
-    counts: Mapping[str, TurnCounts]
+    iterations: Mapping[str, Sequence[Recorded]]
+    """First iterations by node, in their order."""
+    counts: Mapping[str, IterationCounts]
     attempts: Mapping[str, Sequence[Recorded]]
     """Failed attempts by node."""
     revision: int | None
@@ -94,8 +94,8 @@ async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphR
         head,
         definition,
         await _read_nodes(connection, key),
-        await _read_turns(connection, key),
-        await _count_turns(connection, key),
+        await _read_iterations(connection, key),
+        await _count_iterations(connection, key),
         await _read_attempts(connection, key),
         await connection.scalar(
             select(col(Workflow.revision)).where(
@@ -173,41 +173,43 @@ async def _read_nodes(connection: AsyncConnection, key: ExecutionKey) -> Sequenc
     return (await connection.execute(statement)).all()
 
 
-def _in_turns(key: ExecutionKey) -> tuple[Any, ...]:
-    return (*_of(key), col(SpanRow.iteration) != "", not_(func.coalesce(IS_TURN_OF_LOOP, False)))
+def _in_iterations(key: ExecutionKey) -> tuple[Any, ...]:
+    return (*_of(key), col(SpanRow.iteration) != "", not_(func.coalesce(IS_ITERATION_OF_LOOP, False)))
 
 
-async def _read_turns(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, Sequence[Recorded]]:
+async def _read_iterations(
+    connection: AsyncConnection, key: ExecutionKey
+) -> Mapping[str, Sequence[Recorded]]:
     number = func.row_number().over(
         partition_by=col(SpanRow.node_id), order_by=(func.length(SpanRow.iteration), col(SpanRow.iteration))
     )
-    numbered = select(*_COLUMNS, number.label("number")).where(*_in_turns(key)).subquery()
+    numbered = select(*_COLUMNS, number.label("number")).where(*_in_iterations(key)).subquery()
     statement = (
         select(numbered)
-        .where(numbered.c.number <= SHOWN_TURNS)
+        .where(numbered.c.number <= SHOWN_ITERATIONS)
         .order_by(numbered.c.node_id, numbered.c.number)
     )
     return _by_node((await connection.execute(statement)).all())
 
 
-async def _count_turns(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, TurnCounts]:
+async def _count_iterations(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, IterationCounts]:
     statement = (
         select(
             *(col(SpanRow.node_id), col(SpanRow.status), func.count().label("count")),
             func.min(SpanRow.started_at).label("started_at"),
             func.max(SpanRow.ended_at).label("ended_at"),
         )
-        .where(*_in_turns(key))
+        .where(*_in_iterations(key))
         .group_by(col(SpanRow.node_id), col(SpanRow.status))
     )
     rows = _by_node((await connection.execute(statement)).all())
     return {node_id: _sum_counts(of_node) for node_id, of_node in rows.items()}
 
 
-def _sum_counts(rows: Sequence[Recorded]) -> TurnCounts:
+def _sum_counts(rows: Sequence[Recorded]) -> IterationCounts:
     starts = [row.started_at for row in rows if row.started_at is not None]
     ends = [row.ended_at for row in rows]
-    return TurnCounts(
+    return IterationCounts(
         # `count` is a method of a row.
         {row.status: int(row[2]) for row in rows},
         min(starts, default=None),

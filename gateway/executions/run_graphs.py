@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from engine import inline_secrets
 from gateway.executions import run_graph_rows
 from gateway.executions.execution_rows import ShownSpanStatus
-from gateway.executions.run_graph_rows import SHOWN_ATTEMPTS, SHOWN_TURNS
+from gateway.executions.run_graph_rows import SHOWN_ATTEMPTS, SHOWN_ITERATIONS
 from gateway.http import errors
 from gateway.http.errors import ApiError
 from gateway.http.parameters import ChoicesParameter
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.executions.execution_rows import Recorded
-    from gateway.executions.run_graph_rows import RunGraphRows, TurnCounts
+    from gateway.executions.run_graph_rows import IterationCounts, RunGraphRows
     from journal.definition_snapshot import LoadedWorkflow
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
@@ -64,17 +64,17 @@ class AttemptTimes(WireStruct):
     """Failed attempt of a node."""
 
     iteration: str
-    """Turn of the loop, such as `3`; empty outside of loops."""
+    """Iteration of the loop, such as `3`; empty outside of loops."""
     attempt: int
     started_at: Instant | None
     ended_at: Instant | None
 
 
-class TurnState(WireStruct):
-    """State of a node in one turn of a loop."""
+class IterationState(WireStruct):
+    """State of a node in one iteration of a loop."""
 
     iteration: str
-    """Turn, such as `3`; in a loop inside of turn 3, `3.0`."""
+    """Iteration, such as `3`; in a loop inside of iteration 3, `3.0`."""
     status: Annotated[str, Meta(extra_json_schema=_STATUS)]
     attempt: int
     started_at: Instant | None
@@ -88,20 +88,20 @@ class NodeState(WireStruct):
     node_label: str
     node_type: str
     status: Annotated[str, Meta(extra_json_schema=_STATUS)]
-    """Of a node in a loop, the worst of its turns."""
+    """Of a node in a loop, the worst of its iterations."""
     port: str | None
     attempt: int
     started_at: Instant | None
     ended_at: Instant | None
     wake_at: Instant | None
     duration_ms: int | None
-    """Null for a node in a loop: its turns have durations."""
+    """Null for a node in a loop: its iterations have durations."""
     previous_duration_ms: int | None
     """Duration of the node in `previousExecutionId`."""
-    turn_counts: Mapping[str, int]
-    """Number of turns by status; empty outside of loops."""
-    turns: Annotated[Sequence[TurnState], Meta(max_length=SHOWN_TURNS)]
-    """First turns; `GET /executions/{id}/spans/{nodeId}?iteration=` shows any other."""
+    iteration_counts: Mapping[str, int]
+    """Number of iterations by status; empty outside of loops."""
+    iterations: Annotated[Sequence[IterationState], Meta(max_length=SHOWN_ITERATIONS)]
+    """First iterations; `GET /executions/{id}/spans/{nodeId}?iteration=` shows any other."""
     failed_attempts: Annotated[Sequence[AttemptTimes], Meta(max_length=SHOWN_ATTEMPTS)]
 
 
@@ -209,10 +209,10 @@ def _show_states(rows: RunGraphRows) -> Iterator[NodeState]:
         yield _show_state(row, rows, rows.counts.get(row.node_id))
     for node_id, counts in rows.counts.items():
         if node_id not in whole:
-            yield _show_state(rows.turns[node_id][0], rows, counts)
+            yield _show_state(rows.iterations[node_id][0], rows, counts)
 
 
-def _show_state(row: Recorded, rows: RunGraphRows, counts: TurnCounts | None) -> NodeState:
+def _show_state(row: Recorded, rows: RunGraphRows, counts: IterationCounts | None) -> NodeState:
     """Return the state of a node; `row` is its span outside of loops, or that of its first iteration.
 
     `counts` are those of its iterations, if it has any.
@@ -235,16 +235,16 @@ def _show_state(row: Recorded, rows: RunGraphRows, counts: TurnCounts | None) ->
         wake_at=optional_instant(row.wake_at),
         duration_ms=None if is_in_loop else _milliseconds(row.started_at, row.ended_at),
         previous_duration_ms=None if previous is None else previous // _MILLISECOND,
-        turn_counts=counts.by_status if counts else {},
-        turns=[
-            TurnState(
-                iteration=turn.iteration,
-                status=turn.status,
-                attempt=turn.attempt,
-                started_at=optional_instant(turn.started_at),
-                ended_at=optional_instant(turn.ended_at),
+        iteration_counts=counts.by_status if counts else {},
+        iterations=[
+            IterationState(
+                iteration=one.iteration,
+                status=one.status,
+                attempt=one.attempt,
+                started_at=optional_instant(one.started_at),
+                ended_at=optional_instant(one.ended_at),
             )
-            for turn in rows.turns.get(row.node_id, ())
+            for one in rows.iterations.get(row.node_id, ())
         ],
         failed_attempts=[
             AttemptTimes(

@@ -84,7 +84,7 @@ class SpanComparison(WireStruct):
 
 
 async def compare(request: GatewayRequest) -> JsonResponse:
-    """Compare a node of an execution with the same node and turn of another one.
+    """Compare a node of an execution with the same node and iteration of another one.
 
     Values over 256 kB are compared by their hashes.
     """

@@ -90,7 +90,7 @@ PATHS = (
     "/dashboard/runs?status=failed",
     "/dashboard/missing",
     "/dashboard/runs/{execution_id}",
-    "/dashboard/runs/{execution_id}?node=reserve&turn=3&tab=config",
+    "/dashboard/runs/{execution_id}?node=reserve&iteration=3&tab=config",
     "/dashboard/runs/{execution_id}?view=map",
     "/dashboard/runs/{execution_id}?node=write&tab=diff",
     "/dashboard/runs/{execution_id}/replay?definition=original",
@@ -252,14 +252,14 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
         "[...document.querySelectorAll('a.row .cut:first-child')].map(one => one.textContent)"
     )
     assert rows[:4] == ["Order message", "For each line", "Reserve stock", "Above 5,000 €?"]
-    assert await page.evaluate("document.querySelectorAll('#node-reserve .turns rect').length") == 12
+    assert await page.evaluate("document.querySelectorAll('#node-reserve .iterations rect').length") == 12
     await page.click("#node-reserve")
     is_shown = f"document.querySelector('.row[aria-current]') && {selected} === 'node-reserve'"
     await page.wait_for(f"{LOADED} && {is_shown}")
     assert await page.evaluate("location.search") == "?node=reserve"
     await visit.press("n")
     assert await page.evaluate("document.activeElement.id") == "node-write"
-    await visit.show("/dashboard/runs/{execution_id}?node=reserve&turn=3&tab=output")
+    await visit.show("/dashboard/runs/{execution_id}?node=reserve&iteration=3&tab=output")
     assert "sku-3" in await page.evaluate("document.querySelector('#inspector pre').textContent")
 
 

@@ -53,7 +53,7 @@ async def test_a_run_shows_the_definition_that_ran_with_the_state_of_each_node(
     )
     async with serve_worker(harness):
         first = await run_order(owner, workflow_id, 9_000)
-        run = await run_order(owner, workflow_id, 9_000, lines=run_graph_rows.SHOWN_TURNS + 5)
+        run = await run_order(owner, workflow_id, 9_000, lines=run_graph_rows.SHOWN_ITERATIONS + 5)
     graph = await get_json(owner, f"/{run}/graph")
     assert [node["id"] for node in graph["nodes"]] == [node["id"] for node in [*NODES, secret]]
     assert all("config" not in node and node["position"]["x"] >= 0 for node in graph["nodes"])
@@ -64,10 +64,12 @@ async def test_a_run_shows_the_definition_that_ran_with_the_state_of_each_node(
     assert states["large"]["port"] == "true"
     assert states["note"]["previousDurationMs"] is not None
     assert states["small"]["status"] == "skipped"
-    assert states["lines"]["turns"] == [], "records of a loop about its turns are no turns of it"
-    assert states["each"]["turnCounts"] == {"completed": run_graph_rows.SHOWN_TURNS + 5}
-    assert [turn["iteration"] for turn in states["each"]["turns"]] == [
-        str(number) for number in range(run_graph_rows.SHOWN_TURNS)
+    assert states["lines"]["iterations"] == [], (
+        "records of a loop about its iterations are no iterations of it"
+    )
+    assert states["each"]["iterationCounts"] == {"completed": run_graph_rows.SHOWN_ITERATIONS + 5}
+    assert [one["iteration"] for one in states["each"]["iterations"]] == [
+        str(number) for number in range(run_graph_rows.SHOWN_ITERATIONS)
     ]
     assert states["each"]["status"] == "completed"
     assert states["each"]["endedAt"] >= states["each"]["startedAt"]
@@ -82,14 +84,14 @@ async def test_a_run_shows_the_definition_that_ran_with_the_state_of_each_node(
     assert len(later["nodes"]) == len(NODES) + 1, "the workflow has changed, the run has not"
     assert SECRET not in str(later)
     assert later["nodes"][-1]["config"]["url"] == "https://a.invalid/"
-    last = await get_json(owner, f"/{run}/spans/each?iteration={run_graph_rows.SHOWN_TURNS + 4}")
-    assert last["outputData"] == {"sku": f"sku-{run_graph_rows.SHOWN_TURNS + 4}"}
+    last = await get_json(owner, f"/{run}/spans/each?iteration={run_graph_rows.SHOWN_ITERATIONS + 4}")
+    assert last["outputData"] == {"sku": f"sku-{run_graph_rows.SHOWN_ITERATIONS + 4}"}
     assert (await people.stranger.api.get(f"/api/v1/executions/{run}/graph")).status_code == 404
     await owner.api.delete(f"/api/v1/workflows/{workflow_id}")
     assert (await get_json(owner, f"/{run}/graph"))["isCurrent"] is None
 
 
-async def test_the_worst_turn_is_the_state_of_a_node_in_a_loop(
+async def test_the_worst_iteration_is_the_state_of_a_node_in_a_loop(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     nodes = [
@@ -107,7 +109,7 @@ async def test_the_worst_turn_is_the_state_of_a_node_in_a_loop(
         one for one in (await get_json(people.owner, f"/{run}/graph"))["states"] if one["nodeId"] == "check"
     ]
     assert state["status"] == "failed"
-    assert state["turnCounts"]["failed"] >= 1
+    assert state["iterationCounts"]["failed"] >= 1
 
 
 async def test_a_node_is_compared_with_the_last_completed_run_by_path(

@@ -1,4 +1,4 @@
-"""Rows of a run as the dashboard draws them: order, lanes, turns, attempts and folded waits."""
+"""Rows of a run as the dashboard draws them: order, lanes, iterations, attempts and folded waits."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def state(node_id: str, status: str, begin: float | None, end: float | None, **f
         "wakeAt": None,
         "durationMs": None if begin is None or end is None else int((end - begin) * 1_000),
         "previousDurationMs": None,
-        "turnCounts": {},
-        "turns": [],
+        "iterationCounts": {},
+        "iterations": [],
         "failedAttempts": [],
         **fields,
     }
 
 
-def turns_of(*statuses: str) -> dict[str, Any]:
-    """Return the fields of a node with one turn of a second for each status."""
-    turns = [
+def iterations_of(*statuses: str) -> dict[str, Any]:
+    """Return the fields of a node with one iteration of a second for each status."""
+    iterations = [
         times(status, number, number + 1, iteration=str(number), attempt=1)
         for number, status in enumerate(statuses)
     ]
-    return {"turns": turns, "turnCounts": dict(Counter(statuses)), "durationMs": None}
+    return {"iterations": iterations, "iterationCounts": dict(Counter(statuses)), "durationMs": None}
 
 
 def graph_of(*edges: str, states: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -106,7 +106,10 @@ def test_every_line_that_leaves_a_row_arrives_at_the_next() -> None:
 
 
 def test_the_body_of_a_loop_has_a_lane_of_its_own() -> None:
-    states = [state("each", "completed", 0, 3), state("reserve", "completed", 0, 3, **turns_of("completed"))]
+    states = [
+        state("each", "completed", 0, 3),
+        state("reserve", "completed", 0, 3, **iterations_of("completed")),
+    ]
     rows = build_timeline(run_until(3), graph_of("each>>reserve", "each>total", states=states), START).rows
     assert [(row.id, row.nesting) for row in rows] == [("each", 0), ("reserve", 1), ("total", 0)]
     assert rows[0].lane_x == rows[2].lane_x != rows[1].lane_x
@@ -130,19 +133,19 @@ def test_a_long_wait_is_folded_and_shows_its_length() -> None:
     assert bars["write"].x < ghost < bars["write"].x + bars["write"].width
 
 
-def test_turns_of_a_loop_are_one_row_and_failed_attempts_have_bars() -> None:
-    turns = turns_of("completed", "completed", "completed", "failed", "completed")
+def test_iterations_of_a_loop_are_one_row_and_failed_attempts_have_bars() -> None:
+    iterations = iterations_of("completed", "completed", "completed", "failed", "completed")
     tried = times("failed", 6, 7, iteration="", attempt=1)
     states = [
         state("each", "completed", 0, 5, nodeType="loop"),
-        state("reserve", "failed", 0, 5, **turns),
+        state("reserve", "failed", 0, 5, **iterations),
         state("write", "completed", 6, 9, attempt=2, failedAttempts=[tried]),
     ]
     timeline = build_timeline(run_until(9), graph_of("each>>reserve", "each>write", states=states), START)
     rows = {row.id: row for row in timeline.rows}
     assert [row.id for row in timeline.rows] == ["each", "reserve", "write"]
     assert [cell.tone for cell in rows["reserve"].cells] == ["good", "good", "good", "bad", "good"]
-    assert (rows["reserve"].state, rows["reserve"].turn_count) == ("failed", 5)
+    assert (rows["reserve"].state, rows["reserve"].iteration_count) == ("failed", 5)
     assert [bar.tone for bar in rows["reserve"].bars] == ["good", "bad", "good"], (
         "equal neighbors are one bar"
     )
@@ -150,11 +153,11 @@ def test_turns_of_a_loop_are_one_row_and_failed_attempts_have_bars() -> None:
     assert [bar.tone for bar in rows["write"].bars] == ["good", "tried"]
 
 
-def test_strips_of_many_turns_show_each_failure_in_few_cells() -> None:
-    few = build_cells(state("a", "failed", 0, 1, **turns_of(*["completed"] * 99, "failed")))
+def test_strips_of_many_iterations_show_each_failure_in_few_cells() -> None:
+    few = build_cells(state("a", "failed", 0, 1, **iterations_of(*["completed"] * 99, "failed")))
     assert len(few) <= MAX_CELLS
     assert [cell.tone for cell in few if cell.tone == "bad"] == ["bad"]
-    unlisted = turns_of(*["completed"] * 10) | {"turnCounts": {"completed": 9_999, "failed": 1}}
+    unlisted = iterations_of(*["completed"] * 10) | {"iterationCounts": {"completed": 9_999, "failed": 1}}
     many = build_cells(state("a", "failed", 0, 1, **unlisted))
     assert len(many) <= MAX_CELLS
     assert many[0].tone == "bad"

@@ -27,7 +27,7 @@ SHARES: Final = 1_000
 """Units of the bar that shows where the time went."""
 OTHER_RUNS: Final = 6
 """Earlier runs that a node can be compared with by choosing them."""
-KEPT: Final = ("node", "turn", "tab", "view", "with", "open")
+KEPT: Final = ("node", "iteration", "tab", "view", "with", "open")
 """Parameters of the address that the links of the page keep."""
 
 
@@ -65,11 +65,11 @@ async def _load_node(
     """Return the span of the selected node, and its differences from another run if they are shown."""
     if state is None:
         return {"span": None, "diff": None}
-    turn = run_node.choose_turn(state, page.query)
+    iteration = run_node.choose_iteration(state, page.query)
     of_node = f"{path}/spans/{state['nodeId']}"
     span, diff = await asyncio.gather(
-        page.get_if_present(of_node, iteration=turn),
-        page.get_if_present(f"{of_node}/diff", iteration=turn, **{"with": page.query.get("with")})
+        page.get_if_present(of_node, iteration=iteration),
+        page.get_if_present(f"{of_node}/diff", iteration=iteration, **{"with": page.query.get("with")})
         if tab == "diff"
         else asyncio.sleep(0),
     )
@@ -124,7 +124,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             ("Map", _address(frame, view="map"), shows_map),
         ),
         "addresses": {
-            row.id: _address(frame, node=row.id, tab="", turn="", **{"with": ""}) for row in timeline.rows
+            row.id: _address(frame, node=row.id, tab="", iteration="", **{"with": ""})
+            for row in timeline.rows
         },
         "open_addresses": {
             row.id: _address(frame, open=row.id) + f"#node-{row.id}" for row in timeline.rows if row.folded

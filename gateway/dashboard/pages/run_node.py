@@ -1,4 +1,4 @@
-"""Panel of one node of a run: its data in one turn, and its differences from another run."""
+"""Panel of one node of a run: its data in one iteration, and its differences from another run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 State: TypeAlias = Mapping[str, Any]
 
 TABS: Final = {"input": "Input", "output": "Output", "config": "Config", "logs": "Logs", "diff": "Diff"}
-MAX_TURN_LINKS: Final = 24
-"""Turns of a node that have links; of more, there is a field for the number."""
+MAX_ITERATION_LINKS: Final = 24
+"""Iterations of a node that have links; of more, there is a field for the number."""
 FIRST_STATES: Final = ("failed", "retrying", "waiting", "running")
 """States of the node that is selected first, the most urgent first."""
 PARTS: Final = (
@@ -39,8 +39,8 @@ class ShownChange:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnLink:
-    """Link to a turn of a loop."""
+class IterationLink:
+    """Link to an iteration of a loop."""
 
     name: str
     state: str
@@ -61,16 +61,16 @@ def choose_state(states: Sequence[State], query: Mapping[str, str]) -> State | N
     return states[-1] if states else None
 
 
-def choose_turn(state: State, query: Mapping[str, str]) -> str:
-    """Return the selected turn of a node in a loop: by default the first that failed, else the last one listed."""
-    turns = state["turns"]
-    if query.get("turn") or not turns:
-        return query.get("turn", "")
+def choose_iteration(state: State, query: Mapping[str, str]) -> str:
+    """Return the selected iteration of a node in a loop: by default the first that failed, else the last one listed."""
+    iterations = state["iterations"]
+    if query.get("iteration") or not iterations:
+        return query.get("iteration", "")
     for status in FIRST_STATES:
-        found = next((turn for turn in turns if turn["status"] == status), None)
+        found = next((one for one in iterations if one["status"] == status), None)
         if found is not None:
             return str(found["iteration"])
-    return str(turns[-1]["iteration"])
+    return str(iterations[-1]["iteration"])
 
 
 def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str, Any]) -> str:
@@ -94,20 +94,20 @@ def view_node(
     tab = choose_tab(frame.query, state, graph)
     if tab == "diff" and not frame.query.get("tab") and not (data["diff"] or {}).get("with"):
         tab = "input"
-    turn = choose_turn(state, frame.query) if state else ""
-    names = [one["iteration"] for one in state["turns"]] if state else []
-    number = names.index(turn) if turn in names else -1
+    iteration = choose_iteration(state, frame.query) if state else ""
+    names = [one["iteration"] for one in state["iterations"]] if state else []
+    number = names.index(iteration) if iteration in names else -1
     defined = next((node for node in graph["nodes"] if row is not None and node["id"] == row.id), None)
     return {
         "tab": tab,
         "tabs": [(name, label, address(tab=name)) for name, label in TABS.items()],
         "span": span,
         "defined_config": (defined or {}).get("config"),
-        "turn": turn,
-        "turn_count": sum(state["turnCounts"].values()) if state else 0,
-        "turn_links": _link_turns(state, address),
-        "turn_before": address(turn=names[number - 1]) if number > 0 else "",
-        "turn_after": address(turn=names[number + 1]) if 0 <= number < len(names) - 1 else "",
+        "iteration": iteration,
+        "iteration_count": sum(state["iterationCounts"].values()) if state else 0,
+        "iteration_links": _link_iterations(state, address),
+        "iteration_before": address(iteration=names[number - 1]) if number > 0 else "",
+        "iteration_after": address(iteration=names[number + 1]) if 0 <= number < len(names) - 1 else "",
         "kept_query": {
             name: value for name, value in frame.query.items() if name in {"node", "tab", "view"} and value
         },
@@ -122,16 +122,18 @@ def view_node(
     }
 
 
-def _link_turns(state: State | None, address: Callable[..., str]) -> Sequence[TurnLink]:
-    """Return links to all turns of a node, or to those that failed if there are many."""
+def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequence[IterationLink]:
+    """Return links to all iterations of a node, or to those that failed if there are many."""
     if state is None:
         return ()
-    turns = state["turns"]
-    if len(turns) > MAX_TURN_LINKS or sum(state["turnCounts"].values()) > len(turns):
-        turns = [turn for turn in turns if turn["status"] == "failed"][:MAX_TURN_LINKS]
+    iterations = state["iterations"]
+    if len(iterations) > MAX_ITERATION_LINKS or sum(state["iterationCounts"].values()) > len(iterations):
+        iterations = [one for one in iterations if one["status"] == "failed"][:MAX_ITERATION_LINKS]
     return [
-        TurnLink(turn["iteration"], turn["status"], address(turn=turn["iteration"], node=state["nodeId"]))
-        for turn in turns
+        IterationLink(
+            one["iteration"], one["status"], address(iteration=one["iteration"], node=state["nodeId"])
+        )
+        for one in iterations
     ]
 
 

@@ -267,7 +267,7 @@ class Executions(Resource):
         return cast("t.EndRequestResult", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/cancel"))
 
     def compare_span(self, execution_id: str, span_id: str, *, with_: str | None = None, iteration: str | None = None) -> t.SpanComparison:
-        """Compare a node of an execution with the same node and turn of another one."""
+        """Compare a node of an execution with the same node and iteration of another one."""
         return cast("t.SpanComparison", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/spans/{self._quote(span_id)}/diff", query={"with": with_, "iteration": iteration}))
 
     def get(self, execution_id: str, *, summary: bool | None = None, expand: Sequence[Literal['blobs']] | None = None) -> t.Execution:

@@ -101,6 +101,7 @@ __all__ = [
     "InvitationList",
     "InvitationState",
     "ItemsDifference",
+    "IterationState",
     "Key",
     "KeyList",
     "KeyScope",
@@ -209,7 +210,6 @@ __all__ = [
     "TriggerResult",
     "TriggerStatus",
     "TriggerToken",
-    "TurnState",
     "UndeployResult",
     "UpcomingRun",
     "Usage",
@@ -1201,6 +1201,16 @@ class ItemsDifference(TypedDict):
     changed: List[ChangedItem]
 
 
+class IterationState(TypedDict):
+    """State of a node in one iteration of a loop."""
+
+    iteration: str
+    status: Literal['running', 'waiting', 'retrying', 'completed', 'failed', 'skipped', 'cancelled']
+    attempt: int
+    startedAt: str | None
+    endedAt: str | None
+
+
 class _KeyAlways(TypedDict):
     id: str
     name: str
@@ -1440,13 +1450,13 @@ class NodeState(TypedDict):
     wakeAt: str | None
     durationMs: int | None
     previousDurationMs: int | None
-    turnCounts: Dict[str, int]
-    turns: List[TurnState]
+    iterationCounts: Dict[str, int]
+    iterations: List[IterationState]
     failedAttempts: List[AttemptTimes]
 
 
 class NodeStatistics(TypedDict):
-    """Durations and failures of a node; each turn of a loop counts as one."""
+    """Durations and failures of a node; each iteration of a loop counts as one."""
 
     nodeId: str
     ended: int
@@ -2085,7 +2095,7 @@ class SkippedInstant(TypedDict):
 
 
 class Span(TypedDict):
-    """Span: one node in one run, one turn of a loop, or one attempt of a node that was tried more than once."""
+    """Span: one node in one run, one iteration of a loop, or one attempt of a node that was tried more than once."""
 
     id: str
     kind: SpanKind
@@ -2293,16 +2303,6 @@ class TriggerToken(TypedDict):
     createdAt: str
     expiresAt: str | None
     lastUsedAt: str | None
-
-
-class TurnState(TypedDict):
-    """State of a node in one turn of a loop."""
-
-    iteration: str
-    status: Literal['running', 'waiting', 'retrying', 'completed', 'failed', 'skipped', 'cancelled']
-    attempt: int
-    startedAt: str | None
-    endedAt: str | None
 
 
 class UndeployResult(TypedDict):
