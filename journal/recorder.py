@@ -113,10 +113,10 @@ class RunRecorder:
         """Runs whose pending write has all of their records."""
 
     def submit(self, write: RunWrite, *, is_whole_run: bool = False) -> asyncio.Future[bool]:
-        """Queue a write; the future returns whether the run still held its token.
+        """Queue a write for the next commit; the future returns whether the run still held its token.
 
-        `is_whole_run` says that the write has all records of its run.
-        The future raises `LockWaitTimeout` if another transaction keeps the run's row locked.
+        `is_whole_run` says that the write has all records of its run. The future raises `LockWaitTimeout` if
+        another transaction keeps the run's row locked, and `DatabaseUnavailable`.
         """
         if is_whole_run:
             self._whole_runs.add(write.execution_id)
@@ -158,7 +158,7 @@ class RunRecorder:
 
 
 def percent_of(share: float) -> int:
-    """Return the completed share of a run in percent, rounded down.
+    """Return a completed share (0 to 1) of a run in percent, rounded down.
 
     It is at most 99: only the end of a run makes it 100.
     """
@@ -222,7 +222,7 @@ class RunJournal:
         """Called with the records of each commit."""
 
     def record(self, span: NodeSpan) -> None:
-        """Add the new state of a node to the next commit; an earlier uncommitted state is replaced."""
+        """Add the new state of a node to the next commit, where it replaces earlier states; count settled nodes."""
         self._write.spans.append(span)
         if any(
             text is not None and len(text) > self._max_row_bytes
@@ -246,15 +246,15 @@ class RunJournal:
         self._write.attempts.append(attempt)
 
     def log(self, line: LogLine) -> None:
-        """Buffer a log line for the next commit."""
+        """Add a log line to the next commit."""
         self._write.logs.append(line)
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Buffer metadata of the run for the next commit."""
+        """Add metadata of the run to the next commit."""
         self._write.metadata.update(metadata)
 
     def advance(self, share: float) -> None:
-        """Add a completed share to the progress of the run."""
+        """Add a completed share (0 to 1) to the progress of the run."""
         self._done += share
 
     def count_answers(self, wait_answer_count: int) -> None:
@@ -262,11 +262,14 @@ class RunJournal:
         self._wait_answer_count = wait_answer_count
 
     def holds_lease(self) -> bool:
-        """Return whether the lease is certain to last for a moment longer."""
+        """Return whether the lease surely lasts for a moment longer; False after a refused write."""
         return not self._is_broken and self._lease.is_held()
 
     async def restore(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
-        """Return spans with values that their rows keep in blobs; raises `RecordedValueLost` and `LeaseLost`."""
+        """Return recorded spans with the values that their rows keep in blobs, and track their waits.
+
+        Raises `RecordedValueLost` and `LeaseLost`; waits while the storage is unavailable.
+        """
         for span in spans:
             self._track_wait(span)
         if self._large is None or not any(span.output_blob or span.input_blob for span in spans):
@@ -275,7 +278,10 @@ class RunJournal:
         return await self._repeat_until_done(lambda: asyncio.create_task(large.restore(spans)))
 
     async def trigger(self, text: str) -> Json:
-        """Return the output of the trigger node; raises `InvalidJson`, `RecordedValueLost` and `LeaseLost`."""
+        """Return the output of the trigger node from the text of its row, with a body that is stored as a blob.
+
+        Raises `InvalidJson`, `RecordedValueLost` and `LeaseLost`; waits while the storage is unavailable.
+        """
         if self._large is None or not text.startswith(large_values.SEPARATE_BODY):
             return await offload.run(values.decode_json, text.encode())
         large = self._large
@@ -287,7 +293,7 @@ class RunJournal:
         return self._write.has_new_result
 
     async def pass_trial(self) -> None:
-        """Record durably that the run has passed its trial; raises `LeaseLost`."""
+        """Record durably, with everything recorded before, that the run has passed its trial; raises `LeaseLost`."""
         async with self._commit_lock:
             write = self._take_pending()
             write.has_passed = True
@@ -304,7 +310,7 @@ class RunJournal:
         return self._commit_lock.locked()
 
     async def commit(self) -> None:
-        """Make everything recorded so far durable; raises `LeaseLost`."""
+        """Make everything recorded so far durable, and wait for a commit in progress; raises `LeaseLost`."""
         async with self._commit_lock:
             if self.is_dirty or self._is_broken:
                 await self._submit(self._take_pending())
@@ -331,7 +337,7 @@ class RunJournal:
             self._waits.pop(place, None)
 
     def _name_blocker(self, write: RunWrite) -> None:
-        """Name the wait that ends first as the reason of the run's wait."""
+        """Set the reason why a run waits in its write: the wait that ends first."""
         span = min(
             self._waits.values(),
             key=lambda one: (one.wake_at is None, one.wake_at or _NEVER, one.sequence),
@@ -379,7 +385,10 @@ class RunJournal:
         self.has_new_result = self.has_new_result or write.has_new_result
 
     async def _repeat_until_done(self, begin: Callable[[], asyncio.Future[T]]) -> T:
-        """Repeat work until it succeeds; raises `LeaseLost` when the lease ends first."""
+        """Begin work again after each outage until it succeeds; return its result.
+
+        Raises `LeaseLost` when the lease ends, or if a cancelled run waits for blobs.
+        """
         is_logged = False
         while True:
             try:
@@ -414,7 +423,7 @@ class RunJournal:
             self._overdue.cancel()
 
     def _cancel_without_lease(self, future: asyncio.Future[T]) -> None:
-        """Cancel the wait for an answer when the lease ends; a renewal postpones that."""
+        """Cancel the wait for a future at the end of the lease, which renewals postpone."""
         seconds = self._lease.until - time.monotonic()
         loop = asyncio.get_running_loop()
         if seconds > 0:
@@ -436,7 +445,7 @@ class RunLease:
         return LeaseRenewal(*self.key, self.token)
 
     def is_held(self) -> bool:
-        """Return whether the lease is certain to last for a moment longer."""
+        """Return whether the lease surely lasts for a moment longer, by the monotonic clock."""
         return time.monotonic() < self.until
 
 
@@ -482,7 +491,7 @@ class LeaseKeeper:
     def hold(
         self, key: ExecutionKey, token: int, since: float, first_seconds: float | None = None
     ) -> RunLease:
-        """Renew a lease, claimed at `since` (monotonic seconds), until it is released.
+        """Renew a lease, claimed at `since` (monotonic seconds), until it is released; return it.
 
         `first_seconds` is its duration before the first renewal, if it is not that of other leases.
         """
@@ -491,7 +500,7 @@ class LeaseKeeper:
         return lease
 
     def release(self, lease: RunLease) -> None:
-        """Stop renewing a lease."""
+        """Stop renewing a lease; a newer lease of the same execution stays."""
         if self._leases.get(lease.key.execution_id) is lease:
             del self._leases[lease.key.execution_id]
 
@@ -518,9 +527,9 @@ class LeaseKeeper:
             await store.close()
 
     def _seconds_until_renewal(self, begun_at: float) -> float:
-        """Return the time until the next round.
+        """Return the seconds until the next round, which count from the begin of the last one.
 
-        It counts from the begin of the last round, so that a slow round delays nothing.
+        So a slow round delays nothing.
         """
         return max(0.0, begun_at + self._round_seconds - time.monotonic())
 
@@ -531,7 +540,10 @@ class LeaseKeeper:
         return [lease for lease in list(self._leases.values()) if lease.until < until]
 
     async def _renew_unlocked(self, store: RunStore, leases: list[RunLease], seconds: float) -> None:
-        """Renew leases, and retry those with locked rows until the next round."""
+        """Renew leases, and retry those with locked rows until shortly before the next round.
+
+        Raises `DatabaseUnavailable`.
+        """
         since = time.monotonic()
         while locked := await self._renew(store, leases):
             left_seconds = seconds * (1 - 1 / TRIES_PER_RENEWAL) - (time.monotonic() - since)
@@ -541,7 +553,10 @@ class LeaseKeeper:
             leases = [lease for lease in locked if self._leases.get(lease.key.execution_id) is lease]
 
     async def _renew(self, store: RunStore, leases: list[RunLease]) -> list[RunLease]:
-        """Renew leases; returns those with locked rows, which are neither renewed nor lost."""
+        """Renew leases, and report lost ones and control requests on the event loop; return those with locked rows.
+
+        Locked leases are neither renewed nor lost. Raises `DatabaseUnavailable`.
+        """
         if not leases:
             return []
         since = time.monotonic()

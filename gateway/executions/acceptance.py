@@ -113,32 +113,35 @@ class RunAcceptor:
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: RunAcceptance) -> AcceptanceResult:
-        """Return the outcome of a run after its commit; raises 503 while too many runs wait."""
+        """Store a run with others in one transaction, and return the outcome after its commit.
+
+        Raises a 503 error while too many runs wait.
+        """
         group = self._group if acceptance.may_wait else self._separate
         if group.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await group.submit(acceptance)
 
     async def ingest(self, write: InboundRequest) -> IngestResult:
-        """Return the outcome of an inbound request after its commit; raises 503 while too many wait."""
+        """Store an inbound request with others in one transaction, and return the outcome after its commit.
+
+        Raises a 503 error while too many wait.
+        """
         if self._ingests.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await self._ingests.submit(write)
 
     @property
     def channel(self) -> str:
-        """Channel on which this gateway is notified of the ends of its runs."""
+        """Redis channel on which this gateway is notified of the ends of its runs."""
         return self._broker.channel
 
     def is_stored(self, definition: DefinitionKey) -> bool:
-        """Tell whether the database is known to have a definition, so that its text need not be sent again."""
+        """Return whether the database is known to have a definition, so that its text need not be sent again."""
         return self._stored.get(definition) is not None
 
     def follow(self, concurrency_key: str | None) -> None:
-        """Wake the workers for a pending run, or admit its concurrency key where it waits for a slot.
-
-        The run is committed.
-        """
+        """Wake the workers for a committed run, or admit runs of its concurrency key if it has one."""
         if concurrency_key is None:
             self.wake_workers()
         else:
@@ -196,7 +199,7 @@ class RunAcceptor:
         return answers
 
     def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Remember the definitions that the database has now."""
+        """Count the accepted runs, and remember the definitions that the database has now."""
         for one in accepted:
             instruments.counter("executions_accepted_total", one.trigger_type).inc()
             if one.definition is not None:
@@ -205,7 +208,7 @@ class RunAcceptor:
                 )
 
     def _notify(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Notify pods and workers of runs that may start."""
+        """Notify pods and workers of runs that may start, and admit runs of their concurrency keys."""
         if any(
             one.concurrency_key is None and one.assigned_deployment_id is None and not one.worker
             for one in accepted
@@ -218,13 +221,16 @@ class RunAcceptor:
                 self._begin_admission(one.concurrency_key)
 
     def _begin_admission(self, key: str) -> None:
-        """Admit runs of a concurrency key in the background: a locked key delays only its own runs."""
+        """Start to admit runs of a concurrency key in the background, so that a locked key delays only its own runs."""
         task = asyncio.create_task(self._admit(key))
         self._admissions.add(task)
         task.add_done_callback(self._admissions.discard)
 
     async def _admit(self, key: str) -> None:
-        """Grant concurrency slots to accepted runs; a sweep repeats an admission that fails here."""
+        """Give free concurrency slots to waiting runs of a key, and notify workers and pods.
+
+        If the database fails, a sweep repeats it.
+        """
         try:
             if await concurrency_limits.admit_waiting_runs(self._database, key):
                 self.wake_workers()
@@ -263,13 +269,16 @@ def _weight(run: RunAcceptance) -> int:
 
 
 def require_open(status: WorkflowStatus) -> None:
-    """Raise 409 if the status of a workflow refuses runs."""
+    """Raise a 409 error if a workflow of this status accepts no runs, such as an archived one."""
     if status in _CLOSED:
         raise errors.conflict(f"workflow-{status}", _CLOSED[status])
 
 
 async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> AcceptanceResult | None:
-    """Return the answer to an earlier request with this idempotency key, or None."""
+    """Return the result of an earlier request with this idempotency key: repeated, or mismatch for another body.
+
+    None if the key is unused or expired.
+    """
     statement = select(col(Idempotency.fingerprint), col(Idempotency.resource_id)).where(
         col(Idempotency.shard) == shard,
         col(Idempotency.scope) == key.scope,
@@ -286,7 +295,10 @@ async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> A
 async def find_all_earlier(
     database: Database, shard: int, keys: Sequence[IdempotencyKey]
 ) -> dict[IdempotencyKey, AcceptanceResult]:
-    """Return the answers to earlier requests by their idempotency keys; unused keys are omitted."""
+    """Return the results of earlier requests by their idempotency keys: repeated, or mismatch for another body.
+
+    Unused and expired keys are omitted.
+    """
     pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
     asked = {(key.scope, key.key): key for key in keys}
     pairs = list(asked)
@@ -333,14 +345,14 @@ RunPlanner: TypeAlias = Callable[[LoadedWorkflow], Awaitable[RunRequest]]
 
 
 def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
-    """Raise 422 if a body has the inputs of a run under both names."""
+    """Raise a 422 error if a body has the inputs of a run under both names."""
     if trigger_inputs is not None and inputs is not None:
         message = "inputs and triggerInputs have the same meaning: send only one of them"
         raise errors.invalid([errors.problem("inputs", "ambiguous", message)])
 
 
 def response_headers(settings: GatewaySettings, accepted: AcceptanceResult) -> dict[str, str]:
-    """Return the headers of an answer about an accepted run: its location, and whether it is a replay."""
+    """Return the headers for an accepted run: its location, and a mark if the idempotency key was used before."""
     headers = location(settings, accepted.execution_id)
     return {**headers, **idempotency.REPLAYED} if accepted.verdict is AcceptanceVerdict.REPEATED else headers
 
@@ -373,8 +385,8 @@ class WorkflowRunAcceptor:
     ) -> AcceptanceResult:
         """Accept a run of a workflow for the caller of a request, once per idempotency key.
 
-        Returns the run of an earlier request with the key. Adds rate limit headers to the answer of the
-        request. Raises 404, 409, 422, 429, and the errors of `plan`.
+        The answer gets rate limit headers. Returns the run of an earlier request with the key. Raises 404,
+        409, 422, 429, and the errors of `plan`.
         """
         caller = request.caller
         workflow = await self._workflows.load(workflow_id, caller)
@@ -447,7 +459,10 @@ class WorkflowRunAcceptor:
         return accepted
 
     async def _plan_run(self, caller: ApiCaller, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
-        """Return the run, planned with the workflow as it was loaded last."""
+        """Return the run that `plan` makes of the workflow; if it refuses, of the workflow as it is stored now.
+
+        So no request is refused because of the cache. Raises the errors of `plan`.
+        """
         try:
             return await plan(workflow)
         except ApiError:

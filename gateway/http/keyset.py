@@ -202,7 +202,10 @@ async def read_rows(
     created_at: SQLColumnExpression[Any],
     item_id: SQLColumnExpression[Any],
 ) -> RowPage:
-    """Return a page of the rows that match and the cursor of the next one, without a count of all."""
+    """Return a page of the rows that match and the cursor of the next one, without a count of all.
+
+    The transaction follows indexes from then on.
+    """
     await follow_indexes(connection)
     statement = select(*columns).where(*conditions, *bounds.condition(created_at, item_id))
     # One more than shown: then another page follows.

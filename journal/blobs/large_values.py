@@ -52,20 +52,26 @@ class LargeValues:
     max_row_bytes: int
 
     async def store(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return the newest span of each node for its row, with large values as references.
+        """Return the newest span of each node, with values that are too large for a row replaced by references.
 
-        Values larger than a row are durable as blobs by then.
+        These values are durable as blobs by then. Raises `BlobsUnavailable`.
         """
         newest = {(span.node_id, span.iteration): span for span in spans}
         put: dict[bytes, bytes] = {}
         return [await self._without_large(span, put) for span in newest.values()]
 
     async def restore(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return spans with their recorded values, read one after another; raises `RecordedValueLost`."""
+        """Return spans with references replaced by the recorded values, read one after another.
+
+        Raises `RecordedValueLost` and `BlobsUnavailable`.
+        """
         return [await self._restore_span(span) for span in spans]
 
     async def trigger(self, text: str) -> Json:
-        """Return the whole output of a trigger with a separate body; raises `RecordedValueLost`."""
+        """Return the output of a trigger whose body is stored as a blob, with that body.
+
+        Raises `RecordedValueLost` and `BlobsUnavailable`.
+        """
         try:
             return await read_body(text, self.blobs, self.owner)
         except (BlobLost, InvalidBlobReference) as error:
@@ -126,7 +132,10 @@ class EncodedTrigger:
 
     @classmethod
     def of(cls, trigger: Mapping[str, Json]) -> Self:
-        """Encode an output; raises `InvalidJson`, and `BudgetExceeded` where large work may not run inline."""
+        """Encode the output of a trigger with a body, as a whole and without the body.
+
+        Raises `InvalidJson`, and `BudgetExceeded` within `offload.try_inline`.
+        """
         rest = {name: value for name, value in trigger.items() if name != BODY}
         return cls(values.encode_json({BODY: trigger[BODY], **rest}), values.encode_json(rest))
 
@@ -141,28 +150,28 @@ class EncodedTrigger:
         return self.content[len(_FIELD) : len(self.content) - len(self.rest)]
 
     def as_row(self, reference: BlobReference) -> str:
-        """Return the row's text with a reference in place of the body."""
+        """Return the text for the row of the run, with a reference in place of the body."""
         return f"{SEPARATE_BODY}{reference.as_text().decode()},{self.rest[1:].decode()}"
 
 
 def is_separate(trigger: str) -> bool:
-    """Return whether the row's text has a reference in place of the body."""
+    """Return whether the trigger text of a row has a reference in place of its body, which is stored as a blob."""
     return trigger.startswith(SEPARATE_BODY)
 
 
 def split_fields(trigger: str) -> dict[str, Raw]:
-    """Return the fields of a row with a reference, each as JSON text; `body` is the reference."""
+    """Return the fields of a trigger text with a reference, each as JSON text; `body` is the reference."""
     return decoding.decode(trigger, dict[str, Raw])
 
 
 def find_reference(trigger: str) -> BlobReference:
-    """Return the reference in the row's text; raises `InvalidBlobReference`."""
+    """Return the reference to the body in a trigger text; raises `InvalidBlobReference`."""
     row: dict[str, Any] = decoding.decode(trigger)
     return BlobReference.from_value(row[BODY])
 
 
 async def read_body(trigger: str, blobs: RunBlobs, owner: BlobOwner) -> dict[str, Json]:
-    """Return the whole trigger output for the row's text.
+    """Return the whole trigger output for a trigger text with a reference to its body.
 
     Raises `BlobLost`, `BlobsUnavailable` and `InvalidBlobReference`.
     """
@@ -172,5 +181,8 @@ async def read_body(trigger: str, blobs: RunBlobs, owner: BlobOwner) -> dict[str
 
 
 async def store_body(blobs: RunBlobs, owner: BlobOwner, encoded: EncodedTrigger) -> str:
-    """Store the body as a durable blob; returns the row's text. Raises `BlobsUnavailable`."""
+    """Store the body of a trigger as a durable blob; return the trigger text with a reference to it.
+
+    Raises `BlobsUnavailable`.
+    """
     return encoded.as_row(await blobs.put(owner, encoded.body, media_type=MEDIA_TYPE))
