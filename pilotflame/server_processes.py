@@ -84,7 +84,10 @@ def run_gateway() -> None:
 
 
 def run_worker() -> None:
-    """Execute runs in a child process until a stop signal. If it dies, this process releases its leases at once."""
+    """Execute runs until a stop signal.
+
+    They run in a child process; if it dies, this process releases its leases at once.
+    """
     from pilotflame import worker_parent
 
     announce = worker_parent.fork_worker(_release_leases)

@@ -75,7 +75,7 @@ TRIGGER_ICONS: Final[Mapping[str, str]] = {
 
 
 def look_of(state: str | None) -> StateLook:
-    """Return the look of a state; an unknown one is shown by its own name."""
+    """Return tone, icon and word for a state of a run, node or workflow; an unknown one is shown by its own name."""
     name = state or "not-reached"
     return STATES.get(name) or StateLook("", "none", name.replace("-", " ").capitalize())
 
@@ -85,18 +85,21 @@ def icon_of_trigger(kind: str) -> str:
 
 
 def parse_instant(text: str | None) -> datetime | None:
-    """Return the time of an answer's text, an aware datetime in UTC."""
+    """Return a time in an API answer as an aware datetime in UTC; None for None."""
     return None if text is None else datetime.fromisoformat(text).astimezone(UTC)
 
 
 def milliseconds_between(start: str | None, end: str | None) -> int | None:
-    """Return the milliseconds from one time of an answer to another; None if one is absent."""
+    """Return the milliseconds from one time in an API answer to another; None if one is absent."""
     first, last = parse_instant(start), parse_instant(end)
     return None if first is None or last is None else int((last - first).total_seconds() * SECOND_MS)
 
 
 def show_duration(milliseconds: float | None) -> str:
-    """Return a duration in the two largest fitting units, such as `6 min 02 s`."""
+    """Return a duration in milliseconds as text in the two largest fitting units, such as `6 min 02 s`.
+
+    Empty for None.
+    """
     if milliseconds is None:
         return ""
     left = max(int(milliseconds), 0)
@@ -112,7 +115,10 @@ def show_duration(milliseconds: float | None) -> str:
 
 
 def show_age(text: str | None, now: datetime) -> str:
-    """Return the time since a time of an answer, such as `38 s ago`; the future is `in 3 min 00 s`."""
+    """Return the time since a time in an API answer, such as `38 s ago`, or `in 3 min 00 s` for the future.
+
+    `never` for None.
+    """
     moment = parse_instant(text)
     if moment is None:
         return "never"
@@ -127,13 +133,13 @@ def show_age(text: str | None, now: datetime) -> str:
 
 
 def show_moment(text: str | None) -> str:
-    """Return a time of an answer as `2026-11-28 02:47:12 UTC`."""
+    """Return a time in an API answer as `2026-11-28 02:47:12 UTC`; empty for None."""
     moment = parse_instant(text)
     return "" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def show_clock(text: str | None) -> str:
-    """Return the time of day of a time of an answer."""
+    """Return the time of day of a time in an API answer, in UTC, such as `02:47:12`; empty for None."""
     moment = parse_instant(text)
     return "" if moment is None else f"{moment:%H:%M:%S}"
 
@@ -148,7 +154,10 @@ def show_whole_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 
 def show_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Return JSON as indented text, at most 200 lines and 20,000 characters of it."""
+    """Return a JSON value as indented text.
+
+    At most 200 lines and 20,000 characters are shown, and the number of those left out.
+    """
     text = show_whole_json(value)
     lines = text[:MAX_CHARACTERS].split("\n")
     shown = "\n".join(lines[:MAX_LINES])
@@ -156,7 +165,7 @@ def show_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 
 def show_line(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Return JSON as text in one line."""
+    """Return a JSON value as text in one line."""
     return msgspec.json.encode(value).decode()
 
 

@@ -70,7 +70,7 @@ class PageFrame:
     """Answer of `whoami`; None for pages without sign-in."""
 
     def may(self, scope: str) -> bool:
-        """Return whether the visitor's key has a scope."""
+        """Return whether the visitor's key has a scope; False without a visitor."""
         return self.visitor is not None and scope in self.visitor["scopes"]
 
 
@@ -93,14 +93,14 @@ class Page:
 
 
 def render(page: Page, data: PageData, frame: PageFrame) -> str:
-    """Return the HTML of a page: a pure function of the answers and the frame."""
+    """Return the HTML of a page from the API answers in `data` and its frame; it has no side effects."""
     topics = [topic.format(**frame.parameters) for topic in page.topics]
     values = {"crumbs": (), "topics": topics, "current": page.navigation, **page.view(data, frame)}
     return render_template(page.template, {**_frame_values(frame), **values})
 
 
 def render_plain(template: str, frame: PageFrame, **values: object) -> str:
-    """Return the HTML of a page without data of public routes."""
+    """Return the HTML of a template with `values`, for a page that shows no API answers."""
     defaults = {"crumbs": (), "topics": (), "current": ""}
     return render_template(template, {**_frame_values(frame), **defaults, **values})
 
@@ -164,7 +164,7 @@ async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], Pag
 def frame_of(
     request: GatewayRequest, asking: PageRequest, visitor: Mapping[str, Any] | None = None
 ) -> PageFrame:
-    """Return the frame of a request."""
+    """Return the values that every page shows: addresses, the present time, the query, and the visitor if any."""
     return PageFrame(
         root=root_of(request),
         base_url=public_address.base_url(request),
@@ -177,12 +177,12 @@ def frame_of(
 
 
 def root_of(request: GatewayRequest) -> str:
-    """Return the path of the public URL without a slash at its end."""
+    """Return the path part of the public URL without a slash at its end; empty for most servers."""
     return urlsplit(request.gateway.settings.public_url).path.rstrip("/")
 
 
 def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
-    """Return a refusal as a page; a visitor who has not signed in is led to the sign-in."""
+    """Return an API error as a page with its status; for 401, a redirect to the sign-in that leads back."""
     if error.code == "unauthorized":
         query = request.scope["query_string"].decode("latin-1")
         wanted = quote(request.scope["path"] + (f"?{query}" if query else ""), safe="")
@@ -196,7 +196,10 @@ def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
 
 
 async def answer_html(request: GatewayRequest, html: str, *, tag: str = "") -> ASGIApp:
-    """Return HTML, compressed where the browser takes it; 304 for a page that it already shows."""
+    """Return an HTML answer, compressed if the browser accepts gzip.
+
+    304 if the browser has the page with this `tag`.
+    """
     validators = [(b"etag", tag.encode())] if tag else []
     if tag and request.headers.get("if-none-match") == tag:
         return HtmlAnswer(304, b"", validators)

@@ -46,7 +46,7 @@ class PageRequest:
 
     @property
     def query(self) -> dict[str, str]:
-        """Query of the page; of a repeated parameter, the last value."""
+        """Query parameters of the page; of a repeated one the last value; empty for too many parameters."""
         text = self._scope["query_string"].decode("latin-1")
         try:
             return dict(parse_qsl(text, max_num_fields=limits.QUERY_FIELDS))
@@ -54,14 +54,21 @@ class PageRequest:
             return {}
 
     async def get(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of a public route; raises its refusal as `ApiError`."""
+        """Return the JSON answer of a public API route to GET, on behalf of the visitor.
+
+        Empty parameters are left out. Raises its error answers as `ApiError`.
+        """
         text = urlencode({name: value for name, value in query.items() if value not in {None, ""}})
         self.asked.append(f"{path}?{text}" if text else path)
         status, body = await self._request(path, text)
         return _value_of(status, body)
 
     async def get_if_present(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of a route; None where it is missing, forbidden, or not for this object."""
+        """Return the JSON answer of an API route to GET.
+
+        None if the object is missing, forbidden or not of this kind. Raises other error answers as
+        `ApiError`.
+        """
         count = len(self.asked)
         try:
             return await self.get(path, **query)
@@ -72,9 +79,9 @@ class PageRequest:
             return None
 
     async def plan(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of a public route to a dry run; raises its refusal as `ApiError`.
+        """Return the JSON answer of a public API route to POST as a dry run; raises its error answers as `ApiError`.
 
-        A dry run changes nothing, so that a link of another site may lead to a page that shows its plan.
+        A dry run changes nothing, so a link on another site may lead to a page that shows its plan.
         """
         return await self.preview(path, **fields, dryRun=True)
 
@@ -96,7 +103,10 @@ class PageRequest:
             return None
 
     async def plan_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of a route to a dry run; None where it is missing or forbidden."""
+        """Return the JSON answer of an API route to a dry run; None if the object is missing or forbidden.
+
+        Raises other error answers as `ApiError`.
+        """
         return await self.preview_if_allowed(path, **fields, dryRun=True)
 
     async def _request(self, path: str, query: str, body: bytes | None = None) -> tuple[int, bytes]:
@@ -137,5 +147,5 @@ def _value_of(status: int, body: bytes) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def build_page_request(request: GatewayRequest) -> PageRequest:
-    """Return the request for a page that a browser's request is."""
+    """Return the page request for a request of a browser, through which the page asks the API."""
     return PageRequest(request.scope, request.scope["app"].state.router, request.gateway.clock())

@@ -15,12 +15,12 @@ PATH: Final = "/dashboard/approvals"
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the questions that the visitor may answer."""
+    """Ask the API for the questions that the visitor may answer; raises `ApiError`."""
     return {"pending": await page.get("/api/v1/pending-inputs")}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the questions with the fields of their forms."""
+    """Return the template values: the questions with the fields of their forms."""
     pending = data["pending"]
     return {
         "title": "Approvals",

@@ -28,7 +28,10 @@ OBJECTS: Final = ("why", "lifecycle", "inbound-address", "schedule", "statistics
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the workflow, and for everything about it that its visitor may see."""
+    """Ask the API for the workflow, and for what its visitor may see of it.
+
+    That is runs, deployment, deliveries, dead letters, versions, address and schedule. Raises `ApiError`.
+    """
     workflow_id = page.parameters["id"]
     path = f"/api/v1/workflows/{workflow_id}"
     workflow, runs = await asyncio.gather(
@@ -69,7 +72,7 @@ def _find_node(workflow: Mapping[str, Any], query: Mapping[str, str]) -> Mapping
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the parts of the page."""
+    """Return the template values: the workflow, its map with the states of the last run, and the permitted actions."""
     workflow, why = data["workflow"], data["why"]
     node = _find_node(workflow, frame.query)
     figures = {one["nodeId"]: one for one in (data["statistics"] or {"nodes": ()})["nodes"]}
