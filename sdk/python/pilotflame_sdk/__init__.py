@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from pilotflame_sdk.retries import RetryPolicy
     from pilotflame_sdk.runs import Run
     from pilotflame_sdk.server_events import RunEvent
+    from pilotflame_sdk.tasks import PortOutput, Task
+    from pilotflame_sdk.testing import NodeResult, run_node
+    from pilotflame_sdk.worker import Worker
 
 __all__ = [
     "APIError",
@@ -45,8 +48,10 @@ __all__ = [
     "Conflict",
     "LeaseLost",
     "LoginRequired",
+    "NodeResult",
     "NotFound",
     "PilotflameError",
+    "PortOutput",
     "RateLimited",
     "RetryPolicy",
     "Run",
@@ -55,11 +60,14 @@ __all__ = [
     "RunFailed",
     "RunTimeout",
     "ScopeRequired",
+    "Task",
     "TaskCancelled",
     "TaskError",
     "TransportError",
     "ValidationFailed",
+    "Worker",
     "__version__",
+    "run_node",
 ]
 
 __version__ = VERSION
@@ -70,6 +78,11 @@ _MODULES = {
     "RetryPolicy": "retries",
     "Run": "runs",
     "RunEvent": "server_events",
+    "NodeResult": "testing",
+    "PortOutput": "tasks",
+    "Task": "tasks",
+    "Worker": "worker",
+    "run_node": "testing",
 }
 
 

@@ -12,8 +12,6 @@ from pilotflame_sdk.request_coding import PREFER_SECONDS, quote_segment
 from pilotflame_sdk.runs import Run
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from pilotflame_sdk.server_events import RunEvent
     from pilotflame_sdk.workflow_files import HasDefinition
 
@@ -70,12 +68,6 @@ class Client(resources.ResourceClient):
         super().__init__(*args, **options)
         self.executions = Executions(self)
         self.workflows = Workflows(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
 
     def start(
         self,

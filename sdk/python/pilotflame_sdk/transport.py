@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 
@@ -14,6 +14,9 @@ from pilotflame_sdk.profiles import ServerAddress, find_server
 from pilotflame_sdk.request_coding import ApiRequest
 from pilotflame_sdk.retries import RequestAttempts, RetryPolicy
 from pilotflame_sdk.server_events import EventParser, RunEvent
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Transport:
@@ -36,6 +39,12 @@ class Transport:
             trust_env=request_coding.uses_proxies(self.address.url), follow_redirects=False
         )
         self._headers = request_coding.default_headers(self.address.api_key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the connections."""

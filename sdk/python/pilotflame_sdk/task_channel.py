@@ -1,0 +1,233 @@
+"""Connection of a worker with the server: claims of tasks by an open poll, and reports in a thread of their own.
+
+Lost answers are safe: a repeated claim has the `requestId` of the first and gets the same tasks, a repeated report is
+answered with `repeated`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+from uuid import uuid4
+
+from pilotflame_sdk.errors import APIError, PilotflameError, TransportError
+from pilotflame_sdk.held_tasks import HeldTask, HeldTasks
+from pilotflame_sdk.retries import RetryPolicy
+from pilotflame_sdk.transport import Transport
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS: Final = 30
+INLINE_BYTES: Final = 256_000
+"""Larger outputs are sent apart from reports."""
+MAX_CLAIM: Final = 100
+FILL_SECONDS: Final = 0.005
+"""Time for which a claim waits for more free slots, so that short tasks are claimed in batches."""
+LONGEST_PAUSE: Final = 5.0
+LEASE_HEADER: Final = "X-Task-Lease"
+TEMPORARY: Final = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class TaskChannel:
+    """Claims and reports of one worker. `on_tasks` gets claimed tasks, `on_drain` is called when no more will come."""
+
+    def __init__(
+        self,
+        server: Callable[[], Transport],
+        worker: Mapping[str, str],
+        types: Sequence[Mapping[str, str]],
+        pools: Sequence[str],
+        held: HeldTasks,
+        on_tasks: Callable[[list[HeldTask]], None],
+    ) -> None:
+        self._server = server
+        self._worker = dict(worker)
+        self._types = [dict(one) for one in types]
+        self._pools = [*pools]
+        self._held = held
+        self._on_tasks = on_tasks
+        self.draining = threading.Event()
+        self._closing = threading.Event()
+        self._polling = threading.Event()
+        self.failure: PilotflameError | None = None
+        """Error that no repetition mends, such as a key without the scope."""
+        self._threads = [
+            threading.Thread(target=run, name=f"pilotflame-{name}", daemon=True)
+            for name, run in (
+                ("claims", self._claim_tasks),
+                ("control", self._await_cancels),
+                ("reports", self._send_reports),
+            )
+        ]
+
+    def start(self) -> None:
+        """Begin to claim and to report."""
+        for thread in self._threads:
+            thread.start()
+
+    def drain(self) -> None:
+        """Claim nothing more. The open poll is awaited, since its answer may have tasks."""
+        self.draining.set()
+        with self._held.changed:
+            self._held.changed.notify_all()
+        try:
+            with self._connect() as server:
+                server.request("POST", "/api/v1/tasks/stop", json={"worker": self._worker["id"]})
+        except PilotflameError as error:
+            log.warning("the server does not know that this worker stops: %s", error)
+
+    def join_claims(self, timeout: float) -> None:
+        """Wait until no poll is open."""
+        self._threads[0].join(timeout)
+
+    def close(self, timeout: float) -> None:
+        """Send the last reports, for at most a time."""
+        give_up_at = time.monotonic() + timeout
+        with self._held.changed:
+            while not self._held.is_empty and (left := give_up_at - time.monotonic()) > 0:
+                self._held.changed.wait(left)
+        self._closing.set()
+        self._held.wake()
+        self._threads[2].join(1.0)
+
+    def _connect(self) -> Transport:
+        return self._server()
+
+    # ── claims ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _claim_tasks(self) -> None:
+        with self._connect() as server:
+            while not self.draining.is_set():
+                with self._held.changed:
+                    if self._held.free == 0:
+                        self._held.changed.wait(1.0)
+                        continue
+                    if self._held.free * 2 < self._held.slots:
+                        self._held.changed.wait(FILL_SECONDS)
+                    free = self._held.free
+                self._polling.set()
+                try:
+                    self._claim(server, min(free, MAX_CLAIM))
+                finally:
+                    self._polling.clear()
+
+    def _await_cancels(self) -> None:
+        """Keep a poll open that only cancels tasks, while every slot is taken."""
+        with self._connect() as server:
+            while not self.draining.is_set():
+                if self._polling.is_set() or not self._held.is_running:
+                    self.draining.wait(0.1)
+                else:
+                    self._claim(server, 0)
+
+    def _claim(self, server: Transport, count: int) -> None:
+        """Claim up to a number of tasks, repeated under one id until it is answered."""
+        request_id, pause = uuid4().hex, 0.1
+        body = {
+            "worker": self._worker,
+            "requestId": request_id,
+            "max": count,
+            "wait": POLL_SECONDS if count else POLL_SECONDS // 3,
+            "types": self._types,
+            "pools": self._pools,
+        }
+        while not self._closing.is_set():
+            try:
+                answer = server.request("POST", "/api/v1/tasks/claim", json=body, wait=POLL_SECONDS * 1.2)
+            except TransportError as error:
+                log.warning("claims wait for the server: %s", error)
+            except APIError as error:
+                if error.status not in TEMPORARY:
+                    self._stop_for(error)
+                    return
+                log.warning("claims wait for the server: %s", error)
+            else:
+                self._take_answer(request_id, count, answer)
+                return
+            if self.draining.is_set():
+                return
+            self._closing.wait(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _take_answer(self, request_id: str, count: int, answer: Mapping[str, Any]) -> None:
+        if count:
+            self._on_tasks(self._held.add(request_id, answer["tasks"]))
+        self._held.end_tasks(answer.get("cancel", ()))
+        if answer.get("drain"):
+            self.draining.set()
+
+    def _stop_for(self, error: APIError) -> None:
+        if error.code != "worker-stopped":
+            self.failure = error
+        self.draining.set()
+
+    # ── reports ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _send_reports(self) -> None:
+        pause = 0.1
+        with self._connect() as server:
+            while not self._closing.is_set():
+                self._held.wait_for_report()
+                items, ids, claimed = self._held.build_report()
+                while (items or ids) and not self._closing.is_set():
+                    if self._report(server, items, ids, claimed):
+                        pause = 0.1
+                        break
+                    self._held.end_overdue()
+                    self._closing.wait(pause)
+                    pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _report(
+        self, server: Transport, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
+    ) -> bool:
+        """Send a report; return whether it was answered."""
+        begun = time.monotonic()
+        body = {"worker": self._worker["id"], "claimed": claimed, "held": ids, "items": items}
+        try:
+            answer = server.request("POST", "/api/v1/tasks/report", json=body)
+        except TransportError as error:
+            log.warning("reports wait for the server: %s", error)
+            return False
+        except APIError as error:
+            if error.status in TEMPORARY:
+                log.warning("reports wait for the server: %s", error)
+                return False
+            # The server takes none of these reports: repeating them would keep all others back.
+            log.exception("the server refuses a report")
+            self._held.take_results(items, (), [{"id": one["id"], "status": "lost"} for one in items], begun)
+            return True
+        for item, result in self._held.take_results(items, ids, answer["results"], begun):
+            error_text = result.get("error") or {}
+            log.error("task %s: %s %s", item["id"], error_text.get("code"), error_text.get("message"))
+        return True
+
+    # ── large values ──────────────────────────────────────────────────────────────────────────────────────
+
+    def fetch_input(self, held: HeldTask) -> Any:  # noqa: ANN401 - any JSON
+        """Return the input of a task, which is fetched apart if it is large; raises errors of the client."""
+        given = held.task.input
+        if not (isinstance(given, dict) and given.keys() == {"$blob"}):
+            return given
+        with self._connect() as server:
+            headers = {LEASE_HEADER: held.lease}
+            return server.request("GET", f"/api/v1/tasks/{held.id}/input", headers=headers, wait=60.0)
+
+    def send_output(self, held: HeldTask, output: object) -> object:
+        """Return the output of a report; a large one is sent apart. Raises `TypeError` for a value that is no JSON."""
+        size = len(json.dumps(output, allow_nan=False))
+        if size <= INLINE_BYTES:
+            return output
+        with self._connect() as server:
+            headers = {LEASE_HEADER: held.lease}
+            path = f"/api/v1/tasks/{held.id}/output"
+            server.request("PUT", path, json=output, headers=headers, wait=60.0)
+        return {"$blob": {}}
+
+
+def connect_quietly(url: str, api_key: str) -> Transport:
+    """Return a connection whose requests the channel repeats by itself."""
+    return Transport(url, api_key, retry=RetryPolicy(seconds=0))

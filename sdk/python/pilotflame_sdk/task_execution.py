@@ -1,0 +1,264 @@
+"""Execution of tasks: in daemon threads, on the event loop, or in processes that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import multiprocessing
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from pilotflame_sdk import schemas
+from pilotflame_sdk.errors import PilotflameError, TaskCancelled, TaskError
+from pilotflame_sdk.tasks import CURRENT_TASK, PortOutput, Task
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from pilotflame_sdk.held_tasks import HeldTask
+    from pilotflame_sdk.node_definitions import NodeDefinition
+    from pilotflame_sdk.task_channel import TaskChannel
+
+log = logging.getLogger(__name__)
+
+RELEASE: Final[Mapping[str, Any]] = {"kind": "release"}
+OUTPUT: Final = "output"
+MAX_MESSAGE: Final = 2_000
+WATCH_SECONDS: Final = 0.2
+
+
+class ThreadPool:
+    """Threads that end with the process: a function that never returns can't keep it alive."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._count = 0
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Run a call in an idle thread, or a new one as long as there are fewer than the size."""
+        self._calls.put(call)
+        if not self._idle.acquire(blocking=False) and self._count < self._size:
+            self._count += 1
+            threading.Thread(target=self._work, name="pilotflame-node", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get()()
+            self._idle.release()
+
+
+def complete(returned: object) -> Mapping[str, Any]:
+    """Return the final report for the value that a function returned."""
+    port, value = (returned.port, returned.value) if isinstance(returned, PortOutput) else (OUTPUT, returned)
+    return {"kind": "complete", "port": port, "output": {} if value is None else schemas.to_json(value)}
+
+
+def fail(error: BaseException, task: Task) -> Mapping[str, Any]:
+    """Return the final report for an error of a function."""
+    if isinstance(error, TaskError):
+        retry: Any = error.retry
+        if not isinstance(retry, bool):
+            retry = {"afterSeconds": retry}
+        return {"kind": "fail", "error": _error(error.code, error.message), "retry": retry}
+    task.log("".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip(), "error")
+    return {"kind": "fail", "error": _error("exception", f"{type(error).__name__}: {error}"), "retry": True}
+
+
+def _error(code: str, message: str) -> Mapping[str, str]:
+    return {"code": code, "message": message[:MAX_MESSAGE]}
+
+
+class TaskExecutor:
+    """Runs the functions of claimed tasks, and hands their final reports over."""
+
+    def __init__(
+        self,
+        slots: int,
+        loop: asyncio.AbstractEventLoop,
+        channel: TaskChannel,
+        finish: Callable[[HeldTask, Mapping[str, Any]], None],
+    ) -> None:
+        self._pool = ThreadPool(slots)
+        self._loop = loop
+        self._channel = channel
+        self._finish = finish
+
+    def start(self, held: HeldTask, definition: NodeDefinition | None, config: object) -> None:
+        """Begin a task; returns at once."""
+        if definition is None:
+            self._finish(held, RELEASE)  # Another worker has its code.
+        elif definition.is_async:
+            self._loop.call_soon_threadsafe(self._start_coroutine, held, definition, config)
+        else:
+            run = self._run_in_process if definition.is_process else self._run_in_thread
+            context = contextvars.Context()
+            self._pool.submit(lambda: context.run(run, held, definition, config))
+
+    def _run_in_thread(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        task = held.task
+        try:
+            task.input = self._channel.fetch_input(held)
+            positional, named = _arguments(definition, config, task)
+            CURRENT_TASK.set(task)
+            report = self._completed(held, definition.function(*positional, **named))
+        except TaskCancelled:
+            report = RELEASE
+        except BaseException as error:  # noqa: BLE001 - also SystemExit: a function can't end its worker
+            report = fail(error, task)
+        self._finish(held, report)
+
+    def _completed(self, held: HeldTask, returned: object) -> Mapping[str, Any]:
+        report = complete(returned)
+        try:
+            return {**report, "output": self._channel.send_output(held, report["output"])}
+        except (TypeError, ValueError) as error:
+            raise TaskError("invalid-output", f"The output is no JSON: {error}", retry=False) from error
+        except PilotflameError as error:
+            raise TaskError("output-not-sent", str(error)) from error
+
+    # ── coroutines ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start_coroutine(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        running = self._loop.create_task(self._run_coroutine(held, definition, config))
+        held.on_end.append(lambda: _cancel_soon(self._loop, running))
+        if held.task.is_cancelled:
+            running.cancel()
+
+    async def _run_coroutine(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        task = held.task
+        try:
+            if isinstance(task.input, dict) and task.input.keys() == {"$blob"}:
+                task.input = await asyncio.to_thread(self._channel.fetch_input, held)
+            positional, named = _arguments(definition, config, task)
+            CURRENT_TASK.set(task)
+            returned = await definition.function(*positional, **named)
+            report = await asyncio.to_thread(self._completed, held, returned)
+        except (TaskCancelled, asyncio.CancelledError):
+            report = RELEASE
+        except BaseException as error:  # noqa: BLE001 - as above
+            report = fail(error, task)
+        self._finish(held, report)
+
+    # ── processes ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _run_in_process(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        task = held.task
+        process = None
+        try:
+            task.input = self._channel.fetch_input(held)
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe(duplex=False)
+            fields = _fields_of(task)
+            process = context.Process(
+                target=_work_in_process, args=(definition.function, definition.type, fields, config, theirs)
+            )
+            process.start()
+            theirs.close()
+            report = self._completed_process(held, ours, process)
+        except TaskCancelled:
+            report = RELEASE
+        except BaseException as error:  # noqa: BLE001 - as above
+            report = fail(error, task)
+        if process is not None and process.pid is not None:
+            process.kill()
+            process.join()
+        self._finish(held, report)
+
+    def _completed_process(self, held: HeldTask, pipe: Connection, process: Any) -> Mapping[str, Any]:  # noqa: ANN401 - of any context
+        task = held.task
+        while True:
+            if task.is_cancelled:
+                task.raise_if_cancelled()
+            if not pipe.poll(WATCH_SECONDS):
+                continue
+            try:
+                name, value = pipe.recv()
+            except EOFError:
+                process.join()
+                raise TaskError("process-died", f"The process ended with code {process.exitcode}") from None
+            if name == "progress":
+                task.progress(*value)
+            elif name == "checkpoint":
+                task.checkpoint = value
+            elif name == "log":
+                task.log(*value)
+            elif name == "report":
+                output = value.get("output")
+                return value if output is None else self._completed(held, PortOutput(value["port"], output))
+
+
+def _cancel_soon(loop: asyncio.AbstractEventLoop, running: asyncio.Task[None]) -> None:
+    loop.call_soon_threadsafe(running.cancel)
+
+
+class _ProcessTask(Task):
+    """Task in a process of its own: what it reports goes through a pipe."""
+
+    def __init__(self, fields: Mapping[str, Any], pipe: Connection) -> None:
+        super().__init__(fields)
+        self._pipe = pipe
+
+    def progress(self, done: float, total: float | None = None, message: str = "") -> None:
+        self._pipe.send(("progress", (done, total, message)))
+
+    def log(self, message: str, level: str = "info") -> None:
+        self._pipe.send(("log", (message, level)))
+
+    @property
+    def checkpoint(self) -> Any:  # noqa: ANN401 - any JSON
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: Any) -> None:  # noqa: ANN401 - any JSON
+        self._checkpoint = value
+        self._pipe.send(("checkpoint", value))
+
+
+def _work_in_process(
+    function: Callable[..., Any], type_name: str, fields: Mapping[str, Any], config: object, pipe: Connection
+) -> None:
+    """Run a function in a process of its own; its first argument is found by the name of the function."""
+    from pilotflame_sdk.node_definitions import define_node
+    from pilotflame_sdk.tasks import TaskLogHandler
+
+    task = _ProcessTask(fields, pipe)
+    try:
+        definition = define_node(
+            function, type_name, "0.0.0", is_process=True, fields={"effect": "write"}, task_rules={}
+        )
+        logging.getLogger().addHandler(TaskLogHandler(logging.INFO))
+        positional, named = _arguments(definition, config, task)
+        CURRENT_TASK.set(task)
+        report = complete(function(*positional, **named))
+    except BaseException as error:  # noqa: BLE001 - as above
+        report = fail(error, task)
+    pipe.send(("report", report))
+
+
+def _arguments(definition: NodeDefinition, config: object, task: Task) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        return definition.arguments(config, task)
+    except Exception as error:
+        raise TaskError("invalid-config", f"{type(error).__name__}: {error}", retry=False) from error
+
+
+def _fields_of(task: Task) -> Mapping[str, Any]:
+    return {
+        "id": task.id,
+        "type": task.type,
+        "version": task.version,
+        "attempt": task.attempt,
+        "executionId": task.execution_id,
+        "nodeId": task.node_id,
+        "idempotencyKey": task.idempotency_key,
+        "deadline": task.deadline,
+        "input": task.input,
+        "checkpoint": task.checkpoint,
+        "traceparent": task.traceparent,
+    }

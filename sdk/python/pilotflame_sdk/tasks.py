@@ -1,0 +1,148 @@
+"""Task of a node: the run that it belongs to, progress, checkpoints, log lines, and cancellation."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Final, Generic, TypeVar
+
+from pilotflame_sdk.errors import LeaseLost, TaskCancelled
+
+T = TypeVar("T")
+
+CURRENT_TASK: ContextVar[Task | None] = ContextVar("pilotflame_task", default=None)
+LEVELS: Final = frozenset({"debug", "info", "warning", "error"})
+
+
+@dataclass(frozen=True)
+class PortOutput(Generic[T]):
+    """Output at a port other than `output`; made by `Task.port`."""
+
+    port: str
+    value: T
+
+
+class Task:
+    """Task that a node's function works on."""
+
+    def __init__(self, fields: Mapping[str, Any], changed: Callable[[], None] = lambda: None) -> None:
+        self.id = str(fields["id"])
+        self.type = str(fields["type"])
+        self.version = str(fields["version"])
+        self.attempt = int(fields.get("attempt", 1))
+        """Number of this attempt, from 1."""
+        self.execution_id = str(fields.get("executionId", ""))
+        self.node_id = str(fields.get("nodeId", ""))
+        self.idempotency_key = str(fields.get("idempotencyKey", ""))
+        """Key for requests to other systems: the same in every attempt."""
+        self.deadline: str | None = fields.get("deadline")
+        """Time at which the server gives the task up, by the clock of its database."""
+        self.config: Any = fields.get("config")
+        """Config of the node as JSON; the function gets it as the class of its parameter."""
+        self.input: Any = fields.get("input")
+        """Data that arrived at the node."""
+        self.traceparent: str | None = fields.get("traceparent")
+        self._checkpoint: Any = fields.get("checkpoint")
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._news: dict[str, Any] = {}
+        self._lines: list[dict[str, str]] = []
+        self._end = threading.Event()
+        self._reason: TaskCancelled = TaskCancelled("The task was cancelled")
+
+    def __repr__(self) -> str:
+        return f"<Task {self.id} {self.type} of {self.execution_id}, attempt {self.attempt}>"
+
+    # ── for functions of nodes ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the function should stop; long loops ask it, or call `raise_if_cancelled`."""
+        return self._end.is_set()
+
+    def raise_if_cancelled(self) -> None:
+        """Raise `TaskCancelled`, or `LeaseLost`, if the function should stop."""
+        if self._end.is_set():
+            raise self._reason
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, and raise `TaskCancelled` as soon as the function should stop."""
+        if self._end.wait(seconds):
+            raise self._reason
+
+    def track(self, items: Iterable[T], *, total: int | None = None, message: str = "") -> Iterator[T]:
+        """Yield items, report how many are done, and raise `TaskCancelled` between them."""
+        known = len(items) if total is None and isinstance(items, Collection) else total
+        for done, item in enumerate(items, start=1):
+            self.raise_if_cancelled()
+            yield item
+            self.progress(done, known, message)
+
+    def progress(self, done: float, total: float | None = None, message: str = "") -> None:
+        """Report progress; the server shows the last one, at most one a second is sent."""
+        with self._lock:
+            self._news["progress"] = {"done": done, "total": total, "message": message}
+
+    @property
+    def checkpoint(self) -> Any:  # noqa: ANN401 - any JSON
+        """Value for the next attempt, such as the last item done: JSON of at most 64 kB.
+
+        An attempt begins with the checkpoint of the one before, or with None.
+        """
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: Any) -> None:  # noqa: ANN401 - any JSON
+        with self._lock:
+            self._checkpoint = self._news["checkpoint"] = value
+        self._changed()
+
+    def log(self, message: str, level: str = "info") -> None:
+        """Write a line to the log of the execution: `debug`, `info`, `warning` or `error`."""
+        at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = {"level": level if level in LEVELS else "info", "at": at, "message": message}
+        with self._lock:
+            self._lines.append(line)
+
+    def port(self, name: str, value: T) -> PortOutput[T]:
+        """Return an output for another port than `output`; the function returns it."""
+        return PortOutput(name, value)
+
+    # ── for workers ───────────────────────────────────────────────────────────────────────────────────────
+
+    def cancel(self, *, is_lost: bool = False) -> None:
+        """Ask the function to stop."""
+        if is_lost and not self._end.is_set():
+            self._reason = LeaseLost("Another worker may run this task by now")
+        self._end.set()
+
+    def wait_for_end(self, seconds: float) -> bool:
+        """Wait until the function should stop, or for a time; return whether it should."""
+        return self._end.wait(seconds)
+
+    def take_news(self) -> dict[str, Any]:
+        """Return progress and checkpoint since the last call."""
+        with self._lock:
+            news, self._news = self._news, {}
+            return news
+
+    def take_lines(self) -> list[dict[str, str]]:
+        """Return the log lines since the last call."""
+        with self._lock:
+            lines, self._lines = self._lines, []
+            return lines
+
+
+class TaskLogHandler(logging.Handler):
+    """Sends records of `logging` that a node's function makes to the log of its execution."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add a record to the task of its context, if there is one."""
+        task = CURRENT_TASK.get()
+        if task is not None and not record.name.startswith(("httpx2", "httpcore2", "pilotflame_sdk")):
+            level = "error" if record.levelno >= logging.ERROR else record.levelname.lower()
+            task.log(self.format(record), level)

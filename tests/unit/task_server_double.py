@@ -1,0 +1,149 @@
+"""Server that hands tasks out and takes their reports, for tests of a worker alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from tests.command_runs import PATIENCE_SECONDS
+
+
+class TaskServerDouble:
+    """Tasks of a test, and everything that a worker has sent."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.changed = threading.Condition()
+        self.waiting: list[dict[str, Any]] = []
+        self.claimed: dict[str, list[dict[str, Any]]] = {}
+        """Answered claims by request id."""
+        self.final: dict[str, list[Mapping[str, Any]]] = {}
+        """Final reports by task."""
+        self.items: list[Mapping[str, Any]] = []
+        self.reports: list[Mapping[str, Any]] = []
+        self.cancel: list[str] = []
+        self.lost: set[str] = set()
+        self.is_stopped = False
+        self.lose_answers = 0
+        """Number of next answers that are never sent."""
+        self.blobs: dict[str, Any] = {}
+        self.node_types: list[Mapping[str, Any]] = []
+
+    def add(self, task_id: str, node_type: str = "acme/work", **fields: Any) -> None:  # noqa: ANN401 - any JSON
+        """Make a task ready."""
+        task = {"id": task_id, "lease": f"lease-{task_id}", "leaseSeconds": 30, "type": node_type}
+        with self.changed:
+            self.waiting.append(
+                {**task, "version": "1.0.0", "attempt": 1, "config": {}, "input": {}, **fields}
+            )
+            self.changed.notify_all()
+
+    def end(self, task_id: str) -> Mapping[str, Any]:
+        """Wait for the final report about a task and return it."""
+        self.wait_until(lambda: task_id in self.final)
+        return self.final[task_id][-1]
+
+    def wait_until(self, holds: Any) -> None:  # noqa: ANN401 - a condition
+        with self.changed:
+            assert self.changed.wait_for(holds, PATIENCE_SECONDS)
+
+    def answer(self, path: str, body: Any, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON
+        if path == "/api/v1/tasks/claim":
+            return self._claim(body)
+        if path == "/api/v1/tasks/report":
+            return self._report(body)
+        if path == "/api/v1/tasks/stop":
+            with self.changed:
+                self.is_stopped = True
+                self.changed.notify_all()
+            return {}
+        if path == "/api/v1/workflow-nodes":
+            self.node_types.append(body)
+            return body
+        assert headers["X-Task-Lease"].startswith("lease-")
+        with self.changed:
+            if body is not None:
+                self.blobs[path] = body
+            return self.blobs[path]
+
+    def _claim(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        give_up_at = time.monotonic() + min(body["wait"], 20)
+        with self.changed:
+            if body["requestId"] in self.claimed:
+                return {"tasks": self.claimed[body["requestId"]], "cancel": [], "drain": False}
+            while not (
+                (self.waiting and body["max"])
+                or self.cancel
+                or self.is_stopped
+                or time.monotonic() > give_up_at
+            ):
+                self.changed.wait(0.05)
+            tasks, self.waiting = self.waiting[: body["max"]], self.waiting[body["max"] :]
+            cancel, self.cancel = self.cancel, []
+            self.claimed[body["requestId"]] = tasks
+            self.changed.notify_all()
+            return {"tasks": tasks, "cancel": cancel, "drain": self.is_stopped}
+
+    def _report(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        results = []
+        with self.changed:
+            self.reports.append(body)
+            for item in body["items"]:
+                self.items.append(item)
+                status = "lost" if item["id"] in self.lost else "ok"
+                if item["kind"] in {"complete", "fail", "release"}:
+                    status = "repeated" if item["id"] in self.final else status
+                    self.final.setdefault(item["id"], []).append(item)
+                results.append({"id": item["id"], "status": status, "error": None})
+            named = {item["id"] for item in body["items"]}
+            results += [
+                {"id": one, "status": "lost", "error": None}
+                for one in body["held"]
+                if one in self.lost and one not in named
+            ]
+            self.changed.notify_all()
+        return {"results": results}
+
+
+@contextmanager
+def run_task_server() -> Iterator[TaskServerDouble]:
+    """Serve tasks on a free port during a block."""
+    double = TaskServerDouble()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            answer = double.answer(self.path, body, dict(self.headers))
+            if double.lose_answers > 0:
+                double.lose_answers -= 1
+                self.close_connection = True
+                return
+            sent = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        do_PUT = do_GET = do_POST  # noqa: N815 - as the library has it
+
+        def log_message(self, *_arguments: object) -> None:
+            """Write no log."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        double.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield double
+        double.is_stopped = True
+        server.shutdown()
+        thread.join()

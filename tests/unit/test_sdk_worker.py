@@ -1,0 +1,437 @@
+"""Worker of the Python SDK: functions in threads, on the loop and in processes, cancellation, lost answers, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+import pydantic
+import pytest
+from pilotflame_sdk import (
+    LeaseLost,
+    PortOutput,
+    Task,
+    TaskCancelled,
+    TaskError,
+    Worker,
+    run_node,
+    schemas,
+)
+
+from tests.unit import worker_nodes
+from tests.unit.task_server_double import TaskServerDouble, run_task_server
+
+
+@pytest.fixture
+def server() -> Iterator[TaskServerDouble]:
+    with run_task_server() as double:
+        yield double
+
+
+def new_worker(server: TaskServerDouble, **options: Any) -> Worker:  # noqa: ANN401 - as `Worker`
+    return Worker("test", url=server.url, api_key="sk-1", **{"slots": 4, "grace": 10.0, **options})
+
+
+@asynccontextmanager
+async def serving(worker: Worker) -> AsyncIterator[None]:
+    """Run a worker on the loop of the test, and drain it at the end."""
+    running = asyncio.create_task(worker.serve())
+    await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        worker.stop()
+        await running
+
+
+@dataclass
+class Resize:
+    """Config with all kinds of fields."""
+
+    image: str
+    width: Annotated[int, {"minimum": 1}, "Width in pixels."] = 1200
+    mode: Literal["fit", "fill"] = "fit"
+    tags: list[str] = field(default_factory=list)
+    note: str | None = None
+
+
+@dataclass
+class Resized:
+    """Output."""
+
+    url: str
+
+
+# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_functions_run_in_threads_on_the_loop_and_in_processes(server: TaskServerDouble) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/resize", "1.2.0", ports=["output", "too-small"])
+    def resize(config: Resize, task: Task) -> Resized | PortOutput[Any]:
+        if config.width < 10:
+            return task.port("too-small", {"width": config.width})
+        return Resized(
+            f"{config.image}-{config.width}-{threading.current_thread().name}-{task.idempotency_key}"
+        )
+
+    @worker.node("acme/loop", "1.0.0")
+    async def on_loop(task: Task) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return {"thread": threading.current_thread().name, "input": task.input}
+
+    worker.node("acme/count", "1.0.0", process=True)(worker_nodes.count)
+    server.add("t1", "acme/resize", config={"image": "a.png"}, version="1.1.0", idempotencyKey="k1")
+    server.add("t2", "acme/resize", config={"image": "a.png", "width": 3})
+    server.add("t3", "acme/loop", input={"n": 1})
+    server.add("t4", "acme/count", config={"number": 2}, input=[1])
+    async with serving(worker):
+        first, second, third, fourth = [
+            await asyncio.to_thread(server.end, name) for name in ("t1", "t2", "t3", "t4")
+        ]
+    assert first["output"] == {"url": "a.png-1200-pilotflame-node-k1"}
+    assert (first["kind"], first["port"], first["lease"]) == ("complete", "output", "lease-t1")
+    assert (second["port"], second["output"]) == ("too-small", {"width": 3})
+    assert third["output"] == {"thread": "MainThread", "input": {"n": 1}}
+    assert fourth["output"]["input"] == [1]
+    assert fourth["output"]["process"] != os.getpid()
+    lines = [line["message"] for item in server.items if item["kind"] == "log" for line in item["lines"]]
+    assert lines == ["at 0", "at 1"]
+
+
+async def test_errors_say_whether_the_server_repeats_the_task(server: TaskServerDouble) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/work", "1.0.0")
+    def work(config: dict[str, Any]) -> Any:  # noqa: ANN401 - any output
+        match config["how"]:
+            case "final":
+                raise TaskError("image-missing", "No such image.", retry=False)
+            case "later":
+                raise TaskError("busy", "Later.", retry=30)
+            case "exit":
+                raise SystemExit(3)
+            case "wrong":
+                return {"x": object()}
+        raise ValueError("a surprise")
+
+    worker.node("acme/typed", "1.0.0")(worker_nodes.count)
+    worker.node("acme/die", "1.0.0", process=True)(worker_nodes.die)
+    for how in ("final", "later", "exit", "wrong", "else"):
+        server.add(how, config={"how": how})
+    server.add("typed", "acme/typed", config={"numbre": 1})
+    server.add("died", "acme/die")
+    server.add("unknown", "acme/other")
+    async with serving(worker):
+        found = {
+            name: await asyncio.to_thread(server.end, name)
+            for name in ("final", "later", "exit", "wrong", "else", "typed", "died", "unknown")
+        }
+    assert (found["final"]["error"], found["final"]["retry"]) == (
+        {"code": "image-missing", "message": "No such image."},
+        False,
+    )
+    assert found["later"]["retry"] == {"afterSeconds": 30}
+    assert (found["else"]["error"]["message"], found["else"]["retry"]) == ("ValueError: a surprise", True)
+    assert found["exit"]["error"]["message"] == "SystemExit: 3"
+    assert (found["wrong"]["error"]["code"], found["wrong"]["retry"]) == ("invalid-output", False)
+    assert (found["typed"]["error"]["code"], found["typed"]["retry"]) == ("invalid-config", False)
+    assert found["died"]["error"] == {"code": "process-died", "message": "The process ended with code -9"}
+    assert found["unknown"]["kind"] == "release"
+    logged = [line["message"] for item in server.items if item["kind"] == "log" for line in item["lines"]]
+    assert any("ValueError: a surprise" in message and "Traceback" in message for message in logged)
+
+
+async def test_large_values_are_sent_apart(server: TaskServerDouble) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/work", "1.0.0")
+    def work(task: Task) -> Any:  # noqa: ANN401 - any output
+        return task.input * 2
+
+    server.blobs["/api/v1/tasks/large/input"] = "x" * 200_000
+    server.add("large", input={"$blob": {"bytes": 200_000}})
+    async with serving(worker):
+        assert (await asyncio.to_thread(server.end, "large"))["output"] == {"$blob": {}}
+    assert server.blobs["/api/v1/tasks/large/output"] == "x" * 400_000
+
+
+async def test_a_cancelled_or_lost_task_stops_wherever_it_runs(server: TaskServerDouble) -> None:
+    worker, seen = new_worker(server), dict[str, BaseException]()
+
+    @worker.node("acme/thread", "1.0.0")
+    def in_thread(task: Task) -> None:
+        try:
+            task.sleep(60)
+        except TaskCancelled as error:
+            seen[task.id] = error
+            raise
+
+    @worker.node("acme/loop", "1.0.0")
+    async def on_loop() -> None:
+        await asyncio.sleep(60)
+
+    worker.node("acme/hang", "1.0.0", process=True)(worker_nodes.hang)
+    kinds = {"thread": "acme/thread", "loop": "acme/loop", "process": "acme/hang"}
+    for name, kind in kinds.items():
+        server.add(name, kind)
+    server.add("lost", "acme/thread", leaseSeconds=3)
+    async with serving(worker):
+        await asyncio.to_thread(server.wait_until, lambda: len(server.reports) > 0 and not server.waiting)
+        begun = time.monotonic()
+        server.lost.add("lost")
+        with server.changed:
+            server.cancel = [*kinds]
+            server.changed.notify_all()
+        for name in kinds:
+            assert (await asyncio.to_thread(server.end, name))["kind"] == "release"
+        assert time.monotonic() - begun < 8
+        await asyncio.to_thread(server.wait_until, lambda: "lost" in server.final)
+    assert (type(seen["thread"]), type(seen["lost"])) == (TaskCancelled, LeaseLost)
+
+
+async def test_every_slot_taken_leaves_a_poll_open_for_cancels(server: TaskServerDouble) -> None:
+    worker = new_worker(server, slots=1)
+
+    @worker.node("acme/work", "1.0.0")
+    def work(task: Task) -> None:
+        task.sleep(60)
+
+    server.add("one")
+    server.add("two")
+    async with serving(worker):
+        await asyncio.to_thread(server.wait_until, lambda: len(server.waiting) == 1)
+        with server.changed:
+            server.cancel = ["one"]
+            server.changed.notify_all()
+        assert (await asyncio.to_thread(server.end, "one"))["kind"] == "release"
+        await asyncio.to_thread(server.wait_until, lambda: not server.waiting)
+        worker.stop()
+        worker.stop()
+    assert server.final["two"][-1]["kind"] == "release"
+
+
+async def test_lost_answers_neither_lose_nor_repeat_a_task(server: TaskServerDouble) -> None:
+    worker, done = new_worker(server), list[str]()
+
+    @worker.node("acme/work", "1.0.0")
+    def work(task: Task) -> None:
+        done.append(task.id)
+
+    server.lose_answers = 3
+    for number in range(20):
+        server.add(f"t{number}")
+    async with serving(worker):
+        for number in range(20):
+            await asyncio.to_thread(server.end, f"t{number}")
+    assert sorted(done) == sorted(f"t{number}" for number in range(20))
+    named = {task for report in server.reports for task in report["held"]}
+    assert named == {f"t{number}" for number in range(20)}
+
+
+async def test_a_drain_waits_for_running_functions_and_gives_back_the_rest(server: TaskServerDouble) -> None:
+    worker = new_worker(server, grace=1.0)
+    started, may_end = threading.Event(), threading.Event()
+
+    @worker.node("acme/short", "1.0.0")
+    def short() -> None:
+        started.set()
+        may_end.wait(30)
+
+    @worker.node("acme/long", "1.0.0")
+    def endless() -> None:
+        threading.Event().wait(60)
+
+    server.add("short", "acme/short")
+    server.add("long", "acme/long")
+    async with serving(worker):
+        await asyncio.to_thread(started.wait, 30)
+        await asyncio.to_thread(server.wait_until, lambda: not server.waiting)
+        worker.stop()
+        await asyncio.to_thread(server.wait_until, lambda: server.is_stopped)
+        server.add("late", "acme/short")
+        may_end.set()
+    assert server.final["short"][-1]["kind"] == "complete"
+    assert server.final["long"][-1]["kind"] == "release"
+    assert "late" not in server.final
+
+
+async def test_progress_and_checkpoints_reach_the_server_while_a_function_runs(
+    server: TaskServerDouble,
+) -> None:
+    worker, may_end = new_worker(server), threading.Event()
+
+    @worker.node("acme/work", "1.0.0")
+    def work(task: Task) -> Any:  # noqa: ANN401 - any output
+        logging.getLogger("shop").warning("began after %s", task.checkpoint)
+        task.progress(3, 9, "tiles")
+        task.checkpoint = {"tile": 3}
+        may_end.wait(30)
+
+    server.add("t", checkpoint={"tile": 2}, attempt=2)
+    async with serving(worker):
+        await asyncio.to_thread(server.wait_until, lambda: any("checkpoint" in item for item in server.items))
+        may_end.set()
+        await asyncio.to_thread(server.end, "t")
+    (told,) = [item for item in server.items if "checkpoint" in item]
+    assert told["checkpoint"] == {"tile": 3}
+    assert told["progress"] == {"done": 3, "total": 9, "message": "tiles"}
+    (line,) = [one for item in server.items if item["kind"] == "log" for one in item["lines"]]
+    assert (line["level"], line["message"]) == ("warning", "began after {'tile': 2}")
+
+
+async def test_a_blocked_loop_is_logged_with_its_place(
+    server: TaskServerDouble, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/work", "1.0.0")
+    async def work() -> None:
+        time.sleep(1.8)  # noqa: ASYNC251 - the mistake that is found
+
+    server.add("t")
+    async with serving(worker):
+        await asyncio.to_thread(server.end, "t")
+    (record,) = [one for one in caplog.records if "blocks the event loop" in one.message]
+    assert "time.sleep(1.8)" in record.message
+
+
+# ── definitions ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_decorated_function_becomes_a_node_type(server: TaskServerDouble) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/resize", "1.2.0", effect="read", timeout=120, retry=3, ports=["output", "small"])
+    def resize(config: Resize, task: Task) -> Resized:
+        """Scale an image.
+
+        Details.
+        """
+        raise NotImplementedError
+
+    assert worker.register() == ["acme/resize 1.2.0"]
+    assert server.node_types == [
+        {
+            "type": "acme/resize",
+            "version": "1.2.0",
+            "name": "Resize",
+            "category": "custom",
+            "description": "Scale an image.",
+            "effect": "read",
+            "ports": {"inputs": ["input"], "outputs": ["output", "small"]},
+            "config": {
+                "type": "object",
+                "required": ["image"],
+                "additionalProperties": False,
+                "properties": {
+                    "image": {"type": "string"},
+                    "width": {
+                        "type": "integer",
+                        "minimum": 1,
+                        "description": "Width in pixels.",
+                        "default": 1200,
+                    },
+                    "mode": {"enum": ["fit", "fill"], "default": "fit"},
+                    "tags": {"type": "array", "items": {"type": "string"}, "default": []},
+                    "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+                },
+            },
+            "output": {
+                "schema": {
+                    "type": "object",
+                    "required": ["url"],
+                    "additionalProperties": False,
+                    "properties": {"url": {"type": "string"}},
+                }
+            },
+            "task": {"timeoutSeconds": 120, "retry": {"maxAttempts": 3}},
+        }
+    ]
+
+
+class StructConfig(msgspec.Struct):
+    """Config of msgspec."""
+
+    rows: int
+    name: str = "x"
+
+
+class ModelConfig(pydantic.BaseModel):
+    """Config of pydantic."""
+
+    rows: int
+    name: str = "x"
+
+
+@pytest.mark.parametrize("kind", [StructConfig, ModelConfig], ids=["msgspec", "pydantic"])
+def test_configs_may_be_structs_and_models(kind: Any) -> None:  # noqa: ANN401 - a class
+    schema = schemas.schema_of(kind)
+    assert (schema["type"], schema["required"]) == ("object", ["rows"])
+    assert schemas.from_json(kind, {"rows": 2}).rows == 2
+    with pytest.raises((ValueError, msgspec.ValidationError)):
+        schemas.from_json(kind, {"rows": "two"})
+    assert schemas.to_json(schemas.from_json(kind, {"rows": 2})) == {"rows": 2, "name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("type_name", "version", "options", "told"),
+    [
+        ("resize", "1.0.0", {}, "two names"),
+        ("acme/resize", "1.0", {}, "three numbers"),
+        ("acme/resize", "1.0.0", {"effect": "some"}, "effect must be"),
+    ],
+)
+def test_a_wrong_definition_is_refused_where_it_is_made(
+    type_name: str, version: str, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        Worker(url="http://x", api_key="k").node(type_name, version, **options)(worker_nodes.hang)
+
+
+def test_types_that_json_cannot_hold_are_refused() -> None:
+    @dataclass
+    class Wrong:
+        value: bytes
+
+    Wrong.__annotations__["value"] = bytes
+    with pytest.raises(TypeError, match="has no JSON Schema"):
+        schemas.schema_of(Wrong)
+
+
+def test_the_code_of_a_newer_minor_version_serves_older_tasks() -> None:
+    worker = Worker(url="http://x", api_key="k")
+    for version in ("1.1.0", "1.3.0", "2.0.0"):
+        worker.node("acme/work", version)(worker_nodes.count)
+    serving_versions = {
+        wanted: [one.version for one in worker.definitions if one.serves(wanted)]
+        for wanted in ("1.0.0", "1.2.0", "1.4.0", "2.0.0")
+    }
+    assert serving_versions == {
+        "1.0.0": ["1.1.0", "1.3.0"],
+        "1.2.0": ["1.3.0"],
+        "1.4.0": [],
+        "2.0.0": ["2.0.0"],
+    }
+
+
+def test_run_node_calls_a_function_without_a_server() -> None:
+    result = run_node(worker_nodes.count, worker_nodes.Counted(2), input={"a": 1})
+    assert result.output["input"] == {"a": 1}
+    assert (result.port, result.checkpoint, [one["message"] for one in result.lines]) == (
+        "output",
+        1,
+        ["at 0", "at 1"],
+    )
+    assert result.progress == {"done": 2, "total": 2, "message": "counting"}
+    with pytest.raises(TaskCancelled):
+        run_node(worker_nodes.count, worker_nodes.Counted(2), cancelled=True)
