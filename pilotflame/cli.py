@@ -25,6 +25,7 @@ NOUNS: Final = (
     "runs",
     "approvals",
     "nodes",
+    "workers",
     "datasources",
     "deployments",
     "events",

@@ -82,6 +82,49 @@ def test_a_run_is_started_answered_watched_cancelled_and_stopped(shell: CommandS
     assert "ask" in shell.output("runs", "spans", first)
 
 
+WORKER = """
+from dataclasses import dataclass
+
+from pilotflame_sdk import Task, Worker
+
+worker = Worker("test")
+
+
+@dataclass
+class Resize:
+    image: str
+    width: int = 1200
+
+
+@worker.node("acme/resize", "{version}", ports=["output", "too-small"])
+def resize(config: Resize, task: Task) -> None:
+    \"\"\"{text}\"\"\"
+
+
+if __name__ == "__main__":
+    worker.run()
+"""
+
+
+def test_node_types_of_a_worker_are_added_and_deleted(shell: CommandShell) -> None:
+    file = shell.file("acme_nodes_of_test.py", WORKER.format(version="1.2.0", text="Scales."))
+    for _ in range(2):
+        assert shell.output("nodes", "apply", file) == "acme/resize 1.2.0"
+    found = shell.json("nodes", "get", "acme/resize")
+    assert (found["version"], found["description"]) == ("1.2.0", "Scales.")
+    assert found["config"]["properties"]["width"] == {"type": "integer", "default": 1200}
+    assert "acme/resize" in shell.output("nodes", "list", "--category", "custom", "-o", "name")
+    changed = shell.file("acme_nodes_of_test.py", WORKER.format(version="1.2.0", text="Other."))
+    refused = shell.run("nodes", "apply", changed)
+    assert (refused.returncode, "version-exists" in refused.stderr) == (1, True)
+    shell.output("nodes", "apply", shell.file("n.json", json.dumps({**found, "version": "1.3.0"})))
+    assert "1.3.0" in shell.output("nodes", "versions", "acme/resize")
+    shell.output("nodes", "delete", "acme/resize", "--version", "1.3.0", "--yes")
+    assert shell.json("nodes", "get", "acme/resize")["version"] == "1.2.0"
+    nothing = shell.file("nothing.py", "x = 1")
+    assert "has no worker" in shell.run("nodes", "apply", nothing).stderr
+
+
 def test_many_runs_are_cancelled_at_once_after_a_question(shell: CommandShell) -> None:
     started = {shell.output("runs", "start", "Asking", "--metadata", "batch=7") for _ in range(2)}
     chosen = ("runs", "bulk", "cancel", "--metadata", "batch=7")

@@ -1,0 +1,58 @@
+"""Commands for workers that run your own node types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from pilotflame.commands import server_connection
+from pilotflame.commands.nouns import new_noun
+
+app = new_noun("Run workers of your own node types.")
+FileArgument = Annotated[Path, Argument(metavar="FILE", help="Python file with `worker = Worker(...)`.")]
+
+
+@app.command("run")
+def run_worker(
+    file: FileArgument,
+    register: Annotated[
+        bool, Option("--register", help="Add the node types first; needs the scope nodes:write.")
+    ] = False,
+) -> None:
+    """Run the worker of a file until SIGTERM, then let its tasks end."""
+    from pilotflame import worker_files
+
+    _use_profile()
+    (worker, *_) = worker_files.load_workers(file)
+    if register:
+        for added in worker.register():
+            print_remark(f"{added} is registered")
+    worker.run()
+
+
+@app.command("dev")
+def develop(file: FileArgument) -> None:
+    """Register the node types of a file, run its worker, and do both again whenever a Python file beside it changes."""
+    from pilotflame import worker_files
+
+    _use_profile()
+    worker_files.run_again_after_changes(file, print_remark)
+
+
+def print_remark(text: str) -> None:
+    """Print a remark on standard error."""
+    from pilotflame.commands.output import remark
+
+    remark(text)
+
+
+def _use_profile() -> None:
+    """Let the worker, and processes of its own, use the profile of the command."""
+    import os
+
+    if server_connection.chosen_profiles:
+        os.environ["PILOTFLAME_PROFILE"] = server_connection.chosen_profiles[-1]
+        for name in ("PILOTFLAME_URL", "PILOTFLAME_API_KEY"):
+            os.environ.pop(name, None)

@@ -1,0 +1,92 @@
+"""Python files with workers, and documents of node types."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pilotflame.command_error import CommandError
+
+if TYPE_CHECKING:
+    from pilotflame_sdk import Worker
+
+LOOK_SECONDS: Final = 0.3
+DRAIN_SECONDS: Final = 10.0
+
+
+def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
+    """Return the node types of a Python file with a worker, or of a JSON or YAML document.
+
+    Raises `CommandError`.
+    """
+    if file.suffix == ".py":
+        return [one.document for worker in load_workers(file) for one in worker.definitions]
+    from pilotflame.commands.workflow_definitions import read_definition
+
+    document = read_definition(file)
+    if not {"type", "version"} <= document.keys():
+        raise CommandError(f"{file} is no node type: it needs a type and a version")
+    return [document]
+
+
+def load_workers(file: Path) -> Sequence[Worker]:
+    """Return the workers that a Python file defines; its errors are raised. Raises `CommandError` without any."""
+    from pilotflame_sdk import Worker
+
+    if not file.is_file():
+        raise CommandError(f"{file}: no such file")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise CommandError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    sys.path.insert(0, str(file.parent.resolve()))
+    spec.loader.exec_module(module)
+    workers = [one for one in vars(module).values() if isinstance(one, Worker)]
+    if not workers:
+        raise CommandError(f"{file} has no worker: assign `worker = Worker(...)` at its top level")
+    return workers
+
+
+def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
+    """Run the worker of a file in a child process, and restart it after changes, until an interrupt."""
+    command = [sys.executable, "-m", "pilotflame", "workers", "run", "--register", str(file)]
+    child = subprocess.Popen(command)
+    seen = _changes(file)
+    try:
+        while True:
+            time.sleep(LOOK_SECONDS)
+            if (now := _changes(file)) == seen:
+                continue
+            seen = now
+            remark("the code has changed: the worker starts again")
+            _end(child)
+            child = subprocess.Popen(command)
+    finally:
+        _end(child)
+
+
+def _changes(file: Path) -> Mapping[Path, int]:
+    """Return the times of change of the Python files beside a file."""
+    found = {}
+    for path in file.resolve().parent.glob("*.py"):
+        try:
+            found[path] = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            continue  # An editor is replacing it.
+    return found
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a worker: its tasks get a moment, then they are given back."""
+    child.terminate()
+    try:
+        child.wait(DRAIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
