@@ -50,7 +50,7 @@ class NewTask(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Numbers of the version: major, minor and patch."""
+        """Numbers of the version: major, minor and patch; missing ones are 0."""
         return (*parse_version(self.version), 0, 0, 0)[:3]
 
 
@@ -58,7 +58,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) -> RunNode:
-    """Return the function that creates the task of a node; raises `ExpressionError` for a broken key."""
+    """Return the function that creates the task of a node, and fails with `NodeError` for an invalid rendered config.
+
+    Raises `ExpressionError` for an invalid key, ValueError for a type that is no custom type.
+    """
     rules = node_type.task
     if rules is None:
         raise ValueError(f"{node_type.type} is no custom type")
@@ -119,7 +122,10 @@ def _limits_of(node: GraphNode, rules: TaskRules) -> dict[str, Any]:
 
 
 def _render_key(key: ValueTemplate, call: NodeCall, type_name: str) -> str:
-    """Return the concurrency key of a task: its type, and the rendered key of the type's rules."""
+    """Return the concurrency key of a task: its type, and the rendered key of the type's rules, truncated.
+
+    Raises `NodeError` if the key can't be rendered.
+    """
     try:
         rendered = key.render(call.scope, call.unresolved)
     except ExpressionError as error:

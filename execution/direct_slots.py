@@ -47,13 +47,13 @@ class DirectSlots:
         self._gateways: dict[str, KnownGateway] = {}
 
     def see(self, runs: Iterable[ClaimedRun]) -> None:
-        """Remember the gateways that accepted runs."""
+        """Remember the gateways that accepted these runs, so that they get grants."""
         now = time.monotonic()
         for channel in {run.channel for run in runs if run.channel}:
             self._gateways.setdefault(channel, KnownGateway(now)).seen_at = now
 
     def receive(self, message: DirectRuns) -> list[ClaimedRun]:
-        """Return the runs of a message; none if it is repeated or can't be read."""
+        """Return the runs of a message from a gateway; an empty list if it is repeated or can't be read."""
         gateway = self._gateways.setdefault(message.gateway, KnownGateway(0.0))
         gateway.seen_at = time.monotonic()
         if message.number <= gateway.received:
@@ -67,7 +67,10 @@ class DirectSlots:
             return []
 
     def grant(self, free: int, channels: Iterable[str] | None = None) -> Mapping[str, SlotGrant]:
-        """Share free slots among all gateways; return the grants by channel, or those of given channels."""
+        """Return the grants of free slots by channel, shared equally among all known gateways.
+
+        With `channels`, only theirs. Gateways that were not seen for long are forgotten.
+        """
         oldest = time.monotonic() - REMEMBERED_SECONDS
         for channel in [name for name, one in self._gateways.items() if one.seen_at < oldest]:
             del self._gateways[channel]

@@ -53,7 +53,10 @@ class OrganizationCatalogs:
         self._cached: OrderedDict[str, CachedCatalog] = OrderedDict()
 
     async def of(self, organization_id: str) -> NodeCatalog:
-        """Return the catalog of an organization: the same object as before if nothing has changed."""
+        """Return the catalog of an organization; the same object as before if nothing has changed.
+
+        Raises `DatabaseUnavailable`.
+        """
         async with self._database.read() as connection:
             return await self.read(connection, organization_id)
 

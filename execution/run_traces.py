@@ -24,7 +24,7 @@ _CODE: Final = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
 def begin_segment(tracer: Tracer, run: ClaimedRun, now: datetime) -> SegmentTrace:
-    """Begin the segment of a run that was just claimed."""
+    """Begin the trace segment of a run that was just claimed, and return it."""
     accepted_at = (ids.time_of(run.execution_id) or run.started_at) if run.token == 1 else None
     trace = tracer.begin_segment(
         run.execution_id,
@@ -39,7 +39,10 @@ def begin_segment(tracer: Tracer, run: ClaimedRun, now: datetime) -> SegmentTrac
 
 
 def error_code(error: RunError | None) -> str | None:
-    """Return the code of an error; `error` for one that a node has made from its data."""
+    """Return the code of an error for a trace.
+
+    None without an error, `error` for a code that a node has made from its data.
+    """
     if error is None:
         return None
     return error.code if _CODE.fullmatch(error.code) else "error"
@@ -52,9 +55,10 @@ class SegmentTrace:
     run: RunTrace
 
     def add_committed(self, spans: Sequence[NodeSpan], attempts: Sequence[AttemptSpan]) -> None:
-        """Send the spans of the attempts that ended with these records, which are durable now.
+        """Send the spans of the attempts that ended with these records, which are stored now.
 
         A node with several attempts has a record of each; the first alone is the record of the node itself.
+        Failures are only logged.
         """
         if not self.run.is_sampled:
             return
@@ -83,5 +87,5 @@ class SegmentTrace:
         )
 
     def end(self, now: datetime, status: str, error: str | None) -> None:
-        """Send the span of the segment."""
+        """Send the span of the segment, which ends at `now`."""
         self.run.end(now, status, error)

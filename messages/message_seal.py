@@ -39,7 +39,7 @@ class MessageSeal:
     """Seal of the server secret for messages; it opens what was sealed with earlier secrets too."""
 
     def __init__(self, secret: bytes, previous: Sequence[bytes], clock: DatabaseClock) -> None:
-        """Derive a key for each purpose; a message for one of them can't be opened for another."""
+        """Derive an encryption key for each purpose, so that a message for one can't be opened for another."""
         self._vaults = {
             purpose: SecretVault(secret, previous, purpose=purpose) for purpose in (NOTICES, DIRECT_RUNS)
         }
@@ -50,13 +50,13 @@ class MessageSeal:
         return cls(settings.secret, settings.previous_secrets, clock)
 
     def seal(self, purpose: bytes, channel: str, content: bytes) -> SealedMessage:
-        """Seal a message for one channel and a minute."""
+        """Return a message encrypted for one channel, valid for a minute."""
         now = int(self._clock.now().timestamp())
         sealed = self._vaults[purpose].encrypt(content, organization_id=channel, object_id=str(now))
         return SealedMessage(sealed.secret_id, now, b64encode(sealed.content).decode())
 
     def open(self, purpose: bytes, channel: str, sealed: SealedMessage) -> bytes | None:
-        """Return the content of a message; None if it is not for the channel, too old, or of another secret."""
+        """Return the content of a message; None if it is for another channel, too old, or of another secret."""
         if abs(self._clock.now().timestamp() - sealed.sealed_at) > MAX_AGE_SECONDS:
             return None
         try:

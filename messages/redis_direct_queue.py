@@ -56,7 +56,10 @@ class DirectQueue:
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, worker: str, address: str, message: DirectRuns) -> bool:
-        """Send runs to a worker; False if it does not listen at its address, its channel of Redis."""
+        """Send runs to a worker, and return whether it listens at its address, a channel of Redis.
+
+        Raises `BrokerUnavailable`.
+        """
         sealed = self._seal.seal(DIRECT_RUNS, worker, msgspec.json.encode(message))
         queue = _queue_name(worker)
         payload = {"v": VERSION, "sealed": msgspec.to_builtins(sealed)}
@@ -66,11 +69,11 @@ class DirectQueue:
         )
 
     def start(self, on_runs: Callable[[DirectRuns], None]) -> None:
-        """Call `on_runs` for each message of the own queue."""
+        """Start to receive messages of the own queue; `on_runs` is called for each."""
         self._task = asyncio.create_task(self._receive(on_runs))
 
     async def stop(self) -> None:
-        """Receive no more messages."""
+        """Stop receiving messages, and wait for the end of the background task."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -93,7 +96,7 @@ class DirectQueue:
                 on_runs(runs)
 
     def _open(self, body: bytes) -> DirectRuns | None:
-        """Return the runs of a message; None if it can't be read: their leases end soon."""
+        """Return the runs of a message; None if it can't be read, since their leases end soon."""
         try:
             message: dramatiq.Message[Any] = decoding.decode(body, dramatiq.Message)
             sealed = msgspec.convert(message.kwargs.get("sealed"), SealedMessage)

@@ -46,7 +46,7 @@ class Invitation(SQLModel, table=True):
     revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
     def is_open(self, now: datetime) -> bool:
-        """Return whether the invitation can still be accepted."""
+        """Return whether the invitation can be accepted at `now`: it is not accepted, revoked or expired."""
         return self.accepted_at is None and self.revoked_at is None and now < self.expires_at
 
 
@@ -67,7 +67,7 @@ async def create_invitation(
     now: datetime,
     lifetime: timedelta,
 ) -> CreatedInvitation:
-    """Create an invitation to the organization of a caller."""
+    """Insert an invitation to the caller's organization, and return it with its secret code."""
     code = browser_session.new_secret()
     row = Invitation(
         id=ids.new_id("invitation"),
@@ -87,7 +87,7 @@ async def create_invitation(
 async def list_invitations(
     connection: AsyncConnection, organization_id: str, *, limit: int, offset: int
 ) -> tuple[int, list[Invitation]]:
-    """Return the number of an organization's invitations and a page of them, the newest first."""
+    """Return the number of an organization's invitations, and at most `limit` after `offset`, the newest first."""
     condition = col(Invitation.organization_id) == organization_id
     count = await connection.scalar(select(func.count()).select_from(Invitation).where(condition))
     page = select(Invitation).where(condition).order_by(col(Invitation.id).desc()).limit(limit).offset(offset)
@@ -100,7 +100,7 @@ async def find_by_code(connection: AsyncConnection, code: str) -> Invitation | N
 
 
 async def take_invitation(connection: AsyncConnection, one: Invitation, now: datetime) -> bool:
-    """Mark an invitation as accepted; False if it is not open any more, or another request was first."""
+    """Mark an open invitation as accepted; return False if it is not open any more, or another request was first."""
     statement = (
         update(Invitation)
         .where(
@@ -115,7 +115,7 @@ async def take_invitation(connection: AsyncConnection, one: Invitation, now: dat
 
 
 async def record_user(connection: AsyncConnection, one: Invitation, user_id: str) -> None:
-    """Store the user that an invitation has made."""
+    """Store the id of the user that was created by an invitation."""
     await connection.execute(update(Invitation).where(col(Invitation.id) == one.id).values(user_id=user_id))
 
 

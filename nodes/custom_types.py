@@ -168,7 +168,7 @@ def encode_document(document: NodeTypeDocument) -> bytes:
 
 
 def _without_defaults(value: object) -> object:
-    """Return a struct as an object without the fields that have their defaults."""
+    """Return a struct as an object without the fields that have their defaults; other values unchanged."""
     if not isinstance(value, msgspec.Struct):
         return value
     fields: dict[str, object] = {}
@@ -181,12 +181,15 @@ def _without_defaults(value: object) -> object:
 
 
 def hash_document(text: bytes) -> str:
-    """Return the content hash of a document in its canonical form."""
+    """Return the SHA-256 of a document in its canonical form, in hexadecimal."""
     return sha256(text).hexdigest()
 
 
 def checked_document(document: NodeTypeDocument) -> NodeTypeDocument:
-    """Return a document with its schemas written out; raises `InvalidDocument`."""
+    """Return a document with the local references of its schemas expanded.
+
+    Raises `InvalidDocument` with all problems of names, ports, schemas, examples and rules.
+    """
     problems = [*_name_problems(document), *_port_problems(document)]
     schemas: dict[str, dict[str, Any]] = {}
     for path, schema in (("config", document.config), ("output.schema", document.output.schema)):
@@ -252,9 +255,10 @@ def _deciding_field_problem(document: NodeTypeDocument, node_type: NodeType) -> 
 
 
 def expand_schema(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return a schema with its local references written out; raises `InvalidDocument`.
+    """Return a JSON Schema with its local references expanded; raises `InvalidDocument`.
 
-    The result has only keywords that forms, validation and fixes understand, and patterns without backtracking.
+    The result has only keywords that forms, validation and fixes understand, and patterns without
+    backtracking.
     """
     if len(msgspec.json.encode(schema)) > MAX_SCHEMA_BYTES:
         message = f"{path} is larger than {MAX_SCHEMA_BYTES:,} bytes"
@@ -329,7 +333,10 @@ class _SchemaExpander:
 
 
 def build_strict_validator(schema: Mapping[str, Json]) -> Draft202012Validator:
-    """Return a validator of rendered values, whose patterns can't backtrack; raises ValueError."""
+    """Return a validator of rendered values, whose patterns can't backtrack.
+
+    Raises ValueError for an invalid schema.
+    """
     from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
 
     return Draft202012Validator(
@@ -345,7 +352,7 @@ def build_strict_validator(schema: Mapping[str, Json]) -> Draft202012Validator:
 
 
 def decode_node_type(text: bytes | str, content_hash: str, *, is_deprecated: bool = False) -> NodeType:
-    """Return the node type of a stored document."""
+    """Return the node type of a stored document; raises ValueError for an invalid one."""
     document = _decode_document(text)
     return build_node_type(document, content_hash, is_deprecated=is_deprecated)
 
@@ -386,7 +393,7 @@ def build_node_type(
 
 
 def join_versions(versions: Sequence[NodeType]) -> NodeType:
-    """Return the newest version of one type with the others as its earlier ones.
+    """Return the newest version of one type, with the others as its earlier ones.
 
     A deprecated version is the newest only if all are deprecated.
     """
@@ -414,24 +421,27 @@ class OrganizationCatalog(NodeCatalog):
         return self.documents.get((node_type.type, node_type.version))
 
     def implementation_digest(self, node_type: NodeType) -> bytes:
-        """Return the digest of the content of a custom type, else that of its file."""
+        """Return the first 16 bytes of the SHA-256 of a custom type's hash; for a type of the library, of its file."""
         if node_type.task is None:
             return self.base.implementation_digest(node_type)
         return sha256(node_type.content_hash.encode()).digest()[:16]
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
-        """Return the function that runs a node type of the library."""
+        """Import and return the function that runs a node type of the library; raises `UnknownNodeType`."""
         return self.base.implementation(type)
 
     def rendered_config_problems(
         self, node_type: NodeType, config: Mapping[str, Json]
     ) -> Sequence[ConfigProblem]:
-        """Validate the rendered config of a custom type: texts with braces are no expressions any more."""
+        """Return the problems of the rendered config of a custom type.
+
+        Texts with braces are no expressions any more.
+        """
         checker = self._strict_validator(node_type, "config", node_type.config_schema)
         return config_problems.find_problems(checker, config, node_type.config_schema)
 
     def output_problems(self, node_type: NodeType, output: Json) -> Sequence[ConfigProblem]:
-        """Validate the output of a custom type by its schema; one without a schema accepts everything."""
+        """Return the problems of the output of a custom type by its schema; none without a schema."""
         schema = node_type.output.schema
         if not schema:
             return ()
@@ -441,7 +451,7 @@ class OrganizationCatalog(NodeCatalog):
         return config_problems.find_problems(checker, {"output": output}, whole)
 
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[ConfigProblem]:
-        """Validate a stored config by its schema; types of the library share their validators."""
+        """Return the problems of a stored config by its schema; types of the library share their validators."""
         if node_type.task is None:
             return self.base.config_problems(node_type, config)
         return super().config_problems(node_type, config)
@@ -458,7 +468,10 @@ class OrganizationCatalog(NodeCatalog):
 def build_catalog(
     base: NodeCatalog, documents: Mapping[tuple[str, str], str], node_types: Sequence[NodeType]
 ) -> OrganizationCatalog:
-    """Return the catalog of an organization with these versions of custom types."""
+    """Return the catalog of an organization: that of the library with these versions of custom types.
+
+    `documents` has their JSON by type and version.
+    """
     versions: dict[str, list[NodeType]] = {}
     for one in node_types:
         versions.setdefault(one.type, []).append(one)
@@ -468,7 +481,7 @@ def build_catalog(
 
 
 def catalog_of_definition(base: NodeCatalog, definition: Mapping[str, Any]) -> NodeCatalog:
-    """Return the catalog for a definition: with the custom types that it pins, if any."""
+    """Return the catalog for a definition, with the custom types that it pins; `base` if it pins none."""
     pinned = definition.get(PINNED)
     if not pinned:
         return base

@@ -9,7 +9,11 @@ if TYPE_CHECKING:
 
 
 def read_settings() -> ServerSettings:
-    """Return the settings; without a configured secret, the default database uses the secret of the data folder."""
+    """Return the settings of the environment.
+
+    Without a configured secret, the default database uses the secret of the data folder. Raises pydantic's
+    `ValidationError`.
+    """
     from models.settings import ServerSettings
     from pilotflame import data_dir
 

@@ -47,7 +47,7 @@ class OtlpExporter:
         self._processor = BatchSpanProcessor(exporter, QUEUE_SPANS, SEND_EVERY_MILLISECONDS, BATCH_SPANS)
 
     def send(self, span: FinishedSpan) -> None:
-        """Enqueue a span; never blocks."""
+        """Enqueue a span for sending if its trace is sampled; never blocks."""
         if not span.context.is_sampled:
             return
         attributes = dict(span.attributes)
@@ -72,7 +72,7 @@ class OtlpExporter:
         )
 
     def close(self) -> None:
-        """Send the rest within a few seconds, and end the thread of the SDK."""
+        """Send the remaining spans within a few seconds, and end the thread of the SDK."""
         # The public `shutdown` waits for half a minute.
         self._processor._batch_processor.shutdown(SHUTDOWN_MILLISECONDS)  # noqa: SLF001
 

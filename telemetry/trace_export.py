@@ -25,9 +25,9 @@ class TracingUnavailable(Exception):
 
 @asynccontextmanager
 async def run_tracer(settings: TraceSettings, process: str) -> AsyncIterator[None]:
-    """Send the traces of this process while the context lasts; without an address, do nothing.
+    """Send the traces of this process during the block; without a configured address, do nothing.
 
-    Raises `TracingUnavailable`.
+    Raises `TracingUnavailable` if OpenTelemetry is not installed.
     """
     if not settings.otlp_url:
         yield

@@ -78,12 +78,12 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def derive_id(size: int, *parts: str | int) -> str:
-    """Return `size` bytes as hexadecimal digits, always the same for the same parts."""
+    """Return an id of `size` bytes as hexadecimal digits, always the same for the same parts."""
     return blake2b("\0".join(map(str, parts)).encode(), digest_size=size).hexdigest()
 
 
 def encode_origin(context: TraceContext, *, is_awaited: bool) -> str:
-    """Return the text that a run's row keeps about the span that started it."""
+    """Return the text that a run's row stores about the span that started it: its context, as parent or as link."""
     return f"{'parent' if is_awaited else 'link'}={context}"
 
 
@@ -102,19 +102,19 @@ class RequestTrace:
 
     @property
     def context(self) -> TraceContext:
-        """Context of the request's span."""
+        """Trace context of the request's span."""
         if self.has_key and self.parent is not None:
             return TraceContext(self.trace_id, self.span_id, self.parent.is_sampled)
         return TraceContext(self.trace_id, self.span_id, self.tracer.samples(self.trace_id))
 
     def origin(self) -> str:
-        """Return the text that the row of a run keeps about this request."""
+        """Return the text that the row of a run stores about the request that starts it."""
         return encode_origin(self.context, is_awaited=self.is_awaited)
 
     def end(
         self, now: datetime, seconds: float, method: str, route: str, status: int, request_id: str
     ) -> None:
-        """Send the span of the request, which ends at `now`."""
+        """Send the span of the request, which ends at `now` after `seconds`, if it is sampled."""
         if not self.context.is_sampled or route.startswith(UNTRACED_ROUTES):
             return
         attributes: dict[str, str | int] = {
@@ -146,15 +146,15 @@ class RunTrace:
 
     @property
     def context(self) -> TraceContext:
-        """Context of the segment."""
+        """Trace context of the segment."""
         return TraceContext(self.trace_id, self.segment_id, self.is_sampled)
 
     def origin(self) -> str:
-        """Return the text that the row of a run keeps about this one, which starts it."""
+        """Return the text that the row of a sub-workflow's run stores about this run, which starts it."""
         return encode_origin(self.context, is_awaited=False)
 
     def node_context(self, node_id: str, iteration: str, attempt: int) -> TraceContext:
-        """Return the context of one attempt of a node."""
+        """Return the trace context of one attempt of a node."""
         span_id = derive_id(SPAN_BYTES, "node", self.execution_id, node_id, iteration, attempt)
         return TraceContext(self.trace_id, span_id, self.is_sampled)
 
@@ -196,7 +196,7 @@ class RunTrace:
         )
 
     def end(self, now: datetime, status: str, error: str | None) -> None:
-        """Send the span of the segment."""
+        """Send the span of the segment, which ends at `now`, if it is sampled."""
         if not self.is_sampled:
             return
         attributes = {
@@ -217,13 +217,13 @@ current: Final[ContextVar[RequestTrace | RunTrace | None]] = ContextVar("current
 
 
 def current_origin() -> str | None:
-    """Return the text that the row of a run keeps about the current request or run, which starts it."""
+    """Return the text that the row of a new run stores about the current request or run; None outside of traces."""
     trace = current.get()
     return None if trace is None else trace.origin()
 
 
 def mark_awaited() -> None:
-    """Note that the answer to the current request waits for the run that it starts."""
+    """Record that the answer to the current request waits for the run that it starts."""
     trace = current.get()
     if isinstance(trace, RequestTrace):
         trace.is_awaited = True
@@ -243,11 +243,11 @@ class Tracer:
         self._hosts = tuple(host.lower() for host in hosts)
 
     def samples(self, trace_id: str) -> bool:
-        """Return whether a trace is sampled: every process decides the same."""
+        """Return whether a trace without a decision of its caller is sampled; every process decides the same."""
         return int(trace_id[-14:], 16) < self._limit
 
     def begin_request(self, headers: Iterable[tuple[bytes, bytes]]) -> RequestTrace:
-        """Begin the trace of a request, or continue its caller's."""
+        """Begin the trace of a request, or continue that of its caller by `traceparent`; return it."""
         given = [value for name, value in headers if name == b"traceparent"]
         parent = parse_traceparent(given[0].decode("latin-1")) if len(given) == 1 else None
         trace_id = secrets.token_hex(TRACE_BYTES) if parent is None else parent.trace_id
@@ -266,7 +266,7 @@ class Tracer:
         started_at: datetime,
         claimed_at: datetime,
     ) -> RunTrace:
-        """Begin the trace of a claimed run; `accepted_at` is given at its first claim alone.
+        """Begin the trace segment of a claimed run, and return it; `accepted_at` is given only at its first claim.
 
         The span from its acceptance to that claim is the parent of all segments.
         """
@@ -306,7 +306,7 @@ class Tracer:
         }
 
     def outgoing_headers(self, url: str, node_id: str, iteration: str, attempt: int) -> dict[str, str]:
-        """Return the headers that a node adds to its request: none, unless the operator trusts the host."""
+        """Return the trace headers that a node adds to its request; none unless the operator trusts the host."""
         trace = current.get()
         if not isinstance(trace, RunTrace) or not self._is_trusted(url):
             return {}

@@ -42,12 +42,12 @@ class AlertRule:
 
 
 def list_rules() -> list[AlertRule]:
-    """Return all rules, those for whole outages first."""
+    """Return all alert rules, those for whole outages first."""
     return [*_outages(), *_queues(), *_burn_rates(), *_work(), *_sleep()]
 
 
 def build_rules() -> str:
-    """Return the file of rules, as YAML."""
+    """Return the file of alert rules for Prometheus, as YAML."""
     rules = [
         {
             "alert": f"Pilotflame{rule.name}",

@@ -39,7 +39,7 @@ class Board:
 
 
 def list_boards() -> list[Board]:
-    """Return all boards."""
+    """Return all Grafana boards."""
     return [_runs(), _sleep_and_wake(), _control_plane()]
 
 

@@ -12,7 +12,7 @@ RULES: Final = FOLDER / "rules.yaml"
 
 
 def build_files() -> dict[Path, str]:
-    """Return the texts of the rules and of each board."""
+    """Return the texts of the alert rules and of each board, by the paths of their files."""
     return {
         RULES: alert_rules.build_rules(),
         **{FOLDER / f"{board.uid}.json": boards.build_board(board) for board in boards.list_boards()},

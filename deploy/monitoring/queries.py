@@ -11,24 +11,36 @@ LABELS_OF_PROMETHEUS: Final = frozenset({"job", "instance", "pod", "le"})
 
 
 def gauge(name: str, **labels: str) -> str:
-    """Return the selector of a gauge."""
+    """Return the selector of a gauge in PromQL.
+
+    Raises LookupError for unknown metrics, labels and values.
+    """
     return _select(_family(name, MetricKind.GAUGE), "", labels)
 
 
 def rate(name: str, window: str, by: str = "", **labels: str) -> str:
-    """Return the rate per second of a counter in a window, summed over processes."""
+    """Return the PromQL of the rate per second of a counter in a window, summed over processes.
+
+    Raises LookupError for unknown metrics, labels and values.
+    """
     family = _family(name, MetricKind.COUNTER)
     return _sum(family, f"rate({_select(family, '', labels)}[{window}])", by)
 
 
 def event_rate(name: str, window: str, by: str = "", **labels: str) -> str:
-    """Return the rate per second of the observations of a histogram."""
+    """Return the PromQL of the rate per second of the observations of a histogram, summed over processes.
+
+    Raises LookupError for unknown metrics, labels and values.
+    """
     family = _family(name, MetricKind.HISTOGRAM)
     return _sum(family, f"rate({_select(family, '_count', labels)}[{window}])", by)
 
 
 def rate_within(name: str, bound: float, window: str, **labels: str) -> str:
-    """Return the rate per second of the observations up to a bound, which is a bucket of the histogram."""
+    """Return the PromQL of the rate per second of the observations of a histogram up to a bound.
+
+    Raises LookupError unless the bound is a bucket of the histogram.
+    """
     family = _family(name, MetricKind.HISTOGRAM)
     if bound not in family.buckets:
         raise LookupError(f"{name} has no bucket {bound}")
@@ -36,14 +48,14 @@ def rate_within(name: str, bound: float, window: str, **labels: str) -> str:
 
 
 def mean(name: str, window: str, by: str = "", **labels: str) -> str:
-    """Return the mean of the observations of a histogram."""
+    """Return the PromQL of the mean of the observations of a histogram in a window."""
     family = _family(name, MetricKind.HISTOGRAM)
     total = _sum(family, f"rate({_select(family, '_sum', labels)}[{window}])", by)
     return f"{total} / {event_rate(name, window, by, **labels)}"
 
 
 def quantile(share: float, name: str, window: str, by: str = "", **labels: str) -> str:
-    """Return a quantile of a histogram over all processes."""
+    """Return the PromQL of a quantile of a histogram over all processes; `share` is between 0 and 1."""
     family = _family(name, MetricKind.HISTOGRAM)
     _check_labels(family, [by] if by else [])
     groups = f"le, {by}" if by else "le"
@@ -58,7 +70,10 @@ def _family(name: str, kind: MetricKind) -> MetricFamily:
 
 
 def _select(family: MetricFamily, suffix: str, labels: dict[str, str]) -> str:
-    """Return a selector; values that begin with `~` are regular expressions."""
+    """Return a selector in PromQL; values that begin with `~` are regular expressions.
+
+    Raises LookupError for unknown labels and values.
+    """
     _check_labels(family, labels)
     matches = []
     for label, value in sorted(labels.items()):

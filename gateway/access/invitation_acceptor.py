@@ -58,7 +58,10 @@ class InvitationAcceptor:
         )
 
     async def find(self, scope: Mapping[str, Any], code: str) -> tuple[Invitation, Organization]:
-        """Return the open invitation with a code; raises 401 for any other, and 429 after too many of them."""
+        """Return the open invitation with a code, and its organization.
+
+        Raises a 401 error for any other code, and 429 after too many of them from an address.
+        """
         client = client_of_scope(scope)
         refusal = self._failures.refusal(client)
         if refusal is not None:
@@ -78,9 +81,10 @@ class InvitationAcceptor:
     async def accept(
         self, one: Invitation, organization: Organization, name: str, *, user_agent: str
     ) -> NewMember:
-        """Make the user of an invitation with a key and a session.
+        """Create the user of an invitation with a key and a browser session, and return them.
 
-        Raises 401 if another request was first, and 409 if the organization has a user with the address.
+        Raises a 401 error if another request was first, and 409 if the organization has a user with the
+        address.
         """
         now = self._database.clock.now()
 
@@ -139,7 +143,7 @@ class InvitationAcceptor:
 
 
 def refuse_invitation() -> ApiError:
-    """Return the common answer for an unknown, used, revoked or expired link."""
+    """Return the 401 error for an unknown, used, revoked or expired link; it doesn't say which."""
     return ApiError(
         401,
         "sign-in-refused",

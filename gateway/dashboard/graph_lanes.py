@@ -50,7 +50,10 @@ class _Line:
 def draw_lanes(
     rows: Sequence[str], edges: Sequence[LaneEdge], not_taken: Collection[str]
 ) -> Sequence[RowLanes]:
-    """Return the lanes of rows from top to bottom; lines to the rows in `not_taken`, and from them, are dashed."""
+    """Return the lanes of rows from top to bottom, and the lines between them.
+
+    Lines to the rows in `not_taken`, and from them, are dashed.
+    """
     place = {row: number for number, row in enumerate(rows)}
     targets = _targets(place, edges)
     lines: list[_Line | None] = []
@@ -80,7 +83,10 @@ def draw_lanes(
 
 
 def _targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mapping[int, Sequence[int]]:
-    """Return the later rows that each row leads to: bodies of loops last, so that they leave the lane."""
+    """Return the indexes of the later rows that each row leads to.
+
+    Those in bodies of loops come last, so that they leave the lane.
+    """
     found: dict[int, dict[int, bool]] = {}
     for edge in edges:
         source, target = place.get(edge.source), place.get(edge.target)
@@ -92,12 +98,12 @@ def _targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mapping[int
 
 
 def _add(paths: dict[str, bool], path: str, *, is_taken: bool) -> None:
-    """Add a line; of several at one place, one that was taken counts."""
+    """Add a line to `paths`; of several lines at one place, one that was taken counts."""
     paths[path] = is_taken or paths.get(path, False)
 
 
 def _lane_to(lines: Sequence[_Line | None], row: int, own: int) -> int:
-    """Return the lane that leads to a row already, else the own lane if it is free, else any free one."""
+    """Return the lane that leads to a row already, else the own lane if it is free, else any free lane."""
     known = next((lane for lane, line in enumerate(lines) if line is not None and line.row == row), None)
     if known is not None:
         return known

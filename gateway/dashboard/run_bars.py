@@ -42,7 +42,7 @@ class StartRow:
 
 
 def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
-    """Yield the times in which nodes ran; of a node that waited, and of a loop, its start and end alone."""
+    """Yield the intervals in which nodes ran; of a node that waits, and of a loop, only its start and end."""
     for state in states:
         waits = state["nodeType"] in WAITING_TYPES or state["nodeType"] in CONTAINERS
         for one in _spans_of(state):
@@ -59,14 +59,17 @@ def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
 
 
 def waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
-    """Yield the time before the start of a run in which its pods were woken."""
+    """Yield the interval of `seconds` before the start of a run in which its pods were woken; none if it is 0."""
     started = parse_instant(run["startedAt"])
     if started is not None and seconds:
         yield started - timedelta(seconds=seconds), started
 
 
 def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
-    """Return the bars of a node: of its iterations if it is in a loop, and behind them those of failed attempts."""
+    """Return the bars of a node on the axis, and behind them those of failed attempts.
+
+    A node in a loop has a bar for each iteration.
+    """
     is_waiting = state["nodeType"] in WAITING_TYPES
     bars = [
         _bar(one, axis, now, "warn" if is_waiting else look_of(one["status"]).tone)
@@ -91,7 +94,7 @@ def _bar(one: Mapping[str, Any], axis: TimeAxis, now: datetime, tone: str) -> Ti
 
 
 def _join(bars: Sequence[TimeBar]) -> Sequence[TimeBar]:
-    """Return bars in their order, those of one tone that touch as one."""
+    """Return bars in the order of their positions; those of one color that touch become one."""
     joined: list[TimeBar] = []
     for bar in sorted(bars, key=lambda one: one.x):
         last = joined[-1] if joined else None
@@ -113,7 +116,7 @@ def ghost(state: NodeState, axis: TimeAxis) -> float | None:
 def start_row(
     run: Mapping[str, Any], axis: TimeAxis, now: datetime, waking_seconds: float
 ) -> StartRow | None:
-    """Return the row of the time before the start; None if it is too short to be seen."""
+    """Return the row of the time before the start of a run; None if it is too short to be seen."""
     created, started = parse_instant(run["createdAt"]), parse_instant(run["startedAt"])
     if created is None or (started is None and run["endedAt"] is not None):
         return None

@@ -237,7 +237,10 @@ def _worst_first(states: Iterable[str]) -> list[str]:
 
 
 def _fold_rows(rows: Sequence[RunRow], opened: str, selected: str) -> Sequence[RunRow]:
-    """Return the rows to show: of many, those with news, their neighbors, and one for the others between them."""
+    """Return the rows to show.
+
+    Of many rows, they are those with news or selected, their neighbors, and one for the others in between.
+    """
     if len(rows) <= MAX_ROWS:
         return rows
     kept = {
@@ -280,7 +283,10 @@ def _fold(rows: Sequence[RunRow], opened: str) -> Sequence[RunRow]:
 def _set_lanes(
     shown: Sequence[RunRow], rows: Sequence[RunRow], connections: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Set the lane of each row, and the lines of the graph that pass it."""
+    """Set the lane of each shown row, and the lines of the graph that pass it.
+
+    Folded rows count as the row that stands for them.
+    """
     place, number = {}, -1
     starts = {row.id for row in shown}
     for row in rows:

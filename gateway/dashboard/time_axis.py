@@ -72,7 +72,7 @@ class TimeAxis:
 
     @classmethod
     def build(cls, start: datetime, end: datetime, work: Iterable[Interval]) -> TimeAxis:
-        """Return the axis from `start` to `end`, in which gaps between intervals of work may be folded."""
+        """Return the axis from `start` to `end`, on which long gaps between intervals of work are folded."""
         end = max(end, start + MIN_LENGTH)
         busy = _merge(start, end, work)
         total = sum(((last - first) for first, last in busy), timedelta())
@@ -96,7 +96,7 @@ class TimeAxis:
         return cls(pieces)
 
     def percent(self, moment: datetime) -> float:
-        """Return the position of a time; times outside of the axis are at its ends."""
+        """Return the position of a time on the axis, 0 to 100; times outside of it are at its ends."""
         number = bisect_left(self.pieces, moment, key=lambda piece: piece.end)
         return self.pieces[min(number, len(self.pieces) - 1)].percent(moment)
 
@@ -108,7 +108,7 @@ class TimeAxis:
         ]
 
     def ticks(self) -> list[AxisTick]:
-        """Return ticks at round times before the first fold; the length of a fold is shown in its middle."""
+        """Return ticks at round times before the first fold."""
         first, start = self.pieces[0], self.pieces[0].start
         length = _milliseconds(first.end - first.start)
         ticks = [AxisTick(0.0, 0)]
@@ -121,7 +121,7 @@ class TimeAxis:
 
 
 def _merge(start: datetime, end: datetime, work: Iterable[Interval]) -> list[Interval]:
-    """Return the intervals within the bounds, sorted, those that touch as one."""
+    """Return the intervals within the bounds, sorted; those that touch become one."""
     merged: list[Interval] = []
     for first, last in sorted(work):
         begin, stop = max(first, start), min(last, end)
@@ -135,7 +135,7 @@ def _merge(start: datetime, end: datetime, work: Iterable[Interval]) -> list[Int
 
 
 def _round_step(milliseconds: float) -> int:
-    """Return the first round time that is at least this long; beyond a day, whole days."""
+    """Return the first round time in milliseconds that is at least this long; beyond a day, whole days."""
     step = next((step for step in STEPS if milliseconds <= step), None)
     return step or -(-int(milliseconds) // STEPS[-1]) * STEPS[-1]
 

@@ -53,7 +53,10 @@ class GrantingWorker:
     until: float = 0.0
 
     def take(self, grant: SlotGrant, now: float) -> None:
-        """Apply a grant that arrived at `now`."""
+        """Apply a grant of slots that arrived at `now`, a time of the event loop.
+
+        Runs on their way count as used slots.
+        """
         if grant.received > self.received:
             self.received, self.lost = grant.received, 0
             # This gateway has forgotten the worker, but not the other way round.
@@ -64,11 +67,11 @@ class GrantingWorker:
         self.until = now + GRANT_SECONDS
 
     def assign(self, now: float) -> None:
-        """Use up one slot."""
+        """Use up one slot of the worker for a run."""
         self.assigned, self.assigned_at, self.left = self.assigned + 1, now, self.left - 1
 
     def number_of(self, count: int) -> int:
-        """Return the number of the last of so many runs that are sent now."""
+        """Count runs as sent, and return the number of the last one."""
         self.sent += count
         return self.sent
 
@@ -77,7 +80,7 @@ class RunAssigner:
     """Assigner of one gateway."""
 
     def __init__(self, store: JournalStore, broker: Broker, wake_workers: Callable[[], object]) -> None:
-        """`wake_workers` announces runs that could not be sent and are pending now."""
+        """Set store and broker; `wake_workers` is called when runs that could not be sent are pending."""
         self._store = store
         self._broker = broker
         self._wake_workers = wake_workers
@@ -87,7 +90,7 @@ class RunAssigner:
         self._returns: GroupCommit[ExecutionKey, None] = GroupCommit(self._return)
 
     async def start(self) -> None:
-        """Listen to grants."""
+        """Subscribe to grants of free slots from workers."""
         await self._broker.listen(self._handle_notification, subject=SLOT_GRANTS)
 
     async def drain(self) -> None:
@@ -96,7 +99,7 @@ class RunAssigner:
         await self._returns.drain()
 
     def assign(self, batch: Sequence[RunAcceptance]) -> Sequence[RunAcceptance]:
-        """Return the runs of one commit, each with its worker if one has a free slot for it."""
+        """Return the runs of one commit, each with its worker if one has a free slot for it; that slot is used up."""
         now = asyncio.get_running_loop().time()
         free = [entry for entry in self._workers.items() if entry[1].left and entry[1].until > now]
         if not free:
@@ -119,7 +122,10 @@ class RunAssigner:
         return assigned
 
     def send(self, batch: Sequence[RunAcceptance], answers: Sequence[AcceptanceResult]) -> None:
-        """Send the accepted runs of a committed batch to their workers."""
+        """Send the accepted runs of a committed batch to their workers in the background.
+
+        Assignments of other runs are taken back.
+        """
         chosen: dict[str, list[ClaimedRun]] = {}
         refused: list[RunAcceptance] = []
         for run, answer in zip(batch, answers, strict=True):
@@ -137,7 +143,7 @@ class RunAssigner:
             self._sends.submit(entry)
 
     def withdraw(self, batch: Sequence[RunAcceptance]) -> None:
-        """Take back the assignments of runs that are not sent."""
+        """Return the slots of runs that are not sent to their workers."""
         for run in batch:
             if (worker := self._workers.get(run.worker)) is not None:
                 worker.assigned -= 1
@@ -158,7 +164,10 @@ class RunAssigner:
         return [None] * len(batches)
 
     async def _send(self, name: str, runs: list[ClaimedRun]) -> None:
-        """Send runs to a worker; make them pending if it is certainly gone."""
+        """Send runs to a worker; make them pending if it is certainly gone.
+
+        If Redis fails, they are claimed after their leases.
+        """
         is_heard, worker = False, self._workers.get(name)
         if worker is not None:
             content = msgspec.Raw(msgspec.json.encode(runs))
@@ -176,7 +185,10 @@ class RunAssigner:
                 self._returns.submit(ExecutionKey(run.execution_id, run.shard))
 
     async def _return(self, keys: Sequence[ExecutionKey]) -> Sequence[None]:
-        """Make runs pending that no worker has received."""
+        """Make runs pending that no worker has received, and wake workers.
+
+        If the database fails, a sweep does it later.
+        """
         try:
             if await self._store.return_direct(keys):
                 self._wake_workers()
@@ -190,7 +202,7 @@ def _count_characters(run: RunAcceptance) -> int:
 
 
 def _needs_nothing_else(run: RunAcceptance) -> bool:
-    """Return whether any worker may run it at once: it needs no slot of a key and no deployment."""
+    """Return whether any worker may run it at once: it needs no concurrency slot and no deployment."""
     return run.concurrency_key is None and run.assigned_deployment_id is None
 
 

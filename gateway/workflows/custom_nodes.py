@@ -223,7 +223,7 @@ async def schema(request: GatewayRequest) -> JsonResponse:
 
 
 def _document(body: AddNodeType) -> NodeTypeDocument:
-    """Return the document of a body; raises 422."""
+    """Return the document of a node type in a body; raises a 422 error for invalid fields."""
     problems = ProblemCollector()
     if body.output.keeps_input or body.output.dropped_by or body.output.fields_of is not None:
         message = "output: a custom type has only schema and description"
@@ -253,7 +253,10 @@ def _document(body: AddNodeType) -> NodeTypeDocument:
 async def _store(
     database: Database, caller: ApiCaller, row: CustomNodeType, *, deprecated: bool | None
 ) -> bool:
-    """Store a version; returns whether it is new. Raises 409 for a version with another content."""
+    """Store a version of a node type; return whether it is new.
+
+    Raises a 409 error for a stored version with another content.
+    """
 
     async def work(connection: AsyncConnection) -> bool:
         earlier = (await connection.execute(_same_version(row))).first()
@@ -333,7 +336,7 @@ async def _set_deprecated(
 async def _require_unused(
     connection: AsyncConnection, caller: ApiCaller, name: str, version: str | None
 ) -> None:
-    """Raise 409 with the workflows that have a type in their graphs."""
+    """Raise a 409 error if workflows have the type in their graphs; its details list those that the caller may read."""
     # The name is made of letters, digits, hyphens and a slash: nothing in it is a wildcard.
     graph = type_coerce(col(WorkflowGraph.nodes), Text)
     statement = (

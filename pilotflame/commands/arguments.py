@@ -29,7 +29,10 @@ KeyOption: TypeAlias = Annotated[
 
 
 def read_text(given: str, option: str) -> str:
-    """Return a value, or the content of the file of `@file`; `@-` and `-` are standard input."""
+    """Return a value, or the content of the file of `@file`; `@-` and `-` are standard input.
+
+    Raises `CommandError` for a file that isn't UTF-8, and `OSError`.
+    """
     if given in {"-", "@-"}:
         return sys.stdin.read()
     if not given.startswith("@"):
@@ -49,7 +52,7 @@ def read_json(given: str, option: str) -> Any:  # noqa: ANN401 - any JSON
 
 
 def read_object(given: str, option: str) -> dict[str, Any]:
-    """Return a JSON object; raises `CommandError`."""
+    """Return a JSON object that is given directly, as @file, or as @- for standard input; raises `CommandError`."""
     found = read_json(given, option)
     if not isinstance(found, dict):
         raise CommandError(f"{option} must be a JSON object")
@@ -57,7 +60,7 @@ def read_object(given: str, option: str) -> dict[str, Any]:
 
 
 def read_pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
-    """Return the pairs of a repeated option `key=value`; raises `CommandError`."""
+    """Return the pairs of a repeated option `key=value`; empty without it. Raises `CommandError`."""
     pairs = {}
     for one in given or ():
         key, separator, value = one.partition("=")
@@ -68,7 +71,10 @@ def read_pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
 
 
 def confirm(question: str, *, is_confirmed: bool) -> None:
-    """Ask before something that can't be undone; raises `CommandError` without a terminal."""
+    """Ask the user before something that can't be undone, and abort the command unless the answer is yes.
+
+    Raises `CommandError` without a terminal. Does nothing if it is confirmed already.
+    """
     if is_confirmed:
         return
     if not sys.stdin.isatty():

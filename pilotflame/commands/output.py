@@ -34,14 +34,17 @@ FormatOption: TypeAlias = Annotated[
 
 
 def take(items: Iterable[Any], limit: int, *, all_items: bool) -> list[Any]:
-    """Return the first items of a list, or all of them."""
+    """Return the first `limit` items of a list, or all of them."""
     return list(items if all_items else islice(items, limit))
 
 
 def show_list(
     items: Sequence[Mapping[str, Any]], output: OutputFormat, columns: Columns, *, key: str = "id"
 ) -> None:
-    """Print a list; `key` is the path of the name of an item."""
+    """Print a list as table, names, JSON or YAML.
+
+    `columns` has the path of each column; `key` is the path of an item's name.
+    """
     if output is OutputFormat.TABLE:
         show_table([[value_at(one, path) for path in columns.values()] for one in items], [*columns])
     elif output is OutputFormat.NAME:
@@ -54,7 +57,7 @@ def show_list(
 def show_object(
     value: Mapping[str, Any], output: OutputFormat = OutputFormat.JSON, *, key: str = "id"
 ) -> None:
-    """Print one object: as JSON or YAML, its fields as lines, or its name."""
+    """Print one object as JSON or YAML, as lines of its fields, or its name, which is at the path `key`."""
     if output is OutputFormat.TABLE:
         show_table([[name, _short(one)] for name, one in value.items()], [])
     elif output is OutputFormat.NAME:
@@ -75,7 +78,7 @@ def show_value(value: object, output: OutputFormat = OutputFormat.JSON) -> None:
 
 
 def show_table(rows: Sequence[Sequence[object]], headings: Sequence[str]) -> None:
-    """Print rows below headings, each column as wide as its longest value."""
+    """Print rows below headings, each column as wide as its longest value; nothing without rows and headings."""
     texts = [[escape_text(_short(value)).replace("\n", " ") for value in row] for row in rows]
     lines = [[heading.upper() for heading in headings], *texts] if headings else texts
     if not lines:
@@ -87,7 +90,7 @@ def show_table(rows: Sequence[Sequence[object]], headings: Sequence[str]) -> Non
 
 
 def value_at(item: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401 - any JSON
-    """Return the value at a path, or None where there is none."""
+    """Return the value at a path such as `error.code` or `items.0`; None if there is none."""
     found: Any = item
     for name in path.split("."):
         if isinstance(found, list) and name.isdecimal():
@@ -108,15 +111,15 @@ def _short(value: object) -> str:
 
 
 def say(text: str) -> None:
-    """Print data on standard output."""
+    """Print data on standard output, without characters that a terminal could act on."""
     typer.echo(escape_text(text))
 
 
 def remark(text: str) -> None:
-    """Print a remark on standard error."""
+    """Print a remark on standard error, without characters that a terminal could act on."""
     typer.echo(escape_text(f"pilotflame: {text}"), err=True)
 
 
 def is_terminal() -> bool:
-    """Tell whether a person reads standard output."""
+    """Return whether standard output is a terminal."""
     return sys.stdout.isatty()

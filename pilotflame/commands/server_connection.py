@@ -12,7 +12,10 @@ chosen_profiles: list[str] = []
 
 
 def connect() -> Client:
-    """Return a client of the chosen server, which fails at once if that has never answered."""
+    """Return a client of the chosen server.
+
+    Its requests fail at once if the server has never answered. Raises `ConfigurationError`.
+    """
     from pilotflame_sdk import Client, RetryPolicy
 
     return Client(
@@ -21,7 +24,7 @@ def connect() -> Client:
 
 
 def is_configured() -> bool:
-    """Tell whether commands would reach a server with an API key; else they use the database of this machine."""
+    """Return whether commands would reach a server with an API key; otherwise they use the database of this machine."""
     from pilotflame_sdk import ConfigurationError
     from pilotflame_sdk.profiles import find_server
 

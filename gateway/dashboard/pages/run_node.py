@@ -48,7 +48,10 @@ class IterationLink:
 
 
 def choose_state(states: Sequence[State], query: Mapping[str, str]) -> State | None:
-    """Return the state of the selected node; without a selection, that of the first failure, else of the last node."""
+    """Return the state of the node that the query selects, None for an unknown one.
+
+    Without a selection, that of the first failure, else of the last node; None without nodes.
+    """
     wanted = query.get("node")
     if wanted:
         return next((state for state in states if state["nodeId"] == wanted), None)
@@ -62,7 +65,10 @@ def choose_state(states: Sequence[State], query: Mapping[str, str]) -> State | N
 
 
 def choose_iteration(state: State, query: Mapping[str, str]) -> str:
-    """Return the selected iteration of a node in a loop: by default the first that failed, else the last one listed."""
+    """Return the selected iteration of a node in a loop, else the first that failed, else the last one listed.
+
+    Empty for a node outside of loops.
+    """
     iterations = state["iterations"]
     if query.get("iteration") or not iterations:
         return query.get("iteration", "")
@@ -74,7 +80,11 @@ def choose_iteration(state: State, query: Mapping[str, str]) -> str:
 
 
 def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str, Any]) -> str:
-    """Return the selected tab: by default the differences of a failed node from the last good run, else the output."""
+    """Return the selected tab.
+
+    By default, it is the differences of a failed node from the last good run, its input without one, and the
+    output of other nodes.
+    """
     wanted = query.get("tab", "")
     if wanted in TABS:
         return wanted
@@ -88,7 +98,10 @@ def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str
 def view_node(
     data: PageData, frame: PageFrame, row: RunRow | None, address: Callable[..., str]
 ) -> Mapping[str, Any]:
-    """Return the values of the panel; `address` returns that of the page with changed parameters."""
+    """Return the template values of the panel of a node.
+
+    `address` returns the page's address with changed parameters.
+    """
     graph, span = data["graph"], data["span"]
     state = choose_state(graph["states"], frame.query)
     tab = choose_tab(frame.query, state, graph)
@@ -123,7 +136,10 @@ def view_node(
 
 
 def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequence[IterationLink]:
-    """Return links to all iterations of a node, or to those that failed if there are many."""
+    """Return links to all iterations of a node, or to the first that failed if there are many.
+
+    None outside of loops.
+    """
     if state is None:
         return ()
     iterations = state["iterations"]
@@ -138,7 +154,7 @@ def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequen
 
 
 def list_changes(diff: Mapping[str, Any] | None) -> Sequence[ShownChange]:
-    """Return the changed values of a comparison in the order of their causes."""
+    """Return the changed values of a comparison in the order of their causes; none without a comparison."""
     return [
         ShownChange(
             f"{label} · {change['path']}" if change["path"] else label,

@@ -60,7 +60,10 @@ REMEDIES: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the workflow, its addresses, the last deliveries, refused requests, data sources and schedule."""
+    """Ask the API for the workflow, its addresses, the last deliveries, refused requests, data sources and schedule.
+
+    Raises `ApiError`.
+    """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     names = ("workflow", "inbound", "deliveries", "samples", "sources", "schedule")
     answers = await asyncio.gather(
@@ -75,7 +78,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the trigger, the chosen sender, the addresses and the requests so far."""
+    """Return the template values: the trigger, the chosen sender, the addresses, and the requests so far."""
     workflow, inbound = data["workflow"], data["inbound"] or {"urls": {}, "tokens": (), "warnings": ()}
     node = find_trigger(workflow["nodes"])
     kind = "" if node is None else KINDS[node["nodeId"]]
@@ -172,7 +175,7 @@ def describe_refusals(
 
 
 def _plain_url(frame: PageFrame, workflow_id: str, kind: str) -> str:
-    """Return the address without a token, for senders that sign or send a key."""
+    """Return the URL of a trigger without a token, for senders that sign or send a key; empty for other kinds."""
     paths = {
         "email": f"/api/v1/workflows/{workflow_id}/email-trigger",
         "queue": f"/api/v1/workflows/{workflow_id}/enqueue",
@@ -189,7 +192,7 @@ def _sources_by_type(listed: Mapping[str, Any] | None) -> Mapping[str, Sequence[
 
 
 def _sample_event_type(configured: str | Sequence[str] | None) -> str:
-    """Return an event type that the trigger takes, such as `order.test` for `order.*`."""
+    """Return an event type that the trigger accepts, such as `order.test` for `order.*`."""
     first = configured if isinstance(configured, str) else next(iter(configured or ()), "test")
     return first.replace(".*", ".test")
 
