@@ -194,7 +194,10 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
 
 
 async def revoke_key(request: GatewayRequest) -> NoContent:
-    """Revoke an API key; it stops working at once."""
+    """Revoke an API key; it stops working at once.
+
+    You may revoke your own keys, and an admin those of the organization.
+    """
     caller, key_id = request.caller, request.path_params["id"]
 
     async def revoke(connection: AsyncConnection) -> None:
@@ -287,7 +290,10 @@ async def list_users(request: GatewayRequest) -> JsonResponse:
 
 
 async def create_user(request: GatewayRequest) -> JsonResponse:
-    """Create a user of the organization; the scopes of its keys define its permissions."""
+    """Create a user of the organization; the scopes of its keys define its permissions.
+
+    Refused if a user has the e-mail address.
+    """
     value = await read_json(request)
     body = body_of(request, value, CreateUser)
     read_only.warn_of_new(request, value, CreateUser, dict)

@@ -40,7 +40,7 @@ class NewSigningSecret(SigningSecretShape):
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Return the creation time and the last characters of the current signing secret."""
+    """Show the creation time and the last characters of the current signing secret; 404 if there is none."""
     _require_admin(request)
     statement = signing_secrets.valid_secrets_statement(request.caller.organization_id).limit(1)
     async with request.gateway.database.read() as connection:

@@ -168,7 +168,10 @@ async def deploy(request: GatewayRequest) -> JsonResponse:
 
 
 async def deploy_version(request: GatewayRequest) -> JsonResponse:
-    """Deploy a given version of a workflow, such as the previous one; the workflow itself doesn't change."""
+    """Deploy a given version of a workflow, such as the previous one; the workflow itself doesn't change.
+
+    Refused if the version's graph is not valid with the present node types.
+    """
     wanted = (await decode_body(request, DeployVersion)).version
     token_id = deployment_changes.fresh_token_id()
 
@@ -338,7 +341,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def logs(request: GatewayRequest) -> JsonResponse:
-    """Show the last log lines of a workflow's pods themselves; logs of runs are part of their executions."""
+    """Show the last log lines of a workflow's pods themselves; logs of runs are part of their executions.
+
+    Refused unless the workflow is deployed.
+    """
     limit = request.query[LINES]
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)

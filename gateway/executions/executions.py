@@ -222,7 +222,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show an execution with its trigger, config and outputs."""
+    """Show an execution with its trigger, config and outputs.
+
+    Large outputs are explained; with `expand=blobs` they are shown, up to a limit.
+    """
     async with request.gateway.database.read() as connection:
         if request.query[SUMMARY]:
             return await _show_summary(connection, request)
@@ -247,7 +250,7 @@ async def _show_summary(connection: AsyncConnection, request: GatewayRequest) ->
 
 
 async def progress(request: GatewayRequest) -> JsonResponse:
-    """Show the progress of an execution: when it has ended, or after `wait` seconds."""
+    """Show the progress of an execution: when it has ended, or after `wait` seconds at the latest."""
     wait_seconds = request.query[WAIT]
     key = await _find_key(request)
     found = await request.gateway.waiting.progress(key, wait_seconds)

@@ -23,7 +23,10 @@ class MailAddress(WireStruct):
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Check whether a token is an address that accepts mails, before a mail server sends any."""
+    """Check whether a token is an address that accepts mails, before a mail server sends any.
+
+    The answer has the largest accepted size of a mail in bytes.
+    """
     sender = await _find_sender(request)
     workflow = await request.gateway.workflows.load(sender.token_workflow_id, sender.caller)
     if workflow.trigger is None or workflow.trigger.kind != TriggerKind.EMAIL:

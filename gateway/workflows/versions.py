@@ -140,7 +140,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show a version with its snapshot of the workflow."""
+    """Show a version with its snapshot of the workflow; that of a template has no credentials."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         version = await _find(connection, stored, request.path_params["version"])
@@ -235,7 +235,10 @@ def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Create a version: an immutable snapshot of the current workflow."""
+    """Create a version: an immutable snapshot of the current workflow.
+
+    Refused if another version of the workflow has the tag.
+    """
     value = await read_json(request)
     body = body_of(request, value, CreateVersion)
     problems = ProblemCollector()

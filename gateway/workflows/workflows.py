@@ -165,7 +165,11 @@ async def set_status(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a workflow; its executions are kept."""
+    """Delete a workflow; its executions are kept.
+
+    Refused while it is deployed, or has executions that have not ended. With `force`, it is undeployed and
+    they are cancelled.
+    """
     is_forced = request.query[FORCE]
     live: list[ExecutionKey] = []
 

@@ -147,7 +147,7 @@ class AsyncDeployments(AsyncResource):
         return cast("t.DeployResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/deploy-version", fields={"version": version}))
 
     async def discover(self, *, app_id: str | None = None) -> List[t.DiscoveredWorkflow]:
-        """List the active, deployed workflows of an application with their trigger URLs."""
+        """List the active, deployed workflows of an application with their trigger URLs; `appId` is required."""
         return cast("List[t.DiscoveredWorkflow]", await self._client.request("GET", "/api/v1/workflows/discover", query={"appId": app_id}))
 
     async def lifecycle(self, workflow_id: str) -> t.Lifecycle:
@@ -299,7 +299,7 @@ class AsyncExecutions(AsyncResource):
         return cast("t.PendingInputs", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/pending-inputs"))
 
     async def progress(self, execution_id: str, *, wait: int | None = None) -> t.Progress:
-        """Show the progress of an execution: when it has ended, or after `wait` seconds."""
+        """Show the progress of an execution: when it has ended, or after `wait` seconds at the latest."""
         return cast("t.Progress", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/progress", query={"wait": wait}))
 
     async def replay(self, execution_id: str, *, from_: Sequence[str] | None = None, definition: Literal['current', 'original'] | int | None = None, input: Mapping[str, Any] | None = None, refresh: Sequence[Literal['read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, plan_hash: str | None = None, again: bool | None = None, idempotency_key: str | None = None) -> t.ReplayResult:
@@ -515,7 +515,7 @@ class AsyncSigningSecret(AsyncResource):
     """Methods of `client.signing_secret`."""
 
     async def get(self) -> t.SigningSecret:
-        """Return the creation time and the last characters of the current signing secret."""
+        """Show the creation time and the last characters of the current signing secret; 404 if there is none."""
         return cast("t.SigningSecret", await self._client.request("GET", "/api/v1/auth/signing-secret"))
 
     async def replace(self) -> t.NewSigningSecret:
@@ -707,7 +707,7 @@ class AsyncWorkflows(AsyncResource):
         return cast("t.Validation", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/validate"))
 
     async def version(self, workflow_id: str, version: str) -> t.WorkflowVersion:
-        """Show a version with its snapshot of the workflow."""
+        """Show a version with its snapshot of the workflow; that of a template has no credentials."""
         return cast("t.WorkflowVersion", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/versions/{self._quote(version)}"))
 
     async def versions(self, workflow_id: str, *, limit: int | None = None, offset: int | None = None) -> t.VersionList:
