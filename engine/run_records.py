@@ -150,6 +150,18 @@ class AttemptSpan(msgspec.Struct, frozen=True):
     error: RunError | None = None
 
 
+class LogLevel(StrEnum):
+    """Level of a line in the log of an execution, the lowest first."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+LOG_LEVELS: Final = tuple(LogLevel)
+
+
 class LogLine(msgspec.Struct, frozen=True):
     """Line in the log of an execution."""
 

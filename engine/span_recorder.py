@@ -10,8 +10,10 @@ from engine import node_key
 from engine import run_limits as engine_limits
 from engine.run_errors import NodeError
 from engine.run_records import (
+    LOG_LEVELS,
     LOST_ATTEMPT_CODE,
     AttemptSpan,
+    LogLevel,
     LogLine,
     NodeSpan,
     RunError,
@@ -38,6 +40,10 @@ MAX_ATTEMPT_SPANS = 10_000
 """Maximum number of attempts of one run with spans of their own; nodes in loops may have many more."""
 
 
+MAX_LOGGED_PATHS = 5
+"""Maximum number of paths that found nothing in one line of the log."""
+
+
 MAX_METADATA_KEYS = 20
 """Maximum number of keys of metadata that the nodes of one run set."""
 
@@ -53,8 +59,13 @@ class SpanRecorder:
         clock: RunClock,
         *,
         attempts: int = 0,
+        log_level: str | None = None,
     ) -> None:
-        """`sequence` is the highest recorded number, and `attempts` an upper bound of the recorded attempts."""
+        """`sequence` is the highest recorded number, and `attempts` an upper bound of the recorded attempts.
+
+        Lines below `log_level` are dropped, and `debug` adds lines about nodes; without one, all lines of nodes
+        are kept.
+        """
         self.clock = clock
         self.holds_lease = journal.holds_lease
         self._advance = journal.advance
@@ -67,6 +78,8 @@ class SpanRecorder:
         self._log_lines = 0
         self._attempts = attempts
         self._metadata_keys: set[str] = set()
+        self._logs_states = log_level == LogLevel.DEBUG
+        self._dropped_levels = LOG_LEVELS[: LOG_LEVELS.index(LogLevel(log_level))] if log_level else ()
 
     @property
     def needs_commit(self) -> bool:
@@ -138,6 +151,33 @@ class SpanRecorder:
                 task=task,
             )
         )
+        if self._logs_states:
+            self._log_state(visit, status, port, ended_at, wake_at)
+
+    def _log_state(
+        self,
+        visit: NodeVisit,
+        status: SpanStatus,
+        port: str | None,
+        ended_at: datetime | None,
+        wake_at: datetime | None,
+    ) -> None:
+        """Log the state of a node: its end with the duration, or the time until which it waits."""
+        node = visit.program.node
+        parts = [f"{node.label} ({node.type}) {status.value}"]
+        if ended_at is not None and visit.started_at is not None:
+            parts.append(f"after {(ended_at - visit.started_at).total_seconds() * 1_000:.0f} ms")
+        if port is not None:
+            parts.append(f"by {port}")
+        if visit.attempt > 1:
+            parts.append(f"in attempt {visit.attempt}")
+        if wake_at is not None:
+            parts.append(f"until {wake_at:%Y-%m-%dT%H:%M:%SZ}")
+        if visit.frame.iteration:
+            parts.append(f"in iteration {visit.frame.iteration}")
+        if visit.unresolved:
+            parts.append(f"without {', '.join([*dict.fromkeys(visit.unresolved)][:MAX_LOGGED_PATHS])}")
+        self.log(LogLevel.DEBUG, " ".join(parts), node.id)
 
     def record_reused(self, candidate: NodeSpan) -> None:
         """Record the result of an earlier run, completed or failed, as that of this run's node."""
@@ -299,7 +339,7 @@ class SpanRecorder:
 
         At the limit, one warning replaces the line, and further lines are dropped.
         """
-        if self._log_lines > self._max_log_lines:
+        if self._log_lines > self._max_log_lines or level in self._dropped_levels:
             return
         self._log_lines += 1
         if self._log_lines > self._max_log_lines:

@@ -81,6 +81,8 @@ class RunStart(msgspec.Struct, frozen=True):
     """Spans of earlier attempts; settled nodes are not run again."""
     sequence: int = 0
     """Highest sequence number in the journal."""
+    log_level: str | None = None
+    """Log level of the workflow, set for a limited time."""
     wait_answers: NodeAnswers = {}
     read_wait_answers: Callable[[], Awaitable[NodeAnswers | None]] | None = None
     """Returns the current wait answers, or None if they are unavailable; answers may arrive while other nodes
@@ -124,7 +126,12 @@ class WorkflowRunner:
         self._control = control
         self._interrupted: list[NodeVisit] = []
         self._recorder = recorder = SpanRecorder(
-            journal, start.sequence, limits, start.clock, attempts=_count_attempts(start.recorded)
+            journal,
+            start.sequence,
+            limits,
+            start.clock,
+            attempts=_count_attempts(start.recorded),
+            log_level=start.log_level,
         )
         self._worklist = worklist = Worklist()
         self._node_inputs = node_inputs = NodeInputs(program, start.caller, services, recorder)

@@ -112,6 +112,8 @@ class ExecutorHooks:
     """Called when a run with completion actions or a concurrency slot has left the executor."""
     on_swept: Callable[[], Awaitable[None]] | None = None
     """Called after each sweep."""
+    log_levels: Mapping[str, str] = field(default_factory=dict)
+    """Log levels by workflow, as they are now."""
 
 
 class RunExecutor:
@@ -577,6 +579,7 @@ class RunExecutor:
             attempt=run.attempt,
             recorded=recorded,
             sequence=recovered.last_sequence,
+            log_level=run.log_level or self._hooks.log_levels.get(run.workflow_id),
             wait_answers=recovered.wait_answers,
             read_wait_answers=partial(self._read_answers, run, journal),
         )

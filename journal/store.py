@@ -251,6 +251,8 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     """Time by the database's clock; None from a gateway of an earlier version."""
     write_key_id: str = ""
     """Execution id in idempotency keys; empty: `key_id`."""
+    log_level: str | None = None
+    """Log level of its workflow, which the gateway tells pods."""
     trace_origin: str | None = None
     """Span that started it; None without traces."""
 

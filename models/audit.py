@@ -27,6 +27,7 @@ class AuditAction(StrEnum):
     WORKFLOW_BUILT = "workflow.built"
     WORKFLOW_IMPORTED = "workflow.imported"
     WORKFLOW_VISIBILITY_SET = "workflow.visibility-set"
+    WORKFLOW_LOG_LEVEL_SET = "workflow.log-level-set"
     WORKFLOW_LAID_OUT = "workflow.laid-out"
     WORKFLOW_SCOPES_COMPUTED = "workflow.scopes-computed"
     NODE_ADDED = "node.added"

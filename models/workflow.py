@@ -138,6 +138,20 @@ class WorkflowShare(SQLModel, table=True):
     shared_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
+class WorkflowLogLevel(SQLModel, table=True):
+    """Log level of one workflow for a limited time. No part of its definition, so that it holds without a deploy.
+
+    Expired rows are deleted with the next change of any level.
+    """
+
+    __tablename__ = "workflow_log_level"
+
+    workflow_id: str = Field(primary_key=True)
+    level: str
+    """Lowest level of the lines that its runs log; `debug` adds lines about each node."""
+    until: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+
+
 class WorkflowVersion(SQLModel, table=True):
     """Immutable snapshot of a workflow."""
 

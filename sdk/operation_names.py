@@ -147,6 +147,8 @@ METHODS: Final = {
     "versionsRestore": "workflows.restore_version",
     "versionsShow": "workflows.version",
     "workflow_explanationsShow": "workflows.why",
+    "workflow_logsShow": "workflows.log_level",
+    "workflow_logsUpdate": "workflows.set_log_level",
     "workflowsCreate": "workflows.create",
     "workflowsDelete": "workflows.delete",
     "workflowsIndex": "workflows.list",

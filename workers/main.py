@@ -22,7 +22,7 @@ from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
 from execution.trials import TrialGate
 from execution.user_code import open_worker_code
-from journal import clock_sync, worker_presence
+from journal import clock_sync, log_levels, worker_presence
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
 from journal.store_factory import open_store
@@ -135,6 +135,8 @@ async def run_worker(
         database, connections, settings.secret, settings.public_url, sweep_seconds=settings.sweep_seconds
     )
     isolation = TrialGate()
+    following = AsyncExitStack()
+    levels = await following.enter_async_context(log_levels.follow_log_levels(database))
     executor = RunExecutor(
         store,
         broker,
@@ -146,6 +148,7 @@ async def run_worker(
             answers=partial(node_answers.read_answers, database),
             on_left=after.handle_end,
             on_swept=partial(_sweep_unattended_runs, database, store, broker),
+            log_levels=levels,
         ),
         isolation=isolation,
     )
@@ -171,6 +174,7 @@ async def run_worker(
     finally:
         await reader.close()
         await executor.drain()
+        await following.aclose()
         await approval_mails.close()
         await after.close()
         await code.close()

@@ -74,7 +74,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
     module: tag
     for tag, modules in {
         "Access": ("access", "sessions", "sign_in", "signing", "invitations"),
-        "Workflows": ("workflows", "copies", "sharing", "graph", "node_statistics"),
+        "Workflows": ("workflows", "workflow_logs", "copies", "sharing", "graph", "node_statistics"),
         "Nodes": ("validation", "catalog", "nodes", "node_tests", "custom_nodes"),
         "Deployments": ("discover", "deployments", "lifecycle", "trigger"),
         "Events": ("events", "event_tokens"),

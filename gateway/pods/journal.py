@@ -132,7 +132,11 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     await wakeups.notify_taken_runs(request.gateway.broker, claimed)
     await _record_wakes(request.gateway, holder, claimed)
     # Completion actions are not the pod's business and may contain addresses that it must not see.
-    own = [msgspec.structs.replace(one, completion_action=None, concurrency_key=None) for one in claimed]
+    level = request.gateway.pod_services.log_levels.get(holder.workflow_id)
+    own = [
+        msgspec.structs.replace(one, completion_action=None, concurrency_key=None, log_level=level)
+        for one in claimed
+    ]
     return JsonResponse(ClaimResponse(own))
 
 

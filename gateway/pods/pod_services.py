@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
 from gateway.pods.pod_authentication import PodAuthenticator
 from gateway.pods.poll_hub import PodPollHub
+from journal import log_levels
 
 if TYPE_CHECKING:
     from gateway.settings import GatewaySettings
@@ -33,6 +34,8 @@ class PodApiServices:
     runs: ChildRunStarter
     throttle: SharedThrottle
     events: EventMatcher
+    log_levels: Mapping[str, str]
+    """Log levels by workflow, as they are now."""
 
 
 @asynccontextmanager
@@ -46,6 +49,7 @@ async def open_pod_services(
     poll_hub: PodPollHub,
 ) -> AsyncIterator[PodApiServices]:
     """Open the services and accept polls of pods while the context lasts."""
+    stack = AsyncExitStack()
     await poll_hub.start()
     try:
         yield PodApiServices(
@@ -55,6 +59,8 @@ async def open_pod_services(
             runs=ChildRunStarter(database, store, broker, catalog, settings),
             throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),
+            log_levels=await stack.enter_async_context(log_levels.follow_log_levels(database)),
         )
     finally:
+        await stack.aclose()
         await poll_hub.close()

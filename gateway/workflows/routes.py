@@ -18,6 +18,7 @@ from gateway.workflows import (
     sharing,
     validation,
     versions,
+    workflow_logs,
     workflows,
 )
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
@@ -138,6 +139,22 @@ ROUTES: Final[Sequence[Route]] = (
         body=workflows.SetStatus,
         answer=WorkflowShape,
         docs=EDITS,
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/log-level",
+        READ,
+        workflow_logs.show,
+        answer=workflow_logs.LogLevelShape,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/workflows/{id}/log-level",
+        WRITE,
+        workflow_logs.update,
+        body=workflow_logs.SetLogLevel,
+        answer=workflow_logs.LogLevelShape,
+        docs=OperationDoc().refusing("not-owner"),
     ),
     Route(
         "GET",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from engine.run_records import LogLevel
 from engine.values import value_as_text
 from nodes import config_fields
 
@@ -16,16 +16,9 @@ MAXIMUM_BYTES = 8_192
 ELLIPSIS = "…"
 
 
-class NodeLogLevel(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
 def run(call: NodeCall) -> Json:
     message = value_as_text(call.config.get("message"))
-    call.log(config_fields.read_choice(call.config, "level", NodeLogLevel), _truncate(message))
+    call.log(config_fields.read_choice(call.config, "level", LogLevel), _truncate(message))
     return call.data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,6 +224,30 @@ def delete(
     workflow_id = client.workflows.find(workflow)
     confirm(f"Delete the workflow {workflow}?", is_confirmed=yes)
     client.workflows.delete(workflow_id, force=force or None)
+
+
+@app.command("log-level")
+def log_level(
+    workflow: WorkflowArgument,
+    level: Annotated[
+        str | None,
+        Argument(help="debug, info, warning or error; off ends the present level.", show_default="show it"),
+    ] = None,
+    minutes: Annotated[int, Option(min=1, max=1_440, help="Time for which it holds.")] = 60,
+    output: FormatOption = OutputFormat.JSON,
+) -> None:
+    """Show or set the lowest level of the lines that runs log, for an hour; debug adds lines about each node."""
+    client = connect()
+    workflow_id = client.workflows.find(workflow)
+    path = f"/api/v1/workflows/{workflow_id}/log-level"
+    if level is None:
+        answer = client.request("GET", path)
+    elif level == "off":
+        answer = client.request("PUT", path, json={"level": None})
+    else:
+        until = datetime.now(UTC) + timedelta(minutes=minutes)
+        answer = client.request("PUT", path, json={"level": level, "until": until.isoformat()})
+    show_object(answer, output, key="level")
 
 
 @app.command("share")

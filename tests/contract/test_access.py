@@ -672,6 +672,8 @@ ROWS = [
     read_row("GET", "/statistics"),
     read_row("GET", "/lifecycle"),
     write_row("PUT", "/lifecycle", {"type": "always-on"}),
+    read_row("GET", "/log-level"),
+    write_row("PUT", "/log-level", {"level": "debug"}),
     read_row("GET", "/lifecycle/history"),
     AccessRow("POST", f"{WORKFLOW}/lifecycle/preview", READ, READERS, create_workflow, {"type": "always-on"}),
     AccessRow("POST", "/api/v1/executions/bulk-cancel", EXECUTE, OWN, body=DRY_RUN),

@@ -271,6 +271,13 @@ async def test_a_workflow_page_shows_the_graph_the_last_run_and_actions(
     assert started["executionId"] in page.text
     assert f"POST /api/v1/workflows/{workflow_id}/execute" in page.text
     assert f"POST /api/v1/workflows/{workflow_id}/deploy" in page.text
+    level_path = f"/api/v1/workflows/{workflow_id}/log-level"
+    assert f'data-request="PUT {level_path}"' in page.text
+    assert (await people.owner.api.put(level_path, json={"level": "debug"})).status_code == 200
+    assert (
+        '<span class="tag mono">debug</span> until'
+        in (await browser.get(f"/dashboard/workflows/{workflow_id}")).text
+    )
     for text in (listed.text, page.text):
         assert "<img" not in text
         assert "<script>" not in text

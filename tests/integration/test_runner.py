@@ -36,7 +36,7 @@ from gateway.pods import poll_hub as desks
 from gateway.pods import routes
 from gateway.settings import GatewaySettings
 from gateway.state import GatewayState
-from journal import run_copies
+from journal import log_levels, run_copies
 from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.large_values import EncodedTrigger
@@ -848,6 +848,27 @@ async def test_only_the_pod_that_holds_a_run_reads_or_changes_it(pods: DeployedP
     for path in ("/record", "/renew", "/definitions", "/spans", "/log-ends", "/answers"):
         assert own[path].json() != NOTHING[path]
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
+
+
+@ON_SQLITE
+async def test_the_log_level_of_a_workflow_reaches_its_pods(
+    pods: DeployedPods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_levels, "READ_SECONDS", 0.02)
+    workflow_id, database = pods.owned_workflow.workflow_id, pods.run_database.database
+    until = datetime.now(UTC) + timedelta(hours=1)
+    await database.transaction(
+        lambda connection: log_levels.store_log_level(connection, workflow_id, "debug", until)
+    )
+    known = pods.gateway.state.pod_services.log_levels
+    await wait_until(lambda: known.get(workflow_id) == "debug")
+    await pods.start().ready()
+    key = await pods.accept(SIMPLE)
+    await pods.reaches(key, "completed")
+    lines = await pods.run_database.query(
+        "SELECT message FROM log_line WHERE execution_id = :id", id=key.execution_id
+    )
+    assert any(one["message"].startswith("greet (set) completed after ") for one in lines), lines
 
 
 @ON_POSTGRES

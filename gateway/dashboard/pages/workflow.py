@@ -24,7 +24,7 @@ MAX_INPUT_CHARACTERS: Final = 200_000
 PATH: Final = "/dashboard/workflows/{id}"
 KEPT: Final = ("node", "view", "at", "input")
 LISTS: Final = ("deliveries", "dead-letters")
-OBJECTS: Final = ("why", "lifecycle", "inbound-address", "schedule", "statistics")
+OBJECTS: Final = ("why", "lifecycle", "inbound-address", "schedule", "statistics", "log-level")
 
 
 async def load(page: PageRequest) -> PageData:

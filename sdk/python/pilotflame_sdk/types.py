@@ -113,6 +113,8 @@ __all__ = [
     "LifecycleReason",
     "ListedSchedule",
     "Log",
+    "LogLevel",
+    "LogLevelShape",
     "LogList",
     "MailReceipt",
     "MappingsAnswer",
@@ -243,7 +245,7 @@ __all__ = [
 ]
 
 
-AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-event', 'awaiting-input', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -292,6 +294,9 @@ LifecycleAction = Literal['drain', 'none', 'start', 'stop', 'wake']
 
 
 LifecycleReason = Literal['always-on', 'asleep', 'by-hand', 'deployed', 'drain-time-over', 'drained', 'draining', 'failed', 'idle', 'in-use', 'no-more-runs', 'not-deployed', 'not-idle-yet', 'run-due', 'started-by-hand', 'stopped-by-hand', 'undeployed', 'window-closed', 'window-open']
+
+
+LogLevel = Literal['debug', 'error', 'info', 'warning']
 
 
 MisfirePolicy = Literal['run-all', 'run-once', 'skip']
@@ -1302,6 +1307,14 @@ class Log(TypedDict):
     nodeId: str | None
     sequence: int
     createdAt: str
+
+
+class LogLevelShape(TypedDict):
+    """Log level of a workflow."""
+
+    workflowId: str
+    level: LogLevel | None
+    until: str | None
 
 
 class LogList(TypedDict):
