@@ -2,88 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import select
 
 from models.execution import WaitAnswer
 from tests.integration import input_waits
-from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
-from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.browser import needs_chromium
+from tests.integration.dashboard_visit import HOSTILE, LOADED, DashboardVisit, open_visit
+from tests.integration.gateway_harness import GRAPH
 from tests.services import PostgresServer
-from workers.main import run_worker
-from workers.settings import WorkerSettings
 
 pytestmark = needs_chromium
 
-HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
-ORDERS: dict[str, Any] = {
-    "name": "Order intake",
-    "status": "active",
-    "nodes": [
-        {"id": "start", "nodeId": "manual", "label": "Order message"},
-        {
-            "id": "lines",
-            "nodeId": "loop",
-            "label": "For each line",
-            "config": {"items": "{{ data.body.lines }}"},
-        },
-        {
-            "id": "reserve",
-            "nodeId": "set",
-            "label": "Reserve stock",
-            "config": {"values": {"sku": "{{ item.sku }}"}},
-        },
-        {
-            "id": "large",
-            "nodeId": "conditional",
-            "label": "Above 5,000 €?",
-            "config": {
-                "condition": {"left": "{{ trigger.body.total }}", "operator": "greater-than", "right": 5_000}
-            },
-        },
-        {"id": "small", "nodeId": "set", "label": "Mark as small", "config": {"values": {"small": True}}},
-        {
-            "id": "write",
-            "nodeId": "http-request",
-            "label": "Write the order",
-            "config": {
-                "url": "https://orders.invalid/",
-                "method": "POST",
-                "body": {"total": 9_000},
-            },
-        },
-        {"id": "confirm", "nodeId": "set", "label": "Confirm by mail", "config": {"values": {"sent": True}}},
-    ],
-    "connections": [
-        {"sourceNodeId": "start", "targetNodeId": "lines"},
-        {"sourceNodeId": "lines", "sourcePort": "continue", "targetNodeId": "reserve"},
-        {"sourceNodeId": "lines", "sourcePort": "done", "targetNodeId": "large"},
-        {"sourceNodeId": "large", "sourcePort": "true", "targetNodeId": "write"},
-        {"sourceNodeId": "large", "sourcePort": "false", "targetNodeId": "small"},
-        {"sourceNodeId": "write", "targetNodeId": "confirm"},
-        {"sourceNodeId": "small", "targetNodeId": "confirm"},
-    ],
-}
-AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text()
-RUN_AXE = (
-    "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations"
-    ".flatMap(one => one.nodes.map(node => `${one.id}: ${node.target} ${node.failureSummary}`)))"
-)
-PICTURES = {
-    "dashboard-run.png": "/dashboard/runs/{execution_id}",
-    "dashboard-workflows.png": "/dashboard/workflows",
-}
-LOADED = "document.readyState === 'complete'"
-"""Condition under which the scripts of a page have run."""
-SCREENSHOTS = Path(__file__).parents[2] / "docs" / "images"
-"""Folder of the documentation's pictures; `UPDATE_SCREENSHOTS=1` takes them again."""
 PATHS = (
     "/dashboard/overview",
     "/dashboard/runs",
@@ -105,117 +37,38 @@ PATHS = (
     "/dashboard/schedule",
     "/dashboard/sources",
     "/dashboard/keys",
+    "/dashboard/deliveries",
+    "/dashboard/dead-letters",
     "/dashboard/health",
 )
 
 
-@dataclass(frozen=True)
-class DashboardVisit:
-    """Browser that is signed in as the owner of some runs."""
-
-    harness: GatewayHarness
-    people: OrganizationUsers
-    url: str
-    page: BrowserPage
-    workflow_id: str
-    orders_id: str
-    execution_id: str
-
-    async def show(self, path: str) -> None:
-        names = {
-            "workflow_id": self.workflow_id,
-            "orders_id": self.orders_id,
-            "execution_id": self.execution_id,
-        }
-        path = path.format(**names)
-        await self.page.open(self.url + path, "document.querySelector('h1') !== null")
-
-    async def look(self, width: int, scheme: str) -> None:
-        """Set the width of the window and the color scheme."""
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        await self.page.call("Emulation.setDeviceMetricsOverride", **size)
-        media = [{"name": "prefers-color-scheme", "value": scheme}]
-        await self.page.call("Emulation.setEmulatedMedia", features=media)
-
-    async def take_picture(self) -> bytes:
-        taken = await self.page.call("Page.captureScreenshot", format="png")
-        return base64.b64decode(taken["data"])
-
-    async def press(self, *keys: str) -> None:
-        for key in keys:
-            await self.page.call(
-                "Input.dispatchKeyEvent", type="keyDown", key=key, text=key if len(key) == 1 else ""
-            )
-            await self.page.call("Input.dispatchKeyEvent", type="keyUp", key=key)
-
-
-async def run_to_its_end(
-    harness: GatewayHarness, folder: Path, people: OrganizationUsers, workflow_id: str
-) -> str:
-    """Run the order of 12 lines, whose last request fails, and return its id."""
-    gateway = harness.gateway
-    shared = gateway.settings.model_dump(include={"database_url", "secret_key"})
-    settings = WorkerSettings(**shared, data_dir=folder)
-    order = {"total": 9_000, "lines": [{"sku": f"sku-{number}"} for number in range(12)]}
-    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
-        started = await people.owner.api.post(
-            f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": order}
-        )
-        execution_id: str = started.json()["executionId"]
-        ended = await people.owner.api.get(f"/api/v1/executions/{execution_id}/progress?wait=30")
-        assert ended.json()["status"] == "failed", ended.text
-    return execution_id
+EMPTY_PATHS = (
+    *("/dashboard/overview", "/dashboard/runs", "/dashboard/workflows", "/dashboard/approvals"),
+    *("/dashboard/deliveries", "/dashboard/dead-letters", "/dashboard/schedule", "/dashboard/sources"),
+    *("/dashboard/keys", "/dashboard/audit", "/dashboard/health"),
+)
+"""Pages that an admin of an organization without anything sees."""
 
 
 @pytest.fixture(scope="module")
 async def visit(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[DashboardVisit]:
-    folder = tmp_path_factory.mktemp("dashboard")
-    async with (
-        create_gateway("sqlite", postgres, folder) as harness,
-        serve_gateway(harness) as url,
-        open_page(folder / "profile") as page,
-    ):
-        people = await harness.people()
-        workflow_id = await people.owner.create(name=HOSTILE, status="active", **GRAPH)
-        for _ in range(3):
-            await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
-        orders_id = await people.owner.create(**ORDERS)
-        execution_id = await run_to_its_end(harness, folder, people, orders_id)
-        await page.open(f"{url}/sign-in?next=%2Fdashboard%2Fruns", "document.querySelector('#key') !== null")
-        await page.fill("#key", "sk-wrong")
-        await page.click("button[type=submit]")
-        await page.wait_for("!document.querySelector('#problem').hidden")
-        page.problems.clear()  # the browser logs the answer 401
-        await page.fill("#key", people.owner.key)
-        await page.click("button[type=submit]")
-        await page.wait_for(
-            "location.pathname === '/dashboard/runs' && document.querySelector('h1') !== null"
-        )
-        yield DashboardVisit(harness, people, url, page, workflow_id, orders_id, execution_id)
+    async with open_visit(postgres, tmp_path_factory.mktemp("dashboard")) as visit:
+        yield visit
 
 
 async def test_pages_fit_in_light_and_dark_wide_and_narrow(visit: DashboardVisit) -> None:
     for path in PATHS:
         await visit.show(path)
+        assert await visit.page.evaluate("globalThis.shift") == 0, path
         for width in (320, 1280):
-            await visit.page.call(
-                "Emulation.setDeviceMetricsOverride",
-                width=width,
-                height=800,
-                deviceScaleFactor=1,
-                mobile=False,
-            )
             for scheme in ("light", "dark"):
-                media = [{"name": "prefers-color-scheme", "value": scheme}]
-                await visit.page.call("Emulation.setEmulatedMedia", features=media)
-                assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width, (
-                    path,
-                    width,
-                )
-    visit.page.problems[:] = [one for one in visit.page.problems if "404 (Not Found)" not in one]
-    assert not visit.page.problems
+                await visit.look(width, scheme)
+                shown = await visit.page.evaluate("document.documentElement.scrollWidth")
+                assert shown <= width, (path, width, scheme)
+    assert not visit.take_problems()
     assert not [
         one for one in visit.page.requested if not one.startswith((f"{visit.url}/", "data:", "about:"))
     ]
@@ -224,18 +77,24 @@ async def test_pages_fit_in_light_and_dark_wide_and_narrow(visit: DashboardVisit
 @pytest.mark.parametrize("path", PATHS)
 async def test_pages_have_no_violation_of_accessibility(visit: DashboardVisit, path: str) -> None:
     await visit.show(path)
-    await visit.page.evaluate(f"{AXE}; 0")
-    for width, scheme in ((1280, "light"), (1280, "dark"), (320, "light")):
-        await visit.look(width, scheme)
-        assert await visit.page.evaluate(RUN_AXE) == [], (path, width, scheme)
-    await visit.look(1280, "light")
-    if any(name == path for name in PICTURES.values()) and os.environ.get("UPDATE_SCREENSHOTS"):
-        for name, of_page in PICTURES.items():
-            if of_page == path:
-                SCREENSHOTS.mkdir(exist_ok=True)
-                (SCREENSHOTS / name).write_bytes(await visit.take_picture())
-    visit.page.problems[:] = [one for one in visit.page.problems if "404 (Not Found)" not in one]
-    assert not visit.page.problems
+    assert await visit.find_violations() == []
+    assert not visit.take_problems()
+
+
+async def test_empty_pages_and_refusals_have_no_violation_of_accessibility(visit: DashboardVisit) -> None:
+    await visit.show("/dashboard/runs")
+    await visit.sign_in_as(visit.people.stranger.key)
+    for path in EMPTY_PATHS:
+        await visit.show(path)
+        assert "Order intake" not in await visit.page.evaluate("document.body.textContent")
+        assert await visit.find_violations() == [], path
+        assert await visit.page.evaluate("document.documentElement.scrollWidth") <= 1280
+    await visit.sign_in_as(visit.people.owner.key)
+    for path in ("/dashboard/audit", "/dashboard/runs?after=nonsense"):
+        await visit.show(path)
+        assert await visit.page.evaluate("document.querySelector('h1').textContent") != ""
+        assert await visit.find_violations() == [], path
+    assert not [one for one in visit.take_problems() if "400 (Bad Request)" not in one]
 
 
 async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: DashboardVisit) -> None:

@@ -27,7 +27,7 @@ SHARES: Final = 1_000
 """Units of the bar that shows where the time went."""
 OTHER_RUNS: Final = 6
 """Earlier runs that a node can be compared with by choosing them."""
-KEPT: Final = ("node", "iteration", "tab", "view", "with", "open")
+KEPT: Final = ("node", "iteration", "tab", "view", "with", "open", "at")
 """Parameters of the address that the links of the page keep."""
 
 
@@ -117,16 +117,24 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "summary": summarize(timeline),
         "labels": {state["nodeId"]: state["nodeLabel"] for state in graph["states"]},
         "row": row,
-        "map": draw_graph(graph["nodes"], graph["connections"], timeline.states) if shows_map else None,
+        "map": draw_graph(
+            graph["nodes"],
+            graph["connections"],
+            timeline.states,
+            focus=frame.query.get("node", ""),
+            at=frame.query.get("at", ""),
+        )
+        if shows_map
+        else None,
+        "here": _address(frame, node="", at=""),
         "shows_map": shows_map,
         "views": (
             ("Graph and time", _address(frame, view=""), not shows_map),
             ("Map", _address(frame, view="map"), shows_map),
         ),
-        "addresses": {
-            row.id: _address(frame, node=row.id, tab="", iteration="", **{"with": ""})
-            for row in timeline.rows
-        },
+        "address_of": lambda node_id: _address(
+            frame, node=node_id, tab="", iteration="", at="", **{"with": ""}
+        ),
         "open_addresses": {
             row.id: _address(frame, open=row.id) + f"#node-{row.id}" for row in timeline.rows if row.folded
         },

@@ -1,0 +1,190 @@
+"""Visit of the dashboard in a browser: signed in as the owner of some runs, with checks for every page."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.integration.browser import BrowserPage, open_page, serve_gateway
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
+from tests.services import PostgresServer
+from workers.main import run_worker
+from workers.settings import WorkerSettings
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
+ORDERS: dict[str, Any] = {
+    "name": "Order intake",
+    "status": "active",
+    "nodes": [
+        {"id": "start", "nodeId": "manual", "label": "Order message"},
+        {
+            "id": "lines",
+            "nodeId": "loop",
+            "label": "For each line",
+            "config": {"items": "{{ data.body.lines }}"},
+        },
+        {
+            "id": "reserve",
+            "nodeId": "set",
+            "label": "Reserve stock",
+            "config": {"values": {"sku": "{{ item.sku }}"}},
+        },
+        {
+            "id": "large",
+            "nodeId": "conditional",
+            "label": "Above 5,000 €?",
+            "config": {
+                "condition": {"left": "{{ trigger.body.total }}", "operator": "greater-than", "right": 5_000}
+            },
+        },
+        {"id": "small", "nodeId": "set", "label": "Mark as small", "config": {"values": {"small": True}}},
+        {
+            "id": "write",
+            "nodeId": "http-request",
+            "label": "Write the order",
+            "config": {
+                "url": "https://orders.invalid/",
+                "method": "POST",
+                "body": {"total": 9_000},
+            },
+        },
+        {"id": "confirm", "nodeId": "set", "label": "Confirm by mail", "config": {"values": {"sent": True}}},
+    ],
+    "connections": [
+        {"sourceNodeId": "start", "targetNodeId": "lines"},
+        {"sourceNodeId": "lines", "sourcePort": "continue", "targetNodeId": "reserve"},
+        {"sourceNodeId": "lines", "sourcePort": "done", "targetNodeId": "large"},
+        {"sourceNodeId": "large", "sourcePort": "true", "targetNodeId": "write"},
+        {"sourceNodeId": "large", "sourcePort": "false", "targetNodeId": "small"},
+        {"sourceNodeId": "write", "targetNodeId": "confirm"},
+        {"sourceNodeId": "small", "targetNodeId": "confirm"},
+    ],
+}
+AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text()
+RUN_AXE = (
+    "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations"
+    ".flatMap(one => one.nodes.map(node => `${one.id}: ${node.target} ${node.failureSummary}`)))"
+)
+RUN_CONTRAST = RUN_AXE.replace("{resultTypes", "{runOnly: ['color-contrast'], resultTypes")
+"""The rule that depends on the color scheme."""
+NOTE_SHIFTS = (
+    "globalThis.shift = 0; new PerformanceObserver(list => { for (const one of list.getEntries())"
+    " if (!one.hadRecentInput) globalThis.shift += one.value }).observe({type: 'layout-shift', buffered: true})"
+)
+"""Script that adds up the shifts of the layout of each page."""
+LOADED = "document.readyState === 'complete'"
+"""Condition under which the scripts of a page have run."""
+
+
+@dataclass(frozen=True)
+class DashboardVisit:
+    """Browser that is signed in as the owner of some runs."""
+
+    harness: GatewayHarness
+    people: OrganizationUsers
+    url: str
+    page: BrowserPage
+    workflow_id: str
+    orders_id: str
+    execution_id: str
+
+    async def show(self, path: str) -> None:
+        names = {
+            "workflow_id": self.workflow_id,
+            "orders_id": self.orders_id,
+            "execution_id": self.execution_id,
+        }
+        path = path.format(**names)
+        await self.page.open(self.url + path, "document.querySelector('h1') !== null")
+
+    async def look(self, width: int, scheme: str) -> None:
+        """Set the width of the window and the color scheme."""
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        await self.page.call("Emulation.setDeviceMetricsOverride", **size)
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        await self.page.call("Emulation.setEmulatedMedia", features=media)
+
+    async def find_violations(self) -> list[str]:
+        """Return the violations of accessibility in both color schemes, on a wide and a narrow window."""
+        await self.page.evaluate(f"{AXE}; 0")
+        found = []
+        for width in (1280, 320):
+            for scheme, rules in (("light", RUN_AXE), ("dark", RUN_CONTRAST)):
+                await self.look(width, scheme)
+                found += [f"{width} {scheme}: {one}" for one in await self.page.evaluate(rules)]
+        await self.look(1280, "light")
+        return found
+
+    def take_problems(self) -> list[str]:
+        """Return the problems that the browser has logged since the last call, without answers 403 and 404."""
+        problems = [
+            one for one in self.page.problems if "404 (Not Found)" not in one and "403 (Forbidden)" not in one
+        ]
+        self.page.problems.clear()
+        return problems
+
+    async def sign_in_as(self, key: str) -> None:
+        """Replace the session of the browser by one of another key."""
+        body = f"JSON.stringify({{key: '{key}'}})"
+        headers = "{'Content-Type': 'application/json'}"
+        status = await self.page.evaluate(
+            "fetch('/session', {method: 'DELETE'}).then(() => fetch('/session',"
+            f" {{method: 'POST', headers: {headers}, body: {body}}})).then(answer => answer.status)"
+        )
+        assert status == 201
+
+    async def press(self, *keys: str) -> None:
+        for key in keys:
+            await self.page.call(
+                "Input.dispatchKeyEvent", type="keyDown", key=key, text=key if len(key) == 1 else ""
+            )
+            await self.page.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+
+async def run_to_its_end(
+    harness: GatewayHarness, folder: Path, people: OrganizationUsers, workflow_id: str
+) -> str:
+    """Run the order of 12 lines, whose last request fails, and return its id."""
+    gateway = harness.gateway
+    shared = gateway.settings.model_dump(include={"database_url", "secret_key"})
+    settings = WorkerSettings(**shared, data_dir=folder)
+    order = {"total": 9_000, "lines": [{"sku": f"sku-{number}"} for number in range(12)]}
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
+        started = await people.owner.api.post(
+            f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": order}
+        )
+        execution_id: str = started.json()["executionId"]
+        ended = await people.owner.api.get(f"/api/v1/executions/{execution_id}/progress?wait=30")
+        assert ended.json()["status"] == "failed", ended.text
+    return execution_id
+
+
+@asynccontextmanager
+async def open_visit(postgres: PostgresServer, folder: Path) -> AsyncIterator[DashboardVisit]:
+    """Open a browser that is signed in as a member with some runs, one of which has failed."""
+    async with (
+        create_gateway("sqlite", postgres, folder) as harness,
+        serve_gateway(harness) as url,
+        open_page(folder / "profile") as page,
+    ):
+        await page.call("Page.addScriptToEvaluateOnNewDocument", source=NOTE_SHIFTS)
+        people = await harness.people()
+        workflow_id = await people.owner.create(name=HOSTILE, status="active", **GRAPH)
+        for _ in range(3):
+            await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+        orders_id = await people.owner.create(**ORDERS)
+        execution_id = await run_to_its_end(harness, folder, people, orders_id)
+        await page.open(f"{url}/sign-in?next=%2Fdashboard%2Fruns", "document.querySelector('#key') !== null")
+        await page.fill("#key", "sk-wrong")
+        await page.click("button[type=submit]")
+        await page.wait_for("!document.querySelector('#problem').hidden")
+        page.problems.clear()  # the browser logs the answer 401
+        await page.fill("#key", people.owner.key)
+        await page.click("button[type=submit]")
+        await page.wait_for(
+            "location.pathname === '/dashboard/runs' && document.querySelector('h1') !== null"
+        )
+        yield DashboardVisit(harness, people, url, page, workflow_id, orders_id, execution_id)

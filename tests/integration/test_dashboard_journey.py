@@ -1,0 +1,171 @@
+"""Journey of a newcomer through the dashboard, and budgets of its pages, in a browser with a worker behind it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.dashboard.graph_map import WINDOW
+from tests.integration.browser import needs_chromium
+from tests.integration.dashboard_visit import LOADED, DashboardVisit, open_visit
+from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
+from tests.services import PostgresServer
+
+pytestmark = needs_chromium
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+MAX_REQUESTS = 8
+MAX_BYTES = 30_000
+USABLE_SECONDS = 10
+"""Longer than a large page takes on a busy machine; the benchmark `dashboard` has the budget."""
+
+
+@pytest.fixture(scope="module")
+async def visit(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[DashboardVisit]:
+    async with (
+        open_visit(postgres, tmp_path_factory.mktemp("dashboard")) as visit,
+        serve_worker(visit.harness),
+    ):
+        yield visit
+
+
+async def write(visit: DashboardVisit, selector: str, text: str) -> None:
+    """Write a text into a text area."""
+    field = f"document.querySelector({selector!r})"
+    await visit.page.wait_for(f"{LOADED} && {field} !== null")
+    await visit.page.evaluate(
+        f"{field}.value = {json.dumps(text)}; {field}.dispatchEvent(new Event('input', {{bubbles: true}})); 0"
+    )
+
+
+async def until_run_shows(visit: DashboardVisit, state: str, *, other_than: str = "") -> str:
+    """Wait until the page of a run shows its end, and return the id of the run."""
+    page = visit.page
+    await page.wait_for(
+        f"{LOADED} && /runs.exec_\\w+$/.test(location.pathname) && !location.pathname.endsWith('{other_than or '-'}')"
+        f" && document.querySelector('.pill').textContent === {state!r}"
+    )
+    run_id: str = await page.evaluate("location.pathname.split('/').at(-1)")
+    return run_id
+
+
+async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
+    visit: DashboardVisit,
+) -> None:
+    page, owner = visit.page, visit.people.owner
+    example: dict[str, Any] = json.loads((EXAMPLES / "penguins.json").read_text())
+    workflow_id = await owner.create(**example, status="active")
+    penguins = (EXAMPLES / "penguins.csv").read_text()
+    count = sum(1 for _ in csv.DictReader(penguins.splitlines()))
+
+    await visit.show("/dashboard/workflows")
+    await page.click(f"a[href$='{workflow_id}']")
+    await write(visit, "#in-csv", penguins)
+    await page.click("form[data-request$='/execute'] button[type=submit]")
+    good = await until_run_shows(visit, "Completed")
+    assert await page.evaluate("document.querySelectorAll('a.row .good').length") == 5
+    await page.click("#node-report")
+    await page.wait_for(f"{LOADED} && document.querySelector('#node')?.textContent === 'Report'")
+    report = await page.evaluate("document.querySelector('#inspector pre').textContent")
+    assert "Adelie on Torgersen" in report
+    assert str(count - 2) in report, "two penguins were not weighed"
+
+    await visit.show(f"/dashboard/workflows/{workflow_id}?node=groups&input=last")
+    config = await page.evaluate("document.querySelector('#config').value")
+    assert "mean_mass_g" in config
+    await write(visit, "#config", config.replace('"{{ data.items }}"', '"{{ data.birds }}"'))
+    await page.click("#node form button[type=submit]")
+    await page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
+    assert await page.evaluate("document.querySelector('#in-csv').value.length") > 1_000, "the last input"
+    await page.click("form[data-request$='/execute'] button[type=submit]")
+    bad = await until_run_shows(visit, "Failed", other_than=good)
+
+    why = await page.evaluate("document.querySelector('main').textContent")
+    assert "Species by island: " in why
+    assert "data.birds" in why
+    assert "Its config has changed since it last went well" in why
+    changes = await page.evaluate("[...document.querySelectorAll('.diff span')].map(one => one.textContent)")
+    at = changes.index("Config · items")
+    assert changes[at + 1 : at + 3] == ['- "{{ data.items }}"', '+ "{{ data.birds }}"']
+
+    await page.click(".banner a.main")
+    await page.wait_for(f"{LOADED} && document.querySelector('#config')?.value.includes('data.birds')")
+    await write(visit, "#config", config)
+    await page.click("#node form button[type=submit]")
+    await page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
+    await page.click("#node a[href$='/replay']")
+    await page.wait_for(f"{LOADED} && document.querySelector('#plan') !== null")
+    plan = await page.evaluate("document.querySelector('main').textContent")
+    assert "Nothing is written to the outside" in plan
+    assert "Reused" in plan
+    await page.click("main form button[type=submit]")
+    mended = await until_run_shows(visit, "Completed", other_than=bad)
+    assert bad in await page.evaluate("document.querySelector('.facts').textContent")
+    outputs = (await owner.api.get(f"/api/v1/executions/{mended}")).json()["outputs"]
+    assert (
+        outputs["report"] == (await owner.api.get(f"/api/v1/executions/{good}")).json()["outputs"]["report"]
+    )
+    assert not visit.take_problems()
+
+
+async def run_tree(visit: DashboardVisit, count: int) -> str:
+    """Run a workflow in which each node has three followers, and return the id of the ended run."""
+    nodes = [{"id": "n0", "nodeId": "manual", "label": "Start"}] + [
+        {"id": f"n{number}", "nodeId": "set", "label": f"Step {number}", "config": {"values": {"a": number}}}
+        for number in range(1, count)
+    ]
+    edges = [{"source": f"n{(number - 1) // 3}", "target": f"n{number}"} for number in range(1, count)]
+    owner = visit.people.owner
+    workflow_id = await owner.create(name=f"{count} nodes", status="active", nodes=nodes, connections=edges)
+    run = await execute_workflow(owner, workflow_id)
+    await wait_until_ended(owner, run)
+    return run
+
+
+async def test_the_page_of_a_hundred_nodes_loads_few_files_and_shifts_nothing(visit: DashboardVisit) -> None:
+    run = await run_tree(visit, 100)
+    await visit.look(1280, "light")
+    await visit.page.call("Network.clearBrowserCache")
+    for view in ("", "?view=map"):
+        visit.page.requested.clear()
+        await visit.show(f"/dashboard/runs/{run}{view}")
+        await visit.page.wait_for(LOADED)
+        assert len(visit.page.requested) <= MAX_REQUESTS, visit.page.requested
+        size = "performance.getEntriesByType('navigation')[0].encodedBodySize"
+        assert await visit.page.evaluate(size) < MAX_BYTES
+        assert await visit.page.evaluate("globalThis.shift") == 0
+    assert not visit.take_problems()
+
+
+async def test_two_thousand_nodes_are_folded_and_walked_around_one(visit: DashboardVisit) -> None:
+    run = await run_tree(visit, 2_000)
+    await visit.show(f"/dashboard/runs/{run}")
+    rows = await visit.page.evaluate("document.querySelectorAll('a.row').length")
+    assert rows <= 300
+    await visit.page.click("a.row[href*='open=']")
+    await visit.page.wait_for(f"{LOADED} && location.search.includes('open=')")
+    assert await visit.page.evaluate("document.querySelectorAll('a.row').length") > rows
+
+    await visit.show(f"/dashboard/runs/{run}?view=map")
+    cards = "document.querySelectorAll('[data-card]').length"
+    assert await visit.page.evaluate(cards) == WINDOW
+    await visit.page.wait_for(LOADED)
+    box = await visit.page.evaluate(
+        "JSON.stringify(document.querySelector('[data-overview]').getBoundingClientRect())"
+    )
+    place = json.loads(box)
+    at = {"x": place["x"] + place["width"] * 0.9, "y": place["y"] + place["height"] * 0.5}
+    for kind in ("mousePressed", "mouseReleased"):
+        await visit.page.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
+    await visit.page.wait_for(f"{LOADED} && location.search.includes('at=') && {cards} > 0")
+    assert "around Start" not in await visit.page.evaluate("document.querySelector('.overview').textContent")
+    spent = await visit.page.evaluate("performance.getEntriesByType('navigation')[0].domComplete")
+    assert spent < USABLE_SECONDS * 1_000
+    assert not visit.take_problems()
