@@ -104,7 +104,12 @@ def test_values_that_can_not_be_compared_are_an_error_that_names_both_types(
         answer_condition(make_comparison(left, operator, right))
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists), st.data())
+PLAIN_TEXTS = st.text().filter(lambda text: "{{" not in text)  # with braces, a text is a template
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | PLAIN_TEXTS, st.lists), st.data()
+)
 def test_equals_never_fails(left: Json, data: st.DataObject) -> None:
     right = data.draw(st.sampled_from([left, [left], None, True, 1, "", 0.0]))
     assert answer_condition(make_comparison(left, "equals", right)) is not answer_condition(
