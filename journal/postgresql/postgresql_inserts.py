@@ -390,11 +390,11 @@ FROM unnest({unnest_sql(1, ("smallint", "text", "text"))}) AS asked (shard, scop
 WHERE found.expires_at > {NOW}
 """
 _ACCEPTED = f"""
-SELECT found.id FROM unnest($1::text[], $2::smallint[]) AS asked (id, shard),
+SELECT found.id FROM unnest({unnest_sql(1, ("text", "smallint"))}) AS asked (id, shard),
     {looked_up_sql("execution", "id", "shard")} AS found
 """
 _STORED_DELIVERIES = f"""
-SELECT found.id FROM unnest($1::text[], $2::smallint[]) AS asked (id, shard),
+SELECT found.id FROM unnest({unnest_sql(1, ("text", "smallint"))}) AS asked (id, shard),
     {looked_up_sql("delivery", "id", "shard")} AS found
 """
 
@@ -434,12 +434,12 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
     )
 
 
-def _bind_acceptances(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
+def _bind_acceptances(batch: Sequence[RunAcceptance]) -> list[str]:
     rows = map(_acceptance_row, batch)
     return [*transpose_rows(rows, len(_RUN_TYPES)), *_distinct_definitions(batch), *_labels(batch)]
 
 
-def _bind_ingest_writes(batch: Sequence[InboundRequest], *, without: Collection[str] = ()) -> list[list[Any]]:
+def _bind_ingest_writes(batch: Sequence[InboundRequest], *, without: Collection[str] = ()) -> list[str]:
     runs = [(run, one.delivery_id) for one in batch for run in one.runs if run.execution_id not in without]
     rows = [
         (
@@ -459,7 +459,7 @@ def _bind_ingest_writes(batch: Sequence[InboundRequest], *, without: Collection[
     ]
 
 
-def _labels(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
+def _labels(batch: Sequence[RunAcceptance]) -> list[str]:
     rows = [(item.execution_id, *label) for item in batch for label in item.labels]
     return transpose_rows(rows, len(_LABEL_TYPES))
 
@@ -495,7 +495,7 @@ def _ingest_row(one: InboundRequest, without: Collection[str]) -> tuple[Any, ...
     )
 
 
-def _distinct_definitions(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
+def _distinct_definitions(batch: Sequence[RunAcceptance]) -> list[str]:
     rows = {
         (item.organization_id, item.definition_hash, item.shard, item.definition)
         for item in batch

@@ -624,7 +624,7 @@ WITH held AS (
         id, shard, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at,
         wait_answer_count)
     -- The array and the expression leave one index to choose, as in a claim.
-    WHERE execution.id = ANY ($1::text[])
+    WHERE execution.id = ANY ($1::text::text[])
         AND execution.id = write.id AND execution.shard = write.shard AND execution.token = write.token
         AND execution.status || '' = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
         AND {{lock_wait}}
@@ -684,7 +684,8 @@ _RECORD_ALONE = _record_statement(LONE_LOCK_MILLISECONDS)
 _HELD_LEASES = f"""
 execution JOIN unnest({unnest_sql(1, ("text", "smallint", "bigint"))}) AS held (id, shard, token)
     ON execution.id = held.id AND execution.shard = held.shard AND execution.token = held.token
-WHERE execution.id = ANY ($1::text[]) AND status || '' = 'running' AND ({{owner}}::text = '' OR lease_owner = {{owner}})
+WHERE execution.id = ANY ($1::text::text[]) AND status || '' = 'running'
+    AND ({{owner}}::text = '' OR lease_owner = {{owner}})
 """
 _RENEW = f"""
 UPDATE execution SET lease_until = {NOW} + $4::bigint
@@ -724,7 +725,7 @@ SELECT asked.*, found.body FROM unnest({unnest_sql(1, ("text", "text", "smallint
     AS asked (organization_id, hash, shard),
     {looked_up_sql("definition", "organization_id", "hash", "shard")} AS found
 """
-_ASKED = "unnest($1::text[], $2::smallint[]) AS asked"
+_ASKED = f"unnest({unnest_sql(1, ('text', 'smallint'))}) AS asked"
 _SPANS = f"""
 SELECT {", ".join(f"found.{column}" for column in SPAN_COLUMNS)} FROM {_ASKED} (execution_id, shard),
     {looked_up_sql("span", "execution_id", "shard")} AS found

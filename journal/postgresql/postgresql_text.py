@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, cast
 
+SEPARATOR: Final = "\0"
+QUOTED_COMMA: Final = '","'
 NOW: Final = "(date_part('epoch', now()) * 1000000)::bigint"
 
 
@@ -16,20 +18,53 @@ def lock_wait_sql(milliseconds: int) -> str:
     return f"(SELECT set_config('lock_timeout', '{milliseconds}', true)) IS NOT NULL"
 
 
-def transpose_rows(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
-    """Turn rows into `width` columns, since `unnest` takes one array per column.
+def transpose_rows(rows: Any, width: int) -> list[str]:  # noqa: ANN401 - rows of any kind of tuple
+    """Turn rows into `width` columns, each as the literal of an array, since `unnest_sql` takes one per column.
 
-    `unnest` pads short arrays with NULL, so a column of NULLs is sent as an empty array: the driver looks at
-    each element.
+    `unnest` pads short arrays with NULL, so a column of NULLs is sent as an empty array.
     """
-    given = [list(column) for column in zip(*rows, strict=True)]
-    return [[] if column.count(None) == len(column) else column for column in given] or [
-        [] for _ in range(width)
-    ]
+    return [array_literal(column) for column in zip(*rows, strict=True)] or ["{}"] * width
+
+
+def array_literal(values: Sequence[object]) -> str:
+    """Return texts, numbers, truth values or bytes as the literal of a PostgreSQL array; None is NULL.
+
+    The driver takes a microsecond for each element of an array, and next to none for a text.
+    """
+    first = next((value for value in values if value is not None), None)
+    if first is None:
+        return "{}"
+    if isinstance(first, str):
+        return _text_array(cast("Sequence[str | None]", values))
+    if isinstance(first, bytes):
+        return _array(
+            None if one is None else rf'"\\x{one.hex()}"' for one in cast("Sequence[bytes | None]", values)
+        )
+    return _array(None if value is None else str(value) for value in values)
+
+
+def _text_array(values: Sequence[str | None]) -> str:
+    if None not in values:
+        # All at once: PostgreSQL stores no text with this separator.
+        joined = SEPARATOR.join(cast("Sequence[str]", values))
+        if joined.count(SEPARATOR) == len(values) - 1:
+            return f'{{"{_escape(joined).replace(SEPARATOR, QUOTED_COMMA)}"}}'
+    return _array(None if one is None else f'"{_escape(one)}"' for one in values)
+
+
+def _array(elements: Iterable[str | None]) -> str:
+    return f"{{{','.join([element or 'NULL' for element in elements])}}}"
+
+
+def _escape(text: str) -> str:
+    if "\\" in text:
+        text = text.replace("\\", "\\\\")
+    return text.replace('"', '\\"')
 
 
 def unnest_sql(first: int, types: Sequence[str]) -> str:
-    return ", ".join(f"${first + offset}::{kind}[]" for offset, kind in enumerate(types))
+    """Return the arguments of `unnest` for consecutive parameters with literals of arrays."""
+    return ", ".join(f"${first + offset}::text::{kind}[]" for offset, kind in enumerate(types))
 
 
 def looked_up_sql(table: str, *columns: str) -> str:
