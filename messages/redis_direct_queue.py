@@ -65,7 +65,10 @@ class DirectQueue:
         payload = {"v": VERSION, "sealed": msgspec.to_builtins(sealed)}
         sent: dramatiq.Message[None] = dramatiq.Message(queue, ACTOR, (), payload, {}, str(uuid4()))
         return bool(
-            await self._send(keys=[f"{NAMESPACE}:{queue}"], args=[address, sent.encode(), EXPIRY_SECONDS])
+            await self._send(
+                keys=[f"{NAMESPACE}:{queue}"],
+                args=[address, msgspec.json.encode(sent.asdict()), EXPIRY_SECONDS],
+            )
         )
 
     def start(self, on_runs: Callable[[DirectRuns], None]) -> None:

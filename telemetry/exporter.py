@@ -32,6 +32,7 @@ async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
         return
     from prometheus_client import start_http_server  # noqa: PLC0415 - loads a web server
 
+    instruments.expose()
     instruments.gauge("build_info", metadata.version("pilotflame")).set(1)
     try:
         server, thread = start_http_server(port, addr=address)

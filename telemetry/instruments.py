@@ -19,31 +19,59 @@ _children: dict[str, int] = {}
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
 
 
+class UnreadInstrument:
+    """Instrument of a process whose metrics nobody can read: it counts nothing, and costs next to nothing."""
+
+    def inc(self, amount: float = 1) -> None:
+        """Do nothing."""
+
+    def dec(self, amount: float = 1) -> None:
+        """Do nothing."""
+
+    def set(self, value: float) -> None:
+        """Do nothing."""
+
+    def observe(self, amount: float) -> None:
+        """Do nothing."""
+
+
+_UNREAD: Final = UnreadInstrument()
+_is_exposed = False
+
+
+def expose() -> None:
+    """Count from now on, because the metrics of this process are served."""
+    global _is_exposed  # noqa: PLW0603 - of the process
+    _is_exposed = True
+    for lookup in (counter, gauge, histogram):
+        lookup.cache_clear()
+
+
 @cache
-def counter(name: str, *values: str) -> Counter:
+def counter(name: str, *values: str) -> Counter | UnreadInstrument:
     """Return the counter of a family with these label values, in the order of its labels.
 
     Raises `LookupError` for an unknown family or one of another kind.
     """
-    return _child(_counter(name), name, values)
+    return _counter_child(name, *values) if _is_exposed else _UNREAD
 
 
 @cache
-def gauge(name: str, *values: str) -> Gauge:
+def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
     """Return the gauge of a family with these label values, in the order of its labels.
 
     Raises `LookupError` for an unknown family or one of another kind.
     """
-    return _child(_gauge(name), name, values)
+    return _gauge_child(name, *values) if _is_exposed else _UNREAD
 
 
 @cache
-def histogram(name: str, *values: str) -> Histogram:
+def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
     """Return the histogram of a family with these label values, in the order of its labels.
 
     Raises `LookupError` for an unknown family or one of another kind.
     """
-    return _child(_histogram(name), name, values)
+    return _histogram_child(name, *values) if _is_exposed else _UNREAD
 
 
 def declare(*names: str) -> None:
@@ -52,9 +80,9 @@ def declare(*names: str) -> None:
     A family with a label of free values is declared without any.
     """
     of_kind = {
-        MetricKind.COUNTER: counter,
-        MetricKind.GAUGE: gauge,
-        MetricKind.HISTOGRAM: histogram,
+        MetricKind.COUNTER: _counter_child,
+        MetricKind.GAUGE: _gauge_child,
+        MetricKind.HISTOGRAM: _histogram_child,
     }
     for name in names:
         family = FAMILIES[name]
@@ -64,6 +92,21 @@ def declare(*names: str) -> None:
                 make(name, *values)
         else:
             _of_family(family)
+
+
+@cache
+def _counter_child(name: str, *values: str) -> Counter:
+    return _child(_counter(name), name, values)
+
+
+@cache
+def _gauge_child(name: str, *values: str) -> Gauge:
+    return _child(_gauge(name), name, values)
+
+
+@cache
+def _histogram_child(name: str, *values: str) -> Histogram:
+    return _child(_histogram(name), name, values)
 
 
 def _child(metric: Metric, name: str, values: tuple[str, ...]) -> Metric:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from concurrency import gc_tuning
+from telemetry import instruments
 from tests import preloads, services
 
 MEMORY = Path("/dev/shm")
@@ -39,6 +40,12 @@ def _garbage() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(gc_tuning, "freeze_loaded", lambda: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _metrics() -> None:
+    """Count metrics, as processes do that serve them."""
+    instruments.expose()
 
 
 @pytest.fixture(scope="session")

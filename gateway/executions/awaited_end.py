@@ -57,7 +57,8 @@ def read_preference(headers: Headers, caller: ApiCaller | None) -> WaitPreferenc
     A malformed one is ignored, as RFC 7240 demands. So is that of a caller who may not read the outputs: a
     key without the scope for it, or a sender with a trigger token.
     """
-    found = _WAIT.search(", ".join(headers.getlist("prefer")))
+    given = headers.getlist("prefer")
+    found = _WAIT.search(", ".join(given)) if given else None
     if found is None or caller is None or not caller.has_scope(KeyScope.WORKFLOWS_READ):
         return None
     if tracing.tracer is not None:

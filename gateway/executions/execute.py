@@ -92,7 +92,8 @@ async def start(request: GatewayRequest) -> JsonResponse:
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=request.path_params["id"])
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
-        return replace(await _plan_run(request, workflow, body), labels=labels)
+        run = await _plan_run(request, workflow, body)
+        return replace(run, labels=labels) if labels else run
 
     preference = awaited_end.read_preference(request.headers, request.caller)
     accepted = await request.gateway.workflow_runs.accept(

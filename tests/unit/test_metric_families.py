@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import Counter
 
 from telemetry import instruments
 from telemetry.metric_families import FAMILIES, MetricKind
@@ -21,9 +22,27 @@ def test_a_family_has_a_name_a_unit_and_closed_labels(name: str) -> None:
 def test_a_label_value_outside_of_the_table_counts_as_other() -> None:
     instruments.counter("executions_accepted_total", "a kind of somebody's own").inc()
     exposed = instruments.counter("executions_accepted_total", "a kind of somebody's own")
+    assert isinstance(exposed, Counter)
     assert exposed._labelvalues == ("other",)  # noqa: SLF001 - the library shows them nowhere else
 
 
 def test_an_instrument_has_the_kind_of_its_family() -> None:
     with pytest.raises(LookupError, match="is a counter"):
         instruments.gauge("claims_total")
+
+
+def test_a_process_without_served_metrics_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = instruments.counter("claims_total")
+    monkeypatch.setattr(instruments, "_is_exposed", False)
+    lookups = instruments.counter, instruments.gauge, instruments.histogram
+    try:
+        for lookup, name in zip(lookups, ("claims_total", "runs_held", "commit_seconds"), strict=True):
+            lookup.cache_clear()
+            unread = lookup(name)
+            assert isinstance(unread, instruments.UnreadInstrument)
+            unread.inc(5)
+            unread.set(5)
+            unread.observe(5)
+    finally:
+        instruments.expose()
+    assert instruments.counter("claims_total") is before
