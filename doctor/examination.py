@@ -41,6 +41,14 @@ class ClusterUnreadable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class AuditScope:
+    """Part of the audit trail: everything, or the newest entries of one organization."""
+
+    organization_id: str | None = None
+    newest: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ExaminedStores:
     """Stores to look into; a store that is None is not examined."""
 
@@ -48,6 +56,8 @@ class ExaminedStores:
     broker: Broker | None = None
     blobs: BlobStore | None = None
     facts: ServerFacts | None = None
+    audit: AuditScope | None = None
+    """Part of the audit trail to verify."""
     list_cluster: Callable[[], Awaitable[Sequence[ClusterDeployment]]] | None = None
     """Lists the deployments in the cluster; raises `ClusterUnreadable`."""
 
@@ -117,6 +127,10 @@ async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
             seen.as_of = await read_database_time(connection)
             seen.findings += await store_checks.check_database(connection)
             seen.findings += await row_checks.find_overdue_rows(connection)
+            if (audit := stores.audit) is not None:
+                seen.findings += await store_checks.check_audit_chain(
+                    connection, organization_id=audit.organization_id, newest=audit.newest
+                )
             deployments = await deployment_checks.read_deployments(connection)
     except DatabaseUnavailable:
         seen.stores["database"] = StoreState.UNREACHABLE

@@ -32,6 +32,8 @@ class DriftClass(StrEnum):
     NO_LEADER = "no-leader"
     NO_WORKER = "no-worker"
     CLOCK_SKEW = "clock-skew"
+    VERSIONS_DIFFER = "versions-differ"
+    AUDIT_CHAIN_BROKEN = "audit-chain-broken"
     UNSAFE_SETTING = "unsafe-setting"
 
 

@@ -7,15 +7,16 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import Select, func, select, text
+from sqlalchemy import ColumnElement, Select, func, or_, select, text
 from sqlmodel import col
 
 from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
-from doctor.row_checks import before
+from doctor.row_checks import SHOWN_ROWS, before
+from journal import audit_chain
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobOwner
 from journal.blobs.orphan_blobs import MIN_AGE_HOURS, find_unused
-from journal.worker_presence import ABSENT_SECONDS
+from journal.worker_presence import ABSENT_SECONDS, program_version
 from models import schema_migration
 from models.database_time import read_database_time
 from models.execution import Execution, Leadership, SpanRow
@@ -58,7 +59,11 @@ async def check_tables(database: Database) -> Sequence[DriftFinding]:
 
 async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
     """Return findings about an absent leader or workers and, on PostgreSQL, invalid indexes and a differing clock."""
-    found = [*await _check_leader(connection), *await _check_workers(connection)]
+    found = [
+        *await _check_leader(connection),
+        *await _check_workers(connection),
+        *await _check_versions(connection),
+    ]
     if connection.dialect.name == "postgresql":
         found += await _check_postgresql(connection)
     return found
@@ -117,11 +122,53 @@ async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
     return [_server_finding(DriftClass.NO_WORKER, "worker", message, "Start `pilotflame worker`.")]
 
 
+async def _check_versions(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    own = program_version()
+    differing = select(col(WorkerPresence.owner), col(WorkerPresence.version)).where(
+        *_are_present(), or_(col(WorkerPresence.version) != own, col(WorkerPresence.version).is_(None))
+    )
+    return [
+        DriftFinding(
+            DriftClass.VERSIONS_DIFFER,
+            DriftSubject("process", owner),
+            f"The worker runs version {version or 'before 0.2'}, and this program is version {own}.",
+            {"worker": version, "here": own},
+            remedy="Finish the upgrade, or roll it back: restart the processes of the other version.",
+        )
+        for owner, version in (await connection.execute(differing.limit(SHOWN_ROWS))).all()
+    ]
+
+
+async def check_audit_chain(
+    connection: AsyncConnection, *, organization_id: str | None = None, newest: int | None = None
+) -> Sequence[DriftFinding]:
+    """Return a critical finding for each organization whose chain of audit entries is broken.
+
+    Without limits the whole chains of all organizations are read.
+    """
+    return [
+        DriftFinding(
+            DriftClass.AUDIT_CHAIN_BROKEN,
+            DriftSubject("organization", broken.organization_id, broken.organization_id),
+            f"The audit trail is broken at entry {broken.sequence}: {broken.reason}.",
+            {"sequence": broken.sequence, "entry": broken.entry_id},
+            DriftSeverity.CRITICAL,
+            "Compare the audit trail with a backup, and find out who has changed rows of the database.",
+        )
+        for broken in await audit_chain.find_breaks(
+            connection, organization_id=organization_id, newest=newest
+        )
+    ]
+
+
 def _select_present() -> Select[int]:
     """Return the statement that counts present workers."""
-    return select(func.count()).where(
-        col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
-    )
+    return select(func.count()).where(*_are_present())
+
+
+def _are_present() -> Sequence[ColumnElement[bool]]:
+    """Return the conditions that a worker lives."""
+    return col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
 
 
 async def _check_postgresql(connection: AsyncConnection) -> Sequence[DriftFinding]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -51,6 +52,12 @@ async def report_presence(
             log.debug("end of worker not reported", error=str(error))
 
 
+@cache
+def program_version() -> str:
+    """Return the version of this program."""
+    return metadata.version("pilotflame")
+
+
 async def store_presence(
     connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int
 ) -> None:
@@ -62,6 +69,7 @@ async def store_presence(
         held_runs=held_runs,
         started_at=DatabaseTime(),
         seen_at=DatabaseTime(),
+        version=program_version(),
     )
     await connection.execute(
         statement.on_conflict_do_update(

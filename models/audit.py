@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import Column, Index, SmallInteger
+from sqlalchemy import BigInteger, Column, Index, SmallInteger, text
 from sqlmodel import Field, SQLModel
 
 from models.column_types import TimestampColumn
@@ -80,6 +80,13 @@ class AuditEntry(SQLModel, table=True):
     __table_args__ = (
         Index("ix_audit_entry_organization", "organization_id", "created_at"),
         Index("ix_audit_entry_object", "organization_id", "object_id", "created_at"),
+        Index("ix_audit_entry_chain", "organization_id", "sequence", unique=True),
+        Index(
+            "ix_audit_entry_unchained",
+            "organization_id",
+            postgresql_where=text("chain_hash IS NULL"),
+            sqlite_where=text("chain_hash IS NULL"),
+        ),
     )
 
     id: str = Field(primary_key=True)
@@ -98,3 +105,7 @@ class AuditEntry(SQLModel, table=True):
     after_hash: str | None = None
     """SHA-256 of the object after the change; null for a deleted object."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    sequence: int | None = Field(default=None, sa_column=Column(BigInteger))
+    """Place in the chain of its organization, from 1; None until it joins the chain."""
+    chain_hash: str | None = None
+    """SHA-256 of its content and of the chain hash before it, in hexadecimal; see `journal.audit_chain`."""

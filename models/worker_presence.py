@@ -24,3 +24,5 @@ class WorkerPresence(SQLModel, table=True):
     seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Time of an orderly end; None for a process that runs, or died."""
+    version: str | None = None
+    """Version of the program; None for one of before 0.2."""

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from doctor import examination
-from doctor.examination import ClusterUnreadable, ExaminedStores
+from doctor.examination import AuditScope, ClusterUnreadable, ExaminedStores
 from doctor.findings import FIXES, DriftClass
 from doctor.setting_checks import ServerFacts
 from engine.values import encode_canonical
@@ -186,6 +186,7 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
             broker if settings.broker_url else None,
             blobs,
             read_facts(settings, GatewaySettings()),
+            AuditScope(),
             list_cluster,
         )
         yield _OpenStores(database, broker, blobs, journal, driver, examined)

@@ -21,7 +21,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from concurrency import heartbeat
 from execution import abandoned_runs, due_runs
 from execution.event_matching import EventMatcher
-from journal import clock_sync, worker_presence
+from journal import audit_chain, clock_sync, worker_presence
 from journal.store import JournalStore
 from journal.store_factory import open_store
 from messages import broker as brokers
@@ -119,6 +119,7 @@ def list_duties(
             settings.sweep_seconds,
             partial(due_runs.wake_due_deployments, database, broker),
         ),
+        PeriodicDuty("chain audit entries", 10, partial(audit_chain.chain_entries, database)),
         PeriodicDuty("count rows", row_metrics.COUNT_SECONDS, counter.count_rows),
         PeriodicDuty("deliver events", settings.sweep_seconds, awaited.deliver_undelivered),
         PeriodicDuty("forget event waits", 600, awaited.delete_expired),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from doctor import examination
-from doctor.examination import ExaminedStores, StoreState
+from doctor.examination import AuditScope, ExaminedStores, StoreState
 from doctor.findings import FIXES, DriftClass, DriftSeverity
 from gateway.http import errors
 from gateway.http.request import GatewayRequest
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS: Final = 1.0
 """Time between the two observations of a request, which a client waits for."""
+AUDIT_ENTRIES: Final = 1_000
+"""Newest audit entries of the caller's organization whose chain a request verifies."""
 
 
 class DriftSubjectShape(WireStruct):
@@ -73,7 +75,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
     blobs, the cluster and settings, and fixes findings.
     """
     gateway, caller = request.gateway, request.caller
-    stores = ExaminedStores(gateway.database, gateway.broker)
+    audit = AuditScope(caller.organization_id, AUDIT_ENTRIES)
+    stores = ExaminedStores(gateway.database, gateway.broker, audit=audit)
     report = await examination.examine(stores, grace_seconds=GRACE_SECONDS)
     if report.as_of is None and report.stores["database"] is StoreState.UNREACHABLE:
         raise errors.not_ready("The database does not answer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -17,10 +18,16 @@ from doctor import deployment_checks, setting_checks
 from doctor.examination import ExaminationReport, StoreState
 from doctor.findings import FIXES, DriftClass
 from doctor.setting_checks import ServerFacts
+from gateway.access import audit_log
+from gateway.access.audit_log import ServerOperator
+from journal import audit_chain
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.blob_store_factory import open_blobs
 from journal.blobs.orphan_blobs import MIN_AGE_HOURS
+from journal.worker_presence import program_version
 from models import ids
+from models.access import Organization
+from models.audit import AuditAction
 from models.database import is_sqlite, parse_url
 from models.deployment import Deployment, ObservedState
 from models.schedule import Schedule
@@ -56,9 +63,10 @@ async def runs(migrated: MigratedDatabase) -> AsyncIterator[RunDatabase]:
 
 async def add_worker(database: RunDatabase) -> None:
     await database.query(
-        "INSERT INTO worker_presence (owner, concurrency, held_runs, started_at, seen_at)"
-        " VALUES ('a', 4, 0, 1, :seen)",
+        "INSERT INTO worker_presence (owner, concurrency, held_runs, started_at, seen_at, version)"
+        " VALUES ('a', 4, 0, 1, :seen, :version)",
         seen=4_000_000_000_000_000,
+        version=program_version(),
     )
 
 
@@ -181,6 +189,87 @@ async def test_absent_processes_are_found(examine: Callable[..., Any], runs: Run
     report = (await examine()).report
     assert classes(report) == {DriftClass.NO_LEADER, DriftClass.NO_WORKER}
     assert all(finding.remedy for finding in report.findings)
+
+
+@pytest.mark.parametrize("version", ["0.0.1", None])
+async def test_a_worker_of_another_version_is_found(
+    examine: Callable[..., Any], runs: RunDatabase, version: str | None
+) -> None:
+    await runs.query("UPDATE worker_presence SET version = :version", version=version)
+    (finding,) = (await examine()).report.findings
+    assert (finding.drift_class, finding.subject.id) == (DriftClass.VERSIONS_DIFFER, "a")
+    assert finding.evidence == {"worker": version, "here": program_version()}
+    await runs.query("UPDATE worker_presence SET ended_at = 1")
+    assert DriftClass.VERSIONS_DIFFER not in classes((await examine()).report)
+
+
+async def make_audit_trail(runs: RunDatabase, entries: int) -> Organization:
+    """Make an audit trail in two turns of the scheduler."""
+    organization = await runs.organization()
+    author = ServerOperator(organization.id, organization.shard)
+    for turn in range(2):
+        for number in range(entries // 2):
+
+            async def add(connection: AsyncConnection, after: str = f"{turn}-{number}") -> None:
+                await audit_log.record_change(
+                    connection, author, AuditAction.KEY_CREATED, "key_1", before=None, after=after
+                )
+
+            await runs.database.transaction(add)
+        await audit_chain.chain_entries(runs.database)
+    return organization
+
+
+CHAINED = "(SELECT id FROM audit_entry WHERE organization_id = :id AND sequence = 3)"
+
+
+@pytest.mark.parametrize(
+    ("tampering", "sequence"),
+    [
+        (f"UPDATE audit_entry SET user_id = 'user_2' WHERE id = {CHAINED}", 3),
+        (f"UPDATE audit_entry SET after_hash = NULL WHERE id = {CHAINED}", 3),
+        (f"UPDATE audit_entry SET created_at = created_at + 1 WHERE id = {CHAINED}", 3),
+        (f"UPDATE audit_entry SET chain_hash = 'f' WHERE id = {CHAINED}", 3),
+        (f"DELETE FROM audit_entry WHERE id = {CHAINED}", 3),
+        (
+            f"UPDATE audit_entry SET sequence = NULL, chain_hash = NULL, user_id = 'user_2' WHERE id = {CHAINED}",
+            3,
+        ),
+        ("DELETE FROM audit_entry WHERE organization_id = :id AND sequence = 1", 1),
+    ],
+    ids=["author", "hash", "time", "chain", "removed", "chained anew", "first removed"],
+)
+async def test_a_changed_audit_trail_is_found_at_its_first_changed_entry(
+    examine: Callable[..., Any], runs: RunDatabase, tampering: str, sequence: int
+) -> None:
+    organization, other = await make_audit_trail(runs, 6), await make_audit_trail(runs, 2)
+    assert (await examine()).exit_code is DoctorExit.CLEAN
+    await runs.query(tampering, id=organization.id)
+    await audit_chain.chain_entries(runs.database)
+    (finding,) = (await examine()).report.findings
+    assert finding.drift_class is DriftClass.AUDIT_CHAIN_BROKEN
+    assert (finding.subject.organization_id, finding.evidence["sequence"]) == (organization.id, sequence)
+    async with runs.database.read() as connection:
+        assert not await audit_chain.find_breaks(connection, organization_id=other.id)
+        newest = await audit_chain.find_breaks(connection, organization_id=organization.id, newest=2)
+        assert not newest, "of a long trail, a request verifies the end alone"
+
+
+async def test_concurrent_schedulers_make_one_chain(examine: Callable[..., Any], runs: RunDatabase) -> None:
+    organization = await runs.organization()
+    author = ServerOperator(organization.id, organization.shard)
+
+    async def add(connection: AsyncConnection) -> None:
+        for number in range(20):
+            await audit_log.record_change(
+                connection, author, AuditAction.KEY_CREATED, "key_1", before=None, after=str(number)
+            )
+
+    await runs.database.transaction(add)
+    await asyncio.gather(*(audit_chain.chain_entries(runs.database) for _ in range(3)))
+    rows = await runs.query("SELECT sequence FROM audit_entry ORDER BY sequence")
+    assert [row["sequence"] for row in rows] == list(range(1, 21))
+    assert (await examine()).exit_code is DoctorExit.CLEAN
 
 
 async def test_one_process_with_all_roles_needs_no_leader(

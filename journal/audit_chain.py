@@ -1,0 +1,181 @@
+"""Hash chain of audit entries: each entry has the hash of its content and of the entry before it in its organization.
+
+Entries join the chain shortly after their commit, so that changes of one organization do not wait for one another.
+An entry that is changed, removed or inserted later breaks the chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+from sqlalchemy import func, select, update
+from sqlmodel import col
+
+from models.audit import AuditEntry
+from models.timestamps import to_microseconds
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+log = structlog.get_logger()
+
+MAX_ORGANIZATIONS: Final = 50
+"""Organizations whose entries one turn chains."""
+MAX_ENTRIES: Final = 500
+"""Entries of one organization that one turn chains."""
+READ_ENTRIES: Final = 1_000
+_encode: Final = msgspec.json.Encoder().encode
+_COLUMNS: Final = (
+    *(col(AuditEntry.id), col(AuditEntry.organization_id), col(AuditEntry.user_id), col(AuditEntry.key_id)),
+    *(col(AuditEntry.action), col(AuditEntry.object_id), col(AuditEntry.before_hash)),
+    *(col(AuditEntry.after_hash), col(AuditEntry.created_at)),
+    *(col(AuditEntry.sequence), col(AuditEntry.chain_hash)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainHead:
+    """Newest entry of an organization's chain."""
+
+    organization_id: str
+    sequence: int
+    chain_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChainBreak:
+    """First place at which the chain of an organization does not hold."""
+
+    organization_id: str
+    sequence: int
+    entry_id: str
+    reason: str
+
+
+def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> str:
+    """Return the SHA-256 of an entry behind `previous`, the hash of the entry before it or an empty text."""
+    content = [
+        *(previous, sequence, entry.id, entry.organization_id, entry.user_id, entry.key_id, entry.action),
+        *(entry.object_id, entry.before_hash, entry.after_hash, to_microseconds(entry.created_at)),
+    ]
+    return hashlib.sha256(_encode(content)).hexdigest()
+
+
+async def chain_entries(database: Database) -> int:
+    """Add new entries to the chains of their organizations; returns their number.
+
+    The new heads are logged, so that a log outside of the database can prove the length of a chain. Raises
+    `DatabaseUnavailable`.
+    """
+    unchained = (
+        select(col(AuditEntry.organization_id))
+        .where(col(AuditEntry.chain_hash).is_(None))
+        .distinct()
+        .limit(MAX_ORGANIZATIONS)
+    )
+    async with database.read() as connection:
+        organization_ids = (await connection.scalars(unchained)).all()
+    count = 0
+    for organization_id in organization_ids:
+        added, head = await database.transaction(partial(_chain, organization_id=organization_id))
+        count += added
+        log.info(
+            "audit entries chained",
+            organization_id=organization_id,
+            entries=added,
+            sequence=head.sequence,
+            chain_hash=head.chain_hash,
+        )
+    return count
+
+
+async def _chain(connection: AsyncConnection, *, organization_id: str) -> tuple[int, ChainHead]:
+    of_organization = col(AuditEntry.organization_id) == organization_id
+    newest = (
+        select(col(AuditEntry.sequence), col(AuditEntry.chain_hash))
+        .where(of_organization, col(AuditEntry.sequence).is_not(None))
+        .order_by(col(AuditEntry.sequence).desc())
+        .limit(1)
+    )
+    found = (await connection.execute(newest)).first()
+    sequence, previous = (0, "") if found is None else (found[0] or 0, found[1] or "")
+    unchained = (
+        select(*_COLUMNS)
+        .where(of_organization, col(AuditEntry.chain_hash).is_(None))
+        .order_by(col(AuditEntry.created_at), col(AuditEntry.id))
+        .limit(MAX_ENTRIES)
+    )
+    entries = (await connection.execute(unchained)).all()
+    for entry in entries:
+        sequence += 1
+        previous = hash_entry(previous, sequence, entry)
+        # Another leader may have chained it: then the unique sequence refuses this transaction.
+        await connection.execute(
+            update(AuditEntry)
+            .where(col(AuditEntry.id) == entry.id, col(AuditEntry.chain_hash).is_(None))
+            .values(sequence=sequence, chain_hash=previous)
+        )
+    return len(entries), ChainHead(organization_id, sequence, previous)
+
+
+async def find_breaks(
+    connection: AsyncConnection, *, organization_id: str | None = None, newest: int | None = None
+) -> Sequence[ChainBreak]:
+    """Return the first break of each chain: of all organizations or of one, whole or its `newest` entries."""
+    heads = select(col(AuditEntry.organization_id), func.max(col(AuditEntry.sequence))).where(
+        col(AuditEntry.sequence).is_not(None)
+    )
+    if organization_id is not None:
+        heads = heads.where(col(AuditEntry.organization_id) == organization_id)
+    breaks = []
+    for found_id, head in (await connection.execute(heads.group_by(col(AuditEntry.organization_id)))).all():
+        first = 1 if newest is None else max((head or 0) - newest + 1, 1)
+        if (broken := await _find_break(connection, found_id, first)) is not None:
+            breaks.append(broken)
+    return breaks
+
+
+async def _find_break(connection: AsyncConnection, organization_id: str, first: int) -> ChainBreak | None:
+    """Return the first break of a chain; the entry before `first`, if any, is trusted."""
+    expected, previous = first, ""
+    async for entry in _read_chain(connection, organization_id, max(first - 1, 1)):
+        if entry.sequence == first - 1:
+            previous = entry.chain_hash or ""
+            continue
+        if entry.sequence != expected:
+            reason = f"the entries {expected} to {entry.sequence - 1} are missing"
+            return ChainBreak(organization_id, expected, entry.id, reason)
+        if hash_entry(previous, entry.sequence, entry) != entry.chain_hash:
+            return ChainBreak(
+                organization_id, expected, entry.id, "its content or the entry before it was changed"
+            )
+        expected, previous = expected + 1, entry.chain_hash
+    return None
+
+
+async def _read_chain(
+    connection: AsyncConnection, organization_id: str, first: int
+) -> AsyncIterator[Row[*tuple[object, ...]]]:
+    sequence = first - 1
+    while True:
+        batch = (
+            select(*_COLUMNS)
+            .where(col(AuditEntry.organization_id) == organization_id, col(AuditEntry.sequence) > sequence)
+            .order_by(col(AuditEntry.sequence))
+            .limit(READ_ENTRIES)
+        )
+        rows = (await connection.execute(batch)).all()
+        if not rows:
+            return
+        for row in rows:
+            yield row
+        sequence = rows[-1].sequence
