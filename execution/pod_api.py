@@ -187,6 +187,8 @@ class SpansRequest(msgspec.Struct, frozen=True):
     execution_id: str
     after: int = 0
     """Sequence number of the last span of the previous page."""
+    reads_candidates: bool = False
+    """Whether the pod knows candidates of replays; pods of 0.2.0 do not."""
 
 
 class SpansResponse(msgspec.Struct, frozen=True):
@@ -230,6 +232,8 @@ class StartRunRequest(msgspec.Struct, frozen=True):
     node_id: str
     iteration: str
     awaited: bool
+    write_key_id: str = ""
+    """Execution in the idempotency keys of the node, if it repeats a request of an earlier run; else empty."""
 
 
 class StartRunResponse(msgspec.Struct, frozen=True):

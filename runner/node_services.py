@@ -96,7 +96,7 @@ class RemoteRunStarter:
         Raises `NodeError`; waits while the gateway is unavailable.
         """
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
-        call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited)
+        call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited, caller.write_key_id)
         path = f"/executions/{caller.execution_id}/runs"
         return (await until_available(lambda: self._gateway.call(path, call, StartRunResponse))).execution_id
 

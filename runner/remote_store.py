@@ -129,7 +129,9 @@ class RemoteRunStore:
         while True:
             after = found[-1].sequence if found else 0
             page = (
-                await self._gateway.call("/spans", SpansRequest(execution_id, after), SpansResponse)
+                await self._gateway.call(
+                    "/spans", SpansRequest(execution_id, after, reads_candidates=True), SpansResponse
+                )
             ).spans
             found.extend(page)
             if len(page) < SPANS_PER_PAGE:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from engine.run_records import CANDIDATE_STATUSES
 from execution.pod_api import (
     MAX_RECORD_BYTES,
     ClaimRequest,
@@ -240,9 +241,15 @@ async def definitions(request: GatewayRequest, holder: LeaseHolder) -> JsonRespo
 
 
 async def spans(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Answer with a page of the recorded spans of a run that the pod holds; empty for other runs."""
+    """Answer with a page of the recorded spans of a run that the pod holds; empty for other runs.
+
+    Raises 503 for the candidates of a replay if the pod is of a release that does not know them.
+    """
     call = await decode_call(request, SpansRequest)
     found = await lease_checks.read_spans(request.gateway.database, holder, call.execution_id, call.after)
+    if not call.reads_candidates and any(span.status in CANDIDATE_STATUSES for span in found):
+        # The pod releases the run, and one of the present version takes it when it has replaced this one.
+        raise errors.not_ready("A replay needs pods of the present version")
     return JsonResponse(SpansResponse(found))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from sqlalchemy import bindparam, func, literal_column, select, update
 from sqlmodel import col
 
@@ -91,6 +92,26 @@ async def read_caller(database: Database, holder: LeaseHolder, execution_id: str
         *(holder.organization_id, row.user_id, holder.workflow_id, execution_id, row.key_id),
         write_key_id=row.write_key_id or "",
     )
+
+
+async def take_write_key(
+    database: Database, caller: RunCaller, node: tuple[str, str], write_key_id: str
+) -> RunCaller:
+    """Return the caller with the idempotency key of an earlier run, where a node repeats a request of that run.
+
+    `node` is its id and iteration; its recorded span has the key. Raises 409 `lease-lost` for any other key.
+    """
+    if write_key_id in {"", caller.key_prefix}:
+        return caller
+    statement = select(col(SpanRow.key_id)).where(
+        col(SpanRow.execution_id) == caller.execution_id,
+        col(SpanRow.node_id) == node[0],
+        col(SpanRow.iteration) == node[1],
+    )
+    async with database.read() as connection:
+        if await connection.scalar(statement) != write_key_id:
+            raise lease_lost()
+    return msgspec.structs.replace(caller, write_key_id=write_key_id)
 
 
 async def require_resume_line(database: Database, holder: LeaseHolder, key_id: str) -> None:

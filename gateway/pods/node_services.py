@@ -104,7 +104,10 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
     Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
     """
     call = await decode_call(request, StartRunRequest, max_bytes=MAX_START_BYTES)
-    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    database = request.gateway.database
+    caller = await lease_checks.read_caller(database, holder, request.path_params["id"])
+    node = (call.node_id, call.iteration)
+    caller = await lease_checks.take_write_key(database, caller, node, call.write_key_id)
     async with _translated_errors():
         execution_id = await request.gateway.pod_services.runs.start(
             caller,

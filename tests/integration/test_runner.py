@@ -66,6 +66,7 @@ from tests.integration.run_database import (
     lease_of,
     open_run_database,
 )
+from tests.integration.test_child_runs import create_runnable
 from tests.preloads import ShiftedClock
 from tests.services import reserve_port
 
@@ -478,6 +479,54 @@ async def test_a_replay_reuses_results_in_a_pod(pods: DeployedPods, receiver: Ht
     assert len(receiver.received) == 1
 
 
+@ON_SQLITE
+async def test_a_started_run_of_unknown_end_is_not_started_again_by_a_replay_in_a_pod(
+    pods: DeployedPods,
+) -> None:
+    child_id = (await create_runnable(pods.run_database, pods.owned_workflow, is_public=True)).workflow_id
+    starts = {
+        "id": "sub",
+        "type": "sub-workflow",
+        "config": {"workflowId": child_id, "wait": False, "inputs": {}},
+    }
+    definition = chain_definition(starts)
+    first = await pods.accept(definition)
+    pod = await pods.start().ready()
+    await pods.reaches(first, "completed")
+    started = "SELECT id FROM execution WHERE workflow_id = :id"
+    (child,) = await pods.run_database.query(started, id=child_id)
+    # As if the pod had been lost before it has recorded the end of the node.
+    await pods.run_database.query(
+        "UPDATE span SET status = 'running', ended_at = NULL, output = NULL, key_id = NULL"
+        " WHERE execution_id = :id AND node_id = 'sub'",
+        id=first.execution_id,
+    )
+    await pods.run_database.query(
+        "UPDATE execution SET assigned_deployment_id = workflow_id, status = 'failed' WHERE id = :id",
+        id=first.execution_id,
+    )
+    new_id = ids.new_id("exec")
+    replay = ReplayCopy(
+        definition_hash=sha256(definition.encode()).hexdigest(),
+        total_nodes=2,
+        timeout_seconds=60,
+        config=None,
+        trigger=None,
+        concurrency_key=None,
+        concurrency_limit=None,
+        completion_action=None,
+        spans={ResultUse.SETTLED: [("start", "")], ResultUse.IN_FLIGHT: [("sub", "")]},
+    )
+
+    async def insert_replay(connection: AsyncConnection) -> None:
+        await run_copies.insert_replay(connection, first, new_id, pods.owned_workflow.user_id, replay)
+
+    await pods.run_database.database.transaction(insert_replay)
+    await pods.reaches(ExecutionKey(new_id, first.shard), "completed")
+    assert await pods.run_database.query(started, id=child_id) == [child], pod.started.log()
+    assert (await pods.outputs(ExecutionKey(new_id, first.shard)))["sub"] == {"executionId": child["id"]}
+
+
 @ON_POSTGRES
 async def test_a_pod_puts_a_suspect_isolated(pods: DeployedPods) -> None:
     suspect = await pods.accept(SIMPLE)
@@ -848,6 +897,19 @@ async def test_only_the_pod_that_holds_a_run_reads_or_changes_it(pods: DeployedP
     for path in ("/record", "/renew", "/definitions", "/spans", "/log-ends", "/answers"):
         assert own[path].json() != NOTHING[path]
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
+
+
+@ON_SQLITE
+async def test_a_pod_of_the_previous_release_gets_no_candidates_of_a_replay(pods: DeployedPods) -> None:
+    held = await hold(pods)
+    await pods.run_database.query("UPDATE span SET status = 'candidate' WHERE node_id = 'greet'")
+    headers = {"Authorization": f"Bearer {pods.token}", RUNNER_HEADER: POD.name}
+    call = {"execution_id": held.run.execution_id, "after": 0}
+    async with httpx2.AsyncClient(base_url=pods.gateway.url, headers=headers) as client:
+        refused = await client.post(f"{PREFIX}/spans", json=call)
+        assert (refused.status_code, "present version" in refused.text) == (503, True)
+        answered = await client.post(f"{PREFIX}/spans", json={**call, "reads_candidates": True})
+        assert [one["status"] for one in answered.json()["spans"]] == ["candidate"]
 
 
 @ON_SQLITE
