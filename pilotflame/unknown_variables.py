@@ -59,8 +59,8 @@ def warning_text(name: str, meant: Iterable[str]) -> str:
 
 @cache
 def known_variables() -> frozenset[str]:
-    """Return the names of the variables of all processes, which often share one environment."""
-    return frozenset(name for kind in _kinds() for name in _variables(kind))
+    """Return the names of the variables of all processes and commands, which often share one environment."""
+    return OF_COMMANDS | frozenset(name for kind in _kinds() for name in _variables(kind))
 
 
 def _variables(kind: type[BaseSettings]) -> frozenset[str]:
