@@ -109,7 +109,7 @@ lock:
 	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \
 	compile="$$tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-config $(LOCK)" && \
-	product="$$compile --group build --extra s3 --extra rabbitmq --extra smtp --extra otel" && \
+	product="$$compile --group build --extra s3 --extra rabbitmq --extra smtp --extra otel --extra oidc" && \
 	$$product --output-file requirements.lock pyproject.toml && \
 	$$product --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml && \
 	for tool in docs/site/requirements.in deploy/release/requirements.in tests/tools/*/requirements.in; do \

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from models.settings import PUBLIC_URL_DESCRIPTION, InvalidSettings, ServerSettings, split_list
@@ -16,6 +17,11 @@ _PUBLIC_URL: Final = re.compile(
     r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?(/[!$%&'()*+,./0-9:;=@_a-z~-]*)?",
     re.IGNORECASE | re.ASCII,
 )
+_ISSUER: Final = re.compile(
+    r"(https://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)|http://(127\.0\.0\.1|localhost|\[::1\]))(:[0-9]{1,5})?(/[^?#\s]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+"""Plain HTTP is possible on this machine alone."""
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
@@ -49,6 +55,25 @@ class GatewaySettings(ServerSettings):
             "Addresses, networks and host names of proxies, separated by commas, whose `X-Forwarded-For`"
             " header names the client."
         ),
+    )
+    openid_issuer: str = Field(
+        default="",
+        description=(
+            "Issuer of the OpenID Connect provider with which browsers may sign in, such as"
+            " `https://login.example.com/realms/main`. Needs the extra `oidc`. Unset: keys and invitations alone."
+        ),
+    )
+    openid_client_id: str = Field(
+        default="", description="Id of this server's registration at the OpenID Connect provider."
+    )
+    openid_client_secret: SecretStr | None = Field(
+        default=None, description="Secret of the registration. Unset: it is a public client."
+    )
+    openid_name: str = Field(
+        default="your account", max_length=50, description="Name of the provider on the sign-in page."
+    )
+    openid_scopes: str = Field(
+        default="openid email profile", description="Scopes that are requested of the provider."
     )
     bootstrap_api_key: SecretStr | None = Field(
         default=None,
@@ -175,6 +200,24 @@ class GatewaySettings(ServerSettings):
         ge=0,
         description="Seconds that requests in flight have to end when the gateway is stopped.",
     )
+
+    @field_validator("openid_issuer")
+    @classmethod
+    def _check_openid_issuer(cls, issuer: str) -> str:
+        if issuer and not _ISSUER.fullmatch(issuer):
+            raise ValueError(
+                "write the issuer as the provider does, an https:// URL without query, as in"
+                " https://login.example.com/realms/main"
+            )
+        return issuer
+
+    @model_validator(mode="after")
+    def _check_openid(self) -> GatewaySettings:
+        if self.openid_issuer and not self.openid_client_id:
+            raise ValueError("PILOTFLAME_OPENID_ISSUER needs PILOTFLAME_OPENID_CLIENT_ID")
+        if self.openid_issuer and find_spec("joserfc") is None:
+            raise ValueError("PILOTFLAME_OPENID_ISSUER needs the extra oidc: pip install 'pilotflame[oidc]'")
+        return self
 
     @field_validator("public_url")
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from execution.event_matching import EventMatcher
 from execution.organization_catalogs import OrganizationCatalogs
@@ -66,6 +66,9 @@ from nodes.catalog import NodeCatalog
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.form_checks import FormChecker
 
+if TYPE_CHECKING:
+    from gateway.access.openid_sign_in import OpenIdSignIn
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayState:
@@ -120,6 +123,8 @@ class GatewayState:
     sign_in: BrowserSignIn
     invitations: InvitationAcceptor
     approval_failures: FailedAttempts
+    openid: OpenIdSignIn | None
+    """Sign-in with the provider of the settings; None without one."""
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]]
@@ -189,6 +194,7 @@ async def assemble_state(
         allowed_networks=settings.outbound_allowed_networks, max_response_bytes=MAX_ANSWER_BYTES
     )
     certificates = SnsCertificateCache(OutboundClient(to_sns))
+    openid = _open_openid_sign_in(settings, database)
     mail_attempts = PasswordAttempts("Too many mails from this address had a wrong password")
     await waiting.start()
     await acceptances.assigner.start()
@@ -250,6 +256,7 @@ async def assemble_state(
                 sign_in=BrowserSignIn(database, (settings.secret, *settings.previous_secrets)),
                 invitations=InvitationAcceptor(database, settings.secret),
                 approval_failures=FailedAttempts("Too many links from this address were not valid"),
+                openid=openid,
             )
     finally:
         for finish in (
@@ -262,6 +269,7 @@ async def assemble_state(
             live_hints.close,
             live_events.close,
             certificates.close,
+            *(() if openid is None else (openid.provider.close,)),
             blobs.close,
             forms.close,
             workflows.close,
@@ -272,3 +280,11 @@ async def assemble_state(
             authenticator.close,
         ):
             await finish()
+
+
+def _open_openid_sign_in(settings: GatewaySettings, database: Database) -> OpenIdSignIn | None:
+    if not settings.openid_issuer:
+        return None
+    from gateway.access import openid_sign_in  # noqa: PLC0415 - loaded by servers with a provider alone
+
+    return openid_sign_in.build_openid_sign_in(settings, database)

@@ -9,6 +9,7 @@ from gateway.access import (
     access,
     audit,
     invitations,
+    openid,
     session_shapes,
     sessions,
     sign_in,
@@ -105,6 +106,8 @@ ROUTES: Final[Sequence[Route]] = (
 FOR_BROWSERS: Final[Sequence[Route]] = (
     Route("POST", "/session", AccessRule.PUBLIC, sign_in.create, status=201),
     Route("POST", "/invitation", AccessRule.PUBLIC, invitations.accept, status=201),
+    Route("GET", "/session/openid", AccessRule.PUBLIC, openid.begin, status=302),
+    Route("GET", openid.CALLBACK, AccessRule.PUBLIC, openid.finish, status=302),
     Route("DELETE", "/session", AccessRule.PUBLIC, sign_in.end, status=204),
 )
 """Routes of sign-ins, for the pages of the dashboard."""

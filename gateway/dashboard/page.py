@@ -68,6 +68,8 @@ class PageFrame:
     """Paths of the public routes that the page has asked."""
     visitor: Mapping[str, Any] | None = None
     """Answer of `whoami`; None for pages without sign-in."""
+    provider: str = ""
+    """Name of the OpenID Connect provider; empty without one."""
 
     def may(self, scope: str) -> bool:
         """Return whether the visitor's key has a scope; False without a visitor."""
@@ -165,6 +167,7 @@ def frame_of(
     request: GatewayRequest, asking: PageRequest, visitor: Mapping[str, Any] | None = None
 ) -> PageFrame:
     """Return the values that every page shows: addresses, the present time, the query, and the visitor if any."""
+    settings = request.gateway.settings
     return PageFrame(
         root=root_of(request),
         base_url=public_address.base_url(request),
@@ -173,6 +176,7 @@ def frame_of(
         parameters=asking.parameters,
         asked=tuple(asking.asked),
         visitor=visitor,
+        provider=settings.openid_name if settings.openid_issuer else "",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode
 
 from gateway.dashboard import page
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
     from gateway.http.request import GatewayRequest
 
+PROBLEMS: Final = {
+    "no-account": "You have no account here yet. Ask an admin for an invitation to the mail address of your account.",
+    "refused": "The sign-in was refused. Try again; if it is refused again, the log of the server has the reason.",
+    "lost": "The sign-in took too long, or began in another browser. Try again.",
+    "taken": "That account belongs to another user of this server.",
+    "unavailable": "The account provider can't be reached. Try again in a minute, or sign in with a key.",
+}
+"""Explanations of failed sign-ins with a provider, by their names in the address."""
+
 
 async def show(request: GatewayRequest) -> ASGIApp:
     """Show the sign-in, or the reason why it is not possible at this address."""
@@ -23,7 +32,14 @@ async def show(request: GatewayRequest) -> ASGIApp:
         raise errors.not_found()
     cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)
     frame = page.frame_of(request, build_page_request(request))
-    html = page.render_plain("sign_in.html", frame, title="Sign in", is_possible=cookie is not None)
+    html = page.render_plain(
+        "sign_in.html",
+        frame,
+        title="Sign in",
+        is_possible=cookie is not None,
+        next_query=urlencode({"next": frame.query.get("next", "")}),
+        problem=PROBLEMS.get(frame.query.get("problem", ""), ""),
+    )
     return await page.answer_html(request, html)
 
 

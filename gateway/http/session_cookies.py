@@ -42,11 +42,11 @@ class SessionCookie:
                         return text.removeprefix(prefix) or None
         return None
 
-    def header(self, value: str) -> str:
+    def header(self, value: str, *, seconds: int = int(LIFETIME.total_seconds())) -> str:
         """Return the value of the header `Set-Cookie` that stores a value, or removes the cookie for an empty one."""
-        seconds = int(LIFETIME.total_seconds()) if value else 0
         secure = "; Secure" if self.is_secure else ""
-        return f"{self.name}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+        lifetime = seconds if value else 0
+        return f"{self.name}={value}; Path=/; Max-Age={lifetime}; HttpOnly; SameSite=Lax{secure}"
 
     def require_same_origin(self, scope: Mapping[str, Any]) -> None:
         """Raise a 403 error for a request that may change something and is not from a page of this server."""

@@ -1,0 +1,175 @@
+"""Ways of a browser to the OpenID Connect provider and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import structlog
+
+from gateway.access import sign_in
+from gateway.http import errors, limits, public_address
+from gateway.http.cached_text import RedirectResponse
+from models import browser_session
+from models.access_store import EmailTaken
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from gateway.access.openid_sign_in import OpenIdSignIn, SignInAttempt
+    from gateway.http.request import GatewayRequest
+    from gateway.http.session_cookies import SessionCookie
+
+log = structlog.get_logger()
+
+CALLBACK: Final = "/session/openid/callback"
+PAGES: Final = "/dashboard"
+ATTEMPT_SECONDS: Final = 600
+"""Time that a person may take at the provider."""
+
+
+class RedirectWithCookies:
+    """Redirect that also stores or removes cookies, as an ASGI response."""
+
+    def __init__(self, location: str, *cookies: str) -> None:
+        self._redirect = RedirectResponse(location)
+        self._cookies = [(b"set-cookie", one.encode()) for one in cookies]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_cookies(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message["headers"], *self._cookies, (b"cache-control", b"no-store")]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._redirect(scope, receive, send_with_cookies)
+
+
+async def begin(request: GatewayRequest) -> ASGIApp:
+    """Lead a browser to the provider; with `link`, to connect the identity with the user who is signed in."""
+    from gateway.access.openid_provider import ProviderUnavailable  # noqa: PLC0415 - see _require_provider
+
+    cookie, openid = sign_in.require_cookie(request), _require_provider(request)
+    query = _query(request)
+    links = ""
+    if "link" in query:
+        # Another site must not begin it: only a link of our own page does.
+        if dict(request.scope["headers"]).get(b"sec-fetch-site") != b"same-origin":
+            return _fail(request, cookie, "lost")
+        caller = await request.gateway.sessions.caller(request.scope)
+        if caller is None:
+            return _fail(request, cookie, "lost")
+        links = caller.user_id
+    try:
+        url, attempt = await openid.begin(_redirect_uri(request), _own_page(query.get("next", "")), links)
+    except ProviderUnavailable as error:
+        log.warning("sign-in provider not reached", reason=str(error))
+        return _fail(request, cookie, "unavailable")
+    return RedirectWithCookies(url, _attempt_cookie(cookie).header(attempt, seconds=ATTEMPT_SECONDS))
+
+
+async def finish(request: GatewayRequest) -> ASGIApp:
+    """Take the provider's answer: sign the browser in, or connect the identity."""
+    from gateway.access.openid_provider import (  # noqa: PLC0415 - see _require_provider
+        ProviderRefusal,
+        ProviderUnavailable,
+    )
+    from gateway.access.openid_sign_in import NoAccount  # noqa: PLC0415 - see above
+    from models.user_identity import IdentityTaken  # noqa: PLC0415 - see above
+
+    cookie, openid = sign_in.require_cookie(request), _require_provider(request)
+    query = _query(request)
+    attempt = openid.read_attempt(_attempt_cookie(cookie).value_of(request.scope), query.get("state", ""))
+    if attempt is None:
+        return _fail(request, cookie, "lost")
+    if "code" not in query:
+        log.info("sign-in refused by the provider", reason=query.get("error", "")[:100])
+        return _fail(request, cookie, "refused")
+    try:
+        return await _finish(request, cookie, openid, attempt, query)
+    except ProviderUnavailable as error:
+        log.warning("sign-in provider not reached", reason=str(error))
+        return _fail(request, cookie, "unavailable")
+    except ProviderRefusal as error:
+        log.warning("sign-in refused", reason=str(error))
+        return _fail(request, cookie, "refused")
+    except (NoAccount, EmailTaken):
+        return _fail(request, cookie, "no-account")
+    except IdentityTaken:
+        return _fail(request, cookie, "taken")
+
+
+async def _finish(
+    request: GatewayRequest,
+    cookie: SessionCookie,
+    openid: OpenIdSignIn,
+    attempt: SignInAttempt,
+    query: dict[str, str],
+) -> ASGIApp:
+    claims = await openid.provider.claims(
+        query["code"],
+        query.get("iss"),
+        _redirect_uri(request),
+        nonce=attempt.nonce,
+        verifier=attempt.verifier,
+        now=request.gateway.clock(),
+    )
+    forget = _attempt_cookie(cookie).header("")
+    target = f"{_root(request)}{attempt.next}"
+    if attempt.links:
+        caller = await request.gateway.sessions.caller(request.scope)
+        if caller is None or caller.user_id != attempt.links:
+            return _fail(request, cookie, "lost")
+        await openid.link(claims, caller.organization_id, caller.user_id)
+        return RedirectWithCookies(target, forget)
+    earlier = cookie.value_of(request.scope)
+    replaces = None if earlier is None else browser_session.hash_secret(earlier)
+    secret = await openid.sign_in(claims, request.headers.get("user-agent", ""), replaces)
+    if replaces is not None:
+        request.gateway.sessions.forget(replaces)
+    return RedirectWithCookies(target, cookie.header(secret), forget)
+
+
+def _require_provider(request: GatewayRequest) -> OpenIdSignIn:
+    """Return the sign-in with the provider of the settings; raises 404 without one.
+
+    Its modules are loaded by servers with a provider alone.
+    """
+    openid = request.gateway.openid
+    if openid is None:
+        raise errors.not_found()
+    return openid
+
+
+def _fail(request: GatewayRequest, cookie: SessionCookie, problem: str) -> RedirectWithCookies:
+    """Lead back to the sign-in, which explains a problem by its name."""
+    location = f"{_root(request)}/sign-in?{urlencode({'problem': problem})}"
+    return RedirectWithCookies(location, _attempt_cookie(cookie).header(""))
+
+
+def _attempt_cookie(cookie: SessionCookie) -> SessionCookie:
+    """Return the cookie of a sign-in that has begun, beside that of sessions."""
+    return replace(cookie, name=f"{cookie.name}-openid")
+
+
+def _query(request: GatewayRequest) -> dict[str, str]:
+    text = request.scope["query_string"].decode("latin-1")
+    try:
+        return dict(parse_qsl(text, max_num_fields=limits.QUERY_FIELDS, keep_blank_values=True))
+    except ValueError:
+        return {}
+
+
+def _own_page(wanted: str) -> str:
+    """Return a page of the dashboard; the first one for anything else."""
+    is_own = wanted.startswith(f"{PAGES}/") and "\\" not in wanted and urlsplit(wanted).netloc == ""
+    return wanted if is_own else PAGES
+
+
+def _redirect_uri(request: GatewayRequest) -> str:
+    return public_address.base_url(request) + CALLBACK
+
+
+def _root(request: GatewayRequest) -> str:
+    return urlsplit(request.gateway.settings.public_url).path.rstrip("/")

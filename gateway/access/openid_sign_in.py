@@ -1,0 +1,281 @@
+"""Sign-in with an OpenID Connect provider: a browser's way to the provider and back, and the user behind it."""
+
+from __future__ import annotations
+
+import secrets
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from ipaddress import ip_network
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+import msgspec
+from sqlalchemy import select, update
+from sqlmodel import col
+
+from gateway.access import audit_log
+from gateway.access.invitation_acceptor import hash_invitation
+from gateway.access.openid_provider import OpenIdClient, OpenIdProvider
+from gateway.access.session_shapes import hash_session
+from json_text import decoding
+from models import access_store, browser_session, invitation, user_identity
+from models.access import SCOPES_OF_ROLES, ApiCaller, ApiKey, User, UserRole
+from models.audit import AuditAction
+from models.encryption import EncryptedText, SecretCorrupted, SecretVault, UnknownSecret
+from models.invitation import Invitation
+from nodes.outbound_http import OutboundClient, OutboundPolicy
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.access.openid_provider import ProviderClaims
+    from gateway.settings import GatewaySettings
+    from models.database import Database
+
+ATTEMPT_LIFETIME: Final = timedelta(minutes=10)
+"""Time that a person may take at the provider."""
+PURPOSE: Final = b"pilotflame sign-in attempt"
+SECRET_BYTES: Final = 32
+MAX_ANSWER_BYTES: Final = 1_000_000
+
+
+class SignInAttempt(msgspec.Struct, frozen=True):
+    """Sign-in that has begun, kept encrypted in a cookie of the browser."""
+
+    state: str
+    nonce: str
+    verifier: str
+    next: str
+    began_at: datetime
+    links: str = ""
+    """Id of the signed-in user to connect the identity with; empty for a sign-in."""
+
+
+class NoAccount(Exception):
+    """No user of this server has the identity, and no invitation is for its address."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenIdSignIn:
+    """Sign-ins of one process with its provider."""
+
+    provider: OpenIdProvider
+    database: Database
+    vault: SecretVault
+    secret: bytes
+    """Server secret under which keys are hashed."""
+
+    async def begin(self, redirect_uri: str, next_page: str, links: str) -> tuple[str, str]:
+        """Return the address of the provider, and the cookie's value that belongs to it."""
+        state, nonce, verifier = (secrets.token_urlsafe(SECRET_BYTES) for _ in range(3))
+        url = await self.provider.authorization_url(redirect_uri, state=state, nonce=nonce, verifier=verifier)
+        attempt = SignInAttempt(state, nonce, verifier, next_page, self.database.clock.now(), links)
+        return url, self._seal(attempt)
+
+    def read_attempt(self, cookie: str | None, state: str) -> SignInAttempt | None:
+        """Return the attempt of a cookie, if the state of the provider's answer belongs to it."""
+        attempt = None if cookie is None else self._open(cookie)
+        if attempt is None or not secrets.compare_digest(attempt.state.encode(), state.encode()):
+            return None
+        age = self.database.clock.now() - attempt.began_at
+        return attempt if age <= ATTEMPT_LIFETIME else None
+
+    async def sign_in(self, claims: ProviderClaims, user_agent: str, replaces: str | None) -> str:
+        """Create a session of the user with an identity; return its secret.
+
+        An open invitation for the person's verified address makes the user. Raises `NoAccount`.
+        """
+        now = self.database.clock.now()
+
+        async def make(connection: AsyncConnection) -> str:
+            user, key_id = await self._find_user(connection, claims, now)
+            return await self._create_session(connection, user, key_id, user_agent, now, replaces)
+
+        return await self.database.transaction(make)
+
+    async def link(self, claims: ProviderClaims, organization_id: str, user_id: str) -> None:
+        """Connect an identity with a user who is signed in; raises `IdentityTaken`."""
+        now = self.database.clock.now()
+
+        async def connect(connection: AsyncConnection) -> None:
+            found = await user_identity.find_identity(connection, claims.issuer, claims.subject)
+            if found is not None and found.user_id == user_id:
+                return
+            if found is not None:
+                raise user_identity.IdentityTaken(f"The identity belongs to another user than {user_id}")
+            user = await access_store.find_user(connection, organization_id, user_id)
+            if user is not None:
+                await self._connect(connection, user, claims, now)
+
+        await self.database.transaction(connect)
+
+    async def _find_user(
+        self, connection: AsyncConnection, claims: ProviderClaims, now: datetime
+    ) -> tuple[User, str]:
+        """Return the user of an identity, and the id of the key that its sessions stand for."""
+        found = await user_identity.find_identity(connection, claims.issuer, claims.subject)
+        if found is None:
+            user = await self._accept_invitation(connection, claims, now)
+            return user, await self._connect(connection, user, claims, now)
+        user_of = await access_store.find_user(connection, found.organization_id, found.user_id)
+        if user_of is None:
+            raise NoAccount
+        extended = await connection.execute(
+            update(ApiKey)
+            .where(col(ApiKey.id) == found.key_id, col(ApiKey.revoked_at).is_(None))
+            .values(expires_at=now + browser_session.LIFETIME)
+        )
+        if extended.rowcount == 1:
+            return user_of, found.key_id
+        key_id = await self._create_key(connection, user_of, claims, now)
+        await user_identity.set_key(connection, found, key_id)
+        return user_of, key_id
+
+    async def _accept_invitation(
+        self, connection: AsyncConnection, claims: ProviderClaims, now: datetime
+    ) -> User:
+        statement = (
+            select(Invitation)
+            .where(
+                col(Invitation.email) == claims.email,
+                col(Invitation.accepted_at).is_(None),
+                col(Invitation.revoked_at).is_(None),
+                col(Invitation.expires_at) > now,
+            )
+            .order_by(col(Invitation.created_at).desc())
+            .limit(1)
+        )
+        row = (await connection.execute(statement)).mappings().first() if claims.email else None
+        if row is None:
+            raise NoAccount
+        one = Invitation(**row)
+        organization = await access_store.find_organization(connection, one.organization_id)
+        if organization is None or not await invitation.take_invitation(connection, one, now):
+            raise NoAccount
+        user = await access_store.create_user(
+            connection,
+            organization=organization,
+            email=one.email,
+            name=claims.name[:200],
+            role=UserRole(one.role),
+            now=now,
+        )
+        await invitation.record_user(connection, one, user.id)
+        author = _caller_of(user, "openid")
+        for action, object_id, before, after in (
+            (AuditAction.INVITATION_ACCEPTED, one.id, hash_invitation(one), None),
+            (AuditAction.USER_CREATED, user.id, None, audit_log.hash_content(user)),
+        ):
+            await audit_log.record_change(connection, author, action, object_id, before=before, after=after)
+        return user
+
+    async def _connect(
+        self, connection: AsyncConnection, user: User, claims: ProviderClaims, now: datetime
+    ) -> str:
+        """Connect an identity with a user, and return the id of a new key for its sessions."""
+        key_id = await self._create_key(connection, user, claims, now)
+        await user_identity.add_identity(
+            connection, user, issuer=claims.issuer, subject=claims.subject, key_id=key_id, now=now
+        )
+        await audit_log.record_change(
+            connection,
+            _caller_of(user, key_id),
+            AuditAction.IDENTITY_CONNECTED,
+            user.id,
+            before=None,
+            after=browser_session.hash_secret(f"{claims.issuer} {claims.subject}"),
+        )
+        return key_id
+
+    async def _create_key(
+        self, connection: AsyncConnection, user: User, claims: ProviderClaims, now: datetime
+    ) -> str:
+        """Create the key that sessions of an identity stand for; nobody ever sees its text."""
+        made = await access_store.create_key(
+            connection,
+            user=user,
+            name=f"Sign-in by {urlsplit(claims.issuer).netloc}"[:100],
+            scopes=SCOPES_OF_ROLES[UserRole(user.role)],
+            secret=self.secret,
+            now=now,
+            expires_at=now + browser_session.LIFETIME,
+        )
+        after = audit_log.hash_content(made.row)
+        await audit_log.record_change(
+            connection,
+            _caller_of(user, made.row.id),
+            AuditAction.KEY_CREATED,
+            made.row.id,
+            before=None,
+            after=after,
+        )
+        return made.row.id
+
+    async def _create_session(
+        self,
+        connection: AsyncConnection,
+        user: User,
+        key_id: str,
+        user_agent: str,
+        now: datetime,
+        replaces: str | None,
+    ) -> str:
+        caller = _caller_of(user, key_id)
+        row, secret = await browser_session.create_session(
+            connection, caller, user_agent=user_agent, now=now, replaces=replaces
+        )
+        await audit_log.record_change(
+            connection, caller, AuditAction.SESSION_CREATED, row.id, before=None, after=hash_session(row)
+        )
+        return secret
+
+    def _seal(self, attempt: SignInAttempt) -> str:
+        sealed = self.vault.encrypt(msgspec.json.encode(attempt), organization_id="", object_id="attempt")
+        return f"{sealed.secret_id}.{urlsafe_b64encode(sealed.content).decode().rstrip('=')}"
+
+    def _open(self, cookie: str) -> SignInAttempt | None:
+        secret_id, _, text = cookie.partition(".")
+        try:
+            content = urlsafe_b64decode(text + "=" * (-len(text) % 4))
+            opened = self.vault.decrypt(
+                EncryptedText(secret_id, content), organization_id="", object_id="attempt"
+            )
+        except (ValueError, UnknownSecret, SecretCorrupted):
+            return None
+        return decoding.decode(opened, SignInAttempt)
+
+
+def build_openid_sign_in(settings: GatewaySettings, database: Database) -> OpenIdSignIn | None:
+    """Return the sign-in with the provider of the settings; None without one."""
+    if not settings.openid_issuer:
+        return None
+    secret = settings.openid_client_secret
+    client = OpenIdClient(
+        issuer=settings.openid_issuer,
+        client_id=settings.openid_client_id,
+        client_secret="" if secret is None else secret.get_secret_value(),
+        scopes=settings.openid_scopes,
+    )
+    # The operator chooses the provider, which may be in a private network.
+    everywhere = tuple(ip_network(one) for one in ("0.0.0.0/0", "::/0"))
+    policy = OutboundPolicy(allowed_networks=everywhere, max_response_bytes=MAX_ANSWER_BYTES)
+    return OpenIdSignIn(
+        provider=OpenIdProvider(client, OutboundClient(policy)),
+        database=database,
+        # It seals attempts, and opens nothing else of the server.
+        vault=SecretVault(settings.secret, settings.previous_secrets, purpose=PURPOSE),
+        secret=settings.secret,
+    )
+
+
+def _caller_of(user: User, key_id: str) -> ApiCaller:
+    role = UserRole(user.role)
+    return ApiCaller(
+        key_id=key_id,
+        user_id=user.id,
+        organization_id=user.organization_id,
+        shard=user.shard,
+        role=role,
+        scopes=SCOPES_OF_ROLES[role],
+    )
