@@ -97,6 +97,8 @@ POD_MEBIBYTES: Final = 16_384
 """MiB of memory of each pod of a workflow."""
 POD_LOG_LINES: Final = 1_000
 """Log lines of a workflow's pods at once."""
+TIMELINE_LANES: Final = 50
+"""Workflows of a timeline at once."""
 PREVIEW_RUNS: Final = 10_000
 """Recent runs that the preview of a lifecycle policy evaluates."""
 

@@ -39,6 +39,7 @@ from gateway.ingest import (
     mail_addresses,
     organization_dead_letters,
     schedule,
+    schedule_timeline,
     trigger_tokens,
 )
 
@@ -97,6 +98,14 @@ ROUTES: Final[Sequence[Route]] = (
         schedule.index,
         answer=schedule.ScheduleList,
         query=schedule.LISTED,
+    ),
+    Route(
+        "GET",
+        "/api/v1/schedules/timeline",
+        READ,
+        schedule_timeline.timeline,
+        answer=schedule_timeline.ScheduleTimeline,
+        query=schedule_timeline.LISTED,
     ),
     Route(
         "GET",

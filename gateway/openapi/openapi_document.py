@@ -81,6 +81,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
         "Queues": ("enqueue", "enqueue_batch"),
         "Mail": ("email_trigger", "mail_addresses"),
         "Webhooks": ("trigger_tokens", "hooks"),
+        "Schedule": ("schedule", "schedule_timeline"),
         "Deliveries": ("deliveries", "intake_samples", "dead_letters", "organization_dead_letters"),
         "Executions": ("executions", "inputs", "run_graphs", "span_comparison"),
         "Bulk": ("bulk", "bulk_replay"),

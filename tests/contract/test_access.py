@@ -596,6 +596,7 @@ ROWS = [
     read_row("POST", "/dead-letters/redrive", scope=EXECUTE),
     AccessRow("POST", f"{WORKFLOW}/dead-letters/purge", EXECUTE, WRITERS, create_workflow),
     AccessRow("GET", "/api/v1/schedules", READ, OWN),
+    AccessRow("GET", "/api/v1/schedules/timeline", READ, OWN),
     AccessRow("GET", "/api/v1/deliveries", READ, OWN),
     AccessRow("POST", "/api/v1/deliveries/redrive", EXECUTE, OWN, body={"filter": {"outcome": "rejected"}}),
     AccessRow("GET", "/api/v1/dead-letters", READ, OWN),

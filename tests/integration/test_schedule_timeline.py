@@ -1,0 +1,161 @@
+"""Timeline of schedules and pods: coming times, windows, wakes with their reasons, for those who may see them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.dashboard.pages import schedule_list
+from models import ids
+from models.deployment import Deployment, LifecycleDecision
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
+from tests.integration.test_dashboard import sign_in
+from tests.integration.test_gateway_deliveries import get_json
+from tests.integration.test_gateway_enqueue import WORKFLOWS
+from tests.integration.test_schedules import create_active_workflow
+
+TIMELINE = "/api/v1/schedules/timeline"
+NIGHTLY = {
+    "type": "scheduled-window",
+    "schedule": {
+        "timezone": "Europe/Berlin",
+        "windows": [{"days": [0, 1, 2, 3, 4, 5, 6], "startTime": "22:00", "endTime": "06:00"}],
+    },
+}
+
+
+async def deploy(
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    decisions: list[tuple[float, str, str, int]],
+) -> None:
+    """Insert a deployment with decisions: the hours since, action, reason and pods of each."""
+    now, owner = harness.gateway.clock(), people.owner.user
+
+    async def make(connection: AsyncConnection) -> None:
+        of_owner: dict[str, Any] = {
+            "organization_id": owner.organization_id,
+            "shard": owner.shard,
+            "workflow_id": workflow_id,
+        }
+        row = Deployment(definition_hash="hash", version=1, created_at=now, updated_at=now, **of_owner)
+        await connection.execute(insert(Deployment).values(row.model_dump()))
+        for hours, action, reason, replicas in decisions:
+            one = LifecycleDecision(
+                id=ids.new_id("decision"),
+                at=now - timedelta(hours=hours),
+                action=action,
+                reason=reason,
+                replicas=replicas,
+                user_id=owner.id if reason == "by-hand" else None,
+                inputs={},
+                **of_owner,
+            )
+            await connection.execute(insert(LifecycleDecision).values(one.model_dump()))
+
+    await harness.gateway.database.transaction(make)
+
+
+async def test_a_timeline_has_coming_times_windows_and_the_time_with_pods(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hourly = await create_active_workflow(people.owner, {"cron": "0 * * * *", "timezone": "Asia/Kolkata"})
+    dense = await create_active_workflow(people.owner, {"intervalSeconds": 1})
+    await people.owner.api.put(f"{WORKFLOWS}/{hourly}/lifecycle", json=NIGHTLY)
+    ledger = [
+        (20.0, "start", "window-open", 1),
+        (5.0, "drain", "window-closed", 1),
+        (4.5, "stop", "drained", 0),
+        (3.0, "start", "by-hand", 1),
+        (2.0, "stop", "idle", 0),
+        (0.5, "wake", "run-due", 2),
+    ]
+    await deploy(harness, people, hourly, ledger)
+    shown = await get_json(people.owner, TIMELINE)
+    now = datetime.fromisoformat(shown["now"])
+    assert datetime.fromisoformat(shown["since"]) == now - timedelta(hours=6)
+    assert datetime.fromisoformat(shown["until"]) == now + timedelta(hours=24)
+    assert shown["count"] == 2
+    lanes = {one["workflowId"]: one for one in shown["workflows"]}
+    lane = lanes[hourly]
+    assert (len(lane["ticks"]), lane["ticksAreCut"]) == (24, False)
+    assert all(one["at"] > shown["now"] and one["localTime"].endswith("+05:30") for one in lane["ticks"])
+    assert [one["at"][14:16] for one in lane["ticks"]] == ["30"] * 24
+    assert (len(lanes[dense]["ticks"]), lanes[dense]["ticksAreCut"]) == (48, True)
+    windows = [[datetime.fromisoformat(one[name]) for name in ("start", "end")] for one in lane["windows"]]
+    assert sum((end - start for start, end in windows), timedelta()) <= timedelta(hours=16)
+    assert all(shown["since"] <= one["start"] < one["end"] <= shown["until"] for one in lane["windows"])
+    spans = [(one["reason"], one["isByHand"], one["isOpen"]) for one in lane["awake"]]
+    assert spans == [(None, False, False), ("by-hand", True, False), ("run-due", False, True)]
+    assert lane["awake"][0]["start"] == shown["since"]
+    assert lane["awake"][2]["end"] == shown["now"]
+    reasons = [one["reason"] for one in shown["decisions"]]
+    assert reasons == ["run-due", "idle", "by-hand", "drained", "window-closed"]
+    assert shown["decisions"][2]["userId"] == people.owner.user.id
+
+
+async def test_a_timeline_is_for_those_who_may_read_the_workflows(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner, {"intervalSeconds": 60})
+    await deploy(harness, people, workflow_id, [(1.0, "wake", "run-due", 1)])
+    for person, count in ((people.admin, 1), (people.colleague, 0), (people.stranger, 0)):
+        shown = await get_json(person, TIMELINE)
+        assert (shown["count"], len(shown["decisions"])) == (count, count)
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    [paused] = (await get_json(people.owner, TIMELINE))["workflows"]
+    assert (paused["ticks"], paused["isDeployed"]) == ([], True)
+    for query in ("hours=0", "hours=337", "limit=51", "until=now"):
+        assert_refused(await people.owner.api.get(f"{TIMELINE}?{query}"), 400, "invalid-query")
+
+
+async def test_the_page_draws_ghosts_of_coming_times_and_the_ledger(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner, {"cron": "0 * * * *"})
+    await deploy(
+        harness, people, workflow_id, [(1.0, "wake", "run-due", 1), (0.5, "stop", "no-more-runs", 0)]
+    )
+    browser = await sign_in(harness, people.owner.key)
+    page = await browser.get("/dashboard/schedule")
+    assert page.text.count('class="tick"') == 24
+    assert 'class="awake"' in page.text
+    assert "a run was due" in page.text
+    assert "no run was left" in page.text
+    week = await browser.get("/dashboard/schedule?hours=168")
+    assert 'class="dense"' in week.text  # 168 times are more than 48
+    assert (await browser.get("/dashboard/schedule?hours=nonsense")).status_code == 200
+
+
+def timeline_lane(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a lane
+    return {"windows": [], "awake": [], "ticks": [], "ticksAreCut": False, "lastRunAt": None, **fields}
+
+
+@pytest.mark.parametrize(
+    ("lane", "marks"),
+    [
+        (timeline_lane(), []),
+        (
+            timeline_lane(windows=[{"start": "2026-01-01T00:00:00Z", "end": "2026-01-01T06:00:00Z"}]),
+            [("window", 0.0, 50.0)],
+        ),
+        (
+            timeline_lane(ticks=[{"at": "2026-01-01T09:00:00Z", "localTime": "", "isByClockChange": True}]),
+            [("clock", 75.0, 0)],
+        ),
+        (timeline_lane(lastRunAt="2026-01-01T03:00:00Z"), [("ran", 25.0, 0)]),
+        (timeline_lane(lastRunAt="2025-12-31T03:00:00Z"), []),
+    ],
+)
+def test_marks_lie_at_their_share_of_the_time(
+    lane: dict[str, Any], marks: list[tuple[str, float, float]]
+) -> None:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    axis = schedule_list.TimeAxis(start, start + timedelta(hours=2), start + timedelta(hours=12))
+    assert [(one.kind, one.x, one.width) for one in schedule_list.build_marks(lane, axis)] == marks
+    assert axis.labels(3) == [(25.0, "03"), (50.0, "06"), (75.0, "09")]
