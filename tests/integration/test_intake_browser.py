@@ -1,0 +1,332 @@
+"""Journeys in a browser: a mail arrives, an approval by link, an invitation, a viewer, and a revoked key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from models import access_store
+from models.access import Organization, UserRole
+from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
+from tests.integration.dashboard_visit import AXE, LOADED, RUN_AXE
+from tests.integration.gateway_harness import STEP, GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.test_approvals import ask, make_link
+from tests.integration.test_gateway_deliveries import enqueue
+from tests.integration.test_gateway_enqueue import WORKFLOWS
+from tests.integration.test_invitations import invite
+from tests.integration.test_organization_intake import fail_alike
+from tests.integration.test_waiting_runs import serve_worker, wait_until_ended
+from tests.services import PostgresServer
+from tests.signed_requests import SendGrid, SignedRequest
+
+pytestmark = needs_chromium
+
+HOSTILE = "<img src=x onerror=alert(1)>{{ 7 * 7 }}"
+EMPTY = ("/dashboard/deliveries", "/dashboard/dead-letters", "/dashboard/schedule", "/dashboard/keys")
+FULL = (
+    "/dashboard/deliveries",
+    "/dashboard/deliveries?outcome=rejected",
+    "/dashboard/deliveries?outcome=lost",
+    "/dashboard/dead-letters",
+    "/dashboard/workflows/{email}/trigger",
+    "/dashboard/workflows/{email}/trigger?sender=mailgun",
+    "/dashboard/workflows/{email}/trigger?sender=ses",
+    "/dashboard/workflows/{email}/trigger?sender=other",
+    "/dashboard/workflows/{webhook}/trigger",
+    "/dashboard/workflows/{webhook}/trigger?sender=other",
+    "/dashboard/workflows/{queue}/trigger",
+    "/dashboard/workflows/{event}/trigger",
+    "/dashboard/workflows/{schedule}/trigger",
+    "/dashboard/schedule",
+    "/dashboard/schedule?hours=168",
+    "/dashboard/keys",
+    "/sign-in?problem=no-account",
+    "/invitation#{invitation}",
+)
+TRIGGERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "queue": ("queue-trigger", {}),
+    "email": ("email-trigger", {}),
+    "webhook": ("webhook", {}),
+    "event": ("event-trigger", {"event_type": "order.paid"}),
+    "schedule": ("schedule-trigger", {"cron": "0 * * * *"}),
+}
+
+
+@dataclass(frozen=True)
+class IntakeVisit:
+    """Browser, and a gateway that has received requests of all kinds."""
+
+    harness: GatewayHarness
+    people: OrganizationUsers
+    url: str
+    page: BrowserPage
+    names: dict[str, str]
+    """Ids of workflows by their kind of trigger, and the fragment of an invitation."""
+
+    async def show(self, path: str) -> None:
+        path = path.format(**self.names)
+        # A change of the fragment alone would not load the page.
+        await self.page.call("Page.navigate", url="about:blank")
+        await self.page.wait_for("location.href === 'about:blank'")
+        await self.page.open(self.url + path, f"{LOADED} && document.querySelector('h1') !== null")
+
+    async def sign_in(self, key: str) -> None:
+        await self.show("/sign-in")
+        await self.page.call("Network.clearBrowserCookies")
+        body = json.dumps({"key": key})
+        options = f"{{method: 'POST', headers: {{'Content-Type': 'application/json'}}, body: {body!r}}}"
+        assert await self.page.evaluate(f"fetch('/session', {options}).then(answer => answer.status)") == 201
+
+    async def look(self, width: int, scheme: str) -> None:
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        await self.page.call("Emulation.setDeviceMetricsOverride", **size)
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        await self.page.call("Emulation.setEmulatedMedia", features=media)
+
+
+def graph_of(trigger: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": HOSTILE,
+        "status": "active",
+        "nodes": [{"id": "start", "nodeId": trigger, "label": HOSTILE, "config": config}, STEP],
+        "connections": [{"sourceNodeId": "start", "targetNodeId": "step"}],
+    }
+
+
+@pytest.fixture(scope="module")
+async def visit(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[IntakeVisit]:
+    folder: Path = tmp_path_factory.mktemp("intake")
+    async with (
+        create_gateway("sqlite", postgres, folder) as harness,
+        serve_gateway(harness) as url,
+        open_page(folder / "profile") as page,
+    ):
+        people = await harness.people()
+        names = {kind: await people.admin.create(**graph_of(*one)) for kind, one in TRIGGERS.items()}
+        runs = [await enqueue(people.admin, names["queue"], {"text": HOSTILE}) for _ in range(3)]
+        await fail_alike(harness, runs[:2], HOSTILE, node_id="step")
+        queue = f"{WORKFLOWS}/{names['queue']}"
+        await people.admin.api.put(f"{queue}/status", json={"status": "draft"})
+        await people.admin.api.post(f"{queue}/enqueue", json={"message": 1})
+        await people.admin.api.put(f"{queue}/status", json={"status": "active"})
+        anonymous = await harness.client()
+        await anonymous.post(f"{WORKFLOWS}/{names['webhook']}/email-trigger", json={})
+        await harness.gateway.samples.drain()
+        names["invitation"] = (await invite(people.admin))["url"].partition("#")[2]
+        yield IntakeVisit(harness, people, url, page, names)
+
+
+async def require_accessible(visit: IntakeVisit, path: str) -> None:
+    """Check that a page has no violation, fits, and breaks no policy, in both schemes and at two widths."""
+    visit.page.problems.clear()
+    await visit.show(path)
+    await visit.page.evaluate(f"{AXE}; 0")
+    for width, scheme in ((1280, "light"), (1280, "dark"), (320, "light"), (320, "dark")):
+        await visit.look(width, scheme)
+        assert await visit.page.evaluate(RUN_AXE) == [], (path, width, scheme)
+        assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+    assert await visit.page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+    problems = [one for one in visit.page.problems if "400 (Bad Request)" not in one]
+    assert problems == []
+
+
+@pytest.mark.parametrize("path", FULL)
+async def test_full_pages_of_intake_have_no_violation_of_accessibility(visit: IntakeVisit, path: str) -> None:
+    await visit.sign_in(visit.people.admin.key)
+    await require_accessible(visit, path)
+
+
+async def test_empty_pages_of_intake_have_no_violation_of_accessibility(visit: IntakeVisit) -> None:
+    await visit.sign_in(visit.people.stranger.key)
+    for path in EMPTY:
+        await require_accessible(visit, path)
+
+
+async def test_a_mail_of_sendgrid_appears_on_the_open_page_of_its_trigger(visit: IntakeVisit) -> None:
+    page, send_grid = visit.page, SendGrid()
+    workflow_id = await visit.people.owner.create(**graph_of("email-trigger", {}))
+    await visit.sign_in(visit.people.owner.key)
+    await visit.look(1280, "light")
+    await visit.show(f"/dashboard/workflows/{workflow_id}/trigger")
+    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+    assert await page.evaluate("document.querySelector('.title .pill').innerText.trim()") == (
+        "Waiting for the first delivery…"
+    )
+    # The first mail is not signed by a known key; the page says so while it stays open.
+    address = await page.evaluate("document.querySelector('#url').textContent")
+    sender = await visit.harness.client()
+    mail = send_grid.mail(1)
+    path = address.removeprefix(visit.url)
+    refused = await sender.post(path, content=mail.body, headers=dict(mail.headers))
+    assert refused.status_code == 401
+    await page.wait_for("document.querySelector('.banner.failed') !== null")
+    # What is typed stays while the page updates itself.
+    public_key = send_grid.public_key
+    await page.evaluate(
+        f"(field => {{ field.value = {public_key!r}; field.dispatchEvent(new Event('input', {{bubbles: true}}));"
+        " field.blur() })(document.querySelector('#public-key'))"
+    )
+    await page.click("form[data-request^='PUT'] button[type=submit]")
+    await page.wait_for(
+        "document.querySelectorAll('.steps .no.done').length >= 3"
+        " && document.querySelector('#public-key').value !== ''"
+    )
+    await page.evaluate("window.isSamePage = true")
+    accepted = await post_until_accepted(sender, path, send_grid.mail(2))
+    await page.wait_for("document.querySelector('.title .pill').innerText.trim() === 'Receiving'")
+    assert await page.evaluate("document.querySelector('.banner.failed') === null")
+    run = accepted.json()["executionId"]
+    assert await page.evaluate(f"document.querySelector('a[href$=\"{run}\"]') !== null")
+    assert await page.evaluate("window.isSamePage === true")
+    page.problems.clear()
+
+
+async def post_until_accepted(sender: httpx2.AsyncClient, path: str, mail: SignedRequest) -> httpx2.Response:
+    """Send a mail like its service, which repeats it: the gateway may know the earlier config for a moment."""
+    async with asyncio.timeout(30):
+        while True:
+            answer = await sender.post(path, content=mail.body, headers=dict(mail.headers))
+            if answer.status_code == 201:
+                return answer
+            await asyncio.sleep(0.2)
+
+
+async def test_a_test_message_is_sent_from_the_page_and_arrives_beside_it(visit: IntakeVisit) -> None:
+    page = visit.page
+    workflow_id = await visit.people.owner.create(**graph_of("queue-trigger", {}))
+    await visit.sign_in(visit.people.owner.key)
+    await visit.show(f"/dashboard/workflows/{workflow_id}/trigger")
+    await page.click("form[data-request$='/enqueue'] button[type=submit]")
+    await page.wait_for("document.querySelector('.title .pill').innerText.trim() === 'Receiving'")
+    await page.evaluate("document.querySelector('#message').value = 'no JSON'")
+    await page.click("form[data-request$='/enqueue'] button[type=submit]")
+    assert "no JSON" in await page.evaluate("document.querySelector('#message').validationMessage")
+    assert page.problems == []
+
+
+async def test_dead_letters_are_redriven_after_their_number_is_typed(visit: IntakeVisit) -> None:
+    page = visit.page
+    workflow_id = await visit.people.owner.create(**graph_of("queue-trigger", {}))
+    runs = [await enqueue(visit.people.owner, workflow_id, number) for number in range(2)]
+    await fail_alike(visit.harness, runs, "Broken", node_id="step")
+    await visit.sign_in(visit.people.owner.key)
+    await visit.show("/dashboard/dead-letters")
+    await page.click("details.confirm > summary")
+    field, button = "details.confirm[open] .input", "details.confirm[open] button[type=submit]"
+    await page.fill(field, "3")
+    await page.click(button)
+    assert await page.evaluate(f"!document.querySelector({field!r}).checkValidity()")
+    await page.fill(field, "2")
+    await page.click(button)
+    await page.wait_for("document.querySelector('.empty') !== null")
+    assert "2 redriven" in await page.evaluate("document.querySelector('#toast').textContent")
+    assert page.problems == []
+
+
+async def test_an_invitation_is_accepted_and_signs_in(visit: IntakeVisit) -> None:
+    page = visit.page
+    made = await invite(visit.people.admin, email="new@example.com", role="viewer")
+    await page.call("Network.clearBrowserCookies")
+    await visit.look(390, "light")
+    await visit.show(f"/invitation{made['url'].partition('/invitation')[2]}")
+    await page.wait_for("!document.querySelector('#invitation button').disabled")
+    assert "a viewer" in await page.evaluate("document.querySelector('#terms').textContent")
+    await page.fill("#name", HOSTILE)
+    await page.click("#invitation button")
+    await page.wait_for("!document.querySelector('#accepted').hidden")
+    assert (await page.evaluate("document.querySelector('#new-key').textContent")).startswith("sk-")
+    assert await page.evaluate("location.hash") == ""
+    await page.click("#accepted a.button")
+    await page.wait_for(f"location.pathname === '/dashboard/overview' && {LOADED}")
+    await visit.show("/dashboard/keys")
+    assert HOSTILE in await page.evaluate("document.body.textContent")
+    assert await page.evaluate("document.querySelectorAll('img').length") == 0
+    assert page.problems == []
+
+
+async def test_an_approval_by_link_takes_one_answer_on_a_phone(visit: IntakeVisit) -> None:
+    page = visit.page
+    async with serve_worker(visit.harness):
+        execution_id = await ask(visit.people, description="They replace those of yesterday.")
+        link = await make_link(visit.harness, execution_id, "mira@example.com")
+        await page.call("Network.clearBrowserCookies")
+        await visit.show(link.path)
+        await page.evaluate(f"{AXE}; 0")
+        for width, scheme in ((390, "light"), (390, "dark"), (320, "light")):
+            await visit.look(width, scheme)
+            assert await page.evaluate(RUN_AXE) == []
+            assert await page.evaluate("document.documentElement.scrollWidth") <= width
+        heights = await page.evaluate(
+            "[...document.querySelectorAll('button')].map(one => one.getBoundingClientRect().height)"
+        )
+        assert min(heights) >= 44
+        assert await page.evaluate("document.querySelectorAll('nav, script').length") == 0
+        await page.click("button[value=yes]")
+        await page.wait_for(f"{LOADED} && document.querySelector('button') === null")
+        await wait_until_ended(visit.people.owner, execution_id)
+    span = (await visit.people.owner.api.get(f"/api/v1/executions/{execution_id}/spans/ask")).json()
+    assert span["port"] == "yes"
+    assert page.problems == []
+
+
+async def test_a_viewer_sees_the_pages_and_cannot_act(visit: IntakeVisit) -> None:
+    page = visit.page
+    for kind in TRIGGERS:
+        path = f"{WORKFLOWS}/{visit.names[kind]}/visibility"
+        assert (await visit.people.admin.api.put(path, json={"isPublic": True})).status_code == 200
+    viewer = await visit.harness.person(await find_organization(visit), UserRole.VIEWER)
+    await visit.sign_in(viewer.key)
+    await visit.look(1280, "light")
+    for path in (
+        "/dashboard/deliveries",
+        "/dashboard/dead-letters",
+        "/dashboard/schedule",
+        *(f"/dashboard/workflows/{{{kind}}}/trigger" for kind in TRIGGERS),
+        "/dashboard/workflows/{queue}",
+    ):
+        await visit.show(path)
+        forms = "[...document.querySelectorAll('main form[data-request]')].map(one => one.dataset.request)"
+        assert await page.evaluate(forms) == [], path
+    assert page.problems == []
+    for method, path in (
+        ("POST", f"{WORKFLOWS}/{visit.names['queue']}/enqueue"),
+        ("POST", "/api/v1/dead-letters/redrive"),
+        ("PUT", f"{WORKFLOWS}/{visit.names['queue']}/status"),
+        ("POST", "/api/v1/auth/invitations"),
+    ):
+        options = f"{{method: {method!r}, headers: {{'Content-Type': 'application/json'}}, body: '{{}}'}}"
+        assert await page.evaluate(f"fetch({path!r}, {options}).then(answer => answer.status)") == 403, path
+    page.problems.clear()  # the browser logs the refusals
+
+
+async def test_a_revoked_key_ends_the_session_of_an_open_page(visit: IntakeVisit) -> None:
+    page = visit.page
+    person = await visit.harness.person(await find_organization(visit))
+    await visit.sign_in(person.key)
+    await visit.show("/dashboard/deliveries")
+    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+    key_id = (await person.api.get("/api/v1/auth/whoami")).json()["keyId"]
+    assert (await visit.people.admin.api.delete(f"/api/v1/auth/keys/{key_id}")).status_code == 204
+    # The next change makes the page load itself again, and it has no session any more.
+    for number in range(20):
+        await enqueue(visit.people.admin, visit.names["queue"], number)
+        if await page.evaluate("location.pathname === '/sign-in'"):
+            break
+    await page.wait_for("location.pathname === '/sign-in' && location.search.includes('deliveries')")
+    page.problems.clear()
+
+
+async def find_organization(visit: IntakeVisit) -> Organization:
+    async with visit.harness.gateway.database.read() as connection:
+        found = await access_store.find_organization(connection, visit.people.admin.user.organization_id)
+    assert found is not None
+    return found
