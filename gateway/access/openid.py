@@ -11,6 +11,9 @@ import structlog
 from gateway.access import sign_in
 from gateway.http import errors, limits, public_address
 from gateway.http.cached_text import RedirectResponse
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import StrictWire, WireStruct, decode_body
 from models import browser_session
 from models.access_store import EmailTaken
 
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from gateway.access.openid_sign_in import OpenIdSignIn, SignInAttempt
-    from gateway.http.request import GatewayRequest
     from gateway.http.session_cookies import SessionCookie
 
 log = structlog.get_logger()
@@ -27,6 +29,18 @@ CALLBACK: Final = "/session/openid/callback"
 PAGES: Final = "/dashboard"
 ATTEMPT_SECONDS: Final = 600
 """Time that a person may take at the provider."""
+
+
+class BeginInvitation(StrictWire):
+    """Request body of the page behind an invitation."""
+
+    code: str
+
+
+class ProviderAddress(WireStruct):
+    """Address at which the browser signs in."""
+
+    url: str
 
 
 class RedirectWithCookies:
@@ -62,11 +76,30 @@ async def begin(request: GatewayRequest) -> ASGIApp:
             return _fail(request, cookie, "lost")
         links = caller.user_id
     try:
-        url, attempt = await openid.begin(_redirect_uri(request), _own_page(query.get("next", "")), links)
+        url, attempt = await openid.begin(
+            _redirect_uri(request), _own_page(query.get("next", "")), links=links
+        )
     except ProviderUnavailable as error:
         log.warning("sign-in provider not reached", reason=str(error))
         return _fail(request, cookie, "unavailable")
     return RedirectWithCookies(url, _attempt_cookie(cookie).header(attempt, seconds=ATTEMPT_SECONDS))
+
+
+async def begin_invitation(request: GatewayRequest) -> JsonResponse:
+    """Return the address of the provider for the acceptance of an invitation with an account there."""
+    from gateway.access.openid_provider import ProviderUnavailable  # noqa: PLC0415 - see _require_provider
+
+    cookie, openid = sign_in.require_cookie(request), _require_provider(request)
+    cookie.require_same_origin(request.scope)
+    body = await decode_body(request, BeginInvitation)
+    await request.gateway.invitations.find(request.scope, body.code)
+    try:
+        url, attempt = await openid.begin(_redirect_uri(request), PAGES, invitation_code=body.code)
+    except ProviderUnavailable as error:
+        log.warning("sign-in provider not reached", reason=str(error))
+        raise errors.not_ready("The account provider cannot be reached: try again") from error
+    headers = {"Set-Cookie": _attempt_cookie(cookie).header(attempt, seconds=ATTEMPT_SECONDS)}
+    return JsonResponse(ProviderAddress(url=url), headers=headers)
 
 
 async def finish(request: GatewayRequest) -> ASGIApp:
@@ -125,7 +158,7 @@ async def _finish(
         return RedirectWithCookies(target, forget)
     earlier = cookie.value_of(request.scope)
     replaces = None if earlier is None else browser_session.hash_secret(earlier)
-    secret = await openid.sign_in(claims, request.headers.get("user-agent", ""), replaces)
+    secret = await openid.sign_in(claims, request.headers.get("user-agent", ""), replaces, attempt.invitation)
     if replaces is not None:
         request.gateway.sessions.forget(replaces)
     return RedirectWithCookies(target, cookie.header(secret), forget)

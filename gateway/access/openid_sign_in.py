@@ -20,7 +20,7 @@ from gateway.access.openid_provider import OpenIdClient, OpenIdProvider
 from gateway.access.session_shapes import hash_session
 from json_text import decoding
 from models import access_store, browser_session, invitation, user_identity
-from models.access import SCOPES_OF_ROLES, ApiCaller, ApiKey, User, UserRole
+from models.access import SCOPES_OF_ROLES, ApiCaller, ApiKey, Organization, User, UserRole
 from models.audit import AuditAction
 from models.encryption import EncryptedText, SecretCorrupted, SecretVault, UnknownSecret
 from models.invitation import Invitation
@@ -50,6 +50,8 @@ class SignInAttempt(msgspec.Struct, frozen=True):
     began_at: datetime
     links: str = ""
     """Id of the signed-in user to connect the identity with; empty for a sign-in."""
+    invitation: str = ""
+    """Code of the invitation that is accepted; empty without one."""
 
 
 class NoAccount(Exception):
@@ -66,11 +68,14 @@ class OpenIdSignIn:
     secret: bytes
     """Server secret under which keys are hashed."""
 
-    async def begin(self, redirect_uri: str, next_page: str, links: str) -> tuple[str, str]:
+    async def begin(
+        self, redirect_uri: str, next_page: str, *, links: str = "", invitation_code: str = ""
+    ) -> tuple[str, str]:
         """Return the address of the provider, and the cookie's value that belongs to it."""
         state, nonce, verifier = (secrets.token_urlsafe(SECRET_BYTES) for _ in range(3))
         url = await self.provider.authorization_url(redirect_uri, state=state, nonce=nonce, verifier=verifier)
-        attempt = SignInAttempt(state, nonce, verifier, next_page, self.database.clock.now(), links)
+        now = self.database.clock.now()
+        attempt = SignInAttempt(state, nonce, verifier, next_page, now, links, invitation_code)
         return url, self._seal(attempt)
 
     def read_attempt(self, cookie: str | None, state: str) -> SignInAttempt | None:
@@ -81,15 +86,19 @@ class OpenIdSignIn:
         age = self.database.clock.now() - attempt.began_at
         return attempt if age <= ATTEMPT_LIFETIME else None
 
-    async def sign_in(self, claims: ProviderClaims, user_agent: str, replaces: str | None) -> str:
+    async def sign_in(
+        self, claims: ProviderClaims, user_agent: str, replaces: str | None, invitation_code: str
+    ) -> str:
         """Create a session of the user with an identity; return its secret.
 
-        An open invitation for the person's verified address makes the user. Raises `NoAccount`.
+        The invitation with a code makes the user. Without a code, an open one for the person's verified address
+        does, on a server with one organization: elsewhere, any organization could claim the person. Raises
+        `NoAccount`, and `IdentityTaken` for an identity that has a user already.
         """
         now = self.database.clock.now()
 
         async def make(connection: AsyncConnection) -> str:
-            user, key_id = await self._find_user(connection, claims, now)
+            user, key_id = await self._find_user(connection, claims, invitation_code, now)
             return await self._create_session(connection, user, key_id, user_agent, now, replaces)
 
         return await self.database.transaction(make)
@@ -111,13 +120,15 @@ class OpenIdSignIn:
         await self.database.transaction(connect)
 
     async def _find_user(
-        self, connection: AsyncConnection, claims: ProviderClaims, now: datetime
+        self, connection: AsyncConnection, claims: ProviderClaims, invitation_code: str, now: datetime
     ) -> tuple[User, str]:
         """Return the user of an identity, and the id of the key that its sessions stand for."""
         found = await user_identity.find_identity(connection, claims.issuer, claims.subject)
         if found is None:
-            user = await self._accept_invitation(connection, claims, now)
+            user = await self._accept_invitation(connection, claims, invitation_code, now)
             return user, await self._connect(connection, user, claims, now)
+        if invitation_code:
+            raise user_identity.IdentityTaken("The identity has a user already")
         user_of = await access_store.find_user(connection, found.organization_id, found.user_id)
         if user_of is None:
             raise NoAccount
@@ -133,23 +144,14 @@ class OpenIdSignIn:
         return user_of, key_id
 
     async def _accept_invitation(
-        self, connection: AsyncConnection, claims: ProviderClaims, now: datetime
+        self, connection: AsyncConnection, claims: ProviderClaims, invitation_code: str, now: datetime
     ) -> User:
-        statement = (
-            select(Invitation)
-            .where(
-                col(Invitation.email) == claims.email,
-                col(Invitation.accepted_at).is_(None),
-                col(Invitation.revoked_at).is_(None),
-                col(Invitation.expires_at) > now,
-            )
-            .order_by(col(Invitation.created_at).desc())
-            .limit(1)
-        )
-        row = (await connection.execute(statement)).mappings().first() if claims.email else None
-        if row is None:
+        if invitation_code:
+            one = await invitation.find_by_code(connection, invitation_code)
+        else:
+            one = await _find_invitation(connection, claims.email, now)
+        if one is None:
             raise NoAccount
-        one = Invitation(**row)
         organization = await access_store.find_organization(connection, one.organization_id)
         if organization is None or not await invitation.take_invitation(connection, one, now):
             raise NoAccount
@@ -244,6 +246,30 @@ class OpenIdSignIn:
         except (ValueError, UnknownSecret, SecretCorrupted):
             return None
         return decoding.decode(opened, SignInAttempt)
+
+
+async def _find_invitation(connection: AsyncConnection, email: str, now: datetime) -> Invitation | None:
+    """Return the newest open invitation for an address, on a server with one organization."""
+    if not email or not await has_one_organization(connection):
+        return None
+    statement = (
+        select(Invitation)
+        .where(
+            col(Invitation.email) == email,
+            col(Invitation.accepted_at).is_(None),
+            col(Invitation.revoked_at).is_(None),
+            col(Invitation.expires_at) > now,
+        )
+        .order_by(col(Invitation.created_at).desc())
+        .limit(1)
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    return None if row is None else Invitation(**row)
+
+
+async def has_one_organization(connection: AsyncConnection) -> bool:
+    """Return whether the server has exactly one organization."""
+    return len((await connection.execute(select(col(Organization.id)).limit(2))).all()) == 1
 
 
 def build_openid_sign_in(settings: GatewaySettings, database: Database) -> OpenIdSignIn | None:

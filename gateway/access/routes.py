@@ -107,6 +107,7 @@ FOR_BROWSERS: Final[Sequence[Route]] = (
     Route("POST", "/session", AccessRule.PUBLIC, sign_in.create, status=201),
     Route("POST", "/invitation", AccessRule.PUBLIC, invitations.accept, status=201),
     Route("GET", "/session/openid", AccessRule.PUBLIC, openid.begin, status=302),
+    Route("POST", "/session/openid", AccessRule.PUBLIC, openid.begin_invitation),
     Route("GET", openid.CALLBACK, AccessRule.PUBLIC, openid.finish, status=302),
     Route("DELETE", "/session", AccessRule.PUBLIC, sign_in.end, status=204),
 )

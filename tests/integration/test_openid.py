@@ -13,6 +13,7 @@ import pytest
 from joserfc.jwk import ECKey, OctKey
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.access import openid_provider, openid_sign_in
@@ -49,6 +50,16 @@ async def openid() -> AsyncIterator[OpenIdServer]:
 
 
 @pytest.fixture
+def _one_organization(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the server have one organization, although tests share a database."""
+
+    async def has_one(_connection: AsyncConnection) -> bool:
+        return True
+
+    monkeypatch.setattr(openid_sign_in, "has_one_organization", has_one)
+
+
+@pytest.fixture
 async def gateway(harness: GatewayHarness, openid: OpenIdServer) -> AsyncIterator[GatewayHarness]:
     """Gateway that knows the provider, on the same database."""
     changed = await harness.with_settings(openid_issuer=openid.issuer, **SETTINGS)
@@ -77,6 +88,7 @@ async def sign_in(browser: httpx2.AsyncClient, path: str = BEGIN) -> str:
     return path_of(answer.headers["Location"])
 
 
+@pytest.mark.usefixtures("_one_organization")
 async def test_an_invited_person_becomes_a_user_and_signs_in_again(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
 ) -> None:
@@ -105,6 +117,7 @@ async def test_an_invited_person_becomes_a_user_and_signs_in_again(
     assert (await third.get("/api/v1/auth/whoami")).json()["keyId"] != me["keyId"]
 
 
+@pytest.mark.usefixtures("_one_organization")
 async def test_an_unverified_or_absent_address_is_no_invitation(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
 ) -> None:
@@ -139,6 +152,47 @@ async def test_a_signed_in_user_connects_an_identity_from_a_page_of_this_server(
     await other.post("/session", json={"key": people.admin.key})
     assert await sign_in(other, link) == "/sign-in?problem=taken"
     assert (await other.get("/api/v1/auth/whoami")).json()["userId"] == people.admin.user.id
+
+
+async def begin_invitation(browser: httpx2.AsyncClient, code: str) -> str:
+    """Accept an invitation with the provider, and return the path that the browser is led to at last."""
+    begun = await browser.post("/session/openid", json={"code": code})
+    assert begun.status_code == 200, begun.text
+    async with httpx2.AsyncClient() as elsewhere:
+        back = await elsewhere.get(begun.json()["url"])
+    answer = await browser.get(path_of(back.headers["Location"]))
+    return path_of(answer.headers["Location"])
+
+
+async def test_a_link_is_accepted_with_an_account_that_has_another_address(
+    gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
+) -> None:
+    openid.person = {"sub": "person-2"}
+    code = (await invite(people.admin, role="viewer"))["url"].partition("#code=")[2]
+    browser = await gateway.browser()
+    assert "Accept with Nordwind" in (await browser.get("/invitation")).text
+    wrong = await browser.post("/session/openid", json={"code": "wrong"})
+    assert_refused(wrong, 401, "sign-in-refused")
+    foreign = await browser.post(
+        "/session/openid", json={"code": code}, headers={"Sec-Fetch-Site": "cross-site"}
+    )
+    assert_refused(foreign, 403, "cross-site-request")
+    assert await begin_invitation(browser, code) == "/dashboard"
+    me = (await browser.get("/api/v1/auth/whoami")).json()
+    assert (me["email"], me["role"]) == ("grace@example.com", "viewer")
+    again = await gateway.browser()
+    assert await sign_in(again) == "/dashboard/runs"
+    other = (await invite(people.admin, email="other@example.com"))["url"].partition("#code=")[2]
+    assert await begin_invitation(await gateway.browser(), other) == "/sign-in?problem=taken"
+    openid.person = {"sub": "person-3"}
+    assert await begin_invitation(await gateway.browser(), other) == "/dashboard"
+
+
+async def test_an_address_alone_is_no_invitation_where_organizations_could_claim_a_person(
+    gateway: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await invite(people.stranger)
+    assert await sign_in(await gateway.browser()) == "/sign-in?problem=no-account"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +250,7 @@ async def test_an_id_token_with_a_wrong_signature_signs_nobody_in(
             openid_provider.verify_id_token(text, keys, client, "nonce", now)
 
 
+@pytest.mark.usefixtures("_one_organization")
 async def test_an_answer_belongs_to_the_browser_that_began_it_and_works_once(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
 ) -> None:
@@ -219,6 +274,7 @@ async def test_an_answer_belongs_to_the_browser_that_began_it_and_works_once(
         assert await sign_in(await gateway.browser()) == "/sign-in?problem=refused"
 
 
+@pytest.mark.usefixtures("_one_organization")
 async def test_a_page_of_another_site_is_never_the_next_one(
     gateway: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -243,6 +299,7 @@ async def test_a_provider_that_is_down_and_a_server_without_one_say_so(
     assert_refused(await elsewhere.get(BEGIN), 403, "https-required")
 
 
+@pytest.mark.usefixtures("_one_organization")
 async def test_two_sign_ins_at_once_make_one_user(gateway: GatewayHarness, people: OrganizationUsers) -> None:
     await invite(people.admin)
     browsers = [await gateway.browser() for _ in range(2)]

@@ -5,10 +5,10 @@ const problem = document.getElementById("problem");
 const code = new URLSearchParams(location.hash.slice(1)).get("code") ?? "";
 const roles = { viewer: "a viewer, who sees everything and changes nothing", member: "an editor, who builds and runs workflows", admin: "an admin" };
 
-async function send(body) {
+async function send(body, path = "/invitation") {
   problem.hidden = true;
   try {
-    const answer = await fetch(`${root}/invitation`, {
+    const answer = await fetch(root + path, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ code, ...body }),
@@ -32,12 +32,12 @@ async function show() {
   }
   document.getElementById("organization").textContent = found.organizationName;
   terms.textContent = `You join as ${roles[found.role]}, with the address ${found.email}. No password is needed.`;
-  form.querySelector("button").disabled = false;
+  form.querySelectorAll("button").forEach((button) => { button.disabled = false; });
   form.elements.name.focus();
 }
 
 async function accept() {
-  const button = form.querySelector("button");
+  const button = form.querySelector("[type=submit]");
   button.disabled = true;
   const accepted = await send({ name: form.elements.name.value.trim() });
   button.disabled = false;
@@ -50,7 +50,13 @@ async function accept() {
   document.getElementById("accepted-title").focus();
 }
 
+async function acceptByProvider() {
+  const begun = await send({}, "/session/openid");
+  if (begun) location.assign(begun.url);
+}
+
 if (form) {
+  document.getElementById("by-provider")?.addEventListener("click", acceptByProvider);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     accept();
