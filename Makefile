@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check check-units check-types check-style check-imports check-words bench fuzz docs dist audit lock
+.PHONY: run install test check check-units check-types check-style check-imports check-words bench fuzz docs screenshots dist audit lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start takes several times as long.
@@ -65,6 +65,10 @@ docs: .venv/installed
 	$(bin)/python -m docs.tables
 	$(bin)/python -m sdk.client_generator
 	$(bin)/python -m docs.site.build
+
+# A picture of each page of the dashboard, in docs/images, with sample data.
+screenshots: .venv/installed-for-tests
+	exec $(bin)/python -m tests.integration.screenshots
 
 # The wheel with the documentation site, and its bill of materials.
 dist: docs

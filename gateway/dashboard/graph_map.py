@@ -123,7 +123,7 @@ def draw_graph(
         max(card.y for card in cards.values()) + CARD_HEIGHT + MARGIN,
         len(nodes),
         center["label"] if center else "",
-        center["id"] if center else "",
+        center["id"] if center else focus,
         overview,
     )
 

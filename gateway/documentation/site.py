@@ -38,6 +38,7 @@ _CONTENT_TYPES: Final[Mapping[str, str]] = {
     ".json": "application/json",
     ".png": "image/png",
     ".svg": "image/svg+xml",
+    ".webp": "image/webp",
     ".woff2": "font/woff2",
 }
 _OTHER_TYPE: Final = "text/plain; charset=utf-8"

@@ -13,7 +13,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from gateway.dashboard import assets
+from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
 from models import ids
 from models.access import UserRole
@@ -221,7 +221,8 @@ def test_vendored_files_are_those_of_their_packages() -> None:
 async def test_the_dashboard_can_be_removed(harness: GatewayHarness, people: OrganizationUsers) -> None:
     without = await harness.with_settings(dashboard="off")
     browser = await without.browser()
-    for path in ("/sign-in", "/dashboard", "/dashboard/runs", f"{assets.PREFIX}{assets.version()}/style.css"):
+    paths = [path.replace("{id}", "any") for path in routes.PAGES]
+    for path in ("/sign-in", "/dashboard", *paths, f"{assets.PREFIX}{assets.version()}/style.css"):
         answer = await browser.get(path)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "not-found"

@@ -118,6 +118,8 @@ async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: D
     assert await page.evaluate("location.search") == "?node=reserve"
     await visit.press("n")
     assert await page.evaluate("document.activeElement.id") == "node-write"
+    await visit.press("]")
+    await page.wait_for(f"{LOADED} && location.search.includes('tab=config')")
     await visit.show("/dashboard/runs/{execution_id}?node=reserve&iteration=3&tab=output")
     assert "sku-3" in await page.evaluate("document.querySelector('#inspector pre').textContent")
 

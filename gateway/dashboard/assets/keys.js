@@ -14,6 +14,11 @@ function nextFailure() {
   (rows[here + 1] ?? rows[0])?.focus();
 }
 
+function moveTab(step) {
+  const tabs = [...document.querySelectorAll("[data-tab]")];
+  tabs[tabs.findIndex((tab) => tab.hasAttribute("aria-current")) + step]?.click();
+}
+
 export function watchKeys() {
   document.addEventListener("keydown", (event) => {
     const isTyping = event.target.matches("input, textarea, select, [contenteditable]");
@@ -31,6 +36,8 @@ export function watchKeys() {
       "j": () => move(1),
       "k": () => move(-1),
       "n": nextFailure,
+      "[": () => moveTab(-1),
+      "]": () => moveTab(1),
       ".": () => document.querySelector("[data-shows-new]")?.click(),
     };
     if (Object.hasOwn(actions, event.key)) {

@@ -1,0 +1,279 @@
+"""Screenshots of every page of the dashboard, for the documentation: `make screenshots`.
+
+A gateway with a worker gets sample data of an invented company, and Chromium takes a picture of each page as WebP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import insert, update
+from sqlmodel import col
+
+from models import ids
+from models.access import Organization, User
+from models.deployment import LifecycleDecision
+from tests import databases
+from tests.integration.browser import BrowserPage, open_page, serve_gateway
+from tests.integration.deployed_workflows import mark_running
+from tests.integration.gateway_harness import GatewayHarness, UserClient, run_gateway
+from tests.integration.test_waiting_runs import (
+    execute_workflow,
+    serve_worker,
+    wait_for_question,
+    wait_until_ended,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+ROOT: Final = Path(__file__).parents[2]
+FOLDER: Final = ROOT / "docs" / "images"
+QUALITY: Final = 62
+WIDTH: Final = 1_280
+LINES: Final = [{"sku": f"sku-{number}"} for number in range(12)]
+ORDER: Final = {"total": 6_240.5, "currency": "EUR", "lines": LINES}
+NODES: Final[list[dict[str, Any]]] = [
+    {"id": "start", "nodeId": "queue-trigger", "label": "Order message"},
+    {
+        "id": "lines",
+        "nodeId": "loop",
+        "label": "For each line",
+        "config": {"items": "{{ data.message.lines }}"},
+    },
+    {
+        "id": "reserve",
+        "nodeId": "set",
+        "label": "Reserve stock",
+        "config": {"values": {"sku": "{{ item.sku }}"}},
+    },
+    {
+        "id": "total",
+        "nodeId": "set",
+        "label": "Tax and total",
+        "config": {"mode": "replace", "values": {"total": "{{ trigger.message.total }}"}},
+    },
+    {
+        "id": "large",
+        "nodeId": "conditional",
+        "label": "Above 5,000 €?",
+        "config": {"condition": {"left": "{{ data.total }}", "operator": "greater-than", "right": 5_000}},
+    },
+    {"id": "bank", "nodeId": "wait", "label": "Wait for the bank", "config": {"seconds": 3}},
+    {"id": "small", "nodeId": "set", "label": "Mark as small", "config": {"values": {"small": True}}},
+    {
+        "id": "write",
+        "nodeId": "template",
+        "label": "Write the order",
+        "config": {"text": "{{ trigger.message.currency }}"},
+    },
+    {"id": "mail", "nodeId": "log", "label": "Confirm by mail", "config": {"message": "{{ data.text }}"}},
+]
+EDGES: Final = [
+    {"source": "start", "target": "lines"},
+    {"source": "lines", "sourcePort": "continue", "target": "reserve"},
+    {"source": "lines", "sourcePort": "done", "target": "total"},
+    {"source": "total", "target": "large"},
+    {"source": "large", "sourcePort": "true", "target": "bank"},
+    {"source": "large", "sourcePort": "false", "target": "small"},
+    {"source": "bank", "target": "write"},
+    {"source": "small", "target": "write"},
+    {"source": "write", "target": "mail"},
+]
+QUESTION: Final = {
+    "title": "Set 12 prices above 100 €?",
+    "description": "The competitor has raised its prices.",
+    "choices": [{"port": "yes", "label": "Set the prices"}, {"port": "no", "label": "Leave them"}],
+    "schema": {"type": "object", "properties": {"reason": {"type": "string", "title": "Reason"}}},
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Picture of a page: `height` is that of the window in pixels."""
+
+    name: str
+    path: str
+    height: int = 800
+    scheme: str = "light"
+
+
+PICTURES: Final = (
+    Picture("overview", "/dashboard/overview"),
+    Picture("workflows", "/dashboard/workflows", 420),
+    Picture("workflow", "/dashboard/workflows/{orders}", 760),
+    Picture("workflow-node", "/dashboard/workflows/{orders}?node=write", 800, "dark"),
+    Picture("versions", "/dashboard/workflows/{orders}/versions", 760),
+    Picture("lifecycle", "/dashboard/workflows/{stock}/lifecycle?type=on-demand", 1_080),
+    Picture("trigger", "/dashboard/workflows/{orders}/trigger"),
+    Picture("runs", "/dashboard/runs", 520),
+    Picture("run", "/dashboard/runs/{failed}", 900),
+    Picture("run-waiting", "/dashboard/runs/{asking}", 760, "dark"),
+    Picture("run-map", "/dashboard/runs/{failed}?view=map", 620),
+    Picture("replay", "/dashboard/runs/{failed}/replay?definition=original", 760),
+    Picture("approvals", "/dashboard/approvals", 420),
+    Picture("deliveries", "/dashboard/deliveries", 420),
+    Picture("dead-letters", "/dashboard/dead-letters", 520),
+    Picture("schedule", "/dashboard/schedule", 360),
+    Picture("sources", "/dashboard/sources", 360),
+    Picture("keys", "/dashboard/keys", 620),
+    Picture("audit", "/dashboard/audit", 620),
+    Picture("health", "/dashboard/health", 620),
+)
+
+
+async def main() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        url = await databases.create_sqlite_database(folder / "pilotflame.db")
+        async with (
+            run_gateway(url, folder) as harness,
+            serve_gateway(harness) as address,
+            open_page(folder / "profile") as page,
+        ):
+            user = (await harness.people()).admin
+            await _name_people(harness, user)
+            async with serve_worker(harness):
+                names = await _create_samples(harness, user)
+                await _sign_in(page, address, user.key)
+                for picture in PICTURES:
+                    await _take(page, address, picture, names)
+
+
+async def _name_people(harness: GatewayHarness, user: UserClient) -> None:
+    async def name(connection: AsyncConnection) -> None:
+        organization = col(Organization.id) == user.user.organization_id
+        await connection.execute(update(Organization).where(organization).values(name="Nordwind"))
+        person = {"name": "Mira Lang", "email": "mira@nordwind.example"}
+        await connection.execute(update(User).where(col(User.id) == user.user.id).values(person))
+
+    await harness.gateway.database.transaction(name)
+
+
+async def _create_samples(harness: GatewayHarness, user: UserClient) -> Mapping[str, str]:
+    """Create workflows, runs in several states and a deployment; return their ids by the names in addresses."""
+    orders = await user.create(
+        name="Order intake", status="active", nodes=NODES, connections=EDGES, tags=["shop"]
+    )
+    good = await _enqueue(user, orders, ORDER)
+    await wait_until_ended(user, good)
+    await _post(
+        user, f"workflows/{orders}/versions", {"versionTag": "v2", "description": "Currency of the order"}
+    )
+    broken = [
+        one if one["id"] != "write" else {**one, "config": {"text": "{{ nodes.total.currency }}"}}
+        for one in NODES
+    ]
+    edited = await user.api.put(f"/api/v1/workflows/{orders}", json={"nodes": broken})
+    assert edited.status_code == 200, edited.text
+    failed = await _enqueue(user, orders, ORDER)
+    await wait_until_ended(user, failed)
+    small = await _enqueue(user, orders, {**ORDER, "total": 80})
+    await wait_until_ended(user, small)
+    ask = [
+        {"id": "start", "nodeId": "manual", "label": "New prices"},
+        {"id": "ask", "nodeId": "human-input", "label": "Set 12 prices?", "config": QUESTION},
+        {"id": "set", "nodeId": "log", "label": "Write the prices", "config": {"message": "set"}},
+    ]
+    edges = [{"source": "start", "target": "ask"}, {"source": "ask", "sourcePort": "yes", "target": "set"}]
+    prices = await user.create(name="Price change", status="active", nodes=ask, connections=edges)
+    asking = await execute_workflow(user, prices)
+    await wait_for_question(user, asking)
+    example = json.loads((ROOT / "docs" / "examples" / "penguins.json").read_text())
+    await user.create(**example, status="active")
+    clock = [{"id": "clock", "nodeId": "schedule-trigger", "config": {"cron": "30 7 * * mon-fri"}}, NODES[-1]]
+    await user.create(
+        name="Every morning",
+        status="active",
+        nodes=clock,
+        connections=[{"source": "clock", "target": "mail"}],
+    )
+    source = {
+        "name": "shop",
+        "type": "http-basic",
+        "settings": {"username": "orders"},
+        "secrets": {"password": "p"},
+    }
+    await _post(user, "datasources", source)
+    return {
+        "orders": orders,
+        "failed": failed,
+        "asking": asking,
+        "stock": await _deploy_sample(harness, user),
+    }
+
+
+async def _deploy_sample(harness: GatewayHarness, user: UserClient) -> str:
+    """Deploy a workflow that was awake in its window on each day of a week."""
+    nodes = [{"id": "start", "nodeId": "manual", "label": "Shelf"}, {**NODES[-1], "label": "Count"}]
+    edges = [{"source": "start", "target": "mail"}]
+    workflow_id = await user.create(name="Stock check", status="active", nodes=nodes, connections=edges)
+    await _post(user, f"workflows/{workflow_id}/deploy", None)
+    await mark_running(harness, workflow_id)
+    windows = [{"days": [0, 1, 2, 3, 4, 5, 6], "startTime": "08:00", "endTime": "20:00"}]
+    policy = {"type": "scheduled-window", "schedule": {"timezone": "Europe/Berlin", "windows": windows}}
+    changed = await user.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
+    assert changed.status_code == 200, changed.text
+    now = harness.gateway.clock()
+    days = [now - timedelta(days=number) for number in range(6, 0, -1)]
+    rows = [
+        {
+            "id": ids.new_id("dec"),
+            "organization_id": user.user.organization_id,
+            "shard": user.user.shard,
+            "workflow_id": workflow_id,
+            "at": day.replace(hour=hour, minute=0, second=number),
+            "action": action,
+            "reason": reason,
+            "replicas": int(action == "start"),
+            "inputs": {},
+        }
+        for number, day in enumerate(days)
+        for hour, action, reason in ((7, "start", "window-open"), (19, "stop", "window-closed"))
+    ]
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(insert(LifecycleDecision).values(rows))
+    )
+    return workflow_id
+
+
+async def _enqueue(user: UserClient, workflow_id: str, message: Mapping[str, Any]) -> str:
+    answer = await user.api.post(f"/api/v1/workflows/{workflow_id}/enqueue", json=message)
+    assert answer.status_code in {200, 201, 202}, answer.text
+    run_id: str = answer.json()["executionId"]
+    return run_id
+
+
+async def _post(user: UserClient, path: str, body: object) -> None:
+    answer = await user.api.post(f"/api/v1/{path}", json=body)
+    assert answer.status_code in {200, 201, 202}, answer.text
+
+
+async def _sign_in(page: BrowserPage, address: str, key: str) -> None:
+    await page.open(f"{address}/sign-in?next=%2Fdashboard%2Fruns", "document.querySelector('#key') !== null")
+    await page.fill("#key", key)
+    await page.click("button[type=submit]")
+    await page.wait_for("location.pathname === '/dashboard/runs' && document.querySelector('h1') !== null")
+
+
+async def _take(page: BrowserPage, address: str, picture: Picture, names: Mapping[str, str]) -> None:
+    size = {"width": WIDTH, "height": picture.height, "deviceScaleFactor": 1, "mobile": False}
+    await page.call("Emulation.setDeviceMetricsOverride", **size)
+    media = [{"name": "prefers-color-scheme", "value": picture.scheme}]
+    await page.call("Emulation.setEmulatedMedia", features=media)
+    await page.open(address + picture.path.format(**names), "document.querySelector('h1') !== null")
+    taken = await page.call("Page.captureScreenshot", format="webp", quality=QUALITY)
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"dashboard-{picture.name}.webp").write_bytes(base64.b64decode(taken["data"]))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
