@@ -195,6 +195,20 @@ async def test_the_page_of_a_trigger_explains_refused_requests_to_those_who_may_
     assert "Receiving" in mended.text
 
 
+async def test_the_page_of_an_event_trigger_shows_the_events_that_arrive(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**graph_of("event-trigger", event_type="order.paid"))
+    browser = await sign_in(harness, people.owner.key)
+    path = f"/dashboard/workflows/{workflow_id}/trigger"
+    assert "Waiting for the first delivery…" in (await browser.get(path)).text
+    sent = await browser.post("/api/v1/workflows/events", json={"event_type": "order.paid"})
+    assert sent.status_code == 200, sent.text
+    page = await browser.get(path)
+    assert "Receiving" in page.text
+    assert "/dashboard/deliveries?route=events" in page.text
+
+
 async def test_a_session_sends_test_requests_from_pages_of_this_server_alone(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -65,16 +65,21 @@ async def load(page: PageRequest) -> PageData:
     Raises `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
-    names = ("workflow", "inbound", "deliveries", "samples", "sources", "schedule")
+    workflow = await page.get(path)
+    node = find_trigger(workflow["nodes"])
+    is_event = node is not None and KINDS[node["nodeId"]] == "event"
+    names = ("inbound", "deliveries", "samples", "sources", "schedule")
     answers = await asyncio.gather(
-        page.get(path),
         page.get_if_present(f"{path}/inbound-address"),
-        page.get_if_present(f"{path}/deliveries", limit=SHOWN_ROWS),
+        # An event is for all workflows: its delivery names none.
+        page.get_if_present("/api/v1/deliveries", route="events", limit=SHOWN_ROWS)
+        if is_event
+        else page.get_if_present(f"{path}/deliveries", limit=SHOWN_ROWS),
         page.get_if_present(f"{path}/intake-samples", limit=SHOWN_ROWS),
         page.get_if_present("/api/v1/datasources", limit=SOURCES),
         page.get_if_present(f"{path}/schedule"),
     )
-    return dict(zip(names, answers, strict=True))
+    return {"workflow": workflow, **dict(zip(names, answers, strict=True))}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -118,7 +123,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "samples": samples,
         "has_arrived": bool(deliveries) or bool(samples),
         "has_sender": bool(samples) or any(not one["sender"].startswith("api-key:") for one in deliveries),
-        "has_run": any(one["executionId"] or one["executionIds"] for one in deliveries),
+        "has_run": any(one["outcome"] == "accepted" for one in deliveries),
         "refusal": describe_refusals(samples, deliveries),
         "schedule": data["schedule"],
         "event_type": _sample_event_type(config.get("event_type")),
@@ -128,7 +133,11 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "may_write_sources": frame.may("datasources:write"),
         "may_write_tokens": frame.may("keys:write") and frame.may("users:write"),
         "base_url": frame.base_url,
-        "list_page": f"{frame.root}/dashboard/deliveries?workflow_id={workflow['id']}",
+        "list_page": list_address(
+            frame,
+            "/dashboard/deliveries",
+            {"route": "events"} if kind == "event" else {"workflow_id": workflow["id"]},
+        ),
     }
 
 
