@@ -27,10 +27,18 @@ class _AnswerRecord(msgspec.Struct):
     output: Any = None
     port: str = OUTPUT
     error: _AnswerError | None = None
+    logs: list[tuple[str, str]] = []
 
 
 class _WaitRecord(msgspec.Struct):
     expired: _AnswerRecord | None = None
+
+
+def decode_logs(payload: bytes) -> list[tuple[str, str]]:
+    """Return the log lines that an answer brings along, each as level and message."""
+    if b'"logs":' not in payload:
+        return []
+    return msgspec.convert(values.decode_json(payload), _AnswerRecord).logs
 
 
 def decode_answer(payload: bytes) -> NodeResult:

@@ -349,6 +349,8 @@ class RunProgress:
         return self._wait_answers.get((visit.node_id, visit.frame.iteration))
 
     def _apply_answer(self, visit: NodeVisit, payload: bytes) -> None:
+        for level, message in answer_payloads.decode_logs(payload):
+            self._recorder.log(level, message, visit.node_id)
         try:
             result = answer_payloads.decode_answer(payload)
         except (InvalidJson, NodeError) as error:

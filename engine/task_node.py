@@ -8,7 +8,7 @@ import msgspec
 
 from engine import values
 from engine.expressions import ExpressionError, compile_template
-from engine.node_api import AnswerSource, AnswerWait, NodeEffect, parse_version
+from engine.node_api import AnswerSource, AnswerWait, NodeEffect
 from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class NewTask(msgspec.Struct, frozen=True, omit_defaults=True):
     key: str
     """Idempotency key of the node."""
     config: msgspec.Raw
-    input: msgspec.Raw | None
-    """None if it is too large for a claim; the span of the node has it."""
+    input: msgspec.Raw
+    """`null` if it is too large for a claim; the span of the node has it."""
     input_bytes: int
     timeout_seconds: float
     lease_seconds: float
@@ -49,9 +49,9 @@ class NewTask(msgspec.Struct, frozen=True, omit_defaults=True):
     is_at_most_once: bool = False
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """Numbers of the version: major, minor and patch; missing ones are 0."""
-        return (*parse_version(self.version), 0, 0, 0)[:3]
+    def has_input(self) -> bool:
+        """Whether the task itself has its input."""
+        return self.input_bytes <= MAX_INLINE_BYTES
 
 
 _encode = msgspec.json.Encoder().encode
@@ -82,7 +82,7 @@ def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) 
             pool=rules.pool,
             key=call.idempotency_key,
             config=msgspec.Raw(values.encode_json(config)),
-            input=msgspec.Raw(given) if len(given) <= MAX_INLINE_BYTES else None,
+            input=msgspec.Raw(given if len(given) <= MAX_INLINE_BYTES else b"null"),
             input_bytes=len(given),
             concurrency_key=None if key is None else _render_key(key, call, node_type.type),
             concurrency_limit=rules.concurrency_limit,

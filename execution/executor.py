@@ -367,6 +367,7 @@ class RunExecutor:
                 control=control,
                 is_new=not run.has_journal,
             )
+            journal.organization_id = run.organization_id
             program = programs[definition_key(run)]
             task = asyncio.create_task(self._run(run, program, recovered, journal, control, lease))
             self._active[run.execution_id] = RunningExecution(

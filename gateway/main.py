@@ -115,6 +115,7 @@ class GatewayServer(uvicorn.Server):
             app.state.gateway.waiting.release()
             app.state.gateway.live_hints.release()
             app.state.gateway.activation.release()
+            app.state.gateway.task_hub.release()
             app.state.gateway.pod_services.poll_hub.release()
         await super().shutdown(sockets)
 

@@ -20,6 +20,7 @@ from gateway.http.route import Route
 from gateway.ingest import hooks
 from gateway.ingest import routes as ingest_routes
 from gateway.openapi import document
+from gateway.tasks import routes as tasks_routes
 from gateway.workflows import routes as workflows_routes
 
 SERVER: Sequence[Route] = (
@@ -44,6 +45,7 @@ TABLE: Sequence[Route] = (
     *data_sources_routes.ROUTES,
     *ingest_routes.ROUTES,
     *executions_routes.ROUTES,
+    *tasks_routes.ROUTES,
     *explanations_routes.ROUTES,
     *drift_routes.ROUTES,
 )

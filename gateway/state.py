@@ -46,6 +46,7 @@ from gateway.pods.forwarding import WakeupForwarder
 from gateway.pods.pod_services import PodApiServices
 from gateway.pods.poll_hub import PodPollHub
 from gateway.settings import GatewaySettings
+from gateway.tasks.task_hub import TaskHub
 from gateway.workflows.callback_checks import CallbackChecker
 from gateway.workflows.editing import WorkflowEditor
 from gateway.workflows.workflow_cache import WorkflowCache
@@ -54,6 +55,7 @@ from journal.blobs.blob_store import BlobStore
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
 from journal.store_factory import open_store
+from journal.tasks.task_store import TaskStore
 from messages import broker as brokers
 from messages.broker import Broker
 from messages.message_seal import MessageSeal
@@ -117,6 +119,7 @@ class GatewayState:
     probes: DataSourceProber
     forms: FormChecker
     pod_services: PodApiServices
+    task_hub: TaskHub
     pod_logs: PodLogReader
     certificates: SnsCertificateCache
     sessions: SessionAuthenticator
@@ -196,6 +199,7 @@ async def assemble_state(
     certificates = SnsCertificateCache(OutboundClient(to_sns))
     openid = _open_openid_sign_in(settings, database)
     mail_attempts = PasswordAttempts("Too many mails from this address had a wrong password")
+    task_hub = TaskHub(database, broker, TaskStore(database), poll_hub)
     await waiting.start()
     await acceptances.assigner.start()
     await pod_logs.start()
@@ -249,6 +253,7 @@ async def assemble_state(
                 probes=DataSourceProber(vault, settings, database.clock),
                 forms=forms,
                 pod_services=opened_services,
+                task_hub=task_hub,
                 pod_logs=pod_logs,
                 certificates=certificates,
                 clock=database.clock.now,
@@ -260,6 +265,7 @@ async def assemble_state(
             )
     finally:
         for finish in (
+            task_hub.close,
             acceptances.drain,
             event_wait_delivery.drain,
             rates.drain,

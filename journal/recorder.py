@@ -20,6 +20,7 @@ import structlog
 
 from concurrency import offload
 from engine import values
+from engine.node_api import AnswerSource
 from engine.run_errors import LeaseLost
 from engine.run_records import (
     SETTLED_STATUSES,
@@ -39,6 +40,7 @@ from journal.explanations.blockers import BlockerCode, code_of_wait
 from journal.group_commit import GroupCommit
 from journal.store import LeaseRenewal, RunWrite
 from json_text import decoding
+from models import task_states
 from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
@@ -142,11 +144,15 @@ class RunRecorder:
         self._locked |= unwritten
         if held:
             written = [write for write in batch if write.execution_id in held]
+            tasks = {
+                task_states.watch_key(write.organization_id): "" for write in written if write.organization_id
+            }
             outcomes = [
                 ended_runs.ended_execution(one) for one in written if one.execution_id in self._whole_runs
             ]
             self._on_committed(
-                {write.execution_id: write.channel for write in written}, [one for one in outcomes if one]
+                {write.execution_id: write.channel for write in written} | tasks,
+                [one for one in outcomes if one],
             )
         self._whole_runs.difference_update(
             write.execution_id for write in batch if write.execution_id not in unwritten
@@ -212,6 +218,8 @@ class RunJournal:
         self._commit_lock = asyncio.Lock()
         self._is_broken = False
         self._is_new = is_new
+        self.organization_id = ""
+        """Organization whose task workers are notified of new and cancelled tasks."""
         self._done = 0.0
         """Completed share of the run, as far as this claim of it knows."""
         self._waits: dict[tuple[str, str], NodeSpan] = {}
@@ -231,6 +239,8 @@ class RunJournal:
             self._has_large = True
         if span.status in _WAITING_STATUSES or self._waits:
             self._track_wait(span)
+        if span.task is not None:
+            self._write.organization_id = self.organization_id
         if span.status in SETTLED_STATUSES:
             _count_node(span)
             self._write.has_new_result = True
@@ -327,14 +337,24 @@ class RunJournal:
                 write.blocked_by = BlockerCode.QUEUED_BEHIND
             if ended.status not in UNFINISHED_STATUSES:
                 write.channel = self._channel
+                for span in self._waits.values():
+                    self._cancel_task(write, span)
             await self._submit(write)
 
     def _track_wait(self, span: NodeSpan) -> None:
         place = span.node_id, span.iteration
         if span.status in _WAITING_STATUSES:
             self._waits[place] = span
-        else:
-            self._waits.pop(place, None)
+            return
+        earlier = self._waits.pop(place, None)
+        if span.status is SpanStatus.CANCELLED and earlier is not None:
+            self._cancel_task(self._write, earlier)
+
+    def _cancel_task(self, write: RunWrite, span: NodeSpan) -> None:
+        """Cancel the task that a node waits for, if it waits for one."""
+        if span.awaits is not None and _decode_awaits(span.awaits).kind == AnswerSource.TASK:
+            write.cancelled_tasks.append((span.node_id, span.iteration))
+            write.organization_id = self.organization_id
 
     def _name_blocker(self, write: RunWrite) -> None:
         """Set the reason why a run waits in its write: the wait that ends first."""

@@ -19,6 +19,7 @@ from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.blocked_interval import BlockedInterval
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
 from models.execution_label import ExecutionLabel
+from models.task import Task
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -49,6 +50,7 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
         ),
     ),
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
+    (Task, (col(Task.execution_id), col(Task.id))),
     (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
     (
         ApprovalRequest,

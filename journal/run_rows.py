@@ -9,6 +9,7 @@ import msgspec
 
 from engine.run_errors import FailureCause
 from engine.run_records import NodeSpan, RunError, SpanStatus
+from engine.task_node import NewTask
 from journal.ended_runs import encode_error
 from journal.explanations.blockers import BlockerCode
 from journal.store import ClaimedRun
@@ -16,6 +17,7 @@ from json_text import decoding
 from models import ids
 from models.execution import ISOLATION_TARGETS
 from models.loss_limits import SUSPECT_LOSSES
+from models.task_states import TaskState
 from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.start
 """SQL assignments with which a newer row of the same attempt replaces the older one."""
 LOG_COLUMNS = ("execution_id", "sequence", "shard", "id", "level", "message", "node_id", "created_at")
 
+MICROSECONDS = 1_000_000
 TOUCH_INTERVAL_MICROSECONDS = 3_600_000_000
 """Minimum age of a definition for a new use to renew its age."""
 
@@ -209,6 +212,100 @@ def approval_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
         for span in write.spans
         if span.status is SpanStatus.WAITING and span.awaits is not None and _has_mails(span.awaits)
     ]
+
+
+TASK_COLUMNS = (
+    *("execution_id", "node_id", "iteration", "id", "type", "version", "content_hash", "pool", "queue"),
+    *("key", "config", "input", "input_bytes", "timeout_microseconds", "lease_microseconds"),
+    *("max_attempts", "first_delay_microseconds", "max_delay_microseconds", "delay_grows"),
+    *("concurrency_key", "concurrency_limit", "state", "start_timeout_microseconds"),
+    *("is_write", "is_at_most_once"),
+)
+"""Columns of a new task; its start timeout becomes the time of a check."""
+_decode_task = decoding.build_decoder(NewTask).decode
+
+
+def task_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
+    """Return one row of `TASK_COLUMNS` for each node that waits for a new task."""
+    newest = [
+        (write, span)
+        for write in batch
+        for span in {(span.node_id, span.iteration): span for span in write.spans}.values()
+        if span.task is not None and span.status is SpanStatus.WAITING
+    ]
+    if not newest:
+        return []
+    task_ids = ids.new_ids("task", len(newest))
+    return [_task_row(write, span, task_id) for (write, span), task_id in zip(newest, task_ids, strict=True)]
+
+
+def _task_row(write: RunWrite, span: NodeSpan, task_id: str) -> DatabaseRow:
+    task = _decode_task(span.task or b"")
+    has_limit = task.concurrency_key is not None
+    start_timeout = task.start_timeout_seconds
+    return (
+        *(write.execution_id, span.node_id, span.iteration, task_id),
+        *(task.type, task.version, task.content_hash, task.pool),
+        f"{task.type}@{task.version}#{task.pool}",
+        task.key,
+        bytes(task.config).decode(),
+        bytes(task.input).decode() if task.has_input else None,
+        task.input_bytes,
+        round(task.timeout_seconds * MICROSECONDS),
+        round(task.lease_seconds * MICROSECONDS),
+        task.max_attempts,
+        round(task.first_delay_seconds * MICROSECONDS),
+        round(task.max_delay_seconds * MICROSECONDS),
+        task.delay_grows,
+        f"{write.organization_id} {task.concurrency_key}" if has_limit else None,
+        task.concurrency_limit,
+        (TaskState.LIMITED if has_limit else TaskState.READY).value,
+        None if start_timeout is None else round(start_timeout * MICROSECONDS),
+        *(task.is_write, task.is_at_most_once),
+    )
+
+
+def cancelled_task_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str]]:
+    """Return run, node and iteration of each task that its run has no use for."""
+    return [(write.execution_id, *place) for write in batch for place in write.cancelled_tasks]
+
+
+TASK_INSERT_COLUMNS = (
+    *(name for name in TASK_COLUMNS if name != "start_timeout_microseconds"),
+    *(
+        "shard",
+        "organization_id",
+        "workflow_id",
+        "queue_turn",
+        "rank",
+        "check_at",
+        "created_at",
+        "updated_at",
+    ),
+    *("is_fresh", "is_acknowledged", "failures", "losses", "unacknowledged", "fence", "log_lines"),
+)
+"""Columns of the statement that inserts tasks: those of its run, and times, follow."""
+
+
+def task_values_sql(given: str, run: str, now: str, true: str, false: str) -> str:
+    """Return SQL for the values of `TASK_INSERT_COLUMNS`; `given` and `run` are the names of both sources."""
+    own = [f"{given}.{name}" for name in TASK_COLUMNS if name != "start_timeout_microseconds"]
+    of_run = [f"{run}.{name}" for name in ("shard", "organization_id", "workflow_id", "queue_turn", "rank")]
+    check = f"{now} + {given}.start_timeout_microseconds"
+    return ", ".join([*own, *of_run, check, now, now, true, false, "0", "0", "0", "0", "0"])
+
+
+_CANCELLED = "state IN ('ready', 'limited', 'delayed')"
+
+
+def cancel_tasks_sql(now: str) -> str:
+    """Return SQL that cancels open tasks, and asks workers to stop leased ones; a condition follows."""
+    return (
+        f"UPDATE task SET state = CASE WHEN {_CANCELLED} THEN 'cancelled' ELSE 'cancel_requested' END,"
+        f" ended_at = CASE WHEN {_CANCELLED} THEN {now} END,"
+        f" check_at = CASE WHEN {_CANCELLED} THEN NULL ELSE lease_until END, due_at = NULL, updated_at = {now}"
+        " WHERE ended_at IS NULL AND state <> 'cancel_requested'"
+    )
 
 
 def _has_mails(awaits: bytes) -> bool:

@@ -296,6 +296,10 @@ class RunWrite(msgspec.Struct):
     blocked_node: str | None = None
     metadata: dict[str, str] = {}
     """Metadata that its nodes have set, by key; a new value replaces that of its key."""
+    cancelled_tasks: list[tuple[str, str]] = []
+    """Node and iteration of each task that the run has no use for."""
+    organization_id: str = ""
+    """Organization whose task workers are notified; empty if it has no new or cancelled tasks."""
     attempts: list[AttemptSpan] = []
     """Attempts, each with a span of its node; the last record of an attempt counts."""
 
@@ -352,6 +356,7 @@ class EndRequestOutcome:
     """Worker to notify, if it holds the run."""
     channel: str = ""
     """Channel to notify, if the request ended the run."""
+    organization_id: str = ""
 
 
 class RunStore(Protocol):

@@ -20,6 +20,7 @@ from messages.broker import (
     SlotGrant,
 )
 from messages.deployer_messages import ReconcileRequest
+from models import task_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -96,7 +97,13 @@ def parse_taken_runs(notification: Notification) -> Sequence[str]:
 
 
 async def notify_end_request(
-    broker: Broker, execution_id: str, request: str, *, lease_owner: str | None, channel: str
+    broker: Broker,
+    execution_id: str,
+    request: str,
+    *,
+    lease_owner: str | None,
+    channel: str,
+    organization_id: str = "",
 ) -> None:
     """Send the `request` to the worker that holds the run; without one, notify clients that wait for its end.
 
@@ -105,7 +112,9 @@ async def notify_end_request(
     # Without the broker, the worker learns of it when it renews its lease, and clients poll once a second.
     with suppress(BrokerUnavailable):
         if lease_owner is None:
-            await broker.publish({execution_id: channel})
+            # Workers may hold tasks of the run.
+            tasks = {task_states.watch_key(organization_id): ""} if organization_id else {}
+            await broker.publish({execution_id: channel, **tasks})
         else:
             await broker.send(lease_owner, {"execution_id": execution_id, "request": request})
 

@@ -95,6 +95,8 @@ class ApiKey(SQLModel, table=True):
     secret_id: str
     """Id of the server secret with which the key is hashed."""
     scopes: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
+    node_types: list[str] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """Custom node types whose tasks it performs: names, or namespaces such as `acme/*`. None: all."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
@@ -113,6 +115,8 @@ class ApiCaller:
     scopes: frozenset[str]
     session_id: str | None = None
     """Browser session that stands for the key in this request."""
+    node_types: tuple[str, ...] | None = None
+    """Custom node types whose tasks the key performs; None: all."""
 
     @property
     def is_admin(self) -> bool:

@@ -88,6 +88,7 @@ def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
         shard=row.shard,
         role=role,
         scopes=SCOPES_OF_ROLES[role].intersection(row.scopes),
+        node_types=None if row.node_types is None else tuple(row.node_types),
     )
     return FoundKey(caller, row.hash, row.expires_at, row.revoked_at, row.last_used_at)
 
@@ -236,7 +237,7 @@ async def find_organization_by_prefix(connection: AsyncConnection, prefix: str) 
     return Organization(**found[0]) if len(found) == 1 else None
 
 
-async def create_key(
+async def create_key(  # noqa: PLR0913 - one for each column that its caller decides
     connection: AsyncConnection,
     *,
     user: User,
@@ -246,6 +247,7 @@ async def create_key(
     now: datetime,
     expires_at: datetime | None = None,
     key: str | None = None,
+    node_types: Collection[str] | None = None,
 ) -> CreatedKey:
     """Create an API key of a user, with a new text unless `key` is given; only its hash is stored."""
     text = key or new_key()
@@ -259,6 +261,7 @@ async def create_key(
         hash=hash_key(text, secret),
         secret_id=identify_secret(secret),
         scopes=sorted(scopes),
+        node_types=None if node_types is None else sorted(node_types),
         created_at=now,
         expires_at=expires_at,
     )

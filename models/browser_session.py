@@ -158,6 +158,7 @@ async def _select_sessions(
         select(
             BrowserSession,
             col(ApiKey.scopes),
+            col(ApiKey.node_types),
             col(ApiKey.expires_at),
             col(ApiKey.revoked_at),
             col(User.role),
@@ -171,6 +172,7 @@ async def _select_sessions(
     for one in (await connection.execute(statement)).mappings():
         values = dict(one)
         scopes, expires_at, revoked_at = (values.pop(name) for name in ("scopes", "expires_at", "revoked_at"))
+        node_types = values.pop("node_types")
         role = UserRole(values.pop("role"))
         row = BrowserSession(**values)
         caller = ApiCaller(
@@ -181,6 +183,7 @@ async def _select_sessions(
             role=role,
             scopes=SCOPES_OF_ROLES[role].intersection(scopes),
             session_id=row.id,
+            node_types=None if node_types is None else tuple(node_types),
         )
         found.append(FoundSession(row, caller, expires_at, revoked_at))
     return found

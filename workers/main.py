@@ -13,7 +13,7 @@ import uvloop
 
 from concurrency import gc_tuning, heartbeat
 from engine.services import NodeServices
-from execution import abandoned_runs, due_runs
+from execution import abandoned_runs, due_runs, task_sweeps
 from execution.child_runs import ChildRunStarter
 from execution.event_matching import EventMatcher
 from execution.executor import ExecutorHooks, RunExecutor
@@ -26,6 +26,7 @@ from journal import clock_sync, log_levels, worker_presence
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
 from journal.store_factory import open_store
+from journal.tasks.task_store import TaskStore
 from journal.waits import node_answers
 from messages import broker as brokers
 from messages.broker import Broker
@@ -192,3 +193,4 @@ async def _sweep_unattended_runs(database: Database, store: JournalStore, broker
     """
     await abandoned_runs.end_abandoned_runs(database, store, broker)
     await due_runs.wake_due_deployments(database, broker)
+    await task_sweeps.move_due_tasks(database, TaskStore(database), broker)

@@ -24,6 +24,15 @@ LIFETIME: Final = {"minimum": 1, "maximum": limits.KEY_LIFETIME_SECONDS}
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
 
 
+NodeTypePattern = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z][a-z0-9-]{1,38}/(\*|[a-z][a-z0-9-]{1,62})$",
+        description="a custom node type such as acme/resize, or a namespace such as acme/*",
+    ),
+]
+
+
 class CreateKey(StrictWire):
     """Request body that creates an API key."""
 
@@ -34,6 +43,8 @@ class CreateKey(StrictWire):
     name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
     scopes: list[KeyScope] | None = None
     """Scopes of the new key, at most those of the requesting key; by default exactly those."""
+    node_types: Annotated[list[NodeTypePattern], Meta(max_length=100)] | None = None
+    """Custom node types whose tasks the key performs: names, or namespaces such as `acme/*`. By default all."""
     expires_at: datetime | None = None
     expires_in_seconds: Annotated[int, Meta(extra_json_schema=LIFETIME)] | None = None
     """Alternative to `expiresAt`; with neither, the key never expires."""
@@ -60,6 +71,8 @@ class KeyShape(WireStruct):
     name: str
     prefix: str
     scopes: Sequence[KeyScope]
+    node_types: Sequence[str] | None
+    """Custom node types whose tasks it performs; null: all."""
     user_id: str
     created_at: Instant
     expires_at: Instant | None
@@ -182,6 +195,7 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
             secret=request.gateway.settings.secret,
             now=now,
             expires_at=expires_at,
+            node_types=_node_types(caller, body.node_types),
         )
         after = audit_log.hash_content(made.row)
         await audit_log.record_change(
@@ -218,6 +232,21 @@ async def revoke_key(request: GatewayRequest) -> NoContent:
 
     await request.gateway.database.transaction(revoke)
     return NoContent()
+
+
+def _node_types(caller: ApiCaller, wanted: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the node types of a new key: at most those of the requesting key. Raises 403."""
+    allowed = caller.node_types
+    if allowed is None:
+        return wanted
+    if wanted is None:
+        return allowed
+    beyond = [one for one in wanted if not {one, f"{one.partition('/')[0]}/*"} & set(allowed)]
+    if beyond:
+        raise errors.ApiError(
+            403, "node-type-not-allowed", f"The key performs only {', '.join(allowed)}, not {beyond[0]}"
+        )
+    return wanted
 
 
 def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
@@ -267,6 +296,7 @@ def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
         name=key.name,
         prefix=key.prefix,
         scopes=_scopes(key.scopes),
+        node_types=key.node_types,
         user_id=key.user_id,
         created_at=instant(key.created_at),
         expires_at=optional_instant(key.expires_at),

@@ -31,7 +31,7 @@ ROUTES: Final[Sequence[Route]] = (
         body=access.CreateKey,
         answer=access.KeyShape,
         status=201,
-        docs=OperationDoc(refusals=("not-found",)),
+        docs=OperationDoc(refusals=("not-found", "node-type-not-allowed")),
     ),
     Route(
         "GET", "/api/v1/auth/sessions", AccessRule.ANY_KEY, sessions.index, answer=session_shapes.SessionList

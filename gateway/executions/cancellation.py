@@ -26,5 +26,6 @@ async def request_end_of_run(
             action,
             lease_owner=requested.lease_owner,
             channel=requested.channel,
+            organization_id=requested.organization_id,
         )
     return requested

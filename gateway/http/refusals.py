@@ -174,6 +174,9 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "node-type-in-use": ErrorCode(
         409, "Workflows have the node type; `details` lists those that the caller may see."
     ),
+    "worker-stopped": ErrorCode(409, "The worker has said that it stops: start with a new id."),
+    "lease-lost": ErrorCode(409, "The worker no longer holds the task."),
+    "node-type-not-allowed": ErrorCode(403, "The key may not perform tasks of this node type."),
     "version-exists": ErrorCode(409, "The version of the node type exists with another content."),
     "too-many-node-types": ErrorCode(
         409, f"An organization may have at most {limits.NODE_TYPES:,} versions of custom node types."

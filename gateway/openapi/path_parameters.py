@@ -38,6 +38,8 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
         "Node type, or the namespace of a custom one, which its name follows.", "http-request"
     ),
     "{type}": PathParameterDoc("Name of a custom node type in its namespace.", "resize"),
+    "tasks": PathParameterDoc("Id of the task.", "task_abc123"),
+    "workers": PathParameterDoc("Id of the worker, as it has chosen it.", "w_abc123"),
     "deliveries": PathParameterDoc("Id of the delivery.", "dlv_abc123"),
     "spans": PathParameterDoc("Id of the span, or of a node outside of loops.", "span_abc123"),
     "executions": PathParameterDoc("Id of the execution.", "exec_xyz789"),

@@ -45,6 +45,7 @@ from messages import wakeups
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
+from models.task_states import watch_key
 from nodes.connections import data_source_policy
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
     from gateway.pods.lease_checks import LeaseHolder
     from gateway.state import GatewayState
-    from journal.store import ClaimedRun
+    from journal.store import ClaimedRun, RunWrite
 
 YOUNG_POD_TIME: Final = timedelta(minutes=15)
 """Age of a pod up to which its first claims may take runs that have waited for its start."""
@@ -181,6 +182,9 @@ async def record(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
         await asyncio.to_thread(_require_storable, call)
     else:
         _require_storable(call)
+    for write in call.writes:
+        # A pod does not choose the organization whose workers get its tasks.
+        write.organization_id = holder.organization_id if _has_tasks(write) else ""
     unwritten: frozenset[str] = frozenset()
     try:
         held = await request.gateway.store.record(call.writes, owner=holder.owner)
@@ -196,10 +200,19 @@ def _require_storable(call: RecordRequest) -> None:
         record_checks.require_storable(write)
 
 
+def _has_tasks(write: RunWrite) -> bool:
+    return bool(write.cancelled_tasks) or any(span.task is not None for span in write.spans)
+
+
 async def _publish(gateway: GatewayState, call: RecordRequest, held: frozenset[str]) -> None:
     channels = {write.execution_id: write.channel for write in call.writes if write.execution_id in held}
+    tasks = {
+        watch_key(write.organization_id): ""
+        for write in call.writes
+        if write.execution_id in held and write.organization_id
+    }
     with suppress(BrokerUnavailable):  # Clients that wait for a run also poll once a second
-        await gateway.broker.publish(channels)
+        await gateway.broker.publish(channels | tasks)
 
 
 async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

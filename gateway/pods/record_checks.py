@@ -5,6 +5,7 @@ A pod runs its users' nodes, so its data is as untrusted as any other request bo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from engine import values
 from engine.conditions import compile_condition
 from engine.expressions import ExpressionError
 from engine.span_recorder import MAX_METADATA_KEYS
+from engine.task_node import NewTask
 from engine.values import InvalidJson
 from gateway.http import errors
 from gateway.http.errors import ApiError
@@ -21,6 +23,7 @@ from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.run_labels import MAX_VALUE_CHARACTERS, METADATA_KEY
 from json_text import decoding
 from models import ids
+from nodes.custom_types import TYPE_PATTERN, VERSION_PATTERN
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 MAX_HASHES_BYTES = 1_024
 MAX_NODE_CHARACTERS = 200
+MAX_TASK_CHARACTERS = 500
+MAX_TASK_SECONDS = 604_800
+MAX_TASK_COUNT = 10_000
+MAX_TASK_INPUT_BYTES = 1 << 30
 
 
 class _AwaitedNode(msgspec.Struct):
@@ -49,13 +56,19 @@ def require_storable(write: RunWrite) -> None:
         raise _refused("A time has no zone")
     if write.blocked_node is not None and not is_storable_text(write.blocked_node):
         raise _refused("The blocked node is not a valid ID")
+    if not all(is_storable_text(text) for place in write.cancelled_tasks for text in place):
+        raise _refused("A cancelled task is not one of a node")
+    _check_metadata(write)
+    if write.channel and not ids.is_id(write.channel):
+        raise _refused("The channel is not a valid ID")
+
+
+def _check_metadata(write: RunWrite) -> None:
     for key, value in write.metadata.items():
         if not METADATA_KEY.match(key) or len(value) > MAX_VALUE_CHARACTERS or "\0" in value:
             raise _refused("An entry of the metadata is invalid")
     if len(write.metadata) > MAX_METADATA_KEYS:
         raise _refused("There are too many keys of metadata")
-    if write.channel and not ids.is_id(write.channel):
-        raise _refused("The channel is not a valid ID")
 
 
 def is_storable_text(text: str) -> bool:
@@ -84,11 +97,34 @@ def _check_span(span: NodeSpan) -> None:
     if span.awaits is not None:
         values.decode_json(span.awaits)
         decoding.decode(span.awaits, _AwaitedNode)
+    if span.task is not None:
+        _check_task(span.task)
     if span.hashes is not None and len(span.hashes) > MAX_HASHES_BYTES:
         raise _refused("The hashes are too long")
     for execution_id in (span.reused_from, span.key_id):
         if execution_id is not None and not ids.is_id(execution_id):
             raise _refused("The execution of a span is not a valid ID")
+
+
+def _check_task(raw: bytes) -> None:
+    task = decoding.decode(raw, NewTask)
+    for value in (task.config, task.input):
+        values.decode_json(bytes(value))
+    texts = (task.type, task.version, task.content_hash, task.pool, task.key, task.concurrency_key or "")
+    seconds = (
+        *(task.timeout_seconds, task.lease_seconds, task.first_delay_seconds, task.max_delay_seconds),
+        task.start_timeout_seconds or 0,
+    )
+    counts = (task.max_attempts, task.concurrency_limit or 1)
+    if (
+        not all(len(text) <= MAX_TASK_CHARACTERS and "\0" not in text for text in texts)
+        or not all(0 <= one <= MAX_TASK_SECONDS for one in seconds)
+        or not all(1 <= one <= MAX_TASK_COUNT for one in counts)
+        or not 0 <= task.input_bytes <= MAX_TASK_INPUT_BYTES
+        or not re.match(VERSION_PATTERN, task.version)
+        or not re.match(TYPE_PATTERN, task.type)
+    ):
+        raise _refused("A task is invalid")
 
 
 def _moments(write: RunWrite) -> Iterator[datetime]:

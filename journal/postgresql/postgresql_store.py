@@ -36,15 +36,21 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
+    TASK_COLUMNS,
+    TASK_INSERT_COLUMNS,
     approval_rows,
     attempt_rows,
     blocked_rows,
+    cancel_tasks_sql,
+    cancelled_task_rows,
     decode_claim,
     decode_span,
     log_rows,
     metadata_rows,
     release_target_sql,
     span_rows,
+    task_rows,
+    task_values_sql,
 )
 from journal.store import (
     DIRECT_TOKEN,
@@ -199,7 +205,8 @@ class PostgreSQLStore:
     ) -> frozenset[str]:
         attempts, blocked = attempt_rows(batch), blocked_rows(batch)
         metadata, asked = metadata_rows(batch), approval_rows(batch)
-        has_more = bool(metadata or asked)
+        tasks, cancelled = task_rows(batch), cancelled_task_rows(batch)
+        has_more = bool(metadata or asked or tasks or cancelled)
         rows = await self._fetch(
             statements[bool(attempts), bool(blocked), has_more],
             *transpose_rows(map(_run_write_row, batch), len(_WRITE_TYPES)),
@@ -210,6 +217,8 @@ class PostgreSQLStore:
             *(transpose_rows(blocked, len(_BLOCKED_TYPES)) if blocked else ()),
             *(transpose_rows(metadata, len(_METADATA_TYPES)) if has_more else ()),
             *(transpose_rows(asked, len(_APPROVAL_TYPES)) if has_more else ()),
+            *(transpose_rows(tasks, len(_TASK_TYPES)) if has_more else ()),
+            *(transpose_rows(cancelled, len(_APPROVAL_TYPES)) if has_more else ()),
         )
         return frozenset(row[0] for row in rows)
 
@@ -324,9 +333,10 @@ class PostgreSQLStore:
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
         if not rows:
             rows = await self._fetch(
-                "SELECT status, NULL, channel FROM execution WHERE id = $1 AND shard = $2", *key
+                "SELECT status, NULL, channel, organization_id FROM execution WHERE id = $1 AND shard = $2",
+                *key,
             )
-        return EndRequestOutcome(ExecutionStatus(rows[0][0]), rows[0][1], rows[0][2]) if rows else None
+        return EndRequestOutcome(ExecutionStatus(rows[0][0]), *rows[0][1:]) if rows else None
 
     async def for_thread(self) -> PostgreSQLStore:
         """Return a store with one connection of its own, on the running loop."""
@@ -586,10 +596,25 @@ _NEW_METADATA = """
     FROM unnest({approvals}) AS asked (execution_id, node_id, iteration)
     JOIN held ON held.id = asked.execution_id
     ON CONFLICT DO NOTHING
+), new_task AS (
+    INSERT INTO task ({task_columns}) SELECT {task_values}
+    FROM unnest({tasks}) AS given ({given_columns})
+    JOIN held ON held.id = given.execution_id
+    ON CONFLICT DO NOTHING
+), cancelled_task AS (
+    {cancel} AND (execution_id, node_id, iteration) IN (
+        SELECT gone.execution_id, gone.node_id, gone.iteration
+        FROM unnest({cancelled}) AS gone (execution_id, node_id, iteration)
+        JOIN held ON held.id = gone.execution_id)
 )
 """
-"""Only in statements for batches with runs whose nodes have set metadata or ask people by mail."""
+"""Only in statements for batches with runs whose nodes have set metadata, ask people by mail or have tasks."""
 _APPROVAL_TYPES = ("text", "text", "text")
+_TASK_TYPES = (
+    *("text", "text", "text", "text", "text", "text", "text", "text", "text", "text", "text", "text"),
+    *("integer", "bigint", "bigint", "smallint", "bigint", "bigint", "boolean", "text", "integer", "text"),
+    *("bigint", "boolean", "boolean"),
+)
 # A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
 # answer.
 _ENDS_WAITING = "(write.status = 'waiting' AND execution.wait_answer_count <= write.wait_answer_count)"
@@ -628,7 +653,8 @@ WITH held AS (
         AND execution.id = write.id AND execution.shard = write.shard AND execution.token = write.token
         AND execution.status || '' = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
         AND {{lock_wait}}
-    RETURNING execution.id, execution.shard, execution.organization_id, execution.status
+    RETURNING execution.id, execution.shard, execution.organization_id, execution.status, execution.workflow_id,
+        execution.queue_turn, execution.rank
 ), new_span AS (
     INSERT INTO span ({", ".join(SPAN_COLUMNS)})
     SELECT written.* FROM unnest({unnest_sql(_FIRST_SPAN, _SPAN_TYPES)}) AS written ({", ".join(SPAN_COLUMNS)})
@@ -656,9 +682,17 @@ def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool]
     for has_attempts, has_blocked, has_metadata in product((False, True), repeat=3):
         first_blocked = _OWNER + 1 + (len(_ATTEMPT_TYPES) if has_attempts else 0)
         first_metadata = first_blocked + (len(_BLOCKED_TYPES) if has_blocked else 0)
+        first_approval = first_metadata + len(_METADATA_TYPES)
+        first_task = first_approval + len(_APPROVAL_TYPES)
         metadata = _NEW_METADATA.format(
             types=unnest_sql(first_metadata, _METADATA_TYPES),
-            approvals=unnest_sql(first_metadata + len(_METADATA_TYPES), _APPROVAL_TYPES),
+            approvals=unnest_sql(first_approval, _APPROVAL_TYPES),
+            tasks=unnest_sql(first_task, _TASK_TYPES),
+            cancelled=unnest_sql(first_task + len(_TASK_TYPES), _APPROVAL_TYPES),
+            task_columns=", ".join(TASK_INSERT_COLUMNS),
+            given_columns=", ".join(TASK_COLUMNS),
+            task_values=task_values_sql("given", "held", NOW, "true", "false"),
+            cancel=cancel_tasks_sql(NOW),
             now=NOW,
         )
         statements[has_attempts, has_blocked, has_metadata] = _RECORD_TEMPLATE.format(
@@ -850,11 +884,14 @@ UPDATE execution SET updated_at = {NOW},
     status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
 WHERE id = $1 AND shard = $2 AND status IN ('pending', 'running', 'waiting')
     AND {lock_wait_sql(sessions.LOCK_WAIT_MILLISECONDS)}
-RETURNING id, status, lease_owner, channel, ended_at
+RETURNING id, status, lease_owner, channel, ended_at, organization_id
+), cancelled_task AS (
+    {cancel_tasks_sql(NOW)}
+        AND execution_id = ANY (ARRAY(SELECT id FROM requested WHERE ended_at IS NOT NULL))
 ), ended AS (
     UPDATE blocked_interval SET ended_at = {NOW}
     WHERE execution_id = ANY (ARRAY(SELECT id FROM requested WHERE ended_at IS NOT NULL))
         AND blocked_interval.ended_at IS NULL
 )
-SELECT status, lease_owner, channel FROM requested
+SELECT status, lease_owner, channel, organization_id FROM requested
 """

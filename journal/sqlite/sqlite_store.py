@@ -30,15 +30,21 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
+    TASK_COLUMNS,
+    TASK_INSERT_COLUMNS,
     approval_rows,
     attempt_rows,
     blocked_rows,
+    cancel_tasks_sql,
+    cancelled_task_rows,
     decode_claim,
     decode_span,
     log_rows,
     metadata_rows,
     release_target_sql,
     span_rows,
+    task_rows,
+    task_values_sql,
 )
 from journal.sqlite import sqlite_inserts
 from journal.store import (
@@ -489,6 +495,13 @@ _INSERT_APPROVAL = (
     " due_at, created_at) SELECT id, ?2, ?3, shard, organization_id, 0, 0, ?4, ?4 FROM execution WHERE id = ?1"
     " ON CONFLICT DO NOTHING"
 )
+_INSERT_TASK = (
+    f"INSERT INTO task ({', '.join(TASK_INSERT_COLUMNS)})"
+    f" SELECT {task_values_sql('given', 'execution', ':now', '1', '0')}"
+    f" FROM (SELECT {', '.join(f':{name} AS {name}' for name in TASK_COLUMNS)}) AS given"
+    " JOIN execution ON execution.id = given.execution_id WHERE true ON CONFLICT DO NOTHING"
+)
+_CANCEL_TASKS = f"{cancel_tasks_sql(':now')} AND execution_id = :execution_id"
 _DELETE_METADATA = "DELETE FROM execution_label WHERE execution_id = ?1 AND key = ?3 AND value <> ?4"
 _INSERT_METADATA = (
     "INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)"
@@ -540,9 +553,18 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
     if metadata := metadata_rows(held):
         connection.executemany(_DELETE_METADATA, metadata)
         connection.executemany(_INSERT_METADATA, metadata)
+    _record_tasks(connection, held, now)
     for execution_id, code, node_id in blocked_rows(held):
         connection.execute(_BLOCK_RUN, {"id": execution_id, "code": code, "node": node_id, "now": now})
     return frozenset(write.execution_id for write in held)
+
+
+def _record_tasks(connection: sqlite3.Connection, held: Sequence[RunWrite], now: int) -> None:
+    for row in task_rows(held):
+        connection.execute(_INSERT_TASK, {**dict(zip(TASK_COLUMNS, row, strict=True)), "now": now})
+    for execution_id, node_id, iteration in cancelled_task_rows(held):
+        values = {"now": now, "execution_id": execution_id, "node_id": node_id, "iteration": iteration}
+        connection.execute(f"{_CANCEL_TASKS} AND node_id = :node_id AND iteration = :iteration", values)
 
 
 def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
@@ -759,7 +781,7 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
         " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status"
         " WHEN request = 'cancel' THEN 'cancelled' ELSE :status END"
         " WHERE id = :id AND shard = :shard AND status IN ('pending', 'running', 'waiting')"
-        " RETURNING status, lease_owner, channel",
+        " RETURNING status, lease_owner, channel, organization_id",
         {
             "now": now,
             "request": request,
@@ -770,8 +792,9 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
     ).fetchone()
     if row is not None and row[0] in TERMINAL_STATUSES:
         connection.execute(_END_INTERVALS, {"now": now, "id": key.execution_id})
+        connection.execute(_CANCEL_TASKS, {"now": now, "execution_id": key.execution_id})
     if row is None:
         row = connection.execute(
-            "SELECT status, NULL, channel FROM execution WHERE id = ? AND shard = ?", key
+            "SELECT status, NULL, channel, organization_id FROM execution WHERE id = ? AND shard = ?", key
         ).fetchone()
-    return None if row is None else EndRequestOutcome(ExecutionStatus(row[0]), row[1], row[2])
+    return None if row is None else EndRequestOutcome(ExecutionStatus(row[0]), *row[1:])

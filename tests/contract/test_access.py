@@ -4,7 +4,7 @@ A refusal changes nothing in the database. Objects of others get the same answer
 """
 
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import httpx2
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
@@ -30,12 +30,14 @@ from models.database import is_sqlite
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from models.ids import new_id, shard_of
+from models.task import Task
 from models.workflow import Workflow, WorkflowShare
 from tests.custom_types import custom_type
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running, serve_as_pods
 from tests.integration.gateway_harness import EDGE, GRAPH, SECRET, GatewayHarness, UserClient, create_gateway
 from tests.services import PostgresServer
+from tests.task_rows import make_task_row
 
 
 class CallerKind(StrEnum):
@@ -132,6 +134,13 @@ SCOPES = {
 }
 """Scope of the key for operations that no scope alone permits."""
 
+TASK_POLL = {"worker": {"id": "w_1"}, "requestId": "c_1", "max": 0, "wait": 0}
+LEASE_LOST = "409 lease-lost"
+TASK_HOLDERS: Expected = {
+    **expect_access(stranger=NOT_FOUND, colleague=LEASE_LOST, guest=LEASE_LOST, owner=LEASE_LOST),
+    CallerKind.ADMIN: LEASE_LOST,
+}
+"""Operations with the lease of a task, which these callers don't have."""
 NODE_TYPE = custom_type(type="<type>")
 
 Make: TypeAlias = Callable[["AccessCast", bool], Awaitable[str]]
@@ -206,7 +215,7 @@ class AccessCast:
         return [
             kept
             for (make, is_public), kept in self.kept.items()
-            if caller is CallerKind.STRANGER or not (is_public or make in {create_template, create_node_type})
+            if caller is CallerKind.STRANGER or not (is_public or make in SEEN_BY_ALL)
         ]
 
 
@@ -252,6 +261,28 @@ async def create_node_type(cast: AccessCast, _is_public: bool) -> str:  # noqa: 
     made = await cast.owner.api.post("/api/v1/workflow-nodes", json=custom_type(type=f"set/{name}"))
     assert made.status_code == 201, made.text
     return name
+
+
+async def create_task(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Create a task of a run of a workflow; nobody holds it."""
+    execution_id = await create_failed_execution(cast, is_public)
+    task_id = f"task_{uuid4().hex}"
+
+    async def add(connection: AsyncConnection) -> None:
+        run = (await connection.execute(select(Execution).where(col(Execution.id) == execution_id))).one()
+        row = make_task_row(task_id, run, "step", state="completed", ended_at=datetime.now(UTC))
+        await connection.execute(insert(Task).values(row))
+
+    await cast.harness.gateway.database.transaction(add)
+    return task_id
+
+
+async def create_task_worker(cast: AccessCast, _is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Let a worker poll once; return its id."""
+    worker_id = f"w_{uuid4().hex}"
+    polled = await cast.owner.api.post("/api/v1/tasks/claim", json={**TASK_POLL, "worker": {"id": worker_id}})
+    assert polled.status_code == 200, polled.text
+    return worker_id
 
 
 async def create_template(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
@@ -422,6 +453,8 @@ async def create_data_source(cast: AccessCast, is_public: bool) -> str:  # noqa:
     return source_id
 
 
+SEEN_BY_ALL: Collection[Make] = (create_template, create_node_type, create_task_worker)
+"""Makers of objects that the whole organization sees."""
 MADE: Sequence[Make] = (
     *(
         create_invitation,
@@ -432,6 +465,8 @@ MADE: Sequence[Make] = (
         create_template,
         create_delivery,
         create_node_type,
+        create_task,
+        create_task_worker,
     ),
     *(create_failed_execution, create_waiting_execution, create_key, create_session, create_data_source),
     *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
@@ -527,6 +562,15 @@ ROWS = [
     AccessRow("GET", "/api/v1/workflow-nodes", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
     AccessRow("POST", "/api/v1/workflow-nodes", KeyScope.NODES_WRITE, OWN, body=NODE_TYPE, status=201),
+    AccessRow("POST", "/api/v1/tasks/claim", KeyScope.TASKS_WORK, OWN, body=TASK_POLL),
+    AccessRow("POST", "/api/v1/tasks/report", KeyScope.TASKS_WORK, OWN, body={"worker": "w_1"}),
+    AccessRow("POST", "/api/v1/tasks/stop", KeyScope.TASKS_WORK, OWN, body={"worker": "w_2"}),
+    AccessRow("GET", "/api/v1/tasks", READ, OWN),
+    AccessRow("GET", "/api/v1/tasks/{id}", READ, READERS, create_task),
+    AccessRow("GET", "/api/v1/tasks/{id}/input", KeyScope.TASKS_WORK, TASK_HOLDERS, create_task),
+    AccessRow("PUT", "/api/v1/tasks/{id}/output", KeyScope.TASKS_WORK, TASK_HOLDERS, create_task, body={}),
+    AccessRow("GET", "/api/v1/workers", READ, OWN),
+    AccessRow("POST", "/api/v1/workers/{id}/drain", WRITE, TEMPLATE_READERS, create_task_worker),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/{name}", READ, TEMPLATE_READERS, create_node_type),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/{name}/schema", READ, TEMPLATE_READERS, create_node_type),
     AccessRow(

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from engine.run_records import SpanStatus
@@ -14,10 +15,12 @@ from journal.blobs.blob_storage import BlobOwner
 from models import ids
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
+from models.task import Task
 from tests.custom_types import RESIZE
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
+from tests.task_rows import held_by, make_task_row
 
 Json = TypeVar("Json")
 _EXAMPLE_ID = re.compile(r"[a-zA-Z]+[_-][a-zA-Z0-9_-]+")
@@ -96,6 +99,10 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await harness.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
     waiting = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
     await input_waits.wait_for_input(harness.gateway.database, waiting["executionId"])
+    await _create_task(harness, started["executionId"])
+    await _send(
+        people, "POST", "tasks/claim", {"worker": {"id": "w_abc123"}, "requestId": "c_0", "max": 0, "wait": 0}
+    )
     browser = await harness.browser()
     session = (await browser.post("/session", json={"key": admin.key})).json()
     return {
@@ -118,6 +125,17 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "user_456": admin.user.id,
         "user_789": people.owner.user.id,
     }
+
+
+async def _create_task(harness: GatewayHarness, execution_id: str) -> None:
+    """Create the task of the examples, which a worker holds."""
+
+    async def create(connection: AsyncConnection) -> None:
+        found = await connection.execute(select(Execution).where(col(Execution.id) == execution_id))
+        row = make_task_row("task_abc123", found.one(), "node_1", **held_by("w_abc123", "x9f0"))
+        await connection.execute(insert(Task).values(row))
+
+    await harness.gateway.database.transaction(create)
 
 
 async def _send(people: OrganizationUsers, method: str, path: str, body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value

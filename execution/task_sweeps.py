@@ -1,0 +1,31 @@
+"""Sweeps of tasks by workers, in case that no gateway has polls of task workers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from journal import concurrency_limits
+from messages import wakeups
+from messages.broker import BrokerUnavailable
+from models.task_states import watch_key
+
+if TYPE_CHECKING:
+    from journal.tasks.task_store import TaskStore
+    from messages.broker import Broker
+    from models.database import Database
+
+
+async def move_due_tasks(database: Database, tasks: TaskStore, broker: Broker) -> None:
+    """Move tasks whose time has come, and notify runs and workers. Raises `DatabaseUnavailable`."""
+    effects = await tasks.sweep()
+    for key in sorted({run.concurrency_key for run in effects.woken if run.concurrency_key is not None}):
+        await concurrency_limits.admit_waiting_runs(database, key)
+    if effects.woken:
+        await wakeups.wake_workers(broker)
+    changed = effects.ready_organizations | effects.cancelling_organizations
+    if effects.freed_keys:
+        changed |= await tasks.admit(sorted(effects.freed_keys))
+    if changed:
+        with suppress(BrokerUnavailable):
+            await broker.publish(dict.fromkeys(map(watch_key, changed), ""))

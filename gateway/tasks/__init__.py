@@ -1,0 +1,1 @@
+"""Tasks: the protocol of workers, and lists for people."""

@@ -1,0 +1,130 @@
+"""Presence of task workers: a row for each, updated at most twice a minute while it polls."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import col
+
+from models.database_time import PresentTime
+from models.task import TaskWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+SEEN_SECONDS: Final = 25.0
+"""Age of the stored time of a worker from which it is stored again."""
+MAX_REMEMBERED: Final = 50_000
+STORED_TOGETHER: Final = 500
+
+
+class WorkerDescription(msgspec.Struct, frozen=True):
+    """Worker as it describes itself in a claim."""
+
+    organization_id: str
+    shard: int
+    id: str
+    name: str
+    sdk: str
+    key_id: str
+    types: Sequence[Mapping[str, str]]
+    pools: Sequence[str]
+
+
+class WorkerPresence:
+    """Workers that have polled this gateway."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._stored: OrderedDict[tuple[str, str], tuple[bytes, float]] = OrderedDict()
+        """Digest of the description and time of the last store, by organization and id."""
+        self._seen: set[tuple[str, str]] = set()
+
+    async def note(self, worker: WorkerDescription) -> None:
+        """Note a poll of a worker; a new or changed one is stored at once."""
+        key = (worker.organization_id, worker.id)
+        content = msgspec.json.encode(worker)
+        stored = self._stored.get(key)
+        if stored is not None and stored[0] == content:
+            if monotonic() - stored[1] > SEEN_SECONDS:
+                self._seen.add(key)
+            return
+        await self._store(worker)
+        self._remember(key, content)
+
+    def _remember(self, key: tuple[str, str], content: bytes) -> None:
+        self._stored[key] = content, monotonic()
+        self._stored.move_to_end(key)
+        while len(self._stored) > MAX_REMEMBERED:
+            self._stored.popitem(last=False)
+
+    async def _store(self, worker: WorkerDescription) -> None:
+        values = {
+            "name": worker.name,
+            "sdk": worker.sdk,
+            "key_id": worker.key_id,
+            "types": list(worker.types),
+            "pools": list(worker.pools),
+            "last_seen_at": PresentTime(),
+        }
+        key = {"organization_id": worker.organization_id, "id": worker.id}
+        table = TaskWorker.__table__  # type: ignore[attr-defined]  # SQLModel adds it
+        condition = (
+            col(TaskWorker.organization_id) == worker.organization_id,
+            col(TaskWorker.id) == worker.id,
+        )
+
+        async def work(connection: AsyncConnection) -> None:
+            changed = await connection.execute(table.update().where(*condition).values(values))
+            if changed.rowcount == 0:
+                await connection.execute(
+                    table.insert().values(
+                        {
+                            **key,
+                            **values,
+                            "shard": worker.shard,
+                            "is_draining": False,
+                            "first_seen_at": PresentTime(),
+                        }
+                    )
+                )
+
+        try:
+            await self._database.transaction(work)
+        except IntegrityError:
+            await self._database.transaction(work)  # another poll of the worker was faster
+
+    async def flush(self) -> None:
+        """Store that workers were seen, with one statement for all."""
+        seen, self._seen = sorted(self._seen), set()
+        for start in range(0, len(seen), STORED_TOGETHER):
+            part = seen[start : start + STORED_TOGETHER]
+            statement = (
+                TaskWorker.__table__.update()  # type: ignore[attr-defined]  # SQLModel adds it
+                .where(
+                    col(TaskWorker.organization_id).in_({key[0] for key in part}),
+                    col(TaskWorker.id).in_([key[1] for key in part]),
+                )
+                .values(last_seen_at=PresentTime())
+            )
+
+            async def work(connection: AsyncConnection, statement: object = statement) -> None:
+                await connection.execute(statement)  # type: ignore[call-overload]  # an update
+
+            await self._database.transaction(work)
+            for key in part:
+                content, _ = self._stored.get(key, (b"", 0.0))
+                if content:
+                    self._stored[key] = content, monotonic()
+
+    async def close(self) -> None:
+        """Store what was noted, unless the database is away."""
+        self._seen.clear()

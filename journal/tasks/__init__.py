@@ -1,0 +1,1 @@
+"""Tasks of custom nodes: moves between states, and their store."""

@@ -1,0 +1,114 @@
+"""Service of tasks: whether a worker of the organization performs them, and if not, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.node_api import parse_version
+from journal.tasks.task_store import is_served
+from models.task import TaskWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+PRESENT_TIME: Final = timedelta(seconds=100)
+"""Age of the last poll of a worker up to which it counts as present: three polls of 30 seconds."""
+MAX_WORKERS: Final = 1_000
+SHOWN_VERSIONS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SeenWorker:
+    """Worker with its last poll."""
+
+    id: str
+    versions: dict[str, str]
+    pools: tuple[str, ...]
+    seen_at: datetime
+    is_present: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskService:
+    """Workers for the tasks of one type, version and pool."""
+
+    present: int
+    """Number of present workers that perform them."""
+    last_seen_at: datetime | None
+    """Last poll of any worker of the type."""
+    explanation: str | None
+    """Why nothing performs them; None if a worker does."""
+
+
+async def read_workers(connection: AsyncConnection, organization_id: str, now: datetime) -> list[SeenWorker]:
+    """Return the workers of an organization, the last seen first."""
+    statement = (
+        select(TaskWorker)
+        .where(col(TaskWorker.organization_id) == organization_id)
+        .order_by(col(TaskWorker.last_seen_at).desc())
+        .limit(MAX_WORKERS)
+    )
+    return [
+        SeenWorker(
+            id=row.id,
+            versions={one["type"]: one["version"] for one in row.types},
+            pools=tuple(row.pools),
+            seen_at=row.last_seen_at,
+            is_present=row.stopped_at is None
+            and not row.is_draining
+            and now - row.last_seen_at < PRESENT_TIME,
+        )
+        for row in await connection.execute(statement)
+    ]
+
+
+def find_service(
+    workers: Sequence[SeenWorker], type_name: str, version: str, pool: str, now: datetime
+) -> TaskService:
+    """Return the service of the tasks of a type, version and pool."""
+    of_type = [one for one in workers if type_name in one.versions]
+    last_seen = max((one.seen_at for one in of_type), default=None)
+    serving = [
+        one
+        for one in of_type
+        if one.is_present and pool in one.pools and is_served(version, one.versions[type_name])
+    ]
+    if serving:
+        return TaskService(len(serving), last_seen, None)
+    wanted = f"no worker serves {type_name} ≥ {version} in pool {pool}"
+    if not of_type:
+        return TaskService(0, None, f"{wanted}; none has ever polled for this type")
+    return TaskService(0, last_seen, f"{wanted}; {_describe(of_type, type_name, pool, now)}")
+
+
+def _describe(workers: Sequence[SeenWorker], type_name: str, pool: str, now: datetime) -> str:
+    """Return the versions of other workers of a type, and the time of the last one."""
+    present = [one for one in workers if one.is_present]
+    shown = present or list(workers)
+    counts: dict[str, int] = {}
+    for one in shown:
+        place = (
+            one.versions[type_name] if pool in one.pools else f"{one.versions[type_name]} in {one.pools[0]}"
+        )
+        counts[place] = counts.get(place, 0) + 1
+    newest = sorted(counts, key=lambda text: parse_version(text.partition(" ")[0]), reverse=True)
+    versions = ", ".join(f"{text} \u00d7{counts[text]}" for text in newest[:SHOWN_VERSIONS])
+    if present:
+        return f"{versions} poll now"
+    return f"{versions}, last seen {describe_age(now - max(one.seen_at for one in workers))} ago"
+
+
+def describe_age(age: timedelta) -> str:
+    """Return a duration in its largest unit."""
+    seconds = max(int(age.total_seconds()), 0)
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

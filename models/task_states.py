@@ -1,0 +1,42 @@
+"""States of tasks, and the key by which processes watch the tasks of an organization."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+
+class TaskState(StrEnum):
+    """State of a task."""
+
+    READY = "ready"
+    LIMITED = "limited"
+    """Waits for a place under its concurrency key."""
+    DELAYED = "delayed"
+    """Waits for the time of its next attempt; shown as `ready` with `dueAt`."""
+    LEASED = "leased"
+    CANCEL_REQUESTED = "cancel_requested"
+    """Leased, and its worker is asked to stop."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+OPEN_STATES: Final = (
+    *(TaskState.READY, TaskState.LIMITED, TaskState.DELAYED, TaskState.LEASED),
+    TaskState.CANCEL_REQUESTED,
+)
+UNBEGUN_STATES: Final = (TaskState.READY, TaskState.LIMITED, TaskState.DELAYED)
+HELD_STATES: Final = (TaskState.LEASED, TaskState.CANCEL_REQUESTED)
+HELD_CONDITION: Final = "state IN ('leased', 'cancel_requested')"
+WATCH_PREFIX: Final = "tasks:"
+
+
+def watch_key(organization_id: str) -> str:
+    """Return the key that stands for the tasks of an organization at the broker, in place of an execution id."""
+    return f"{WATCH_PREFIX}{organization_id}"
+
+
+def organization_of_key(key: str) -> str | None:
+    """Return the organization of a watch key; None for any other key."""
+    return key.removeprefix(WATCH_PREFIX) if key.startswith(WATCH_PREFIX) else None

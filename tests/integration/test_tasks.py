@@ -1,0 +1,370 @@
+"""Tasks of custom nodes: claims, reports, leases, retries, cancellation and their place in runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tests.custom_types import custom_graph, custom_type
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.integration.task_workers import TASKS, TaskWorkerClient
+from tests.integration.test_waiting_runs import (
+    execute_workflow,
+    get_json,
+    serve_worker,
+    wait_until_ended,
+)
+
+pytestmark = pytest.mark.timeout(60)
+SECOND = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+async def executor(harness: GatewayHarness) -> AsyncIterator[None]:
+    async with serve_worker(harness):
+        yield
+
+
+async def add_type(people: OrganizationUsers, **changes: Any) -> None:  # noqa: ANN401 - any JSON value
+    answer = await people.owner.api.post("/api/v1/workflow-nodes", json=custom_type(**changes))
+    assert answer.status_code == 201, answer.text
+
+
+async def start(people: OrganizationUsers, graph: dict[str, Any] | None = None, **inputs: Any) -> str:  # noqa: ANN401 - any JSON value
+    workflow_id = await people.owner.create(**(graph or custom_graph()))
+    return await execute_workflow(people.owner, workflow_id, **inputs)
+
+
+async def shift(harness: GatewayHarness, task_id: str, seconds: float) -> None:
+    """Let so many seconds pass for a task, and sweep."""
+    columns = ("check_at", "lease_until", "deadline_at", "due_at")
+    assignments = ", ".join(f"{name} = {name} - :passed" for name in columns)
+    statement = text(f"UPDATE task SET {assignments} WHERE id = :task_id")
+    values = {"passed": int(seconds * SECOND), "task_id": task_id}
+    await harness.gateway.database.transaction(lambda connection: connection.execute(statement, values))
+    await harness.gateway.task_hub.sweep()
+
+
+async def show_task(person: UserClient, task_id: str) -> dict[str, Any]:
+    answer = await person.api.get(f"{TASKS}/{task_id}")
+    assert answer.status_code == 200, answer.text
+    shown: dict[str, Any] = answer.json()
+    return shown
+
+
+async def wait_for_tasks(person: UserClient, count: int) -> None:
+    """Wait until so many tasks of the organization exist."""
+    async with asyncio.timeout(20):
+        while (await person.api.get(TASKS)).json()["count"] < count:  # noqa: ASYNC110 - another process's commit
+            await asyncio.sleep(0.02)
+
+
+async def test_a_worker_performs_the_task_of_a_node(people: OrganizationUsers) -> None:
+    await add_type(people)
+    graph = custom_graph({"image": "{{ data.body.file }}"})
+    graph["nodes"].append({"id": "after", "nodeId": "set", "config": {"values": {"got": "{{ data.url }}"}}})
+    graph["connections"].append({"source": "work", "target": "after"})
+    worker = TaskWorkerClient(people.owner.api)
+    parked = asyncio.create_task(worker.claim())
+    execution_id = await start(people, graph, file="a.png")
+    (task,) = await parked
+    assert (task["type"], task["version"], task["attempt"]) == ("acme/resize", "1.2.0", 1)
+    assert task["config"] == {"image": "a.png", "width": 1200}
+    assert task["input"]["body"]["file"] == "a.png"
+    assert task["idempotencyKey"] == f"{execution_id}:work:0"
+    assert (await worker.send(task, "heartbeat", progress={"done": 1, "total": 2}, checkpoint={"n": 1}))[
+        "status"
+    ] == "ok"
+    shown = await show_task(people.owner, task["id"])
+    assert (shown["state"], shown["progress"], shown["checkpoint"]) == (
+        "leased",
+        {"done": 1, "total": 2},
+        {"n": 1},
+    )
+    lines = [{"level": "info", "message": "half"}]
+    assert (await worker.send(task, "log", lines=lines))["status"] == "ok"
+    assert await worker.complete(task) == "ok"
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["status"] == "completed"
+    assert ended["outputs"]["after"] == {"url": "http://x", "got": "http://x"}
+    assert await worker.complete(task) == "repeated"
+    logs = await get_json(people.owner, f"/{execution_id}/logs")
+    assert "half" in str(logs)
+    listed = (await people.owner.api.get(f"{TASKS}?executionId={execution_id}&state=completed")).json()
+    assert [one["id"] for one in listed["tasks"]] == [task["id"]]
+    assert_refused(await people.stranger.api.get(f"{TASKS}/{task['id']}"), 404, "not-found")
+    workers = (await people.owner.api.get("/api/v1/workers")).json()["workers"]
+    assert [(one["id"], one["present"], one["tasks"]) for one in workers] == [(worker.id, True, 0)]
+
+
+async def test_the_same_request_gets_the_same_tasks(people: OrganizationUsers) -> None:
+    await add_type(people)
+    await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    first = await worker.claim(request_id="r1")
+    again = await worker.claim(request_id="r1", limit=5)
+    assert first == again
+    assert await worker.claim(request_id="r2", wait=0) == []
+    # The answer to r3 is lost: a report about a later claim that lacks its task frees that at once.
+    lost = await start(people)
+    other = TaskWorkerClient(people.owner.api, id=worker.id)
+    (unseen,) = await other.claim(request_id="r3")
+    await start(people)
+    (later,) = await worker.claim(request_id="r4")
+    assert await worker.report() == []
+    (retaken,) = await TaskWorkerClient(people.owner.api).claim()
+    assert retaken["id"] == unseen["id"]
+    assert retaken["executionId"] == lost
+    assert (await show_task(people.owner, unseen["id"]))["unacknowledged"] == 0
+    assert (await worker.send(unseen, "complete", output={"url": "x"}))["status"] == "lost"
+    assert await worker.complete(later) == "ok"
+
+
+async def test_a_failed_attempt_is_tried_again_by_the_rules_of_its_type(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    execution_id = await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    error = {"code": "No Such Image!", "message": "It is gone."}
+    for attempt in (1, 2):
+        (task,) = await worker.claim()
+        assert task["attempt"] == attempt
+        assert (await worker.send(task, "fail", error=error))["status"] == "ok"
+        assert (await worker.send(task, "fail", error=error))["status"] == "repeated"
+        assert await worker.claim(wait=0) == []
+        await shift(harness, task["id"], 5)
+    (task,) = await worker.claim()
+    await worker.send(task, "fail", error=error, retry={"afterSeconds": 0})
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["error"]["cause"]["code"] == "no-such-image"
+    assert (await show_task(people.owner, task["id"]))["failures"] == 3
+
+    # `retry: false` is final at the first attempt.
+    execution_id = await start(people)
+    (task,) = await worker.claim()
+    await worker.send(task, "fail", error=error, retry=False)
+    assert (await wait_until_ended(people.owner, execution_id))["status"] == "failed"
+
+
+async def test_lost_leases_are_counted_apart(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    await add_type(people, task={"retry": {"maxAttempts": 1}})
+    execution_id = await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    (task,) = await worker.claim()
+    await shift(harness, task["id"], 9)
+    assert (await show_task(people.owner, task["id"]))["state"] == "leased"
+    await shift(harness, task["id"], 2)
+    assert (await show_task(people.owner, task["id"]))["unacknowledged"] == 1
+    for losses in (1, 2, 3):
+        worker = TaskWorkerClient(people.owner.api)
+        (task,) = await worker.claim()
+        await worker.send(task, "heartbeat", checkpoint={"n": losses})
+        await shift(harness, task["id"], 29)
+        assert (await show_task(people.owner, task["id"]))["state"] == "leased"
+        await shift(harness, task["id"], 2)
+        assert (await show_task(people.owner, task["id"]))["losses"] == losses
+        assert (await worker.send(task, "complete", output={"url": "x"}))["status"] == "lost"
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["error"]["cause"]["code"] == "lost-attempt"
+
+
+async def test_a_task_that_kills_its_workers_at_once_ends(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    execution_id = await start(people)
+    for _ in range(10):
+        (task,) = await TaskWorkerClient(people.owner.api).claim()
+        await shift(harness, task["id"], 11)
+    assert (await wait_until_ended(people.owner, execution_id))["status"] == "failed"
+
+    # A write that must run at most once is not repeated, since its worker may have begun.
+    execution_id = await start(people, custom_graph(atMostOnce=True))
+    (task,) = await TaskWorkerClient(people.owner.api).claim()
+    await shift(harness, task["id"], 11)
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["error"]["cause"]["code"] == "lost-attempt"
+
+
+async def test_the_deadline_ends_an_attempt_that_still_reports(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people, task={"timeoutSeconds": 20, "leaseSeconds": 60})
+    execution_id = await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    (task,) = await worker.claim()
+    await worker.send(task, "heartbeat")
+    await shift(harness, task["id"], 21)
+    assert (await worker.send(task, "heartbeat"))["status"] == "lost"
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["error"]["code"] == "timeout"
+
+
+async def test_a_cancelled_run_reaches_its_worker_by_the_open_poll(people: OrganizationUsers) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    execution_id = await start(people)
+    (task,) = await worker.claim()
+    await worker.send(task, "heartbeat")
+    parked = asyncio.create_task(people.owner.api.post(f"{TASKS}/claim", json=worker.poll(limit=0)))
+    waiting = await start(people)
+    await wait_for_tasks(people.owner, 2)
+    for run in (execution_id, waiting):
+        answer = await people.owner.api.post(f"/api/v1/executions/{run}/cancel")
+        assert answer.status_code == 200, answer.text
+        assert (await wait_until_ended(people.owner, run))["status"] == "cancelled"
+    assert (await asyncio.wait_for(parked, 5)).json()["cancel"] == [task["id"]]
+    assert (await worker.send(task, "heartbeat"))["status"] == "cancelled"
+    assert (await worker.send(task, "complete", output={"url": "x"}))["status"] == "cancelled"
+    listed = (await people.owner.api.get(f"{TASKS}?state=cancelled")).json()
+    assert {one["executionId"] for one in listed["tasks"]} == {execution_id, waiting}
+
+
+async def test_outputs_are_checked_by_the_type(people: OrganizationUsers) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    for fields, code in (
+        ({"output": {"link": "x"}}, "invalid-output"),
+        ({"output": {"url": "x"}, "port": "nowhere"}, "invalid-port"),
+        ({"output": {"url": "x" * 10_000_001}}, "result-too-large"),
+    ):
+        execution_id = await start(people)
+        (task,) = await worker.claim()
+        if code == "result-too-large":
+            refused = await people.owner.api.put(
+                f"{TASKS}/{task['id']}/output", json=fields["output"], headers={"X-Task-Lease": task["lease"]}
+            )
+            assert refused.status_code == 413
+            await worker.send(task, "release")
+            continue
+        result = await worker.send(task, "complete", **fields)
+        assert (result["status"], result["error"]["code"]) == ("refused", code)
+        ended = await wait_until_ended(people.owner, execution_id)
+        assert ended["error"]["cause"]["code"] == code
+
+
+async def test_large_inputs_and_outputs_have_requests_of_their_own(people: OrganizationUsers) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    execution_id = await start(people, None, text="x" * 300_000)
+    (task,) = await worker.claim()
+    assert task["input"] == {"$blob": {"bytes": task["input"]["$blob"]["bytes"]}}
+    lease = {"X-Task-Lease": task["lease"]}
+    given = await people.owner.api.get(f"{TASKS}/{task['id']}/input", headers=lease)
+    assert given.json()["body"]["text"] == "x" * 300_000
+    assert_refused(await people.owner.api.get(f"{TASKS}/{task['id']}/input"), 409, "lease-lost")
+    missing = await worker.send(task, "complete", output={"$blob": {}})
+    assert (missing["status"], missing["error"]["code"]) == ("refused", "output-missing")
+    put = await people.owner.api.put(
+        f"{TASKS}/{task['id']}/output", json={"url": "y" * 400_000}, headers=lease
+    )
+    assert put.status_code == 204, put.text
+    assert await worker.complete(task, {"$blob": {}}) == "ok"
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["status"] == "completed"
+
+
+async def test_a_worker_takes_its_version_and_older_ones_of_its_pool(people: OrganizationUsers) -> None:
+    await add_type(people, version="1.4.0", task={"pool": "gpu"})
+    await start(people)
+    await wait_for_tasks(people.owner, 1)
+    old = TaskWorkerClient(people.owner.api, types={"acme/resize": "1.3.0"}, pools=["gpu", "default"])
+    next_major = TaskWorkerClient(people.owner.api, types={"acme/resize": "2.0.0"}, pools=["gpu"])
+    elsewhere = TaskWorkerClient(people.owner.api, types={"acme/resize": "1.4.0"})
+    for worker in (old, next_major, elsewhere):
+        assert await worker.claim(wait=0) == []
+    (task,) = (await people.owner.api.get(TASKS)).json()["tasks"]
+    explanation = (await show_task(people.owner, task["id"]))["explanation"]
+    assert explanation.startswith("no worker serves acme/resize ≥ 1.4.0 in pool gpu; 2.0.0 \u00d71")
+    newer = TaskWorkerClient(people.owner.api, types={"acme/resize": "1.5.0"}, pools=["gpu"])
+    assert len(await newer.claim()) == 1
+
+
+async def test_a_stopped_worker_gets_nothing_and_a_draining_one_is_told(people: OrganizationUsers) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    await start(people)
+    (task,) = await worker.claim()
+    parked = asyncio.create_task(people.owner.api.post(f"{TASKS}/claim", json=worker.poll()))
+    await asyncio.sleep(0)
+    drained = await people.owner.api.post(f"/api/v1/workers/{worker.id}/drain")
+    assert drained.json()["draining"] is True
+    assert (await asyncio.wait_for(parked, 5)).json()["drain"] is True
+    assert (await people.owner.api.post(f"{TASKS}/stop", json={"worker": worker.id})).status_code == 200
+    await start(people)
+    await wait_for_tasks(people.owner, 2)
+    refused = await people.owner.api.post(f"{TASKS}/claim", json=worker.poll())
+    assert_refused(refused, 409, "worker-stopped")
+    assert (await worker.send(task, "release"))["status"] == "ok"
+    other = TaskWorkerClient(people.owner.api)
+    assert len(await other.claim(limit=5)) == 2
+
+
+async def test_concurrency_limits_the_tasks_of_a_key(people: OrganizationUsers) -> None:
+    await add_type(people, task={"concurrency": {"limit": 1, "key": "{{ data.body.customer }}"}})
+    for customer in ("a", "a", "b"):
+        await start(people, None, customer=customer)
+    worker = TaskWorkerClient(people.owner.api)
+    first = [*await worker.claim(limit=5)]
+    while len(first) < 2:
+        first += await worker.claim(limit=5)
+    assert await worker.claim(limit=5, wait=0) == []
+    assert sorted(task["input"]["body"]["customer"] for task in first) == ["a", "b"]
+    (of_a,) = [task for task in first if task["input"]["body"]["customer"] == "a"]
+    assert await worker.complete(of_a) == "ok"
+    (second,) = await worker.claim(limit=5)
+    assert second["input"]["body"]["customer"] == "a"
+
+
+async def test_many_tasks_of_one_run_are_answered_together(people: OrganizationUsers) -> None:
+    await add_type(people)
+    graph = {
+        "nodes": [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "each", "nodeId": "loop", "config": {"items": "{{ data.body.list }}", "concurrency": 20}},
+            {"id": "work", "nodeId": "acme/resize", "config": {"image": "{{ item }}"}},
+        ],
+        "connections": [
+            {"source": "start", "target": "each"},
+            {"source": "each", "sourcePort": "continue", "target": "work"},
+        ],
+    }
+    execution_id = await start(people, graph, list=[f"{n}.png" for n in range(20)])
+    worker = TaskWorkerClient(people.owner.api)
+    tasks: list[dict[str, Any]] = []
+    while len(tasks) < 20:
+        tasks += await worker.claim(limit=20)
+    items = [
+        {
+            "id": one["id"],
+            "lease": one["lease"],
+            "kind": "complete",
+            "output": {"url": one["config"]["image"]},
+        }
+        for one in tasks
+    ]
+    assert {one["status"] for one in await worker.report(*items)} == {"ok"}
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["status"] == "completed"
+    results = ended["outputs"]["each"]["results"]
+    assert [one["url"] for one in results] == [f"{n}.png" for n in range(20)]
+
+
+async def test_a_key_performs_only_its_node_types(people: OrganizationUsers, harness: GatewayHarness) -> None:
+    await add_type(people)
+    created = await people.owner.api.post(
+        "/api/v1/auth/keys",
+        json={"name": "worker", "scopes": ["tasks:work"], "nodeTypes": ["acme/crop", "other/*"]},
+    )
+    assert created.json()["nodeTypes"] == ["acme/crop", "other/*"]
+    api = await harness.client(created.json()["key"])
+    worker = TaskWorkerClient(api)
+    assert_refused(await api.post(f"{TASKS}/claim", json=worker.poll(wait=0)), 403, "node-type-not-allowed")
+    worker.types = {"acme/crop": "1.0.0", "other/anything": "1.0.0"}
+    assert await worker.claim(wait=0) == []
+    assert_refused(await api.get(TASKS), 403, "scope-required")
