@@ -184,11 +184,20 @@ class RunAcceptor:
         return answers
 
     async def _ingest_batch(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        answers = await self._store.ingest(batch)
+        batch = self.assigner.assign_requests(batch)
+        try:
+            answers = await self._store.ingest(batch)
+        except BaseException:
+            self.assigner.withdraw([run for write in batch for run in write.runs])
+            raise
         accepted: list[IngestedRun] = []
         for write, answer in zip(batch, answers, strict=True):
-            of_runs = zip(write.runs, answer.runs, strict=False)  # empty if the request was not accepted
-            accepted += [run for run, one in of_runs if one.verdict is AcceptanceVerdict.ACCEPTED]
+            if answer.runs:
+                self.assigner.send(write.runs, answer.runs)
+                of_runs = zip(write.runs, answer.runs, strict=True)
+                accepted += [run for run, one in of_runs if one.verdict is AcceptanceVerdict.ACCEPTED]
+            else:
+                self.assigner.withdraw(write.runs)
             if write.event is not None and answer.verdict is AcceptanceVerdict.ACCEPTED:
                 self._events.submit(write.event.event_id)
             _count_delivery(write, answer)

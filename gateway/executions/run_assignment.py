@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
@@ -18,6 +18,8 @@ from journal.store import (
     AcceptanceVerdict,
     ClaimedRun,
     ExecutionKey,
+    InboundRequest,
+    IngestedRun,
     RunAcceptance,
 )
 from messages.broker import GRANT_SECONDS, SLOT_GRANTS, BrokerUnavailable, DirectRuns, SlotGrant
@@ -70,6 +72,10 @@ class GrantingWorker:
         """Use up one slot of the worker for a run."""
         self.assigned, self.assigned_at, self.left = self.assigned + 1, now, self.left - 1
 
+    def withdraw(self) -> None:
+        """Return the slot of a run that is not sent."""
+        self.assigned, self.left = self.assigned - 1, self.left + 1
+
     def number_of(self, count: int) -> int:
         """Count runs as sent, and return the number of the last one."""
         self.sent += count
@@ -106,20 +112,30 @@ class RunAssigner:
             return batch
         free.sort(key=lambda entry: entry[1].left)
         name, worker = free.pop()
-        left_characters = MAX_DIRECT_CHARACTERS
         assigned: list[RunAcceptance] = []
         for run in batch:
             if not worker.left and free:
                 name, worker = free.pop()
-                left_characters = MAX_DIRECT_CHARACTERS
-            size = _count_characters(run)
-            if worker.left and size <= left_characters and _needs_nothing_else(run):
+            if worker.left and _may_start(run):
                 worker.assign(now)
-                left_characters -= size
                 assigned.append(msgspec.structs.replace(run, worker=name))
             else:
                 assigned.append(run)
         return assigned
+
+    def assign_requests(self, batch: Sequence[InboundRequest]) -> Sequence[InboundRequest]:
+        """Return inbound requests with a worker for each run, as far as there are slots for all runs of a request.
+
+        Runs of one request may have different priorities, so either all of them start at once or all are claimed.
+        """
+        return [self._assign_request(request) for request in batch]
+
+    def _assign_request(self, request: InboundRequest) -> InboundRequest:
+        runs = self.assign(request.runs)
+        if all(run.worker for run in runs):
+            return msgspec.structs.replace(request, runs=runs)
+        self.withdraw(runs)
+        return request
 
     def send(self, batch: Sequence[RunAcceptance], answers: Sequence[AcceptanceResult]) -> None:
         """Send the accepted runs of a committed batch to their workers in the background.
@@ -145,8 +161,8 @@ class RunAssigner:
     def withdraw(self, batch: Sequence[RunAcceptance]) -> None:
         """Return the slots of runs that are not sent to their workers."""
         for run in batch:
-            if (worker := self._workers.get(run.worker)) is not None:
-                worker.assigned -= 1
+            if run.worker and (worker := self._workers.get(run.worker)) is not None:
+                worker.withdraw()
 
     def _handle_notification(self, notification: Notification) -> None:
         if isinstance(notification, SlotGrant):
@@ -160,7 +176,8 @@ class RunAssigner:
         for name, runs in batches:
             together.setdefault(name, []).extend(runs)
         for name, runs in together.items():
-            await self._send(name, runs)
+            for message in _split(runs):
+                await self._send(name, message)
         return [None] * len(batches)
 
     async def _send(self, name: str, runs: list[ClaimedRun]) -> None:
@@ -197,13 +214,33 @@ class RunAssigner:
         return [None] * len(keys)
 
 
-def _count_characters(run: RunAcceptance) -> int:
+def _count_characters(run: RunAcceptance | ClaimedRun) -> int:
     return len(run.trigger) + len(run.completion_action or "")
 
 
-def _needs_nothing_else(run: RunAcceptance) -> bool:
-    """Return whether any worker may run it at once: it needs no concurrency slot and no deployment."""
-    return run.concurrency_key is None and run.assigned_deployment_id is None
+def _split(runs: Sequence[ClaimedRun]) -> Iterator[list[ClaimedRun]]:
+    """Split runs into messages within the limit."""
+    message: list[ClaimedRun] = []
+    left = MAX_DIRECT_CHARACTERS
+    for run in runs:
+        size = _count_characters(run)
+        if message and size > left:
+            yield message
+            message, left = [], MAX_DIRECT_CHARACTERS
+        message.append(run)
+        left -= size
+    yield message
+
+
+def _may_start(run: RunAcceptance) -> bool:
+    """Return whether any worker may run it at once: it needs no slot of a key, no deployment, no parser and no wait."""
+    if isinstance(run, IngestedRun) and (run.delay_until is not None or not run.is_read):
+        return False
+    return (
+        run.concurrency_key is None
+        and run.assigned_deployment_id is None
+        and _count_characters(run) <= MAX_DIRECT_CHARACTERS
+    )
 
 
 def _claimed_run(run: RunAcceptance, started_at: datetime) -> ClaimedRun:

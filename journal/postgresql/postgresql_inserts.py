@@ -101,12 +101,7 @@ class PostgresqlInserts:
 
     async def _accept(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
         rows = await self._fetch(_ACCEPT, *_bind_acceptances(batch))
-        answers = {
-            row[0]: AcceptanceResult(
-                AcceptanceVerdict.ACCEPTED, row[0], None if row[1] is None else from_microseconds(row[1])
-            )
-            for row in rows
-        }
+        answers = {row[0]: _accepted(*row) for row in rows}
         refused = [item for item in batch if item.execution_id not in answers]
         if refused:
             answers |= await self._explain_refusals(refused)
@@ -184,7 +179,7 @@ class PostgresqlInserts:
 
         Runs in `full` had no free slot.
         """
-        returned = {row[0] for row in rows}
+        returned = {row[0]: row[1] for row in rows}
         missing = [one for one in batch if one.delivery_id not in returned]
         answers = await self._explain_missing(missing) if missing else {}
         kept = [one for one in batch if one.delivery_id not in answers]
@@ -196,8 +191,7 @@ class PostgresqlInserts:
                 refusals[run.execution_id] = AcceptanceResult(AcceptanceVerdict.FULL, run.execution_id)
         for one in kept:
             runs = [
-                refusals.get(run.execution_id)
-                or AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
+                refusals.get(run.execution_id) or _accepted(run.execution_id, returned[run.execution_id])
                 for run in one.runs
             ]
             answers[one.delivery_id] = IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id, runs)
@@ -377,7 +371,7 @@ WITH item AS (
     WHERE id IN (SELECT delivery_id FROM winner) OR NOT brings_runs OR event_id IS NOT NULL
     ON CONFLICT DO NOTHING
 )
-SELECT id FROM fresh UNION ALL SELECT id FROM inserted
+SELECT id, NULL::bigint FROM fresh UNION ALL SELECT id, started_at FROM inserted
 """
 _LIVE_RUNS = f"""
 SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> '{LIMITED_TARGET}' AND ended_at IS NULL)
@@ -397,6 +391,12 @@ _STORED_DELIVERIES = f"""
 SELECT found.id FROM unnest({unnest_sql(1, ("text", "smallint"))}) AS asked (id, shard),
     {looked_up_sql("delivery", "id", "shard")} AS found
 """
+
+
+def _accepted(execution_id: str, started_at: int | None) -> AcceptanceResult:
+    """Return the answer of an inserted run; `started_at` is given for one that is assigned to a worker."""
+    started = None if started_at is None else from_microseconds(started_at)
+    return AcceptanceResult(AcceptanceVerdict.ACCEPTED, execution_id, started)
 
 
 def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -27,6 +28,7 @@ from journal.store import (
     ClaimedRun,
     ClaimQuery,
     ExecutionKey,
+    InboundRequest,
     RunAcceptance,
 )
 from messages.broker import Broker, DirectRuns, SlotGrant, connect_broker
@@ -307,15 +309,64 @@ async def test_a_repeated_message_begins_nothing(world: DirectWorld) -> None:
 
 
 @ON_ONE
-async def test_large_limited_and_deployed_runs_are_claimed(world: DirectWorld) -> None:
+async def test_runs_that_are_large_or_wait_for_something_are_claimed(world: DirectWorld) -> None:
     place = await world.run_database.workflow()
     assigner = world.gateway.assigner
     assigner._handle_notification(SlotGrant("worker", 0, 1_000))  # noqa: SLF001 - as a message
     large = place.run(trigger=json.dumps({"body": "x" * run_assignment.MAX_DIRECT_CHARACTERS}))
     others = [place.run(concurrency_key="key"), place.run(assigned_deployment_id="wf"), large]
-    small = [place.run(trigger=json.dumps({"body": "x" * 6_000})) for _ in range(3)]
-    assigned = assigner.assign([*others, *small])
-    assert [bool(run.worker) for run in assigned] == [False, False, False, True, True, False]
+    assigned = assigner.assign([*others, place.run()])
+    assert [bool(run.worker) for run in assigned] == [False, False, False, True]
+    delayed = msgspec.structs.replace(place.inbound(place.run()).runs[0], delay_until=datetime.now(UTC))
+    unparsed = msgspec.structs.replace(delayed, delay_until=None, is_read=False)
+    assert not any(run.worker for run in assigner.assign([delayed, unparsed]))
+
+
+@ON_ONE
+async def test_messages_have_a_limited_size(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    await world.start()
+    await world.gateway.accept_direct(place)
+    await world.gateway.assigner.drain()
+    sent: list[DirectRuns] = []
+    send = world.gateway.broker.send_direct
+
+    async def note_and_send(worker: str, message: DirectRuns) -> bool:
+        sent.append(message)
+        return await send(worker, message)
+
+    world.gateway.broker.send_direct = note_and_send  # type: ignore[method-assign]
+    trigger = json.dumps({"body": {"text": "x" * 6_000}})
+    runs = world.gateway.assigner.assign(
+        [place.run(definition=QUICK, total_nodes=2, trigger=trigger) for _ in range(5)]
+    )
+    world.gateway.assigner.send(runs, await world.run_database.store.accept(runs))
+    for run in runs:
+        assert run.worker
+        await world.wait_for(run, status="completed", token=1)
+    assert [len(json.loads(bytes(message.content))) for message in sent] == [2, 2, 1]
+
+
+async def test_the_runs_of_an_inbound_request_are_all_assigned_or_all_claimed(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    assigner, store = world.gateway.assigner, world.run_database.store
+    await world.start()
+    await world.gateway.accept_direct(place)
+
+    def arrival(count: int) -> InboundRequest:
+        fields = {"definition": QUICK, "total_nodes": 2, "channel": world.gateway.broker.channel}
+        return place.inbound(*(place.run(**fields) for _ in range(count)))
+
+    for count, is_direct in ((3, True), (60, False)):
+        (request,) = assigner.assign_requests([arrival(count)])
+        assert [bool(run.worker) for run in request.runs] == [is_direct] * count
+        (answer,) = await store.ingest([request])
+        assigner.send(request.runs, answer.runs)
+        await world.gateway.broker.wake_workers()
+        for run in request.runs:
+            row = await world.wait_for(run, status="completed")
+            assert row["token"] == 1
+            assert (row["started_at"] == row["created_at"]) == is_direct
 
 
 @ON_ONE
