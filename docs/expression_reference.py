@@ -24,6 +24,7 @@ SCOPE: Final[Mapping[str, Json]] = {
     "trigger": {"body": {"customer": "acme"}},
     "nodes": {"fetch": {"status": 200}},
     "execution": {"id": "exec_1", "workflowId": "wf_1", "startedAt": "2026-01-02T03:04:05Z"},
+    "approval": {},
 }
 """Data for the examples of paths and templates."""
 

@@ -13,10 +13,11 @@ from datetime import datetime
 from enum import Enum
 from heapq import heapify, heappush
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from engine import approval_links
 from engine.node_api import CONTINUE, ERROR, NodeResult
 from engine.run_records import SETTLED_STATUSES
 
@@ -87,6 +88,9 @@ class SectionFrame:
         frame.share = loop.iteration_share / (1 + loop.body.size)
         frame.nodes = {**outer.nodes, loop_id: {"item": item, "index": index}}
         frame.roots |= {"nodes": frame.nodes, "item": item, "index": index}
+        if outer.roots.get("approval"):
+            inner = approval_links.build_root(loop.body.inner_nodes(), frame.iteration)
+            frame.roots["approval"] = {**cast("dict[str, Json]", outer.roots["approval"]), **inner}
         return frame
 
     def current_roots(self) -> Mapping[str, Json]:

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, shapes
+from engine.approval_links import APPROVAL_TYPE
 from engine.config_places import ExpressionPlace, NodeExpressions, NodeSection
 from engine.dataflow import DataFlow, OutputSamples
 from engine.findings import FindingType, FixAction, GraphFinding, SuggestedFix
@@ -152,11 +153,26 @@ class _PathChecker:
                 shape = _EXECUTION_SHAPE
             case "nodes":
                 return self._explain_node_path(node, path)
+            case "approval":
+                return self._explain_approval(path)
             case root:
                 is_known = place.is_evaluated_late or self._bodies.holders.get(node.id) is not None
                 return None if is_known else self._explain_loop_root(path, root)
         lost = shapes.follow_path(shape, path.steps)
         return self._explain_dead_end(path, lost) if isinstance(lost, PathDeadEnd) else None
+
+    def _explain_approval(self, path: ExpressionPath) -> _UnresolvedPath | None:
+        asking = [one.id for one in self._graph.nodes if one.type == APPROVAL_TYPE]
+        names = [step[0] for step in path.steps]
+        if names[:1] and names[0] in asking and names[1:] in ([], ["url"]):
+            return None
+        near = [f"approval.{one}.url" for one in asking[:3]]
+        return _UnresolvedPath(
+            path.text,
+            "is no link of an approval",
+            "Write approval, the id of a human-input node, and url.",
+            near,
+        )
 
     def _explain_node_path(self, node: GraphNode, path: ExpressionPath) -> _UnresolvedPath | None:
         if not path.steps:

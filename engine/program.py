@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 EVERY_NODE: Final = ""
 STRICT: Final = "settings.strictMappings"
-OUTER_ROOTS: Final = ("trigger", "nodes", "execution")
+OUTER_ROOTS: Final = ("trigger", "nodes", "execution", "approval")
 """Roots whose values are the same for all iterations of a loop."""
 
 

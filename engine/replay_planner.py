@@ -17,7 +17,7 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, cast
 
-from engine import values
+from engine import approval_links, values
 from engine.expressions import ExpressionError
 from engine.frames import SectionFrame
 from engine.node_api import NodeEffect
@@ -96,6 +96,7 @@ class _NodePlanner:
     def _roots(self) -> dict[str, Json]:
         caller, started_at = self._facts.caller, self._facts.started_at
         return {
+            "approval": approval_links.build_root(self._program.graph.nodes),
             "trigger": self._facts.trigger,
             "execution": {
                 "id": caller.execution_id,

@@ -256,6 +256,16 @@ class EventWaitRequest(msgspec.Struct, frozen=True):
     timeout_seconds: float | None = None
 
 
+class ApprovalLinkService(Protocol):
+    """Links that answer questions of a run without an account."""
+
+    async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:
+        """Return the URL of a link for each node, given by id and iteration; the same in every call.
+
+        Raises `NodeError` without a public address of the server.
+        """
+
+
 class EventWaitService(Protocol):
     """Events of the organization."""
 
@@ -294,6 +304,7 @@ class NodeServices:
     runs: SubRunService = field(default_factory=_missing_service("Sub-workflows"))
     throttle: ThrottleService = field(default_factory=_missing_service("Shared rate limits"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))
+    approvals: ApprovalLinkService = field(default_factory=_missing_service("Links of approvals"))
 
 
 class ControlRequest(IntEnum):

@@ -20,7 +20,7 @@ import msgspec
 
 from concurrency import offload
 from concurrency.offload import BudgetExceeded
-from engine import node_key, run_records
+from engine import approval_links, node_key, run_records
 from engine.expressions import ExpressionError
 from engine.frames import NodeVisit, SectionFrame, WakeAction, Worklist
 from engine.node_api import NodeCall, NodeOutcome
@@ -47,7 +47,7 @@ from engine.values import InvalidJson
 from telemetry import log_context
 
 if TYPE_CHECKING:
-    from engine.graph import GraphNode
+    from engine.graph import GraphNode, ParsedGraph
     from engine.program import WorkflowProgram
     from engine.run_clock import RunClock
     from engine.services import NodeServices, RunCaller
@@ -137,7 +137,11 @@ class WorkflowRunner:
         self._node_inputs = node_inputs = NodeInputs(program, start.caller, services, recorder)
         recorded = _group_by_iteration(start.recorded)
         self._root = SectionFrame(
-            program.root, start.trigger, _build_roots(start), recorded.get("", {}), start.started_at
+            program.root,
+            start.trigger,
+            _build_roots(start, program.graph),
+            recorded.get("", {}),
+            start.started_at,
         )
         self._root.share = 1 / program.root.size
         self._root.candidates = {
@@ -548,9 +552,11 @@ def _count_attempts(recorded: Sequence[NodeSpan]) -> int:
     return sum(span.attempt for span in recorded if span.attempt > 1)
 
 
-def _build_roots(start: RunStart) -> dict[str, Json]:
+def _build_roots(start: RunStart, graph: ParsedGraph) -> dict[str, Json]:
     """Return the roots of expressions that all nodes share."""
+    asks = [node for node in graph.nodes if node.type == approval_links.APPROVAL_TYPE]
     return {
+        "approval": approval_links.build_root(asks) if asks else {},
         "trigger": start.trigger,
         "execution": {
             "id": start.caller.execution_id,

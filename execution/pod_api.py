@@ -242,6 +242,19 @@ class StartRunResponse(msgspec.Struct, frozen=True):
     execution_id: str
 
 
+class ApprovalLinksRequest(msgspec.Struct, frozen=True):
+    """Create links to questions of a run that this pod holds; idempotent."""
+
+    places: Annotated[Sequence[tuple[str, str]], msgspec.Meta(max_length=100)]
+    """Ids and iterations of the nodes that ask."""
+
+
+class ApprovalLinksResponse(msgspec.Struct, frozen=True):
+    """URLs in the order of the request."""
+
+    urls: Sequence[str]
+
+
 class ExpectEventRequest(msgspec.Struct, frozen=True):
     """Register a node of a run that this pod holds as waiting for an event; idempotent."""
 

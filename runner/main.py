@@ -30,6 +30,7 @@ from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
 from runner.gateway_client import CallRefused, GatewayClient
 from runner.node_services import (
+    RemoteApprovalLinks,
     RemoteBlobStorage,
     RemoteDataSources,
     RemoteEventWaits,
@@ -153,6 +154,7 @@ async def run_executor(
         runs=RemoteRunStarter(gateway),
         throttle=RemoteThrottle(gateway),
         events=RemoteEventWaits(gateway),
+        approvals=RemoteApprovalLinks(gateway),
     )
     store = RemoteRunStore(gateway)
     news = GatewayWorkPoll(gateway, channel=settings.runner_pod)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +13,8 @@ import msgspec
 
 from engine.run_errors import NodeError
 from execution.pod_api import (
+    ApprovalLinksRequest,
+    ApprovalLinksResponse,
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
@@ -99,6 +101,18 @@ class RemoteRunStarter:
         call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited, caller.write_key_id)
         path = f"/executions/{caller.execution_id}/runs"
         return (await until_available(lambda: self._gateway.call(path, call, StartRunResponse))).execution_id
+
+
+class RemoteApprovalLinks:
+    """Creates links of approvals; implements `engine.services.ApprovalLinkService`."""
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+
+    async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:
+        """Return the URLs of links that the gateway creates. Raises `NodeError`; waits while it is unavailable."""
+        path, call = f"/executions/{caller.execution_id}/approval-links", ApprovalLinksRequest(places)
+        return (await until_available(lambda: self._gateway.call(path, call, ApprovalLinksResponse))).urls
 
 
 class RemoteThrottle:

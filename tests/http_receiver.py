@@ -51,6 +51,8 @@ class HttpReceiver:
     answers: list[str] = field(default_factory=list)
     """Response heads for the next requests in order; 204 after the last."""
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    echoes: bool = False
+    """Whether answers repeat path and body of their requests."""
 
     def url(self, path: str = "/hook") -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -64,6 +66,10 @@ class HttpReceiver:
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
                 self.received.append(ReceivedRequest(first.split(" ")[1], headers, body))
                 await self.may_answer.wait()
+                if self.echoes:
+                    text = f"{first.split(' ')[1]} ".encode() + body
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+                    continue
                 answer = self.answers.pop(0) if self.answers else "204 No Content"
                 writer.write(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n".encode())
                 await writer.drain()

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from sqlalchemy import func, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from concurrency import offload
@@ -250,19 +249,10 @@ class ApprovalMailer:
         """
 
         async def store(connection: AsyncConnection) -> ApprovalLink | None:
-            dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
-            statement = dialect.insert(ApprovalLink).values(
-                hash=digest,
-                execution_id=request.key.execution_id,
-                node_id=request.node_id,
-                iteration=request.iteration,
-                shard=request.key.shard,
-                organization_id=request.organization_id,
-                assignee=assignee,
-                round=0,
-                created_at=DatabaseTime(),
+            place = approvals.LinkPlace(
+                request.key, request.organization_id, request.node_id, request.iteration, assignee
             )
-            await connection.execute(statement.on_conflict_do_nothing())
+            await approvals.store_link(connection, place, digest)
             unused = select(ApprovalLink).where(
                 col(ApprovalLink.hash) == digest, col(ApprovalLink.used_at).is_(None)
             )

@@ -14,6 +14,7 @@ import uvloop
 from concurrency import gc_tuning, heartbeat
 from engine.services import NodeServices
 from execution import abandoned_runs, due_runs, task_sweeps
+from execution.approval_link_urls import ApprovalLinkUrls
 from execution.child_runs import ChildRunStarter
 from execution.event_matching import EventMatcher
 from execution.executor import ExecutorHooks, RunExecutor
@@ -127,6 +128,7 @@ async def run_worker(
         runs=runs,
         throttle=SharedThrottle(database),
         events=EventMatcher(database, broker),
+        approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
     )
     webhooks = WebhookSender(database, vault, outbound)
     after = CompletionActions(

@@ -21,6 +21,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from engine import values
+from engine.run_records import CANDIDATE_STATUSES
 from engine.values import InvalidJson
 from gateway.executions import input_checks, inputs
 from gateway.http import errors
@@ -33,7 +34,8 @@ from journal.waits.approvals import ApprovalDecision
 from journal.waits.node_answers import AnswerReception, WaitingNode
 from models.access import Organization, User
 from models.approval import ApprovalLink
-from models.execution import Execution
+from models.execution import Execution, SpanRow
+from models.execution_status import TERMINAL_STATUSES
 from models.ingest import INTAKE_KINDS
 from models.workflow import Workflow
 
@@ -95,6 +97,10 @@ class ApprovalQuestion:
     assignee: str
     """Name of the assignee on the page."""
     is_self_approval: bool
+    is_early: bool
+    """Whether the run has not come to the question."""
+    needs_own_link: bool
+    """Whether the link of anyone can't answer, since the question is for certain people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +146,8 @@ async def answer(request: GatewayRequest) -> PageResponse:
     if question is None:
         return _refuse(request)
     asked = question.asked
-    if asked is None or question.link.used_at is not None or question.is_self_approval:
+    is_closed = asked is None or question.link.used_at is not None
+    if asked is None or is_closed or question.is_self_approval or question.needs_own_link:
         return _show_question(question, status=409)
     content = await request.body()
     try:
@@ -173,7 +180,7 @@ async def _store_answer(
     request: GatewayRequest, question: ApprovalQuestion, asked: WaitingNode, choice: str | None, data: Json
 ) -> PageResponse:
     gateway, link = request.gateway, question.link
-    user_id = None if "@" in link.assignee else link.assignee
+    user_id = None if "@" in link.assignee or link.assignee == approvals.ANYONE else link.assignee
     decision = ApprovalDecision(link.assignee, user_id, choice, data, gateway.clock())
     author = LinkAuthor(link.organization_id, link.shard, link.assignee)
 
@@ -208,7 +215,7 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
         key = ExecutionKey(link.execution_id, link.shard)
         statement: Select[*tuple[Any, ...]] = (
             select(
-                *(col(Execution.user_id), col(Execution.trigger_type)),
+                *(col(Execution.user_id), col(Execution.trigger_type), col(Execution.status)),
                 *(col(Workflow.name), col(Organization.name).label("organization")),
             )
             .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
@@ -233,6 +240,11 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
                 col(User.id) == link.assignee, col(User.organization_id) == link.organization_id
             )
             user = (await connection.execute(users)).mappings().first()
+        is_early = (
+            not asked and run.status not in TERMINAL_STATUSES and not await _was_reached(connection, link)
+        )
+    is_for_anyone = link.assignee == approvals.ANYONE
+    request_body = asked[0].request if asked else {}
     may_self = bool(asked) and asked[0].request.get("allowSelf") is True
     is_started_by = link.assignee == run.user_id and run.trigger_type not in INTAKE_KINDS
     return ApprovalQuestion(
@@ -241,9 +253,26 @@ async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
         run.organization,
         run.name,
         asked[0] if asked else None,
-        link.assignee if user is None else str(user["name"] or user["email"]),
+        "anyone who has this link"
+        if is_for_anyone
+        else (link.assignee if user is None else str(user["name"] or user["email"])),
         is_started_by and not may_self,
+        is_early,
+        is_for_anyone
+        and (bool(approvals.assignees_of(request_body)) or request_body.get("allowSelf") is False),
     )
+
+
+async def _was_reached(connection: AsyncConnection, link: ApprovalLink) -> bool:
+    """Return whether the node of a link has begun in its run."""
+    statement = select(col(SpanRow.status)).where(
+        col(SpanRow.execution_id) == link.execution_id,
+        col(SpanRow.shard) == link.shard,
+        col(SpanRow.node_id) == link.node_id,
+        col(SpanRow.iteration) == link.iteration,
+        col(SpanRow.status).not_in(CANDIDATE_STATUSES),
+    )
+    return await connection.scalar(statement) is not None
 
 
 # ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -313,6 +342,12 @@ def _show_question(
     head = f"<header><b>{escape(question.organization)}</b> for {escape(question.assignee)}</header>"
     if question.link.used_at is not None:
         return _message(status, "Answered already", "This link has been used: it works for one answer.")
+    if question.is_early:
+        text = "The workflow has not come to this question. Open the link again later."
+        return _message(status, "Not asked yet", text)
+    if question.needs_own_link:
+        text = "This question is for certain people, who answer by links of their own or with their accounts."
+        return _message(403, "Not yours to answer", text)
     if asked is None:
         return _message(
             status,

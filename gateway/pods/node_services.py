@@ -20,6 +20,8 @@ from execution.pod_api import (
     FINAL,
     NODE_ERROR_HEADER,
     RETRYABLE,
+    ApprovalLinksRequest,
+    ApprovalLinksResponse,
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
@@ -118,6 +120,18 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
             awaited=call.awaited,
         )
     return JsonResponse(StartRunResponse(execution_id))
+
+
+async def create_approval_links(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Create links to questions of the path's run, and answer with their URLs.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, ApprovalLinksRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _translated_errors():
+        urls = await request.gateway.pod_services.approvals.create_links(caller, call.places)
+    return JsonResponse(ApprovalLinksResponse(urls))
 
 
 async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from execution.approval_link_urls import ApprovalLinkUrls
 from execution.child_runs import ChildRunStarter
 from execution.event_matching import EventMatcher
 from execution.shared_throttle import SharedThrottle
@@ -34,6 +35,7 @@ class PodApiServices:
     runs: ChildRunStarter
     throttle: SharedThrottle
     events: EventMatcher
+    approvals: ApprovalLinkUrls
     log_levels: Mapping[str, str]
     """Log levels by workflow, as they are now."""
 
@@ -59,6 +61,7 @@ async def open_pod_services(
             runs=ChildRunStarter(database, store, broker, catalog, settings),
             throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),
+            approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
             log_levels=await stack.enter_async_context(log_levels.follow_log_levels(database)),
         )
     finally:

@@ -49,6 +49,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/executions/{id}/runs", node_services.start_run),
     PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),
     PodRoute("POST", "/executions/{id}/event-waits", node_services.expect_event),
+    PodRoute("POST", "/executions/{id}/approval-links", node_services.create_approval_links),
 )
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from sqlalchemy import insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from journal.store import ExecutionKey
 
 TOKEN_PREFIX: Final = "ap-"  # noqa: S105 - the beginning of every token
+ANYONE: Final = "approval-link"
+"""Assignee of a link that a workflow sends by itself: whoever holds it."""
 ADMIN_ROLE: Final = "role:admin"
 """Assignee that stands for all admins of the organization."""
 _PURPOSE: Final = b"pilotflame approval link 1"
@@ -209,6 +212,34 @@ def derive_token(secret: bytes, key: ExecutionKey, node_id: str, iteration: str,
 def hash_token(token: str) -> str:
     """Return the stored form of a token: its SHA-256 in hexadecimal."""
     return sha256(token.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPlace:
+    """Question and assignee of a link."""
+
+    key: ExecutionKey
+    organization_id: str
+    node_id: str
+    iteration: str
+    assignee: str
+
+
+async def store_link(connection: AsyncConnection, place: LinkPlace, digest: str) -> None:
+    """Store a link by the hash of its token, unless it is stored already."""
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(ApprovalLink).values(
+        hash=digest,
+        execution_id=place.key.execution_id,
+        node_id=place.node_id,
+        iteration=place.iteration,
+        shard=place.key.shard,
+        organization_id=place.organization_id,
+        assignee=place.assignee,
+        round=0,
+        created_at=DatabaseTime(),
+    )
+    await connection.execute(statement.on_conflict_do_nothing())
 
 
 async def find_link(connection: AsyncConnection, token: str) -> ApprovalLink | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from http.client import responses as reasons
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
 from concurrency import offload
+from engine import approval_links
 from engine.run_errors import NodeError
 from engine.values import InvalidJson, decode_json, encode_json, value_as_text
 from nodes import config_fields, http_errors, redaction, url_targets
@@ -66,7 +67,7 @@ async def run(call: NodeCall) -> Json:
     url = _build_url(call.config)
     secrets = await _read_secret_headers(call, url)
     with http_errors.name_request_in_errors(method, url):
-        response = _redact_response(await _send_request(call, method, url, secrets), secrets)
+        response = await _send_request(call, method, url, secrets)
         if fails_on_error and response.status >= FIRST_ERROR_STATUS:
             raise _status_error(response, url)
         body = await offload.run(_decode_body, response, response_type)
@@ -92,7 +93,13 @@ async def _send_request(
         sent = tracing.tracer.outgoing_headers(url, call.node_id, call.iteration, call.attempt)
         for name, value in sent.items():
             _set_default_header(headers, name, value)
-    return await call.services.http.request(
+    links = await _create_approval_links(call, url, body, headers)
+    if links:
+        # Only now, so that the recorded request, its errors and its trace have the placeholders.
+        url = approval_links.replace_places(url, links)
+        body = approval_links.replace_places(body.decode(), links).encode() if body is not None else None
+        headers = {name: approval_links.replace_places(value, links) for name, value in headers.items()}
+    response = await call.services.http.request(
         method,
         url,
         headers=_replace_headers(headers, secrets),
@@ -100,6 +107,20 @@ async def _send_request(
         timeout_seconds=config_fields.read_timeout_seconds(config),
         follow_redirects=config_fields.read_flag(config, "followRedirects"),
     )
+    tokens = [link.rpartition("/")[2] for link in links.values()]
+    return _redact_response(response, [*secrets.values(), *tokens])
+
+
+async def _create_approval_links(
+    call: NodeCall, url: str, body: bytes | None, headers: Mapping[str, str]
+) -> Mapping[approval_links.Place, str]:
+    """Return the links whose placeholders a request contains; raises `NodeError`."""
+    texts = [url, *headers.values(), *([] if body is None else [body.decode()])]
+    places = [*approval_links.find_places(texts)]
+    if not places:
+        return {}
+    links = await call.services.approvals.create_links(call.caller, places)
+    return dict(zip(places, links, strict=True))
 
 
 # ── request ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -163,14 +184,14 @@ def _set_default_header(headers: dict[str, str], name: str, value: str) -> None:
 # ── response ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _redact_response(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
+def _redact_response(response: HttpResponse, secrets: Sequence[str]) -> HttpResponse:
     """Return a response with the secrets that it repeats redacted.
 
-    Its readers may not be permitted to use the data source.
+    Its readers may not be permitted to use the data source, or to answer a question by its link.
     """
     if not secrets:
         return response
-    forms = {form for value in secrets.values() for form in _secret_forms(value)}
+    forms = {form for value in secrets for form in _secret_forms(value)}
     return OutboundResponse(
         response.status,
         {name: redaction.redact_text(value, forms) for name, value in response.headers.items()},

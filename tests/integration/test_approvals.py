@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import pytest
@@ -18,6 +20,7 @@ from journal.waits import approvals
 from models.approval import ApprovalLink, ApprovalRequest
 from models.execution import Execution
 from tests import smtp_server
+from tests.http_receiver import run_receiver
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from tests.integration.test_waiting_runs import (
     EXECUTIONS,
@@ -249,6 +252,83 @@ async def test_a_client_that_guesses_tokens_is_refused_while_links_still_work(
         assert (await client.get(link.path)).status_code == 200
         assert (await client.post(link.path, data={"choice": "yes"})).status_code == 200
         await wait_until_ended(people.owner, run)
+
+
+async def test_a_workflow_sends_a_link_that_nothing_records(
+    harness: GatewayHarness, people: OrganizationUsers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = await harness.client()
+    async with run_receiver() as receiver:
+        receiver.echoes = True
+        graph = question()
+        graph.pop("isPublic")
+        asks_chat = {
+            "method": "POST",
+            "url": receiver.url("/chat?text={{ approval.ask.url }}"),
+            "body": {"text": "Set? {{ approval.ask.url }}"},
+            "headers": {"X-Link": "{{ approval.ask.url }}"},
+        }
+        graph["nodes"] += [
+            {"id": "tell", "nodeId": "http-request", "config": asks_chat},
+            {
+                "id": "hold",
+                "nodeId": "human-input",
+                "config": {"title": "First", "choices": [{"port": "go"}]},
+            },
+        ]
+        graph["connections"] = [
+            {"source": "start", "target": "tell"},
+            {"source": "tell", "target": "hold"},
+            {"source": "hold", "sourcePort": "go", "target": "ask"},
+            {"source": "ask", "sourcePort": "yes", "target": "after"},
+        ]
+        worker = {"public_url": "https://flows.example", "outbound_allowed_networks": ("127.0.0.1/32",)}
+        async with serve_worker(harness, **worker):
+            workflow_id = await people.owner.create(**graph)
+            run = await execute_workflow(people.owner, workflow_id)
+            await wait_for_question(people.owner, run)
+            [sent] = receiver.received
+            text = json.loads(sent.body)["text"]
+            link = text.removeprefix("Set? ")
+            assert link.startswith("https://flows.example/approve/ap-")
+            assert sent.headers["x-link"] == link
+            assert quote(link, safe="") in sent.path or link in sent.path
+            path = link.removeprefix("https://flows.example")
+            early = await nobody.get(path)
+            assert (early.status_code, "Not asked yet" in early.text) == (200, True)
+            assert (await nobody.post(path, data={"choice": "yes"})).status_code == 409
+            go = {"nodeId": "hold", "choice": "go"}
+            assert (await people.owner.api.post(f"{EXECUTIONS}/{run}/input", json=go)).status_code == 200
+            while "Set 12 prices?" not in (await nobody.get(path)).text:  # noqa: ASYNC110 - pages send no events
+                await asyncio.sleep(0.02)
+            assert (await nobody.post(path, data={"choice": "yes"})).status_code == 200
+            await wait_until_ended(people.owner, run)
+    token = link.rpartition("/")[2]
+    shown = await get_json(people.owner, f"/{run}/spans")
+    by_node = {one["nodeId"]: one for one in shown["spans"]}
+    assert by_node["ask"]["outputData"]["by"] == "approval-link"
+    tell = await get_json(people.owner, f"/{run}/spans/tell")
+    assert "https://approval.invalid/ask" in json.dumps(tell)
+    for table in ("span", "execution", "execution_data", "log_line", "approval_link", "attempt_span"):
+        async with harness.gateway.database.read() as connection:
+            rows = (await connection.exec_driver_sql(f"SELECT * FROM {table}")).all()
+        assert token not in repr(rows), table
+    written = capsys.readouterr()
+    assert token not in written.out + written.err
+
+
+async def test_a_link_for_anyone_answers_no_question_for_certain_people(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    nobody = await harness.client()
+    async with serve_worker(harness):
+        for config in ({"assignees": ["mira@example.com"]}, {"allowSelf": False}):
+            run = await ask(people, **config)
+            link = await make_link(harness, run, approvals.ANYONE)
+            assert "certain people" in (await nobody.get(link.path)).text
+            refused = await nobody.post(link.path, data={"choice": "yes"})
+            assert refused.status_code == 403
+            assert len((await get_json(people.owner, f"/{run}/pending-inputs"))["inputs"]) == 1
 
 
 # ── mails ───────────────────────────────────────────────────────────────────────────────────────────────────

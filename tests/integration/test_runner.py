@@ -111,6 +111,7 @@ class InterruptibleGateway:
             data_dir=folder,
             database_url=run_database.url.render_as_string(hide_password=False),
             secret_key=SecretStr(SECRET),
+            public_url="https://flows.example",
         )
         self._running = AsyncExitStack()
 
@@ -772,6 +773,7 @@ class HeldRun:
             "/executions/{id}/data-sources": {"source_id": self.source_id},
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
+            "/executions/{id}/approval-links": {"places": [["greet", ""]]},
             "/executions/{id}/event-waits": {"node_id": "greet", "iteration": "", "event_type": "paid"}
             | {"condition": None, "given": "[]", "look_back_seconds": 0, "timeout_seconds": None},
             "/executions/{id}/reservations": {

@@ -127,6 +127,18 @@ def test_a_path_is_checked_against_the_outputs_of_earlier_nodes(
     assert [finding.node_id for finding in findings] == ["read"] * lost
 
 
+@pytest.mark.parametrize(
+    ("path", "lost"),
+    [("approval.ask.url", 0), ("approval.ask.link", 1), ("approval.read.url", 1), ("approval.gone.url", 1)],
+)
+def test_a_link_of_an_approval_needs_a_node_that_asks(path: str, lost: int) -> None:
+    asks = make_node("ask", "human-input", config={"title": "Go on?"})
+    findings = find_in_graph(*chain_of_nodes(START, reading_node(path), asks))
+    assert [finding.node_id for finding in findings] == ["read"] * lost
+    if findings:
+        assert "approval.ask.url" in str(findings[0].as_json())
+
+
 def test_mapped_fields_extend_the_input_for_the_config_alone() -> None:
     mapped = make_node(
         "read",
