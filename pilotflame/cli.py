@@ -51,6 +51,8 @@ PLACES: Final[Mapping[str, CommandPlace]] = {
     "run": CommandPlace("run", "run"),
     **{name: CommandPlace(name) for name in NOUNS},
     "apply": CommandPlace("workflows", "apply"),
+    "diff": CommandPlace("workflows", "diff"),
+    "export": CommandPlace("workflows", "export"),
     "logs": CommandPlace("runs", "logs"),
     "why": CommandPlace("runs", "why"),
     "replay": CommandPlace("runs", "replay"),

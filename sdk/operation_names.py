@@ -25,6 +25,7 @@ METHODS: Final = {
     "accessListUsers": "users.list",
     "accessRevokeKey": "keys.revoke",
     "accessWhoami": "server.whoami",
+    "applyApply": "workflows.apply_all",
     "auditIndex": "audit.list",
     "bulkCancel": "executions.bulk_cancel",
     "bulkDelete": "executions.bulk_delete",

@@ -60,6 +60,8 @@ NODES: Final = 10_000
 """Nodes of a graph."""
 CONNECTIONS: Final = 20_000
 """Connections of a graph."""
+APPLIED_WORKFLOWS: Final = 200
+"""Workflows of one `POST /workflows/apply`."""
 REMOVED_SECRETS: Final = 1_000
 """Removed credentials that the answer to a copy lists."""
 GRAPH_BYTES: Final = 10_000_000

@@ -198,6 +198,11 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "too-many-versions": ErrorCode(409, f"A workflow may have at most {limits.VERSIONS:,} versions."),
     "version-tag-taken": ErrorCode(409, "Another version of the workflow has this tag."),
     "replayed-delivery": ErrorCode(409, "The signature belongs to another delivery."),
+    "apply-conflict": ErrorCode(
+        409,
+        "Workflows were edited since they were applied, were never applied, belong to another set or share a name;"
+        " nothing was changed.",
+    ),
     "workflow-archived": ErrorCode(409, "The workflow is archived: set it to draft or active to run it."),
     "workflow-changed": ErrorCode(409, "The workflow is being changed: try again."),
     "workflow-deleted": ErrorCode(409, "The execution's workflow is deleted."),

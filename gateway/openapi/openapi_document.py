@@ -75,7 +75,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
     module: tag
     for tag, modules in {
         "Access": ("access", "sessions", "sign_in", "signing", "invitations"),
-        "Workflows": ("workflows", "workflow_logs", "copies", "sharing", "graph", "node_statistics"),
+        "Workflows": ("workflows", "workflow_logs", "apply", "copies", "sharing", "graph", "node_statistics"),
         "Nodes": ("validation", "catalog", "nodes", "node_tests", "custom_nodes"),
         "Deployments": ("discover", "deployments", "lifecycle", "trigger"),
         "Tasks": ("task_protocol", "task_lists"),

@@ -133,33 +133,65 @@ class WorkflowEditor:
             before = await find_readable(connection, requested)
             require_writer(caller, before.workflow)
             preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="workflow")
-            # A thread, so that a large graph does not block other requests.
-            catalog = await self.read_catalog(connection, caller.organization_id)
-            wanted = await asyncio.to_thread(_applied, change, before, catalog)
-            if wanted is None:
-                same = WorkflowEdit(before, before)
-                if anyway is not None:
-                    await anyway(connection, same)
-                return same
-            edited = WorkflowEdit(before, await self._save(connection, before, wanted, caller, catalog))
-            for addition in (also, anyway):
-                if addition is not None:
-                    await addition(connection, edited)
-            await audit_log.record_change(
-                connection,
-                caller,
-                action,
-                before.workflow.id,
-                before=wanted.hash_before,
-                after=None if edited.after.workflow.deleted_at else wanted.hash_after,
+            edited = await self.change_in(
+                connection, caller, before, action, change, also=also, anyway=anyway
             )
-            done = edited
+            if edited.after is not edited.before:
+                done = edited
             return edited
 
         edited = await self._database.transaction(work, locks=requested.id)
         if edited.after is not edited.before:
             log.info(action, workflow_id=edited.after.workflow.id, revision=edited.after.workflow.revision)
         return edited
+
+    async def change_in(
+        self,
+        connection: AsyncConnection,
+        caller: ApiCaller,
+        before: StoredWorkflow,
+        action: AuditAction,
+        change: Change,
+        *,
+        also: Addition | None = None,
+        anyway: Addition | None = None,
+    ) -> WorkflowEdit:
+        """Apply `change` in a transaction that has locked the workflow, with its audit record; raises as `edit`."""
+        catalog = await self.read_catalog(connection, caller.organization_id)
+        # A thread, so that a large graph does not block other requests.
+        wanted = await asyncio.to_thread(_applied, change, before, catalog)
+        if wanted is None:
+            same = WorkflowEdit(before, before)
+            if anyway is not None:
+                await anyway(connection, same)
+            return same
+        edited = WorkflowEdit(before, await self._save(connection, before, wanted, caller, catalog))
+        for addition in (also, anyway):
+            if addition is not None:
+                await addition(connection, edited)
+        await audit_log.record_change(
+            connection,
+            caller,
+            action,
+            before.workflow.id,
+            before=wanted.hash_before,
+            after=None if edited.after.workflow.deleted_at else wanted.hash_after,
+        )
+        return edited
+
+    async def create_in(
+        self, connection: AsyncConnection, caller: ApiCaller, made: StoredWorkflow, action: AuditAction
+    ) -> None:
+        """Insert a workflow in a transaction, with its audit record; raises a 422 error for unusable data sources."""
+        catalog = await self.read_catalog(connection, caller.organization_id)
+        if made.workflow.status == WorkflowStatus.ACTIVE:
+            every = {str(node["id"]) for node in made.nodes}
+            named = await asyncio.to_thread(named_sources, made, catalog, only=every)
+            await require_usable(connection, made, named, self._vault)
+        await workflow_rows.add_workflow(connection, made, catalog)
+        await audit_log.record_change(
+            connection, caller, action, made.workflow.id, before=None, after=content_hash(made)
+        )
 
     async def read_catalog(self, connection: AsyncConnection, organization_id: str) -> NodeCatalog:
         """Return the node types of an organization as a transaction sees them."""
@@ -203,11 +235,6 @@ class WorkflowEditor:
         Raises a 422 error for unusable data sources, and for a key that was used with another body.
         """
         workflow = made.workflow
-        named: Sequence[ResourceReference] = ()
-        if workflow.status == WorkflowStatus.ACTIVE:
-            every = {str(node["id"]) for node in made.nodes}
-            catalog = await self._catalogs.of(caller.organization_id)
-            named = await asyncio.to_thread(named_sources, made, catalog, only=every)
 
         async def insert(connection: AsyncConnection) -> str:
             if idempotency_key is not None:
@@ -222,13 +249,7 @@ class WorkflowEditor:
                     return bound
             # An earlier attempt may have been committed, though its answer was lost.
             if not await workflow_rows.exists(connection, workflow.id):
-                await require_usable(connection, made, named, self._vault)
-                catalog = await self.read_catalog(connection, caller.organization_id)
-                await workflow_rows.add_workflow(connection, made, catalog)
-                after = content_hash(made)
-                await audit_log.record_change(
-                    connection, caller, action, workflow.id, before=None, after=after
-                )
+                await self.create_in(connection, caller, made, action)
             return workflow.id
 
         workflow_id = await self._database.transaction(insert)

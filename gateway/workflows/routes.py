@@ -10,6 +10,7 @@ from gateway.http.operation_docs import CREATES, DISPOSITION, EDITS, ETAG, TAGGE
 from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.route import NODES, READ, WRITE, Route
 from gateway.workflows import (
+    apply,
     catalog,
     copies,
     custom_nodes,
@@ -83,6 +84,20 @@ ROUTES: Final[Sequence[Route]] = (
                     copies.ImportAnswer,
                 )
             },
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/apply",
+        WRITE,
+        apply.apply,
+        body=apply.ApplyWorkflows,
+        answer=apply.ApplyResult,
+        docs=OperationDoc(
+            refusals=(
+                *("apply-conflict", "not-owner", "edit-conflict", "validation-failed"),
+                *("workflow-deployed", "workflow-running"),
+            )
         ),
     ),
     Route(

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pilotflame.command_error import CommandError
 
-SUFFIXES = frozenset({".json", ".yaml", ".yml"})
+SUFFIXES: Final = frozenset({".json", ".yaml", ".yml"})
+FILE_NAME_LENGTH: Final = 60
+_POSITION: Final = re.compile(r"\bworkflows\.(\d+)\b\.?")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowFile:
+    """File of one workflow."""
+
+    path: Path
+    definition: Mapping[str, Any]
 
 
 def read_definition(file: Path) -> dict[str, Any]:
@@ -26,3 +39,116 @@ def read_definition(file: Path) -> dict[str, Any]:
     if not isinstance(definition, dict) or not isinstance(definition.get("name"), str):
         raise CommandError(f"{file} is not a workflow: it must be an object with a name")
     return definition
+
+
+def read_files(paths: Sequence[Path]) -> Sequence[WorkflowFile]:
+    """Return the workflows of files and folders, sorted by path; raises `CommandError` and `OSError`.
+
+    Of a folder, all YAML and JSON files are read, also in folders below; hidden ones are left out.
+    """
+    if not paths:
+        raise CommandError("Name a file or a folder with -f")
+    found: dict[Path, WorkflowFile] = {}
+    for path in paths:
+        for file in _list_files(path):
+            found[file.resolve()] = WorkflowFile(file, read_definition(file))
+    return sorted(found.values(), key=lambda one: str(one.path))
+
+
+def _list_files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    for file in sorted(path.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.suffix in SUFFIXES and file.is_file() and not is_hidden:
+            yield file
+
+
+def name_positions(text: str, files: Sequence[WorkflowFile]) -> str:
+    """Return a text of a refusal with the names of files in place of positions such as `workflows.3`."""
+
+    def named(found: re.Match[str]) -> str:
+        place = int(found[1])
+        return f"{files[place].path}: " if place < len(files) else found[0]
+
+    return _POSITION.sub(named, text).removesuffix(": ")
+
+
+def strip_document(document: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """Return an exported document as a file for `apply`: without fields about the file, with names of data sources.
+
+    `sources` has the names by id.
+    """
+    left_out = {"format", "formatVersion", "references", "removedSecrets"}
+    kept = {
+        name: value for name, value in document.items() if name not in left_out and value not in ("", [], {})
+    }
+    named = _named_fields(document, sources)
+    kept["nodes"] = [
+        {**plain, "config": _named(plain["config"], named.get(plain["id"], {}))}
+        if "config" in plain
+        else plain
+        for plain in map(_plain_node, document["nodes"])
+    ]
+    kept["connections"] = [_plain_edge(edge) for edge in document["connections"]]
+    return kept
+
+
+def _plain_node(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a node without its second name of the type, and without empty fields."""
+    return {
+        name: value
+        for name, value in node.items()
+        if name != "nodeId" and (value or name not in {"config", "inputMappings", "passThroughValues"})
+    }
+
+
+def _plain_edge(edge: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {"source": edge["sourceNodeId"], "target": edge["targetNodeId"]}
+    ports = {"sourcePort": (edge["sourcePort"], "output"), "targetPort": (edge["targetPort"], "input")}
+    return {**plain, **{name: port for name, (port, default) in ports.items() if port != default}}
+
+
+def _named_fields(document: Mapping[str, Any], sources: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
+    """Return the names of data sources by node and by the path in its config."""
+    found: dict[str, dict[str, str]] = {}
+    for reference in document["references"]:
+        if reference["kind"] == "datasources" and reference["id"] in sources:
+            for use in reference["usedBy"]:
+                found.setdefault(use["nodeId"], {})[use["path"]] = sources[reference["id"]]
+    return found
+
+
+def _named(value: Any, names: Mapping[str, str], path: str = "") -> Any:  # noqa: ANN401 - any JSON
+    """Return a config with names of data sources at their paths."""
+    if isinstance(value, list):
+        return [
+            _named(one, names, f"{path}.{place}" if path else str(place)) for place, one in enumerate(value)
+        ]
+    if isinstance(value, dict):
+        return {key: _named(one, names, f"{path}.{key}" if path else key) for key, one in value.items()}
+    return names.get(path, value)
+
+
+def file_text(document: Mapping[str, Any]) -> str:
+    """Return a document as YAML."""
+    import yaml
+
+    text: str = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=100)
+    return text.rstrip("\n")
+
+
+def name_files(
+    folder: Path, documents: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yield a path for each document, from its name; equal ones are numbered."""
+    taken: set[str] = set()
+    for document in documents:
+        readable = re.sub(r"[^a-z0-9]+", "-", str(document["name"]).lower())[:FILE_NAME_LENGTH].strip("-")
+        name, number = readable or "workflow", 1
+        while name in taken:
+            number += 1
+            name = f"{readable or 'workflow'}-{number}"
+        taken.add(name)
+        yield folder / f"{name}.yaml", document

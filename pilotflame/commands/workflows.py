@@ -30,6 +30,7 @@ from pilotflame.commands.output import (
 )
 from pilotflame.commands.server_connection import connect
 from pilotflame.commands.workflow_definitions import read_definition
+from pilotflame.commands.workflow_files import apply, diff, export
 
 app = new_noun("Create, change, version and share workflows.")
 COLUMNS = {
@@ -47,6 +48,8 @@ VERSIONS = {
     "By": "createdBy",
     "Created": "createdAt",
 }
+for _name, _command in (("apply", apply), ("diff", diff), ("export", export)):
+    app.command(_name)(_command)
 UserArgument = Annotated[str, Argument(metavar="USER", help="Id of the user.")]
 
 
@@ -76,31 +79,6 @@ def get_workflow(workflow: WorkflowArgument, output: FormatOption = OutputFormat
 def show_stats(output: FormatOption = OutputFormat.TABLE) -> None:
     """Count the workflows by status."""
     show_object(dict(connect().workflows.stats()), output)
-
-
-@app.command("apply")
-def apply(file: Annotated[Path, Argument(help="YAML or JSON file of a workflow.")]) -> None:
-    """Create or update a workflow from a file, and print its id.
-
-    The name in the file identifies the workflow.
-
-    Exits with 1 if validation finds errors, which are printed on standard error.
-    """
-    definition = read_definition(file)
-    client = connect()
-    workflow_id = client.workflows.put(definition)
-    typer.echo(workflow_id)
-    found: list[Any] = list(client.workflows.validate(workflow_id)["errors"])
-    print_findings(found)
-    if found:
-        raise typer.Exit(exit_codes.REFUSED)
-
-
-def print_findings(found: list[Any]) -> None:
-    """Print the findings of a validation on standard error."""
-    for one in found:
-        place = next((f"{one[name]}: " for name in ("nodeId", "connectionId") if one.get(name)), "")
-        remark(f"{place}{one['message']} ({one['type']}): {one['suggestion']}")
 
 
 @app.command("validate")

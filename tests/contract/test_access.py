@@ -589,6 +589,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/workflows/templates", READ, OWN),
     AccessRow("POST", "/api/v1/workflows", WRITE, OWN, body=NEW, status=201),
     AccessRow("POST", "/api/v1/workflows/build", WRITE, OWN, body=NEW, status=201),
+    AccessRow("POST", "/api/v1/workflows/apply", WRITE, OWN, body={"workflows": [], "dryRun": True}),
     AccessRow("POST", "/api/v1/workflows/import", WRITE, OWN, body=DOCUMENT, status=201),
     AccessRow(
         "POST",

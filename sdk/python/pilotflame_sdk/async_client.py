@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pilotflame_sdk import async_resources, run_states, workflow_files
 from pilotflame_sdk.async_runs import AsyncRun
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pilotflame_sdk.server_events import RunEvent
+    from pilotflame_sdk.types import ApplyResult
     from pilotflame_sdk.workflow_files import HasDefinition
 
 
@@ -40,6 +41,22 @@ class AsyncWorkflows(async_resources.AsyncWorkflows):
             message = f"{len(found)} workflows have the name {id_or_name!r}: {', '.join(found)}"
             raise Conflict("ambiguous-name", message, status=409)
         return found[0]
+
+    async def apply(
+        self,
+        *workflows: Mapping[str, Any] | HasDefinition,
+        set: str | None = None,  # noqa: A002 - the name of the API
+        prune: Literal["archive", "delete"] | None = None,
+        dry_run: bool = False,
+        force: bool = False,
+    ) -> ApplyResult:
+        """Make workflows equal to these definitions, all or none, and return the changes.
+
+        Names identify them. A workflow that was changed elsewhere is a `Conflict`, except with `force`. `prune`
+        archives or deletes the other members of the set.
+        """
+        definitions = [workflow_files.definition_of(one) for one in workflows]
+        return await self.apply_all(workflows=definitions, set=set, prune=prune, dry_run=dry_run, force=force)
 
     async def put(self, workflow: Mapping[str, Any] | HasDefinition) -> str:
         """Create or update the workflow with the name in the definition, and return its id."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pilotflame_sdk import resources, run_states, workflow_files
 from pilotflame_sdk.errors import Conflict, NotFound
@@ -13,6 +13,7 @@ from pilotflame_sdk.runs import Run
 
 if TYPE_CHECKING:
     from pilotflame_sdk.server_events import RunEvent
+    from pilotflame_sdk.types import ApplyResult
     from pilotflame_sdk.workflow_files import HasDefinition
 
 
@@ -38,6 +39,22 @@ class Workflows(resources.Workflows):
             message = f"{len(found)} workflows have the name {id_or_name!r}: {', '.join(found)}"
             raise Conflict("ambiguous-name", message, status=409)
         return found[0]
+
+    def apply(
+        self,
+        *workflows: Mapping[str, Any] | HasDefinition,
+        set: str | None = None,  # noqa: A002 - the name of the API
+        prune: Literal["archive", "delete"] | None = None,
+        dry_run: bool = False,
+        force: bool = False,
+    ) -> ApplyResult:
+        """Make workflows equal to these definitions, all or none, and return the changes.
+
+        Names identify them. A workflow that was changed elsewhere is a `Conflict`, except with `force`. `prune`
+        archives or deletes the other members of the set.
+        """
+        definitions = [workflow_files.definition_of(one) for one in workflows]
+        return self.apply_all(workflows=definitions, set=set, prune=prune, dry_run=dry_run, force=force)
 
     def put(self, workflow: Mapping[str, Any] | HasDefinition) -> str:
         """Create or update the workflow with the name in the definition, and return its id."""

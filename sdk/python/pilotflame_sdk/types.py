@@ -9,12 +9,16 @@ from __future__ import annotations
 from typing import Any, Dict, List, Literal, TypedDict, Union
 
 __all__ = [
+    "AppliedChange",
+    "ApplyAction",
+    "ApplyResult",
     "AssignedInput",
     "AssignedInputs",
     "AttemptTimes",
     "AuditAction",
     "AuditEntry",
     "AuditEntryList",
+    "AwakeSpan",
     "BatchResult",
     "BlockedInterval",
     "Blocker",
@@ -29,6 +33,7 @@ __all__ = [
     "ChangedItem",
     "ClockChange",
     "ComparedSpan",
+    "ConflictReason",
     "ConnectionAnswer",
     "ConnectionRemoval",
     "CopyResult",
@@ -182,6 +187,8 @@ __all__ = [
     "Schedule",
     "ScheduleList",
     "SchedulePolicy",
+    "ScheduleTick",
+    "ScheduleTimeline",
     "Session",
     "SessionList",
     "ShareResult",
@@ -204,6 +211,9 @@ __all__ = [
     "TaskDocument",
     "TaskRetryDocument",
     "TemplateList",
+    "TimeSpan",
+    "TimelineDecision",
+    "TimelineLane",
     "Timing",
     "Transition",
     "TransitionKind",
@@ -227,6 +237,7 @@ __all__ = [
     "Window",
     "WorkerCounts",
     "Workflow",
+    "WorkflowDiff",
     "WorkflowDocument",
     "WorkflowExplanation",
     "WorkflowGuest",
@@ -245,13 +256,19 @@ __all__ = [
 ]
 
 
-AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
+
+
+AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-event', 'awaiting-input', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
 
 
 BlockerKind = Literal['change', 'escalate', 'wait']
+
+
+ConflictReason = Literal['edited-since-apply', 'not-applied-before', 'other-set']
 
 
 DataSourceType = Literal['api-key', 'http-basic', 'http-bearer', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret']
@@ -263,7 +280,7 @@ DeliveryOutcome = Literal['accepted', 'deferred', 'duplicate', 'rejected', 'shed
 DeploymentStatus = Literal['deploying', 'failed', 'not-deployed', 'running', 'starting', 'stopped', 'stopping', 'undeploying', 'unknown']
 
 
-DriftClass = Literal['asleep-against-window', 'awake-against-policy', 'blob-without-row', 'change-not-applied', 'clock-skew', 'deferred-overdue', 'deployment-without-workflow', 'invalid-index', 'lease-expired', 'migration-behind', 'no-leader', 'no-worker', 'pending-unclaimed', 'replicas-differ', 'row-without-blob', 'schedule-overdue', 'unsafe-setting', 'wait-overdue', 'workflow-without-deployment']
+DriftClass = Literal['asleep-against-window', 'audit-chain-broken', 'awake-against-policy', 'blob-without-row', 'change-not-applied', 'clock-skew', 'deferred-overdue', 'deployment-without-workflow', 'invalid-index', 'lease-expired', 'migration-behind', 'no-leader', 'no-worker', 'pending-unclaimed', 'replicas-differ', 'row-without-blob', 'schedule-overdue', 'unsafe-setting', 'versions-differ', 'wait-overdue', 'workflow-without-deployment']
 
 
 DriftSeverity = Literal['critical', 'warning']
@@ -335,6 +352,28 @@ UserRole = Literal['admin', 'member', 'viewer']
 WorkflowStatus = Literal['active', 'archived', 'draft', 'paused']
 
 
+class _AppliedChangeAlways(TypedDict):
+    name: str
+    action: ApplyAction
+    workflowId: str | None
+    conflict: ConflictReason | None
+    set: str | None
+
+
+class AppliedChange(_AppliedChangeAlways, total=False):
+    """Change of one workflow."""
+
+    diff: WorkflowDiff
+
+
+class ApplyResult(TypedDict):
+    """Plan of the request, carried out unless it was a dry run."""
+
+    dryRun: bool
+    changes: List[AppliedChange]
+    counts: Dict[str, int]
+
+
 class AssignedInput(TypedDict):
     """Question that the caller may answer."""
 
@@ -396,6 +435,16 @@ class AuditEntryList(_AuditEntryListAlways, total=False):
 
     next: str | None
     countIsLowerBound: bool
+
+
+class AwakeSpan(TypedDict):
+    """Time for which a workflow had pods."""
+
+    start: str
+    end: str
+    reason: LifecycleReason | None
+    isByHand: bool
+    isOpen: bool
 
 
 class _BatchResultAlways(TypedDict):
@@ -2031,6 +2080,27 @@ class SchedulePolicy(TypedDict):
     jitterSeconds: int
 
 
+class ScheduleTick(TypedDict):
+    """Coming instant of a schedule."""
+
+    at: str
+    localTime: str
+    isByClockChange: bool
+
+
+class ScheduleTimeline(TypedDict):
+    """Past and future of schedules and pods; `count` is the number of all workflows that have either."""
+
+    since: str
+    now: str
+    until: str
+    count: int
+    limit: int
+    offset: int
+    workflows: List[TimelineLane]
+    decisions: List[TimelineDecision]
+
+
 class Session(TypedDict):
     """Session of a browser, which stands for an API key and ends with it."""
 
@@ -2254,6 +2324,39 @@ class TemplateList(TypedDict):
     templates: List[WorkflowTemplate]
 
 
+class TimeSpan(TypedDict):
+    """Time from one instant to another."""
+
+    start: str
+    end: str
+
+
+class TimelineDecision(TypedDict):
+    """Wake, start or stop of pods."""
+
+    workflowId: str
+    workflowName: str
+    at: str
+    action: LifecycleAction
+    reason: LifecycleReason
+    replicas: int
+    userId: str | None
+
+
+class TimelineLane(TypedDict):
+    """One workflow on the timeline."""
+
+    workflowId: str
+    workflowName: str
+    isDeployed: bool
+    ticks: List[ScheduleTick]
+    ticksAreCut: bool
+    lastRunAt: str | None
+    lastExecutionId: str | None
+    windows: List[TimeSpan]
+    awake: List[AwakeSpan]
+
+
 class Timing(TypedDict):
     """Seconds of a run by cause, from its acceptance to its end or now; they sum up to its age."""
 
@@ -2472,6 +2575,14 @@ class Workflow(_WorkflowAlways, total=False):
     """Workflow."""
 
     warnings: List[ErrorDetail]
+
+
+class WorkflowDiff(TypedDict):
+    """Differences between a workflow now and as the request describes it."""
+
+    fields: Dict[str, ValueChange]
+    nodes: ItemsDifference
+    connections: ItemsDifference
 
 
 class WorkflowDocument(TypedDict):

@@ -1,0 +1,119 @@
+"""Rows of applied workflows: their sets, and the workflows that the names of a request mean."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from sqlalchemy import delete, insert, select
+from sqlmodel import col
+
+from gateway.workflows import workflow_rows
+from models.access import Organization
+from models.applied_workflow import AppliedWorkflow
+from models.column_types import column_values
+from models.data_source import DataSource, is_usable_by
+from models.workflow import Workflow, is_readable_by
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.workflows.stored_workflow import StoredWorkflow
+    from models.access import ApiCaller
+
+
+async def lock_organization(connection: AsyncConnection, organization_id: str) -> None:
+    """Let no other apply of the organization plan until this transaction ends: names are not unique by an index."""
+    statement = select(col(Organization.id)).where(col(Organization.id) == organization_id)
+    await connection.execute(statement.with_for_update())
+
+
+async def find_named(
+    connection: AsyncConnection, caller: ApiCaller, names: Collection[str]
+) -> Mapping[str, Sequence[StoredWorkflow]]:
+    """Return the workflows with these names that the caller may read, locked against other changes."""
+    statement = (
+        select(col(Workflow.id))
+        .where(is_readable_by(caller), col(Workflow.is_template).is_(False), col(Workflow.name).in_(names))
+        .order_by(col(Workflow.id))
+    )
+    found: dict[str, list[StoredWorkflow]] = {}
+    for stored in await _read_all(connection, caller, (await connection.scalars(statement)).all()):
+        found.setdefault(stored.workflow.name, []).append(stored)
+    return found
+
+
+async def find_members(
+    connection: AsyncConnection, caller: ApiCaller, set_name: str
+) -> Sequence[StoredWorkflow]:
+    """Return the workflows of a set that the caller may read, locked against other changes."""
+    statement = (
+        select(col(AppliedWorkflow.workflow_id))
+        .where(
+            col(AppliedWorkflow.organization_id) == caller.organization_id,
+            col(AppliedWorkflow.set_name) == set_name,
+        )
+        .order_by(col(AppliedWorkflow.workflow_id))
+    )
+    return await _read_all(connection, caller, (await connection.scalars(statement)).all())
+
+
+async def _read_all(
+    connection: AsyncConnection, caller: ApiCaller, ids: Iterable[str]
+) -> Sequence[StoredWorkflow]:
+    found = []
+    for workflow_id in ids:
+        await workflow_rows.lock_workflow(connection, workflow_id, caller)
+        stored = await workflow_rows.find_workflow(connection, workflow_id, caller)
+        if stored is not None:
+            found.append(stored)
+    return found
+
+
+async def find_applications(
+    connection: AsyncConnection, workflow_ids: Collection[str]
+) -> Mapping[str, AppliedWorkflow]:
+    """Return the last application of each workflow, by its id."""
+    statement = select(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id).in_(workflow_ids))
+    rows = (await connection.execute(statement)).mappings()
+    return {row["workflow_id"]: AppliedWorkflow(**row) for row in rows}
+
+
+async def replace_application(connection: AsyncConnection, applied: AppliedWorkflow) -> None:
+    """Store the application of a workflow in place of the one before."""
+    await remove_application(connection, applied.workflow_id)
+    await connection.execute(insert(AppliedWorkflow).values(column_values(applied)))
+
+
+async def remove_application(connection: AsyncConnection, workflow_id: str) -> None:
+    """Forget that a workflow was applied."""
+    await connection.execute(delete(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id) == workflow_id))
+
+
+async def data_source_ids(
+    connection: AsyncConnection, caller: ApiCaller, names: Collection[str]
+) -> Mapping[str, Sequence[str]]:
+    """Return the ids of the data sources with these names that the caller may use."""
+    statement = select(col(DataSource.name), col(DataSource.id)).where(
+        col(DataSource.name).in_(names), is_usable_by(caller.organization_id, caller.user_id)
+    )
+    found: dict[str, list[str]] = {}
+    for row in await connection.execute(statement):
+        found.setdefault(row.name, []).append(row.id)
+    return found
+
+
+def new_application(
+    caller: ApiCaller, workflow_id: str, set_name: str, content_hash: str, status: str | None, now: datetime
+) -> AppliedWorkflow:
+    """Return the row of an application."""
+    return AppliedWorkflow(
+        workflow_id=workflow_id,
+        organization_id=caller.organization_id,
+        set_name=set_name,
+        content_hash=content_hash,
+        status=status,
+        applied_by=caller.user_id,
+        applied_at=now,
+    )

@@ -1,0 +1,302 @@
+"""Endpoint that makes workflows equal to files: planned by the server, in one transaction, all or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, assert_never
+
+from msgspec import UNSET, Meta, UnsetType
+
+from gateway.deployments import deployment_changes
+from gateway.http import errors, limits
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import StrictWire, WireStruct, decode_body
+from gateway.workflows import applied_rows, apply_plan, editing, workflow_rows
+from gateway.workflows.apply_plan import (
+    CONFLICT_TEXTS,
+    ApplyAction,
+    ConflictReason,
+    PlannedChange,
+    WantedWorkflow,
+)
+from gateway.workflows.graph_difference import ItemsDifference, ValueChange
+from journal.deployments import desired_state
+from models.audit import AuditAction
+from models.lifecycle_policy import StoppedReason
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from gateway.workflows.editing import WorkflowEdit, WorkflowEditor
+    from gateway.workflows.stored_workflow import StoredWorkflow
+    from models.access import ApiCaller
+    from models.database import Database
+
+
+class ApplyWorkflows(StrictWire):
+    """Workflows as files describe them. Names identify them; fields that are absent get their defaults."""
+
+    workflows: Annotated[list[dict[str, Any]], Meta(max_length=limits.APPLIED_WORKFLOWS)]
+    """Each as in `POST /workflows/build`, or an exported document; `status` may be any.
+
+    A field of a config that names a data source accepts `@` and its name in place of its id.
+    """
+    set: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = (
+        None
+    )
+    """Name of the set to which these workflows belong."""
+    prune: Literal["archive", "delete"] | None = None
+    """What happens to members of the set that the request does not have; by default nothing."""
+    dry_run: bool = False
+    """Only report the plan."""
+    force: bool = False
+    """Change workflows in spite of conflicts: edited since they were applied, never applied, or of another set."""
+
+
+class WorkflowDiff(WireStruct):
+    """Differences between a workflow now and as the request describes it."""
+
+    fields: Mapping[str, ValueChange]
+    nodes: ItemsDifference
+    connections: ItemsDifference
+
+
+class AppliedChange(WireStruct):
+    """Change of one workflow."""
+
+    name: str
+    action: ApplyAction
+    workflow_id: str | None
+    """Null for a workflow that a dry run would create."""
+    conflict: ConflictReason | None
+    """Reason why it is not changed without `force`; null without a conflict."""
+    set: str | None
+    """Set to which the workflow belongs."""
+    diff: WorkflowDiff | UnsetType = UNSET
+    """Absent where nothing changes, and for new workflows."""
+
+
+class ApplyResult(WireStruct):
+    """Plan of the request, carried out unless it was a dry run."""
+
+    dry_run: bool
+    changes: Sequence[AppliedChange]
+    counts: Mapping[str, int]
+    """Number of workflows by action."""
+
+
+async def apply(request: GatewayRequest) -> JsonResponse:
+    """Create, change and archive workflows so that they equal the given ones, all of them or none.
+
+    The server plans the changes in the transaction that carries them out. Names identify the workflows. A
+    workflow that was edited since it was applied, that was never applied, or that belongs to another set is a
+    conflict: 409 `apply-conflict` with an entry for each. `dryRun` shows the differences, `force` applies anyway.
+    Repeating a request changes nothing.
+    """
+    body = await decode_body(request, ApplyWorkflows)
+    if body.prune is not None and body.set is None:
+        message = "prune needs a set: only members of a set are removed"
+        raise errors.invalid([errors.problem("set", "required", message)])
+    gateway = request.gateway
+    application = _Application(gateway.workflow_editor, gateway.database, request.caller, body)
+    changes = await application.run()
+    if not body.dry_run:
+        for one in changes:
+            if one.before is not None and one.action in {
+                ApplyAction.ARCHIVE,
+                ApplyAction.DELETE,
+                ApplyAction.UPDATE,
+            }:
+                await gateway.deployer.notify(one.before.workflow.id)
+    counts = Counter(one.action.value for one in changes)
+    shown = await asyncio.to_thread(lambda: [_shown(one, is_dry_run=body.dry_run) for one in changes])
+    return JsonResponse(ApplyResult(dry_run=body.dry_run, changes=shown, counts=dict(counts)))
+
+
+def _shown(change: PlannedChange, *, is_dry_run: bool) -> AppliedChange:
+    before, after = change.before, change.after
+    is_new = before is None
+    shown = before or (None if is_dry_run else after)
+    has_diff = before is not None and after is not None and after is not before
+    return AppliedChange(
+        name=change.name,
+        action=change.action,
+        workflow_id=None if shown is None or (is_new and is_dry_run) else shown.workflow.id,
+        conflict=change.conflict,
+        set=change.set_name or None,
+        diff=WorkflowDiff(**apply_plan.compare(before, after)) if has_diff and before and after else UNSET,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Application:
+    """One application: the plan, and its changes in one transaction."""
+
+    editor: WorkflowEditor
+    database: Database
+    caller: ApiCaller
+    body: ApplyWorkflows
+
+    async def run(self) -> Sequence[PlannedChange]:
+        """Return the plan, carried out unless it is a dry run; raises 409, 422 and 403 errors."""
+        return await self.database.transaction(self._work, locks=f"apply:{self.caller.organization_id}")
+
+    async def _work(self, connection: AsyncConnection) -> Sequence[PlannedChange]:
+        await applied_rows.lock_organization(connection, self.caller.organization_id)
+        names = apply_plan.source_names(self.body.workflows)
+        sources = await applied_rows.data_source_ids(connection, self.caller, names) if names else {}
+        catalog = await self.editor.read_catalog(connection, self.caller.organization_id)
+        now = self.database.clock.now()
+        # A thread, so that large graphs do not block other requests.
+        wanted = await asyncio.to_thread(
+            apply_plan.read_workflows, self.caller, self.body.workflows, sources, catalog, now
+        )
+        changes = await self._plan(connection, wanted)
+        if not self.body.dry_run:
+            self._require_no_conflicts(changes)
+            for change in changes:
+                await self._carry_out(connection, change)
+        return changes
+
+    async def _plan(
+        self, connection: AsyncConnection, wanted: Sequence[WantedWorkflow]
+    ) -> Sequence[PlannedChange]:
+        set_name, is_forced = self.body.set or "", self.body.force
+        named = await applied_rows.find_named(connection, self.caller, [one.name for one in wanted])
+        members: Sequence[StoredWorkflow] = ()
+        if self.body.prune is not None:
+            found = await applied_rows.find_members(connection, self.caller, set_name)
+            members = [one for one in found if one.workflow.name not in {one.name for one in wanted}]
+        ids = [one.workflow.id for several in (*named.values(), members) for one in several]
+        applied = await applied_rows.find_applications(connection, ids)
+        pairs = [(one, self._only(one, named.get(one.name, ()))) for one in wanted]
+
+        def plan() -> list[PlannedChange]:
+            kept = [
+                apply_plan.plan_change(
+                    one,
+                    before,
+                    None if before is None else applied.get(before.workflow.id),
+                    set_name,
+                    is_forced=is_forced,
+                )
+                for one, before in pairs
+            ]
+            is_deleted = self.body.prune == "delete"
+            removed = [
+                apply_plan.plan_removal(
+                    one, applied[one.workflow.id], is_deleted=is_deleted, is_forced=is_forced
+                )
+                for one in members
+            ]
+            return [*kept, *removed]
+
+        changes = await asyncio.to_thread(plan)
+        for change in changes:
+            if change.before is not None and change.action is not ApplyAction.UNCHANGED:
+                editing.require_writer(self.caller, change.before.workflow)
+        return changes
+
+    def _only(self, wanted: WantedWorkflow, found: Sequence[StoredWorkflow]) -> StoredWorkflow | None:
+        if len(found) > 1:
+            ids = ", ".join(one.workflow.id for one in found[:5])
+            message = f"{len(found)} workflows have the name {wanted.name!r}: {ids}"
+            path = f"workflows.{wanted.place}.name"
+            raise errors.conflict(
+                "apply-conflict", message, details=[errors.problem(path, "ambiguous-name", message)]
+            )
+        return found[0] if found else None
+
+    def _require_no_conflicts(self, changes: Sequence[PlannedChange]) -> None:
+        found = [_problem(one) for one in changes if one.action is ApplyAction.CONFLICT]
+        if found:
+            message = (
+                f"{len(found)} workflows were changed elsewhere, and nothing was applied:"
+                " `dryRun` shows the differences, `force` applies anyway"
+            )
+            raise errors.conflict("apply-conflict", message, details=found[: limits.FINDINGS])
+
+    async def _carry_out(self, connection: AsyncConnection, change: PlannedChange) -> None:
+        after = change.after
+        assert after is not None  # noqa: S101 - every planned change has one
+        match change.action:
+            case ApplyAction.CREATE:
+                await self.editor.create_in(connection, self.caller, after, AuditAction.WORKFLOW_CREATED)
+            case ApplyAction.UPDATE | ApplyAction.ARCHIVE:
+                after = await self._update(connection, change, after)
+            case ApplyAction.DELETE:
+                await self._delete(connection, after)
+                return
+            case ApplyAction.UNCHANGED | ApplyAction.CONFLICT:
+                pass
+            case _:
+                assert_never(change.action)
+        if change.place is not None:
+            await self._note(connection, change, after)
+
+    async def _update(
+        self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow
+    ) -> StoredWorkflow:
+        before = change.before
+        assert before is not None  # noqa: S101 - an update has one
+        is_archived = after.workflow.status == WorkflowStatus.ARCHIVED != before.workflow.status
+
+        async def undeploy(connection: AsyncConnection, edited: WorkflowEdit) -> None:
+            if is_archived:
+                await deployment_changes.undeploy_workflow(
+                    connection, self.caller, edited.after.workflow.id, reason=StoppedReason.ARCHIVED
+                )
+
+        is_status_only = change.action is ApplyAction.ARCHIVE
+        action = AuditAction.WORKFLOW_STATUS_SET if is_status_only else AuditAction.WORKFLOW_UPDATED
+        edited = await self.editor.change_in(
+            connection, self.caller, before, action, lambda _: after, also=undeploy
+        )
+        return edited.after
+
+    async def _delete(self, connection: AsyncConnection, stored: StoredWorkflow) -> None:
+        workflow = stored.workflow
+        deployment = await desired_state.find_deployment(connection, workflow.id)
+        is_deployed = deployment is not None and deployment.is_deployed
+        live = await workflow_rows.live_executions(connection, workflow)
+        if is_deployed:
+            message = f"{workflow.name!r} is deployed, and is not deleted: nothing was applied"
+            raise errors.conflict("workflow-deployed", message)
+        if live:
+            message = f"{len(live)} executions of {workflow.name!r} have not ended: nothing was applied"
+            raise errors.conflict("workflow-running", message)
+        await self.editor.change_in(
+            connection,
+            self.caller,
+            stored,
+            AuditAction.WORKFLOW_DELETED,
+            lambda before: before.with_columns(deleted_at=self.database.clock.now()),
+        )
+        await applied_rows.remove_application(connection, workflow.id)
+
+    async def _note(self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow) -> None:
+        status = None if change.status is None else change.status.value
+        row = applied_rows.new_application(
+            self.caller,
+            after.workflow.id,
+            change.set_name,
+            await asyncio.to_thread(apply_plan.hash_content, after),
+            status,
+            self.database.clock.now(),
+        )
+        await applied_rows.replace_application(connection, row)
+
+
+def _problem(change: PlannedChange) -> dict[str, Json]:
+    assert change.conflict is not None  # noqa: S101 - a conflict has a reason
+    path = "set" if change.place is None else f"workflows.{change.place}"
+    text = CONFLICT_TEXTS[change.conflict]
+    if change.conflict is ConflictReason.OTHER_SET:
+        text = f"{text} {change.set_name!r}"
+    return errors.problem(path, change.conflict.value, f"{change.name!r} {text}")
