@@ -35,6 +35,8 @@ class FindingType(StrEnum):
     MISSING_CONFIG = "missing-config"
     UNRESOLVED_MAPPING = "unresolved-mapping"
     INLINE_SECRET = "inline-secret"  # noqa: S105 - the name of a finding
+    NO_WORKER = "no-worker"
+    """No worker of the organization performs the tasks of a custom node now."""
 
 
 WARNING_TYPES: Final = frozenset({
@@ -42,6 +44,7 @@ WARNING_TYPES: Final = frozenset({
     FindingType.MISSING_CONFIG,
     FindingType.UNRESOLVED_MAPPING,
     FindingType.INLINE_SECRET,
+    FindingType.NO_WORKER,
 })  # fmt: skip
 """Types that leave a graph valid."""
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine import config_places
-from engine.findings import ValidationResult
+from engine.findings import MAX_FINDINGS, FindingType, GraphFinding, ValidationResult
+from engine.node_api import UnknownNodeType
 from engine.validation import validate_graph
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
 from gateway.workflows import editing, finding_shapes, graph_shapes, output_samples
 from gateway.workflows.finding_shapes import FindingShape
+from journal import definition_snapshot
 from models.audit import AuditAction
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from gateway.workflows.output_samples import PastOutput
     from gateway.workflows.stored_workflow import StoredWorkflow
     from nodes.catalog import NodeCatalog
@@ -48,9 +55,39 @@ async def check(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)
+        catalog = await request.gateway.catalogs.read(connection, request.caller.organization_id)
+        unserved = await _unserved_nodes(connection, stored, catalog, request.gateway.clock())
     # A thread, so that a large graph does not block other requests.
-    validation = await asyncio.to_thread(_checked, stored, past, await request.catalog())
-    return editing.answer(stored, _shown(stored, validation))
+    validation = await asyncio.to_thread(_checked, stored, past, catalog)
+    warnings = (*validation.warnings, *unserved)[:MAX_FINDINGS]
+    return editing.answer(stored, _shown(stored, replace(validation, warnings=warnings)))
+
+
+async def _unserved_nodes(
+    connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog, now: datetime
+) -> list[GraphFinding]:
+    """Return a warning for each custom node whose tasks no worker performs now."""
+    custom = [node for node in stored.nodes if definition_snapshot.has_custom_type(node)]
+    if not custom:
+        return []
+    from journal.tasks import task_service  # noqa: PLC0415 - loaded with the first custom node
+
+    workers = await task_service.read_workers(connection, stored.workflow.organization_id, now)
+    found: list[GraphFinding] = []
+    for node in custom:
+        try:
+            node_type = catalog.get(str(node["type"]), str(node["version"]) if "version" in node else None)
+        except UnknownNodeType:
+            continue
+        if node_type.task is None:
+            continue
+        pool = node_type.task.pool
+        service = task_service.find_service(workers, node_type.type, node_type.version, pool, now)
+        if service.explanation is not None:
+            message = f'Node "{node["label"]}" ({node["type"]}): {service.explanation}'
+            suggestion = "Start a worker. Its tasks wait until then."
+            found.append(GraphFinding(FindingType.NO_WORKER, message, suggestion, str(node["id"])))
+    return found
 
 
 async def compute_scopes(request: GatewayRequest) -> JsonResponse:

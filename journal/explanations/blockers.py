@@ -31,6 +31,7 @@ class BlockerCode(StrEnum):
     TIMER = "timer"
     AWAITING_EVENT = "awaiting-event"
     AWAITING_INPUT = "awaiting-input"
+    AWAITING_TASK = "awaiting-task"
     WORKER_LOST = "worker-lost"
     NODE_RUNNING = "node-running"
     CANCEL_REQUESTED = "cancel-requested"
@@ -122,6 +123,12 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
         "A node waits for the answer of a person.",
         "Answer it; the action in `actions` shows the request.",
     ),
+    BlockerCode.AWAITING_TASK: BlockerRule(
+        BlockerKind.WAIT,
+        "A node waits for a worker of its custom type: to begin its task, or to end it. `task` and `state` are those"
+        " of the task; `by` is the worker that holds it. The message says if no worker performs such tasks.",
+        "Start a worker of the type, with this version or a newer one, for the pool of the task.",
+    ),
     BlockerCode.WORKER_LOST: BlockerRule(
         BlockerKind.WAIT,
         "The process that executes the run no longer renews its lease. Another one continues at `reclaimAt`.",
@@ -173,6 +180,8 @@ def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
             return BlockerCode.AWAITING_INPUT
         case AnswerSource.EVENT:
             return BlockerCode.AWAITING_EVENT
+        case AnswerSource.TASK:
+            return BlockerCode.AWAITING_TASK
         case _:
             return BlockerCode.NODE_RUNNING
 

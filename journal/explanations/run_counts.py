@@ -214,6 +214,7 @@ async def _waiting(
         BlockerCode.RETRY_AT,
         BlockerCode.AWAITING_EVENT,
         BlockerCode.AWAITING_INPUT,
+        BlockerCode.AWAITING_TASK,
         BlockerCode.NODE_RUNNING,
     ]
     statements = []

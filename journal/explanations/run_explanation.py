@@ -29,6 +29,7 @@ from models.execution import (
     UNPARSED_TARGET,
 )
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.task_states import TaskState
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 SWEEP_TIME: Final = timedelta(seconds=2)
 """Interval of the sweeps that find work which no event has announced, by default."""
+READ_SCOPE: Final = "workflows:read"
 EXECUTE_SCOPE: Final = "workflows:execute"
 WRITE_SCOPE: Final = "workflows:write"
 _CHECKED: Final = {
@@ -272,6 +274,8 @@ def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
                 actions=[SuggestedRequest("POST", "/api/v1/workflows/events", EXECUTE_SCOPE)],
                 details={**where, "eventType": event_type},
             )
+        case BlockerCode.AWAITING_TASK:
+            return _task_blocker(node)
         case BlockerCode.RETRY_AT | BlockerCode.TIMER:
             is_retry = code is BlockerCode.RETRY_AT
             text = "has failed and is tried again" if is_retry else "waits for a time"
@@ -290,6 +294,36 @@ def _input_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
         until=node.wake_at,
         actions=[SuggestedRequest("POST", path, EXECUTE_SCOPE)],
         details={"node": node.node_id, "iteration": node.iteration, "requestId": request_id},
+    )
+
+
+def _task_blocker(node: UnsettledNode) -> Blocker:
+    """Return the blocker of a node whose task a worker of the organization performs, or none does."""
+    task = node.task
+    where: dict[str, Json] = {"node": node.node_id, "iteration": node.iteration, "attempt": node.attempt}
+    if task is None:
+        text = f"The task of {node.label} has ended; the run goes on with the next claim"
+        return Blocker(BlockerCode.AWAITING_TASK, text, node.started_at, details=where)
+    where |= {"attempt": task.attempt, "task": task.id, "state": task.state.value}
+    if task.is_held:
+        text = f"{node.label} is performed by worker {task.worker_id}"
+    elif task.unserved is not None:
+        text = f"{node.label}: {task.unserved}"
+    elif task.state is TaskState.LIMITED:
+        text = f"{node.label} waits for another task with its concurrency key"
+    elif task.state is TaskState.DELAYED:
+        text = f"{node.label} has failed and is tried again"
+    else:
+        text = f"{node.label} waits for a free worker of {task.type} in pool {task.pool}"
+    return Blocker(
+        BlockerCode.AWAITING_TASK,
+        text,
+        task.claimed_at or node.started_at,
+        until=task.until if task.state is TaskState.DELAYED else None,
+        by=[BlockerHolder("worker", task.worker_id, task.claimed_at)] if task.is_held else [],
+        kind=BlockerKind.CHANGE if task.unserved is not None else None,
+        actions=[SuggestedRequest("GET", f"/api/v1/tasks/{task.id}", READ_SCOPE)],
+        details=where,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Boolean, and_, case, func, literal_column, or_, select, text
 from sqlmodel import col
 
+from engine.node_api import AnswerSource
 from engine.run_records import SpanStatus
 from journal import concurrency_limits, run_rows
 from journal.deployments import activity
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from journal.deployments.activity import DeploymentActivity
+    from journal.explanations.task_facts import TaskFact
     from models.access import ApiCaller
 
 MAX_COUNTED: Final = 10_000
@@ -64,6 +66,8 @@ class UnsettledNode:
     wake_at: datetime | None
     awaits: Mapping[str, Json] | None
     """Kind and request of the answer for which it waits; None for another wait."""
+    task: TaskFact | None = None
+    """Open task for whose end it waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +233,7 @@ async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCal
     if run.status == ExecutionStatus.RUNNING:
         added["workers"] = await _workers(connection, run.lease_owner)
     if run.started_at is not None and run.status != ExecutionStatus.PENDING:
-        added["nodes"] = await _unsettled_nodes(connection, run)
+        added["nodes"] = await _unsettled_nodes(connection, run, facts.now)
         added["children"] = await _children(connection, run, caller)
     nodes = [one.node_id for one in added.get("nodes", ())]
     added["recent"] = await _recent_durations(connection, run, nodes)
@@ -302,7 +306,9 @@ async def read_last_decision(connection: AsyncConnection, workflow_id: str) -> L
     return None if row is None else LastDecision(*row)
 
 
-async def _unsettled_nodes(connection: AsyncConnection, run: Execution) -> Sequence[UnsettledNode]:
+async def _unsettled_nodes(
+    connection: AsyncConnection, run: Execution, now: datetime
+) -> Sequence[UnsettledNode]:
     """Return up to `MAX_NODES` nodes at work or in a wait without an answer, in the order of their spans."""
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
@@ -324,13 +330,24 @@ async def _unsettled_nodes(connection: AsyncConnection, run: Execution) -> Seque
         .order_by(col(SpanRow.sequence))
         .limit(MAX_NODES)
     )
+    rows = (await connection.execute(statement)).all()
+    waits = {
+        (row.node_id, row.iteration): decoding.decode(row.awaits) if row.awaits else None for row in rows
+    }
+    has_tasks = any(awaits is not None and awaits["kind"] == AnswerSource.TASK for awaits in waits.values())
+    tasks: Mapping[tuple[str, str], TaskFact] = {}
+    if has_tasks:
+        from journal.explanations import task_facts  # noqa: PLC0415 - loaded where tasks are explained
+
+        tasks = await task_facts.read_tasks(connection, run, now)
     return [
         UnsettledNode(
             *(row.node_id, row.iteration, row.label, SpanStatus(row.status)),
             *(row.attempt, row.started_at, row.wake_at),
-            decoding.decode(row.awaits) if row.awaits else None,
+            waits[row.node_id, row.iteration],
+            tasks.get((row.node_id, row.iteration)),
         )
-        for row in await connection.execute(statement)
+        for row in rows
     ]
 
 

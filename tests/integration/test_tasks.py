@@ -281,8 +281,17 @@ async def test_a_worker_takes_its_version_and_older_ones_of_its_pool(people: Org
     (task,) = (await people.owner.api.get(TASKS)).json()["tasks"]
     explanation = (await show_task(people.owner, task["id"]))["explanation"]
     assert explanation.startswith("no worker serves acme/resize ≥ 1.4.0 in pool gpu; 2.0.0 \u00d71")
+    why = await get_json(people.owner, f"/{task['executionId']}/why")
+    assert (why["primary"], why["blockers"][0]["kind"]) == ("awaiting-task", "change")
+    assert explanation in why["blockers"][0]["message"]
+    path = f"/api/v1/workflows/{task['workflowId']}/validate"
+    warnings = (await people.owner.api.post(path)).json()["warnings"]
+    assert [one["type"] for one in warnings] == ["no-worker"]
     newer = TaskWorkerClient(people.owner.api, types={"acme/resize": "1.5.0"}, pools=["gpu"])
     assert len(await newer.claim()) == 1
+    assert (await people.owner.api.post(path)).json()["warnings"] == []
+    why = await get_json(people.owner, f"/{task['executionId']}/why")
+    assert why["blockers"][0]["by"][0]["id"] == newer.id
 
 
 async def test_a_stopped_worker_gets_nothing_and_a_draining_one_is_told(people: OrganizationUsers) -> None:

@@ -1,0 +1,78 @@
+"""Facts about the open tasks of a run: who performs them, and why nobody does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from journal.tasks import task_service
+from models.task import Task
+from models.task_states import HELD_STATES, TaskState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.execution import Execution
+
+MAX_TASKS: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFact:
+    """Open task of a node."""
+
+    id: str
+    type: str
+    version: str
+    pool: str
+    state: TaskState
+    attempt: int
+    worker_id: str | None
+    claimed_at: datetime | None
+    until: datetime | None
+    """End of the lease, or time of the next attempt."""
+    unserved: str | None
+    """Why no worker performs it; None if one does or can."""
+
+    @property
+    def is_held(self) -> bool:
+        return self.state in HELD_STATES
+
+
+async def read_tasks(
+    connection: AsyncConnection, run: Execution, now: datetime
+) -> Mapping[tuple[str, str], TaskFact]:
+    """Return the open tasks of a run, by node and iteration."""
+    statement = (
+        select(Task)
+        .where(col(Task.execution_id) == run.id, col(Task.ended_at).is_(None))
+        .order_by(col(Task.created_at))
+        .limit(MAX_TASKS)
+    )
+    rows = (await connection.execute(statement)).all()
+    if not rows:
+        return {}
+    workers = await task_service.read_workers(connection, run.organization_id, now)
+    return {
+        (row.node_id, row.iteration): TaskFact(
+            id=row.id,
+            type=row.type,
+            version=row.version,
+            pool=row.pool,
+            state=TaskState(row.state),
+            attempt=row.failures + row.losses + 1,
+            worker_id=row.worker_id,
+            claimed_at=row.claimed_at,
+            until=row.due_at or row.lease_until,
+            unserved=None
+            if row.state in HELD_STATES
+            else task_service.find_service(workers, row.type, row.version, row.pool, now).explanation,
+        )
+        for row in rows
+    }
