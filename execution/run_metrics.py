@@ -32,6 +32,8 @@ def set_held_runs(count: int) -> None:
 
 def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
     """Count claimed runs; the first claim of a run ends its time in the queue."""
+    if not instruments.is_exposed:
+        return
     instruments.counter("claims_total").inc(len(claimed))
     target = "pod" if channel.startswith(POD_OWNER_PREFIX) else "shared"
     queue_seconds = instruments.histogram("execution_queue_seconds", target)
@@ -43,6 +45,8 @@ def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
 
 def count_end(status: RunStatus, started_at: datetime, now: datetime) -> None:
     """Count the end of one claim of a run by status, with its duration in seconds since `started_at`."""
+    if not instruments.is_exposed:
+        return
     seconds = max((now - started_at).total_seconds(), 0.0)
     instruments.histogram("execution_duration_seconds", status.value).observe(seconds)
 

@@ -176,7 +176,7 @@ def _count_rows(write: RunWrite) -> int:
 
 
 def _count_node(span: NodeSpan) -> None:
-    if span.started_at is None or span.ended_at is None or span.is_iteration:
+    if not instruments.is_exposed or span.started_at is None or span.ended_at is None or span.is_iteration:
         return
     seconds = max((span.ended_at - span.started_at).total_seconds(), 0.0)
     instruments.histogram("node_duration_seconds", span.type, span.status.value).observe(seconds)

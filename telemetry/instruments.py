@@ -36,13 +36,14 @@ class UnreadInstrument:
 
 
 _UNREAD: Final = UnreadInstrument()
-_is_exposed = False
+is_exposed = False
+"""Whether the metrics of this process are served; code that computes values for them may ask first."""
 
 
 def expose() -> None:
     """Count from now on, because the metrics of this process are served."""
-    global _is_exposed  # noqa: PLW0603 - of the process
-    _is_exposed = True
+    global is_exposed  # noqa: PLW0603 - of the process
+    is_exposed = True
     for lookup in (counter, gauge, histogram):
         lookup.cache_clear()
 
@@ -53,7 +54,7 @@ def counter(name: str, *values: str) -> Counter | UnreadInstrument:
 
     Raises `LookupError` for an unknown family or one of another kind.
     """
-    return _counter_child(name, *values) if _is_exposed else _UNREAD
+    return _counter_child(name, *values) if is_exposed else _UNREAD
 
 
 @cache
@@ -62,7 +63,7 @@ def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
 
     Raises `LookupError` for an unknown family or one of another kind.
     """
-    return _gauge_child(name, *values) if _is_exposed else _UNREAD
+    return _gauge_child(name, *values) if is_exposed else _UNREAD
 
 
 @cache
@@ -71,7 +72,7 @@ def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
 
     Raises `LookupError` for an unknown family or one of another kind.
     """
-    return _histogram_child(name, *values) if _is_exposed else _UNREAD
+    return _histogram_child(name, *values) if is_exposed else _UNREAD
 
 
 def declare(*names: str) -> None:

@@ -121,7 +121,8 @@ class EdgeLayer:
             route = scope.get("route")
             path = route.path if route is not None else "none"
             seconds = perf_counter() - started
-            _count_answer(scope["method"], path, status, seconds)
+            if instruments.is_exposed:
+                _count_answer(scope["method"], path, status, seconds)
             if trace is not None:
                 now = scope["app"].state.gateway.clock()
                 trace.end(now, seconds, scope["method"], path, status, request_id)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -111,3 +112,16 @@ def test_a_text_that_cannot_be_an_id_is_recognized(text: str) -> None:
 @pytest.mark.parametrize("text", ["a", "A-b_9", "x" * 64])
 def test_ids_of_clients_are_ids_too(text: str) -> None:
     assert ids.is_id(text)
+
+
+@given(st.integers(0, 253_402_300_799_000))
+def test_an_id_tells_the_millisecond_at_which_it_was_made(milliseconds: int) -> None:
+    made = f"exec_{ids.encode_base32(milliseconds << 80 | 0x7 << 76 | 12345)}"
+    assert ids.time_of(made) == datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=milliseconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["exec_1", "", "exec_" + "u" * 26, "exec_" + "0" * 27, "exec_" + "0" * 25 + "\n"]
+)
+def test_a_text_of_another_form_has_no_time(text: str) -> None:
+    assert ids.time_of(text) is None

@@ -33,7 +33,7 @@ def test_an_instrument_has_the_kind_of_its_family() -> None:
 
 def test_a_process_without_served_metrics_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = instruments.counter("claims_total")
-    monkeypatch.setattr(instruments, "_is_exposed", False)
+    monkeypatch.setattr(instruments, "is_exposed", False)
     lookups = instruments.counter, instruments.gauge, instruments.histogram
     try:
         for lookup, name in zip(lookups, ("claims_total", "runs_held", "commit_seconds"), strict=True):
