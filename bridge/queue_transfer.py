@@ -94,14 +94,14 @@ class QueueTransfer:
         """
         problem = messages[0].problem
         if problem is not None:
-            return [_refused_result("unreadable", problem)]
+            return [_build_refusal("unreadable", problem)]
         try:
             return await self._until_available(
                 lambda: self._gateway.enqueue(messages, source=self._source.label)
             )
         except ContentRefused as error:
             if len(messages) == 1:
-                return [_refused_result(error.code, str(error))]
+                return [_build_refusal(error.code, str(error))]
         middle = len(messages) // 2
         return [
             *await self._enqueue_halving(messages[:middle]),
@@ -177,5 +177,5 @@ def split_requests(messages: Sequence[SourceMessage]) -> Iterator[Sequence[Sourc
         yield part
 
 
-def _refused_result(code: str, message: str) -> MessageResult:
+def _build_refusal(code: str, message: str) -> MessageResult:
     return MessageResult("refused", error=RefusalDetail(code, message))

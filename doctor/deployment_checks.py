@@ -71,9 +71,9 @@ def compare_cluster(
         found = in_cluster.get(deployment.workflow_id)
         if found is None:
             message = "The workflow is deployed, and the cluster has no objects of it."
-            yield _finding(DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT, deployment, message)
+            yield _build_finding(DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT, deployment, message)
         elif found.replicas != deployment.replicas:
-            yield _finding(
+            yield _build_finding(
                 DriftClass.REPLICAS_DIFFER,
                 deployment,
                 f"{deployment.replicas} pods are wanted, and the cluster was asked for {found.replicas}.",
@@ -96,7 +96,7 @@ def _check_policy(seen: DeploymentActivity) -> DriftFinding | None:
     except ZoneInfoNotFoundError as error:
         return DriftFinding(
             DriftClass.UNSAFE_SETTING,
-            _subject(seen.deployment),
+            _name_subject(seen.deployment),
             f"The lifecycle policy names a time zone that this machine does not know: {error}",
             remedy="Install the package tzdata, or change the policy.",
         )
@@ -105,9 +105,9 @@ def _check_policy(seen: DeploymentActivity) -> DriftFinding | None:
     reason = decision.reason.value
     if decision.action in {LifecycleAction.START, LifecycleAction.WAKE}:
         message = "Its policy starts the deployment now, and it is stopped."
-        return _finding(DriftClass.ASLEEP_AGAINST_WINDOW, seen.deployment, message, reason=reason)
+        return _build_finding(DriftClass.ASLEEP_AGAINST_WINDOW, seen.deployment, message, reason=reason)
     message = "Its policy stops the deployment now, and it runs."
-    return _finding(DriftClass.AWAKE_AGAINST_POLICY, seen.deployment, message, reason=reason)
+    return _build_finding(DriftClass.AWAKE_AGAINST_POLICY, seen.deployment, message, reason=reason)
 
 
 def _check_change(seen: DeploymentActivity) -> DriftFinding | None:
@@ -115,7 +115,7 @@ def _check_change(seen: DeploymentActivity) -> DriftFinding | None:
     is_applied = deployment.observed_generation >= deployment.generation
     if is_applied or seen.now - deployment.updated_at < UNAPPLIED_TIME:
         return None
-    return _finding(
+    return _build_finding(
         DriftClass.CHANGE_NOT_APPLIED,
         deployment,
         "The deployer has not applied the last change of the desired state.",
@@ -135,11 +135,11 @@ def _is_settled(seen: DeploymentActivity) -> bool:
     )
 
 
-def _subject(deployment: Deployment) -> DriftSubject:
+def _name_subject(deployment: Deployment) -> DriftSubject:
     return DriftSubject("deployment", deployment.workflow_id, deployment.organization_id)
 
 
-def _finding(
+def _build_finding(
     drift_class: DriftClass,
     deployment: Deployment,
     message: str,
@@ -147,4 +147,4 @@ def _finding(
     severity: DriftSeverity = DriftSeverity.WARNING,
     **evidence: int | str,
 ) -> DriftFinding:
-    return DriftFinding(drift_class, _subject(deployment), message, evidence, severity)
+    return DriftFinding(drift_class, _name_subject(deployment), message, evidence, severity)

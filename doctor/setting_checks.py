@@ -51,7 +51,7 @@ def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
     is_public = facts.host not in LOOPBACK_HOSTS
     if not facts.public_url:
         if is_public:
-            yield _finding(
+            yield _build_finding(
                 "PUBLIC_URL",
                 "It is unset: URLs of triggers are shown with the host of the request that asked for them.",
                 "Set it to the address at which senders reach the gateway.",
@@ -60,20 +60,20 @@ def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
     address = urlsplit(facts.public_url)
     is_loopback = address.hostname in LOOPBACK_HOSTS
     if address.scheme == "http" and not is_loopback:
-        yield _finding(
+        yield _build_finding(
             "PUBLIC_URL",
             "It is plain HTTP: API keys and sessions travel unencrypted.",
             "Put TLS in front of the gateway, and set an address with https.",
             DriftSeverity.CRITICAL,
         )
     if is_public and is_loopback:
-        yield _finding(
+        yield _build_finding(
             "PUBLIC_URL",
             "It names this machine alone, while the gateway listens for others.",
             "Set it to the address at which senders reach the gateway.",
         )
     if address.scheme == "https" and not facts.trusted_proxies:
-        yield _finding(
+        yield _build_finding(
             "TRUSTED_PROXIES",
             "It is empty while PUBLIC_URL is https: the gateway takes its proxy for the client of every request.",
             "Name the addresses of the proxy that ends TLS.",
@@ -83,7 +83,7 @@ def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
 def _check_networks(facts: ServerFacts) -> Iterator[DriftFinding]:
     for network in facts.outbound_allowed_networks:
         if network.prefixlen < WIDE_PREFIX:
-            yield _finding(
+            yield _build_finding(
                 "OUTBOUND_ALLOWED_NETWORKS",
                 f"{network} lets workflows reach nearly every private address, metadata services included.",
                 "Name the networks of the services that workflows need.",
@@ -93,7 +93,7 @@ def _check_networks(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 def _check_secret(facts: ServerFacts) -> Iterator[DriftFinding]:
     if facts.secret and len(set(facts.secret)) < FEW_CHARACTERS:
-        yield _finding(
+        yield _build_finding(
             "SECRET_KEY",
             "It has few different characters, so it can be guessed.",
             "Generate one, and rotate with `pilotflame keys rotate-secret`.",
@@ -122,7 +122,7 @@ def _check_permissions(facts: ServerFacts) -> Iterator[DriftFinding]:
             )
 
 
-def _finding(
+def _build_finding(
     setting: str, message: str, remedy: str, severity: DriftSeverity = DriftSeverity.WARNING
 ) -> DriftFinding:
     return DriftFinding(

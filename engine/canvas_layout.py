@@ -196,7 +196,7 @@ def _arrange_parts(
     The first effort that permits this number of nodes bounds the work.
     """
     effort = next(effort for effort in efforts if len(current) <= effort.nodes)
-    parts = sorted(_connected_parts(graph), key=lambda part: _part_corner(part, current))
+    parts = sorted(_find_connected_parts(graph), key=lambda part: _part_corner(part, current))
     places: list[tuple[int, int]] = [(0, 0)] * len(current)
     top, columns = 0, SINGLES_IN_A_ROW
     for part in (part for part in parts if len(part) > 1):
@@ -322,7 +322,7 @@ def _assign_columns(left: Sequence[int], parents: NeighborLists, children: Neigh
     return columns
 
 
-def _connected_parts(graph: _LayoutGraph) -> list[list[int]]:
+def _find_connected_parts(graph: _LayoutGraph) -> list[list[int]]:
     """Return the connected parts, each with its nodes in depth-first order."""
     part_of = [-1] * len(graph.met)
     count = 0
@@ -567,13 +567,17 @@ def _exchange_neighbors(
         upper, lower = column[index], column[index + 1]
         if upper < fixed and lower < fixed:
             continue
-        if _crossings_saved(before[upper], before[lower]) + _crossings_saved(after[upper], after[lower]) > 0:
+        if (
+            _count_saved_crossings(before[upper], before[lower])
+            + _count_saved_crossings(after[upper], after[lower])
+            > 0
+        ):
             column[index], column[index + 1] = lower, upper
     for index, number in enumerate(column):
         position[number] = index
 
 
-def _crossings_saved(upper: Sequence[int], lower: Sequence[int]) -> int:
+def _count_saved_crossings(upper: Sequence[int], lower: Sequence[int]) -> int:
     """Return the number of crossings that a swap of two neighbors in a column saves; negative if it adds some.
 
     The arguments are the sorted positions of their neighbors in another column.
@@ -585,7 +589,7 @@ def _crossings_saved(upper: Sequence[int], lower: Sequence[int]) -> int:
     if upper[0] > lower[-1]:
         return len(upper) * len(lower)
     if len(lower) > len(upper):
-        return -_crossings_saved(lower, upper)
+        return -_count_saved_crossings(lower, upper)
     return sum([len(upper) - bisect_left(upper, end) - bisect_right(upper, end) for end in lower])
 
 

@@ -230,7 +230,7 @@ def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = Fa
             if not needed_only and "$op" in inner and isinstance(inner, dict):
                 message = "operations are computed only in the fields that docs/expressions.md lists"
                 raise ExpressionError(f"$op {inner['$op']}", f"{message}: compute it in a set node before")
-            below = _needed_texts(inner) if needed_only else _all_texts(inner)
+            below = _list_needed_texts(inner) if needed_only else _all_texts(inner)
             left.extend(reversed([((*at, *steps), item) for steps, item in below]))
 
 
@@ -240,7 +240,7 @@ def _all_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Js
     return [((key,), item) for key, item in value.items()]
 
 
-def _needed_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Json]]:
+def _list_needed_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Json]]:
     """Return the parts of a condition or computed value whose paths must be found, with their steps.
 
     Arguments with a fallback and operands of `exists` may be missing.
@@ -334,7 +334,9 @@ def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[Resourc
             types[key] = _find_node_type(catalog, *key)
         node_type = types[key]
         if node_type is not None:
-            for path, schema, value in _named_ids("", dict(node_type.config_schema), dict(node.config)):
+            for path, schema, value in _iterate_named_ids(
+                "", dict(node_type.config_schema), dict(node.config)
+            ):
                 kind, _, action = str(schema[RESOURCE_KEYWORD]).partition(":")
                 source_types = cast("Sequence[str]", schema.get(SOURCE_TYPES, ()))
                 found.append(ResourceReference(kind, value, node.id, path, action, source_types))
@@ -348,7 +350,7 @@ def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None
         return None
 
 
-def _named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
+def _iterate_named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
     """Yield the resource ids in a value, each with its path and the schema of its field.
 
     Texts that are no ids are left out.
@@ -360,11 +362,11 @@ def _named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Sch
             yield path, schema, value
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _named_ids(_child_path(path, str(index)), schema.get("items"), item)
+            yield from _iterate_named_ids(_child_path(path, str(index)), schema.get("items"), item)
     elif isinstance(value, dict):
         properties = cast("_Schema", schema.get("properties", {}))
         for name, inner in value.items():
-            yield from _named_ids(_child_path(path, name), properties.get(name), inner)
+            yield from _iterate_named_ids(_child_path(path, name), properties.get(name), inner)
 
 
 def _child_path(path: str, step: str) -> str:

@@ -50,7 +50,7 @@ class ExpressionError(ValueError):
     """Expression that can't be compiled, or not be evaluated on this data; `expression` is the part at fault."""
 
     def __init__(self, expression: str, reason: str) -> None:
-        super().__init__(f"{_shorten(expression)}: {reason}")
+        super().__init__(f"{_shorten_text(expression)}: {reason}")
         self.expression = expression[:MAX_PATH_LENGTH]
 
 
@@ -117,7 +117,7 @@ def _parse_steps(source: str) -> list[PathStep]:
         match = _STEP.match(dotted, at)
         if match is None:
             hint = 'names are joined by dots, other keys are written ["odd key"], positions [0]'
-            raise ExpressionError(source, f"can't be parsed from {_shorten(dotted[at:])!r} on: {hint}")
+            raise ExpressionError(source, f"can't be parsed from {_shorten_text(dotted[at:])!r} on: {hint}")
         steps.append(_parse_step(match))
         at = match.end()
     return steps
@@ -530,5 +530,5 @@ def _value_size(value: Json) -> int:
     return KEY_SIZE * len(value) if type(value) is dict else 1
 
 
-def _shorten(text: str) -> str:
+def _shorten_text(text: str) -> str:
     return text if len(text) <= MAX_EXCERPT_LENGTH else text[: MAX_EXCERPT_LENGTH - 1] + "…"

@@ -88,7 +88,7 @@ class _PathChecker:
         self._bodies = drawn.bodies
         self._readings = drawn.readings
         self._flow = flow
-        self._bits = {node_id: 1 << place for place, node_id in enumerate(_referenced_nodes(drawn))}
+        self._bits = {node_id: 1 << place for place, node_id in enumerate(_list_referenced_nodes(drawn))}
         self._before: dict[str, int] = {}
         """Predecessors of each node among the nodes that paths refer to, as a bit set."""
         self._explained = 0
@@ -102,7 +102,7 @@ class _PathChecker:
             mapped: dict[str, ValueShape] = dict.fromkeys(node.input_mappings, UNKNOWN)
             for place in reading.mappings:
                 yield from self._check_place(node, place, arriving)
-                mapped |= _mapped_field(place, arriving)
+                mapped |= _shape_mapped_field(place, arriving)
             given = shapes.add_fields(arriving, mapped)
         for place in reading.config:
             yield from self._check_place(node, place, given)
@@ -122,7 +122,7 @@ class _PathChecker:
         for path in {path.text: path for path in place.paths}.values():
             unfound = self._explain_path(node, place, path, data)
             if unfound is not None:
-                yield _unresolved_finding(node, place, unfound)
+                yield _build_unresolved_finding(node, place, unfound)
 
     def _check_pass_through(self, node: GraphNode, given: ValueShape) -> Iterator[GraphFinding]:
         for key, source in node.pass_through_values.items():
@@ -133,7 +133,7 @@ class _PathChecker:
                 place = ExpressionPlace(NodeSection.PASS_THROUGH_VALUES, (key,), name, ())
                 near = shapes.suggest_paths(steps, lost) if self._may_explain() else []
                 meant = [str(way[0][0]) for way in near if len(way) == 1]
-                yield _unresolved_finding(
+                yield _build_unresolved_finding(
                     node,
                     place,
                     _UnresolvedPath(
@@ -241,7 +241,7 @@ class _PathChecker:
         return self._explained <= MAX_EXPLAINED
 
 
-def _mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, ValueShape]:
+def _shape_mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, ValueShape]:
     """Return the shape of the field that a mapping creates, by name.
 
     Empty unless the mapping is a bare path into `data` whose shape is known.
@@ -255,7 +255,7 @@ def _mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, Val
     return {} if isinstance(found, PathDeadEnd) else {str(field): found}
 
 
-def _referenced_nodes(drawn: InspectedGraph) -> list[str]:
+def _list_referenced_nodes(drawn: InspectedGraph) -> list[str]:
     """Return the ids of existing nodes that paths of the form `nodes.<id>` refer to, in no particular order."""
     named = {
         path.steps[0][0]
@@ -270,8 +270,12 @@ def _referenced_nodes(drawn: InspectedGraph) -> list[str]:
 # ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _unresolved_finding(node: GraphNode, place: ExpressionPlace, unfound: _UnresolvedPath) -> GraphFinding:
-    message = f'Node "{node.label}" ({node.type}): {place.name}: {_shorten(unfound.path)} {unfound.reason}'
+def _build_unresolved_finding(
+    node: GraphNode, place: ExpressionPlace, unfound: _UnresolvedPath
+) -> GraphFinding:
+    message = (
+        f'Node "{node.label}" ({node.type}): {place.name}: {_shorten_text(unfound.path)} {unfound.reason}'
+    )
     suggestion = f"Did you mean {' or '.join(unfound.meant)}?" if unfound.meant else unfound.hint
     fix = None
     if len(unfound.meant) == 1:
@@ -307,11 +311,11 @@ def _describe_shape(where: str, shape: ValueShape) -> str:
 
 
 def _join_names(texts: Iterable[str]) -> str:
-    shown = [_shorten(name) for name in islice(dict.fromkeys(texts), SHOWN_NAMES + 1)]
+    shown = [_shorten_text(name) for name in islice(dict.fromkeys(texts), SHOWN_NAMES + 1)]
     return ", ".join([*shown[:SHOWN_NAMES], "…"] if len(shown) > SHOWN_NAMES else shown) or "none"
 
 
-def _shorten(text: str) -> str:
+def _shorten_text(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 

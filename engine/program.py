@@ -126,7 +126,9 @@ class WorkflowProgram:
         except (LookupError, ExpressionError) as error:
             raise InvalidDefinition(str(error)) from error
         pinned = {
-            node_id: _pinned_runner(nodes[node_id], graph) for node_id in graph.pinned if node_id in nodes
+            node_id: _build_pinned_runner(nodes[node_id], graph)
+            for node_id in graph.pinned
+            if node_id in nodes
         }
         own = {**tasks, **pinned}
         runs = {node_id: own.get(node_id) or kinds[each.node.type] for node_id, each in nodes.items()}
@@ -173,7 +175,7 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
     )
 
 
-def _pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
+def _build_pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
     """Return the function of a pinned node, which returns the pinned output.
 
     It leaves by the port `output`, or by a connected one if the type has no such port.
@@ -295,7 +297,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
         missing=next((p.message for p in problems if p.keyword == "required"), None),
         pass_through={key: str(value) for key, value in node.pass_through_values.items()},
         static_hashes=b"".join(sha256(encode_canonical(part)).digest() for part in parts),
-        late_nodes=_named_nodes(late_paths),
+        late_nodes=_list_named_nodes(late_paths),
         implementation=catalog.implementation_digest(node_type),
         outside=tuple({path.text: path for path in late_paths if path.root != "data"}.values()),
         join=JoinConfig.from_config(config) if node_type.joins else None,
@@ -304,7 +306,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
     )
 
 
-def _named_nodes(paths: Sequence[ExpressionPath]) -> tuple[str, ...]:
+def _list_named_nodes(paths: Sequence[ExpressionPath]) -> tuple[str, ...]:
     named = (path.steps[0][0] if path.steps else None for path in paths if path.root == "nodes")
     return tuple(dict.fromkeys(EVERY_NODE if name is None else name for name in named))
 

@@ -112,12 +112,12 @@ class _NeededNodes:
         for edge in self._graph.inbound[node.id]:
             is_from_around = self._enters_body(edge.source_port, self._graph.by_id[edge.source])
             self._need(edge.source, whole=not is_from_around)
-        for named in _referenced_nodes(node):
+        for named in _iterate_referenced_nodes(node):
             if named in self._graph.by_id:
                 self._need(named, whole=named not in self._bodies.enclosing_loops(node.id))
 
 
-def _referenced_nodes(node: GraphNode) -> Iterator[str]:
+def _iterate_referenced_nodes(node: GraphNode) -> Iterator[str]:
     """Yield the nodes that the expressions of a node refer to: `nodes.<id>`."""
     texts = [*_collect_texts(dict(node.config)), *_collect_texts(dict(node.input_mappings))]
     for text in texts:

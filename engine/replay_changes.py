@@ -34,7 +34,7 @@ def static_changes(facts: ReplayFacts, node_id: str, key: NodeKey) -> list[Repla
         paths = [] if before is None else diff_paths(dict(before.config), dict(after.config))
         found.append(ReplayReason(ReplayReasonCode.CONFIG_CHANGED, tuple(paths)))
     if key.mappings != now["mappings"]:
-        paths = [] if before is None else diff_paths(_mappings(before), _mappings(after))
+        paths = [] if before is None else diff_paths(_merge_mappings(before), _merge_mappings(after))
         found.append(ReplayReason(ReplayReasonCode.MAPPING_CHANGED, tuple(paths)))
     if key.implementation != now["implementation"]:
         found.append(_implementation_change(facts, node_id))
@@ -60,7 +60,7 @@ def _implementation_change(facts: ReplayFacts, node_id: str) -> ReplayReason:
     """Return the reason for a changed implementation: of a loop, the edited nodes of its body if there are any."""
     program = facts.program.nodes[node_id]
     if program.body:
-        changed = _edited_body_nodes(program, facts.original, facts.program.graph)
+        changed = _find_edited_body_nodes(program, facts.original, facts.program.graph)
         if changed:
             paths = tuple(f"nodes.{inner}" for inner in sorted(changed))[:MAX_PATHS]
             return ReplayReason(ReplayReasonCode.CONFIG_CHANGED, paths)
@@ -74,7 +74,7 @@ def _source_changes(facts: ReplayFacts, key: NodeKey) -> list[ReplayReason]:
 
 def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> frozenset[str]:
     """Return the nodes of a loop's body that differ between two definitions, and the body's nodes behind them."""
-    found = set(_edited_body_nodes(loop, original, graph))
+    found = set(_find_edited_body_nodes(loop, original, graph))
     left = deque(found)
     while left:
         for edge in graph.outbound[left.popleft()]:
@@ -84,22 +84,22 @@ def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGr
     return frozenset(found)
 
 
-def _edited_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> set[str]:
+def _find_edited_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> set[str]:
     return {
         inner
         for inner in loop.body
         if (before := original.by_id.get(inner)) is None
-        or _content(before) != _content(graph.by_id[inner])
+        or _collect_content(before) != _collect_content(graph.by_id[inner])
         or [edge_ends(edge) for edge in original.inbound[inner]]
         != [edge_ends(edge) for edge in graph.inbound[inner]]
     }
 
 
-def _content(node: GraphNode) -> tuple[object, ...]:
-    return node.type, node.version, dict(node.config), _mappings(node)
+def _collect_content(node: GraphNode) -> tuple[object, ...]:
+    return node.type, node.version, dict(node.config), _merge_mappings(node)
 
 
-def _mappings(node: GraphNode) -> dict[str, Json]:
+def _merge_mappings(node: GraphNode) -> dict[str, Json]:
     return {**dict(node.input_mappings), **dict(node.pass_through_values)}
 
 

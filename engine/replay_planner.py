@@ -240,7 +240,7 @@ class _NodePlanner:
         dynamic = self._dynamic_changes(node_id, span, key)
         if reasons or dynamic:
             return self._repeat(node_id, [*reasons, *dynamic], key)
-        if self._options.refreshes_reads and _effect(program) is NodeEffect.READ:
+        if self._options.refreshes_reads and _determine_effect(program) is NodeEffect.READ:
             return self._run(node_id, ReplayReason(ReplayReasonCode.REFRESHED))
         return self._make(
             node_id, ReplayDecision.REUSE, [ReplayReason(ReplayReasonCode.UNCHANGED)], ResultUse.SETTLED
@@ -315,7 +315,7 @@ class _NodePlanner:
         changes = static_changes(self._facts, node_id, key)
         if changes:
             return self._repeat(node_id, changes, None)
-        if self._options.refreshes_reads and _effect(program) is NodeEffect.READ:
+        if self._options.refreshes_reads and _determine_effect(program) is NodeEffect.READ:
             return self._run(node_id, ReplayReason(ReplayReasonCode.REFRESHED))
         behind = self._reruns_before(node_id)
         reason = ReplayReason(ReplayReasonCode.UPSTREAM_MAYBE, tuple(sorted(behind)))
@@ -384,7 +384,7 @@ class _NodePlanner:
                 decision = ReplayDecision.ASK if repeats else ReplayDecision.RERUN
                 needs = (ReplayReason(ReplayReasonCode.WRITE_NEEDS_CONFIRM),)
                 reasons = (*reasons, *needs) if repeats else reasons
-            effect = _effect(self._program.nodes[inner])
+            effect = _determine_effect(self._program.nodes[inner])
             self._decisions[inner] = NodeReplay(inner, decision, effect, reasons)
 
     # ── comparison of keys ────────────────────────────────────────────────────────────────────────
@@ -479,7 +479,7 @@ class _NodePlanner:
         seconds = 0.0
         if span is not None and span.started_at is not None and span.ended_at is not None:
             seconds = max((span.ended_at - span.started_at).total_seconds(), 0.0)
-        effect = _effect(self._program.nodes[node_id])
+        effect = _determine_effect(self._program.nodes[node_id])
         return NodeReplay(node_id, decision, effect, tuple(reasons), use, seconds=seconds)
 
     def _apply_confirmation(self, node: NodeReplay) -> NodeReplay:
@@ -492,7 +492,7 @@ class _NodePlanner:
         return ReplayReason(ReplayReasonCode.FAILED if has_failed else ReplayReasonCode.NO_RESULT)
 
 
-def _effect(program: NodeProgram) -> NodeEffect:
+def _determine_effect(program: NodeProgram) -> NodeEffect:
     if program.is_write:
         return NodeEffect.WRITE
     is_read = program.is_volatile or program.effect is NodeEffect.READ

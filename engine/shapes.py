@@ -227,7 +227,7 @@ def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
     fields = lost.shape.fields
     meant = name_suggestions.suggest_names(key, fields) if key is not None else []
     alike: list[ShapeSteps] = [
-        (*head, (name, None), *tail) for name in meant if _resolves(fields[name], tail)
+        (*head, (name, None), *tail) for name in meant if _has_path(fields[name], tail)
     ]
     if alike:
         return alike
@@ -245,7 +245,7 @@ def find_open_field(shape: ValueShape) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _resolves(shape: ValueShape, steps: ShapeSteps) -> bool:
+def _has_path(shape: ValueShape, steps: ShapeSteps) -> bool:
     return not isinstance(follow_path(shape, steps), PathDeadEnd)
 
 

@@ -86,7 +86,7 @@ def _inspect_graph(
         *_connection_findings(graph, types),
         *_cycle_finding(graph, loops),
         *_overlap_findings(graph, bodies),
-        *_disconnected_findings(graph, types),
+        *_find_disconnected_nodes(graph, types),
     ):
         findings.add(finding)
     reader, scripts = ExpressionReader(), ScriptChecker()
@@ -316,7 +316,7 @@ def _overlap_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphF
             yield GraphFinding(FindingType.LOOPS_TOO_DEEP, message, suggestion, node_id)
 
 
-def _disconnected_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
+def _find_disconnected_nodes(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
     for node in graph.nodes:
         node_type = types.get(node.id)
         if graph.inbound[node.id] or (node_type and node_type.is_trigger):

@@ -59,9 +59,9 @@ def compare_values(before: Json | Missing, after: Json | Missing, *, at_most: in
             continue
         path, one, other = pair
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            left.append(_fields(path, one, other))
+            left.append(_pair_fields(path, one, other))
         elif isinstance(one, list) and isinstance(other, list):
-            left.append(_items(path, one, other))
+            left.append(_pair_items(path, one, other))
         elif one is MISSING or other is MISSING or not equal_json(one, other):
             if one is not other:
                 if len(changes) >= at_most:
@@ -72,14 +72,14 @@ def compare_values(before: Json | Missing, after: Json | Missing, *, at_most: in
     return ValueDifference(changes, equal, is_cut=False)
 
 
-def _fields(
+def _pair_fields(
     path: str, before: Mapping[str, Json], after: Mapping[str, Json]
 ) -> Iterator[tuple[str, Json | Missing, Json | Missing]]:
     for key in {**before, **after}:
         yield _join(path, key), before.get(key, MISSING), after.get(key, MISSING)
 
 
-def _items(
+def _pair_items(
     path: str, before: Sequence[Json], after: Sequence[Json]
 ) -> Iterator[tuple[str, Json | Missing, Json | Missing]]:
     for index in range(max(len(before), len(after))):

@@ -129,7 +129,7 @@ class ChildRunStarter:
         for _ in range(ATTEMPTS):
             if await until_available(start):
                 return child_id
-        raise _workflow_changed(workflow_id)
+        raise _build_change_error(workflow_id)
 
     async def _resume_child(
         self,
@@ -190,7 +190,7 @@ class ChildRunStarter:
         for _ in range(ATTEMPTS):
             if await self._accept_child(caller, workflow_id, inputs, run_id, None, ON_FAILURE_TRIGGER):
                 return
-        raise _workflow_changed(workflow_id)
+        raise _build_change_error(workflow_id)
 
     async def _accept_child(
         self,
@@ -389,7 +389,7 @@ async def _read_caller(connection: AsyncConnection, caller: RunCaller, shard: in
     return access.ApiCaller("", caller.user_id, caller.organization_id, shard, role, frozenset())
 
 
-def _workflow_changed(workflow_id: str) -> NodeError:
+def _build_change_error(workflow_id: str) -> NodeError:
     return NodeError(f"The workflow {workflow_id} is being changed", code="workflow-changed", retryable=True)
 
 

@@ -161,11 +161,11 @@ async def start_due_runs(
     Leaves schedules alone that another transaction has locked, or that have a changed workflow or deployed
     definition.
     """
-    locked = [*await connection.scalars(_locked_statement(runnables, now))]
+    locked = [*await connection.scalars(_lock_statement(runnables, now))]
     # A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock.
     found = (await connection.execute(_found_statement(locked, now))).mappings().all()
     # Separate as well: with outdated statistics, a join would scan all executions for each schedule.
-    unended = [*await connection.scalars(_unended_statement([row["last_execution_id"] for row in found]))]
+    unended = [*await connection.scalars(_select_unended([row["last_execution_id"] for row in found]))]
     writer = _ScheduleWriter(connection, frozenset(unended))
     for row in found:
         runnable = runnables[row["workflow_id"]]
@@ -233,7 +233,7 @@ async def reset_schedules_ahead(connection: AsyncConnection, now: ColumnElement[
     return len(rows)
 
 
-def _locked_statement(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+def _lock_statement(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
     return (
         select(col(Schedule.workflow_id))
         .where(col(Schedule.workflow_id).in_(sorted(workflow_ids)), col(Schedule.due_at) <= now)
@@ -257,7 +257,7 @@ def _found_statement(workflow_ids: Collection[str], now: ColumnElement[int]) -> 
     )
 
 
-def _unended_statement(execution_ids: Sequence[str | None]) -> Select[str]:
+def _select_unended(execution_ids: Sequence[str | None]) -> Select[str]:
     wanted = sorted(one for one in execution_ids if one is not None)
     return select(col(Execution.id)).where(col(Execution.id).in_(wanted), col(Execution.ended_at).is_(None))
 

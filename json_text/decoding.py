@@ -55,7 +55,7 @@ def decode(text: bytes | str, kind: object = Any) -> Any:
     Raises `ValueError` (its subclass `msgspec.ValidationError` for another type) and `RecursionError`. A long
     text is decoded in pieces if the type is `Any`. If two members have the same name, the second wins.
     """
-    decode_whole = _cached_decoder(kind).decode
+    decode_whole = _cache_decoder(kind).decode
     if kind is not Any or len(text) <= pieces.LONG_BYTES:
         return decode_whole(text)
     try:
@@ -65,7 +65,7 @@ def decode(text: bytes | str, kind: object = Any) -> Any:
 
 
 @cache
-def _cached_decoder(kind: object) -> Decoder[Any]:
+def _cache_decoder(kind: object) -> Decoder[Any]:
     return build_decoder(kind)
 
 

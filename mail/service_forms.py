@@ -93,7 +93,7 @@ def parse_mailgun_form(
         subject=mail_content.join_lines(text("subject")) or mail.subject,
         body_text=text("body-plain"),
         body_html=text("body-html"),
-        attachments=[*kept.found, *_stored_attachments(form)],
+        attachments=[*kept.found, *_iterate_stored_attachments(form)],
         truncated={**mail.truncated, **mail_parsing.count_omissions(attachments=kept.omitted)},
     )
 
@@ -132,7 +132,7 @@ def _attachment_label(file: FormFile, described: dict[str, Any], content_id: str
     )
 
 
-def _stored_attachments(form: MailForm) -> Iterator[MailAttachment]:
+def _iterate_stored_attachments(form: MailForm) -> Iterator[MailAttachment]:
     """Yield the attachments that Mailgun stores, with URLs for which the key of the account is needed.
 
     Malformed entries are left out, and a URL that is not HTTPS is empty.

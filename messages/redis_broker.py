@@ -192,7 +192,7 @@ async def connect(url: str, *, channel: str, seal: MessageSeal | None = None) ->
     return broker
 
 
-def _connected_to(url: str) -> Redis:
+def _create_client(url: str) -> Redis:
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=CONNECTIONS,
@@ -214,7 +214,7 @@ class RedisBroker:
     def __init__(self, url: str, *, channel: str, seal: MessageSeal | None = None) -> None:
         self.channel = channel
         self._seal = seal
-        self.client = _connected_to(url)
+        self.client = _create_client(url)
         self._url = url
         self._wake = self.client.register_script(WAKE)
         self._watch = self.client.register_script(WATCH)

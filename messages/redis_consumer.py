@@ -41,7 +41,7 @@ def reconnect_seconds(failures: int) -> float:
     return min(1.0, 0.05 * 2.0 ** min(failures - 1, 8)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load only
 
 
-def _connected_to(url: str, *, socket_timeout_seconds: float) -> redis.Redis:
+def _create_client(url: str, *, socket_timeout_seconds: float) -> redis.Redis:
     # redis-py repeats a command up to ten times by default, though it may have been carried out before.
     client = redis.Redis.from_url(
         url, retry=Retry(NoBackoff(), 0), socket_connect_timeout=REDIS_TIMEOUT_SECONDS
@@ -72,7 +72,7 @@ class WakeupQueues(RedisBroker):
         self.interrupted = threading.Event()
         self._own_wakeup_signal = f"wakeup_signal.{uuid4()}"
         super().__init__(  # type: ignore[no-untyped-call]  # Dramatiq's
-            client=_connected_to(url, socket_timeout_seconds=REDIS_TIMEOUT_SECONDS),
+            client=_create_client(url, socket_timeout_seconds=REDIS_TIMEOUT_SECONDS),
             namespace=NAMESPACE,
             # No retries, delays, time limits, results or pipelines: the rows hold all of that.
             middleware=[StopConsumersMiddleware()],
@@ -96,7 +96,7 @@ class WakeupQueues(RedisBroker):
         self.client.close()
 
     def connect_to_wakeup_signal(self) -> redis.Redis:
-        return _connected_to(
+        return _create_client(
             self.url, socket_timeout_seconds=WAKEUP_SIGNAL_SECONDS[1] + REDIS_TIMEOUT_SECONDS
         )
 

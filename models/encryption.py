@@ -60,7 +60,8 @@ class SecretVault:
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
         return EncryptedText(
-            self.secret_id, nonce + key.encrypt(nonce, text, _associated_data(organization_id, object_id))
+            self.secret_id,
+            nonce + key.encrypt(nonce, text, _build_associated_data(organization_id, object_id)),
         )
 
     def decrypt(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
@@ -74,7 +75,7 @@ class SecretVault:
             )
         nonce, ciphertext = encrypted.content[:NONCE_BYTES], encrypted.content[NONCE_BYTES:]
         try:
-            return key.cipher.decrypt(nonce, ciphertext, _associated_data(organization_id, object_id))
+            return key.cipher.decrypt(nonce, ciphertext, _build_associated_data(organization_id, object_id))
         except (InvalidTag, ValueError) as error:
             raise SecretCorrupted("The stored secret is corrupt, or belongs to another object") from error
 
@@ -96,6 +97,6 @@ class _DerivedKey:
         return AESGCM(derivation.derive(self._secret))
 
 
-def _associated_data(organization_id: str, object_id: str) -> bytes:
+def _build_associated_data(organization_id: str, object_id: str) -> bytes:
     """Return the associated data of a ciphertext, unique for an object, since ids contain no line feed."""
     return f"{organization_id}\n{object_id}".encode()

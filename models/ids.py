@@ -48,7 +48,7 @@ def use_clock(clock: IdClock) -> None:
 
 def new_id(prefix: str) -> str:
     """Return a new id, greater than every id that this process made before."""
-    return f"{prefix}_{encode_base32(_uuid7())}"
+    return f"{prefix}_{encode_base32(_generate_uuid7())}"
 
 
 def earliest_id(prefix: str, moment: datetime) -> str:
@@ -72,12 +72,12 @@ def new_ids(prefix: str, count: int) -> list[str]:
     """Return new ids that differ in their last characters; cheaper than one by one, up to 1,024 at a time."""
     made: list[str] = []
     while len(made) < count:
-        head = f"{prefix}_{encode_base32(_uuid7())[:-2]}"
+        head = f"{prefix}_{encode_base32(_generate_uuid7())[:-2]}"
         made.extend([head + pair for pair in _PAIRS[: count - len(made)]])
     return made
 
 
-def _uuid7() -> int:
+def _generate_uuid7() -> int:
     global _last_millisecond, _counter  # noqa: PLW0603 - the clock and counter of this process's ids
     random = int.from_bytes(os.urandom(9), "big")
     with _lock:

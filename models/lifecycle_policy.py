@@ -382,7 +382,7 @@ def _decide_while_down(
         if isinstance(policy, ScheduledWindowPolicy)
         else None
     )
-    return LifecycleVerdict(LifecycleAction.NONE, _stopped_reason(policy, situation, now), check_at=opens_at)
+    return LifecycleVerdict(LifecycleAction.NONE, _explain_stop(policy, situation, now), check_at=opens_at)
 
 
 def _start_reason(
@@ -407,9 +407,7 @@ def _has_opened(schedule: WindowSchedule, since: datetime, now: datetime) -> boo
     return opened_at is not None and opened_at <= now
 
 
-def _stopped_reason(
-    policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
-) -> LifecycleReason:
+def _explain_stop(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleReason:
     if isinstance(policy, ScheduledWindowPolicy) and not weekly_windows.is_open(policy.schedule, now):
         return LifecycleReason.WINDOW_CLOSED
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL

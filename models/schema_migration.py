@@ -55,7 +55,7 @@ async def migrate(url: URL) -> None:
 async def read_revision(database: Database) -> str | None:
     """Return the revision of the database, or None if it has no tables; raises `DatabaseUnavailable`."""
     async with database.read() as connection:
-        return await connection.run_sync(_revision)
+        return await connection.run_sync(_read_revision)
 
 
 async def require_current(database: Database) -> None:
@@ -64,13 +64,13 @@ async def require_current(database: Database) -> None:
     Raises `DatabaseUnavailable` too.
     """
     async with database.read() as connection:
-        found = await connection.run_sync(_revision)
+        found = await connection.run_sync(_read_revision)
         if found is None or found < HEAD_REVISION:
             raise OutdatedDatabase("The database's tables are not up to date: run `pilotflame migrate` first")
         await connection.run_sync(_require_support, found)
 
 
-def _revision(connection: Connection) -> str | None:
+def _read_revision(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
     row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
@@ -128,7 +128,7 @@ async def _upgrade_when_unlocked(database: Database) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    found = _revision(connection)
+    found = _read_revision(connection)
     if found is not None and found > HEAD_REVISION:
         _require_support(connection, found)
         return

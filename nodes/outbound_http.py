@@ -293,12 +293,12 @@ class OutboundClient:
             except ConnectionBroken as error:
                 # The server has closed it meanwhile. A write is not repeated: it may have been carried out.
                 if call.method not in REPEATED_METHODS or error.has_answered:
-                    raise _interruption(call.target) from error
+                    raise _build_interruption(call.target) from error
         connection = await self._connect(call.target)
         try:
             return await self._exchange(call, connection)
         except ConnectionBroken as error:
-            raise _interruption(call.target) from error
+            raise _build_interruption(call.target) from error
 
     async def _connect(self, target: UrlTarget) -> OutboundConnection:
         """Return a new connection to the first permitted address that answers; waits for room among the connections.
@@ -368,7 +368,7 @@ class OutboundClient:
 
         None without one.
         """
-        kept = self._by_origin.get(_origin(target))
+        kept = self._by_origin.get(_get_origin(target))
         while kept:
             connection = kept[-1]
             self._forget_idle(connection)
@@ -383,7 +383,7 @@ class OutboundClient:
         if self._waiting or loop.time() - connection.made_at > MAX_AGE_SECONDS:
             self._discard(connection)
             return
-        origin = _origin(target)
+        origin = _get_origin(target)
         ends = loop.call_later(KEEP_ALIVE_SECONDS, self._discard, connection)
         self._idle[connection] = IdlePlace(origin, ends)
         self._by_origin.setdefault(origin, []).append(connection)
@@ -458,11 +458,11 @@ class OutboundClient:
         return OutboundResponse(response.status, response.headers, response.body, target.url)
 
 
-def _origin(target: UrlTarget) -> Origin:
+def _get_origin(target: UrlTarget) -> Origin:
     return target.scheme, target.host, target.port
 
 
-def _interruption(target: UrlTarget) -> OutboundUnavailable:
+def _build_interruption(target: UrlTarget) -> OutboundUnavailable:
     message = f"the connection to {target.host} was lost before its response was complete"
     return OutboundUnavailable(OutboundOutageCode.INTERRUPTED, message)
 

@@ -167,7 +167,7 @@ def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
         raise StatementRefused("The statement holds the character NUL")
     pieces: list[list[str]] = [[]]
     words = []
-    for kind, token in _tokenize(text, _LEXERS[dialect]):
+    for kind, token in _iterate_tokens(text, _LEXERS[dialect]):
         words.append(_TOKEN_SUBSTITUTES.get(kind, token))
         if kind == "place":
             pieces.append([])
@@ -193,7 +193,7 @@ def _first_verb(words: str) -> str:
     return first[0].upper()
 
 
-def _tokenize(text: str, lexer: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+def _iterate_tokens(text: str, lexer: re.Pattern[str]) -> Iterator[tuple[str, str]]:
     position = 0
     while (token := lexer.match(text, position)) is not None:
         kind = str(token.lastgroup)

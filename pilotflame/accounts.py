@@ -52,7 +52,7 @@ async def create_user(
     """
 
     async def create(connection: AsyncConnection) -> str:
-        found = await _organization(connection, organization)
+        found = await _find_organization(connection, organization)
         made = await access_store.create_user(
             connection,
             organization=found,
@@ -91,7 +91,7 @@ async def create_key(
 
     async def create(connection: AsyncConnection) -> str:
         now = await database_time.read_database_time(connection)
-        owner = await _user(connection, await _organization(connection, organization), user)
+        owner = await _find_user(connection, await _find_organization(connection, organization), user)
         made = await access_store.create_key(
             connection,
             user=owner,
@@ -118,7 +118,7 @@ async def list_keys(settings: ServerSettings, organization: str | None) -> Seque
     Raises `CommandError` for a missing or ambiguous organization.
     """
     async with opened(settings) as database, database.read() as connection:
-        found = await _organization(connection, organization)
+        found = await _find_organization(connection, organization)
         _, keys = await access_store.list_keys(connection, found.id, user_id=None, limit=MAX_LISTED, offset=0)
         return keys
 
@@ -127,7 +127,7 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
     """Revoke a key by its id; raises `CommandError` for a missing key, and a missing or ambiguous organization."""
 
     async def revoke(connection: AsyncConnection) -> None:
-        found = await _organization(connection, organization)
+        found = await _find_organization(connection, organization)
         now = await database_time.read_database_time(connection)
         revoked = await access_store.revoke_key(connection, found.id, key_id, user_id=None, now=now)
         if revoked is None:
@@ -159,7 +159,7 @@ async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
         await database.close()
 
 
-async def _organization(connection: AsyncConnection, id_or_name: str | None) -> Organization:
+async def _find_organization(connection: AsyncConnection, id_or_name: str | None) -> Organization:
     """Return the organization with this id or name; the only one if None is given.
 
     Raises `CommandError` if there is none or more than one.
@@ -175,7 +175,7 @@ async def _organization(connection: AsyncConnection, id_or_name: str | None) -> 
     raise CommandError("There is no such organization: `pilotflame orgs create` creates one")
 
 
-async def _user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
+async def _find_user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
     is_named = or_(col(User.id) == id_or_email, col(User.email) == id_or_email.lower())
     statement = select(User).where(col(User.organization_id) == organization.id, is_named)
     row = (await connection.execute(statement)).mappings().first()

@@ -151,13 +151,13 @@ async def _run(
         # pods may have outlived it, and keep their leases.
         if data_dir.holds_database(roles.gateway) and (count := await store.reclaim(f"{ALL_IN_ONE_OWNER}_")):
             log.info("executions reclaimed", count=count)
-        key = await _first_key(database, roles.gateway)
+        key = await _create_first_key(database, roles.gateway)
         gateway = await stack.enter_async_context(
             state.assemble_state(roles.gateway, database, store, broker)
         )
         await stack.enter_async_context(run_worker(roles.worker, store, broker, database))
         await stack.enter_async_context(run_duties(list_duties(roles.scheduler, database, store, broker)))
-        deployer = _reached_at(_address(listener), roles.deployer)
+        deployer = _set_gateway_url(_format_address(listener), roles.deployer)
         pods = await stack.enter_async_context(AsyncExitStack())
         await pods.enter_async_context(
             run_deployer(
@@ -172,11 +172,11 @@ async def _run(
         )
         app = gateways.create_app(lambda: nullcontext(gateway))
         # Written through the log, so that it follows earlier log lines.
-        lines.put(_greeting(_address(listener), key).encode())
-        lines.put((await _sign_in_link(database, gateway, _address(listener))).encode())
+        lines.put(_build_greeting(_format_address(listener), key).encode())
+        lines.put((await _build_sign_in_link(database, gateway, _format_address(listener))).encode())
         if key is not None and example is not None:
             # The socket listens already, so the request waits until the server answers.
-            reached_at = _local_url(_address(listener))
+            reached_at = _to_local_url(_format_address(listener))
             loading = asyncio.create_task(_offer_example(lines, reached_at, key, example))
             stack.callback(loading.cancel)
         # Uvicorn repeats the signal that stopped it; its handler exits, which closes the stack from the inside out.
@@ -209,7 +209,7 @@ async def _bring_up_to_date(database: Database, migration: subprocess.Popen[byte
             raise CommandError("The database could not be migrated") from error
 
 
-async def _first_key(database: Database, settings: GatewaySettings) -> str | None:
+async def _create_first_key(database: Database, settings: GatewaySettings) -> str | None:
     """Create the first organization and return its API key.
 
     None if the database isn't empty or a bootstrap key is configured.
@@ -220,30 +220,30 @@ async def _first_key(database: Database, settings: GatewaySettings) -> str | Non
     return key if await bootstrap(database, key, settings.secret) else None
 
 
-def _reached_at(address: str, settings: DeployerSettings) -> DeployerSettings:
+def _set_gateway_url(address: str, settings: DeployerSettings) -> DeployerSettings:
     """Return the deployer's settings with the URL at which pods reach this process, unless it is configured."""
     return settings.model_copy(
-        update={"runner_gateway_url": settings.runner_gateway_url or _local_url(address)}
+        update={"runner_gateway_url": settings.runner_gateway_url or _to_local_url(address)}
     )
 
 
-def _local_url(address: str) -> str:
+def _to_local_url(address: str) -> str:
     """Return the URL at which processes on this machine reach the gateway: a loopback address for all interfaces."""
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]")
 
 
-def _address(listener: socket.socket) -> str:
+def _format_address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _greeting(address: str, key: str | None) -> str:
+def _build_greeting(address: str, key: str | None) -> str:
     if key is None:
         return f"Pilotflame runs on {address}\n"
     return WELCOME.format(address=address, key=key, example=EXAMPLE, input=INPUT)
 
 
-async def _sign_in_link(database: Database, gateway: GatewayState, address: str) -> str:
+async def _build_sign_in_link(database: Database, gateway: GatewayState, address: str) -> str:
     """Return a line with a link that signs a browser of this machine in, once and within ten minutes.
 
     The code is in the fragment, which browsers don't send, so it is in no log of requests. Empty without a

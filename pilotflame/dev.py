@@ -39,7 +39,7 @@ def serve(
         secret_key = settings.secret_key or data_dir.secret_key(folder) or data_dir.make_secret_key(folder)
         shared: dict[str, Any] = {"secret_key": secret_key, "redis_url": None}
         roles = all_in_one.RoleSettings.build(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
-        with _listening(roles.gateway.host, roles.gateway.port) as listener:
+        with _open_listener(roles.gateway.host, roles.gateway.port) as listener:
             loaded = None if example is None else all_in_one.ExampleWorkflow(example, example_inputs)
             all_in_one.run_all_roles(roles, listener, migration, lines, loaded)
 
@@ -61,7 +61,7 @@ def _is_new(settings: ServerSettings) -> bool:
     )
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _open_listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)

@@ -28,7 +28,7 @@ def render_explanation(explained: Mapping[str, Any]) -> Iterator[str]:
     if "reasons" in explained:
         yield from _organization_lines(explained)
         return
-    yield _heading(explained)
+    yield _build_heading(explained)
     for blocker in explained["blockers"]:
         yield from _blocker_lines(blocker)
     if explained["next"] is not None:
@@ -44,7 +44,7 @@ def render_explanation(explained: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {action['method']} {action['path']}"
 
 
-def _heading(explained: Mapping[str, Any]) -> str:
+def _build_heading(explained: Mapping[str, Any]) -> str:
     if "deploymentStatus" in explained:
         return (
             f"{explained['workflowId']} {explained['deploymentStatus']}:"

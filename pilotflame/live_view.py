@@ -53,13 +53,13 @@ class RunView:
             table.add_row(
                 Text(_name(span)),
                 Text(span["nodeType"]),
-                _status(span["status"]),
-                _duration(span["durationMs"]),
+                _style_status(span["status"]),
+                _format_duration(span["durationMs"]),
             )
         return table
 
     def _heading(self) -> Text:
-        heading = Text.assemble(self._name, " ", _status(self._execution.get("status", "pending")))
+        heading = Text.assemble(self._name, " ", _style_status(self._execution.get("status", "pending")))
         if total := self._execution.get("totalNodes"):
             heading.append(f" {self._execution['completedNodes']}/{total} ({self._execution['progress']} %)")
         return heading
@@ -79,9 +79,9 @@ def _name(span: dict[str, Any]) -> str:
     return f"{name} [{span['iteration']}]" if span["iteration"] else name
 
 
-def _status(status: str) -> Text:
+def _style_status(status: str) -> Text:
     return Text(status, style=COLOURS.get(status, ""))
 
 
-def _duration(milliseconds: int | None) -> str:
+def _format_duration(milliseconds: int | None) -> str:
     return "" if milliseconds is None else f"{milliseconds / 1000:.3f} s"

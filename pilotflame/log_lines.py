@@ -25,7 +25,7 @@ import msgspec
 
 
 @contextmanager
-def _absent(module: str) -> Iterator[None]:
+def _block_import(module: str) -> Iterator[None]:
     """Make a module impossible to import during the block, unless it is already loaded or blocked."""
     if module in sys.modules:
         yield
@@ -38,7 +38,7 @@ def _absent(module: str) -> Iterator[None]:
 
 
 # structlog loads rich if it is installed, for tracebacks that are never rendered here: 5 MB and a tenth of a second.
-with _absent("rich"):
+with _block_import("rich"):
     import structlog
 
 from telemetry import log_context  # noqa: E402
@@ -71,7 +71,7 @@ class LineRenderer(Protocol):
 def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
     """Render an event as one line with a JSON object: `time`, `level`, `event`, and then its fields."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now[:-6] + "Z", "level": level, "event": _bounded(fields.pop("event", None))}
+    line = {"time": now[:-6] + "Z", "level": level, "event": _truncate_value(fields.pop("event", None))}
     _add_fields(line, fields)
     try:
         return msgspec.json.encode(line) + b"\n"
@@ -82,11 +82,11 @@ def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
 def as_text(_logger: object, level: str, fields: Fields, /) -> bytes:
     """Render an event as one line of text, with its traceback below it if there is one."""
     line: dict[str, Any] = {}
-    event = _visible(_bounded(fields.pop("event", None)))
+    event = _escape_value(_truncate_value(fields.pop("event", None)))
     _add_fields(line, fields)
     trace = line.pop("traceback", "")
-    said = "".join(f" {name}={_visible(value)}" for name, value in line.items() if value is not None)
-    below = "".join(f"\n    {_visible(row)}" for row in trace.splitlines())
+    said = "".join(f" {name}={_escape_value(value)}" for name, value in line.items() if value is not None)
+    below = "".join(f"\n    {_escape_value(row)}" for row in trace.splitlines())
     now = datetime.now().astimezone()
     return f"{now:%H:%M:%S} {level:<7} {event}{said}{below}\n".encode(errors="replace")
 
@@ -94,11 +94,11 @@ def as_text(_logger: object, level: str, fields: Fields, /) -> bytes:
 def _add_fields(line: dict[str, Any], fields: Fields) -> None:
     exc_info = fields.pop("exc_info", None)
     for name, value in fields.items():
-        line[name] = HIDDEN if _is_secret(name) else _bounded(value)
+        line[name] = HIDDEN if _is_secret(name) else _truncate_value(value)
     for name, context_value in log_context.fields.get(log_context.EMPTY).items():
         line.setdefault(name, context_value)
     if exc_info:
-        line["traceback"] = _traceback(exc_info)
+        line["traceback"] = _format_traceback(exc_info)
 
 
 @lru_cache(maxsize=1_000)
@@ -108,7 +108,7 @@ def _is_secret(name: str) -> bool:
     return any(word in lowered for word in _SECRET_WORDS) and not lowered.endswith("_id")
 
 
-def _bounded(value: object, depth: int = 0) -> object:
+def _truncate_value(value: object, depth: int = 0) -> object:
     """Return a value for a log line: texts and containers truncated, other objects as their `repr`."""
     if isinstance(value, str):
         # `str()` converts a member of an enum to plain text.
@@ -117,27 +117,27 @@ def _bounded(value: object, depth: int = 0) -> object:
         return value
     if depth < MAX_DEPTH:
         if isinstance(value, Mapping):
-            return _bounded_mapping(value, depth + 1)
+            return _truncate_mapping(value, depth + 1)
         if isinstance(value, list | tuple | set | frozenset):
-            return [_bounded(item, depth + 1) for item in list(value)[:MAX_ITEMS]]
-    return _bounded(repr(value), depth)
+            return [_truncate_value(item, depth + 1) for item in list(value)[:MAX_ITEMS]]
+    return _truncate_value(repr(value), depth)
 
 
-def _bounded_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, object]:
+def _truncate_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, object]:
     shown: dict[str, object] = {}
     for key, item in list(value.items())[:MAX_ITEMS]:
         name = str(key)[:MAX_TEXT]
-        shown[name] = HIDDEN if _is_secret(name) else _bounded(item, depth)
+        shown[name] = HIDDEN if _is_secret(name) else _truncate_value(item, depth)
     return shown
 
 
-def _visible(value: object) -> str:
+def _escape_value(value: object) -> str:
     """Return a value as text, with control characters escaped."""
     text = str(value)
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _traceback(exc_info: object) -> str:
+def _format_traceback(exc_info: object) -> str:
     """Return the traceback of an exception, or of the current one.
 
     Only the end of a long one, which has the message.

@@ -30,7 +30,7 @@ def find_unknown(
     Settings of other processes than `own` are loaded only if variables are left that `own` does not know.
     Variables that Kubernetes sets for services are skipped.
     """
-    spared = OF_COMMANDS | (_variables(own) if own is not None else frozenset())
+    spared = OF_COMMANDS | (_list_variables(own) if own is not None else frozenset())
     given = [name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in spared]
     links = tuple(
         name.removesuffix(_SERVICE_HOST) + kind
@@ -39,13 +39,13 @@ def find_unknown(
         for kind in ("_SERVICE_", "_PORT")
     )
     return {
-        name: _meant(name)
+        name: _suggest_settings(name)
         for name in sorted(given)
         if name.upper() not in known_variables() and not name.startswith(links)
     }
 
 
-def _meant(name: str) -> list[str]:
+def _suggest_settings(name: str) -> list[str]:
     """Return the names of settings that are similar to a variable, compared without the common prefix."""
     bare = [one.removeprefix(PREFIX) for one in sorted(known_variables())]
     return [PREFIX + one for one in name_suggestions.suggest_names(name.upper().removeprefix(PREFIX), bare)]
@@ -60,14 +60,14 @@ def warning_text(name: str, meant: Iterable[str]) -> str:
 @cache
 def known_variables() -> frozenset[str]:
     """Return the names of the variables of all processes and commands, which often share one environment."""
-    return OF_COMMANDS | frozenset(name for kind in _kinds() for name in _variables(kind))
+    return OF_COMMANDS | frozenset(name for kind in _load_kinds() for name in _list_variables(kind))
 
 
-def _variables(kind: type[BaseSettings]) -> frozenset[str]:
+def _list_variables(kind: type[BaseSettings]) -> frozenset[str]:
     return frozenset(f"{PREFIX}{field}".upper() for field in kind.model_fields)
 
 
-def _kinds() -> Iterable[type[BaseSettings]]:
+def _load_kinds() -> Iterable[type[BaseSettings]]:
     # Imported on demand, so that commands don't load the settings of every process.
     from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
     from gateway.settings import GatewaySettings

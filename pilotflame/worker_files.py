@@ -57,11 +57,11 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
     """Run the worker of a file in a child process, and restart it after changes, until an interrupt."""
     command = [sys.executable, "-m", "pilotflame", "workers", "run", "--register", str(file)]
     child = subprocess.Popen(command)
-    seen = _changes(file)
+    seen = _read_change_times(file)
     try:
         while True:
             time.sleep(LOOK_SECONDS)
-            if (now := _changes(file)) == seen:
+            if (now := _read_change_times(file)) == seen:
                 continue
             seen = now
             remark("the code has changed: the worker starts again")
@@ -71,7 +71,7 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
         _end(child)
 
 
-def _changes(file: Path) -> Mapping[Path, int]:
+def _read_change_times(file: Path) -> Mapping[Path, int]:
     """Return the times of change of the Python files beside a file."""
     found = {}
     for path in file.resolve().parent.glob("*.py"):

@@ -59,17 +59,19 @@ def fork_worker(release: Callable[[ChildDeath], None]) -> Announce:
     child = os.fork()
     if child:
         os.close(writes)
-        _stay(child, reads, watch, release)
+        _supervise_child(child, reads, watch, release)
     os.close(reads)
     _die_with(parent)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return lambda owner: _announce(writes, owner)
+    return lambda owner: _send_announcement(writes, owner)
 
 
-def _stay(child: int, reads: int, watch: OomKillWatch, release: Callable[[ChildDeath], None]) -> NoReturn:
+def _supervise_child(
+    child: int, reads: int, watch: OomKillWatch, release: Callable[[ChildDeath], None]
+) -> NoReturn:
     code = os.waitstatus_to_exitcode(_wait_for(child, watch))
     is_out_of_memory = watch.explains(code)
-    owner = _announced(reads)
+    owner = _read_announcement(reads)
     # From here on a signal ends the parent as it ends any process.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
     if code != 0 and owner:
@@ -90,11 +92,11 @@ def _wait_for(child: int, watch: OomKillWatch) -> int:
             watch.look()
         elif arrived.si_signo != signal.SIGCHLD:
             os.kill(child, arrived.si_signo)  # The child is not reaped yet, so its id can't have been reused.
-        elif (status := _reaped(child)) is not None:
+        elif (status := _reap_child(child)) is not None:
             return status
 
 
-def _reaped(child: int) -> int | None:
+def _reap_child(child: int) -> int | None:
     while True:
         try:
             process, status = os.waitpid(-1, os.WNOHANG)
@@ -113,7 +115,7 @@ def _die_with(parent: int) -> None:
         os._exit(KILLED + signal.SIGKILL)
 
 
-def _announced(descriptor: int) -> str:
+def _read_announcement(descriptor: int) -> str:
     """Return the owner name that the child has announced through the pipe; empty if it has announced none."""
     os.set_blocking(descriptor, False)  # A process that the child has left behind may keep the pipe open.
     try:
@@ -122,6 +124,6 @@ def _announced(descriptor: int) -> str:
         return ""
 
 
-def _announce(descriptor: int, owner: str) -> None:
+def _send_announcement(descriptor: int, owner: str) -> None:
     os.write(descriptor, owner.encode())
     os.close(descriptor)

@@ -61,7 +61,7 @@ def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -
         raise signatures.invalid_signature()
     if scheme.encoding is SignatureEncoding.HEX:
         signature = signature.lower()
-    before = _signed_prefix(request, scheme)
+    before = _build_signed_prefix(request, scheme)
     request.require_offloaded()
     expected = [
         _encode_digest(
@@ -74,7 +74,7 @@ def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -
     return SignatureResult(signatures.delivery_key("hmac", name) if name else None)
 
 
-def _signed_prefix(request: SenderRequest, scheme: HmacScheme) -> bytes:
+def _build_signed_prefix(request: SenderRequest, scheme: HmacScheme) -> bytes:
     """Return the signed bytes in front of the body: the timestamp and a dot, if the scheme has one.
 
     Raises `RequestRefused` for a missing or stale timestamp.

@@ -223,7 +223,7 @@ def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
         raise RequestRefused("malformed-form", "The Content-Type of the form has no valid boundary")
     delimiter = b"--" + boundary.encode("latin-1")
     if not body.startswith(delimiter):
-        raise _malformed_form("it does not begin with its boundary")
+        raise _refuse_form("it does not begin with its boundary")
     start: int | None = None
     headers_bytes = 0
     for position, after, is_last in _find_delimiters(body, delimiter):
@@ -231,12 +231,12 @@ def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
             part = _parse_part(body, start, position)
             headers_bytes += part.start - start
             if headers_bytes > MAX_HEADERS_BYTES:
-                raise _malformed_form("its parts have headers that are too long")
+                raise _refuse_form("its parts have headers that are too long")
             yield part
         if is_last:
             return
         start = after
-    raise _malformed_form("it ends before its last boundary")
+    raise _refuse_form("it ends before its last boundary")
 
 
 def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
@@ -271,7 +271,7 @@ def _parse_part(body: bytes, start: int, end: int) -> FormPart:
     """
     headers_end = body.find(b"\r\n\r\n", start, start + MAX_HEADER_BYTES)
     if headers_end == -1 or headers_end + 4 > end:
-        raise _malformed_form("a part has no header, or one that is too long")
+        raise _refuse_form("a part has no header, or one that is too long")
     disposition = MediaType("")
     content_type = None
     for line in body[start:headers_end].split(b"\r\n"):
@@ -313,7 +313,7 @@ def _parse_urlencoded(body: bytes) -> Iterator[FormPart]:
         equals = body.find(b"=", start, end)
         name_end = end if equals == -1 else equals
         if name_end - start > MAX_HEADER_BYTES:
-            raise _malformed_form("the name of a field is too long")
+            raise _refuse_form("the name of a field is too long")
         if end > start:
             name = decode_value(_unescape(body, start, name_end))
             yield FormPart(body, min(name_end + 1, end), end, name, is_escaped=True)
@@ -336,13 +336,13 @@ def _unescape(body: bytes, start: int, end: int) -> memoryview:
                 stop = escape
         piece = body[start:stop]
         if _IS_NO_ESCAPE.search(piece):
-            raise _malformed_form("a percent sign is not followed by two hexadecimal digits")
+            raise _refuse_form("a percent sign is not followed by two hexadecimal digits")
         value += a2b_qp(piece.replace(b"=", b"%3D").translate(_AS_QUOTED_PRINTABLE))
         start = stop
     return memoryview(value).toreadonly()
 
 
-def _malformed_form(reason: str) -> RequestRefused:
+def _refuse_form(reason: str) -> RequestRefused:
     return RequestRefused("malformed-form", f"The form can't be read: {reason}")
 
 

@@ -108,7 +108,7 @@ def _decode_content(text: str, action: Mapping[str, Json]) -> bytes:
     try:
         return b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise _malformed_notification("content is not in base64") from error
+        raise _refuse_notification("content is not in base64") from error
 
 
 def _parse_stored(action: Mapping[str, Json]) -> SesStoredMail:
@@ -123,7 +123,7 @@ def _parse_stored(action: Mapping[str, Json]) -> SesStoredMail:
 def _parse_headers(mail: Mapping[str, Json]) -> Sequence[tuple[str, str]]:
     headers = mail.get("headers")
     if not isinstance(headers, list):
-        raise _malformed_notification("headers is not a list")
+        raise _refuse_notification("headers is not a list")
     lines = [header for header in headers if isinstance(header, dict)]
     return [(_text_member(line, "name"), _text_member(line, "value", may_be_empty=True)) for line in lines]
 
@@ -149,26 +149,26 @@ def _parse_tags(signature: str) -> Iterator[tuple[str, str]]:
 def _object_member(members: Mapping[str, Json], name: str) -> Mapping[str, Json]:
     value = members.get(name)
     if not isinstance(value, dict):
-        raise _malformed_notification(f"{name} is not an object")
+        raise _refuse_notification(f"{name} is not an object")
     return value
 
 
 def _text_member(members: Mapping[str, Json], name: str, *, may_be_empty: bool = False) -> str:
     value = members.get(name)
     if not isinstance(value, str) or not (value or may_be_empty):
-        raise _malformed_notification(f"{name} is not a text")
+        raise _refuse_notification(f"{name} is not a text")
     return value
 
 
 def _text_members(members: Mapping[str, Json], name: str) -> Sequence[str]:
     values = members.get(name)
     if not isinstance(values, list):
-        raise _malformed_notification(f"{name} is not a list")
+        raise _refuse_notification(f"{name} is not a list")
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) != len(values):
-        raise _malformed_notification(f"{name} contains values other than texts")
+        raise _refuse_notification(f"{name} contains values other than texts")
     return texts
 
 
-def _malformed_notification(reason: str) -> RequestRefused:
+def _refuse_notification(reason: str) -> RequestRefused:
     return RequestRefused("malformed-mail", f"The notification of SES can't be read: {reason}")

@@ -79,7 +79,7 @@ def parse_sns_message(request: SenderRequest) -> SnsMessage:
         raise RequestRefused("too-large", f"A message of SNS has at most {MAX_BYTES:,} bytes")
     members = request.json
     if not isinstance(members, dict):
-        raise _malformed_message("it is not a JSON object")
+        raise _refuse_message("it is not a JSON object")
     topic_arn, host = _parse_topic(members)
     timestamp, sent_at = _parse_time(members)
     kind = _parse_type(members, request.headers.single(TYPE_HEADER))
@@ -145,7 +145,7 @@ def verify(
         signature = b64decode(message.signature, validate=True)
     except ValueError as error:
         raise signatures.invalid_signature() from error
-    if not public_keys.is_rsa_signed(key, signature, _signed_text(message), digest):
+    if not public_keys.is_rsa_signed(key, signature, _build_signed_text(message), digest):
         raise signatures.invalid_signature()
     return SignatureResult(signatures.delivery_key("sns", message.message_id))
 
@@ -157,7 +157,7 @@ def confirmation_url(message: SnsMessage) -> str:
     The URL is built from topic and token; the `SubscribeURL` of the message is never visited.
     """
     if message.type is not SnsMessageType.SUBSCRIPTION or message.token is None:
-        raise _malformed_message("it is not a subscription confirmation")
+        raise _refuse_message("it is not a subscription confirmation")
     topic = quote(message.topic_arn, safe=":")
     return f"https://{message.host}/?Action=ConfirmSubscription&TopicArn={topic}&Token={message.token}"
 
@@ -168,11 +168,11 @@ def confirmation_url(message: SnsMessage) -> str:
 def _parse_type(members: dict[str, Json], header: str | None) -> SnsMessageType:
     text = _text_member(members, "Type")
     if header is not None and header != text:
-        raise _malformed_message("its header and its body have different types")
+        raise _refuse_message("its header and its body have different types")
     try:
         return SnsMessageType(text)
     except ValueError as error:
-        raise _malformed_message("its Type is unknown") from error
+        raise _refuse_message("its Type is unknown") from error
 
 
 def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
@@ -180,7 +180,7 @@ def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
     arn = _text_member(members, "TopicArn")
     parts = _TOPIC_ARN.fullmatch(arn)
     if parts is None:
-        raise _malformed_message("its TopicArn is invalid")
+        raise _refuse_message("its TopicArn is invalid")
     partition, region = parts.groups()
     return arn, f"sns.{region}.{_DOMAINS[partition]}"
 
@@ -190,7 +190,7 @@ def _parse_time(members: dict[str, Json]) -> tuple[str, datetime]:
     try:
         return text, datetime.fromisoformat(text)
     except ValueError as error:
-        raise _malformed_message("its Timestamp is invalid") from error
+        raise _refuse_message("its Timestamp is invalid") from error
 
 
 def _has_member(members: dict[str, Json], name: str) -> bool:
@@ -204,20 +204,20 @@ def _text_member(members: dict[str, Json], name: str, pattern: re.Pattern[str] |
     """
     value = members.get(name)
     if not isinstance(value, str):
-        raise _malformed_message(f"it has no text {name}")
+        raise _refuse_message(f"it has no text {name}")
     if pattern is not None and not pattern.fullmatch(value):
-        raise _malformed_message(f"its {name} is invalid")
+        raise _refuse_message(f"its {name} is invalid")
     return value
 
 
-def _malformed_message(reason: str) -> RequestRefused:
+def _refuse_message(reason: str) -> RequestRefused:
     return RequestRefused("malformed-message", f"The message is not a valid SNS message: {reason}")
 
 
 # ── signature ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _signed_text(message: SnsMessage) -> bytes:
+def _build_signed_text(message: SnsMessage) -> bytes:
     """Return the text that SNS has signed: names and values, a line each, in alphabetical order."""
     members = {
         "Message": message.message,

@@ -34,7 +34,7 @@ def verify(
     `tolerance` is refused.
     """
     keys, verifying_keys = _split_secrets(secrets)
-    name, time, header = (_signed_header(request, suffix) for suffix in ("id", "timestamp", "signature"))
+    name, time, header = (_read_signed_header(request, suffix) for suffix in ("id", "timestamp", "signature"))
     if not name or time is None or header is None:
         raise signatures.missing_signature("webhook-id, webhook-timestamp or webhook-signature")
     signatures.require_fresh(time, request.received_at, past=tolerance)
@@ -52,7 +52,7 @@ def verify(
 def parse_event(request: SenderRequest) -> SenderEvent:
     """Return the event of a payload in the format that the standard recommends; raises `RequestRefused`."""
     payload = sender_event.require_object(request.json, "The payload")
-    name = _signed_header(request, "id") or None
+    name = _read_signed_header(request, "id") or None
     return SenderEvent(
         sender_event.require_text_member(payload, "type", "The payload"),
         SOURCE,
@@ -67,7 +67,7 @@ def signature_headers() -> Sequence[str]:
     return [f"{prefix}-signature" for prefix in HEADER_PREFIXES]
 
 
-def _signed_header(request: SenderRequest, suffix: str) -> str | None:
+def _read_signed_header(request: SenderRequest, suffix: str) -> str | None:
     """Return the header with this suffix and the prefix of the signature header, or None.
 
     Id and time under other prefixes are not signed. Raises `RequestRefused` for a repeated header.

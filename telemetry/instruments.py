@@ -97,20 +97,20 @@ def declare(*names: str) -> None:
 
 @cache
 def _counter_child(name: str, *values: str) -> Counter:
-    return _child(_counter(name), name, values)
+    return _bound_child(_create_counter(name), name, values)
 
 
 @cache
 def _gauge_child(name: str, *values: str) -> Gauge:
-    return _child(_gauge(name), name, values)
+    return _bound_child(_create_gauge(name), name, values)
 
 
 @cache
 def _histogram_child(name: str, *values: str) -> Histogram:
-    return _child(_histogram(name), name, values)
+    return _bound_child(_create_histogram(name), name, values)
 
 
-def _child(metric: Metric, name: str, values: tuple[str, ...]) -> Metric:
+def _bound_child(metric: Metric, name: str, values: tuple[str, ...]) -> Metric:
     labels = FAMILIES[name].labels
     if not labels:
         return metric
@@ -124,32 +124,32 @@ def _child(metric: Metric, name: str, values: tuple[str, ...]) -> Metric:
 def _of_family(family: MetricFamily) -> Counter | Gauge | Histogram:
     match family.kind:
         case MetricKind.COUNTER:
-            return _counter(family.name)
+            return _create_counter(family.name)
         case MetricKind.GAUGE:
-            return _gauge(family.name)
+            return _create_gauge(family.name)
         case MetricKind.HISTOGRAM:
-            return _histogram(family.name)
+            return _create_histogram(family.name)
 
 
 @cache
-def _counter(name: str) -> Counter:
-    family = _family(name, MetricKind.COUNTER)
+def _create_counter(name: str) -> Counter:
+    family = _find_family(name, MetricKind.COUNTER)
     return Counter(family.full_name, family.help, list(family.labels))
 
 
 @cache
-def _gauge(name: str) -> Gauge:
-    family = _family(name, MetricKind.GAUGE)
+def _create_gauge(name: str) -> Gauge:
+    family = _find_family(name, MetricKind.GAUGE)
     return Gauge(family.full_name, family.help, list(family.labels))
 
 
 @cache
-def _histogram(name: str) -> Histogram:
-    family = _family(name, MetricKind.HISTOGRAM)
+def _create_histogram(name: str) -> Histogram:
+    family = _find_family(name, MetricKind.HISTOGRAM)
     return Histogram(family.full_name, family.help, list(family.labels), buckets=family.buckets)
 
 
-def _family(name: str, kind: MetricKind) -> MetricFamily:
+def _find_family(name: str, kind: MetricKind) -> MetricFamily:
     family = FAMILIES[name]
     if family.kind is not kind:
         raise LookupError(f"{name} is a {family.kind}, not a {kind}")

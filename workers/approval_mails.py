@@ -150,7 +150,7 @@ class ApprovalMailer:
                 )
                 row = (await connection.execute(statement)).mappings().first()
                 if row is not None:
-                    claimed.append(_claimed(row))
+                    claimed.append(_build_claim(row))
             return claimed
 
         return await self._database.transaction(take)
@@ -231,10 +231,10 @@ class ApprovalMailer:
                 message_id=composition.make_message_id(f"{link.hash}:{request.round}", sender.domain),
                 date=self._database.clock.now(),
                 to=_read_mailboxes(address),
-                subject=_subject(question.asked, notify, request.round),
-                text=_text(question.asked, f"{self._public_url}/approve/{token}"),
+                subject=_build_subject(question.asked, notify, request.round),
+                text=_build_text(question.asked, f"{self._public_url}/approve/{token}"),
             )
-            content = await offload.run_in_thread(_compose, outgoing)
+            content = await offload.run_in_thread(_compose_mail, outgoing)
             await server.send(sender.address, [address], content, timeout_seconds=TIMEOUT_SECONDS)
             await self._note_sent(link, request.round + 1)
 
@@ -304,7 +304,7 @@ class ApprovalMailer:
         )
 
 
-def _claimed(row: Mapping[Any, Any]) -> ClaimedRequest:
+def _build_claim(row: Mapping[Any, Any]) -> ClaimedRequest:
     return ClaimedRequest(
         key=ExecutionKey(row["execution_id"], row["shard"]),
         node_id=row["node_id"],
@@ -380,13 +380,13 @@ def _read_sender(text: str) -> headers.Mailbox:
     return found[0]
 
 
-def _subject(asked: WaitingNode, notify: Mapping[str, Json], round_: int) -> str:
+def _build_subject(asked: WaitingNode, notify: Mapping[str, Json], round_: int) -> str:
     subject = str(notify.get("subject") or asked.request.get("title") or "A question for you")
     text = " ".join(subject.split())
     return f"Reminder: {text}" if round_ else text
 
 
-def _text(asked: WaitingNode, url: str) -> str:
+def _build_text(asked: WaitingNode, url: str) -> str:
     lines = [str(asked.request.get("title") or "")]
     if description := str(asked.request.get("description") or ""):
         lines += ["", description]
@@ -396,7 +396,7 @@ def _text(asked: WaitingNode, url: str) -> str:
     return "\n".join(lines)
 
 
-def _compose(outgoing: OutgoingMail) -> bytes:
+def _compose_mail(outgoing: OutgoingMail) -> bytes:
     try:
         return composition.compose_mail(outgoing)
     except ValueError as error:

@@ -141,7 +141,7 @@ async def whoami(request: GatewayRequest) -> JsonResponse:
             organization_id=organization.id,
             organization_name=organization.name,
             key_id=caller.key_id,
-            scopes=_scopes(caller.scopes),
+            scopes=_list_known_scopes(caller.scopes),
         )
     )
 
@@ -155,7 +155,11 @@ async def list_keys(request: GatewayRequest) -> JsonResponse:
     page = request.query.page()
     async with request.gateway.database.read() as connection:
         count, keys = await access_store.list_keys(
-            connection, caller.organization_id, user_id=_own(caller), limit=page.limit, offset=page.offset
+            connection,
+            caller.organization_id,
+            user_id=_restrict_to_own_keys(caller),
+            limit=page.limit,
+            offset=page.offset,
         )
     shown = [_key_shape(key) for key in keys]
     return JsonResponse(KeyList(count=count, limit=page.limit, offset=page.offset, keys=shown))
@@ -173,7 +177,7 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
     now = request.gateway.clock()
     problems = ProblemCollector()
     name = text_rules.check_line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
-    expires_at = _expiry(body, now, problems)
+    expires_at = _read_expiry(body, now, problems)
     problems.raise_any()
     scopes = caller.scopes if body.scopes is None else frozenset(body.scopes)
     if beyond := sorted(scopes - caller.scopes):
@@ -215,7 +219,7 @@ async def revoke_key(request: GatewayRequest) -> NoContent:
     caller, key_id = request.caller, request.path_params["id"]
 
     async def revoke(connection: AsyncConnection) -> None:
-        now, user_id = request.gateway.clock(), _own(caller)
+        now, user_id = request.gateway.clock(), _restrict_to_own_keys(caller)
         revoked = await access_store.revoke_key(
             connection, caller.organization_id, key_id, user_id=user_id, now=now
         )
@@ -249,7 +253,7 @@ def _node_types(caller: ApiCaller, wanted: Sequence[str] | None) -> Sequence[str
     return wanted
 
 
-def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
+def _list_known_scopes(scopes: Iterable[str]) -> list[KeyScope]:
     """Return the known ones of stored scopes, sorted; a newer release may have stored others, which are left out."""
     return sorted(KeyScope(scope) for scope in scopes if scope in ALL_KEY_SCOPES)
 
@@ -261,7 +265,7 @@ def _require_scopes_of_role(body: CreateKey, role: UserRole) -> None:
         raise errors.invalid([errors.problem("scopes", "beyond-role", message)])
 
 
-def _own(caller: ApiCaller) -> str | None:
+def _restrict_to_own_keys(caller: ApiCaller) -> str | None:
     """Return the id of the user whose keys a caller may manage, that is, its own.
 
     None for an admin, who manages all of the organization.
@@ -269,7 +273,7 @@ def _own(caller: ApiCaller) -> str | None:
     return None if caller.is_admin else caller.user_id
 
 
-def _expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> datetime | None:
+def _read_expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> datetime | None:
     if body.expires_at is not None and body.expires_in_seconds is not None:
         problems.add("expiresAt", "conflict", "Give expiresAt or expiresInSeconds, not both")
         return None
@@ -295,7 +299,7 @@ def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
         id=key.id,
         name=key.name,
         prefix=key.prefix,
-        scopes=_scopes(key.scopes),
+        scopes=_list_known_scopes(key.scopes),
         node_types=key.node_types,
         user_id=key.user_id,
         created_at=instant(key.created_at),

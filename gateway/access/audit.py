@@ -68,12 +68,12 @@ async def index(request: GatewayRequest) -> JsonResponse:
             limit=part.limit,
             offset=part.offset,
             next=page.next_cursor,
-            entries=[_entry(one) for one in page.items],
+            entries=[_show_entry(one) for one in page.items],
         )
     )
 
 
-def _entry(entry: AuditEntry) -> AuditEntryShape:
+def _show_entry(entry: AuditEntry) -> AuditEntryShape:
     return AuditEntryShape(
         id=entry.id,
         action=AuditAction(entry.action),

@@ -118,7 +118,7 @@ async def list_entries(
 
     With `bounds`, the page follows a cursor; without, it is `part` in `order`.
     """
-    conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_conditions(wanted)]
+    conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_build_conditions(wanted)]
     item_id = col(AuditEntry.id)
     if bounds is not None:
         columns = AuditEntry.__table__.columns  # type: ignore[attr-defined]  # SQLModel adds it
@@ -138,7 +138,7 @@ async def list_entries(
     return ListPage(count or 0, [AuditEntry(**row) for row in rows.mappings()])
 
 
-def _conditions(wanted: AuditFilter) -> Iterable[ColumnElement[bool]]:
+def _build_conditions(wanted: AuditFilter) -> Iterable[ColumnElement[bool]]:
     if wanted.object_id is not None:
         yield col(AuditEntry.object_id) == wanted.object_id
     if wanted.action is not None:

@@ -111,7 +111,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         count, found = await invitation.list_invitations(
             connection, request.caller.organization_id, limit=part.limit, offset=part.offset
         )
-    shown = [_shape(one, now) for one in found]
+    shown = [_show_invitation(one, now) for one in found]
     return JsonResponse(InvitationList(count=count, limit=part.limit, offset=part.offset, invitations=shown))
 
 
@@ -149,7 +149,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
     made = await request.gateway.database.transaction(make)
     url = f"{base_url(request)}/invitation#code={made.code}"
-    return JsonResponse(_shape(made.row, now, url), status=201)
+    return JsonResponse(_show_invitation(made.row, now, url), status=201)
 
 
 async def revoke(request: GatewayRequest) -> NoContent:
@@ -209,12 +209,12 @@ async def accept(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(shape, status=201, headers={"Set-Cookie": cookie.header(member.session_secret)})
 
 
-def _shape(row: Invitation, now: datetime, url: str | UnsetType = UNSET) -> InvitationShape:
+def _show_invitation(row: Invitation, now: datetime, url: str | UnsetType = UNSET) -> InvitationShape:
     return InvitationShape(
         id=row.id,
         email=row.email,
         role=UserRole(row.role),
-        state=_state(row, now),
+        state=_determine_state(row, now),
         invited_by=row.invited_by,
         created_at=instant(row.created_at),
         expires_at=instant(row.expires_at),
@@ -224,7 +224,7 @@ def _shape(row: Invitation, now: datetime, url: str | UnsetType = UNSET) -> Invi
     )
 
 
-def _state(row: Invitation, now: datetime) -> InvitationState:
+def _determine_state(row: Invitation, now: datetime) -> InvitationState:
     if row.accepted_at is not None:
         return InvitationState.ACCEPTED
     if row.revoked_at is not None:

@@ -24,7 +24,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
     caller = request.caller
     async with request.gateway.database.read() as connection:
         found = await browser_session.list_sessions(
-            connection, caller.organization_id, user_id=_own(caller), now=request.gateway.clock()
+            connection,
+            caller.organization_id,
+            user_id=_restrict_to_own_sessions(caller),
+            now=request.gateway.clock(),
         )
     shown = [show_session(one.row, one.key_expires_at, caller.session_id) for one in found]
     return JsonResponse(SessionList(count=len(shown), sessions=shown))
@@ -66,7 +69,7 @@ async def _require(request: GatewayRequest, connection: AsyncConnection) -> Foun
     found = await browser_session.list_sessions(
         connection,
         caller.organization_id,
-        user_id=_own(caller),
+        user_id=_restrict_to_own_sessions(caller),
         now=request.gateway.clock(),
         session_id=request.path_params["id"],
     )
@@ -75,7 +78,7 @@ async def _require(request: GatewayRequest, connection: AsyncConnection) -> Foun
     return found[0]
 
 
-def _own(caller: ApiCaller) -> str | None:
+def _restrict_to_own_sessions(caller: ApiCaller) -> str | None:
     """Return the id of the user whose sessions a caller may see, that is, its own.
 
     None for an admin, who sees all of the organization.

@@ -123,15 +123,15 @@ def _draw_day(
         day > now,
         round(up / timedelta(hours=1), 1),
         [
-            CalendarBar(_percent(start - day), max(_percent(end - start), 0.2), tone)
+            CalendarBar(_compute_percent(start - day), max(_compute_percent(end - start), 0.2), tone)
             for start, end, tone in clipped
         ],
-        [_percent(one - day) for one in failures if day <= one < day + DAY],
-        _percent(now - day) if is_today else None,
+        [_compute_percent(one - day) for one in failures if day <= one < day + DAY],
+        _compute_percent(now - day) if is_today else None,
     )
 
 
-def _percent(time: timedelta) -> float:
+def _compute_percent(time: timedelta) -> float:
     return round(100 * (time / DAY), 2)
 
 

@@ -56,7 +56,7 @@ def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
     has_body = False
     for node in nodes:
         has_body = has_body or node["type"] in BODY_TRIGGERS
-        for text in _texts([node["config"], node["inputMappings"]]):
+        for text in _iterate_texts([node["config"], node["inputMappings"]]):
             for name in READ_INPUT.findall(text):
                 readers = found.setdefault(name, [])
                 if node["label"] not in readers:
@@ -69,7 +69,7 @@ def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
     ]
 
 
-def _texts(values: Iterable[Any]) -> Iterable[str]:
+def _iterate_texts(values: Iterable[Any]) -> Iterable[str]:
     """Yield all texts in JSON values."""
     left = [*values]
     while left:

@@ -55,7 +55,7 @@ def draw_lanes(
     Lines to the rows in `not_taken`, and from them, are dashed.
     """
     place = {row: number for number, row in enumerate(rows)}
-    targets = _targets(place, edges)
+    targets = _find_targets(place, edges)
     lines: list[_Line | None] = []
     """For each lane, the line that it has between two rows."""
     drawn = []
@@ -70,19 +70,19 @@ def draw_lanes(
         for lane in arriving:
             line = lines[lane]
             is_taken = line is not None and line.is_taken
-            _add(paths, _curve(_lane_x(lane), 0, x, MIDDLE), is_taken=is_taken)
+            _add(paths, _draw_curve(_lane_x(lane), 0, x, MIDDLE), is_taken=is_taken)
             lines[lane] = None
         for later in targets.get(number, ()):
             is_taken = row not in not_taken and rows[later] not in not_taken
             lane = _lane_to(lines, later, own)
             lines += [None] * (lane + 1 - len(lines))
             lines[lane] = _Line(later, is_taken)
-            _add(paths, _curve(x, MIDDLE, _lane_x(lane), HEIGHT), is_taken=is_taken)
+            _add(paths, _draw_curve(x, MIDDLE, _lane_x(lane), HEIGHT), is_taken=is_taken)
         drawn.append(RowLanes(x, [LanePath(path, is_taken) for path, is_taken in paths.items()]))
     return drawn
 
 
-def _targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mapping[int, Sequence[int]]:
+def _find_targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mapping[int, Sequence[int]]:
     """Return the indexes of the later rows that each row leads to.
 
     Those in bodies of loops come last, so that they leave the lane.
@@ -118,7 +118,7 @@ def _lane_x(lane: int) -> int:
     return LANES[min(lane, len(LANES) - 1)]
 
 
-def _curve(x1: int, y1: int, x2: int, y2: int) -> str:
+def _draw_curve(x1: int, y1: int, x2: int, y2: int) -> str:
     if x1 == x2:
         return f"M{x1} {y1}V{y2}"
     middle = (y1 + y2) // 2

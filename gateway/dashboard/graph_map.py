@@ -107,10 +107,10 @@ def draw_graph(
     if len(nodes) > MAX_CARDS:
         scale = _OverviewScale.of(nodes)
         center = _find_focus(nodes, states or {}, focus, scale.nearest(nodes, at))
-        near = _neighborhood(center["id"], connections)
-        shown = _arrange([node for node in nodes if node["id"] in near], connections)
+        near = _find_neighborhood(center["id"], connections)
+        shown = _arrange_nodes([node for node in nodes if node["id"] in near], connections)
         overview = _draw_overview(nodes, states or {}, near, scale)
-    cards = _place_cards(shown, states, notes or {}, _targets(connections))
+    cards = _place_cards(shown, states, notes or {}, _find_targets(connections))
     edges = [
         _draw_edge(cards[edge["sourceNodeId"]], cards[edge["targetNodeId"]])
         for edge in connections
@@ -154,7 +154,7 @@ def _place_cards(
     }
 
 
-def _targets(connections: Iterable[Connection]) -> Mapping[str, Sequence[str]]:
+def _find_targets(connections: Iterable[Connection]) -> Mapping[str, Sequence[str]]:
     found: dict[str, dict[str, None]] = {}
     for edge in connections:
         found.setdefault(edge["sourceNodeId"], {})[edge["targetNodeId"]] = None
@@ -218,10 +218,10 @@ class _OverviewScale:
         if not (x.isdecimal() and y.isdecimal()) or len(at) > len("9999,9999"):
             return None
         wanted = (int(x), int(y))
-        return min(nodes, key=lambda node: _distance(self.place(node), wanted))
+        return min(nodes, key=lambda node: _compute_distance(self.place(node), wanted))
 
 
-def _distance(one: tuple[int, int], other: tuple[int, int]) -> int:
+def _compute_distance(one: tuple[int, int], other: tuple[int, int]) -> int:
     return (one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2
 
 
@@ -237,7 +237,7 @@ def _find_focus(nodes: Sequence[Node], states: Mapping[str, str], focus: str, ne
     return nodes[0]
 
 
-def _neighborhood(center: str, connections: Iterable[Connection]) -> set[str]:
+def _find_neighborhood(center: str, connections: Iterable[Connection]) -> set[str]:
     """Return the ids of the nodes around one, the nearest first, at most `WINDOW`."""
     beside: dict[str, list[str]] = {}
     for edge in connections:
@@ -254,7 +254,7 @@ def _neighborhood(center: str, connections: Iterable[Connection]) -> set[str]:
     return near
 
 
-def _arrange(nodes: Sequence[Node], connections: Iterable[Connection]) -> Sequence[Node]:
+def _arrange_nodes(nodes: Sequence[Node], connections: Iterable[Connection]) -> Sequence[Node]:
     """Return nodes with positions close to each other: those in the whole graph may be far apart."""
     ids = [node["id"] for node in nodes]
     known = set(ids)

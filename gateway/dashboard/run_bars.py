@@ -72,11 +72,11 @@ def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
     """
     is_waiting = state["nodeType"] in WAITING_TYPES
     bars = [
-        _bar(one, axis, now, "warn" if is_waiting else look_of(one["status"]).tone)
+        _build_bar(one, axis, now, "warn" if is_waiting else look_of(one["status"]).tone)
         for one in _spans_of(state)
         if one["startedAt"]
     ]
-    tried = [_bar(one, axis, now, "tried") for one in state["failedAttempts"] if one["startedAt"]]
+    tried = [_build_bar(one, axis, now, "tried") for one in state["failedAttempts"] if one["startedAt"]]
     return [*_join(bars), *_join(tried)]
 
 
@@ -87,7 +87,7 @@ def _spans_of(state: NodeState) -> Sequence[Mapping[str, Any]]:
     return iterations if is_complete else [state]
 
 
-def _bar(one: Mapping[str, Any], axis: TimeAxis, now: datetime, tone: str) -> TimeBar:
+def _build_bar(one: Mapping[str, Any], axis: TimeAxis, now: datetime, tone: str) -> TimeBar:
     first = axis.percent(parse_instant(one["startedAt"]) or now)
     width = max(axis.percent(parse_instant(one["endedAt"]) or now) - first, MIN_WIDTH)
     return TimeBar(round(min(first, WHOLE - width), 2), round(width, 2), tone)

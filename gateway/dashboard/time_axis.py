@@ -102,7 +102,7 @@ class TimeAxis:
 
     def folds(self) -> list[FoldedWait]:
         return [
-            FoldedWait(round(piece.x, 2), round(piece.width, 2), _milliseconds(piece.end - piece.start))
+            FoldedWait(round(piece.x, 2), round(piece.width, 2), _to_milliseconds(piece.end - piece.start))
             for piece in self.pieces
             if piece.is_folded
         ]
@@ -110,7 +110,7 @@ class TimeAxis:
     def ticks(self) -> list[AxisTick]:
         """Return ticks at round times before the first fold."""
         first, start = self.pieces[0], self.pieces[0].start
-        length = _milliseconds(first.end - first.start)
+        length = _to_milliseconds(first.end - first.start)
         ticks = [AxisTick(0.0, 0)]
         step = _round_step(length * TICK_SHARE / first.width) if first.width else 0
         for number in range(1, length // step + 1 if step else 1):
@@ -140,5 +140,5 @@ def _round_step(milliseconds: float) -> int:
     return step or -(-int(milliseconds) // STEPS[-1]) * STEPS[-1]
 
 
-def _milliseconds(time: timedelta) -> int:
+def _to_milliseconds(time: timedelta) -> int:
     return time // timedelta(milliseconds=1)

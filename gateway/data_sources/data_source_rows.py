@@ -63,7 +63,7 @@ async def find(connection: AsyncConnection, source_id: str, caller: ApiCaller) -
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
         return None
-    shared_with = await _shares(connection, [source_id])
+    shared_with = await _read_shares(connection, [source_id])
     return StoredDataSource(DataSource(**row), shared_with.get(source_id, {}))
 
 
@@ -90,11 +90,13 @@ async def page(
         .offset(part.offset)
     )
     sources = [DataSource(**row) for row in rows.mappings()]
-    shared_with = await _shares(connection, [source.id for source in sources])
+    shared_with = await _read_shares(connection, [source.id for source in sources])
     return count or 0, [StoredDataSource(source, shared_with.get(source.id, {})) for source in sources]
 
 
-async def _shares(connection: AsyncConnection, source_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
+async def _read_shares(
+    connection: AsyncConnection, source_ids: Sequence[str]
+) -> dict[str, dict[str, datetime]]:
     """Return the time of each share, by source id and user id, the first share first; unshared sources are
     absent.
     """
@@ -178,18 +180,23 @@ async def remove(connection: AsyncConnection, source: DataSource) -> None:
 
 async def is_named(connection: AsyncConnection, source: DataSource) -> bool:
     """Return whether a workflow of the organization refers to a data source by its id."""
-    return await connection.scalar(_naming(source).limit(1)) is not None
+    return await connection.scalar(_select_referring_workflows(source).limit(1)) is not None
 
 
 async def naming(
     connection: AsyncConnection, source: DataSource, caller: ApiCaller, limit: int
 ) -> list[tuple[str, str]]:
     """Return ids and names of at most `limit` workflows that refer to a data source and that the caller may read."""
-    statement = _naming(source).where(workflow_readable_by(caller)).order_by(col(Workflow.id)).limit(limit)
+    statement = (
+        _select_referring_workflows(source)
+        .where(workflow_readable_by(caller))
+        .order_by(col(Workflow.id))
+        .limit(limit)
+    )
     return [(row.id, row.name) for row in await connection.execute(statement)]
 
 
-def _naming(source: DataSource) -> Any:  # noqa: ANN401 - a statement with these columns
+def _select_referring_workflows(source: DataSource) -> Any:  # noqa: ANN401 - a statement with these columns
     """Return the query of workflows whose graph contains the id of a data source as a text.
 
     The graph counts, since stored scopes are computed on request only.

@@ -101,8 +101,8 @@ def build_data_source(
     problems = ProblemCollector()
     name = text_rules.check_line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
     definition = DATA_SOURCE_TYPES[body.type]
-    settings = _checked(body.settings, definition.settings, "settings", problems)
-    secrets = _checked(body.secrets, definition.secrets, "secrets", problems)
+    settings = _check_fields(body.settings, definition.settings, "settings", problems)
+    secrets = _check_fields(body.secrets, definition.secrets, "secrets", problems)
     _require_whole(settings, secrets, problems)
     problems.raise_any()
     source_id = ids.new_id("ds")
@@ -138,13 +138,13 @@ def apply_changes(
     if body.settings is not None:
         merged = {**source.settings, **body.settings}
         given = {name: value for name, value in merged.items() if value is not None}
-        settings = _checked(given, definition.settings, "settings", problems)
+        settings = _check_fields(given, definition.settings, "settings", problems)
         changes["settings"] = settings
         if body.secrets is None and source.secret_names:
             _require_same_destination(source, settings, definition.destination, problems)
     secrets = None
     if body.secrets is not None:
-        secrets = _checked(body.secrets, definition.secrets, "secrets", problems)
+        secrets = _check_fields(body.secrets, definition.secrets, "secrets", problems)
     has_secrets = dict.fromkeys(source.secret_names, "") if secrets is None else secrets
     _require_whole(changes.get("settings", source.settings), has_secrets, problems)
     problems.raise_any()
@@ -159,7 +159,7 @@ def apply_changes(
     return before.with_columns(**changes)
 
 
-def _checked(
+def _check_fields(
     given: Mapping[str, Json], kind: type[DataSourceFields], path: str, problems: ProblemCollector
 ) -> dict[str, object]:
     """Validate fields of a body by their type and return them as stored; each invalid field is added to

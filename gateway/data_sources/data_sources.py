@@ -186,7 +186,7 @@ async def share(request: GatewayRequest) -> JsonResponse:
     after = await request.gateway.data_source_editor.edit(
         request.requested_object,
         AuditAction.SHARE_ADDED,
-        lambda before: _shared(before, body.user_id, request.caller, now),
+        lambda before: _add_share(before, body.user_id, request.caller, now),
     )
     shared = DataSourceShareResult(
         message="Data source shared successfully", data_source_id=after.source.id, user_id=body.user_id
@@ -198,7 +198,7 @@ async def unshare(request: GatewayRequest) -> NoContent:
     """End a share: the user loses access to the data source, and so do workflows that run for them."""
     user_id = request.path_params["subId"]
     after = await request.gateway.data_source_editor.edit(
-        request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
+        request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _remove_share(before, user_id)
     )
     return NoContent(editing.entity_tag(after))
 
@@ -226,7 +226,7 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
         await shares.require_user(connection, user_id, request.caller)
 
 
-def _shared(before: StoredDataSource, user_id: str, caller: ApiCaller, now: datetime) -> StoredDataSource:
+def _add_share(before: StoredDataSource, user_id: str, caller: ApiCaller, now: datetime) -> StoredDataSource:
     """Return a data source with a share for one more user.
 
     Raises a 409 error for too many, and 422 for the owner or caller.
@@ -237,7 +237,7 @@ def _shared(before: StoredDataSource, user_id: str, caller: ApiCaller, now: date
     return replace(before, shared_with=shared_with)
 
 
-def _unshared(before: StoredDataSource, user_id: str) -> StoredDataSource:
+def _remove_share(before: StoredDataSource, user_id: str) -> StoredDataSource:
     """Return a data source without the share of a user; raises a 404 error if there is none."""
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 

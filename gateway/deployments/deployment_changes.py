@@ -62,7 +62,7 @@ async def deploy_workflow(
     trail.
     """
     workflow = stored.workflow
-    text = await asyncio.to_thread(_pinned, snapshot, catalog)
+    text = await asyncio.to_thread(_encode_definition, snapshot, catalog)
     order = DeployRequest(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,
@@ -192,7 +192,7 @@ def fresh_token_id() -> str:
     return deployment_token.new_token_id()
 
 
-def _pinned(snapshot: Mapping[str, Any], catalog: NodeTypeRegistry) -> bytes:
+def _encode_definition(snapshot: Mapping[str, Any], catalog: NodeTypeRegistry) -> bytes:
     return encode_canonical(
         definition_snapshot.build_definition(
             snapshot["nodes"], snapshot["connections"], snapshot["settings"], catalog

@@ -162,7 +162,7 @@ async def deploy(request: GatewayRequest) -> JsonResponse:
         )
 
     edited = await request.gateway.workflow_editor.edit(
-        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order
+        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _activate_workflow, anyway=order
     )
     return await _deploy_answer(request, edited.after)
 
@@ -194,12 +194,12 @@ async def deploy_version(request: GatewayRequest) -> JsonResponse:
         )
 
     edited = await request.gateway.workflow_editor.edit(
-        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order
+        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _activate_workflow, anyway=order
     )
     return await _deploy_answer(request, edited.after)
 
 
-def _active(before: StoredWorkflow) -> StoredWorkflow:
+def _activate_workflow(before: StoredWorkflow) -> StoredWorkflow:
     return before.with_columns(status=WorkflowStatus.ACTIVE)
 
 
@@ -238,7 +238,7 @@ async def undeploy(request: GatewayRequest) -> JsonResponse:
         await deployment_changes.undeploy_workflow(connection, request.caller, edited.after.workflow.id)
 
     edited = await request.gateway.workflow_editor.edit(
-        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _draft, anyway=order
+        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _make_draft, anyway=order
     )
     workflow_id = edited.after.workflow.id
     await request.gateway.deployer.notify(workflow_id)
@@ -253,7 +253,7 @@ async def undeploy(request: GatewayRequest) -> JsonResponse:
     return editing.answer(edited.after, shape, status=200 if is_done else 202)
 
 
-def _draft(before: StoredWorkflow) -> StoredWorkflow:
+def _make_draft(before: StoredWorkflow) -> StoredWorkflow:
     is_archived = before.workflow.status == WorkflowStatus.ARCHIVED
     return before if is_archived else before.with_columns(status=WorkflowStatus.DRAFT)
 
@@ -265,7 +265,7 @@ async def stop(request: GatewayRequest) -> JsonResponse:
     next run if its lifecycle policy allows that.
     """
     deployment = await deployment_changes.change_deployment(
-        request.gateway.database, request.requested_object, AuditAction.WORKFLOW_STOPPED, _stopped
+        request.gateway.database, request.requested_object, AuditAction.WORKFLOW_STOPPED, _decide_stop
     )
     await request.gateway.deployer.notify(deployment.workflow_id)
     status = status_of(
@@ -275,7 +275,7 @@ async def stop(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(shape, status=200 if status is DeploymentStatus.STOPPED else 202)
 
 
-def _stopped(seen: DeploymentActivity) -> LifecycleVerdict:
+def _decide_stop(seen: DeploymentActivity) -> LifecycleVerdict:
     if seen.situation.stopped_reason is StoppedReason.MANUAL:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.STOPPED_BY_HAND)
     return lifecycle_policy.stop_decision(seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL)

@@ -68,7 +68,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     if app_id is None:
         raise invalid_query("appId", "required", "appId is required")
     async with request.gateway.database.read() as connection:
-        found = await _deployed(connection, request.caller, app_id)
+        found = await _list_deployed_workflows(connection, request.caller, app_id)
     settings = request.gateway.settings
     shapes = [
         DiscoveredWorkflow(
@@ -81,7 +81,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             mode="production",
             endpoints=TriggerEndpoints(proxy_url=_trigger_url(settings, row.id)),
             deployment=PodLocation(
-                pod_name=workflow_names.workflow_name(row.id), namespace=_namespace(settings)
+                pod_name=workflow_names.workflow_name(row.id), namespace=_choose_namespace(settings)
             ),
         )
         for row in found
@@ -89,7 +89,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(shapes)
 
 
-async def _deployed(
+async def _list_deployed_workflows(
     connection: AsyncConnection, caller: ApiCaller, app_id: str
 ) -> Sequence[Row[*tuple[Any, ...]]]:
     """Return the active, deployed workflows of an application that the caller may trigger, newest first.
@@ -122,5 +122,5 @@ def _trigger_url(settings: GatewaySettings, workflow_id: str) -> str:
     return f"{address.rstrip('/')}/api/v1/workflows/{workflow_id}/trigger"
 
 
-def _namespace(settings: GatewaySettings) -> str:
+def _choose_namespace(settings: GatewaySettings) -> str:
     return settings.kubernetes_namespace if settings.cluster == "kubernetes" else LOCAL_NAMESPACE

@@ -201,7 +201,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         seen = await activity.read_activity(connection, stored.workflow.id)
         now = request.gateway.clock() if seen is None else seen.now
         used = await lifecycle_rows.read_usage(connection, stored.workflow.id, now)
-    return editing.answer(stored, _shape(stored.workflow, seen, used))
+    return editing.answer(stored, _show_lifecycle(stored.workflow, seen, used))
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
@@ -245,7 +245,7 @@ async def history(request: GatewayRequest) -> JsonResponse:
         stored = await editing.find_readable(connection, request.requested_object)
         count, found = await lifecycle_rows.list_decisions(connection, stored.workflow.id, part)
     shape = DecisionList(
-        count=count, limit=part.limit, offset=part.offset, decisions=[_decision(one) for one in found]
+        count=count, limit=part.limit, offset=part.offset, decisions=[_show_decision(one) for one in found]
     )
     return JsonResponse(shape)
 
@@ -278,7 +278,9 @@ async def preview(request: GatewayRequest) -> JsonResponse:
         workflow_id=workflow.id,
         lifecycle_policy=lifecycle_shapes.show_policy(body),
         until=instant(now + PREVIEW_TIME),
-        transitions=[_transition(one, zone) for one in lifecycle_forecast.policy_changes(candidate, now)],
+        transitions=[
+            _show_transition(one, zone) for one in lifecycle_forecast.policy_changes(candidate, now)
+        ],
         clock_changes=[_clock_change(one) for one in lifecycle_forecast.policy_clock_changes(candidate, now)],
         replay=PolicyComparison(
             since=instant(since),
@@ -295,7 +297,9 @@ async def preview(request: GatewayRequest) -> JsonResponse:
 # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shape(workflow: Workflow, seen: DeploymentActivity | None, used: PodUsage | None) -> LifecycleShape:
+def _show_lifecycle(
+    workflow: Workflow, seen: DeploymentActivity | None, used: PodUsage | None
+) -> LifecycleShape:
     deployment = seen.deployment if seen else None
     upcoming = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now) if seen else None
     return LifecycleShape(
@@ -306,11 +310,11 @@ def _shape(workflow: Workflow, seen: DeploymentActivity | None, used: PodUsage |
         last_activity_at=optional_instant(seen.situation.last_activity_at if seen else None),
         next_transition=upcoming.kind if upcoming else None,
         next_transition_at=optional_instant(upcoming.at if upcoming else None),
-        usage=_usage(used, deployment.last_replicas) if used and deployment else None,
+        usage=_show_usage(used, deployment.last_replicas) if used and deployment else None,
     )
 
 
-def _usage(used: PodUsage, replicas: int) -> UsageShape:
+def _show_usage(used: PodUsage, replicas: int) -> UsageShape:
     return UsageShape(
         since=instant(used.since),
         until=instant(used.until),
@@ -319,7 +323,7 @@ def _usage(used: PodUsage, replicas: int) -> UsageShape:
     )
 
 
-def _decision(row: LifecycleDecision) -> DecisionShape:
+def _show_decision(row: LifecycleDecision) -> DecisionShape:
     return DecisionShape(
         id=row.id,
         at=instant(row.at),
@@ -348,11 +352,11 @@ def _replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
     )
 
 
-def _transition(change: WindowChange, zone: tzinfo) -> TransitionShape:
+def _show_transition(change: WindowChange, zone: tzinfo) -> TransitionShape:
     return TransitionShape(
         at=instant(change.at),
         action=TransitionKind.START if change.is_open else TransitionKind.STOP,
-        local_time=_local(change.at, zone),
+        local_time=_format_local_time(change.at, zone),
         is_clock_change=change.is_by_clock,
     )
 
@@ -360,10 +364,10 @@ def _transition(change: WindowChange, zone: tzinfo) -> TransitionShape:
 def _clock_change(change: ZoneClockChange) -> ClockChangeShape:
     return ClockChangeShape(
         at=instant(change.at),
-        local_time_before=_local(change.at, timezone(change.offset_before)),
-        local_time_after=_local(change.at, timezone(change.offset_after)),
+        local_time_before=_format_local_time(change.at, timezone(change.offset_before)),
+        local_time_after=_format_local_time(change.at, timezone(change.offset_after)),
     )
 
 
-def _local(at: datetime, zone: tzinfo) -> str:
+def _format_local_time(at: datetime, zone: tzinfo) -> str:
     return at.astimezone(zone).isoformat(timespec="seconds")

@@ -151,7 +151,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
         try:
             await run_until_disconnect(request, _wait_for_pod(request, accepted, times, until))
         except PodUnavailable as error:
-            refusal = _refusal(error.news, accepted.execution_id)
+            refusal = _build_refusal(error.news, accepted.execution_id)
             if refusal is not None:
                 refusal.headers |= {**headers, **times.headers()}
                 raise refusal from error
@@ -163,14 +163,14 @@ async def start(request: GatewayRequest) -> JsonResponse:
         ended = request.gateway.ends.ended(accepted.execution_id, request.caller, max(left_seconds, 0.0))
         outcome = await run_until_disconnect(request, ended)
         if outcome is not None:
-            result = await _ended_result(request, accepted, times, outcome)
+            result = await _show_ended_run(request, accepted, times, outcome)
             return JsonResponse(result, headers={**headers, **times.headers()})
     progress = await run_until_disconnect(request, _read_progress(request, accepted, body, times, until))
-    shape = await _shape(request, accepted, body, times, progress)
+    shape = await _show_result(request, accepted, body, times, progress)
     return JsonResponse(shape, headers={**headers, **times.headers()})
 
 
-def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
+def _build_refusal(news: BadNews, execution_id: str) -> ApiError | None:
     """Return the API error for a run whose pods can't start; None if the run is kept until they may."""
     match news:
         case StartFailure(reason):
@@ -221,7 +221,7 @@ async def _wait_for_pod(
     Raises `PodUnavailable` if pods can't start.
     """
     is_taken = await request.gateway.activation.taken(
-        _key(request, accepted),
+        _build_key(request, accepted),
         request.path_params["id"],
         is_new=accepted.verdict is AcceptanceVerdict.ACCEPTED,
         is_ready=not times.is_cold,
@@ -246,11 +246,11 @@ async def _read_progress(
     if times.taken is not None and not body.sync:
         return None
     return await request.gateway.waiting.progress(
-        _key(request, accepted), _seconds_left(until) if body.sync else 0
+        _build_key(request, accepted), _seconds_left(until) if body.sync else 0
     )
 
 
-async def _shape(
+async def _show_result(
     request: GatewayRequest,
     accepted: AcceptanceResult,
     body: TriggerRequest,
@@ -274,17 +274,17 @@ async def _shape(
     if not has_completed:
         shape.error = msgspec.Raw(progress.error) if progress.error else _end_request_error(progress.status)
     try:
-        shape.output = await _output(request, accepted, times)
+        shape.output = await _read_output(request, accepted, times)
     except OutputsTooLarge as error:
         message = f"{error}, more than an answer can hold: read them at the execution"
         shape.error = msgspec.Raw(encode_json({"code": "output-too-large", "message": message}))
     return shape
 
 
-async def _ended_result(
+async def _show_ended_run(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, outcome: OutcomeShape
 ) -> TriggerResult:
-    output = {} if outcome.outputs_omitted else await _output(request, accepted, times)
+    output = {} if outcome.outputs_omitted else await _read_output(request, accepted, times)
     return TriggerResult(
         status=TriggerStatus(outcome.status),
         execution_id=accepted.execution_id,
@@ -296,10 +296,10 @@ async def _ended_result(
     )
 
 
-async def _output(
+async def _read_output(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings
 ) -> dict[str, msgspec.Raw]:
-    caller, key = request.caller, _key(request, accepted)
+    caller, key = request.caller, _build_key(request, accepted)
     async with request.gateway.database.read() as connection:
         hashed = times.definition_hash
         if accepted.verdict is not AcceptanceVerdict.ACCEPTED:
@@ -324,7 +324,7 @@ def _end_request_error(status: ExecutionStatus) -> msgspec.Raw:
     )
 
 
-def _key(request: GatewayRequest, accepted: AcceptanceResult) -> ExecutionKey:
+def _build_key(request: GatewayRequest, accepted: AcceptanceResult) -> ExecutionKey:
     return ExecutionKey(accepted.execution_id, request.caller.shard)
 
 

@@ -116,9 +116,9 @@ def _find(path: str) -> ASGIApp | None:
         built_at = (BUILT / MANIFEST).stat().st_mtime_ns
     except FileNotFoundError:
         built_at = 0
-    return _opened(built_at).find(path)
+    return _open_built_site(built_at).find(path)
 
 
 @lru_cache(maxsize=1)
-def _opened(built_at: int) -> DocumentationSite | plain_pages.PlainPages:  # noqa: ARG001 - a new build is opened anew
+def _open_built_site(built_at: int) -> DocumentationSite | plain_pages.PlainPages:  # noqa: ARG001 - a new build is opened anew
     return open_site(BUILT, checkout=CHECKOUT)

@@ -97,13 +97,15 @@ class RunAcceptor:
         self._pods = pods
         self._events = events
         self._group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(
-            self._commit, weigh=_weight, max_weight=MAX_CHARACTERS
+            self._commit, weigh=_count_characters, max_weight=MAX_CHARACTERS
         )
         # A separate group: each of these runs takes a transaction of its own, which others need not wait for.
         self._separate: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(self._commit)
         # Inbound requests have a group commit of their own too: each may start a thousand runs.
         self._ingests: GroupCommit[InboundRequest, IngestResult] = GroupCommit(
-            self._ingest_batch, weigh=lambda write: sum(map(_weight, write.runs)), max_weight=MAX_CHARACTERS
+            self._ingest_batch,
+            weigh=lambda write: sum(map(_count_characters, write.runs)),
+            max_weight=MAX_CHARACTERS,
         )
         self._admissions: set[asyncio.Task[None]] = set()
         self._wakeups: GroupCommit[None, None] = GroupCommit(self._wake)
@@ -273,7 +275,7 @@ def _count_delivery(write: InboundRequest, answer: IngestResult) -> None:
     _count_replays([answer])
 
 
-def _weight(run: RunAcceptance) -> int:
+def _count_characters(run: RunAcceptance) -> int:
     return RUN_CHARACTERS + len(run.trigger) + len(run.definition or "")
 
 

@@ -172,7 +172,7 @@ def _refuse(request: GatewayRequest) -> PageResponse:
     refusal = request.gateway.approval_failures.fail(client_of_scope(request.scope), _UNKNOWN)
     if refusal is _UNKNOWN:
         return _GONE
-    page = _message(refusal.status, "Too many attempts", f"{refusal.message}. Try again in a minute.")
+    page = _show_message(refusal.status, "Too many attempts", f"{refusal.message}. Try again in a minute.")
     return replace(page, headers=[(b"retry-after", refusal.headers["Retry-After"].encode())])
 
 
@@ -196,14 +196,14 @@ async def _store_answer(
     try:
         given = await gateway.database.transaction(work, locks=question.key.execution_id)
     except ApiError as error:
-        return _message(error.status, "Too late", error.message)
+        return _show_message(error.status, "Too late", error.message)
     if given is None:
-        return _message(409, "Answered already", "This link has been used: it works for one answer.")
+        return _show_message(409, "Answered already", "This link has been used: it works for one answer.")
     await inputs.continue_run(gateway.database, gateway.acceptances, given)
     log.info("input answered", execution_id=question.key.execution_id, node_id=asked.node_id, by_link=True)
     if given.missing:
-        return _message(200, "Thank you", f"Your answer counts. {given.missing} more must answer so.")
-    return _message(200, "Thank you", "Your answer is stored, and the workflow continues.")
+        return _show_message(200, "Thank you", f"Your answer counts. {given.missing} more must answer so.")
+    return _show_message(200, "Thank you", "Your answer is stored, and the workflow continues.")
 
 
 async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
@@ -290,7 +290,7 @@ def _read_form(content: bytes) -> Mapping[str, str]:
 
 def _read_answer(asked: WaitingNode, form: Mapping[str, str]) -> tuple[str | None, Json]:
     """Return the choice and the data of a form, None where it has none; raises ValueError for an invalid number."""
-    properties = _properties(asked)
+    properties = _read_properties(asked)
     data: dict[str, Json] = {}
     for name, schema in properties.items():
         text = form.get(FIELD + name, "").strip()
@@ -316,7 +316,7 @@ def _read_value(name: str, text: str, schema: Mapping[str, Any]) -> Json:
     return value
 
 
-def _properties(asked: WaitingNode) -> Mapping[str, Mapping[str, Any]]:
+def _read_properties(asked: WaitingNode) -> Mapping[str, Mapping[str, Any]]:
     schema = asked.request.get("schema")
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
@@ -327,12 +327,14 @@ def _properties(asked: WaitingNode) -> Mapping[str, Mapping[str, Any]]:
 # ── markup ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _message(status: int, title: str, text: str) -> PageResponse:
+def _show_message(status: int, title: str, text: str) -> PageResponse:
     return PageResponse(status, title, f"<main><h1>{escape(title)}</h1><p>{escape(text)}</p></main>")
 
 
 _UNKNOWN: Final = errors.not_found("question")
-_GONE: Final = _message(404, "No such question", "This link is not valid, or its run is no longer stored.")
+_GONE: Final = _show_message(
+    404, "No such question", "This link is not valid, or its run is no longer stored."
+)
 
 
 def _show_question(
@@ -341,21 +343,21 @@ def _show_question(
     asked = question.asked
     head = f"<header><b>{escape(question.organization)}</b> for {escape(question.assignee)}</header>"
     if question.link.used_at is not None:
-        return _message(status, "Answered already", "This link has been used: it works for one answer.")
+        return _show_message(status, "Answered already", "This link has been used: it works for one answer.")
     if question.is_early:
         text = "The workflow has not come to this question. Open the link again later."
-        return _message(status, "Not asked yet", text)
+        return _show_message(status, "Not asked yet", text)
     if question.needs_own_link:
         text = "This question is for certain people, who answer by links of their own or with their accounts."
-        return _message(403, "Not yours to answer", text)
+        return _show_message(403, "Not yours to answer", text)
     if asked is None:
-        return _message(
+        return _show_message(
             status,
             "Closed",
             "This question was answered, has expired, or its run has ended: nothing is to do.",
         )
     if question.is_self_approval:
-        return _message(
+        return _show_message(
             403, "Not yours to answer", "The user who started the run may not answer this question."
         )
     title = str(asked.request.get("title") or "")
@@ -364,12 +366,12 @@ def _show_question(
         parts.append(f"<p>{escape(description)}</p>")
     parts += [f'<p class="bad" role="alert">{escape(one)}</p>' for one in problems]
     parts.append('<form method="post">')
-    properties = _properties(asked)
+    properties = _read_properties(asked)
     schema = asked.request.get("schema")
     listed = schema.get("required") if isinstance(schema, dict) else None
     required = listed if isinstance(listed, list) else []
     for number, (name, one) in enumerate(properties.items()):
-        parts.append(_field(f"f{number}", name, one, is_required=name in required))
+        parts.append(_render_field(f"f{number}", name, one, is_required=name in required))
     if not properties:
         parts.append(
             f'<label for="note">Note <span class="soft">optional</span></label>'
@@ -382,7 +384,7 @@ def _show_question(
         parts.append(
             f'<button{kind} name="{CHOICE}" value="{escape(str(choice["port"]))}" type="submit">{label}</button>'
         )
-    until = "" if asked.expires_at is None else f" Open until {_minute(asked.expires_at)} UTC."
+    until = "" if asked.expires_at is None else f" Open until {_format_minute(asked.expires_at)} UTC."
     parts.append(
         f'</form><p class="soft">This link is yours and works for one answer.{until} Asked by the workflow'
         f" “{escape(question.workflow)}”. You do not need an account.</p></main>"
@@ -390,7 +392,7 @@ def _show_question(
     return PageResponse(status, title, "".join(parts))
 
 
-def _field(field_id: str, name: str, schema: Mapping[str, Any], *, is_required: bool) -> str:
+def _render_field(field_id: str, name: str, schema: Mapping[str, Any], *, is_required: bool) -> str:
     label = escape(str(schema.get("title") or name))
     optional = "" if is_required else ' <span class="soft">optional</span>'
     head = f'<label for="{field_id}">{label}{optional}</label>'
@@ -417,5 +419,5 @@ def _as_json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _minute(moment: datetime) -> str:
+def _format_minute(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%d %H:%M")

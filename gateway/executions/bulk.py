@@ -88,16 +88,16 @@ class BulkRetryResult(BulkResult):
 async def cancel(request: GatewayRequest) -> JsonResponse:
     """Cancel the executions that match a filter and have not ended, the oldest first."""
     body = await decode_body(request, BulkRequest)
-    chosen = await _chosen(
+    chosen = await _choose_executions(
         request, body, bulk_actions.cancellable(request.caller), AuditAction.EXECUTIONS_CANCELLED
     )
     if body.dry_run:
-        return JsonResponse(BulkResult(**_counts(chosen, None)))
+        return JsonResponse(BulkResult(**_count_results(chosen, None)))
     cancelled = await bulk_actions.cancel(
         request.gateway.store, request.gateway.broker, request.caller, chosen.execution_ids
     )
     log.info("executions cancelled", executions=len(cancelled), matched=chosen.matched)
-    return JsonResponse(BulkResult(**_counts(chosen, cancelled)))
+    return JsonResponse(BulkResult(**_count_results(chosen, cancelled)))
 
 
 async def delete(request: GatewayRequest) -> JsonResponse:
@@ -107,14 +107,14 @@ async def delete(request: GatewayRequest) -> JsonResponse:
     callback or other completion action, or were started by an execution that has not ended are kept.
     """
     body = await decode_body(request, BulkRequest)
-    chosen = await _chosen(
+    chosen = await _choose_executions(
         request, body, bulk_actions.deletable(request.caller), AuditAction.EXECUTIONS_DELETED
     )
     if body.dry_run:
-        return JsonResponse(BulkResult(**_counts(chosen, None)))
+        return JsonResponse(BulkResult(**_count_results(chosen, None)))
     deleted = await bulk_actions.delete(request.gateway.database, request.gateway.blobs, chosen.execution_ids)
     log.info("executions deleted", executions=len(deleted), matched=chosen.matched)
-    return JsonResponse(BulkResult(**_counts(chosen, deleted)))
+    return JsonResponse(BulkResult(**_count_results(chosen, deleted)))
 
 
 async def retry(request: GatewayRequest) -> JsonResponse:
@@ -130,7 +130,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
     if idempotency_key is not None:
         earlier = await bulk_actions.begun(gateway.database, caller.shard, idempotency_key)
     if earlier is not None:
-        return await _retried(request, earlier, headers=idempotency.REPLAYED)
+        return await _retry_chosen(request, earlier, headers=idempotency.REPLAYED)
     found, by_workflow = await bulk_actions.find(
         gateway.database,
         body.filter.wanted(caller.organization_id),
@@ -138,16 +138,16 @@ async def retry(request: GatewayRequest) -> JsonResponse:
         body.limit,
     )
     if body.dry_run:
-        preview = BulkRetryResult(**_counts(found, None), new_execution_ids=[])
+        preview = BulkRetryResult(**_count_results(found, None), new_execution_ids=[])
         return JsonResponse(preview)
     for workflow_id, runs in by_workflow.items():
         await gateway.backlog.require_capacity(caller.organization_id, workflow_id, runs)
     subject = _audit_subject(body, caller)
     chosen = await bulk_actions.begin_retry(gateway.database, caller, found, subject, idempotency_key)
-    return await _retried(request, chosen, headers={} if chosen == found else idempotency.REPLAYED)
+    return await _retry_chosen(request, chosen, headers={} if chosen == found else idempotency.REPLAYED)
 
 
-async def _retried(
+async def _retry_chosen(
     request: GatewayRequest, chosen: ChosenExecutions, headers: Mapping[str, str]
 ) -> JsonResponse:
     gateway = request.gateway
@@ -156,11 +156,11 @@ async def _retried(
     )
     log.info("executions retried", executions=len(resumed), matched=chosen.matched)
     listed = list(resumed.values())[: limits.BULK_LISTED]
-    answer = BulkRetryResult(**_counts(chosen, list(resumed)), new_execution_ids=listed)
+    answer = BulkRetryResult(**_count_results(chosen, list(resumed)), new_execution_ids=listed)
     return JsonResponse(answer, headers=headers)
 
 
-async def _chosen(
+async def _choose_executions(
     request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
 ) -> ChosenExecutions:
     """Return the executions to act on by the filter of the body.
@@ -181,7 +181,7 @@ def _audit_subject(body: BulkRequest, caller: ApiCaller) -> str:
     return body.filter.workflow_id or caller.organization_id
 
 
-def _counts(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
+def _count_results(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
     """Return the fields of a result; `done` holds the ids of changed executions, None for a dry run."""
     listed = chosen.execution_ids if done is None else done
     return {

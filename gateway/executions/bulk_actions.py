@@ -93,15 +93,15 @@ def retryable(caller: ApiCaller) -> ColumnElement[bool]:
 
     Node tests are excluded: their purpose ends with the test.
     """
-    return _repeatable(caller, col(Execution.status) == ExecutionStatus.FAILED)
+    return _build_repeatable_condition(caller, col(Execution.status) == ExecutionStatus.FAILED)
 
 
 def replayable(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition for ended executions that the caller may replay and that were not taken up yet."""
-    return _repeatable(caller, col(Execution.status).in_(TERMINAL_STATUSES))
+    return _build_repeatable_condition(caller, col(Execution.status).in_(TERMINAL_STATUSES))
 
 
-def _repeatable(caller: ApiCaller, has_ended: ColumnElement[bool]) -> ColumnElement[bool]:
+def _build_repeatable_condition(caller: ApiCaller, has_ended: ColumnElement[bool]) -> ColumnElement[bool]:
     # Clients may choose the trigger type `test` for any run, but only a node test is also private.
     is_node_test = and_(col(Execution.trigger_type) == TEST, col(Execution.is_private))
     return and_(
@@ -204,7 +204,7 @@ async def cancel(
 ) -> list[str]:
     """Cancel executions, skipping those that are locked; return the ids of those that had not ended before."""
     cancelled: list[str] = []
-    for some in _batches(execution_ids, CANCELS_AT_ONCE):
+    for some in _split_batches(execution_ids, CANCELS_AT_ONCE):
         keys = [ExecutionKey(execution_id, caller.shard) for execution_id in some]
         answers = await asyncio.gather(*(_ask_to_end_unlocked(store, broker, key) for key in keys))
         cancelled += [
@@ -241,8 +241,8 @@ async def retry(
         for execution_id in chosen.execution_ids
     }
     resumed: set[str] = set()
-    for some in _batches(chosen.execution_ids, RETRIES_AT_ONCE):
-        keys = await _resumed_unlocked(database, caller, {one: new_ids[one] for one in some})
+    for some in _split_batches(chosen.execution_ids, RETRIES_AT_ONCE):
+        keys = await _resume_unlocked(database, caller, {one: new_ids[one] for one in some})
         for execution_id, concurrency_key in keys.items():
             resumed.add(execution_id)
             access.allow(new_ids[execution_id], caller)
@@ -250,7 +250,7 @@ async def retry(
     return {execution_id: new_id for execution_id, new_id in new_ids.items() if execution_id in resumed}
 
 
-async def _resumed_unlocked(
+async def _resume_unlocked(
     database: Database, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
     """Resume a batch, and return the concurrency keys of the resumed executions by the ids of the failed ones.
@@ -264,7 +264,7 @@ async def _resumed_unlocked(
             return {}
     resumed: dict[str, str | None] = {}
     for one, new_id in new_ids.items():
-        resumed |= await _resumed_unlocked(database, caller, {one: new_id})
+        resumed |= await _resume_unlocked(database, caller, {one: new_id})
     return resumed
 
 
@@ -299,7 +299,7 @@ async def delete(database: Database, blobs: BlobStore, execution_ids: Sequence[s
     Blobs that can't be deleted now are left to the sweep of orphaned ones.
     """
     deleted: list[str] = []
-    for some in _batches(execution_ids, DELETIONS_AT_ONCE):
+    for some in _split_batches(execution_ids, DELETIONS_AT_ONCE):
         gone = await delete_runs(database, some)
         deleted += [execution_id for execution_id in some if execution_id in gone]
         try:
@@ -311,5 +311,5 @@ async def delete(database: Database, blobs: BlobStore, execution_ids: Sequence[s
     return deleted
 
 
-def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+def _split_batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (items[begin : begin + size] for begin in range(0, len(items), size))

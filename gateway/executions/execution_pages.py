@@ -97,14 +97,18 @@ async def _choose_sources(
 ) -> Sequence[_RunSource]:
     """Return the queries whose rows together are the list; no run is in two of them, and each uses an index."""
     if wanted.labels:
-        return [await _labelled(connection, caller, wanted)]
+        return [await _select_by_rarest_label(connection, caller, wanted)]
     if wanted.parent_id is not None:
         own = (col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
         children = execution_rows.is_child_of(wanted.parent_id)
         created_at = col(Execution.created_at)
         within = (*own, *children, *execution_rows.time_conditions(wanted, created_at))
-        residual = [*_hidden(caller), *execution_rows.column_conditions(wanted), *_of_workflow(wanted)]
-        return [_RunSource(_executions(), created_at, col(Execution.id), within, residual)]
+        residual = [
+            *_build_visibility(caller),
+            *execution_rows.column_conditions(wanted),
+            *_of_workflow(wanted),
+        ]
+        return [_RunSource(_get_table(), created_at, col(Execution.id), within, residual)]
     indexes = [_INDEXED_STATUSES[0], _INDEXED_STATUSES[1]]
     if wanted.statuses and ExecutionStatus.COMPLETED not in wanted.statuses:
         return [
@@ -126,8 +130,12 @@ def _by_time(caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
         within = [col(ExecutionData.workflow_id) == wanted.workflow_id, is_own]
     created_at = col(ExecutionData.created_at)
     within += execution_rows.time_conditions(wanted, created_at)
-    residual = [*_hidden(caller), *execution_rows.column_conditions(wanted), *_statuses(wanted)]
-    table = _executions().join(ExecutionData.__table__, execution_rows.SAME_RUN)  # type: ignore[attr-defined]  # SQLModel adds it
+    residual = [
+        *_build_visibility(caller),
+        *execution_rows.column_conditions(wanted),
+        *_build_status_condition(wanted),
+    ]
+    table = _get_table().join(ExecutionData.__table__, execution_rows.SAME_RUN)  # type: ignore[attr-defined]  # SQLModel adds it
     return _RunSource(table, created_at, col(ExecutionData.execution_id), within, residual)
 
 
@@ -146,11 +154,13 @@ def _of_status(
         col(Execution.status) == literal_column(f"'{status}'"),
         *execution_rows.time_conditions(wanted, created_at),
     ]
-    residual = [*_hidden(caller), *execution_rows.column_conditions(wanted), *_of_workflow(wanted)]
-    return _RunSource(_executions(), created_at, col(Execution.id), within, residual)
+    residual = [*_build_visibility(caller), *execution_rows.column_conditions(wanted), *_of_workflow(wanted)]
+    return _RunSource(_get_table(), created_at, col(Execution.id), within, residual)
 
 
-async def _labelled(connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
+async def _select_by_rarest_label(
+    connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
+) -> _RunSource:
     """Return the query of runs with the rarest of the labels; the others are checked run by run."""
     rarest = wanted.labels[0]
     if len(wanted.labels) > 1:
@@ -166,10 +176,10 @@ async def _labelled(connection: AsyncConnection, caller: ApiCaller, wanted: Exec
     others = [execution_rows.has_label(label) for label in wanted.labels if label != rarest]
     residual = [
         *others,
-        *_hidden(caller),
+        *_build_visibility(caller),
         *execution_rows.column_conditions(wanted),
         *_of_workflow(wanted),
-        *_statuses(wanted),
+        *_build_status_condition(wanted),
     ]
     if wanted.parent_id is not None:
         residual += execution_rows.is_child_of(wanted.parent_id)
@@ -177,7 +187,7 @@ async def _labelled(connection: AsyncConnection, caller: ApiCaller, wanted: Exec
         col(ExecutionLabel.execution_id) == col(Execution.id),
         col(ExecutionLabel.shard) == col(Execution.shard),
     )
-    table = _executions().join(ExecutionLabel.__table__, same_run)  # type: ignore[attr-defined]  # SQLModel adds it
+    table = _get_table().join(ExecutionLabel.__table__, same_run)  # type: ignore[attr-defined]  # SQLModel adds it
     return _RunSource(table, created_at, col(ExecutionLabel.execution_id), within, residual)
 
 
@@ -190,12 +200,12 @@ def _has_label(caller: ApiCaller, label: tuple[str, str]) -> Sequence[ColumnElem
     )
 
 
-def _executions() -> FromClause:
+def _get_table() -> FromClause:
     table: FromClause = Execution.__table__  # type: ignore[attr-defined]  # SQLModel adds it
     return table
 
 
-def _hidden(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
+def _build_visibility(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
     """Return the SQL conditions that hide executions from the caller.
 
     None for admins, who see all of their organization.
@@ -203,7 +213,7 @@ def _hidden(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
     return () if caller.is_admin else (visibility_condition(caller),)
 
 
-def _statuses(wanted: ExecutionFilter) -> Sequence[ColumnElement[bool]]:
+def _build_status_condition(wanted: ExecutionFilter) -> Sequence[ColumnElement[bool]]:
     return (col(Execution.status).in_(wanted.statuses),) if wanted.statuses else ()
 
 

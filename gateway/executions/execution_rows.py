@@ -131,7 +131,7 @@ async def list_executions(
     order: ColumnElement[Any],
 ) -> ListPage[Execution]:
     """Return the rows `part` in `order` of the executions that the caller may see and that match, with their number."""
-    conditions = [visibility_condition(caller), *_conditions(wanted)]
+    conditions = [visibility_condition(caller), *_build_conditions(wanted)]
     if not wanted.labels:
         # A list by labels begins with their index; another condition would make SQLite read that of the
         # organization.
@@ -154,7 +154,7 @@ async def find_oldest(
     connection: AsyncConnection, wanted: ExecutionFilter, *conditions: ColumnElement[bool], limit: int
 ) -> tuple[int, Sequence[Recorded]]:
     """Return the number of matching executions, and the ids and workflow ids of the oldest, at most `limit`."""
-    required = [*conditions, *_conditions(wanted)]
+    required = [*conditions, *_build_conditions(wanted)]
     count = await connection.scalar(
         select(func.count()).select_from(Execution).join(ExecutionData, SAME_RUN).where(*required)
     )
@@ -168,7 +168,7 @@ async def find_oldest(
     return count or 0, rows.all()
 
 
-def _conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
+def _build_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
     if wanted.workflow_id is not None:
         yield col(ExecutionData.workflow_id) == wanted.workflow_id
     if wanted.statuses:
@@ -373,7 +373,7 @@ async def list_spans(
     """
 
     def conditions(table: type[SpanRow | AttemptRow]) -> Iterable[ColumnElement[bool]]:
-        yield from _of(table, key)
+        yield from _select_run(table, key)
         if node_id is not None:
             yield col(table.node_id) == node_id
         if statuses:
@@ -395,14 +395,14 @@ async def find_span(
     None if missing.
     """
     statement = _spans_and_attempts(
-        [*_of(SpanRow, key), col(SpanRow.id) == span_id],
-        [*_of(AttemptRow, key), col(AttemptRow.id) == span_id],
+        [*_select_run(SpanRow, key), col(SpanRow.id) == span_id],
+        [*_select_run(AttemptRow, key), col(AttemptRow.id) == span_id],
     )
     found = (await connection.execute(statement)).first()
     if found is not None:
         return found
     of_node = _SPANS.where(
-        *_of(SpanRow, key), col(SpanRow.node_id) == span_id, col(SpanRow.iteration) == iteration
+        *_select_run(SpanRow, key), col(SpanRow.node_id) == span_id, col(SpanRow.iteration) == iteration
     )
     return (await connection.execute(of_node)).first()
 
@@ -413,7 +413,7 @@ async def list_attempts(
     """Return the first `at_most` attempts of a node in an iteration, in order; none if it was tried only once."""
     statement = (
         _ATTEMPTS.where(
-            *_of(AttemptRow, key),
+            *_select_run(AttemptRow, key),
             col(AttemptRow.node_id) == node_id,
             col(AttemptRow.iteration) == iteration,
         )
@@ -437,7 +437,7 @@ async def list_logs(
 
     With `levels`, only these.
     """
-    conditions = list(_of(LogRow, key))
+    conditions = list(_select_run(LogRow, key))
     if levels:
         conditions.append(col(LogRow.level).in_(levels))
     statement = select(LogRow).where(*conditions).order_by(col(LogRow.sequence))
@@ -457,7 +457,9 @@ async def _page(
     return count or 0, rows
 
 
-def _of(table: type[SpanRow | AttemptRow | LogRow], key: ExecutionKey) -> Iterable[ColumnElement[bool]]:
+def _select_run(
+    table: type[SpanRow | AttemptRow | LogRow], key: ExecutionKey
+) -> Iterable[ColumnElement[bool]]:
     yield col(table.execution_id) == key.execution_id
     yield col(table.shard) == key.shard
     if table is SpanRow:
@@ -490,20 +492,20 @@ async def read_changes(
 ) -> RunChanges:
     """Return up to `at_most` spans and log lines each, with the lowest numbers above `after`."""
     # Commits may happen between the two statements: both end at the highest number of one moment.
-    newest = (await connection.execute(_newest(key))).one()
+    newest = (await connection.execute(_select_newest(key))).one()
     last = max(newest)
     found_spans = (
         await connection.execute(
             _spans_and_attempts(
-                [*_of(SpanRow, key), *_between(SpanRow, after, last)],
-                [*_of(AttemptRow, key), *_between(AttemptRow, after, last)],
+                [*_select_run(SpanRow, key), *_select_between(SpanRow, after, last)],
+                [*_select_run(AttemptRow, key), *_select_between(AttemptRow, after, last)],
             ).limit(at_most)
         )
     ).all()
     found_logs = (
         await connection.execute(
             select(LogRow)
-            .where(*_of(LogRow, key), *_between(LogRow, after, last))
+            .where(*_select_run(LogRow, key), *_select_between(LogRow, after, last))
             .order_by(col(LogRow.sequence))
             .limit(at_most)
         )
@@ -520,17 +522,19 @@ async def read_changes(
     )
 
 
-def _between(
+def _select_between(
     table: type[SpanRow | AttemptRow | LogRow], after: int, last: int
 ) -> Iterable[ColumnElement[bool]]:
     yield col(table.sequence) > after
     yield col(table.sequence) <= last
 
 
-def _newest(key: ExecutionKey) -> Select[int, int]:
+def _select_newest(key: ExecutionKey) -> Select[int, int]:
     """Return the statement that reads the highest sequence number of spans and of log lines, 0 without any."""
     of_span, of_line = (
-        select(func.coalesce(func.max(col(table.sequence)), 0)).where(*_of(table, key)).scalar_subquery()
+        select(func.coalesce(func.max(col(table.sequence)), 0))
+        .where(*_select_run(table, key))
+        .scalar_subquery()
         for table in (SpanRow, LogRow)
     )
     return select(of_span, of_line)

@@ -229,7 +229,7 @@ def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionS
         started_at=optional_instant(execution.started_at),
         ended_at=optional_instant(execution.ended_at),
         updated_at=instant(execution.updated_at),
-        duration_ms=_milliseconds(execution.started_at, execution.ended_at),
+        duration_ms=_count_milliseconds(execution.started_at, execution.ended_at),
         tags=[value for key, value in labels if key == TAG_KEY],
         metadata={key: value for key, value in labels if key != TAG_KEY},
     )
@@ -242,7 +242,7 @@ def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionSh
         type=found.execution.trigger_type, data=outputs.show_trigger(found.data.trigger)
     )
     shape.config = Raw(found.data.config)
-    shape.outputs = _outputs(found, outputs)
+    shape.outputs = _show_outputs(found, outputs)
     shape.follow_up = _show_outcome(found.execution)
     return shape
 
@@ -254,8 +254,8 @@ def show_progress(found: RunProgressReport, outputs: ShownOutputs) -> ProgressSh
         progress=percent_done(found.status, found.percent),
         completed_nodes=found.completed_nodes,
         total_nodes=found.total_nodes,
-        outputs=_outputs(found, outputs),
-        error=_raw(found.error),
+        outputs=_show_outputs(found, outputs),
+        error=_to_raw(found.error),
     )
 
 
@@ -274,7 +274,7 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
     is_retried = row.kind == SpanKind.ATTEMPT or row.status == SpanStatus.RETRYING
     return SpanShape(
         id=row.id,
-        kind=_kind(row),
+        kind=_determine_kind(row),
         execution_id=row.execution_id,
         node_id=row.node_id,
         node_label=row.label,
@@ -288,13 +288,13 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
         ended_at=optional_instant(row.ended_at),
         wake_at=optional_instant(row.wake_at),
         next_attempt_at=optional_instant(row.wake_at) if is_retried else None,
-        duration_ms=_milliseconds(row.started_at, row.ended_at),
-        input_data=_shown(row.input, outputs, is_reference=row.input_is_reference),
-        output_data=_shown(row.output, outputs, is_reference=row.output_is_reference),
-        error=_raw(row.error),
-        unresolved=_raw(row.unresolved) or (),
+        duration_ms=_count_milliseconds(row.started_at, row.ended_at),
+        input_data=_show_optional(row.input, outputs, is_reference=row.input_is_reference),
+        output_data=_show_optional(row.output, outputs, is_reference=row.output_is_reference),
+        error=_to_raw(row.error),
+        unresolved=_to_raw(row.unresolved) or (),
         reused_from=row.reused_from,
-        hashes=_hashes(row.hashes),
+        hashes=_show_hashes(row.hashes),
     )
 
 
@@ -311,11 +311,11 @@ def show_span_details(
         logs=[show_log(row) for row in details.logs],
         previous_duration_ms=None
         if previous is None
-        else _milliseconds(previous.started_at, previous.ended_at),
+        else _count_milliseconds(previous.started_at, previous.ended_at),
     )
 
 
-def _kind(row: Recorded) -> SpanKind:
+def _determine_kind(row: Recorded) -> SpanKind:
     is_iteration = row.kind == SpanKind.NODE and row.port == CONTINUE and row.hashes is None
     return SpanKind.TURN if is_iteration else SpanKind(row.kind)
 
@@ -337,22 +337,22 @@ def percent_done(status: str, stored: int) -> int:
     return 100 if status == ExecutionStatus.COMPLETED else stored
 
 
-def _outputs(found: ExecutionRecord | RunProgressReport, outputs: ShownOutputs) -> dict[str, Raw]:
+def _show_outputs(found: ExecutionRecord | RunProgressReport, outputs: ShownOutputs) -> dict[str, Raw]:
     references = frozenset(found.references)
     return {
         node_id: outputs.show(text, is_reference=node_id in references) for node_id, text in found.outputs
     }
 
 
-def _shown(text: str | None, outputs: ShownOutputs, *, is_reference: bool) -> Raw | None:
+def _show_optional(text: str | None, outputs: ShownOutputs, *, is_reference: bool) -> Raw | None:
     return None if text is None else outputs.show(text, is_reference=is_reference)
 
 
-def _raw(text: str | None) -> Raw | None:
+def _to_raw(text: str | None) -> Raw | None:
     return None if text is None else Raw(text)
 
 
-def _hashes(digests: bytes | None) -> dict[str, str] | None:
+def _show_hashes(digests: bytes | None) -> dict[str, str] | None:
     if not digests:
         return None
     return {name: digest.hex() for name, digest in node_key.list_digests(digests).items()}
@@ -366,7 +366,7 @@ def _show_outcome(execution: Execution) -> FollowUpShape | None:
     return FollowUpShape(pending=left.is_external, attempts=outcome.attempts, last_error=outcome.error)
 
 
-def _milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:
+def _count_milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:
     if started_at is None or ended_at is None:
         return None
     return max((ended_at - started_at) // _MILLISECOND, 0)

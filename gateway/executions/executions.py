@@ -272,7 +272,7 @@ async def spans(request: GatewayRequest) -> JsonResponse:
         )
     texts = [row.input for row in rows if row.input_is_reference]
     texts += [row.output for row in rows if row.output_is_reference]
-    owner = await _owner(request, key) if texts else None
+    owner = await _find_owner(request, key) if texts else None
     outputs = await _select_view(request, key.execution_id, owner, texts)
     shown = [execution_shapes.show_span(row, outputs) for row in rows]
     return JsonResponse(SpanList(count=count, limit=part.limit, offset=part.offset, spans=shown))
@@ -290,7 +290,7 @@ async def span(request: GatewayRequest) -> JsonResponse:
     one = found.span
     texts = [one.input] if one.input_is_reference else []
     texts += [one.output] if one.output_is_reference else []
-    owner = await _owner(request, key) if texts else None
+    owner = await _find_owner(request, key) if texts else None
     outputs = await _select_view(request, key.execution_id, owner, texts)
     config, hidden = await offload.run(span_details.show_config, found, gateway.catalog)
     return JsonResponse(execution_shapes.show_span_details(found, config, hidden, outputs))
@@ -345,7 +345,7 @@ async def blob(request: GatewayRequest) -> BlobDownload:
     The content type is that of the reference; browsers save the file and never show it.
     """
     key = await _find_key(request)
-    owner = await _owner(request, key)
+    owner = await _find_owner(request, key)
     try:
         return await BlobDownload.of(request.gateway.blobs, owner, request.path_params["sha256"])
     except BlobLost as error:
@@ -437,7 +437,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
 # ── shared helpers ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
+async def _find_owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
     """Return the owner of the blobs of an execution; raises a 404 error if the execution is gone."""
     async with request.gateway.database.read() as connection:
         owner = await execution_rows.blob_owner(connection, key)

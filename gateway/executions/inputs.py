@@ -139,7 +139,7 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
             workflow_id=one.workflow_id,
             workflow_name=one.workflow_name,
             **structs.asdict(
-                _shown(one.node, mails.get((one.execution_id, one.node.node_id, one.node.iteration)))
+                _show_wait(one.node, mails.get((one.execution_id, one.node.node_id, one.node.iteration)))
             ),
         )
         for one in found
@@ -157,7 +157,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         found = await node_answers.list_input_waits(connection, key)
         mails = await approvals.read_requests(connection, [key.execution_id])
-    shown = [_shown(one, mails.get((key.execution_id, one.node_id, one.iteration))) for one in found]
+    shown = [_show_wait(one, mails.get((key.execution_id, one.node_id, one.iteration))) for one in found]
     return JsonResponse(PendingInputs(count=len(found), inputs=shown))
 
 
@@ -169,7 +169,7 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     body = body_of(request, value, InputAnswer)
     idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=key.execution_id)
     if await _is_repeated(request, key, idempotency_key):
-        return _accepted_response(key, body, idempotency.REPLAYED)
+        return _build_response(key, body, idempotency.REPLAYED)
     try:
         async with gateway.database.read() as connection:
             asked = await _find_waiting_node(connection, key, body)
@@ -179,17 +179,17 @@ async def answer(request: GatewayRequest) -> JsonResponse:
             raise
         # A node that no longer waits may have been answered by an earlier copy of this request.
         if await _is_repeated(request, key, idempotency_key):
-            return _accepted_response(key, body, idempotency.REPLAYED)
+            return _build_response(key, body, idempotency.REPLAYED)
         raise
     await input_checks.require_valid_inputs(
         gateway.forms, caller.organization_id, asked.request, body.choice, body.data
     )
     given = await _store_answer(request, key, asked, body, idempotency_key)
     if given is None:
-        return _accepted_response(key, body, idempotency.REPLAYED)
+        return _build_response(key, body, idempotency.REPLAYED)
     await continue_run(gateway.database, gateway.acceptances, given)
     log.info("input answered", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
-    return _accepted_response(key, body, {}, missing=given.missing)
+    return _build_response(key, body, {}, missing=given.missing)
 
 
 async def continue_run(database: Database, acceptances: RunAcceptor, given: DecisionResult) -> None:
@@ -336,7 +336,7 @@ def refusal_of(reception: AnswerReception) -> ApiError:
     return errors.conflict("no-input-pending", message)
 
 
-def _accepted_response(
+def _build_response(
     key: ExecutionKey, body: InputAnswer, headers: Mapping[str, str], *, missing: int = 0
 ) -> JsonResponse:
     taken = InputAnswerResult(
@@ -348,7 +348,7 @@ def _accepted_response(
     return JsonResponse(taken, headers=headers)
 
 
-def _shown(one: WaitingNode, mails: ApprovalRequest | None) -> PendingInput:
+def _show_wait(one: WaitingNode, mails: ApprovalRequest | None) -> PendingInput:
     schema = one.request.get("schema")
     return PendingInput(
         node_id=one.node_id,

@@ -100,7 +100,7 @@ class LargeOutputs:
         try:
             content = await self._blobs.get(owner, reference.sha256, max_bytes=reference.size)
             # A pod may have stored any bytes, and the answer as a whole must be JSON.
-            return await asyncio.to_thread(_checked, content)
+            return await asyncio.to_thread(_check_json, content)
         except (BlobLost, BlobTooLarge, ValueError, RecursionError):
             return None
         except BlobsUnavailable as error:
@@ -172,7 +172,7 @@ def _reference_of(text: str) -> BlobReference | None:
         return None
 
 
-def _checked(content: bytes) -> Raw:
+def _check_json(content: bytes) -> Raw:
     """Return JSON text unchanged; raises ValueError for bytes that aren't JSON in UTF-8."""
     content.decode()
     return decoding.decode(content, Raw)

@@ -192,7 +192,7 @@ class RunEventStream:
             return
         has_moved = shown is None or shown.status != head.status or shown.progress != head.progress
         if head.status not in TERMINAL_STATUSES and has_moved and self._selection is None:
-            await self._send(send, _event("execution", execution_shapes.show_head(head)))
+            await self._send(send, _encode_event("execution", execution_shapes.show_head(head)))
         is_all = False
         while not is_all:
             async with self._live.database.read() as connection:
@@ -203,7 +203,7 @@ class RunEventStream:
             await self._send(send, b"".join(self._events(changes)))
         self._shown = head
         if head.status in TERMINAL_STATUSES:
-            await self._send(send, _event("execution", execution_shapes.show_head(head), END))
+            await self._send(send, _encode_event("execution", execution_shapes.show_head(head), END))
 
     def _events(self, changes: RunChanges) -> list[bytes]:
         outputs = self._live.large_outputs.explain(self._key.execution_id)
@@ -215,7 +215,7 @@ class RunEventStream:
         if (selection := self._selection) is not None:
             shown = {row.sequence for row in changes.logs if selection.has(row)}
             in_order = [event for event in in_order if event[0] in shown]
-        return [_event(name, shape, str(sequence)) for sequence, name, shape in in_order]
+        return [_encode_event(name, shape, str(sequence)) for sequence, name, shape in in_order]
 
     async def _keep_alive(self, send: Send) -> None:
         if asyncio.get_running_loop().time() - self._sent_at >= KEEP_ALIVE_SECONDS:
@@ -232,6 +232,6 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-def _event(name: str, shape: WireStruct, event_id: str | None = None) -> bytes:
+def _encode_event(name: str, shape: WireStruct, event_id: str | None = None) -> bytes:
     head = f"id: {event_id}\n" if event_id is not None else ""
     return f"{head}event: {name}\ndata: ".encode() + _encode(shape) + b"\n\n"

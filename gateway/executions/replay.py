@@ -140,11 +140,13 @@ async def replay(request: GatewayRequest) -> JsonResponse:
         return JsonResponse(show_plan(planned))
     if body.plan_hash is not None and body.plan_hash != planned.hash:
         message = "The plan has changed since it was shown: see details"
-        raise errors.conflict("plan-changed", message, details=_detail("plan-changed", message, planned))
+        raise errors.conflict(
+            "plan-changed", message, details=_build_details("plan-changed", message, planned)
+        )
     if planned.plan.unconfirmed:
         named = ", ".join(planned.plan.unconfirmed[: limits.FINDINGS])
         message = f"The replay would repeat writes: name them in `confirm` to allow that: {named}"
-        details = _detail("confirmation-required", message, planned)
+        details = _build_details("confirmation-required", message, planned)
         raise errors.conflict("confirmation-required", message, details=details)
     return await _start(request, key, planned, idempotency_key, again=body.again)
 
@@ -213,7 +215,7 @@ def _show_result(
     return JsonResponse(result, status=201, headers=headers)
 
 
-def _detail(code: str, message: str, planned: PlannedReplay) -> list[dict[str, Any]]:
+def _build_details(code: str, message: str, planned: PlannedReplay) -> list[dict[str, Any]]:
     """Return the details of an error response, with the plan of the replay."""
     plan: Mapping[str, Any] = msgspec.to_builtins(show_plan(planned))
     return [{**errors.problem("", code, message), "plan": dict(plan)}]

@@ -152,7 +152,7 @@ class RunRateLimiter:
         while short := [pair for pair in pairs if pair[1].held(monotonic()) < count]:
             for limit, lease in short:
                 if count >= lease.refused and (seconds := lease.refused_until - monotonic()) > 0:
-                    raise _refused(limit, seconds)
+                    raise _refuse_rate(limit, seconds)
             await asyncio.gather(*(self._lease_more(limit, lease, count) for limit, lease in short))
         for _, lease in pairs:
             lease.tokens -= count
@@ -200,7 +200,7 @@ class RunRateLimiter:
     async def _lease_tokens(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
         try:
             now = monotonic()
-            ahead = _ahead(limit.rate, lease, now)
+            ahead = _count_advance_tokens(limit.rate, lease, now)
             wanted = max(lease.awaited, count)
             grant = await self._demands.submit(TokenDemand(limit.bucket, limit.rate, count, wanted, ahead))
             lease.left, lease.spent = grant.left, 0
@@ -234,7 +234,7 @@ def read_rate(per_second: float, burst: int | None) -> BucketRate | None:
     return BucketRate(per_second, burst or math.ceil(2 * per_second))
 
 
-def _ahead(rate: BucketRate, lease: TokenLease, now: float) -> int:
+def _count_advance_tokens(rate: BucketRate, lease: TokenLease, now: float) -> int:
     """Return the number of tokens to lease in advance: as many as were used recently, and more if they ran out early.
 
     0 if the last lease is long over.
@@ -245,7 +245,7 @@ def _ahead(rate: BucketRate, lease: TokenLease, now: float) -> int:
     return min(expected, int(rate.per_second * LEASE_SECONDS))
 
 
-def _refused(limit: RateLimit, seconds: float) -> ApiError:
+def _refuse_rate(limit: RateLimit, seconds: float) -> ApiError:
     rate = limit.rate
     message = (
         f"More than {rate.per_second:g} requests a second, after {rate.burst:,} at once: try again later"

@@ -158,7 +158,7 @@ _COLUMNS: Final = (
 )
 
 
-def _of(key: ExecutionKey) -> tuple[Any, ...]:
+def _select_run(key: ExecutionKey) -> tuple[Any, ...]:
     return (
         col(SpanRow.execution_id) == key.execution_id,
         col(SpanRow.shard) == key.shard,
@@ -168,13 +168,15 @@ def _of(key: ExecutionKey) -> tuple[Any, ...]:
 
 async def _read_nodes(connection: AsyncConnection, key: ExecutionKey) -> Sequence[Recorded]:
     statement = (
-        select(*_COLUMNS).where(*_of(key), col(SpanRow.iteration) == "").order_by(col(SpanRow.sequence))
+        select(*_COLUMNS)
+        .where(*_select_run(key), col(SpanRow.iteration) == "")
+        .order_by(col(SpanRow.sequence))
     )
     return (await connection.execute(statement)).all()
 
 
 def _in_iterations(key: ExecutionKey) -> tuple[Any, ...]:
-    return (*_of(key), col(SpanRow.iteration) != "", not_(func.coalesce(IS_ITERATION_OF_LOOP, False)))
+    return (*_select_run(key), col(SpanRow.iteration) != "", not_(func.coalesce(IS_ITERATION_OF_LOOP, False)))
 
 
 async def _read_iterations(

@@ -233,7 +233,7 @@ def _show_state(row: Recorded, rows: RunGraphRows, counts: IterationCounts | Non
         started_at=optional_instant(started_at),
         ended_at=optional_instant(ended_at),
         wake_at=optional_instant(row.wake_at),
-        duration_ms=None if is_in_loop else _milliseconds(row.started_at, row.ended_at),
+        duration_ms=None if is_in_loop else _count_milliseconds(row.started_at, row.ended_at),
         previous_duration_ms=None if previous is None else previous // _MILLISECOND,
         iteration_counts=counts.by_status if counts else {},
         iterations=[
@@ -262,7 +262,7 @@ def _worst_status(counts: Mapping[str, int]) -> str:
     return next((status for status in _WORST_FIRST if counts.get(status)), next(iter(counts)))
 
 
-def _milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:
+def _count_milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:
     if started_at is None or ended_at is None:
         return None
     return max((ended_at - started_at) // _MILLISECOND, 0)

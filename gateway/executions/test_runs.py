@@ -90,7 +90,7 @@ def plan_partial_run(
     _require_size(piece.pinned, "pinned")
     node = definition_snapshot.find_trigger(nodes, catalog)
     kind = node.kind if node else definition_snapshot.MANUAL_KIND
-    trigger = _trigger(kind, inputs, nodes, piece.pinned, catalog, now)
+    trigger = _choose_trigger_output(kind, inputs, nodes, piece.pinned, catalog, now)
     return RunRequest(_with_definition(workflow, nodes, connections, piece, catalog), kind, trigger)
 
 
@@ -118,9 +118,9 @@ def plan_node_test(
         return RunRequest(
             _test_workflow(workflow, [tried], [], {}, catalog), TEST, started_by, is_private=True
         )
-    trigger = _trigger(kind, given.trigger, nodes, given.nodes, catalog, now)
+    trigger = _choose_trigger_output(kind, given.trigger, nodes, given.nodes, catalog, now)
     parent, edge = _build_parent(tried, others, catalog)
-    body = _body(node_id, nodes, connections, catalog)
+    body = _find_body(node_id, nodes, connections, catalog)
     inside = [one for one in connections if one["source"] in {node_id, *body} and one["target"] in body]
     taken = [tried, parent, *(others[other] for other in {**given.nodes, **dict.fromkeys(body)})]
     pinned = {**given.nodes, str(parent["id"]): given.input}
@@ -186,7 +186,7 @@ def _filter_findings(found: ValidationResult, piece: GraphSelection) -> Validati
     return replace(found, errors=tuple(filter(matters, found.errors)))
 
 
-def _trigger(
+def _choose_trigger_output(
     kind: str,
     inputs: Mapping[str, Json],
     nodes: Sequence[StoredNode],
@@ -201,7 +201,7 @@ def _trigger(
     return trigger_output(kind, inputs, now)
 
 
-def _body(
+def _find_body(
     node_id: str, nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: NodeCatalog
 ) -> frozenset[str]:
     """Return the ids of the nodes in the body of a loop; empty for a node that is no loop."""
@@ -251,12 +251,14 @@ def _build_parent(
 
 def _require_known(known: Collection[str], asked: Mapping[str, str]) -> None:
     """Raise a 422 error if a field names an unknown node; `asked` has the node ids by the paths of their fields."""
-    absent = [_absent(path, node_id, known) for path, node_id in asked.items() if node_id not in known]
+    absent = [
+        _describe_absent_node(path, node_id, known) for path, node_id in asked.items() if node_id not in known
+    ]
     if absent:
         raise errors.invalid(absent)
 
 
-def _absent(path: str, node_id: str, known: Iterable[str]) -> dict[str, Json]:
+def _describe_absent_node(path: str, node_id: str, known: Iterable[str]) -> dict[str, Json]:
     meant = name_suggestions.suggest_names(node_id, [*islice(known, COMPARED_IDS)])
     hint = f": did you mean {' or '.join(meant)}?" if meant else ""
     message = f"There is no node {node_id[:SHOWN_CHARACTERS]}{hint}"

@@ -140,10 +140,10 @@ def show_interval(interval: BlockedInterval) -> BlockedIntervalShape:
 def show_timing(spent: TimeSpent) -> TimingShape:
     """Return the time of a run in API form: seconds in the queue, waking, running and waiting by reason."""
     return TimingShape(
-        queued=_seconds(spent.queued),
-        waking=_seconds(spent.waking),
-        running=_seconds(spent.running),
-        waiting_for={code: _seconds(time) for code, time in spent.waiting_for.items()},
+        queued=_to_seconds(spent.queued),
+        waking=_to_seconds(spent.waking),
+        running=_to_seconds(spent.running),
+        waiting_for={code: _to_seconds(time) for code, time in spent.waiting_for.items()},
     )
 
 
@@ -154,9 +154,9 @@ def show_step(step: PathStep) -> PathStepShape:
         node_label=step.label,
         started_at=instant(step.started_at),
         ended_at=instant(step.ended_at),
-        seconds=_seconds(step.ended_at - step.started_at),
+        seconds=_to_seconds(step.ended_at - step.started_at),
     )
 
 
-def _seconds(time: timedelta) -> float:
+def _to_seconds(time: timedelta) -> float:
     return round(time.total_seconds(), 6)

@@ -79,7 +79,7 @@ class KeyAuthenticator:
         Raises a 401 error without a valid key or session, 403 for a change that another site requests by a
         session, and 429 after too many failures. A request with a key never looks at cookies.
         """
-        key = _key(scope)
+        key = _read_key(scope)
         if key is None:
             found = await self._caller_of_session(scope)
             if found is None:
@@ -147,7 +147,7 @@ class KeyAuthenticator:
             log.warning("key not rehashed", key_id=found.caller.key_id, reason=str(error))
 
 
-def _key(scope: Scope) -> str | None:
+def _read_key(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name == b"x-api-key":
             given: bytes = value

@@ -19,7 +19,7 @@ CODE: Final = "read-only"
 
 def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]) -> None:
     """Raise a 422 error for read-only fields of a body that differ from the object's current values."""
-    found = [*_differing(given, kind, shown)]
+    found = [*_find_differing_fields(given, kind, shown)]
     if found:
         raise errors.invalid(problem for _, problem in found)
 
@@ -32,14 +32,14 @@ def warn_of_new(
     Raises a 422 error for those that another route sets; those that the server sets only add a warning to the
     answer.
     """
-    found = [*_differing(given, kind, shown)]
+    found = [*_find_differing_fields(given, kind, shown)]
     refused = [problem for name, problem in found if kind.read_only[name]]
     if refused:
         raise errors.invalid(refused)
     request.warnings.extend(problem for _, problem in found)
 
 
-def _differing(
+def _find_differing_fields(
     given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> Iterator[tuple[str, dict[str, Json]]]:
     if not isinstance(given, dict):

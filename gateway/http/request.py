@@ -230,14 +230,14 @@ class ContentDecoder:
     def decode(self, data: bytes) -> Iterator[bytes]:
         """Yield the decompressed pieces of the next bytes of a body; raises a 400 error for malformed bytes."""
         if self._is_over and data:
-            raise _malformed()
+            raise _refuse_compression()
         has_more = bool(data)
         while has_more and not self._is_over:
             decompressor = self._decompressor or self._begin(data)
             try:
                 piece = decompressor.decompress(data, PIECE_BYTES)
             except zlib.error as error:
-                raise _malformed() from error
+                raise _refuse_compression() from error
             data = decompressor.unconsumed_tail
             # zlib may have consumed all input and still hold output that did not fit into the piece.
             has_more = bool(data) or len(piece) == PIECE_BYTES
@@ -246,12 +246,12 @@ class ContentDecoder:
             if piece:
                 yield piece
             if decompressor.unused_data:
-                raise _malformed()
+                raise _refuse_compression()
 
     def finish(self) -> None:
         """Raise a 400 error if the compressed body is cut short; an empty body is valid."""
         if self._has_begun and not self._is_over:
-            raise _malformed()
+            raise _refuse_compression()
 
     def _begin(self, data: bytes) -> zlib._Decompress:
         """Return the decompressor of deflate by the first byte.
@@ -263,7 +263,7 @@ class ContentDecoder:
         return self._decompressor
 
 
-def _malformed() -> ApiError:
+def _refuse_compression() -> ApiError:
     message = "The body is not compressed as its Content-Encoding declares, or is cut short"
     return ApiError(400, "malformed-body", message)
 
@@ -282,7 +282,7 @@ class BodyLimit:
 
 
 @lru_cache(maxsize=1_000)
-def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
+def _parse_query(raw: bytes) -> Mapping[str, Sequence[str]]:
     try:
         pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=limits.QUERY_FIELDS)
     except ValueError as error:
@@ -300,7 +300,7 @@ class QueryString:
     """Query string of one request, with the parameters that its route declares."""
 
     def __init__(self, raw: bytes, declared: Collection[QueryParameter[Any]]) -> None:
-        self._given = _parsed(raw) if len(raw) <= REMEMBERED_BYTES else _parsed.__wrapped__(raw)
+        self._given = _parse_query(raw) if len(raw) <= REMEMBERED_BYTES else _parse_query.__wrapped__(raw)
         self._declared = declared
 
     def require_known(self) -> None:

@@ -21,7 +21,7 @@ class JsonResponse:
     def __init__(self, value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.status = status
         self.body = _encode(value)
-        self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encoded(headers)]
+        self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encode_headers(headers)]
 
     def warn(self, warnings: Sequence[object]) -> None:
         """Add the field `warnings` to the JSON body, which must be an object with at least one field."""
@@ -39,7 +39,7 @@ class NoContent:
     __slots__ = ("headers",)
 
     def __init__(self, headers: Mapping[str, str] | None = None) -> None:
-        self.headers = _encoded(headers)
+        self.headers = _encode_headers(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         await send({"type": "http.response.start", "status": 204, "headers": self.headers})
@@ -51,7 +51,7 @@ def location(settings: GatewaySettings, execution_id: str) -> dict[str, str]:
     return {"Location": f"{settings.public_url.rstrip('/')}/api/v1/executions/{execution_id}"}
 
 
-def _encoded(headers: Mapping[str, str] | None) -> list[tuple[bytes, bytes]]:
+def _encode_headers(headers: Mapping[str, str] | None) -> list[tuple[bytes, bytes]]:
     if not headers:
         return []
     return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

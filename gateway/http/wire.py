@@ -155,7 +155,7 @@ def convert(
             shape = msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             unknown = _unknown_fields(value, kind, path)
-            found = chain(unknown.refused, _problems(value, kind, path))
+            found = chain(unknown.refused, _find_problems(value, kind, path))
             raise errors.invalid(islice(found, limits.FINDINGS)) from error
     unknown = _unknown_fields(value, kind, path)
     if unknown.refused:
@@ -167,7 +167,7 @@ def convert(
 
 def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any type annotation
     """Return a JSON value with 2 for 2.0 wherever `kind` expects an integer: JSON has one type of number."""
-    parts = tuple(_parts(kind))
+    parts = tuple(_iterate_parts(kind))
     if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
         return value
     if isinstance(value, float):
@@ -175,7 +175,7 @@ def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any ty
         return int(value) if is_whole else value
     for part in parts:
         if isinstance(value, dict) and _is_body(part):
-            fields = _fields(part)
+            fields = _list_fields(part)
             return {
                 name: with_whole_numbers(item, fields[name].type) if name in fields else item
                 for name, item in value.items()
@@ -200,7 +200,7 @@ def optional_instant(moment: datetime | None) -> str | None:
 # ── problems of a body ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
+def _find_problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
     """Yield the problems that prevent a conversion of `value` to `kind`, nested fields included.
 
     None if it is valid.
@@ -213,46 +213,46 @@ def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  
         if first is not None:
             yield first
         elif _UNKNOWN_FIELD not in str(error):  # `_unknown_fields` reports unknown fields
-            yield _problem(path, kind, str(error))
+            yield _describe_problem(path, kind, str(error))
         yield from inside
 
 
 def _problems_inside(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
-    for part in _parts(kind):
+    for part in _iterate_parts(kind):
         if isinstance(value, dict) and _is_body(part):
             yield from _field_problems(value, part, path)
             continue
-        for item, item_kind, below in _inside(value, part, path):
-            yield from _problems(item, item_kind, below)
+        for item, item_kind, below in _iterate_nested(value, part, path):
+            yield from _find_problems(item, item_kind, below)
 
 
 def _field_problems(
     value: Mapping[str, Json], kind: type[msgspec.Struct], path: str
 ) -> Iterator[dict[str, Json]]:
     """Yield the missing and invalid fields of a body, in the order of its type's fields."""
-    for name, field in _fields(kind).items():
-        below = _below(path, name)
+    for name, field in _list_fields(kind).items():
+        below = _join_path(path, name)
         if name in value:
             if len(value) <= MAX_ITEMS:
-                yield from _problems(value[name], field.type, below)
+                yield from _find_problems(value[name], field.type, below)
         elif field.required:
             yield errors.problem(below, "required", f"{below} is required")
 
 
-def _inside(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]]:  # noqa: ANN401 - any type annotation
+def _iterate_nested(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]]:  # noqa: ANN401 - any type annotation
     """Yield the nested values of a type that have types of their own, each with its type and path."""
     if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
         return
     if isinstance(value, dict) and _is_body(part):
-        for name, field in _fields(part).items():
+        for name, field in _list_fields(part).items():
             if name in value:
-                yield value[name], field.type, _below(path, name)
+                yield value[name], field.type, _join_path(path, name)
     elif isinstance(value, dict) and get_origin(part) is dict:
         for key, item in value.items():
-            yield item, get_args(part)[1], _below(path, key)
+            yield item, get_args(part)[1], _join_path(path, key)
     elif isinstance(value, list) and get_origin(part) is list:
         for index, item in enumerate(value):
-            yield item, get_args(part)[0], _below(path, str(index))
+            yield item, get_args(part)[0], _join_path(path, str(index))
 
 
 @dataclass(slots=True)
@@ -274,13 +274,13 @@ class _UnknownFields:
         """Record an unknown field of the body at `path`; names beyond the length of an answer are refused."""
         if (kind, name) in self.warned_of or name in _read_only(kind):
             return
-        known = _fields(kind)
+        known = _list_fields(kind)
         near = (
             []
             if name in _likely_others(kind)
             else name_suggestions.suggest_names(name, [*known, *_read_only(kind)])
         )
-        below = _below(path, name[:MAX_SHOWN_NAME])
+        below = _join_path(path, name[:MAX_SHOWN_NAME])
         hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
         problem = errors.problem(below, "unknown-field", f"{below} is not a field here: {hint}")
         if near or is_strict or len(self.warned_of) >= limits.FINDINGS:
@@ -303,16 +303,16 @@ class _UnknownFieldGuard:
 
 
 @cache
-def _guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any type annotation
+def _build_guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any type annotation
     """Return the objects that find unknown fields of a type; empty if it accepts any fields."""
     found: list[_UnknownFieldGuard] = []
-    for part in _parts(kind):
+    for part in _iterate_parts(kind):
         if _is_body(part):
-            fields = _fields(part)
-            below = {name: inside for name, field in fields.items() if (inside := _guards(field.type))}
+            fields = _list_fields(part)
+            below = {name: inside for name, field in fields.items() if (inside := _build_guards(field.type))}
             if below or is_strict_body(part) or _is_guarded(part):
                 found.append(_UnknownFieldGuard(dict, below, part, frozenset(fields)))
-        elif get_origin(part) in {dict, list} and (inside := _guards(get_args(part)[-1])):
+        elif get_origin(part) in {dict, list} and (inside := _build_guards(get_args(part)[-1])):
             found.append(_UnknownFieldGuard(get_origin(part), {"": inside}))
     return tuple(found)
 
@@ -320,7 +320,7 @@ def _guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any 
 def _unknown_fields(value: Json, kind: Any, path: str) -> _UnknownFields:  # noqa: ANN401 - any type annotation
     """Return the unknown fields of a body, nested bodies included: those to refuse and those to warn of."""
     found = _UnknownFields()
-    _look_for_unknown_fields(value, _guards(kind), path, found, is_strict=False)
+    _look_for_unknown_fields(value, _build_guards(kind), path, found, is_strict=False)
     return found
 
 
@@ -336,11 +336,11 @@ def _look_for_unknown_fields(
                 _note_unknown_fields(value, guard, path, found, is_strict=is_strict_here)
             for name, inside in guard.inside.items():
                 if name in value:
-                    below = _below(path, name)
+                    below = _join_path(path, name)
                     _look_for_unknown_fields(value[name], inside, below, found, is_strict=is_strict_here)
         elif isinstance(value, dict | list) and len(value) <= MAX_ITEMS:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                below = _below(path, str(key))
+                below = _join_path(path, str(key))
                 _look_for_unknown_fields(item, guard.inside[""], below, found, is_strict=is_strict)
 
 
@@ -371,19 +371,19 @@ def _is_guarded(kind: type[msgspec.Struct]) -> bool:
     return issubclass(kind, WireStruct) and kind.near_misses_are_refused
 
 
-def _parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation
+def _iterate_parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation
     """Yield the types that an annotation allows, without their constraints."""
     if get_origin(kind) is Annotated:
-        yield from _parts(get_args(kind)[0])
+        yield from _iterate_parts(get_args(kind)[0])
     elif get_origin(kind) in {Union, UnionType}:
         for part in get_args(kind):
-            yield from _parts(part)
+            yield from _iterate_parts(part)
     else:
         yield kind
 
 
 @cache
-def _fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
+def _list_fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
     # The lookup takes 75 µs, and a body may contain a hundred thousand small objects.
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
@@ -392,10 +392,10 @@ def _is_body(kind: Any) -> TypeGuard[type[msgspec.Struct]]:  # noqa: ANN401 - an
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
-def _problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # noqa: ANN401 - any type annotation
+def _describe_problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # noqa: ANN401 - any type annotation
     text, _, _ = reason.partition(" - at `$")
     code = "invalid-type" if ", got `" in text else "invalid-value"
-    enums = [part for part in _parts(kind) if isinstance(part, type) and issubclass(part, Enum)]
+    enums = [part for part in _iterate_parts(kind) if isinstance(part, type) and issubclass(part, Enum)]
     if enums and code == "invalid-value":
         text = f"Expected one of {', '.join(choice.value for choice in enums[0])}"
     if wanted := next(_pattern_descriptions(kind), None) if " matching regex " in text else None:
@@ -417,5 +417,5 @@ def _json_type_name(quoted: re.Match[str]) -> str:
     return " or ".join(_JSON_WORDS.get(word, word) for word in quoted[1].split(" | "))
 
 
-def _below(path: str, name: str) -> str:
+def _join_path(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name

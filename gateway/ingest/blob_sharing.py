@@ -45,7 +45,7 @@ async def share_blobs(
         if blob is not None and (source is None or not await _copy_blob(blobs, source, execution_id, blob)):
             raise _blob_missing()
     elif source is not None:
-        for reference in _attached_blobs(trigger):
+        for reference in _iterate_attached_blobs(trigger):
             # If a blob is gone, the node that reads it fails with that error.
             await _copy_blob(blobs, source, execution_id, reference)
     return RunInput(
@@ -74,7 +74,7 @@ def _blob_missing() -> ApiError:
     return errors.conflict("not-redrivable", "The content of the request is no longer stored")
 
 
-def _attached_blobs(trigger: Json) -> Iterator[BlobReference]:
+def _iterate_attached_blobs(trigger: Json) -> Iterator[BlobReference]:
     attachments = trigger.get("attachments") if isinstance(trigger, dict) else None
     for attachment in attachments if isinstance(attachments, list) else ():
         if isinstance(attachment, dict) and "blob" in attachment:

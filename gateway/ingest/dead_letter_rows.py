@@ -112,7 +112,7 @@ async def find_dead_letters(
 
     At most `limits.EXAMINED_DEAD_LETTERS` failed runs are read, so that there may be fewer.
     """
-    statement = select(Execution).where(*_failed_conditions(caller, wanted))
+    statement = select(Execution).where(*_build_failure_conditions(caller, wanted))
 
     def matches(execution: Execution) -> bool:
         return wanted.group is None or describe_cause(execution).fingerprint == wanted.group
@@ -142,7 +142,7 @@ async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterabl
     return {row.id: row.name for row in await connection.execute(statement)}
 
 
-def _failed_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
+def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
     yield col(Execution.organization_id) == caller.organization_id
     yield _UNSUCCESSFUL
     yield _FAILED
@@ -179,7 +179,7 @@ async def _find_open(
     await keyset.follow_indexes(connection)
     found: list[Row] = []
     examined, last = 0, None
-    async for batch, is_last in _batches(connection, kind, statement, bounds):
+    async for batch, is_last in _read_batches(connection, kind, statement, bounds):
         settled = await _find_settled(connection, caller, batch)
         for row in batch:
             examined, last = examined + 1, row
@@ -195,7 +195,7 @@ async def _find_open(
     return OpenRows(found, last)
 
 
-async def _batches(
+async def _read_batches(
     connection: AsyncConnection, kind: type[Row], statement: Select[*tuple[Any, ...]], bounds: KeysetBounds
 ) -> AsyncIterator[tuple[list[Row], bool]]:
     """Yield batches of rows in the order of `bounds`, each with whether it is the last."""

@@ -164,7 +164,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             limit=part.limit,
             offset=part.offset,
             next=page.next_cursor,
-            deliveries=[_shape(one) for one in page.items],
+            deliveries=[_show_delivery(one) for one in page.items],
         )
     )
 
@@ -185,7 +185,7 @@ async def index_all(request: GatewayRequest) -> JsonResponse:
         names = await dead_letter_rows.read_workflow_names(connection, workflow_ids)
     shown = [
         OrganizationDelivery(
-            **msgspec.structs.asdict(_shape(one)), workflow_name=names.get(one.workflow_id or "")
+            **msgspec.structs.asdict(_show_delivery(one)), workflow_name=names.get(one.workflow_id or "")
         )
         for one in page.items
     ]
@@ -219,7 +219,7 @@ async def redrive_all(request: GatewayRequest) -> JsonResponse:
     async def again(delivery_id: str) -> AcceptanceResult:
         delivery = rows[delivery_id]
         key = idempotency.redrive_key(str(delivery.workflow_id), delivery_id)
-        full = await _readable(request, delivery_id)
+        full = await _find_readable(request, delivery_id)
         accepted, _ = await request.gateway.redriver.redrive_delivery(request.caller, full, key)
         return accepted
 
@@ -234,7 +234,7 @@ async def redrive_all(request: GatewayRequest) -> JsonResponse:
 
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a delivery with its outcome."""
-    return JsonResponse(_shape(await _readable(request, request.path_params["id"])))
+    return JsonResponse(_show_delivery(await _find_readable(request, request.path_params["id"])))
 
 
 async def redrive(request: GatewayRequest) -> JsonResponse:
@@ -243,7 +243,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     A refused delivery can run too, if its content could be parsed. With an `Idempotency-Key`, repeated
     requests run it once.
     """
-    delivery = await _readable(request, request.path_params["id"])
+    delivery = await _find_readable(request, request.path_params["id"])
     idempotency_key = request.idempotency_key(
         {"delivery": delivery.id}, workflow_id=str(delivery.workflow_id)
     )
@@ -273,7 +273,7 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
 
     async def again(delivery_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
         return await request.gateway.redriver.redrive_delivery(
-            request.caller, await _readable(request, delivery_id), idempotency_key
+            request.caller, await _find_readable(request, delivery_id), idempotency_key
         )
 
     done = await redrive_runs.redrive_each(request.path_params["id"], [] if body.dry_run else found, again)
@@ -295,7 +295,7 @@ def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveRe
     )
 
 
-async def _readable(request: GatewayRequest, delivery_id: str) -> Delivery:
+async def _find_readable(request: GatewayRequest, delivery_id: str) -> Delivery:
     """Return a delivery; raises a 404 error if it is missing, or of a workflow that the caller may not read."""
     caller = request.caller
     async with request.gateway.database.read() as connection:
@@ -311,7 +311,7 @@ async def _readable(request: GatewayRequest, delivery_id: str) -> Delivery:
     return found
 
 
-def _shape(delivery: Delivery) -> DeliveryShape:
+def _show_delivery(delivery: Delivery) -> DeliveryShape:
     reason = None
     if delivery.reason is not None:
         code, _, message = delivery.reason.partition(": ")

@@ -78,14 +78,14 @@ def repetition_delivery(
     inbound: InboundRequest, now: datetime, *, status: int, execution_id: str | None
 ) -> Delivery:
     """Return the delivery of a repeated request, not stored yet; `execution_id` is the run of the first one."""
-    return _delivery(
+    return _build_delivery(
         inbound, now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
     )
 
 
 def noted_delivery(inbound: InboundRequest, now: datetime, *, status: int, reason: str) -> Delivery:
     """Return the delivery of a valid request without a run, not stored yet; a long `reason` is truncated."""
-    return _delivery(
+    return _build_delivery(
         inbound, now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
     )
 
@@ -97,7 +97,7 @@ def refusal_delivery(inbound: InboundRequest, now: datetime, error: ApiError) ->
     """
     is_shed = error.status == TOO_MANY
     key = inbound.deduplication_key
-    return _delivery(
+    return _build_delivery(
         inbound,
         now,
         outcome=DeliveryOutcome.SHED if is_shed else DeliveryOutcome.REJECTED,
@@ -108,7 +108,7 @@ def refusal_delivery(inbound: InboundRequest, now: datetime, error: ApiError) ->
     )
 
 
-def _delivery(inbound: InboundRequest, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
+def _build_delivery(inbound: InboundRequest, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
     return Delivery(
         id=inbound.delivery_id,
         shard=inbound.shard,

@@ -82,7 +82,7 @@ async def list_deliveries(
 
     With `bounds`, the page follows a cursor; without, it is `part`.
     """
-    of_list = [*_of(workflow), *conditions(wanted)]
+    of_list = [*_select_workflow(workflow), *conditions(wanted)]
     created_at, item_id = col(Delivery.created_at), col(Delivery.id)
     if bounds is not None:
         page = await keyset.list_rows(
@@ -152,7 +152,7 @@ async def find_not_redriven(
     At most `limit` ids. Redrives themselves are left out; duplicates too, unless the filter names them.
     """
     of_list = [
-        *_of(workflow),
+        *_select_workflow(workflow),
         *conditions(wanted),
         *redrivable_conditions(),
         ~_is_settled(workflow, col(Delivery.id)).correlate(Delivery),
@@ -203,7 +203,7 @@ async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) 
     return {row.execution_id: row.trigger for row in await connection.execute(statement)}
 
 
-def _of(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
+def _select_workflow(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
     yield col(Delivery.workflow_id) == workflow.id
     # Checked once, not row by row: the organization is in another index, which has the same order.
     yield exists().where(

@@ -173,11 +173,11 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
     key = await offload.run(mail_kinds.deduplication_key, content, kind)
     if key is not None:
         inbound.deduplication_key = idempotency.derive_key("mail", target.workflow.id, key)
-    unparsed = await offload.run(_unparsed_form, target.mail(content, kind, None), body=content.body)
+    unparsed = await offload.run(_build_unparsed_mail, target.mail(content, kind, None), body=content.body)
     inbound.payload = _encode(unparsed.as_json()).decode()
 
 
-def _unparsed_form(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
+def _build_unparsed_mail(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
     """Return the form of a mail service as an unparsed mail, which a worker parses; raises `RequestRefused`."""
     envelope = mail_kinds.parse_envelope(mail.content.form, mail.kind)
     content_type = mail.content.headers.single("Content-Type") or ""
@@ -216,7 +216,7 @@ async def _ingest_native(
 
 
 async def _ingest_form(request: GatewayRequest, mail: VerifiedMail, inbound: InboundRequest) -> JsonResponse:
-    unparsed = await offload.run(_unparsed_form, mail)
+    unparsed = await offload.run(_build_unparsed_mail, mail)
     return await _ingest_unparsed(request, mail, inbound, unparsed, mail.content.body)
 
 

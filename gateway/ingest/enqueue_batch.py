@@ -136,7 +136,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         )
     results = dict(refused)
     for one, answer in zip(first, answers.accepted, strict=True):
-        results[one.place] = _result(answer)
+        results[one.place] = _show_result(answer)
     for place, origin in repeats.items():
         repeated = results[origin]
         results[place] = repeated if repeated.error else _duplicate_of(repeated)
@@ -257,7 +257,7 @@ def _split_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessa
     return first, repeats
 
 
-def _result(accepted: AcceptanceResult) -> BatchResult:
+def _show_result(accepted: AcceptanceResult) -> BatchResult:
     if accepted.verdict is AcceptanceVerdict.FULL:
         full = errors.concurrency_limit()
         return BatchResult(status="refused", error=WrongMessage(code=full.code, message=full.message))

@@ -347,7 +347,7 @@ async def _resolve_outcomes(connection: AsyncConnection, answer: str) -> Sequenc
 
 async def _find_existing(connection: AsyncConnection, execution_ids: Sequence[str]) -> Sequence[str]:
     found: list[str] = []
-    for some in _batches(execution_ids):
+    for some in _split_batches(execution_ids):
         found += await connection.scalars(select(col(Execution.id)).where(col(Execution.id).in_(some)))
     return found
 
@@ -357,5 +357,5 @@ def _single_run(outcomes: Sequence[WorkflowEventOutcome]) -> str | None:
     return runs[0] if len(runs) == 1 else None
 
 
-def _batches(names: Sequence[Any]) -> Iterable[Sequence[Any]]:
+def _split_batches(names: Sequence[Any]) -> Iterable[Sequence[Any]]:
     return (names[start : start + BATCH_IDS] for start in range(0, len(names), BATCH_IDS))

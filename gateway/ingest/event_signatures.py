@@ -56,7 +56,7 @@ async def verify_event(request: SenderRequest, sender: RequestSender, vault: Sec
     try:
         claimed = event_senders.recognize_sender(request)
         if sender.token is not None:
-            await offload.run(_require_signature, request, claimed, _opened(sender, vault))
+            await offload.run(_require_signature, request, claimed, _decrypt_secrets(sender, vault))
     except RequestRefused as error:
         raise refusal_error(error) from error
     return claimed
@@ -83,7 +83,7 @@ def refusal_error(error: RequestRefused) -> ApiError:
     return ApiError(400, error.code, error.message)
 
 
-def _opened(sender: RequestSender, vault: SecretVault) -> Secrets:
+def _decrypt_secrets(sender: RequestSender, vault: SecretVault) -> Secrets:
     token = sender.token
     if token is None or token.encrypted is None:
         return {}

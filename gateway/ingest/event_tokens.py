@@ -123,7 +123,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
     _require_admin(request.caller)
     value = await read_json(request)
     body = body_of(request, value, CreateEventToken)
-    secrets = _secrets(body.secrets or ProviderSecrets())
+    secrets = _collect_secrets(body.secrets or ProviderSecrets())
     read_only.warn_of_new(
         request, value, CreateEventToken, lambda: {"providers": [_NAMES[provider] for provider in secrets]}
     )
@@ -158,7 +158,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
         )
 
     await request.gateway.database.transaction(make)
-    shown = msgspec.structs.asdict(_shape(row))
+    shown = msgspec.structs.asdict(_show_token(row))
     url = f"{base_url(request)}/api/v1/workflows/events?key={token}"
     # `warnings` of this answer had texts before fields had warnings.
     warnings = [*address_warnings(request), *(str(one["message"]) for one in request.warnings)]
@@ -170,7 +170,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     """List the event tokens of the organization."""
     _require_admin(request.caller)
     part = request.query.page()
-    conditions = _of(request.caller)
+    conditions = _select_organization(request.caller)
     async with request.gateway.database.read() as connection:
         count = await connection.scalar(select(func.count()).select_from(SenderToken).where(*conditions))
         rows = await connection.execute(
@@ -180,7 +180,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             .limit(part.limit)
             .offset(part.offset)
         )
-        found = [_shape(SenderToken(**row)) for row in rows.mappings()]
+        found = [_show_token(SenderToken(**row)) for row in rows.mappings()]
     return JsonResponse(EventTokenList(count=count or 0, limit=part.limit, offset=part.offset, tokens=found))
 
 
@@ -190,7 +190,7 @@ async def revoke(request: GatewayRequest) -> NoContent:
     caller, token_id, now = request.caller, request.path_params["id"], request.gateway.clock()
 
     async def end(connection: AsyncConnection) -> bool:
-        is_this = (col(SenderToken.id) == token_id, *_of(caller))
+        is_this = (col(SenderToken.id) == token_id, *_select_organization(caller))
         row = (
             (await connection.execute(select(SenderToken).where(*is_this).with_for_update()))
             .mappings()
@@ -213,14 +213,14 @@ async def revoke(request: GatewayRequest) -> NoContent:
     return NoContent()
 
 
-def _of(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
+def _select_organization(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
     return (
         col(SenderToken.organization_id) == caller.organization_id,
         col(SenderToken.kind) == SenderTokenKind.EVENT,
     )
 
 
-def _secrets(given: ProviderSecrets) -> Secrets:
+def _collect_secrets(given: ProviderSecrets) -> Secrets:
     by_provider = {
         Provider.GITHUB: given.github,
         Provider.STRIPE: given.stripe,
@@ -230,7 +230,7 @@ def _secrets(given: ProviderSecrets) -> Secrets:
     return {provider: secrets for provider, secrets in by_provider.items() if secrets}
 
 
-def _shape(row: SenderToken) -> EventTokenShape:
+def _show_token(row: SenderToken) -> EventTokenShape:
     return EventTokenShape(
         id=row.id,
         name=row.name,

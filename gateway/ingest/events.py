@@ -190,7 +190,7 @@ async def emit(request: GatewayRequest) -> JsonResponse:
             idempotency_key = await offload.run(_idempotency_key, request, sender, meaning)
             emission = await gateway.events.dispatch(inbound, meaning, idempotency_key)
             headers = idempotency.REPLAYED if emission.is_repeated else None
-            return JsonResponse(_shape(emission), headers=headers)
+            return JsonResponse(_show_emission(emission), headers=headers)
         return await _ingest_batch(request, inbound, meaning)
 
 
@@ -243,7 +243,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show an event with its outcomes."""
     async with request.gateway.database.read() as connection:
-        event, delivery = await _readable(connection, request)
+        event, delivery = await _find_readable(connection, request)
         outcomes = await event_dispatch.read_outcomes(connection, delivery) if delivery is not None else []
     content: dict[str, Any] = decoding.decode(event.data)
     shape = EventShape(
@@ -254,7 +254,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         created_at=instant(event.created_at),
         event_data=content["event_data"],
         attributes=content.get("attributes", {}),
-        results=[_result(one) for one in outcomes],
+        results=[_show_outcome(one) for one in outcomes],
     )
     return JsonResponse(shape)
 
@@ -267,7 +267,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, ReplayEvent)
     gateway, caller, workflow_id = request.gateway, request.caller, body.workflow_id
     async with gateway.database.read() as connection:
-        event, delivery = await _readable(connection, request)
+        event, delivery = await _find_readable(connection, request)
     idempotency_key = request.idempotency_key({"event": event.id}, workflow_id=workflow_id)
     inbound = InboundRequest(
         delivery_id=delivery_log.new_delivery_id(),
@@ -319,12 +319,12 @@ async def _ingest_batch(request: GatewayRequest, inbound: InboundRequest, batch:
     emissions: list[EventDispatchResult] = []
     for place, event in enumerate(batch.events):
         of_event = msgspec.structs.replace(inbound, delivery_id=delivery_log.new_delivery_id())
-        idempotency_key = _derived_key(inbound.organization_id, event)
+        idempotency_key = _derive_event_key(inbound.organization_id, event)
         if given is not None:
             idempotency_key = replace(given, key=fingerprint([given.key, place]))
         emissions.append(await request.gateway.events.dispatch(of_event, event, idempotency_key))
     is_repeated = bool(emissions) and all(emission.is_repeated for emission in emissions)
-    shape = EmitEventResults(results=[_shape(emission) for emission in emissions])
+    shape = EmitEventResults(results=[_show_emission(emission) for emission in emissions])
     return JsonResponse(shape, headers=idempotency.REPLAYED if is_repeated else None)
 
 
@@ -344,7 +344,9 @@ def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
     return own if caller.is_admin else (*own, col(EventRow.user_id) == caller.user_id)
 
 
-async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tuple[EventRow, Delivery | None]:
+async def _find_readable(
+    connection: AsyncConnection, request: GatewayRequest
+) -> tuple[EventRow, Delivery | None]:
     """Return an event that the caller may see, and its delivery, None if that is no longer kept; raises a 404 error."""
     statement = select(EventRow).where(
         col(EventRow.id) == request.path_params["id"], *_visible_to(request.caller)
@@ -378,29 +380,29 @@ def _native_event(body: EmitEventRequest) -> SenderEvent:
 def _idempotency_key(
     request: GatewayRequest, sender: RequestSender, event: SenderEvent
 ) -> IdempotencyKey | None:
-    return request.idempotency_key(event_dispatch.build_event_input(event)) or _derived_key(
+    return request.idempotency_key(event_dispatch.build_event_input(event)) or _derive_event_key(
         sender.caller.organization_id, event
     )
 
 
-def _derived_key(organization_id: str, event: SenderEvent) -> IdempotencyKey | None:
+def _derive_event_key(organization_id: str, event: SenderEvent) -> IdempotencyKey | None:
     if event.key is None:
         return None
     return idempotency.derive_key(EVENT, organization_id, event.key)
 
 
-def _shape(emission: EventDispatchResult) -> EmitEventResult:
+def _show_emission(emission: EventDispatchResult) -> EmitEventResult:
     failed = sum(one.execution_id is None for one in emission.outcomes)
     return EmitEventResult(
         event_type=emission.event_type,
         workflows_triggered=len(emission.outcomes) - failed,
         workflows_failed=failed,
-        results=[_result(one) for one in emission.outcomes],
+        results=[_show_outcome(one) for one in emission.outcomes],
         event_id=emission.event_id,
     )
 
 
-def _result(outcome: WorkflowEventOutcome) -> EventResult:
+def _show_outcome(outcome: WorkflowEventOutcome) -> EventResult:
     error = EventFailure(code=outcome.error[0], message=outcome.error[1]) if outcome.error else None
     return EventResult(
         workflow_id=outcome.workflow_id,

@@ -126,7 +126,7 @@ async def options(request: GatewayRequest) -> NoContent:
     try:
         sender = await _find_sender(request)
         methods = await request.gateway.verifier.verify_with_current_secret(
-            sender.caller, sender.token_workflow_id, _accepted_methods
+            sender.caller, sender.token_workflow_id, _list_accepted_methods
         )
     except ApiError as error:
         if error.status not in _OPENS_NOTHING:
@@ -155,7 +155,7 @@ async def _answer_request(
         inbound.payload = encoded.content.decode()
     accepted, is_deferred = await _ingest(request, inbound, verified, trigger, encoded)
     if hook.config.respond is ResponseMode.AT_ONCE or is_deferred:
-        return _accepted_response(request, hook, accepted)
+        return _answer_accepted(request, hook, accepted)
     return await _await_response(request, hook, accepted, inbound, started + hook.config.deadline_seconds)
 
 
@@ -176,7 +176,7 @@ async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> Veri
     Raises 400, 401, 403, 405, 413, 415, 422 and 503, but only for senders that know the address.
     """
     gateway = request.gateway
-    query = _query(request)
+    query = _read_query(request)
     address = request.client.host if request.client else ""
     content: bytes | None = None
 
@@ -198,11 +198,11 @@ async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> Veri
     return await gateway.verifier.verify_with_current_secret(sender.caller, sender.token_workflow_id, use)
 
 
-async def _accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
+async def _list_accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
     return webhook_triggers.read_webhook(workflow).config.methods
 
 
-def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
+def _read_query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
     """Return the values of query parameters by name, without `key`, which is a token elsewhere.
 
     Raises a 400 error for too many.
@@ -328,23 +328,23 @@ async def _await_response(
     if standing is not None and standing.answer is not None:
         return WorkflowAnswer(standing.answer, _replay_headers(accepted))
     if standing is None or standing.status not in TERMINAL_STATUSES:
-        return _accepted_response(request, hook, accepted)
+        return _answer_accepted(request, hook, accepted)
     if standing.status is not ExecutionStatus.COMPLETED:
         raise errors.execution_failed(accepted.execution_id)
     shape = WebhookReceipt(status=WebhookStatus.COMPLETED, execution_id=accepted.execution_id)
-    return JsonResponse(shape, headers=_headers(request, accepted))
+    return JsonResponse(shape, headers=_build_headers(request, accepted))
 
 
-def _accepted_response(
+def _answer_accepted(
     request: GatewayRequest, hook: WebhookTrigger, accepted: AcceptanceResult
 ) -> JsonResponse:
     shape = WebhookReceipt(status=WebhookStatus.ACCEPTED, execution_id=accepted.execution_id)
     # Slack shows anything but 200 as a failure to the person who typed a command.
     status = OK if hook.verification.provider is SigningProvider.SLACK else ACCEPTED
-    return JsonResponse(shape, status=status, headers=_headers(request, accepted))
+    return JsonResponse(shape, status=status, headers=_build_headers(request, accepted))
 
 
-def _headers(request: GatewayRequest, accepted: AcceptanceResult) -> Mapping[str, str]:
+def _build_headers(request: GatewayRequest, accepted: AcceptanceResult) -> Mapping[str, str]:
     return {**location(request.gateway.settings, accepted.execution_id), **_replay_headers(accepted)}
 
 

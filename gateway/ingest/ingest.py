@@ -161,7 +161,7 @@ class RequestIngestor:
             assigned_deployment_id=target.assigned_deployment_id,
             delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
             is_read=message.is_read,
-            labels=_labels(workflow, message),
+            labels=_choose_labels(workflow, message),
             trace_origin=None if tracing.tracer is None else tracing.current_origin(),
         )
 
@@ -295,7 +295,7 @@ class RequestIngestor:
         return AcceptanceResult(taken.verdict, execution_id)
 
 
-def _labels(workflow: LoadedWorkflow, message: RunInput) -> Sequence[RunLabel]:
+def _choose_labels(workflow: LoadedWorkflow, message: RunInput) -> Sequence[RunLabel]:
     """Return the labels of a run: those of the message replace those of the settings with the same key.
 
     None for an unparsed mail, which gets its labels later.

@@ -59,7 +59,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     query, part = request.query, request.query.page()
     async with request.gateway.database.read() as connection:
         count, found = await rejected_samples.list_samples(connection, request.caller, query[ROUTE], part)
-    shown = [_shape(one) for one in found]
+    shown = [_show_sample(one) for one in found]
     return JsonResponse(SampleList(count=count, limit=part.limit, offset=part.offset, samples=shown))
 
 
@@ -75,11 +75,11 @@ async def of_workflow(request: GatewayRequest) -> JsonResponse:
         count, found = await rejected_samples.list_samples(
             connection, request.caller, None, part, stored.workflow.id
         )
-    shown = [_shape(one) for one in found]
+    shown = [_show_sample(one) for one in found]
     return JsonResponse(SampleList(count=count, limit=part.limit, offset=part.offset, samples=shown))
 
 
-def _shape(sample: RejectedRequestSample) -> SampleShape:
+def _show_sample(sample: RejectedRequestSample) -> SampleShape:
     shape = sample.shape
     return SampleShape(
         route=IngestRoute(sample.route),

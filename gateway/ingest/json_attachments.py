@@ -64,7 +64,7 @@ def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[Js
     problems: list[Mapping[str, Json]] = []
     for number, members in enumerate(attachments):
         try:
-            decoded.append(JsonAttachment(members, _content(members)))
+            decoded.append(JsonAttachment(members, _decode_content(members)))
         except ValueError:
             path = f"{_FIELD}.{number}.{CONTENT}"
             problems.append(errors.problem(path, "invalid-base64", "The content must be a base64 string"))
@@ -73,7 +73,7 @@ def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[Js
     return decoded
 
 
-def _content(members: Mapping[str, Json]) -> bytes | None:
+def _decode_content(members: Mapping[str, Json]) -> bytes | None:
     """Return the decoded content of an attachment, None without one; raises ValueError for invalid base64."""
     value = members.get(CONTENT)
     if value is None:

@@ -226,7 +226,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
             request.gateway.database,
             request.caller,
             AuditAction.DEAD_LETTERS_REDRIVEN,
-            _subject(request, body),
+            _name_subject(request, body),
             list(found),
         )
     done = await redrive_runs.redrive_all([] if body.dry_run else list(found), again)
@@ -245,7 +245,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
     matched, chosen = await _choose(request, body, wanted)
     purged = 0 if body.dry_run else len(chosen)
     if purged:
-        await dead_letters.purge_runs(request, chosen, _subject(request, body))
+        await dead_letters.purge_runs(request, chosen, _name_subject(request, body))
     return JsonResponse(PurgeResult(matched=matched, purged=purged, remaining=matched - purged))
 
 
@@ -259,7 +259,7 @@ async def _choose(
     return len(found.rows), found.rows[: body.limit]
 
 
-def _subject(request: GatewayRequest, body: SelectDeadLetters) -> str:
+def _name_subject(request: GatewayRequest, body: SelectDeadLetters) -> str:
     """Return the subject of the audit entry: the id of the filter's workflow, or of the organization."""
     return body.filter.workflow_id or request.caller.organization_id
 

@@ -80,7 +80,7 @@ class RejectedSamples:
         if error.status == TOO_MANY or not self._may_sample(scope):
             return  # earlier samples are more useful, and are kept
         slot = next(self._turns[route]) % SLOTS
-        self._waiting[route, slot] = _sample(route, slot, scope, error, self._database.clock.now())
+        self._waiting[route, slot] = _build_sample(route, slot, scope, error, self._database.clock.now())
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
 
@@ -120,7 +120,7 @@ class RejectedSamples:
             owners: dict[str, str] = {
                 row.id: row.organization_id for row in await connection.execute(statement)
             }
-            await _upsert(connection, [_row(one, owners) for one in batch])
+            await _upsert_samples(connection, [_build_row(one, owners) for one in batch])
 
         try:
             await self._database.transaction(write)
@@ -163,7 +163,7 @@ async def list_samples(
     return found or 0, [RejectedRequestSample(**row) for row in rows.mappings()]
 
 
-async def _upsert(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+async def _upsert_samples(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     # Same order in every gateway: concurrent writers wait for one another without a deadlock.
     statement = dialect.insert(RejectedRequestSample).values(
@@ -177,7 +177,7 @@ async def _upsert(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]
     )
 
 
-def _row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
+def _build_row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
     """Return the columns of a sample with the organization of its workflow, without a workflow that doesn't exist."""
     row = sample.model_dump()
     if sample.organization_id is None:
@@ -186,7 +186,7 @@ def _row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapping[st
     return row
 
 
-def _sample(
+def _build_sample(
     route: IngestRoute, slot: int, scope: Scope, error: ApiError, now: datetime
 ) -> RejectedRequestSample:
     sender: RequestSender | None = scope.get("sender")
@@ -202,13 +202,13 @@ def _sample(
         organization_id=organization_id,
         workflow_id=workflow_id,
         reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
-        content_bytes=_declared_bytes(scope),
-        shape=_shape(scope),
+        content_bytes=_read_declared_bytes(scope),
+        shape=_describe_shape(scope),
         created_at=now,
     )
 
 
-def _shape(scope: Scope) -> dict[str, Any]:
+def _describe_shape(scope: Scope) -> dict[str, Any]:
     """Return method, address, content type and names of headers of a request.
 
     Not their values, which may be secrets.
@@ -218,16 +218,16 @@ def _shape(scope: Scope) -> dict[str, Any]:
     return {
         "method": scope["method"],
         "address": scope["client"][0] if scope.get("client") else "",
-        "contentType": _text(content_types[0]) if content_types else None,
-        "headers": [_text(name) for name, _ in headers[:MAX_HEADERS]],
+        "contentType": _to_printable(content_types[0]) if content_types else None,
+        "headers": [_to_printable(name) for name, _ in headers[:MAX_HEADERS]],
         "contentHash": scope.get("content_hash"),
     }
 
 
-def _text(raw: bytes) -> str:
+def _to_printable(raw: bytes) -> str:
     return "".join(one if one.isprintable() else "?" for one in raw[:MAX_TEXT].decode("latin-1"))
 
 
-def _declared_bytes(scope: Scope) -> int:
+def _read_declared_bytes(scope: Scope) -> int:
     declared = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
     return min(int(declared), 2**31 - 1) if declared.isdigit() and len(declared) < MAX_TEXT else 0

@@ -134,7 +134,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         ListedSchedule(
             workflow_name=listed.workflow.name,
             **msgspec.structs.asdict(
-                _shape(listed.workflow, listed.trigger, listed.row, listed.last_status, now)
+                _show_schedule(listed.workflow, listed.trigger, listed.row, listed.last_status, now)
             ),
         )
         for listed in found
@@ -146,9 +146,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
     """Show the next and last runs of a workflow's schedule, and whether the schedule is active."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
-        row, status = await _row(connection, stored.workflow.id)
+        row, status = await _read_row(connection, stored.workflow.id)
     trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
-    shown = _shape(stored.workflow, trigger, row, status, request.gateway.clock())
+    shown = _show_schedule(stored.workflow, trigger, row, status, request.gateway.clock())
     return editing.answer(stored, shown)
 
 
@@ -181,10 +181,10 @@ async def _list_rows(
         col(Schedule.due_at).is_(None), col(Schedule.due_at), col(Schedule.workflow_id)
     )
     rows = await connection.execute(ordered.limit(part.limit).offset(part.offset))
-    return count or 0, [_listed_row(tuple(row)) for row in rows]
+    return count or 0, [_split_row(tuple(row)) for row in rows]
 
 
-def _listed_row(values: Sequence[Any]) -> _ListedRow:
+def _split_row(values: Sequence[Any]) -> _ListedRow:
     """Return the objects of a result row that has the columns of three tables, one after the other."""
     objects: list[Any] = []
     position = 0
@@ -197,7 +197,7 @@ def _listed_row(values: Sequence[Any]) -> _ListedRow:
     return _ListedRow(workflow, node, row, values[position])
 
 
-async def _row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule | None, str | None]:
+async def _read_row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule | None, str | None]:
     """Return the row of a schedule, and the status of its last run; None for each that is missing."""
     statement = (
         select(Schedule, col(Execution.status))
@@ -212,7 +212,7 @@ async def _row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule 
     return Schedule(**columns), status
 
 
-def _shape(
+def _show_schedule(
     workflow: Workflow,
     trigger: TriggerNode | None,
     row: Schedule | None,
@@ -228,7 +228,7 @@ def _shape(
         policy=None,
         next_runs=[],
         last_run=_last_run(row, status),
-        last_passed_over=_last_passed_over(row),
+        last_passed_over=_show_last_skipped(row),
     )
     if trigger is None or trigger.kind != SCHEDULE_KIND:
         shape.inactive_reason = InactiveReason.NO_SCHEDULE
@@ -240,7 +240,7 @@ def _shape(
         shape.inactive_reason = shape.inactive_reason or InactiveReason.INVALID
         shape.problem = str(error)
         return shape
-    shape.policy = _policy(wanted)
+    shape.policy = _show_policy(wanted)
     if shape.inactive_reason is None and shape.problem:
         shape.inactive_reason = InactiveReason.INVALID
     shape.is_active = shape.inactive_reason is None
@@ -265,7 +265,7 @@ def _inactive_reason(workflow: Workflow) -> InactiveReason | None:
     return None if workflow.status == WorkflowStatus.ACTIVE else InactiveReason(workflow.status)
 
 
-def _policy(wanted: ScheduleTimetable) -> SchedulePolicy:
+def _show_policy(wanted: ScheduleTimetable) -> SchedulePolicy:
     return SchedulePolicy(
         cron=wanted.cron,
         interval_seconds=wanted.interval_seconds,
@@ -287,7 +287,7 @@ def _last_run(row: Schedule | None, status: str | None) -> LastRun | None:
     )
 
 
-def _last_passed_over(row: Schedule | None) -> SkippedInstant | None:
+def _show_last_skipped(row: Schedule | None) -> SkippedInstant | None:
     if row is None or row.skipped_at is None or row.skipped_reason is None:
         return None
     return SkippedInstant(at=instant(row.skipped_at), reason=SkipReason(row.skipped_reason))

@@ -81,10 +81,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
     workflow_id = request.path_params["id"]
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
-        rows = await _valid(connection, workflow_id, request.gateway.clock())
+        rows = await _list_valid_tokens(connection, workflow_id, request.gateway.clock())
     shape = InboundAddress(
-        trigger_kind=_kind(request, stored),
-        urls=_urls(request, stored, MASK + rows[0].hint if rows else MASK),
+        trigger_kind=_find_kind(request, stored),
+        urls=_build_urls(request, stored, MASK + rows[0].hint if rows else MASK),
         warnings=address_warnings(request),
         tokens=[
             TriggerTokenShape(
@@ -148,7 +148,7 @@ async def replace(request: GatewayRequest) -> JsonResponse:
         id=token_id,
         token=token,
         hint=sender_tokens.visible_suffix(token),
-        urls=_urls(request, stored, token),
+        urls=_build_urls(request, stored, token),
         warnings=address_warnings(request),
     )
     return JsonResponse(shape, status=201)
@@ -175,7 +175,9 @@ async def revoke(request: GatewayRequest) -> NoContent:
     return NoContent()
 
 
-async def _valid(connection: AsyncConnection, workflow_id: str, now: datetime) -> Sequence[SenderToken]:
+async def _list_valid_tokens(
+    connection: AsyncConnection, workflow_id: str, now: datetime
+) -> Sequence[SenderToken]:
     statement = (
         select(SenderToken)
         .where(
@@ -193,7 +195,7 @@ async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at:
 
     Return the ids of those that were valid. Of too many valid tokens, the oldest end now.
     """
-    rows = await _valid(connection, workflow_id, now)
+    rows = await _list_valid_tokens(connection, workflow_id, now)
     for place, row in enumerate(rows, start=1):
         ends = at if row.expires_at is None else min(at, row.expires_at)
         if place >= limits.TRIGGER_TOKENS:
@@ -203,16 +205,16 @@ async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at:
     return [row.id for row in rows]
 
 
-def _kind(request: GatewayRequest, stored: StoredWorkflow) -> str | None:
+def _find_kind(request: GatewayRequest, stored: StoredWorkflow) -> str | None:
     trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
     return trigger.kind if trigger else None
 
 
-def _urls(request: GatewayRequest, stored: StoredWorkflow, token: str) -> dict[str, str]:
+def _build_urls(request: GatewayRequest, stored: StoredWorkflow, token: str) -> dict[str, str]:
     """Return the URLs of a workflow's trigger with a token, by kind of sender; empty for triggers without senders."""
     base = base_url(request)
     workflow = f"{base}/api/v1/workflows/{stored.workflow.id}"
-    match _kind(request, stored):
+    match _find_kind(request, stored):
         case "queue":
             return {
                 "api": f"{workflow}/enqueue?key={token}",

@@ -128,13 +128,15 @@ def parse_request(hook: WebhookTrigger, request: SenderRequest) -> ParsedWebhook
     match hook.verification.provider:
         case SigningProvider.GITHUB:
             name = request.headers.single("X-GitHub-Event")
-            return ParsedWebhookRequest(name, github.parse_event(request).data if name else _body(request))
+            return ParsedWebhookRequest(
+                name, github.parse_event(request).data if name else _decode_body(request)
+            )
         case SigningProvider.SLACK:
             meaning = slack.parse_event(request)
             if isinstance(meaning, UrlChallenge):
                 return meaning
             return ParsedWebhookRequest(meaning.event_type.removeprefix(f"{slack.SOURCE}."), meaning.data)
-    body = _body(request)
+    body = _decode_body(request)
     event_type = body.get("type") if isinstance(body, dict) else None
     return ParsedWebhookRequest(event_type if isinstance(event_type, str) else None, body)
 
@@ -147,14 +149,14 @@ def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dic
     }
     return {
         "body": body,
-        "headers": _headers(hook, request.headers),
+        "headers": _select_headers(hook, request.headers),
         "query": query,
         "method": request.method,
         "respond": hook.config.respond.value,
     }
 
 
-def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
+def _select_headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
     """Return the headers that a run may see, without credentials.
 
     Several of one name become one text, as HTTP defines.
@@ -167,7 +169,7 @@ def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
     }
 
 
-def _body(request: SenderRequest) -> Json:
+def _decode_body(request: SenderRequest) -> Json:
     """Return a body, decoded by its media type: JSON, form fields, text, or bytes as base64.
 
     An absent one is an empty object. Raises `RequestRefused` for invalid content.
@@ -178,14 +180,14 @@ def _body(request: SenderRequest) -> Json:
     if request.media_type.is_json:
         return request.json
     if name in {sender_request.URLENCODED_TYPE, sender_request.MULTIPART_TYPE}:
-        return _fields(request.form)
+        return _collect_fields(request.form)
     request.require_offloaded()
     if name.startswith("text/") or name.endswith("+xml") or name in _TEXTS:
-        return sender_event.storable_text(_text(request))
-    return _bytes(request.body, name)
+        return sender_event.storable_text(_decode_text(request))
+    return _encode_bytes(request.body, name)
 
 
-def _text(request: SenderRequest) -> str:
+def _decode_text(request: SenderRequest) -> str:
     charset = request.media_type.parameters.get("charset", "utf-8")
     try:
         return request.body.decode(charset)
@@ -193,23 +195,23 @@ def _text(request: SenderRequest) -> str:
         return sender_request.decode_value(request.body)
 
 
-def _fields(form: PostedForm) -> dict[str, Json]:
+def _collect_fields(form: PostedForm) -> dict[str, Json]:
     fields: dict[str, list[Any]] = {}
     for part in form.parts:
-        fields.setdefault(sender_event.storable_text(part.name), []).append(_field(part))
+        fields.setdefault(sender_event.storable_text(part.name), []).append(_decode_field(part))
     return {name: _one_or_all(values) for name, values in fields.items()}
 
 
-def _field(part: FormPart) -> Json:
+def _decode_field(part: FormPart) -> Json:
     if not part.is_file:
         return sender_event.storable_text(sender_request.decode_value(part.value))
     return {
-        **_bytes(part.value, part.content_type or ""),
+        **_encode_bytes(part.value, part.content_type or ""),
         "filename": sender_event.storable_text(part.filename or ""),
     }
 
 
-def _bytes(content: bytes | memoryview, content_type: str) -> dict[str, Json]:
+def _encode_bytes(content: bytes | memoryview, content_type: str) -> dict[str, Json]:
     return {"base64": b64encode(content).decode(), "contentType": content_type}
 
 

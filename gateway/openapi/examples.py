@@ -25,10 +25,10 @@ class OperationExample(msgspec.Struct, frozen=True):
 
 def find_example(method: str, path: str) -> OperationExample:
     """Return the example of an operation; an empty example if it has none."""
-    return _examples().get(f"{method} {path}", OperationExample())
+    return _load_examples().get(f"{method} {path}", OperationExample())
 
 
 @cache
-def _examples() -> Mapping[str, OperationExample]:
+def _load_examples() -> Mapping[str, OperationExample]:
     text = resources.files(__package__).joinpath("examples.json").read_bytes()
     return decoding.decode(text, dict[str, OperationExample])

@@ -99,15 +99,15 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
     from importlib import metadata  # noqa: PLC0415 - loads the parsers of mails and archives
 
     found, named = schemas.build_schemas(
-        [kind for line in table for kind in _types(line) if kind is not None]
+        [kind for line in table for kind in _list_types(line) if kind is not None]
         + [ErrorResponse, KnownSettings, ExecutionErrorShape],
-        warning=[kind for line in table if may_warn(line) for kind in _types(line)[1:]],
+        warning=[kind for line in table if may_warn(line) for kind in _list_types(line)[1:]],
     )
     in_turn = iter(found)
     paths: dict[str, Part] = {}
     for line in table:
-        shapes = [None if kind is None else next(in_turn) for kind in _types(line)]
-        paths.setdefault(line.path, {})[line.method.lower()] = _operation(line, *shapes)
+        shapes = [None if kind is None else next(in_turn) for kind in _list_types(line)]
+        paths.setdefault(line.path, {})[line.method.lower()] = _build_operation(line, *shapes)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -116,7 +116,7 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
             "description": resources.files(__package__).joinpath("introduction.md").read_text(),
         },
         "servers": [{"url": server}],
-        "tags": _tags(table),
+        "tags": _build_tags(table),
         "paths": paths,
         "components": {
             "securitySchemes": {
@@ -135,11 +135,11 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
             },
             "schemas": named,
             "responses": {
-                _name_of(of_status): _refused(status, of_status)
+                _name_of(of_status): _build_refusal(status, of_status)
                 for line in table
                 for status, of_status in _by_status(codes(line)).items()
             },
-            "headers": {REQUEST_ID.name: _header(REQUEST_ID)},
+            "headers": {REQUEST_ID.name: _build_header(REQUEST_ID)},
             "examples": {
                 code: {"summary": refusal.meaning, "value": msgspec.to_builtins(example(code))}
                 for code, refusal in ERROR_CODES.items()
@@ -149,7 +149,7 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
     }
 
 
-def _types(line: Route) -> list[object]:
+def _list_types(line: Route) -> list[object]:
     """Return the types of an operation's request body, main response and other success responses.
 
     None for absent ones.
@@ -171,7 +171,7 @@ def _note(line: Route) -> OperationDoc:
     return line.docs
 
 
-def _tags(table: Iterable[Route]) -> list[Part]:
+def _build_tags(table: Iterable[Route]) -> list[Part]:
     """Return the tags with descriptions in the order of their first operations, with paths outside `/api/` last."""
     in_order = sorted(table, key=lambda line: not line.path.startswith("/api/"))
     modules = dict.fromkeys(line.handler.__module__ for line in in_order)
@@ -188,20 +188,20 @@ def _tag(module_name: str) -> str:
 # ── an operation ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _operation(line: Route, body: Part | None, answer: Part | None, *others: Part | None) -> Part:
+def _build_operation(line: Route, body: Part | None, answer: Part | None, *others: Part | None) -> Part:
     note, shown = _note(line), examples.find_example(line.method, line.path)
     summary, _, description = (inspect.getdoc(line.handler) or "").partition("\n\n")
     operation: Part = {
         "operationId": operation_id(line),
         "tags": [_tag(line.handler.__module__)],
         "summary": " ".join(summary.split()).removesuffix("."),
-        "description": "\n\n".join([*filter(None, [description]), _allowed_to(line.access)]),
-        **_security(line.access),
+        "description": "\n\n".join([*filter(None, [description]), _describe_access(line.access)]),
+        **_build_security(line.access),
         "parameters": [*_in_path(line, shown), *_in_query(line.query, shown), *map(_in_header, note.takes)],
         "responses": {
-            str(line.status): _success(HTTPStatus(line.status).phrase, note, answer, shown.answer),
+            str(line.status): _build_success(HTTPStatus(line.status).phrase, note, answer, shown.answer),
             **{
-                str(status): _success(also.meaning, note, other, None)
+                str(status): _build_success(also.meaning, note, other, None)
                 for (status, also), other in zip(note.also.items(), others, strict=True)
             },
             **{
@@ -213,7 +213,7 @@ def _operation(line: Route, body: Part | None, answer: Part | None, *others: Par
     if body is not None and line.body is not None:
         operation["requestBody"] = {
             "required": any(field.required for field in msgspec.structs.fields(line.body)),
-            "content": {JSON: {"schema": body, "examples": _named_examples(shown.bodies)}},
+            "content": {JSON: {"schema": body, "examples": _name_examples(shown.bodies)}},
         }
     return operation
 
@@ -244,7 +244,7 @@ def codes(line: Route) -> list[str]:
     return [code for code in ERROR_CODES if code in found]
 
 
-def _allowed_to(access: KeyScope | AccessRule) -> str:
+def _describe_access(access: KeyScope | AccessRule) -> str:
     match access:
         case AccessRule.PUBLIC:
             return "Requires no key."
@@ -258,7 +258,7 @@ def _allowed_to(access: KeyScope | AccessRule) -> str:
             return f"Requires a key with the scope `{access}`."
 
 
-def _security(access: KeyScope | AccessRule) -> Part:
+def _build_security(access: KeyScope | AccessRule) -> Part:
     if access is AccessRule.PUBLIC:
         return {"security": []}
     if access is AccessRule.SENDER:
@@ -314,20 +314,20 @@ def _in_header(header: HeaderDoc) -> Part:
 # ── responses ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _success(meaning: str, note: OperationDoc, answer: Part | None, shown: object) -> Part:
-    response = _response(meaning, note.sends)
+def _build_success(meaning: str, note: OperationDoc, answer: Part | None, shown: object) -> Part:
+    response = _build_response(meaning, note.sends)
     if answer is None:
         return response
     content = {"schema": answer} | ({} if shown is None else {"example": shown})
     if note.media_type == EVENT_STREAM:
         # The stream is text that clients must not parse as one event. OpenAPI 3.2 has `itemSchema` for the
         # events.
-        content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _written(shown)}
+        content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _encode_event(shown)}
     response["content"] = {note.media_type: content}
     return response
 
 
-def _written(event: object) -> str:
+def _encode_event(event: object) -> str:
     """Return an event in the wire format of server-sent events."""
     fields: dict[str, str] = msgspec.convert(event, dict[str, str])
     return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
@@ -345,9 +345,9 @@ def _name_of(of_status: Iterable[str]) -> str:
     return "-".join(dict.fromkeys(JSON_CODES[0] if code in JSON_CODES else code for code in of_status))
 
 
-def _refused(status: int, of_status: Iterable[str]) -> Part:
+def _build_refusal(status: int, of_status: Iterable[str]) -> Part:
     meanings = "\n".join(f"- `{code}`: {ERROR_CODES[code].meaning}" for code in of_status)
-    response = _response(meanings, [_SENT_WITH[status]] if status in _SENT_WITH else [])
+    response = _build_response(meanings, [_SENT_WITH[status]] if status in _SENT_WITH else [])
     shown = {code: {"$ref": f"#/components/examples/{code}"} for code in of_status}
     response["content"] = {
         JSON: {"schema": {"$ref": f"{schemas.REF}{ErrorResponse.__name__}"}, "examples": shown}
@@ -355,14 +355,14 @@ def _refused(status: int, of_status: Iterable[str]) -> Part:
     return response
 
 
-def _response(description: str, sent: Iterable[HeaderDoc]) -> Part:
+def _build_response(description: str, sent: Iterable[HeaderDoc]) -> Part:
     headers = {REQUEST_ID.name: {"$ref": f"#/components/headers/{REQUEST_ID.name}"}}
-    return {"description": description, "headers": headers | {one.name: _header(one) for one in sent}}
+    return {"description": description, "headers": headers | {one.name: _build_header(one) for one in sent}}
 
 
-def _header(header: HeaderDoc) -> Part:
+def _build_header(header: HeaderDoc) -> Part:
     return {"description": header.description, "required": header.is_always_sent, "schema": header.schema}
 
 
-def _named_examples(values: Mapping[str, object]) -> Part:
+def _name_examples(values: Mapping[str, object]) -> Part:
     return {name: {"value": value} for name, value in values.items()}

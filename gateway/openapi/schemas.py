@@ -47,25 +47,25 @@ def build_schemas(
     """
     types = list(types)
     schemas, named = msgspec.json.schema_components(types, ref_template=REF + "{name}")
-    for struct in _structs(types):
+    for struct in _iterate_structs(types):
         _describe(struct, named[struct.__name__])
     for struct in {kind for kind in _parts_of(warning) if isinstance(kind, type)}:
         if struct.__name__ in named:
             named[struct.__name__]["properties"].setdefault("warnings", _WARNINGS)
     known_as = {name: name.removesuffix(_SUFFIX) for name in named}
     known_as |= {name: name for name, known in known_as.items() if known != name and known in named}
-    tidied = {known_as[name]: _tidied(schema, known_as) for name, schema in named.items()}
-    return _tidied(list(schemas), known_as), dict(sorted(tidied.items()))
+    tidied = {known_as[name]: _tidy_schema(schema, known_as) for name, schema in named.items()}
+    return _tidy_schema(list(schemas), known_as), dict(sorted(tidied.items()))
 
 
-def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
+def _tidy_schema(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
     """Return a schema with public type names and without redundant keywords."""
     if isinstance(value, list):
-        return [_tidied(item, known_as) for item in value]
+        return [_tidy_schema(item, known_as) for item in value]
     if not isinstance(value, dict):
         return value
     tidied = {
-        key: _tidied(item, known_as)
+        key: _tidy_schema(item, known_as)
         for key, item in value.items()
         # The keyword `title` is a text; a field named `title` has a schema.
         if not (key == "title" and isinstance(item, str)) and (key, item) != _NO_DEFAULT
@@ -81,10 +81,10 @@ def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - a
             }
         case {"required": []}:
             del tidied["required"]
-    return tidied | _implied_keywords(tidied)
+    return tidied | _find_implied_keywords(tidied)
 
 
-def _implied_keywords(schema: Mapping[str, Any]) -> dict[str, Json]:
+def _find_implied_keywords(schema: Mapping[str, Any]) -> dict[str, Json]:
     """Return the implied keywords of a schema that client generators misread when they are absent."""
     kind = schema.get("type", [])
     kinds = kind if isinstance(kind, list) else [kind]
@@ -106,7 +106,7 @@ def _parts_of(types: Iterable[object]) -> Iterator[object]:
             yield from get_args(kind)
 
 
-def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
+def _iterate_structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
     """Yield each struct that the types contain, once."""
     seen: set[object] = set()
     waiting = list(types)

@@ -55,7 +55,7 @@ async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
 
     Raises 409 `lease-lost`, 422 for a wrong hash and 503 without blob storage.
     """
-    owner = await _owner(request, holder)
+    owner = await _find_owner(request, holder)
     content = await request.body_up_to(BodyLimit(MAX_BLOB_BYTES, setting=""))
     wanted = request.path_params["sub"]
     if await asyncio.to_thread(lambda: hash_of(content).hexdigest()) != wanted:
@@ -74,7 +74,7 @@ async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload
 
     Raises 409 `lease-lost`, 404 for a lost blob and 503 without blob storage.
     """
-    owner = await _owner(request, holder)
+    owner = await _find_owner(request, holder)
     try:
         return await BlobDownload.of(request.gateway.blobs, owner, request.path_params["sub"])
     except BlobLost as error:
@@ -83,7 +83,7 @@ async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload
         raise errors.not_ready(f"{error}: try again") from error
 
 
-async def _owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
+async def _find_owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
     key_id = request.path_params["id"]
     await lease_checks.require_resume_line(request.gateway.database, holder, key_id)
     return BlobOwner(holder.organization_id, key_id)
@@ -96,7 +96,7 @@ async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> Json
     """
     call = await decode_call(request, DataSourceRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _translated_errors():
+    async with _translate_errors():
         return JsonResponse(await request.gateway.pod_services.sources.find(caller, call.source_id))
 
 
@@ -110,7 +110,7 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
     caller = await lease_checks.read_caller(database, holder, request.path_params["id"])
     node = (call.node_id, call.iteration)
     caller = await lease_checks.take_write_key(database, caller, node, call.write_key_id)
-    async with _translated_errors():
+    async with _translate_errors():
         execution_id = await request.gateway.pod_services.runs.start(
             caller,
             call.workflow_id,
@@ -129,7 +129,7 @@ async def create_approval_links(request: GatewayRequest, holder: LeaseHolder) ->
     """
     call = await decode_call(request, ApprovalLinksRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _translated_errors():
+    async with _translate_errors():
         urls = await request.gateway.pod_services.approvals.create_links(caller, call.places)
     return JsonResponse(ApprovalLinksResponse(urls))
 
@@ -142,7 +142,7 @@ async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResp
     call = await decode_call(request, ExpectEventRequest)
     record_checks.require_readable(call)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _translated_errors():
+    async with _translate_errors():
         expires_at = await request.gateway.pod_services.events.expect(
             caller,
             EventWaitRequest(
@@ -161,7 +161,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """
     call = await decode_call(request, ThrottleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _translated_errors():
+    async with _translate_errors():
         at = await request.gateway.pod_services.throttle.reserve(
             caller,
             call.key,
@@ -173,7 +173,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 @asynccontextmanager
-async def _translated_errors() -> AsyncIterator[None]:
+async def _translate_errors() -> AsyncIterator[None]:
     """Translate a node's error in the block to a 422 error with its kind in a header, and a slow database to 503."""
     try:
         async with asyncio.timeout(ASK_SECONDS):

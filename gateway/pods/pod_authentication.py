@@ -56,7 +56,7 @@ class PodAuthenticator:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         process = PodProcess.from_name(request.headers.get(RUNNER_HEADER, ""))
         if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or process is None:
-            raise _unauthorized()
+            raise _refuse_pod()
         bearer = await self._bearer(token, client_of_scope(request.scope))
         return LeaseHolder(bearer.workflow_id, bearer.organization_id, bearer.shard, process)
 
@@ -72,7 +72,7 @@ class PodAuthenticator:
         bearer = await self._reads.submit(token)
         if bearer is None:
             self._remembered.pop(token, None)
-            raise self._failures.fail(client, _unauthorized())
+            raise self._failures.fail(client, _refuse_pod())
         self._remembered[token] = CachedHolder(bearer, until)
         self._remembered.move_to_end(token)
         if len(self._remembered) > MAX_REMEMBERED:
@@ -80,6 +80,6 @@ class PodAuthenticator:
         return bearer
 
 
-def _unauthorized() -> ApiError:
+def _refuse_pod() -> ApiError:
     message = "Send the token of a deployment as Authorization: Bearer, and the pod and its start as X-Runner"
     return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})

@@ -46,11 +46,11 @@ async def decode_call(request: GatewayRequest, kind: type[Call], *, max_bytes: i
     """
     raw = await request.body_up_to(BodyLimit(max_bytes, setting=""))
     if len(raw) > LONG_BYTES:
-        return await asyncio.to_thread(_decoded, raw, kind)
-    return _decoded(raw, kind)
+        return await asyncio.to_thread(_decode_body, raw, kind)
+    return _decode_body(raw, kind)
 
 
-def _decoded(raw: bytes, kind: type[Call]) -> Call:
+def _decode_body(raw: bytes, kind: type[Call]) -> Call:
     try:
         values.decode_json(raw)
         return decoding.decode(raw, kind)

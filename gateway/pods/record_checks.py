@@ -51,24 +51,24 @@ def require_storable(write: RunWrite) -> None:
         for span in write.spans:
             _check_span(span)
     except (InvalidJson, InvalidBlobReference, msgspec.DecodeError) as error:
-        raise _refused(f"A value can't be stored: {error}") from error
-    if any(moment.tzinfo is None for moment in _moments(write)):
-        raise _refused("A time has no zone")
+        raise _refuse_write(f"A value can't be stored: {error}") from error
+    if any(moment.tzinfo is None for moment in _iterate_moments(write)):
+        raise _refuse_write("A time has no zone")
     if write.blocked_node is not None and not is_storable_text(write.blocked_node):
-        raise _refused("The blocked node is not a valid ID")
+        raise _refuse_write("The blocked node is not a valid ID")
     if not all(is_storable_text(text) for place in write.cancelled_tasks for text in place):
-        raise _refused("A cancelled task is not one of a node")
+        raise _refuse_write("A cancelled task is not one of a node")
     _check_metadata(write)
     if write.channel and not ids.is_id(write.channel):
-        raise _refused("The channel is not a valid ID")
+        raise _refuse_write("The channel is not a valid ID")
 
 
 def _check_metadata(write: RunWrite) -> None:
     for key, value in write.metadata.items():
         if not METADATA_KEY.match(key) or len(value) > MAX_VALUE_CHARACTERS or "\0" in value:
-            raise _refused("An entry of the metadata is invalid")
+            raise _refuse_write("An entry of the metadata is invalid")
     if len(write.metadata) > MAX_METADATA_KEYS:
-        raise _refused("There are too many keys of metadata")
+        raise _refuse_write("There are too many keys of metadata")
 
 
 def is_storable_text(text: str) -> bool:
@@ -82,9 +82,9 @@ def require_readable(call: ExpectEventRequest) -> None:
         if call.condition is not None:
             compile_condition(values.decode_json(call.condition.encode()))
         if not isinstance(values.decode_json(call.given.encode()), list):
-            raise _refused("The values of the filter are not a list")
+            raise _refuse_write("The values of the filter are not a list")
     except (InvalidJson, ExpressionError) as error:
-        raise _refused(f"The filter is invalid: {error}") from error
+        raise _refuse_write(f"The filter is invalid: {error}") from error
 
 
 def _check_span(span: NodeSpan) -> None:
@@ -100,10 +100,10 @@ def _check_span(span: NodeSpan) -> None:
     if span.task is not None:
         _check_task(span.task)
     if span.hashes is not None and len(span.hashes) > MAX_HASHES_BYTES:
-        raise _refused("The hashes are too long")
+        raise _refuse_write("The hashes are too long")
     for execution_id in (span.reused_from, span.key_id):
         if execution_id is not None and not ids.is_id(execution_id):
-            raise _refused("The execution of a span is not a valid ID")
+            raise _refuse_write("The execution of a span is not a valid ID")
 
 
 def _check_task(raw: bytes) -> None:
@@ -124,10 +124,10 @@ def _check_task(raw: bytes) -> None:
         or not re.match(VERSION_PATTERN, task.version)
         or not re.match(TYPE_PATTERN, task.type)
     ):
-        raise _refused("A task is invalid")
+        raise _refuse_write("A task is invalid")
 
 
-def _moments(write: RunWrite) -> Iterator[datetime]:
+def _iterate_moments(write: RunWrite) -> Iterator[datetime]:
     moments = [write.due_at, *(line.created_at for line in write.logs)]
     for attempt in write.attempts:
         moments += [attempt.started_at, attempt.ended_at, attempt.next_attempt_at]
@@ -136,5 +136,5 @@ def _moments(write: RunWrite) -> Iterator[datetime]:
     yield from (moment for moment in moments if moment is not None)
 
 
-def _refused(message: str) -> ApiError:
+def _refuse_write(message: str) -> ApiError:
     return errors.invalid([errors.problem("writes", "invalid-value", message)])

@@ -128,7 +128,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
         if (with_deprecated or not node_type.is_deprecated or wanted is not None)
         and wanted in (None, node_type.type)
         and category in (None, node_type.category)
-        and (search is None or _mentions(node_type, search))
+        and (search is None or _matches_search(node_type, search))
     ]
     shown = [_shown(node_type) for node_type in types[part.offset : part.offset + part.limit]]
     return JsonResponse(NodeTypeList(count=len(types), limit=part.limit, offset=part.offset, nodes=shown))
@@ -157,7 +157,7 @@ def show_schema(catalog: NodeCatalog, node_type: NodeType) -> NodeTypeSchema:
     )
 
 
-def _mentions(node_type: NodeType, search: str) -> bool:
+def _matches_search(node_type: NodeType, search: str) -> bool:
     texts = (node_type.type, node_type.name, node_type.description)
     return any(search.casefold() in text.casefold() for text in texts)
 

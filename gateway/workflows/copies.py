@@ -171,8 +171,8 @@ async def templates(request: GatewayRequest) -> JsonResponse:
     catalog = await request.catalog()
 
     def shown() -> list[dict[str, Json]]:
-        return [_template(workflow_documents.strip_credentials(stored).stored) for stored in found] + [
-            _template(one.shown(request.caller, catalog)) for one in here
+        return [_show_template(workflow_documents.strip_credentials(stored).stored) for stored in found] + [
+            _show_template(one.shown(request.caller, catalog)) for one in here
         ]
 
     body = {"count": own + len(common), "limit": part.limit, "offset": part.offset}
@@ -231,7 +231,7 @@ async def _create(
     )
 
 
-def _template(stored: StoredWorkflow) -> dict[str, Json]:
+def _show_template(stored: StoredWorkflow) -> dict[str, Json]:
     whole = workflow_shapes.show_workflow(stored)
     return {field: whole[field] for field in _TEMPLATE_FIELDS}
 
@@ -265,7 +265,7 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = workflow_documents.read_document(value)
     stored, answer = await asyncio.to_thread(
-        _imported, body, request.caller, await request.catalog(), request.gateway.clock()
+        _plan_import, body, request.caller, await request.catalog(), request.gateway.clock()
     )
     if not answer.created:
         read_idempotency_key(request.headers)  # an invalid key is refused, though no workflow is created
@@ -280,7 +280,7 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
     )
 
 
-def _imported(
+def _plan_import(
     body: ImportWorkflow, caller: ApiCaller, catalog: NodeCatalog, now: datetime
 ) -> tuple[StoredWorkflow, ImportAnswer]:
     """Return the workflow to create, and the answer with its findings; raises a 422 error for an invalid document."""

@@ -112,7 +112,7 @@ async def add(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, AddNodeType)
-    document = _document(body)
+    document = _build_document(body)
     try:
         checked = await offload.run(custom_types.checked_document, document)
     except InvalidDocument as error:
@@ -222,7 +222,7 @@ async def schema(request: GatewayRequest) -> JsonResponse:
     return await show(request)
 
 
-def _document(body: AddNodeType) -> NodeTypeDocument:
+def _build_document(body: AddNodeType) -> NodeTypeDocument:
     """Return the document of a node type in a body; raises a 422 error for invalid fields."""
     problems = ProblemCollector()
     if body.output.keeps_input or body.output.dropped_by or body.output.fields_of is not None:

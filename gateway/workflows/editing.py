@@ -159,7 +159,7 @@ class WorkflowEditor:
         """Apply `change` in a transaction that has locked the workflow, with its audit record; raises as `edit`."""
         catalog = await self.read_catalog(connection, caller.organization_id)
         # A thread, so that a large graph does not block other requests.
-        wanted = await asyncio.to_thread(_applied, change, before, catalog)
+        wanted = await asyncio.to_thread(_apply_change, change, before, catalog)
         if wanted is None:
             same = WorkflowEdit(before, before)
             if anyway is not None:
@@ -280,7 +280,7 @@ def content_hash(stored: StoredWorkflow) -> str:
     return sha256(_encode_sorted(content)).hexdigest()
 
 
-def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
+def _apply_change(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
     """Return the changed workflow; None if the change has no effect.
 
     Raises a 422 error if an active workflow would become invalid, and the errors of `change`.
@@ -329,10 +329,10 @@ def _nodes_to_check(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[
     if is_same_graph and was_active:
         return None
     every = frozenset(str(node["id"]) for node in after.nodes)
-    return every - _unchanged(before, after) if was_active else every
+    return every - _find_unchanged_nodes(before, after) if was_active else every
 
 
-def _unchanged(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
+def _find_unchanged_nodes(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
     """Return the ids of the nodes that an edit has not changed; in a large graph, these are all but a few."""
     known = {node["id"]: node for node in before.nodes}
     alike = [(known[node["id"]], node) for node in after.nodes if known.get(node["id"]) == node]
@@ -368,12 +368,14 @@ async def require_usable(
     )
     rows = (await connection.execute(statement)).mappings()
     found = {row["id"]: DataSource(**row) for row in rows}
-    problems = [problem for one in named if (problem := _problem(one, found.get(one.id), vault)) is not None]
+    problems = [
+        problem for one in named if (problem := _find_problem(one, found.get(one.id), vault)) is not None
+    ]
     if problems:
         raise errors.invalid(problems)
 
 
-def _problem(
+def _find_problem(
     reference: ResourceReference, source: DataSource | None, vault: SecretVault
 ) -> dict[str, Json] | None:
     path = f"nodes.{reference.node_id}.config.{reference.path}"

@@ -46,7 +46,7 @@ def compare_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, J
     """Return the differences between two lists of nodes or connections, each with an `id`."""
     old, new = _by_id(before), _by_id(after)
     pairs = ((old[key], item) for key, item in new.items() if key in old)
-    changed = (_changed(left, right) for left, right in pairs)
+    changed = (_compare_item(left, right) for left, right in pairs)
     return ItemsDifference(
         added=[item for key, item in new.items() if key not in old],
         removed=[item for key, item in old.items() if key not in new],
@@ -74,7 +74,7 @@ def _by_id(items: Sequence[dict[str, Json]]) -> dict[tuple[str, int], dict[str, 
     return found
 
 
-def _changed(before: dict[str, Json], after: dict[str, Json]) -> ChangedItem | None:
+def _compare_item(before: dict[str, Json], after: dict[str, Json]) -> ChangedItem | None:
     changes = compare_fields(before, after)
     if not changes:
         return None

@@ -175,7 +175,7 @@ def stored_node(
         except UnknownNodeType as error:
             problems.add(f"{path}nodeId", "unknown-node-type", error.message)
     stored: StoredNode = {
-        "id": _id(node.id, "node", path, problems),
+        "id": _check_id(node.id, "node", path, problems),
         "type": type_name,
         "label": _label(node.label or default_label, f"{path}label", problems),
         "config": node.config or {},
@@ -198,15 +198,15 @@ def stored_node(
 def stored_connection(edge: ConnectionInput, path: str, problems: ProblemCollector) -> StoredConnection:
     """Return a connection of a body in its stored form; problems are added to `problems` with the prefix `path`."""
     return {
-        "id": _id(edge.id, "conn", path, problems),
+        "id": _check_id(edge.id, "conn", path, problems),
         "source": _end(edge.source_node_id or edge.source, f"{path}sourceNodeId", problems),
-        "sourcePort": _port(edge.source_port, OUTPUT, f"{path}sourcePort", problems),
+        "sourcePort": _check_port(edge.source_port, OUTPUT, f"{path}sourcePort", problems),
         "target": _end(edge.target_node_id or edge.target, f"{path}targetNodeId", problems),
-        "targetPort": _port(edge.target_port, INPUT, f"{path}targetPort", problems),
+        "targetPort": _check_port(edge.target_port, INPUT, f"{path}targetPort", problems),
     }
 
 
-def _id(given: str | None, prefix: str, path: str, problems: ProblemCollector) -> str:
+def _check_id(given: str | None, prefix: str, path: str, problems: ProblemCollector) -> str:
     if not given:
         return new_id(prefix)
     return text_rules.check_identifier(given, f"{path}id", problems)
@@ -228,7 +228,7 @@ def _label(given: str, path: str, problems: ProblemCollector) -> str:
     return text_rules.check_line(given, path, problems, max_length=limits.LABEL_LENGTH, may_be_empty=True)
 
 
-def _port(given: str | None, default: str, path: str, problems: ProblemCollector) -> str:
+def _check_port(given: str | None, default: str, path: str, problems: ProblemCollector) -> str:
     return text_rules.check_line(given or default, path, problems, max_length=limits.LABEL_LENGTH)
 
 
@@ -309,10 +309,10 @@ def require_valid(validation: ValidationResult) -> None:
     shown = validation.errors[: limits.FINDINGS]
     count = len(validation.errors)
     message = shown[0].message if count == 1 else f"The workflow has {count} errors: see details"
-    raise ApiError(422, "validation-failed", message, details=map(_detail, shown))
+    raise ApiError(422, "validation-failed", message, details=map(_show_finding, shown))
 
 
-def _detail(finding: GraphFinding) -> dict[str, Json]:
+def _show_finding(finding: GraphFinding) -> dict[str, Json]:
     where = f"nodes.{finding.node_id}" if finding.node_id else f"connections.{finding.connection_id}"
     if finding.node_id is None and finding.connection_id is None:
         where = "nodes"

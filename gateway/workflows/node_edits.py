@@ -94,7 +94,7 @@ def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> 
         message = f"The workflow has a node with the id {made['id']} already"
         raise errors.conflict("duplicate-node-id", message)
     if len(before.nodes) >= limits.NODES:
-        raise _refusal("nodes", "too-many", f"A workflow may have at most {limits.NODES:,} nodes")
+        raise _build_refusal("nodes", "too-many", f"A workflow may have at most {limits.NODES:,} nodes")
     _require_size([*before.nodes, made], made)
     return replace(before, nodes=[*before.nodes, made])
 
@@ -110,7 +110,7 @@ def with_changes(
     problems = ProblemCollector()
     after = dict(node)
     if changes.config:
-        after["config"] = _merged(cast("dict[str, Json]", node["config"]), changes.config)
+        after["config"] = _merge_config(cast("dict[str, Json]", node["config"]), changes.config)
     if changes.label is not None:
         after["label"] = text_rules.check_line(
             changes.label, "label", problems, max_length=limits.LABEL_LENGTH, may_be_empty=True
@@ -118,7 +118,9 @@ def with_changes(
     if changes.position is not None:
         after["position"] = {"x": changes.position.x, "y": changes.position.y}
     if changes.version is not UNSET:
-        _set_or_remove(after, "version", _version(changes.version, str(node["type"]), catalog, problems))
+        _set_or_remove(
+            after, "version", _check_version(changes.version, str(node["type"]), catalog, problems)
+        )
     if changes.retry is not UNSET:
         retry = None if changes.retry is None else graph_shapes.stored_retry(changes.retry)
         _set_or_remove(after, "retry", retry)
@@ -127,19 +129,19 @@ def with_changes(
     if changes.at_most_once is not UNSET:
         _set_or_remove(after, "atMostOnce", changes.at_most_once or None)
     problems.raise_any()
-    return _with_replaced(before, node, after)
+    return _replace_node(before, node, after)
 
 
 def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:
     """Return a workflow with other input mappings of one node; raises a 404 error for an unknown node."""
     node = node_of(before, node_id)
-    return _with_replaced(before, node, {**node, "inputMappings": mappings})
+    return _replace_node(before, node, {**node, "inputMappings": mappings})
 
 
 def with_pass_through(before: StoredWorkflow, node_id: str, values: Mapping[str, str]) -> StoredWorkflow:
     """Return a workflow with other pass-through values of one node; raises a 404 error for an unknown node."""
     node = node_of(before, node_id)
-    return _with_replaced(before, node, {**node, "passThroughValues": dict(values)})
+    return _replace_node(before, node, {**node, "passThroughValues": dict(values)})
 
 
 def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
@@ -168,12 +170,12 @@ def _check_mappings(mappings: Mapping[str, Json], path: str, problems: ProblemCo
             problems.add(f"{path}.{field}", "invalid-expression", str(error))
 
 
-def _merged(before: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
+def _merge_config(before: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
     merged = {**before, **given}
     return {key: value for key, value in merged.items() if value is not None or key not in given}
 
 
-def _version(
+def _check_version(
     given: str | None, node_type: str, catalog: NodeCatalog, problems: ProblemCollector
 ) -> str | None:
     if not given:
@@ -192,7 +194,7 @@ def _set_or_remove(node: StoredNode, key: str, value: Json) -> None:
         node[key] = value
 
 
-def _with_replaced(before: StoredWorkflow, node: StoredNode, after: StoredNode) -> StoredWorkflow:
+def _replace_node(before: StoredWorkflow, node: StoredNode, after: StoredNode) -> StoredWorkflow:
     nodes = [after if other is node else other for other in before.nodes]
     _require_size(nodes, after)
     return replace(before, nodes=nodes)
@@ -203,10 +205,10 @@ def _require_size(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
     try:
         encode_json({"nodes": [changed]})
     except InvalidJson as error:
-        raise _refusal("nodes", error.code, f"{error.message}, as the graph would be sent") from error
+        raise _build_refusal("nodes", error.code, f"{error.message}, as the graph would be sent") from error
     if len(msgspec.json.encode(nodes)) > limits.GRAPH_BYTES:
         message = f"The nodes of a workflow may take at most {limits.GRAPH_BYTES:,} bytes as JSON"
-        raise _refusal("nodes", "too-large", message)
+        raise _build_refusal("nodes", "too-large", message)
 
 
 def _free_position(nodes: Iterable[StoredNode]) -> CanvasPosition:
@@ -233,7 +235,7 @@ def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: Node
     _require_no_cycle(made, before.connections)
     if len(before.connections) >= limits.CONNECTIONS:
         message = f"A workflow may have at most {limits.CONNECTIONS:,} connections"
-        raise _refusal("connections", "too-many", message)
+        raise _build_refusal("connections", "too-many", message)
     return replace(before, connections=[*before.connections, made])
 
 
@@ -247,24 +249,26 @@ def without_connection(before: StoredWorkflow, connection_id: str) -> StoredWork
 
 def _require_ends(edge: StoredConnection, nodes: Collection[str]) -> None:
     ends = (("sourceNodeId", str(edge["source"])), ("targetNodeId", str(edge["target"])))
-    absent = [_absent(path, node_id, nodes) for path, node_id in ends if node_id not in nodes]
+    absent = [_describe_absent_node(path, node_id, nodes) for path, node_id in ends if node_id not in nodes]
     if absent:
         raise errors.invalid(absent)
 
 
-def _absent(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
+def _describe_absent_node(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
     meant = name_suggestions.suggest_names(node_id, [*islice(nodes, COMPARED_IDS)])
     suggestion = (
         f"Did you mean {' or '.join(meant)}?"
         if meant
         else "GET the workflow's nodes for their ids, or add one."
     )
-    return _flaw(path, "broken-connection", f"The workflow has no node with the id {node_id}", suggestion)
+    return _build_flaw(
+        path, "broken-connection", f"The workflow has no node with the id {node_id}", suggestion
+    )
 
 
 def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], catalog: NodeCatalog) -> None:
     flaws = []
-    outputs = _outputs(nodes[str(edge["source"])], catalog)
+    outputs = _list_outputs(nodes[str(edge["source"])], catalog)
     target = catalog.node_types.get(str(nodes[str(edge["target"])]["type"]))
     if outputs and edge["sourcePort"] not in outputs:
         flaws.append(_no_port("sourcePort", str(edge["source"]), edge["sourcePort"], outputs))
@@ -274,7 +278,7 @@ def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], cata
         raise errors.invalid(flaws)
 
 
-def _outputs(node: StoredNode, catalog: NodeCatalog) -> Sequence[str]:
+def _list_outputs(node: StoredNode, catalog: NodeCatalog) -> Sequence[str]:
     """Return the output ports of a node, with the error port; empty for an unknown type."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
@@ -286,7 +290,7 @@ def _no_port(path: str, node_id: str, port: Json, known: Sequence[str]) -> dict[
     kind = "output" if path == "sourcePort" else "input"
     has = f"it has {', '.join(known)}" if known else "it has no inputs"
     suggestion = f"Use one of: {', '.join(known)}." if known else "Connect to a node with an input."
-    return _flaw(path, "invalid-port", f"Node {node_id} has no {kind} port {port}: {has}", suggestion)
+    return _build_flaw(path, "invalid-port", f"Node {node_id} has no {kind} port {port}: {has}", suggestion)
 
 
 def _require_new(edge: StoredConnection, others: Iterable[StoredConnection]) -> None:
@@ -304,14 +308,14 @@ def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]
     source, target = str(edge["source"]), str(edge["target"])
     if source == target:
         message = f"Node {source} can't be connected to itself"
-        raise _refusal("targetNodeId", "cycle", message, "Connect it to another node.")
+        raise _build_refusal("targetNodeId", "cycle", message, "Connect it to another node.")
     way = _find_path(target, source, others)
     if way:
         around = [source, *way]
         if len(around) > SHOWN_OF_A_CYCLE + 1:
             around[SHOWN_OF_A_CYCLE:] = ["…"]
         message = f"The connection would close a cycle: {' → '.join(around)}"
-        raise _refusal("targetNodeId", "cycle", message, "Remove a connection of the cycle first.")
+        raise _build_refusal("targetNodeId", "cycle", message, "Remove a connection of the cycle first.")
 
 
 def _find_path(start: str, end: str, edges: Iterable[StoredConnection]) -> list[str]:
@@ -336,10 +340,10 @@ def _find_path(start: str, end: str, edges: Iterable[StoredConnection]) -> list[
 # ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _flaw(path: str, code: str, message: str, suggestion: str) -> dict[str, Json]:
+def _build_flaw(path: str, code: str, message: str, suggestion: str) -> dict[str, Json]:
     return {**errors.problem(path, code, message), "suggestion": suggestion}
 
 
-def _refusal(path: str, code: str, message: str, suggestion: str = "") -> ApiError:
-    flaw = _flaw(path, code, message, suggestion) if suggestion else errors.problem(path, code, message)
+def _build_refusal(path: str, code: str, message: str, suggestion: str = "") -> ApiError:
+    flaw = _build_flaw(path, code, message, suggestion) if suggestion else errors.problem(path, code, message)
     return errors.invalid([flaw])

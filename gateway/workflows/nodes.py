@@ -161,7 +161,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     inbound = Counter(edge["target"] for edge in stored.connections)
     outbound = Counter(edge["source"] for edge in stored.connections)
     catalog = await request.catalog()
-    nodes = [_summary(node, catalog, inbound[node["id"]], outbound[node["id"]]) for node in stored.nodes]
+    nodes = [_show_summary(node, catalog, inbound[node["id"]], outbound[node["id"]]) for node in stored.nodes]
     listed = NodeList(workflow_id=stored.workflow.id, count=len(nodes), nodes=nodes)
     return editing.answer(stored, listed)
 
@@ -186,7 +186,7 @@ async def configure(request: GatewayRequest) -> JsonResponse:
     A body with `config`, or with `label` alone, may change the label too. With `config` it may also change
     the position, version, retry, timeout and `atMostOnce`. Any other body is the config itself.
     """
-    body = _wrapped(await read_json(request))
+    body = _wrap_config(await read_json(request))
     changes = body_of(request, body, NodeChanges)
     node_id = request.path_params["sub"]
     catalog = await request.catalog()
@@ -322,13 +322,13 @@ async def disconnect(request: GatewayRequest) -> JsonResponse:
 def _node_answer(
     catalog: NodeCatalog, edited: WorkflowEdit, node_id: str, *, status: int = 200
 ) -> JsonResponse:
-    node = _shown(node_edits.node_of(edited.after, node_id), catalog)
+    node = _show_node(node_edits.node_of(edited.after, node_id), catalog)
     answer = NodeAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, node=node)
     return editing.answer(edited.after, answer, status=status)
 
 
-def _summary(node: StoredNode, catalog: NodeCatalog, inbound: int, outbound: int) -> NodeSummary:
-    fields = _resolved(node, catalog) | {
+def _show_summary(node: StoredNode, catalog: NodeCatalog, inbound: int, outbound: int) -> NodeSummary:
+    fields = _resolve_type(node, catalog) | {
         "hasConfig": bool(node["config"]),
         "inboundConnections": inbound,
         "outboundConnections": outbound,
@@ -336,11 +336,11 @@ def _summary(node: StoredNode, catalog: NodeCatalog, inbound: int, outbound: int
     return convert(fields, NodeSummary)
 
 
-def _shown(node: StoredNode, catalog: NodeCatalog) -> ResolvedNode:
-    return convert(_resolved(node, catalog) | {"data": {}}, ResolvedNode)
+def _show_node(node: StoredNode, catalog: NodeCatalog) -> ResolvedNode:
+    return convert(_resolve_type(node, catalog) | {"data": {}}, ResolvedNode)
 
 
-def _resolved(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
+def _resolve_type(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
     """Return a node with the catalog's fields of its type; unknown ones if the type has left the catalog."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
@@ -363,8 +363,8 @@ def _all_fields(stored: StoredWorkflow, node_id: str, catalog: NodeCatalog) -> d
     node = node_edits.node_of(stored, node_id)
     inbound = sum(edge["target"] == node_id for edge in stored.connections)
     outbound = sum(edge["source"] == node_id for edge in stored.connections)
-    summary: dict[str, Json] = msgspec.to_builtins(_summary(node, catalog, inbound, outbound))
-    shown: dict[str, Json] = msgspec.to_builtins(_shown(node, catalog))
+    summary: dict[str, Json] = msgspec.to_builtins(_show_summary(node, catalog, inbound, outbound))
+    shown: dict[str, Json] = msgspec.to_builtins(_show_node(node, catalog))
     return graph_shapes.shown_node(node) | shown | summary
 
 
@@ -373,7 +373,7 @@ def _is_summary(body: Mapping[str, Json]) -> bool:
     return all(field.encode_name in body for field in msgspec.structs.fields(NodeSummary) if field.required)
 
 
-def _wrapped(body: Json) -> Json:
+def _wrap_config(body: Json) -> Json:
     """Return the body of a change; a body that is the config itself becomes its `config`."""
     if not isinstance(body, dict) or "config" in body or body.keys() == {"label"} or _is_summary(body):
         return body

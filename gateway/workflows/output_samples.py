@@ -94,14 +94,14 @@ def output_samples(
         if node is None:
             continue
         if node.id not in present:
-            present[node.id] = _hashes(node, catalog)
+            present[node.id] = _compute_hashes(node, catalog)
         now = present[node.id]
         if now is not None and row.hashes.startswith(now):
             found.setdefault(node.id, []).append(decoding.decode(row.output))
     return found
 
 
-def _hashes(node: GraphNode, catalog: NodeCatalog) -> bytes | None:
+def _compute_hashes(node: GraphNode, catalog: NodeCatalog) -> bytes | None:
     """Return the digests of a node's type, config and mappings; None for an invalid node."""
     try:
         return compile_node(node, catalog).static_hashes

@@ -91,7 +91,7 @@ async def add(request: GatewayRequest) -> JsonResponse:
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object,
         AuditAction.SHARE_ADDED,
-        lambda before: _shared(before, body.user_id, request.caller, now),
+        lambda before: _add_share(before, body.user_id, request.caller, now),
     )
     shared = ShareResult(
         message="Workflow shared successfully", workflow_id=edited.after.workflow.id, user_id=body.user_id
@@ -103,7 +103,7 @@ async def remove(request: GatewayRequest) -> NoContent:
     """End a share: the user loses access to the workflow and its executions."""
     user_id = request.path_params["subId"]
     edited = await request.gateway.workflow_editor.edit(
-        request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
+        request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _remove_share(before, user_id)
     )
     _forget_who_may_read(request, edited)
     return NoContent(editing.entity_tag(edited.after))
@@ -116,7 +116,7 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 
     def change(before: StoredWorkflow) -> StoredWorkflow:
         read_only.require_same(value, SetVisibility, lambda: workflow_shapes.show_workflow(before))
-        return _visible(before, body, request.caller)
+        return _change_visibility(before, body, request.caller)
 
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object, AuditAction.WORKFLOW_VISIBILITY_SET, change
@@ -133,7 +133,7 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
         await shares.require_user(connection, user_id, request.caller)
 
 
-def _shared(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: datetime) -> StoredWorkflow:
+def _add_share(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: datetime) -> StoredWorkflow:
     """Return a workflow with a share for one more user.
 
     Raises a 409 error for too many, and 422 for the owner or caller.
@@ -144,12 +144,12 @@ def _shared(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: dateti
     return replace(before, shared_with=shared_with)
 
 
-def _unshared(before: StoredWorkflow, user_id: str) -> StoredWorkflow:
+def _remove_share(before: StoredWorkflow, user_id: str) -> StoredWorkflow:
     """Return a workflow without the share of a user; raises a 404 error if there is none."""
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 
-def _visible(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> StoredWorkflow:
+def _change_visibility(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> StoredWorkflow:
     """Return a workflow with the requested visibility.
 
     Raises a 403 error if a caller that is no admin changes `isTemplate`.

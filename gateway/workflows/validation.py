@@ -58,9 +58,9 @@ async def check(request: GatewayRequest) -> JsonResponse:
         catalog = await request.gateway.catalogs.read(connection, request.caller.organization_id)
         unserved = await _unserved_nodes(connection, stored, catalog, request.gateway.clock())
     # A thread, so that a large graph does not block other requests.
-    validation = await asyncio.to_thread(_checked, stored, past, catalog)
+    validation = await asyncio.to_thread(_check_graph, stored, past, catalog)
     warnings = (*validation.warnings, *unserved)[:MAX_FINDINGS]
-    return editing.answer(stored, _shown(stored, replace(validation, warnings=warnings)))
+    return editing.answer(stored, _show_validation(stored, replace(validation, warnings=warnings)))
 
 
 async def _unserved_nodes(
@@ -106,7 +106,9 @@ async def compute_scopes(request: GatewayRequest) -> JsonResponse:
     return editing.answer(edited.after, WorkflowScopes(workflow_id=workflow.id, scopes=workflow.scopes))
 
 
-def _checked(stored: StoredWorkflow, past: Sequence[PastOutput], catalog: NodeCatalog) -> ValidationResult:
+def _check_graph(
+    stored: StoredWorkflow, past: Sequence[PastOutput], catalog: NodeCatalog
+) -> ValidationResult:
     graph = graph_shapes.graph_of(stored)
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
     return validate_graph(
@@ -114,7 +116,7 @@ def _checked(stored: StoredWorkflow, past: Sequence[PastOutput], catalog: NodeCa
     )
 
 
-def _shown(stored: StoredWorkflow, validation: ValidationResult) -> ValidationShape:
+def _show_validation(stored: StoredWorkflow, validation: ValidationResult) -> ValidationShape:
     return ValidationShape(
         workflow_id=stored.workflow.id,
         valid=validation.is_valid,

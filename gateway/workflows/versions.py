@@ -134,7 +134,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     listed = VersionList(
         workflow_id=stored.workflow.id,
         current_version=stored.workflow.version,
-        versions=[_head(head) for head in heads],
+        versions=[_show_head(head) for head in heads],
     )
     return editing.answer(stored, listed)
 
@@ -144,8 +144,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         version = await _find(connection, stored, request.path_params["version"])
-    head = {**msgspec.to_builtins(_head(version)), "workflowId": stored.workflow.id}
-    snapshot = _shown(_readable_snapshot(stored, version.snapshot))
+    head = {**msgspec.to_builtins(_show_head(version)), "workflowId": stored.workflow.id}
+    snapshot = _show_snapshot(_readable_snapshot(stored, version.snapshot))
     return editing.answer(stored, {**head, "snapshot": snapshot})
 
 
@@ -157,17 +157,17 @@ async def compare(request: GatewayRequest) -> JsonResponse:
     names = request.path_params
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
-        from_, before = await _state(connection, stored, names["version"])
-        to, after = await _state(connection, stored, names["other"])
+        from_, before = await _read_state(connection, stored, names["version"])
+        to, after = await _read_state(connection, stored, names["other"])
     # A thread, so that large graphs do not block other requests.
-    difference = await asyncio.to_thread(_difference, stored, (from_, before), (to, after))
+    difference = await asyncio.to_thread(_compare_snapshots, stored, (from_, before), (to, after))
     return editing.answer(stored, difference)
 
 
-def _difference(
+def _compare_snapshots(
     stored: StoredWorkflow, from_: tuple[State, Mapping[str, Any]], to: tuple[State, Mapping[str, Any]]
 ) -> VersionDifference:
-    before, after = [_shown(_readable_snapshot(stored, snapshot)) for _, snapshot in (from_, to)]
+    before, after = [_show_snapshot(_readable_snapshot(stored, snapshot)) for _, snapshot in (from_, to)]
     fields = [{name: state[name] for name in ("name", "description")} for state in (before, after)]
     return VersionDifference(
         workflow_id=stored.workflow.id,
@@ -181,7 +181,7 @@ def _difference(
     )
 
 
-async def _state(
+async def _read_state(
     connection: AsyncConnection, stored: StoredWorkflow, name: str
 ) -> tuple[State, Mapping[str, Any]]:
     if name == CURRENT:
@@ -200,7 +200,7 @@ async def _find(connection: AsyncConnection, stored: StoredWorkflow, number: str
     return version
 
 
-def _head(version: VersionRow | WorkflowVersion) -> VersionHead:
+def _show_head(version: VersionRow | WorkflowVersion) -> VersionHead:
     return VersionHead(
         version=version.version,
         version_tag=version.version_tag,
@@ -217,10 +217,12 @@ def _readable_snapshot(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> M
     """
     if not stored.workflow.is_template:
         return snapshot
-    return workflow_rows.snapshot(workflow_documents.strip_credentials(_restored(stored, snapshot)).stored)
+    return workflow_rows.snapshot(
+        workflow_documents.strip_credentials(_restore_snapshot(stored, snapshot)).stored
+    )
 
 
-def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+def _show_snapshot(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a snapshot in API form, as in the Workflow object."""
     snapshot = stored_workflow.move_foreign_settings(snapshot)
     return {
@@ -294,7 +296,7 @@ async def restore(request: GatewayRequest) -> JsonResponse:
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object,
         AuditAction.VERSION_RESTORED,
-        lambda before: _restored(before, version.snapshot),
+        lambda before: _restore_snapshot(before, version.snapshot),
     )
     return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
 
@@ -308,7 +310,7 @@ def _with_next_version(before: StoredWorkflow) -> StoredWorkflow:
     return before.with_columns(version=before.workflow.version + 1)
 
 
-def _restored(before: StoredWorkflow, snapshot: Mapping[str, Any]) -> StoredWorkflow:
+def _restore_snapshot(before: StoredWorkflow, snapshot: Mapping[str, Any]) -> StoredWorkflow:
     """Return a workflow with name, description, settings, config and graph of a snapshot; nothing is written."""
     snapshot = stored_workflow.move_foreign_settings(snapshot)
     columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}

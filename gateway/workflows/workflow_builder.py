@@ -87,7 +87,7 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
     _number(body.connections or [], "conn")
     problems = ProblemCollector()
     problems.found.extend(wrong.problems)
-    stored = workflow_shapes.draft_workflow(caller, _plain(body), catalog, problems, now)
+    stored = workflow_shapes.draft_workflow(caller, _to_create_request(body), catalog, problems, now)
     errors = [*wrong.problems, *filter(wrong.is_news, problems.found[len(wrong.problems) :])]
     if problems.is_full or wrong.paths & {"nodes", "connections"}:
         return WorkflowPlan(stored, errors, [])
@@ -95,10 +95,10 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=is_draft)
     # Validation reports unknown node types too, with a suggestion.
     errors = [problem for problem in errors if problem["code"] != FindingType.UNKNOWN_NODE_TYPE]
-    errors = [*errors, *_located_findings(validation.errors, stored, wrong, errors)]
+    errors = [*errors, *_locate_findings(validation.errors, stored, wrong, errors)]
     if not errors:
         stored = replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
-    return WorkflowPlan(stored, errors, [*_located_findings(validation.warnings, stored, wrong, errors)])
+    return WorkflowPlan(stored, errors, [*_locate_findings(validation.warnings, stored, wrong, errors)])
 
 
 def refusal_error(errors: Sequence[Problem]) -> ApiError:
@@ -117,7 +117,7 @@ def _number(items: Sequence[NodeInput] | Sequence[ConnectionInput], prefix: str)
         item.id = item.id or next(free)
 
 
-def _plain(body: BuildWorkflow) -> CreateWorkflow:
+def _to_create_request(body: BuildWorkflow) -> CreateWorkflow:
     return CreateWorkflow(
         name=body.name,
         description=body.description,
@@ -130,13 +130,13 @@ def _plain(body: BuildWorkflow) -> CreateWorkflow:
     )
 
 
-def _located_findings(
+def _locate_findings(
     findings: Iterable[GraphFinding], stored: StoredWorkflow, wrong: InvalidFields, told: Iterable[Problem]
 ) -> Iterator[Problem]:
     """Yield the findings with their paths in the body, without those that follow from problems reported already."""
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}
     edges = {str(edge["id"]): f"connections.{number}" for number, edge in enumerate(stored.connections)}
-    bare = {_item(str(problem["path"])) for problem in told if problem["code"] == "required"}
+    bare = {_find_item_path(str(problem["path"])) for problem in told if problem["code"] == "required"}
     for finding in findings:
         node, edge = nodes.get(finding.node_id or ""), edges.get(finding.connection_id or "")
         if finding.type in wrong.uncertain_types or edge in wrong.items:
@@ -157,7 +157,7 @@ class InvalidFields:
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = problems
         self.paths = {str(problem["path"]) for problem in problems}
-        self.items = {_item(path) for path in self.paths}
+        self.items = {_find_item_path(path) for path in self.paths}
         """Nodes and connections with such fields, as `nodes.0`."""
 
     @property
@@ -167,7 +167,9 @@ class InvalidFields:
         if any(item.startswith("connections.") for item in self.items):
             uncertain_types.add(FindingType.DISCONNECTED_NODE)
         if any(
-            path in {_item(path), f"{_item(path)}.id"} for path in self.paths if path.startswith("nodes.")
+            path in {_find_item_path(path), f"{_find_item_path(path)}.id"}
+            for path in self.paths
+            if path.startswith("nodes.")
         ):
             uncertain_types.add(FindingType.BROKEN_CONNECTION)
         return frozenset(uncertain_types)
@@ -175,13 +177,13 @@ class InvalidFields:
     def is_news(self, problem: Problem) -> bool:
         """Return whether a problem has another cause than the omission of an invalid field."""
         path = str(problem["path"])
-        item = _item(path)
+        item = _find_item_path(path)
         if {path, item, path.partition(".")[0]} & self.paths:
             return False
         return problem["code"] != "required" or item not in self.items
 
 
-def _item(path: str) -> str:
+def _find_item_path(path: str) -> str:
     """Return the path of the node or connection that a path is in: its first two segments."""
     return ".".join(path.split(".")[:2])
 
@@ -195,18 +197,20 @@ def _read(value: Json) -> tuple[BuildWorkflow, InvalidFields]:
             raise
         # If there are more of them than an answer lists, no further problems are searched for.
         is_full = len(error.details) >= limits.FINDINGS
-        return _readable({} if is_full else value), InvalidFields(error.details)
+        return _read_valid_fields({} if is_full else value), InvalidFields(error.details)
 
 
-def _readable(value: Mapping[str, Json]) -> BuildWorkflow:
+def _read_valid_fields(value: Mapping[str, Json]) -> BuildWorkflow:
     """Return a body without its invalid fields; its nodes and connections keep their indexes."""
     status = value.get("status")
     others = {name: field for name, field in value.items() if name not in {"nodes", "connections"}}
-    body = _fitting(others, UpdateWorkflow)
+    body = _convert_valid_fields(others, UpdateWorkflow)
     return BuildWorkflow(
         name=body.name or "",
-        nodes=[_fitting(item, NodeInput) for item in _items(value.get("nodes"))],
-        connections=[_fitting(item, ConnectionInput) for item in _items(value.get("connections"))],
+        nodes=[_convert_valid_fields(item, NodeInput) for item in _to_items(value.get("nodes"))],
+        connections=[
+            _convert_valid_fields(item, ConnectionInput) for item in _to_items(value.get("connections"))
+        ],
         description=body.description,
         status=FirstStatus.ACTIVE if status == FirstStatus.ACTIVE else None,
         tags=body.tags,
@@ -215,17 +219,19 @@ def _readable(value: Mapping[str, Json]) -> BuildWorkflow:
     )
 
 
-def _items(value: Json) -> Sequence[Json]:
+def _to_items(value: Json) -> Sequence[Json]:
     return value if isinstance(value, list) else []
 
 
-def _fitting(value: Json, kind: type[Body]) -> Body:
+def _convert_valid_fields(value: Json, kind: type[Body]) -> Body:
     """Return a body of a type that has only optional fields, without the invalid ones."""
     fields = value if isinstance(value, dict) else {}
-    return convert({name: field for name, field in fields.items() if _fits({name: field}, kind)}, kind)
+    return convert(
+        {name: field for name, field in fields.items() if _is_convertible({name: field}, kind)}, kind
+    )
 
 
-def _fits(value: Json, kind: type[WireStruct]) -> bool:
+def _is_convertible(value: Json, kind: type[WireStruct]) -> bool:
     try:
         convert(value, kind)
     except ApiError:

@@ -188,7 +188,7 @@ class WorkflowCache:
                 readers.setdefault(workflow_id, set()).add(user_id)
         # A thread, so that many graphs do not block other requests.
         loaded = await asyncio.to_thread(
-            lambda: [_loaded_row(row, frozenset(readers.get(row.id, ())), catalog) for row in rows]
+            lambda: [_load_row(row, frozenset(readers.get(row.id, ())), catalog) for row in rows]
         )
         for workflow in loaded:
             self._drop((organization_id, workflow.id))
@@ -218,7 +218,7 @@ class WorkflowCache:
         shares = select(col(WorkflowShare.user_id)).where(col(WorkflowShare.workflow_id) == workflow_id)
         readers = frozenset(await connection.scalars(shares))
         # A thread, so that a large graph does not block other requests.
-        return await asyncio.to_thread(_loaded_row, row, readers, catalog)
+        return await asyncio.to_thread(_load_row, row, readers, catalog)
 
     def _keep(self, key: tuple[str, str], kept: CachedWorkflow) -> None:
         self._kept[key] = kept
@@ -232,5 +232,5 @@ class WorkflowCache:
             self._characters -= len(dropped.workflow.definition)
 
 
-def _loaded_row(row: Row[Any], readers: frozenset[str], catalog: NodeCatalog) -> LoadedWorkflow:
+def _load_row(row: Row[Any], readers: frozenset[str], catalog: NodeCatalog) -> LoadedWorkflow:
     return definition_snapshot.load_workflow(row, readers, catalog, is_deployed=bool(row.is_deployed))

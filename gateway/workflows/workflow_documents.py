@@ -133,11 +133,11 @@ def strip_credentials(stored: StoredWorkflow) -> CredentialFreeWorkflow:
     def kept(value: Json, part: str, node_id: str | None) -> Json:
         left, paths = inline_secrets.remove_secrets(value)
         room = limits.REMOVED_SECRETS - len(removed)
-        removed.extend(RemovedSecret(node_id=node_id, path=_at(part, path)) for path in paths[:room])
+        removed.extend(RemovedSecret(node_id=node_id, path=_join_path(part, path)) for path in paths[:room])
         return left
 
     workflow = stored.workflow
-    columns = {part: kept(value, part, None) for part, value in _parts(workflow)}
+    columns = {part: kept(value, part, None) for part, value in _iterate_parts(workflow)}
     nodes = [
         {**node, **{part: kept(node[part], part, str(node["id"])) for part in _NODE_PARTS}}
         for node in stored.nodes
@@ -145,14 +145,14 @@ def strip_credentials(stored: StoredWorkflow) -> CredentialFreeWorkflow:
     return CredentialFreeWorkflow(replace(stored.with_columns(**columns), nodes=nodes), removed)
 
 
-def _parts(workflow: Workflow) -> Iterator[tuple[str, Json]]:
+def _iterate_parts(workflow: Workflow) -> Iterator[tuple[str, Json]]:
     """Yield the fields of a workflow with free content, besides its graph, each with its name."""
     yield "description", workflow.description
     yield "settings", workflow.settings
     yield "config", workflow.config
 
 
-def _at(part: str, path: str) -> str:
+def _join_path(part: str, path: str) -> str:
     """Return the path of a value within a part; the name of the part for an empty path."""
     return f"{part}.{path}" if path else part
 
@@ -354,27 +354,27 @@ def resolve_references(
         for use in reference.used_by:
             replacements.setdefault(use.node_id, {})[use.path] = given[reference.id]
     nodes = [
-        {**node, "config": _with(replacements.get(str(node["id"]), {}), node["config"])}
+        {**node, "config": _replace_values(replacements.get(str(node["id"]), {}), node["config"])}
         for node in stored.nodes
     ]
     return replace(stored, nodes=nodes)
 
 
-def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -> Json:
+def _replace_values(replacements: Mapping[str, str | None], value: Json, path: str = "") -> Json:
     """Return a value with leaves replaced by their path, such as `items.0.id`; null removes the field or item
     there.
     """
     if isinstance(value, dict):
         fields = [(key, item, f"{path}.{key}" if path else key) for key, item in value.items()]
         return {
-            key: _with(replacements, item, below)
+            key: _replace_values(replacements, item, below)
             for key, item, below in fields
             if replacements.get(below, "") is not None
         }
     if isinstance(value, list):
         items = [(item, f"{path}.{index}") for index, item in enumerate(value)]
         return [
-            _with(replacements, item, below)
+            _replace_values(replacements, item, below)
             for item, below in items
             if replacements.get(below, "") is not None
         ]
@@ -387,10 +387,10 @@ def findings(stored: StoredWorkflow, catalog: NodeCatalog) -> ValidationResult:
     inline = [
         GraphFinding(
             FindingType.INLINE_SECRET,
-            f"{_at(part, path)} looks like a credential: everybody who may read the workflow can see it",
+            f"{_join_path(part, path)} looks like a credential: everybody who may read the workflow can see it",
             "Store it in a data source, and name that.",
         )
-        for part, value in _parts(stored.workflow)
+        for part, value in _iterate_parts(stored.workflow)
         for path in inline_secrets.find_secrets(value)
     ]
     return replace(validation, warnings=(*validation.warnings, *inline))

@@ -115,10 +115,10 @@ async def find_workflow(
         .order_by(col(WorkflowShare.shared_at), col(WorkflowShare.user_id))
     )
     shared_with = {share.user_id: share.shared_at for share in await connection.execute(shares)}
-    return _stored(row, shared_with)
+    return _build_workflow(row, shared_with)
 
 
-def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:
+def _build_workflow(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:
     """Return a workflow from its row joined with that of its graph."""
     fields = stored_workflow.move_foreign_settings(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
@@ -145,7 +145,7 @@ async def list_workflows(
 
     Templates are left out.
     """
-    conditions = [is_listed_for(caller), *_conditions(caller, wanted)]
+    conditions = [is_listed_for(caller), *_build_conditions(caller, wanted)]
     sorting = (order, _tie_order(order))
     # Only ids are sorted and skipped: PostgreSQL would sort whole rows, on disk if there are many.
     shown = (
@@ -186,7 +186,7 @@ def _tie_order(order: ColumnElement[Any]) -> ColumnElement[Any]:
     return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
 
 
-def _conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnElement[bool]]:
+def _build_conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnElement[bool]]:
     if wanted.status is not None:
         yield col(Workflow.status) == wanted.status
     if wanted.tag is not None:
@@ -195,15 +195,15 @@ def _conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnEle
         )
         yield col(Workflow.id).in_(tagged)
     if wanted.search is not None:
-        yield col(Workflow.search_text).contains(_folded(wanted.search), autoescape=True)
+        yield col(Workflow.search_text).contains(_fold_text(wanted.search), autoescape=True)
 
 
 def searched_in(name: str, description: str) -> str:
     """Return the normalized text of name and description in which the search of lists looks for words."""
-    return _folded(f"{name}\n{description}")
+    return _fold_text(f"{name}\n{description}")
 
 
-def _folded(text: str) -> str:
+def _fold_text(text: str) -> str:
     """Return a text with case folded and normalized, since databases fold only ASCII."""
     return unicodedata.normalize("NFC", text.casefold())
 
@@ -240,7 +240,7 @@ async def templates(
         .limit(part.limit)
         .offset(part.offset)
     )
-    return count or 0, [_stored(row, shared_with={}) for row in rows.mappings()]
+    return count or 0, [_build_workflow(row, shared_with={}) for row in rows.mappings()]
 
 
 async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
@@ -318,14 +318,14 @@ async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, cata
         created_by=workflow.owner_id,
         created_at=workflow.created_at,
     )
-    await connection.execute(insert(Workflow).values(_columns(workflow)))
+    await connection.execute(insert(Workflow).values(_collect_columns(workflow)))
     await connection.execute(insert(WorkflowGraph).values(column_values(graph)))
     await connection.execute(insert(WorkflowVersion).values(column_values(version)))
     await add_triggers(connection, stored, catalog)
     await _add_tags(connection, workflow)
 
 
-def _columns(workflow: Workflow) -> dict[str, object]:
+def _collect_columns(workflow: Workflow) -> dict[str, object]:
     """Return the columns of a workflow's row, including those derived for searches."""
     app_id = workflow.config.get("appId")
     is_known = isinstance(app_id, str) and ids.is_id(app_id)
@@ -352,7 +352,7 @@ async def save_workflow(
             col(Workflow.revision) == before.workflow.revision,
             is_writable_by(caller),
         )
-        .values(_columns(workflow))
+        .values(_collect_columns(workflow))
     )
     if result.rowcount != 1:
         return False
@@ -438,7 +438,7 @@ def snapshot(stored: StoredWorkflow) -> dict[str, object]:
 async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:
     """Insert the trigger and schedule rows of a new workflow; only an active one gets a schedule."""
     workflow = stored.workflow
-    triggers = _triggers(workflow, stored.nodes, catalog)
+    triggers = _build_triggers(workflow, stored.nodes, catalog)
     await _insert(connection, triggers)
     if workflow.status == WorkflowStatus.ACTIVE:
         await schedule_rows.save_schedule(connection, workflow, _schedule(triggers))
@@ -449,15 +449,15 @@ async def save_triggers(
 ) -> None:
     """Replace the trigger and schedule rows of a workflow if a change concerns them; a deleted workflow has none."""
     workflow = after.workflow
-    were = _triggers(before.workflow, before.nodes, catalog)
-    are = _triggers(workflow, after.nodes, catalog) if workflow.deleted_at is None else []
-    is_alike = list(map(_content, were)) == list(map(_content, are))
+    were = _build_triggers(before.workflow, before.nodes, catalog)
+    are = _build_triggers(workflow, after.nodes, catalog) if workflow.deleted_at is None else []
+    is_alike = list(map(_collect_content, were)) == list(map(_collect_content, are))
     if not is_alike or workflow.deleted_at is not None:
         for table in (WorkflowTriggerMatch, WorkflowTrigger):
             await connection.execute(delete(table).where(col(table.workflow_id) == workflow.id))
         await _insert(connection, are)
     had, has = _schedule(were), _schedule(are)
-    if (had or has) and not (is_alike and _standing(before.workflow) == _standing(workflow)):
+    if (had or has) and not (is_alike and _summarize_status(before.workflow) == _summarize_status(workflow)):
         await schedule_rows.save_schedule(connection, workflow, has)
 
 
@@ -479,7 +479,7 @@ async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigge
         await connection.execute(insert(WorkflowTriggerMatch), matches)
 
 
-def _triggers(
+def _build_triggers(
     workflow: Workflow, nodes: Sequence[StoredNode], catalog: NodeCatalog
 ) -> Sequence[WorkflowTrigger]:
     """Return the trigger rows of a graph.
@@ -503,12 +503,12 @@ def _triggers(
     return list(found.values())
 
 
-def _content(trigger: WorkflowTrigger) -> tuple[str, str, dict[str, Any], str]:
+def _collect_content(trigger: WorkflowTrigger) -> tuple[str, str, dict[str, Any], str]:
     # With the config's text, because 1 equals true in Python.
     return trigger.node_id, trigger.kind, trigger.config, repr(trigger.config)
 
 
-def _standing(workflow: Workflow) -> tuple[str, bool]:
+def _summarize_status(workflow: Workflow) -> tuple[str, bool]:
     return workflow.status, workflow.is_template
 
 

@@ -193,11 +193,11 @@ def draft_workflow(
         shard=caller.shard,
         owner_id=caller.user_id,
         name=_name(body.name, problems),
-        description=_description(body.description or "", problems),
+        description=_check_description(body.description or "", problems),
         status=body.status or WorkflowStatus.DRAFT,
-        tags=_tags(body.tags or [], problems),
-        settings=_settings(workflow_id, {}, {}, strict(body.settings or {}), problems),
-        config=_config({}, body.config or {}, problems),
+        tags=_check_tags(body.tags or [], problems),
+        settings=_merge_settings(workflow_id, {}, {}, strict(body.settings or {}), problems),
+        config=_merge_config({}, body.config or {}, problems),
         scopes=[],
         created_at=now,
         updated_at=now,
@@ -216,15 +216,15 @@ def apply_changes(before: StoredWorkflow, body: UpdateWorkflow, catalog: NodeCat
     if body.name is not None:
         changes["name"] = _name(body.name, problems)
     if body.description is not None:
-        changes["description"] = _description(body.description, problems)
+        changes["description"] = _check_description(body.description, problems)
     if body.tags is not None:
-        changes["tags"] = _tags(body.tags, problems)
+        changes["tags"] = _check_tags(body.tags, problems)
     if body.settings is not None:
-        changes["settings"] = _settings(
+        changes["settings"] = _merge_settings(
             workflow.id, workflow.settings, workflow.config, body.settings, problems
         )
     if body.config is not None:
-        changes["config"] = _config(workflow.config, body.config, problems)
+        changes["config"] = _merge_config(workflow.config, body.config, problems)
     if body.nodes is not None:
         nodes = graph_shapes.stored_nodes(body.nodes, catalog, problems)
     if body.connections is not None:
@@ -239,11 +239,11 @@ def _name(given: str, problems: ProblemCollector) -> str:
     return text_rules.check_line(given, "name", problems, max_length=limits.WORKFLOW_NAME_LENGTH)
 
 
-def _description(given: str, problems: ProblemCollector) -> str:
+def _check_description(given: str, problems: ProblemCollector) -> str:
     return text_rules.check_paragraphs(given, "description", problems, max_length=limits.DESCRIPTION_LENGTH)
 
 
-def _tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
+def _check_tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
     """Return the tags in the given order, without duplicates.
 
     Problems are added to `problems`, and too many tags give none.
@@ -267,7 +267,7 @@ def strict(settings: Mapping[str, Json]) -> dict[str, Json]:
     return {"strictMappings": True, **{key: value for key, value in settings.items() if value is not None}}
 
 
-def _settings(
+def _merge_settings(
     workflow_id: str,
     before: Mapping[str, Json],
     config: Mapping[str, Json],
@@ -298,11 +298,11 @@ def _settings(
     else:
         run_settings.check_settings(known, workflow_id, problems)
     return definition_snapshot.effective_settings(
-        _merged(before, {**fields, **removed}, "settings", problems)
+        _merge_keys(before, {**fields, **removed}, "settings", problems)
     )
 
 
-def _config(
+def _merge_config(
     before: Mapping[str, Json], given: Mapping[str, Json], problems: ProblemCollector
 ) -> dict[str, Json]:
     """Return a config with the given one merged in; null removes a key. Problems are added to `problems`.
@@ -312,10 +312,10 @@ def _config(
     app_id = given.get("appId")
     if app_id is not None:
         text_rules.check_identifier(app_id if isinstance(app_id, str) else "", "config.appId", problems)
-    return _merged(before, given, "config", problems)
+    return _merge_keys(before, given, "config", problems)
 
 
-def _merged(
+def _merge_keys(
     before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: ProblemCollector
 ) -> dict[str, Json]:
     """Return `before` with the given keys set, null removing a key.

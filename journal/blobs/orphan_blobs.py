@@ -55,12 +55,12 @@ async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequen
     unused: list[BlobOwner] = []
     for begin in range(0, len(owners), BATCH_OWNERS):
         batch = owners[begin : begin + BATCH_OWNERS]
-        named = await _referenced_ids(database, {owner.key_id for owner in batch})
+        named = await _find_referenced_ids(database, {owner.key_id for owner in batch})
         unused += [owner for owner in batch if owner.key_id not in named]
     return unused
 
 
-async def _referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
+async def _find_referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
     """Return those ids that an execution has, or that a resumed or replayed execution refers to."""
     # Each part has an index of its own.
     resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)

@@ -301,7 +301,7 @@ async def apply_decision(
     """
     before = seen.deployment
     changes = {
-        **_desired_changes(seen, decision, replicas),
+        **_determine_changes(seen, decision, replicas),
         "generation": before.generation + 1,
         "updated_at": seen.now,
     }
@@ -367,7 +367,7 @@ async def _decide_and_apply(
     return DecidedDeployment(after, decision)
 
 
-def _desired_changes(
+def _determine_changes(
     seen: DeploymentActivity, decision: LifecycleVerdict, replicas: int | None
 ) -> dict[str, Any]:
     """Return the columns of the desired state that a decision changes."""

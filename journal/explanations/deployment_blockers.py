@@ -53,7 +53,7 @@ def find_blocker(
     if refusal is not None:
         return _refusal_blocker(seen, refusal.code, refusal.opens_at, since)
     if decision.reason is LifecycleReason.FAILED:
-        return _failed_blocker(seen, since, decision.check_at)
+        return _explain_failure(seen, since, decision.check_at)
     if deployment.drain_until is not None and decision.action not in _STARTS:
         return Blocker(
             BlockerCode.DRAINING,
@@ -66,7 +66,12 @@ def find_blocker(
         "The deployment is stopped; the next sweep starts it for the run",
         since,
         actions=[_request(seen, "POST", "start")],
-        details={"phase": "decide", "elapsed": _elapsed(since, now), "deadline": None, "podReason": None},
+        details={
+            "phase": "decide",
+            "elapsed": _compute_elapsed_seconds(since, now),
+            "deadline": None,
+            "podReason": None,
+        },
     )
 
 
@@ -79,7 +84,7 @@ def _starting_blocker(
     """
     deployment = seen.deployment
     if status_of(deployment) is DeploymentStatus.FAILED:
-        return _failed_blocker(seen, since, None)
+        return _explain_failure(seen, since, None)
     started_at = last.at if last is not None and last.action in _STARTS else None
     begun_at = max(filter(None, (started_at, since)), default=None)
     is_applied = deployment.observed_generation == deployment.generation
@@ -96,7 +101,7 @@ def _starting_blocker(
         ],
         details={
             "phase": "start" if is_applied else "schedule",
-            "elapsed": _elapsed(begun_at, now),
+            "elapsed": _compute_elapsed_seconds(begun_at, now),
             "deadline": moment_text(deployment.start_deadline_at if is_applied else None),
             "podReason": reason,
         },
@@ -133,7 +138,7 @@ def _refusal_blocker(
             )
 
 
-def _failed_blocker(seen: DeploymentActivity, since: datetime | None, again_at: datetime | None) -> Blocker:
+def _explain_failure(seen: DeploymentActivity, since: datetime | None, again_at: datetime | None) -> Blocker:
     deployment = seen.deployment
     reason = deployment.failed_reason or deployment.observed_reason
     return Blocker(
@@ -153,7 +158,7 @@ def _request(seen: DeploymentActivity, method: str, name: str) -> SuggestedReque
     return SuggestedRequest(method, f"/api/v1/workflows/{seen.deployment.workflow_id}/{name}", WRITE_SCOPE)
 
 
-def _elapsed(since: datetime | None, now: datetime) -> float | None:
+def _compute_elapsed_seconds(since: datetime | None, now: datetime) -> float | None:
     return None if since is None else max((now - since).total_seconds(), 0.0)
 
 

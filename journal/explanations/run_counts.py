@@ -72,14 +72,14 @@ async def count_runs(connection: AsyncConnection, organization_id: str | None = 
     )
     present = [WorkerPresence(**row) for row in workers.mappings()]
     totals = _CodeTotals()
-    pods = await _deployed_targets(connection, organization_id)
-    for target, row in await _pending(connection, organization_id, pods):
+    pods = await _list_deployed_targets(connection, organization_id)
+    for target, row in await _count_pending(connection, organization_id, pods):
         code = await _pending_code(connection, target, present, now)
         totals.add(code, row)
     for code, row in [
-        *await _deferred(connection, organization_id, pods, now),
-        *await _waiting(connection, organization_id),
-        *await _running(connection, organization_id),
+        *await _count_deferred(connection, organization_id, pods, now),
+        *await _count_waiting(connection, organization_id),
+        *await _count_running(connection, organization_id),
     ]:
         totals.add(code, row)
     return RunCounts(now, totals.found, present)
@@ -93,7 +93,7 @@ class _CodeTotals:
         if not row.number:
             return
         before = self.found.get(code, CodeCount(0, is_lower_bound=False, oldest_since=None))
-        oldest = [one for one in (before.oldest_since, _moment(row.oldest)) if one is not None]
+        oldest = [one for one in (before.oldest_since, _to_datetime(row.oldest)) if one is not None]
         self.found[code] = CodeCount(
             before.count + row.number,
             before.is_lower_bound or row.number >= MAX_COUNTED,
@@ -101,11 +101,11 @@ class _CodeTotals:
         )
 
 
-def _moment(value: datetime | int | None) -> datetime | None:
+def _to_datetime(value: datetime | int | None) -> datetime | None:
     return from_microseconds(value) if isinstance(value, int) else value
 
 
-def _bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:  # noqa: ANN401 - any expression
+def _count_bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:  # noqa: ANN401 - any expression
     """Return the statement that counts at most `MAX_COUNTED` rows, with `label` and the oldest time."""
     some = select(col(Execution.updated_at).label("at")).where(*conditions).limit(MAX_COUNTED).subquery()
     return select(
@@ -113,11 +113,11 @@ def _bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:  # no
     ).select_from(some)
 
 
-def _of(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
+def _select_organization(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
     return () if organization_id is None else (col(Execution.organization_id) == organization_id,)
 
 
-async def _deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
+async def _list_deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
     """Return the deployments with pending or deferred runs, of an organization or (None) of all, sorted."""
     found: set[str] = set()
     for condition in (wakes.IS_PENDING, wakes.IS_DEFERRED):
@@ -142,13 +142,18 @@ async def _deployed_targets(connection: AsyncConnection, organization_id: str | 
     return sorted(found - SPECIAL_TARGETS)
 
 
-async def _pending(
+async def _count_pending(
     connection: AsyncConnection, organization_id: str | None, pods: Sequence[str]
 ) -> Sequence[tuple[str, Any]]:
     targets = [*_WORKER_QUEUES, LIMITED_TARGET, *pods]
     statement = union_all(
         *(
-            _bounded(target, wakes.IS_PENDING, col(Execution.target) == target, *_of(organization_id))
+            _count_bounded(
+                target,
+                wakes.IS_PENDING,
+                col(Execution.target) == target,
+                *_select_organization(organization_id),
+            )
             for target in targets
         )
     )
@@ -175,17 +180,24 @@ async def _deployment_code(
     return otherwise if blocker is None else blocker.code
 
 
-async def _deferred(
+async def _count_deferred(
     connection: AsyncConnection, organization_id: str | None, pods: Sequence[str], now: datetime
 ) -> Sequence[tuple[BlockerCode, Any]]:
     """Return reasons and counts of runs that were accepted and may not start yet."""
     is_held = col(Execution.due_at) == UNTIL_RESUMED
-    of_delayed = and_(wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET, *_of(organization_id))
+    of_delayed = and_(
+        wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET, *_select_organization(organization_id)
+    )
     statement = union_all(
-        _bounded(BlockerCode.WORKFLOW_PAUSED.value, of_delayed, is_held),
-        _bounded(BlockerCode.TIMER.value, of_delayed, ~is_held),
+        _count_bounded(BlockerCode.WORKFLOW_PAUSED.value, of_delayed, is_held),
+        _count_bounded(BlockerCode.TIMER.value, of_delayed, ~is_held),
         *(
-            _bounded(target, wakes.IS_DEFERRED, col(Execution.target) == target, *_of(organization_id))
+            _count_bounded(
+                target,
+                wakes.IS_DEFERRED,
+                col(Execution.target) == target,
+                *_select_organization(organization_id),
+            )
             for target in pods
         ),
     )
@@ -202,7 +214,7 @@ async def _deferred(
     return found
 
 
-async def _waiting(
+async def _count_waiting(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
     """Return reasons and counts of started runs that wait, from the intervals that are open."""
@@ -235,7 +247,7 @@ async def _waiting(
     return [(BlockerCode(row.label), row) for row in await connection.execute(union_all(*statements))]
 
 
-async def _running(
+async def _count_running(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
     """Return reasons and counts of running runs: their worker is lost, they should end, or they run."""
@@ -246,7 +258,7 @@ async def _running(
     ).label("label")
     some = (
         select(code, col(Execution.updated_at).label("at"))
-        .where(_IS_RUNNING, *_of(organization_id))
+        .where(_IS_RUNNING, *_select_organization(organization_id))
         .limit(MAX_COUNTED)
         .subquery()
     )

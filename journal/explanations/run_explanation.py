@@ -95,14 +95,14 @@ def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
             yield no_worker(facts.workers, run.target, since=run.updated_at)
             return
         if all(worker.held_runs >= worker.concurrency for worker in present):
-            yield _queued_blocker(facts, f"All {len(present)} workers are full")
+            yield _explain_queue(facts, f"All {len(present)} workers are full")
             return
     if run.target in {UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET}:
         yield Blocker(
             BlockerCode.QUEUED_BEHIND, "The mail of the run is being parsed", run.updated_at, position=1
         )
     elif facts.ahead or not facts.is_claimable:
-        yield _queued_blocker(facts, f"{facts.ahead} runs are claimed before it")
+        yield _explain_queue(facts, f"{facts.ahead} runs are claimed before it")
     elif not facts.is_broker_reachable:
         yield Blocker(
             BlockerCode.BROKER_DOWN,
@@ -126,7 +126,7 @@ def no_worker(workers: Sequence[WorkerPresence], queue: str, *, since: datetime 
         BlockerCode.NO_WORKER,
         f"{text}; start one",
         since,
-        details={"queue": queue, "lastSeen": _text(seen_at)},
+        details={"queue": queue, "lastSeen": _format_moment(seen_at)},
     )
 
 
@@ -170,7 +170,7 @@ def _estimate_slot(facts: RunFacts) -> EndEstimate | None:
     return EndEstimate(ends[min(place, len(ends) - 1)] + rounds * typical, _median_basis(durations))
 
 
-def _queued_blocker(facts: RunFacts, text: str) -> Blocker:
+def _explain_queue(facts: RunFacts, text: str) -> Blocker:
     estimate = None
     present = present_workers(facts.workers, facts.now)
     places = sum(worker.concurrency for worker in present)
@@ -193,7 +193,7 @@ def _queued_blocker(facts: RunFacts, text: str) -> Blocker:
 def _waiting_blockers(facts: RunFacts) -> Iterator[Blocker]:
     run = facts.run
     if run.started_at is None:
-        yield _deferred_blocker(facts)
+        yield _explain_deferral(facts)
         return
     found = [node_blocker(facts, node) for node in facts.nodes]
     if found:
@@ -209,7 +209,7 @@ def _waiting_blockers(facts: RunFacts) -> Iterator[Blocker]:
         )
 
 
-def _deferred_blocker(facts: RunFacts) -> Blocker:
+def _explain_deferral(facts: RunFacts) -> Blocker:
     """Return the blocker of a run that was accepted and may not start yet."""
     run = facts.run
     if run.due_at == UNTIL_RESUMED and run.target == DELAYED_TARGET:
@@ -370,8 +370,8 @@ def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
             until=facts.now + SWEEP_TIME,
             by=[BlockerHolder("worker", run.lease_owner, None)],
             details={
-                "lastHeartbeat": _text(max(reported, default=None)),
-                "reclaimAt": _text(facts.now + SWEEP_TIME),
+                "lastHeartbeat": _format_moment(max(reported, default=None)),
+                "reclaimAt": _format_moment(facts.now + SWEEP_TIME),
             },
         )
         return
@@ -384,7 +384,7 @@ def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
             run.updated_at,
             until=run.deadline_at,
             actions=[] if run.request == "cancel" else [_end_run(run.id, "cancel")],
-            details={"request": run.request, "hardAt": _text(run.deadline_at)},
+            details={"request": run.request, "hardAt": _format_moment(run.deadline_at)},
         )
     nodes = [node_blocker(facts, node) for node in facts.nodes]
     yield from sorted(nodes, key=lambda one: one.code is not BlockerCode.NODE_RUNNING)
@@ -417,7 +417,7 @@ def _end_run(execution_id: str, how: str) -> SuggestedRequest:
     return SuggestedRequest("POST", f"/api/v1/executions/{execution_id}/{how}", EXECUTE_SCOPE)
 
 
-def _text(moment: datetime | None) -> str | None:
+def _format_moment(moment: datetime | None) -> str | None:
     return deployment_blockers.moment_text(moment)
 
 

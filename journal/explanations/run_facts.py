@@ -229,12 +229,12 @@ async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCal
         added["deployment"] = await activity.read_activity(connection, facts.deployment_id)
         added["last_decision"] = await read_last_decision(connection, facts.deployment_id)
     if run.status == ExecutionStatus.PENDING and facts.deployment_id is None:
-        added["workers"] = await _workers(connection, None)
+        added["workers"] = await _read_workers(connection, None)
     if run.status == ExecutionStatus.RUNNING:
-        added["workers"] = await _workers(connection, run.lease_owner)
+        added["workers"] = await _read_workers(connection, run.lease_owner)
     if run.started_at is not None and run.status != ExecutionStatus.PENDING:
-        added["nodes"] = await _unsettled_nodes(connection, run, facts.now)
-        added["children"] = await _children(connection, run, caller)
+        added["nodes"] = await _read_unsettled_nodes(connection, run, facts.now)
+        added["children"] = await _read_children(connection, run, caller)
     nodes = [one.node_id for one in added.get("nodes", ())]
     added["recent"] = await _recent_durations(connection, run, nodes)
     return replace(facts, **added)
@@ -277,13 +277,13 @@ async def _slot_facts(connection: AsyncConnection, run: Execution, caller: ApiCa
         limit=run.concurrency_limit or 0,
         ahead=await connection.scalar(select(func.count()).select_from(ahead)) or 0,
         holders=[
-            SlotHolder(row.id, _moment(row.since), bool(row.is_visible))
+            SlotHolder(row.id, _to_datetime(row.since), bool(row.is_visible))
             for row in await connection.execute(holders)
         ],
     )
 
 
-async def _workers(connection: AsyncConnection, owner: str | None) -> Sequence[WorkerPresence]:
+async def _read_workers(connection: AsyncConnection, owner: str | None) -> Sequence[WorkerPresence]:
     """Return up to 1,000 reports of workers, the newest first; only that of `owner` if it is given."""
     statement = select(WorkerPresence).order_by(col(WorkerPresence.seen_at).desc()).limit(1_000)
     if owner is not None:
@@ -306,7 +306,7 @@ async def read_last_decision(connection: AsyncConnection, workflow_id: str) -> L
     return None if row is None else LastDecision(*row)
 
 
-async def _unsettled_nodes(
+async def _read_unsettled_nodes(
     connection: AsyncConnection, run: Execution, now: datetime
 ) -> Sequence[UnsettledNode]:
     """Return up to `MAX_NODES` nodes at work or in a wait without an answer, in the order of their spans."""
@@ -351,7 +351,9 @@ async def _unsettled_nodes(
     ]
 
 
-async def _children(connection: AsyncConnection, run: Execution, caller: ApiCaller) -> Sequence[ChildRun]:
+async def _read_children(
+    connection: AsyncConnection, run: Execution, caller: ApiCaller
+) -> Sequence[ChildRun]:
     statement = (
         select(
             *(
@@ -416,5 +418,5 @@ async def _recent_durations(
     return RecentDurations(seconds, nodes)
 
 
-def _moment(value: datetime | int) -> datetime:
+def _to_datetime(value: datetime | int) -> datetime:
     return value if isinstance(value, datetime) else from_microseconds(value)

@@ -74,8 +74,8 @@ def sum_times(
     """
     end = run.ended_at or now
     begun_at = run.started_at or end
-    blocked = [*_blocked_spans(run, intervals, end, primary, since)]
-    queued = [*_queued_spans(run, intervals, end)]
+    blocked = [*_iterate_blocked_spans(run, intervals, end, primary, since)]
+    queued = [*_iterate_queued_spans(run, intervals, end)]
     times: dict[str, timedelta] = {}
     bounds = {run.created_at, begun_at, end}
     bounds.update(moment for _, start, stop in blocked for moment in (start, stop))
@@ -93,7 +93,7 @@ def sum_times(
 _RUNNING: Final = "running"
 
 
-def _blocked_spans(
+def _iterate_blocked_spans(
     run: Execution,
     intervals: Sequence[BlockedInterval],
     end: datetime,
@@ -109,7 +109,7 @@ def _blocked_spans(
         yield primary.value, since, end
 
 
-def _queued_spans(
+def _iterate_queued_spans(
     run: Execution, intervals: Sequence[BlockedInterval], end: datetime
 ) -> Iterator[tuple[datetime, datetime]]:
     """Yield start and end of the times in which a started run could be claimed again and was not."""

@@ -436,7 +436,7 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
 
 def _bind_acceptances(batch: Sequence[RunAcceptance]) -> list[str]:
     rows = map(_acceptance_row, batch)
-    return [*transpose_rows(rows, len(_RUN_TYPES)), *_distinct_definitions(batch), *_labels(batch)]
+    return [*transpose_rows(rows, len(_RUN_TYPES)), *_distinct_definitions(batch), *_transpose_labels(batch)]
 
 
 def _bind_ingest_writes(batch: Sequence[InboundRequest], *, without: Collection[str] = ()) -> list[str]:
@@ -455,11 +455,11 @@ def _bind_ingest_writes(batch: Sequence[InboundRequest], *, without: Collection[
         *transpose_rows(rows, len(_INGESTED_RUN_TYPES)),
         *_distinct_definitions([run for run, _ in runs]),
         *transpose_rows(ingest_rows, len(_INGEST_TYPES)),
-        *_labels([run for run, _ in runs]),
+        *_transpose_labels([run for run, _ in runs]),
     ]
 
 
-def _labels(batch: Sequence[RunAcceptance]) -> list[str]:
+def _transpose_labels(batch: Sequence[RunAcceptance]) -> list[str]:
     rows = [(item.execution_id, *label) for item in batch for label in item.labels]
     return transpose_rows(rows, len(_LABEL_TYPES))
 

@@ -142,13 +142,13 @@ class SQLiteStore:
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return the JSON texts of definition snapshots by their keys; missing ones are left out."""
-        return await self._reader.run(lambda connection: _definitions(connection, keys))
+        return await self._reader.run(lambda connection: _read_definitions(connection, keys))
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return the recorded spans of runs by execution id, in their order, so that another process can
         continue.
         """
-        return await self._reader.run(lambda connection: _spans(connection, keys))
+        return await self._reader.run(lambda connection: _read_spans(connection, keys))
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return the highest sequence number of each run's log; runs without a log are left out."""
@@ -156,7 +156,7 @@ class SQLiteStore:
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
         """Return status, progress and error of runs, with outputs of ended runs only; unknown runs are left out."""
-        return await self._reader.run(lambda connection: _progress(connection, keys))
+        return await self._reader.run(lambda connection: _read_progress(connection, keys))
 
     async def promote_due(self) -> int:
         """Make runs with an ended wait pending; return their number. See `RunStore.promote_due`."""
@@ -613,13 +613,15 @@ def _renew(
 # ── read ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _definitions(connection: sqlite3.Connection, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+def _read_definitions(
+    connection: sqlite3.Connection, keys: Sequence[DefinitionKey]
+) -> dict[DefinitionKey, str]:
     statement = "SELECT body FROM definition WHERE organization_id = ? AND hash = ? AND shard = ?"
     found = {key: connection.execute(statement, key).fetchone() for key in keys}
     return {key: row[0] for key, row in found.items() if row is not None}
 
 
-def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
+def _read_spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
     statement = (
         f"SELECT {', '.join(SPAN_COLUMNS)} FROM span WHERE execution_id = ? AND shard = ? ORDER BY sequence"
     )
@@ -634,7 +636,7 @@ def _last_log_lines(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]
     return {execution_id: last for execution_id, last in found.items() if last is not None}
 
 
-def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> list[RunProgressReport]:
+def _read_progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> list[RunProgressReport]:
     found: list[RunProgressReport] = []
     for key in keys:
         row = connection.execute(

@@ -184,7 +184,7 @@ class PooledSqlDatabase:
         try:
             read = sql_text.parse_reading(statement, self._dialect, len(parameters))
         except StatementRefused as error:
-            raise _refused_error(error) from error
+            raise _build_refusal(error) from error
         return await self._within(
             timeout_seconds,
             lambda lent: lent.query(
@@ -214,7 +214,7 @@ class PooledSqlDatabase:
             for name in columns:
                 sql_text.quote_name(name, self._dialect)
         except StatementRefused as error:
-            raise _refused_error(error) from error
+            raise _build_refusal(error) from error
         return await self._within(
             timeout_seconds,
             lambda lent: lent.write(
@@ -226,7 +226,7 @@ class PooledSqlDatabase:
         try:
             read = sql_text.parse_writing(statement, self._dialect, len(parameters))
         except StatementRefused as error:
-            raise _refused_error(error) from error
+            raise _build_refusal(error) from error
         return await self._within(
             timeout_seconds, lambda lent: lent.execute(read, parameters, timeout_seconds=timeout_seconds)
         )
@@ -254,7 +254,7 @@ class PooledSqlDatabase:
         return done
 
 
-def _refused_error(error: StatementRefused) -> NodeError:
+def _build_refusal(error: StatementRefused) -> NodeError:
     return NodeError(str(error), code="statement-refused")
 
 

@@ -122,7 +122,7 @@ def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
             return False
         if container.kind == "multirange" and not _has_plausible_ranges(held):
             return False
-        levels.append(_contained_values(types, container, held))
+        levels.append(_iterate_contained_values(types, container, held))
     return True
 
 
@@ -148,7 +148,7 @@ def _has_plausible_ranges(value: bytes) -> bool:
     return len(value) < NUMBER.size or NUMBER.unpack_from(value)[0] <= len(value) // SMALLEST_ITEM
 
 
-def _contained_values(
+def _iterate_contained_values(
     types: LearnedTypes, container: ContainerType, value: bytes
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the type and bytes of each value within a container that is itself a container."""

@@ -104,12 +104,12 @@ class SmtpMailServer:
         written = await offload.run_in_thread(_stuff_dots, message)
         async with self._session(timeout_seconds) as client:
             _check_size(client, len(message))
-            with _refused_error("sender-refused", f"the sender {sender}"):
+            with _translate_refusal("sender-refused", f"the sender {sender}"):
                 await client.mail(sender)
             for each in recipients:
                 # A refused recipient ends the mail before its content is sent: a second attempt never reaches anybody
                 # twice.
-                with _refused_error("recipient-refused", f"the recipient {each}"):
+                with _translate_refusal("recipient-refused", f"the recipient {each}"):
                     await client.rcpt(each)
             await _send_content(client, written)
 
@@ -167,23 +167,23 @@ class SmtpMailServer:
             local_hostname=CLIENT_NAME,
             timeout=None,
         )
-        with _refused_error("connection-failed", "the connection"):
+        with _translate_refusal("connection-failed", "the connection"):
             await client.connect()
         return client
 
     async def _protect(self, client: aiosmtplib.SMTP) -> None:
         if self._place.tls is not MailTls.STARTTLS:
             return
-        with _refused_error("connection-failed", "EHLO"):
+        with _translate_refusal("connection-failed", "EHLO"):
             await client.ehlo()
         if not client.supports_extension("starttls"):
             message = "The mail server offers no STARTTLS, or an attacker suppresses it: nothing was sent"
             raise NodeError(message, code="tls-failed")
-        with _refused_error("tls-failed", "STARTTLS"):
+        with _translate_refusal("tls-failed", "STARTTLS"):
             await client.starttls()
 
     async def _log_in(self, client: aiosmtplib.SMTP) -> None:
-        with _refused_error("connection-failed", "EHLO"):
+        with _translate_refusal("connection-failed", "EHLO"):
             await client.ehlo()
         if not self._place.username:
             return
@@ -246,7 +246,7 @@ async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
 
     Raises `NodeError`: with the code `delivery-unknown` if the connection is lost before the confirmation.
     """
-    with _refused_error("mail-refused", "the mail"):
+    with _translate_refusal("mail-refused", "the mail"):
         _require_code(await client.execute_command(b"DATA"), 354)
         protocol = client.protocol
         if protocol is None:
@@ -281,7 +281,7 @@ def _require_code(answer: SMTPResponse, code: int) -> None:
 
 
 @contextmanager
-def _refused_error(code: str, what: str) -> Iterator[None]:
+def _translate_refusal(code: str, what: str) -> Iterator[None]:
     """Translate a negative SMTP reply within the block to a `NodeError` with `code`, retryable for temporary ones.
 
     `what` names the refused part in the message.

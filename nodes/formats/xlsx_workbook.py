@@ -426,10 +426,10 @@ def _unescape(text: str) -> str:
 
     Escapes of characters that JSON can't contain stay.
     """
-    return ESCAPE_PATTERN.sub(_escaped_character, text) if "_x" in text else text
+    return ESCAPE_PATTERN.sub(_unescape_character, text) if "_x" in text else text
 
 
-def _escaped_character(escape: re.Match[str]) -> str:
+def _unescape_character(escape: re.Match[str]) -> str:
     code = int(escape.group(1), 16)
     is_half_a_pair = 0xD800 <= code <= 0xDFFF  # noqa: PLR2004 - range of surrogates, which are no characters
     return escape.group() if code == 0 or is_half_a_pair else chr(code)

@@ -32,7 +32,7 @@ async def run(call: NodeCall) -> Json:
         await turn.yield_if_due()
         if key not in before:
             added.append(item)
-        elif (names := _changed_fields(before[key], item, ignored)) is None:
+        elif (names := _find_changed_fields(before[key], item, ignored)) is None:
             unchanged.append(item)
         else:
             changed.append({"before": before[key], "after": item, "fields": names})
@@ -72,7 +72,7 @@ async def _index_by_key(
     return found
 
 
-def _changed_fields(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
+def _find_changed_fields(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
     """Return the names of the fields that differ, an empty list for items without fields; None for equal items."""
     if equal_json(before, after):
         return None

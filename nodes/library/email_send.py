@@ -52,7 +52,7 @@ async def run(call: NodeCall) -> Json:
     await server.send(
         outgoing.sender.address,
         recipients,
-        await offload.run_in_thread(_compose, outgoing),
+        await offload.run_in_thread(_compose_mail, outgoing),
         timeout_seconds=config_fields.read_timeout_seconds(config),
     )
     return {"messageId": outgoing.message_id, "recipients": [*recipients], "count": len(recipients)}
@@ -78,7 +78,7 @@ async def _build_mail(call: NodeCall) -> OutgoingMail:
     )
 
 
-def _compose(outgoing: OutgoingMail) -> bytes:
+def _compose_mail(outgoing: OutgoingMail) -> bytes:
     try:
         return composition.compose_mail(outgoing)
     except ValueError as error:

@@ -35,7 +35,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "unlisted.html").write_text("secret")
     (tmp_path / "outside.html").write_text("secret")
     opened = site.open_site(folder, checkout=tmp_path)
-    monkeypatch.setattr(site, "_opened", lambda _built_at: opened)
+    monkeypatch.setattr(site, "_open_built_site", lambda _built_at: opened)
     return folder
 
 
@@ -43,7 +43,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve the pages of this checkout as if no site were built."""
     opened = site.open_site(tmp_path, checkout=ROOT)
-    monkeypatch.setattr(site, "_opened", lambda _built_at: opened)
+    monkeypatch.setattr(site, "_open_built_site", lambda _built_at: opened)
 
 
 @pytest.mark.usefixtures("built")
@@ -146,7 +146,7 @@ async def test_an_installation_without_documentation_leads_to_the_document_of_th
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/README.md").write_text("Another project installed beside this one.")
     opened = site.open_site(tmp_path / "built", checkout=tmp_path)
-    monkeypatch.setattr(site, "_opened", lambda _built_at: opened)
+    monkeypatch.setattr(site, "_open_built_site", lambda _built_at: opened)
     contents = await (await harness.client()).get("/docs/")
     assert (contents.status_code, "Another project" in contents.text) == (200, False)
     assert '<a href="../openapi.json">' in contents.text

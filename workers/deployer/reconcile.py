@@ -79,7 +79,7 @@ def observed_status(
     start that has waited since `waiting_since` for longer than that for the cluster to schedule a pod reports
     it, and continues.
     """
-    state = _observed_state(deployment, observed)
+    state = _determine_state(deployment, observed)
     definition_hash = _serving_definition(observed) or deployment.observed_definition_hash
     failure = observed.failure
     is_final = failure is not None and failure.is_final
@@ -251,7 +251,7 @@ def _has_ended(process: PodProcess, last_end_at: datetime | None) -> bool:
     return last_end_at is not None and process.started_at < last_end_at
 
 
-def _observed_state(deployment: Deployment, observed: ObservedDeployment) -> Stored:
+def _determine_state(deployment: Deployment, observed: ObservedDeployment) -> Stored:
     if deployment.replicas == 0:
         return Stored.STOPPING if observed.pods or not observed.is_current else Stored.STOPPED
     # Right after a change the counts are older than it: the pods that served before still exist.

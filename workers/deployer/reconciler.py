@@ -155,7 +155,7 @@ class Reconciler:
                 # A cache may not know a pod yet that has already claimed a run.
                 observed = await driver.observe_uncached(workflow_id)
         except ClusterBusy as error:
-            return _postpone(workflow_id, error)
+            return _postpone_request(workflow_id, error)
         except ClusterError as error:  # a refused read says nothing about pods
             return await self._store_failure(workflow_id, error, reconcile.unknown_status, RETRY_LATER)
         gone = reconcile.lost_processes(holders, observed)
@@ -163,12 +163,12 @@ class Reconciler:
         try:
             return await self._converge(driver, workflow_id, found, observed)
         except ClusterBusy as error:
-            return _postpone(workflow_id, error)
+            return _postpone_request(workflow_id, error)
         except AttemptDeferred as error:
             retry = ScheduledRetry(RetryBackoff(error.seconds, error.seconds))
             return await self._note_refusal(workflow_id, error.refusal, retry)
         except (ClusterForbidden, ClusterRefused) as error:
-            self._refusals.charge(workflow_id, _generation(found), error)
+            self._refusals.charge(workflow_id, _get_generation(found), error)
             return await self._note_refusal(workflow_id, error, ScheduledRetry(REFUSED_BACKOFF))
         except ClusterError as error:
             return await self._store_failure(
@@ -455,11 +455,11 @@ class Reconciler:
         )
 
 
-def _generation(found: DeploymentSnapshot | None) -> int | None:
+def _get_generation(found: DeploymentSnapshot | None) -> int | None:
     return None if found is None else found.deployment.generation
 
 
-def _postpone(workflow_id: str, error: ClusterBusy) -> ScheduledRetry:
+def _postpone_request(workflow_id: str, error: ClusterBusy) -> ScheduledRetry:
     """Return the retry of a request that the API server deferred; the last observed state remains valid."""
     log.info("cluster busy", workflow_id=workflow_id, seconds=error.retry_seconds)
     return ScheduledRetry(

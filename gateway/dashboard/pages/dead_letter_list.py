@@ -107,11 +107,11 @@ def list_writes(workflow: Mapping[str, Any] | None, types: Mapping[str, Any] | N
     return [
         str(node.get("label") or node["id"])
         for node in workflow["nodes"]
-        if _writes(effects.get(node["nodeId"], {"default": "write"}), node.get("config") or {})
+        if _may_write(effects.get(node["nodeId"], {"default": "write"}), node.get("config") or {})
     ]
 
 
-def _writes(effect: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+def _may_write(effect: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     chosen = config.get(effect.get("field", ""))
     cases = effect.get("cases") or {}
     found: str = (

@@ -126,25 +126,27 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         )
         if shows_map
         else None,
-        "here": _address(frame, node="", at=""),
+        "here": _build_address(frame, node="", at=""),
         "shows_map": shows_map,
         "views": (
-            ("Graph and time", _address(frame, view=""), not shows_map),
-            ("Map", _address(frame, view="map"), shows_map),
+            ("Graph and time", _build_address(frame, view=""), not shows_map),
+            ("Map", _build_address(frame, view="map"), shows_map),
         ),
-        "address_of": lambda node_id: _address(
+        "address_of": lambda node_id: _build_address(
             frame, node=node_id, tab="", iteration="", at="", **{"with": ""}
         ),
         "open_addresses": {
-            row.id: _address(frame, open=row.id) + f"#node-{row.id}" for row in timeline.rows if row.folded
+            row.id: _build_address(frame, open=row.id) + f"#node-{row.id}"
+            for row in timeline.rows
+            if row.folded
         },
         "inputs": (data["inputs"] or {}).get("inputs", ()),
         "may_execute": frame.may("workflows:execute"),
-        **run_node.view_node(data, frame, row, lambda **changes: _address(frame, **changes)),
+        **run_node.view_node(data, frame, row, lambda **changes: _build_address(frame, **changes)),
     }
 
 
-def _address(frame: PageFrame, **changes: str) -> str:
+def _build_address(frame: PageFrame, **changes: str) -> str:
     query = {name: frame.query.get(name, "") for name in KEPT} | changes
     return list_address(frame, f"/dashboard/runs/{frame.parameters['id']}", query)
 

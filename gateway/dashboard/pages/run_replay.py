@@ -25,14 +25,14 @@ async def load(page: PageRequest) -> PageData:
     """Ask the API for the run and the plan of its replay, then for the labels of its nodes; raises `ApiError`."""
     path = f"/api/v1/executions/{page.parameters['id']}"
     run, plan = await asyncio.gather(
-        page.get(path), page.plan(f"{path}/replay", definition=_definition(page.query))
+        page.get(path), page.plan(f"{path}/replay", definition=_choose_definition(page.query))
     )
     workflow = await page.get_if_present(f"/api/v1/workflows/{run['workflowId']}")
     run = {name: value for name, value in run.items() if name != "outputs"}
     return {"run": run, "plan": plan, "workflow": workflow}
 
 
-def _definition(query: Mapping[str, str]) -> str:
+def _choose_definition(query: Mapping[str, str]) -> str:
     given = query.get("definition", "")
     return given if given in dict(DEFINITIONS) else DEFINITIONS[0][0]
 
@@ -41,7 +41,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the nodes of the plan with their decisions, and the addresses of other plans."""
     run, plan, workflow = data["run"], data["plan"], data["workflow"]
     path = f"/dashboard/runs/{run['id']}"
-    definition = _definition(frame.query)
+    definition = _choose_definition(frame.query)
     name = workflow["name"] if workflow else run["workflowId"]
     counts = plan["counts"]
     return {

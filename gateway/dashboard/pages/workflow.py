@@ -76,7 +76,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     workflow, why = data["workflow"], data["why"]
     node = _find_node(workflow, frame.query)
     figures = {one["nodeId"]: one for one in (data["statistics"] or {"nodes": ()})["nodes"]}
-    states = _states(data["graph"], workflow)
+    states = _read_states(data["graph"], workflow)
     findings = data["validation"] or {"errors": (), "warnings": ()}
     status = why["deploymentStatus"] if why else "not-deployed"
     given = _given_input(data["input"])
@@ -95,17 +95,17 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             focus=frame.query.get("node", ""),
             at=frame.query.get("at", ""),
         ),
-        "address_of": lambda node_id: _address(frame, node=node_id, at="") + "#node",
-        "here": _address(frame, node="", at=""),
+        "address_of": lambda node_id: _build_address(frame, node=node_id, at="") + "#node",
+        "here": _build_address(frame, node="", at=""),
         "views": (
-            ("Map", _address(frame, view=""), not shows_table),
-            ("Table", _address(frame, view="table"), shows_table),
+            ("Map", _build_address(frame, view=""), not shows_table),
+            ("Table", _build_address(frame, view="table"), shows_table),
         ),
         "shows_table": shows_table,
         "states": states or {},
         "figures": figures,
         "node": node,
-        "closed": _address(frame, node=""),
+        "closed": _build_address(frame, node=""),
         "findings": [("error", one) for one in findings["errors"]]
         + [("warning", one) for one in findings["warnings"]],
         "fields": list_inputs(workflow["nodes"]),
@@ -115,7 +115,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         },
         "schema_fields": list_schema((data["type"] or {}).get("config")),
         "share": show_share,
-        "input_address": _address(frame, input="last") + "#run",
+        "input_address": _build_address(frame, input="last") + "#run",
         "api": f"/api/v1/workflows/{workflow['id']}",
         "page_path": f"{frame.root}/dashboard/workflows/{workflow['id']}",
         "may_write": frame.may("workflows:write"),
@@ -126,12 +126,12 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     }
 
 
-def _address(frame: PageFrame, **changes: str) -> str:
+def _build_address(frame: PageFrame, **changes: str) -> str:
     query = {name: frame.query.get(name, "") for name in KEPT} | changes
     return list_address(frame, f"/dashboard/workflows/{frame.parameters['id']}", query)
 
 
-def _states(graph: Mapping[str, Any] | None, workflow: Mapping[str, Any]) -> Mapping[str, str] | None:
+def _read_states(graph: Mapping[str, Any] | None, workflow: Mapping[str, Any]) -> Mapping[str, str] | None:
     """Return the states of the workflow's nodes in its last run; None if it has not run."""
     if graph is None:
         return None

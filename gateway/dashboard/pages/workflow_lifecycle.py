@@ -51,11 +51,11 @@ async def load(page: PageRequest) -> PageData:
     )
     present = lifecycle["lifecyclePolicy"]
     candidate = read_candidate(page.query, present)
-    preview, problem = await _preview(page, path, present), ""
+    preview, problem = await _load_preview(page, path, present), ""
     tried = preview
     if candidate != present:
         try:
-            tried = await _preview(page, path, candidate)
+            tried = await _load_preview(page, path, candidate)
         except ApiError as error:
             problem = error.message
     return {
@@ -70,7 +70,7 @@ async def load(page: PageRequest) -> PageData:
     }
 
 
-async def _preview(page: PageRequest, path: str, policy: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+async def _load_preview(page: PageRequest, path: str, policy: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
     return await page.preview(f"{path}/lifecycle/preview", **policy)
 
 

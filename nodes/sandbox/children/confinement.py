@@ -70,7 +70,7 @@ def limit_processes(most: int) -> None:
 
 def limit_memory(more_bytes: int) -> None:
     """Limit the memory of the process to its current use plus `more_bytes`; skipped if the system refuses it."""
-    _set_limit(resource.RLIMIT_AS, _used_bytes() + more_bytes)
+    _set_limit(resource.RLIMIT_AS, _read_used_bytes() + more_bytes)
 
 
 def limit_cpu(more_seconds: float) -> None:
@@ -84,13 +84,13 @@ def limit_cpu(more_seconds: float) -> None:
 
 def give_up_rights() -> None:
     """Forbid new privileges for good, and hide the process from others of its user."""
-    _prctl(SET_NO_NEW_PRIVILEGES, 1)
+    _call_prctl(SET_NO_NEW_PRIVILEGES, 1)
     hide_process()
 
 
 def hide_process() -> None:
     """Hide the process's memory, environment and open files from other processes of its user; root still sees them."""
-    _prctl(SET_DUMPABLE, 0)
+    _call_prctl(SET_DUMPABLE, 0)
 
 
 def switch_user() -> bool:
@@ -118,7 +118,7 @@ def die_with_parent(parent: int) -> None:
 
     Call it last, since a change of user resets it.
     """
-    _prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    _call_prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 
@@ -145,7 +145,7 @@ def _set_limit(number: int, most: int) -> None:
         resource.setrlimit(number, (most, most))
 
 
-def _used_bytes() -> int:
+def _read_used_bytes() -> int:
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - avoids another module
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -153,7 +153,7 @@ def _used_bytes() -> int:
         return 256 << 20
 
 
-def _prctl(option: int, value: int) -> None:
+def _call_prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         _load_libc().prctl(option, value, 0, 0, 0)
 
