@@ -53,7 +53,7 @@ SUBJECTS: Final[Mapping[str, str]] = {
     ),
     "Schedules and retention": r"(lifecycle|schedule|leadership)_seconds|retention_.*",
     "Logs, metrics, traces and shutdown": (
-        r"log_level|heartbeat_file|shutdown_seconds|metrics_address|otlp_url|trace_.*"
+        r"log_level|heartbeat_file|shutdown_seconds|metrics_(address|workflows)|otlp_url|trace_.*"
         r"|((worker|scheduler|deployer|runner)_)?metrics_port"
     ),
     "Deployments": (

@@ -142,6 +142,7 @@ class RunExecutor:
         self._services = services
         self._settings = settings
         self._limits = settings.limits
+        run_metrics.workflow_labels.allow(settings.metrics_workflows)
         self._programs = ProgramCache(store, catalog)
         self._recorder = RunRecorder(store, self._publish)
         self._leases = LeaseKeeper(
@@ -587,7 +588,7 @@ class RunExecutor:
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
     def _on_ended(self, run: ClaimedRun, outcome: RunOutcome) -> None:
-        run_metrics.count_end(outcome.status, run.started_at, self._store.clock.now())
+        run_metrics.count_end(run, outcome.status, self._store.clock.now())
         on_left = self._hooks.on_left
         if on_left is not None and (run.completion_action is not None or run.concurrency_key is not None):
             on_left(run, outcome)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from models import ids
 from models.workflow_names import POD_OWNER_PREFIX
 from telemetry import instruments
+from telemetry.metric_families import BY_WORKFLOW, GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,33 @@ instruments.declare(
 )
 
 
+class WorkflowLabels:
+    """Values of the label `workflow`: ids of the first workflows of this process, up to a limit."""
+
+    def __init__(self) -> None:
+        self._limit = 0
+        self._known: set[str] = set()
+
+    def allow(self, limit: int) -> None:
+        """Set the number of workflows with a label of their own; with 0, nothing is counted by workflow."""
+        self._limit = limit
+        if limit:
+            instruments.declare(*(family.name for family in GROUPS[BY_WORKFLOW]))
+
+    def label(self, workflow_id: str) -> str | None:
+        """Return the label of a workflow; None if nothing is counted by workflow."""
+        if not self._limit:
+            return None
+        if workflow_id not in self._known:
+            if len(self._known) >= self._limit:
+                return instruments.OTHER
+            self._known.add(workflow_id)
+        return workflow_id
+
+
+workflow_labels: Final = WorkflowLabels()
+
+
 def set_held_runs(count: int) -> None:
     """Set the metric of the number of runs that this process holds."""
     instruments.gauge("runs_held").set(count)
@@ -38,16 +66,26 @@ def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
     target = "pod" if channel.startswith(POD_OWNER_PREFIX) else "shared"
     queue_seconds = instruments.histogram("execution_queue_seconds", target)
     for run in claimed:
+        workflow = workflow_labels.label(run.workflow_id)
+        if workflow is not None:
+            instruments.counter("workflow_claims_total", workflow).inc()
         accepted_at = None if run.has_journal else ids.time_of(run.execution_id)
         if accepted_at is not None and timedelta() <= run.started_at - accepted_at <= MAX_QUEUE_TIME:
-            queue_seconds.observe((run.started_at - accepted_at).total_seconds())
+            seconds = (run.started_at - accepted_at).total_seconds()
+            queue_seconds.observe(seconds)
+            if workflow is not None:
+                instruments.counter("workflow_queue_seconds_total", workflow).inc(seconds)
 
 
-def count_end(status: RunStatus, started_at: datetime, now: datetime) -> None:
-    """Count the end of one claim of a run by status, with its duration in seconds since `started_at`."""
+def count_end(run: ClaimedRun, status: RunStatus, now: datetime) -> None:
+    """Count the end of one claim of a run by status, with its duration in seconds since its start."""
     if not instruments.is_exposed:
         return
-    seconds = max((now - started_at).total_seconds(), 0.0)
+    seconds = max((now - run.started_at).total_seconds(), 0.0)
+    workflow = workflow_labels.label(run.workflow_id)
+    if workflow is not None:
+        instruments.counter("workflow_ends_total", workflow, status.value).inc()
+        instruments.counter("workflow_run_seconds_total", workflow).inc(seconds)
     instruments.histogram("execution_duration_seconds", status.value).observe(seconds)
 
 

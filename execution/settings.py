@@ -39,6 +39,15 @@ class ExecutionSettings(TraceSettings):
         default="127.0.0.1",
         description="Address at which metrics are served. In containers, `0.0.0.0`, which no client may reach.",
     )
+    metrics_workflows: int = Field(
+        default=0,
+        ge=0,
+        le=1_000,
+        description=(
+            "Number of workflows with metrics of their own in one process, the first ones that run in it; the"
+            " others count together as `other`. 0: no metrics by workflow."
+        ),
+    )
     runner_metrics_port: int | None = Field(
         default=None,
         ge=0,

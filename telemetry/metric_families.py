@@ -39,6 +39,8 @@ class MetricFamily:
         return PREFIX + self.name
 
 
+BY_WORKFLOW: Final = "By workflow"
+"""Group of the families that are only exposed with `METRICS_WORKFLOWS`."""
 GROUPS: Final[Mapping[str, Sequence[MetricFamily]]] = {
     "Intake": (
         MetricFamily(
@@ -170,6 +172,39 @@ GROUPS: Final[Mapping[str, Sequence[MetricFamily]]] = {
         ),
         MetricFamily("commit_seconds", MetricKind.HISTOGRAM, "Time of commits of records.", "worker, pod"),
     ),
+    BY_WORKFLOW: (
+        MetricFamily(
+            "workflow_claims_total",
+            MetricKind.COUNTER,
+            "Claimed executions, by id of the workflow.",
+            "worker, pod",
+            {"workflow": ()},
+        ),
+        MetricFamily(
+            "workflow_queue_seconds_total",
+            MetricKind.COUNTER,
+            "Sum of the times from acceptance to the first claim.",
+            "worker, pod",
+            {"workflow": ()},
+        ),
+        MetricFamily(
+            "workflow_ends_total",
+            MetricKind.COUNTER,
+            "Executions that have left the process, by id of the workflow and status.",
+            "worker, pod",
+            {
+                "workflow": (),
+                "status": ("completed", "failed", "stopped", "cancelled", "waiting", "released"),
+            },
+        ),
+        MetricFamily(
+            "workflow_run_seconds_total",
+            MetricKind.COUNTER,
+            "Sum of the times from the first claim to these ends.",
+            "worker, pod",
+            {"workflow": ()},
+        ),
+    ),
     "Sleep and wake": (
         MetricFamily(
             "wakes_total",
@@ -181,9 +216,11 @@ GROUPS: Final[Mapping[str, Sequence[MetricFamily]]] = {
         MetricFamily(
             "wake_seconds",
             MetricKind.HISTOGRAM,
-            "Time of wakes: `start` from the decision to a ready pod, `total` from a trigger to its pod.",
+            "Time of wakes: `start` from the decision to a ready pod, `total` from a trigger to its pod. Parts:"
+            " `decide` from a trigger to the decision, `schedule` from the decision to a scheduled pod, `ready` from"
+            " its program to its readiness, `forward` from a trigger to a pod that was ready before.",
             "deployer, gateway",
-            {"phase": ("start", "total")},
+            {"phase": ("decide", "schedule", "ready", "start", "forward", "total")},
             SLOW_BUCKETS,
         ),
         MetricFamily(

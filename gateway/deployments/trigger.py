@@ -228,8 +228,14 @@ async def _wait_for_pod(
         seconds=_seconds_left(until),
     )
     times.taken = perf_counter() if is_taken else None
-    if times.taken is not None and times.is_cold:
-        instruments.histogram("wake_seconds", "total").observe(times.taken - times.accepted)
+    if times.taken is None:
+        return
+    seconds = times.taken - times.accepted
+    if times.is_cold:
+        instruments.histogram("wake_seconds", "decide").observe(times.accepted - times.began)
+        instruments.histogram("wake_seconds", "total").observe(seconds)
+    else:
+        instruments.histogram("wake_seconds", "forward").observe(seconds)
 
 
 async def _read_progress(

@@ -54,7 +54,9 @@ class CommandShell:
 @contextmanager
 def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
     """Run a server, with further variables, and yield a shell that reaches it."""
-    given = command_environment(folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0")
+    given = command_environment(
+        folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0", METRICS_WORKFLOWS="5"
+    )
     log = folder / "log"
     with command_runs.run_command("dev", "--port", "0", given={**given, **variables}, log=log) as dev:
         address = dev.says(r"Pilotflame runs on (\S+)")[1]

@@ -363,6 +363,8 @@ def test_dev_serves_every_family_of_metrics_and_no_other(shell: CommandShell) ->
         'execution_duration_seconds_count{status="completed"}',
         'node_duration_seconds_count{node_type="template",outcome="completed"}',
         "commit_seconds_count",
+        f'workflow_claims_total{{workflow="{workflow_id.strip()}"}}',
+        f'workflow_ends_total{{status="completed",workflow="{workflow_id.strip()}"}}',
         "leader",
     ):
         value = re.search(rf"^pilotflame_{re.escape(sample)} (\S+)$", text, re.MULTILINE)

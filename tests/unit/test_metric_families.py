@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from prometheus_client import Counter
 
+from execution.run_metrics import WorkflowLabels
 from telemetry import instruments
-from telemetry.metric_families import FAMILIES, MetricKind
+from telemetry.metric_families import BY_WORKFLOW, FAMILIES, GROUPS, MetricKind
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -16,7 +17,15 @@ def test_a_family_has_a_name_a_unit_and_closed_labels(name: str) -> None:
     assert name.endswith("_total") == (family.kind is MetricKind.COUNTER)
     if family.kind is MetricKind.HISTOGRAM:
         assert name.endswith(("_seconds", "_size"))
-    assert not {*family.labels} & {"execution", "execution_id", "workflow", "user", "organization"}
+    assert not {*family.labels} & {"execution", "execution_id", "user", "organization"}
+    assert ("workflow" in family.labels) == (family in GROUPS[BY_WORKFLOW])
+
+
+def test_workflows_beyond_the_limit_count_together() -> None:
+    labels = WorkflowLabels()
+    assert labels.label("wf_1") is None
+    labels.allow(2)
+    assert [labels.label(f"wf_{number}") for number in (1, 2, 3, 1)] == ["wf_1", "wf_2", "other", "wf_1"]
 
 
 def test_a_label_value_outside_of_the_table_counts_as_other() -> None:

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 from models.deployment import BLOCKING_REASONS
+from telemetry import instruments
 from workers.cluster.driver import ClusterForbidden, ClusterRefused, PodStage
 
 if TYPE_CHECKING:
@@ -300,7 +301,9 @@ class StartClock:
         """
         coming = [pod for pod in observed.pods if not pod.is_terminating and not pod.is_ready]
         if not observed.is_starting:
-            self.forget(deployment.workflow_id)
+            start = self._starts.pop(deployment.workflow_id, None)
+            if start is not None and start.stage is PodStage.STARTED and observed.ready_pods:
+                _observe_phase("ready", start.since, now)
             return None
         stage = max((pod.stage for pod in coming), default=PodStage.CREATED)
         start = self._starts.get(deployment.workflow_id)
@@ -308,6 +311,9 @@ class StartClock:
         if start is None or start.generation != deployment.generation or is_blocked:
             start = self._starts[deployment.workflow_id] = _StartProgress(deployment.generation, stage, now)
         elif stage > start.stage:
+            if start.stage is PodStage.CREATED:
+                # The row has changed last with the decision to start.
+                _observe_phase("schedule", deployment.updated_at, now)
             # Lower stages don't count: a program that crashes and is restarted makes no progress.
             start.stage, start.since = stage, now
         is_timed = start.stage >= PodStage.SCHEDULED or observed.failure is not None
@@ -321,3 +327,8 @@ class StartClock:
     def forget(self, workflow_id: str) -> None:
         """Forget the start of a workflow, because none of its pods is starting any more."""
         self._starts.pop(workflow_id, None)
+
+
+def _observe_phase(phase: str, since: datetime, now: datetime) -> None:
+    """Count the time of one phase of a start."""
+    instruments.histogram("wake_seconds", phase).observe(max((now - since).total_seconds(), 0.0))
