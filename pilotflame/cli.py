@@ -25,6 +25,7 @@ NOUNS: Final = (
     "runs",
     "approvals",
     "nodes",
+    "tasks",
     "workers",
     "datasources",
     "deployments",

@@ -14,9 +14,14 @@ OMITTED: Final = frozenset(
         "hooksReceive",
         "mail_addressesReceive",
         "mail_addressesShow",
+        "task_protocolClaim",
+        "task_protocolReport",
+        "task_protocolShowInput",
+        "task_protocolStop",
+        "task_protocolStoreOutput",
     }
 )
-"""Operations of senders and browsers, and streams of events, whose methods are written by hand."""
+"""Operations of senders, browsers and workers, and streams of events, whose methods are written by hand."""
 
 METHODS: Final = {
     "accessCreateKey": "keys.create",
@@ -126,6 +131,7 @@ METHODS: Final = {
     "run_graphsShow": "executions.graph",
     "scheduleIndex": "schedules.list",
     "scheduleShow": "schedules.get",
+    "schedule_timelineTimeline": "schedules.timeline",
     "sessionsEnd": "sessions.end",
     "sessionsIndex": "sessions.list",
     "sessionsShow": "sessions.get",
@@ -136,6 +142,10 @@ METHODS: Final = {
     "signingReplace": "signing_secret.replace",
     "signingShow": "signing_secret.get",
     "span_comparisonCompare": "executions.compare_span",
+    "task_listsDrain": "workers.drain",
+    "task_listsIndex": "tasks.list",
+    "task_listsShow": "tasks.get",
+    "task_listsWorkers": "workers.list",
     "triggerStart": "deployments.trigger",
     "trigger_tokensReplace": "triggers.replace_token",
     "trigger_tokensRevoke": "triggers.revoke_token",

@@ -8,10 +8,37 @@ from typing import Annotated
 from typer import Argument, Option
 
 from pilotflame.commands import server_connection
+from pilotflame.commands.arguments import AllOption, LimitOption
 from pilotflame.commands.nouns import new_noun
+from pilotflame.commands.output import FormatOption, OutputFormat, remark, show_list, take
 
-app = new_noun("Run workers of your own node types.")
+app = new_noun("Run, list and drain workers of your own node types.")
+COLUMNS = {
+    "Id": "id",
+    "Name": "name",
+    "Present": "present",
+    "Draining": "draining",
+    "Tasks": "tasks",
+    "Pools": "pools",
+    "Sdk": "sdk",
+    "Seen": "lastSeenAt",
+}
 FileArgument = Annotated[Path, Argument(metavar="FILE", help="Python file with `worker = Worker(...)`.")]
+
+
+@app.command("list")
+def list_workers(
+    limit: LimitOption = 100, every: AllOption = False, output: FormatOption = OutputFormat.TABLE
+) -> None:
+    """List the workers of the organization, the last seen first."""
+    found = take(server_connection.connect().workers.iterate(), limit, all_items=every)
+    show_list(found, output, COLUMNS)
+
+
+@app.command("drain")
+def drain_worker(worker: Annotated[str, Argument(metavar="WORKER", help="Id of the worker.")]) -> None:
+    """Ask a worker to end: it gets no more tasks, and ends with those that it has."""
+    server_connection.connect().workers.drain(worker)
 
 
 @app.command("run")
@@ -28,7 +55,7 @@ def run_worker(
     (worker, *_) = worker_files.load_workers(file)
     if register:
         for added in worker.register():
-            print_remark(f"{added} is registered")
+            remark(f"{added} is registered")
     worker.run()
 
 
@@ -38,14 +65,7 @@ def develop(file: FileArgument) -> None:
     from pilotflame import worker_files
 
     _use_profile()
-    worker_files.run_again_after_changes(file, print_remark)
-
-
-def print_remark(text: str) -> None:
-    """Print a remark on standard error."""
-    from pilotflame.commands.output import remark
-
-    remark(text)
+    worker_files.run_again_after_changes(file, remark)
 
 
 def _use_profile() -> None:

@@ -358,9 +358,9 @@ class AsyncInvitations(AsyncResource):
 class AsyncKeys(AsyncResource):
     """Methods of `client.keys`."""
 
-    async def create(self, *, name: str, scopes: Sequence[Literal['datasources:read', 'datasources:write', 'keys:write', 'models:read', 'models:write', 'nodes:write', 'tasks:work', 'users:write', 'workflows:execute', 'workflows:read', 'workflows:write']] | None = None, expires_at: str | None = None, expires_in_seconds: int | None = None, user_id: str | None = None) -> t.Key:
+    async def create(self, *, name: str, scopes: Sequence[Literal['datasources:read', 'datasources:write', 'keys:write', 'models:read', 'models:write', 'nodes:write', 'tasks:work', 'users:write', 'workflows:execute', 'workflows:read', 'workflows:write']] | None = None, node_types: Sequence[str] | None = None, expires_at: str | None = None, expires_in_seconds: int | None = None, user_id: str | None = None) -> t.Key:
         """Create an API key for yourself or, as an admin, for a user of the organization."""
-        return cast("t.Key", await self._client.request("POST", "/api/v1/auth/keys", fields={"name": name, "scopes": scopes, "expiresAt": expires_at, "expiresInSeconds": expires_in_seconds, "userId": user_id}))
+        return cast("t.Key", await self._client.request("POST", "/api/v1/auth/keys", fields={"name": name, "scopes": scopes, "nodeTypes": node_types, "expiresAt": expires_at, "expiresInSeconds": expires_in_seconds, "userId": user_id}))
 
     async def list(self, *, limit: int | None = None, offset: int | None = None) -> t.KeyList:
         """List the caller's own keys; for an admin, the keys of the organization."""
@@ -455,14 +455,6 @@ class AsyncQueue(AsyncResource):
         return cast("t.EnqueueBatchResult", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/enqueue-batch", query={"key": key}, fields={"messages": messages, "callbackUrl": callback_url}, idempotency_key=idempotency_key, is_keyed=True))
 
 
-class AsyncScheduleTimeline(AsyncResource):
-    """Methods of `client.schedule_timeline`."""
-
-    async def timeline(self, *, hours: int | None = None, limit: int | None = None, offset: int | None = None) -> t.ScheduleTimeline:
-        """Show when schedules start runs, when windows are open, and when and why pods were awake."""
-        return cast("t.ScheduleTimeline", await self._client.request("GET", "/api/v1/schedules/timeline", query={"hours": hours, "limit": limit, "offset": offset}))
-
-
 class AsyncSchedules(AsyncResource):
     """Methods of `client.schedules`."""
 
@@ -477,6 +469,10 @@ class AsyncSchedules(AsyncResource):
     def iterate(self) -> AsyncIterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/schedules", "schedules", {})
+
+    async def timeline(self, *, hours: int | None = None, limit: int | None = None, offset: int | None = None) -> t.ScheduleTimeline:
+        """Show when schedules start runs, when windows are open, and when and why pods were awake."""
+        return cast("t.ScheduleTimeline", await self._client.request("GET", "/api/v1/schedules/timeline", query={"hours": hours, "limit": limit, "offset": offset}))
 
 
 class AsyncServer(AsyncResource):
@@ -531,6 +527,22 @@ class AsyncSigningSecret(AsyncResource):
         return cast("t.NewSigningSecret", await self._client.request("POST", "/api/v1/auth/signing-secret"))
 
 
+class AsyncTasks(AsyncResource):
+    """Methods of `client.tasks`."""
+
+    async def get(self, task_id: str) -> t.TaskDetails:
+        """Show a task, and why no worker performs it if none does."""
+        return cast("t.TaskDetails", await self._client.request("GET", f"/api/v1/tasks/{self._quote(task_id)}"))
+
+    async def list(self, *, state: Literal['ready', 'limited', 'delayed', 'leased', 'cancel_requested', 'completed', 'failed', 'cancelled'] | None = None, type: str | None = None, execution_id: str | None = None, limit: int | None = None, offset: int | None = None) -> t.TaskList:
+        """List the tasks of executions that the caller may see, the newest first."""
+        return cast("t.TaskList", await self._client.request("GET", "/api/v1/tasks", query={"state": state, "type": type, "executionId": execution_id, "limit": limit, "offset": offset}))
+
+    def iterate(self, *, state: Literal['ready', 'limited', 'delayed', 'leased', 'cancel_requested', 'completed', 'failed', 'cancelled'] | None = None, type: str | None = None, execution_id: str | None = None) -> AsyncIterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/tasks", "tasks", {"state": state, "type": type, "executionId": execution_id})
+
+
 class AsyncTriggers(AsyncResource):
     """Methods of `client.triggers`."""
 
@@ -565,6 +577,22 @@ class AsyncUsers(AsyncResource):
     def iterate(self) -> AsyncIterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/auth/users", "users", {})
+
+
+class AsyncWorkers(AsyncResource):
+    """Methods of `client.workers`."""
+
+    async def drain(self, worker_id: str) -> t.TaskWorker:
+        """Ask a worker to stop: its next answer says so, and it gets no more tasks."""
+        return cast("t.TaskWorker", await self._client.request("POST", f"/api/v1/workers/{self._quote(worker_id)}/drain"))
+
+    async def list(self, *, limit: int | None = None, offset: int | None = None) -> t.TaskWorkerList:
+        """List the workers of the organization that have ever polled for tasks, the last seen first."""
+        return cast("t.TaskWorkerList", await self._client.request("GET", "/api/v1/workers", query={"limit": limit, "offset": offset}))
+
+    def iterate(self) -> AsyncIterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/workers", "workers", {})
 
 
 class AsyncWorkflows(AsyncResource):
@@ -757,11 +785,12 @@ class AsyncResourceClient(AsyncTransport):
         self.keys = AsyncKeys(self)
         self.node_types = AsyncNodeTypes(self)
         self.queue = AsyncQueue(self)
-        self.schedule_timeline = AsyncScheduleTimeline(self)
         self.schedules = AsyncSchedules(self)
         self.server = AsyncServer(self)
         self.sessions = AsyncSessions(self)
         self.signing_secret = AsyncSigningSecret(self)
+        self.tasks = AsyncTasks(self)
         self.triggers = AsyncTriggers(self)
         self.users = AsyncUsers(self)
+        self.workers = AsyncWorkers(self)
         self.workflows = AsyncWorkflows(self)

@@ -358,9 +358,9 @@ class Invitations(Resource):
 class Keys(Resource):
     """Methods of `client.keys`."""
 
-    def create(self, *, name: str, scopes: Sequence[Literal['datasources:read', 'datasources:write', 'keys:write', 'models:read', 'models:write', 'nodes:write', 'tasks:work', 'users:write', 'workflows:execute', 'workflows:read', 'workflows:write']] | None = None, expires_at: str | None = None, expires_in_seconds: int | None = None, user_id: str | None = None) -> t.Key:
+    def create(self, *, name: str, scopes: Sequence[Literal['datasources:read', 'datasources:write', 'keys:write', 'models:read', 'models:write', 'nodes:write', 'tasks:work', 'users:write', 'workflows:execute', 'workflows:read', 'workflows:write']] | None = None, node_types: Sequence[str] | None = None, expires_at: str | None = None, expires_in_seconds: int | None = None, user_id: str | None = None) -> t.Key:
         """Create an API key for yourself or, as an admin, for a user of the organization."""
-        return cast("t.Key", self._client.request("POST", "/api/v1/auth/keys", fields={"name": name, "scopes": scopes, "expiresAt": expires_at, "expiresInSeconds": expires_in_seconds, "userId": user_id}))
+        return cast("t.Key", self._client.request("POST", "/api/v1/auth/keys", fields={"name": name, "scopes": scopes, "nodeTypes": node_types, "expiresAt": expires_at, "expiresInSeconds": expires_in_seconds, "userId": user_id}))
 
     def list(self, *, limit: int | None = None, offset: int | None = None) -> t.KeyList:
         """List the caller's own keys; for an admin, the keys of the organization."""
@@ -455,14 +455,6 @@ class Queue(Resource):
         return cast("t.EnqueueBatchResult", self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/enqueue-batch", query={"key": key}, fields={"messages": messages, "callbackUrl": callback_url}, idempotency_key=idempotency_key, is_keyed=True))
 
 
-class ScheduleTimeline(Resource):
-    """Methods of `client.schedule_timeline`."""
-
-    def timeline(self, *, hours: int | None = None, limit: int | None = None, offset: int | None = None) -> t.ScheduleTimeline:
-        """Show when schedules start runs, when windows are open, and when and why pods were awake."""
-        return cast("t.ScheduleTimeline", self._client.request("GET", "/api/v1/schedules/timeline", query={"hours": hours, "limit": limit, "offset": offset}))
-
-
 class Schedules(Resource):
     """Methods of `client.schedules`."""
 
@@ -477,6 +469,10 @@ class Schedules(Resource):
     def iterate(self) -> Iterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/schedules", "schedules", {})
+
+    def timeline(self, *, hours: int | None = None, limit: int | None = None, offset: int | None = None) -> t.ScheduleTimeline:
+        """Show when schedules start runs, when windows are open, and when and why pods were awake."""
+        return cast("t.ScheduleTimeline", self._client.request("GET", "/api/v1/schedules/timeline", query={"hours": hours, "limit": limit, "offset": offset}))
 
 
 class Server(Resource):
@@ -531,6 +527,22 @@ class SigningSecret(Resource):
         return cast("t.NewSigningSecret", self._client.request("POST", "/api/v1/auth/signing-secret"))
 
 
+class Tasks(Resource):
+    """Methods of `client.tasks`."""
+
+    def get(self, task_id: str) -> t.TaskDetails:
+        """Show a task, and why no worker performs it if none does."""
+        return cast("t.TaskDetails", self._client.request("GET", f"/api/v1/tasks/{self._quote(task_id)}"))
+
+    def list(self, *, state: Literal['ready', 'limited', 'delayed', 'leased', 'cancel_requested', 'completed', 'failed', 'cancelled'] | None = None, type: str | None = None, execution_id: str | None = None, limit: int | None = None, offset: int | None = None) -> t.TaskList:
+        """List the tasks of executions that the caller may see, the newest first."""
+        return cast("t.TaskList", self._client.request("GET", "/api/v1/tasks", query={"state": state, "type": type, "executionId": execution_id, "limit": limit, "offset": offset}))
+
+    def iterate(self, *, state: Literal['ready', 'limited', 'delayed', 'leased', 'cancel_requested', 'completed', 'failed', 'cancelled'] | None = None, type: str | None = None, execution_id: str | None = None) -> Iterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/tasks", "tasks", {"state": state, "type": type, "executionId": execution_id})
+
+
 class Triggers(Resource):
     """Methods of `client.triggers`."""
 
@@ -565,6 +577,22 @@ class Users(Resource):
     def iterate(self) -> Iterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/auth/users", "users", {})
+
+
+class Workers(Resource):
+    """Methods of `client.workers`."""
+
+    def drain(self, worker_id: str) -> t.TaskWorker:
+        """Ask a worker to stop: its next answer says so, and it gets no more tasks."""
+        return cast("t.TaskWorker", self._client.request("POST", f"/api/v1/workers/{self._quote(worker_id)}/drain"))
+
+    def list(self, *, limit: int | None = None, offset: int | None = None) -> t.TaskWorkerList:
+        """List the workers of the organization that have ever polled for tasks, the last seen first."""
+        return cast("t.TaskWorkerList", self._client.request("GET", "/api/v1/workers", query={"limit": limit, "offset": offset}))
+
+    def iterate(self) -> Iterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/workers", "workers", {})
 
 
 class Workflows(Resource):
@@ -757,11 +785,12 @@ class ResourceClient(Transport):
         self.keys = Keys(self)
         self.node_types = NodeTypes(self)
         self.queue = Queue(self)
-        self.schedule_timeline = ScheduleTimeline(self)
         self.schedules = Schedules(self)
         self.server = Server(self)
         self.sessions = Sessions(self)
         self.signing_secret = SigningSecret(self)
+        self.tasks = Tasks(self)
         self.triggers = Triggers(self)
         self.users = Users(self)
+        self.workers = Workers(self)
         self.workflows = Workflows(self)

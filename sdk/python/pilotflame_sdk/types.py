@@ -207,9 +207,15 @@ __all__ = [
     "StoppedReason",
     "StoreState",
     "SuggestedRequest",
+    "Task",
     "TaskConcurrencyDocument",
+    "TaskDetails",
     "TaskDocument",
+    "TaskList",
     "TaskRetryDocument",
+    "TaskState",
+    "TaskWorker",
+    "TaskWorkerList",
     "TemplateList",
     "TimeSpan",
     "TimelineDecision",
@@ -338,6 +344,9 @@ StoppedReason = Literal['archived', 'failed', 'idle', 'manual', 'on-demand', 'sc
 
 
 StoreState = Literal['not-examined', 'ok', 'unreachable']
+
+
+TaskState = Literal['cancel_requested', 'cancelled', 'completed', 'delayed', 'failed', 'leased', 'limited', 'ready']
 
 
 TransitionKind = Literal['start', 'stop']
@@ -1270,6 +1279,7 @@ class _KeyAlways(TypedDict):
     name: str
     prefix: str
     scopes: List[KeyScope]
+    nodeTypes: List[str] | None
     userId: str
     createdAt: str
     expiresAt: str | None
@@ -2285,6 +2295,34 @@ class SuggestedRequest(TypedDict):
     scope: str
 
 
+class Task(TypedDict):
+    """Task of a custom node: one node of one run, with all of its attempts."""
+
+    id: str
+    type: str
+    version: str
+    pool: str
+    state: TaskState
+    executionId: str
+    workflowId: str
+    nodeId: str
+    iteration: str
+    attempt: int
+    maxAttempts: int
+    failures: int
+    losses: int
+    unacknowledged: int
+    workerId: str | None
+    progress: Any
+    error: Any
+    createdAt: str
+    startedAt: str | None
+    dueAt: str | None
+    leaseUntil: str | None
+    deadline: str | None
+    endedAt: str | None
+
+
 class _TaskConcurrencyDocumentAlways(TypedDict):
     limit: int
 
@@ -2293,6 +2331,41 @@ class TaskConcurrencyDocument(_TaskConcurrencyDocumentAlways, total=False):
     """Limit of the tasks that workers perform at the same time."""
 
     key: str
+
+
+class TaskDetails(TypedDict):
+    """Task with its config, checkpoint and workers."""
+
+    id: str
+    type: str
+    version: str
+    pool: str
+    state: TaskState
+    executionId: str
+    workflowId: str
+    nodeId: str
+    iteration: str
+    attempt: int
+    maxAttempts: int
+    failures: int
+    losses: int
+    unacknowledged: int
+    workerId: str | None
+    progress: Any
+    error: Any
+    createdAt: str
+    startedAt: str | None
+    dueAt: str | None
+    leaseUntil: str | None
+    deadline: str | None
+    endedAt: str | None
+    config: Any
+    checkpoint: Any
+    inputBytes: int
+    idempotencyKey: str
+    concurrencyKey: str | None
+    workers: int
+    explanation: str | None
 
 
 class TaskDocument(TypedDict, total=False):
@@ -2306,6 +2379,15 @@ class TaskDocument(TypedDict, total=False):
     startTimeoutSeconds: float | None
 
 
+class TaskList(TypedDict):
+    """Page of tasks, the newest first; `count` is at most 10,001."""
+
+    count: int
+    limit: int
+    offset: int
+    tasks: List[Task]
+
+
 class TaskRetryDocument(TypedDict, total=False):
     """Retries of failed attempts."""
 
@@ -2313,6 +2395,31 @@ class TaskRetryDocument(TypedDict, total=False):
     backoff: str
     delay: float
     maxDelay: float
+
+
+class TaskWorker(TypedDict):
+    """Process that performs tasks."""
+
+    id: str
+    name: str
+    sdk: str
+    types: List[Any]
+    pools: List[str]
+    present: bool
+    draining: bool
+    tasks: int
+    firstSeenAt: str
+    lastSeenAt: str
+    stoppedAt: str | None
+
+
+class TaskWorkerList(TypedDict):
+    """Page of workers, the last seen first."""
+
+    count: int
+    limit: int
+    offset: int
+    workers: List[TaskWorker]
 
 
 class TemplateList(TypedDict):

@@ -178,7 +178,9 @@ class Worker:
         watch = _LoopWatch(self._loop)
         watch.start()
         channel.start()
-        log.info("worker %s serves %s", self.name, ", ".join(one.type for one in self.definitions))
+        served = ", ".join(f"{one.type} {one.version}" for one in self.definitions)
+        sys.stderr.write(f"worker {self.name} serves {served} of {url}, pools {', '.join(self.pools)}\n")
+        sys.stderr.flush()
         try:
             await self._wait_for_stop(channel)
         finally:

@@ -1,0 +1,217 @@
+"""Workers of the Python SDK with a real server: kills, cancellation, retries, large values, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker
+
+from docs.tables import ROOT
+from tests import command_runs
+from tests.integration.command_shell import KEY, CommandShell, open_shell
+
+WORKER = """
+import os, time
+from pilotflame_sdk import Task, Worker
+
+worker = Worker("killed", slots=2)
+
+
+@worker.node("acme/slow", "1.0.0", retry=1, lease=10)
+def slow(task: Task) -> dict:
+    begun = task.checkpoint or 0
+    with open(os.environ["LEDGER"], "a") as ledger:
+        print(task.idempotency_key, task.attempt, begun, os.getpid(), file=ledger, flush=True)
+    task.checkpoint = begun + 1
+    while not os.path.exists(os.environ["GO"]):
+        task.sleep(0.05)
+    return {"begun": begun}
+
+
+if __name__ == "__main__":
+    worker.run()
+"""
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
+    with open_shell(tmp_path_factory.mktemp("shell")) as shell:
+        yield shell
+
+
+@pytest.fixture(scope="module")
+def client(shell: CommandShell) -> Iterator[Client]:
+    with Client(shell.given["PILOTFLAME_URL"], KEY) as client:
+        yield client
+
+
+def put_workflow(client: Client, node_type: str, config: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON
+    """Store a workflow with one node of a type, and return its id."""
+    node = {"id": "work", "type": node_type, "config": config, **fields}
+    return client.workflows.put(
+        {
+            "name": f"With {node_type}",
+            "nodes": [{"id": "start", "type": "manual"}, node],
+            "connections": [{"source": "start", "target": "work"}],
+        }
+    )
+
+
+@asynccontextmanager
+async def serving(worker: Worker) -> AsyncIterator[None]:
+    """Register the types of a worker, and run it on the loop of the test."""
+    await asyncio.to_thread(worker.register)
+    running = asyncio.create_task(worker.serve())
+    try:
+        yield
+    finally:
+        worker.stop()
+        await running
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    give_up_at = time.monotonic() + command_runs.PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+@contextmanager
+def run_worker(shell: CommandShell, file: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker's file in a process of its own."""
+    environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python"), **variables}
+    process = subprocess.Popen([sys.executable, file], env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_functions_are_nodes_of_runs(client: Client, shell: CommandShell) -> None:
+    worker = Worker("nodes", slots=4, grace=5, url=shell.given["PILOTFLAME_URL"], api_key=KEY)
+
+    @worker.node("acme/double", "1.0.0", ports=["output", "negative"])
+    async def double(config: dict[str, Any], task: Task) -> Any:  # noqa: ANN401 - any output
+        task.log(f"doubles {config['n']}")
+        if config["n"] < 0:
+            return task.port("negative", {"n": config["n"]})
+        return {"n": config["n"] * 2, "key": task.idempotency_key}
+
+    @worker.node("acme/flaky", "1.0.0", retry={"maxAttempts": 3, "delay": 0.05})
+    def flaky(task: Task) -> dict[str, int]:
+        if task.attempt < 3:
+            raise ValueError("not yet")
+        return {"attempt": task.attempt}
+
+    @worker.node("acme/broken", "1.0.0", retry=3)
+    def broken() -> None:
+        raise TaskError("image-missing", "No such image.", retry=False)
+
+    @worker.node("acme/large", "1.0.0")
+    def large(task: Task) -> Any:  # noqa: ANN401 - any output
+        return {"text": task.input["body"]["text"] * 2}
+
+    async with serving(worker):
+        workflow = put_workflow(client, "acme/double", {"n": "{{ data.body.n }}"})
+        run = await asyncio.to_thread(client.run, workflow, {"n": 21}, wait=30)
+        assert run.outputs["work"]["n"] == 42
+        assert run.outputs["work"]["key"].startswith(run.id)
+        assert "doubles 21" in await asyncio.to_thread(shell.output, "logs", run.id)
+        flaky_run = await asyncio.to_thread(client.run, put_workflow(client, "acme/flaky", {}), wait=30)
+        assert flaky_run.outputs["work"] == {"attempt": 3}
+        with pytest.raises(RunFailed) as caught:
+            await asyncio.to_thread(client.run, put_workflow(client, "acme/broken", {}), wait=30)
+        assert (caught.value.node_id, "No such image." in str(caught.value)) == ("work", True)
+        text = "x" * 400_000
+        large_run = await asyncio.to_thread(
+            client.run, put_workflow(client, "acme/large", {}), {"text": text}, wait=60
+        )
+        assert large_run.outputs["work"] == {"text": text * 2}
+        listed = json.loads(await asyncio.to_thread(shell.output, "workers", "list", "-o", "json"))
+        assert [one["present"] for one in listed if one["name"].startswith("nodes-")] == [True]
+    done = json.loads(
+        await asyncio.to_thread(shell.output, "tasks", "list", "--execution", run.id, "-o", "json")
+    )
+    assert [(one["type"], one["state"]) for one in done] == [("acme/double", "completed")]
+
+
+async def test_a_cancelled_run_stops_its_function_at_once(client: Client, shell: CommandShell) -> None:
+    worker = Worker("cancelled", slots=1, url=shell.given["PILOTFLAME_URL"], api_key=KEY)
+    started, stopped = threading.Event(), threading.Event()
+
+    @worker.node("acme/endless", "1.0.0")
+    def endless(task: Task) -> None:
+        started.set()
+        try:
+            task.sleep(600)
+        except TaskCancelled:
+            stopped.set()
+            raise
+
+    async with serving(worker):
+        run = client.start(put_workflow(client, "acme/endless", {}))
+        assert await asyncio.to_thread(started.wait, 30)
+        begun = time.monotonic()
+        run.cancel()
+        assert await asyncio.to_thread(stopped.wait, 30)
+        assert time.monotonic() - begun < 5
+        assert (await asyncio.to_thread(run.wait, 30)).status == "cancelled"
+
+
+def test_the_tasks_of_a_killed_worker_end_in_another_one(
+    client: Client, shell: CommandShell, tmp_path: Path
+) -> None:
+    file = shell.file("killed_worker.py", WORKER)
+    ledger, go = tmp_path / "ledger", tmp_path / "go"
+    variables = {"LEDGER": str(ledger), "GO": str(go)}
+    shell.output("nodes", "apply", file)
+    run = client.start(put_workflow(client, "acme/slow", {}))
+
+    def begun() -> list[list[str]]:
+        return [line.split() for line in ledger.read_text().splitlines()] if ledger.exists() else []
+
+    with run_worker(shell, file, **variables) as first:
+        wait_until(lambda: len(begun()) == 1)
+        tasks = json.loads(shell.output("tasks", "list", "--execution", run.id, "-o", "json"))
+        assert [one["state"] for one in tasks] == ["leased"]
+        first.kill()
+    with run_worker(shell, file, **variables) as second:
+        wait_until(lambda: len(begun()) == 2)
+        go.touch()
+        outputs = run.result(timeout=60)
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(30) == 0
+    keys, *_ = zip(*begun(), strict=True)
+    assert len(set(keys)) == 1
+    assert outputs["work"] == {"begun": int(begun()[1][2])}
+
+
+def test_a_terminated_worker_gives_its_tasks_back(
+    client: Client, shell: CommandShell, tmp_path: Path
+) -> None:
+    file = shell.file("killed_worker.py", WORKER.replace("slots=2", "slots=2, grace=0.2"))
+    ledger, go = tmp_path / "ledger", tmp_path / "go"
+    variables = {"LEDGER": str(ledger), "GO": str(go)}
+    shell.output("nodes", "apply", file)
+    run = client.start(put_workflow(client, "acme/slow", {}))
+    with run_worker(shell, file, **variables) as first:
+        wait_until(ledger.exists)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(30) == 0
+    begun = time.monotonic()
+    go.touch()
+    with run_worker(shell, file, **variables):
+        run.result(timeout=30)
+    assert time.monotonic() - begun < 10, "no lease had to end first"
