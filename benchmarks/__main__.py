@@ -32,6 +32,7 @@ from benchmarks import (
     scenario,
     starts,
     targets,
+    tasks,
     transfer,
 )
 from benchmarks.profiles import ProcessProfiler
@@ -56,6 +57,7 @@ PARTS = (
     "node_loss",
     "million",
     "dashboard",
+    "tasks",
 )
 PART_OF_PROCESS = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
@@ -192,6 +194,10 @@ async def _durability(folder: Path, _options: MeasureOptions) -> dict[str, float
     return await durability.measure(folder)
 
 
+async def _tasks(folder: Path, _options: MeasureOptions) -> dict[str, float]:
+    return await tasks.measure(folder)
+
+
 ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str, float]]]] = {
     "engine": _engine,
     "transfer": _transfer,
@@ -206,6 +212,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "node_loss": _node_loss,
     "million": _million,
     "dashboard": _dashboard,
+    "tasks": _tasks,
 }
 """Parts that are measured once, however often the others are repeated."""
 

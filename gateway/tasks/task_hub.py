@@ -39,6 +39,7 @@ log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 1.0
 ABANDONED_SECONDS: Final = 10.0
+FORGET_SECONDS: Final = 3_600.0
 ACTIVE_SECONDS: Final = 600.0
 """Time after the last call of a worker for which this gateway sweeps tasks."""
 MAX_PARKED: Final = 20_000
@@ -112,6 +113,7 @@ class TaskHub:
         self._background: set[asyncio.Task[None]] = set()
         self._active_until = 0.0
         self._abandoned_at = 0.0
+        self._forgotten_at = 0.0
         self._is_closed = False
 
     # ── polls ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,6 +194,8 @@ class TaskHub:
                 unwanted += [task.id for task in tasks]
         if unwanted:
             await self.tasks.put_back(unwanted)
+            for one in waiting:
+                self.serve(one.poll.organization_id)
         return sum(map(len, claimed)) - len(unwanted)
 
     def _untold(self, task_ids: Sequence[str]) -> list[str]:
@@ -284,6 +288,8 @@ class TaskHub:
             del self._serving[organization_id]
 
     async def _serve_once(self, organization_id: str) -> None:
+        if limited := await self.tasks.limited_keys(organization_id):
+            await self.tasks.admit(limited)
         while parked := [one for one in self._parked.get(organization_id, ()) if not one.answer.done()]:
             parked.sort(key=lambda one: one.order)
             news = await self.tasks.news(organization_id, [one.poll for one in parked])
@@ -396,6 +402,9 @@ class TaskHub:
         if monotonic() > self._abandoned_at:
             self._abandoned_at = monotonic() + ABANDONED_SECONDS
             await self.follow(await self.tasks.cancel_abandoned())
+        if monotonic() > self._forgotten_at:
+            self._forgotten_at = monotonic() + FORGET_SECONDS
+            await self.tasks.forget_workers()
 
     def release(self) -> None:
         """Answer all polls and refuse new ones, because the gateway stops."""

@@ -9,12 +9,14 @@ from msgspec import Raw
 from sqlalchemy import func, select
 from sqlmodel import col
 
+from engine import inline_secrets
 from gateway.http import errors, limits
 from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TextParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.tasks import task_service
+from json_text import decoding
 from models.execution import Execution
 from models.execution_visibility import visibility_condition
 from models.task import Task, TaskWorker
@@ -83,6 +85,7 @@ class TaskDetails(TaskShape, kw_only=True):
     """Task with its config, checkpoint and workers."""
 
     config: Any
+    """Rendered config, without credentials."""
     checkpoint: Any
     input_bytes: int
     idempotency_key: str
@@ -178,7 +181,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(
         TaskDetails(
             **_fields(row),
-            config=Raw(row.config.encode()),
+            config=inline_secrets.remove_secrets(decoding.decode(row.config))[0],
             checkpoint=None if row.checkpoint is None else Raw(row.checkpoint.encode()),
             input_bytes=row.input_bytes,
             idempotency_key=row.key,

@@ -20,7 +20,6 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
 from gateway.tasks.worker_presence import WorkerDescription
-from journal.tasks import task_store
 from journal.tasks.task_moves import ReportStatus
 from journal.tasks.task_store import Completion, Failure, Heartbeat, LogLines, Release, TaskPoll, WorkerReport
 from journal.tasks.task_transaction import LogText
@@ -75,8 +74,8 @@ class ClaimTasks(StrictWire):
     """Id of this poll. Send a poll without an answer again with the same id: it gets the same tasks."""
     types: Annotated[list[ServedType], Meta(max_length=limits.NODE_TYPES)] = field(default_factory=list)
     pools: Annotated[list[TaskText], Meta(max_length=20)] = field(default_factory=lambda: ["default"])
-    max: Annotated[int, Meta(ge=0, le=task_store.MAX_CLAIM)] = 1
-    """Free slots of the worker."""
+    max: Annotated[int, Meta(ge=0, le=10_000)] = 1
+    """Free slots of the worker; an answer has at most 100 tasks."""
     wait: Annotated[float, Meta(ge=0, le=MAX_WAIT_SECONDS)] = 30
     """Seconds, changed by up to a fifth."""
 

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 MAX_QUEUES: Final = 1_000
 MAX_CLAIM: Final = 100
+CHOSEN_TOGETHER: Final = 400
+"""Tasks that one statement leases to all polls."""
 MAX_CLAIM_BYTES: Final = 4_194_304
 ADMITTED_TOGETHER: Final = 500
+FORGOTTEN_MICROSECONDS: Final = 7 * 86_400_000_000
 _NOW: Final = {
     "postgresql": "CAST(extract(epoch FROM now()) * 1000000 AS bigint)",
     "sqlite": ":now",
@@ -86,6 +89,11 @@ class TaskPoll(msgspec.Struct, frozen=True):
     versions: Mapping[str, str]
     """Version of each type that the worker performs."""
     pools: frozenset[str]
+
+    @property
+    def served(self) -> tuple[object, ...]:
+        """Organization, types and pools: polls with equal ones get the same tasks."""
+        return self.organization_id, tuple(sorted(self.versions.items())), self.pools
 
     def serves(self, queue: str) -> bool:
         """Return whether the worker performs the tasks of a queue: same major version, and none newer."""
@@ -248,39 +256,54 @@ class TaskStore:
         """Lease ready tasks to workers, at most `limit` to each; workflows are served in turn."""
 
         async def work(connection: AsyncConnection) -> list[list[ClaimedTask]]:
-            queues: dict[str, list[str]] = {}
-            claimed: list[list[ClaimedTask]] = []
             leaving = await _read_leaving(connection, polls)
-            for poll in polls:
-                if (poll.organization_id, poll.worker_id) in leaving:
-                    claimed.append([])
-                    continue
-                if poll.organization_id not in queues:
-                    queues[poll.organization_id] = await _ready_queues(connection, poll.organization_id)
-                claimed.append(await self._claim_for(connection, poll, queues[poll.organization_id]))
+            queues = {
+                organization_id: await _ready_queues(connection, organization_id)
+                for organization_id in {poll.organization_id for poll in polls}
+            }
+            alike: dict[tuple[object, ...], list[int]] = {}
+            for number, poll in enumerate(polls):
+                if poll.limit > 0 and (poll.organization_id, poll.worker_id) not in leaving:
+                    alike.setdefault(poll.served, []).append(number)
+            claimed: list[list[ClaimedTask]] = [[] for _ in polls]
+            for numbers in alike.values():
+                group = [polls[number] for number in numbers]
+                found = await self._claim_for(connection, group, queues[group[0].organization_id])
+                for number, tasks in zip(numbers, found, strict=True):
+                    claimed[number] = tasks
             return claimed
 
         return await self._database.transaction(work)
 
     async def _claim_for(
-        self, connection: AsyncConnection, poll: TaskPoll, queues: Sequence[str]
-    ) -> list[ClaimedTask]:
-        claimed: list[ClaimedTask] = []
-        size = 0
-        for queue in filter(poll.serves, queues):
-            left = min(poll.limit, MAX_CLAIM) - len(claimed)
-            if left <= 0 or size > MAX_CLAIM_BYTES:
+        self, connection: AsyncConnection, polls: Sequence[TaskPoll], queues: Sequence[str]
+    ) -> list[list[ClaimedTask]]:
+        """Claim for polls of workers with the same types and pools, each up to its limit, in their order."""
+        claimed: list[list[ClaimedTask]] = [[] for _ in polls]
+        places = [number for number, poll in enumerate(polls) for _ in range(min(poll.limit, MAX_CLAIM))]
+        organization_id = polls[0].organization_id
+        for queue in filter(polls[0].serves, queues):
+            if not places:
                 break
-            key = f"{poll.organization_id} {queue}"
-            chosen = await _choose(connection, poll.organization_id, queue, self._turns.get(key, 0), left)
-            taken = await _take(connection, poll, chosen) if chosen else []
+            key = f"{organization_id} {queue}"
+            turn = self._turns.get(key, 0)
+            chosen = await _choose(
+                connection, organization_id, queue, turn, min(len(places), CHOSEN_TOGETHER)
+            )
+            given = [(task_id, polls[number]) for task_id, number in zip(chosen, places, strict=False)]
+            taken = await _take(connection, given) if given else []
             if taken:
                 self._turns[key] = taken[-1].queue_turn + 1
-            kept, spilled = _within_bytes(taken, MAX_CLAIM_BYTES - size, is_first=not claimed)
-            if spilled:
-                await _put_back(connection, [task.id for task in spilled])
-            claimed += kept
-            size += sum(task.size for task in kept)
+            numbers = dict(zip(chosen, places, strict=False))
+            for task in taken:
+                claimed[numbers[task.id]].append(task)
+            places = places[len(chosen) :]
+        spilled: list[ClaimedTask] = []
+        for number, tasks in enumerate(claimed):
+            claimed[number], rest = _within_bytes(tasks, MAX_CLAIM_BYTES)
+            spilled += rest
+        if spilled:
+            await _put_back(connection, [task.id for task in spilled])
         return claimed
 
     # ── reports ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -325,10 +348,13 @@ class TaskStore:
             held_ids = sorted({*item_ids, *(one for report in batch for one in report.held)})
             if held_ids:
                 await transaction.lock_tasks("id IN :task_ids", task_ids=held_ids)
-            workers = sorted({report.worker_id for report in batch if report.claimed is not None})
-            if workers:
+            claiming = [report for report in batch if report.claimed is not None]
+            if claiming:
                 await transaction.lock_tasks(
-                    f"worker_id IN :workers AND {HELD_CONDITION} AND NOT is_acknowledged", workers=workers
+                    "organization_id IN :organizations AND worker_id IN :workers"
+                    f" AND {HELD_CONDITION} AND NOT is_acknowledged",
+                    organizations=sorted({report.organization_id for report in claiming}),
+                    workers=sorted({report.worker_id for report in claiming}),
                 )
             results = [self._apply(transaction, report, problems) for report in batch]
             return results, await transaction.store()
@@ -457,6 +483,16 @@ class TaskStore:
 
         return await self._database.transaction(work)
 
+    async def forget_workers(self) -> None:
+        """Delete workers that have not polled for a week: each start of a process has a row of its own."""
+
+        async def work(connection: AsyncConnection) -> None:
+            now = _NOW[connection.dialect.name]
+            statement = text(f"DELETE FROM task_worker WHERE last_seen_at < {now} - {FORGOTTEN_MICROSECONDS}")
+            await connection.execute(statement, _host_time(connection))
+
+        await self._database.transaction(work)
+
     async def put_back(self, task_ids: Sequence[str]) -> None:
         """Free tasks of a claim whose answer reaches no worker."""
 
@@ -527,17 +563,21 @@ class TaskStore:
             ready |= await self._database.transaction(partial(_admit, key=key))
         return ready
 
-    async def limited_keys(self, after: str = "") -> list[str]:
-        """Return concurrency keys with waiting tasks."""
+    async def limited_keys(self, organization_id: str = "") -> list[str]:
+        """Return concurrency keys with waiting tasks, of all organizations or of one."""
+        first = f"{organization_id} " if organization_id else ""
+        last = f"{organization_id}!" if organization_id else "~"
         statement = text(
             "WITH RECURSIVE found (key, place) AS ("
-            " SELECT (SELECT min(concurrency_key) FROM task WHERE state = 'limited' AND concurrency_key > :after), 1"
+            " SELECT (SELECT min(concurrency_key) FROM task WHERE state = 'limited'"
+            " AND concurrency_key > :first AND concurrency_key < :last), 1"
             " UNION ALL SELECT (SELECT min(concurrency_key) FROM task WHERE state = 'limited'"
-            " AND concurrency_key > found.key), place + 1 FROM found WHERE found.key IS NOT NULL AND place < 200)"
+            " AND concurrency_key > found.key AND concurrency_key < :last), place + 1"
+            " FROM found WHERE found.key IS NOT NULL AND place < 200)"
             " SELECT key FROM found WHERE key IS NOT NULL"
         )
         async with self._database.read() as connection:
-            return list(await connection.scalars(statement, {"after": after}))
+            return list(await connection.scalars(statement, {"first": first, "last": last}))
 
 
 def _task_of(transaction: TaskTransaction, report: WorkerReport, task_id: str) -> TaskRow | None:
@@ -715,44 +755,45 @@ async def _choose(
     return list(islice(in_turn, limit))
 
 
-async def _take(connection: AsyncConnection, poll: TaskPoll, task_ids: Sequence[str]) -> list[ClaimedTask]:
+async def _take(connection: AsyncConnection, given: Sequence[tuple[str, TaskPoll]]) -> list[ClaimedTask]:
+    """Lease tasks to the workers of polls, with one lease for all tasks of a poll."""
     is_postgresql = connection.dialect.name == "postgresql"
     now = _NOW[connection.dialect.name]
     lock = " FOR NO KEY UPDATE SKIP LOCKED" if is_postgresql else ""
     least = "least" if is_postgresql else "min"
+    leases = {id(poll): secrets.token_urlsafe(16) for _, poll in given}
+    parts: list[str] = []
+    values: dict[str, Any] = {"no": False, "task_ids": [task_id for task_id, _ in given]}
+    for number, (task_id, poll) in enumerate(given):
+        names = ("task_id", "owner", "request", "secret")
+        parts.append("SELECT " + ", ".join(f"CAST(:{name}{number} AS text) AS {name}" for name in names))
+        fields = (task_id, poll.worker_id, poll.request_id, leases[id(poll)])
+        values |= {f"{name}{number}": field for name, field in zip(names, fields, strict=True)}
+    returned = ", ".join(f"task.{name}" for name in _CLAIMED) if is_postgresql else ", ".join(_CLAIMED)
     statement = text(
-        f"UPDATE task SET state = 'leased', fence = fence + 1, is_fresh = :no, lease = :lease,"
-        f" worker_id = :worker_id, claim_id = :claim_id, claimed_at = {now}, is_acknowledged = :no,"
+        f"UPDATE task SET state = 'leased', fence = fence + 1, is_fresh = :no, lease = secret,"
+        f" worker_id = owner, claim_id = request, claimed_at = {now}, is_acknowledged = :no,"
         f" lease_until = {now} + {FIRST_LEASE_MICROSECONDS}, deadline_at = {now} + timeout_microseconds,"
         f" check_at = {now} + {least}({FIRST_LEASE_MICROSECONDS}, timeout_microseconds), due_at = NULL,"
         f" started_at = coalesce(started_at, {now}), updated_at = {now}"
-        " WHERE state = 'ready' AND id IN (SELECT id FROM task WHERE id IN :task_ids AND state = 'ready'"
-        f" ORDER BY id{lock}) RETURNING {', '.join(_CLAIMED)}"
+        f" FROM ({' UNION ALL '.join(parts)}) AS given"
+        " WHERE task.id = given.task_id AND task.state = 'ready' AND task.id IN ("
+        " SELECT id FROM task WHERE id IN :task_ids AND state = 'ready'"
+        f" ORDER BY id{lock}) RETURNING {returned}"
     ).bindparams(bindparam("task_ids", expanding=True))
-    values = {
-        "no": False,
-        "lease": secrets.token_urlsafe(16),
-        "worker_id": poll.worker_id,
-        "claim_id": poll.request_id,
-        "task_ids": list(task_ids),
-        **_host_time(connection),
-    }
-    rows = [ClaimedTask(*row) for row in await connection.execute(statement, values)]
-    places = {task_id: place for place, task_id in enumerate(task_ids)}
-    return sorted(rows, key=lambda task: places[task.id])
+    rows = await connection.execute(statement, {**values, **_host_time(connection)})
+    tasks = [ClaimedTask(*row) for row in rows]
+    places = {task_id: place for place, (task_id, _) in enumerate(given)}
+    return sorted(tasks, key=lambda task: places[task.id])
 
 
-def _within_bytes(
-    tasks: Sequence[ClaimedTask], limit: int, *, is_first: bool
-) -> tuple[list[ClaimedTask], list[ClaimedTask]]:
-    """Divide tasks into those that fit into an answer and the rest; a first one always fits."""
-    kept: list[ClaimedTask] = []
+def _within_bytes(tasks: Sequence[ClaimedTask], limit: int) -> tuple[list[ClaimedTask], list[ClaimedTask]]:
+    """Divide tasks into those that fit into an answer and the rest; the first one always fits."""
     for number, task in enumerate(tasks):
         limit -= task.size
-        if limit < 0 and not (is_first and number == 0):
-            return kept, list(tasks[number:])
-        kept.append(task)
-    return kept, []
+        if limit < 0 and number:
+            return list(tasks[:number]), list(tasks[number:])
+    return list(tasks), []
 
 
 async def _put_back(connection: AsyncConnection, task_ids: Sequence[str]) -> None:

@@ -1,0 +1,215 @@
+"""Tasks of custom nodes: throughput of claims and reports, time until a task begins, and the cost of idle polls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any, Final
+from uuid import uuid4
+
+from benchmarks import processes, usage
+from benchmarks.http1 import BenchmarkApi, KeptConnection
+from benchmarks.processes import ServerUnderTest
+from tests import services
+
+TASKS: Final = 3_000
+"""Tasks for each batch size."""
+STARTERS: Final = 16
+PACE_PER_SECOND: Final = 10
+PACED_RUNS: Final = 100
+IDLE_POLLS: Final = 2_000
+IDLE_SECONDS: Final = 15.0
+TYPE: Final = "bench/step"
+
+
+async def measure(folder: Path) -> dict[str, float]:
+    """Return the figures of one gateway with workers, on PostgreSQL and Redis."""
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
+        database_url = await postgres.create_database("tasks")
+        async with processes.run_production(
+            folder, database_url, redis.url, names=("gateway", "worker", "scheduler")
+        ) as server:
+            workflow_id = await _prepare(server.api)
+            figures: dict[str, float] = {}
+            for batch, workers in ((50, 2), (1, 16)):
+                figures |= await _measure_batches(server.api, workflow_id, batch, workers)
+            figures |= await _measure_begin(server.api, workflow_id)
+            figures |= await _measure_idle(server)
+            return figures
+
+
+@asynccontextmanager
+async def _connection(api: BenchmarkApi) -> AsyncIterator[KeptConnection]:
+    connection = await KeptConnection.open(api.port)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+async def _post(connection: KeptConnection, api: BenchmarkApi, path: str, body: Any) -> Any:  # noqa: ANN401 - any JSON value
+    answer = await connection.send(api.post(f"/api/v1{path}", json.dumps(body).encode()))
+    if answer.status >= 300:
+        raise ValueError(f"{path}: {answer.status} {answer.body[:500]!r}")
+    return json.loads(answer.body)
+
+
+async def _prepare(api: BenchmarkApi) -> str:
+    """Add a node type and a workflow with one task; return the workflow's id."""
+    work = {"id": "work", "nodeId": TYPE, "config": {"n": 1}}
+    document = {
+        "type": TYPE,
+        "version": "1.0.0",
+        "config": {"type": "object", "properties": {"n": {"type": "integer"}}},
+    }
+    body = {
+        "name": "A workflow with a task",
+        "nodes": [{"id": "start", "nodeId": "manual"}, work],
+        "connections": [{"source": "start", "target": "work"}],
+    }
+    async with _connection(api) as connection:
+        await _post(connection, api, "/workflow-nodes", document)
+        workflow_id: str = (await _post(connection, api, "/workflows", body))["workflowId"]
+        return workflow_id
+
+
+def _poll(worker: str, limit: int, wait: float) -> dict[str, Any]:
+    return {
+        "worker": {"id": worker},
+        "requestId": uuid4().hex,
+        "max": limit,
+        "wait": wait,
+        "types": [{"type": TYPE, "version": "1.0.0"}],
+    }
+
+
+async def _measure_batches(api: BenchmarkApi, workflow_id: str, batch: int, workers: int) -> dict[str, float]:
+    """Return tasks per second, with tasks that wait already, through claims and reports of this size."""
+    await _start_runs(api, workflow_id, TASKS)
+    done = 0
+
+    async def work() -> None:
+        nonlocal done
+        worker = f"w_{uuid4().hex}"
+        async with _connection(api) as connection:
+            while done < TASKS:
+                claimed = await _post(connection, api, "/tasks/claim", _poll(worker, batch, 1))
+                items = [
+                    {"id": one["id"], "lease": one["lease"], "kind": "complete", "output": {"n": 1}}
+                    for one in claimed["tasks"]
+                ]
+                if not items:
+                    continue
+                report = {"worker": worker, "held": [one["id"] for one in items], "items": items}
+                results = (await _post(connection, api, "/tasks/report", report))["results"]
+                done += sum(one["status"] == "ok" for one in results)
+
+    began = perf_counter()
+    await asyncio.gather(*(work() for _ in range(workers)))
+    return {f"tasks_per_second_batch_{batch}": done / (perf_counter() - began)}
+
+
+async def _start_runs(api: BenchmarkApi, workflow_id: str, count: int) -> None:
+    """Start runs, and wait until each has its task."""
+    left = count
+
+    async def start() -> None:
+        nonlocal left
+        async with _connection(api) as connection:
+            while left > 0:
+                left -= 1
+                await _post(connection, api, f"/workflows/{workflow_id}/execute", {})
+
+    await asyncio.gather(*(start() for _ in range(STARTERS)))
+    async with _connection(api) as connection:
+        await _wait_for_ready(connection, api, count)
+
+
+async def _wait_for_ready(connection: KeptConnection, api: BenchmarkApi, count: int) -> None:
+    while True:
+        answer = await connection.send(api.get("/api/v1/tasks?state=ready&limit=1"))
+        if json.loads(answer.body)["count"] >= count:
+            return
+        await asyncio.sleep(0.1)
+
+
+async def _measure_begin(api: BenchmarkApi, workflow_id: str) -> dict[str, float]:
+    """Return the time from the commit of a task to its claim by an open poll, at a low rate."""
+    started: list[str] = []
+    worker = f"w_{uuid4().hex}"
+
+    async def perform() -> None:
+        async with _connection(api) as connection:
+            while len(started) < PACED_RUNS:
+                claimed = await _post(connection, api, "/tasks/claim", _poll(worker, 10, 5))
+                items = [
+                    {"id": one["id"], "lease": one["lease"], "kind": "complete", "output": {}}
+                    for one in claimed["tasks"]
+                ]
+                started.extend(one["id"] for one in items)
+                if items:
+                    await _post(connection, api, "/tasks/report", {"worker": worker, "items": items})
+
+    performing = asyncio.create_task(perform())
+    async with _connection(api) as connection:
+        for _ in range(PACED_RUNS):
+            await _post(connection, api, f"/workflows/{workflow_id}/execute", {})
+            await asyncio.sleep(1 / PACE_PER_SECOND)
+        await performing
+        delays = [await _read_delay(connection, api, task_id) for task_id in started]
+    return {
+        "begin_p50_ms": median(delays) * 1_000,
+        "begin_p99_ms": quantiles(delays, n=100)[98] * 1_000,
+    }
+
+
+async def _read_delay(connection: KeptConnection, api: BenchmarkApi, task_id: str) -> float:
+    """Return the seconds between creation and claim of a task."""
+    shown = json.loads((await connection.send(api.get(f"/api/v1/tasks/{task_id}"))).body)
+    return _seconds(shown["startedAt"]) - _seconds(shown["createdAt"])
+
+
+def _seconds(moment: str) -> float:
+    clock = moment.rstrip("Z").partition("T")[2].split(":")
+    return int(clock[0]) * 3600 + int(clock[1]) * 60 + float(clock[2])
+
+
+async def _measure_idle(server: ServerUnderTest) -> dict[str, float]:
+    """Return the share of a core and the memory of the gateway for open polls without a task."""
+    gateway = {"gateway": server.process_ids["gateway"]}
+    memory = usage.memory_megabytes(gateway)["gateway"]
+    connections = await _open_all(server.api, IDLE_POLLS)
+    polls = [
+        asyncio.create_task(_repeat_poll(connection, server.api, number))
+        for number, connection in enumerate(connections)
+    ]
+    await asyncio.sleep(IDLE_SECONDS)
+    before, began = usage.cpu_seconds(gateway)["gateway"], perf_counter()
+    await asyncio.sleep(IDLE_SECONDS)
+    spent = (usage.cpu_seconds(gateway)["gateway"] - before) / (perf_counter() - began)
+    grown = usage.memory_megabytes(gateway)["gateway"] - memory
+    for poll in polls:
+        poll.cancel()
+    await asyncio.gather(*polls, return_exceptions=True)
+    return {
+        "idle_polls": IDLE_POLLS,
+        "idle_cores_for_10000": spent * 10_000 / IDLE_POLLS,
+        "idle_kb_per_poll": grown * 1_000 / IDLE_POLLS,
+    }
+
+
+async def _open_all(api: BenchmarkApi, count: int) -> Sequence[KeptConnection]:
+    return [await KeptConnection.open(api.port) for _ in range(count)]
+
+
+async def _repeat_poll(connection: KeptConnection, api: BenchmarkApi, number: int) -> None:
+    try:
+        while True:
+            await _post(connection, api, "/tasks/claim", _poll(f"w_idle_{number}", 1, 30))
+    finally:
+        connection.close()
