@@ -148,3 +148,44 @@ async def test_texts_of_a_workflow_are_shown_as_text(
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown.text
     for markup in ("<img", "<script>", "<b>tag"):
         assert markup not in shown.text
+
+
+async def test_addresses_with_odd_values_are_pages_and_never_errors_of_the_server(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(nodes=NODES, connections=EDGES, status="active")
+    async with serve_worker(harness):
+        run = await execute_workflow(people.owner, workflow_id, csv="a\n1")
+        await wait_until_ended(people.owner, run)
+    browser = await sign_in(harness, people.owner.key)
+    odd = (
+        "",
+        "0",
+        "-1",
+        "current",
+        "1.2.3",
+        "9" * 400,
+        "a b&c",
+        MARKUP,
+        "\x00",
+        "%",
+        "{{ 7 * 7 }}",
+        "..",
+        "/",
+    )
+    pages = {
+        f"/dashboard/runs/{run}": ("node", "iteration", "tab", "view", "with", "open", "at"),
+        f"/dashboard/workflows/{workflow_id}": ("node", "view", "at", "input"),
+        f"/dashboard/workflows/{workflow_id}/versions": ("from", "to", "at"),
+        f"/dashboard/workflows/{workflow_id}/lifecycle": ("type", "minutes", "days", "start", "end", "zone"),
+    }
+    fixed = {"iteration": {"node": "parse"}, "with": {"tab": "diff", "node": "parse"}}
+    fixed |= {"minutes": {"type": "idle-shutdown"}, "zone": {"type": "scheduled-window"}}
+    fixed |= {name: {"type": "scheduled-window"} for name in ("start", "end", "days")}
+    for path, names in pages.items():
+        for name in names:
+            for value in odd:
+                page = await browser.get(path, params={**fixed.get(name, {}), name: value})
+                assert page.status_code in {200, 400, 404}, (path, name, value, page.text)
+                assert "<img" not in page.text
+                assert "<script>" not in page.text

@@ -23,8 +23,10 @@ MAX_INPUT_CHARACTERS: Final = 200_000
 """Length of the last input up to which the form repeats it."""
 PATH: Final = "/dashboard/workflows/{id}"
 KEPT: Final = ("node", "view", "at", "input")
-LISTS: Final = ("deliveries", "dead-letters")
-OBJECTS: Final = ("why", "lifecycle", "inbound-address", "schedule", "statistics", "log-level")
+OBJECTS: Final = ("why", "lifecycle", "statistics", "log-level")
+INTAKE_TRIGGERS: Final = frozenset({"webhook", "queue-trigger", "email-trigger", "event-trigger"})
+OF_INTAKE: Final = ("deliveries", "dead-letters", "inbound-address")
+"""Lists and objects of workflows whose runs come from outside."""
 
 
 async def load(page: PageRequest) -> PageData:
@@ -39,7 +41,12 @@ async def load(page: PageRequest) -> PageData:
         page.get_if_present("/api/v1/executions", workflow_id=workflow_id, after="start", limit=SHOWN_ROWS),
     )
     asked: dict[str, Any] = {name: page.get_if_present(f"{path}/{name}") for name in OBJECTS}
-    asked |= {name: page.get_if_present(f"{path}/{name}", limit=SHOWN_ROWS) for name in LISTS}
+    types = {node["type"] for node in workflow["nodes"]}
+    if types & INTAKE_TRIGGERS:
+        limits = {name: None if name == "inbound-address" else SHOWN_ROWS for name in OF_INTAKE}
+        asked |= {name: page.get_if_present(f"{path}/{name}", limit=limit) for name, limit in limits.items()}
+    if "schedule-trigger" in types:
+        asked["schedule"] = page.get_if_present(f"{path}/schedule")
     # The oldest come first in the list.
     skipped = max(workflow["version"] - SHOWN_VERSIONS, 0)
     asked["versions"] = page.get_if_present(f"{path}/versions", limit=SHOWN_VERSIONS, offset=skipped or None)
@@ -59,6 +66,10 @@ async def load(page: PageRequest) -> PageData:
     return {
         "workflow": workflow,
         "runs": runs,
+        "deliveries": None,
+        "dead_letters": None,
+        "inbound_address": None,
+        "schedule": None,
         "graph": None,
         "validation": None,
         "type": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +31,7 @@ DAYS: Final = {
     "weekend": ("Saturday and Sunday", [0, 6]),
 }
 IDLE_MINUTES: Final = 30
+DIGITS: Final = re.compile(r"[0-9]{1,9}\Z")
 WORDS: Final = {
     "start": ("lit", "awake", "Started"),
     "wake": ("lit", "waking", "Woken for a run"),
@@ -81,7 +83,7 @@ def read_candidate(query: Mapping[str, str], present: Mapping[str, Any]) -> Mapp
         return present
     if kind == "idle-shutdown":
         minutes = query.get("minutes", "")
-        return {"type": kind, "idleTimeoutMinutes": int(minutes) if minutes.isdecimal() else IDLE_MINUTES}
+        return {"type": kind, "idleTimeoutMinutes": int(minutes) if DIGITS.match(minutes) else IDLE_MINUTES}
     if kind == "scheduled-window":
         _, days = DAYS.get(query.get("days", ""), DAYS["weekdays"])
         window = {
