@@ -17,8 +17,8 @@ endif
 LOCK :=
 # Options for `make test`, such as ARGUMENTS="-k restart -x".
 ARGUMENTS :=
-# Processes of `make test`: two for two processors.
-PROCESSES := 2
+# Processes of `make test`: three for two processors, since each test waits for most of its time.
+PROCESSES := 3
 
 run: install
 	exec $(bin)/pilotflame dev --example docs/examples/penguins.json
@@ -26,7 +26,7 @@ run: install
 install: .venv/installed
 
 # Tests mostly wait for killed processes to be noticed. The tests of a file share their servers.
-# Files keep their order: those with the fewest tests take the longest, and at the end would leave one process idle.
+# Files keep the order of tests/conftest.py: xdist would start those with the most tests, which are the shortest.
 test: .venv/installed-for-tests
 	$(bin)/python -m tests.tools.environments
 	exec $(bin)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
