@@ -7,12 +7,12 @@ workflow, so that rows are read first and their keys are looked up in batches.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
 from hashlib import sha256
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 from sqlalchemy import and_, literal_column, or_, select
@@ -31,13 +31,14 @@ from models.workflow import Workflow, is_readable_by
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.ingest.delivery_rows import DeliveryFilter
     from models.access import ApiCaller
 
-Row = TypeVar("Row", Execution, Delivery)
+Row = TypeVar("Row", bound="IntakeRow")
 
-BATCH: Final = 200
+BATCH: Final = 500
 """Rows whose redrive keys are looked up at once."""
 FINGERPRINT_LENGTH: Final = 16
 MESSAGE_LENGTH: Final = 200
@@ -53,6 +54,35 @@ _UNSUCCESSFUL: Final = col(Execution.status).in_(
     ]
 )
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
+
+
+class IntakeRow(Protocol):
+    """Row of a delivery, or of a run that a delivery has started."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def workflow_id(self) -> str | None: ...
+    @property
+    def created_at(self) -> datetime: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRun:
+    """Part of the row of a failed run: thousands of whole rows would take seconds to build."""
+
+    id: str
+    shard: int
+    workflow_id: str
+    trigger_type: str
+    error: Mapping[str, Any] | None
+    completed_nodes: int
+    total_nodes: int
+    created_at: datetime
+    ended_at: datetime | None
+
+
+_COLUMNS: Final = [getattr(Execution, field.name) for field in fields(FailedRun)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +121,7 @@ class OpenRows(Generic[Row]):
     """Last row that was read, unless all were: others follow behind it."""
 
 
-def describe_cause(execution: Execution) -> ErrorCause:
+def describe_cause(execution: FailedRun) -> ErrorCause:
     """Return the cause of a failed run, with its fingerprint.
 
     Runs with one fingerprint failed in one node with one kind of message.
@@ -107,17 +137,18 @@ def describe_cause(execution: Execution) -> ErrorCause:
 
 async def find_dead_letters(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeadLetterFilter, bounds: KeysetBounds
-) -> OpenRows[Execution]:
+) -> OpenRows[FailedRun]:
     """Return the dead letters after a cursor that the caller may see and that match, up to the limit of `bounds`.
 
     At most `limits.EXAMINED_DEAD_LETTERS` failed runs are read, so that there may be fewer.
     """
-    statement = select(Execution).where(*_build_failure_conditions(caller, wanted))
+    statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted))
 
-    def matches(execution: Execution) -> bool:
-        return wanted.group is None or describe_cause(execution).fingerprint == wanted.group
+    def matches(failed: FailedRun) -> bool:
+        return wanted.group is None or describe_cause(failed).fingerprint == wanted.group
 
-    return await _find_open(connection, caller, Execution, statement, bounds, matches)
+    source = _RowSource(FailedRun, statement, col(Execution.created_at), col(Execution.id))
+    return await _find_open(connection, caller, source, bounds, matches)
 
 
 async def find_deliveries(
@@ -130,7 +161,8 @@ async def find_deliveries(
         *delivery_rows.redrivable_conditions(),
         *delivery_rows.visible_conditions(caller),
     )
-    return await _find_open(connection, caller, Delivery, statement, bounds, lambda _: True)
+    source = _RowSource(Delivery, statement, col(Delivery.created_at), col(Delivery.id))
+    return await _find_open(connection, caller, source, bounds, lambda _: True)
 
 
 async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterable[str]) -> dict[str, str]:
@@ -168,18 +200,27 @@ def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> It
         yield col(Execution.id).in_(wanted.execution_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class _RowSource(Generic[Row]):
+    """Statement whose rows are read in batches, and the type to build of each."""
+
+    kind: Callable[..., Row]
+    statement: Select[*tuple[Any, ...]]
+    created_at: SQLColumnExpression[Any]
+    item_id: SQLColumnExpression[Any]
+
+
 async def _find_open(
     connection: AsyncConnection,
     caller: ApiCaller,
-    kind: type[Row],
-    statement: Select[*tuple[Any, ...]],
+    source: _RowSource[Row],
     bounds: KeysetBounds,
-    matches: Any,  # noqa: ANN401 - a predicate of the kind's rows
+    matches: Callable[[Row], bool],
 ) -> OpenRows[Row]:
     await keyset.follow_indexes(connection)
     found: list[Row] = []
     examined, last = 0, None
-    async for batch, is_last in _read_batches(connection, kind, statement, bounds):
+    async for batch, is_last in _read_batches(connection, source, bounds):
         settled = await _find_settled(connection, caller, batch)
         for row in batch:
             examined, last = examined + 1, row
@@ -196,17 +237,16 @@ async def _find_open(
 
 
 async def _read_batches(
-    connection: AsyncConnection, kind: type[Row], statement: Select[*tuple[Any, ...]], bounds: KeysetBounds
+    connection: AsyncConnection, source: _RowSource[Row], bounds: KeysetBounds
 ) -> AsyncIterator[tuple[list[Row], bool]]:
     """Yield batches of rows in the order of `bounds`, each with whether it is the last."""
-    created_at, item_id = col(kind.created_at), col(kind.id)
     while True:
         rows = await connection.execute(
-            statement.where(*bounds.condition(created_at, item_id))
-            .order_by(*bounds.order(created_at, item_id))
+            source.statement.where(*bounds.condition(source.created_at, source.item_id))
+            .order_by(*bounds.order(source.created_at, source.item_id))
             .limit(BATCH + 1)
         )
-        batch = [kind(**row) for row in rows.mappings()]
+        batch = [source.kind(**row) for row in rows.mappings()]
         is_last = len(batch) <= BATCH
         yield batch[:BATCH], is_last
         if is_last:

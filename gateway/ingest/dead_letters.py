@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.executions.large_outputs import ShownOutputs
+    from gateway.ingest.dead_letter_rows import FailedRun
     from models.execution import Execution
     from models.workflow import Workflow
 
@@ -138,7 +139,7 @@ async def _choose_dead_letters(
     return count, {failed.id: failed for failed in found}
 
 
-async def purge_runs(request: GatewayRequest, failed: Sequence[Execution], about: str) -> None:
+async def purge_runs(request: GatewayRequest, failed: Sequence[Execution | FailedRun], about: str) -> None:
     """Mark failed runs as purged, so that they leave the lists of dead letters; add this to the audit trail.
 
     `about` is the id of a workflow or organization.
@@ -163,7 +164,7 @@ async def purge_runs(request: GatewayRequest, failed: Sequence[Execution], about
     await request.gateway.database.transaction(settle)
 
 
-def shape(failed: Execution, given: str | None, outputs: ShownOutputs) -> DeadLetter:
+def shape(failed: Execution | FailedRun, given: str | None, outputs: ShownOutputs) -> DeadLetter:
     """Return a dead letter as the API shows it, from its run and the input of that run as JSON."""
     return DeadLetter(
         execution_id=failed.id,

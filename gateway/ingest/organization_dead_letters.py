@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -16,14 +16,11 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
 from gateway.ingest import dead_letter_rows, dead_letters, delivery_rows, redrive_runs
-from gateway.ingest.dead_letter_rows import DeadLetterFilter, ErrorCause
+from gateway.ingest.dead_letter_rows import DeadLetterFilter, ErrorCause, FailedRun
 from gateway.ingest.dead_letters import DeadLetter, PurgeResult
 from gateway.ingest.deliveries import counted
 from journal.store import AcceptanceResult
 from models.audit import AuditAction
-
-if TYPE_CHECKING:
-    from models.execution import Execution
 
 WORKFLOW: Final = TextParameter("workflow_id", "Only dead letters of this workflow.")
 KIND: Final = TextParameter("trigger_type", "Only dead letters of this kind of trigger, such as `email`.")
@@ -130,8 +127,8 @@ class _GroupedRuns:
     """Group while it is collected, the newest run first."""
 
     cause: ErrorCause
-    newest: Execution
-    oldest: Execution
+    newest: FailedRun
+    oldest: FailedRun
     count: int = 0
 
 
@@ -251,7 +248,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 
 async def _choose(
     request: GatewayRequest, body: SelectDeadLetters, wanted: DeadLetterFilter
-) -> tuple[int, Sequence[Execution]]:
+) -> tuple[int, Sequence[FailedRun]]:
     """Return the number of dead letters that match, and the oldest of them up to the limit of the body."""
     bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
@@ -264,7 +261,7 @@ def _name_subject(request: GatewayRequest, body: SelectDeadLetters) -> str:
     return body.filter.workflow_id or request.caller.organization_id
 
 
-def _collect(rows: Sequence[Execution]) -> Sequence[_GroupedRuns]:
+def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
     """Return the groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest."""
     collected: dict[str, _GroupedRuns] = {}
     for failed in rows:

@@ -24,6 +24,7 @@ from models.ingest import IngestRoute
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from gateway.ingest.dead_letter_rows import FailedRun
     from gateway.ingest.ingest import IngestCapacity, RequestIngestor, RunInput, RunTarget
     from journal.blobs.blob_store import BlobStore
     from journal.store import IdempotencyKey
@@ -154,7 +155,7 @@ class RunRedriver:
         ), kind
 
     async def redrive_dead_letter(
-        self, caller: ApiCaller, failed: Execution, idempotency_key: IdempotencyKey
+        self, caller: ApiCaller, failed: Execution | FailedRun, idempotency_key: IdempotencyKey
     ) -> tuple[AcceptanceResult, str]:
         """Run the workflow of a failed run on the same input; return the result, and the kind of its trigger.
 
