@@ -172,7 +172,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def index_all(request: GatewayRequest) -> JsonResponse:
     """List the deliveries of the organization with their outcomes, the newest first.
 
-    Members see those of workflows that they may read, and events that they have sent themselves.
+    Members see those of workflows that they may read, and events that they have sent themselves. One request
+    examines 10,000 deliveries, so that a page may be shorter than `limit` although another follows.
     """
     query = request.query
     wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL], query[WORKFLOW])

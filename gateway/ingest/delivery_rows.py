@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, exists, func, literal_column, or_, select
+from sqlalchemy import and_, exists, func, literal, literal_column, or_, select
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_TAKEN_UP
-from gateway.http import idempotency, keyset
+from gateway.http import idempotency, keyset, limits
 from gateway.http.keyset import ListPage
+from models.column_types import TimestampColumn
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
 from models.ingest import INTAKE_KINDS, Delivery, DeliveryOutcome, IngestRoute
@@ -120,9 +121,43 @@ async def list_of_organization(
         connection, LISTED, [*within, *residual], bounds, created_at=created_at, item_id=item_id
     )
     counted = await keyset.count_examined(connection, table, within, residual, created_at)
-    return ListPage(
-        counted.count, [Delivery(**row) for row in page.rows], page.next_cursor, counted.is_lower_bound
+    # Most rows may be of workflows that the caller may not read: a page examines a limited number of them.
+    edge = await _find_edge(connection, within, bounds) if residual else None
+    inside = () if edge is None else (_is_not_behind(edge, created_at, item_id),)
+    page = await keyset.read_rows(
+        connection, LISTED, [*within, *inside, *residual], bounds, created_at=created_at, item_id=item_id
     )
+    next_cursor = page.next_cursor
+    if next_cursor is None and edge is not None:
+        next_cursor = bounds.cursor_behind(edge.created_at, edge.id)
+    return ListPage(
+        counted.count, [Delivery(**row) for row in page.rows], next_cursor, counted.is_lower_bound
+    )
+
+
+async def _find_edge(
+    connection: AsyncConnection, within: Sequence[ColumnElement[bool]], bounds: KeysetBounds
+) -> Any:  # noqa: ANN401 - a row of two columns
+    """Return time and id of the last row that a page examines; None if it reaches the end of the list."""
+    await keyset.follow_indexes(connection)
+    created_at, item_id = col(Delivery.created_at), col(Delivery.id)
+    statement = (
+        select(created_at, item_id)
+        .where(*within, *bounds.condition(created_at, item_id))
+        .order_by(*bounds.order(created_at, item_id))
+        .offset(limits.EXAMINED_RUNS - 1)
+        .limit(1)
+    )
+    return (await connection.execute(statement)).first()
+
+
+def _is_not_behind(
+    edge: Any,  # noqa: ANN401 - see above
+    created_at: SQLColumnExpression[Any],
+    item_id: SQLColumnExpression[Any],
+) -> ColumnElement[bool]:
+    moment = literal(edge.created_at, TimestampColumn)
+    return and_(created_at >= moment, or_(created_at > moment, item_id >= edge.id))
 
 
 def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:

@@ -93,6 +93,26 @@ async def test_deliveries_of_all_workflows_are_one_list_for_those_who_may_read_t
     assert_refused(await people.owner.api.get(f"{DELIVERIES}?outcome=lost"), 400, "invalid-query")
 
 
+async def test_a_page_of_deliveries_examines_a_bounded_number_of_them(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "EXAMINED_RUNS", 3)
+    mine, hidden = await create_active_workflow(people.owner), await create_active_workflow(people.admin)
+    first = await enqueue(people.owner, mine)
+    for _ in range(7):
+        await enqueue(people.admin, hidden)
+    last = await enqueue(people.owner, mine)
+    page = await get_json(people.owner, f"{DELIVERIES}?limit=5")
+    assert [one["executionId"] for one in page["deliveries"]] == [last]
+    assert page["next"] is not None
+    found = await walk(people.owner, f"{DELIVERIES}?limit=5", "deliveries")
+    assert [one["executionId"] for one in found] == [last, first]
+    everything = await walk(people.admin, f"{DELIVERIES}?limit=2", "deliveries")
+    assert len({one["id"] for one in everything}) == len(everything) == 9
+    by_route = await walk(people.admin, f"{DELIVERIES}?limit=2&route=enqueue", "deliveries")
+    assert by_route == everything
+
+
 async def test_deliveries_of_one_outcome_are_redriven_once(people: OrganizationUsers) -> None:
     api = people.owner.api
     workflow_ids = [await create_active_workflow(people.owner) for _ in range(2)]
