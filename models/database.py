@@ -154,6 +154,8 @@ class Database:
                 if failure is DatabaseFailure.LOCK_NOT_AVAILABLE:
                     raise LockWaitTimeout("Another transaction holds a lock that this one needs") from error
                 if attempt == RETRIES or monotonic() - begun_at > RETRY_SECONDS:
+                    if failure is DatabaseFailure.ROLLED_BACK:
+                        raise LockWaitTimeout("Other transactions hold locks that this one needs") from error
                     raise DatabaseUnavailable("The database did not confirm the transaction") from error
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - spreads the retries of concurrent transactions
         raise AssertionError

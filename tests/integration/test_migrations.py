@@ -11,6 +11,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import SQLModel
 
 from models import (  # noqa: F401 - their tables must be known to the metadata
@@ -36,7 +37,7 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     workflow,
     workflow_triggers,
 )
-from models.database import Database, parse_url
+from models.database import RETRIES, Database, parse_url
 from models.schema_migration import NewerDatabase, OutdatedDatabase
 from tests.services import PostgresServer
 
@@ -145,3 +146,21 @@ def test_the_newest_revision_that_the_code_names_is_the_newest_there_is() -> Non
     config = Config()
     config.set_main_option("script_location", str(Path(schema_migration.__file__).parent / "migrations"))
     assert ScriptDirectory.from_config(config).get_heads() == [schema_migration.HEAD_REVISION]
+
+
+async def test_a_migration_that_deadlocks_with_a_busy_server_is_repeated(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = await postgres.create_database("deadlocked")
+    upgrade, attempts = schema_migration._upgrade, iter(range(100))  # noqa: SLF001 - the step that deadlocks
+
+    def deadlock_first(connection: Connection) -> None:
+        if next(attempts) < 2 * RETRIES:
+            raise DBAPIError("ALTER TABLE", {}, asyncpg.DeadlockDetectedError("deadlock detected"))
+        upgrade(connection)
+
+    monkeypatch.setattr(schema_migration, "_upgrade", deadlock_first)
+    await schema_migration.migrate(parse_url(url))
+    database = Database(parse_url(url))
+    assert await schema_migration.read_revision(database) == schema_migration.HEAD_REVISION
+    await database.close()
