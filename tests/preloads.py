@@ -8,11 +8,14 @@ import functools
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
 SHIFTED_CLOCK = Path(__file__).with_name("shifted_clock.c")
+FAULTY_DISK = Path(__file__).with_name("faulty_disk.c")
 
 
 @functools.cache
@@ -42,3 +45,44 @@ class ShiftedClock:
     def environment(self) -> dict[str, str]:
         """Environment variables of the process."""
         return {"LD_PRELOAD": str(self.library), "CLOCK_SHIFT_FILE": str(self.file)}
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyDisk:
+    """The disk of one process and its children, which a test lets fail while they run."""
+
+    library: Path
+    file: Path
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Let every write to a file fail with ENOSPC during a block."""
+        with self._fault(b"f"):
+            yield
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Delay every sync by 150 ms during a block."""
+        with self._fault(b"s"):
+            yield
+
+    def mend(self) -> None:
+        """Let the disk work."""
+        self._set(b"-")
+
+    @contextmanager
+    def _fault(self, kind: bytes) -> Iterator[None]:
+        self._set(kind)
+        try:
+            yield
+        finally:
+            self.mend()
+
+    def _set(self, kind: bytes) -> None:
+        with self.file.open("r+b" if self.file.exists() else "wb") as file:
+            file.write(kind)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the process."""
+        return {"LD_PRELOAD": str(self.library), "DISK_FAULT_FILE": str(self.file)}

@@ -79,6 +79,16 @@ class TestedServer(ABC):
         """Process id of the server; None before the first start."""
         return self._process.pid if self._process is not None else None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of its data."""
+        return self._own_folder()
+
     @abstractmethod
     def is_ready(self) -> bool: ...
 
@@ -223,7 +233,10 @@ class PgBouncer(TestedServer):
 
 
 @contextmanager
-def run_postgres(durability: Mapping[str, str] = NEVER_SYNCED) -> Iterator[PostgresServer]:
+def run_postgres(
+    durability: Mapping[str, str] = NEVER_SYNCED, environment: Mapping[str, str] | None = None
+) -> Iterator[PostgresServer]:
+    """Start a PostgreSQL; `environment` is added to that of its processes."""
     if named := os.environ.get("TEST_DATABASE_URL"):
         yield PostgresServer(make_url(named).set(drivername="postgresql+asyncpg"))
         return
@@ -245,7 +258,12 @@ def run_postgres(durability: Mapping[str, str] = NEVER_SYNCED) -> Iterator[Postg
         }
         options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
         with _run_server(
-            PostgresServer(url, folder, [str(programs / "postgres"), "-D", data, *options])
+            PostgresServer(
+                url,
+                folder,
+                [str(programs / "postgres"), "-D", data, *options],
+                {**os.environ, **(environment or {})},
+            )
         ) as server:
             yield server
 

@@ -36,6 +36,8 @@ class RetryingClient:
 
     def __init__(self, url: str, patience_seconds: float = PATIENCE_SECONDS, key: str = API_KEY) -> None:
         self.patience_seconds = patience_seconds
+        self.retry_seconds = POLL_SECONDS
+        """Pause before an unanswered request is repeated."""
         self.ended: dict[str, ExecutionEnd] = {}
         """First observed end of each execution."""
         self._http = httpx2.AsyncClient(
@@ -70,7 +72,7 @@ class RetryingClient:
             else:
                 if response.status_code != httpx2.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
                     return response
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(self.retry_seconds)
 
     async def create(self, workflow: Mapping[str, Json]) -> str:
         """Create a workflow and return its id."""

@@ -6,12 +6,12 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from uuid import uuid4
 
 import pytest
@@ -36,6 +36,9 @@ START_SECONDS = 60.0
 
 COMMAND = command_runs.COMMAND
 
+Migration: TypeAlias = Callable[[Mapping[str, str]], Awaitable[None]]
+"""Makes the tables of a new database, with the environment of the processes."""
+
 on_one_process = pytest.mark.parametrize("shared_deployment", ["sqlite"], indirect=True)
 on_many_processes = pytest.mark.parametrize("shared_deployment", ["postgresql"], indirect=True)
 """For faults that the other kind of deployment can't have."""
@@ -56,15 +59,18 @@ class SystemUnderTest:
     def processes(self) -> Sequence[SystemProcess]:
         return list(dict.fromkeys([self.gateway, *self.workers, *self.others]))
 
-    async def revive(self) -> None:
-        """Restart ended processes like a supervisor, and end all pauses; return when all are ready."""
+    async def revive(self, within: float = START_SECONDS) -> None:
+        """Restart ended processes like a supervisor, and end all pauses; return when all are ready.
+
+        Raises TimeoutError after `within` seconds.
+        """
         for process in self.processes:
             if process.is_alive:
                 process.resume()
             else:
                 process.start()
         for process in self.processes:
-            await wait_until(partial(_is_starting, process), START_SECONDS, what=f"{process.name} is at work")
+            await wait_until(partial(_is_starting, process), within, what=f"{process.name} is at work")
 
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
@@ -85,6 +91,16 @@ class SystemUnderTest:
             for process in self.processes:
                 if not process.is_alive:
                     process.start()
+
+    @contextmanager
+    def noted_fault(self, name: str) -> Iterator[None]:
+        """Note a fault of the database that lasts for a block."""
+        fault = InjectedFault(name, time.time(), float("inf"))
+        self.faults.append(fault)
+        try:
+            yield
+        finally:
+            fault.ended_at = time.time()
 
     def worker_behind(self, port: int) -> SystemProcess | None:
         """Return the worker with this connection, if it lives."""
@@ -207,12 +223,19 @@ def _is_at_work(process: SystemProcess) -> bool:
 
 @asynccontextmanager
 async def run_one_process(
-    folder: Path, preload: Mapping[str, str] | None = None, /, **settings: str
+    folder: Path,
+    preload: Mapping[str, str] | None = None,
+    migrate: Migration | None = None,
+    /,
+    **settings: str,
 ) -> AsyncIterator[OneProcess]:
-    """Run the deployment; `preload` is added to its environment."""
+    """Run the deployment; `preload` is added to its environment, and `migrate` makes its tables."""
     url, environment = _build_environment(folder, settings)
     environment |= preload or {}
-    await databases.create_sqlite_database(folder / "pilotflame.db")
+    if migrate is None:
+        await databases.create_sqlite_database(folder / "pilotflame.db")
+    else:
+        await migrate(environment)
     records = SqliteJournalRecords(folder / "pilotflame.db")
     await records.install()
     faults: list[InjectedFault] = []
@@ -228,12 +251,20 @@ async def run_many_processes(
     postgres: services.PostgresServer,
     redis: services.RedisServer,
     clocks: Mapping[str, ShiftedClock] | None = None,
+    migrate: Migration | None = None,
+    /,
     **settings: str,
 ) -> AsyncIterator[ManyProcesses]:
-    """Run the deployment; `clocks` shift the wall clocks of processes, by name."""
-    database_url = await databases.create_database(postgres, f"system_{uuid4().hex}")
+    """Run the deployment; `clocks` shift the wall clocks of processes, by name, and `migrate` makes the tables."""
+    name = f"system_{uuid4().hex}"
+    if migrate is None:
+        database_url = await databases.create_database(postgres, name)
+    else:
+        database_url = await postgres.create_database(name)
     servers = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
     url, environment = _build_environment(folder, {**servers, **settings})
+    if migrate is not None:
+        await migrate(environment)
     records = PostgresJournalRecords(database_url)
     await records.install()
     faults: list[InjectedFault] = []

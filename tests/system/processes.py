@@ -182,15 +182,20 @@ class SystemProcess:
 
     def has_port(self, port: int) -> bool:
         """Return whether a connection of the process has this local port."""
+        return port in self.ports()
+
+    def ports(self) -> set[int]:
+        """Return the local ports of the connections of the process."""
         if not self.is_alive:
-            return False
+            return set()
         with suppress(psutil.NoSuchProcess):
-            return any(
-                connection.laddr and connection.laddr.port == port
+            return {
+                connection.laddr.port
                 for process in self._family()
                 for connection in process.net_connections(kind="tcp")
-            )
-        return False
+                if connection.laddr
+            }
+        return set()
 
     def _family(self) -> list[psutil.Process]:
         """Return the process, and of a worker the child that does the work."""

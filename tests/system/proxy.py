@@ -32,6 +32,9 @@ class FaultyProxy:
         self._requests_pass.set()
         self._has_kept_one = asyncio.Event()
         self._is_starting_up = False
+        self._is_cut_off = False
+        self.delay_seconds = 0.0
+        """Delay of each piece of traffic in each direction."""
         self.port = 0
 
     def keep_answers(self, marker: bytes) -> None:
@@ -61,6 +64,15 @@ class FaultyProxy:
             writer.transport.abort()
         self.let_go()
 
+    def cut_off(self) -> None:
+        """Break every connection, and refuse new ones until `reconnect`."""
+        self._is_cut_off = True
+        self.cut()
+
+    def reconnect(self) -> None:
+        """Accept connections again."""
+        self._is_cut_off = False
+
     @contextmanager
     def starting_up(self) -> Iterator[None]:
         """Answer like a PostgreSQL that recovers from a crash and refuses connections."""
@@ -81,6 +93,9 @@ class FaultyProxy:
         """Pass one connection on."""
         if self._is_starting_up:
             await _refuse(reader, writer)
+            return
+        if self._is_cut_off:
+            writer.transport.abort()
             return
         try:
             server_reader, server_writer = await asyncio.open_connection(*self._server)
@@ -109,6 +124,8 @@ class FaultyProxy:
             if not self._requests_pass.is_set():
                 self._has_kept_one.set()
                 await self._requests_pass.wait()
+            if self.delay_seconds:
+                await asyncio.sleep(self.delay_seconds)
             server.write(chunk)
             await server.drain()
         raise ConnectionResetError
@@ -118,6 +135,8 @@ class FaultyProxy:
             if not self._answers_pass.is_set():
                 self._has_kept_one.set()
                 await self._answers_pass.wait()
+            if self.delay_seconds:
+                await asyncio.sleep(self.delay_seconds)
             writer.write(chunk)
             await writer.drain()
         raise ConnectionResetError
