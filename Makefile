@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check check-units check-types check-style check-imports check-words bench fuzz docs screenshots dist audit lock
+.PHONY: run install test check check-units check-types check-style check-imports check-words bench faults fuzz docs screenshots dist audit lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start takes several times as long.
@@ -55,6 +55,10 @@ check-words: .venv/installed-for-tests
 
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
+
+# Faults of every part under load against the promises of docs/promises.md: ten minutes, or ARGUMENTS=--quick for two.
+faults: .venv/installed-for-tests
+	exec $(bin)/python -m benchmarks.faults $(ARGUMENTS)
 
 # Coverage-guided fuzzing of every parser of bytes from strangers: an hour, or ARGUMENTS="--seconds 60".
 fuzz: .venv/installed-for-tests

@@ -1,4 +1,7 @@
-"""The storm of the system tests, minute after minute: `python -m benchmarks.soak --minutes 60 [--one-process]`."""
+"""The storm of the system tests, minute after minute: `python -m benchmarks.soak --hours 1 [--one-process]`.
+
+After each minute the doctor examines the stores, and must find nothing.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +45,13 @@ async def _soak(request: SoakRequest) -> None:
         for minute in range(request.minutes):
             seed = request.seed + minute
             report = await _run_storm(request, seed, deployment)
+            await _require_no_finding(deployment)
             print(
                 f"minute {minute + 1}, seed {seed}: {report.ended.total()} runs ended once each",
                 ", ".join(f"{count} {status}" for status, count in report.ended.most_common()),
                 f"{report.repeated_effects} of {report.calls} calls repeated, all for a reason",
                 f"longest {report.longest_seconds:.1f} s",
+                "0 findings of the doctor",
                 sep="; ",
                 flush=True,
             )
@@ -76,14 +81,26 @@ async def _run_storm(request: SoakRequest, seed: int, deployment: SystemUnderTes
         await client.close()
 
 
+async def _require_no_finding(deployment: SystemUnderTest) -> None:
+    """Raise AssertionError if `GET /admin/drift` finds anything, or could not look."""
+    client = RetryingClient(deployment.url)
+    try:
+        report = (await client.answer("GET", "/admin/drift")).json()
+        assert report["clean"], report
+    finally:
+        await client.close()
+
+
 def _parse_request() -> SoakRequest:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--minutes", type=int, default=10)
+    parser.add_argument("--minutes", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--hours", type=float, help="in place of --minutes")
     parser.add_argument("--runs-per-second", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1, help="of the first minute; each later one adds 1")
     parser.add_argument("--one-process", action="store_true", help="`pilotflame dev`, on SQLite")
     given = parser.parse_args()
-    return SoakRequest(given.minutes, given.runs_per_second, given.seed, given.one_process)
+    minutes = given.minutes if given.hours is None else round(given.hours * 60)
+    return SoakRequest(minutes, given.runs_per_second, given.seed, given.one_process)
 
 
 if __name__ == "__main__":

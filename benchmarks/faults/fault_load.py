@@ -1,0 +1,175 @@
+"""Mixed load on a deployment during one fault, and what its clients were told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx2
+
+from tests.system import workflow_shapes
+from tests.system.client import API_KEY, RetryingClient
+
+if TYPE_CHECKING:
+    from tests.system.ledger import EffectLedger
+
+PATIENCE_SECONDS: Final = 75.0
+"""Time within which a run ends after its fault is over; a run without an end by then is stuck."""
+TWICE_SHARE: Final = 0.2
+"""Share of the requests that are sent twice at once under one key."""
+RETRY_SECONDS: Final = 0.3
+MAX_WAITING: Final = 60
+"""Unanswered requests at once; more would only keep the processor from the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWorkflow:
+    """Workflow of the load with the end that its runs must have."""
+
+    workflow_id: str
+    expected: str
+    weight: int
+    is_queue: bool = False
+
+
+@dataclass(slots=True)
+class LoadRun:
+    """Run that a client was told to be accepted."""
+
+    execution_id: str
+    expected: str
+    asked_at: float
+    """Unix time."""
+    ended_at: float | None = None
+    """Unix time at which its client saw the end; None: stuck."""
+    status: str | None = None
+    error_code: str | None = None
+
+
+@dataclass
+class FaultLoad:
+    """Load of one cell."""
+
+    client: RetryingClient
+    workflows: Sequence[LoadWorkflow]
+    chance: Random
+    per_second: float
+    runs: list[LoadRun] = field(default_factory=list)
+    doubled_keys: list[str] = field(default_factory=list)
+    """Keys under which two runs were accepted."""
+    faulty_answers: Counter[str] = field(default_factory=Counter)
+    """Answers that no client may get, such as 500, by their kind."""
+    unanswered: int = 0
+    """Requests without an answer within the patience; none of them was accepted as far as their clients know."""
+    _is_over: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _followers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def run(self) -> None:
+        """Send requests at random times until `stop`."""
+        while not self._is_over.is_set():
+            if len(self._tasks) >= MAX_WAITING:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            task = asyncio.create_task(self._request())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.sleep(self.chance.expovariate(self.per_second))
+
+    def stop(self) -> None:
+        """Send no further requests."""
+        self._is_over.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Wait for answers and ends; runs without an end after `seconds` are stuck."""
+        until = time.monotonic() + seconds
+        for tasks in (self._tasks, self._followers):
+            while tasks and (left := until - time.monotonic()) > 0:
+                await asyncio.wait(tasks, timeout=left)
+        left_over = [*self._tasks, *self._followers]
+        for task in left_over:
+            task.cancel()
+        await asyncio.gather(*left_over, return_exceptions=True)
+
+    async def _request(self) -> None:
+        workflow = self.chance.choices(self.workflows, [one.weight for one in self.workflows])[0]
+        key = f"{self.chance.getrandbits(128):032x}"
+        count = 2 if self.chance.random() < TWICE_SHARE else 1
+        asked_at = time.time()
+        answers = await asyncio.gather(*(self._accepted(workflow, key) for _ in range(count)))
+        told = {execution_id for execution_id in answers if execution_id is not None}
+        if len(told) > 1:
+            self.doubled_keys.append(key)
+        for execution_id in told:
+            run = LoadRun(execution_id, workflow.expected, asked_at)
+            self.runs.append(run)
+            task = asyncio.create_task(self._follow(run))
+            self._followers.add(task)
+            task.add_done_callback(self._followers.discard)
+
+    async def _accepted(self, workflow: LoadWorkflow, key: str) -> str | None:
+        path = f"/workflows/{workflow.workflow_id}/{'enqueue' if workflow.is_queue else 'execute'}"
+        body: dict[str, Any] = {"message": {"a": 1}} if workflow.is_queue else {"triggerInputs": {"a": 1}}
+        try:
+            answer = await self.client.answer("POST", path, body, key=key)
+        except httpx2.TransportError:
+            self.unanswered += 1
+            return None
+        if answer.status_code in {httpx2.codes.CREATED, httpx2.codes.OK}:
+            return str(answer.json()["executionId"])
+        if answer.status_code == httpx2.codes.SERVICE_UNAVAILABLE:
+            self.unanswered += 1
+        else:
+            self.faulty_answers[f"{answer.status_code} to {path.rpartition('/')[2]}"] += 1
+        return None
+
+    async def _follow(self, run: LoadRun) -> None:
+        try:
+            ended = await self.client.end(run.execution_id, PATIENCE_SECONDS * 2)
+        except (AssertionError, TimeoutError, httpx2.TransportError) as error:
+            if isinstance(error, AssertionError):
+                self.faulty_answers[f"refused progress: {str(error)[:100]}"] += 1
+            return
+        run.ended_at, run.status, run.error_code = time.time(), ended.status, ended.error_code
+
+
+async def create_workflows(client: RetryingClient, ledger: EffectLedger) -> Sequence[LoadWorkflow]:
+    """Create the workflows of the load: chains of writes, long journeys, waits, queues and failures."""
+    order = workflow_shapes.chain_workflow(
+        ledger.reads("look"), workflow_shapes.set_node("pack"), ledger.writes("charge"), ledger.writes("ship")
+    )
+    patient = workflow_shapes.chain_workflow(
+        ledger.writes("before"), workflow_shapes.wait_node("wait", 1.5), ledger.writes("after")
+    )
+    unlucky = workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("decline"))
+    queue: workflow_shapes.Node = {"id": "start", "nodeId": "queue-trigger"}
+    queued = workflow_shapes.build_workflow([queue, ledger.writes("charge")], "start>charge")
+    return [
+        LoadWorkflow(await client.create(order), "completed", weight=10),
+        LoadWorkflow(await client.create(workflow_shapes.journey_workflow(ledger)), "completed", weight=3),
+        LoadWorkflow(await client.create(patient), "completed", weight=3),
+        LoadWorkflow(await client.create(queued), "completed", weight=3, is_queue=True),
+        LoadWorkflow(await client.create(unlucky), "failed", weight=1),
+    ]
+
+
+def open_client(url: str) -> RetryingClient:
+    """Return a client with patience for every fault."""
+    client = RetryingClient(url, PATIENCE_SECONDS, API_KEY)
+    client.retry_seconds = RETRY_SECONDS
+    return client
+
+
+def in_flight(runs: Sequence[LoadRun], moment: float) -> list[LoadRun]:
+    """Return the runs that were accepted before a moment, and ended after it or never."""
+    return [run for run in runs if run.asked_at < moment and (run.ended_at is None or run.ended_at > moment)]
+
+
+def count_by_status(runs: Sequence[LoadRun]) -> Mapping[str, int]:
+    """Return the number of runs by the end that their clients saw."""
+    return Counter(run.status or "no end" for run in runs)
