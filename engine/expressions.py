@@ -80,6 +80,7 @@ class ExpressionPath:
     """Steps from the root."""
 
     def resolve(self, scope: ExpressionScope) -> Json | MissingType:
+        """Return the value at the path in a scope; `MISSING` if there is none."""
         found: Json | MissingType = scope.get(self.root, MISSING)
         for key, position in self.steps:
             if type(found) is dict:

@@ -130,6 +130,10 @@ class FindingCollector:
         self._is_truncated = False
 
     def add(self, finding: GraphFinding) -> None:
+        """Add a finding as an error or a warning, by its type.
+
+        Beyond `MAX_FINDINGS` of a kind, the result is marked as truncated.
+        """
         kept = self._warnings if finding.type in self._warning_types else self._errors
         if len(kept) < MAX_FINDINGS:
             kept.append(finding)
@@ -146,6 +150,7 @@ class FindingCollector:
         self._is_truncated = True
 
     def result(self) -> ValidationResult:
+        """Return the errors and warnings collected so far."""
         return ValidationResult(tuple(self._errors), tuple(self._warnings), self._is_truncated)
 
 

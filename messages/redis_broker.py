@@ -180,6 +180,10 @@ async def _check_answer() -> AsyncIterator[None]:
 
 
 async def connect(url: str, *, channel: str, seal: MessageSeal | None = None) -> "RedisBroker":
+    """Connect to Redis and return a broker; an unreachable server doesn't prevent the start.
+
+    Raises `RedisMayEvict`.
+    """
     broker = RedisBroker(url, channel=channel, seal=seal)
     try:
         async with _check_answer():

@@ -130,6 +130,7 @@ async def has_organization(connection: AsyncConnection) -> bool:
 
 
 async def create_organization(connection: AsyncConnection, *, name: str, now: datetime) -> Organization:
+    """Insert an organization and return it."""
     organization_id = ids.new_id("org")
     shard = ids.shard_of(organization_id)
     organization = Organization(id=organization_id, shard=shard, name=name, created_at=now)
@@ -138,6 +139,7 @@ async def create_organization(connection: AsyncConnection, *, name: str, now: da
 
 
 async def find_organization(connection: AsyncConnection, organization_id: str) -> Organization | None:
+    """Return an organization by its id; None if it is missing."""
     statement = select(Organization).where(col(Organization.id) == organization_id)
     row = (await connection.execute(statement)).mappings().first()
     return Organization(**row) if row else None
@@ -179,6 +181,7 @@ async def create_user(
 
 
 async def find_user(connection: AsyncConnection, organization_id: str, user_id: str) -> User | None:
+    """Return a user of an organization by id; None if it is missing or of another organization."""
     statement = select(User).where(col(User.organization_id) == organization_id, col(User.id) == user_id)
     row = (await connection.execute(statement)).mappings().first()
     return User(**row) if row else None

@@ -82,6 +82,7 @@ def new_secret() -> str:
 
 
 def hash_secret(secret: str) -> str:
+    """Return the SHA-256 of a secret, in hexadecimal, under which it is stored."""
     return sha256(secret.encode()).hexdigest()
 
 
@@ -138,6 +139,7 @@ async def create_session(
 
 
 async def delete_session(connection: AsyncConnection, session_id: str) -> None:
+    """Delete a browser session by its id; nothing happens if it is missing."""
     await connection.execute(delete(BrowserSession).where(col(BrowserSession.id) == session_id))
 
 

@@ -24,6 +24,7 @@ SHOWN_CHARACTERS = 40
 
 
 def read_text(config: Mapping[str, Json], name: str) -> str:
+    """Return the text in a field of a config; raises `NodeError` for other types and a missing field."""
     value = config.get(name)
     if isinstance(value, str):
         return value
@@ -31,6 +32,10 @@ def read_text(config: Mapping[str, Json], name: str) -> str:
 
 
 def read_number(config: Mapping[str, Json], name: str, *, minimum: float, maximum: float) -> int | float:
+    """Return the number in a field of a config.
+
+    Raises `NodeError` for other types, a missing field, and a number out of range.
+    """
     value = config.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise invalid_field(name, "a number", value)
@@ -51,6 +56,7 @@ def read_timeout_seconds(config: Mapping[str, Json]) -> float:
 
 
 def read_flag(config: Mapping[str, Json], name: str) -> bool:
+    """Return the boolean in a field of a config; raises `NodeError` for other types and a missing field."""
     value = config.get(name)
     if isinstance(value, bool):
         return value
@@ -58,6 +64,7 @@ def read_flag(config: Mapping[str, Json], name: str) -> bool:
 
 
 def read_choice(config: Mapping[str, Json], name: str, kind: type[Choice]) -> Choice:
+    """Return the member of `kind` whose value is in a field of a config; raises `NodeError` for other values."""
     value = config.get(name)
     try:
         return kind(str(value))
@@ -66,6 +73,7 @@ def read_choice(config: Mapping[str, Json], name: str, kind: type[Choice]) -> Ch
 
 
 def read_mapping(config: Mapping[str, Json], name: str) -> dict[str, Json]:
+    """Return the object in a field of a config; raises `NodeError` for other types and a missing field."""
     value = config.get(name)
     if isinstance(value, dict):
         return value
@@ -73,6 +81,7 @@ def read_mapping(config: Mapping[str, Json], name: str) -> dict[str, Json]:
 
 
 def read_sequence(config: Mapping[str, Json], name: str) -> list[Json]:
+    """Return the list in a field of a config; raises `NodeError` for other types and a missing field."""
     value = config.get(name)
     if isinstance(value, list):
         return value

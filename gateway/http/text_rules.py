@@ -33,6 +33,7 @@ class ProblemCollector:
         self.found: list[Mapping[str, Json]] = []
 
     def add(self, path: str, code: str, message: str) -> None:
+        """Add a problem of the field at `path`: the code of the rule, and a message with the correction."""
         self.found.append(errors.problem(path, code, message))
 
     @property

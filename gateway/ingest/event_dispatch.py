@@ -87,6 +87,7 @@ class EventDispatchPlan:
     """Whether there are outcomes other than such refusals."""
 
     def add(self, workflow: LoadedWorkflow, run: IngestedRun, *, is_deferred: bool) -> None:
+        """Add a run of an event for a workflow, with its outcome."""
         full = errors.concurrency_limit()
         error = None if run.may_wait else (full.code, full.message)
         self.outcomes.append(WorkflowEventOutcome(workflow.id, workflow.name, run.execution_id, error))
@@ -95,6 +96,7 @@ class EventDispatchPlan:
         self.has_other = True
 
     def fail(self, workflow: LoadedWorkflow, code: str, message: str) -> None:
+        """Record an error as the outcome of an event for a workflow; no run of it is started."""
         self.outcomes.append(WorkflowEventOutcome(workflow.id, workflow.name, None, (code, message)))
         self.has_other = True
 

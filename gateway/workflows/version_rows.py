@@ -56,6 +56,7 @@ async def list_versions(
 
 
 async def find_version(connection: AsyncConnection, workflow_id: str, version: int) -> WorkflowVersion | None:
+    """Return a version of a workflow by its number, with its snapshot; None if it is missing."""
     statement = select(WorkflowVersion).where(
         col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version) == version
     )
@@ -73,4 +74,5 @@ async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str
 
 
 async def add_version(connection: AsyncConnection, version: WorkflowVersion) -> None:
+    """Insert a version of a workflow."""
     await connection.execute(insert(WorkflowVersion).values(column_values(version)))

@@ -51,15 +51,27 @@ class DataSourceConnections:
         self._sqlite_processes: ProcessPool | None = None
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
+        """Return the SQL database of a data source with pooled connections.
+
+        Raises `NodeError` if the caller may not use it, or its type is another one.
+        """
         source = await self._find(caller, source_id, type)
         return PooledSqlDatabase(self._pool_of(source), SqlDialect(type), tuple(source.secrets.values()))
 
     async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket:
+        """Return the bucket of an S3 data source.
+
+        Raises `NodeError` if the caller may not use it, or its settings are unusable.
+        """
         from nodes.connections import s3_bucket  # noqa: PLC0415 - its library is optional
 
         return await s3_bucket.open_bucket(await self._find(caller, source_id, "s3"), self._policy)
 
     async def mail_server(self, caller: RunCaller, source_id: str) -> SmtpMailServer:
+        """Return the mail server of an SMTP data source.
+
+        Raises `NodeError` if the caller may not use it, or its settings are unusable.
+        """
         from nodes.connections import smtp_mail_server  # noqa: PLC0415 - see the class
 
         return smtp_mail_server.open_server(
@@ -67,6 +79,10 @@ class DataSourceConnections:
         )
 
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
+        """Return the secret headers of a data source for a request to `url`.
+
+        Raises `NodeError` if the caller may not use it, or the URL's host is not among its hosts.
+        """
         source = await self._find(caller, source_id, BEARER, BASIC, API_KEY)
         _check_host(source, url)
         match source.type:
@@ -181,6 +197,10 @@ class PooledSqlDatabase:
         max_bytes: int,
         timeout_seconds: float,
     ) -> QueryRows:
+        """Run a read-only statement with its parameters, and return its columns and rows.
+
+        Raises `NodeError` for a statement that writes, exceeded limits, and failures of the server.
+        """
         try:
             read = sql_text.parse_reading(statement, self._dialect, len(parameters))
         except StatementRefused as error:
@@ -202,6 +222,10 @@ class PooledSqlDatabase:
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
+        """Insert rows in batches, or update those with the same key by `upsert`; return the number of written rows.
+
+        Raises `NodeError`.
+        """
         missing = [name for name in upsert.key if name not in columns]
         if missing:
             raise NodeError(
@@ -223,6 +247,10 @@ class PooledSqlDatabase:
         )
 
     async def execute(self, statement: str, parameters: Sequence[Json], *, timeout_seconds: float) -> int:
+        """Run a writing statement with its parameters, and return the number of changed rows.
+
+        Raises `NodeError` for a refused statement, the time limit, and failures of the server.
+        """
         try:
             read = sql_text.parse_writing(statement, self._dialect, len(parameters))
         except StatementRefused as error:
