@@ -116,6 +116,10 @@ async def _observe(stores: ExaminedStores) -> _Observation:
 
 
 async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
+    """Add the findings of the database, read in one snapshot, and of the cluster if it is examined.
+
+    Stores that don't answer are marked as unreachable. Outdated tables are the only finding.
+    """
     seen.stores["database"] = StoreState.OK
     seen.stores["cluster"] = StoreState.NOT_EXAMINED
     try:

@@ -48,6 +48,10 @@ def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
+    """Yield findings about the public URL.
+
+    It is unset, loopback or plain HTTP on a public address, or HTTPS without trusted proxies.
+    """
     is_public = facts.host not in LOOPBACK_HOSTS
     if not facts.public_url:
         if is_public:

@@ -234,6 +234,10 @@ class SpanRecorder:
         next_attempt_at: datetime | None,
         error: RunError | None,
     ) -> None:
+        """Record the span of an attempt of a node.
+
+        Beyond `MAX_ATTEMPT_SPANS` of a run, a warning is logged once instead.
+        """
         node = visit.program.node
         if number != visit.told_attempt:
             if self._attempts > MAX_ATTEMPT_SPANS:

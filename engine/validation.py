@@ -253,6 +253,7 @@ def _removal_fix(edge: GraphEdge) -> SuggestedFix:
 
 
 def _cycle_finding(graph: ParsedGraph, loops: Collection[str]) -> Iterator[GraphFinding]:
+    """Yield a finding that names one cycle of the graph, if there is any."""
     if len(graph.order) == len(graph.by_id):
         return
     placed = set(graph.order)

@@ -276,6 +276,7 @@ class WorkflowRunner:
         return False
 
     async def _begin(self, visit: NodeVisit) -> None:
+        """Render the config and inputs of a node, in a thread if they are large, and start it; errors fail the node."""
         try:
             call = offload.try_inline(self._node_inputs.build_call, visit)
         except BudgetExceeded:

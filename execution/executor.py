@@ -235,6 +235,10 @@ class RunExecutor:
     # ── claiming ──────────────────────────────────────────────────────────────────────────────────
 
     async def _claim(self) -> None:
+        """Wait for a wakeup, then claim as many runs as there are free slots, and begin them.
+
+        Return without any while draining.
+        """
         await self._wanted.wait()
         self._wanted.clear()
         if self._is_draining:
@@ -348,6 +352,7 @@ class RunExecutor:
         await self._store.release(self._broker.channel, self._leases.execution_ids())
 
     async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
+        """Load the programs and recorded states of claimed runs, and start a task for each."""
         programs = await self._programs.load(claimed)
         recovered_states = await self._recover_states([run for run in claimed if run.has_journal])
         for run, lease in zip(claimed, leases, strict=True):
@@ -522,6 +527,7 @@ class RunExecutor:
         control: RunControl,
         lease: RunLease,
     ) -> None:
+        """Execute a run to its end, its wait or the loss of its lease, and record the outcome with its trace."""
         trace: run_traces.SegmentTrace | None = None
         result: tuple[str, str | None] = UNKNOWN_STATUS, UNKNOWN_STATUS
         log_context.fields.set({"execution_id": run.execution_id})
@@ -560,6 +566,7 @@ class RunExecutor:
         journal: RunJournal,
         control: RunControl,
     ) -> RunOutcome:
+        """Restore a run's recorded state, run its nodes, and return the outcome; an invalid definition fails it."""
         if isinstance(program, InvalidDefinition):
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:

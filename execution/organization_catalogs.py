@@ -90,6 +90,10 @@ class OrganizationCatalogs:
         versions: Mapping[tuple[str, str], VersionState],
         earlier: CachedCatalog | None,
     ) -> CachedCatalog:
+        """Return the catalog of an organization in these versions.
+
+        Documents known from an earlier one aren't read again.
+        """
         known = {} if earlier is None else earlier.versions
         documents = {
             key: earlier.documents[key]

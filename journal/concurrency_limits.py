@@ -214,6 +214,7 @@ async def _try_lock_key(connection: AsyncConnection, key: str) -> bool:
 
 
 async def _admit_locked(connection: AsyncConnection, *, key: str, lock: LockKey) -> int:
+    """Give free slots of a key to its waiting runs, the oldest first, and return their number; 0 without the lock."""
     if not await lock(connection, key):
         return 0
     is_of_key = col(Execution.concurrency_key) == key

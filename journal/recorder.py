@@ -131,6 +131,10 @@ class RunRecorder:
         await self._locked_group.drain()
 
     async def _commit(self, batch: Sequence[RunWrite]) -> Sequence[bool | Exception]:
+        """Write the progress of several runs in one transaction.
+
+        Returns for each whether its lease is held, or an error if its row is locked.
+        """
         locked: LockWaitTimeout | None = None
         unwritten: frozenset[str] = frozenset()
         begun_at = time.perf_counter()

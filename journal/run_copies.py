@@ -257,6 +257,10 @@ async def _completion_action(
 def _new_execution(
     failed: ExecutionKey, new_id: str, user_id: str, also: Mapping[str, SQLColumnExpression[Any]]
 ) -> Insert:
+    """Return the statement that inserts a pending copy of an execution under a new id.
+
+    `also` has other columns to change.
+    """
     now = DatabaseTime()
     changes: dict[str, SQLColumnExpression[Any]] = {
         "id": literal(new_id),

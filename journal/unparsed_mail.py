@@ -230,6 +230,10 @@ def _limit_key(limit: ConcurrencyLimit | None) -> str:
 async def _release_one(
     connection: AsyncConnection, one: MailParseResult, limit: ConcurrencyLimit | None
 ) -> MailRunState | None:
+    """Store the output of a parsed mail and make its run pending; return its state.
+
+    The run fails at a concurrency limit that rejects. None if the mail's lease was lost.
+    """
     is_full = (
         limit is not None
         and limit.on_limit is LimitAction.REJECT

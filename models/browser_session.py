@@ -156,6 +156,7 @@ async def record_use(database: Database, session_id: str, now: datetime) -> None
 async def _select_sessions(
     connection: AsyncConnection, *conditions: ColumnElement[bool]
 ) -> list[FoundSession]:
+    """Return the sessions that match, with their callers and the validity of their keys."""
     statement = (
         select(
             BrowserSession,

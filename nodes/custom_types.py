@@ -281,6 +281,10 @@ class _SchemaExpander:
         self._left = MAX_EXPANDED_BYTES // 8
 
     def expand(self, schema: object, path: str, inside: tuple[str, ...]) -> object:
+        """Return a schema with its local references replaced by what they refer to.
+
+        Problems are collected with their paths.
+        """
         self._left -= 1
         if isinstance(schema, bool):
             return schema

@@ -133,6 +133,7 @@ async def _run(
     lines: LogLineWriter,
     example: ExampleWorkflow | None,
 ) -> None:
+    """Run all roles until a stop signal, and close them in the reverse order of their start; raises `CommandError`."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(
             serve_metrics(roles.gateway.metrics_address, roles.gateway.metrics_port)

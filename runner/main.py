@@ -66,6 +66,7 @@ def serve(settings: RunnerSettings) -> None:
 
 
 async def _serve(settings: RunnerSettings) -> None:
+    """Serve the pod's probes and wakeups, and execute the runs of its workflow until a stop signal."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -123,6 +123,7 @@ class ApprovalMailer:
                 log.exception("approval mails interrupted")
 
     async def _claim(self) -> Sequence[ClaimedRequest]:
+        """Claim due requests for approval mails, and return them; none if nothing is due."""
         is_due = col(ApprovalRequest.due_at) <= DatabaseTime()
         async with self._database.read() as connection:
             if await connection.scalar(select(col(ApprovalRequest.node_id)).where(is_due).limit(1)) is None:

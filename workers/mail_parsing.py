@@ -332,6 +332,7 @@ class MailParser:
             self._wakeup.set()
 
     async def _parse_claimed(self, parse_task: MailParseTask) -> None:
+        """Parse a claimed mail and release its run; a rejected mail ends it as cancelled, an invalid one as failed."""
         try:
             parsed = await self._parse(parse_task)
             if (refusal := await self._rejection_reason(parse_task, parsed)) is not None:

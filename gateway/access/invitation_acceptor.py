@@ -105,6 +105,10 @@ class InvitationAcceptor:
         user_agent: str,
         now: datetime,
     ) -> NewMember:
+        """Create user, key and session of an invitation in a transaction, and return them.
+
+        The audit trail gets their entries. Raises a 401 error if the invitation is not open any more.
+        """
         if not await invitation.take_invitation(connection, one, now):
             raise refuse_invitation()
         role = UserRole(one.role)

@@ -110,6 +110,10 @@ class PageRequest:
         return await self.preview_if_allowed(path, **fields, dryRun=True)
 
     async def _request(self, path: str, query: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Call the API's application with the visitor's cookie, as GET or with `body` as POST.
+
+        Return status and body.
+        """
         status, pieces = 0, []
         headers = [pair for pair in self._scope["headers"] if pair[0] in _FORWARDED]
         if body is not None:

@@ -27,6 +27,7 @@ def render_template(name: str, values: Mapping[str, Any]) -> str:
 
 @cache
 def _open_environment() -> jinja2.Environment:
+    """Return the environment of the dashboard's templates, which escapes all values; opened once."""
     import jinja2  # noqa: PLC0415 - see above
 
     environment = jinja2.Environment(

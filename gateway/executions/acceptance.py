@@ -422,6 +422,10 @@ class WorkflowRunAcceptor:
         plan: RunPlanner,
         idempotency_key: IdempotencyKey | None,
     ) -> AcceptanceResult:
+        """Plan a run and store it, and return the outcome.
+
+        A repeated request gets its first answer even after a refusal.
+        """
         try:
             run = await self._plan_run(caller, plan, workflow)
             await self._backlog.require_capacity(workflow.organization_id, workflow.id)

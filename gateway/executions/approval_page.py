@@ -340,6 +340,7 @@ _GONE: Final = _show_message(
 def _show_question(
     question: ApprovalQuestion, *, status: int = 200, problems: Sequence[str] = ()
 ) -> PageResponse:
+    """Return the page of an approval link: the question with its form, or why it can't be answered by this link."""
     asked = question.asked
     head = f"<header><b>{escape(question.organization)}</b> for {escape(question.assignee)}</header>"
     if question.link.used_at is not None:

@@ -418,6 +418,7 @@ class _Planning:
             raise errors.invalid(problems)
 
     def complete(self, plan: ReplayPlan) -> PlannedReplay:
+        """Return the planned replay with its hash, concurrency limit and content; the plan was made before."""
         program, original = self._program, self._original
         if program is None or original is None:
             raise RuntimeError("a plan is completed after it was made")
@@ -532,6 +533,10 @@ _HAS_COMPLETED_ITERATION: Final = (
 async def _read_execution(
     connection: AsyncConnection, key: ExecutionKey, caller: ApiCaller
 ) -> RecordedExecution:
+    """Return an ended execution with its definition and spans.
+
+    Raises a 404 error unless the caller may see it, 409 if it has not ended.
+    """
     statement: Select[*tuple[Any, ...]] = (
         select(Execution, col(Definition.body))
         .join(

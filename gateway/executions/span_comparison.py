@@ -119,6 +119,10 @@ async def _find_default(connection: AsyncConnection, key: ExecutionKey) -> Execu
 
 
 def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | None) -> SpanComparison:
+    """Return the differences between two spans of a node: definition, config, input and output.
+
+    Without the other span, all of them are None.
+    """
     span = found.span
     if other is None:
         return SpanComparison(

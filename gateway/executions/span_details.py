@@ -116,6 +116,7 @@ async def _find_previous(
     created_at: Any,  # noqa: ANN401 - a time as the row has it
     span: Recorded,
 ) -> Recorded | None:
+    """Return start and end of the last completed span of the same node in earlier runs; None if there is none."""
     earlier = (
         select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
         .where(

@@ -86,6 +86,10 @@ class PathEndpoint:
             return errors.internal().response(scope["request_id"])
 
     async def _handled(self, scope: Scope, receive: Receive) -> ASGIApp:
+        """Authenticate a request, check its scope, and return the handler's answer.
+
+        Raises the `ApiError` of any of these steps, 405 for another method.
+        """
         operation = self.operations.get(scope["method"])
         if operation is None:
             allowed = {*self.operations, OPTIONS}

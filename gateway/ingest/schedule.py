@@ -219,6 +219,10 @@ def _show_schedule(
     status: str | None,
     now: datetime,
 ) -> WorkflowSchedule:
+    """Return the schedule of a workflow in API form, with its next runs.
+
+    Inactive without an active schedule trigger.
+    """
     shape = WorkflowSchedule(
         workflow_id=workflow.id,
         is_active=False,

@@ -189,6 +189,7 @@ def _tag(module_name: str) -> str:
 
 
 def _build_operation(line: Route, body: Part | None, answer: Part | None, *others: Part | None) -> Part:
+    """Return an operation of the OpenAPI document from its route, docstring, documentation and examples."""
     note, shown = _note(line), examples.find_example(line.method, line.path)
     summary, _, description = (inspect.getdoc(line.handler) or "").partition("\n\n")
     operation: Part = {

@@ -210,6 +210,7 @@ def _explain(row: Row[Any], service: TaskService, now: datetime) -> str | None:
 
 
 def _fields(row: Row[Any]) -> dict[str, Any]:
+    """Return the fields of a task that lists and single tasks show."""
     state = TaskState.READY if row.state == TaskState.DELAYED else TaskState(row.state)
     return {
         "id": row.id,

@@ -67,6 +67,7 @@ class WorkerPresence:
             self._stored.popitem(last=False)
 
     async def _store(self, worker: WorkerDescription) -> None:
+        """Insert or update the row of a worker of tasks, with the time of its last call."""
         values = {
             "name": worker.name,
             "sdk": worker.sdk,

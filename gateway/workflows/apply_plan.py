@@ -204,6 +204,10 @@ def _with_ids(
     path: str,
     problems: list[Mapping[str, Json]],
 ) -> Json:
+    """Return a config with names of data sources replaced by their ids.
+
+    Unknown and ambiguous names are added to `problems`.
+    """
     if not isinstance(schema, dict):
         return value
     if isinstance(value, str):

@@ -169,6 +169,7 @@ class WorkflowCache:
     async def _load_together(
         self, organization_id: str, workflow_ids: Sequence[str]
     ) -> Mapping[str, LoadedWorkflow]:
+        """Return workflows of an organization from the database by id, and cache them; missing ones are omitted."""
         asked_at = monotonic()
         of_workflows = col(WorkflowShare.workflow_id).in_(workflow_ids)
         readers: dict[str, set[str]] = {}

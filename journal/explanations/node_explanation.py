@@ -88,6 +88,10 @@ def _find_blockers(
     triggers: Collection[str],
     eager: Collection[str],
 ) -> Sequence[Blocker]:
+    """Return the blockers of a node: its own, or those of the unfinished nodes that it waits for.
+
+    Empty for a node that has ended.
+    """
     present = [node for node in facts.nodes if node.node_id == node_id]
     if present:
         return [run_explanation.node_blocker(facts, node) for node in present]

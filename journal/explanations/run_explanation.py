@@ -78,6 +78,7 @@ def explain_run(facts: RunFacts) -> Explanation:
 
 
 def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
+    """Yield the blockers of a pending run: a concurrency limit, its deployment, or the queue of the workers."""
     run = facts.run
     if run.target == LIMITED_TARGET:
         yield _slot_blocker(facts)
@@ -360,6 +361,7 @@ def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
 
 
 def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
+    """Yield the blockers of a running run: a lost worker, a requested end, and its nodes at work."""
     run = facts.run
     if run.lease_until is not None and run.lease_until < facts.now:
         reported = [worker.seen_at for worker in facts.workers if worker.owner == run.lease_owner]

@@ -354,6 +354,10 @@ async def _read_unsettled_nodes(
 async def _read_children(
     connection: AsyncConnection, run: Execution, caller: ApiCaller
 ) -> Sequence[ChildRun]:
+    """Return the unfinished runs that nodes of a run have started, the oldest first, at most `MAX_HOLDERS`.
+
+    Each says whether the caller may see it.
+    """
     statement = (
         select(
             *(

@@ -400,6 +400,7 @@ def _accepted(execution_id: str, started_at: int | None) -> AcceptanceResult:
 
 
 def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
+    """Return the parameters that a statement binds for an accepted run."""
     key = item.idempotency
     return (
         item.execution_id,
@@ -465,6 +466,10 @@ def _transpose_labels(batch: Sequence[RunAcceptance]) -> list[str]:
 
 
 def _ingest_row(one: InboundRequest, without: Collection[str]) -> tuple[Any, ...]:
+    """Return the parameters that a statement binds for an inbound request.
+
+    Its idempotency key is left out if none of its runs is accepted.
+    """
     event, key = one.event, one.idempotency
     if event is None and one.runs and all(run.execution_id in without for run in one.runs):
         key = None  # no run was accepted, so the sender may repeat the request

@@ -109,6 +109,7 @@ def _is_delivery_stored(connection: sqlite3.Connection, write: InboundRequest) -
 def _insert_delivery(
     connection: sqlite3.Connection, one: InboundRequest, runs: Sequence[AcceptanceResult], now: int
 ) -> None:
+    """Insert the delivery of an inbound request, with the ids of its accepted runs; an existing one stays."""
     answer = one.answer
     if one.event is None and len(runs) > 1:
         accepted_ids = [run.execution_id for run in runs if run.verdict is AcceptanceVerdict.ACCEPTED]
@@ -273,6 +274,7 @@ def _is_run_stored(connection: sqlite3.Connection, item: RunAcceptance) -> bool:
 
 
 def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int) -> None:
+    """Insert the definitions, executions, data and labels of accepted runs; a definition that exists gets a new age."""
     definitions = {
         (item.organization_id, item.definition_hash, item.shard, item.definition, now)
         for item in batch

@@ -773,6 +773,10 @@ def _return_direct(connection: sqlite3.Connection, keys: Sequence[ExecutionKey])
 
 
 def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
+    """Record a `stop` or `cancel` request of a run, and return its state; a run without a lease ends at once.
+
+    An ended run does not change. None for a missing run.
+    """
     now = _now_microseconds()
     row = connection.execute(
         "UPDATE execution SET updated_at = :now,"

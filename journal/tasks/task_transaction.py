@@ -232,6 +232,7 @@ class TaskTransaction:
             await self._insert_lines(run, lines)
 
     async def _insert_lines(self, run: LockedRun, lines: Sequence[tuple[TaskRow, LogText]]) -> None:
+        """Insert log lines of tasks into the log of their run, numbered after its last records."""
         values = {"execution_id": run.execution_id, "run_shard": run.shard}
         last = 0
         for table in ("log_line", "span"):

@@ -146,6 +146,7 @@ class DataSourceConnections:
         return made
 
     def _opening(self, source: ConnectionSource) -> Callable[[], Awaitable[DatabaseSession]]:
+        """Return the function that opens a connection to a data source, by its type."""
         match source.type:
             case SqlDialect.SQLITE:
                 from nodes.connections import sqlite_session  # noqa: PLC0415 - see the class

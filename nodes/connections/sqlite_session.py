@@ -153,6 +153,7 @@ class SqliteSession:
         max_bytes: int = 0,
         batch_rows: int = 1,
     ) -> Json:
+        """Run an action on the file in a child process, and return its result; raises `NodeError`."""
         if self._policy.files is not None and not self._policy.files.is_dir():
             durable_folders.make_folder(
                 self._policy.files

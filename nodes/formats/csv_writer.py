@@ -78,6 +78,10 @@ class CsvDialect:
 
 
 async def format_csv(call: NodeCall) -> Json:
+    """Return the items as CSV text by the config of the node.
+
+    Raises `NodeError` for invalid columns and exceeded limits.
+    """
     items = item_lists.read_items(call.config)
     dialect = CsvDialect.from_config(call.config)
     turn = LoopShare()

@@ -116,6 +116,7 @@ class DocumentBuilder:
         self._silent = 0
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
+        """Add an element to the document, as the parser meets its start tag; raises `NodeError` beyond a limit."""
         document = self.document
         position = len(document.elements)
         self._attributes += len(attributes)

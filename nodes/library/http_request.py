@@ -82,6 +82,10 @@ async def run(call: NodeCall) -> Json:
 async def _send_request(
     call: NodeCall, method: HttpMethod, url: str, secrets: Mapping[str, str]
 ) -> HttpResponse:
+    """Send the configured request with secret headers, and return the response without these secrets.
+
+    Raises `NodeError`.
+    """
     config = call.config
     body, content_type = await offload.run(_encode_body, config)
     headers = _read_headers(config)

@@ -208,6 +208,7 @@ def build_deployment(desired: DesiredDeployment, layout: ClusterLayout) -> Manif
 
 
 def _build_pod(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+    """Return the pod template of a deployment: its container, security settings, grace period and placement."""
     pod: Manifest = {
         "serviceAccountName": names.workflow_name(desired.workflow_id),
         "automountServiceAccountToken": False,
@@ -241,6 +242,7 @@ def _build_pod(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
 
 
 def _build_container(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
+    """Return the container of a deployment's pods: image, command, environment, ports, resources and probes."""
     granted = {
         "cpu": f"{desired.resources.cpu_millicores}m",
         "memory": f"{desired.resources.memory_mebibytes}Mi",
