@@ -290,7 +290,8 @@ class RunExecutor:
             await self._release_unheld()
             return ()
         run_metrics.count_claims(claimed, self._broker.channel)
-        self._slots.see(claimed)
+        if self._grants_slots:
+            self._slots.see(claimed)
         if not claim.is_trial:
             self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.shard), c.token, since) for c in claimed]

@@ -31,7 +31,7 @@ from journal.store import (
     InboundRequest,
     RunAcceptance,
 )
-from messages.broker import Broker, DirectRuns, SlotGrant, connect_broker
+from messages.broker import SLOT_GRANTS, Broker, DirectRuns, SlotGrant, connect_broker
 from messages.message_seal import MessageSeal
 from models.timestamps import DatabaseClock
 from nodes import catalog
@@ -422,3 +422,16 @@ async def test_only_runs_that_no_other_process_has_claimed_since_are_returned(
     assert (claimed.execution_id, claimed.attempt) == (keys[0].execution_id, 1)
     assert await run_database.store.return_direct(keys) == 1
     assert (await run_database.row(keys[0].execution_id))["status"] == "running"
+
+
+@ON_ONE
+async def test_a_worker_without_direct_runs_claims_all(world: DirectWorld) -> None:
+    place = await world.run_database.workflow()
+    grants: list[object] = []
+    await world.gateway.broker.listen(grants.append, subject=SLOT_GRANTS)
+    await world.start(direct_runs=False)
+    for _ in range(3):
+        run = await world.gateway.accept(place)
+        assert not run.worker
+        await world.wait_for(run, status="completed")
+    assert not grants
