@@ -36,12 +36,15 @@ from gateway.pods import poll_hub as desks
 from gateway.pods import routes
 from gateway.settings import GatewaySettings
 from gateway.state import GatewayState
+from gateway.tasks.worker_presence import WorkerDescription
 from journal import log_levels, run_copies
 from journal.blobs import large_values
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.large_values import EncodedTrigger
 from journal.run_copies import ReplayCopy
 from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
+from journal.tasks.task_moves import ReportStatus
+from journal.tasks.task_store import Completion, TaskPoll, WorkerReport
 from journal.waits import node_answers
 from messages.deployer_messages import DeployerMessage, ReconcileRequest
 from messages.local_broker import LocalBroker
@@ -57,6 +60,7 @@ from runner.remote_store import RemoteRunStore
 from runner.settings import RunnerSettings
 from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
 from tests import command_runs
+from tests.custom_types import custom_type
 from tests.http_receiver import HttpReceiver, run_receiver
 from tests.integration.gateway_harness import SECRET
 from tests.integration.run_database import (
@@ -182,6 +186,7 @@ def call(receiver: HttpReceiver, name: str = "call") -> dict[str, Any]:
     return {"id": name, "type": "http-request", "config": {"method": "POST", "url": receiver.url(f"/{name}")}}
 
 
+RESIZE_NODE = {"type": "acme/resize", "version": "1.2.0", "config": {"image": "a.png"}}
 GREET = {"id": "greet", "type": "set", "config": {"values": {"greeting": "Hello, {{ data.body.name }}"}}}
 SIMPLE = chain_definition(GREET)
 
@@ -739,6 +744,28 @@ async def test_a_pod_hears_that_a_run_is_cancelled(pods: DeployedPods, receiver:
     await wait_until(lambda: len(receiver.received) == 1)
     await pods.run_database.store.request_end(key, "cancel")
     await pods.reaches(key, "cancelled")
+
+
+async def test_workers_perform_the_tasks_of_a_pod(pods: DeployedPods) -> None:
+    organization = pods.owned_workflow.organization
+    document = custom_type(effect={"default": "write"}, category="Custom")
+    graph = json.loads(chain_definition({**RESIZE_NODE, "id": "work"}, {**RESIZE_NODE, "id": "again"}))
+    definition = json.dumps({**graph, "nodeTypes": {"acme/resize": {"1.2.0": document}}})
+    await pods.start(anew=True).ready()
+    key = await pods.accept(definition)
+    worker = WorkerDescription(organization.id, organization.shard, "w_1", "worker", "test/1", "", [], [])
+    hub = pods.gateway.state.task_hub
+    for name in ("work", "again"):
+        poll = TaskPoll(organization.id, "w_1", name, 1, {"acme/resize": "1.2.0"}, frozenset({"default"}))
+        (task,) = (await hub.wait(poll, worker, PATIENCE_SECONDS)).tasks
+        assert task.node_id == name
+        assert (await pods.run_database.row(key.execution_id))["status"] == "waiting"
+        completion = Completion(task.id, task.lease, "output", b'{"url":"http://x"}')
+        report = WorkerReport(organization.id, "w_1", name, [], [completion])
+        (result,) = await hub.report(report, None)
+        assert result.status == ReportStatus.OK
+    await pods.reaches(key, "completed")
+    assert (await pods.outputs(key))["again"] == {"url": "http://x"}
 
 
 # ── the gateway's side ────────────────────────────────────────────────────────────────────────────────────────

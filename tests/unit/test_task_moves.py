@@ -181,3 +181,37 @@ def test_delays_grow_to_their_maximum() -> None:
     assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
     task.delay_grows = False
     assert task_moves.delay_after(task, 5) == SECOND
+
+
+def test_a_repeated_report_is_recognized() -> None:
+    task = make_task()
+    lease = claim(task, 0)
+    assert [task_moves.release(task, lease, 1) for _ in range(2)] == [ReportStatus.OK, ReportStatus.REPEATED]
+    lease = claim(task, 2)
+    failed = [task_moves.fail(task, lease, 3, "bad", "It failed") for _ in range(2)]
+    assert failed == [ReportStatus.OK, ReportStatus.REPEATED]
+    assert (task.state, task.failures) == (TaskState.DELAYED, 1)
+    lease = claim(task, 4)
+    assert [task_moves.complete(task, lease, 5) for _ in range(2)] == [ReportStatus.OK, ReportStatus.REPEATED]
+    assert task_moves.complete(task, "another", 6) == ReportStatus.LOST
+
+
+def test_leases_that_end_are_counted_by_whether_the_worker_had_the_task() -> None:
+    task = make_task()
+    claim(task, 0)
+    task_moves.check(task, task_moves.FIRST_LEASE_MICROSECONDS)
+    assert (task.state, task.unacknowledged, task.losses, task.failures) == (TaskState.READY, 1, 0, 0)
+    claim(task, 0)
+    task_moves.renew(task, 0)
+    task_moves.check(task, LEASE_SECONDS * SECOND - 1)
+    assert task.state == TaskState.LEASED
+    task_moves.check(task, LEASE_SECONDS * SECOND)
+    assert (task.state, task.unacknowledged, task.losses, task.failures) == (TaskState.READY, 1, 1, 0)
+
+
+def test_the_deadline_is_a_failure_although_the_lease_is_renewed() -> None:
+    task = make_task()
+    claim(task, 0)
+    task_moves.renew(task, (TIMEOUT_SECONDS - 1) * SECOND)
+    task_moves.check(task, TIMEOUT_SECONDS * SECOND)
+    assert (task.state, task.losses, task.failures) == (TaskState.DELAYED, 0, 1)
