@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from doctor import deployment_checks, row_checks, setting_checks, store_checks
-from doctor.findings import DriftFinding, DriftSeverity
+from doctor.findings import DriftFinding, DriftSeverity, FindingKey
 from journal.blobs.blob_storage import BlobsUnavailable
 from messages.broker import BrokerUnavailable
 from models.database_time import read_database_time
@@ -70,6 +70,8 @@ class ExaminationReport:
     """Time of the second observation by the database's clock; None if it can't be reached."""
     stores: Mapping[str, StoreState]
     findings: Sequence[DriftFinding]
+    observed: frozenset[FindingKey] = frozenset()
+    """Keys of all findings of the first observation that this examination has made."""
 
     @property
     def has_unreachable_store(self) -> bool:
@@ -88,21 +90,27 @@ class _Observation:
     findings: list[DriftFinding] = field(default_factory=list)
 
 
-async def examine(stores: ExaminedStores, *, grace_seconds: float = GRACE_SECONDS) -> ExaminationReport:
+async def examine(
+    stores: ExaminedStores,
+    *,
+    grace_seconds: float = GRACE_SECONDS,
+    seen_before: frozenset[FindingKey] | None = None,
+) -> ExaminationReport:
     """Observe all stores twice, `grace_seconds` apart; return the findings seen both times, critical ones first.
 
     An unreachable store is reported, never taken for clean. Without findings the second observation is left
-    out.
+    out. `seen_before` has the findings of an earlier observation, which is the first one if it has all of them.
     """
-    first = await _observe(stores)
-    second = first
-    if first.findings:
-        await asyncio.sleep(grace_seconds)
-        second = await _observe(stores)
-    seen_before = {finding.key for finding in first.findings}
+    second = await _observe(stores)
+    observed = frozenset(finding.key for finding in second.findings)
+    if seen_before is None or not observed <= seen_before:
+        seen_before = observed
+        if observed:
+            await asyncio.sleep(grace_seconds)
+            second = await _observe(stores)
     kept = [finding for finding in second.findings if finding.key in seen_before]
     kept.sort(key=lambda finding: (finding.severity is not DriftSeverity.CRITICAL, *finding.key))
-    return ExaminationReport(second.as_of, second.stores, kept)
+    return ExaminationReport(second.as_of, second.stores, kept, observed)
 
 
 async def _observe(stores: ExaminedStores) -> _Observation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -55,6 +55,10 @@ class DriftSubject:
     organization_id: str | None = None
 
 
+FindingKey: TypeAlias = tuple[DriftClass, str, str]
+"""Class of a finding, and type and id of its subject."""
+
+
 @dataclass(frozen=True, slots=True)
 class DriftFinding:
     """Finding about one subject."""
@@ -69,7 +73,7 @@ class DriftFinding:
     """Action of a person, for a finding without a fix."""
 
     @property
-    def key(self) -> tuple[DriftClass, str, str]:
+    def key(self) -> FindingKey:
         """Identity of a finding in two observations: class, and type and id of its subject."""
         return (self.drift_class, self.subject.type, self.subject.id)
 

@@ -19,6 +19,7 @@ from gateway.deployments.activation import DeploymentActivator
 from gateway.deployments.deployed_definitions import DeployedDefinitions
 from gateway.deployments.deployment_changes import DeployerClient
 from gateway.deployments.pod_logs import PodLogReader
+from gateway.drift.recent_observations import RecentObservations
 from gateway.executions.acceptance import RunAcceptor, WorkflowRunAcceptor
 from gateway.executions.awaited_end import EndAwaiter
 from gateway.executions.event_wait_delivery import EventWaitDelivery
@@ -112,6 +113,7 @@ class GatewayState:
     replays: ReplayPlanner
     live_events: LiveEvents
     live_hints: LiveHints
+    recent_observations: RecentObservations
     large_outputs: LargeOutputs
     ends: EndAwaiter
     vault: SecretVault
@@ -246,6 +248,7 @@ async def assemble_state(
                 replays=ReplayPlanner(database, database.clock, workflows, catalogs, blobs),
                 live_events=live_events,
                 live_hints=live_hints,
+                recent_observations=RecentObservations(),
                 large_outputs=live_events.large_outputs,
                 ends=EndAwaiter(waiting, access, live_events.large_outputs),
                 vault=vault,

@@ -11,6 +11,7 @@ import msgspec
 from doctor import examination
 from doctor.examination import AuditScope, ExaminedStores, StoreState
 from doctor.findings import FIXES, DriftClass, DriftSeverity
+from gateway.drift import recent_observations
 from gateway.http import errors
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from doctor.examination import ExaminationReport
     from doctor.findings import DriftFinding, DriftFix
 
-GRACE_SECONDS: Final = 1.0
-"""Time between the two observations of a request, which a client waits for."""
 AUDIT_ENTRIES: Final = 1_000
 """Newest audit entries of the caller's organization whose chain a request verifies."""
 
@@ -70,14 +69,22 @@ class DriftReport(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Look for drift: accepted work that stands still, deployments that differ from their policy, absent processes.
 
-    The stores are observed twice, and only findings of both observations are returned, so that an answer takes a
-    second where something is found. Objects of other organizations are left out. `pilotflame doctor` also examines
-    blobs, the cluster and settings, and fixes findings.
+    The stores are observed twice, a second apart, and only findings of both observations are returned. An observation
+    of the last minute is the first of the two if it has all findings; else the answer takes a second where something
+    is found. Objects of other organizations are left out. `pilotflame doctor` also examines blobs, the cluster and
+    settings, and fixes findings.
     """
     gateway, caller = request.gateway, request.caller
     audit = AuditScope(caller.organization_id, AUDIT_ENTRIES)
     stores = ExaminedStores(gateway.database, gateway.broker, audit=audit)
-    report = await examination.examine(stores, grace_seconds=GRACE_SECONDS)
+    recent = gateway.recent_observations
+    begun_at = recent.now()
+    report = await examination.examine(
+        stores,
+        grace_seconds=recent_observations.GRACE_SECONDS,
+        seen_before=recent.find(caller.organization_id),
+    )
+    recent.add(caller.organization_id, report.observed, begun_at)
     if report.as_of is None and report.stores["database"] is StoreState.UNREACHABLE:
         raise errors.not_ready("The database does not answer")
     visible = [

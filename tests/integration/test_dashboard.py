@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from sqlmodel import col
 
 from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
+from gateway.drift import recent_observations
 from models import ids
 from models.access import UserRole
 from models.execution import Execution, SpanRow
@@ -289,6 +291,25 @@ async def test_a_workflow_page_shows_the_graph_the_last_run_and_actions(
         "There is no workflow yet"
         in (await (await sign_in(harness, reader.key)).get("/dashboard/workflows")).text
     )
+
+
+async def test_findings_of_drift_wait_for_a_second_observation_once(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grace_seconds, waits, sleep = 0.317, [], asyncio.sleep
+    monkeypatch.setattr(recent_observations, "GRACE_SECONDS", grace_seconds)
+
+    async def note(seconds: float) -> None:
+        if seconds == grace_seconds:
+            waits.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    reports = [(await people.admin.api.get("/api/v1/admin/drift")).json() for _ in range(3)]
+    assert reports[0]["findings"] == reports[2]["findings"] != []
+    assert len(waits) == 1
+    assert (await people.stranger.api.get("/api/v1/admin/drift")).status_code == 200
+    assert len(waits) == 2, "organizations have observations of their own"
 
 
 async def test_the_overview_groups_failures_and_lists_open_approvals(
