@@ -25,8 +25,12 @@ PATH: Final = "/dashboard/workflows/{id}"
 KEPT: Final = ("node", "view", "at", "input")
 OBJECTS: Final = ("why", "lifecycle", "statistics", "log-level")
 INTAKE_TRIGGERS: Final = frozenset({"webhook", "queue-trigger", "email-trigger", "event-trigger"})
-OF_INTAKE: Final = ("deliveries", "dead-letters", "inbound-address")
-"""Lists and objects of workflows whose runs come from outside."""
+OF_INTAKE: Final[Mapping[str, Mapping[str, object]]] = {
+    "deliveries": {"limit": SHOWN_ROWS, "after": "start"},
+    "dead-letters": {"limit": SHOWN_ROWS},
+    "inbound-address": {},
+}
+"""Queries of the lists and objects of workflows whose runs come from outside; a cursor avoids counting all rows."""
 
 
 async def load(page: PageRequest) -> PageData:
@@ -43,8 +47,7 @@ async def load(page: PageRequest) -> PageData:
     asked: dict[str, Any] = {name: page.get_if_present(f"{path}/{name}") for name in OBJECTS}
     types = {node["type"] for node in workflow["nodes"]}
     if types & INTAKE_TRIGGERS:
-        limits = {name: None if name == "inbound-address" else SHOWN_ROWS for name in OF_INTAKE}
-        asked |= {name: page.get_if_present(f"{path}/{name}", limit=limit) for name, limit in limits.items()}
+        asked |= {name: page.get_if_present(f"{path}/{name}", **query) for name, query in OF_INTAKE.items()}
     if "schedule-trigger" in types:
         asked["schedule"] = page.get_if_present(f"{path}/schedule")
     # The oldest come first in the list.
