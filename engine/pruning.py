@@ -118,7 +118,7 @@ class _NeededNodes:
 
 
 def _iterate_referenced_nodes(node: GraphNode) -> Iterator[str]:
-    """Yield the nodes that the expressions of a node refer to: `nodes.<id>`."""
+    """Yield the ids of nodes that the expressions of a node refer to: `nodes.<id>`; invalid expressions are skipped."""
     texts = [*_collect_texts(dict(node.config)), *_collect_texts(dict(node.input_mappings))]
     for text in texts:
         if "nodes" not in text:

@@ -52,7 +52,8 @@ def expose() -> None:
 def counter(name: str, *values: str) -> Counter | UnreadInstrument:
     """Return the counter of a family with these label values, in the order of its labels.
 
-    Raises `LookupError` for an unknown family or one of another kind.
+    One that counts nothing while the process exposes no metrics; otherwise raises LookupError for an unknown
+    family or one of another kind.
     """
     return _counter_child(name, *values) if is_exposed else _UNREAD
 
@@ -61,7 +62,8 @@ def counter(name: str, *values: str) -> Counter | UnreadInstrument:
 def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
     """Return the gauge of a family with these label values, in the order of its labels.
 
-    Raises `LookupError` for an unknown family or one of another kind.
+    One that shows nothing while the process exposes no metrics; otherwise raises LookupError for an unknown
+    family or one of another kind.
     """
     return _gauge_child(name, *values) if is_exposed else _UNREAD
 
@@ -70,7 +72,8 @@ def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
 def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
     """Return the histogram of a family with these label values, in the order of its labels.
 
-    Raises `LookupError` for an unknown family or one of another kind.
+    One that observes nothing while the process exposes no metrics; otherwise raises LookupError for an
+    unknown family or one of another kind.
     """
     return _histogram_child(name, *values) if is_exposed else _UNREAD
 

@@ -152,7 +152,7 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the nodes of an execution that wait for a person."""
+    """List the nodes of an execution that wait for a person, with the mails sent about each."""
     key = await request.gateway.access.key(request.path_params["id"], request.caller)
     async with request.gateway.database.read() as connection:
         found = await node_answers.list_input_waits(connection, key)

@@ -289,7 +289,8 @@ def _idempotency_key(
 ) -> IdempotencyKey | None:
     """Return the key of a request: from the sender's signed id, else the header `Idempotency-Key`, else `webhook-id`.
 
-    None without them.
+    None without them. A signed id also becomes the deduplication key of `inbound`. Raises a 400 error for an
+    invalid header.
     """
     workflow_id = str(inbound.workflow_id)
     if verified.signature.delivery_key is not None:

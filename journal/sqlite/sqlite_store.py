@@ -182,7 +182,7 @@ class SQLiteStore:
         return await self._writer.run(lambda connection: _release(connection, owner, held))
 
     async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
-        """Make assigned runs pending that their worker has not received; see `JournalStore.return_direct`."""
+        """Make assigned runs pending that their worker has not received, and return their number."""
         return await self._writer.run(lambda connection: _return_direct(connection, keys))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:

@@ -295,7 +295,7 @@ class AsyncExecutions(AsyncResource):
         return self._client.iterate(f"/api/v1/executions/{self._quote(execution_id)}/logs", "logs", {"level": level, "follow": follow})
 
     async def pending_inputs(self, execution_id: str) -> t.PendingInputs:
-        """List the nodes of an execution that wait for a person."""
+        """List the nodes of an execution that wait for a person, with the mails sent about each."""
         return cast("t.PendingInputs", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/pending-inputs"))
 
     async def progress(self, execution_id: str, *, wait: int | None = None) -> t.Progress:

@@ -268,7 +268,7 @@ ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'u
 AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
-BlockerCode = Literal['awaiting-event', 'awaiting-input', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
+BlockerCode = Literal['awaiting-event', 'awaiting-input', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
 
 
 BlockerKind = Literal['change', 'escalate', 'wait']
@@ -295,7 +295,7 @@ DriftSeverity = Literal['critical', 'warning']
 ExecutionStatus = Literal['cancelled', 'completed', 'failed', 'pending', 'running', 'stopped', 'waiting']
 
 
-FindingType = Literal['broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'multiple-triggers', 'not-runnable', 'unknown-node-type', 'unresolved-mapping']
+FindingType = Literal['broken-connection', 'cycle', 'disconnected-node', 'duplicate-node-id', 'empty-workflow', 'inline-secret', 'invalid-config', 'invalid-port', 'loop-body-entered', 'loops-too-deep', 'missing-config', 'missing-trigger', 'multiple-triggers', 'no-worker', 'not-runnable', 'unknown-node-type', 'unresolved-mapping']
 
 
 FixAction = Literal['remove-connection', 'rename-config', 'set-config', 'set-input-mapping', 'set-node-type', 'set-pass-through-value', 'set-port', 'set-version']
