@@ -67,7 +67,7 @@ def run_workflow(
     body = read_body(given)
     client = connect()
     workflow_id = client.workflows.find(workflow)
-    connections = _connections(client, workflow_id, body) if output is OutputChoice.LAST else []
+    connections = read_connections(client, workflow_id, body) if output is OutputChoice.LAST else []
     # Short, so that the id of a longer run is shown soon.
     run = client.start(
         workflow_id,
@@ -123,7 +123,9 @@ def print_outcome(run: Run, output: OutputChoice, connections: Sequence[Mapping[
         raise typer.Exit(exit_codes.RUN_FAILED)
 
 
-def _connections(client: Client, workflow_id: str, body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def read_connections(
+    client: Client, workflow_id: str, body: Mapping[str, Any]
+) -> Sequence[Mapping[str, Any]]:
     """Return the connections of the graph to run; none if the key may execute the workflow but not read it."""
     from pilotflame_sdk import APIError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -40,6 +40,7 @@ from pilotflame.commands.run import (
     TimeoutOption,
     print_outcome,
     read_body,
+    read_connections,
     start_options,
 )
 from pilotflame.commands.server_connection import connect
@@ -151,9 +152,10 @@ def watch_run(execution: ExecutionArgument, output: OutputChoiceOption = OutputC
     """Show the nodes of an execution while they run; exits with 5 unless it completes."""
     from pilotflame import live_view
 
-    run = connect().attach(execution)
+    client = connect()
+    run = client.attach(execution)
     live_view.show_run(execution, run.stream())
-    print_outcome(run.wait(), output)
+    print_outcome(run.wait(), output, _connections_of(client, execution, output))
 
 
 @app.command("wait")
@@ -163,7 +165,16 @@ def wait_for_run(
     output: OutputChoiceOption = OutputChoice.ALL,
 ) -> None:
     """Wait for the end of an execution and print its outputs; exits with 5 unless it completes."""
-    print_outcome(connect().attach(execution).wait(timeout), output)
+    client = connect()
+    run = client.attach(execution).wait(timeout)
+    print_outcome(run, output, _connections_of(client, execution, output))
+
+
+def _connections_of(client: Client, execution: str, output: OutputChoice) -> Sequence[Mapping[str, Any]]:
+    """Return the connections of an execution's workflow, if they choose the outputs to print."""
+    if output is not OutputChoice.LAST:
+        return []
+    return read_connections(client, client.executions.get(execution)["workflowId"], {})
 
 
 @app.command("cancel")

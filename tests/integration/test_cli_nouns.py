@@ -71,6 +71,7 @@ def test_a_run_is_started_answered_watched_cancelled_and_stopped(shell: CommandS
     assert "completed" in watched.stderr
     assert shell.json("runs", "wait", first, "-o", "json")["outputs"]["ask"]["choice"] == "yes"
 
+    assert set(shell.json("runs", "watch", first, "-o", "last")) == {"ask"}
     shell.output("runs", "cancel", second)
     cancelled = shell.run("runs", "wait", second)
     assert (cancelled.returncode, f"{second} cancelled" in cancelled.stderr) == (5, True)
