@@ -107,9 +107,7 @@ async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, per
             if not await is_lively(client):
                 result.breaches["P5"].append("a fresh execution does not end")
             measured_from = over_at if cell.recovery_bound is None else system.struck_at
-            await promise_checks.judge(
-                result, load, effects, system.deployment, measured_from, cell.recovery_bound
-            )
+            await promise_checks.judge(result, load, effects, system.deployment, measured_from, cell)
         finally:
             await client.close()
     result.seconds = time.monotonic() - began_at

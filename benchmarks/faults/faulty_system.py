@@ -89,6 +89,8 @@ class FaultCell:
     """Bound of P4 in seconds, from the beginning of the fault; None: recovery is measured from its end."""
     is_quick: bool = False
     """Whether the short run has it."""
+    moves_witness: bool = False
+    """Whether the triggers that note commits read the clock that is moved, as in SQLite."""
 
     @property
     def stage(self) -> Stage:

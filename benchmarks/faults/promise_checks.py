@@ -15,6 +15,7 @@ from tests.system.journal_records import NoteKind
 
 if TYPE_CHECKING:
     from benchmarks.faults.fault_load import FaultLoad, LoadRun
+    from benchmarks.faults.faulty_system import FaultCell
     from tests.system.harness import SystemUnderTest
     from tests.system.journal_records import WitnessNote
     from tests.system.ledger import EffectLedger
@@ -29,6 +30,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "P7": "Honest status",
     "P8": "Retried calls act once",
 }
+AFTER_COMMIT: Final = "after its result was committed"
 LATE_AFTER_COMMIT: Final = re.compile(
     r"after its result was committed|was changed|another key|another .*body"
 )
@@ -72,7 +74,7 @@ async def judge(
     ledger: EffectLedger,
     deployment: SystemUnderTest,
     measured_from: float,
-    recovery_bound: float | None,
+    cell: FaultCell,
 ) -> None:
     """Fill in the figures and verdicts of a cell; `measured_from` is the Unix time from which recovery counts."""
     runs = load.runs
@@ -94,9 +96,11 @@ async def judge(
         for violation in account.violations(run.execution_id):
             if " ended " in violation:
                 continue  # judged above
+            if cell.moves_witness and AFTER_COMMIT in violation:
+                continue  # the time of the commit is that of the moved clock
             result.breaches["P3"].append(violation)
             result.doubled += LATE_AFTER_COMMIT.search(violation) is not None
-    _judge_recovery(result, runs, ledger, measured_from, recovery_bound)
+    _judge_recovery(result, runs, ledger, measured_from, cell.recovery_bound)
     result.breaches = {name: found for name, found in result.breaches.items() if found}
 
 
