@@ -50,6 +50,8 @@ class RunState:
     is_leased: bool
     """Whether the lease of a running run lasts."""
     request: str | None
+    due_in: timedelta = timedelta(hours=1)
+    """Time to the end of a wait, which may be over: until a sweep promotes the run, no claim takes it."""
 
     def row(self, place: OwnedWorkflow, rank: int, now: datetime) -> Execution:
         is_running = self.status == "running"
@@ -70,7 +72,7 @@ class RunState:
             is_fresh=self.is_fresh,
             attempt=self.attempt,
             isolation_losses=self.isolation_losses,
-            due_at=now + timedelta(hours=1) if self.status == "waiting" else None,
+            due_at=now + self.due_in if self.status == "waiting" else None,
             lease_owner="worker" if is_running else None,
             lease_until=now + timedelta(seconds=30 if self.is_leased else -30) if is_running else None,
             request=self.request if is_running else None,
@@ -106,13 +108,16 @@ def run_states(draw: st.DrawFn, target: str) -> RunState:
         isolation_losses=draw(st.integers(0, MAX_ISOLATION_LOSSES - 1)) if lost >= 2 else 0,
         is_leased=draw(st.booleans()),
         request=draw(st.sampled_from([None, "stop", "cancel"])),
+        due_in=timedelta(seconds=draw(st.sampled_from([3_600, -1]))),
     )
 
 
 @st.composite
 def queues(draw: st.DrawFn) -> list[RunState]:
     """Draw runs of one workflow, mostly with one target, where the first of them blocks the others."""
-    targets = st.sampled_from([*CLAIMED_TARGETS, *CLAIMED_TARGETS, "limited", "delayed", "intake"])
+    targets = st.sampled_from(
+        [*CLAIMED_TARGETS, *CLAIMED_TARGETS, "limited", "delayed", "intake", "isolated-intake"]
+    )
     common = draw(targets)
     states = [draw(run_states(common)), draw(run_states(common))]
     return [*states, draw(run_states(draw(targets)))] if draw(st.booleans()) else states

@@ -18,7 +18,7 @@ from tests.command_runs import RunningCommand, command_environment
 from tests.http_receiver import run_receiver
 
 KEY = "sk-of-the-server-0123456789"
-CHILDREN = ("gateway", "worker", "scheduler")
+CHILDREN = ("gateway", "worker", "scheduler", "deployer")
 PATIENCE_SECONDS = 60.0
 REFUSED = 2
 
@@ -44,10 +44,15 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
         BOOTSTRAP_API_KEY=KEY,
         PORT=str(free_tcp_port),
         OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32",
+        CLUSTER="local",
+        ALLOW_LOCAL_PODS="true",
+        SETTLE_SECONDS="0",
     )
     async with run_receiver() as receiver:
         client = Client(f"http://127.0.0.1:{free_tcp_port}", KEY)
-        with command_runs.run_command("server", given=given, log=tmp_path / "server.log") as server:
+        with command_runs.run_command(
+            "server", "--deployer", given=given, log=tmp_path / "server.log"
+        ) as server:
             receiver.may_answer.clear()
             node = {"url": receiver.url(), "method": "POST"}
             definition = {
@@ -81,12 +86,22 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             for started in (run, other):
                 result = await asyncio.to_thread(started.wait, PATIENCE_SECONDS)
                 assert result.status == "completed"
-            client.close()
             await asyncio.to_thread(server.says, "scheduler ready.*scheduler ready")
             again = child_ids(server)
             assert set(again) == set(CHILDREN)
             assert not set(first.values()) & set(again.values())
 
+            # The restarted deployer deploys at the address of this server, which it was told by the supervisor.
+            path = f"/api/v1/workflows/{workflow_id}"
+            await asyncio.to_thread(client.request, "PUT", f"{path}/status", json={"status": "active"})
+            await asyncio.to_thread(client.request, "POST", f"{path}/deploy", json={})
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                shown = await asyncio.to_thread(client.request, "GET", f"{path}/status")
+                while shown["deploymentStatus"] != "running":
+                    await asyncio.sleep(0.2)
+                    shown = await asyncio.to_thread(client.request, "GET", f"{path}/status")
+
+            client.close()
             assert await asyncio.to_thread(server.stop) == 0
             stops = [
                 server.log().rindex(text) for text in ("server stops", "worker stops", "scheduler stops")
