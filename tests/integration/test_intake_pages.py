@@ -152,7 +152,7 @@ def graph_of(trigger: str, **config: object) -> dict[str, Any]:
         ("schedule-trigger", {"cron": "30 2 * * *"}, "", ["30 2 * * *", "Next runs", "Run it now"]),
     ],
 )
-async def test_the_page_of_a_trigger_says_what_to_paste_where(
+async def test_the_page_of_a_trigger_shows_the_texts_to_paste_and_their_places(
     harness: GatewayHarness,
     people: OrganizationUsers,
     trigger: str,
@@ -171,7 +171,7 @@ async def test_the_page_of_a_trigger_says_what_to_paste_where(
     assert (await stranger.get(f"/dashboard/workflows/{workflow_id}/trigger")).status_code == 404
 
 
-async def test_the_page_of_a_trigger_explains_refused_requests_to_those_who_may_mend_it(
+async def test_the_page_of_a_trigger_explains_refused_requests_to_users_with_write_access(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**graph_of("email-trigger"))

@@ -32,7 +32,7 @@ def code_of(made: dict[str, Any]) -> str:
     return str(made["url"].partition("#code=")[2])
 
 
-async def test_a_link_makes_a_user_who_is_signed_in_and_has_a_key(
+async def test_a_link_makes_a_user_with_a_key_and_a_session(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     made = await invite(people.admin, role="viewer")
@@ -72,7 +72,7 @@ async def test_a_link_used_twice_at_once_makes_one_user(
     assert [user["email"] for user in users].count("grace@example.com") == 1
 
 
-async def test_a_revoked_or_expired_link_makes_nobody(
+async def test_a_revoked_or_expired_link_makes_no_user(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     revoked, expired = await invite(people.admin), await invite(people.admin, expiresInSeconds=60)

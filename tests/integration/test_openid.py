@@ -214,7 +214,7 @@ async def test_an_address_alone_is_no_invitation_where_organizations_could_claim
         {"sub": "x" * 256},
     ],
 )
-async def test_an_id_token_with_wrong_claims_signs_nobody_in(
+async def test_an_id_token_with_wrong_claims_is_refused(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer, changes: dict[str, Any]
 ) -> None:
     await invite(people.admin)
@@ -224,7 +224,7 @@ async def test_an_id_token_with_wrong_claims_signs_nobody_in(
     assert_refused(await browser.get("/api/v1/auth/whoami"), 401, "unauthorized")
 
 
-async def test_an_id_token_with_a_wrong_signature_signs_nobody_in(
+async def test_an_id_token_with_a_wrong_signature_is_refused(
     gateway: GatewayHarness, people: OrganizationUsers, openid: OpenIdServer
 ) -> None:
     await invite(people.admin)

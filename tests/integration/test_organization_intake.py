@@ -56,7 +56,7 @@ async def walk(person: UserClient, path: str, name: str) -> list[dict[str, Any]]
     return found
 
 
-async def test_deliveries_of_all_workflows_are_one_list_for_those_who_may_read_them(
+async def test_deliveries_of_all_readable_workflows_are_one_list(
     people: OrganizationUsers,
 ) -> None:
     first, second = [await create_active_workflow(people.owner) for _ in range(2)]

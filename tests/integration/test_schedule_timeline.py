@@ -99,7 +99,7 @@ async def test_a_timeline_has_coming_times_windows_and_the_time_with_pods(
     assert shown["decisions"][2]["userId"] == people.owner.user.id
 
 
-async def test_a_timeline_is_for_those_who_may_read_the_workflows(
+async def test_a_timeline_needs_read_access_to_the_workflows(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, {"intervalSeconds": 60})

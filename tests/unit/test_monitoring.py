@@ -64,7 +64,7 @@ def test_a_query_that_the_table_cannot_answer_is_refused(build: Any) -> None:  #
         build()
 
 
-def test_every_rule_says_what_to_do() -> None:
+def test_every_rule_names_a_remedy() -> None:
     rules = alert_rules.list_rules()
     assert len({rule.name for rule in rules}) == len(rules)
     for rule in rules:

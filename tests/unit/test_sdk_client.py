@@ -241,7 +241,7 @@ def test_the_key_of_a_profile_is_never_sent_to_another_address(monkeypatch: pyte
         (lambda path: (path.parent.mkdir(), path.write_text("[1]"), find_server()), "pilotflame login"),
     ],
 )
-def test_a_wrong_configuration_says_what_to_set(
+def test_a_wrong_configuration_names_the_setting(
     prepare: Callable[[Path], object], told: str, profile_file: Path
 ) -> None:
     with pytest.raises(ConfigurationError, match=told):
