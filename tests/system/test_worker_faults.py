@@ -97,7 +97,8 @@ async def test_a_result_that_was_on_its_way_when_the_lease_was_lost_changes_noth
         with other.paused():
             run = await client.execute(workflow)
             late = await charged.notify_pods()
-        async with deployment.late_requests(f'"receipt":{late.receipt}'.encode()):
+        # In the literal of an array, quotes are escaped.
+        async with deployment.late_requests(rf"\"receipt\":{late.receipt}".encode()):
             charged.release()
             # The other worker has taken over, and is in the middle of the next node, when the result arrives.
             assert deployment.sender(await shipped.notify_pods()) is other
