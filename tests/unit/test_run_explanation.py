@@ -189,6 +189,7 @@ CASES: Mapping[str, tuple[RunFacts, BlockerCode]] = {
     "retry": (waiting(node(SpanStatus.RETRYING)), BlockerCode.RETRY_AT),
     "event": (waiting(node(SpanStatus.WAITING, awaits=answer("event"))), BlockerCode.AWAITING_EVENT),
     "input": (waiting(node(SpanStatus.WAITING, awaits=answer("input"))), BlockerCode.AWAITING_INPUT),
+    "task": (waiting(node(SpanStatus.WAITING, awaits=answer("task"))), BlockerCode.AWAITING_TASK),
     "sub-workflow": (waiting(node(SpanStatus.WAITING, awaits=answer("run"))), BlockerCode.NODE_RUNNING),
     "node at work": (running(node(SpanStatus.RUNNING)), BlockerCode.NODE_RUNNING),
     "no node yet": (running(), BlockerCode.NODE_RUNNING),
