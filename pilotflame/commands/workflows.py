@@ -133,9 +133,12 @@ def set_status(
 
 @app.command("versions")
 def list_versions(workflow: WorkflowArgument, output: FormatOption = OutputFormat.TABLE) -> None:
-    """List the versions of a workflow."""
+    """List the versions of a workflow, the oldest first."""
     client = connect()
-    found: list[Any] = list(client.workflows.versions(client.workflows.find(workflow))["versions"])
+    workflow_id = client.workflows.find(workflow)
+    found: list[Any] = []
+    while page := client.workflows.versions(workflow_id, offset=len(found))["versions"]:
+        found += page
     show_list(found, output, VERSIONS, key="version")
 
 
