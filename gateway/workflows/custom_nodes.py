@@ -365,8 +365,8 @@ async def _require_unused(
         return
     shown = [row for row in using if row.is_readable][: limits.FINDINGS]
     message = (
-        f"{len(using)} workflows have this node type (details lists those that you may read):"
-        " remove it there, or set `deprecated`"
+        f"{'1 workflow has' if len(using) == 1 else f'{len(using)} workflows have'} this node type"
+        " (details lists those that you may read): remove it there, or set `deprecated`"
     )
     raise errors.conflict(
         "node-type-in-use",
