@@ -35,7 +35,10 @@ class _WaitRecord(msgspec.Struct):
 
 
 def decode_logs(payload: bytes) -> list[tuple[str, str]]:
-    """Return the log lines that an answer brings along, each as level and message."""
+    """Return the log lines of the stored answer to a waiting node, each as level and message; empty without any.
+
+    Raises `InvalidJson` for malformed JSON that mentions logs.
+    """
     if b'"logs":' not in payload:
         return []
     return msgspec.convert(values.decode_json(payload), _AnswerRecord).logs

@@ -253,7 +253,11 @@ def _removal_fix(edge: GraphEdge) -> SuggestedFix:
 
 
 def _cycle_finding(graph: ParsedGraph, loops: Collection[str]) -> Iterator[GraphFinding]:
-    """Yield a finding that names one cycle of the graph, if there is any."""
+    """Yield a finding that names one cycle of the graph, if there is any.
+
+    A connection from the body of a loop back to the loop, one of `loops`, is a cycle too; its fix removes the
+    connection.
+    """
     if len(graph.order) == len(graph.by_id):
         return
     placed = set(graph.order)

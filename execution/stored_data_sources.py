@@ -42,9 +42,10 @@ class StoredDataSources:
         self._lookups: SingleFlight[_SourceKey, ConnectionSource] = SingleFlight(self._find)
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source with its decrypted secrets, cached for a moment.
+        """Return a data source with its decrypted secrets, cached for two seconds for each user.
 
-        Raises `NodeError` if the caller may not use it, or its secrets can't be decrypted.
+        Raises `NodeError` if it is missing, the caller may not use it, its secrets can't be decrypted, or the
+        database is unavailable; only the last may be retried.
         """
         key = (caller.organization_id, caller.user_id, source_id)
         cached = self._cached.get(key)

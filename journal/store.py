@@ -409,9 +409,9 @@ class RunStore(Protocol):
         """
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Release all runs but `held` that their living owner never started; returns their number.
+        """Make all running runs of a process pending, except those in `held`; return their number.
 
-        The released claims don't count as attempts.
+        Runs with a request to stop or cancel end instead. The claims do not count as attempts.
         """
 
     async def for_thread(self) -> RunStore:

@@ -30,7 +30,10 @@ def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq
 
 
 def start_reader(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
-    """Start a thread that calls `on_wakeup` for each wakeup of mail parsers in the queue; return its worker."""
+    """Start a worker that reads wakeups of mail parsers from the queue in threads, and return it.
+
+    `on_wakeup` is called on the event loop of the caller. Raises RuntimeError without a running loop.
+    """
     return _start(broker, mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, lambda _payload: on_wakeup())
 
 

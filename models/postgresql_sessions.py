@@ -91,7 +91,10 @@ async def open_checked_session(address: str, **options: Any) -> Any:  # noqa: AN
 
 
 def timeout_statement() -> str:
-    """Return the statement that sets the timeouts for one transaction, for sessions without them."""
+    """Return the statement that sets the lock timeout and the idle timeout (`SESSION_TIMEOUTS`) of one transaction.
+
+    Sessions of a pooler that drops these settings need it in each transaction.
+    """
     settings = (f"set_config('{name}', '{value}', true)" for name, value in SESSION_TIMEOUTS.items())
     return f"SELECT {', '.join(settings)}"
 

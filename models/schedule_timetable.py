@@ -241,7 +241,10 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
 def _instants_to_run(
     timetable: ScheduleTimetable, state: ScheduleState, due_until: datetime
 ) -> tuple[list[datetime], SkipReason | None, datetime | None]:
-    """Return the due instants that the misfire policy runs; with the reason for others, and the last of those."""
+    """Return the due instants to run, the reason for skipped ones, and the last skipped one; None for both without any.
+
+    If the first instant is at most `GRACE_TIME` late, all run; otherwise the misfire policy chooses.
+    """
     first, anchor_at = state.next_run_at, state.anchor_at
     in_time_since = due_until - GRACE_TIME
     if first >= in_time_since:

@@ -45,10 +45,10 @@ class ItemKey:
         return cls(call, value)
 
     def value_of(self, item: Json, index: int) -> Json:
-        """Return the key of an item: a field, or the rendered template.
+        """Return the key of an item: its field, or the template rendered for it; null for a missing field.
 
-        Null for a missing field, which is counted as missing. Raises `NodeError` if the item is no object, or
-        the keys become too large in total.
+        Missing paths are counted. A field raises `NodeError` for an item that is no object. A template takes
+        any item, and raises `ExpressionError`, or `NodeError` if its keys become too large in total.
         """
         if isinstance(self.source, str):
             return self._field(self.source, item, index)

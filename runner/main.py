@@ -66,7 +66,11 @@ def serve(settings: RunnerSettings) -> None:
 
 
 async def _serve(settings: RunnerSettings) -> None:
-    """Serve the pod's probes and wakeups, and execute the runs of its workflow until a stop signal."""
+    """Serve probes, wakeups and metrics of the pod, and execute the runs of its workflow until it should stop.
+
+    It stops on a stop signal, or when its deployment is gone. Runs may then finish for the drain time; the
+    others are handed off.
+    """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -43,9 +43,10 @@ class PodLifecycle:
 
 
 def create_app(life: PodLifecycle) -> Starlette:
-    """Return the ASGI application of a pod.
+    """Return the ASGI application of a pod: `/healthz` (always 200), `/readyz` (200 or 503), and POST `/trigger`.
 
-    It has the probes `/healthz` and `/readyz`, and `/trigger`, which wakes the executor.
+    `/trigger` makes the executor claim runs now and answers 202; 401 without the token of the gateway, 503
+    unless the pod is ready.
     """
 
     async def alive(_request: Request) -> JSONResponse:

@@ -54,7 +54,10 @@ class GatewayWorkPoll:
         """Do nothing: the gateway itself writes the changes, and publishes them."""
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
-        """Call `on_notification` for each request to stop or cancel a run of this pod."""
+        """Set the callback for requests to stop or cancel a run of this pod, in place of an earlier one.
+
+        It returns at once: the poll that `start_worker` begins calls it on the event loop.
+        """
         self._on_notification = on_notification
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:

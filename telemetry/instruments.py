@@ -52,7 +52,8 @@ def expose() -> None:
 def counter(name: str, *values: str) -> Counter | UnreadInstrument:
     """Return the counter of a family with these label values, in the order of its labels.
 
-    One that counts nothing while the process exposes no metrics; otherwise raises LookupError for an unknown
+    Values that the family does not list, and combinations beyond `MAX_CHILDREN`, share the counter `other`.
+    While the process exposes no metrics, nothing is counted; otherwise raises LookupError for an unknown
     family or one of another kind.
     """
     return _counter_child(name, *values) if is_exposed else _UNREAD
@@ -62,8 +63,9 @@ def counter(name: str, *values: str) -> Counter | UnreadInstrument:
 def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
     """Return the gauge of a family with these label values, in the order of its labels.
 
-    One that shows nothing while the process exposes no metrics; otherwise raises LookupError for an unknown
-    family or one of another kind.
+    Values that the family does not list, and combinations beyond `MAX_CHILDREN`, share the gauge `other`.
+    While the process exposes no metrics, nothing is shown; otherwise raises LookupError for an unknown family
+    or one of another kind.
     """
     return _gauge_child(name, *values) if is_exposed else _UNREAD
 
@@ -72,8 +74,9 @@ def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
 def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
     """Return the histogram of a family with these label values, in the order of its labels.
 
-    One that observes nothing while the process exposes no metrics; otherwise raises LookupError for an
-    unknown family or one of another kind.
+    Values that the family does not list, and combinations beyond `MAX_CHILDREN`, share the histogram `other`.
+    While the process exposes no metrics, nothing is observed; otherwise raises LookupError for an unknown
+    family or one of another kind.
     """
     return _histogram_child(name, *values) if is_exposed else _UNREAD
 

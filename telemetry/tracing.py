@@ -114,7 +114,10 @@ class RequestTrace:
     def end(
         self, now: datetime, seconds: float, method: str, route: str, status: int, request_id: str
     ) -> None:
-        """Send the span of the request, which ends at `now` after `seconds`, if it is sampled."""
+        """Send the span of a sampled request that ends at `now` after `seconds`; a status from 500 on is an error.
+
+        Routes of probes and static files, and unknown paths, have no span (`UNTRACED_ROUTES`).
+        """
         if not self.context.is_sampled or route.startswith(UNTRACED_ROUTES):
             return
         attributes: dict[str, str | int] = {

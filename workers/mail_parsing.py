@@ -477,9 +477,10 @@ class MailParser:
         return None if reason is None else RunError(MAIL_LOOP_CODE, reason)
 
     async def _loop_reason(self, parse_task: MailParseTask, mail: ParsedMailContent) -> str | None:
-        """Return the reason why a reply may be part of a mail loop: one sender answers too often; else None.
+        """Return the reason why a reply may be part of a mail loop, or None.
 
-        Each reply counts. Raises `MailUnavailable`.
+        One sender may send a workflow `MAX_REPLIES` replies an hour; each reply within the limit counts.
+        Mails that are no replies give None. Waits while the database is away. Raises `MailUnavailable`.
         """
         if not mail_parsing.is_reply_to_workflow(mail):
             return None

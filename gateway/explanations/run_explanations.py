@@ -70,8 +70,8 @@ class RunExplanation(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Explain why an execution does not move: what blocks it, who holds that, until when, and what helps.
 
-    With `node`, the answer is about this node. For an ended execution, `timing` and `criticalPath` say where
-    its time went.
+    With `node`, the answer is about this node. `timing` divides the time until now, or until the end, by
+    cause, in seconds. `criticalPath` has the nodes that determined the end; it is empty before.
     """
     node_id = request.query[NODE]
     gateway, caller = request.gateway, request.caller

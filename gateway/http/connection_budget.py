@@ -65,7 +65,10 @@ class BoundedConnection(Protocol):
 
 
 def connections_for(descriptors: int) -> int:
-    """Return the number of connections for a process with this limit of file descriptors, at least 1."""
+    """Return the number of connections for a process with this limit of file descriptors: 1 to 20,000.
+
+    The other descriptors are for the reserve of connections, for files, and for the database.
+    """
     most = int(descriptors * SPENT_PART)
     return max(min(most - most // (RESERVE_PART + 1), MOST_CONNECTIONS), 1)
 

@@ -150,8 +150,9 @@ class DeliveryLog:
     async def refusals(self, inbound: InboundRequest) -> AsyncIterator[None]:
         """Store a delivery for a request that the block refuses by an `ApiError`, which is raised again.
 
-        Faults of the server are no refusals, since senders retry the same request. Faults of the workflow's
-        owner are: the delivery informs the owner.
+        Not stored: a 404, an error that is stored already, and an error of the server, after which senders
+        repeat the request; the owner's own `trigger-not-ready` is stored. A 429 is stored without waiting,
+        and not under load. Content beyond the quota is left out.
         """
         try:
             yield

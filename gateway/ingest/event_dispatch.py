@@ -144,10 +144,12 @@ class EventDispatcher:
     async def dispatch(
         self, inbound: InboundRequest, event: SenderEvent, idempotency_key: IdempotencyKey | None
     ) -> EventDispatchResult:
-        """Ingest an event with a run of every subscribed workflow, or return the outcomes of its first delivery.
+        """Ingest an event with a run of every workflow whose trigger matches it; return the outcome of each.
 
-        Raises 400 when the event can't be stored, 409 when workflows change all the time, 413 and 429 over a
-        limit, 422 when its idempotency key had another body, and 503.
+        A repeated idempotency key gives the outcomes of its first delivery. An error of one workflow is its
+        outcome; a full backlog is raised if no workflow has another outcome. Raises 400 when the event can't
+        be stored, 409 when workflows change all the time, 413 and 429 over a limit, 422 when its idempotency
+        key had another body, and 503.
         """
         trigger = build_event_input(event)
         try:

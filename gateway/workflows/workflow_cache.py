@@ -108,8 +108,8 @@ class WorkflowCache:
     ) -> Mapping[str, LoadedWorkflow]:
         """Return workflows of an organization by their ids, for a caller that may run all of them.
 
-        A cached workflow is used if it has the given revision; the others are read together, in their current
-        revisions.
+        Missing ones are left out. A cached workflow is used if it has the given revision and is valid; the others
+        are read together, in their current revisions.
         """
         found: dict[str, LoadedWorkflow] = {}
         for workflow_id, revision in revisions.items():

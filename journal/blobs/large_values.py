@@ -52,7 +52,7 @@ class LargeValues:
     max_row_bytes: int
 
     async def store(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return the newest span of each node, with values that are too large for a row replaced by references.
+        """Return the newest span of each node and iteration, with values too large for a row replaced by references.
 
         These values are durable as blobs by then. Raises `BlobsUnavailable`.
         """

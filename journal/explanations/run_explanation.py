@@ -424,7 +424,7 @@ def _format_moment(moment: datetime | None) -> str | None:
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median of a sequence with at least one value."""
+    """Return the median of at least one value; of an even number of values, the lower of the two in the middle."""
     return percentile(values, 0.5)
 
 

@@ -176,8 +176,9 @@ class SQLiteStore:
         )
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Release the runs that a living owner claimed but never started, except those in `held`; returns their
-        number.
+        """Make all running runs of a process pending, except those in `held`; return their number.
+
+        Runs with a request to stop or cancel end instead. The claims do not count as attempts.
         """
         return await self._writer.run(lambda connection: _release(connection, owner, held))
 

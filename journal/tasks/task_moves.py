@@ -231,7 +231,10 @@ def _fail_attempt(
 
 
 def delay_after(task: TaskRow, failures: int) -> int:
-    """Return the delay after the last of so many failures, in microseconds."""
+    """Return the microseconds until the next attempt after a number of failures, from 1; at most the task's maximum.
+
+    The first delay doubles with each failure if `delay_grows`; otherwise it stays the same.
+    """
     growth = 2 ** min(failures - 1, 30) if task.delay_grows else 1
     return min(task.first_delay_microseconds * growth, task.max_delay_microseconds)
 

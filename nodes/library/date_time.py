@@ -91,9 +91,10 @@ def run(call: NodeCall) -> Json:
 
 
 def _read_date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
-    """Return the moment in a field, in UTC; that of the call if the field is missing.
+    """Return the date in a config field, in UTC: ISO 8601 or seconds since 1970; that of the call if it is missing.
 
-    Raises `NodeError` for values that are no date.
+    A text has the format `inputForm` of the config, if set; `zone` applies to a text without an offset.
+    Raises `NodeError` for other values, also for null.
     """
     if name not in call.config:
         return call.now.astimezone(UTC)

@@ -719,7 +719,7 @@ class AsyncWorkflows(AsyncResource):
         return cast("t.WorkflowGuests", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/share"))
 
     async def statistics(self, workflow_id: str) -> t.WorkflowStatistics:
-        """Sum up the durations and failures of each node over the newest runs of seven days, 100 at most."""
+        """Return the median and the 95th percentile of each node's duration, in milliseconds, and its failures."""
         return cast("t.WorkflowStatistics", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/statistics"))
 
     async def stats(self) -> t.WorkflowStats:

@@ -58,7 +58,12 @@ def define_node(
     fields: Mapping[str, Any],
     task_rules: Mapping[str, Any],
 ) -> NodeDefinition:
-    """Return the definition of a node type; raises `ValueError` and `TypeError` for a wrong one."""
+    """Return the definition of a node type: its schemas are those of the annotations, its description the docstring.
+
+    `fields` must have `effect`: `pure`, `read` or `write`. Raises `ValueError` for a wrong name, version or
+    effect, and for an async function with `is_process`; `TypeError` for parameters other than one config and
+    one task.
+    """
     if not _TYPE.match(type_name):
         raise ValueError(f"{type_name!r} is no type of a node: use two names as in 'acme/resize'")
     if not _VERSION.match(version):
