@@ -357,6 +357,7 @@ class EndRequestOutcome:
     channel: str = ""
     """Channel to notify, if the request ended the run."""
     organization_id: str = ""
+    """Organization whose task workers are notified of cancelled tasks."""
 
 
 class RunStore(Protocol):

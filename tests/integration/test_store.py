@@ -1099,7 +1099,7 @@ async def test_a_run_without_a_lease_ends_at_once(
     else:
         end = RunStatus.RELEASED if state == "pending" else RunStatus.WAITING
         await run_database.store.record([write(one, end=end, due_at=datetime.now(UTC))])
-    expected = EndRequestOutcome(ExecutionStatus(status), None, "gateway")
+    expected = EndRequestOutcome(ExecutionStatus(status), None, "gateway", one.organization_id)
     assert await run_database.store.request_end(key_of(one), request_) == expected
     assert await run_database.store.request_end(key_of(one), "cancel") == expected
     row = await run_database.row(one.execution_id)
@@ -1116,7 +1116,9 @@ async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named
     asked = [
         await run_database.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")
     ]
-    assert set(asked) == {EndRequestOutcome(ExecutionStatus.RUNNING, "worker", "gateway")}
+    assert set(asked) == {
+        EndRequestOutcome(ExecutionStatus.RUNNING, "worker", "gateway", one.organization_id)
+    }
     (renewed,) = await run_database.store.renew([lease_of(one)], 30.0)
     assert renewed.request == "cancel"  # the stronger request stays
     assert await run_database.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
@@ -1127,7 +1129,7 @@ async def test_a_cancelled_run_of_a_dead_worker_does_not_become_stopped(run_data
     await run_database.store.request_end(key_of(one), "cancel")
     await run_database.expire(one)
     requested = await run_database.store.request_end(key_of(one), "stop")
-    assert requested == EndRequestOutcome(ExecutionStatus.CANCELLED, None, "gateway")
+    assert requested == EndRequestOutcome(ExecutionStatus.CANCELLED, None, "gateway", one.organization_id)
 
 
 async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(
@@ -1135,7 +1137,7 @@ async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(
 ) -> None:
     one = await run_database.claimed()
     await run_database.store.record([write(one, end=RunStatus.COMPLETED)])
-    expected = EndRequestOutcome(ExecutionStatus.COMPLETED, None, "gateway")
+    expected = EndRequestOutcome(ExecutionStatus.COMPLETED, None, "gateway", one.organization_id)
     assert await run_database.store.request_end(key_of(one), "cancel") == expected
     assert await run_database.store.request_end(ExecutionKey("exec_unknown", one.shard), "cancel") is None
 
@@ -1298,9 +1300,10 @@ async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing_
 
 
 async def test_an_end_that_was_asked_for_in_doubt_has_come(losing_store: LosingStore) -> None:
-    key = await losing_store.run_database.accept(await losing_store.run_database.workflow())
+    workflow = await losing_store.run_database.workflow()
+    key = await losing_store.run_database.accept(workflow)
     requested = await losing_store.answer_of(losing_store.store.request_end(key, "stop"), key.execution_id)
-    assert requested == EndRequestOutcome(ExecutionStatus.STOPPED, None, "gateway")
+    assert requested == EndRequestOutcome(ExecutionStatus.STOPPED, None, "gateway", workflow.organization.id)
 
 
 async def repeat_until_available(work: Callable[[], Awaitable[Answer]]) -> Answer:
