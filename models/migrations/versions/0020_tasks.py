@@ -133,5 +133,5 @@ def downgrade() -> None:
     """Drop the tables and the column."""
     op.drop_table("task_worker")
     op.drop_table("task")
-    with op.batch_alter_table("api_key") as table:
-        table.drop_column("node_types")
+    # In place: a new copy of the table would have the same columns but not the same definition.
+    op.drop_column("api_key", "node_types")
