@@ -40,6 +40,14 @@ SENDERS_KEY: Final = "key"
 ITEM_SCHEMA: Final = "x-itemSchema"
 """Extension key for the schema of each event of a stream."""
 REQUEST_ID: Final = HeaderDoc("X-Request-Id", "Id of the request: the client's own, or a new id.")
+TRACEPARENT: Final = HeaderDoc(
+    "Traceparent",
+    "Span of the request by W3C Trace Context, if the server records traces.",
+    {"type": "string", "pattern": "^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$"},
+    is_always_sent=False,
+)
+_SENT_WITH_ALL: Final = (REQUEST_ID, TRACEPARENT)
+"""Headers of every response."""
 RETRY_AFTER: Final = HeaderDoc(
     "Retry-After", "Seconds to wait before the request is repeated.", {"type": "integer", "minimum": 1}
 )
@@ -139,7 +147,7 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
                 for line in table
                 for status, of_status in _by_status(codes(line)).items()
             },
-            "headers": {REQUEST_ID.name: _build_header(REQUEST_ID)},
+            "headers": {one.name: _build_header(one) for one in _SENT_WITH_ALL},
             "examples": {
                 code: {"summary": refusal.meaning, "value": msgspec.to_builtins(example(code))}
                 for code, refusal in ERROR_CODES.items()
@@ -357,7 +365,7 @@ def _build_refusal(status: int, of_status: Iterable[str]) -> Part:
 
 
 def _build_response(description: str, sent: Iterable[HeaderDoc]) -> Part:
-    headers = {REQUEST_ID.name: {"$ref": f"#/components/headers/{REQUEST_ID.name}"}}
+    headers = {one.name: {"$ref": f"#/components/headers/{one.name}"} for one in _SENT_WITH_ALL}
     return {"description": description, "headers": headers | {one.name: _build_header(one) for one in sent}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Network
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 import pytest
 
+from gateway.openapi.openapi_document import TRACEPARENT
 from pilotflame.log_lines import as_json
 from telemetry import log_context, tracing
 from telemetry.trace_export import run_tracer
@@ -82,6 +84,8 @@ async def run_to_end(
     path = f"/api/v1/workflows/{workflow_id}/execute"
     answer = await user.api.post(path, json={"inputs": inputs or {}}, headers=headers)
     execution_id: str = answer.json()["executionId"]
+    documented: Any = TRACEPARENT.schema["pattern"]
+    assert re.search(documented, answer.headers[TRACEPARENT.name])
     await wait_until(lambda: has_ended(user, execution_id), what="the run ends")
     return execution_id, answer.headers["traceparent"]
 
