@@ -69,6 +69,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     deliveries = await _send(people, "GET", f"workflows/{queue}/deliveries", None)
     event = await _send(people, "POST", "workflows/events", {"event_type": "user.created"})
     mail_token = await _send(people, "POST", f"workflows/{mails}/trigger-token", {})
+    invitation = await _send(people, "POST", "auth/invitations", {"email": "invited@example.com"})
     event_token = await _send(people, "POST", "auth/event-tokens", {"name": "To be revoked"})
     await _send(people, "POST", "auth/signing-secret", None)
     await _send(people, "POST", f"workflows/{workflow_id}/deploy", None)
@@ -99,7 +100,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await harness.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
     waiting = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
     await input_waits.wait_for_input(harness.gateway.database, waiting["executionId"])
-    await _create_task(harness, started["executionId"])
+    task_id = await _create_task(harness, started["executionId"])
     await _send(
         people, "POST", "tasks/claim", {"worker": {"id": "w_abc123"}, "requestId": "c_0", "max": 0, "wait": 0}
     )
@@ -116,9 +117,11 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "wf_events": events,
         "dlv_abc123": deliveries["deliveries"][0]["id"],
         "event_abc123": event["event_id"],
+        "invitation_abc123": invitation["id"],
         "tok_abc123": event_token["id"],
         "tt-abc123": token["token"],
         "tt-mail123": mail_token["token"],
+        "task_abc123": task_id,
         "exec_xyz789": started["executionId"],
         "exec_asking": waiting["executionId"],
         "key_abc123": key["id"],
@@ -127,15 +130,17 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     }
 
 
-async def _create_task(harness: GatewayHarness, execution_id: str) -> None:
-    """Create the task of the examples, which a worker holds."""
+async def _create_task(harness: GatewayHarness, execution_id: str) -> str:
+    """Create the task of the examples, which a worker holds; return its id."""
+    task_id = ids.new_id("task")
 
     async def create(connection: AsyncConnection) -> None:
         found = await connection.execute(select(Execution).where(col(Execution.id) == execution_id))
-        row = make_task_row("task_abc123", found.one(), "node_1", **held_by("w_abc123", "x9f0"))
+        row = make_task_row(task_id, found.one(), "node_1", **held_by("w_abc123", "x9f0"))
         await connection.execute(insert(Task).values(row))
 
     await harness.gateway.database.transaction(create)
+    return task_id
 
 
 async def _send(people: OrganizationUsers, method: str, path: str, body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value

@@ -28,7 +28,10 @@ from gateway.http.route import Route
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.openapi import openapi_document
 from gateway.settings import GatewaySettings
+from gateway.tasks.task_hub import PollAnswer, TaskHub
+from gateway.tasks.worker_presence import WorkerDescription
 from journal.store import ExecutionKey, RunProgressReport
+from journal.tasks.task_store import TaskPoll
 from pilotflame import command_error
 from tests.integration.deployed_workflows import answer_for_pods
 from tests.integration.example_data import create_examples, replace_example_ids
@@ -77,6 +80,7 @@ TAKES_OTHERS_HEADERS = {
 BUSY = pytest.mark.timeout(600)
 """For thousands of requests, which take minutes on a busy machine."""
 PROGRESS = ExecutionPollHub.progress
+CLAIM = TaskHub.wait
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
 
@@ -319,9 +323,10 @@ class FuzzReport:
 
 @pytest.fixture
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lift the limit of wrong keys per address, and end waits for runs at once."""
+    """Lift the limit of wrong keys per address, and end waits for runs and tasks at once."""
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 1_000_000)
     monkeypatch.setattr(ExecutionPollHub, "progress", poll_at_once)
+    monkeypatch.setattr(TaskHub, "wait", claim_at_once)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0)
     monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0)
 
@@ -332,6 +337,15 @@ async def poll_at_once(
     wait_seconds: float,  # noqa: ARG001 - the method's signature
 ) -> RunProgressReport | None:
     return await PROGRESS(waiting, key, 0)
+
+
+async def claim_at_once(
+    hub: TaskHub,
+    poll: TaskPoll,
+    worker: WorkerDescription,
+    seconds: float,  # noqa: ARG001 - the method's signature
+) -> PollAnswer:
+    return await CLAIM(hub, poll, worker, 0)
 
 
 @BUSY
