@@ -1,5 +1,6 @@
 import time
 
+from gateway.executions.run_assignment import MAX_DIRECT_CHARACTERS
 from tests.system import consistency_checks, workflow_shapes
 from tests.system.client import RetryingClient
 from tests.system.harness import (
@@ -85,9 +86,13 @@ async def test_a_claim_with_a_lost_answer_is_released_and_repeated(
 ) -> None:
     way = deployment.ways.worker_to_database
     workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
-    with deployment.workers[1].paused():
-        way.keep_answers(SHARED)
-        run = await client.execute(workflow)
+    claiming, other = deployment.workers
+    with other.paused():
+        # Its next claim finds the run, which is too large to be assigned without a claim.
+        with claiming.paused():
+            run = await client.execute(workflow, {"text": "x" * MAX_DIRECT_CHARACTERS})
+            assert await deployment.records.status(run) == "pending"
+            way.keep_answers(SHARED)
         await wait_until(lambda: _is_running(deployment, run))
         await way.kept_one()
         way.cut()
