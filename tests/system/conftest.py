@@ -9,7 +9,7 @@ import pytest
 from tests.system import harness, workflow_shapes
 from tests.system import ledger as ledgers
 from tests.system.client import RetryingClient
-from tests.system.harness import SystemUnderTest
+from tests.system.harness import ManyProcesses, SystemUnderTest
 from tests.system.ledger import EffectLedger
 
 LIVELY_SECONDS = 60.0
@@ -50,6 +50,8 @@ async def deployment(
     """Everything up before a test, and found well after it."""
     await shared_deployment.revive()
     yield shared_deployment
+    if isinstance(shared_deployment, ManyProcesses):
+        shared_deployment.ways.mend()
     await shared_deployment.revive()
     complaints = [line for process in shared_deployment.processes for line in process.complaints()]
     execution_id = await client.execute(

@@ -143,6 +143,12 @@ class FaultyLinks:
     worker_to_database: FaultyProxy
     """Link of the first worker. The second worker and the scheduler connect to PostgreSQL directly."""
 
+    def mend(self) -> None:
+        """Pass on all traffic, also that which a failed test has left held back."""
+        for link in (self.gateway_to_database, self.gateway_to_redis, self.worker_to_database):
+            link.reconnect()
+            link.let_go()
+
 
 @dataclass(kw_only=True)
 class ManyProcesses(SystemUnderTest):
