@@ -8,9 +8,9 @@ follows. Schedules and dates follow the new time; leases, timeouts and waits kee
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 from sqlalchemy import BigInteger, and_, type_coerce, update
@@ -43,10 +43,12 @@ CLOCK_SET_MICROSECONDS: Final = 500_000
 STOP_SECONDS: Final = 3.0
 """Time that processes which move no rows leave to the process that does."""
 
+DeadlineColumn: TypeAlias = "tuple[type[SQLModel], str, ColumnElement[bool] | None]"
+
 _IS_RUNNING: Final = col(Execution.status) == ExecutionStatus.RUNNING
 _IS_WAITING: Final = col(Execution.status) == ExecutionStatus.WAITING
 _IS_SLEEPING: Final = col(SpanRow.status).in_([SpanStatus.WAITING.value, SpanStatus.RETRYING.value])
-DEADLINE_COLUMNS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | None], ...]] = (
+_COLUMNS: Final[tuple[DeadlineColumn, ...]] = (
     (Execution, "lease_until", _IS_RUNNING),
     # A waiting run stores its remaining time instead.
     (Execution, "deadline_at", ~_IS_WAITING & col(Execution.ended_at).is_(None)),
@@ -61,7 +63,6 @@ DEADLINE_COLUMNS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | N
     (Deployment, "drain_until", None),
     (ApprovalRequest, "due_at", None),
 )
-"""Columns that hold the end of a duration, each with the condition for rows whose duration has not ended."""
 
 
 @asynccontextmanager
@@ -83,17 +84,30 @@ async def run_clock_sync(
         task.cancel()
 
 
+def deadline_columns() -> Sequence[DeadlineColumn]:
+    """Return the columns that hold the end of a duration, each with the condition for rows it has not ended for."""
+    # Clocks are rarely set: no process loads these tables for that alone when it starts.
+    from models.invitation import Invitation  # noqa: PLC0415 - see above
+    from models.task import Task  # noqa: PLC0415 - see above
+
+    is_open = col(Invitation.accepted_at).is_(None) & col(Invitation.revoked_at).is_(None)
+    # Ended tasks have no time of these.
+    of_tasks = [(Task, name, None) for name in ("lease_until", "deadline_at", "due_at", "check_at")]
+    return [*_COLUMNS, *of_tasks, (Invitation, "expires_at", is_open)]
+
+
 async def follow_host_clock(database: Database) -> None:
     """Adopt the host's time after its clock was set, and move all stored deadlines by the same step.
 
     For SQLite, in one transaction; a failed one changes nothing. Raises `DatabaseUnavailable`.
     """
+    columns = deadline_columns()
     step = HOST_TIME.step()
     has_moved = False
 
     async def work(connection: AsyncConnection) -> None:
         nonlocal has_moved
-        for table, name, is_going_on in DEADLINE_COLUMNS:
+        for table, name, is_going_on in columns:
             column = getattr(table, name)
             statement = update(table).values({name: type_coerce(column, BigInteger) + step})
             statement = statement.where(column.is_not(None))

@@ -15,7 +15,18 @@ from sqlmodel import SQLModel
 from engine.run_records import RunStatus
 from journal import clock_sync
 from journal.store import IdempotencyKey
-from models import access, deployment, event_wait, execution, ingest, schedule, signing_secrets
+from models import (
+    access,
+    deployment,
+    event_wait,
+    execution,
+    ingest,
+    invitation,
+    schedule,
+    signing_secrets,
+    task,
+    workflow,
+)
 from models.column_types import TimestampColumn
 from models.errors import DatabaseUnavailable
 from models.timestamps import HOST_TIME, from_microseconds
@@ -24,11 +35,16 @@ from tests.integration.run_database import MigratedDatabase, RunDatabase, open_r
 DAY = 86_400_000_000
 MOMENT = 60_000_000
 """Microseconds: longer than anything here takes, and far less than the change of the clock."""
-MODULES = (access, deployment, event_wait, execution, ingest, schedule, signing_secrets)
+MODULES = (
+    *(access, deployment, event_wait, execution, ingest, invitation, schedule, signing_secrets, task),
+    workflow,
+)
 """Modules with tables of deadlines, imported so that the metadata contains them."""
 ENDING_NAMES = {
     "expires_at",
     "due_at",
+    "check_at",
+    "until",
     "next_at",
     "wake_at",
     "deadline_at",
@@ -37,7 +53,7 @@ ENDING_NAMES = {
 }
 CALENDAR = {
     *("api_key.expires_at", "intake_token.expires_at", "signing_secret.expires_at"),
-    *("schedule.due_at", "schedule.next_run_at"),
+    *("schedule.due_at", "schedule.next_run_at", "workflow_log_level.until"),
 }
 """Moments that a person has named, or a calendar: a clock is set so that these are right."""
 
@@ -65,7 +81,7 @@ def test_each_column_that_ends_something_is_moved_or_is_a_moment_of_the_calendar
         if isinstance(column.type, TimestampColumn)
         and (column.name.endswith("_until") or column.name in ENDING_NAMES)
     }
-    moved = {f"{table.__tablename__}.{name}" for table, name, _ in clock_sync.DEADLINE_COLUMNS}
+    moved = {f"{table.__tablename__}.{name}" for table, name, _ in clock_sync.deadline_columns()}
     assert moved.isdisjoint(CALENDAR)
     assert ends == moved | CALENDAR
 
