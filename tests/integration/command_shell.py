@@ -55,7 +55,7 @@ class CommandShell:
 def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
     """Run a server, with further variables, and yield a shell that reaches it."""
     given = command_environment(
-        folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0", METRICS_WORKFLOWS="5"
+        folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0", METRICS_WORKFLOWS="1000"
     )
     log = folder / "log"
     with command_runs.run_command("dev", "--port", "0", given={**given, **variables}, log=log) as dev:
