@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Generator
 
 import pytest
 
+from tests import services
 from tests.system import harness, workflow_shapes
 from tests.system import ledger as ledgers
 from tests.system.client import RetryingClient
@@ -25,9 +26,12 @@ async def shared_deployment(
         async with harness.run_one_process(folder) as deployment:
             yield deployment
         return
-    servers = (request.getfixturevalue("postgres"), request.getfixturevalue("redis_server"))
-    async with harness.run_many_processes(folder, *servers) as deployment:
-        yield deployment
+    # Its workers live on while tests of other files run, and would take the wakeups of those on a common Redis.
+    with services.run_redis() as redis:
+        async with harness.run_many_processes(
+            folder, request.getfixturevalue("postgres"), redis
+        ) as deployment:
+            yield deployment
 
 
 @pytest.fixture
