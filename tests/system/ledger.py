@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from tests.system.wait_conditions import stop_accepting
+
 if TYPE_CHECKING:
     from engine.values import Json
 
@@ -200,4 +202,5 @@ async def run_ledger() -> AsyncIterator[EffectLedger]:
             await web.SockSite(runner, listening).start()
             yield ledger
         finally:
+            await stop_accepting(listening.fileno())
             await runner.cleanup()

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from urllib.parse import urlsplit
 
+from tests.system.wait_conditions import stop_accepting
+
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.05
 CHUNK_BYTES = 65_536
@@ -171,6 +173,7 @@ async def run_proxy(url: str) -> AsyncIterator[FaultyProxy]:
     try:
         yield proxy
     finally:
+        await stop_accepting(server.sockets[0].fileno())
         server.close()
         while connections:
             proxy.cut()

@@ -46,3 +46,13 @@ async def act_after(seconds: float, action: Callable[[], object]) -> None:
     """Run an action at a random time that no condition marks."""
     await asyncio.sleep(seconds)
     action()
+
+
+async def stop_accepting(descriptor: int) -> None:
+    """Accept no more connections of a server of asyncio, so that it can be closed.
+
+    A connection that is being accepted while its server is closed is never closed: Python warns of it later, in
+    another test.
+    """
+    asyncio.get_running_loop().remove_reader(descriptor)
+    await asyncio.sleep(0)
