@@ -78,7 +78,7 @@ TAGS: Final[Mapping[str, str]] = {
     "Explanations": "Reasons why runs and workflows do not move.",
     "Server": "Health and drift of the server, and this document.",
 }
-"""Tags of several modules. The viewer of the API shows at most about twenty tags with all of their operations."""
+"""Tags of several modules, so that the list of tags stays short."""
 _TAG_OF_MODULE: Final[Mapping[str, str]] = {
     module: tag
     for tag, modules in {
