@@ -83,7 +83,8 @@ class TaskServerDouble:
                 or time.monotonic() > give_up_at
             ):
                 self.changed.wait(0.05)
-            tasks, self.waiting = self.waiting[: body["max"]], self.waiting[body["max"] :]
+            count = 0 if self.is_stopped else body["max"]  # even by an open poll
+            tasks, self.waiting = self.waiting[:count], self.waiting[count:]
             cancel, self.cancel = self.cancel, []
             self.claimed[body["requestId"]] = tasks
             self.changed.notify_all()
