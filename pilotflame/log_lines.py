@@ -41,7 +41,7 @@ def _block_import(module: str) -> Iterator[None]:
 with _block_import("rich"):
     import structlog
 
-from telemetry import log_context  # noqa: E402
+from telemetry import log_context  # noqa: E402 - after the block above, so that structlog always loads without rich
 
 MAX_WAITING_LINES: Final = 10_000
 MAX_LINES_PER_WRITE: Final = 500

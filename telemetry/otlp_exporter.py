@@ -74,7 +74,7 @@ class OtlpExporter:
     def close(self) -> None:
         """Send the remaining spans within a few seconds, and end the thread of the SDK."""
         # The public `shutdown` waits for half a minute.
-        self._processor._batch_processor.shutdown(SHUTDOWN_MILLISECONDS)  # noqa: SLF001
+        self._processor._batch_processor.shutdown(SHUTDOWN_MILLISECONDS)  # noqa: SLF001 - see above
 
 
 def _to_span_context(context: TraceContext) -> SpanContext:

@@ -55,7 +55,7 @@ class CellResult:
     """Seconds until the executions in flight went on, and the latter: all but one of a hundred."""
     seconds: float = 0.0
     breaches: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """What was seen, by the promise that it breaks."""
+    """Observations by the promise that each breaks."""
 
     @property
     def is_kept(self) -> bool:

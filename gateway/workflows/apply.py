@@ -52,7 +52,7 @@ class ApplyWorkflows(StrictWire):
     )
     """Name of the set to which these workflows belong."""
     prune: Literal["archive", "delete"] | None = None
-    """What happens to members of the set that the request does not have; by default nothing."""
+    """Treatment of members of the set that the request does not have; by default, they stay."""
     dry_run: bool = False
     """Only report the plan."""
     force: bool = False

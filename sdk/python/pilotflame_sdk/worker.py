@@ -166,11 +166,14 @@ class Worker:
             raise ValueError("The worker has no node: decorate a function with @worker.node(...)")
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         held = HeldTasks(self.slots)
-        executor: TaskExecutor
-        started: Callable[[list[HeldTask]], None] = lambda tasks: self._start(executor, tasks)  # noqa: E731
+        executor: TaskExecutor  # it reports to the channel, which gives it its tasks
+
+        def start_tasks(tasks: list[HeldTask]) -> None:
+            self._start(executor, tasks)
+
         url, key = self._server_parts()
         channel = TaskChannel(
-            partial(connect_quietly, url, key), self._identity(), self._types(), self.pools, held, started
+            partial(connect_quietly, url, key), self._identity(), self._types(), self.pools, held, start_tasks
         )
         executor = TaskExecutor(self.slots, self._loop, channel, held.finish)
         handler = TaskLogHandler(logging.INFO)
