@@ -62,7 +62,9 @@ class ChainBreak:
 
 
 def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) -> str:
-    """Return the SHA-256 of an entry behind `previous`, the hash of the entry before it or an empty text."""
+    """Return the SHA-256, in hex, of an entry's place, content and time; `previous` is the hash of the entry
+    before it, or "".
+    """
     content = [
         *(previous, sequence, entry.id, entry.organization_id, entry.user_id, entry.key_id, entry.action),
         *(entry.object_id, entry.before_hash, entry.after_hash, to_microseconds(entry.created_at)),
@@ -71,10 +73,11 @@ def hash_entry(previous: str, sequence: int, entry: Row[*tuple[object, ...]]) ->
 
 
 async def chain_entries(database: Database) -> int:
-    """Add new entries to the chains of their organizations; returns their number.
+    """Give new audit entries their numbers and hashes in the chains of their organizations; return how many
+    got them.
 
-    The new heads are logged, so that a log outside of the database can prove the length of a chain. Raises
-    `DatabaseUnavailable`.
+    One call covers at most 50 organizations and 500 entries of each. The new head of each chain is logged, so
+    that a log outside of the database can prove its length. Raises `DatabaseUnavailable`.
     """
     unchained = (
         select(col(AuditEntry.organization_id))
@@ -99,6 +102,9 @@ async def chain_entries(database: Database) -> int:
 
 
 async def _chain(connection: AsyncConnection, *, organization_id: str) -> tuple[int, ChainHead]:
+    """Chain the oldest unchained entries of one organization, at most `MAX_ENTRIES`; return their number and
+    the new head.
+    """
     of_organization = col(AuditEntry.organization_id) == organization_id
     newest = (
         select(col(AuditEntry.sequence), col(AuditEntry.chain_hash))
@@ -130,7 +136,11 @@ async def _chain(connection: AsyncConnection, *, organization_id: str) -> tuple[
 async def find_breaks(
     connection: AsyncConnection, *, organization_id: str | None = None, newest: int | None = None
 ) -> Sequence[ChainBreak]:
-    """Return the first break of each chain: of all organizations or of one, whole or its `newest` entries."""
+    """Return the first break of each chain that has one: a missing or changed entry. Intact chains are left out.
+
+    Without `organization_id`, the chains of all organizations are checked; with `newest`, only so many of the
+    last entries of each.
+    """
     heads = select(col(AuditEntry.organization_id), func.max(col(AuditEntry.sequence))).where(
         col(AuditEntry.sequence).is_not(None)
     )
@@ -145,7 +155,10 @@ async def find_breaks(
 
 
 async def _find_break(connection: AsyncConnection, organization_id: str, first: int) -> ChainBreak | None:
-    """Return the first break of a chain; the entry before `first`, if any, is trusted."""
+    """Return the first missing or changed entry of a chain from number `first` on; None if there is none.
+
+    The hash of the entry before `first` is trusted.
+    """
     expected, previous = first, ""
     async for entry in _read_chain(connection, organization_id, max(first - 1, 1)):
         if entry.sequence == first - 1:

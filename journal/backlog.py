@@ -33,7 +33,9 @@ _DEFERRED: Final = and_(
 async def count_organization_backlog(
     connection: AsyncConnection, organization_id: str, *, at_most: int
 ) -> int:
-    """Return the number of unstarted runs of an organization: pending and deferred ones, at most `at_most`."""
+    """Return the number of unstarted runs of an organization: pending and deferred ones; it counts no further
+    than `at_most`.
+    """
     deployed = select(col(Deployment.workflow_id)).where(
         col(Deployment.organization_id) == organization_id, col(Deployment.is_deployed)
     )
@@ -44,12 +46,18 @@ async def count_organization_backlog(
 async def count_workflow_backlog(
     connection: AsyncConnection, organization_id: str, workflow_id: str, *, at_most: int
 ) -> int:
-    """Return the number of unstarted runs of a workflow: pending and deferred ones, at most `at_most`."""
+    """Return the number of unstarted runs of a workflow: pending and deferred ones; it counts no further than
+    `at_most`.
+    """
     return await _count_up_to(connection, workflow_statements(organization_id, workflow_id), at_most)
 
 
 def organization_statements(organization_id: str, targets: Sequence[str]) -> Sequence[Select[str]]:
-    """Return statements that find the pending and the deferred runs of an organization at some targets."""
+    """Return two statements: one selects the ids of an organization's pending runs at the given targets, one
+    the deferred.
+
+    A target is the queue of a run: a deployment's workflow id, or a word such as `shared` for the workers.
+    """
     of_organization = and_(
         col(Execution.target).in_(targets), col(Execution.organization_id) == organization_id
     )
@@ -57,9 +65,10 @@ def organization_statements(organization_id: str, targets: Sequence[str]) -> Seq
 
 
 def workflow_statements(organization_id: str, workflow_id: str) -> Sequence[Select[str]]:
-    """Return statements that find the pending and the deferred runs of a workflow.
+    """Return two statements: one selects the ids of a workflow's pending runs, one those of its deferred runs.
 
-    The index holds pending runs by their queue turn, so the condition names it.
+    The condition for pending runs names their queue turn, a hash of the workflow id, since the index begins
+    with it.
     """
     own = and_(
         col(Execution.target).in_([*_SHARED_TARGETS, workflow_id]),

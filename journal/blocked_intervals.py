@@ -38,9 +38,11 @@ async def add_ended_intervals(
     *conditions: ColumnElement[bool],
     since: SQLColumnExpression[Any],
 ) -> None:
-    """Add an interval that ends now to each run with these conditions, before the change that releases them.
+    """Add a blocked interval that ends now to each run that meets the conditions, before a statement lets
+    them continue.
 
-    `since` is the column with its start. Intervals that would be shorter than `LEAST_MICROSECONDS` are left out.
+    `code` is the reason of the block, and `since` the column with its start. Intervals under a quarter of a
+    second are left out. An interval with the same start gets the new end.
     """
     start = type_coerce(since, BigInteger)
     rows = select(
@@ -57,10 +59,10 @@ async def add_ended_intervals(
 async def add_waking_intervals(
     connection: AsyncConnection, execution_ids: Collection[str], pod_started_at: datetime
 ) -> None:
-    """Add an interval of waking to runs that a pod has claimed and that were accepted before it started.
+    """Add an interval of waking to runs that a pod has claimed and that were accepted before the pod started.
 
-    It begins at the acceptance of the run, or at the end of its last interval, and ends at the claim. Very
-    short ones are left out.
+    It begins at the acceptance of the run, or at the end of its last interval, and ends at the claim.
+    Intervals under a quarter of a second are left out.
     """
     earlier = (
         select(func.max(type_coerce(col(BlockedInterval.ended_at), BigInteger)))
@@ -86,6 +88,7 @@ async def add_waking_intervals(
 
 
 async def _insert_intervals(connection: AsyncConnection, rows: Select[*tuple[Any, ...]]) -> None:
+    """Insert the rows of a query as intervals; one with the same run and start gets the new end instead."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(BlockedInterval).from_select(_COLUMNS, rows)
     await connection.execute(

@@ -71,7 +71,8 @@ async def run_clock_sync(
 ) -> AsyncIterator[None]:
     """Keep the clocks of the database and of ids synchronized for as long as the context lasts.
 
-    `moves` returns whether this process moves rows when the clock of an SQLite host was set. An unreachable
+    With PostgreSQL, its time is asked every ten seconds. With SQLite, the host's clock is checked each
+    second; if it was set and `moves()` is true, this process moves the stored deadlines. An unreachable
     database is no error: the clock of the host applies until it answers.
     """
     ids.use_clock(database.clock)
@@ -85,7 +86,9 @@ async def run_clock_sync(
 
 
 def deadline_columns() -> Sequence[DeadlineColumn]:
-    """Return the columns that hold the end of a duration, each with the condition for rows it has not ended for."""
+    """Return the columns with deadlines that a step of the clock moves, each with a condition for its rows or
+    None for all.
+    """
     # Clocks are rarely set: no process loads these tables for that alone when it starts.
     from models.invitation import Invitation  # noqa: PLC0415 - see above
     from models.task import Task  # noqa: PLC0415 - see above
@@ -97,9 +100,10 @@ def deadline_columns() -> Sequence[DeadlineColumn]:
 
 
 async def follow_host_clock(database: Database) -> None:
-    """Adopt the host's time after its clock was set, and move all stored deadlines by the same step.
+    """Adopt the host's time after its clock was set, and move all stored deadlines by the same step, in one
+    transaction.
 
-    For SQLite, in one transaction; a failed one changes nothing. Raises `DatabaseUnavailable`.
+    It is for SQLite. A failed transaction changes nothing. Raises `DatabaseUnavailable`.
     """
     columns = deadline_columns()
     step = HOST_TIME.step()
@@ -129,6 +133,7 @@ async def follow_host_clock(database: Database) -> None:
 
 
 async def _watch_host_clock(database: Database, moves: Callable[[], bool]) -> None:
+    """Check each second whether the clock of this host was set, and follow it; runs until it is canceled."""
     while True:
         await asyncio.sleep(CHECK_SECONDS)
         if abs(HOST_TIME.step()) > CLOCK_SET_MICROSECONDS:
@@ -138,6 +143,11 @@ async def _watch_host_clock(database: Database, moves: Callable[[], bool]) -> No
 
 
 async def _follow_host_once(database: Database, moves: Callable[[], bool]) -> None:
+    """Follow a clock that was set: move the stored deadlines if this process does that, else only adopt the
+    new time.
+
+    A failure is logged, and the next check tries again.
+    """
     if not moves():
         await asyncio.sleep(STOP_SECONDS)
         HOST_TIME.move(HOST_TIME.step())
@@ -151,12 +161,14 @@ async def _follow_host_once(database: Database, moves: Callable[[], bool]) -> No
 
 
 async def _poll_database_time(database: Database, _moves: Callable[[], bool]) -> None:
+    """Ask the database for its time every ten seconds, until it is canceled."""
     while True:
         await asyncio.sleep(POLL_SECONDS)
         await _learn_time(database)
 
 
 async def _learn_time(database: Database) -> None:
+    """Ask the database for its time once; an unreachable database is ignored."""
     try:
         await database.learn_time()
     except DatabaseUnavailable as error:

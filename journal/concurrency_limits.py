@@ -89,8 +89,8 @@ def concurrency_limit(
 ) -> ConcurrencyLimit | None:
     """Return the concurrency limit for a run of a workflow with this trigger output; None without a limit.
 
-    Runs of a workflow share one key unless the settings have a key expression. Then runs share a key if the
-    expression gives the same value.
+    Runs of a workflow share one key, its id, unless the settings have a key expression. Then runs share a key
+    if the expression, evaluated on the trigger's output, gives the same value.
     """
     concurrency = settings.get("concurrency")
     if not isinstance(concurrency, dict):
@@ -103,6 +103,7 @@ def concurrency_limit(
 
 
 def _hash_key(expression: Json, trigger: Json) -> str:
+    """Return a short hash of the value that a key expression gives for the output of the trigger."""
     try:
         value = compile_template(expression).render({"trigger": trigger}, [])
     except ExpressionError:
@@ -111,9 +112,10 @@ def _hash_key(expression: Json, trigger: Json) -> str:
 
 
 async def count_unended(connection: AsyncConnection, key: str) -> int:
-    """Return how many runs of a key hold or await a slot; raises `LockWaitTimeout`.
+    """Return how many runs of a concurrency key hold a slot or wait for one; raises `LockWaitTimeout`.
 
-    Locks the key until the transaction ends, so that no waiting run of it gets a slot meanwhile.
+    On PostgreSQL it locks the key until the transaction ends, so that no waiting run of it gets a slot
+    meanwhile.
     """
     await _lock_key(connection, key)
     is_of_key = col(Execution.concurrency_key) == key
@@ -125,21 +127,22 @@ async def count_unended(connection: AsyncConnection, key: str) -> int:
 
 
 def holders_statement(key: str) -> Select[str]:
-    """Return the statement that finds the runs which hold a slot of a key."""
+    """Return the statement that selects the ids of the runs which hold a slot of a concurrency key."""
     return select(col(Execution.id)).where(col(Execution.concurrency_key) == key, _HOLDS_SLOT)
 
 
 def ahead_statement(key: str, run: Execution) -> Select[str]:
-    """Return the statement that finds the runs which admission takes before a waiting run of a key."""
+    """Return the statement that selects the ids of the waiting runs of a key that get a slot before the given run."""
     is_earlier = tuple_(*_ORDER) < tuple_(run.is_fresh, run.rank, run.id)
     return select(col(Execution.id)).where(col(Execution.concurrency_key) == key, _IS_WAITING, is_earlier)
 
 
 async def admit_waiting_runs(database: Database, key: str) -> int:
-    """Admit waiting runs of a key to its free slots; returns the number of admitted runs.
+    """Give the free slots of a concurrency key to its waiting runs, so that they can be claimed; return how
+    many got one.
 
-    Concurrent calls for one key share a transaction, so a locked key occupies one connection of a process. A
-    key that stays locked is left to the holder of the lock and to the next sweep.
+    Concurrent calls for one key share a transaction, and each gets its number. If the key's lock isn't free
+    in time, nobody is admitted here: its holder, or the next sweep, does it. Raises `DatabaseUnavailable`.
     """
     groups = _admission_groups.setdefault(database, {})
     group = groups.get(key)
@@ -153,6 +156,7 @@ async def admit_waiting_runs(database: Database, key: str) -> int:
 
 
 async def _admit_once(database: Database, key: str, calls: Sequence[None]) -> Sequence[int]:
+    """Admit the waiting runs of a key, and return the same number for each of the calls."""
     try:
         count = await _admit_all(database, key, _lock_key)
     except LockWaitTimeout:
@@ -162,6 +166,7 @@ async def _admit_once(database: Database, key: str, calls: Sequence[None]) -> Se
 
 
 async def _admit_all(database: Database, key: str, lock: LockKey) -> int:
+    """Admit waiting runs of a key in one transaction; return their number, 0 if `lock` does not get the key."""
     admitted = 0
     while True:
         count = await database.transaction(partial(_admit_locked, key=key, lock=lock))
@@ -171,10 +176,11 @@ async def _admit_all(database: Database, key: str, lock: LockKey) -> int:
 
 
 async def admit_waiting_keys(database: Database, after: str = "") -> tuple[int, str]:
-    """Admit waiting runs for a batch of keys after `after`, except keys that another transaction has locked.
+    """Admit waiting runs for up to 200 keys that follow `after` in order, except keys that another
+    transaction has locked.
 
-    Return the number of admitted runs and the last key, to continue after; empty at the end of all keys.
-    Raises `DatabaseUnavailable`.
+    Return the number of admitted runs and the last key, to continue after; the key is empty when no more
+    follow. Raises `DatabaseUnavailable`.
     """
     async with database.read() as connection:
         found = (await connection.execute(waiting_keys_statement(after))).all()
@@ -214,7 +220,11 @@ async def _try_lock_key(connection: AsyncConnection, key: str) -> bool:
 
 
 async def _admit_locked(connection: AsyncConnection, *, key: str, lock: LockKey) -> int:
-    """Give free slots of a key to its waiting runs, the oldest first, and return their number; 0 without the lock."""
+    """Give free slots of a key to its waiting runs in order of rank; return how many, 0 if `lock` fails.
+
+    A run becomes claimable by its deployment or the workers, and its blocked interval ends. No run overtakes
+    another, except runs whose rows are locked. A batch has 100 runs at most.
+    """
     if not await lock(connection, key):
         return 0
     is_of_key = col(Execution.concurrency_key) == key
@@ -248,7 +258,9 @@ async def _admit_locked(connection: AsyncConnection, *, key: str, lock: LockKey)
 
 
 def _admit_statement(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
-    """Return the statement that admits the unlocked runs among `execution_ids`; it returns their ids."""
+    """Return the statement that makes waiting runs claimable, except locked ones; it returns the ids of the
+    admitted runs.
+    """
     free = (
         select(col(Execution.id))
         .where(col(Execution.id).in_(execution_ids), _IS_WAITING)
@@ -269,15 +281,18 @@ def _admit_statement(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
 def _count_admissible(live: int, limits: Sequence[int]) -> int:
     """Return how many waiting runs get a slot, in their order, while `live` slots are occupied.
 
-    `limits` are the limits of the waiting runs; no run overtakes another.
+    `limits` are the limits of the waiting runs, each as of its acceptance. The first run without room ends
+    the count: no run overtakes another.
     """
     return sum(1 for _ in takewhile(lambda one: live + one[0] < one[1], enumerate(limits)))
 
 
 def waiting_keys_statement(after: str) -> Select[Any]:
-    """Return the statement that finds keys after `after` with waiting runs, with one index probe per key.
+    """Return the statement that lists up to 200 keys after `after` with waiting runs, in order, by one index
+    probe per key.
 
-    Each row has the number of occupied slots, and the limit of the run that is next.
+    Each row has the key, the number of occupied slots (`live`), and the limit of the run that is next
+    (`runs`).
     """
     key = col(Execution.concurrency_key)
     first = select(func.min(key)).where(_IS_WAITING, key > after).scalar_subquery()

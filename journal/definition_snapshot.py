@@ -82,9 +82,10 @@ class LoadedWorkflow:
         return None if self.trigger is None else self.trigger.kind
 
     def is_readable_by(self, caller: ApiCaller) -> bool:
-        """Return whether a caller may read the workflow.
+        """Return whether a caller may read the workflow: its organization's admins, owner and guests, or all
+        if it is public or a template.
 
-        The rule is that of `models.workflow.is_readable_by` for the row.
+        `models.workflow.is_readable_by` is the same rule for the row.
         """
         return self.organization_id == caller.organization_id and (
             caller.is_admin
@@ -98,9 +99,11 @@ class LoadedWorkflow:
 def load_workflow(
     row: Row[Any], readers: frozenset[str], catalog: NodeTypeRegistry, *, is_deployed: bool = False
 ) -> LoadedWorkflow:
-    """Build a loaded workflow from its row joined with its graph's row, and validate its graph.
+    """Build a loaded workflow from its row joined with its graph's row; its graph is validated, and its
+    definition hashed.
 
-    Takes noticeable time for a large graph.
+    `readers` are the ids of users it is shared with. The result also exists for an invalid graph:
+    `validation` has the errors. Takes noticeable time for a large graph.
     """
     text = encode_canonical(build_definition(row.nodes, row.connections, row.settings, catalog))
     settings = effective_settings(row.settings)
@@ -128,7 +131,7 @@ def load_workflow(
 
 
 def effective_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings that apply to a run: stored values over defaults."""
+    """Return the settings that apply to a run: each stored value, and defaults for the others."""
     return {**DEFAULT_SETTINGS, **settings}
 
 
@@ -140,7 +143,8 @@ def build_definition(
 ) -> dict[str, Json]:
     """Return a graph and its settings in the form that a run stores, with defaults for settings that are not given.
 
-    With a `catalog`, the definition pins the custom types of its nodes, so that whoever runs it needs no lookup.
+    With a `catalog`, `nodeTypes` holds the documents of the custom types that nodes use, so that an executor
+    needs no lookup.
     """
     definition: dict[str, Json] = {
         "nodes": list(nodes),
@@ -153,7 +157,7 @@ def build_definition(
 
 
 def has_custom_type(node: Mapping[str, Json]) -> bool:
-    """Return whether the type of a stored node is a custom one."""
+    """Return whether the type of a stored node is a custom one: its name has a slash."""
     return "/" in str(node["type"])
 
 
@@ -182,7 +186,7 @@ def check_graph(
 ) -> ValidationResult:
     """Return the errors that keep a stored graph from running, without most warnings.
 
-    Configs of the nodes in `passed` count as valid.
+    Configs of nodes whose ids are in `passed` count as valid, and are not checked again.
     """
     return find_errors(
         ParsedGraph.from_stored(build_definition(nodes, connections, {})), catalog, passed=passed

@@ -24,7 +24,7 @@ STATUS_AFTER = {
 
 
 def encode_error(error: RunError | None) -> str | None:
-    """Return an error as JSON text, as rows and the API hold it; None for no error."""
+    """Return an error as JSON text for a row and the API, with its cause if it has one; None for no error."""
     if error is None:
         return None
     shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
@@ -32,9 +32,10 @@ def encode_error(error: RunError | None) -> str | None:
 
 
 def ended_execution(write: RunWrite) -> EndedExecution | None:
-    """Return the outcome of a run that ends with a write which contains all its records.
+    """Return status, error and outputs of a run that ends with this write, for a notification.
 
-    None if the run does not end, or the outcome is too large for a notification.
+    None if the run does not end, a value is stored as a blob, or the outcome is too large. The write must
+    hold all records of the run.
     """
     if write.end is None or write.end in UNFINISHED_STATUSES:
         return None

@@ -50,9 +50,10 @@ class GroupCommit(Generic[Item, Answer]):
         self._task: asyncio.Task[None] | None = None
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
-        """Queue an item for the next commit.
+        """Queue an item for the next commit, and return the future of its answer, which may raise the error
+        of the commit.
 
-        Return the future of its answer, which may raise the error of the commit.
+        It must be called on the event loop.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future, self._weigh(item)))
@@ -72,11 +73,14 @@ class GroupCommit(Generic[Item, Answer]):
         return self._task is None
 
     async def drain(self) -> None:
-        """Wait until every submitted item is committed or has failed; raises none of their errors."""
+        """Wait until every submitted item is committed or has failed, those submitted meanwhile too; raises
+        none of their errors.
+        """
         while self._task is not None:
             await asyncio.shield(self._task)
 
     async def _run(self) -> None:
+        """Commit batches until no item waits."""
         try:
             while self._waiting:
                 await self._settle(self._next_batch())
@@ -84,6 +88,11 @@ class GroupCommit(Generic[Item, Answer]):
             self._task = None
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
+        """Take the next batch from the waiting items, up to a number and a weight; an item over the weight
+        goes alone.
+
+        Items that don't fit keep their order, and lighter ones behind them may go first.
+        """
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
         left: list[SubmittedItem[Item, Answer]] = []
         weight = 0
@@ -98,6 +107,7 @@ class GroupCommit(Generic[Item, Answer]):
         return batch
 
     async def _settle(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+        """Commit a batch, and give each item its answer or the error."""
         try:
             answers = await self._commit([item for item, _ in batch])
         except LockWaitTimeout as error:
@@ -120,6 +130,7 @@ class GroupCommit(Generic[Item, Answer]):
 
 
 def _resolve_waiter(waiter: tuple[Item, asyncio.Future[Answer]], answer: Answer | Exception) -> None:
+    """Set the answer or error of an item, unless its caller has gone."""
     if isinstance(answer, Exception):
         _fail_batch([waiter], answer)
     elif not waiter[1].done():

@@ -22,9 +22,11 @@ UNTIL_RESUMED: Final = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 async def release_held_runs(connection: AsyncConnection, workflow_id: str) -> None:
-    """Make the held runs of a workflow due now, in the order of their acceptance; their blocked intervals end.
+    """Make the runs that a paused workflow has held due now, in the order of their acceptance; their blocked
+    intervals end.
 
-    The sweep for due runs then makes them pending.
+    Runs that a stopped deployment has deferred are released too. The sweep for due runs then makes them
+    pending.
     """
     held = (
         col(Execution.workflow_id) == workflow_id,

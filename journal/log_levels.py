@@ -34,7 +34,11 @@ READ_SECONDS: Final = 2.0
 
 @asynccontextmanager
 async def follow_log_levels(database: Database) -> AsyncIterator[Mapping[str, str]]:
-    """Yield the log levels by workflow, which stay current while the context lasts."""
+    """Yield the log levels of workflows that have one for now, by workflow id; they are read again every two
+    seconds.
+
+    The mapping changes in place until the context ends.
+    """
     levels: dict[str, str] = {}
     task = asyncio.create_task(_read_forever(database, levels))
     try:
@@ -44,7 +48,7 @@ async def follow_log_levels(database: Database) -> AsyncIterator[Mapping[str, st
 
 
 async def read_log_level(connection: AsyncConnection, workflow_id: str) -> WorkflowLogLevel | None:
-    """Return the log level of a workflow; None unless one holds now."""
+    """Return the log level that was set for a workflow for some time; None if none was set, or it has expired."""
     statement = select(WorkflowLogLevel).where(
         col(WorkflowLogLevel.workflow_id) == workflow_id, col(WorkflowLogLevel.until) > DatabaseTime()
     )
@@ -55,7 +59,10 @@ async def read_log_level(connection: AsyncConnection, workflow_id: str) -> Workf
 async def store_log_level(
     connection: AsyncConnection, workflow_id: str, level: str | None, until: datetime | None
 ) -> None:
-    """Store the log level of a workflow until a time; without a level, end the present one."""
+    """Set the log level of a workflow until a time, in place of an earlier one.
+
+    With None for either, it only ends the present one. Expired levels of all workflows are deleted.
+    """
     is_over = col(WorkflowLogLevel.until) <= DatabaseTime()
     await connection.execute(
         delete(WorkflowLogLevel).where((col(WorkflowLogLevel.workflow_id) == workflow_id) | is_over)
@@ -73,6 +80,7 @@ async def store_log_level(
 
 
 async def _read_forever(database: Database, levels: dict[str, str]) -> None:
+    """Read the log levels into `levels` every two seconds, until it is canceled."""
     statement = select(col(WorkflowLogLevel.workflow_id), col(WorkflowLogLevel.level)).where(
         col(WorkflowLogLevel.until) > DatabaseTime()
     )

@@ -33,10 +33,11 @@ _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNIN
 
 
 async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: str) -> int:
-    """Reclaim the runs of a killed process, and add a line to their logs; return the number of runs.
+    """Reclaim the runs of a process that the system killed for lack of memory, with a line in their logs;
+    return their number.
 
     The line names the nodes with effect `write` that were running: other nodes record nothing before they
-    end. Raises `DatabaseUnavailable`.
+    end. `owner` may be the prefix of several owners. Raises `DatabaseUnavailable`.
     """
     nodes = await database.transaction(partial(_log_out_of_memory, owner=owner))
     log.warning(
@@ -49,7 +50,9 @@ async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: 
 
 
 async def _log_out_of_memory(connection: AsyncConnection, *, owner: str) -> dict[str, list[str]]:
-    """Add a log line to each run of a dead process; return the running nodes by execution id."""
+    """Add a log line to each running run of an owner, given by its prefix; return the running nodes by
+    execution id.
+    """
     # The leases are still valid: no other process writes these logs before the reclaim.
     is_held = func.substr(col(Execution.lease_owner), 1, len(owner)) == owner
     held = select(col(Execution.id), col(Execution.shard)).where(_IS_RUNNING, is_held)

@@ -115,10 +115,11 @@ class RunRecorder:
         """Runs whose pending write has all of their records."""
 
     def submit(self, write: RunWrite, *, is_whole_run: bool = False) -> asyncio.Future[bool]:
-        """Queue a write for the next commit; the future returns whether the run still held its token.
+        """Queue a write for the next commit; the future returns whether the run still held its fencing token.
 
-        `is_whole_run` says that the write has all records of its run. The future raises `LockWaitTimeout` if
-        another transaction keeps the run's row locked, and `DatabaseUnavailable`.
+        `is_whole_run` says that the write has all records of its run, so that its outcome can be published.
+        The future raises `LockWaitTimeout` if another transaction keeps the run's row locked, and
+        `DatabaseUnavailable`.
         """
         if is_whole_run:
             self._whole_runs.add(write.execution_id)
@@ -131,9 +132,10 @@ class RunRecorder:
         await self._locked_group.drain()
 
     async def _commit(self, batch: Sequence[RunWrite]) -> Sequence[bool | Exception]:
-        """Write the progress of several runs in one transaction.
+        """Write the progress of several runs in one transaction; return for each whether it held its token,
+        or an error if its row is locked.
 
-        Returns for each whether its lease is held, or an error if its row is locked.
+        Written runs are announced with `_on_committed`. Raises `DatabaseUnavailable`.
         """
         locked: LockWaitTimeout | None = None
         unwritten: frozenset[str] = frozenset()
@@ -234,7 +236,10 @@ class RunJournal:
         """Called with the records of each commit."""
 
     def record(self, span: NodeSpan) -> None:
-        """Add the new state of a node to the next commit, where it replaces earlier states; count settled nodes."""
+        """Add the new state of a node to the next commit, where it replaces earlier states.
+
+        Waits are tracked for the reason of a block, and settled nodes are counted.
+        """
         self._write.spans.append(span)
         if any(
             text is not None and len(text) > self._max_row_bytes
@@ -254,7 +259,9 @@ class RunJournal:
                 self._settled.add(span.node_id)
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
-        """Add the record of one attempt of a node to the next commit."""
+        """Add the record of one attempt of a node to the next commit; a planned next attempt is counted in
+        the metrics.
+        """
         if attempt.next_attempt_at is not None:
             instruments.counter("node_retries_total").inc()
         self._write.attempts.append(attempt)
@@ -264,7 +271,7 @@ class RunJournal:
         self._write.logs.append(line)
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Add metadata of the run to the next commit."""
+        """Add metadata of the run to the next commit; a key replaces its earlier value."""
         self._write.metadata.update(metadata)
 
     def advance(self, share: float) -> None:
@@ -272,7 +279,9 @@ class RunJournal:
         self._done += share
 
     def count_answers(self, wait_answer_count: int) -> None:
-        """Set the number of wait answers that the run has seen."""
+        """Set the number of wait answers that the run has seen, which the write of a wait compares with the
+        stored number.
+        """
         self._wait_answer_count = wait_answer_count
 
     def holds_lease(self) -> bool:
@@ -280,9 +289,9 @@ class RunJournal:
         return not self._is_broken and self._lease.is_held()
 
     async def restore(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
-        """Return recorded spans with the values that their rows keep in blobs, and track their waits.
+        """Return recorded spans with the values that their rows keep in blobs, and track the waits among them.
 
-        Raises `RecordedValueLost` and `LeaseLost`; waits while the storage is unavailable.
+        Raises `RecordedValueLost`, and `LeaseLost` if the lease ends while the storage is unavailable.
         """
         for span in spans:
             self._track_wait(span)
@@ -292,9 +301,10 @@ class RunJournal:
         return await self._repeat_until_done(lambda: asyncio.create_task(large.restore(spans)))
 
     async def trigger(self, text: str) -> Json:
-        """Return the output of the trigger node from the text of its row, with a body that is stored as a blob.
+        """Return the output of the trigger node from the text of its row; a body in a blob is read.
 
-        Raises `InvalidJson`, `RecordedValueLost` and `LeaseLost`; waits while the storage is unavailable.
+        Raises `InvalidJson`, `RecordedValueLost`, and `LeaseLost` if the lease ends while the storage is
+        unavailable.
         """
         if self._large is None or not text.startswith(large_values.SEPARATE_BODY):
             return await offload.run(values.decode_json, text.encode())
@@ -307,7 +317,9 @@ class RunJournal:
         return self._write.has_new_result
 
     async def pass_trial(self) -> None:
-        """Record durably, with everything recorded before, that the run has passed its trial; raises `LeaseLost`."""
+        """Commit that the run has passed its trial (no suspect any more), with everything recorded before;
+        raises `LeaseLost`.
+        """
         async with self._commit_lock:
             write = self._take_pending()
             write.has_passed = True
@@ -315,7 +327,7 @@ class RunJournal:
 
     @property
     def is_dirty(self) -> bool:
-        """Whether spans or log lines wait for the next commit."""
+        """Whether spans, log lines or metadata wait for the next commit."""
         return bool(self._write.spans or self._write.logs or self._write.metadata)
 
     @property
@@ -324,13 +336,20 @@ class RunJournal:
         return self._commit_lock.locked()
 
     async def commit(self) -> None:
-        """Make everything recorded so far durable, and wait for a commit in progress; raises `LeaseLost`."""
+        """Make everything recorded so far durable, after a commit in progress; without records it commits nothing.
+
+        Waits while the database is unavailable. Raises `LeaseLost`, also after an earlier write was refused.
+        """
         async with self._commit_lock:
             if self.is_dirty or self._is_broken:
                 await self._submit(self._take_pending())
 
     async def end(self, ended: RunOutcome) -> None:
-        """Commit the end of this claim of the run, with everything recorded before it; raises `LeaseLost`."""
+        """Commit the outcome of this claim of the run, with everything recorded before it; raises `LeaseLost`.
+
+        The outcome is an end, a wait until `due_at`, or a release to other processes. An end cancels the
+        tasks for which nodes still wait.
+        """
         async with self._commit_lock:
             write = self._take_pending()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
@@ -346,6 +365,7 @@ class RunJournal:
             await self._submit(write)
 
     def _track_wait(self, span: NodeSpan) -> None:
+        """Remember a node that waits or retries, or forget it once it does not; a canceled one cancels its task."""
         place = span.node_id, span.iteration
         if span.status in _WAITING_STATUSES:
             self._waits[place] = span
@@ -361,7 +381,7 @@ class RunJournal:
             write.organization_id = self.organization_id
 
     def _name_blocker(self, write: RunWrite) -> None:
-        """Set the reason why a run waits in its write: the wait that ends first."""
+        """Set the reason why a run waits in its write: the wait that ends first, waits without an end last."""
         span = min(
             self._waits.values(),
             key=lambda one: (one.wake_at is None, one.wake_at or _NEVER, one.sequence),
@@ -374,16 +394,21 @@ class RunJournal:
         write.blocked_by, write.blocked_node = code_of_wait(span.status, kind), span.node_id
 
     def _take_pending(self) -> RunWrite:
+        """Return the write with everything recorded, and begin a new one; the caller holds the commit lock."""
         write, self._write = self._write, self._clear_pending()
         write.completed_nodes = len(self._settled)
         write.progress = percent_of(self._done)
         return write
 
     def _clear_pending(self) -> RunWrite:
+        """Return an empty write for the next records."""
         execution_id, shard = self._lease.key
         return RunWrite(execution_id, shard, self._lease.token)
 
     async def _submit(self, write: RunWrite) -> None:
+        """Commit a write; after a failure every later write raises `LeaseLost`, since the records of this one
+        are lost.
+        """
         if self._is_broken:
             raise LeaseLost
         try:
@@ -395,6 +420,9 @@ class RunJournal:
             raise
 
     async def _make_durable(self, write: RunWrite) -> None:
+        """Store large values as blobs, commit the write, and call `on_durable`; raises `LeaseLost` if the
+        token is lost.
+        """
         if self._has_large and self._large is not None:
             self._has_large = False
             large, spans = self._large, write.spans
@@ -409,9 +437,9 @@ class RunJournal:
         self.has_new_result = self.has_new_result or write.has_new_result
 
     async def _repeat_until_done(self, begin: Callable[[], asyncio.Future[T]]) -> T:
-        """Begin work again after each outage until it succeeds; return its result.
+        """Begin work again after each outage, every quarter of a second, until it succeeds; return its result.
 
-        Raises `LeaseLost` when the lease ends, or if a cancelled run waits for blobs.
+        Raises `LeaseLost` when the lease ends, or if a canceled run waits for blobs.
         """
         is_logged = False
         while True:
@@ -435,6 +463,7 @@ class RunJournal:
         return request is not None and request >= ControlRequest.HAND_OFF_NOW
 
     async def _within_lease(self, future: asyncio.Future[T]) -> T:
+        """Wait for a future until the lease ends; raises `LeaseLost` then."""
         self._cancel_without_lease(future)
         try:
             return await future
@@ -447,7 +476,7 @@ class RunJournal:
             self._overdue.cancel()
 
     def _cancel_without_lease(self, future: asyncio.Future[T]) -> None:
-        """Cancel the wait for a future at the end of the lease, which renewals postpone."""
+        """Cancel a future at the end of the lease, which renewals postpone."""
         seconds = self._lease.until - time.monotonic()
         loop = asyncio.get_running_loop()
         if seconds > 0:
@@ -469,7 +498,7 @@ class RunLease:
         return LeaseRenewal(*self.key, self.token)
 
     def is_held(self) -> bool:
-        """Return whether the lease surely lasts for a moment longer, by the monotonic clock."""
+        """Return whether the lease surely lasts for a moment longer, by the monotonic clock and with a margin."""
         return time.monotonic() < self.until
 
 
@@ -517,7 +546,8 @@ class LeaseKeeper:
     ) -> RunLease:
         """Renew a lease, claimed at `since` (monotonic seconds), until it is released; return it.
 
-        `first_seconds` is its duration before the first renewal, if it is not that of other leases.
+        `first_seconds` is its duration before the first renewal, where it differs from that of other leases.
+        A lease of the same execution is replaced.
         """
         lease = RunLease(key, token, _lease_end(since, first_seconds or self._lease_seconds))
         self._leases[key.execution_id] = lease
@@ -533,6 +563,7 @@ class LeaseKeeper:
         return list(self._leases)
 
     async def _renew_forever(self) -> None:
+        """Renew due leases in rounds until `stop`, on an event loop of the thread."""
         store = await self._store.for_thread()
         begun_at = time.monotonic()
         while not await asyncio.to_thread(self._stopping.wait, self._seconds_until_renewal(begun_at)):
@@ -551,20 +582,24 @@ class LeaseKeeper:
             await store.close()
 
     def _seconds_until_renewal(self, begun_at: float) -> float:
-        """Return the seconds until the next round, which count from the begin of the last one.
-
-        So a slow round delays nothing.
+        """Return the seconds until the next round, counted from the begin of the last one, so that a slow
+        round delays nothing.
         """
         return max(0.0, begun_at + self._round_seconds - time.monotonic())
 
     def _due_leases(self, now: float) -> list[RunLease]:
-        """Return the leases of which a third would have passed by the next round, or that are short."""
+        """Return the leases to renew in this round.
+
+        By the next round a third of their duration would have passed, or they have less left than that, as
+        short ones do.
+        """
         third = self._lease_seconds / RENEWALS_PER_LEASE
         until = _lease_end(now, self._lease_seconds) + self._round_seconds - third * ROUND_TOLERANCE
         return [lease for lease in list(self._leases.values()) if lease.until < until]
 
     async def _renew_unlocked(self, store: RunStore, leases: list[RunLease], seconds: float) -> None:
-        """Renew leases, and retry those with locked rows until shortly before the next round.
+        """Renew leases, and retry those with locked rows until shortly before the next round, in `seconds`;
+        then log them.
 
         Raises `DatabaseUnavailable`.
         """
@@ -577,7 +612,8 @@ class LeaseKeeper:
             leases = [lease for lease in locked if self._leases.get(lease.key.execution_id) is lease]
 
     async def _renew(self, store: RunStore, leases: list[RunLease]) -> list[RunLease]:
-        """Renew leases, and report lost ones and control requests on the event loop; return those with locked rows.
+        """Renew leases once; report lost ones and requests to stop or cancel on the event loop; return those
+        with locked rows.
 
         Locked leases are neither renewed nor lost. Raises `DatabaseUnavailable`.
         """

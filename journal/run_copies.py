@@ -112,7 +112,7 @@ async def insert_copy(
 ) -> None:
     """Insert the execution `new_id`, which resumes a failed one with its committed results, labels and attempts.
 
-    `also` are columns with values of their own.
+    It is pending, or unparsed if its mail is. `also` has values of columns that differ from the copy.
     """
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), _KEPT
@@ -148,7 +148,11 @@ async def insert_copy(
 async def insert_replay(
     connection: AsyncConnection, source: ExecutionKey, new_id: str, user_id: str, replay: ReplayCopy
 ) -> None:
-    """Insert the execution `new_id`, a replay of an ended one, with the results and labels that it reuses."""
+    """Insert the execution `new_id`, a replay of an ended one, with labels and the results that `replay` reuses.
+
+    It runs the definition, settings and trigger that `replay` names, and is pending, or unparsed if its mail
+    is.
+    """
     changes: dict[str, SQLColumnExpression[Any]] = {
         "completed_nodes": literal(len(replay.spans[ResultUse.SETTLED])),
         "progress": literal(0),
@@ -185,7 +189,11 @@ async def insert_replay(
 
 
 def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str, SQLColumnExpression[Any]]:
-    """Return the columns in which the first span of a replay differs from the recorded one, by its use."""
+    """Return the columns in which the first span of a replay differs from the recorded one.
+
+    By `use`, the result is taken over as settled, is a candidate that the run may take, or its node runs
+    again with the same write key.
+    """
     origin = func.coalesce(col(SpanRow.reused_from), source.execution_id)
     own_key = func.coalesce(col(SpanRow.key_id), key_id)
     # The end of a candidate is kept in `wake_at`: a span with an end counts as ended everywhere.
@@ -210,7 +218,7 @@ def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str
 
 
 async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
-    """Copy the attempts of the nodes whose spans are kept; other nodes begin with attempt 1."""
+    """Copy the records of attempts for nodes whose spans are kept; other nodes begin with attempt 1."""
     identity = (col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt))
     of_kept = and_(
         *(
@@ -242,9 +250,11 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
 async def _completion_action(
     connection: AsyncConnection, failed: ExecutionKey, trigger_type: str
 ) -> str | None:
-    """Return the completion actions of the new execution as JSON text, from the settings of the failed one.
+    """Return the completion actions of the new execution as JSON text, from the settings of the failed one;
+    None for none.
 
-    None for none. The callbacks of the failed one were sent at its end, and a failure workflow has none.
+    The callbacks of the failed one were sent at its end and are not repeated. A run that a failure started
+    has no actions.
     """
     if trigger_type == completion.ON_FAILURE_TRIGGER:
         return None
@@ -257,9 +267,9 @@ async def _completion_action(
 def _new_execution(
     failed: ExecutionKey, new_id: str, user_id: str, also: Mapping[str, SQLColumnExpression[Any]]
 ) -> Insert:
-    """Return the statement that inserts a pending copy of an execution under a new id.
+    """Return the statement that inserts a pending copy of an execution under a new id, as a resumption of it.
 
-    `also` has other columns to change.
+    `also` has columns with other values. A copy with a concurrency key waits for a slot.
     """
     now = DatabaseTime()
     changes: dict[str, SQLColumnExpression[Any]] = {
@@ -294,7 +304,7 @@ def _new_execution(
 
 
 def _is_unparsed(failed: ExecutionKey) -> Select[bool]:
-    """Return the statement that tells whether the mail that started a run could not be parsed."""
+    """Return the statement that tells whether the mail that started a run is not parsed yet, since parsing failed."""
     return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
@@ -303,6 +313,7 @@ def _is_unparsed(failed: ExecutionKey) -> Select[bool]:
 def _new_data(
     failed: ExecutionKey, new_id: str, *, trigger: str | None = None, config: str | None = None
 ) -> Insert:
+    """Return the statement that copies trigger and settings of a run, or inserts others in their place."""
     condition = and_(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
@@ -318,7 +329,9 @@ def _new_data(
 def _new_span(
     failed: ExecutionKey, new_id: str, also: Mapping[str, SQLColumnExpression[Any]] | None = None
 ) -> Insert:
-    """Return the statement that copies the span of `of_node` and `of_iteration` with the id `new_id`."""
+    """Return the statement that copies one span to a new run; its parameters are `of_node`, `of_iteration`
+    and `new_id`.
+    """
     condition = and_(
         _spans_of(failed),
         col(SpanRow.node_id) == bindparam("of_node"),

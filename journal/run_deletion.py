@@ -79,11 +79,11 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
 async def delete_runs(
     database: Database, execution_ids: Collection[str], left_over: Collection[str] = ()
 ) -> dict[str, BlobOwner]:
-    """Delete ended executions, and the remains of others; return the blob owner of each deleted run, by its id.
+    """Delete ended executions with all their records; return the blob owner of each deleted run, by its id.
 
-    Skips unfinished executions, and those with rows that another transaction has locked. Raises
-    `LockWaitTimeout` for other locked rows, and `DatabaseUnavailable`. The caller deletes the blobs
-    afterwards with `journal.blobs.orphan_blobs`.
+    Unfinished executions are skipped, and those with rows that another transaction has locked. `left_over`
+    are ids of runs without an execution whose records remain. Raises `LockWaitTimeout` for other locked rows,
+    and `DatabaseUnavailable`. The caller deletes the blobs afterwards with `journal.blobs.orphan_blobs`.
     """
 
     async def delete_rows(connection: AsyncConnection) -> dict[str, BlobOwner]:
@@ -120,6 +120,7 @@ async def _delete_records(
     run_ids: Sequence[str],
     connection: AsyncConnection,
 ) -> int:
+    """Delete up to `BATCH_ROWS` rows of these runs in one table; return their number."""
     some = select(*identity).where(identity[0].in_(run_ids)).limit(BATCH_ROWS)
     result = await connection.execute(delete(table).where(tuple_(*identity).in_(some)))
     return result.rowcount

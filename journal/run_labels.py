@@ -29,9 +29,11 @@ MAX_VALUE_CHARACTERS: Final = 256
 
 
 def read_settings_metadata(settings: Mapping[str, Json], trigger: Json) -> Sequence[RunLabel]:
-    """Return the metadata of a run by `settings.metadata` of its workflow, from the output of its trigger.
+    """Return the metadata that `settings.metadata` of a workflow gives its run: key and value from the
+    trigger's output.
 
-    Entries whose path finds nothing, or no scalar, are left out. Longer values are cut off.
+    Entries whose path finds nothing, or no text, number or truth value, are left out. Values are cut to 256
+    characters.
     """
     metadata = settings.get("metadata")
     if not isinstance(metadata, dict):
@@ -49,7 +51,9 @@ def read_settings_metadata(settings: Mapping[str, Json], trigger: Json) -> Seque
 
 
 async def insert_labels(connection: AsyncConnection, run: ExecutionKey, labels: Sequence[RunLabel]) -> None:
-    """Insert the labels of a new run whose `ExecutionData` is stored; without that, nothing is inserted."""
+    """Insert the labels (tags, and metadata with keys) of a new run whose `ExecutionData` is stored; without
+    that, none is inserted.
+    """
     for key, value in labels:
         selected = select(
             col(ExecutionData.execution_id),
@@ -61,7 +65,7 @@ async def insert_labels(connection: AsyncConnection, run: ExecutionKey, labels: 
 
 
 async def copy_labels(connection: AsyncConnection, origin: ExecutionKey, new_id: str) -> None:
-    """Copy the tags and metadata of a run to a repetition of it whose `ExecutionData` is stored."""
+    """Copy the labels of a run to a repetition of it whose `ExecutionData` is stored; without that, none is copied."""
     new_time = select(col(ExecutionData.created_at)).where(
         col(ExecutionData.execution_id) == new_id, col(ExecutionData.shard) == origin.shard
     )

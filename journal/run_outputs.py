@@ -76,10 +76,11 @@ class _DefinitionConnections(msgspec.Struct):
 async def read_leaf_outputs(
     connection: AsyncConnection, key: ExecutionKey, definition: DefinitionKey, *, max_characters: int
 ) -> Mapping[str, LeafOutput]:
-    """Return the outputs of a run's leaves by node id, in the order of their spans.
+    """Return the outputs of a run's leaves by node id, in the order of their spans; iterations of loops are
+    left out.
 
-    A leaf is a node with output that reached no node: no connection leads from its chosen port to a node with
-    a span. Raises `OutputsTooLarge` above `max_characters` together.
+    A leaf is a node with output that reached no other: no connection leads from its chosen port to a node
+    with a span. Raises `OutputsTooLarge` above `max_characters` together, before it reads them.
     """
     run = {"execution_id": key.execution_id, "shard": key.shard}
     rows = (await connection.execute(_SETTLED, run)).all()

@@ -112,13 +112,16 @@ OUT_OF_MEMORY_ERROR = encode_error(
 
 
 def release_target_sql(is_suspect: str) -> str:
-    """Return SQL for the target of a released run: the isolation target for a suspect, otherwise its own."""
+    """Return SQL for the target of a released run: the isolation target for a suspect, otherwise its own.
+
+    `is_suspect` is an SQL condition.
+    """
     apart = " ".join(f"WHEN '{target}' THEN '{isolated}'" for target, isolated in ISOLATION_TARGETS.items())
     return f"CASE WHEN {is_suspect} THEN CASE target {apart} ELSE target END ELSE target END"
 
 
 def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row per node of each run: its last recorded span."""
+    """Return one row per node and iteration of each run, its last recorded span, with the values of `SPAN_COLUMNS`."""
     newest = [
         (write, span)
         for write in batch
@@ -159,7 +162,7 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row per attempt of each run: its last recorded state."""
+    """Return one row per attempt of each node, its last recorded state."""
     newest = [
         (write, one)
         for write in batch
@@ -187,7 +190,7 @@ def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row per log line."""
+    """Return one row per log line of the writes, each with a new id."""
     lines = [(write, line) for write in batch for line in write.logs]
     return [
         (
@@ -205,7 +208,7 @@ def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def approval_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row per question with mails to send: run, node and iteration."""
+    """Return one row per waiting question that is to be sent by mail: run, node and iteration."""
     return [
         (write.execution_id, span.node_id, span.iteration)
         for write in batch
@@ -226,7 +229,7 @@ _decode_task = decoding.build_decoder(NewTask).decode
 
 
 def task_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row of `TASK_COLUMNS` for each node that waits for a new task."""
+    """Return one row of `TASK_COLUMNS`, with a new id, for each node that begins to wait for a task."""
     newest = [
         (write, span)
         for write in batch
@@ -266,7 +269,7 @@ def _task_row(write: RunWrite, span: NodeSpan, task_id: str) -> DatabaseRow:
 
 
 def cancelled_task_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str]]:
-    """Return run, node and iteration of each task that its run has no use for."""
+    """Return run, node and iteration of each task that its run has no use for any more."""
     return [(write.execution_id, *place) for write in batch for place in write.cancelled_tasks]
 
 
@@ -288,7 +291,11 @@ TASK_INSERT_COLUMNS = (
 
 
 def task_values_sql(given: str, run: str, now: str, true: str, false: str) -> str:
-    """Return SQL for the values of `TASK_INSERT_COLUMNS`; `given` and `run` are the names of both sources."""
+    """Return SQL for the values of a new task's row, in the order of `TASK_INSERT_COLUMNS`.
+
+    `given` and `run` are the SQL names of the rows with the task's values and of its run; `now`, `true` and
+    `false` are SQL too.
+    """
     own = [f"{given}.{name}" for name in TASK_COLUMNS if name != "start_timeout_microseconds"]
     of_run = [f"{run}.{name}" for name in ("shard", "organization_id", "workflow_id", "queue_turn", "rank")]
     check = f"{now} + {given}.start_timeout_microseconds"
@@ -299,7 +306,9 @@ _CANCELLED = "state IN ('ready', 'limited', 'delayed')"
 
 
 def cancel_tasks_sql(now: str) -> str:
-    """Return SQL that cancels open tasks, and asks workers to stop leased ones; a condition follows."""
+    """Return SQL that cancels open tasks, and asks workers to stop those that they hold; the caller adds a
+    condition.
+    """
     return (
         f"UPDATE task SET state = CASE WHEN {_CANCELLED} THEN 'cancelled' ELSE 'cancel_requested' END,"
         f" ended_at = CASE WHEN {_CANCELLED} THEN {now} END,"
@@ -325,7 +334,7 @@ def metadata_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def decode_span(row: Sequence[Any]) -> NodeSpan:
-    """Return the span in a row with the columns `SPAN_COLUMNS`."""
+    """Return the span in a row with the columns `SPAN_COLUMNS`; times are microseconds since 1970 there."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
     started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
     awaits, resolved_config, hashes, input_blob, output_blob, reused_from, key_id, rendered_config = rest
@@ -389,7 +398,7 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
 
 
 def decode_error(stored: str | None) -> RunError | None:
-    """Decode the error of a run or node from the JSON text of its column; None for NULL."""
+    """Decode the error of a run or node from the JSON text of its column; None for None."""
     if stored is None:
         return None
     fields = decoding.decode(stored)
@@ -406,6 +415,7 @@ def _to_moment(count: int | None) -> datetime | None:
 
 
 def _to_text(raw: bytes | None) -> str | None:
+    """Decode JSON bytes for a text column; None for None."""
     return None if raw is None else raw.decode()
 
 
@@ -414,9 +424,10 @@ def _to_bytes(text: str | None) -> bytes | None:
 
 
 def split_rivals(batch: Sequence[InboundRequest]) -> tuple[list[InboundRequest], list[InboundRequest]]:
-    """Split requests into those without a common idempotency key, and the others, both in order.
+    """Divide requests into those that one statement can store, and those that share an idempotency key with
+    an earlier one.
 
-    A statement can insert a key once.
+    Both are in their order.
     """
     chosen: list[InboundRequest] = []
     others: list[InboundRequest] = []
@@ -432,6 +443,7 @@ def split_rivals(batch: Sequence[InboundRequest]) -> tuple[list[InboundRequest],
 
 
 def _unique_keys(one: InboundRequest) -> Iterator[IdempotencyKey]:
+    """Yield the idempotency keys of a request and of its runs."""
     if one.idempotency is not None:
         yield one.idempotency
     for run in one.runs:
@@ -445,12 +457,16 @@ def pending_sql(target: str) -> str:
 
 
 def suspect_sql(max_isolation_losses: str) -> str:
-    """Return the SQL condition under which a trial takes a pending run: a suspect with few enough isolation losses."""
+    """Return the SQL condition of runs that may be run on trial: suspects that lost at most so many workers
+    on trials.
+
+    `max_isolation_losses` is an SQL expression.
+    """
     return f"{IS_SUSPECT_SQL} AND isolation_losses <= {max_isolation_losses}"
 
 
 def blocked_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str | None]]:
-    """Return execution id, code and node of each write that ends a claim without ending its run."""
+    """Return execution id, reason and node of each write that ends a claim without ending its run."""
     return [
         (write.execution_id, (write.blocked_by or BlockerCode.QUEUED_BEHIND).value, write.blocked_node)
         for write in batch

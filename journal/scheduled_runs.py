@@ -128,7 +128,8 @@ class ScheduleRunResult:
 
 
 def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds up to `BATCH_SCHEDULES` due schedules, the longest due first.
+    """Return the statement that lists up to 200 due schedules with workflow, revision and deployed
+    definition, longest due first.
 
     It uses one range of an index.
     """
@@ -156,10 +157,11 @@ def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
 async def start_due_runs(
     connection: AsyncConnection, runnables: Mapping[str, ScheduleDefinition], now: ColumnElement[int]
 ) -> ScheduleRunResult:
-    """Decide about the schedules of these workflows that are still due, and accept their runs; return the counts.
+    """Decide about the schedules of these workflows that are still due, accept their runs, and set their next
+    times.
 
-    Leaves schedules alone that another transaction has locked, or that have a changed workflow or deployed
-    definition.
+    Return the counts. Schedules are left alone that another transaction has locked, or whose workflow or
+    deployed definition has changed. A schedule without an active trigger is set to rest.
     """
     locked = [*await connection.scalars(_lock_statement(runnables, now))]
     # A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock.
@@ -187,8 +189,7 @@ async def start_due_runs(
 async def postpone_schedules(
     connection: AsyncConnection, problems: Mapping[str, str], now: ColumnElement[int]
 ) -> None:
-    """Set the next look at due schedules with a problem to `POSTPONE_TIME` from now; store each problem, by
-    workflow id.
+    """Store a problem for each due schedule, by workflow id, and look at it again in a minute.
 
     Their next instants stay as they are.
     """
@@ -201,7 +202,9 @@ async def postpone_schedules(
 
 
 async def reset_schedules_ahead(connection: AsyncConnection, now: ColumnElement[int]) -> int:
-    """Recompute a batch of next instants that were computed by a clock that was ahead; return their number."""
+    """Recompute the next instants of up to 200 schedules that a clock ahead of the present one has computed;
+    return their number.
+    """
     ahead = (
         select(Schedule, col(WorkflowTrigger.config), now.label("now"))
         .join(WorkflowTrigger, _is_trigger_of_schedule())
@@ -263,6 +266,7 @@ def _select_unended(execution_ids: Sequence[str | None]) -> Select[str]:
 
 
 def _is_trigger_of_schedule() -> ColumnElement[bool]:
+    """Return the condition that a trigger is that of the schedule's workflow."""
     return and_(
         col(WorkflowTrigger.workflow_id) == col(Schedule.workflow_id),
         col(WorkflowTrigger.node_id) == col(Schedule.node_id),
@@ -272,6 +276,7 @@ def _is_trigger_of_schedule() -> ColumnElement[bool]:
 def _is_planned(
     wanted: ScheduleTimetable, workflow_id: str, next_run_at: datetime | None, now: datetime
 ) -> dict[str, Any]:
+    """Return the columns of a schedule whose next instant was computed now; None: it has no more instants."""
     return {
         "planned_at": now,
         "next_run_at": next_run_at,
@@ -295,9 +300,11 @@ class _ScheduleWriter:
         self._moves: list[dict[str, Any]] = []
 
     async def decide(self, row: RowMapping, runnable: ScheduleDefinition) -> None:
-        """Decide whether a due schedule starts runs now, and collect the rows to write for it.
+        """Decide whether a due schedule starts runs now, and collect the rows of these runs and of its next
+        instant.
 
-        An invalid timetable is stored as its problem.
+        Instants are skipped with a reason by the policies for misfires and overlap, and over a rejecting
+        concurrency limit. An invalid timetable is stored as the schedule's problem.
         """
         workflow_id, now = row["workflow_id"], from_microseconds(row["now"])
         self.started.decided += 1
@@ -328,7 +335,7 @@ class _ScheduleWriter:
         self._move(row, **changes)
 
     async def write(self) -> None:
-        """Write the collected rows of all decided schedules: definitions, runs, labels and next times."""
+        """Write the collected rows of all decided schedules: definitions, runs, labels and next instants."""
         if self._executions:
             await self._write_definitions()
             await self._connection.execute(insert(Execution), self._executions)
@@ -339,7 +346,9 @@ class _ScheduleWriter:
             await self._connection.execute(_MOVE_SCHEDULE, self._moves)
 
     async def _state(self, row: RowMapping) -> ScheduleState:
-        """Return the state of a schedule, with its waiting runs if its last run has not ended."""
+        """Return the state of a schedule; its waiting runs are counted, up to a maximum, only if its last run
+        has not ended.
+        """
         waiting_runs = 0
         is_busy = row["last_execution_id"] in self._unended
         if is_busy:
@@ -355,14 +364,17 @@ class _ScheduleWriter:
         )
 
     def _skip(self, workflow_id: str, reason: SkipReason, instant: datetime) -> dict[str, Any]:
+        """Note a skipped instant for the result; return the columns that store it."""
         self.started.passed.append((workflow_id, reason, instant))
         return {"skipped_at": instant, "skipped_reason": reason.value}
 
     def _move(self, row: RowMapping, **changes: Any) -> None:  # noqa: ANN401 - columns of any type
+        """Collect an update of a schedule's row; columns that are not named keep their values."""
         kept = {name: row[name] for name in _MOVED_COLUMNS}
         self._moves.append({"moved_id": row["workflow_id"], **kept, **changes})
 
     async def _has_capacity(self, limit: ConcurrencyLimit) -> bool:
+        """Return whether the limit has a free slot, with the runs that are collected."""
         collected = [one for one in self._executions if one["concurrency_key"] == limit.key]
         return (
             await concurrency_limits.count_unended(self._connection, limit.key) + len(collected) < limit.runs
@@ -376,7 +388,10 @@ class _ScheduleWriter:
         limit: ConcurrencyLimit | None,
         now: datetime,
     ) -> str:
-        """Collect the rows of a new run; return its id."""
+        """Collect the rows of a new run: execution, data, labels and its definition; return its id.
+
+        Deployed workflows use the definition that is deployed. `trigger` is the output of its trigger node.
+        """
         due = runnable.due
         assigned_deployment_id = due.workflow_id if due.deployed_hash else None
         completion_action = completion.requested_actions(runnable.settings)
@@ -438,10 +453,7 @@ class _ScheduleWriter:
         return execution_id
 
     async def _write_definitions(self) -> None:
-        """Store new definitions and renew the age of existing ones.
-
-        Otherwise retention might delete them before their use.
-        """
+        """Store the collected definitions; one that exists gets the present age, so that retention keeps it."""
         dialect: Any = postgresql if self._connection.dialect.name == "postgresql" else sqlite
         statement = dialect.insert(Definition)
         created_at = type_coerce(statement.excluded.created_at, BigInteger)
@@ -457,7 +469,9 @@ class _ScheduleWriter:
 
 
 def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, instant: datetime) -> Json:
-    """Return the output of the trigger, with the instant for which the run is scheduled, even if it starts late."""
+    """Return the output of the trigger node, with the instant for which the run is scheduled, even if it
+    starts late.
+    """
     given: dict[str, Json] = {
         "scheduledAt": timestamps.format_timestamp(instant),
         "timezone": wanted.timezone,
@@ -468,9 +482,8 @@ def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, inst
 def _schedule_limit(
     runnable: ScheduleDefinition, wanted: ScheduleTimetable, trigger: Json
 ) -> ConcurrencyLimit | None:
-    """Return the concurrency limit of a run, or None.
-
-    It is that of the workflow's settings, or one run at a time for overlap `queue`.
+    """Return the concurrency limit of a scheduled run: that of the settings, or one run at a time for overlap
+    `queue`; or None.
     """
     workflow_id = runnable.due.workflow_id
     limit = concurrency_limits.concurrency_limit(runnable.settings, workflow_id, trigger)

@@ -370,29 +370,42 @@ class RunStore(Protocol):
     """Clock that learns the database's time at least from answers to claims and renewals."""
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Claim the best pending runs and count their attempts; answers are in the order of the turns."""
+        """Claim up to `claim.limit` pending runs of a target: set lease and fencing token, and count the attempt.
+
+        Organizations are served in turn, and so are the workflows of each; the answers are in that order. A
+        claim for trial takes suspects instead.
+        """
 
     async def has_suspects(self, max_isolation_losses: int, target: str = "shared") -> bool:
-        """Return whether suspects wait for a trial that have lost at most this many workers in trials."""
+        """Return whether suspects of a target (runs that lost several workers) wait for a trial.
+
+        Those that lost more than `max_isolation_losses` workers in trials don't count.
+        """
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write the records of runs; returns the ids of runs that still held their token.
+        """Write the records of runs; return the ids of runs that still held their fencing token.
 
-        A batch has at most one write per run. With an `owner`, writes nothing for runs that another owner has
-        leased. Raises `PartialCommit` if other transactions had locked some of the rows; the rest was written
-        then.
+        Other runs write nothing. A batch has at most one write per run. With an `owner`, only runs that it
+        has leased are written. Raises `PartialCommit` if other transactions had locked some of the rows; the
+        rest was written then.
         """
 
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases, only those of `owner` if it is given; a lease that is not among the answers is lost."""
+        """Extend leases to `lease_seconds` from now, only those of `owner` if it is given; return the held ones.
+
+        A lease that is not among the answers is lost. An answer has a client's request to stop or cancel the
+        run.
+        """
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return the JSON texts of definition snapshots by their keys."""
+        """Return the JSON texts of definition snapshots by their keys; missing ones are left out."""
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return the recorded spans of runs by execution id, ordered by their sequence numbers."""
+        """Return the recorded spans of runs by execution id, ordered by sequence number; an empty list for a
+        run without.
+        """
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return the highest sequence number of each run's log, by execution id.
@@ -401,18 +414,22 @@ class RunStore(Protocol):
         """
 
     async def promote_due(self) -> int:
-        """Make runs with an ended wait pending; returns their number. Locked rows are left to a later call."""
+        """Make waiting runs pending whose timer, retry, delay or deferral is due; return their number.
+
+        Locked rows are left to a later call.
+        """
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Reclaim the runs of dead workers, promote due runs, and check for unclaimed runs.
+        """Make up to `limit` runs of dead workers pending, or end them; promote due runs; check for pending runs.
 
-        Leaves locked rows to the next sweep, as `release` and `reclaim` do.
+        A run ends that was asked to stop, or lost too many workers. Locked rows are left to the next sweep.
         """
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
         """Make all running runs of a process pending, except those in `held`; return their number.
 
-        Runs with a request to stop or cancel end instead. The claims do not count as attempts.
+        Runs with a request to stop or cancel end instead. The claims do not count as attempts. Locked rows
+        keep their leases until these end.
         """
 
     async def for_thread(self) -> RunStore:
@@ -426,29 +443,43 @@ class JournalStore(RunStore, Protocol):
     """Operations on runs in one database: those of executors, and those of gateways and schedulers."""
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs in one transaction; answers are in the order of the batch."""
+        """Insert runs in one transaction; answers are in the order of the batch.
+
+        An answer tells whether the run is new, repeats an idempotency key, conflicts with it, is stale (its
+        workflow has changed), or found no free slot.
+        """
 
     async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
-        """Make assigned runs pending that their worker has not received; returns their number.
+        """Make assigned runs pending that their worker has not received; return their number.
 
-        The lost assignment doesn't count as an attempt. Leaves locked rows to the end of their leases.
+        An assigned run was inserted as claimed by a worker. The lost assignment doesn't count as an attempt.
+        Locked rows are left to the end of their leases.
         """
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Store inbound requests, each in one transaction; answers are in the order of the batch."""
+        """Store inbound requests with deliveries and runs, each in one transaction; answers are in the order
+        of the batch.
+
+        An answer tells whether the request is new or repeats a key, and has the answer of each run.
+        """
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return the progress of runs, with outputs of ended runs only."""
+        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs
+        are left out.
+        """
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Reclaim at once all leases of owners that are known to be dead; returns their number.
+        """Make all runs of dead processes pending, or end them, without waiting for their leases; return
+        their number.
 
-        If the process ran out of memory, all its runs become suspects with a loss that counts. If one of its
-        runs was on trial, the loss counts for that run alone.
+        The owners are those whose names begin with `owner_prefix`. If the process ran out of memory, all its
+        runs become suspects with a loss that counts. If one of its runs was on trial, the loss counts for
+        that run alone.
         """
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Request a run to `stop` or `cancel`; returns None for an unknown run.
+        """Request a run to `stop` or `cancel`; return its status after that, its lease owner and channel,
+        None for an unknown run.
 
-        An unclaimed run ends at once.
+        A run that no process holds ends at once; another ends when its process sees the request.
         """

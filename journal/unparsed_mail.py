@@ -66,7 +66,10 @@ class ScreeningRules(msgspec.Struct, frozen=True, rename="camel", omit_defaults=
     """Whether automatic replies, bounces and receipts are run too."""
 
     def rejection_reason(self, received: MailReception) -> str | None:
-        """Return the reason why the rules reject a mail, by the report of its service; None if they accept it."""
+        """Return the reason why the rules reject a mail, by the report of its mail service; None if they accept it.
+
+        A failed check that `reject_on` names comes first, then a spam score above the maximum.
+        """
         if (check := received.failed_check(self.reject_on)) is not None:
             return f"The mail service reports that the mail failed its {check} check, which `rejectOn` names"
         score, most = received.spam_score, self.max_spam_score
@@ -95,16 +98,16 @@ class UnparsedMail(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
 
     @classmethod
     def from_text(cls, text: str | bytes) -> UnparsedMail:
-        """Parse the text that the row of a run has until its mail is parsed; raises `ValueError` for any other
-        text.
+        """Parse the text that the row of a run has instead of a trigger until its mail is parsed; raises
+        `ValueError` for other texts.
         """
         return _decode(text).intake
 
     def parse(self, contents: list[bytes], keep: KeepAttachment) -> tuple[ParsedMailContent, MailReception]:
-        """Return the parsed mail and the report of its service; attachments are passed to `keep`.
+        """Return the parsed mail and the report of its mail service; attachments are passed to `keep`.
 
-        It is CPU work and belongs into a thread. The content is removed from `contents`, since the decoded
-        fields of a urlencoded form are as large again. Raises `InvalidMail`, and the errors of `keep`.
+        `contents` holds the bytes, which are removed from it to free memory. It is CPU work and belongs into
+        a thread. Raises `InvalidMail`, and the errors of `keep`.
         """
         if not self.content_type:
             mail = mail_parsing.parse_mail(contents.pop(), keep)
@@ -120,7 +123,7 @@ class UnparsedMail(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
         return mail, service_forms.add_envelope(received, self.sender, self.recipients)
 
     def as_json(self) -> dict[str, Json]:
-        """Return the JSON value that is stored in place of a trigger."""
+        """Return the JSON value that is stored in place of a trigger's output until the mail is parsed."""
         wrapped: dict[str, Any] = msgspec.to_builtins(_UnparsedMailEnvelope(self))
         return wrapped
 
@@ -138,7 +141,7 @@ def is_unparsed(trigger: str) -> bool:
 
 
 def visible_trigger(trigger: str) -> str:
-    """Return a trigger as the API shows it: an empty object for an unparsed mail."""
+    """Return the JSON text of a trigger's output as the API shows it: an empty object for an unparsed mail."""
     return "{}" if is_unparsed(trigger) else trigger
 
 
@@ -177,10 +180,11 @@ class MailRunState:
 async def release_parsed(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
 ) -> list[MailRunState | None]:
-    """Release the runs of parsed mail to executors; return the state of each run, None for a lost lease.
+    """Store the output of parsed mails and let their runs be claimed; return the state of each run, None for
+    a lost lease.
 
     No attempt is counted. A run with a stop or cancel request ends. So does a run that may not wait and finds
-    no free concurrency slot.
+    no free concurrency slot. Each run gets the metadata of its workflow's settings.
     """
     settings = await _read_settings(connection, batch)
     limits = {
@@ -200,7 +204,7 @@ async def release_parsed(
 
 
 async def note_rejection(connection: AsyncConnection, key: ExecutionKey, reason: str) -> None:
-    """Store the reason for which a mail was rejected in the delivery of its run."""
+    """Store the reason for which a mail was rejected in the delivery of its run, where senders and owners read it."""
     await connection.execute(
         update(Delivery)
         .where(col(Delivery.execution_id) == key.execution_id, col(Delivery.shard) == key.shard)
@@ -230,9 +234,9 @@ def _limit_key(limit: ConcurrencyLimit | None) -> str:
 async def _release_one(
     connection: AsyncConnection, one: MailParseResult, limit: ConcurrencyLimit | None
 ) -> MailRunState | None:
-    """Store the output of a parsed mail and make its run pending; return its state.
+    """Store the output of a parsed mail and make its run pending, as a fresh one; return its state.
 
-    The run fails at a concurrency limit that rejects. None if the mail's lease was lost.
+    The run fails at a limit that rejects, and ends if that was requested. None if the mail's lease was lost.
     """
     is_full = (
         limit is not None

@@ -36,9 +36,9 @@ FORGET_MICROSECONDS: Final = 86_400_000_000
 async def report_presence(
     database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
 ) -> AsyncIterator[None]:
-    """Report a worker as present every few seconds while the context lasts, and its end after it.
+    """Report a worker as present every five seconds while the context lasts, and its end after it.
 
-    An unreachable database is no error.
+    `held_runs` returns the number of its runs. An unreachable database is no error.
     """
     task = asyncio.create_task(_report_forever(database, owner, concurrency, held_runs))
     try:
@@ -54,14 +54,16 @@ async def report_presence(
 
 @cache
 def program_version() -> str:
-    """Return the version of this program."""
+    """Return the version of the installed package."""
     return metadata.version("pilotflame")
 
 
 async def store_presence(
     connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int
 ) -> None:
-    """Insert or renew the row by which a worker shows that it lives, with its concurrency and number of held runs."""
+    """Insert or renew the row of a living worker process, with its number of slots (at its first report) and
+    of held runs.
+    """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(WorkerPresence).values(
         owner=owner,
@@ -80,7 +82,7 @@ async def store_presence(
 
 
 async def end_presence(connection: AsyncConnection, *, owner: str) -> None:
-    """Record that a worker has stopped in order, so that it no longer counts as alive."""
+    """Record that a worker has stopped in an orderly way, so that it no longer counts as alive."""
     await connection.execute(
         update(WorkerPresence)
         .where(col(WorkerPresence.owner) == owner)
@@ -89,7 +91,9 @@ async def end_presence(connection: AsyncConnection, *, owner: str) -> None:
 
 
 async def forget_absent_workers(database: Database) -> None:
-    """Delete workers that have not reported for a day, except the last of all; raises `DatabaseUnavailable`."""
+    """Delete workers that have not reported for a day, but keep the last one that reported; raises
+    `DatabaseUnavailable`.
+    """
 
     async def work(connection: AsyncConnection) -> None:
         newest = select(func.max(col(WorkerPresence.seen_at))).scalar_subquery()
@@ -106,6 +110,7 @@ async def forget_absent_workers(database: Database) -> None:
 async def _report_forever(
     database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
 ) -> None:
+    """Report the worker every five seconds until it is canceled; failures are logged."""
     while True:
         try:
             await database.transaction(

@@ -29,7 +29,7 @@ class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_value(cls, value: Json) -> BlobReference:
-        """Parse a reference from a JSON value; raises `InvalidBlobReference`."""
+        """Parse a reference from its JSON value, `{"$blob": {...}}`; raises `InvalidBlobReference`."""
         try:
             return msgspec.convert(value, _BlobReferenceEnvelope).blob
         except msgspec.ValidationError as error:
@@ -37,7 +37,9 @@ class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_text(cls, text: bytes) -> BlobReference:
-        """Parse the reference that stands for a large value in a row; raises `InvalidBlobReference`."""
+        """Parse a reference from JSON text, as a row has it instead of a large value; raises
+        `InvalidBlobReference`.
+        """
         try:
             return decoding.decode(text, _BlobReferenceEnvelope).blob
         except msgspec.DecodeError as error:

@@ -40,8 +40,8 @@ class RunBlobs:
     ) -> BlobReference:
         """Store content durably as a blob named by its SHA-256, and return the reference to it.
 
-        Media type and name are cleaned. Waits for one of a limited number of transfers. Raises
-        `BlobsUnavailable`, also after a timeout.
+        An unknown media type or a path in the name is replaced by a harmless one. Waits for one of four
+        transfers at a time. Raises `BlobsUnavailable`, also after 60 seconds.
         """
         _require_ids(owner)
         async with self._transfers, _limit_time():
@@ -51,10 +51,10 @@ class RunBlobs:
         return BlobReference(digest, len(content), label.type, label.name)
 
     async def get(self, owner: BlobOwner, sha256: str, *, max_bytes: int | None = None) -> bytes:
-        """Return a whole blob.
+        """Return the whole content of a blob, verified by its hash.
 
-        Raises `BlobTooLarge` above `max_bytes`, `BlobLost` for a missing or corrupt blob, and
-        `BlobsUnavailable`.
+        Waits for one of four transfers at a time. Raises `BlobTooLarge` above `max_bytes` before it reads,
+        `BlobLost` for a missing or corrupt blob, and `BlobsUnavailable`, also after 60 seconds.
         """
         async with self._transfers, _limit_time(), self.open(owner, sha256) as opened:
             if max_bytes is not None and opened.size > max_bytes:
@@ -63,10 +63,10 @@ class RunBlobs:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a blob for reading in chunks within the block.
+        """Open a blob for reading in chunks within the block, without a time limit.
 
-        Raises `BlobLost` for a missing blob and, instead of the last chunk, for a corrupt one; and
-        `BlobsUnavailable`.
+        Raises `BlobLost` for a missing blob and an invalid hash and, instead of the last chunk, for a corrupt
+        blob; and `BlobsUnavailable`.
         """
         _require_ids(owner)
         if not _SHA256.fullmatch(sha256):
@@ -86,7 +86,10 @@ class BlobStore(RunBlobs):
         self._backend = backend
 
     async def delete_runs(self, owners: Iterable[BlobOwner]) -> None:
-        """Delete all blobs that belong to these deleted runs; raises `BlobsUnavailable`."""
+        """Delete all blobs of each owner, one owner after another; raises `BlobsUnavailable`.
+
+        An owner is a run with the runs that resumed it. The caller checks that no run is left.
+        """
         for owner in owners:
             _require_ids(owner)
             await self._backend.delete(owner)
@@ -107,6 +110,7 @@ class BlobTooLarge(Exception):
 
 @asynccontextmanager
 async def _limit_time() -> AsyncIterator[None]:
+    """Raise `BlobsUnavailable` if the block takes longer than `TRANSFER_SECONDS`."""
     limit = asyncio.timeout(TRANSFER_SECONDS)
     try:
         async with limit:
@@ -116,7 +120,7 @@ async def _limit_time() -> AsyncIterator[None]:
 
 
 async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
-    """Yield chunks, each after the next was read; raise `BlobLost` instead of the last one if the hash is wrong."""
+    """Yield chunks, each one late, so that a wrong hash of the whole raises `BlobLost` instead of the last chunk."""
     digest = hash_of()
     held = b""
     async for chunk in opened.chunks:
@@ -144,5 +148,9 @@ def _clean_media_type(text: str) -> str:
 
 
 def _clean_file_name(text: str) -> str:
-    """Return a displayable file name from an untrusted one: no path, no control characters, a limited length."""
+    """Return the last part of an untrusted path as a file name, without control characters, cut to its last
+    255 characters.
+
+    It may be empty.
+    """
     return _UNPRINTABLE.sub("", text).replace("\\", "/").rpartition("/")[2][-MAX_NAME_CHARACTERS:]

@@ -20,7 +20,9 @@ _BUCKET_URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\
 
 
 def open_blobs(settings: ServerSettings) -> BlobStore:
-    """Return the blob store that the settings name, a bucket or a folder; raises `InvalidSettings`."""
+    """Return the blob store that the settings name: a bucket, or else a folder `blobs` in the data folder;
+    raises `InvalidSettings`.
+    """
     return BlobStore(_open_storage(settings))
 
 

@@ -52,7 +52,7 @@ class BucketBlobStorage:
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
         """Write a blob as an object of the bucket, with its media type and file name as attributes.
 
-        Raises `BlobsUnavailable`.
+        An existing object is replaced. Raises `BlobsUnavailable`.
         """
         attributes = {
             "Content-Type": label.type,
@@ -85,9 +85,10 @@ class BucketBlobStorage:
                 await obstore.delete_async(self._store, [entry["path"] for entry in listed])
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Yield batches of owners with objects that are all older than `age`, by the time of the bucket.
+        """Yield batches of owners whose newest object is older than `age`, by the time of the bucket; batches
+        may be empty.
 
-        Raises `BlobsUnavailable`.
+        Objects that are no blobs are skipped. Raises `BlobsUnavailable`.
         """
         since = await self._now() - age
         newest: dict[BlobOwner, datetime] = {}
@@ -125,6 +126,7 @@ class BucketBlobStorage:
 
 
 async def _read_chunks(result: obstore.GetResult) -> AsyncIterator[bytes]:
+    """Yield the content of an object in chunks of about `CHUNK_BYTES`; raises `BlobsUnavailable`."""
     with _translate_errors():
         async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
@@ -132,6 +134,7 @@ async def _read_chunks(result: obstore.GetResult) -> AsyncIterator[bytes]:
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
+    """Raise `BlobLost` for a missing object, and `BlobsUnavailable` for other failures of the bucket in the block."""
     try:
         yield
     except FileNotFoundError as error:

@@ -48,15 +48,17 @@ class FolderBlobStorage:
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
         """Write a blob to a file in the folder of its owner, durable when the call returns.
 
-        Raises `BlobsUnavailable`.
+        An existing file is kept if its content matches the hash, and replaced otherwise. Raises
+        `BlobsUnavailable`.
         """
         await self._in_thread(lambda: self._put(owner, sha256, content, label))
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open the file of a blob for reading in pieces until the block ends.
+        """Open the file of a blob for reading in chunks of a megabyte until the block ends.
 
-        Raises `BlobLost` if it is missing or its label unreadable, and `BlobsUnavailable`.
+        Raises `BlobLost` if it is missing or its label (media type and name) unreadable, and
+        `BlobsUnavailable`.
         """
         file, label, size = await self._in_thread(lambda: _open_labeled(self._of(owner) / sha256))
         try:
@@ -72,13 +74,19 @@ class FolderBlobStorage:
         await self._in_thread(lambda: _remove_folder(self._of(owner)))
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Yield batches of owners whose folders have not changed for `age`."""
+        """Yield batches of at most 500 owners whose folders have not changed for `age`, by the time of the
+        file system.
+
+        Raises `BlobsUnavailable`.
+        """
         found = self._idle(age.total_seconds())
         while batch := await self._in_thread(lambda: list(islice(found, BATCH_OWNERS))):
             yield batch
 
     async def close(self) -> None:
-        """End the threads after their present reads and writes, without waiting for them."""
+        """Let the threads end after their present reads and writes, without waiting for them; queued work is
+        dropped.
+        """
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
@@ -94,9 +102,11 @@ class FolderBlobStorage:
     # ── in a thread ───────────────────────────────────────────────────────────────────────────────
 
     def _of(self, owner: BlobOwner) -> Path:
+        """Return the folder of an owner's blobs."""
         return self._root / owner.organization_id / owner.key_id
 
     def _put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
+        """Write a blob in the present thread; `put` describes the rest."""
         folder = self._of(owner)
         if not _is_whole(folder / sha256, sha256):
             if not self._is_made:
@@ -110,6 +120,7 @@ class FolderBlobStorage:
             durable_folders.sync_folder(changed)
 
     def _idle(self, age_seconds: float) -> Iterator[BlobOwner]:
+        """Yield the owners whose folders were last changed before `age_seconds` ago."""
         if not self._root.is_dir():
             return
         since = self._now() - age_seconds
@@ -131,6 +142,7 @@ class FolderBlobStorage:
 
 
 def _list_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the subfolders named by ids; none if the folder is missing."""
     try:
         with os.scandir(folder) as entries:
             yield from (
@@ -163,6 +175,7 @@ def _create_file(path: Path) -> BinaryIO:
 
 
 def _is_whole(path: Path, sha256: str) -> bool:
+    """Return whether a file exists and its content has the hash."""
     try:
         file, _, _ = _open_labeled(path)
     except BlobLost:
@@ -175,9 +188,10 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 
 def _open_labeled(path: Path) -> tuple[BinaryIO, BlobLabel, int]:
-    """Return a file positioned behind its label, the label, and the number of bytes that follow.
+    """Open the file of a blob; return it positioned behind its label, the label, and the number of bytes that
+    follow.
 
-    Raises `BlobLost` for a missing file or an unreadable label.
+    Raises `BlobLost` for a missing file or an unreadable label, and `OSError`.
     """
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")

@@ -52,23 +52,27 @@ class LargeValues:
     max_row_bytes: int
 
     async def store(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return the newest span of each node and iteration, with values too large for a row replaced by references.
+        """Store values over 256 KiB as blobs; return the newest span of each node and iteration with
+        references to them.
 
-        These values are durable as blobs by then. Raises `BlobsUnavailable`.
+        Earlier spans of the same node and iteration are dropped. The blobs are durable by then. Raises
+        `BlobsUnavailable`.
         """
         newest = {(span.node_id, span.iteration): span for span in spans}
         put: dict[bytes, bytes] = {}
         return [await self._without_large(span, put) for span in newest.values()]
 
     async def restore(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return spans with references replaced by the recorded values, read one after another.
+        """Return spans with references replaced by the values from the blobs, read one after another.
 
-        Raises `RecordedValueLost` and `BlobsUnavailable`.
+        All outputs are read, and inputs only for nodes that have not ended. Raises `RecordedValueLost` and
+        `BlobsUnavailable`.
         """
         return [await self._restore_span(span) for span in spans]
 
     async def trigger(self, text: str) -> Json:
-        """Return the output of a trigger whose body is stored as a blob, with that body.
+        """Return the output of a trigger whose body is stored as a blob, with that body; `text` is the row's
+        JSON with the reference.
 
         Raises `RecordedValueLost` and `BlobsUnavailable`.
         """
@@ -80,6 +84,9 @@ class LargeValues:
             ) from error
 
     async def _without_large(self, span: NodeSpan, put: dict[bytes, bytes]) -> NodeSpan:
+        """Return a span with references in place of an input, an output and a rendered config that are too
+        large for a row.
+        """
         if self._is_large(span.input):
             span = msgspec.structs.replace(
                 span, input=None, input_blob=await self._reference(span.input or b"", put)
@@ -98,11 +105,15 @@ class LargeValues:
         return value is not None and len(value) > self.max_row_bytes
 
     async def _reference(self, content: bytes, put: dict[bytes, bytes]) -> bytes:
+        """Store content as a blob once, as noted in `put` by content, and return the text of its reference."""
         if content not in put:
             put[content] = (await self.blobs.put(self.owner, content, media_type=MEDIA_TYPE)).as_text()
         return put[content]
 
     async def _restore_span(self, span: NodeSpan) -> NodeSpan:
+        """Return a span with its values instead of references: the output, and the input of a node that has
+        not ended.
+        """
         # Nothing reads the input of a settled node again.
         if span.input_blob is not None and span.status not in SETTLED_STATUSES:
             span = msgspec.structs.replace(
@@ -132,7 +143,7 @@ class EncodedTrigger:
 
     @classmethod
     def of(cls, trigger: Mapping[str, Json]) -> Self:
-        """Encode the output of a trigger with a body, as a whole and without the body.
+        """Encode the output of a trigger that has a `body`, twice: whole with the body first, and without the body.
 
         Raises `InvalidJson`, and `BudgetExceeded` within `offload.try_inline`.
         """
@@ -150,7 +161,10 @@ class EncodedTrigger:
         return self.content[len(_FIELD) : len(self.content) - len(self.rest)]
 
     def as_row(self, reference: BlobReference) -> str:
-        """Return the text for the row of the run, with a reference in place of the body."""
+        """Return the JSON text for the row of the run: the trigger's output with a reference in place of the body.
+
+        Its first characters, `{ "body":`, mark it as such.
+        """
         return f"{SEPARATE_BODY}{reference.as_text().decode()},{self.rest[1:].decode()}"
 
 
@@ -160,18 +174,22 @@ def is_separate(trigger: str) -> bool:
 
 
 def split_fields(trigger: str) -> dict[str, Raw]:
-    """Return the fields of a trigger text with a reference, each as JSON text; `body` is the reference."""
+    """Return the fields of a trigger text whose body is a reference, each as JSON text; the one of `body` is
+    the reference.
+    """
     return decoding.decode(trigger, dict[str, Raw])
 
 
 def find_reference(trigger: str) -> BlobReference:
-    """Return the reference to the body in a trigger text; raises `InvalidBlobReference`."""
+    """Return the reference to the body in a trigger text; raises `InvalidBlobReference`, and `KeyError`
+    without a body.
+    """
     row: dict[str, Any] = decoding.decode(trigger)
     return BlobReference.from_value(row[BODY])
 
 
 async def read_body(trigger: str, blobs: RunBlobs, owner: BlobOwner) -> dict[str, Json]:
-    """Return the whole trigger output for a trigger text with a reference to its body.
+    """Return the whole trigger output for a trigger text with a reference to its body, which is read from its blob.
 
     Raises `BlobLost`, `BlobsUnavailable` and `InvalidBlobReference`.
     """

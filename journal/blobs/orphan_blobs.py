@@ -25,7 +25,8 @@ BATCH_OWNERS: Final = 500
 
 
 async def delete_orphans(blobs: BlobStore, database: Database) -> None:
-    """Delete blobs that have had no run for `MIN_AGE_HOURS`, and log their number of runs.
+    """Delete the blobs of owners that no execution names, and that got no new blob for 24 hours; log how many
+    owners.
 
     Raises `BlobsUnavailable` and `DatabaseUnavailable`.
     """
@@ -37,7 +38,7 @@ async def delete_orphans(blobs: BlobStore, database: Database) -> None:
 
 
 async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[BlobOwner]) -> int:
-    """Delete the blobs of owners that no execution refers to; return the number of these owners.
+    """Delete the blobs of those owners that no execution refers to any more; return the number of these owners.
 
     Call it after the commit that deletes the rows: a run that was resumed from a deleted run keeps their
     shared blobs. Raises `BlobsUnavailable` and `DatabaseUnavailable`.
@@ -61,7 +62,7 @@ async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequen
 
 
 async def _find_referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
-    """Return those ids that an execution has, or that a resumed or replayed execution refers to."""
+    """Return those of the ids that are an execution's own, or the `key_id` of a resumed or replayed execution."""
     # Each part has an index of its own.
     resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)
     replayed = col(Execution.replay_of).is_not(None) & col(Execution.key_id).in_(key_ids)

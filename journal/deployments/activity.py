@@ -120,15 +120,19 @@ class DeploymentActivity:
 
     @property
     def policy(self) -> DeploymentPolicy:
-        """The lifecycle policy.
+        """The lifecycle policy, parsed.
 
-        Its use raises `ZoneInfoNotFoundError` where this machine doesn't know its time zone.
+        It raises `ZoneInfoNotFoundError` where this machine doesn't know the policy's time zone.
         """
         return lifecycle_policy.parse_policy(self.stored_policy)
 
 
 def activity_statement() -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads deployments with policy, activity and the time, for callers to add conditions."""
+    """Return the statement that reads deployments with their policy, whether runs are due or running, the
+    last end, and the time.
+
+    Callers add conditions.
+    """
     return select(
         Deployment,
         col(Workflow.lifecycle),
@@ -159,7 +163,7 @@ async def read_activities(
 
 
 async def read_all_activities(connection: AsyncConnection, after: str = "") -> Sequence[DeploymentActivity]:
-    """Return a batch of activities of deployed workflows, ordered by workflow id, after `after`."""
+    """Return up to 500 activities of deployed workflows whose ids follow `after`, ordered by workflow id."""
     wanted = (
         activity_statement()
         .where(col(Deployment.workflow_id) > after, col(Deployment.is_deployed))
@@ -176,10 +180,11 @@ lock.
 
 
 async def lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Lock a deployment against changes and new activity until the transaction ends; return True.
+    """Lock a deployment's row against changes and new activity until the transaction ends; return True, also
+    without a row.
 
     A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock. Waits
-    for other transactions; raises `LockWaitTimeout`.
+    for other transactions; raises `LockWaitTimeout`. SQLite has one writer, and locks nothing.
     """
     await connection.execute(
         select(col(Deployment.workflow_id))
@@ -203,7 +208,7 @@ async def try_lock_deployment(connection: AsyncConnection, workflow_id: str) -> 
 
 
 async def record_activity(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Record activity of a deployment; returns whether the workflow is deployed.
+    """Set the time of a deployment's last activity to now; return whether the workflow is deployed.
 
     Committed before the run is, it keeps an idle deployment from stopping in between. If the stop was faster,
     the sweep for waiting runs finds the run.
@@ -252,11 +257,13 @@ async def decide_and_apply(
     user_id: str | None = None,
     lock: LockDeployment = lock_deployment,
 ) -> DecidedDeployment | None:
-    """Read a deployment, decide, and apply the decision in one transaction; return both.
+    """Read a deployment, call `decide`, and apply its decision in one transaction; return the deployment
+    after it and the decision.
 
-    None for a workflow that was never deployed, or if `lock` doesn't get the deployment. Concurrent activity
-    is either seen here, or sees the decision. `decide` may be called again, and its exceptions propagate.
-    Raises `DatabaseUnavailable`.
+    None for a workflow that was never deployed, or if `lock` doesn't get the deployment. A start gets
+    `replicas` pods, by default the last number. `user_id` is the author. Concurrent activity is either seen
+    here, or sees the decision. `decide` may be called again, and its exceptions propagate. Raises
+    `DatabaseUnavailable`.
     """
     work = partial(
         _decide_and_apply,
@@ -279,7 +286,8 @@ async def decide_and_apply(
 
 
 def decide_by_policy(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Return the decision that the lifecycle policy of a deployment makes now, for `decide_and_apply`.
+    """Return what the lifecycle policy of a deployment decides for its present activity; a `decide` for
+    `decide_and_apply`.
 
     Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
@@ -294,10 +302,11 @@ async def apply_decision(
     replicas: int | None = None,
     user_id: str | None = None,
 ) -> Deployment:
-    """Change the desired state of a deployment by a decision, and store the decision; return the new state.
+    """Write the change of a deployment's desired state, with the next generation, and a record of the
+    decision; return the new state.
 
-    `replicas` is for a start; the default is the last number of pods. Raises `DeploymentChanged` if the state
-    has changed since it was read.
+    `replicas` is the number of pods of a start; the default is the last number. Raises `DeploymentChanged` if
+    the state has changed since it was read.
     """
     before = seen.deployment
     changes = {
@@ -325,7 +334,9 @@ async def store_decision(
     *,
     user_id: str | None = None,
 ) -> None:
-    """Store a decision with its inputs, its author, and the number of pods that it wants; count it in the metrics."""
+    """Insert the record of a decision with its reason, inputs and author (None: no person), and count it in
+    the metrics.
+    """
     kept = LifecycleDecision(
         id=ids.new_id("decision"),
         organization_id=after.organization_id,
@@ -370,7 +381,11 @@ async def _decide_and_apply(
 def _determine_changes(
     seen: DeploymentActivity, decision: LifecycleVerdict, replicas: int | None
 ) -> dict[str, Any]:
-    """Return the columns of the desired state that a decision changes."""
+    """Return the columns of the desired state that a start, a wake, a drain or a stop changes, with their new
+    values.
+
+    `replicas` is the number of pods of a start; None means the last number.
+    """
     before, now = seen.deployment, seen.now
     if decision.action in _STARTING_ACTIONS:
         pods = replicas or before.last_replicas
@@ -398,7 +413,7 @@ def _determine_changes(
 
 
 async def pod_lease_owners(database: Database, workflow_id: str) -> frozenset[PodProcess]:
-    """Return the pod processes that hold runs of a workflow; raises `DatabaseUnavailable`."""
+    """Return the processes of a workflow's pods that hold leases of its running runs; raises `DatabaseUnavailable`."""
     prefix = lease_owner_prefix(workflow_id)
     statement = (
         select(col(Execution.lease_owner))
@@ -418,10 +433,12 @@ async def reclaim_pod_leases(
     gone: Iterable[PodProcess],
     out_of_memory: Collection[PodProcess] = (),
 ) -> int:
-    """Reclaim the runs of ended processes; returns the number of runs. Raises `DatabaseUnavailable`.
+    """Make the runs of ended pod processes pending again, or end them; return the number of runs. Raises
+    `DatabaseUnavailable`.
 
-    The processes in `out_of_memory` were killed for lack of memory. If a process still runs after all, as on
-    a machine that is cut off, its writes are refused from then on.
+    The processes in `out_of_memory` were killed for lack of memory: their runs get a log line, and are
+    isolated sooner. If a process still runs after all, as on a machine that is cut off, its writes are
+    refused from then on.
     """
     count = 0
     for process in gone:

@@ -50,9 +50,8 @@ class DeployRequest:
 
 
 async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Deployment | None:
-    """Return the desired and last observed state of a deployment.
-
-    Returns None for a workflow that was never deployed.
+    """Return the row of a deployment, with its desired and last observed state; None for a workflow that was
+    never deployed.
     """
     statement = select(Deployment).where(col(Deployment.workflow_id) == workflow_id)
     row = (await connection.execute(statement)).mappings().first()
@@ -60,11 +59,12 @@ async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Depl
 
 
 async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, secret: bytes) -> Deployment:
-    """Deploy a definition and return the desired state.
+    """Store a definition, make it the desired state of its workflow's deployment, and start it; return the
+    new state.
 
-    Do nothing if its pods are already desired and have not failed. New pods get a new token. The token of
-    replaced pods stays valid until none of them is left. Raises `LockWaitTimeout`, and `LookupError` for an
-    unknown workflow.
+    Nothing changes if its pods are already desired and have not failed. New pods get a new token; the token
+    of replaced pods stays valid until none of them is left. Raises `LockWaitTimeout`, and `LookupError` for
+    an unknown workflow.
     """
     await _store_definition(connection, order)
     await activity.lock_deployment(connection, order.workflow_id)
@@ -96,9 +96,10 @@ async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, 
 async def undeploy_workflow(
     connection: AsyncConnection, workflow_id: str, *, user_id: str, reason: StoppedReason | None = None
 ) -> Deployment | None:
-    """Undeploy a workflow, release its runs to the workers, and return the new state.
+    """Undeploy a workflow: stop its pods without draining, let workers execute its runs, and return the new state.
 
-    None for a workflow that isn't deployed. Raises `LockWaitTimeout`.
+    None for a workflow that isn't deployed. `reason` is shown as the cause of the stop. Raises
+    `LockWaitTimeout`.
     """
     await activity.lock_deployment(connection, workflow_id)
     seen = await activity.read_activity(connection, workflow_id)
@@ -112,6 +113,7 @@ async def undeploy_workflow(
 
 
 def _is_desired(deployment: Deployment, order: DeployRequest) -> bool:
+    """Return whether the same definition and version is deployed already, with pods desired that have not failed."""
     return (
         deployment.is_deployed
         and deployment.definition_hash == order.definition_hash
@@ -122,9 +124,8 @@ def _is_desired(deployment: Deployment, order: DeployRequest) -> bool:
 
 
 async def _store_definition(connection: AsyncConnection, order: DeployRequest) -> None:
-    """Store a definition, or renew its age.
-
-    Otherwise retention might delete it before a deployment refers to it.
+    """Store a definition, or set its age to now if it exists, so that retention does not delete it before its
+    deployment.
     """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(Definition).values(
@@ -143,7 +144,7 @@ async def _store_definition(connection: AsyncConnection, order: DeployRequest) -
 
 
 async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> DeploymentActivity:
-    """Insert a deployment that is not deployed yet, and return its activity.
+    """Insert the row of a workflow's first deployment, not deployed yet, and return its activity.
 
     Raises `LookupError` for an unknown workflow.
     """
@@ -179,7 +180,12 @@ async def _update_deployment(
 
 
 async def _release_to_workers(connection: AsyncConnection, deployment: Deployment) -> None:
-    """Let workers execute the runs of a deployment: at once, or when their lease or wait ends."""
+    """Let workers execute the unfinished runs of a deployment: pending ones at once, others when their lease
+    or wait ends.
+
+    Deferred runs become pending. Runs that wait for a slot, a delay or a parser lose only their assignment to
+    the pods.
+    """
     workflow_id = deployment.workflow_id
     await wakes.release_deferred_runs(connection, workflow_id)
     for status in UNFINISHED:

@@ -110,7 +110,9 @@ class WakeOutcome(Enum):
 
 
 def is_desired(deployment: Deployment) -> bool:
-    """Return whether a deployment should have pods and is not draining."""
+    """Return whether a deployment should have pods that take new runs: its desired number is positive, and it
+    is not draining.
+    """
     return deployment.replicas > 0 and deployment.drain_until is None
 
 
@@ -135,7 +137,9 @@ async def record_activities(database: Database, workflow_ids: Collection[str]) -
 
 
 def blocked_reason(deployment: Deployment) -> str | None:
-    """Return the reason why pods wait for capacity of the cluster; None if they aren't blocked."""
+    """Return the observed reason why pods wait for capacity of the cluster; None if they aren't blocked, or
+    aren't desired.
+    """
     is_blocked = (
         is_desired(deployment)
         and deployment.observed not in SERVING_STATES
@@ -146,7 +150,8 @@ def blocked_reason(deployment: Deployment) -> str | None:
 
 
 def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Decide about a deployment by its policy; one whose pods failed to start is stopped, and started again later.
+    """Decide about a deployment by its policy; one whose pods failed to start is stopped, and retried later
+    by the policy.
 
     Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
@@ -157,9 +162,11 @@ def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Decide about a deployment for a new run, as `decide` of `decide_and_apply`; raises `StartRefused`.
+    """Wake a deployment for a new run unless its pods are desired and have not failed; a `decide` for
+    `decide_and_apply`.
 
-    A deployment with pods that failed to start is started once more.
+    Raises `StartRefused` if the policy allows no start now, and `ZoneInfoNotFoundError` for an unknown time
+    zone.
     """
     refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
     if refusal is not None:
@@ -170,9 +177,11 @@ def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 async def wake_for_waiting_runs(database: Database) -> dict[str, WakeOutcome]:
-    """Wake or release deployments for their unclaimed and deferred runs; returns the outcomes by workflow id.
+    """Start, defer or release the deployments that have unclaimed or deferred runs; return the outcomes by
+    workflow id.
 
-    The caller notifies the deployer of each woken deployment. Raises `DatabaseUnavailable`.
+    Deployments that need nothing are left out. The caller notifies the deployer of each woken deployment.
+    Raises `DatabaseUnavailable`.
     """
     done: dict[str, WakeOutcome] = {}
     for condition in (IS_PENDING, IS_DEFERRED):
@@ -189,7 +198,10 @@ async def wake_for_waiting_runs(database: Database) -> dict[str, WakeOutcome]:
 
 
 async def release_deferred_runs(connection: AsyncConnection, workflow_id: str) -> int:
-    """Make the deferred runs of a deployment pending, with blocked intervals that end now; return their number."""
+    """Make the deferred runs of a deployment pending, with blocked intervals that end now; return their number.
+
+    They waited for its window, or for a start by hand.
+    """
     code = case(
         (col(Execution.due_at) == UNTIL_STARTED, BlockerCode.STOPPED_MANUALLY.value),
         else_=BlockerCode.WINDOW_CLOSED.value,
@@ -204,7 +216,8 @@ async def release_deferred_runs(connection: AsyncConnection, workflow_id: str) -
 
 
 def targets_statement(condition: ColumnElement[bool], after: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds up to `BATCH_TARGETS` deployments after `after` with such runs.
+    """Return the statement that lists up to 200 deployments after the workflow id `after` with runs that meet
+    the condition.
 
     It makes one index probe for each. Ids of workflows sort after the words that name the other targets.
     """
@@ -237,6 +250,7 @@ async def _record_activities(
 
 
 async def _wake_for_runs(database: Database, workflow_id: str, condition: ColumnElement[bool]) -> WakeOutcome:
+    """Decide for one deployment with such runs, and apply it; an unknown time zone is logged, and changes nothing."""
     async with database.read() as connection:
         seen = await activity.read_activity(connection, workflow_id)
     try:
@@ -254,8 +268,8 @@ async def _wake_for_runs(database: Database, workflow_id: str, condition: Column
 def _needs_nothing(seen: DeploymentActivity, condition: ColumnElement[bool]) -> bool:
     """Return, without a lock, whether the runs of a deployment need no change.
 
-    That holds for most: pods are already desired for the pending runs, or the deferred runs may not start
-    yet.
+    True if pods are desired already for its pending runs, or its deferred runs may not start yet. False for a
+    workflow that is no longer deployed.
     """
     if not seen.deployment.is_deployed:
         return False
@@ -265,6 +279,7 @@ def _needs_nothing(seen: DeploymentActivity, condition: ColumnElement[bool]) -> 
 
 
 async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> WakeOutcome:
+    """Wake, defer or release one locked deployment; return the outcome, `NOTHING` if its lock isn't free."""
     seen = await activity.read_activity(connection, workflow_id)
     if seen is not None:
         if not await activity.try_lock_deployment(connection, workflow_id):
@@ -291,7 +306,7 @@ async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> Wake
 
 
 async def _defer_runs(connection: AsyncConnection, workflow_id: str, due_at: datetime) -> WakeOutcome:
-    """Defer pending runs that have not started until `due_at`; return `DEFERRED`, or `NOTHING` without any.
+    """Defer pending runs that have not started until `due_at`; return `DEFERRED`, or `NOTHING` if there are none.
 
     Started runs keep their state and continue first.
     """
@@ -308,6 +323,9 @@ async def _retarget_runs(
     condition: ColumnElement[bool],
     **values: Any,  # noqa: ANN401 - columns of any type
 ) -> int:
+    """Set columns of a deployment's runs that meet a condition, except locked rows; return the number of
+    changed runs.
+    """
     result = await connection.execute(
         update(Execution)
         .where(col(Execution.target) == workflow_id, condition)

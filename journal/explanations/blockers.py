@@ -170,7 +170,9 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
 
 
 def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
-    """Return the code of a waiting node, by its status and the source of the answer that it waits for, if any."""
+    """Return the code for a node that waits or retries: by the source of the answer that it awaits, None for
+    a timer.
+    """
     if status is SpanStatus.RETRYING:
         return BlockerCode.RETRY_AT
     match kind:

@@ -23,10 +23,10 @@ _STARTS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
 def find_blocker(
     seen: DeploymentActivity | None, last: LastDecision | None, now: datetime, *, since: datetime | None
 ) -> Blocker | None:
-    """Return the reason why no pod of a deployment claims runs; None if one does.
+    """Return the reason why no pod of a deployment claims a run; None if pods are ready.
 
-    `since` is the time from which the run could be claimed. A deployment in an unknown time zone can't be
-    decided here, and counts as asleep.
+    `seen` is None for a workflow that was never deployed, `last` its last decision. `since` is the time from
+    which the run could be claimed. A deployment in an unknown time zone counts as asleep.
     """
     if seen is None or not seen.deployment.is_deployed:
         return Blocker(
@@ -78,9 +78,8 @@ def find_blocker(
 def _starting_blocker(
     seen: DeploymentActivity, last: LastDecision | None, now: datetime, since: datetime | None
 ) -> Blocker:
-    """Return the blocker of a deployment that should have pods and has none that claims runs.
-
-    It has failed, or its pods start.
+    """Return the blocker of a deployment that should have pods and has none that claims runs: they failed, or
+    they start.
     """
     deployment = seen.deployment
     if status_of(deployment) is DeploymentStatus.FAILED:
@@ -139,6 +138,7 @@ def _refusal_blocker(
 
 
 def _explain_failure(seen: DeploymentActivity, since: datetime | None, again_at: datetime | None) -> Blocker:
+    """Return the blocker for pods that can't start, with the reason and the time of the next attempt, `again_at`."""
     deployment = seen.deployment
     reason = deployment.failed_reason or deployment.observed_reason
     return Blocker(

@@ -62,7 +62,11 @@ class DeploymentExplanation:
 def explain_deployment(
     workflow: Workflow, seen: DeploymentActivity | None, last: LastDecision | None
 ) -> DeploymentExplanation:
-    """Explain status, reason, blockers and next event of a workflow's deployment, at the time of its activity."""
+    """Explain status, reason, blockers and next event of a workflow's deployment, as of the time when `seen`
+    was read.
+
+    `seen` is None for a workflow that was never deployed. Being asleep is no blocker: a run starts it.
+    """
     paused = [workflow_paused(workflow.id, since=None)] if workflow.status == WorkflowStatus.PAUSED else []
     status = status_of(seen.deployment if seen is not None else None)
     if seen is None or not seen.deployment.is_deployed:
@@ -83,6 +87,7 @@ def explain_deployment(
 
 
 def _decide(seen: DeploymentActivity) -> LifecycleVerdict:
+    """Return what the policy decides now; no action, with a closed window, in an unknown time zone."""
     try:
         return lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
     except ZoneInfoNotFoundError:
@@ -98,7 +103,9 @@ def _next_event(seen: DeploymentActivity) -> NextEvent | None:
 
 
 def suggest_requests(workflow_id: str, status: DeploymentStatus) -> Sequence[SuggestedRequest]:
-    """Return the request that changes a deployment in this status; none while it changes anyway."""
+    """Return the request that changes a deployment in this status: `deploy`, `start` or `stop`; none for
+    other statuses.
+    """
     names = {
         DeploymentStatus.NOT_DEPLOYED: "deploy",
         DeploymentStatus.STOPPED: "start",

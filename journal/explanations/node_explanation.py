@@ -37,7 +37,7 @@ class SettledNode:
 
 
 async def read_graph(connection: AsyncConnection, run: Execution) -> ParsedGraph:
-    """Return the graph that a run uses; an empty one if its definition is gone."""
+    """Return the graph of a run's definition snapshot; an empty one if the snapshot was deleted."""
     body = await connection.scalar(
         select(col(Definition.body)).where(
             col(Definition.organization_id) == run.organization_id,
@@ -49,7 +49,9 @@ async def read_graph(connection: AsyncConnection, run: Execution) -> ParsedGraph
 
 
 async def read_settled(connection: AsyncConnection, run: Execution) -> Mapping[str, SettledNode]:
-    """Return the settled nodes of a run outside of loops, with status and port, by their ids."""
+    """Return the nodes of a run that have ended, by id, with status and outgoing port; iterations of loops
+    are left out.
+    """
     statement = select(col(SpanRow.node_id), col(SpanRow.status), col(SpanRow.port)).where(
         col(SpanRow.execution_id) == run.id,
         col(SpanRow.shard) == run.shard,
@@ -73,7 +75,8 @@ def explain_node(
 ) -> Explanation:
     """Explain why a node of a run has not ended; without blockers, it has ended or starts at once.
 
-    `triggers` are the nodes that may start a run, and `eager` those that start after their first branch.
+    `settled` are the ended nodes, `triggers` the ids that may start a run, and `eager` those that start after
+    their first branch.
     """
     blockers = _find_blockers(facts, graph, settled, node_id, triggers, eager)
     since = blockers[0].since if blockers else facts.run.updated_at
@@ -88,9 +91,10 @@ def _find_blockers(
     triggers: Collection[str],
     eager: Collection[str],
 ) -> Sequence[Blocker]:
-    """Return the blockers of a node: its own, or those of the unfinished nodes that it waits for.
+    """Return the blockers of a node.
 
-    Empty for a node that has ended.
+    Its own wait; else the branch that was not taken, the parallelism or the state of the run if it is ready,
+    or else the number of unfinished parents. Empty for a node that has ended, and for others of an ended run.
     """
     present = [node for node in facts.nodes if node.node_id == node_id]
     if present:
@@ -123,7 +127,9 @@ def _find_blockers(
 
 
 def _ready_blockers(facts: RunFacts, graph: ParsedGraph) -> Sequence[Blocker]:
-    """Return the reasons why a ready node has not started: the parallelism is used up, or the run itself is blocked."""
+    """Return the reasons why a ready node has not started: the limit of parallel nodes, or else the blockers
+    of the run.
+    """
     limit = graph.settings.parallelism
     at_work = [node for node in facts.nodes if node.status is SpanStatus.RUNNING]
     if len(at_work) >= limit:
@@ -146,7 +152,10 @@ def _branch_blocker(
     skipped: Collection[str],
     node_id: str,
 ) -> Blocker:
-    """Return the blocker that names the nearest settled node before a node, which left by another port."""
+    """Return the blocker of a skipped node: the nearest ended node before it, which left by another port.
+
+    It names no node if none is found.
+    """
     queue, seen = [node_id], {node_id}
     for place in queue:
         for edge in graph.inbound[place]:

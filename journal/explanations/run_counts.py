@@ -62,9 +62,10 @@ class RunCounts:
 
 
 async def count_runs(connection: AsyncConnection, organization_id: str | None = None) -> RunCounts:
-    """Count the unfinished runs of an organization, or of all, by their primary reason.
+    """Count the unfinished runs of an organization, or (None) of all, by the reason why they do not move.
 
-    Each kind is counted up to `MAX_COUNTED`. Of runs in the queue of workers, all count as queued.
+    Each kind is counted up to 10,000. Runs in the queue of the workers all count as queued, or as without a
+    worker. The result has the reports of up to 1,000 workers.
     """
     now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
     workers = await connection.execute(
@@ -90,6 +91,9 @@ class _CodeTotals:
         self.found: dict[BlockerCode, CodeCount] = {}
 
     def add(self, code: BlockerCode, row: Any) -> None:  # noqa: ANN401 - a row with `number` and `oldest`
+        """Add the count and the oldest time of a row to the total of a code; a row with the count 0 changes
+        nothing.
+        """
         if not row.number:
             return
         before = self.found.get(code, CodeCount(0, is_lower_bound=False, oldest_since=None))
@@ -106,7 +110,9 @@ def _to_datetime(value: datetime | int | None) -> datetime | None:
 
 
 def _count_bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:  # noqa: ANN401 - any expression
-    """Return the statement that counts at most `MAX_COUNTED` rows, with `label` and the oldest time."""
+    """Return the statement that counts at most 10,000 rows; its row has `label`, `number`, and `oldest`,
+    their oldest change.
+    """
     some = select(col(Execution.updated_at).label("at")).where(*conditions).limit(MAX_COUNTED).subquery()
     return select(
         literal(label).label("label"), func.count().label("number"), func.min(some.c.at).label("oldest")
@@ -118,7 +124,11 @@ def _select_organization(organization_id: str | None) -> Sequence[ColumnElement[
 
 
 async def _list_deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
-    """Return the deployments with pending or deferred runs, of an organization or (None) of all, sorted."""
+    """Return the ids of deployed workflows with pending or deferred runs, of an organization or (None) of
+    all, sorted.
+
+    Bounded to 500 for an organization, and to 200 for all, for each of the two states.
+    """
     found: set[str] = set()
     for condition in (wakes.IS_PENDING, wakes.IS_DEFERRED):
         if organization_id is None:
@@ -145,6 +155,9 @@ async def _list_deployed_targets(connection: AsyncConnection, organization_id: s
 async def _count_pending(
     connection: AsyncConnection, organization_id: str | None, pods: Sequence[str]
 ) -> Sequence[tuple[str, Any]]:
+    """Return target and count of the pending runs of each target: the queues of workers, the runs without a
+    slot, and `pods`.
+    """
     targets = [*_WORKER_QUEUES, LIMITED_TARGET, *pods]
     statement = union_all(
         *(
@@ -163,7 +176,9 @@ async def _count_pending(
 async def _pending_code(
     connection: AsyncConnection, target: str, workers: Sequence[WorkerPresence], now: datetime
 ) -> BlockerCode:
-    """Return the reason why the pending runs of a target wait."""
+    """Return the reason why the pending runs of a target wait: no slot, no living worker, their deployment,
+    or the queue.
+    """
     if target == LIMITED_TARGET:
         return BlockerCode.WAITING_FOR_SLOT
     if target in _WORKER_QUEUES:
@@ -175,6 +190,7 @@ async def _pending_code(
 async def _deployment_code(
     connection: AsyncConnection, workflow_id: str, now: datetime, *, otherwise: BlockerCode
 ) -> BlockerCode:
+    """Return the code of the blocker of a deployment; `otherwise` if it has none."""
     seen = await activity.read_activity(connection, workflow_id)
     blocker = deployment_blockers.find_blocker(seen, None, now, since=None)
     return otherwise if blocker is None else blocker.code
@@ -183,7 +199,10 @@ async def _deployment_code(
 async def _count_deferred(
     connection: AsyncConnection, organization_id: str | None, pods: Sequence[str], now: datetime
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return reasons and counts of runs that were accepted and may not start yet."""
+    """Return the reason, with count and oldest time, of accepted runs that may not start yet.
+
+    They are held by a paused workflow, delayed to a time, or deferred by one of the deployments `pods`.
+    """
     is_held = col(Execution.due_at) == UNTIL_RESUMED
     of_delayed = and_(
         wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET, *_select_organization(organization_id)
@@ -217,7 +236,10 @@ async def _count_deferred(
 async def _count_waiting(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return reasons and counts of started runs that wait, from the intervals that are open."""
+    """Return reasons and counts of started runs that wait, from their open blocked intervals.
+
+    A run with two open intervals counts twice.
+    """
     is_open: list[ColumnElement[bool]] = [col(BlockedInterval.ended_at).is_(None)]
     if organization_id is not None:
         is_open.append(col(BlockedInterval.organization_id) == organization_id)
@@ -250,7 +272,9 @@ async def _count_waiting(
 async def _count_running(
     connection: AsyncConnection, organization_id: str | None
 ) -> Sequence[tuple[BlockerCode, Any]]:
-    """Return reasons and counts of running runs: their worker is lost, they should end, or they run."""
+    """Return reasons and counts of running runs: their lease has ended, they were asked to stop, or a node is
+    at work.
+    """
     code = case(
         (col(Execution.lease_until) < DatabaseTime(), BlockerCode.WORKER_LOST.value),
         (col(Execution.request).is_not(None), BlockerCode.CANCEL_REQUESTED.value),

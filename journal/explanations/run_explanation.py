@@ -50,10 +50,11 @@ _CHECKED: Final = {
 
 
 def explain_run(facts: RunFacts) -> Explanation:
-    """Explain why a run does not move, at the time of the facts.
+    """Explain why a run does not move, as of the time of the facts.
 
     There are no blockers exactly when the next claim takes the run, or after its end. The first blocker is
-    the primary one.
+    the primary one. A running run has its nodes at work as blockers, and counts as progressing unless its
+    worker is lost.
     """
     run = facts.run
     if run.status in TERMINAL_STATUSES:
@@ -78,7 +79,11 @@ def explain_run(facts: RunFacts) -> Explanation:
 
 
 def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
-    """Yield the blockers of a pending run: a concurrency limit, its deployment, or the queue of the workers."""
+    """Yield the blocker of a pending run, one at most: the concurrency limit, its deployment, the workers, or
+    Redis.
+
+    None if the next claim takes the run.
+    """
     run = facts.run
     if run.target == LIMITED_TARGET:
         yield _slot_blocker(facts)
@@ -120,7 +125,9 @@ def present_workers(workers: Sequence[WorkerPresence], now: datetime) -> list[Wo
 
 
 def no_worker(workers: Sequence[WorkerPresence], queue: str, *, since: datetime | None) -> Blocker:
-    """Return the blocker of runs that no living worker can claim, with the request or action that helps."""
+    """Return the blocker of runs that no living worker can claim; it names the queue and the time of the last
+    report.
+    """
     seen_at = max((worker.seen_at for worker in workers), default=None)
     text = "No worker was ever seen" if seen_at is None else "No worker reports any more"
     return Blocker(
@@ -156,7 +163,7 @@ def _slot_blocker(facts: RunFacts) -> Blocker:
 
 
 def _estimate_slot(facts: RunFacts) -> EndEstimate | None:
-    """Estimate the time of a free slot from the ends of the holders, as if each takes the median time.
+    """Estimate when a waiting run gets a slot, as if each run before it takes the median of recent durations.
 
     None without a limit or recent durations.
     """
@@ -172,6 +179,7 @@ def _estimate_slot(facts: RunFacts) -> EndEstimate | None:
 
 
 def _explain_queue(facts: RunFacts, text: str) -> Blocker:
+    """Return the blocker of a run in the queue of workers, with its place, and an estimate from recent durations."""
     estimate = None
     present = present_workers(facts.workers, facts.now)
     places = sum(worker.concurrency for worker in present)
@@ -211,7 +219,9 @@ def _waiting_blockers(facts: RunFacts) -> Iterator[Blocker]:
 
 
 def _explain_deferral(facts: RunFacts) -> Blocker:
-    """Return the blocker of a run that was accepted and may not start yet."""
+    """Return the blocker of a run that was accepted and may not start yet: a paused workflow, its deployment,
+    or a time.
+    """
     run = facts.run
     if run.due_at == UNTIL_RESUMED and run.target == DELAYED_TARGET:
         if facts.workflow_status == WorkflowStatus.PAUSED:
@@ -253,7 +263,9 @@ def workflow_paused(workflow_id: str, *, since: datetime | None) -> Blocker:
 
 
 def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
-    """Return the blocker that a node at work or in a wait is for its run: the timer, person, event or child run."""
+    """Return the blocker that an unsettled node is for its run: a timer, retry, person, event, task or child
+    run; or its own work.
+    """
     where: Mapping[str, Json] = {
         "node": node.node_id,
         "iteration": node.iteration,
@@ -299,7 +311,11 @@ def _input_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
 
 
 def _task_blocker(node: UnsettledNode) -> Blocker:
-    """Return the blocker of a node whose task a worker of the organization performs, or none does."""
+    """Return the blocker of a node whose task a task worker of the organization performs, or should.
+
+    It tells whether a worker holds the task, none serves it, or it waits for its key, a retry or a free
+    worker. Without an open task, the run is about to continue.
+    """
     task = node.task
     where: dict[str, Json] = {"node": node.node_id, "iteration": node.iteration, "attempt": node.attempt}
     if task is None:
@@ -329,7 +345,11 @@ def _task_blocker(node: UnsettledNode) -> Blocker:
 
 
 def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
-    """Return the blocker of a node at work, with an estimate of its end; child runs that it waits for hold it."""
+    """Return the blocker of a node at work, with the p95 of its recent durations.
+
+    It has an estimated end while the median is not exceeded. Child runs of the node hold it; the caller sees
+    only ids of those it may read.
+    """
     children = [child for child in facts.children if child.node_id in {node.node_id, ""}]
     durations = facts.recent.nodes.get(node.node_id, ())
     p95 = percentile(durations, 0.95) if durations else None
@@ -361,7 +381,10 @@ def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
 
 
 def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
-    """Yield the blockers of a running run: a lost worker, a requested end, and its nodes at work."""
+    """Yield the blockers of a running run: a lost worker alone, or a requested end and then its unsettled nodes.
+
+    Nodes at work come first. A run without unsettled nodes has one blocker for its process.
+    """
     run = facts.run
     if run.lease_until is not None and run.lease_until < facts.now:
         reported = [worker.seen_at for worker in facts.workers if worker.owner == run.lease_owner]
@@ -401,7 +424,10 @@ def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
 
 
 def _next_event(facts: RunFacts, blockers: Sequence[Blocker]) -> NextEvent | None:
-    """Return the earliest event with a known time that may let the run continue; None if no time is known."""
+    """Return the earliest event with a known time that may let the run continue; None if no time is known.
+
+    Without blockers, it is the claim, now.
+    """
     run = facts.run
     moments = [
         NextEvent(_EVENTS.get(one.code, one.code.value), one.until)

@@ -147,16 +147,19 @@ class RunFacts:
 
     @property
     def deployment_id(self) -> str | None:
-        """Deployment whose pods shall run it; None: any worker."""
+        """Workflow id of the deployment whose pods shall run it; None if any worker may, or its target is a
+        special queue.
+        """
         return None if self.run.target in SPECIAL_TARGETS else self.run.target
 
 
 async def read_run_facts(
     connection: AsyncConnection, execution_id: str, caller: ApiCaller, *, is_broker_reachable: bool = True
 ) -> RunFacts | None:
-    """Return the facts about a run that the caller may see; None for any other.
+    """Return the facts from which the state of a run is explained; None for a run that the caller may not see.
 
-    The connection must read one snapshot. Every statement is bounded, by an index and a limit.
+    An ended run gets only its row and blocked intervals. The connection must read one snapshot. Every
+    statement is bounded, by an index and a limit.
     """
     claimable = f"({run_rows.pending_sql('target')} AND {_claimable_sql()})"
     statement = select(
@@ -201,10 +204,10 @@ async def read_intervals(connection: AsyncConnection, execution_id: str) -> Sequ
 
 
 def _claimable_sql() -> str:
-    """Return the SQL condition under which some claim takes a pending row at its own target.
+    """Return the SQL condition under which an executor may claim a pending row at its own target.
 
-    Executors claim their target without suspects, and suspects at the isolation target of theirs; targets of
-    limited, delayed and unparsed runs are never claimed by executors.
+    Suspects (runs that lost several workers) are claimed only at the isolation target; limited, delayed and
+    unparsed runs never.
     """
     isolated = ISOLATION_TARGETS["shared"]
     trial = run_rows.suspect_sql(str(MAX_ISOLATION_LOSSES))
@@ -217,7 +220,11 @@ def _claimable_sql() -> str:
 
 
 async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCaller) -> RunFacts:
-    """Return the facts of an unfinished run with those that matter for its state: slot, workers, nodes, deployment."""
+    """Return the facts of an unfinished run with those that its state needs.
+
+    A pending run gets its slot or its place in the queue; all get their deployment or workers, unsettled
+    nodes, children and recent durations.
+    """
     run = facts.run
     added: dict[str, Any] = {}
     if run.status == ExecutionStatus.PENDING:
@@ -241,7 +248,11 @@ async def _complete(connection: AsyncConnection, facts: RunFacts, caller: ApiCal
 
 
 async def _count_ahead(connection: AsyncConnection, run: Execution, *, is_suspect: bool) -> int:
-    """Return how many runs the claims of this run's target and turn take before it, at most `MAX_COUNTED`."""
+    """Return how many pending runs the claims take before this one, at most 10,000.
+
+    Counted are runs of the same target, kind, organization and queue turn; for a suspect, all suspects of its
+    target.
+    """
     order = run_rows.TRIAL_ORDER if is_suspect else run_rows.CLAIM_ORDER
     kind = run_rows.suspect_sql(str(MAX_ISOLATION_LOSSES)) if is_suspect else run_rows.IS_NO_SUSPECT_SQL
     of_turn = "" if is_suspect else " AND organization_id = :organization_id AND queue_turn = :queue_turn"
@@ -259,6 +270,7 @@ async def _count_ahead(connection: AsyncConnection, run: Execution, *, is_suspec
 
 
 async def _slot_facts(connection: AsyncConnection, run: Execution, caller: ApiCaller) -> SlotFacts:
+    """Return the holders of a run's concurrency key, its limit, and how many waiting runs are before it."""
     key = run.concurrency_key or ""
     counted = concurrency_limits.holders_statement(key).limit(MAX_COUNTED).subquery()
     held = await connection.scalar(select(func.count()).select_from(counted))
@@ -309,7 +321,11 @@ async def read_last_decision(connection: AsyncConnection, workflow_id: str) -> L
 async def _read_unsettled_nodes(
     connection: AsyncConnection, run: Execution, now: datetime
 ) -> Sequence[UnsettledNode]:
-    """Return up to `MAX_NODES` nodes at work or in a wait without an answer, in the order of their spans."""
+    """Return up to 50 nodes of a run that are at work, retry, or wait and have no answer yet, in the order of
+    their spans.
+
+    Nodes that wait for a task have the facts of the task.
+    """
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
         col(WaitAnswer.node_id) == col(SpanRow.node_id),
@@ -354,9 +370,9 @@ async def _read_unsettled_nodes(
 async def _read_children(
     connection: AsyncConnection, run: Execution, caller: ApiCaller
 ) -> Sequence[ChildRun]:
-    """Return the unfinished runs that nodes of a run have started, the oldest first, at most `MAX_HOLDERS`.
+    """Return the unfinished runs that nodes of a run have started, the oldest first, at most 20.
 
-    Each says whether the caller may see it.
+    Each says whether the caller may see it, and which node started it ("" if unknown).
     """
     statement = (
         select(
@@ -390,7 +406,11 @@ async def _read_children(
 async def _recent_durations(
     connection: AsyncConnection, run: Execution, node_ids: Sequence[str]
 ) -> RecentDurations:
-    """Return durations in seconds of the newest completed runs of the workflow, and of these nodes in them."""
+    """Return the durations in seconds of up to 40 completed runs among the newest 80 of the workflow, up to
+    this run.
+
+    With `node_ids`, also those of these nodes in them, outside of loops.
+    """
     newest = (
         select(col(ExecutionData.execution_id))
         .where(

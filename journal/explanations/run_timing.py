@@ -68,9 +68,11 @@ def sum_times(
     primary: BlockerCode,
     since: datetime | None,
 ) -> TimeSpent:
-    """Divide the time of a run by cause: queued, waking, running, and each code of blocked intervals.
+    """Divide the time of a run from its acceptance by cause: queued, waking, running, and each code of
+    blocked intervals.
 
-    `primary` and `since` are the present reason of an unfinished run that has no open interval.
+    It ends with the run, or `now`. Each moment counts once. `primary` and `since` are the present reason of
+    an unfinished run that has no open interval.
     """
     end = run.ended_at or now
     begun_at = run.started_at or end
@@ -100,7 +102,10 @@ def _iterate_blocked_spans(
     primary: BlockerCode,
     since: datetime | None,
 ) -> Iterator[tuple[str, datetime, datetime]]:
-    """Yield code, start and end of each blocked interval, and of the present block of an unfinished run."""
+    """Yield code, start and end of each blocked interval, an open one until `end`.
+
+    An unfinished run without an open interval adds its present block, `primary` since `since`.
+    """
     for interval in intervals:
         yield interval.code, interval.started_at, interval.ended_at or end
     is_open = any(interval.ended_at is None for interval in intervals)
@@ -112,7 +117,10 @@ def _iterate_blocked_spans(
 def _iterate_queued_spans(
     run: Execution, intervals: Sequence[BlockedInterval], end: datetime
 ) -> Iterator[tuple[datetime, datetime]]:
-    """Yield start and end of the times in which a started run could be claimed again and was not."""
+    """Yield start and end of the times in which a started run could continue and was not claimed again.
+
+    They follow blocked intervals.
+    """
     for interval in intervals:
         has_started = run.started_at is not None and interval.started_at >= run.started_at
         if has_started and interval.ended_at is not None:
@@ -120,10 +128,10 @@ def _iterate_queued_spans(
 
 
 def find_critical_path(spans: Iterable[PathStep], edges: Iterable[tuple[str, str]]) -> Sequence[PathStep]:
-    """Return the nodes that determined the end of a run, from the first to the last.
+    """Return the nodes that determined the end of a run, from the first to the last; empty without spans.
 
-    Each is the parent of the next that ended last. `edges` are pairs of source and target. Empty without
-    spans.
+    It begins at the node that ended last and follows, each time, the parent that ended last. `edges` are
+    pairs of source and target.
     """
     by_id = {step.node_id: step for step in spans}
     parents: dict[str, list[PathStep]] = {}
@@ -141,7 +149,11 @@ def find_critical_path(spans: Iterable[PathStep], edges: Iterable[tuple[str, str
 
 
 async def read_critical_path(connection: AsyncConnection, run: Execution) -> Sequence[PathStep]:
-    """Return the critical path of an ended run, from its spans and its definition snapshot."""
+    """Return the critical path of an ended run from its spans (2,000 at most, without loops) and its
+    definition snapshot.
+
+    Without the snapshot it is only the node that ended last.
+    """
     statement = (
         select(
             *(col(SpanRow.node_id), col(SpanRow.label)),

@@ -48,7 +48,9 @@ class TaskFact:
 async def read_tasks(
     connection: AsyncConnection, run: Execution, now: datetime
 ) -> Mapping[tuple[str, str], TaskFact]:
-    """Return the open tasks of a run, by node and iteration."""
+    """Return the open tasks of a run, 200 at most, by node id and iteration, with the reason if no task
+    worker serves them.
+    """
     statement = (
         select(Task)
         .where(col(Task.execution_id) == run.id, col(Task.ended_at).is_(None))

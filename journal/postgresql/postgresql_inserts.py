@@ -60,9 +60,10 @@ class PostgresqlInserts:
     # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs, those that need a free concurrency slot at once one by one.
+        """Insert runs with their definitions and keys; return answers in the order of the batch.
 
-        Return answers in the order of the batch. Raises `DatabaseUnavailable`.
+        Runs that need a free slot at once are inserted one by one, each in a transaction. An answer tells
+        whether the run is new, repeats a key, or was refused. Raises `DatabaseUnavailable`.
         """
         answers: dict[str, AcceptanceResult] = {}
         for item in batch:
@@ -79,9 +80,10 @@ class PostgresqlInserts:
         return [answers[item.execution_id] for item in batch]
 
     async def _accept_within_limit(self, item: RunAcceptance) -> dict[str, AcceptanceResult]:
-        """Insert a run if its key has a free slot; return its answer by execution id.
+        """Insert a run only if its concurrency key has a free slot; return its answer by execution id.
 
-        Without one the verdict is FULL. Raises `DatabaseUnavailable`.
+        Without one the verdict is FULL, unless its idempotency key was used before. Raises
+        `DatabaseUnavailable`.
         """
 
         async def insert() -> list[Any] | None:
@@ -100,6 +102,9 @@ class PostgresqlInserts:
         return answers
 
     async def _accept(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
+        """Insert runs in one statement, and return their answers by execution id, with reasons for those that
+        were not inserted.
+        """
         rows = await self._fetch(_ACCEPT, *_bind_acceptances(batch))
         answers = {row[0]: _accepted(*row) for row in rows}
         refused = [item for item in batch if item.execution_id not in answers]
@@ -110,7 +115,8 @@ class PostgresqlInserts:
     async def _explain_refusals(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
         """Return the answers for runs that a statement has not inserted, by execution id.
 
-        They were accepted by an attempt with a lost answer, repeated, or built from an old revision.
+        They were accepted by an attempt with a lost answer, repeat an idempotency key, or were built from an
+        old revision of their workflow.
         """
         earlier = await self._read_earlier_keys([(item.shard, item.idempotency) for item in batch])
         own = {
@@ -134,7 +140,8 @@ class PostgresqlInserts:
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
         """Store inbound requests with their runs; return answers in the order of the batch.
 
-        Requests that share keys are stored one after another. Raises `DatabaseUnavailable`.
+        Requests that share keys are stored one after another, and so are requests with runs that need a free
+        slot at once. Raises `DatabaseUnavailable`.
         """
         answers: dict[str, IngestResult] = {}
         waiting: Sequence[InboundRequest] = batch
@@ -150,7 +157,10 @@ class PostgresqlInserts:
         return [answers[one.delivery_id] for one in batch]
 
     async def _ingest_within_limit(self, write: InboundRequest) -> dict[str, IngestResult]:
-        """Store an inbound request without those runs that may not wait and have no free slot; return its answer."""
+        """Store an inbound request without those runs that need a free slot and get none, which are answered FULL.
+
+        Return its result by delivery id. Raises `DatabaseUnavailable`.
+        """
         full: set[str] = set()
 
         async def insert() -> list[Any]:
@@ -200,7 +210,8 @@ class PostgresqlInserts:
     async def _explain_missing(self, batch: Sequence[InboundRequest]) -> dict[str, IngestResult]:
         """Return the answers for deliveries that a statement has not inserted, by delivery id.
 
-        They were stored by an attempt with a lost answer, repeated, or built from an old revision.
+        They were stored by an attempt with a lost answer, repeat an idempotency key, or were built from an
+        old revision.
         """
         bound = await self._read_earlier_keys([(one.shard, one.idempotency) for one in batch])
         found = await self._fetch(
@@ -211,9 +222,8 @@ class PostgresqlInserts:
 
 
 async def _lock_free_slots(connection: Any, item: RunAcceptance) -> int:  # noqa: ANN401 - the pool's proxy has no type
-    """Lock a concurrency key until the transaction ends, and return its number of free slots.
-
-    Negative above the limit.
+    """Lock a concurrency key until the transaction ends, and return how many of its slots are free; negative
+    above the limit.
     """
     # A statement of its own, so that the next one sees the commit of the previous holder.
     await connection.execute(
@@ -256,9 +266,10 @@ def _definitions_sql(first: int) -> str:
 
 
 def _idempotency_sql(table: str) -> str:
-    """Return SQL that binds the keys of a table's rows to their ids, unless unexpired rows hold these keys.
+    """Return SQL that binds the idempotency keys of a table's rows to their ids, unless unexpired rows hold
+    these keys.
 
-    It returns the ids whose keys were bound.
+    It returns the ids of rows whose keys were bound; rows without a key are skipped.
     """
     return f"""
     INSERT INTO idempotency AS earlier (shard, scope, key, fingerprint, resource_id, expires_at)
@@ -271,9 +282,10 @@ def _idempotency_sql(table: str) -> str:
 
 
 def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_label: int) -> str:
-    """Return SQL that inserts the runs of the table `winner`: labels, data, and executions.
+    """Return SQL that inserts the runs of the table `winner`: their labels, data, and executions.
 
-    The labels begin at the parameter with the number `first_label`.
+    `status`, `target`, `due_at` and `since` are SQL expressions for runs without an assigned worker. Labels
+    begin at the parameter number `first_label`.
     """
     return f"""label AS (
     INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)
@@ -400,7 +412,9 @@ def _accepted(execution_id: str, started_at: int | None) -> AcceptanceResult:
 
 
 def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
-    """Return the parameters that a statement binds for an accepted run."""
+    """Return the values of a run that is accepted, in the order of the statement's columns; times are in
+    microseconds.
+    """
     key = item.idempotency
     return (
         item.execution_id,
@@ -466,9 +480,10 @@ def _transpose_labels(batch: Sequence[RunAcceptance]) -> list[str]:
 
 
 def _ingest_row(one: InboundRequest, without: Collection[str]) -> tuple[Any, ...]:
-    """Return the parameters that a statement binds for an inbound request.
+    """Return the values of an inbound request, in the order of the statement's columns.
 
-    Its idempotency key is left out if none of its runs is accepted.
+    Its idempotency key is left out if it has runs and all of them are in `without`, so that the sender may
+    repeat it.
     """
     event, key = one.event, one.idempotency
     if event is None and one.runs and all(run.execution_id in without for run in one.runs):
@@ -510,7 +525,9 @@ def _distinct_definitions(batch: Sequence[RunAcceptance]) -> list[str]:
 
 
 def _conflict_order(item: RunAcceptance) -> tuple[str, str]:
-    """Return the values on which acceptances can conflict; concurrent batches must insert in this order."""
+    """Return the idempotency key, or else the run's id, by which acceptances conflict; statements insert in
+    this order.
+    """
     key = item.idempotency
     return (key.scope, key.key) if key else ("", item.execution_id)
 
@@ -522,6 +539,7 @@ def _idempotency_key(item: RunAcceptance) -> ExecutionKey:
 def _acceptance_refusal(
     item: RunAcceptance, earlier: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
 ) -> AcceptanceResult:
+    """Return why a run was not inserted: it was accepted before (`own`), repeats a key, or is stale."""
     if item.execution_id in own:
         return AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id)
     key = item.idempotency
@@ -538,6 +556,7 @@ def _acceptance_refusal(
 def _ingest_refusal(
     one: InboundRequest, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
 ) -> IngestResult:
+    """Return why a delivery was not inserted: it was stored before (`own`), repeats a key, or is stale."""
     if one.delivery_id in own:
         # Stored by an attempt whose answer was lost.
         return IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id)

@@ -105,7 +105,10 @@ RENEW_PAUSES_SECONDS = (0.02, 0.1)
 
 
 async def connect_postgresql(url: URL, *, connections: int, clock: DatabaseClock) -> PostgreSQLStore:
-    """Return a store with its own pool; the first statement opens the first connection."""
+    """Return a store with a pool of at most `connections`; connections open when statements need them.
+
+    It raises nothing for an unreachable server before that.
+    """
     pool = await asyncpg.create_pool(
         sessions.driver_address(url),
         min_size=0,
@@ -134,20 +137,21 @@ class PostgreSQLStore:
         self._inserts = PostgresqlInserts(pool, self._fetch, self._repeat)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; the answers, in the order of the batch, tell which are new, repeated, stale or over a limit.
+        """Insert a batch; return the answers in its order, as `RunStore` and `JournalStore` describe.
 
         Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._inserts.accept(batch)
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Store inbound requests with their runs, each in one transaction; answers are in the order of the
-        batch.
+        """Insert a batch; return the answers in its order, as `RunStore` and `JournalStore` describe.
+
+        Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._inserts.ingest(batch)
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take the best pending runs for a process: set lease and fencing token, and count the attempt.
+        """Take up to `limit` pending runs for a process: set lease and fencing token, and count the attempt.
 
         See `RunStore.claim`. Learns the database time. Raises `DatabaseUnavailable`; only a claim that was
         surely rolled back is repeated.
@@ -160,18 +164,19 @@ class PostgreSQLStore:
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Return whether runs that lost several workers wait to be run apart.
+        """Return whether suspects of a target (runs that lost several workers) wait to be run on trial.
 
-        Those with more than `max_isolation_losses` don't count.
+        Those that lost more than `max_isolation_losses` workers on trial don't count.
         """
         return bool(
             await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write spans and ends of runs; return the ids of runs whose fencing token was still valid.
+        """Write spans, logs and ends of runs; return the ids of runs whose fencing token was still valid.
 
-        See `RunStore.record`. Raises `PartialCommit` if locked rows prevent some writes.
+        Other runs write nothing. See `RunStore.record`. Raises `PartialCommit` if locked rows prevent some
+        writes, and `DatabaseUnavailable`.
         """
         batch = sorted(batch, key=lambda write: write.execution_id)
         try:
@@ -182,9 +187,10 @@ class PostgreSQLStore:
         return await self._record_each(batch, owner)
 
     async def _record_each(self, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
-        """Write run by run, so that a locked row delays only its own run; return the ids of held runs.
+        """Write run by run, so that a locked row delays only its own run; return the ids of runs with a valid
+        token.
 
-        Raises `PartialCommit` with the runs that were not written.
+        Raises `PartialCommit` with the runs that were not written, if there are any.
         """
         held: set[str] = set()
         unwritten: set[str] = set()
@@ -225,10 +231,11 @@ class PostgreSQLStore:
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases by `lease_seconds`; return those that are held, with their control requests.
+        """Extend leases to `lease_seconds` from now; return those that are still held, with requests to stop
+        or cancel.
 
-        A lease that is not among the answers is lost. Locked rows are tried several times, and then marked as
-        locked. Learns the database time.
+        A lease that is not among the answers is lost. Locked rows are tried three times within 0.2 seconds,
+        and then returned as locked, not extended. Learns the database time.
         """
         left = sorted((lease.execution_id, lease.shard, lease.token) for lease in held)
         renewed: list[RenewalResult] = []
@@ -248,13 +255,16 @@ class PostgreSQLStore:
         return [*renewed, *(RenewalResult(execution_id, None, is_locked=True) for execution_id, _, _ in left)]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return the JSON texts of definition snapshots by their keys; missing ones are left out."""
+        """Return the JSON texts of definition snapshots by their keys; missing ones are left out. Raises
+        `DatabaseUnavailable`.
+        """
         rows = await self._fetch(_DEFINITIONS, *transpose_rows(keys, 3))
         return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return the recorded spans of runs by execution id, in their order, so that another process can
-        continue.
+        """Return the recorded spans of runs by execution id, in their order; an empty list for a run without spans.
+
+        Another process continues the run from them.
         """
         asked = dict.fromkeys(keys)
         found: dict[str, list[NodeSpan]] = {key.execution_id: [] for key in asked}
@@ -267,7 +277,11 @@ class PostgreSQLStore:
         return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *transpose_rows(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return status, progress and error of runs, with outputs of ended runs only; unknown runs are left out."""
+        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs
+        are left out.
+
+        Each has the names of nodes whose output is a blob.
+        """
         outputs: dict[str, list[tuple[str, str]]] = {}
         references: dict[str, list[str]] = {}
         rows = await self._fetch(_PROGRESS, *transpose_rows(dict.fromkeys(keys), 2))
@@ -291,13 +305,16 @@ class PostgreSQLStore:
         ]
 
     async def promote_due(self) -> int:
-        """Make runs with an ended wait pending; return their number. See `RunStore.promote_due`."""
+        """Make runs whose wait or delay has ended pending, except locked ones; return their number. See
+        `RunStore.promote_due`.
+        """
         return len(await self._fetch(_PROMOTE_DUE))
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Free or end up to `limit` runs of dead workers, and make due runs pending.
+        """Find runs whose lease has ended: up to `limit` become pending, or end; and make due runs pending.
 
-        The result also says whether unclaimed runs wait.
+        A run ends that was asked to stop, or lost too many workers. The result has the numbers, the ended
+        ids, and whether pending runs wait.
         """
         # Before due runs: a run of a dead worker has waited longest, for the end of its lease and then for
         # this sweep.
@@ -308,7 +325,11 @@ class PostgreSQLStore:
         return SweepResult(len(rows) - len(ended), ended, due, bool(pending))
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Reclaim the runs of a dead owner; return their number. See `JournalStore.reclaim`."""
+        """Reclaim the runs of dead owners whose names begin with `owner_prefix`; return their number. See
+        `JournalStore.reclaim`.
+
+        After a lack of memory, the loss counts against the runs unless one of them was on trial.
+        """
         if not out_of_memory:
             return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, CRASHED_ERROR, False))  # noqa: FBT003 - an argument of the statement
         counts = not await self._fetch(_HAD_TRIAL, owner_prefix)
@@ -328,7 +349,8 @@ class PostgreSQLStore:
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
 
-        Return its status, lease owner and channel; None for an unknown run.
+        Return its status after that, and its lease owner and channel; None for an unknown run. An ended run
+        stays as it is.
         """
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
@@ -344,7 +366,7 @@ class PostgreSQLStore:
         return await connect_postgresql(self._url, connections=1, clock=self.clock)
 
     async def close(self) -> None:
-        """Close the connections after their present statements, or cut them off after a time limit."""
+        """Close the connections after their present statements; after a few seconds, cut them off."""
         try:
             await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
         except TimeoutError:
@@ -403,7 +425,7 @@ def _translate_failure(error: Exception) -> DatabaseFailure | None:
 
 
 def _was_rolled_back(error: Exception) -> bool:
-    """Return whether the server has certainly rolled the statement back."""
+    """Return whether the server has certainly rolled the statement back, so that it can be repeated safely."""
     return failure_of(error) is DatabaseFailure.ROLLED_BACK
 
 
@@ -495,7 +517,7 @@ WITH chosen AS MATERIALIZED (
 
 
 def _claim_statement(claim: ClaimQuery) -> tuple[Any, ...]:
-    """Return the statement of a claim followed by its arguments."""
+    """Return the statement of a claim, for trial or normal, followed by its arguments."""
     lease = claim.owner, int(claim.lease_seconds * 1_000_000)
     if claim.is_trial:
         queue = ISOLATION_TARGETS.get(claim.target, claim.target)
@@ -676,8 +698,9 @@ SELECT id FROM held
 
 
 def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool], str]:
-    """Return the statements that record a batch, by whether it has attempts of nodes, blocked runs, and
-    metadata.
+    """Return the statements that record a batch, by whether it has attempts of nodes, blocked runs, and metadata.
+
+    `lock_milliseconds` limits the wait for locked rows.
     """
     statements: dict[tuple[bool, bool, bool], str] = {}
     for has_attempts, has_blocked, has_metadata in product((False, True), repeat=3):
@@ -785,7 +808,9 @@ LEFT JOIN LATERAL (
 
 
 def _skip_locked_sql(condition: str, limit: str = "") -> str:
-    """Return the SQL condition that selects unlocked rows with a condition, so that a locked row delays only itself."""
+    """Return the SQL condition that selects up to `limit` rows with a condition and locks them; locked rows
+    are skipped.
+    """
     # An array is evaluated once; a subquery may run again for each row, and select other rows each time.
     return (
         f"id = ANY (ARRAY(SELECT id FROM execution WHERE {condition} {limit} FOR NO KEY UPDATE SKIP LOCKED))"

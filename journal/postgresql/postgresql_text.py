@@ -19,15 +19,17 @@ def lock_wait_sql(milliseconds: int) -> str:
 
 
 def transpose_rows(rows: Any, width: int) -> list[str]:  # noqa: ANN401 - rows of any kind of tuple
-    """Turn rows into `width` columns, each as the literal of an array, since `unnest_sql` takes one per column.
+    """Turn rows of `width` values into columns, each as the text of a PostgreSQL array; empty arrays without rows.
 
-    `unnest` pads short arrays with NULL, so a column of NULLs is sent as an empty array.
+    `unnest_sql` takes one text per column. `unnest` pads short arrays with NULL, so a column of NULLs is sent
+    as an empty array.
     """
     return [array_literal(column) for column in zip(*rows, strict=True)] or ["{}"] * width
 
 
 def array_literal(values: Sequence[object]) -> str:
-    """Return texts, numbers, truth values or bytes as the literal of a PostgreSQL array; None is NULL.
+    """Return texts, numbers, truth values or bytes as the text of a PostgreSQL array; None is NULL, and `{}`
+    if all are None.
 
     The driver takes a microsecond for each element of an array, and next to none for a text.
     """
@@ -53,17 +55,21 @@ def _text_array(values: Sequence[str | None]) -> str:
 
 
 def _array(elements: Iterable[str | None]) -> str:
+    """Return the text of an array from its quoted elements; None is NULL."""
     return f"{{{','.join([element or 'NULL' for element in elements])}}}"
 
 
 def _escape(text: str) -> str:
+    """Escape backslashes and quotes for an element of an array."""
     if "\\" in text:
         text = text.replace("\\", "\\\\")
     return text.replace('"', '\\"')
 
 
 def unnest_sql(first: int, types: Sequence[str]) -> str:
-    """Return the arguments of `unnest` for consecutive parameters with literals of arrays."""
+    """Return the arguments of `unnest` for array texts: a cast of each parameter from number `first` to an
+    array of its type.
+    """
     return ", ".join(f"${first + offset}::text::{kind}[]" for offset, kind in enumerate(types))
 
 

@@ -43,6 +43,9 @@ def insert_runs(
 ) -> list[AcceptanceResult]:
     """Insert runs in the open transaction; answers are in the order of the batch. `now` is in microseconds
     since 1970.
+
+    An answer tells whether a run is new, repeats a key, is stale (its workflow has changed), or found no free
+    slot.
     """
     is_current = _current_workflows(connection, batch)
     started_at = from_microseconds(now)
@@ -72,11 +75,15 @@ def insert_runs(
 
 
 def ingest(connection: sqlite3.Connection, batch: Sequence[InboundRequest], now: int) -> list[IngestResult]:
-    """Store inbound requests with their runs in the open transaction; answers are in the order of the batch."""
+    """Store inbound requests with their runs in the open transaction; answers are in the order of the batch.
+
+    `now` is in microseconds since 1970.
+    """
     return [_ingest_one(connection, write, now) for write in batch]
 
 
 def _ingest_one(connection: sqlite3.Connection, write: InboundRequest, now: int) -> IngestResult:
+    """Store one inbound request with its runs, or return the answer to an earlier one with its key."""
     is_current = all(_current_workflows(connection, write.runs).values())
     key = write.idempotency
     if key is not None:
@@ -109,7 +116,10 @@ def _is_delivery_stored(connection: sqlite3.Connection, write: InboundRequest) -
 def _insert_delivery(
     connection: sqlite3.Connection, one: InboundRequest, runs: Sequence[AcceptanceResult], now: int
 ) -> None:
-    """Insert the delivery of an inbound request, with the ids of its accepted runs; an existing one stays."""
+    """Insert the delivery of an inbound request; an existing one stays.
+
+    Its answer is the list of the accepted runs' ids if there are several runs and it is no event.
+    """
     answer = one.answer
     if one.event is None and len(runs) > 1:
         accepted_ids = [run.execution_id for run in runs if run.verdict is AcceptanceVerdict.ACCEPTED]
@@ -140,6 +150,7 @@ def _insert_delivery(
 
 
 def _insert_event(connection: sqlite3.Connection, one: InboundRequest, now: int) -> None:
+    """Insert the event of an inbound request, if it has one."""
     if (event := one.event) is not None:
         connection.execute(
             "INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at)"
@@ -165,20 +176,27 @@ def _delay_microseconds(item: RunAcceptance) -> int | None:
 
 
 def _initial_status(item: RunAcceptance) -> ExecutionStatus:
+    """Return `running` for a run assigned to a worker, `waiting` for a delayed one, else `pending`."""
     if item.worker:
         return ExecutionStatus.RUNNING
     return ExecutionStatus.WAITING if _delay_microseconds(item) else ExecutionStatus.PENDING
 
 
 def _direct_times(item: RunAcceptance, now: int) -> tuple[str | None, int | None, int | None, int | None]:
-    """Return the worker, end of its lease, start and deadline of an assigned run."""
+    """Return worker, end of its lease, start and deadline of a run that is assigned to a worker at once; None
+    four times for others.
+
+    Times are microseconds since 1970.
+    """
     if not item.worker:
         return None, None, None, None
     return item.worker, now + _LEASE, now, now + int(item.timeout_seconds * 1_000_000)
 
 
 def _initial_target(item: RunAcceptance) -> str:
-    """Return the target of a new run: unparsed, limited, delayed, a deployment, or shared by all workers."""
+    """Return the target of a new run, the first that applies: unparsed, limited, delayed, its deployment, or
+    shared by all workers.
+    """
     if isinstance(item, IngestedRun) and not item.is_read:
         return UNPARSED_TARGET
     if item.concurrency_key is not None:
@@ -189,6 +207,7 @@ def _initial_target(item: RunAcceptance) -> str:
 def _current_workflows(
     connection: sqlite3.Connection, batch: Sequence[RunAcceptance]
 ) -> dict[tuple[str, int], bool]:
+    """Return by workflow id and revision whether the workflow still has this revision and is not deleted."""
     statement = (
         "SELECT 1 FROM workflow"
         " WHERE id = ? AND shard = ? AND revision = ? AND organization_id = ? AND deleted_at IS NULL"
@@ -207,9 +226,9 @@ def _current_workflows(
 def _claim_key(
     connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
 ) -> AcceptanceResult | None:
-    """Return the answer to an earlier request with this key, or None.
+    """Return the answer to an earlier request with this key; None if it is the first.
 
-    Without one, the key is stored if `is_new`.
+    Then the key is stored if `is_new`.
     """
     bound = _bind_key(connection, item.shard, key, item.execution_id, now, is_new=is_new)
     return None if bound is None else AcceptanceResult(*bound)
@@ -224,9 +243,10 @@ def _bind_key(
     *,
     is_new: bool,
 ) -> tuple[AcceptanceVerdict, str] | None:
-    """Return the verdict and the id of the resource that holds a key, or None if no unexpired one does.
+    """Return the verdict and the id of the resource for a key that is bound; None if no unexpired one is bound.
 
-    Then the key is bound to `resource_id` if `is_new`.
+    Then it is bound to `resource_id` if `is_new`. A key of `resource_id` itself is accepted. `now` is in
+    microseconds.
     """
     identity = (shard, key.scope, key.key)
     found = connection.execute(
@@ -253,9 +273,9 @@ def _bind_key(
 def _has_free_slot(
     connection: sqlite3.Connection, item: RunAcceptance, inserted: Sequence[RunAcceptance]
 ) -> bool:
-    """Return whether fewer runs than the limit hold or await a slot of the run's key, with those of this batch.
+    """Return whether fewer runs than the limit hold or await a slot of the run's key, those of this batch included.
 
-    Always without a limit.
+    True without a limit.
     """
     live: int = connection.execute(
         "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
@@ -274,7 +294,10 @@ def _is_run_stored(connection: sqlite3.Connection, item: RunAcceptance) -> bool:
 
 
 def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int) -> None:
-    """Insert the definitions, executions, data and labels of accepted runs; a definition that exists gets a new age."""
+    """Insert the definitions, executions, data and labels of accepted runs; rows that exist stay.
+
+    A definition that exists gets the present age, so that retention keeps it. `now` is in microseconds.
+    """
     definitions = {
         (item.organization_id, item.definition_hash, item.shard, item.definition, now)
         for item in batch

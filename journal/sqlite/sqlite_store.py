@@ -88,7 +88,7 @@ class SQLiteStore:
         self._reader = _ConnectionThread(path, "sqlite-reader", writes=False)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; the answers, in the order of the batch, tell which are new, repeated, stale or over a limit.
+        """Insert a batch; return the answers in its order, as `JournalStore` describes.
 
         Raises `DatabaseUnavailable`, as all methods do.
         """
@@ -97,42 +97,44 @@ class SQLiteStore:
         )
 
     async def ingest(self, batch: Sequence[InboundRequest]) -> Sequence[IngestResult]:
-        """Store inbound requests with their runs, each in one transaction; answers are in the order of the
-        batch.
+        """Insert a batch; return the answers in its order, as `JournalStore` describes.
+
+        Raises `DatabaseUnavailable`, as all methods do.
         """
         return await self._writer.run(
             lambda connection: sqlite_inserts.ingest(connection, batch, _now_microseconds())
         )
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take the best pending runs for a process: set lease and fencing token, and count the attempt.
+        """Take up to `limit` pending runs for a process: set lease and fencing token, and count the attempt.
 
-        See `RunStore.claim`.
+        See `RunStore.claim`. Raises `DatabaseUnavailable`.
         """
         claimed = await self._writer.run(lambda connection: _claim(connection, claim))
         self.clock.follow_host()
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Return whether runs that lost several workers wait to be run apart.
+        """Return whether suspects of a target (runs that lost several workers) wait to be run on trial.
 
-        Those with more than `max_isolation_losses` don't count.
+        Those that lost more than `max_isolation_losses` workers on trial don't count.
         """
         return await self._reader.run(
             lambda connection: _has_suspects(connection, target, max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write spans and ends of runs; return the ids of runs whose fencing token was still valid.
+        """Write spans, logs and ends of runs; return the ids of runs whose fencing token was still valid.
 
-        See `RunStore.record`.
+        Other runs write nothing. See `RunStore.record`.
         """
         return await self._writer.run(lambda connection: _record(connection, batch, owner))
 
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases by `lease_seconds`; return those that are held, with their control requests.
+        """Extend leases to `lease_seconds` from now; return those that are still held, with requests to stop
+        or cancel.
 
         A lease that is not among the answers is lost.
         """
@@ -145,8 +147,8 @@ class SQLiteStore:
         return await self._reader.run(lambda connection: _read_definitions(connection, keys))
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return the recorded spans of runs by execution id, in their order, so that another process can
-        continue.
+        """Return the recorded spans of runs by execution id, in their order. Another process continues the
+        run from them.
         """
         return await self._reader.run(lambda connection: _read_spans(connection, keys))
 
@@ -155,22 +157,31 @@ class SQLiteStore:
         return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return status, progress and error of runs, with outputs of ended runs only; unknown runs are left out."""
+        """Return status, progress and error of runs, with the outputs of nodes of ended runs; unknown runs
+        are left out.
+
+        Each has the names of nodes whose output is a blob.
+        """
         return await self._reader.run(lambda connection: _read_progress(connection, keys))
 
     async def promote_due(self) -> int:
-        """Make runs with an ended wait pending; return their number. See `RunStore.promote_due`."""
+        """Make runs whose wait or delay has ended pending; return their number. See `RunStore.promote_due`."""
         return await self._writer.run(_promote_due)
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Free or end up to `limit` runs of dead workers, and make due runs pending.
+        """Find runs whose lease has ended: up to `limit` become pending, or end; and make due runs pending.
 
-        The result also says whether unclaimed runs wait.
+        A run ends that was asked to stop, or lost too many workers. The result has the numbers, the ended
+        ids, and whether pending runs wait.
         """
         return await self._writer.run(lambda connection: _sweep(connection, limit))
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Reclaim the runs of a dead owner; return their number. See `JournalStore.reclaim`."""
+        """Reclaim the runs of dead owners whose names begin with `owner_prefix`; return their number. See
+        `JournalStore.reclaim`.
+
+        After a lack of memory, the loss counts against the runs unless one of them was on trial.
+        """
         return await self._writer.run(
             lambda connection: _reclaim(connection, owner_prefix, out_of_memory=out_of_memory)
         )
@@ -183,18 +194,21 @@ class SQLiteStore:
         return await self._writer.run(lambda connection: _release(connection, owner, held))
 
     async def return_direct(self, keys: Sequence[ExecutionKey]) -> int:
-        """Make assigned runs pending that their worker has not received, and return their number."""
+        """Make assigned runs pending that their worker has not received; return their number. See
+        `JournalStore.return_direct`.
+        """
         return await self._writer.run(lambda connection: _return_direct(connection, keys))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
         """Request a run to `stop` or `cancel`; a run that no process holds ends at once.
 
-        Return its status, lease owner and channel; None for an unknown run.
+        Return its status after that, and its lease owner and channel; None for an unknown run. An ended run
+        stays as it is.
         """
         return await self._writer.run(lambda connection: _request_end(connection, key, request))
 
     async def for_thread(self) -> SQLiteStore:
-        """Return this store: its threads serve any event loop."""
+        """Return this store itself: its threads serve any event loop."""
         return self
 
     async def close(self) -> None:
@@ -215,6 +229,11 @@ class _ConnectionThread:
         self._thread.start()
 
     async def run(self, work: DatabaseWork[T]) -> T:
+        """Run work with the connection in the thread, in a transaction that other work may share; return its
+        result.
+
+        Raises its error, and `DatabaseUnavailable`.
+        """
         if self._is_closed:
             raise DatabaseUnavailable("The store is closed")
         future: Future[T] = Future()
@@ -222,11 +241,13 @@ class _ConnectionThread:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
+        """Refuse new work, and wait until the queued work is done and the thread has ended."""
         self._is_closed = True
         self._works.put(None)
         self._thread.join()
 
     def _serve(self) -> None:
+        """Serve queued work, up to `MAX_TRANSACTION_WORKS` in one transaction, until `close`."""
         connection: sqlite3.Connection | None = None
         while (first := self._works.get()) is not None:
             works = [first]
@@ -256,7 +277,8 @@ class _ConnectionThread:
     ) -> None:
         """Run queued work in one transaction, and give each future its result or error.
 
-        If a piece of it fails, each piece runs again in a transaction of its own.
+        If one piece of several fails, each runs again in a transaction of its own. If no transaction can
+        begin, all get that error.
         """
         try:
             self._begin(connection)
@@ -287,6 +309,7 @@ class _ConnectionThread:
                 self._transact(connection, [one])
 
     def _begin(self, connection: sqlite3.Connection) -> None:
+        """Begin a transaction; a writer waits for the lock of the file, and fails fast after earlier failures."""
         if self._breaker is None:
             connection.execute("BEGIN")
         else:
@@ -333,6 +356,7 @@ def _now_microseconds() -> int:
 
 
 def _claim(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun]:
+    """Claim runs: organizations in turn, each with an equal share of the limit."""
     if claim.is_trial:
         return _claim_for_trial(connection, claim)
     chosen: list[tuple[str, bool]] = []
@@ -348,6 +372,7 @@ def _claim(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun
 
 
 def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun]:
+    """Claim the suspects that lost the fewest workers on trial, and mark them as isolated."""
     rows = connection.execute(
         f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY {', '.join(run_rows.TRIAL_ORDER)} LIMIT ?",
         (ISOLATION_TARGETS.get(claim.target, claim.target), claim.max_isolation_losses, claim.limit),
@@ -357,9 +382,9 @@ def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[
 
 
 def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) -> list[str]:
-    """Return up to `claim.limit` organizations with pending runs, starting after the last one served.
+    """Return up to `claim.limit` organizations with pending runs, in the order of ids after the last one served.
 
-    Excluded ones are left out. It makes one index probe for each.
+    After the last id it begins again. Excluded organizations are left out. It makes one index probe for each.
     """
     statement = (
         "SELECT min(organization_id) FROM execution"
@@ -384,9 +409,10 @@ def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) ->
 def _organization_runs(
     connection: sqlite3.Connection, claim: ClaimQuery, organization_id: str, share: int
 ) -> list[tuple[str, bool]]:
-    """Return up to `share` next runs of an organization, its workflows in turn.
+    """Return up to `share` next runs of an organization, its queue turns (hashes of workflows) served one
+    after another.
 
-    Each id has a flag: whether its workflow may have more.
+    Each id has a flag: whether its turn may have more runs.
     """
     statement = (
         "SELECT min(queue_turn) FROM execution"
@@ -421,6 +447,7 @@ def _organization_runs(
 
 
 def _merge_first(one: int | None, other: int | None) -> int | None:
+    """Return the first of two values that is not None."""
     return one if one is not None else other
 
 
@@ -431,6 +458,7 @@ _PUTS_ISOLATED = " isolated = 1, target = ?5,"
 def _take_run(
     connection: sqlite3.Connection, claim: ClaimQuery, execution_id: str, now: int, *, may_have_more: bool
 ) -> ClaimedRun:
+    """Set the lease of a run, count the attempt, end its blocked interval, and return the claimed run."""
     row = connection.execute(
         "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
         f"{_PUTS_ISOLATED if claim.is_trial else ''}"
@@ -544,6 +572,7 @@ _UPDATE_RELEASE = (
 
 
 def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
+    """Write the records of runs whose token is valid, and return the ids of these runs."""
     now = _now_microseconds()
     held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
     connection.executemany(_UPSERT_SPANS, span_rows(held))
@@ -561,6 +590,7 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
 
 
 def _record_tasks(connection: sqlite3.Connection, held: Sequence[RunWrite], now: int) -> None:
+    """Insert the tasks that nodes wait for, and cancel those that runs have no use for."""
     for row in task_rows(held):
         connection.execute(_INSERT_TASK, {**dict(zip(TASK_COLUMNS, row, strict=True)), "now": now})
     for execution_id, node_id, iteration in cancelled_task_rows(held):
@@ -569,6 +599,7 @@ def _record_tasks(connection: sqlite3.Connection, held: Sequence[RunWrite], now:
 
 
 def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
+    """Return the update of a run's row for a write, with its parameters; it changes nothing without a valid token."""
     values: dict[str, Any] = {
         "id": write.execution_id,
         "shard": write.shard,
@@ -692,6 +723,7 @@ _NAME_LOSSES = (
 
 
 def _promote_due(connection: sqlite3.Connection) -> int:
+    """Make due runs pending, end their blocked intervals, and return their number."""
     now = _now_microseconds()
     connection.execute(_END_DEFERRALS, {"now": now})
     connection.execute(_END_WAITS, {"now": now})
@@ -774,9 +806,10 @@ def _return_direct(connection: sqlite3.Connection, keys: Sequence[ExecutionKey])
 
 
 def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-    """Record a `stop` or `cancel` request of a run, and return its state; a run without a lease ends at once.
+    """Record a `stop` or `cancel` request of a run, and return its state; a run without a valid lease ends at once.
 
-    An ended run does not change. None for a missing run.
+    Its tasks are canceled then. An ended run does not change, and `stop` does not replace `cancel`. None for
+    a missing run.
     """
     now = _now_microseconds()
     row = connection.execute(

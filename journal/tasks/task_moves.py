@@ -93,12 +93,17 @@ CHANGING_COLUMNS: Final = ROW_COLUMNS[ROW_COLUMNS.index("state") :]
 
 
 def is_holder(task: TaskRow, lease: str | None) -> bool:
-    """Return whether a worker with this lease holds a task."""
+    """Return whether `lease` is the one under which a task worker holds the task; False for a task that
+    nobody holds.
+    """
     return task.is_held and lease is not None and task.lease == lease
 
 
 def renew(task: TaskRow, now: int) -> None:
-    """Acknowledge a leased task, and extend its lease; its deadline stays."""
+    """Note that a worker has reported a task after its claim, and extend its lease from `now`; its deadline stays.
+
+    The lease of a task that shall be canceled is not extended.
+    """
     task.is_acknowledged = True
     if task.state == TaskState.LEASED:
         task.lease_until = now + task.lease_microseconds
@@ -106,7 +111,10 @@ def renew(task: TaskRow, now: int) -> None:
 
 
 def complete(task: TaskRow, lease: str, now: int) -> ReportStatus:
-    """Complete a task. Only `OK` means that its node gets the output."""
+    """Complete a task of the worker with this lease. Only `OK` means that its node gets the output.
+
+    A repetition, a lost lease and a canceled task have their own results.
+    """
     if task.state == TaskState.COMPLETED and task.lease == lease:
         return ReportStatus.REPEATED
     if not is_holder(task, lease):
@@ -128,7 +136,12 @@ def fail(
     is_final: bool = False,
     delay: int | None = None,
 ) -> ReportStatus:
-    """Count a failed attempt: the task waits for its next one, or has failed; `delay` replaces the computed one."""
+    """Count a failed attempt of a task: it waits for its next one, or has failed after the last one or if
+    `is_final`.
+
+    `delay` is the time until the next attempt in microseconds, in place of the computed one. A repetition, a
+    lost lease and a canceled task have their own results.
+    """
     is_stored = task.state in {TaskState.FAILED, TaskState.DELAYED, TaskState.READY, TaskState.LIMITED}
     if is_stored and task.lease == lease and _error_code(task) == code:
         return ReportStatus.REPEATED
@@ -142,7 +155,10 @@ def fail(
 
 
 def release(task: TaskRow, lease: str, now: int) -> ReportStatus:
-    """Give a task back unbegun; that costs no attempt."""
+    """Free a task that its worker has not begun; that costs no attempt.
+
+    A repetition, a lost lease and a canceled task have their own results.
+    """
     if task.state == TaskState.READY and task.lease == lease:
         return ReportStatus.REPEATED
     if not is_holder(task, lease):
@@ -155,7 +171,7 @@ def release(task: TaskRow, lease: str, now: int) -> ReportStatus:
 
 
 def return_unreceived(task: TaskRow, now: int) -> None:
-    """Free a task whose claim its worker has never received."""
+    """Free a task whose claim its worker has never received, or end it if it is to be canceled."""
     if task.state == TaskState.CANCEL_REQUESTED:
         _end(task, TaskState.CANCELLED, now)
     elif task.state == TaskState.LEASED:
@@ -164,7 +180,7 @@ def return_unreceived(task: TaskRow, now: int) -> None:
 
 
 def cancel(task: TaskRow, now: int) -> None:
-    """Cancel a task that nobody holds, or ask its worker to stop."""
+    """Cancel a task that nobody holds, or ask its worker to stop; an ended task stays."""
     if task.state in UNBEGUN_STATES:
         _end(task, TaskState.CANCELLED, now)
     elif task.state == TaskState.LEASED:
@@ -173,7 +189,11 @@ def cancel(task: TaskRow, now: int) -> None:
 
 
 def check(task: TaskRow, now: int) -> None:
-    """Move a task whose time has come: the end of its lease, deadline, delay or start timeout."""
+    """Move a task whose time has come: the end of its lease, deadline, delay or start timeout; others stay.
+
+    A delayed task can be claimed, or waits for its key. An attempt over its deadline has failed; one with an
+    ended lease is lost.
+    """
     if task.check_at is None or task.check_at > now:
         return
     if task.state == TaskState.DELAYED:
@@ -199,7 +219,11 @@ def check(task: TaskRow, now: int) -> None:
 
 
 def _lose(task: TaskRow, now: int) -> None:
-    """Count an attempt whose lease has ended: the worker is gone, or never got the claim."""
+    """Count an attempt whose lease has ended: the worker is gone, or has never received the claim.
+
+    The task has failed after three lost attempts or ten unreceived claims, or if it runs at most once;
+    otherwise it can be claimed again.
+    """
     worker = task.worker_id or "a worker"
     if task.is_acknowledged:
         task.losses += 1
@@ -220,6 +244,7 @@ def _lose(task: TaskRow, now: int) -> None:
 def _fail_attempt(
     task: TaskRow, now: int, code: str, message: str, *, is_final: bool, delay: int | None = None
 ) -> None:
+    """Count a failed attempt; end the task as failed, or delay it until the next attempt."""
     task.failures += 1
     if is_final or task.failures >= task.max_attempts:
         _end(task, TaskState.FAILED, now, code, message)
@@ -245,7 +270,7 @@ def attempt_of(task: TaskRow) -> int:
 
 
 def encode_error(code: str, message: str) -> str:
-    """Return the JSON text of an error, with a message that every database accepts."""
+    """Return the JSON text of an error; characters that a database refuses are replaced."""
     return msgspec.json.encode({"code": code, "message": make_storable(message)}).decode()
 
 
@@ -259,7 +284,9 @@ def _status_of_other(task: TaskRow, lease: str) -> ReportStatus:
 
 
 def _free(task: TaskRow, state: TaskState) -> None:
-    """Let a task be claimed again; its last lease is kept, so that a repeated report is recognized."""
+    """Let a task be claimed again in the given state; its last lease is kept, so that a repeated report is
+    recognized.
+    """
     task.state = state
     task.worker_id = task.claim_id = None
     task.claimed_at = task.lease_until = task.deadline_at = task.check_at = None
@@ -268,7 +295,9 @@ def _free(task: TaskRow, state: TaskState) -> None:
 
 
 def _end(task: TaskRow, state: TaskState, now: int, code: str = "", message: str = "") -> None:
-    """End a task; its last lease is kept, so that a repeated report is recognized."""
+    """End a task in the given state, with an error if there is a code; its last lease is kept to recognize a
+    repeated report.
+    """
     task.state = state
     task.ended_at = now
     task.lease_until = task.deadline_at = task.due_at = task.check_at = None
@@ -278,10 +307,11 @@ def _end(task: TaskRow, state: TaskState, now: int, code: str = "", message: str
 
 
 def _set_check(task: TaskRow) -> None:
+    """Set the time of the next check to the end of the lease or the deadline, the earlier one."""
     ends = [end for end in (task.lease_until, task.deadline_at) if end is not None]
     task.check_at = min(ends, default=None)
 
 
 def describe(task: TaskRow) -> dict[str, Any]:
-    """Return the columns that moves change, for an update."""
+    """Return the columns that moves may change, with their present values, for an update."""
     return {name: getattr(task, name) for name in CHANGING_COLUMNS}

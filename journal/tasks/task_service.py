@@ -48,7 +48,11 @@ class TaskService:
 
 
 async def read_workers(connection: AsyncConnection, organization_id: str, now: datetime) -> list[SeenWorker]:
-    """Return the workers of an organization, the last seen first."""
+    """Return up to 1,000 task workers of an organization, the last seen first, each with whether it counts as
+    present.
+
+    A present one has polled within 100 seconds, and neither stops nor is asked to.
+    """
     statement = (
         select(TaskWorker)
         .where(col(TaskWorker.organization_id) == organization_id)
@@ -72,7 +76,9 @@ async def read_workers(connection: AsyncConnection, organization_id: str, now: d
 def find_service(
     workers: Sequence[SeenWorker], type_name: str, version: str, pool: str, now: datetime
 ) -> TaskService:
-    """Return the service of the tasks of a type, version and pool."""
+    """Return how many present workers perform the tasks of a type, version and pool, with an explanation if
+    none does.
+    """
     of_type = [one for one in workers if type_name in one.versions]
     last_seen = max((one.seen_at for one in of_type), default=None)
     serving = [
@@ -89,7 +95,7 @@ def find_service(
 
 
 def _describe(workers: Sequence[SeenWorker], type_name: str, pool: str, now: datetime) -> str:
-    """Return the versions of other workers of a type, and the time of the last one."""
+    """Return a text with the versions of up to three kinds of other workers of a type, and when the last was seen."""
     present = [one for one in workers if one.is_present]
     shown = present or list(workers)
     counts: dict[str, int] = {}
@@ -106,7 +112,7 @@ def _describe(workers: Sequence[SeenWorker], type_name: str, pool: str, now: dat
 
 
 def describe_age(age: timedelta) -> str:
-    """Return a duration in its largest unit."""
+    """Return a duration in its largest unit from seconds to days, rounded down, such as `3 min`."""
     seconds = max(int(age.total_seconds()), 0)
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= size:

@@ -75,7 +75,7 @@ class ClaimedTask(msgspec.Struct):
 
     @property
     def size(self) -> int:
-        """Approximate characters in the answer to a claim."""
+        """Approximate number of characters that the task takes in the answer to a claim."""
         return 1_000 + len(self.config) + len(self.input or "") + len(self.checkpoint or "")
 
 
@@ -92,11 +92,13 @@ class TaskPoll(msgspec.Struct, frozen=True):
 
     @property
     def served(self) -> tuple[object, ...]:
-        """Organization, types and pools: polls with equal ones get the same tasks."""
+        """Organization, types with versions, and pools of the worker: polls with equal ones get the same tasks."""
         return self.organization_id, tuple(sorted(self.versions.items())), self.pools
 
     def serves(self, queue: str) -> bool:
-        """Return whether the worker performs the tasks of a queue: same major version, and none newer."""
+        """Return whether the worker performs the tasks of a queue, `<type>@<version>#<pool>`: its major
+        version, and none newer.
+        """
         name, _, rest = queue.partition("@")
         version, _, pool = rest.partition("#")
         own = self.versions.get(name)
@@ -106,7 +108,9 @@ class TaskPoll(msgspec.Struct, frozen=True):
 
 
 def is_served(wanted: str, own: str) -> bool:
-    """Return whether a worker of version `own` performs tasks of version `wanted`."""
+    """Return whether a worker of version `own` performs tasks of version `wanted`: the same major version,
+    and not newer.
+    """
     asked, offered = parse_version(wanted), parse_version(own)
     return asked[:1] == offered[:1] and asked <= offered
 
@@ -221,7 +225,11 @@ class TaskStore:
     # ── claims ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def look(self, polls: Sequence[TaskPoll]) -> list[PollFindings]:
-        """Return repeated answers and cancellations of polls, and whether tasks wait for each; claims nothing."""
+        """Return for each poll the tasks that an equal earlier request got, tasks to cancel, and whether
+        tasks wait; claims nothing.
+
+        It also says whether the worker has stopped or is asked to.
+        """
         async with self._database.read() as connection:
             held = await _read_held(connection, polls)
             leaving = await _read_leaving(connection, polls)
@@ -253,7 +261,11 @@ class TaskStore:
         return found
 
     async def claim(self, polls: Sequence[TaskPoll]) -> list[list[ClaimedTask]]:
-        """Lease ready tasks to workers, at most `limit` to each; workflows are served in turn."""
+        """Lease ready tasks to workers, at most `limit` to each; return the tasks of each poll.
+
+        Workflows are served in turn. Workers that stop or are asked to get none. An answer has at most 4 MiB,
+        but at least one task.
+        """
 
         async def work(connection: AsyncConnection) -> list[list[ClaimedTask]]:
             leaving = await _read_leaving(connection, polls)
@@ -278,7 +290,11 @@ class TaskStore:
     async def _claim_for(
         self, connection: AsyncConnection, polls: Sequence[TaskPoll], queues: Sequence[str]
     ) -> list[list[ClaimedTask]]:
-        """Claim for polls of workers with the same types and pools, each up to its limit, in their order."""
+        """Claim for polls of workers with the same types and pools, each up to its limit, in their order;
+        return the tasks of each.
+
+        Tasks that exceed the bytes of an answer are freed again.
+        """
         claimed: list[list[ClaimedTask]] = [[] for _ in polls]
         places = [number for number, poll in enumerate(polls) for _ in range(min(poll.limit, MAX_CLAIM))]
         organization_id = polls[0].organization_id
@@ -309,7 +325,7 @@ class TaskStore:
     # ── reports ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def facts(self, organization_id: str, task_ids: Sequence[str]) -> dict[str, TaskFacts]:
-        """Return facts about tasks of an organization, by id."""
+        """Return facts that never change about tasks of an organization, by id; unknown tasks are left out."""
         async with self._database.read() as connection:
             found = await _read_facts(connection, task_ids)
         return {one.id: one for one in found if one.organization_id == organization_id}
@@ -317,9 +333,11 @@ class TaskStore:
     async def report(
         self, batch: Sequence[WorkerReport], check: OutputCheck
     ) -> tuple[list[list[ItemResult]], TaskEffects]:
-        """Apply reports of workers in one transaction; returns the results of their items, in order.
+        """Apply reports of workers in one transaction; return the results of their items, in order, and the
+        effects to announce.
 
-        Ids among `held` that the worker has lost are added to its results.
+        `check` returns the error of an invalid output, which fails the attempt. Ids among `held` that the
+        worker has lost are added to its results.
         """
         item_ids = sorted({item.id for report in batch for item in report.items})
         facts: dict[str, TaskFacts] = {}
@@ -367,6 +385,9 @@ class TaskStore:
         report: WorkerReport,
         problems: Mapping[int, tuple[str, str]],
     ) -> list[ItemResult]:
+        """Apply one report to the locked tasks; return the results of its items and the tasks that its worker
+        has lost.
+        """
         results = [
             self._apply_item(transaction, report, item, problems.get(id(item))) for item in report.items
         ]
@@ -392,6 +413,7 @@ class TaskStore:
         item: ItemKind,
         problem: tuple[str, str] | None,
     ) -> ItemResult:
+        """Apply one item of a report to its task, and return its result; `LOST` for an unknown task."""
         task = _task_of(transaction, report, item.id)
         if task is None:
             return ItemResult(item.id, ReportStatus.LOST)
@@ -415,7 +437,9 @@ class TaskStore:
         raise TypeError(item)
 
     async def upload(self, organization_id: str, task_id: str, lease: str, output: bytes) -> bool:
-        """Keep a large output until the report that completes its task; returns False without the lease."""
+        """Keep a large output with a task until the report that completes it; return False if the worker has
+        lost the lease.
+        """
         statement = text(
             f"UPDATE task SET output = :output, output_lease = :lease WHERE id = :task_id"
             f" AND organization_id = :organization_id AND lease = :lease AND {HELD_CONDITION}"
@@ -435,7 +459,11 @@ class TaskStore:
     # ── cancellation and time ───────────────────────────────────────────────────────────────────────────────
 
     async def sweep(self, limit: int = 200) -> TaskEffects:
-        """Move tasks whose time has come."""
+        """Move up to `limit` tasks whose time has come: ended leases, deadlines, delays and start timeouts.
+
+        Locked ones are left to the next call. Return the effects to announce. Nodes of failed tasks get the
+        error.
+        """
         async with self._database.read() as connection:
             now = _NOW[connection.dialect.name]
             found = await connection.execute(
@@ -463,7 +491,7 @@ class TaskStore:
         return await self._database.transaction(work)
 
     async def cancel_abandoned(self, limit: int = 200) -> TaskEffects:
-        """Cancel open tasks whose runs have ended or are gone."""
+        """Cancel up to `limit` open tasks whose runs have ended or are gone; return the effects to announce."""
         statement = text(
             "SELECT id FROM task WHERE ended_at IS NULL AND state <> 'cancel_requested' AND NOT EXISTS"
             " (SELECT 1 FROM execution WHERE execution.id = task.execution_id AND execution.ended_at IS NULL)"
@@ -474,6 +502,8 @@ class TaskStore:
         return await self._cancel(task_ids) if task_ids else TaskEffects()
 
     async def _cancel(self, task_ids: Sequence[str]) -> TaskEffects:
+        """Cancel tasks by id in one transaction; return the effects to announce."""
+
         async def work(connection: AsyncConnection) -> TaskEffects:
             transaction = TaskTransaction(connection)
             await transaction.lock_tasks("id IN :task_ids", task_ids=list(task_ids))
@@ -494,7 +524,7 @@ class TaskStore:
         await self._database.transaction(work)
 
     async def put_back(self, task_ids: Sequence[str]) -> None:
-        """Free tasks of a claim whose answer reaches no worker."""
+        """Free tasks that were just claimed, since the answer reaches no worker; that costs no attempt."""
 
         async def work(connection: AsyncConnection) -> None:
             await _put_back(connection, task_ids)
@@ -502,7 +532,9 @@ class TaskStore:
         await self._database.transaction(work)
 
     async def news(self, organization_id: str, polls: Sequence[TaskPoll]) -> OrganizationNews:
-        """Return the queues with work of an organization, cancellations, and which of its polling workers leave."""
+        """Return the queues of an organization with tasks to claim, up to 1,000 tasks to cancel, and which
+        polling workers leave.
+        """
         cancelling = text(
             "SELECT worker_id, id FROM task WHERE state = 'cancel_requested'"
             " AND organization_id = :organization_id LIMIT 1000"
@@ -516,7 +548,7 @@ class TaskStore:
             )
 
     async def changed_organizations(self, organization_ids: Sequence[str]) -> set[str]:
-        """Return those organizations that have tasks to claim, or cancellations to tell."""
+        """Return those organizations that have tasks to claim, or tasks that workers shall stop."""
         found: set[str] = set()
         async with self._database.read() as connection:
             for start in range(0, len(organization_ids), 100):
@@ -532,14 +564,16 @@ class TaskStore:
         return found
 
     async def stop_worker(self, organization_id: str, worker_id: str) -> bool:
-        """Store that a worker takes no more tasks; returns False for an unknown one."""
+        """Store that a task worker has stopped, so that it gets no more tasks; return False for an unknown one."""
         return await self._mark_worker(organization_id, worker_id, "stopped_at = coalesce(stopped_at, {now})")
 
     async def drain_worker(self, organization_id: str, worker_id: str) -> bool:
-        """Store that a worker is asked to stop; returns False for an unknown one."""
+        """Store that a task worker is asked to stop, which its next poll tells it; return False for an unknown one."""
         return await self._mark_worker(organization_id, worker_id, "is_draining = :yes")
 
     async def _mark_worker(self, organization_id: str, worker_id: str, change: str) -> bool:
+        """Assign columns of a worker's row by SQL; return False for an unknown worker."""
+
         async def work(connection: AsyncConnection) -> bool:
             assignment = change.format(now=_NOW[connection.dialect.name])
             values: dict[str, Any] = {"organization_id": organization_id, "worker_id": worker_id}
@@ -557,14 +591,17 @@ class TaskStore:
     # ── concurrency ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def admit(self, keys: Sequence[str]) -> set[str]:
-        """Give free places of concurrency keys to waiting tasks; returns the organizations of those."""
+        """Let waiting tasks of concurrency keys be claimed, as far as places are free, each key in a transaction.
+
+        Return the organizations of keys that had tasks admitted.
+        """
         ready: set[str] = set()
         for key in keys:
             ready |= await self._database.transaction(partial(_admit, key=key))
         return ready
 
     async def limited_keys(self, organization_id: str = "") -> list[str]:
-        """Return concurrency keys with waiting tasks, of all organizations or of one."""
+        """Return up to 200 concurrency keys with waiting tasks, in order, of one organization or (empty) of all."""
         first = f"{organization_id} " if organization_id else ""
         last = f"{organization_id}!" if organization_id else "~"
         statement = text(
@@ -581,6 +618,7 @@ class TaskStore:
 
 
 def _task_of(transaction: TaskTransaction, report: WorkerReport, task_id: str) -> TaskRow | None:
+    """Return a locked task of the organization of a report; None for any other."""
     task = transaction.tasks.get(task_id)
     return task if task is not None and task.organization_id == report.organization_id else None
 
@@ -591,6 +629,9 @@ def _complete(
     item: Completion,
     problem: tuple[str, str] | None,
 ) -> ItemResult:
+    """Complete a task with its output, or count a failed attempt for an output with a problem; return the
+    item's result.
+    """
     output, now = item.output, transaction.now
     if item.is_uploaded and task_moves.is_holder(task, item.lease):
         if task.output is None or task.output_lease != item.lease:
@@ -613,6 +654,9 @@ def _complete(
 
 
 def _fail(transaction: TaskTransaction, task: TaskRow, item: Failure) -> ItemResult:
+    """Count the failed attempt that an item reports; return the item's result, `REFUSED` if the server
+    refused the output.
+    """
     status = task_moves.fail(
         task,
         item.lease,
@@ -630,6 +674,7 @@ def _fail(transaction: TaskTransaction, task: TaskRow, item: Failure) -> ItemRes
 
 
 def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
+    """Renew the lease of a task, and store its progress and checkpoint; the result may ask the worker to stop."""
     if not task_moves.is_holder(task, item.lease):
         is_cancelled = task.lease == item.lease and task.state == TaskState.CANCELLED
         return ItemResult(item.id, ReportStatus.CANCELLED if is_cancelled else ReportStatus.LOST)
@@ -643,7 +688,9 @@ def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
 
 
 def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named: set[str]) -> None:
-    """Free the tasks of earlier claims that the worker has never received, since the answers were lost."""
+    """Free tasks of this and earlier claims that the worker does not name as held: the answers to these
+    claims were lost.
+    """
     own = [
         task
         for task in transaction.tasks.values()
@@ -661,6 +708,9 @@ def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named
 
 
 def _host_time(connection: AsyncConnection) -> dict[str, int]:
+    """Return the time of the host as the parameter of SQLite's statements; empty for PostgreSQL, which has
+    its own time.
+    """
     return {} if connection.dialect.name == "postgresql" else {"now": HOST_TIME.microseconds()}
 
 
@@ -679,7 +729,7 @@ async def _read_held(connection: AsyncConnection, polls: Sequence[TaskPoll]) -> 
 async def _read_leaving(
     connection: AsyncConnection, polls: Sequence[TaskPoll]
 ) -> dict[tuple[str, str], bool]:
-    """Return the workers that stop or are asked to, by organization and id; true for those that stop."""
+    """Return the polling workers that have stopped (True) or are asked to stop (False), by organization and id."""
     statement = text(
         "SELECT organization_id, id, stopped_at FROM task_worker WHERE organization_id IN :organizations"
         " AND id IN :workers AND (is_draining OR stopped_at IS NOT NULL)"
@@ -700,7 +750,7 @@ async def _read_facts(connection: AsyncConnection, task_ids: Sequence[str]) -> l
 
 
 async def _ready_queues(connection: AsyncConnection, organization_id: str) -> list[str]:
-    """Return the queues of an organization with tasks to claim, with one index probe each."""
+    """Return up to 1,000 queues of an organization with tasks to claim, in order, with one index probe each."""
     statement = text(
         "WITH RECURSIVE found (queue, place) AS ("
         " SELECT (SELECT min(queue) FROM task WHERE state = 'ready' AND organization_id = :organization_id), 1"
@@ -718,7 +768,10 @@ _OF_QUEUE: Final = "state = 'ready' AND organization_id = :organization_id AND q
 async def _choose(
     connection: AsyncConnection, organization_id: str, queue: str, after: int, limit: int
 ) -> list[str]:
-    """Return the ids of the next tasks of a queue: its workflows in turn, begun tasks before fresh ones."""
+    """Return the ids of up to `limit` next tasks of a queue: its workflows in turn, from the turn `after` on.
+
+    Of one workflow, tasks with earlier attempts come before fresh ones.
+    """
     values: dict[str, Any] = {"organization_id": organization_id, "queue": queue}
     statement = text(
         "WITH RECURSIVE turn (turn, place) AS ("
@@ -756,7 +809,10 @@ async def _choose(
 
 
 async def _take(connection: AsyncConnection, given: Sequence[tuple[str, TaskPoll]]) -> list[ClaimedTask]:
-    """Lease tasks to the workers of polls, with one lease for all tasks of a poll."""
+    """Lease tasks to the workers of polls, in the given order; tasks that others have taken meanwhile are left out.
+
+    All tasks of a poll get the same lease, a random secret.
+    """
     is_postgresql = connection.dialect.name == "postgresql"
     now = _NOW[connection.dialect.name]
     lock = " FOR NO KEY UPDATE SKIP LOCKED" if is_postgresql else ""
@@ -788,7 +844,9 @@ async def _take(connection: AsyncConnection, given: Sequence[tuple[str, TaskPoll
 
 
 def _within_bytes(tasks: Sequence[ClaimedTask], limit: int) -> tuple[list[ClaimedTask], list[ClaimedTask]]:
-    """Divide tasks into those that fit into an answer and the rest; the first one always fits."""
+    """Divide tasks into those that fit into an answer of `limit` characters, and the rest; the first one
+    always fits.
+    """
     for number, task in enumerate(tasks):
         limit -= task.size
         if limit < 0 and number:
@@ -797,6 +855,7 @@ def _within_bytes(tasks: Sequence[ClaimedTask], limit: int) -> tuple[list[Claime
 
 
 async def _put_back(connection: AsyncConnection, task_ids: Sequence[str]) -> None:
+    """Free leased tasks without counting an attempt."""
     statement = text(
         "UPDATE task SET state = 'ready', lease = NULL, worker_id = NULL, claim_id = NULL, claimed_at = NULL,"
         " lease_until = NULL, deadline_at = NULL, check_at = NULL WHERE id IN :task_ids AND state = 'leased'"
@@ -805,7 +864,10 @@ async def _put_back(connection: AsyncConnection, task_ids: Sequence[str]) -> Non
 
 
 async def _admit(connection: AsyncConnection, *, key: str) -> set[str]:
-    """Admit waiting tasks of one key under its lock; no task overtakes another."""
+    """Let the waiting tasks of one key be claimed, as far as places are free; return their organizations.
+
+    No task overtakes another. At most 500 at once. The key is locked until the transaction ends.
+    """
     is_postgresql = connection.dialect.name == "postgresql"
     if is_postgresql:
         # A statement of its own, so that the next one sees the commit of the previous holder.

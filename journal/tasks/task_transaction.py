@@ -96,7 +96,9 @@ class TaskTransaction:
         self._lines: dict[str, list[tuple[TaskRow, LogText]]] = {}
 
     async def lock_runs(self, execution_ids: Collection[str]) -> None:
-        """Lock runs, so that their status can't change; those that are gone count as ended."""
+        """Lock runs by id until the transaction ends, so that their status can't change; those that are gone
+        count as ended.
+        """
         if not execution_ids:
             return
         statement = f"SELECT {_RUN_COLUMNS} FROM execution WHERE id IN :ids ORDER BY id{self._for_update()}"
@@ -104,7 +106,11 @@ class TaskTransaction:
             self.runs[row[0]] = LockedRun(*row)
 
     async def lock_tasks(self, condition: str, *, skips_locked: bool = False, **values: Any) -> None:  # noqa: ANN401 - values of columns
-        """Lock the tasks that satisfy an SQL condition, and read the time of the transaction."""
+        """Lock the tasks that satisfy an SQL condition, or only the unlocked ones, and read the time of the
+        transaction.
+
+        `values` are the parameters of the condition. Tasks that are locked already keep their changes.
+        """
         now = _NOW_POSTGRESQL if self._is_postgresql else "NULL"
         statement = (
             f"SELECT {', '.join(ROW_COLUMNS)}, {now} FROM task WHERE {condition} ORDER BY id"
@@ -123,7 +129,7 @@ class TaskTransaction:
         return self.runs.get(task.execution_id)
 
     def answer(self, task: TaskRow, payload: bytes) -> None:
-        """Give the node of a task its answer, unless the run has ended."""
+        """Give the node of a task its stored answer, unless the run has ended or was not locked; `store` writes it."""
         run = self.run_of(task)
         if run is None or run.is_ended:
             return
@@ -140,12 +146,14 @@ class TaskTransaction:
         )
 
     def answer_failure(self, task: TaskRow) -> None:
-        """Give the node of a failed task its error."""
+        """Give the node of a failed task its error as the answer, unless the run has ended."""
         error = decoding.decode(task.error or "{}")
         self.answer(task, _encode({"error": {"code": error["code"], "message": error["message"]}}))
 
     def add_lines(self, task: TaskRow, lines: Iterable[LogText], max_lines: int) -> None:
-        """Add log lines; those above the maximum of a task are dropped with a warning."""
+        """Add log lines of a task; from the first above `max_lines` on they are dropped, with one warning in
+        the log.
+        """
         for line in lines:
             if task.log_lines > max_lines:
                 return
@@ -156,13 +164,16 @@ class TaskTransaction:
             self._lines.setdefault(task.execution_id, []).append((task, line))
 
     async def store(self) -> TaskEffects:
-        """Write all changes; the caller commits."""
+        """Write the changed tasks, answers and log lines; return the effects to announce after the commit.
+        The caller commits.
+        """
         await self._store_lines()
         await self._store_tasks()
         await self._store_answers()
         return self.effects
 
     async def _store_tasks(self) -> None:
+        """Update the rows of changed tasks, and collect the effects of the changes."""
         changed = [task for task in self.tasks.values() if _changing(task) != self._before[task.id]]
         if not changed:
             return
@@ -176,6 +187,9 @@ class TaskTransaction:
         await self._connection.execute(_UPDATE_TASK, rows)
 
     def _note_effects(self, task: TaskRow) -> None:
+        """Note which organizations get work or cancellations, and which concurrency key has a free place, by
+        the change of a task.
+        """
         before = self._before[task.id][CHANGING_COLUMNS.index("state")]
         if task.state == before:
             return
@@ -191,6 +205,7 @@ class TaskTransaction:
             self.effects.freed_keys.add(task.concurrency_key)
 
     async def _store_answers(self) -> None:
+        """Insert the answers, and wake the runs that wait for them."""
         if not self._answers:
             return
         await self._connection.execute(_INSERT_ANSWER, self._answers)
@@ -219,7 +234,11 @@ class TaskTransaction:
     # ── log lines ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def _store_lines(self) -> None:
-        """Store lines of runs that no process has at hand; others keep theirs until the answer or a later report."""
+        """Store lines in the logs of runs that no process executes now.
+
+        Lines for running ones are kept with the task until its answer or a later report; those for ended runs
+        are dropped.
+        """
         for execution_id, lines in self._lines.items():
             run = self.runs.get(execution_id)
             if run is None or run.is_ended:
@@ -232,7 +251,10 @@ class TaskTransaction:
             await self._insert_lines(run, lines)
 
     async def _insert_lines(self, run: LockedRun, lines: Sequence[tuple[TaskRow, LogText]]) -> None:
-        """Insert log lines of tasks into the log of their run, numbered after its last records."""
+        """Insert log lines of tasks into the log of their run, numbered after its last span and line.
+
+        Messages are cut to 8,192 characters, and times in the future set to now.
+        """
         values = {"execution_id": run.execution_id, "run_shard": run.shard}
         last = 0
         for table in ("log_line", "span"):
@@ -261,7 +283,9 @@ class TaskTransaction:
         await self._connection.execute(_INSERT_LINE, rows)
 
     def _with_logs(self, task: TaskRow, run: LockedRun, payload: bytes) -> bytes:
-        """Return an answer with the lines that could not be stored while another node of the run was at work."""
+        """Return an answer with the task's lines that could not be stored, since the run is executed now;
+        else as it is.
+        """
         lines = [line for one, line in self._lines.get(task.execution_id, ()) if one is task]
         if run.status in _ALIVE:
             kept = _decode_lines(task.pending_logs or "[]")
@@ -282,6 +306,7 @@ class TaskTransaction:
     # ── statements ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _for_update(self, *, skips_locked: bool = False) -> str:
+        """Return the SQL that locks the selected rows; empty on SQLite, which has one writer."""
         if not self._is_postgresql:
             return ""
         return " FOR NO KEY UPDATE SKIP LOCKED" if skips_locked else " FOR NO KEY UPDATE"
@@ -292,6 +317,7 @@ class TaskTransaction:
         ids_: Sequence[str] | None = None,
         **values: Any,  # noqa: ANN401 - values of columns
     ) -> Sequence[Any]:
+        """Return the rows of an SQL text; parameters that are lists are expanded."""
         if ids_ is not None:
             values["ids"] = ids_
         prepared = text(statement)

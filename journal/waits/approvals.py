@@ -81,13 +81,16 @@ class DecisionResult:
 
 
 def needed_approvals(request: Mapping[str, Json]) -> int:
-    """Return the number of people who must make the same choice; 1 by default."""
+    """Return how many people must make the same choice for a question's answer; 1 by default."""
     count = request.get("approvals")
     return int(count) if isinstance(count, int | float) else 1
 
 
 def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
-    """Return the assignees of a question; empty if everybody with access to the workflow's runs may answer."""
+    """Return the assignees of a question: user ids, mail addresses, or `role:admin`.
+
+    Empty if everybody with access to the workflow's runs may answer.
+    """
     assignees = request.get("assignees")
     return [str(one) for one in assignees] if isinstance(assignees, list) else []
 
@@ -95,7 +98,11 @@ def assignees_of(request: Mapping[str, Json]) -> Sequence[str]:
 def find_refusal(
     request: Mapping[str, Json], approver: Approver, *, starter_id: str, trigger_type: str
 ) -> AnswerRefusal | None:
-    """Return the reason why a person may not answer; None if they may."""
+    """Return the reason why a person may not answer a question; None if they may.
+
+    They must be among the assignees, if there are any. The person who started the run may answer if
+    `allowSelf` says so, by default only a question without assignees.
+    """
     assignees = assignees_of(request)
     names = {approver.user_id, approver.email.casefold()} | ({ADMIN_ROLE} if approver.is_admin else set())
     if assignees and names.isdisjoint(one.casefold() if "@" in one else one for one in assignees):
@@ -112,10 +119,11 @@ def find_refusal(
 async def record_decision(
     connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, decision: ApprovalDecision
 ) -> DecisionResult:
-    """Record a person's answer in the caller's transaction; enough equal choices are passed to the node.
+    """Record a person's answer in the caller's transaction; once enough people made the same choice, the node
+    gets it.
 
-    The result says if the answer came late, expired or unawaited, and how many votes are missing. The caller
-    has checked that the person may answer.
+    The result says if the answer came late, expired or was not awaited, and how many votes are missing. A
+    second vote of a person is late. The caller has checked that the person may answer.
     """
     place = (asked.node_id, asked.iteration)
     own: dict[str, Json] = {
@@ -191,7 +199,7 @@ async def _read_votes(
 async def read_requests(
     connection: AsyncConnection, execution_ids: Sequence[str]
 ) -> dict[tuple[str, str, str], ApprovalRequest]:
-    """Return the requests for mails of runs, by execution, node and iteration."""
+    """Return the stored requests for approval mails of these runs, by execution id, node id and iteration."""
     if not execution_ids:
         return {}
     statement = select(ApprovalRequest).where(col(ApprovalRequest.execution_id).in_(execution_ids))
@@ -203,7 +211,9 @@ async def read_requests(
 
 
 def derive_token(secret: bytes, key: ExecutionKey, node_id: str, iteration: str, assignee: str) -> str:
-    """Return the token of an assignee's link: 256 bits that only a holder of the server's secret can make."""
+    """Return the token of an assignee's approval link, the same each time: `ap-` and 256 bits derived from
+    the server's secret.
+    """
     parts = [_PURPOSE.decode(), key.execution_id, node_id, iteration, assignee]
     digest = hmac.digest(secret, _encode(parts), "sha256")
     return TOKEN_PREFIX + urlsafe_b64encode(digest).decode().rstrip("=")
@@ -226,7 +236,7 @@ class LinkPlace:
 
 
 async def store_link(connection: AsyncConnection, place: LinkPlace, digest: str) -> None:
-    """Store a link by the hash of its token, unless it is stored already."""
+    """Store an approval link for an assignee by the hash of its token; one that is stored stays."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(ApprovalLink).values(
         hash=digest,
@@ -243,7 +253,7 @@ async def store_link(connection: AsyncConnection, place: LinkPlace, digest: str)
 
 
 async def find_link(connection: AsyncConnection, token: str) -> ApprovalLink | None:
-    """Return the approval link with a token; None if there is none."""
+    """Return the approval link with a token, used or not; None if there is none."""
     statement = select(ApprovalLink).where(col(ApprovalLink.hash) == hash_token(token))
     row = (await connection.execute(statement)).mappings().first()
     return None if row is None else ApprovalLink(**row)

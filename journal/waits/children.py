@@ -72,14 +72,18 @@ class AbandonedRun:
 
 
 def completion_for_parent(parent_id: str, node_id: str, iteration: str) -> dict[str, dict[str, str]]:
-    """Return the completion action of a run for which a node waits; it must be the first field of the object."""
+    """Return the completion action of a run that answers the waiting node of its parent when it ends.
+
+    It must be the first field of the object of actions.
+    """
     return {PARENT: {"executionId": parent_id, "nodeId": node_id, "iteration": iteration}}
 
 
 async def request_abandoned_ends(database: Database, store: JournalStore) -> Sequence[AbandonedRun]:
-    """Request the end of runs of an ended parent, and then of their own children.
+    """Request the end of unfinished runs whose parent has ended, and then of their own children; return them.
 
-    Finds only runs without such a request, so each gets one request. Raises `DatabaseUnavailable`.
+    A stopped parent stops its children; another end cancels them. Only runs without such a request are found.
+    Raises `DatabaseUnavailable`.
     """
     ended: list[AbandonedRun] = []
     while True:

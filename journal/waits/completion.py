@@ -65,7 +65,7 @@ class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_default
 
     @property
     def to_text(self) -> str | None:
-        """JSON text as it is stored; None if no action remains."""
+        """JSON text of the actions as it is stored; None if no action remains."""
         return msgspec.json.encode(self).decode() if self != NO_ACTION else None
 
     @property
@@ -129,7 +129,8 @@ def requested_actions(
     callback_url: str = "",
     answering: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str | None:
-    """Return the completion actions of a run under these settings, as JSON text; None for none.
+    """Return the completion actions of a run as JSON text: callback, failure workflow or URL, and answer to a
+    parent; None for none.
 
     `answering` names the waiting node of the parent, as `children.completion_for_parent` returns it.
     """
@@ -142,7 +143,7 @@ def requested_actions(
 
 
 def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect[*tuple[Any, ...]]:
-    """Return the statement that finds ended runs with due completion actions.
+    """Return the statement that finds up to `limit` ended runs with new, and with due repeated, completion actions.
 
     Runs of the organizations in `but_of` are left out.
     """
@@ -169,9 +170,10 @@ async def find_due_completions(
 async def claim_completions(
     database: Database, keys: Collection[ExecutionKey], lease_seconds: float
 ) -> list[DueCompletion]:
-    """Claim due completion actions of these runs for `lease_seconds`; return them.
+    """Claim due completion actions of these runs for `lease_seconds`, and return them.
 
-    Claimed and locked ones are left out. Raises `DatabaseUnavailable`.
+    Actions that are not due, are claimed by another worker, or have locked rows are left out. Raises
+    `DatabaseUnavailable`.
     """
 
     async def take(connection: AsyncConnection) -> list[DueCompletion]:
@@ -205,9 +207,10 @@ async def settle_completion(
     outcome: CompletionOutcome | None,
     delay_seconds: float | None,
 ) -> None:
-    """Store the remaining actions of a claimed run, their outcome, and the seconds until they are due again.
+    """Store the remaining actions of a claimed run, their outcome (None: no change), and when they are due again.
 
-    None as delay: the lease continues. Writes nothing if another worker has claimed the run meanwhile.
+    `delay_seconds` is the time until then; None: the lease continues. Writes nothing if another worker has
+    claimed the run meanwhile.
     """
     changes: dict[str, Any] = {
         "completion_action": msgspec.to_builtins(left) if left != NO_ACTION else null()
@@ -226,9 +229,8 @@ async def settle_completion(
 
 
 async def clear_action(database: Database, key: ExecutionKey) -> None:
-    """Clear the completion actions of an ended run: none of them applies to its status.
-
-    Raises `DatabaseUnavailable`.
+    """Clear the completion actions of an ended run, none of which applies to its status; raises
+    `DatabaseUnavailable`.
     """
 
     async def clear(connection: AsyncConnection) -> None:

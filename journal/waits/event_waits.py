@@ -63,9 +63,10 @@ class EventAnnouncement:
 async def add_wait(
     connection: AsyncConnection, caller: RunCaller, wanted: EventWaitRequest, node_id: str, iteration: str
 ) -> EventWait | None:
-    """Store the wait of a node in a transaction and return it; an existing wait stays as it was.
+    """Store that a node waits for an event, in a transaction, and return the wait; an existing one stays as it was.
 
-    None if the node has its answer already, or never started.
+    The wait also covers earlier events as far as it looks back. None if the node has its answer already, the
+    run is gone, or the node never started.
     """
     of_run = (
         col(Execution.id) == caller.execution_id,
@@ -106,7 +107,7 @@ async def add_wait(
 async def list_events_since(
     connection: AsyncConnection, wait: EventWait, after: tuple[datetime, str] | None
 ) -> Sequence[EventRecord]:
-    """Return the next batch of events in the period of a wait that match its pattern, earliest first.
+    """Return up to 50 next events in the period of a wait whose type matches it, earliest first.
 
     `after` are time and id of the last event of the batch before.
     """
@@ -135,7 +136,9 @@ async def list_events_since(
 
 
 def matches_pattern(pattern: str) -> ColumnElement[bool]:
-    """Return the SQL condition that the type of an event matches a pattern: a type, or a prefix that ends in `.*`."""
+    """Return the SQL condition that an event's type matches a pattern: the exact type, or a prefix that ends
+    in `.*`.
+    """
     if not pattern.endswith(".*"):
         return col(EventRecord.event_type) == pattern
     beginning = pattern.removesuffix(".*")
@@ -147,7 +150,7 @@ def matches_pattern(pattern: str) -> ColumnElement[bool]:
 async def filter_awaited(
     connection: AsyncConnection, event_ids: Collection[str]
 ) -> Sequence[EventAnnouncement]:
-    """Return those events in whose organization some node waits for an event, earliest first."""
+    """Return those events in whose organization any node waits for any event, earliest first."""
     anybody = select(col(EventWait.organization_id)).where(
         col(EventWait.organization_id) == col(EventRecord.organization_id)
     )
@@ -167,7 +170,7 @@ async def filter_awaited(
 async def list_waits(
     connection: AsyncConnection, event: EventAnnouncement, after: tuple[str, str, str] | None
 ) -> Sequence[EventWait]:
-    """Return the next batch of waits that match an event by type and time; their conditions are not checked.
+    """Return up to 500 next waits that match an event by type and time; their conditions are not checked.
 
     `after` is the execution id, node id and iteration of the previous batch's last wait.
     """
@@ -205,9 +208,9 @@ async def read_event_data(connection: AsyncConnection, event_id: str) -> str | N
 async def answer_waits(
     connection: AsyncConnection, waits: Sequence[EventWait], data: str
 ) -> list[AnswerResult]:
-    """Answer waiting nodes with an event, in a transaction, and delete their waits; return the receptions.
+    """Answer waiting nodes with an event's data, in a transaction, and delete their waits; return the results.
 
-    They are in the order of `wait_key`. A wait is deleted even if its node doesn't accept the answer.
+    The results are in the order of `wait_key`. A wait is deleted even if its node doesn't accept the answer.
     """
     payload = _encode({"output": msgspec.Raw(data.encode()), "port": OUTPUT})
     given: list[AnswerResult] = []
@@ -225,7 +228,7 @@ async def answer_waits(
 
 
 async def mark_delivered(connection: AsyncConnection, event_ids: Collection[str]) -> None:
-    """Mark events as delivered to all nodes that waited for them."""
+    """Mark events as delivered to all nodes that waited for them; those that are marked keep their time."""
     await connection.execute(
         update(EventRecord)
         .where(col(EventRecord.id).in_(event_ids), col(EventRecord.delivered_at).is_(None))
@@ -234,7 +237,7 @@ async def mark_delivered(connection: AsyncConnection, event_ids: Collection[str]
 
 
 async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
-    """Return the ids of up to `BATCH_EVENTS` events stored a while ago and not delivered, earliest first."""
+    """Return the ids of up to 500 events that were stored over 5 seconds ago and not delivered, earliest first."""
     statement = (
         select(col(EventRecord.id))
         .where(
@@ -250,7 +253,7 @@ async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
 async def delete_finished_waits(
     connection: AsyncConnection, after: tuple[str, str] | None
 ) -> tuple[str, str] | None:
-    """Delete the waits of ended or deleted runs in the batch after `after`, except locked ones.
+    """Delete the waits for events of ended or deleted runs, among the 1,000 waits after `after`; locked ones stay.
 
     Return the key to continue after; None at the end.
     """
@@ -276,7 +279,7 @@ async def delete_finished_waits(
 
 
 def wait_key(wait: EventWait) -> tuple[str, str, str]:
-    """Return the primary key of a waiting node: execution id, node id and iteration."""
+    """Return the key of a wait, by which locks are ordered: execution id, node id and iteration."""
     return wait.execution_id, wait.node_id, wait.iteration
 
 

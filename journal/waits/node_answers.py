@@ -79,14 +79,14 @@ class WaitingNode:
 
 
 def encode_output_answer(value: Json, port: str = OUTPUT) -> bytes:
-    """Return the stored answer with which a waiting node completes with a value at a port."""
+    """Return the stored answer with which a waiting node completes with a value that leaves at a port."""
     return _encode({"output": value, "port": port})
 
 
 def encode_error_answer(code: str, message: str, cause: FailureCause | None = None) -> bytes:
-    """Return the stored answer with which a waiting node fails.
+    """Return the stored answer with which a waiting node fails, with a code and a message.
 
-    `cause` is the error inside the run for which it has waited.
+    `cause` is the error inside another run for which it has waited.
     """
     error: dict[str, object] = {"code": code, "message": message}
     return _encode({"error": error if cause is None else {**error, "cause": cause}})
@@ -102,10 +102,10 @@ async def store_answer(
     kind: AnswerSource,
     user_id: str | None = None,
 ) -> AnswerResult:
-    """Store the answer of a node in a transaction, and wake its waiting run; return the reception.
+    """Store the answer of a node in a transaction, and make its waiting run pending; return the result.
 
-    The first answer counts. A sub-workflow run or an event may answer a node before its run waits; input of a
-    person needs a waiting run.
+    Only the first answer counts: the same one again is taken, another is late. A sub-workflow run, an event
+    or a task may answer a node before its run waits; input of a person needs a waiting node.
     """
     columns = (col(Execution.status), col(Execution.concurrency_key))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
@@ -183,7 +183,9 @@ async def read_answers(
 
 
 async def list_input_waits(connection: AsyncConnection, key: ExecutionKey) -> list[WaitingNode]:
-    """Return the nodes of a run that wait for input and have no answer yet, in the order of their spans."""
+    """Return the nodes of an unfinished run that wait for input of a person and have no answer, in the order
+    of their spans.
+    """
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
         col(WaitAnswer.node_id) == col(SpanRow.node_id),
@@ -228,7 +230,9 @@ class OrganizationWait:
 async def list_organization_waits(
     connection: AsyncConnection, visible: ColumnElement[bool], *, at_most: int
 ) -> list[OrganizationWait]:
-    """Return up to `at_most` nodes that wait for input, in runs that satisfy a condition, the newest runs first."""
+    """Return up to `at_most` nodes that wait for input of a person, in runs that satisfy a condition, newest
+    runs first.
+    """
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
         col(WaitAnswer.node_id) == col(SpanRow.node_id),
@@ -272,7 +276,10 @@ async def list_organization_waits(
 async def _receive_answer(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, kind: AnswerSource
 ) -> AnswerReception:
-    """Return the reception of the first answer to a node, by its span: taken, expired or unawaited."""
+    """Return whether a first answer to a node is taken, expired or not awaited, by the node's span.
+
+    Only input of a person expires; other kinds are taken even before the node waits, while it runs.
+    """
     has_expired = (
         type_coerce(col(SpanRow.wake_at), BigInteger) <= DatabaseTime() + MAX_CLOCK_SKEW_MICROSECONDS
     )
@@ -296,7 +303,7 @@ async def _receive_answer(
 async def is_answered(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str | None
 ) -> bool:
-    """Return whether a node has an answer: in one iteration, or in any if `iteration` is None."""
+    """Return whether a node of a run has an answer: in one iteration of its loop, or in any if `iteration` is None."""
     statement = select(col(WaitAnswer.node_id)).where(
         *_belongs_to_run(WaitAnswer, key), col(WaitAnswer.node_id) == node_id
     )
