@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 async def end_abandoned_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """Request the end of child runs whose parents have ended, and notify their executors.
+    """Request the end of unfinished child runs whose parents have ended, and notify the processes that
+    execute them.
 
     Raises `DatabaseUnavailable`; lost notifications are ignored.
     """

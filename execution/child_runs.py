@@ -110,11 +110,13 @@ class ChildRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run of another workflow, or find the run of an earlier call; return its execution id.
+        """Start a run of another workflow for a node, or find the run of an earlier equal call; return its
+        execution id.
 
-        An awaited run answers this very execution, so a resumed execution starts it anew, or resumes the
-        failed run of the execution that it replays. A run that isn't awaited belongs to all executions that
-        share its idempotency key. Waits while the database is unavailable. Raises `NodeError`.
+        A run that is `awaited` answers the node of this very execution at its end, so a resumed execution
+        starts it anew, or resumes the failed run of the execution that it replays. A run that isn't awaited
+        belongs to all executions that share its idempotency key. Waits while the database is unavailable.
+        Raises `NodeError`, also if the workflow changes three times meanwhile.
         """
         origin = caller.execution_id if awaited else caller.key_prefix
         child_id = ids.derive_id("exec", origin, node_id, iteration)
@@ -142,10 +144,12 @@ class ChildRunStarter:
         node_id: str,
         iteration: str,
     ) -> bool:
-        """Resume the failed run that this node started, with equal inputs, in the execution that the caller replays.
+        """Resume the failed run that this node started, with equal inputs, in the execution that the caller
+        replays.
 
-        Return False if there is none, or a run of this execution exists already. A new run would repeat the
-        writes that the failed one has completed. Raises `NodeError`.
+        Return False if there is none, its inputs differ, or a run of this execution exists already. A new run
+        would repeat the writes that the failed one has completed. Raises `NodeError` and
+        `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             found = await _find_failed_child(connection, caller, workflow_id, node_id, iteration)
@@ -182,8 +186,8 @@ class ChildRunStarter:
     async def start_about_failure(self, caller: RunCaller, workflow_id: str, inputs: Json) -> None:
         """Start the run of a failure workflow for a failed run, at most once.
 
-        A failure workflow has no failure workflow of its own. Its run counts toward the maximum depth, so
-        that two workflows that handle each other's failures end. Raises `NodeError` and
+        Its run starts no failure workflow or callback at its own failure. It counts toward the maximum depth,
+        so that two workflows that handle each other's failures end. Raises `NodeError` and
         `DatabaseUnavailable`.
         """
         run_id = ids.derive_id("exec", caller.execution_id, ON_FAILURE_TRIGGER)
@@ -201,10 +205,12 @@ class ChildRunStarter:
         answering: dict[str, dict[str, str]] | None,
         trigger_type: str = TRIGGER_TYPE,
     ) -> bool:
-        """Accept a child run; return False if its workflow has changed meanwhile.
+        """Accept a child run; return False if its workflow has changed since it was read, so that the caller
+        tries again.
 
-        A run that an earlier call accepted counts as accepted. Raises `NodeError` for depth, number, access,
-        an invalid workflow and a reached concurrency limit, and `DatabaseUnavailable`.
+        A run that an earlier call accepted counts as accepted. Raises `NodeError` for depth, number of runs,
+        access, an invalid workflow and a reached concurrency limit (only this may be retried), and
+        `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             if await _child_exists(connection, caller, child_id):
@@ -256,10 +262,11 @@ class ChildRunStarter:
 
     @asynccontextmanager
     async def _hold_capacity(self, root_id: str) -> AsyncIterator[None]:
-        """Hold capacity for one more run below a root run during the block; raises `NodeError` if there is none.
+        """Count one more run below a root run during the block; raises `NodeError` if the maximum number has
+        been started.
 
-        Starts in progress may be committed or not. While they decide whether there is capacity, this waits
-        for them.
+        Other starts of this process may be committed or not. While they decide whether there is capacity,
+        this waits for them.
         """
         descendants = self._descendants.setdefault(root_id, DescendantCount())
         while True:
@@ -277,6 +284,7 @@ class ChildRunStarter:
             descendants.done += 1
 
     async def _count_descendants(self, root_id: str) -> int:
+        """Return the number of runs that were started below a root run."""
         of_root = select(col(Execution.id)).where(col(Execution.root_id) == root_id)
         counted = select(func.count()).select_from(of_root.limit(self._max_sub_runs).subquery())
         async with self._database.read() as connection:
@@ -285,9 +293,9 @@ class ChildRunStarter:
     async def _load_workflow(
         self, connection: AsyncConnection, caller: RunCaller, shard: int, workflow_id: str
     ) -> LoadedWorkflow:
-        """Return a workflow that the user of the run may run, from the cache if it has not changed.
+        """Return a workflow that the user of the run may run, from the cache if its revision has not changed.
 
-        Raises `NodeError` if it is unreadable, missing or not runnable.
+        Raises `NodeError` if it is missing, unreadable, paused or invalid.
         """
         readable = (
             col(Workflow.id) == workflow_id,
@@ -313,6 +321,7 @@ class ChildRunStarter:
         return cached
 
     def _cache_workflow(self, workflow: LoadedWorkflow) -> None:
+        """Cache a workflow; the oldest ones are dropped above 16 million characters of definitions."""
         key = (workflow.organization_id, workflow.id)
         earlier = self._cached.pop(key, None)
         self._cached_characters -= len(earlier.definition) if earlier else 0
@@ -378,7 +387,8 @@ async def _read_parent(connection: AsyncConnection, caller: RunCaller) -> Parent
 
 
 async def _read_caller(connection: AsyncConnection, caller: RunCaller, shard: int) -> access.ApiCaller:
-    """Return the user of the run as an API caller without a key; the role decides which workflows are readable.
+    """Return the user of the run as an API caller without a key or scopes; the role decides which workflows
+    are readable.
 
     A deleted user counts as a member.
     """

@@ -47,13 +47,16 @@ class DirectSlots:
         self._gateways: dict[str, KnownGateway] = {}
 
     def see(self, runs: Iterable[ClaimedRun]) -> None:
-        """Remember the gateways that accepted these runs, so that they get grants."""
+        """Remember the gateways that accepted these claimed runs, for 60 seconds, so that they get grants of slots."""
         now = time.monotonic()
         for channel in {run.channel for run in runs if run.channel}:
             self._gateways.setdefault(channel, KnownGateway(now)).seen_at = now
 
     def receive(self, message: DirectRuns) -> list[ClaimedRun]:
-        """Return the runs of a message from a gateway; an empty list if it is repeated or can't be read."""
+        """Return the runs that a gateway has assigned by a message, in their form after a claim.
+
+        An empty list, with a warning, if its number is not new or it can't be read.
+        """
         gateway = self._gateways.setdefault(message.gateway, KnownGateway(0.0))
         gateway.seen_at = time.monotonic()
         if message.number <= gateway.received:
@@ -67,9 +70,11 @@ class DirectSlots:
             return []
 
     def grant(self, free: int, channels: Iterable[str] | None = None) -> Mapping[str, SlotGrant]:
-        """Return the grants of free slots by channel, shared equally among all known gateways.
+        """Return grants of slots by the channel of each known gateway: an equal share of the `free` slots, at
+        most 50 each.
 
-        With `channels`, only theirs. Gateways that were not seen for long are forgotten.
+        A grant lets a gateway assign so many runs. With `channels`, only theirs. Gateways that were not seen
+        for 60 seconds are forgotten.
         """
         oldest = time.monotonic() - REMEMBERED_SECONDS
         for channel in [name for name, one in self._gateways.items() if one.seen_at < oldest]:

@@ -17,9 +17,10 @@ instruments.declare("wakes_total")
 
 
 async def wake_due_deployments(database: Database, broker: Broker) -> None:
-    """Wake deployments with due runs, release deferred runs that may start, and count the outcomes.
+    """Wake deployments with due runs, release deferred runs that may start, and count the outcomes in the metrics.
 
-    Raises `DatabaseUnavailable`.
+    The deployer is notified of each woken deployment, and workers of runs left to them. Raises
+    `DatabaseUnavailable`.
     """
     done = await wakes.wake_for_waiting_runs(database)
     for workflow_id, outcome in done.items():

@@ -48,9 +48,11 @@ class EventMatcher:
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Register the wait of a node, and answer it from earlier events within its period; return its expiry.
+        """Store that a node waits for an event, and answer it from earlier events within its period; return
+        its expiry.
 
-        None if the run has ended or the node has its answer. Waits while the database is unavailable.
+        None if it waits without a limit, the run is gone or the node has its answer. Waits while the database
+        is unavailable.
         """
         add = partial(
             event_waits.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration
@@ -62,7 +64,7 @@ class EventMatcher:
         return wait.expires_at
 
     async def deliver(self, event_ids: Sequence[str]) -> None:
-        """Answer the nodes that wait for committed events, and mark these as delivered; idempotent.
+        """Answer the nodes that wait for these committed events, and mark the events as delivered; may be repeated.
 
         An event stays undelivered while another transaction locks the run of a node that waits for it. Raises
         `DatabaseUnavailable`.
@@ -76,7 +78,10 @@ class EventMatcher:
         await self._database.transaction(partial(event_waits.mark_delivered, event_ids=delivered))
 
     async def deliver_undelivered(self) -> None:
-        """Deliver events that a dead gateway left undelivered; raises `DatabaseUnavailable`."""
+        """Deliver events that were stored over five seconds ago and are undelivered, for example by a dead gateway.
+
+        Raises `DatabaseUnavailable`.
+        """
         while True:
             async with self._database.read() as connection:
                 event_ids = await event_waits.list_undelivered(connection)
@@ -87,7 +92,9 @@ class EventMatcher:
                 return
 
     async def delete_expired(self) -> None:
-        """Delete the stored waits for events of runs that have ended, in batches; raises `DatabaseUnavailable`."""
+        """Delete the stored waits for events of runs that have ended or are deleted, in batches; raises
+        `DatabaseUnavailable`.
+        """
         after: tuple[str, str] | None = None
         while True:
             after = await self._database.transaction(partial(event_waits.delete_finished_waits, after=after))
@@ -95,6 +102,7 @@ class EventMatcher:
                 return
 
     async def _look_back(self, wait: EventWait) -> None:
+        """Answer a wait with the first earlier event in its period that matches it, among the first 10,000."""
         after, looked_at, share = None, 0, LoopShare()
         while looked_at < MAX_SCANNED_EVENTS:
             async with self._database.read() as connection:
@@ -112,7 +120,11 @@ class EventMatcher:
         )
 
     async def _deliver_event(self, announcement: EventAnnouncement) -> bool:
-        """Deliver an event to all nodes that wait for it; returns False if one of their runs is locked."""
+        """Deliver an event to all nodes whose wait matches its type, time and filter; return False if one of
+        their runs is locked.
+
+        A deleted event counts as delivered.
+        """
         is_complete = True
         after: tuple[str, str, str] | None = None
         data: str | None = None
@@ -136,7 +148,7 @@ class EventMatcher:
             after = event_waits.wait_key(found[-1])
 
     async def _answer_unlocked(self, waits: Sequence[EventWait], data: str) -> bool:
-        """Answer nodes, one at a time if some of their runs are locked; return False if a lock remains."""
+        """Answer nodes together, or one at a time if some of their runs are locked; return False if a lock remains."""
         try:
             await self._answer(waits, data)
         except LockWaitTimeout:
@@ -146,6 +158,8 @@ class EventMatcher:
         return True
 
     async def _answer(self, waits: Sequence[EventWait], data: str) -> None:
+        """Answer nodes with an event in one transaction, admit the runs that may take a slot, and wake workers."""
+
         async def answer(connection: AsyncConnection) -> list[AnswerResult]:
             return await event_waits.answer_waits(connection, waits, data)
 

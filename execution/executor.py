@@ -86,7 +86,7 @@ class RunningExecution(msgspec.Struct, frozen=True):
     def is_proven(self) -> bool:
         """Return whether the run counts as harmless to its process.
 
-        It has committed a new result since its claim, or has run for `TRIAL_SECONDS`.
+        It has committed a new result since its claim, or has run for five seconds.
         """
         return self.journal.has_new_result or time.monotonic() - self.begun_at >= TRIAL_SECONDS
 
@@ -167,7 +167,10 @@ class RunExecutor:
         self._loops: list[asyncio.Task[None]] = []
 
     async def prepare(self, key: DefinitionKey, definition: str) -> None:
-        """Compile and cache a definition before a run needs it; an invalid one is cached as its error."""
+        """Compile and cache a definition before a run needs it; an invalid one is cached as its error.
+
+        A pod does so with its definition at its start.
+        """
         await self._programs.prepare(key, definition)
 
     async def start(self) -> None:
@@ -186,7 +189,9 @@ class RunExecutor:
         self.wake()
 
     def wake(self, _shard: int = 0) -> None:
-        """Let the claim loop claim runs as soon as there is room, because some may be pending."""
+        """Let the claim loop claim runs as soon as a slot is free, because some may be pending. The shard is
+        ignored.
+        """
         self._owes_claim = True
         self._wanted.set()
 
@@ -195,10 +200,11 @@ class RunExecutor:
         return len(self._active)
 
     async def drain(self, *, patience_seconds: float = 0) -> None:
-        """Stop claiming, let runs finish for `patience_seconds`, and hand off the others.
+        """Stop claiming, let runs finish for `patience_seconds`, then hand off the others to other processes.
 
-        That happens at the boundary of a node if possible; then nodes are interrupted. The end releases
-        claimed runs and wakes other workers.
+        They are handed off at the boundary of a node within ten seconds if possible; then their nodes are
+        interrupted. At the end this process holds no run, and other workers are woken. The executor can't be
+        started again.
         """
         self._is_draining = True
         self._wanted.set()
@@ -224,11 +230,13 @@ class RunExecutor:
         await wakeups.wake_workers(self._broker)
 
     async def _hand_off(self, request: ControlRequest, seconds: float) -> None:
+        """Ask all held runs to be handed off, and wait for it up to `seconds`."""
         for active in self._active.values():
             active.control.ask(request)
         await self._wait_for_runs(seconds)
 
     async def _wait_for_runs(self, seconds: float) -> None:
+        """Wait up to `seconds` until no run is held."""
         if seconds and (tasks := [active.task for active in self._active.values()]):
             await asyncio.wait(tasks, timeout=seconds)
 
@@ -237,7 +245,8 @@ class RunExecutor:
     async def _claim(self) -> None:
         """Wait for a wakeup, then claim as many runs as there are free slots, and begin them.
 
-        Return without any while draining.
+        A due search for suspects (runs that lost several workers) comes first. It claims nothing while
+        draining. Raises `DatabaseUnavailable`.
         """
         await self._wanted.wait()
         self._wanted.clear()
@@ -277,7 +286,8 @@ class RunExecutor:
         """Claim runs, hold their leases and begin them; return the runs.
 
         `since` is the time before the claim, by the monotonic clock. While draining, claimed runs are
-        released again. Raises `DatabaseUnavailable`, after runs that could not begin are released.
+        released again. If more may be pending, this and other workers are woken. Raises
+        `DatabaseUnavailable`, after runs that could not begin are released.
         """
         try:
             claimed = await self._store.claim(claim)
@@ -302,7 +312,11 @@ class RunExecutor:
         return claimed
 
     async def _begin_or_release(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
-        """Begin runs; makes them pending and raises `DatabaseUnavailable` if what they need can't be read."""
+        """Begin runs; if the database can't be read meanwhile, make them pending again and raise
+        `DatabaseUnavailable`.
+
+        After any other error each is begun alone, so that one can't prevent the others.
+        """
         try:
             await self._begin(claimed, leases)
         except DatabaseUnavailable:
@@ -315,10 +329,10 @@ class RunExecutor:
             await self._begin_each_alone(claimed, leases)
 
     def _free_slots(self) -> tuple[int, Sequence[str]]:
-        """Return the number of runs to claim, at most `MAX_CLAIM`, and the organizations to exclude.
+        """Return the number of runs to claim, at most 50, and the organizations to exclude from the claim.
 
-        If all slots are taken, organizations without a run here may still claim a few. Otherwise they would
-        wait for others, whose runs may last arbitrarily long.
+        If all slots are taken, organizations without a run here may still claim up to five more in total.
+        Otherwise they would wait for others, whose runs may last arbitrarily long.
         """
         left = self._settings.concurrency - len(self._active)
         if left > 0:
@@ -327,6 +341,7 @@ class RunExecutor:
         return min(left + self._settings.concurrency, MAX_EXTRA_CLAIM), sorted(served)
 
     async def _begin_each_alone(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
+        """Begin runs one by one; a run that fails to begin is logged and keeps its lease until it ends."""
         for run, lease in zip(claimed, leases, strict=True):
             try:
                 await self._begin([run], [lease])
@@ -336,7 +351,9 @@ class RunExecutor:
                 self._leases.release(lease)
 
     def _remember_turns(self, claimed: Sequence[ClaimedRun]) -> None:
-        """Store the round-robin position, so that the next claim continues behind this one."""
+        """Remember organization and workflow turn of the last claimed runs, so that the next claim continues
+        behind them.
+        """
         self._after_organization = claimed[-1].organization_id
         for run in claimed:
             self._turns[run.organization_id] = turn_of_workflow(run.workflow_id) + 1
@@ -345,7 +362,8 @@ class RunExecutor:
             self._turns.popitem(last=False)
 
     async def _release_unheld(self) -> None:
-        """Release runs that the database assigns to this process and it does not hold: a claim's answer may be lost.
+        """Release runs that the database assigns to this process and it does not hold, since a claim's answer
+        may be lost.
 
         Raises `DatabaseUnavailable`.
         """
@@ -353,7 +371,11 @@ class RunExecutor:
         await self._store.release(self._broker.channel, self._leases.execution_ids())
 
     async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
-        """Load the programs and recorded states of claimed runs, and start a task for each."""
+        """Load the programs and recorded states of claimed runs, and start a task for each; an earlier stop
+        request applies.
+
+        Raises `DatabaseUnavailable`.
+        """
         programs = await self._programs.load(claimed)
         recovered_states = await self._recover_states([run for run in claimed if run.has_journal])
         for run, lease in zip(claimed, leases, strict=True):
@@ -391,6 +413,9 @@ class RunExecutor:
         return LargeValues(self._blobs, owner, self._settings.max_row_output_bytes)
 
     async def _recover_states(self, begun: Sequence[ClaimedRun]) -> dict[str, RecoveredState]:
+        """Return spans, last log line and wait answers of runs that earlier attempts have recorded, by
+        execution id.
+        """
         if not begun:
             return {}
         keys = [ExecutionKey(run.execution_id, run.shard) for run in begun]
@@ -411,9 +436,9 @@ class RunExecutor:
     async def _read_answers(
         self, run: ClaimedRun, journal: RunJournal
     ) -> Mapping[tuple[str, str], bytes] | None:
-        """Return the current wait answers of a run by node id and iteration.
+        """Return the present wait answers of a run by node id and iteration, and note their number in its journal.
 
-        None, after a pause, if the database is unavailable.
+        None, after half a second, if the database is unavailable.
         """
         try:
             answers = await self._group_answers([ExecutionKey(run.execution_id, run.shard)])
@@ -427,6 +452,7 @@ class RunExecutor:
     async def _group_answers(
         self, answered: Sequence[ExecutionKey]
     ) -> dict[str, dict[tuple[str, str], bytes]]:
+        """Return the wait answers of several runs, read together with those of other callers."""
         if not answered or self._hooks.answers is None:
             return {}
         return await self._hooks.answers(answered)
@@ -434,7 +460,9 @@ class RunExecutor:
     # ── assigned runs ─────────────────────────────────────────────────────────────────────────────
 
     def _on_direct(self, message: DirectRuns) -> None:
-        """Begin runs that a gateway has assigned to this process, or make them pending if it may not."""
+        """Begin runs that a gateway has assigned to this process; if they come late, or while draining or on
+        trial, release them.
+        """
         runs = self._slots.receive(message)
         since = self._store.clock.monotonic_of(runs[0].started_at) if runs else 0.0
         is_late = time.monotonic() - since > MAX_DIRECT_AGE_SECONDS
@@ -451,6 +479,7 @@ class RunExecutor:
         self._in_background(partial(self._begin_direct, runs, leases))
 
     async def _begin_direct(self, runs: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
+        """Begin assigned runs in the background; a failure is logged."""
         self._claims_in_progress += 1
         try:
             await self._begin_or_release(runs, leases)
@@ -458,29 +487,34 @@ class RunExecutor:
             self._claims_in_progress -= 1
 
     def _count_free_slots(self) -> int:
-        """Return the number of slots that gateways may use; none while runs wait to be claimed."""
+        """Return the number of slots that gateways may fill; 0 while runs wait to be claimed, on trial, and
+        while draining.
+        """
         if self._is_behind or self._is_draining or not self._grants_slots or not self._isolation.is_open:
             return 0
         return self._settings.concurrency - len(self._active)
 
     async def _renew_grants(self) -> None:
+        """Send grants of free slots to gateways once per second."""
         await asyncio.sleep(GRANT_SECONDS / 2)
         await self._suppress_outages(self._send_grants)
 
     async def _send_grants(self) -> None:
+        """Send the present grants to all known gateways."""
         if grants := self._slots.grant(self._count_free_slots()):
             await self._broker.publish({}, (), grants)
 
     # ── trials ────────────────────────────────────────────────────────────────────────────────────
 
     def _is_proven(self) -> bool:
-        """Return whether all runs here are proven harmless and no claim is in progress."""
+        """Return whether all runs here are proven harmless to the process and no claim is in progress."""
         return not self._claims_in_progress and all(active.is_proven() for active in self._active.values())
 
     async def _try_suspects(self) -> None:
-        """Run suspects one after another, while other claims wait, if a search is due and finds some.
+        """Search for suspects if that is due, and run those found one after another while other claims wait.
 
-        A period of trials has a maximum length. Raises `DatabaseUnavailable`.
+        Suspects are runs that lost several workers. One period of trials takes five seconds, and as long as
+        its last trial. Raises `DatabaseUnavailable`.
         """
         max_isolation_losses = await self._suspects.find()
         if max_isolation_losses is None:
@@ -502,9 +536,9 @@ class RunExecutor:
         self._suspects.pause()
 
     async def _watch_trial(self, run: ClaimedRun) -> None:
-        """Wait until a suspect is proven harmless or has left, and commit its results meanwhile.
+        """Wait until a suspect is proven harmless or has left this process, and commit its results meanwhile.
 
-        A run proven by time alone is recorded as such.
+        A run that is proven by time alone is recorded as such.
         """
         log.info("suspect on trial", execution_id=run.execution_id, attempt=run.attempt)
         active = self._active.get(run.execution_id)
@@ -528,7 +562,11 @@ class RunExecutor:
         control: RunControl,
         lease: RunLease,
     ) -> None:
-        """Execute a run to its end, its wait or the loss of its lease, and record the outcome with its trace."""
+        """Execute a run to its end, its wait or the loss of its lease, and record the outcome with its trace.
+
+        It raises nothing: after an unexpected error the lease expires, and the attempt is counted. At last
+        the lease and the slot are released.
+        """
         trace: run_traces.SegmentTrace | None = None
         result: tuple[str, str | None] = UNKNOWN_STATUS, UNKNOWN_STATUS
         log_context.fields.set({"execution_id": run.execution_id})
@@ -567,7 +605,10 @@ class RunExecutor:
         journal: RunJournal,
         control: RunControl,
     ) -> RunOutcome:
-        """Restore a run's recorded state, run its nodes, and return the outcome; an invalid definition fails it."""
+        """Restore a run's recorded state, run its nodes, and return the outcome.
+
+        An invalid definition, trigger or recorded value fails the run. Raises `LeaseLost`.
+        """
         if isinstance(program, InvalidDefinition):
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:
@@ -596,6 +637,7 @@ class RunExecutor:
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
     def _on_ended(self, run: ClaimedRun, outcome: RunOutcome) -> None:
+        """Count the end of a run, and call the hook for runs that have ended."""
         run_metrics.count_end(run, outcome.status, self._store.clock.now())
         on_left = self._hooks.on_left
         if on_left is not None and (run.completion_action is not None or run.concurrency_key is not None):
@@ -616,6 +658,7 @@ class RunExecutor:
     # ── requests and notifications ────────────────────────────────────────────────────────────────────
 
     def _on_notification(self, notification: Notification) -> None:
+        """Pass a request to stop or cancel a run of this process to the run; other notifications are ignored."""
         if not isinstance(notification, DirectMessage):
             return
         active = self._active.get(notification.message.get("execution_id", ""))
@@ -623,18 +666,20 @@ class RunExecutor:
             self._on_request(active.lease, notification.message.get("request", ""))
 
     def _on_request(self, lease: RunLease, request: str) -> None:
+        """Let a held run stop after its present nodes, or cancel it at once."""
         active = self._running_execution(lease)
         if active is not None and request in REQUESTS:
             active.control.ask(REQUESTS[request])
 
     def _on_lease_lost(self, lease: RunLease) -> None:
+        """Interrupt a run whose lease is lost; nothing of it is recorded any more."""
         active = self._running_execution(lease)
         if active is not None:
             run_metrics.count_lost_lease()
             active.control.ask(ControlRequest.ABANDON)
 
     def _running_execution(self, lease: RunLease) -> RunningExecution | None:
-        """Return the run held under this very lease, or None.
+        """Return the run that is held under this very lease; None if it has left.
 
         A lost execution may be back here under another lease.
         """
@@ -642,6 +687,9 @@ class RunExecutor:
         return active if active is not None and active.lease is lease else None
 
     def _publish(self, channels: Mapping[str, str], outcomes: Sequence[EndedExecution] = ()) -> None:
+        """Publish in the background that runs have changed, by their channels, with outcomes and with grants
+        for the gateways.
+        """
         ended = [channel for channel in channels.values() if channel]
         # The runs that have just ended leave their slots in a moment.
         grants = self._slots.grant(self._count_free_slots() + len(ended), set(ended)) if ended else NO_GRANTS
@@ -656,6 +704,11 @@ class RunExecutor:
             self.wake()
 
     async def _sweep(self) -> None:
+        """After the interval of sweeps (20 % more or less), reclaim runs of dead workers, then call the hook
+        for sweeps.
+
+        It claims runs if any are pending.
+        """
         # Jitter, so that workers that started together don't all sweep at once.
         await asyncio.sleep(self._settings.seconds_between_sweeps * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
         while True:
@@ -670,7 +723,10 @@ class RunExecutor:
             await self._hooks.on_swept()
 
     async def _commit_dirty(self) -> None:
-        """After a pause, commit results that runs haven't committed yet, to bound the reads that a crash repeats."""
+        """After a pause of `commit_seconds`, commit results that runs haven't committed yet, in the background.
+
+        That bounds the reads that a crash repeats.
+        """
         await asyncio.sleep(self._settings.commit_seconds)
         for active in list(self._active.values()):
             if active.journal.is_dirty and not active.journal.is_committing:
@@ -685,7 +741,7 @@ class RunExecutor:
             await self._attempt(duty, name)
 
     async def _attempt(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
-        """Run a duty; log any error and pause: this is the outermost loop of the process."""
+        """Run a duty of a loop once; log any error and pause for half a second after it."""
         try:
             await duty()
         except DatabaseUnavailable as error:
@@ -696,12 +752,15 @@ class RunExecutor:
             await asyncio.sleep(PAUSE_SECONDS)
 
     def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do work in a task of its own that this executor keeps until its end."""
         task = asyncio.create_task(self._suppress_outages(work))
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
 
     async def _suppress_outages(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do work and log its errors instead of raising them: the sweep, or the run itself, repeats it."""
+        """Do work; outages and lost leases are only logged, other errors with a trace, since the sweep or the
+        run repeats it.
+        """
         try:
             await work()
         except (BrokerUnavailable, DatabaseUnavailable, LeaseLost) as error:

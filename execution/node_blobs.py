@@ -29,7 +29,7 @@ class NodeBlobs:
     ) -> dict[str, Json]:
         """Store content as a blob of the caller's run and return the reference as JSON.
 
-        Raises `NodeError` if it is too large or the storage is unavailable.
+        Raises `NodeError` above 50 MB, and (retryable) if the storage is unavailable.
         """
         if len(content) > MAX_BLOB_BYTES:
             raise _blob_too_large(len(content), MAX_BLOB_BYTES)
@@ -40,10 +40,10 @@ class NodeBlobs:
         return reference.as_json()
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return the content of a blob of the caller's run.
+        """Return the content of a blob of the caller's run; at most `max_bytes`, and never above 50 MB.
 
-        Raises `NodeError` for an invalid reference, a missing or corrupt blob, one above `max_bytes`, and an
-        unavailable storage.
+        Raises `NodeError` for an invalid reference, a missing or corrupt blob, a larger one, and (retryable)
+        an unavailable storage.
         """
         max_bytes = min(max_bytes, MAX_BLOB_BYTES)
         try:

@@ -53,15 +53,19 @@ class OrganizationCatalogs:
         self._cached: OrderedDict[str, CachedCatalog] = OrderedDict()
 
     async def of(self, organization_id: str) -> NodeCatalog:
-        """Return the catalog of an organization; the same object as before if nothing has changed.
+        """Return the catalog of an organization with its custom node types; the same object as before if
+        nothing has changed.
 
-        Raises `DatabaseUnavailable`.
+        It asks the database each time. Raises `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             return await self.read(connection, organization_id)
 
     async def read(self, connection: AsyncConnection, organization_id: str) -> NodeCatalog:
-        """Return the catalog of an organization as a transaction sees it."""
+        """Return the catalog of an organization as a transaction sees its custom node types.
+
+        Without custom types it is the catalog of the library.
+        """
         rows = await connection.execute(
             select(
                 col(CustomNodeType.type),
@@ -90,9 +94,9 @@ class OrganizationCatalogs:
         versions: Mapping[tuple[str, str], VersionState],
         earlier: CachedCatalog | None,
     ) -> CachedCatalog:
-        """Return the catalog of an organization in these versions.
+        """Return the catalog of an organization in these versions of its custom types.
 
-        Documents known from an earlier one aren't read again.
+        Documents that an earlier catalog has aren't read again.
         """
         known = {} if earlier is None else earlier.versions
         documents = {

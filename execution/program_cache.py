@@ -49,9 +49,11 @@ class ProgramCache:
     async def load(
         self, runs: Sequence[ClaimedRun]
     ) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
-        """Return by key the program of each run's definition, or the `InvalidDefinition` that prevents its run.
+        """Return by key the program of each run's definition, or the `InvalidDefinition` that prevents its
+        run, also if it is deleted.
 
-        Missing ones are read and compiled, and the oldest cached ones evicted. Raises `DatabaseUnavailable`.
+        Missing ones are read, compiled and cached; the least recently used are evicted above 100,000 nodes.
+        Raises `DatabaseUnavailable`.
         """
         wanted = {definition_key(run) for run in runs}
         missing = [key for key in wanted if key not in self._cached]
@@ -68,9 +70,9 @@ class ProgramCache:
         return found
 
     async def prepare(self, key: DefinitionKey, text: str) -> None:
-        """Compile and cache a definition whose text the caller has read; an invalid one is cached as its error.
+        """Compile and cache a definition from its JSON text; an invalid one is cached as its error.
 
-        Long texts are compiled in a thread.
+        Texts over 50,000 characters are compiled in a thread.
         """
         # In a thread if it takes long: runs in progress continue meanwhile.
         is_long = len(text) > LONG_DEFINITION_CHARACTERS
@@ -78,6 +80,7 @@ class ProgramCache:
         self._put(key, program, len(text))
 
     def _compile(self, text: str) -> WorkflowProgram | InvalidDefinition:
+        """Compile a definition; return the error that prevents it. Unexpected errors are logged."""
         try:
             definition = decoding.decode(text)
             catalog = custom_types.catalog_of_definition(self._catalog, definition)
@@ -92,6 +95,7 @@ class ProgramCache:
             return InvalidDefinition(f"The definition can't be read: {type(error).__name__}: {error}")
 
     def _put(self, key: DefinitionKey, program: WorkflowProgram | InvalidDefinition, characters: int) -> None:
+        """Cache a program in place of an earlier one, with the number of nodes that it counts as."""
         if key in self._cached:
             self._cached_nodes -= self._cached[key].nodes
         nodes = 1 if isinstance(program, InvalidDefinition) else len(program.nodes)

@@ -14,10 +14,10 @@ PAUSE_SECONDS: Final = 0.5
 
 
 async def until_available(work: Callable[[], Awaitable[T]]) -> T:
-    """Call `work` again and again until the database is available; return its result.
+    """Call `work` every half a second until the database is available; return its result.
 
-    A failed call may have been committed, so `work` must be idempotent. Losing the lease cancels it. Raises
-    all errors of `work` but `DatabaseUnavailable`.
+    A failed call may have been committed, so `work` must be idempotent. Losing the lease of the run cancels
+    it. Raises all errors of `work` but `DatabaseUnavailable`.
     """
     while True:
         try:

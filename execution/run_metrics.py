@@ -34,13 +34,19 @@ class WorkflowLabels:
         self._known: set[str] = set()
 
     def allow(self, limit: int) -> None:
-        """Set the number of workflows with a label of their own; with 0, nothing is counted by workflow."""
+        """Set how many workflows get a label of their own; others share one. With 0, nothing is counted by
+        workflow.
+        """
         self._limit = limit
         if limit:
             instruments.declare(*(family.name for family in GROUPS[BY_WORKFLOW]))
 
     def label(self, workflow_id: str) -> str | None:
-        """Return the label of a workflow; None if nothing is counted by workflow."""
+        """Return the value of the label `workflow`: the id of one of the first workflows up to the limit, or
+        `other`.
+
+        None if nothing is counted by workflow.
+        """
         if not self._limit:
             return None
         if workflow_id not in self._known:
@@ -59,7 +65,9 @@ def set_held_runs(count: int) -> None:
 
 
 def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
-    """Count claimed runs; the first claim of a run ends its time in the queue."""
+    """Count claimed runs; at the first claim of a run, also its time in the queue, unless that is negative or
+    over 30 days.
+    """
     if not instruments.is_exposed:
         return
     instruments.counter("claims_total").inc(len(claimed))
@@ -78,7 +86,7 @@ def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:
 
 
 def count_end(run: ClaimedRun, status: RunStatus, now: datetime) -> None:
-    """Count the end of one claim of a run by status, with its duration in seconds since its start."""
+    """Count the end of one claim of a run by status, with the seconds since the run's first start."""
     if not instruments.is_exposed:
         return
     seconds = max((now - run.started_at).total_seconds(), 0.0)

@@ -24,7 +24,9 @@ _CODE: Final = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
 def begin_segment(tracer: Tracer, run: ClaimedRun, now: datetime) -> SegmentTrace:
-    """Begin the trace segment of a run that was just claimed, and return it."""
+    """Begin the trace segment of a run that was just claimed, and return it; only the first claim has the
+    time of acceptance.
+    """
     accepted_at = (ids.time_of(run.execution_id) or run.started_at) if run.token == 1 else None
     trace = tracer.begin_segment(
         run.execution_id,
@@ -39,9 +41,10 @@ def begin_segment(tracer: Tracer, run: ClaimedRun, now: datetime) -> SegmentTrac
 
 
 def error_code(error: RunError | None) -> str | None:
-    """Return the code of an error for a trace.
+    """Return the code of an error for a trace: letters, digits and hyphens; `error` for other codes, which
+    may contain data.
 
-    None without an error, `error` for a code that a node has made from its data.
+    None without an error.
     """
     if error is None:
         return None
@@ -55,10 +58,11 @@ class SegmentTrace:
     run: RunTrace
 
     def add_committed(self, spans: Sequence[NodeSpan], attempts: Sequence[AttemptSpan]) -> None:
-        """Send the spans of the attempts that ended with these records, which are stored now.
+        """Send a trace span for each ended attempt in these records, which are stored by now.
 
-        A node with several attempts has a record of each; the first alone is the record of the node itself.
-        Failures are only logged.
+        Iterations of loops and reused results are left out. The record of a node counts only for its first
+        attempt; later ones have records of their own. A run that is not sampled sends nothing. Failures are
+        only logged.
         """
         if not self.run.is_sampled:
             return
@@ -72,6 +76,7 @@ class SegmentTrace:
             log.exception("spans not sent")  # the run goes on: its records are durable
 
     def _add(self, record: NodeSpan | AttemptSpan, attempt: int) -> None:
+        """Send a trace span for a record that has ended; others are ignored."""
         has_ended = record.status in SETTLED_STATUSES or record.status is SpanStatus.FAILED
         if not has_ended or record.started_at is None or record.ended_at is None:
             return
@@ -87,5 +92,5 @@ class SegmentTrace:
         )
 
     def end(self, now: datetime, status: str, error: str | None) -> None:
-        """Send the span of the segment, which ends at `now`."""
+        """Send the span of the segment, which ends at `now` with a status and the code of an error, if any."""
         self.run.end(now, status, error)

@@ -119,16 +119,16 @@ class ExecutionSettings(TraceSettings):
     @property
     @abstractmethod
     def seconds_between_sweeps(self) -> float:
-        """Seconds between searches for runs without an owner."""
+        """Seconds between two searches for runs without an owner and for due runs."""
 
     @property
     def grants_slots(self) -> bool:
-        """Whether gateways may assign runs to the process, which it then need not claim."""
+        """Whether the process lets gateways assign runs to its free slots; False unless a subclass says otherwise."""
         return False
 
     @property
     def limits(self) -> RunLimits:
-        """Limits of a single run, such as the size of outputs and the number of iterations."""
+        """Limits of a single run: bytes of an output, log lines, items of a loop, and iterations in total."""
         return RunLimits(
             max_output_bytes=self.max_output_bytes,
             max_log_lines=self.max_log_lines,

@@ -34,10 +34,12 @@ class SharedThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next free slot of a rate of `limit` runs per `per_seconds`; return its time.
+        """Reserve the next free slot of a rate of `limit` runs per `per_seconds`, shared by the key's users;
+        return its time.
 
-        Raises `NodeError` (retryable) if it is over `max_wait_seconds` away. A slot that is reserved but not
-        used, since its worker died, stays empty. Waits while the database is unavailable.
+        Slots are evenly spaced per organization and key. Raises `NodeError` (retryable) if it is over
+        `max_wait_seconds` away. A slot that is not used, since its worker died, stays empty. Waits while the
+        database is unavailable.
         """
         interval = timedelta(seconds=per_seconds / limit)
         max_wait = timedelta(seconds=max_wait_seconds)
@@ -53,7 +55,7 @@ class SharedThrottle:
 async def _reserve_slot(
     organization_id: str, key: str, interval: timedelta, max_wait: timedelta, connection: AsyncConnection
 ) -> datetime | None:
-    """Reserve the first free slot; None if it is further away than `max_wait`."""
+    """Reserve the first free slot and return its time; None if it is further away than `max_wait`."""
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     now, step = DatabaseTime(), interval // timedelta(microseconds=1)
     next_at = type_coerce(col(ThrottleRow.next_at), BigInteger)

@@ -38,10 +38,11 @@ class SuspectSearch:
         return time.monotonic() >= self._next_at
 
     async def find(self) -> int | None:
-        """Search for suspects if it is due; return the limit of isolation losses for claims of them.
+        """Search for suspects if a search is due; return how many isolation losses they may have, for claims
+        of them.
 
-        The limit is 0 until this process has outlived a lease. None if there is no such suspect or the search
-        is not due. Raises `DatabaseUnavailable`.
+        The limit is 0 until this process has outlived a lease, so that a crashing process doesn't spoil it.
+        None if there is no such suspect or no search is due. Raises `DatabaseUnavailable`.
         """
         if not self.is_due:
             return None
@@ -54,7 +55,7 @@ class SuspectSearch:
         )
 
     def pause(self) -> None:
-        """Postpone the next search by the interval of sweeps, so that other runs are claimed before the next trials."""
+        """Postpone the next search for suspects by the interval of sweeps, so that other runs are claimed before."""
         self._next_at = time.monotonic() + self._every_seconds
 
 
@@ -68,22 +69,28 @@ class TrialGate:
         self._are_proven: list[Callable[[], bool]] = []
 
     def join(self, is_proven: Callable[[], bool]) -> None:
-        """Register a claimer: trials wait until `is_proven` holds for all its runs and claims in progress."""
+        """Register an executor of the process: trials wait until `is_proven()` is true, for its held runs and
+        claims in progress.
+        """
         self._are_proven.append(is_proven)
 
     @property
     def is_open(self) -> bool:
-        """Whether no suspect is run apart at the moment, so that other runs may be claimed."""
+        """Whether no trial is in progress, so that other runs may be claimed."""
         return self._is_open.is_set()
 
     async def pass_gate(self) -> None:
-        """Wait until no trial is in progress; await this before each claim."""
+        """Wait until no trial is in progress; executors await this before each claim."""
         while not self._is_open.is_set():  # it may be closed again by the time this wakes up
             await self._is_open.wait()
 
     @asynccontextmanager
     async def run_trial(self) -> AsyncIterator[None]:
-        """Stop claims, wait until all held runs are proven, and keep the gate closed until the block ends."""
+        """Stop claims of this process, wait until all held runs are proven, and keep claims stopped until the
+        block ends.
+
+        Trials take turns.
+        """
         async with self._turn:
             self._is_open.clear()
             try:

@@ -21,7 +21,7 @@ REFUSAL_REASONS = {
 
 
 def open_worker_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
-    """Return the runner for code nodes on a shared worker, or one that refuses them if the setting demands that.
+    """Return the runner for code nodes on a shared worker: one that refuses them unless the setting is `on`.
 
     It starts processes only when needed.
     """
@@ -31,7 +31,8 @@ def open_worker_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
 
 
 def open_pod_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
-    """Return the runner for code nodes in a pod of a single workflow, or one that refuses them if they are off.
+    """Return the runner for code nodes in a pod of a single workflow: one that refuses them only if the
+    setting is `off`.
 
     It starts processes only when needed.
     """

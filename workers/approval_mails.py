@@ -100,18 +100,24 @@ class ApprovalMailer:
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def close(self) -> None:
-        """End the sweep; another worker takes its requests when their leases end."""
+        """End the sweep; a mail that is being sent is interrupted, and other workers take the requests when
+        their leases end.
+        """
         if self._sweeping is not None:
             self._sweeping.cancel()
             with suppress(asyncio.CancelledError):
                 await self._sweeping
 
     async def sweep(self) -> None:
-        """Claim due requests and send their mails, one request after the other; raises `DatabaseUnavailable`."""
+        """Claim up to ten due requests for approval mails, and send their mails, one request after the other.
+
+        Raises `DatabaseUnavailable`.
+        """
         for request in await self._claim():
             await self._perform(request)
 
     async def _sweep_forever(self) -> None:
+        """Sweep again and again until canceled; errors are logged."""
         while True:
             # Randomized, so that workers that were started together don't sweep at the same time.
             await asyncio.sleep(self._sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
@@ -123,7 +129,11 @@ class ApprovalMailer:
                 log.exception("approval mails interrupted")
 
     async def _claim(self) -> Sequence[ClaimedRequest]:
-        """Claim due requests for approval mails, and return them; none if nothing is due."""
+        """Claim up to ten due requests for approval mails for two minutes, the longest due first; none if
+        nothing is due.
+
+        Raises `DatabaseUnavailable`.
+        """
         is_due = col(ApprovalRequest.due_at) <= DatabaseTime()
         async with self._database.read() as connection:
             if await connection.scalar(select(col(ApprovalRequest.node_id)).where(is_due).limit(1)) is None:
@@ -157,6 +167,7 @@ class ApprovalMailer:
         return await self._database.transaction(take)
 
     async def _perform(self, request: ClaimedRequest) -> None:
+        """Send the mails of one request, and store when the next round (a reminder) or retry is due."""
         question = await self._read_question(request)
         if question is None:
             await self._settle(request, due_in_seconds=None)
@@ -190,9 +201,10 @@ class ApprovalMailer:
         attempts: int = 0,
         error: str | None = None,
     ) -> None:
-        """Store the outcome of a round, unless another worker has claimed the request meanwhile.
+        """Store the outcome of a round of mails, unless another worker has claimed the request meanwhile.
 
-        None as `due_in_seconds` ends the request. Raises `DatabaseUnavailable`.
+        `due_in_seconds` is the time until the request is due again; None ends it. `round_` is the next round;
+        None: the same. Raises `DatabaseUnavailable`.
         """
         due_at = None if due_in_seconds is None else DatabaseTime() + int(due_in_seconds * 1_000_000)
         statement = (
@@ -212,9 +224,11 @@ class ApprovalMailer:
     async def _send_all(
         self, request: ClaimedRequest, question: OpenQuestion, notify: Mapping[str, Json]
     ) -> None:
-        """Send the mail of this round to each assignee who has not got it, with an approval link; note each one.
+        """Send the mail of this round to each assignee who has not got it, with an approval link of their
+        own; note each one.
 
-        Raises `NodeError` for a missing setting or a failure of the mail server, and `DatabaseUnavailable`.
+        Used links get no mail. Raises `NodeError` for a missing setting or a failure of the mail server, and
+        `DatabaseUnavailable`.
         """
         if not self._public_url:
             raise NodeError("PILOTFLAME_PUBLIC_URL is not set: links need the address of the gateway")
@@ -240,11 +254,13 @@ class ApprovalMailer:
             await self._note_sent(link, request.round + 1)
 
     async def _note_sent(self, link: ApprovalLink, round_: int) -> None:
+        """Store that the mail of a round was sent with a link, so that a repetition leaves it out."""
         statement = update(ApprovalLink).where(col(ApprovalLink.hash) == link.hash).values(round=round_)
         await self._database.transaction(lambda connection: connection.execute(statement))
 
     async def _store_link(self, request: ClaimedRequest, assignee: str, digest: str) -> ApprovalLink | None:
-        """Store the approval link of an assignee before its mail, unless it exists; return it, None if it was used.
+        """Store the approval link of an assignee before its mail is sent, unless it exists; return it, or
+        None if it was used.
 
         Raises `DatabaseUnavailable`.
         """
@@ -263,7 +279,7 @@ class ApprovalMailer:
         return await self._database.transaction(store)
 
     async def _read_question(self, request: ClaimedRequest) -> OpenQuestion | None:
-        """Return the open question that a mail is about, with the addresses of the assignees who have not answered yet.
+        """Return the open question of a request, with the addresses of assignees who have not voted yet.
 
         None if its answer is no longer awaited. Raises `DatabaseUnavailable`.
         """
@@ -328,7 +344,11 @@ def _is_request(request: ClaimedRequest) -> Sequence[Any]:
 async def _read_users(
     connection: AsyncConnection, organization_id: str, asked: WaitingNode
 ) -> Sequence[User]:
-    """Return the users among the assignees, by id or address, and all admins if they are assigned; a limited number."""
+    """Return the organization's users among the assignees and mail addresses of a question, with all admins
+    if assigned.
+
+    At most 50, ordered by id.
+    """
     assignees = approvals.assignees_of(asked.request)
     addresses = [one.casefold() for one in [*assignees, *_extra_addresses(asked)] if "@" in one]
     condition: ColumnElement[bool] = or_(
@@ -345,9 +365,10 @@ async def _read_users(
 def _list_recipients(
     asked: WaitingNode, users: Sequence[User], *, starter_id: str, trigger_type: str
 ) -> Mapping[str, str]:
-    """Return the mail addresses by assignee, at most `MAX_RECIPIENTS`, without a starter who may not answer.
+    """Return the mail addresses by assignee (a user id, or an address without a user), at most 50.
 
-    The address of a user counts as the user: one person has one link and one vote.
+    The user who started the run is left out if they may not answer. The address of a user counts as the user:
+    one person has one link and one vote.
     """
     assignees = approvals.assignees_of(asked.request)
     addresses = [one for one in [*assignees, *_extra_addresses(asked)] if "@" in one]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read; readers find the old or the new content, never a part.
+    """Replace a file with content that only its owner may read; readers find the old or the new content,
+    never a part.
 
-    Not durable. Raises `OSError`.
+    It does not wait for the disk. Raises `OSError`.
     """
     temporary = path.with_name(path.name + ".new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -26,9 +26,10 @@ class DnsEndpoint:
 
 
 def parse_endpoint(text: str) -> DnsEndpoint:
-    """Return the endpoint of `kube-system`, `openshift-dns:5353`, `169.254.20.10` or `[fd00::10]:53`.
+    """Return the endpoint in a text such as `kube-system`, `openshift-dns:5353`, `169.254.20.10` or
+    `[fd00::10]:53`.
 
-    Raises `ValueError` for anything else.
+    The port is 53 by default. Raises `ValueError` for anything else.
     """
     match = _ENTRY.match(text)
     port = int(match["port"] or DNS_PORT) if match is not None else 0
@@ -44,5 +45,7 @@ def parse_endpoint(text: str) -> DnsEndpoint:
 
 
 def parse_endpoints(text: str) -> tuple[DnsEndpoint, ...]:
-    """Return the endpoints of a list that is separated by commas. Raises `ValueError`."""
+    """Return the endpoints of a list that is separated by commas, without empty entries; raises `ValueError`
+    for an invalid one.
+    """
     return tuple(parse_endpoint(part.strip()) for part in text.split(",") if part.strip())

@@ -190,12 +190,14 @@ class ObservedDeployment:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a pod can receive requests now."""
+        """Whether a pod can receive requests now, by a status that covers the last change."""
         return self.is_current and self.available > 0 and bool(self.ready_pods)
 
     @property
     def is_rolled_out(self) -> bool:
-        """Whether all desired pods are ready, all of the last applied definition, and no other pod is left."""
+        """Whether the desired number of pods is ready, all of the last applied definition, and no other pod
+        is left.
+        """
         return (
             self.exists
             and self.is_current
@@ -222,44 +224,55 @@ class ClusterDriver(Protocol):
     """
 
     async def apply(self, desired: DesiredDeployment) -> None:
-        """Create or update all objects of a deployment, and set its replicas; don't wait for pods."""
+        """Create or update all objects of a deployment, and set its number of pods; don't wait for pods.
+        Raises `ClusterError`.
+        """
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
-        """Set the desired number of pods; don't wait for them. Raises `NotDeployed`."""
+        """Set the desired number of pods, 0 to stop; don't wait for them. Raises `NotDeployed` and `ClusterError`."""
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
-        """Return the observed state, also of a deployment that doesn't exist.
+        """Return the observed state of a deployment, also of one that doesn't exist. Raises `ClusterError`.
 
         While a watch is open it may answer from the watch's cache, which is moments old.
         """
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Return the present state by a request to the cluster itself."""
+        """Return the present state of a deployment by requests to the cluster itself, never from a cache.
+        Raises `ClusterError`.
+        """
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Return every deployment that was applied to this cluster and not deleted."""
+        """Return the observed state of each deployment that was applied to this cluster and not deleted.
+        Raises `ClusterError`.
+        """
 
     async def delete(self, workflow_id: str) -> bool:
-        """Delete all objects of a deployment; return True once none is left.
+        """Stop the pods and delete all objects of a deployment; return True once none is left. Raises
+        `ClusterError`.
 
         Return False while pods still end: call it again. Objects that pods need remain until the pods have
         ended.
         """
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Stop these pods by their names, so that others replace them; don't wait for any."""
+        """Stop pods by their names, so that the cluster starts others in their place; don't wait. Raises
+        `ClusterError`.
+
+        Missing pods are ignored.
+        """
 
     def watch(self) -> AsyncGenerator[str, None]:
-        """Yield IDs of workflows to observe again: first all of them, then each that changes, without gaps.
+        """Yield the id of each workflow to observe again: first all of them, then each that changes, without gaps.
 
-        It is silent while the cluster is unreachable. Cancelling the wait for the next ID ends the watch.
+        It is silent while the cluster is unreachable. Canceling the wait for the next id ends the watch.
         """
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return the last lines of its pods, oldest first."""
+        """Return up to `limit` last log lines of a workflow's pods, oldest first. Raises `ClusterError`."""
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the base URL of each pod that can receive requests now."""
+        """Return the base URL of each pod of a workflow that can receive requests now. Raises `ClusterError`."""
 
     async def close(self) -> None:
         """Close the connections to the cluster; the pods keep running and are found again by the next driver."""
@@ -273,7 +286,9 @@ class ChangedWorkflows:
         self._is_there = asyncio.Event()
 
     def add(self, ids: Iterable[str]) -> None:
-        """Add ids of workflows whose deployments changed; one that already waits is not added twice."""
+        """Add ids of workflows whose deployments changed; one that already waits keeps its place and is not
+        added twice.
+        """
         self._ids.update(dict.fromkeys(ids))
         if self._ids:
             self._is_there.set()
@@ -302,9 +317,9 @@ class ClusterConnection:
         self._opening = asyncio.Lock()
 
     async def driver(self) -> ClusterDriver:
-        """Return the driver, opened by the first call that succeeds, which also calls `on_open`.
+        """Return the driver of the cluster; the first call that succeeds opens it, and calls `on_open` with it.
 
-        Raises `ClusterError`.
+        Raises `ClusterError`; the next call tries again.
         """
         async with self._opening:
             if self.current is None:

@@ -54,9 +54,9 @@ class VersionExpired(Exception):
 
 
 async def connect_api(kubeconfig: Path | None, *, budget: RequestBudget | None = None) -> KubernetesApi:
-    """Return an API client with the permissions of a kubeconfig, or of the pod's own service account.
+    """Return an API client with the credentials of a kubeconfig, or (None) of the pod's own service account.
 
-    Raises `ClusterRefused` for a configuration without a cluster.
+    Raises `ClusterRefused` for a missing or unreadable configuration. It sends no request.
     """
     configuration = kubernetes_client.Configuration()
     try:
@@ -83,7 +83,10 @@ class RequestBudget:
         self._paused_until = 0.0
 
     async def acquire(self) -> None:
-        """Wait until one more request may be sent, by rate and pauses; first come, first served."""
+        """Wait until one more request may be sent: 20 per second on average with bursts, and none during a pause.
+
+        First come, first served.
+        """
         loop = asyncio.get_running_loop()
         at = max(self._next_at, loop.time() - self._burst_seconds)
         self._next_at = at + self._interval
@@ -91,7 +94,7 @@ class RequestBudget:
             await asyncio.sleep(seconds)
 
     def pause(self, seconds: float) -> None:
-        """Send nothing for so long and a random bit longer, so that not all clients return at once."""
+        """Send nothing for `seconds`, and up to a quarter longer at random, so that not all clients return at once."""
         seconds *= random.uniform(1.0, 1.25)  # noqa: S311 - spreads retries, no secret
         self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + seconds)
 
@@ -123,10 +126,10 @@ class KubernetesApi:
         await self._client.close()
 
     async def list(self, path: str, label: str) -> tuple[Sequence[Manifest], str]:
-        """Return all items with a label, read page by page, and their resource version.
+        """Return all items at a path with a label, read in pages of 500, and the resource version of the list.
 
-        A list whose version expires meanwhile is read again. Raises `ClusterError`, and `ClusterUnavailable`
-        for a path that is not served or changes too fast.
+        A list whose version expires meanwhile is read again, three times at most. Raises `ClusterError`, and
+        `ClusterUnavailable` for a path that is not served or changes too fast.
         """
         for _ in range(ATTEMPTS):
             items: list[Manifest] = []
@@ -148,9 +151,9 @@ class KubernetesApi:
     async def patch(
         self, path: str, body: Manifest, *, content_type: str, query: Mapping[str, str]
     ) -> Manifest:
-        """Patch an object, again on conflicts, and return it.
+        """Patch an object and return its new state; after a conflict, up to three times.
 
-        Raises `ObjectNotFound`, `ClusterError`, and `ClusterUnavailable` after several conflicts.
+        Raises `ObjectNotFound`, `ClusterError`, and `ClusterUnavailable` after three conflicts.
         """
         for _ in range(ATTEMPTS):
             with suppress(ObjectConflict):
@@ -162,7 +165,7 @@ class KubernetesApi:
     ) -> None:
         """Pass each event of a watch to `on_event` until the stream ends, after about `seconds`.
 
-        Raises `VersionExpired` for a version that is too old, and `ClusterError`.
+        Raises `VersionExpired` for a resource version that is too old, and `ClusterError`.
         """
         query = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": f"{seconds:.0f}"}
         await self._budget.acquire()
@@ -191,9 +194,9 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> Manifest:
-        """Send a request and return the JSON object of its answer.
+        """Send a request and return the JSON object of its answer; it waits and repeats as `read` does.
 
-        Raises `ObjectNotFound`, `ObjectConflict` and `ClusterError`.
+        Raises `ObjectNotFound`, `ObjectConflict`, `VersionExpired` and `ClusterError`.
         """
         answer = await self.read(method, path, query=query, body=body, content_type=content_type)
         try:
@@ -211,9 +214,10 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> bytes:
-        """Send a request and return the body of its answer; repeat it for a while if it is deferred with 429.
+        """Send a request within the budget, and return the body of its answer; repeat it for up to 30 s while
+        it is deferred (429).
 
-        Raises `ObjectNotFound`, `ObjectConflict` and `ClusterError`.
+        Raises `ObjectNotFound`, `ObjectConflict`, `VersionExpired` and `ClusterError`.
         """
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + BUSY_SECONDS
@@ -237,6 +241,10 @@ class KubernetesApi:
         body: Manifest | None,
         content_type: str,
     ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send a request and read the answer, within a time limit and a limit of concurrent requests.
+
+        Raises `ClusterUnavailable`.
+        """
         try:
             async with asyncio.timeout(self.request_seconds), self._request_slots:
                 response = await self.send(method, path, query=query, body=body, content_type=content_type)
@@ -260,9 +268,10 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> aiohttp.ClientResponse:
-        """Send one request without regard to the budget; return the response before its body is read.
+        """Send one request without regard to the budget; return the response, of any status, before its body
+        is read.
 
-        The response has any status. Raises the errors of aiohttp and `OSError`.
+        Only the connecting has a time limit. Raises the errors of aiohttp and `OSError`.
         """
         request = await self._client.param_serialize(
             method=method,
@@ -278,7 +287,9 @@ class KubernetesApi:
         return response
 
     def _error_for_response(self, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
-        """Return the exception for an unsuccessful response; 429 pauses all requests and gives `ClusterBusy`."""
+        """Return the exception for an unsuccessful response; 429 pauses all requests of the client and gives
+        `ClusterBusy`.
+        """
         if response.status != HTTPStatus.TOO_MANY_REQUESTS:
             return _error_for_status(response.status, _error_message(answer))
         seconds = _parse_retry_after(response.headers.get("Retry-After", ""))
@@ -303,12 +314,14 @@ def _enable_keep_alive(response: aiohttp.ClientResponse) -> None:
 
 
 def _parse_retry_after(header: str) -> float:
-    """Return the seconds of a `Retry-After`. A date, which no API server sends, gives the default delay."""
+    """Return the seconds of a `Retry-After`, at most 60; 1 for a date or another text."""
     return min(float(header), MAX_RETRY_SECONDS) if header.isdecimal() else DEFAULT_RETRY_SECONDS
 
 
 def _error_for_status(status: int, message: str) -> Exception:
-    """Return the exception that stands for the HTTP status of a failed request to the API server."""
+    """Return the exception for the status of a failed request: missing, conflict, expired, unavailable,
+    forbidden or refused.
+    """
     match status:
         case HTTPStatus.NOT_FOUND:
             return ObjectNotFound(message)
@@ -326,10 +339,10 @@ def _error_for_status(status: int, message: str) -> Exception:
 
 
 def _is_forbidden(status: int, message: str) -> bool:
-    """Return whether permissions or a webhook prevent the request, which says nothing about the request or the pods.
+    """Return whether permissions or a webhook prevent a request, which says nothing about its object or the pods.
 
-    A webhook chooses its own status, and an unreachable one causes a 500. A quota answers 403 as well, but
-    it refuses the object itself.
+    A webhook chooses its own status, and an unreachable one causes a 500. A quota answers 403 as well, but it
+    refuses the object itself, and is not counted here.
     """
     if ("admission webhook" in message and "denied the request" in message) or _UNREACHED_WEBHOOK in message:
         return True

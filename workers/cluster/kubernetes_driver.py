@@ -105,10 +105,10 @@ class KubernetesDriver:
     # ── desired state ───────────────────────────────────────────────────────────────────────────────────────
 
     async def apply(self, desired: DesiredDeployment) -> None:
-        """Apply all objects of a deployment, and set the replicas; raises `ClusterError`.
+        """Apply all objects of a deployment, and set the number of pods; raises `ClusterError`.
 
-        Fields that another manager has set are taken back: the deployer owns all fields that it applies, and
-        the number of pods is not among them.
+        Fields that another manager has set are overwritten: the deployer owns all fields that it applies. A
+        request that failed last time is sent first.
         """
         async with self._attempts.begin(desired.workflow_id, desired) as attempt:
             for manifest in manifests.build_objects(desired, self._layout):
@@ -138,7 +138,7 @@ class KubernetesDriver:
             self.cache.deployments.put(scaled)
 
     async def delete(self, workflow_id: str) -> bool:
-        """Stop the pods, and once they have ended delete all objects with the workflow's label.
+        """Set the number of pods to 0, and once they have ended delete all objects with the workflow's label.
 
         Return True once none is left. The Deployment is deleted last: it exists as long as any other object
         is left. Raises `ClusterError`.
@@ -153,6 +153,7 @@ class KubernetesDriver:
             return await self._remove_all(workflow_id, attempt)
 
     async def _remove_all(self, workflow_id: str, attempt: ChangeAttempt) -> bool:
+        """Delete the objects that are left, the Deployment last; return whether none is left."""
         label = _format_selector(manifests.workflow_labels(workflow_id))
 
         async def listed(path: str) -> Sequence[Manifest]:
@@ -173,7 +174,7 @@ class KubernetesDriver:
         return False
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Delete these pods; missing ones are ignored. Raises `ClusterError`.
+        """Delete pods by their names; missing ones are ignored. Raises `ClusterError`.
 
         Their ReplicaSet creates others at once, even while the old ones take long to end.
         """
@@ -189,6 +190,7 @@ class KubernetesDriver:
                     self.cache.pods.put(deleted)
 
     async def _remove(self, kind: str, metadata: Mapping[str, Any]) -> None:
+        """Delete an object with this very uid; a missing or replaced one is ignored."""
         # An object that was created again under the same name has another uid and is not deleted.
         options = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
         with suppress(ObjectNotFound, ObjectConflict):
@@ -206,14 +208,14 @@ class KubernetesDriver:
         return self._summarize(workflow_id, *await self._list_objects(workflow_id))
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Return the observed state from the Deployment and its pods, read from the API server.
-
-        The Deployment alone never says why no pod becomes ready. Raises `ClusterError`.
+        """Return the observed state from the Deployment and its pods, read from the API server. Raises
+        `ClusterError`.
         """
         return self._summarize(workflow_id, *await self._read_objects(workflow_id))
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Return the observed state of all Deployments that Pilotflame manages, with their pods.
+        """Return the observed state of all Deployments that Pilotflame manages, with their pods; from the
+        cache while a watch is open.
 
         Raises `ClusterError`.
         """
@@ -265,9 +267,10 @@ class KubernetesDriver:
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return the last `limit` lines of all pods in order of time; raises `ClusterError`.
+        """Return the last `limit` lines of a workflow's pods together, in order of time; raises `ClusterError`.
 
-        A crashed container gives those of its last run.
+        For a container that waits for a restart, they are those of its last run. Long logs are cut to a
+        megabyte per pod.
         """
         label = _format_selector(manifests.workflow_labels(workflow_id))
         listed, _ = await self._api.list(_pods_path(self._layout), label)
@@ -297,9 +300,10 @@ class KubernetesDriver:
     # ── changes ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield ids of workflows to observe, first all and then changed ones.
+        """Yield ids of workflows to observe, first all and then changed ones, until closed.
 
-        Keep the cache and watch quotas meanwhile.
+        Meanwhile it keeps the cache current, and watches quotas, so that refused pods are retried once there
+        is room.
         """
         quotas = asyncio.create_task(self._quotas.follow())
         try:
@@ -311,10 +315,9 @@ class KubernetesDriver:
             await asyncio.gather(quotas, return_exceptions=True)
 
     async def _retry_refused_pods(self) -> None:
-        """Annotate Deployments with pods over quota, since a change makes their ReplicaSets try again now.
+        """Annotate Deployments whose pods a quota refused, since any change makes their ReplicaSets try again now.
 
-        A pause after each one lets other requests pass. It ends once the quota is full again. Raises
-        `ClusterError`.
+        It pauses 0.1 s after each one, and ends once the quota is full again. Raises `ClusterError`.
         """
         refused = [one for one in self.cache.deployments if pod_status.is_over_quota(one)]
         for one in refused:
@@ -378,7 +381,7 @@ class ChangeAttempts:
 
     @asynccontextmanager
     async def begin(self, workflow_id: str, goal: object) -> AsyncIterator[ChangeAttempt]:
-        """Begin an attempt at a change; the caller sends all of its requests, each by `send`.
+        """Begin an attempt at a change of a workflow; the caller sends each of its requests by `send`.
 
         If the last attempt at an equal goal has failed, its failed request is repeated first, so that another
         failure costs one request. Each `ClusterError` that leaves the context says how many requests were

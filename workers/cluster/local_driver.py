@@ -69,7 +69,8 @@ class ScalePlan:
 def plan_scaling(copies: Sequence[PodCopy], *, template: str, replicas: int) -> ScalePlan:
     """Return the number of pods to start and the pods to stop, on the way to `replicas` pods of one template.
 
-    A pod of another template remains until a pod of this one is ready in its place.
+    A template is a hash of all that a pod starts with. A pod of another one remains until a pod of this one
+    is ready in its place.
     """
     ready_first = sorted(copies, key=lambda copy: not copy.is_ready)
     current = [copy for copy in ready_first if copy.template == template]
@@ -82,10 +83,10 @@ def plan_scaling(copies: Sequence[PodCopy], *, template: str, replicas: int) -> 
 async def open_local(
     folder: Path, *, runs_without_isolation: bool, limits: LocalPodLimits | None = None
 ) -> LocalDriver:
-    """Return a driver for the pods of a folder, including those that already run.
+    """Return a driver for the pods of a folder, and supervise those that already run.
 
-    Raises `ClusterRefused` unless the caller knows that its pods are not isolated from each other, and when
-    another deployer holds the folder.
+    Raises `ClusterRefused` if another deployer holds the folder, or unless `runs_without_isolation`: the
+    caller accepts that pods are isolated neither from each other nor from this user.
     """
     if not runs_without_isolation:
         raise ClusterRefused(
@@ -114,7 +115,9 @@ class LocalDriver:
         await self.close()
 
     def adopt(self) -> None:
-        """Supervise the pods that an earlier deployer left running, as its stored records describe them."""
+        """Supervise the pods that an earlier deployer left running, by the records in its folder; unreadable
+        ones are logged.
+        """
         for path in sorted(self._folder.glob(f"*/{DEPLOYMENT_FILE}")):
             try:
                 found = decoding.decode(path.read_bytes(), LocalDeploymentRecord)
@@ -131,16 +134,16 @@ class LocalDriver:
         os.close(self._lock)
 
     async def end_pods(self, patience_seconds: float) -> None:
-        """End all pods, by force after `patience_seconds`, and close.
+        """End all pods, by SIGKILL after `patience_seconds`, and close the driver.
 
-        The next driver of the folder starts them again.
+        Their records stay: the next driver of the folder starts them again.
         """
         pods = [pod for deployment in self._deployments.values() for pod in deployment.pods.values()]
         await self.close()
         await asyncio.gather(*(pod.end(patience_seconds) for pod in pods))
 
     async def apply(self, desired: DesiredDeployment) -> None:
-        """Store the desired state, and begin to reconcile it."""
+        """Store the desired state of a deployment in its folder, and begin to start and stop pods accordingly."""
         record = LocalDeploymentRecord(desired)
         deployment = self._deployments.get(desired.workflow_id) or self._add_deployment(record)
         deployment.apply(record)
@@ -167,9 +170,10 @@ class LocalDriver:
         return tuple(observed for observed in every if observed.exists)
 
     async def delete(self, workflow_id: str) -> bool:
-        """Stop the pods, and remove the deployment once they have ended; return whether it is gone.
+        """Stop the pods, wait up to five seconds for their end, and remove the deployment; return whether it
+        is gone.
 
-        Waits up to `DELETE_SECONDS` for the end.
+        If it is not, call it again.
         """
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
@@ -195,7 +199,7 @@ class LocalDriver:
             deployment.replace(pods)
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield the id of each workflow whose pods have changed, first of all that exist; runs until closed."""
+        """Yield the id of each workflow whose pods have changed, first of all that exist, until closed."""
         changes = ChangedWorkflows()
         changes.add(self._deployments)
         self._watchers.add(changes)
@@ -206,7 +210,11 @@ class LocalDriver:
             self._watchers.discard(changes)
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return the last `limit` lines of its pods, one pod after the other; none for an unknown deployment."""
+        """Return up to `limit` last lines of its pods, those of one pod after the other; none for an unknown
+        deployment.
+
+        The lines have no times.
+        """
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
             return ()
@@ -284,14 +292,16 @@ class LocalDeployment:
         )
 
     def adopt(self) -> None:
-        """Supervise the pods that are recorded in the folder, then start and stop pods as desired."""
+        """Supervise the pods that are recorded in the folder, then start and stop pods as desired; unreadable
+        records are skipped.
+        """
         for path in sorted(self.folder.glob(f"*/{POD_FILE}")):
             with suppress(msgspec.DecodeError):
                 self._add(path.parent, decoding.decode(path.read_bytes(), LocalPodRecord))
         self._reconcile()
 
     def apply(self, record: LocalDeploymentRecord) -> None:
-        """Store the desired state in a file, then start and stop pods until they match it."""
+        """Store the desired state in a file if it has changed, then start and stop pods until they match it."""
         if record != self.record or not (self.folder / DEPLOYMENT_FILE).exists():
             self.record = record
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -314,6 +324,7 @@ class LocalDeployment:
         await asyncio.gather(*lives, return_exceptions=True)
 
     def _reconcile(self) -> None:
+        """Start and stop pods until their number and template are those desired."""
         desired = self.record.desired
         template = _pod_template_hash(desired)
         copies = [
@@ -333,6 +344,7 @@ class LocalDeployment:
             self.is_empty.set()
 
     def _add(self, folder: Path, record: LocalPodRecord) -> None:
+        """Record a pod in this deployment, and supervise it in a task."""
         pod = LocalPod(folder, record, self._session, self._limits, self._on_pod_change)
         self.pods[folder.name] = pod
         self._lives[folder.name] = asyncio.create_task(pod.supervise(self.record.desired))
@@ -352,7 +364,10 @@ def _pod_template_hash(desired: DesiredDeployment) -> str:
 
 
 def _lock_folder(folder: Path) -> int:
-    """Return a file descriptor that locks the folder until it is closed. Raises `ClusterRefused`."""
+    """Return a file descriptor that locks the folder until it is closed.
+
+    The folder is created if it is missing. Raises `ClusterRefused` if another process holds the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:

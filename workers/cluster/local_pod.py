@@ -126,13 +126,17 @@ class LocalPod:
         )
 
     def stop(self) -> None:
-        """Mark the pod as terminating: its process gets SIGTERM now, and SIGKILL after the grace period."""
+        """Mark the pod as terminating, durably in its record: its process gets SIGTERM now, and SIGKILL after
+        the grace period.
+        """
         if not self.is_terminating:
             self._save_record(terminating_since=HOST_TIME.seconds())
             self._stop.set()
 
     async def end(self, patience_seconds: float) -> None:
-        """End the process of an unsupervised pod, by SIGKILL after `patience_seconds`; keep its folder."""
+        """End the process of a pod that nobody supervises any more, by SIGKILL after `patience_seconds`; keep
+        its folder.
+        """
         running = local_process.find_process(self.folder / WORK_FOLDER)
         if running is None or not running.is_alive:
             return
@@ -143,9 +147,10 @@ class LocalPod:
         running.kill_session()
 
     async def supervise(self, desired: DesiredDeployment) -> None:
-        """Run the program, and again after each exit, until the pod is stopped; then remove the pod's folder.
+        """Run the program, and again after each exit with growing pauses, until the pod is stopped; then
+        remove its folder.
 
-        A process of an earlier deployer is adopted.
+        A process that an earlier deployer has started is taken over.
         """
         running = await self._find_process()
         if running is not None:
@@ -179,6 +184,7 @@ class LocalPod:
         return None
 
     def _start(self, desired: DesiredDeployment) -> local_process.LocalProcess:
+        """Start the program with a free port, in the pod's work folder, and return its process; raises `OSError`."""
         work = self.folder / WORK_FOLDER
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._save_record(boot_id=local_process.read_boot_id(), port=_find_free_port())
@@ -201,7 +207,9 @@ class LocalPod:
         )
 
     async def _watch_until_exit(self, running: local_process.LocalProcess) -> None:
-        """Probe the program until it exits; after a crash, report the failure and wait before a restart."""
+        """Probe the program until it exits; after a crash, report the failure and wait before the caller
+        restarts it.
+        """
         helpers = [asyncio.create_task(self._probe_readiness()), asyncio.create_task(self._drain(running))]
         try:
             code = await running.wait_ended()
@@ -216,9 +224,10 @@ class LocalPod:
             await self._back_off_after(PodFailure(reason, self._exit_message(code)))
 
     async def _back_off_after(self, failure: PodFailure) -> None:
-        """Report a failure of the process, and wait before the next start: from 0.2 to 30 s, doubled per failure.
+        """Report a failure of the process, and wait before the next start: 0.2 s doubled by each failure, at
+        most 30 s.
 
-        A stop of the pod ends the wait.
+        Ten seconds of readiness reset the count. A stop of the pod ends the wait.
         """
         steady = self._ready_since is not None and time.monotonic() - self._ready_since > STABLE_SECONDS
         self._failures = 0 if steady else min(self._failures + 1, MAX_DOUBLINGS)
@@ -230,6 +239,7 @@ class LocalPod:
                 await self._stop.wait()
 
     async def _drain(self, running: local_process.LocalProcess) -> None:
+        """Wait for the stop of the pod, then send SIGTERM, and SIGKILL after the grace period."""
         await self._stop.wait()
         running.send(signal.SIGTERM)
         # Never longer than its grace, even if the clock was set back since an earlier deployer stopped it.
@@ -239,7 +249,11 @@ class LocalPod:
         running.kill_session()
 
     async def _probe_readiness(self) -> None:
-        """Probe readiness forever, more often during the start; rotate the log and count kills for memory."""
+        """Probe readiness until canceled: each second, and every 0.05 s while it is not ready; three failures
+        end readiness.
+
+        Each round also rotates a large log and looks for kills for lack of memory.
+        """
         misses = 0
         while True:
             if await self._is_answering():
@@ -271,7 +285,10 @@ class LocalPod:
         self._changed()
 
     def _rotate_log(self) -> None:
-        """Copy the end of a large log aside and truncate it, because the program keeps its descriptor of the file."""
+        """Copy the end of a large log to another file, in place of the last copy, and truncate it.
+
+        The program keeps its descriptor of the file. A failure is ignored.
+        """
         log = self.folder / LOG_FILE
         with suppress(OSError):  # repeated in a second
             if log.stat().st_size > self._limits.log_bytes:
@@ -315,7 +332,7 @@ def _describe_exit(code: int | None) -> str:
 
 
 def _find_free_port() -> int:
-    """Return a free port of this machine.
+    """Return a port of this machine that is free now.
 
     If another process takes it first, the program crashes and gets another port.
     """

@@ -41,7 +41,7 @@ class LocalProcess:
         return found is not None and found[0] not in {"Z", "X"} and found[1] == self.birth
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the process. If it has ended, another process with its PID gets nothing."""
+        """Send a signal to the process; if it has ended, nothing happens, even if another process has its PID."""
         with suppress(ProcessLookupError):
             handle = os.pidfd_open(self.pid)
             try:
@@ -51,14 +51,17 @@ class LocalProcess:
                 os.close(handle)
 
     def kill_session(self) -> None:
-        """Kill the process and its descendants with SIGKILL; they are in its process group."""
+        """Kill the process and its descendants, which are in its process group, with SIGKILL; nothing happens
+        if it has ended.
+        """
         if self.is_alive:
             _kill_group(self.pid)
 
     async def wait_ended(self) -> int | None:
-        """Wait until it has ended, and kill its descendants; return its exit code.
+        """Wait until the process has ended, and kill its descendants; return its exit code.
 
-        That is minus the signal that ended it, or None for a process that is no child of this one.
+        That is minus the signal that ended it, or None for a process that is no child of this one or was
+        reaped before.
         """
         if self.is_alive:
             try:
@@ -75,6 +78,7 @@ class LocalProcess:
         return self._reap()
 
     def _reap(self) -> int | None:
+        """Kill descendants of the ended process, and return its exit code; None if it is no child of this one."""
         found = _read_state_and_birth(self.pid)
         if found is None or found[1] != self.birth:
             return None
@@ -95,7 +99,8 @@ def start_process(
 ) -> LocalProcess:
     """Start a program in its own session with only this environment; return its process.
 
-    `folder` is its working directory, and its output is appended to `log`. Raises `OSError`.
+    `folder` is its working directory, and its output is appended to `log`. A file beside `folder` records PID
+    and start time, by which `find_process` finds it. Raises `OSError`.
     """
     # Remove the birth file of an earlier process: a program that dies before it writes its own would be
     # mistaken for it.
@@ -119,7 +124,9 @@ def start_process(
 
 
 def find_process(folder: Path) -> LocalProcess | None:
-    """Return the process of the birth file beside `folder`, or None; it may have ended since."""
+    """Return the process that the birth file beside `folder` names, which may have ended since; None without
+    a complete file.
+    """
     try:
         line = (folder.parent / BIRTH_FILE).read_text()
     except FileNotFoundError:

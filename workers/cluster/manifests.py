@@ -73,12 +73,14 @@ class ClusterLayout:
 
 
 def workflow_labels(workflow_id: str) -> dict[str, str]:
-    """Return the labels of all objects and pods of a workflow, which identify them."""
+    """Return the labels of all objects and pods of a workflow, by which they are selected."""
     return {MANAGED_BY_LABEL: MANAGED_BY, WORKFLOW_LABEL: names.workflow_name(workflow_id)}
 
 
 def build_objects(desired: DesiredDeployment, layout: ClusterLayout) -> tuple[Manifest, ...]:
-    """Return all objects of a deployment in the order of creation: those that a pod needs precede it."""
+    """Return the manifests of all objects of a deployment in the order of creation: those that a pod needs
+    precede it.
+    """
     return (
         build_service_account(desired, layout),
         build_token_secret(desired, layout),
@@ -138,7 +140,8 @@ def build_gateway_service(desired: DesiredDeployment, layout: ClusterLayout) -> 
 def build_network_policy(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the network policy of the pods.
 
-    Ingress is allowed from the gateway; egress to the gateway, DNS and public networks.
+    Ingress is allowed from the gateway; egress to the gateway, DNS, public networks, and the private networks
+    that the layout names.
     """
     gateway = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": layout.gateway_namespace}},
@@ -178,10 +181,10 @@ def _build_dns_rule(endpoint: DnsEndpoint) -> Manifest:
 
 
 def build_deployment(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the Deployment without `replicas`.
+    """Return the manifest of the Deployment, without `replicas`.
 
     A manager that applies `replicas` and later omits it resets it to 1, and one that always applies it undoes
-    each stop. So it is never part of this manifest: it is patched alone, by another field manager.
+    each stop. So the number is patched alone, by another field manager.
     """
     return {
         "apiVersion": "apps/v1",
@@ -242,7 +245,11 @@ def _build_pod(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
 
 
 def _build_container(desired: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the container of a deployment's pods: image, command, environment, ports, resources and probes."""
+    """Return the container of a deployment's pods: image, command, environment, ports, resources and probes.
+
+    Requests equal limits, the file system is read-only but for a temporary folder, and no privileges can be
+    gained.
+    """
     granted = {
         "cpu": f"{desired.resources.cpu_millicores}m",
         "memory": f"{desired.resources.memory_mebibytes}Mi",
@@ -294,6 +301,9 @@ def _build_ports(desired: DesiredDeployment, layout: ClusterLayout) -> list[Mani
 
 
 def _build_environment(desired: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:
+    """Return the environment variables of the container: those of the deployment, and the runner's own, which
+    take precedence.
+    """
     given = {name: value for name, value in desired.environment.items() if name not in RUNNER_VARIABLES}
     token = {"secretKeyRef": {"name": names.workflow_name(desired.workflow_id), "key": TOKEN_KEY}}
     return [

@@ -42,10 +42,10 @@ _WAITING_REASONS = {
 def summarize_deployment(
     workflow_id: str, deployment: Manifest | None, pods: Iterable[Manifest], *, port: int
 ) -> ObservedDeployment:
-    """Return the observed state of a workflow's Deployment, or of none, and of its pods.
+    """Return the observed state of a workflow's Deployment (None: it doesn't exist) and of its pods.
 
-    Pods that have ended for good, such as evicted ones, remain listed long after others have replaced them.
-    They count only as the reason why no pod is ready.
+    `port` is that of the pods' URLs. Pods that have ended for good, such as evicted ones, remain listed long
+    after others have replaced them. They count only as the reason why no pod is ready.
     """
     listed = list(pods)
     live = [pod for pod in listed if not has_ended(pod)]
@@ -79,7 +79,9 @@ def is_over_quota(deployment: Manifest) -> bool:
 
 
 def is_between_crashes(pod: Manifest) -> bool:
-    """Return whether a pod's container waits for a restart, so that only the log of its last run exists."""
+    """Return whether a container of the pod waits for a restart after a crash, so that only the log of its
+    last run exists.
+    """
     return any(
         "waiting" in (one.get("state") or {}) and one.get("restartCount") for one in _container_statuses(pod)
     )
@@ -116,15 +118,17 @@ def _pod_stage(pod: Manifest, *, is_ready: bool) -> PodStage:
 
 
 def has_ended(pod: Manifest) -> bool:
-    """Return whether a pod has ended for good, such as an evicted one. It remains listed as long as its Deployment."""
+    """Return whether a pod has ended for good, such as an evicted one; Kubernetes lists it as long as its
+    Deployment.
+    """
     return (pod.get("status") or {}).get("phase") in {"Failed", "Succeeded"}
 
 
 def _container_ended_at(pod: Manifest) -> datetime | None:
-    """Return the time when a container was restarted, or has ended; None while its first process runs.
+    """Return the last time when a container has ended or was restarted; None while its first process runs.
 
-    No earlier process is left by then. A restart takes precedence: if the node's clock was set back in
-    between, the new process started by that clock too.
+    No earlier process is left by then. For a restart it is the start of the new process: if the node's clock
+    was set back in between, that counts by the new clock.
     """
     moments: list[str] = []
     for one in _container_statuses(pod):
@@ -233,7 +237,8 @@ def _container_failure(statuses: Sequence[Manifest]) -> PodFailure | None:
 
 
 def _is_permanent(waiting_reason: str, message: str) -> bool:
-    """Return whether the cause of a waiting container is permanent.
+    """Return whether the cause of a waiting container is permanent, such as a missing image, by Kubernetes'
+    reason and message.
 
     A slow, busy or unreachable registry is not.
     """

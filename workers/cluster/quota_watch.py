@@ -54,7 +54,9 @@ log = structlog.get_logger()
 
 
 def quota_headroom(quota: Manifest) -> QuotaHeadroom:
-    """Return the unused quantity of each resource that a quota limits; negative if it is exceeded."""
+    """Return what is left of each resource that a quota limits, in units such as cores or bytes; negative if
+    it is exceeded.
+    """
     status = quota.get("status") or {}
     used = status.get("used") or {}
     return {
@@ -64,7 +66,7 @@ def quota_headroom(quota: Manifest) -> QuotaHeadroom:
 
 
 def has_grown(before: QuotaHeadroom, after: QuotaHeadroom) -> bool:
-    """Return whether any limited resource has more headroom, or no limit any more."""
+    """Return whether any resource has more left than before, or is not limited any more."""
     return any(after.get(name, float("inf")) > left for name, left in before.items())
 
 
@@ -81,7 +83,7 @@ class QuotaWatch:
 
     @property
     def is_full(self) -> bool:
-        """Whether some quota leaves nothing of a resource that every pod needs."""
+        """Whether some quota has nothing left of a resource that every pod needs."""
         return any(
             left <= 0
             for known in self._known.values()
@@ -90,9 +92,10 @@ class QuotaWatch:
         )
 
     async def follow(self) -> None:
-        """Watch the quotas of the namespace and call `on_room` whenever there is more headroom, until cancelled.
+        """Watch the quotas of the namespace and call `on_room` whenever more is left of a resource, until canceled.
 
-        Failures are logged, and the watch is repeated after a growing pause.
+        Failures are logged, and the watch is repeated after a pause that doubles, at once the longest one
+        without permission.
         """
         notifying = asyncio.create_task(self._notify())
         failures = 0
@@ -110,9 +113,9 @@ class QuotaWatch:
             await asyncio.gather(notifying, return_exceptions=True)
 
     async def _listen(self) -> bool:
-        """List the quotas, then apply events until the stream ends; return False if it ended by an error.
+        """List the quotas, then apply events until the stream ends; return False if an error ended it.
 
-        Raises `ClusterForbidden`.
+        A growth since the last list counts. Raises `ClusterForbidden`.
         """
         try:
             items, version = await self._api.list(self._path, "")
@@ -132,6 +135,7 @@ class QuotaWatch:
         return True
 
     def _apply_event(self, event: Manifest) -> None:
+        """Store the headroom after an event of the watch, and compare it with the one before."""
         if event["type"] == "BOOKMARK":
             return
         name = event["object"]["metadata"]["name"]
@@ -142,10 +146,12 @@ class QuotaWatch:
         self._compare(before, after)
 
     def _compare(self, before: QuotaHeadroom, after: QuotaHeadroom) -> None:
+        """Wake the notifier if any resource has more left."""
         if has_grown(before, after):
             self._has_grown.set()
 
     async def _notify(self) -> None:
+        """Call `on_room` after each growth, until canceled; failures are logged."""
         while True:
             await self._has_grown.wait()
             self._has_grown.clear()
@@ -156,6 +162,6 @@ class QuotaWatch:
 
 
 def _parse_quantity(text: str) -> float:
-    """Return a quantity of the API server in units, or 0 if it is invalid."""
+    """Return a quantity such as `500m` or `2Gi` as a number of units; 0 if it is invalid."""
     match = _QUANTITY.match(str(text))
     return float(match[1]) * _QUANTITY_UNITS.get(match[2], 1.0) if match is not None else 0.0

@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 
 def workflow_id_of(item: Manifest) -> str | None:
-    """Return the workflow ID of an object; None for a foreign object with the same labels."""
+    """Return the workflow id in the annotations of an object; None for a foreign object with the same labels."""
     annotations = item.get("metadata", {}).get("annotations") or {}
     workflow_id: str | None = annotations.get(WORKFLOW_ANNOTATION)
     return workflow_id
@@ -59,7 +59,7 @@ class WatchedCollection:
     _objects: dict[str, dict[str, Manifest]] = field(default_factory=dict)
 
     def objects_of(self, name: str) -> tuple[Manifest, ...]:
-        """Return the cached objects of a workflow, by its name in the cluster."""
+        """Return the cached objects of a workflow, by its name in the cluster; none for an unknown one."""
         return tuple(self._objects.get(name, {}).values())
 
     def __iter__(self) -> Iterator[Manifest]:
@@ -67,7 +67,11 @@ class WatchedCollection:
             yield from objects.values()
 
     def replace(self, items: Sequence[Manifest], version: str) -> set[str]:
-        """Replace all objects by a list; return the IDs of the changed workflows."""
+        """Replace all objects by a list of the API server; return the ids of workflows with changed objects.
+
+        Objects stay that this process has written after the list was made. A list older than the last one
+        means a restored API server: cached versions are void then.
+        """
         if _parse_version(version) < self.listed_version:
             # The API server was restored from a backup: its versions count from an earlier one, and cached
             # versions are void.
@@ -86,7 +90,9 @@ class WatchedCollection:
         return {workflow_id for one in changed if (workflow_id := workflow_id_of(one)) is not None}
 
     def put(self, item: Manifest) -> bool:
-        """Store the state of an object, without unused fields; return False if this or a later state is known."""
+        """Store the state of an object, without unused fields; return False, and change nothing, if it is not
+        newer than the known one.
+        """
         metadata = item["metadata"]
         objects = self._objects.setdefault(_owner_name(item), {})
         known = objects.get(metadata["name"])
@@ -101,7 +107,7 @@ class WatchedCollection:
         return True
 
     def remove(self, item: Manifest) -> bool:
-        """Remove an object; return False if it is unknown, or another one has its name by now."""
+        """Remove an object; return False if it is unknown, or another object has its name by now."""
         objects = self._objects.get(_owner_name(item), {})
         known = objects.get(item["metadata"]["name"])
         if known is None or known["metadata"]["uid"] != item["metadata"]["uid"]:
@@ -147,7 +153,10 @@ class WatchCache:
         return bool(self._followers)
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield the ids of changed workflows, at first of all known ones; the cache is kept while a watch is open."""
+        """Yield the ids of changed workflows, at first of all cached ones.
+
+        The first watch begins to follow the API server; the end of the last one closes the cache.
+        """
         changes = ChangedWorkflows()
         self._watchers.add(changes)
         changes.add(
@@ -186,7 +195,7 @@ class WatchCache:
             collection.clear()
 
     async def wait_synced(self, seconds: float) -> None:
-        """Wait until both collections are listed; raise the `ClusterError` that prevents it.
+        """Wait until both collections, Deployments and pods, are listed; raise the `ClusterError` that prevents it.
 
         Raises `ClusterUnavailable` after `seconds`.
         """
@@ -206,7 +215,7 @@ class WatchCache:
     async def _follow(self, collection: WatchedCollection) -> None:
         """List a collection and apply its events, again and again: each list makes up for events lost in a gap.
 
-        Errors are logged and noted for `wait_synced`.
+        Errors are logged, noted for `wait_synced`, and followed by a pause that doubles up to ten seconds.
         """
         loop = asyncio.get_running_loop()
         pauses = 0
@@ -242,11 +251,11 @@ class WatchCache:
             await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
 
     async def _pause_probe(self, *, requests: int) -> None:
-        """Wait until a collection may be requested again after the last of so many requests was forbidden.
+        """Wait until a collection may be requested again after the last of `requests` requests was forbidden.
 
-        The collections take turns. Permissions are usually granted for all of them at once: a successful list
-        ends the pauses of forbidden lists. A list that succeeded before its watch was forbidden proves
-        nothing.
+        The collections take turns, one request per 15 s. Permissions are usually granted for all of them at
+        once: a successful list ends the pauses of forbidden lists. A list that succeeded before its watch was
+        forbidden proves nothing.
         """
         loop = asyncio.get_running_loop()
         probe_at = self._probe_at = max(self._probe_at, loop.time()) + requests * self.probe_seconds
@@ -259,6 +268,8 @@ class WatchCache:
                 await self._listed.wait()
 
     async def _take_events(self, collection: WatchedCollection, version: str) -> None:
+        """Apply the events of a watch to a collection until its stream ends, and announce changed workflows."""
+
         def take(event: Manifest) -> None:
             if event["type"] == "BOOKMARK":
                 return
@@ -292,7 +303,8 @@ def _resource_version(metadata: Manifest) -> int:
 
 
 def _parse_version(version: str) -> int:
-    """Return a resource version as a number that orders two states of an object; 0 for another form.
+    """Return a resource version as a number that orders two states of an object; 0 for a version that is no
+    integer.
 
     Versions are integers, documented so since Kubernetes 1.35.
     """
