@@ -86,10 +86,14 @@ class RunBroker(Protocol):
 
     @property
     def channel(self) -> str:
-        """Address to which other processes send direct messages and notifications for this one."""
+        """Name of this process to which other processes send direct messages and notifications."""
 
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
-        """Announce work after the commit. Sends nothing while an earlier wakeup is still in the queue."""
+        """Announce after the commit that runs are pending, so that workers claim them at once. Raises
+        `BrokerUnavailable`.
+
+        Sends nothing while an equal wakeup is still in the queue.
+        """
 
     async def publish(
         self,
@@ -97,11 +101,12 @@ class RunBroker(Protocol):
         outcomes: Sequence[EndedExecution] = (),
         grants: Mapping[str, SlotGrant] = NO_GRANTS,
     ) -> None:
-        """Announce changed executions, one notification for each process, and end their watches.
+        """Announce changed executions, one notification for each process that watches one, and end their
+        watches. Raises `BrokerUnavailable`.
 
-        Each execution is mapped to a channel that is notified without a watch, or to an empty text for none. That
-        channel alone gets the outcomes, encrypted, up to the limit of one notification. Grants are sent along, by
-        the channel of their gateway.
+        Each execution is mapped to a channel that is notified without a watch, or to an empty text for none.
+        That channel alone gets the outcomes, encrypted, up to the limit of one notification. Grants of slots
+        are sent along, by the channel of their gateway.
         """
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
@@ -112,15 +117,14 @@ class RunBroker(Protocol):
         """
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
-        """Receive wakeups on threads of this process; call `on_wakeup(shard)` on the running event loop."""
+        """Receive wakeups of workers on threads of this process; call `on_wakeup(shard)` on the running event loop."""
 
     def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
         """Call `on_runs` on the running event loop for runs that gateways assign to this process."""
 
     async def stop_worker(self) -> None:
-        """Receive no more wakeups and no more assigned runs.
-
-        Unprocessed wakeups return to the queue for other workers.
+        """Receive no more wakeups and no more assigned runs; unprocessed wakeups return to the queue for
+        other workers.
         """
 
     async def close(self) -> None: ...
@@ -132,43 +136,60 @@ class Broker(RunBroker, Protocol):
     async def listen(
         self, on_notification: Callable[[Notification], None], *, subject: str | None = None
     ) -> None:
-        """Listen as `RunBroker` does, by a `subject` only to direct messages with that key or `CHANGED_EXECUTIONS`."""
+        """Listen as `RunBroker` does; with a `subject`, only to direct messages with that key, or to that
+        kind of notification.
+        """
 
     async def wake_mail_parsers(self) -> None:
-        """Announce unparsed mail after the commit. Sends nothing while an earlier wakeup is still in the queue."""
+        """Announce unparsed mail after the commit. Sends nothing while an earlier wakeup is in the queue.
+        Raises `BrokerUnavailable`.
+        """
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
-        """Notify this process once when each of these executions changes, within 15 minutes.
+        """Notify this process once when each of these executions changes, within 15 minutes. Raises
+        `BrokerUnavailable`.
 
         Watch, then read the row, then wait: a change between reading and watching would be missed. To
         continue waiting after a notification, watch again before reading again.
         """
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
-        """Send a direct message to the channel of another process. It is lost silently if no process listens."""
+        """Send a direct message to the channel of another process; it is lost silently if none listens.
+        Raises `BrokerUnavailable`.
+        """
 
     async def send_direct(self, worker: str, message: DirectRuns) -> bool:
-        """Send runs to the worker that they are assigned to; False if no process listens on its channel."""
+        """Send runs to the worker that they are assigned to; return False if no process listens on its channel.
+
+        Raises `BrokerUnavailable`.
+        """
 
     async def is_heard(self, channel: str) -> bool:
-        """Return whether a process listens on a channel; false for a dead process."""
+        """Return whether a process listens on a channel, which a dead one does not. Raises `BrokerUnavailable`."""
 
     def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
-        """Receive wakeups about unparsed mail; call `on_wakeup` on the running event loop."""
+        """Receive wakeups about unparsed mail; call `on_wakeup` on the running event loop for each."""
 
     async def stop_mail_parser(self) -> None: ...
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
-        """Send a message to one deployer after the commit. Sends nothing while an equal one is still in the queue."""
+        """Queue a message for one deployer after the commit, unless an equal one is still in the queue.
+        Raises `BrokerUnavailable`.
+        """
 
     def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
-        """Receive messages to deployers; call `on_message` on the running event loop."""
+        """Receive messages to deployers, shared with other deployers; call `on_message` on the running event
+        loop for each.
+        """
 
     async def stop_deployer(self) -> None:
         """Receive no more messages to deployers; queued ones are left to other deployers."""
 
     async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
-        """Take tokens from several different buckets; return grants in the order of the demands."""
+        """Take tokens from several different buckets at once; return grants in the order of the demands.
+
+        A bucket without enough tokens grants none, and says how long to wait. Raises `BrokerUnavailable`.
+        """
 
     async def ping(self) -> None: ...
 
@@ -176,12 +197,11 @@ class Broker(RunBroker, Protocol):
 async def connect_broker(
     url: str | None, *, channel: str | None = None, seal: MessageSeal | None = None
 ) -> Broker:
-    """Connect to the Redis or PostgreSQL at `url`, or return a broker inside this process for None.
+    """Connect to the Redis or PostgreSQL at `url`, or (None) return a broker inside this process.
 
-    Without a `seal`, and over PostgreSQL, whose notifications are small, notifications carry no outcomes and no
-    grants, so that all runs are claimed.
-
-    An unreachable server doesn't prevent the start. Raises `RedisMayEvict`, and ValueError for an invalid URL.
+    `channel` is its name, by default a random one. Without a `seal`, and over PostgreSQL, notifications carry
+    no outcomes and no grants, so that all runs are claimed. An unreachable server doesn't prevent the start.
+    Raises `RedisMayEvict`, and ValueError for an invalid URL.
     """
     name = channel or uuid4().hex
     if url is None:

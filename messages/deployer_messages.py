@@ -20,7 +20,7 @@ class ReconcileRequest:
 
     @property
     def key(self) -> str:
-        """Deduplication key: the queue keeps one message per workflow."""
+        """Deduplication key: the queue keeps one reconcile message per workflow."""
         return self.workflow_id
 
 
@@ -35,7 +35,7 @@ class PodLogRequest:
 
     @property
     def key(self) -> str:
-        """Deduplication key: the queue keeps every request."""
+        """Deduplication key: the queue keeps every log request, since each has an id of its own."""
         return self.request_id
 
 
@@ -43,14 +43,13 @@ DeployerMessage: TypeAlias = ReconcileRequest | PodLogRequest
 
 
 def encode_message(message: DeployerMessage) -> dict[str, object]:
-    """Return the payload of a message for the queue."""
+    """Return the payload of a message for the queue: its fields, with the version of the format."""
     return {"v": VERSION, **asdict(message)}
 
 
 def parse_message(payload: Mapping[str, object]) -> DeployerMessage | None:
-    """Return the message of a payload, or None for an unknown version.
-
-    The deployer's sweep then finds the change.
+    """Return the message of a payload, or None for an unknown version or form; the deployer's sweep then
+    finds the change.
     """
     match payload:
         case {

@@ -42,6 +42,7 @@ class LocalBroker:
             asyncio.get_running_loop().call_soon(self._wake, shard)
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
+        """Watch executions of this process for 15 minutes."""
         now = asyncio.get_running_loop().time()
         for execution_id in execution_ids:
             self._watched_until.pop(execution_id, None)
@@ -54,6 +55,7 @@ class LocalBroker:
         outcomes: Sequence[EndedExecution] = (),
         grants: Mapping[str, SlotGrant] = NO_GRANTS,
     ) -> None:
+        """Notify the listeners of this process about executions that are watched or have its channel."""
         self._forget_watches_before(asyncio.get_running_loop().time())
         notified = tuple(
             execution_id
@@ -96,7 +98,7 @@ class LocalBroker:
         self._worker = self._direct = None
 
     async def wake_mail_parsers(self) -> None:
-        """Wake the mail parser of this process, if it has one. No queue is needed."""
+        """Call the mail parser of this process on the event loop, if there is one; no queue is needed."""
         if self._mail_parser is not None:
             asyncio.get_running_loop().call_soon(self._mail_parser)
 
@@ -107,7 +109,7 @@ class LocalBroker:
         self._mail_parser = None
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
-        """Notify the only possible deployer, which is in this process if it exists. No queue is needed."""
+        """Call the only possible deployer, in this process, on the event loop, if there is one; no queue is needed."""
         if self._deployer is not None:
             asyncio.get_running_loop().call_soon(self._deployer, message)
 
@@ -129,6 +131,7 @@ class LocalBroker:
         await self.stop_worker()
 
     def _wake(self, shard: int) -> None:
+        """Call the worker once for a queued shard, if there is one."""
         # Taken out before the claim, so that a wakeup after a later commit is sent again. Without a worker, it waits
         # for the next one.
         if self._worker is not None and shard in self._queued_shards:

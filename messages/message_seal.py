@@ -50,13 +50,17 @@ class MessageSeal:
         return cls(settings.secret, settings.previous_secrets, clock)
 
     def seal(self, purpose: bytes, channel: str, content: bytes) -> SealedMessage:
-        """Return a message encrypted for one channel, valid for a minute."""
+        """Return content encrypted for one purpose and one channel, which can be opened for a minute."""
         now = int(self._clock.now().timestamp())
         sealed = self._vaults[purpose].encrypt(content, organization_id=channel, object_id=str(now))
         return SealedMessage(sealed.secret_id, now, b64encode(sealed.content).decode())
 
     def open(self, purpose: bytes, channel: str, sealed: SealedMessage) -> bytes | None:
-        """Return the content of a message; None if it is for another channel, too old, or of another secret."""
+        """Return the content of a sealed message.
+
+        None if it is for another purpose or channel, over a minute old (or ahead), or of an unknown secret;
+        the latter are logged.
+        """
         if abs(self._clock.now().timestamp() - sealed.sealed_at) > MAX_AGE_SECONDS:
             return None
         try:

@@ -128,6 +128,7 @@ class _DirectPayload(msgspec.Struct):
 
 @asynccontextmanager
 async def _check_answer() -> AsyncIterator[None]:
+    """Raise `BrokerUnavailable` for failures of PostgreSQL in the block, or if it takes too long."""
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             yield
@@ -160,6 +161,7 @@ class PostgresqlBroker:
         """Do nothing: runs are claimed, since nothing is granted."""
 
     async def send_direct(self, worker: str, message: DirectRuns) -> bool:  # noqa: ARG002 - see receive_direct
+        """Return False: no run is assigned over PostgreSQL."""
         return False
 
     async def wake_mail_parsers(self) -> None:
@@ -192,7 +194,7 @@ class PostgresqlBroker:
         await self._stop_consuming(deployer_messages.QUEUE)
 
     async def _put(self, queue: str, key: str, payload: Mapping[str, object]) -> None:
-        """Put a message into a queue, and notify, unless one with the same key is still in it.
+        """Put a message into a queue, and notify its consumers, unless one with the same key is still in it.
 
         Raises `BrokerUnavailable`.
         """
@@ -201,6 +203,7 @@ class PostgresqlBroker:
             await self._pool.execute(PUT, queue, key, body, QUEUE_CHANNEL, queue)
 
     def _consume(self, queue: str, take: Callable[[Mapping[str, object]], None]) -> None:
+        """Pass each message of a queue to `take`, from now on and those that wait."""
         self._consumers[queue] = take
         self._start_listening()
         self._drain(queue)
@@ -212,12 +215,15 @@ class PostgresqlBroker:
             await asyncio.gather(drain, return_exceptions=True)
 
     def _drain(self, queue: str) -> None:
-        """Take all messages of a queue in the background, if it has a consumer; again if it is called meanwhile."""
+        """Take all messages of a queue in the background, if it has a consumer; once more if it is called
+        meanwhile.
+        """
         self._is_due.add(queue)
         if queue in self._consumers and queue not in self._drains:
             self._drains[queue] = asyncio.create_task(self._take_all(queue))
 
     async def _take_all(self, queue: str) -> None:
+        """Take the messages of a queue in batches until it is empty; an outage ends it until the next check."""
         loop = asyncio.get_running_loop()
         try:
             while queue in self._consumers and queue in self._is_due:
@@ -238,7 +244,7 @@ class PostgresqlBroker:
     # ── notifications ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
-        """Watch executions for `WATCH_SECONDS`, as `Broker.watch` describes.
+        """Watch executions for 15 minutes, as `Broker.watch` describes.
 
         Every process hears of all changes, and delivers those that it watches. Raises `BrokerUnavailable` if
         the listening session is not connected.
@@ -265,6 +271,7 @@ class PostgresqlBroker:
         outcomes: Sequence[EndedExecution] = (),  # noqa: ARG002 - too large for notifications of 8,000 bytes
         grants: Mapping[str, SlotGrant] = NO_GRANTS,  # noqa: ARG002 - all runs are claimed
     ) -> None:
+        """Notify all processes of changed executions; outcomes and grants are not sent. Raises `BrokerUnavailable`."""
         if not channels:
             return
         pairs = [*channels.items()]
@@ -278,6 +285,7 @@ class PostgresqlBroker:
             )
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
+        """Send a direct message as a notification, or one over 7,500 bytes as a row that the notification names."""
         payload = msgspec.json.encode(_DirectPayload(dict(message)))
         target = _channel_name(channel)
         async with _check_answer():
@@ -306,6 +314,7 @@ class PostgresqlBroker:
             self._listening = asyncio.create_task(self._keep_listening())
 
     async def _keep_listening(self) -> None:
+        """Keep a listening session open: connect again a second after each loss."""
         is_lost = False
         while True:
             try:
@@ -324,9 +333,10 @@ class PostgresqlBroker:
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _hear(self, connection: asyncpg.Connection) -> None:
-        """Listen on a session until it ends, and check it, its lock and the queues periodically.
+        """Listen on a session until it ends, and every five seconds check it, its lock and the queues.
 
-        Raises the errors of asyncpg and `TimeoutError` if a check fails.
+        Each minute, outdated rows of the queues are deleted. Raises the errors of asyncpg and `TimeoutError`
+        if a check fails.
         """
         await connection.add_listener(QUEUE_CHANNEL, lambda *given: self._drain(given[3]))
         await connection.add_listener(CHANGES_CHANNEL, lambda *given: self._deliver_changes(given[3]))
@@ -352,6 +362,7 @@ class PostgresqlBroker:
                     await connection.execute(statement, KEPT_SECONDS)
 
     def _deliver_changes(self, payload: str) -> None:
+        """Deliver the executions of a notification that this process watches or that name its channel."""
         pairs = decoding.decode(payload.encode(), _ChangedPairs).pairs
         changed = tuple(
             execution_id
@@ -362,6 +373,7 @@ class PostgresqlBroker:
             self._listeners.deliver(ChangedExecutions(changed))
 
     def _deliver_direct(self, payload: str) -> None:
+        """Deliver a direct message, or read it from the row that it names first."""
         given = decoding.decode(payload.encode(), _DirectPayload)
         if given.message is not None:
             self._listeners.deliver(DirectMessage(given.message))
@@ -371,6 +383,7 @@ class PostgresqlBroker:
         receipt.add_done_callback(self._receipts.discard)
 
     async def _receive_row(self, key: str) -> None:
+        """Take a direct message from its row, and deliver it; it is lost if the database is away."""
         try:
             async with _check_answer():
                 body = await self._pool.fetchval(TAKE_ONE, DIRECT_QUEUE, key)
@@ -410,7 +423,7 @@ class PostgresqlBroker:
 
 
 async def connect(url: str, *, channel: str) -> PostgresqlBroker:
-    """Return a broker for a database URL; the first statement opens the first connection.
+    """Return a broker for a database URL; statements open up to four connections when they need them.
 
     Raises `ValueError` for an invalid URL.
     """
@@ -428,9 +441,10 @@ async def connect(url: str, *, channel: str) -> PostgresqlBroker:
 
 
 def _channel_name(channel: str) -> str:
-    """Return the channel name in PostgreSQL, which allows 63 bytes: a prefix and a hash."""
+    """Return the channel's name in PostgreSQL, which allows 63 bytes: a prefix and a hash of it."""
     return f"pilotflame_{blake2b(channel.encode(), digest_size=16).hexdigest()}"
 
 
 def _lock_key(channel: str) -> int:
+    """Return the id of the advisory lock that the listener of a channel holds: a hash of its name."""
     return int.from_bytes(blake2b(channel.encode(), digest_size=8).digest(), signed=True)

@@ -154,9 +154,10 @@ class _GatewayNotice(msgspec.Struct):
 
 
 async def refuse_evicting(client: Redis) -> None:
-    """Raise `RedisMayEvict` unless a full Redis refuses to write: otherwise it may evict acknowledged data.
+    """Raise `RedisMayEvict` if a full Redis would evict keys, which it has acknowledged, instead of refusing
+    to write.
 
-    A policy that can't be read is logged and accepted.
+    A policy that can't be read is logged and accepted. Raises the errors of Redis if it is away.
     """
     try:
         # From INFO, which hosted servers allow where they forbid CONFIG.
@@ -180,9 +181,9 @@ async def _check_answer() -> AsyncIterator[None]:
 
 
 async def connect(url: str, *, channel: str, seal: MessageSeal | None = None) -> "RedisBroker":
-    """Connect to Redis and return a broker; an unreachable server doesn't prevent the start.
+    """Return a broker for Redis; an unreachable server doesn't prevent the start.
 
-    Raises `RedisMayEvict`.
+    Raises `RedisMayEvict` if Redis may evict keys.
     """
     broker = RedisBroker(url, channel=channel, seal=seal)
     try:
@@ -257,7 +258,8 @@ class RedisBroker:
         )
 
     async def _put(self, name: str, actor: str, key: str, payload: dict[str, object]) -> None:
-        """Put a message into a queue unless the latest one with the same key is still in it.
+        """Put a message into a Dramatiq queue unless the latest one with the same key is still in it (for a
+        minute at most).
 
         Raises `BrokerUnavailable`.
         """
@@ -296,7 +298,11 @@ class RedisBroker:
         outcomes: Sequence[EndedExecution],
         grants: Mapping[str, SlotGrant],
     ) -> Iterator[tuple[str, str]]:
-        """Yield each channel with its sealed notice: as many outcomes as fit, and its grant."""
+        """Yield each channel with its sealed notice: as many outcomes as fit, in order, and its grant;
+        nothing without a seal.
+
+        Executions without a channel have no notice.
+        """
         if self._seal is None:
             return
         notices = {channel: _GatewayNotice(grant=grant) for channel, grant in grants.items()}
@@ -387,6 +393,7 @@ class RedisBroker:
         await self.client.aclose()
 
     async def _keep_listening(self) -> None:
+        """Keep the subscription to the own channel, and subscribe again after a growing pause."""
         failures = 0
         while True:
             try:
@@ -403,6 +410,9 @@ class RedisBroker:
             await asyncio.sleep(reconnect_seconds(failures))
 
     def _take(self, kind: str, body: bytes) -> None:
+        """Handle an event of the subscription: note that the channel is open, or deliver a message;
+        unreadable ones are logged.
+        """
         if kind == "subscribe":
             self._is_channel_open.set()
             log.info("channel open", channel=self.channel)
@@ -417,6 +427,7 @@ class RedisBroker:
             self._listeners.deliver(notification)
 
     def _parse_message(self, body: bytes) -> Iterable[Notification]:
+        """Return the notifications of a message: a direct message, or changed executions and a grant."""
         published = decoding.decode(body, _PublishedMessage)
         if published.direct_message:
             return [DirectMessage(published.direct_message)]
@@ -427,6 +438,7 @@ class RedisBroker:
         return [ChangedExecutions(published.execution_ids, notice.outcomes), *grants]
 
     def _open(self, sealed: SealedMessage | None) -> _GatewayNotice:
+        """Return the opened notice; an empty one if it can't be opened."""
         content = None
         if sealed is not None and self._seal is not None:
             content = self._seal.open(NOTICES, self.channel, sealed)

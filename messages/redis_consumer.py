@@ -37,7 +37,10 @@ log = structlog.get_logger()
 
 
 def reconnect_seconds(failures: int) -> float:
-    """Return the seconds to pause after so many consecutive failures: from 50 ms to a second, halved at random."""
+    """Return the seconds to pause after so many consecutive failures: 50 ms, doubled by each up to a second.
+
+    Up to half is left off at random.
+    """
     return min(1.0, 0.05 * 2.0 ** min(failures - 1, 8)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load only
 
 
@@ -85,7 +88,9 @@ class WakeupQueues(RedisBroker):
         return BlockingConsumer
 
     def declare_queue(self, queue_name: str) -> None:
-        """Declare a queue without its delay queue, which would only be polled: the broker never delays messages."""
+        """Declare a queue without Dramatiq's delay queue, which would only be polled: the broker never delays
+        messages.
+        """
         if queue_name in self.queues:
             return
         self.emit_before("declare_queue", queue_name)
@@ -101,21 +106,24 @@ class WakeupQueues(RedisBroker):
         )
 
     def wakeup_signals(self, queue_name: str) -> list[str]:
-        """Return the keys to block on: one wakes any idle consumer of any process, one the consumer of this process."""
+        """Return the two Redis keys to block on: one wakes any idle consumer of any process, one the consumer
+        of this process.
+        """
         return [
             f"{NAMESPACE}:{queue_name}.wakeup_signal",
             f"{NAMESPACE}:{queue_name}.{self._own_wakeup_signal}",
         ]
 
     def signal_wakeup(self, queue_name: str, times: int) -> None:
+        """Wake so many idle consumers of a queue, in any process."""
         wakeup_signal, _ = self.wakeup_signals(queue_name)
         self.client.rpush(wakeup_signal, *["1"] * times)
         self.client.ltrim(wakeup_signal, -WAKEUPS_KEPT, -1)
 
     def interrupt(self) -> None:
-        """End the waits of all consumers at once, for a wakeup signal or for the return of Redis.
+        """End the waits of all consumers of this process at once, for a wakeup signal or for the return of Redis.
 
-        Errors of Redis are ignored.
+        Errors of Redis are ignored. Later waits end at once too.
         """
         self.interrupted.set()
         with suppress(redis.RedisError):
@@ -159,6 +167,7 @@ class BlockingConsumer(Consumer):
         self._settle("nack", message)
 
     def requeue(self, messages: Iterable[MessageProxy | Message[Any]]) -> None:
+        """Return messages to the queue and wake consumers for them; raises Dramatiq's `ConnectionClosed`."""
         identities = [message.options[MESSAGE_ID] for message in messages]
         if not identities:
             return
@@ -169,6 +178,7 @@ class BlockingConsumer(Consumer):
             raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]  # Dramatiq's
 
     def close(self) -> None:
+        """Return fetched messages that no thread has taken to the queue."""
         try:
             self.requeue(self._fetched)
         finally:
@@ -176,6 +186,7 @@ class BlockingConsumer(Consumer):
             self._wakeup_signal.close()
 
     def _fill(self) -> None:
+        """Fetch messages if none is at hand: wait for a free thread, and for a signal if the queue was empty."""
         if self._fetched:
             return
         with self._capacity_changed:
@@ -191,6 +202,7 @@ class BlockingConsumer(Consumer):
         return len(self._unacknowledged) < self._prefetch
 
     def _fetch(self, room: int) -> None:
+        """Fetch up to `room` messages; unreadable ones become dead letters."""
         bodies: list[bytes | None] = self._broker.do_fetch(self._queue_name, room)
         # Fewer messages than requested mean an empty queue, and each later one sends a signal: no need to
         # fetch again.
@@ -202,6 +214,7 @@ class BlockingConsumer(Consumer):
             self._bury_unreadable()
 
     def _read(self, body: bytes | None) -> Message[Any] | None:
+        """Return the message of a body; None if it is unreadable, delayed or of another queue."""
         try:
             message: Message[Any] = decoding.decode(body or b"", Message)
         except (ValueError, RecursionError):
@@ -211,9 +224,9 @@ class BlockingConsumer(Consumer):
         return message if is_ours and isinstance(message.options.get(MESSAGE_ID), str) else None
 
     def _bury_unreadable(self) -> None:
-        """Move unreadable messages to the dead letters and log them; raises `RedisError`.
+        """Move unreadable messages, held by this consumer, to the dead letters and log them; raises `RedisError`.
 
-        A fetch returns bodies without IDs, so these are the held IDs of no message.
+        A fetch returns bodies without ids, so these are the held ids of no readable message.
         """
         key = f"{NAMESPACE}:__acks__.{self._broker.broker_id}.{self._queue_name}"
         held = cast("set[bytes]", self._broker.client.smembers(key))
@@ -226,6 +239,9 @@ class BlockingConsumer(Consumer):
             )
 
     def _settle(self, command: str, message: MessageProxy) -> None:
+        """Acknowledge or reject a message in Redis; a failure is only logged. One more message may be fetched
+        after it.
+        """
         try:
             getattr(self._broker, f"do_{command}")(self._queue_name, message.options[MESSAGE_ID])
         except redis.RedisError as error:
@@ -238,6 +254,7 @@ class BlockingConsumer(Consumer):
                 self._capacity_changed.notify()
 
     def _wait_for_redis(self, error: redis.RedisError) -> None:
+        """Pause after a loss of Redis, with a new consumer id and new connections."""
         if not self._failures:
             log.warning("redis lost", queue=self._queue_name, error=str(error))
         self._failures += 1

@@ -56,9 +56,10 @@ class DirectQueue:
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, worker: str, address: str, message: DirectRuns) -> bool:
-        """Send runs to a worker, and return whether it listens at its address, a channel of Redis.
+        """Send assigned runs, sealed for a worker, to its queue; return False, and send nothing, if nobody
+        listens at `address`.
 
-        Raises `BrokerUnavailable`.
+        `address` is a channel of Redis. The queue expires after ten seconds. Raises the errors of Redis.
         """
         sealed = self._seal.seal(DIRECT_RUNS, worker, msgspec.json.encode(message))
         queue = _queue_name(worker)
@@ -72,7 +73,7 @@ class DirectQueue:
         )
 
     def start(self, on_runs: Callable[[DirectRuns], None]) -> None:
-        """Start to receive messages of the own queue; `on_runs` is called for each."""
+        """Start to receive messages of the own queue; `on_runs` is called on the event loop for each readable one."""
         self._task = asyncio.create_task(self._receive(on_runs))
 
     async def stop(self) -> None:
@@ -83,6 +84,7 @@ class DirectQueue:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _receive(self, on_runs: Callable[[DirectRuns], None]) -> None:
+        """Take messages from the own queue until canceled; while Redis is away it pauses."""
         key, failures = f"{NAMESPACE}:{_queue_name(self._channel)}", 0
         while True:
             try:
@@ -99,7 +101,9 @@ class DirectQueue:
                 on_runs(runs)
 
     def _open(self, body: bytes) -> DirectRuns | None:
-        """Return the runs of a message; None if it can't be read, since their leases end soon."""
+        """Return the runs of a message; None, with a warning, if it can't be read or opened, since their
+        leases end soon.
+        """
         try:
             message: dramatiq.Message[Any] = decoding.decode(body, dramatiq.Message)
             sealed = msgspec.convert(message.kwargs.get("sealed"), SealedMessage)

@@ -54,10 +54,10 @@ class TokenGrant:
 
 
 def grant_tokens(demand: TokenDemand, full_at: float, now: float) -> tuple[TokenGrant, float]:
-    """Return the grant for a demand from a bucket that is full at `full_at`, and the next such time.
+    """Return the grant for a demand from a bucket that is full again at `full_at`, and the next such time.
 
-    Times are in seconds of one clock. Without the needed tokens, none are granted, and the grant has the
-    seconds to wait.
+    Times are in seconds of one clock. With the needed tokens, it grants up to the wanted ones, and an eighth
+    of the rest ahead. Without them it grants none, and has the seconds to wait.
     """
     rate = demand.rate
     full_at = max(full_at, now)
@@ -80,7 +80,7 @@ class LocalTokenBuckets:
     def take(self, demand: TokenDemand, now: float) -> TokenGrant:
         """Take tokens from a bucket of this process; `now` is in seconds of a monotonic clock.
 
-        A grant without tokens says how long to wait, and takes none.
+        A grant without tokens says how long to wait, and takes none. An unknown bucket is full.
         """
         grant, full_at = grant_tokens(demand, self._full_at.get(demand.bucket, now), now)
         if grant.tokens:
@@ -89,6 +89,7 @@ class LocalTokenBuckets:
         return grant
 
     def _drop_full(self, now: float) -> None:
+        """Drop buckets that are full again, if there are over 1,000."""
         if len(self._full_at) > self._swept_above:
             self._full_at = {bucket: full_at for bucket, full_at in self._full_at.items() if full_at > now}
             self._swept_above = max(MAX_BUCKETS, 2 * len(self._full_at))

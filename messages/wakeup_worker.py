@@ -17,9 +17,9 @@ STOP_MILLISECONDS: Final = 1_000
 
 
 def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq.Worker:
-    """Start a thread that calls `on_wakeup` with the shard of each wakeup of workers in the queue.
+    """Start a Dramatiq worker that calls `on_wakeup` with the shard of each wakeup of run workers; return it.
 
-    Return its worker.
+    The calls are made on the event loop of the caller. Raises RuntimeError without a running loop.
     """
     return _start(
         broker,
@@ -30,17 +30,18 @@ def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq
 
 
 def start_reader(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
-    """Start a worker that reads wakeups of mail parsers from the queue in threads, and return it.
+    """Start a Dramatiq worker that calls `on_wakeup` for each wakeup of mail parsers; return it.
 
-    `on_wakeup` is called on the event loop of the caller. Raises RuntimeError without a running loop.
+    The calls are made on the event loop of the caller. Raises RuntimeError without a running loop.
     """
     return _start(broker, mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, lambda _payload: on_wakeup())
 
 
 def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessage], None]) -> dramatiq.Worker:
-    """Start a thread that calls `on_message` with each message to deployers in the queue; return its worker.
+    """Start a Dramatiq worker that calls `on_message` with each message to deployers; return it.
 
-    Messages of unknown versions are dropped.
+    The calls are made on the event loop of the caller. Messages of unknown versions are dropped. Raises
+    RuntimeError without a running loop.
     """
 
     def take(payload: Mapping[str, object]) -> None:
@@ -54,6 +55,9 @@ def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessag
 def _start(
     broker: dramatiq.Broker, queue: str, actor: str, take: Callable[[Mapping[str, object]], None]
 ) -> dramatiq.Worker:
+    """Start a Dramatiq worker with two threads that passes each payload of a queue to `take` on the running
+    event loop.
+    """
     loop = asyncio.get_running_loop()
 
     @dramatiq.actor(broker=broker, actor_name=actor, queue_name=queue)
@@ -68,15 +72,16 @@ def _start(
 
 
 def stop(worker: dramatiq.Worker) -> None:
-    """Stop the worker and close its broker; blocks for a quarter of a second, or a few seconds if Redis hangs."""
+    """Stop a Dramatiq worker and close its broker; blocks for a quarter of a second, or a few seconds if
+    Redis hangs.
+    """
     worker.stop(timeout=STOP_MILLISECONDS)
     worker.broker.close()
 
 
 def parse_wakeup(payload: Mapping[str, object]) -> WorkerWakeup:
-    """Return the wakeup of a payload.
-
-    One of an unknown version means "there is work" too: it has no shard.
+    """Return the wakeup of a payload; one of an unknown version is for all shards, since it means "there is
+    work" too.
     """
     match payload:
         case {"v": 1, "shard": int(shard)}:

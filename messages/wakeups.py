@@ -34,7 +34,8 @@ TAKEN_RUNS: Final = "taken"
 
 
 async def wake_workers(broker: RunBroker) -> None:
-    """Announce pending runs, so that a worker claims them at once; an unavailable broker is ignored.
+    """Announce pending runs after their commit, so that a worker claims them at once; an unavailable broker
+    is ignored.
 
     Workers find them at their next sweep too.
     """
@@ -45,7 +46,8 @@ async def wake_workers(broker: RunBroker) -> None:
 
 
 async def wake_mail_parsers(broker: Broker) -> None:
-    """Announce unparsed mail, so that a worker parses it at once; an unavailable broker is ignored.
+    """Announce unparsed mail after its commit, so that a worker parses it at once; an unavailable broker is
+    ignored.
 
     Workers find it at their next sweep too.
     """
@@ -78,7 +80,8 @@ class TakenRun(Protocol):
 
 
 async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
-    """Notify each gateway of the claimed runs that it accepted; an unavailable broker is ignored.
+    """Send each gateway the ids of the claimed runs that it accepted, in one message; an unavailable broker
+    is ignored.
 
     If a message is lost, the gateway polls once a second.
     """
@@ -92,7 +95,7 @@ async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
 
 
 def parse_taken_runs(notification: Notification) -> Sequence[str]:
-    """Return the IDs of the claimed executions in a notification."""
+    """Return the ids of the claimed executions in a message of `notify_taken_runs`; empty for other notifications."""
     return notification.message.get(TAKEN_RUNS, "").split() if isinstance(notification, DirectMessage) else ()
 
 
@@ -105,9 +108,11 @@ async def notify_end_request(
     channel: str,
     organization_id: str = "",
 ) -> None:
-    """Send the `request` to the worker that holds the run; without one, notify clients that wait for its end.
+    """Send a request to stop or cancel a run to the process that holds it; without one, announce that the run
+    has ended.
 
-    An unavailable broker is ignored.
+    The announcement goes to the gateway and to task workers of the organization. An unavailable broker is
+    ignored.
     """
     # Without the broker, the worker learns of it when it renews its lease, and clients poll once a second.
     with suppress(BrokerUnavailable):
@@ -129,7 +134,7 @@ class NotificationListeners:
         self._listeners.append((on_notification, subject))
 
     def deliver(self, notification: Notification) -> None:
-        """Schedule a call of each listener to the subject of a notification on the event loop.
+        """Schedule calls of the listeners to the subject of a notification on the event loop.
 
         So an exception of one listener ends neither the others nor this task.
         """
@@ -151,5 +156,5 @@ class NotificationListeners:
 
 
 def deployment_watch_key(workflow_id: str) -> str:
-    """Return the key with which a deployment is watched, in place of an execution ID."""
+    """Return the key with which a deployment is watched, in place of an execution id."""
     return f"deployment:{workflow_id}"

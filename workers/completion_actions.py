@@ -110,9 +110,8 @@ class CompletionActions:
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def close(self) -> None:
-        """End the sweep, wait up to `CLOSE_SECONDS` for running actions, and cancel the rest.
-
-        Other processes find them.
+        """End the sweep, wait up to two seconds for actions in progress, and cancel the rest, which other
+        processes find later.
         """
         if self._sweeping is not None:
             self._sweeping.cancel()
@@ -125,9 +124,11 @@ class CompletionActions:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def handle_end(self, one: ClaimedRun, ended: RunOutcome) -> None:
-        """Start, in the background, the completion actions of a run that has ended, and give away its concurrency slot.
+        """Start, in the background, the completion actions of a run that left this process, and give its
+        concurrency slot to others.
 
-        A run that waits gives away its slot too, and is admitted again when it is due.
+        Actions are callbacks, failure workflows and answers to parents; only an end has them. A run that
+        waits gives away its slot too, and is admitted again when it is due.
         """
         status = STATUS_AFTER[ended.status]
         key = one.concurrency_key
@@ -152,14 +153,17 @@ class CompletionActions:
             await wakeups.wake_workers(self._broker)
 
     async def perform(self, keys: Sequence[ExecutionKey]) -> None:
-        """Claim the due actions of these runs, and start them in the background; raises `DatabaseUnavailable`."""
+        """Claim the due actions of these runs, and start them in the background; others are left out. Raises
+        `DatabaseUnavailable`.
+        """
         for due in await completion.claim_completions(self._database, keys, self._lease_seconds):
             self._start_task(partial(self._perform_due, due))
 
     async def sweep(self) -> None:
-        """Give away free slots, then start due actions without an owner, within the limits.
+        """Give away free concurrency slots, then start due actions that no process has claimed, up to 100 at
+        a time.
 
-        Organizations with many actions in progress are left out. Raises `DatabaseUnavailable`.
+        Organizations with ten actions in progress are left out. Raises `DatabaseUnavailable`.
         """
         admitted, self._after_key = await concurrency_limits.admit_waiting_keys(
             self._database, self._after_key
@@ -174,6 +178,9 @@ class CompletionActions:
     # ── one run ───────────────────────────────────────────────────────────────────────────────────
 
     async def _perform_due(self, due: DueCompletion) -> None:
+        """Perform the remaining actions of a claimed run in their order: the answer to the parent, a
+        callback, the failure action.
+        """
         left = due.completion_action.for_status(due.status)
         if left.parent is not None:
             left = await self._answer_parent(due, left)
@@ -194,6 +201,7 @@ class CompletionActions:
         await self._store_attempts(due, left, callback, on_failure)
 
     def _has_capacity(self, organization_id: str) -> bool:
+        """Return whether an organization has fewer than ten actions in progress here."""
         return (
             self._sending[organization_id] < MAX_ACTIONS_PER_ORGANIZATION
             and self._sending.total() < MAX_CONCURRENT_ACTIONS
@@ -206,9 +214,11 @@ class CompletionActions:
         callback: WebhookFailure | None,
         on_failure: WebhookFailure | None,
     ) -> None:
-        """Store the results of the attempts, and schedule the next attempt of retryable failures; log a failure.
+        """Store the results of a callback and a failure action, and schedule the next attempt of retryable
+        failures; log a failure.
 
-        Raises `DatabaseUnavailable`.
+        None as a result is a success. Without an attempt left, or after a final failure, the action is given
+        up. Raises `DatabaseUnavailable`.
         """
         attempts = due.outcome.attempts + 1
         pause = webhook_delivery.retry_delay_seconds(attempts, random.random())  # noqa: S311 - no secret
@@ -235,6 +245,7 @@ class CompletionActions:
         outcome: CompletionOutcome | None = None,
         delay_seconds: float | None = None,
     ) -> None:
+        """Store the remaining actions of a run, and when they are due again."""
         await self._database.transaction(
             lambda connection: completion.settle_completion(connection, due, left, outcome, delay_seconds)
         )
@@ -246,7 +257,8 @@ class CompletionActions:
     ) -> CompletionAction:
         """Answer the waiting node of the parent run with the result of this run; return the remaining actions.
 
-        A parent that is gone is ignored. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
+        Without a parent nothing is done, and one that is gone is ignored. Workers are woken for a parent that
+        continues. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
         """
         parent = completion_action.parent
         if parent is None:
@@ -277,9 +289,10 @@ class CompletionActions:
         return left
 
     async def _build_answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:
-        """Return the answer to the parent's node: the outputs of the run, or its error.
+        """Return the stored answer to the parent's node: the output of the run, or its error.
 
-        Outputs that are lost or too large give an error. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
+        The output of one leaf stands for itself, several are an object by node id, none is null. Outputs that
+        are lost or too large give an error. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
         """
         if due.status is not ExecutionStatus.COMPLETED:
             return node_answers.encode_error_answer(*_describe_failure(due), _find_cause(due))
@@ -303,7 +316,8 @@ class CompletionActions:
             )
 
     async def _read_output(self, due: DueCompletion, leaf: LeafOutput, parent: BlobOwner) -> bytes:
-        """Return an output as JSON, read from its blob if it is one; files in it are shared with the parent.
+        """Return an output as JSON, read from its blob if it is one; files that it refers to are copied to
+        the parent.
 
         Raises `BlobLost`, `BlobTooLarge`, `InvalidBlobReference` and `BlobsUnavailable`.
         """
@@ -320,7 +334,7 @@ class CompletionActions:
     async def _share_blobs(
         self, references: Sequence[BlobReference], own: BlobOwner, parent: BlobOwner
     ) -> None:
-        """Copy files of this run to the parent's line of runs, up to a total size.
+        """Copy files of this run to the blobs of the parent's runs, up to 50 MB together; larger ones are left out.
 
         References to blobs that the run does not have are ignored. Raises `BlobsUnavailable`.
         """
@@ -357,7 +371,8 @@ class CompletionActions:
         return await self._messages.send(due.organization_id, url, f"{due.key.execution_id}-{kind}", body)
 
     async def _sendable_outputs(self, due: DueCompletion) -> Mapping[str, LeafOutput] | None:
-        """Return the outputs of a run for a callback: empty unless it completed, None if they are too large.
+        """Return the outputs of a run's leaves for a callback: empty unless it completed, None if they are
+        too large.
 
         Raises `DatabaseUnavailable`.
         """
@@ -394,7 +409,9 @@ class CompletionActions:
     # ── in the background ─────────────────────────────────────────────────────────────────────────
 
     def _admit_when_due(self, key: str, due_at: datetime) -> None:
-        """Schedule the admission of a waiting run for when it is due; if that is far off, the sweep does it."""
+        """Schedule the admission of a waiting run for when it is due; if that is over an hour away, the sweep
+        does it.
+        """
         seconds = self._store.clock.seconds_until(due_at)
         if seconds < MAX_TIMER_SECONDS:
             asyncio.get_running_loop().call_later(
@@ -418,7 +435,7 @@ class CompletionActions:
 
 
 async def _suppress_outages(work: Callable[[], Awaitable[None]]) -> None:
-    """Do work and log its exceptions instead of raising them: the next sweep repeats it."""
+    """Do work and log its exceptions instead of raising them, outages without a trace; the next sweep repeats it."""
     try:
         await work()
     except (DatabaseUnavailable, BlobsUnavailable) as error:
@@ -432,14 +449,14 @@ def _is_retryable(failure: WebhookFailure | None) -> bool:
 
 
 def _describe_failure(due: DueCompletion) -> tuple[str, str]:
-    """Return the error code and message for a run that did not complete."""
+    """Return the error code and message for a run that did not complete; without an error, its status."""
     if due.error is not None:
         return str(due.error["code"]), str(due.error["message"])
     return due.status.value, f"The run {due.key.execution_id} was {due.status}"
 
 
 def _find_cause(due: DueCompletion) -> FailureCause | None:
-    """Return the error of the node that made a run fail, with the execution of that node; None without one."""
+    """Return the error of the node that made a run fail, with the execution of that node; None if no node is known."""
     stored = due.error and due.error.get("cause")
     if not stored:
         return None
@@ -448,7 +465,7 @@ def _find_cause(due: DueCompletion) -> FailureCause | None:
 
 
 def _collect_references(value: Json) -> list[BlobReference]:
-    """Return the references to files in a value, each once."""
+    """Return the valid references to files anywhere in a JSON value, each once."""
     found: dict[str, BlobReference] = {}
     waiting: list[Json] = [value]
     while waiting:

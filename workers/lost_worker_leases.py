@@ -31,9 +31,10 @@ RELEASE_SECONDS: Final = 5.0
 async def release_leases(
     settings: WorkerSettings, owner: str, exit_code: int, *, is_out_of_memory: bool = False
 ) -> None:
-    """Reclaim the runs of a dead process of this machine, and wake other workers.
+    """Make the runs of a dead worker process of this machine pending, and wake other workers.
 
-    Takes at most `RELEASE_SECONDS` and raises nothing: what is left is found by a sweep.
+    Runs of a process without memory are isolated. It takes five seconds at most and raises nothing: a sweep
+    finds the rest.
     """
     log.warning("worker died", owner=owner, exit_code=exit_code, is_out_of_memory=is_out_of_memory)
     try:
@@ -59,7 +60,7 @@ async def release_leases(
 async def reclaim_predecessor_leases(
     database: Database, store: JournalStore, broker: Broker, name: str
 ) -> None:
-    """Reclaim the runs of dead processes of this worker's name; raises `DatabaseUnavailable`.
+    """Make the runs of dead processes of this worker's name pending; raises `DatabaseUnavailable`.
 
     A process that still listens on its channel is alive: several workers of one machine may share a name.
     Without the broker, living and dead processes can't be told apart, so the leases expire.

@@ -133,7 +133,7 @@ class MailParseTask:
         return RunCaller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id)
 
     def give_up(self) -> None:
-        """Make the parsing thread end at its next attachment."""
+        """Make the parsing thread end at its next attachment, and cancel the one that is being stored."""
         self.is_over = True
         if self.putting is not None:
             self.putting.cancel()
@@ -186,15 +186,15 @@ class MailParser:
         self._serving: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start to claim and parse unparsed mails: at wakeups, and periodically."""
+        """Start to claim and parse unparsed mails: at wakeups, and at every sweep."""
         self._leases.start()
         self._broker.start_mail_parser(self._wakeup.set)
         self._serving = asyncio.create_task(self._parse_forever())
         self._wakeup.set()
 
     async def close(self) -> None:
-        """Claim no more mails, finish those in progress within a time limit, and release the others for another
-        worker.
+        """Claim no more mails, wait up to two seconds for those in progress, and release the others for
+        another worker.
         """
         self._is_draining = True
         await self._broker.stop_mail_parser()
@@ -236,16 +236,19 @@ class MailParser:
                 await asyncio.sleep(PAUSE_SECONDS)
 
     def _is_proven(self) -> bool:
-        """Return whether every mail in progress has been parsed long enough to count as harmless."""
+        """Return whether no claim is in progress and every mail has been parsed for five seconds, so that it
+        counts as harmless.
+        """
         return not self._is_claiming and all(
             time.monotonic() - parse_task.begun_at >= TRIAL_SECONDS
             for parse_task in self._parse_tasks.values()
         )
 
     async def _try_suspects(self) -> None:
-        """Parse suspects in isolation from all other work of the process, if a search is due.
+        """Parse one suspect (a mail that lost several workers) apart from all other work of the process, if a
+        search is due.
 
-        Raises `DatabaseUnavailable`.
+        A mail that is parsed for five seconds has passed its trial. Raises `DatabaseUnavailable`.
         """
         max_isolation_losses = None if self._is_draining else await self._suspects.find()
         if max_isolation_losses is None:
@@ -270,6 +273,7 @@ class MailParser:
                     await self._store_end(parse_task, has_passed=True)
 
     async def _claim(self) -> None:
+        """Claim as many mails as may be parsed here, and begin them; the number of large ones is limited."""
         await self._isolation.pass_gate()
         places = MAX_CLAIMED_MAILS - len(self._parse_tasks)
         if self._is_draining or places <= 0:
@@ -291,6 +295,7 @@ class MailParser:
             self._wakeup.set()
 
     async def _claim_batch(self, claim: ClaimQuery) -> Sequence[MailParseTask]:
+        """Claim mails and start a task for each; return the tasks."""
         since = time.monotonic()
         try:
             claimed = await self._store.claim(claim)
@@ -312,9 +317,9 @@ class MailParser:
     # ── parsing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _parse_and_finish(self, parse_task: MailParseTask) -> None:
-        """Parse one mail and finish its run; exceptions are logged.
+        """Parse one mail and finish its run; outages are logged.
 
-        After one, the lease expires, which counts as an attempt.
+        After any exception the lease is not renewed: its end counts as an attempt.
         """
         try:
             await self._parse_claimed(parse_task)
@@ -332,7 +337,11 @@ class MailParser:
             self._wakeup.set()
 
     async def _parse_claimed(self, parse_task: MailParseTask) -> None:
-        """Parse a claimed mail and release its run; a rejected mail ends it as cancelled, an invalid one as failed."""
+        """Parse a claimed mail and let its run be executed.
+
+        A rejected mail ends it as canceled, an invalid one as failed; if the mail can't be read now, it is
+        postponed. Raises `DatabaseUnavailable` and `BrokerUnavailable`.
+        """
         try:
             parsed = await self._parse(parse_task)
             if (refusal := await self._rejection_reason(parse_task, parsed)) is not None:
@@ -361,7 +370,10 @@ class MailParser:
         await self._notify_next(parse_task, left)
 
     async def _parse(self, parse_task: MailParseTask) -> ParsedMail:
-        """Return a parsed mail with its trigger output. Raises `InvalidMail` and `MailUnavailable`."""
+        """Read and parse a claimed mail in a thread; return it with its trigger output.
+
+        Two large mails are parsed at a time. Raises `InvalidMail`, and `MailUnavailable` if a retry may help.
+        """
         try:
             found = UnparsedMail.from_text(parse_task.claim.trigger)
         except msgspec.DecodeError as error:
@@ -378,9 +390,10 @@ class MailParser:
                 raise MailUnavailable(str(error)) from error
 
     async def _read_content(self, parse_task: MailParseTask, found: UnparsedMail) -> bytes:
-        """Return the raw mail from its row, blob or bucket.
+        """Return the raw mail from its row, blob or bucket, at most 50 MB.
 
-        Raises `InvalidMail` for a lost or too large one, and `MailUnavailable` if a retry may help.
+        Raises `InvalidMail` for a lost or too large one, and `MailUnavailable` if a retry may help, also for
+        a missing object or permission.
         """
         if found.blob is not None:
             return await self._read_blob(parse_task.owner, found.blob.sha256)
@@ -398,7 +411,8 @@ class MailParser:
     async def _read_blob(self, owner: BlobOwner, digest: str) -> bytes:
         """Return a blob with one copy in memory; joining its chunks would take two.
 
-        Raises `InvalidMail` if it is lost, and `MailUnavailable` if the storage does not answer in time.
+        Raises `InvalidMail` if it is lost, and `MailUnavailable` if the storage does not answer within a
+        minute.
         """
         written = BytesIO()
         try:
@@ -418,10 +432,11 @@ class MailParser:
         contents: list[bytes],
         loop: asyncio.AbstractEventLoop,
     ) -> ParsedMail:
-        """Return a mail parsed in this thread, which waits for each attachment to be stored before it decodes the next.
+        """Return a mail parsed in this thread, which waits for each attachment to be stored before it decodes
+        the next.
 
-        Raises `MailUnavailable` and `BlobsUnavailable`, and `InvalidMail` for any other exception of a
-        parser, since another attempt would fail the same way.
+        Raises `MailUnavailable` and `BlobsUnavailable`, and `InvalidMail` for any other exception of a parser
+        but lack of memory, since another attempt would fail the same way.
         """
         references: list[dict[str, Any]] = []
         try:
@@ -441,6 +456,8 @@ class MailParser:
     def _attachment_keeper(
         self, parse_task: MailParseTask, references: list[dict[str, Any]], loop: asyncio.AbstractEventLoop
     ) -> KeepAttachment:
+        """Return the function that stores an attachment as a blob, from the parsing thread, and adds its reference."""
+
         def keep(label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
             put = self._blobs.put(
                 parse_task.owner,
@@ -461,9 +478,10 @@ class MailParser:
         return keep
 
     async def _rejection_reason(self, parse_task: MailParseTask, parsed: ParsedMail) -> RunError | None:
-        """Return the error of a mail that must not run: rejected by its trigger, automatic, or in a mail loop.
+        """Return the error of a mail that must not run: rejected by the rules of its trigger, automatic, or
+        in a mail loop.
 
-        Else None. Raises `MailUnavailable`.
+        Else None. Counts a reply to a workflow's mail. Raises `MailUnavailable`.
         """
         if parsed.screening is not None:
             if (rejected := parsed.screening.rejection_reason(parsed.received)) is not None:
@@ -508,9 +526,9 @@ class MailParser:
         return await self._database.transaction(partial(unparsed_mail.release_parsed, batch=batch))
 
     async def _notify_next(self, parse_task: MailParseTask, left: MailRunState) -> None:
-        """Wake the processes that continue with a run, or publish its end; a sweep does it too.
+        """Wake the workers or pods that execute a run after its mail was parsed, or publish its end.
 
-        Raises `DatabaseUnavailable` and `BrokerUnavailable`.
+        If it fails, a sweep does it. Raises `DatabaseUnavailable` and `BrokerUnavailable`.
         """
         if left.status in TERMINAL_STATUSES:
             status = RunStatus(left.status.value)
@@ -524,6 +542,9 @@ class MailParser:
             await wakeups.wake_workers(self._broker)
 
     async def _end(self, parse_task: MailParseTask, status: RunStatus, error: RunError) -> None:
+        """End the run of a mail with an error, store a rejection in its delivery, and publish the end, unless
+        the lease was lost.
+        """
         if not await self._store_end(parse_task, end=status, error=error):
             return
         if error.code in {MAIL_LOOP_CODE, MAIL_REJECTED_CODE}:
@@ -534,7 +555,10 @@ class MailParser:
         await self._on_ended(parse_task, RunOutcome(status, error), parse_task.claim.channel)
 
     async def _postpone(self, parse_task: MailParseTask, reason: str) -> None:
-        """Let a mail wait for longer and longer times; after a day its run fails. Raises `DatabaseUnavailable`."""
+        """Let a mail wait half as long as it has waited, from 5 seconds to 15 minutes; after a day its run fails.
+
+        Raises `DatabaseUnavailable`.
+        """
         now = self._store.clock.now()
         age = now - parse_task.claim.started_at
         if age > MAX_RETRY_TIME:
@@ -551,12 +575,16 @@ class MailParser:
         )
 
     async def _store_end(self, parse_task: MailParseTask, **fields: Any) -> bool:  # noqa: ANN401 - fields of any type
-        """Store the end of a claim; return False if its lease was lost. Raises `DatabaseUnavailable`."""
+        """Store the end of a claim with these fields of `RunWrite`; return False if its lease was lost.
+
+        Raises `DatabaseUnavailable`.
+        """
         one = parse_task.claim
         write = RunWrite(one.execution_id, one.shard, one.token, **fields)
         return one.execution_id in await self._store.record([write], owner=self._owner)
 
     async def _on_ended(self, parse_task: MailParseTask, ended: RunOutcome, channel: str) -> None:
+        """Log that a mail ended its run, perform its completion actions, and notify the gateway."""
         one = parse_task.claim
         log.info(
             "mail not run",
@@ -584,7 +612,8 @@ class MailParser:
             self._in_background(partial(self._release, parse_task))
 
     async def _release(self, parse_task: MailParseTask) -> None:
-        """Cancel and release a run that a client has asked to end, which ends it, and publish that.
+        """Stop the parsing of a mail whose run a client has asked to end, and release the run, which ends it;
+        publish that.
 
         Raises `DatabaseUnavailable`.
         """
@@ -604,7 +633,7 @@ class MailParser:
         task.add_done_callback(self._side_tasks.discard)
 
     async def _suppress_outages(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do work and log its exceptions. If it fails, the expiry of the lease has the same effect."""
+        """Do work and log its exceptions instead of raising them; the end of the lease has the same effect."""
         try:
             await work()
         except (BrokerUnavailable, DatabaseUnavailable) as error:

@@ -57,7 +57,8 @@ log = structlog.get_logger()
 
 
 def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> None:
-    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
+    """Run a worker in this process until a stop signal. Raises `InvalidSettings` if a setting is missing that
+    only `pilotflame dev` can omit.
 
     `announce` is called with the name in the leases of this process before it takes the first lease.
     """
@@ -97,9 +98,11 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
 async def run_worker(
     settings: WorkerSettings, store: JournalStore, broker: Broker, database: Database
 ) -> AsyncIterator[RunExecutor]:
-    """Execute runs and parse mails while the context lasts; on exit, hand off those that still run.
+    """Execute runs, parse mails, and perform completion actions and approval mails while the context lasts;
+    yield the executor.
 
-    Runs go through the store, everything less frequent through the database.
+    On exit, runs may finish at the boundary of a node, and the others are handed off to other processes. Runs
+    go through the store, everything less frequent through the database.
     """
     outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = open_blobs(settings)
@@ -189,7 +192,7 @@ async def run_worker(
 
 
 async def _sweep_unattended_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """End abandoned runs and wake deployments with due runs, in case no scheduler is running.
+    """End abandoned child runs, wake deployments with due runs and move due tasks, in case no scheduler is running.
 
     Raises `DatabaseUnavailable`.
     """

@@ -54,9 +54,9 @@ class WebhookFailure:
 
 
 def retry_delay_seconds(attempts: int, chance: float) -> float | None:
-    """Return the seconds to pause after so many attempts, with jitter; None after the last attempt.
+    """Return the seconds to pause after so many attempts, from 5 s to a day; None after the tenth.
 
-    `chance` is a random number from 0 to 1.
+    `chance`, a random number from 0 to 1, adds up to a fifth.
     """
     if attempts > len(RETRY_SECONDS):
         return None
@@ -64,7 +64,9 @@ def retry_delay_seconds(attempts: int, chance: float) -> float | None:
 
 
 def build_completion_body(due: DueCompletion, outputs: Mapping[str, LeafOutput] | None) -> bytes:
-    """Return the JSON message about the end of a run; None as `outputs` says that they are too large."""
+    """Return the JSON message about the end of a run, for a callback; None as `outputs` says that they are
+    too large to be sent.
+    """
     data: dict[str, object] = {
         "executionId": due.key.execution_id,
         "workflowId": due.workflow_id,
@@ -98,9 +100,11 @@ class WebhookSender:
     async def send(
         self, organization_id: str, url: str, message_id: str, body: bytes
     ) -> WebhookFailure | None:
-        """Send one signed message once; return the failure, or None after an answer of success.
+        """Send one signed message once, with a time limit of 15 s and without redirects; return the failure,
+        None for a status 2xx.
 
-        Raises `DatabaseUnavailable`.
+        The answer 410, and addresses that may not be reached, are final failures. An organization without a
+        signing secret sends nothing. Raises `DatabaseUnavailable`.
         """
         secrets = await self._secrets(organization_id)
         if not secrets:
@@ -132,6 +136,7 @@ class WebhookSender:
         return WebhookFailure(f"The answer was {response.status}", is_final=response.status == GONE_STATUS)
 
     async def _secrets(self, organization_id: str) -> Sequence[str]:
+        """Return the valid signing secrets of an organization, decrypted in a thread; empty without any."""
         async with self._database.read() as connection:
             rows = await connection.execute(signing_secrets.valid_secrets_statement(organization_id))
             found = [SigningSecret(**row) for row in rows.mappings()]
@@ -139,6 +144,7 @@ class WebhookSender:
         return await asyncio.to_thread(self._decrypt_secrets, found)
 
     def _decrypt_secrets(self, found: Sequence[SigningSecret]) -> Sequence[str]:
+        """Return the secrets that can be decrypted; others are logged."""
         opened: list[str] = []
         for row in found:
             try:

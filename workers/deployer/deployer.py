@@ -43,7 +43,7 @@ CloseDriver = Callable[["ClusterDriver"], Awaitable[None]]
 
 
 async def release_driver(driver: ClusterDriver) -> None:
-    """Close a driver; the pods keep running for the next deployer."""
+    """Close a driver of a cluster; the pods keep running for the next deployer."""
     await driver.close()
 
 
@@ -58,9 +58,10 @@ async def run_deployer(
     command: Sequence[str],
     close_driver: CloseDriver = release_driver,
 ) -> AsyncIterator[Deployer]:
-    """Run a deployer, which reconciles deployments, while the context lasts.
+    """Run a deployer, which reconciles desired and observed deployments, while the context lasts; yield it.
 
-    The cluster is opened once a deployment exists, and `close_driver` closes it.
+    The cluster is opened once a deployment exists. At the end its driver is closed by `close_driver`.
+    `command` starts the runner in a pod.
     """
     deployer = Deployer(settings, database, store, broker, open_driver, command=command)
     await deployer.start()
@@ -108,7 +109,7 @@ class Deployer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start the tasks that reconcile deployments and answer requests for pod logs, until `stop`."""
+        """Start the tasks that sweep, reconcile eight deployments at a time, and answer messages, until `stop`."""
         self._broker.start_deployer(self._on_message)
         for loop in (
             self._sweep_forever(),
@@ -117,7 +118,9 @@ class Deployer:
             self._spawn(loop)
 
     async def stop(self) -> ClusterDriver | None:
-        """Stop all tasks without changing any deployment; return the driver if it was opened."""
+        """Stop all tasks without changing any deployment; return the driver of the cluster, None if it was
+        never opened.
+        """
         await self._broker.stop_deployer()
         for task in self._tasks:
             task.cancel()
@@ -126,10 +129,11 @@ class Deployer:
         return self._connection.current
 
     def request_reconcile(self, workflow_id: str) -> None:
-        """Reconcile a deployment before those that no request waits for."""
+        """Queue a deployment to be reconciled before the routine ones, since a request waits for it."""
         self._queue.add_urgent(workflow_id)
 
     def _spawn(self, work: Awaitable[None]) -> None:
+        """Run work in a task that `stop` cancels."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -143,6 +147,7 @@ class Deployer:
     # ── scheduling ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def _reconcile_forever(self) -> None:
+        """Reconcile queued deployments one after another, and schedule their retries; errors are logged."""
         while True:
             workflow_id = await self._queue.take()
             result = ReconcileResult(ScheduledRetry(CHANGING_BACKOFF))
@@ -173,9 +178,9 @@ class Deployer:
             await asyncio.sleep(self._settings.deployer_sweep_seconds)
 
     async def _add_all(self, batch: Callable[..., Awaitable[Sequence[tuple[str, int]]]]) -> set[str]:
-        """Enqueue the workflows of rows, in case their messages were lost; return their ids.
+        """Queue the workflows of all batches of rows, in case their messages were lost; return their ids.
 
-        Those with a scheduled retry wait for it. Raises `DatabaseUnavailable`.
+        A workflow with a scheduled retry waits for it. Raises `DatabaseUnavailable`.
         """
         found: set[str] = set()
         after = ""
@@ -187,9 +192,10 @@ class Deployer:
         return found
 
     async def _request_all(self) -> None:
-        """Enqueue all workflows with a row or with objects in the cluster, and revoke superseded tokens.
+        """Queue all workflows with a deployed row or with objects in the cluster, and revoke tokens of
+        replaced pods.
 
-        Raises `DatabaseUnavailable` and `ClusterError`.
+        Does not open the cluster if nothing is deployed. Raises `DatabaseUnavailable` and `ClusterError`.
         """
         known = await self._add_all(deployment_rows.list_present)
         if not known and self._connection.current is None:
@@ -204,6 +210,7 @@ class Deployer:
             await self.reconciler.revoke_superseded(driver, workflow_id)
 
     async def _watch(self, driver: ClusterDriver) -> None:
+        """Queue the workflows whose objects in the cluster change; after an error, watch again in a second."""
         while True:
             try:
                 async for workflow_id in driver.watch():
@@ -215,6 +222,7 @@ class Deployer:
     # ── logs of pods ────────────────────────────────────────────────────────────────────────────────────────
 
     async def _send_logs(self, request: PodLogRequest) -> None:
+        """Send the last log lines of a workflow's pods, or the error, to the gateway that asked for them."""
         try:
             driver = await self._connection.driver()
             lines = await driver.logs(request.workflow_id, limit=request.limit)
@@ -227,7 +235,7 @@ class Deployer:
 
 
 def _encode_log_lines(lines: Sequence[PodLogLine]) -> str:
-    """Return the last lines that fit into a direct message, as JSON."""
+    """Return the last lines whose texts have a million characters together at most, as a JSON list."""
     kept: list[PodLogLine] = []
     size = 0
     for line in reversed(lines):

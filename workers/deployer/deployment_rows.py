@@ -74,7 +74,9 @@ class ObservedStatus:
     start_deadline_at: datetime | None = None
 
     def differs_from(self, other: ObservedStatus) -> bool:
-        """Return whether a status is worth another write: a deadline that moves by moments is not."""
+        """Return whether a status is worth another write: any difference, but a deadline only if it moves by
+        five seconds.
+        """
         if replace(self, start_deadline_at=None) != replace(other, start_deadline_at=None):
             return True
         own, others = self.start_deadline_at, other.start_deadline_at
@@ -109,7 +111,10 @@ def stored_status(deployment: Deployment) -> ObservedStatus:
 
 
 async def find_deployment(database: Database, workflow_id: str) -> DeploymentSnapshot | None:
-    """Return the row of a deployment, or None. Raises `DatabaseUnavailable`."""
+    """Return the row of a deployment with the database's time of the reading; None if there is none.
+
+    Raises `DatabaseUnavailable`.
+    """
     statement = select(Deployment, DatabaseTime().label("now")).where(
         col(Deployment.workflow_id) == workflow_id
     )
@@ -122,9 +127,10 @@ async def find_deployment(database: Database, workflow_id: str) -> DeploymentSna
 
 
 async def list_unsettled(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
-    """Return a batch of workflows that need reconciliation, with the generations of their rows.
+    """Return up to 1,000 workflows after `after` that need reconciliation, in order, with the generations of
+    their rows.
 
-    Raises `DatabaseUnavailable`.
+    Their present state is not reported yet, changes, drains or failed. Raises `DatabaseUnavailable`.
     """
     is_unsettled = or_(
         col(Deployment.generation) != col(Deployment.observed_generation),
@@ -143,9 +149,10 @@ async def list_unsettled(database: Database, *, after: str = "") -> Sequence[tup
 
 
 async def list_present(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
-    """Return a batch of workflows that may have objects in a cluster, with the generations of their rows.
+    """Return up to 1,000 workflows after `after` that may have objects in a cluster, with the generations of
+    their rows.
 
-    Raises `DatabaseUnavailable`.
+    They are deployed, or not observed as gone. Raises `DatabaseUnavailable`.
     """
     statement = (
         select(col(Deployment.workflow_id), col(Deployment.generation))
@@ -164,9 +171,10 @@ async def list_present(database: Database, *, after: str = "") -> Sequence[tuple
 
 
 async def lock_deployment(database: Database, workflow_id: str, deployer: str) -> bool:
-    """Lock a deployment against other deployers for `LOCK_SECONDS`; return False if another one holds it.
+    """Lock a deployment against other deployers for 15 seconds; return False if another one holds it or it
+    has no row.
 
-    Raises `DatabaseUnavailable`.
+    The same deployer renews its lock. Raises `DatabaseUnavailable`.
     """
     until = DatabaseTime() + LOCK_SECONDS * 1_000_000
     is_free = or_(
@@ -200,9 +208,11 @@ async def unlock_deployment(database: Database, workflow_id: str, deployer: str)
 
 
 async def store_status(database: Database, before: Deployment, status: ObservedStatus) -> bool:
-    """Store the observed state; return False if the desired or the observed state has changed meanwhile.
+    """Store the observed state; return False if the desired or the observed state has changed since `before`
+    was read.
 
-    The tokens of an undeployed workflow without pods are revoked. Raises `DatabaseUnavailable`.
+    A status without a difference is not written. When pods run, the count of failed starts is reset; the
+    tokens of an undeployed workflow without pods are revoked. Raises `DatabaseUnavailable`.
     """
     last = stored_status(before)
     if not status.differs_from(last):
@@ -236,7 +246,10 @@ async def store_status(database: Database, before: Deployment, status: ObservedS
 
 
 async def ensure_token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
-    """Return the token for new pods of a deployment; create it if needed. Raises `DatabaseUnavailable`."""
+    """Return the token with which new pods of a deployment authenticate to the gateway; create it if there is none.
+
+    Raises `DatabaseUnavailable`.
+    """
     bearer = TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.shard)
     token_id = deployment_token.new_token_id()
     return await database.transaction(

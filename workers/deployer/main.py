@@ -34,7 +34,7 @@ LOCAL_COMMAND: Final = (sys.executable, "-m", "pilotflame", "runner")
 
 
 def serve(settings: DeployerSettings) -> None:
-    """Run a deployer until a stop signal.
+    """Run a deployer in this process until a stop signal.
 
     Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
     """

@@ -39,9 +39,10 @@ class ReconcileStep(StrEnum):
 
 
 def plan(deployment: Deployment, observed: ObservedDeployment, *, is_applied: bool) -> ReconcileStep:
-    """Return the next step for a deployment.
+    """Return the next step for a deployment: apply, scale or delete its objects, or none.
 
-    `is_applied` says whether it was applied with the present settings of the deployer.
+    `is_applied` says whether it was applied with the present settings of this deployer. Draining is no step:
+    its pods keep their number.
     """
     if not deployment.is_deployed:
         # A row leaves ABSENT before any object is created. So objects without pods are deleted too.
@@ -73,11 +74,12 @@ def observed_status(
     stalled_since: datetime | None,
     waiting_since: datetime | None,
 ) -> ObservedStatus:
-    """Return the status to store for a deployed workflow without a pending step.
+    """Return the status to store for a deployed workflow without a pending step: stopped, starting, running,
+    failed and so on.
 
-    A start has failed if its pods have made no progress since `stalled_since` for longer than `start_time`. A
-    start that has waited since `waiting_since` for longer than that for the cluster to schedule a pod reports
-    it, and continues.
+    A start has failed by a permanent error, or if its pods have made no progress since `stalled_since` for
+    longer than `start_time`; a lack of capacity never fails it. If the cluster has scheduled no pod since
+    `waiting_since` for as long, the reason says so, and the start continues.
     """
     state = _determine_state(deployment, observed)
     definition_hash = _serving_definition(observed) or deployment.observed_definition_hash
@@ -126,9 +128,9 @@ def _start_deadline(state: Stored, stalled_since: datetime | None, start_time: t
 
 
 def lost_processes(processes: Collection[PodProcess], observed: ObservedDeployment) -> Collection[PodProcess]:
-    """Return those processes that have ended by the observation: their runs have no owner.
+    """Return those processes of pods that have ended by the observation, so that their runs have no owner.
 
-    The processes must have been known before the observation.
+    The processes must have been read before the observation.
     """
     ended_at = {pod.name: pod.ended_at for pod in observed.pods}
     return [
@@ -151,8 +153,8 @@ def pods_to_replace(
 ) -> Collection[ObservedPod]:
     """Return the pods that won't be ready soon and should be replaced now; none while another pod is ready.
 
-    A lost node returns within moments, or late or never. After several failures a cluster retries only after
-    minutes, but at once for a new pod. So failed pods are replaced when they are desired again.
+    A lost node returns within five seconds, or late or never. After several failures a cluster retries only
+    after minutes, but at once for a new pod: failed pods are replaced when they are desired again.
     """
     if not deployment.is_deployed or deployment.replicas == 0 or observed.ready_pods:
         return ()
@@ -177,7 +179,10 @@ def pods_to_replace(
 
 
 def seconds_until_replaced(deployment: Deployment, seen: ObservedStatus, *, now: datetime) -> float | None:
-    """Return the seconds until pods of a lost node are replaced, unless it returns before; None without such pods."""
+    """Return the seconds until pods of a lost node are replaced, unless it returns before; None without such pods.
+
+    Negative if they are overdue.
+    """
     if seen.observed is not Stored.STARTING or seen.observed_reason_code != PodFailureReason.NODE_NOT_READY:
         return None
     lost_since = _node_lost_since(deployment) or now
@@ -194,9 +199,9 @@ def _node_lost_since(deployment: Deployment) -> datetime | None:
 
 
 def unknown_status(deployment: Deployment, reason: str) -> ObservedStatus:
-    """Return the status while the cluster is unavailable.
+    """Return the status while the cluster is unavailable: the last one, as unknown, with the reason.
 
-    The desired state remains, and the last known pods may still serve.
+    The last known pods may still serve.
     """
     last = stored_status(deployment)
     return replace(
@@ -209,7 +214,9 @@ def unknown_status(deployment: Deployment, reason: str) -> ObservedStatus:
 
 
 def refused_status(deployment: Deployment, reason: str) -> ObservedStatus:
-    """Return the status after a refusal by the cluster: outdated while earlier pods serve, otherwise failed."""
+    """Return the status after the cluster has refused a change: outdated while earlier pods serve, otherwise
+    failed.
+    """
     last = stored_status(deployment)
     is_serving = deployment.replicas > 0 and last.ready_replicas > 0
     return replace(
@@ -237,6 +244,8 @@ def undeployed_status(deployment: Deployment, *, is_gone: bool) -> ObservedStatu
 def is_settled(deployment: Deployment, seen: ObservedStatus) -> bool:
     """Return whether desired and observed state agree, so that the deployment needs no reconciliation without
     an event.
+
+    A draining, starting or failed deployment is not settled.
     """
     if not deployment.is_deployed:
         return seen.observed is Stored.ABSENT

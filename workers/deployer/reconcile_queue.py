@@ -41,9 +41,10 @@ class RetryBackoff:
     longest_seconds: float
 
     def delay(self, retries: int) -> float:
-        """Return the seconds before another retry after `retries` earlier ones.
+        """Return the seconds before the next retry after `retries` earlier ones: doubled by each, up to the
+        longest.
 
-        They double up to a maximum, with jitter.
+        Up to a quarter is added at random.
         """
         seconds: float = min(self.first_seconds * 2 ** min(retries, MAX_DOUBLINGS), self.longest_seconds)
         return seconds * random.uniform(1, 1 + JITTER)  # noqa: S311 - spreads retries, no secret
@@ -89,11 +90,16 @@ class ReconcileQueue:
         self._is_filled = asyncio.Event()
 
     def add(self, workflow_id: str) -> None:
-        """Enqueue a workflow as routine work, as after an event of the cluster; a queued one is not added twice."""
+        """Queue a workflow as routine work, as after an event of the cluster; a queued one is not added twice.
+
+        One that is being reconciled is queued again after that.
+        """
         self._enqueue(workflow_id, is_urgent=False)
 
     def add_urgent(self, workflow_id: str) -> None:
-        """Enqueue a workflow before all routine ones, with a fresh back-off: its desired state may have changed."""
+        """Queue a workflow before all routine ones, with a fresh back-off, since its desired state may have
+        changed.
+        """
         entry = self._entries.get(workflow_id)
         if entry is not None:
             entry.retries = 0
@@ -101,7 +107,11 @@ class ReconcileQueue:
         self._enqueue(workflow_id, is_urgent=True)
 
     def add_unless_scheduled(self, workflow_id: str, generation: int) -> None:
-        """Enqueue a workflow, unless a task holds it, or a retry is scheduled for the same generation of its row."""
+        """Queue a workflow, unless a task reconciles it, or a retry is scheduled for the same generation of
+        its row.
+
+        With another generation than at its last reconciliation it is urgent.
+        """
         entry = self._entries.get(workflow_id)
         if entry is None:
             self.add(workflow_id)
@@ -113,7 +123,7 @@ class ReconcileQueue:
             self.add(workflow_id)
 
     async def take(self) -> str:
-        """Wait for the next workflow, and keep it from other tasks until `finish`."""
+        """Wait for the next workflow, urgent ones first, and keep it from other tasks until `finish`."""
         while True:
             while not (queue := self._urgent or self._routine):
                 self._is_filled.clear()
@@ -128,7 +138,11 @@ class ReconcileQueue:
     def finish(
         self, workflow_id: str, retry: ScheduledRetry | None, *, generation: int | None = None
     ) -> None:
-        """End a reconciliation: schedule the retry, or forget the workflow if no further change is expected."""
+        """End the reconciliation of a taken workflow: schedule the retry, or (None) forget it, since no
+        change is expected.
+
+        If it was added meanwhile, it is queued again at once.
+        """
         entry = self._entries[workflow_id]
         entry.is_taken = False
         entry.generation = generation
@@ -149,6 +163,7 @@ class ReconcileQueue:
             entry.stop_timer()
 
     def _enqueue(self, workflow_id: str, *, is_urgent: bool) -> None:
+        """Queue a workflow, or note that it is to be queued after its present reconciliation."""
         entry = self._entries.setdefault(workflow_id, _QueueEntry())
         if entry.is_taken:
             entry.is_asked_again = True
@@ -159,7 +174,9 @@ class ReconcileQueue:
             self._is_filled.set()
 
     def _schedule(self, workflow_id: str, entry: _QueueEntry, retry: ScheduledRetry) -> None:
-        """Start the timer of a retry; a running one remains if it is due earlier."""
+        """Start the timer of a retry, at most `within_seconds` from now; a running timer remains if it ends
+        earlier.
+        """
         loop = asyncio.get_running_loop()
         delay = retry.backoff.delay(entry.retries)
         if retry.within_seconds is not None:
@@ -171,6 +188,7 @@ class ReconcileQueue:
         entry.timer = loop.call_later(delay, self._retry, workflow_id)
 
     def _retry(self, workflow_id: str) -> None:
+        """Queue a workflow whose retry is due, and count the retry."""
         entry = self._entries[workflow_id]
         entry.timer = None
         entry.retries += 1
@@ -202,7 +220,7 @@ class RefusalBudget:
         self._charged: dict[str, _ChargedRefusal] = {}
 
     def require(self, workflow_id: str, generation: int | None) -> None:
-        """Raise `AttemptDeferred` until the last refusal of a workflow is paid for.
+        """Raise `AttemptDeferred` while a workflow is barred from changes after a refusal.
 
         A refusal of another generation of the row does not count.
         """
@@ -226,9 +244,9 @@ class RefusalBudget:
 def choose_next_start(waiting: Mapping[str, str], starting: Mapping[str, str], limit: int) -> str | None:
     """Return the workflow that may start next; None if all have to wait.
 
-    Both map workflows to their organizations, `waiting` in the order of requests. The organization with the
-    fewest starts goes first. Up to twice the limit may start while an organization has less than its share of
-    it, so that slow starts of one organization delay no other.
+    `waiting` (in the order of requests) and `starting` map workflows to their organizations. The organization
+    with the fewest starts goes first. While one has less than its share of `limit`, up to twice the limit may
+    start, so that slow starts of one organization delay no other.
     """
     if not waiting:
         return None
@@ -250,7 +268,10 @@ class StartGate:
         self._starting: dict[str, str] = {}
 
     def admit(self, workflow_id: str, organization_id: str) -> bool:
-        """Return whether a workflow may start now; if not, it waits, and `on_admit` is called with it once it may."""
+        """Return whether a workflow may start now; if not, it waits, and `on_admit` is called with it once it may.
+
+        A workflow that is starting already may.
+        """
         if workflow_id in self._starting:
             return True
         self._waiting.setdefault(workflow_id, organization_id)
@@ -263,7 +284,7 @@ class StartGate:
         self._starting[workflow_id] = organization_id
 
     def release(self, workflow_id: str) -> None:
-        """Free the place of a start that has ended or is stuck, for other starts."""
+        """Free the place of a start that has ended or is stuck; waiting starts get it."""
         self._waiting.pop(workflow_id, None)
         if self._starting.pop(workflow_id, None) is not None:
             self._admit_more()
@@ -295,9 +316,11 @@ class StartClock:
     def stalled_since(
         self, deployment: Deployment, observed: ObservedDeployment, now: datetime
     ) -> datetime | None:
-        """Return the time of the last progress of a start; None if its pods are not to blame.
+        """Return the time of the last progress of a start, from which its time limit counts; None if it has
+        none now.
 
-        Pods are not to blame while the cluster has not scheduled them and gives no reason.
+        It has none without a start, and while the cluster has not scheduled its pods and gives no reason. A
+        change of the desired state and a lack of capacity begin anew. Phases of the start are measured.
         """
         coming = [pod for pod in observed.pods if not pod.is_terminating and not pod.is_ready]
         if not observed.is_starting:
@@ -320,7 +343,7 @@ class StartClock:
         return start.since if is_timed else None
 
     def waiting_since(self, workflow_id: str) -> datetime | None:
-        """Return the time of the last progress of a start in progress; None if there is none."""
+        """Return the time of the last progress of a start, scheduled or not; None if none is in progress."""
         start = self._starts.get(workflow_id)
         return None if start is None else start.since
 

@@ -119,7 +119,8 @@ class Reconciler:
     async def reconcile(self, workflow_id: str) -> ReconcileResult:
         """Take one step that brings a workflow nearer to its desired state; return when to reconcile it again.
 
-        The lifecycle policy decides first about a draining deployment. Raises `DatabaseUnavailable`.
+        The lifecycle policy decides first about a draining deployment. Errors of the cluster are stored as
+        the status. Raises `DatabaseUnavailable`.
         """
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         if found is not None and found.deployment.drain_until is not None:
@@ -143,8 +144,8 @@ class Reconciler:
     ) -> ScheduledRetry | None:
         """Reclaim runs of dead pods, take one step, and store the result; return the retry.
 
-        None if no further change is expected. Errors of the cluster are stored as the status. Raises
-        `DatabaseUnavailable`.
+        None if no further change is expected. `found` is None for a workflow without a row, whose objects are
+        deleted. Errors of the cluster are stored as the status. Raises `DatabaseUnavailable`.
         """
         try:
             driver = await self._connection.driver()
@@ -182,6 +183,7 @@ class Reconciler:
         found: DeploymentSnapshot | None,
         observed: ObservedDeployment,
     ) -> ScheduledRetry | None:
+        """Take the next step that a workflow needs, if any, and store the observed state; return the retry."""
         if found is None:
             self._forget_start(workflow_id)
             return await self._remove_unknown(driver, observed)
@@ -208,9 +210,11 @@ class Reconciler:
     async def _replace(
         self, driver: ClusterDriver, workflow_id: str, stale: Collection[ObservedPod]
     ) -> ObservedDeployment:
-        """Replace these pods; return the observed state after it. Raises `ClusterError`.
+        """Stop these pods, so that the cluster starts others; return the observed state after it. Raises
+        `ClusterError`.
 
-        Two deployers may do so at once.
+        Another deployer may do the same at once. If an object that pods need is missing, all objects are
+        applied again.
         """
         reasons = {pod.failure.reason for pod in stale if pod.failure is not None}
         await driver.replace(workflow_id, [pod.name for pod in stale])
@@ -229,10 +233,10 @@ class Reconciler:
     # ── acting ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _act_under_lock(self, driver: ClusterDriver, workflow_id: str) -> ScheduledRetry | None:
-        """Take the next step under the lock of a workflow, and return the retry.
+        """Take the next step of a workflow under its lock against other deployers, and return the retry.
 
-        It is retried later if another deployer holds the lock. Raises `ClusterError`, `AttemptDeferred` and
-        `DatabaseUnavailable`.
+        It is retried later if another deployer holds the lock, or the step takes almost as long as the lock
+        lasts. Raises `ClusterError`, `AttemptDeferred` and `DatabaseUnavailable`.
         """
         if not await deployment_rows.lock_deployment(self._database, workflow_id, self._name):
             self._gate.release(workflow_id)
@@ -288,6 +292,9 @@ class Reconciler:
         return await self._store_observed(found, observed)
 
     async def _delete(self, driver: ClusterDriver, deployment: Deployment) -> ScheduledRetry | None:
+        """Delete the objects of an undeployed workflow, reclaim the runs of its pods, and store the status;
+        return the retry.
+        """
         holders = await activity.pod_lease_owners(self._database, deployment.workflow_id)
         is_gone = await driver.delete(deployment.workflow_id)
         self._applied.discard(deployment.workflow_id)
@@ -300,7 +307,7 @@ class Reconciler:
     async def _remove_unknown(
         self, driver: ClusterDriver, observed: ObservedDeployment
     ) -> ScheduledRetry | None:
-        """Delete the objects of a workflow without a row; return the retry until they are gone, then None.
+        """Delete the objects of a workflow without a row; return the retry until none is left, then None.
 
         Raises `ClusterError` and `AttemptDeferred`.
         """
@@ -314,7 +321,8 @@ class Reconciler:
     async def _reclaim_leases(
         self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
     ) -> None:
-        """Reclaim the runs of dead processes before their leases expire, and wake workers and pods for them.
+        """Reclaim the runs of dead pod processes before their leases expire, and wake workers and pods if
+        there are any.
 
         Raises `DatabaseUnavailable`.
         """
@@ -352,9 +360,10 @@ class Reconciler:
     async def _store_observed(
         self, found: DeploymentSnapshot, observed: ObservedDeployment
     ) -> ScheduledRetry | None:
-        """Store the observed state of a deployed workflow, and count it as starting or not; return the retry.
+        """Store the observed state of a deployed workflow, and count it as a start in progress or not; return
+        the retry.
 
-        Raises `DatabaseUnavailable`.
+        The retry comes when a lost node or the time limit of a start is due. Raises `DatabaseUnavailable`.
         """
         deployment, now = found.deployment, found.now
         start_time = timedelta(seconds=self._settings.start_seconds)
@@ -384,7 +393,8 @@ class Reconciler:
         return retry
 
     async def _store_status(self, deployment: Deployment, status: ObservedStatus) -> ScheduledRetry | None:
-        """Store a status, and notify waiting clients; return the retry, None if no further change is expected.
+        """Store a status that differs, and notify waiting clients; return the retry, None if no further
+        change is expected.
 
         A row that has changed meanwhile is reconciled again at once. Raises `DatabaseUnavailable`.
         """
@@ -422,7 +432,8 @@ class Reconciler:
         make_status: Callable[[Deployment, str], ObservedStatus],
         retry: ScheduledRetry,
     ) -> ScheduledRetry:
-        """Store an error of the cluster as the status, and end the start; return the retry.
+        """Store an error of the cluster by the status that `make_status` returns, and free the place of the
+        start; return the retry.
 
         Raises `DatabaseUnavailable`.
         """
@@ -435,9 +446,10 @@ class Reconciler:
         return RETRY_AT_ONCE if noted is RETRY_AT_ONCE else retry
 
     async def revoke_superseded(self, driver: ClusterDriver, workflow_id: str) -> None:
-        """Revoke tokens that no pod uses any more: those of replaced pods, once they are gone.
+        """Revoke tokens of replaced pods, once all pods are of the present deployment or none is left.
 
-        Raises `DatabaseUnavailable` and `ClusterError`.
+        Only tokens that were replaced a start time ago: right after an apply the old pods may be the only
+        ones. Raises `DatabaseUnavailable` and `ClusterError`.
         """
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         observed = await driver.observe(workflow_id)

@@ -149,7 +149,11 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
         return self.runner_drain_seconds + GRACE_SECONDS
 
     def pod_environment(self, workflow_id: str) -> dict[str, str]:
-        """Return the environment of the runner in a pod, without the variables that its cluster driver sets."""
+        """Return the environment variables of the runner in a pod: settings for runs that were set here, and
+        its own.
+
+        The variables that its cluster driver sets are missing.
+        """
         set_for_runs = ExecutionSettings.model_fields.keys() & self.model_fields_set
         given: dict[str, Any] = {
             **{name: getattr(self, name) for name in sorted(set_for_runs)},
@@ -165,7 +169,9 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
         return {f"PILOTFLAME_{name.upper()}": str(value) for name, value in given.items()}
 
     def check_for_production(self) -> None:
-        """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit."""
+        """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit: for local
+        pods, consent and an address.
+        """
         super().check_for_production()
         if self.cluster != "local":
             return
