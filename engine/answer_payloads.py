@@ -57,7 +57,9 @@ def decode_answer(payload: bytes) -> NodeResult:
 
 
 def encode_wait(outcome: AnswerWait) -> Json:
-    """Return the stored form of a wait for an answer: its kind, its request, and its result at expiry or None."""
+    """Return the JSON form in which a wait for an answer is stored: its kind, its request, and its result at
+    expiry or None.
+    """
     expired = outcome.expired
     return {
         "kind": outcome.kind.value,
@@ -67,6 +69,6 @@ def encode_wait(outcome: AnswerWait) -> Json:
 
 
 def decode_expired(kept: bytes) -> NodeResult | None:
-    """Return the result of a node at the end of an expired wait, from the stored wait; None if the node fails then."""
+    """Return the result that a node has when its wait expires, from the stored wait; None if the node fails then."""
     found = msgspec.convert(values.decode_json(kept), _WaitRecord).expired
     return None if found is None else NodeResult(found.output, found.port)

@@ -23,13 +23,19 @@ Place = tuple[str, str]
 
 
 def build_root(nodes: Iterable[GraphNode], iteration: str = "") -> dict[str, Json]:
-    """Return the value of the root `approval`: the placeholder of the link of each node that asks, by node id."""
+    """Return the value of the expression root `approval`: `url` for each node that asks a person, by node id.
+
+    The URLs are placeholders, which name node and iteration; they are replaced by links when a node uses
+    them.
+    """
     suffix = f"/{iteration}" if iteration else ""
     return {node.id: {"url": f"{_HOST}{node.id}{suffix}"} for node in nodes if node.type == APPROVAL_TYPE}
 
 
 def find_places(texts: Iterable[str]) -> Collection[Place]:
-    """Return the nodes whose links texts contain, each once; a text in a URL may be percent-encoded."""
+    """Return node id and iteration of each placeholder of a link in the texts, once; percent-encoded ones are
+    found too.
+    """
     found: dict[Place, None] = {}
     for text in texts:
         plain = text.replace("%3A", ":").replace("%2F", "/") if "approval.invalid%2F" in text else text
@@ -38,7 +44,10 @@ def find_places(texts: Iterable[str]) -> Collection[Place]:
 
 
 def replace_places(text: str, links: Mapping[Place, str]) -> str:
-    """Return a text with the links in place of their placeholders."""
+    """Return a text with the links, by node id and iteration, in place of their placeholders; unknown ones stay.
+
+    A percent-encoded placeholder is replaced by an encoded link.
+    """
 
     def link(found: re.Match[str]) -> str:
         return links.get((found[1], found[2] or ""), found[0])

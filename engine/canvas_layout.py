@@ -99,10 +99,11 @@ def find_free_position(placed: Iterable[CardPosition]) -> CardPosition:
 def complete_layout(
     node_ids: Sequence[str], edges: Sequence[CardEdge], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return a position for each node, in the order of `node_ids`; existing positions are unchanged.
+    """Return a position for each node, in the order of `node_ids`; positions in `current` are unchanged, None
+    is a missing one.
 
-    A missing position is chosen beside the node's neighbors. Nodes without placed neighbors, and large
-    numbers of nodes, are arranged by themselves, below all others.
+    A missing position is chosen beside the node's neighbors. Nodes without placed neighbors, and all if more
+    than 50 are missing, are arranged by themselves, below all others.
     """
     missing = [number for number, place in enumerate(current) if place is None]
     if len(missing) == len(node_ids):
@@ -142,7 +143,9 @@ def _place_beside_neighbors(
 
 
 def _stack_below(cards: Iterable[CardPosition], block: Sequence[CardPosition]) -> list[CardPosition]:
-    """Return the positions of a block that begins at the origin, moved below the cards; at the origin without cards."""
+    """Return the positions of an arranged block, which begins at the origin, moved below the cards; unmoved
+    without cards.
+    """
     cards = list(cards)
     near = [card for card in cards if _is_on_canvas(card)]
     wanted = (min(x for x, _ in near), max(y for _, y in near) + ROW_HEIGHT) if near else ORIGIN
@@ -179,11 +182,12 @@ def _find_free_from(
 def arrange_cards(
     node_ids: Sequence[str], edges: Iterable[CardEdge], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return a position for each node, in the order of `node_ids`; `current` holds their present positions.
+    """Return a new position for each node, in the order of `node_ids`; `current` holds their present
+    positions or None.
 
-    The order from top to bottom is kept unless another has clearly fewer crossings. As many
-    nodes as possible keep their exact position. Edges to unknown nodes and self-loops are ignored. Of several nodes
-    with the same id, the first has its edges.
+    The order from top to bottom is kept unless another has clearly fewer crossings. As many nodes as possible
+    keep their exact position. Edges to unknown nodes and self-loops are ignored. Of several nodes with the
+    same id, the first has its edges.
     """
     return _arrange_parts(_build_layout_graph(node_ids, edges), current, _EFFORTS)
 
@@ -223,7 +227,10 @@ def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) ->
 def _anchor_layout(
     places: Sequence[tuple[int, int]], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return the positions shifted so that most nodes keep their place; unshifted if at most half would keep it."""
+    """Return the positions, all shifted alike, so that most nodes keep their present place.
+
+    If at most half would keep it, the layout begins at the origin.
+    """
     shifts = Counter(
         (round(now[0] - x), round(now[1] - y))
         for (x, y), now in zip(places, current, strict=True)
@@ -366,6 +373,7 @@ class _ConnectedPart:
                     self._route(source, target)
 
     def _route(self, source: int, target: int) -> None:
+        """Add a bend in each column between source and target of an edge, and connect them."""
         first, last = self.columns[source], self.columns[target]
         stops = [source]
         for column in range(first + 1, last):
@@ -386,7 +394,11 @@ class _ConnectedPart:
         return order
 
     def routed(self, order: ColumnOrder) -> ColumnOrder:
-        """Return an order of nodes extended by the bends of long edges, at the positions of straight edges."""
+        """Return an order of nodes by column, extended by the bends of long edges, at the heights of straight
+        edges.
+
+        Bends are exchanged with neighbors where that saves crossings.
+        """
         nodes = [[number for number in column if number < self.nodes] for column in order]
         heights: list[float] = [*_straighten_edges(nodes, self.parents, self.children, self.nodes)]
         heights += [
@@ -400,7 +412,9 @@ class _ConnectedPart:
         return order
 
     def disorder(self, heights: Sequence[int]) -> int:
-        """Return a penalty for heights: the extent of the part, the slopes of edges, and edges behind cards."""
+        """Return a penalty for heights: the extent of the part, the slopes of edges, and 480 for each bend
+        behind a card.
+        """
         rows: list[list[int]] = [[] for _ in range(1 + max(self.columns))]
         for number in sorted(range(self.nodes), key=heights.__getitem__):
             rows[self.columns[number]].append(heights[number])
@@ -434,7 +448,10 @@ class _ConnectedPart:
 def _assign_heights(
     part: _ConnectedPart, present: Sequence[CardPosition | None], effort: _LayoutEffort
 ) -> list[int]:
-    """Return the height of each node of a part."""
+    """Return the height in pixels of each node of a part, in their order.
+
+    Present heights are kept, as far as the order allows, unless new ones are clearly better.
+    """
     standing = _current_heights(part, present)
     order = part.routed(part.order([place[1] if place else 0 for place in present]))
     if effort.sweeps:
@@ -447,7 +464,8 @@ def _assign_heights(
 
 
 def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None]) -> dict[int, int]:
-    """Return the y coordinates, rounded down to lanes, of the nodes in the column grid that most nodes share.
+    """Return the y coordinates, rounded down to lanes of 40 pixels, of the nodes in the column grid that most
+    nodes share.
 
     The keys are node numbers. It is empty unless more than half of the part's nodes are in that grid.
     """
@@ -480,9 +498,9 @@ def _keep_heights(part: _ConnectedPart, order: ColumnOrder, standing: Mapping[in
 def _find_best_order(
     part: _ConnectedPart, order: ColumnOrder, effort: _LayoutEffort, worth_starting_anew: float
 ) -> ColumnOrder:
-    """Return the order with the fewest crossings that several starts find.
+    """Return the order with the fewest crossings that several starts find, the given one first.
 
-    Another order than the given one needs at most `worth_starting_anew` times its crossings.
+    Another order than the given one is taken if it has at most `worth_starting_anew` times its crossings.
     """
     order = _tidy_order(part, order, effort.sweeps)
     fewest = part.crossings(order)
@@ -499,7 +517,7 @@ def _find_best_order(
 
 
 def _tidy_order(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
-    """Return an order improved by passes until one no longer reduces the crossings noticeably."""
+    """Return an order improved by passes until one saves less than 5 % of the crossings."""
     fewest = part.crossings(order)
     while fewest:
         found = part.routed(_reduce_crossings(part, order, sweeps))
@@ -511,7 +529,9 @@ def _tidy_order(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> Column
 
 
 def _reduce_crossings(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
-    """Return the order with the fewest crossings during a number of sweeps over the columns."""
+    """Return the order with the fewest crossings during a number of sweeps over the columns, the given one
+    included.
+    """
     best, fewest = order, part.crossings(order)
     order = [[*column] for column in order]
     position = _index_positions(order, len(part.columns))

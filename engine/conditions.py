@@ -39,17 +39,19 @@ class CompiledCondition:
     def test(self, scope: ExpressionScope, unresolved: list[str]) -> bool:
         """Return whether the condition holds. Unresolved paths are null and are added to `unresolved`.
 
-        `exists` and `not-exists` add nothing, since they ask for exactly that. Evaluation stops at the
-        first false part of `all`, and the first true part of `any`. Raises `ExpressionError` for types
-        that can't be compared.
+        `exists` and `not-exists` add nothing, since they ask for exactly that. Evaluation stops at the first
+        false part of `all`, and the first true part of `any`. Raises `ExpressionError` for types that can't
+        be compared and for too much work, and `BudgetExceeded` within `offload.try_inline`.
         """
         return self._test(scope, unresolved, OutputAllowance())
 
 
 def compile_condition(value: Json) -> CompiledCondition:
-    """Compile a condition, whose sides may contain `{{ path }}` and `$op`.
+    """Compile a condition: `left`, `operator` and `right`, or `all`, `any` or `not`; sides may contain `{{
+    path }}` and `$op`.
 
-    Raises `ExpressionError` for an invalid operator, field, path or operation.
+    Raises `ExpressionError` for an invalid operator, field, path or operation, and for too many or too deep
+    parts.
     """
     compiler = _ConditionCompiler()
     test = compiler.compile(value, nesting=0)
@@ -159,6 +161,7 @@ class _ConditionCompiler:
         self._comparison_count = 0
 
     def compile(self, value: Json, nesting: int) -> _ConditionTest:
+        """Return the test of a condition at a depth of nesting; raises `ExpressionError`."""
         if not isinstance(value, dict):
             raise ExpressionError(
                 "condition", f"it must be an object with left and operator, not {type_name(value)}"
@@ -181,6 +184,7 @@ class _ConditionCompiler:
         return _all_tests(tests) if joint == "all" else _any_test(tests)
 
     def _compile_comparison(self, value: dict[str, Json]) -> _ConditionTest:
+        """Return the test of one comparison; raises `ExpressionError`."""
         self._comparison_count += 1
         if self._comparison_count > MAX_COMPARISONS:
             raise ExpressionError("condition", f"it has at most {MAX_COMPARISONS:,} comparisons")
@@ -201,7 +205,8 @@ class _ConditionCompiler:
 def _resolve_operator(value: dict[str, Json]) -> str:
     """Return the full name of a comparison's operator, also for a symbol such as `==`.
 
-    Raises `ExpressionError` for unknown or missing fields and for an unknown operator, with a suggestion.
+    Raises `ExpressionError` for unknown or missing fields and for an unknown operator, with similar names or
+    the list of all.
     """
     unknown = sorted(value.keys() - {"left", "operator", "right"})
     if unknown:
@@ -256,7 +261,10 @@ def _binary_test(name: str, left: ValueTemplate, right: ValueTemplate) -> _Condi
 
 
 def _comparison_cost(value: Json, allowance: OutputAllowance) -> int:
-    """Return the cost of comparing or searching a value, in the units of `OutputAllowance`; 0 for scalars."""
+    """Return the cost of comparing or searching a value, to spend from an `OutputAllowance`.
+
+    A container costs its reading, a text a hundredth of its characters, other values nothing.
+    """
     if type(value) is list or type(value) is dict:
         return reading_cost(value, allowance)
     return len(value) // SEARCHING_DISCOUNT if type(value) is str else 0

@@ -97,6 +97,7 @@ class ExpressionReader:
         self._read: dict[str, Sequence[ExpressionPath]] = {}
 
     def read(self, node: GraphNode, node_type: NodeType) -> NodeExpressions:
+        """Return the expressions in the mappings and the config of a node, and its errors of syntax."""
         reading = NodeExpressions()
         for name, source in node.input_mappings.items():
             if isinstance(source, str) and "{{" not in source:
@@ -115,7 +116,9 @@ class ExpressionReader:
     def _read_templates(
         self, part: NodeSection, place: PlaceSteps, value: Json, reading: NodeExpressions
     ) -> None:
-        """Add the expressions in the texts of a value to `reading`; an invalid one is added to its errors."""
+        """Add the expressions in the texts of a value to `reading`; the first invalid one is added to its
+        errors instead.
+        """
         if _is_static(value):
             return
         try:
@@ -133,6 +136,9 @@ class ExpressionReader:
         *,
         is_late: bool = False,
     ) -> None:
+        """Add one text with expressions to `reading`, or its error; a text that was read before is not
+        compiled again.
+        """
         paths = self._read.get(text)
         try:
             if paths is None:
@@ -175,14 +181,15 @@ class ExpressionReader:
 
 
 def format_place(part: NodeSection, steps: PlaceSteps) -> str:
-    """Return the name of a place, such as `config.values.total`."""
+    """Return the name of a place in a node, such as `config.values.total`."""
     return ".".join([part, *map(str, steps)])
 
 
 def _config_fields(
     config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> Iterator[tuple[PlaceSteps, Json, FieldCompilation | None]]:
-    """Yield the fields of a config with their place, value and kind of compilation (None for plain fields).
+    """Yield the fields of a config with their steps, value and kind of compilation (None for fields rendered
+    before the call).
 
     Fields of list items are yielded one by one if some of them are compiled.
     """
@@ -204,7 +211,7 @@ def _config_fields(
 
 
 def _is_static(value: Json) -> bool:
-    """Return whether a value contains neither `{{` nor `$op`, so that it needs no compilation."""
+    """Return whether no text in a value contains `{{` and no object has `$op`, so that it needs no compilation."""
     if isinstance(value, str):
         return "{{" not in value
     if isinstance(value, dict):
@@ -263,7 +270,11 @@ class ScriptChecker:
         self._read: dict[str, str | None] = {}
 
     def findings(self, node: GraphNode, node_type: NodeType) -> Iterator[GraphFinding]:
-        """Yield a finding for each config field in Python (`x-language`) whose text has a syntax error."""
+        """Yield a finding for each config field in Python (schema keyword `x-language`) whose text has a
+        syntax error.
+
+        Long scripts, and all after a time limit, are not checked.
+        """
         properties = node_type.config_schema.get("properties")
         for name, schema in properties.items() if isinstance(properties, dict) else ():
             source = node.config.get(name)
@@ -274,6 +285,7 @@ class ScriptChecker:
                 yield GraphFinding(FindingType.INVALID_CONFIG, message, "Fix the script.", node.id)
 
     def _syntax_problem(self, source: str) -> str | None:
+        """Return the error of syntax in a script; None without one, or if it is too long or time is over."""
         if source not in self._read:
             self._characters += len(source)
             if len(source) > MAX_SCRIPT_CHARACTERS or self._characters > MAX_CHARACTERS:
@@ -317,14 +329,15 @@ class ResourceReference:
 
 
 def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
-    """Return the scopes that a graph needs, sorted and unique, such as `datasources:read:ds_001`."""
+    """Return the scopes that a graph's references need, sorted and unique, such as `datasources:read:ds_001`."""
     return sorted({reference.scope for reference in list_references(graph, catalog)})
 
 
 def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceReference]:
-    """Return every reference to a resource id in the configs of a graph, in the order of nodes and fields.
+    """Return every reference to a resource id, such as a data source, in configs of a graph, in the order of
+    nodes and fields.
 
-    Nodes of unknown types have none.
+    The schemas of the node types say which fields those are. Nodes of unknown types have none.
     """
     found: list[ResourceReference] = []
     types: dict[tuple[str, str | None], NodeType | None] = {}
@@ -351,9 +364,9 @@ def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None
 
 
 def _iterate_named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
-    """Yield the resource ids in a value, each with its path and the schema of its field.
+    """Yield the resource ids in a config value, each with its path and the schema of its field.
 
-    Texts that are no ids are left out.
+    Texts that are no ids, such as templates, are left out.
     """
     if not isinstance(schema, dict):
         return

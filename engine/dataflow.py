@@ -36,9 +36,11 @@ class DataFlow:
         """Shape of the root `trigger`."""
 
     def enter(self, node: GraphNode) -> ValueShape:
-        """Return the shape of a node's input: the trigger's data, the output of one predecessor, or a union of several.
+        """Return the shape of a node's input: the trigger's data, the output of one predecessor, or a union
+        of several.
 
-        A join has the shape that it builds, and it is unknown without predecessors or behind an invalid port.
+        A join has the shape that it builds. The shape is unknown without predecessors or behind an invalid
+        port.
         """
         edges = self._graph.inbound[node.id]
         node_type = self._types.get(node.id)
@@ -55,6 +57,7 @@ class DataFlow:
         return shapes.union_shapes([*alone.values(), *together])
 
     def _join_inputs(self, node: GraphNode, edges: Sequence[GraphEdge]) -> ValueShape:
+        """Return the shape of the input that a join builds from its branches; unknown for an invalid config."""
         alone = self._single_inputs(edges)
         try:
             join = JoinConfig.from_config(node.config)
@@ -78,7 +81,10 @@ class DataFlow:
         return {source: shapes.union_shapes(leaving) for source, leaving in by_source.items()}
 
     def leave(self, node: GraphNode, given: ValueShape) -> None:
-        """Store the shape of a node's input, after its mappings, and derive and store that of its output."""
+        """Store the shape of a node's input, after its mappings (`given`), and derive and store that of its output.
+
+        Pass-through fields are part of the output.
+        """
         self._given[node.id] = given
         output = self._output_shape(node, given)
         if node.pass_through_values:
@@ -91,9 +97,10 @@ class DataFlow:
         self._outputs[node.id] = output
 
     def node_shape(self, node_id: str) -> ValueShape:
-        """Return the shape of a node under the root `nodes`: its output.
+        """Return the shape of a node's value under the root `nodes`: its output, or (behind a connected port
+        `error`) its error.
 
-        With a connected port `error`, it is the union with the error's shape.
+        The node must have been left.
         """
         if any(edge.source_port == ERROR for edge in self._graph.outbound[node_id]):
             return shapes.union_shapes([self._outputs[node_id], self._error_shape(node_id)])
@@ -114,6 +121,7 @@ class DataFlow:
         return ValueShape({"error": _ERROR, "data": self._given[node_id]})
 
     def _output_shape(self, node: GraphNode, given: ValueShape) -> ValueShape:
+        """Return the shape of a node's output for its input, its own without pass-through fields."""
         node_type = self._types.get(node.id)
         if node_type is None:
             return UNKNOWN
@@ -133,7 +141,7 @@ class DataFlow:
         return self._own_output(node.id)
 
     def _own_output(self, node_id: str) -> ValueShape:
-        """Return the shape of a node's own output: declared by its type, completed by outputs of past runs."""
+        """Return the shape of a node's output: declared by its type, completed by sample outputs of past runs."""
         node_type = self._types[node_id]
         if node_type.type not in self._of_schemas:
             self._of_schemas[node_type.type] = shapes.shape_of_schema(dict(node_type.output.schema))

@@ -22,9 +22,10 @@ MAX_CACHED: Final = 4_096
 
 
 def matches_event(condition: str, scope: ExpressionScope) -> bool:
-    """Return whether a condition, given as JSON text, holds in a scope; missing values are null.
+    """Return whether a condition on an event, given as JSON text, holds in a scope; missing values are null.
 
-    Raises `ExpressionError` if it can't be compiled or evaluated, or not within some milliseconds.
+    Raises `ExpressionError` if it can't be compiled or evaluated, or not within some milliseconds. Compiled
+    conditions are cached.
     """
     try:
         return offload.try_inline(_compile_cached(condition).test, scope, [])
@@ -35,9 +36,10 @@ def matches_event(condition: str, scope: ExpressionScope) -> bool:
 def bind_condition(
     condition: CompiledCondition, scope: ExpressionScope, unresolved: list[str]
 ) -> tuple[Json, list[Json]]:
-    """Return a condition on an event that no longer needs its run, and the values that it sees as `data`.
+    """Return a condition on an event that no longer needs its run, and the list of values that it sees as `data`.
 
-    Paths into the run are resolved now: an unresolved path is null, and is added to `unresolved`.
+    Paths into the run are resolved now: an unresolved path is null, and is added to `unresolved`. Paths into
+    the event (`item`) stay.
     """
     binding = _ConditionBinder(scope, unresolved)
     return rewrite_expressions(condition.source, binding.bind), binding.given
@@ -53,10 +55,9 @@ class _ConditionBinder:
     """Resolved values, which the condition sees as `data`."""
 
     def bind(self, expression: Expression) -> str:
-        """Return the text that replaces an expression in a condition on events.
+        """Return the text that replaces an expression in a condition on an event.
 
-        A path into the run becomes a path to its value, which is collected in `given`; paths into the event
-        stay.
+        A path into the run becomes a path to its value, which is added to `given`; paths into the event stay.
         """
         return (
             self._bind_path(expression)
@@ -87,6 +88,7 @@ class _ConditionBinder:
         return " ?? ".join(texts) or self._bind_path(expression.paths[-1])
 
     def _bind_value(self, value: Json) -> str:
+        """Add a value to `given`, and return the path to it."""
         self.given.append(value)
         return f"data[{len(self.given) - 1}]"
 

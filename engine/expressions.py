@@ -80,7 +80,10 @@ class ExpressionPath:
     """Steps from the root."""
 
     def resolve(self, scope: ExpressionScope) -> Json | MissingType:
-        """Return the value at the path in a scope; `MISSING` if there is none."""
+        """Return the value at the path in a scope; `MISSING` if there is none.
+
+        Negative positions count from the end of a list; null is a value.
+        """
         found: Json | MissingType = scope.get(self.root, MISSING)
         for key, position in self.steps:
             if type(found) is dict:
@@ -93,8 +96,9 @@ class ExpressionPath:
 
 
 def compile_path(text: str) -> ExpressionPath:
-    """Compile a path such as `data.user.id`, `data["odd key"][0]` or `$.item.tags[-1]`; raises
-    `ExpressionError`.
+    """Compile a path such as `data.user.id`, `data["odd key"][0]` or `$.item.tags[-1]`.
+
+    Raises `ExpressionError` for bad syntax, an unknown root, over 1,000 characters or over 50 steps.
     """
     source = text.strip()
     if len(source) > MAX_PATH_LENGTH:
@@ -147,6 +151,9 @@ class FallbackExpression:
         return self.paths[-1].text
 
     def resolve(self, scope: ExpressionScope) -> Json | MissingType:
+        """Return the first value that is not null; else the fallback value, or the value (perhaps `MISSING`)
+        of the last path.
+        """
         found: Json | MissingType = MISSING
         for path in self.paths:
             found = path.resolve(scope)
@@ -166,9 +173,9 @@ _LITERAL = re.compile(r"""["\[{0-9-] | (?: true | false | null ) \Z""", re.VERBO
 
 
 def compile_expression(text: str) -> Expression:
-    """Compile a path, or paths and an optional final JSON value joined by `??`.
+    """Compile a path, or several joined by `??`, the last of which may be a JSON value.
 
-    Raises `ExpressionError` for an invalid path or more than `MAX_ALTERNATIVES` paths.
+    Raises `ExpressionError` for an invalid path or value, or more than 20 paths.
     """
     if "??" not in text:
         return compile_path(text)
@@ -220,9 +227,9 @@ class OutputAllowance:
         self.left = offload.budget(MAX_WRITTEN, INLINE_WRITTEN)
 
     def spend(self, amount: int, expression: str) -> None:
-        """Subtract produced characters or elements; raises `ExpressionError` when the budget is exceeded.
+        """Subtract produced characters or elements from the budget; raises `ExpressionError` when it is exceeded.
 
-        Within `offload.try_inline`, it raises `BudgetExceeded` first.
+        Within `offload.try_inline` it raises `BudgetExceeded` when a much smaller budget is exceeded.
         """
         self.left -= amount
         if self.left < 0:
@@ -253,9 +260,9 @@ class ValueTemplate:
     ) -> Json:
         """Return the value with its expressions replaced by values of `scope`.
 
-        An unresolved path becomes null, and its text is added to `unresolved`. Parts without expressions are
-        shared by all results and must not be changed. Raises `ExpressionError` for a failing operation or a
-        result that is too large.
+        An unresolved path becomes null, or an empty text within a longer one, and its text is added to
+        `unresolved`. Parts without expressions are shared by all results and must not be changed. Raises
+        `ExpressionError` for a failing operation or a result that is too large.
         """
         if self._render is None:
             return self.source
@@ -266,18 +273,20 @@ def compile_template(value: Json) -> ValueTemplate:
     """Compile the `{{ path }}` in the texts of `value` (not in its keys); raises `ExpressionError`.
 
     A text that is a single expression becomes the value found, of any type; in a longer text, values are
-    written as text. Operations are not computed.
+    written as text. Objects with `$op` are not computed.
     """
     return _TemplateCompiler(operations={}).compile(value)
 
 
 def compile_value(value: Json) -> ValueTemplate:
-    """Compile like `compile_template`, and also `{"$op": name, "args": [...]}` at any depth."""
+    """Compile like `compile_template`, and also operations `{"$op": name, "args": [...]}` at any depth;
+    raises `ExpressionError`.
+    """
     return _TemplateCompiler(operations=OPERATIONS).compile(value)
 
 
 def rewrite_expressions(value: Json, text_of: Callable[[Expression], str]) -> Json:
-    """Return a value with the text inside each `{{ }}` replaced by `text_of`; keys stay as they are.
+    """Return a value with the text inside each `{{ }}` replaced by `text_of(expression)`; keys stay as they are.
 
     Raises `ExpressionError` for an invalid expression: pass values that compile.
     """
@@ -311,6 +320,7 @@ class _TemplateCompiler:
         return ValueTemplate(value, tuple(self._paths), render, tuple(self._needed))
 
     def _compile(self, value: Json, depth: int) -> _Render | None:
+        """Return the function that renders a value; None if it has no expressions. Raises `ExpressionError`."""
         if isinstance(value, str):
             return self._compile_text(value) if "{{" in value else None
         if not isinstance(value, list | dict):
@@ -354,6 +364,7 @@ class _TemplateCompiler:
         return render_object
 
     def _compile_text(self, text: str) -> _Render:
+        """Return the function that renders a text with expressions, and note its paths."""
         parts = _split_text(text)
         expressions = [part for part in parts if not isinstance(part, str)]
         for expression in expressions:
@@ -376,6 +387,9 @@ class _TemplateCompiler:
         )
 
     def _checked_operation(self, value: dict[str, Json]) -> tuple[ExpressionOperation, list[Json]]:
+        """Return the operation of an object and its arguments; raises `ExpressionError` for an unknown one or
+        a wrong number.
+        """
         name, arguments = value["$op"], value.get("args")
         if not isinstance(name, str) or name not in self._operations:
             near = get_close_matches(str(name)[:MAX_EXCERPT_LENGTH], self._operations)
@@ -406,9 +420,9 @@ _BRACES = re.compile(
 
 
 def _split_text(text: str) -> Sequence[str | Expression]:
-    """Return the compiled expressions of a text and the nonempty texts between them; raises `ExpressionError`.
+    """Return the expressions of a text, compiled, and the nonempty texts between them; raises `ExpressionError`.
 
-    Short texts, which often recur, are cached.
+    Results for texts up to 200 characters, which often recur, are cached.
     """
     return _parse_text_cached(text) if len(text) <= MAX_CACHED_LENGTH else _parse_text(text)
 
@@ -517,7 +531,11 @@ def _operation_renderer(operation: ExpressionOperation, renders: list[_Render]) 
 
 
 def reading_cost(value: Json, allowance: OutputAllowance) -> int:
-    """Return the cost of visiting all of a value, in the units of `OutputAllowance`: characters of a text, or parts."""
+    """Return the cost of visiting all of a value, to spend from an `OutputAllowance`: its characters, or 4
+    for each part.
+
+    Parts beyond the allowance are not counted.
+    """
     return (
         len(value)
         if type(value) is str

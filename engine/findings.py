@@ -132,7 +132,7 @@ class FindingCollector:
     def add(self, finding: GraphFinding) -> None:
         """Add a finding as an error or a warning, by its type.
 
-        Beyond `MAX_FINDINGS` of a kind, the result is marked as truncated.
+        Beyond 1,000 of a kind it is dropped, and the result is marked as truncated.
         """
         kept = self._warnings if finding.type in self._warning_types else self._errors
         if len(kept) < MAX_FINDINGS:
@@ -142,7 +142,7 @@ class FindingCollector:
 
     @property
     def has_capacity(self) -> bool:
-        """Whether one more error would be listed; a graph lists a limited number."""
+        """Whether one more error would be listed; a graph lists 1,000 at most."""
         return len(self._errors) < MAX_FINDINGS
 
     def truncate(self) -> None:

@@ -81,7 +81,11 @@ class SectionFrame:
     def for_iteration(
         cls, loop: LoopProgress, index: int, recorded: Mapping[str, NodeSpan], started_at: datetime
     ) -> SectionFrame:
-        """Return a new frame for iteration `index` of a loop; its roots add `item`, `index` and the outer nodes."""
+        """Return a new frame for iteration `index` of a loop; the roots of its expressions add `item`,
+        `index` and the outer nodes.
+
+        `recorded` are the spans of an earlier attempt at this iteration, by node id.
+        """
         outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
         frame = cls(loop.body, item, outer.roots, recorded, started_at)
         frame.iteration, frame.loop, frame.index = loop.iteration(index), loop, index
@@ -94,20 +98,22 @@ class SectionFrame:
         return frame
 
     def current_roots(self) -> Mapping[str, Json]:
-        """Return the roots of expressions with the outputs of the nodes that have completed so far, as a copy."""
+        """Return the roots of expressions with a copy of the outputs of the nodes that have completed so far.
+
+        A thread can use them while other nodes complete.
+        """
         return {**self.roots, "nodes": self.nodes.copy()}
 
     def start(self) -> ReadinessChange:
-        """Return the nodes that are ready at the start: triggers, or successors of the loop in an iteration.
+        """Return the nodes that are ready at the start: triggers, or (in an iteration) the successors of the loop.
 
         Nodes that can't be reached are returned as skipped.
         """
         return self.plan.start() if self.loop is None else self.plan.settle(self.loop.visit.node_id, CONTINUE)
 
     def result(self) -> Json:
-        """Return the result of an iteration: the output of the last node reached, an object by node id for several.
-
-        None if no last node was reached.
+        """Return the result of an iteration: the output of the last node reached, an object by node id for
+        several, null for none.
         """
         found = {node_id: self.outputs[node_id] for node_id in self.section.last if node_id in self.outputs}
         return next(iter(found.values()), None) if len(found) <= 1 else found
@@ -118,7 +124,7 @@ class SectionFrame:
         return self.share if body is None else self.share * (1 + body.size)
 
     def is_skipped(self, node_id: str) -> bool:
-        """Return whether a node of this frame or of an enclosing one is skipped."""
+        """Return whether a node of this frame or of an enclosing one was skipped."""
         frame = self
         while node_id not in frame.skipped:
             if frame.loop is None:
@@ -134,7 +140,9 @@ class SectionFrame:
                 yield from turn.with_inner_iterations()
 
     def is_fatal(self) -> bool:
-        """Return whether a failure of this frame fails the run: no enclosing loop continues or has an error edge."""
+        """Return whether a failure of this frame fails the run: no enclosing loop continues on errors or has
+        an error edge.
+        """
         frame = self
         while frame.loop is not None:
             if frame.loop.continues_on_error or frame.loop.visit.has_error_edge:
@@ -194,7 +202,7 @@ class NodeVisit(msgspec.Struct, eq=False):
         return self.program.node.at_most_once and self.is_write
 
     def note_sources_in_loops(self) -> None:
-        """Add the data sources that the node has used to those of all enclosing loops."""
+        """Add the data sources that the node has used to those of all enclosing loops, whose keys depend on them."""
         loop = self.frame.loop
         while loop is not None:
             loop.visit.sources = (loop.visit.sources or set()) | (self.sources or set())
@@ -265,12 +273,16 @@ class LoopProgress:
         )
 
     def iteration(self, index: int) -> str:
-        """Return the name of an iteration: the indexes of the enclosing iterations and its own, such as `2.0`."""
+        """Return the name of an iteration: the indexes of the enclosing iterations and its own, such as
+        `2.0`; from 0.
+        """
         outer = self.visit.frame.iteration
         return f"{outer}.{index}" if outer else str(index)
 
     def output(self) -> Json:
-        """Return the output of the loop at its port `done`: results, number of items, and errors by index."""
+        """Return the output of the loop at its port `done`: results by index, number of items, and errors
+        with their index.
+        """
         errors: list[Json] = [
             {"index": index, "error": error.as_json()} for index, error in sorted(self.errors.items())
         ]
@@ -306,7 +318,9 @@ class ReadinessTracker:
         """Edge by which each eager node was reached."""
 
     def start(self) -> ReadinessChange:
-        """Return nodes without incoming edges: triggers as ready, others and the nodes behind them as skipped."""
+        """Decide about the nodes without incoming edges; return triggers as ready, others and the nodes
+        behind them as skipped.
+        """
         step = ReadinessChange()
         roots = [node_id for node_id, count in self._undecided.items() if count == 0]
         step.ready = [node_id for node_id in roots if node_id in self._triggers]
@@ -314,9 +328,10 @@ class ReadinessTracker:
         return step
 
     def settle(self, node_id: str, port: str) -> ReadinessChange:
-        """Record that a node has left by `port`; return the nodes that became ready or are skipped.
+        """Record that a node has left by `port`; return the nodes that became ready or are skipped by that.
 
-        Its edges at that port are taken, the others are not.
+        Its edges at that port are taken, the others are not. A node is ready once all its incoming edges are
+        decided and one is taken, an eager node at the first taken one.
         """
         step = ReadinessChange()
         unreachable: list[str] = []
@@ -329,7 +344,7 @@ class ReadinessTracker:
         return step
 
     def parents(self, node_id: str) -> Sequence[GraphEdge]:
-        """Return the taken edges into a node, in graph order; only the first taken for an eager node."""
+        """Return the taken edges into a node, in graph order; only the first taken one for an eager node."""
         if node_id in self._first:
             return [self._first[node_id]]
         return [edge for edge in self._inbound[node_id] if self._ports.get(edge.source) == edge.source_port]
@@ -342,6 +357,7 @@ class ReadinessTracker:
         self._reached.add(target)
 
     def _decide(self, target: str, step: ReadinessChange, unreachable: list[str]) -> None:
+        """Count one more decided edge into a node: at the last one it is ready, or unreachable if none was taken."""
         self._undecided[target] -= 1
         if self._undecided[target] > 0:
             return
@@ -351,6 +367,7 @@ class ReadinessTracker:
             step.ready.append(target)
 
     def _skip(self, node_ids: Iterable[str], step: ReadinessChange) -> None:
+        """Mark nodes as skipped, and the nodes behind them that can't be reached any more."""
         queue = deque(node_ids)
         while queue:
             node_id = queue.popleft()
@@ -374,7 +391,7 @@ class Worklist:
     def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
         """Add ready nodes of a frame to the work, and count them as open.
 
-        Nodes that settled in an earlier attempt are restored first, in their old order.
+        Nodes that settled in an earlier attempt are restored before others run, in their old order.
         """
         frame.open += len(node_ids)
         if not frame.recorded:
@@ -389,7 +406,8 @@ class Worklist:
                 self.ready.append((frame, node_id))
 
     def drop_frames(self, frames: Collection[SectionFrame]) -> list[NodeVisit]:
-        """Remove unbegun nodes of frames, and cancel their reads in progress; return the visits that were sleeping.
+        """Remove nodes of frames that have not begun, and cancel their reads in progress; return the visits
+        that were sleeping.
 
         Writes in progress continue.
         """

@@ -53,7 +53,7 @@ class RetryPolicy:
     def delay_seconds(self, attempt: int, chance: float) -> float:
         """Return the seconds to wait after the failed `attempt` (1, 2, …); `chance` is a random number from 0 to 1.
 
-        The delay doubles with each attempt up to a maximum; jitter shortens it.
+        The delay doubles with each attempt up to a maximum; jitter shortens it by up to its share.
         """
         delay = min(self.backoff_seconds * 2.0 ** min(attempt - 1, 30), self.max_delay_seconds)
         return delay * (1 - self.jitter * chance)
@@ -239,7 +239,7 @@ class GraphSection:
 
     @cached_property
     def last(self) -> tuple[str, ...]:
-        """Nodes without outgoing edges; their outputs are the result of the section."""
+        """Nodes without outgoing edges, in graph order; their outputs are the result of the section."""
         outbound = self.graph.outbound
         return tuple(
             node.id for node in self.graph.nodes if not outbound[node.id] and node.id != self.loop_id
@@ -272,7 +272,7 @@ class LoopBodies:
     """Edges that lead into a body from outside."""
 
     def enclosing_loops(self, node_id: str) -> Iterator[str]:
-        """Yield the enclosing loops of a node, the innermost first."""
+        """Yield the ids of the loops that enclose a node, the innermost first; none outside of loops."""
         holder = self.holders.get(node_id)
         while holder is not None:
             yield holder
@@ -280,10 +280,10 @@ class LoopBodies:
 
 
 def find_bodies(graph: ParsedGraph, loops: Collection[str]) -> LoopBodies:
-    """Return the bodies of `loops`, found in one pass.
+    """Return which nodes belong to the bodies of `loops`, and how deep.
 
-    A node in several bodies belongs to the deepest. Edges that enter a body without its loop are listed as
-    `crossing`.
+    A body is all that is reached from a loop's port `continue`. A node in several bodies belongs to the
+    deepest. Edges that enter a body without its loop are listed as `crossing`.
     """
     if not loops:
         return LoopBodies(frozenset(), {}, {}, ())
@@ -313,7 +313,11 @@ def _holder_depth(holder: str | None, depths: Mapping[str, int]) -> int:
 def divide_graph(
     graph: ParsedGraph, loops: Collection[str], first: Collection[str], eager: Collection[str]
 ) -> GraphSection:
-    """Return the outermost section with all others in it; raises `InvalidDefinition` for invalid loop bodies."""
+    """Divide a graph into sections: the outermost one, with the bodies of loops in it; return that.
+
+    `first` are the nodes that may start, `eager` those that start after their first branch. Raises
+    `InvalidDefinition` for edges into a body from outside, and over four levels of loops.
+    """
     if not loops:
         return GraphSection(graph, tuple(first), frozenset(eager))
     bodies = find_bodies(graph, loops)
@@ -341,6 +345,7 @@ class _SectionDivider:
             self._edges.setdefault(bodies.holders.get(node_id), []).extend(edges)
 
     def section(self, loop_id: str | None) -> GraphSection:
+        """Return the section of a loop's body, or (None) the outermost one, with the sections in it."""
         nodes = self._nodes.get(loop_id, [])
         head = [] if loop_id is None else [self._graph.by_id[loop_id]]
         ids = {node.id for node in nodes}

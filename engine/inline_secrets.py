@@ -38,7 +38,7 @@ def find_secrets(value: Json) -> list[str]:
 
 
 def remove_secrets(value: Json) -> tuple[Json, list[str]]:
-    """Return a value without its credentials, and their places (at most `MAX_PATHS`).
+    """Return a value without its credentials, and their places (at most 1,000), such as `headers.authorization`.
 
     A field is removed with its name. In a list an empty text replaces a credential, so that the other items
     keep their positions; so it does for a value that is a credential itself. A text of several lines (a
@@ -50,7 +50,7 @@ def remove_secrets(value: Json) -> tuple[Json, list[str]]:
 
 
 def _filter_value(value: Json, name: str, steps: _Steps, found: list[str]) -> Json | _RemovedType:
-    """Return a value without credentials, or the marker for removal; adds their places to `found`.
+    """Return a value without credentials, or the marker for its removal; adds their places to `found`.
 
     `name` is the field name that applies to the value, and `steps` its path.
     """
@@ -93,7 +93,10 @@ def _field_name(key: str, siblings: dict[str, Json], above: str) -> str:
 
 
 def _filter_text(text: str, name: str) -> str:
-    """Return a text without credentials: unchanged if it has none, empty if it is one or has one in a single line."""
+    """Return a text without credentials: unchanged if it has none, empty if it is one or a single line with one.
+
+    A text under a secret name is one, unless it is a template or the name of a variable.
+    """
     if _is_secret_name(name[: MAX_NAME_LENGTH + 1]) and _is_literal(text):
         return ""
     rest = _cut_secrets(text)
@@ -150,9 +153,9 @@ _BRIEF_FALLBACK: Final = re.compile(r'-?[0-9.]{1,7}|"[^"]{0,7}"')
 
 
 def _is_literal(text: str) -> bool:
-    """Return whether a text may be a credential itself.
+    """Return whether a text may be a credential itself, as opposed to a reference to one.
 
-    Empty texts, templates, and names of variables or vault entries (also with a short fallback) are not.
+    Empty texts, templates without a long fallback, and names of variables or vault entries are none.
     """
     stripped = text.strip()
     has_template = "{{" in stripped and "}}" in stripped and not _WRITTEN_FALLBACK.search(stripped)

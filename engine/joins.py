@@ -49,9 +49,10 @@ class JoinConfig:
             raise ExpressionError("merge", str(error)) from error
 
     def data(self, outputs: Mapping[str, Json]) -> Json:
-        """Return the combined input of a join: an object by node id, a list, or a merged object.
+        """Return the combined input of a join: an object by node id, a list, or one merged object.
 
-        `outputs` are the outputs by node id, in the order of edges.
+        `outputs` are the outputs by node id, in the order of edges. Raises `NodeError` if a value to merge is
+        no object.
         """
         match self.combine:
             case JoinCombination.BY_NODE:

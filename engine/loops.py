@@ -65,7 +65,7 @@ class LoopScheduler:
     def begin(self, visit: NodeVisit, each: LoopRequest) -> None:
         """Begin a loop, or continue it after the recorded iterations.
 
-        It fails for too many items, and completes at once without items or a body.
+        It fails for more items than the limit, and completes at once without items or a body.
         """
         frame, node_id = visit.frame, visit.node_id
         if len(each.items) > self._limits.max_loop_items:
@@ -89,7 +89,9 @@ class LoopScheduler:
         self._advance(loop)
 
     def _restore_sources(self, visit: NodeVisit) -> None:
-        """Add to a visit the data sources that the body of its loop has used in earlier attempts."""
+        """Add to a visit the data sources that the body of its loop has used in earlier attempts, by the
+        recorded keys.
+        """
         body, found = visit.program.body, set(visit.sources or ())
         for spans in self._recorded.values():
             for span in spans.values():
@@ -98,7 +100,9 @@ class LoopScheduler:
         visit.sources = found
 
     def _advance(self, loop: LoopProgress) -> None:
-        """Begin as many iterations as the limits allow; end the loop if none is in progress."""
+        """Begin as many iterations as the loop's concurrency and the limits allow; end the loop if none is in
+        progress.
+        """
         while loop.can_start_iteration and (
             not loop.iterations or self._iterations_at_once < MAX_ITERATIONS_AT_ONCE
         ):
@@ -107,6 +111,7 @@ class LoopScheduler:
             self._end(loop)
 
     def _end(self, loop: LoopProgress) -> None:
+        """End a loop without iterations in progress: record it as canceled, failed or completed."""
         visit = loop.visit
         visit.frame.loops.discard(loop)
         visit.resolved_config = None
@@ -120,6 +125,7 @@ class LoopScheduler:
     # ── iterations ────────────────────────────────────────────────────────────────────────────────────
 
     def _begin_iteration(self, loop: LoopProgress) -> None:
+        """Begin the next iteration of a loop, or apply its recorded end."""
         index = loop.next_index
         loop.next_index += 1
         recorded = self._recorded.get(loop.iteration(index), {})
@@ -149,7 +155,7 @@ class LoopScheduler:
     def end_iteration(self, turn: SectionFrame, loop: LoopProgress) -> None:
         """End an iteration in which nothing is left to do: record its result, failure or cancellation.
 
-        Then it begins further iterations, or ends the loop.
+        Then begin further iterations, or end the loop.
         """
         del loop.iterations[turn.index]
         self._iterations_at_once -= 1
@@ -164,6 +170,7 @@ class LoopScheduler:
         self._advance(loop)
 
     def _on_iteration_completed(self, turn: SectionFrame, loop: LoopProgress) -> None:
+        """Store the result of an iteration; the loop fails if it, or all results together, are too large."""
         result = turn.result()
         try:
             encoded = run_records.encode_output(result, self._limits.max_output_bytes)
@@ -177,6 +184,7 @@ class LoopScheduler:
         self._record_iteration(turn, loop, SpanStatus.COMPLETED, output=encoded)
 
     def _on_iteration_failed(self, loop: LoopProgress, index: int, error: RunError) -> None:
+        """Note the failure of an iteration: the loop continues, or fails, as its node says."""
         if loop.continues_on_error:
             loop.errors[index] = error
         else:
@@ -190,7 +198,8 @@ class LoopScheduler:
                 self.cancel_iteration(turn)
 
     def cancel_iteration(self, turn: SectionFrame) -> None:
-        """Stop an iteration and the loops inside it: begin nothing more and cancel reads.
+        """Stop an iteration and the loops inside it: begin nothing more, cancel reads, and record sleeping
+        nodes as canceled.
 
         Writes in progress complete first; an iteration without any ends at once.
         """

@@ -57,8 +57,8 @@ class InspectedGraph:
 def check_paths(drawn: InspectedGraph, samples: OutputSamples) -> Iterator[GraphFinding]:
     """Yield a finding for each path in mappings and configs that is certain to find nothing.
 
-    `samples` are outputs of past runs. The content of `item` is not checked: it is known only at run time.
-    Graphs with cycles or duplicate node ids are not checked either, since their order is undefined.
+    `samples` are outputs of past runs by node. The content of `item` is not checked: it is known only at run
+    time. Nor are graphs with cycles or duplicate node ids, since their order is undefined.
     """
     if len(drawn.graph.order) < len(drawn.graph.nodes):
         return
@@ -94,7 +94,10 @@ class _PathChecker:
         self._explained = 0
 
     def findings(self, node: GraphNode) -> Iterator[GraphFinding]:
-        """Yield a finding for each unresolved path of one node; call this in topological order."""
+        """Yield a finding for each path of one node that finds nothing, and note the shape of its output.
+
+        Call it for all nodes in topological order.
+        """
         self._before[node.id] = self._runs_before(node)
         reading = self._readings.get(node.id, NodeExpressions())
         given = arriving = self._flow.enter(node)
@@ -119,6 +122,9 @@ class _PathChecker:
     def _check_place(
         self, node: GraphNode, place: ExpressionPlace, data: ValueShape
     ) -> Iterator[GraphFinding]:
+        """Yield a finding for each path of a place that finds nothing in its scope; `data` is the shape of
+        the node's data.
+        """
         for path in {path.text: path for path in place.paths}.values():
             unfound = self._explain_path(node, place, path, data)
             if unfound is not None:
@@ -144,6 +150,7 @@ class _PathChecker:
     def _explain_path(
         self, node: GraphNode, place: ExpressionPlace, path: ExpressionPath, data: ValueShape
     ) -> _UnresolvedPath | None:
+        """Return the reason why a path finds nothing, None if it may find something."""
         match path.root:
             case "data":
                 shape = data
@@ -214,7 +221,7 @@ class _PathChecker:
         )
 
     def _ancestors(self, node: GraphNode) -> Iterator[GraphNode]:
-        """Yield the direct and indirect predecessors of a node, the nearest first."""
+        """Yield the direct and indirect predecessors of a node, each once, the nearest first."""
         seen = {node.id}
         queue = deque([node.id])
         while queue:
@@ -225,6 +232,9 @@ class _PathChecker:
                     yield self._graph.by_id[edge.source]
 
     def _explain_dead_end(self, path: ExpressionPath, lost: PathDeadEnd) -> _UnresolvedPath:
+        """Return the explanation of a path that ends where its shape has no such field, with the fields that
+        are there.
+        """
         if not self._may_explain():
             return _UnresolvedPath(path.text, _dead_end_reason(lost))
         where = _format_path(path.root, path.steps[: lost.at])
@@ -237,6 +247,7 @@ class _PathChecker:
         return _UnresolvedPath(path.text, _dead_end_reason(lost), hint, meant)
 
     def _may_explain(self) -> bool:
+        """Return whether one more path gets a full explanation, which takes time; 50 do."""
         self._explained += 1
         return self._explained <= MAX_EXPLAINED
 
@@ -291,7 +302,7 @@ def _build_unresolved_finding(
 
 
 def _replace_path(place: ExpressionPlace, path: str, meant: str) -> str:
-    """Return the text of a mapping or config field with one of its paths replaced by `meant`."""
+    """Return the text of a mapping or config field with one of its paths replaced by `meant`, everywhere."""
     if "{{" not in place.text and "??" not in place.text:
         return meant
     expression = rf"((?:\{{\{{|\?\?)\s*){re.escape(path)}(\s*(?:\}}\}}|\?\?|\Z))"

@@ -22,10 +22,11 @@ MAX_ENDING: Final = 3
 
 
 def suggest_names(given: str, known: Collection[str]) -> list[str]:
-    """Return at most two known names that an unknown name may mean; a single one is certain enough for a fix.
+    """Return at most two known names that an unknown name may mean, the likeliest first; a single one is
+    certain enough for a fix.
 
-    Only the first rule that finds any counts: the same letters, names with that prefix, names with the same
-    stem, similar names. Empty if none is near.
+    Only the first rule that finds any counts: the same letters without `_`, `-` and case, names with that
+    prefix, names with the same stem, similar names. Empty if none is near.
     """
     start = given[:MAX_COMPARED]
     letters = _normalize_name(start)
@@ -44,9 +45,11 @@ def _normalize_name(name: str) -> str:
 
 
 def _shares_prefix(known: str, given: str) -> bool:
+    """Return whether the given name, of three letters at least, begins the known one."""
     return len(given) >= MIN_PREFIX and known.startswith(given)
 
 
 def _shares_stem(known: str, given: str) -> bool:
+    """Return whether two names differ only in short endings."""
     stem = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, given, strict=False)))
     return stem >= MIN_STEM and max(len(known), len(given)) - stem <= MAX_ENDING

@@ -49,9 +49,10 @@ class EffectRule:
     cases: Mapping[str, NodeEffect] = field(default_factory=dict)
 
     def of(self, config: Mapping[str, Json]) -> NodeEffect:
-        """Return the effect of a node under `config`.
+        """Return the effect of a node under `config`: pure, read or write.
 
-        An unknown value, or one that is still a template, gives the default.
+        The deciding field counts in any case. An unknown value, or one that is still a template, gives the
+        default.
         """
         if self.deciding_field is None:
             return self.default
@@ -70,6 +71,9 @@ class VolatilityRule:
     """Value of `field` for which the rule holds."""
 
     def applies_to(self, config: Mapping[str, Json]) -> bool:
+        """Return whether the rule applies to a node with this config, so that its result depends on clock or
+        chance.
+        """
         return (self.without is None or self.without not in config) and (
             self.field is None or config.get(self.field) == self.value
         )
@@ -195,9 +199,10 @@ class NodeType:
         return self.trigger_kind is not None
 
     def outputs_of(self, config: Mapping[str, Json]) -> tuple[str, ...]:
-        """Return the output ports of a node with this config, without duplicates, besides `error`.
+        """Return the output ports of a node with this config, without duplicates and without `error`, which
+        all nodes have.
 
-        Some types take names of ports from their config.
+        Some types take names of ports from their config; those come first.
         """
         if self.outputs_from is None:
             return self.outputs
@@ -209,7 +214,7 @@ class NodeType:
 
 
 def parse_version(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version, which sort like versions."""
+    """Return the numbers of a version, such as (1, 2, 0), which sort like versions; 0 for a part that is no number."""
     return tuple(int(part) if part.isdecimal() else 0 for part in version.split("."))
 
 
@@ -323,7 +328,9 @@ class NodeCall(msgspec.Struct, frozen=True):
     """`set_metadata({key: value})` sets metadata of the execution, by which lists find it."""
 
     def scope_of(self, item: Json, index: int) -> dict[str, Json]:
-        """Return the scope for the evaluation of one item of a list: with `item` and `index`."""
+        """Return the expression roots of the call with `item` and `index`, to evaluate a condition or value
+        for an item of a list.
+        """
         return {**self.scope, "item": item, "index": index}
 
 

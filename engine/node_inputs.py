@@ -45,7 +45,8 @@ class NodeInputs:
     def reach_node(
         self, frame: SectionFrame, node_id: str, roots: Mapping[str, Json] | None = None
     ) -> NodeVisit:
-        """Return the visit of a node with its input, and with its recorded state from an earlier attempt.
+        """Return the visit of a node with its input after mappings, and with its recorded state from an
+        earlier attempt.
 
         In a thread, `roots` is a snapshot of the frame's roots at the start, since other nodes complete
         meanwhile. Raises `ExpressionError`, `InvalidJson`, `NodeError` and, within `offload.try_inline`,
@@ -76,13 +77,16 @@ class NodeInputs:
         return visit
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
-        """Return the visit of a node whose input could not be prepared: it has no input and an empty digest."""
+        """Return the visit of a node whose input could not be prepared, to record its failure: without input,
+        with an empty digest.
+        """
         return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._recorder.clock.now())
 
     def _gather_input(self, frame: SectionFrame, program: NodeProgram) -> tuple[Json, str | None]:
-        """Return the input of a node, and the single parent whose unchanged output it is, or None.
+        """Return the input of a node, and the id of the single parent whose unchanged output it is, else None.
 
-        Several parents give a merged object that also has each output by node id.
+        Several parents give a merged object that also has each output by node id; a join combines them as its
+        config says.
         """
         edges = frame.plan.parents(program.node.id)
         if not edges:
@@ -105,8 +109,9 @@ class NodeInputs:
     def build_call(self, visit: NodeVisit, roots: Mapping[str, Json] | None = None) -> NodeCall:
         """Render the config of a visit, compute its key, and return the call of the node.
 
-        Raises `ExpressionError`, `InvalidJson`, `BudgetExceeded`, and `NodeError` for missing configuration
-        or, in a strict graph, unresolved paths. See `reach_node` for `roots`.
+        A recorded config is used unchanged. Raises `ExpressionError`, `InvalidJson`, `BudgetExceeded`, and
+        `NodeError` for missing configuration or, in a strict graph, unresolved paths. See `reach_node` for
+        `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._recorder.clock.now()
@@ -156,20 +161,24 @@ class NodeInputs:
         )
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
-        """Return `caller` and `idempotency_key` of a call, which depend on the execution id in idempotency keys."""
+        """Return the fields `caller` and `idempotency_key` of a call, for a visit whose idempotency keys name
+        another execution.
+        """
         prefix = visit.key_id or self._key_prefix
         key = f"{prefix}:{visit.node_id}:{visit.frame.iteration or 0}"
         return {"caller": self._caller_of(visit), "idempotency_key": key}
 
     def _caller_of(self, visit: NodeVisit) -> RunCaller:
+        """Return the caller of a visit's run, with the execution id of the visit's idempotency keys."""
         if visit.key_id is None:
             return self._caller
         return structs.replace(self._caller, write_key_id=visit.key_id)
 
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
-        """Return the digest of the values that a node can read outside `data`.
+        """Return the digest of the values that a node can read outside `data`, for its key.
 
-        `UNKNOWN` in an iteration, and for a loop whose body may see nodes that settle later.
+        `UNKNOWN` in an iteration, and for a loop whose body may see nodes that settle later: such a node is
+        never reused alone.
         """
         if frame.loop is not None:
             return node_key.UNKNOWN  # a replay never reuses one node of an iteration
@@ -178,11 +187,11 @@ class NodeInputs:
         return node_key.digest_reads(program.outside, scope)
 
     def check_resolved(self, visit: NodeVisit, scope: Mapping[str, Json] | None = None) -> None:
-        """Raise `NodeError` for unresolved paths if the settings of the graph are strict.
+        """Remove paths into skipped nodes from the unresolved ones; in a strict graph, raise `NodeError` for
+        the others.
 
         Fields of an item, and paths of conditions, may be missing. With a `scope` the node has not been
-        called yet: no condition was tested, and there is an item only in a loop. Paths into skipped nodes are
-        removed from the list.
+        called yet: no condition was tested, and there is an item only in a loop.
         """
         if not visit.unresolved:
             return
@@ -207,7 +216,9 @@ class NodeInputs:
 
 
 def _select_nodes(nodes: Mapping[str, Json], names: Sequence[str]) -> dict[str, Json]:
-    """Return the outputs that a node can read while it runs, as a copy; all of them for `nodes` without an id."""
+    """Return a copy of the outputs that a node may read while it runs, by node id; all if it refers to
+    `nodes` as a whole.
+    """
     if EVERY_NODE in names:
         return dict(nodes)
     return {name: nodes[name] for name in names if name in nodes}
@@ -224,7 +235,7 @@ def _is_field_of_item(path: str) -> bool:
 
 
 def _leads_to_skipped(frame: SectionFrame, text: str) -> bool:
-    """Return whether a path leads into a skipped node: finding nothing there is no error."""
+    """Return whether a path leads into a skipped node: that it finds nothing there is no error."""
     if not text.removeprefix("$.").startswith("nodes"):
         return False
     try:
@@ -238,7 +249,7 @@ def _leads_to_skipped(frame: SectionFrame, text: str) -> bool:
 def _parent_output(frame: SectionFrame, parent: str) -> tuple[Json, str | None]:
     """Return a parent's output and its id.
 
-    The enclosing loop of an iteration provides the item, with None as id.
+    If the parent is the enclosing loop, they are the item of the iteration, and None.
     """
     if frame.loop is not None and parent == frame.section.loop_id:
         return frame.given, None
@@ -248,6 +259,9 @@ def _parent_output(frame: SectionFrame, parent: str) -> tuple[Json, str | None]:
 def _apply_mappings(
     roots: Mapping[str, Json], program: NodeProgram, data: Json, unresolved: list[str]
 ) -> Json:
+    """Return the data with the mapped fields added, or these alone if the data is no object; unresolved paths
+    are noted.
+    """
     scope = {"data": data, **roots}
     mapped: dict[str, Json] = {}
     for name, source in program.mappings.items():
@@ -265,7 +279,8 @@ def _apply_mappings(
 def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
     """Set attempt, input and config of a visit from the span of an earlier attempt.
 
-    A recorded input and config must not change. A span that was running is noted as lost.
+    A recorded input and config must not change. A span that was running (not a loop) is noted as lost, and
+    the attempt is the next one.
     """
     visit.started_at = recorded.started_at or visit.started_at
     visit.key_id = recorded.key_id

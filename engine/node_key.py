@@ -57,7 +57,10 @@ _source_decoder = decoding.build_decoder(tuple[DataSourceUse, ...])
 
 
 def decode_key(hashes: bytes | None) -> NodeKey | None:
-    """Return the key that the hashes of a span contain; None if it has none, an incomplete or an unreadable one."""
+    """Return the key (digests of type, config, input and so on) in the hashes of a span.
+
+    None if they are incomplete, partly unknown or unreadable.
+    """
     if hashes is None or len(hashes) < _FIXED_BYTES:
         return None
     parts: list[bytes] = []
@@ -76,7 +79,9 @@ def decode_key(hashes: bytes | None) -> NodeKey | None:
 
 
 def list_digests(hashes: bytes) -> dict[str, bytes]:
-    """Return the digests of a key by name, in their order; a key of an older release has the first four."""
+    """Return the digests in a key by name, in their order; those that a shorter key of an older release lacks
+    are left out.
+    """
     found: dict[str, bytes] = {}
     at = 0
     for name, size in zip(NodeKey._fields[: len(_PARTS)], _PARTS, strict=True):
@@ -88,13 +93,15 @@ def list_digests(hashes: bytes) -> dict[str, bytes]:
 
 
 def is_same(hashes: bytes | None, recorded: bytes | None) -> bool:
-    """Return whether two keys are complete and equal, apart from the data sources; False if either can't be decoded."""
+    """Return whether two keys are complete and equal, apart from the data sources; False if either is incomplete."""
     now, before = decode_key(hashes), decode_key(recorded)
     return now is not None and before is not None and now[:-1] == before[:-1]
 
 
 def decode_sources(hashes: bytes | None) -> tuple[DataSourceUse, ...] | None:
-    """Return the data sources in the key of a span, whose other parts may be unknown; None without readable ones."""
+    """Return the data sources that the key of a span names, even if its other parts are unknown; None without
+    readable ones.
+    """
     if hashes is None or len(hashes) <= _FIXED_BYTES:
         return None
     try:
@@ -104,19 +111,19 @@ def decode_sources(hashes: bytes | None) -> tuple[DataSourceUse, ...] | None:
 
 
 def encode_sources(sources: Collection[DataSourceUse]) -> bytes:
-    """Return the data sources of a node as the end of its key: empty for none, a mark for more than `MAX_SOURCES`."""
+    """Return the data sources of a node as the end of its key: empty for none, a mark for more than 12."""
     if not sources:
         return b""
     return _encode(sorted(sources)) if len(sources) <= MAX_SOURCES else _UNKNOWN_SOURCES
 
 
 def digest_part(value: object) -> bytes:
-    """Return the digest of a JSON value as a part of a key, `PART_BYTES` long; raises `InvalidJson`."""
+    """Return the digest of a JSON value as a part of a key: 16 bytes; raises `InvalidJson`."""
     return sha256(values.encode_canonical(value)).digest()[:PART_BYTES]
 
 
 def digest_ports(connections: Iterable[tuple[str, str]]) -> bytes:
-    """Return the digest of connections to a node, each as its source port and its target port.
+    """Return the digest of the connections to a node, pairs of source port and target port, in any order.
 
     The nodes that they come from don't count: they matter through the input alone.
     """
@@ -124,7 +131,7 @@ def digest_ports(connections: Iterable[tuple[str, str]]) -> bytes:
 
 
 def digest_reads(paths: Sequence[ExpressionPath], scope: Mapping[str, Json]) -> bytes:
-    """Return the digest of the values at `paths`; raises `InvalidJson` and `BudgetExceeded`.
+    """Return the digest of the values at `paths`, for a key; raises `InvalidJson` and `BudgetExceeded`.
 
     All paths count, also those that an evaluation may skip: the digest must be known before the node runs.
     """

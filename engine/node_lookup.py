@@ -33,7 +33,9 @@ class NodeTypeLookup(Protocol):
     def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...
     def implementation_digest(self, node_type: NodeType) -> bytes:
-        """Return a digest of the code of a node type, as a part of the key of its nodes."""
+        """Return a digest of the code of a node type, as a part of the key of its nodes, so that changed code
+        is run again.
+        """
 
     def config_problems(
         self, node_type: NodeType, config: Mapping[str, Json]
@@ -41,4 +43,6 @@ class NodeTypeLookup(Protocol):
     def rendered_config_problems(
         self, node_type: NodeType, config: Mapping[str, Json]
     ) -> Sequence[ConfigProblemView]:
-        """Validate the rendered config of a custom type."""
+        """Return the problems of a custom type's config after its expressions are replaced; types of the
+        library have none here.
+        """

@@ -105,9 +105,10 @@ class WorkflowProgram:
     def compile(
         cls, graph: ParsedGraph, catalog: NodeTypeLookup, implementation: Callable[[str], RunNode]
     ) -> Self:
-        """Compile a graph, reduced to the nodes that run; `implementation` gives the function of a node type.
+        """Compile a graph, reduced to the nodes that run; `implementation` returns the function of a node type.
 
-        Raises `InvalidDefinition` for definitions that validation would refuse.
+        Raises `InvalidDefinition` for an unknown type, an invalid expression, and other definitions that
+        validation refuses.
         """
         try:
             graph = prune_graph(graph, catalog)
@@ -153,7 +154,7 @@ class WorkflowProgram:
 
 
 def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup) -> NodeProgram:
-    """Compile a node; a pinned one gets an empty config, so that it renders nothing and can't fail.
+    """Compile a node; a pinned one, which returns a given output, gets an empty config, so that it can't fail.
 
     Raises `LookupError` and `ExpressionError`.
     """
@@ -176,9 +177,9 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
 
 
 def _build_pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
-    """Return the function of a pinned node, which returns the pinned output.
+    """Return the function of a pinned node, which returns its pinned output.
 
-    It leaves by the port `output`, or by a connected one if the type has no such port.
+    It leaves by the port `output`, or by the first connected one if the type has no such port.
     """
     node_id = program.node.id
     ports = program.node_type.outputs_of(graph.by_id[node_id].config)
@@ -193,7 +194,9 @@ def _complete_keys(
     section: GraphSection,
     graph: ParsedGraph,
 ) -> dict[str, NodeProgram]:
-    """Return the programs of a section and its bodies, with the parts of their keys that depend on the graph."""
+    """Return the programs of a section and of the bodies in it, with the parts of their keys that depend on
+    the graph.
+    """
     done: dict[str, NodeProgram] = {}
     for body in section.bodies.values():
         done |= _complete_keys(nodes, body, graph)
@@ -238,7 +241,7 @@ def _implementation_with_body(own: bytes, body: GraphSection, nodes: Mapping[str
 def _outside_of_body(
     loop: NodeProgram, inner: Sequence[NodeProgram], body_ids: frozenset[str]
 ) -> tuple[ExpressionPath, ...]:
-    """Return the paths of a loop and its body to values outside of both, without duplicates."""
+    """Return the paths with which a loop and its body read values outside of both, each once."""
     paths = {path.text: path for path in loop.outside}
     hidden = body_ids | {loop.node.id}
     for program in inner:
@@ -258,7 +261,8 @@ def mapping_paths(program: NodeProgram) -> Iterator[ExpressionPath]:
 def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
     """Compile one node: its config, mappings, conditions and the static part of its key.
 
-    Raises `LookupError` for an unknown type, and `ExpressionError` for a bad expression.
+    Defaults of the type complete the config, and the first missing field is noted as such. Raises
+    `LookupError` for an unknown type or version, and `ExpressionError` for a bad expression.
     """
     node_type = catalog.get(node.type, node.version)
     config = catalog.with_defaults(node_type, node.config)
@@ -307,12 +311,13 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
 
 
 def _list_named_nodes(paths: Sequence[ExpressionPath]) -> tuple[str, ...]:
+    """Return the ids of nodes that paths name, each once; `EVERY_NODE` for `nodes` as a whole."""
     named = (path.steps[0][0] if path.steps else None for path in paths if path.root == "nodes")
     return tuple(dict.fromkeys(EVERY_NODE if name is None else name for name in named))
 
 
 def _literal_paths(value: Json) -> Sequence[ExpressionPath]:
-    """Return the paths of the expressions in a value that its node may compile itself; none if it doesn't compile."""
+    """Return the paths of the expressions in a value that its node compiles itself; none if it doesn't compile."""
     try:
         return compile_value(value).paths
     except ExpressionError:
@@ -322,9 +327,10 @@ def _literal_paths(value: Json) -> Sequence[ExpressionPath]:
 def _divide_config(
     config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> tuple[dict[str, Json], dict[str, tuple[FieldCompilation, Json]]]:
-    """Split a config into the fields to render before a call, and those that the node evaluates itself, by place.
+    """Split a config into the fields to render before a call, and those that the node evaluates itself, by
+    place with their kind.
 
-    Fields of list items have places such as `items.0.value`.
+    Fields of list items have places such as `items.0.value`, and are removed from the items.
     """
     early = dict(config)
     late: dict[str, tuple[FieldCompilation, Json]] = {}
@@ -348,7 +354,8 @@ def _without_fields(item: Json, name: str) -> Json:
 
 
 def compile_mapping(source: Json) -> ValueTemplate | Expression:
-    """Compile the source of one mapped field: an expression, a text with `{{ }}`, or a constant.
+    """Compile the source of one mapped field: a text without braces is an expression, others are templates or
+    constants.
 
     Raises `ExpressionError`.
     """

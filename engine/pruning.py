@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
-    """Return the part of a graph that is run: nodes needed for `up_to` and not hidden behind pinned nodes.
+    """Return the part of a graph that is run: nodes needed for its `up_to`, without those hidden behind
+    pinned nodes.
 
     Without both it is the graph itself. Raises `InvalidDefinition` for an unknown node to pin or to end with.
     """
@@ -49,7 +50,9 @@ def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
 
 
 def _pin_loop_bodies(pinned: Collection[str], bodies: LoopBodies) -> Iterator[GraphEdge]:
-    """Yield edges that keep pinned nodes in their loop bodies, where they return at once."""
+    """Yield an edge from the loop to each pinned node in its body, so that the node stays there and returns
+    at once.
+    """
     for node_id in pinned:
         loop_id = bodies.holders.get(node_id)
         if loop_id is not None:
@@ -80,7 +83,9 @@ class _NeededNodes:
         return self._found
 
     def _last_nodes(self) -> Mapping[str | None, list[str]]:
-        """Return the nodes without successors outside of their own body, by their innermost loop (None for none)."""
+        """Return the nodes without successors outside of their own body, by their innermost loop (None
+        outside of loops).
+        """
         last: dict[str | None, list[str]] = {None: []}
         for node in self._graph.nodes:
             leading = [
@@ -96,6 +101,7 @@ class _NeededNodes:
         return port == CONTINUE and node.id in self._loops
 
     def _need(self, node_id: str, *, whole: bool = True) -> None:
+        """Add a node that is needed; a loop that is needed as a `whole` needs the last nodes of its body too."""
         if node_id not in self._found:
             self._found.add(node_id)
             self._left.append(node_id)
@@ -105,6 +111,9 @@ class _NeededNodes:
                 self._need(last)
 
     def _go_back_from(self, node: GraphNode) -> None:
+        """Add the nodes that a needed node needs: enclosing loops, sources of its edges, and nodes that it
+        refers to.
+        """
         for loop_id in self._bodies.enclosing_loops(node.id):
             self._need(loop_id, whole=False)
         if node.id in self._graph.pinned:

@@ -20,9 +20,10 @@ MAX_PATHS: Final = 20
 
 
 def static_changes(facts: ReplayFacts, node_id: str, key: NodeKey) -> list[ReplayReason]:
-    """Return the reasons for which a recorded key no longer holds, without any values of the run.
+    """Return the reasons for which a node's recorded key no longer holds, as far as the definition and data
+    sources tell.
 
-    These are changes of the node itself and of its data sources.
+    The values of the run are not compared. Empty if nothing has changed.
     """
     graph = facts.program.graph
     now = _static_key(facts.program.nodes[node_id])
@@ -46,6 +47,7 @@ def static_changes(facts: ReplayFacts, node_id: str, key: NodeKey) -> list[Repla
 
 
 def _static_key(program: NodeProgram) -> dict[str, bytes]:
+    """Return the digests of a compiled node by name, those that need no values of a run."""
     static, end = program.static_hashes, program.key_end
     return {
         "type": static[:32],
@@ -57,7 +59,7 @@ def _static_key(program: NodeProgram) -> dict[str, bytes]:
 
 
 def _implementation_change(facts: ReplayFacts, node_id: str) -> ReplayReason:
-    """Return the reason for a changed implementation: of a loop, the edited nodes of its body if there are any."""
+    """Return the reason for a changed implementation: for a loop the edited nodes of its body, if there are any."""
     program = facts.program.nodes[node_id]
     if program.body:
         changed = _find_edited_body_nodes(program, facts.original, facts.program.graph)
@@ -73,7 +75,7 @@ def _source_changes(facts: ReplayFacts, key: NodeKey) -> list[ReplayReason]:
 
 
 def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> frozenset[str]:
-    """Return the nodes of a loop's body that differ between two definitions, and the body's nodes behind them."""
+    """Return the nodes of a loop's body that differ between two definitions, and the nodes of the body behind them."""
     found = set(_find_edited_body_nodes(loop, original, graph))
     left = deque(found)
     while left:
@@ -85,6 +87,7 @@ def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGr
 
 
 def _find_edited_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> set[str]:
+    """Return the nodes of a loop's body that are new, or whose content or incoming edges have changed."""
     return {
         inner
         for inner in loop.body
@@ -109,9 +112,9 @@ def edge_ends(edge: GraphEdge) -> tuple[str, str, str]:
 
 
 def diff_paths(before: Json, after: Json, prefix: str = "") -> list[str]:
-    """Return the places at which two values differ, at most `MAX_PATHS`, such as `headers.Accept`.
+    """Return up to 20 places at which two values differ, such as `headers.Accept`.
 
-    Lists of different lengths count as one difference.
+    Lists of different lengths, and values of different kinds, count as one difference.
     """
     found: list[str] = []
     left: deque[tuple[str, Json, Json]] = deque([(prefix, before, after)])

@@ -151,16 +151,20 @@ class ReplayPlan:
 
     @property
     def predicted_seconds(self) -> float:
-        """Sum of the recorded durations of the nodes that may run."""
+        """Sum of the recorded durations, in seconds, of the nodes that run or may run."""
         return sum(node.seconds for node in self.nodes if node.decision is not ReplayDecision.REUSE)
 
     @property
     def unconfirmed(self) -> tuple[str, ...]:
-        """Writes that need a confirmation before the replay may start."""
+        """Ids of the writes that need a confirmation before the replay may start."""
         return tuple(node.node_id for node in self.nodes if node.decision is ReplayDecision.ASK)
 
     def digest(self, *context: Json) -> str:
-        """Return the hash of the plan, as it was before confirmations, and of the context that it was made in."""
+        """Return the hash of the plan, as it was before confirmations, and of its context: two equal plans
+        have the same hash.
+
+        It lets a client confirm the very plan that it was shown.
+        """
         nodes: list[Json] = [
             [
                 node.node_id,

@@ -52,9 +52,10 @@ if TYPE_CHECKING:
 
 
 def plan_replay(facts: ReplayFacts, options: ReplayOptions) -> ReplayPlan:
-    """Return the plan of a replay: a decision for each node, without side effects.
+    """Return the plan of a replay: for each node whether it is reused, runs again, may run, or needs a
+    confirmation.
 
-    It takes noticeable time for large outputs, so call it in a thread.
+    It has no side effects. It takes noticeable time for large outputs, so call it in a thread.
     """
     unknowable: frozenset[str] = frozenset()
     while True:
@@ -106,7 +107,9 @@ class _NodePlanner:
         }
 
     def plan(self) -> ReplayPlan:
-        """Decide about all nodes; return their decisions in the order of the graph."""
+        """Decide about all nodes; return the decisions in the order of the graph, and the recorded nodes that
+        it no longer has.
+        """
         self._decide_reachable()
         for node_id in self._graph.order:
             if node_id in self._frame.section.graph.by_id and node_id not in self._decisions | dict.fromkeys(
@@ -162,13 +165,16 @@ class _NodePlanner:
         return span.sequence if span is not None else 2**31
 
     def misjudged(self) -> frozenset[str]:
-        """Return the nodes whose results were kept although a parallel branch that they refer to runs again."""
+        """Return the nodes whose results were reused although a parallel branch that they refer to runs again.
+
+        They must be decided again without that assumption.
+        """
         return frozenset(
             node_id for node_id in self._presumed if node_id in self._known and self._open_references(node_id)
         )
 
     def _open_references(self, node_id: str) -> set[str]:
-        """Return the nodes with an unknown output that a node refers to, except those that follow it."""
+        """Return the nodes that a node refers to and whose output is not known yet, except those that follow it."""
         found = {
             other
             for other in self._references(node_id)
@@ -188,6 +194,7 @@ class _NodePlanner:
         return {other for other in found if other in section and other != node_id}
 
     def _followers(self, node_id: str) -> set[str]:
+        """Return all nodes behind a node."""
         found: set[str] = set()
         left = deque([node_id])
         while left:
@@ -198,9 +205,10 @@ class _NodePlanner:
         return found
 
     def _known_port(self, node_id: str, decision: NodeReplay) -> str | None:
-        """Return the port by which a node leaves if its result is known now, else None.
+        """Return the port by which a node leaves if its result is known before the replay runs, else None.
 
-        Its output and digest are stored in the frame.
+        Known are reused results, and the output of a trigger that runs again. Output and digest are stored in
+        the frame.
         """
         span = self._recorded.get(node_id)
         if decision.use is ResultUse.SETTLED and span is not None and span.port is not None:
@@ -221,6 +229,7 @@ class _NodePlanner:
         return None
 
     def _decide(self, node_id: str) -> NodeReplay:
+        """Decide about a node with known inputs."""
         span, program = self._recorded.get(node_id), self._program.nodes[node_id]
         if span is None:
             return self._run(node_id, self._absence(node_id))
@@ -251,10 +260,10 @@ class _NodePlanner:
         return ReplayReason(ReplayReasonCode.NO_RESULT if known else ReplayReasonCode.NEW_NODE)
 
     def _decide_unfinished(self, node_id: str, span: NodeSpan) -> NodeReplay:
-        """Decide about a node with known inputs that failed or was not finished in the run.
+        """Decide about a node with known inputs that failed or did not end in the run.
 
-        It runs again, unless it is a write with a possible effect: that one needs a confirmation or the same
-        request.
+        It runs again. A write that may have happened is different: the same request is repeated under its
+        key, another needs a confirmation.
         """
         program = self._program.nodes[node_id]
         reasons = [self._failure(span)]
@@ -276,6 +285,9 @@ class _NodePlanner:
         return self._ask(node_id, [*reasons, *changes], ResultUse.NONE)
 
     def _decide_failed_loop(self, node_id: str, span: NodeSpan, reasons: list[ReplayReason]) -> NodeReplay:
+        """Decide about a failed loop with known inputs: it runs again, with its completed iterations if only
+        those failed matter.
+        """
         key = decode_key(span.hashes)
         if key is None:
             return self._run(node_id, *reasons)
@@ -296,7 +308,11 @@ class _NodePlanner:
     # ── nodes behind others that run ──────────────────────────────────────────────────────────────
 
     def _decide_behind(self, node_id: str) -> NodeReplay:
-        """Decide about a node whose input is known only when the replay runs."""
+        """Decide about a node whose input is known only when the replay runs, since a node before it runs again.
+
+        A result that may still fit is kept as a candidate; a write behind a changed node needs a
+        confirmation.
+        """
         span, program = self._recorded.get(node_id), self._program.nodes[node_id]
         if span is None:
             return self._run(node_id, self._absence(node_id))
@@ -326,6 +342,7 @@ class _NodePlanner:
         return self._make(node_id, ReplayDecision.MAYBE, [reason], use)
 
     def _decide_unfinished_behind(self, node_id: str, span: NodeSpan, key: NodeKey | None) -> NodeReplay:
+        """Decide about a node without a result, whose input is known only when the replay runs."""
         program = self._program.nodes[node_id]
         reasons = [self._failure(span)]
         if not program.is_write or not may_have_happened(span):
@@ -341,7 +358,7 @@ class _NodePlanner:
         return self._make(node_id, ReplayDecision.MAYBE, reasons, use)
 
     def _reruns_before(self, node_id: str) -> set[str]:
-        """Return the nodes that run again and whose output a node takes or refers to."""
+        """Return the nodes that surely run again and whose output a node takes or refers to."""
         before = {edge.source for edge in self._graph.inbound[node_id]} | self._references(node_id)
         return {
             other
@@ -394,7 +411,7 @@ class _NodePlanner:
     ) -> list[ReplayReason]:
         """Return the reasons for which the values that a node reads have changed; empty if they are the same.
 
-        Its predecessors are all decided.
+        All its predecessors must be decided. If the outputs aren't at hand, a doubt counts as a change.
         """
         if self._has_same_values(node_id):
             return []
@@ -418,7 +435,9 @@ class _NodePlanner:
         return [*gone, ReplayReason(ReplayReasonCode.INPUT_CHANGED, tuple(paths))]
 
     def _has_same_values(self, node_id: str) -> bool:
-        """Return whether a node surely gets the recorded values: its sources are the same and reuse their results."""
+        """Return whether a node surely gets the recorded values: the same sources, all of which reuse their
+        results.
+        """
         program = self._program.nodes[node_id]
         paths = list(_all_paths(program))
         is_first = not self._graph.inbound[node_id] and not program.is_pinned
@@ -455,7 +474,7 @@ class _NodePlanner:
     # ── decisions ─────────────────────────────────────────────────────────────────────────────────
 
     def _repeat(self, node_id: str, reasons: list[ReplayReason], key: NodeKey | None) -> NodeReplay:
-        """Return the decision to run a completed node again; a write is asked about first."""
+        """Return the decision to run a completed node again; a write needs a confirmation first."""
         if not self._program.nodes[node_id].is_write:
             return self._run(node_id, *reasons)
         is_forced = any(reason.code is ReplayReasonCode.FORCED for reason in reasons)
@@ -466,15 +485,18 @@ class _NodePlanner:
     def _run(
         self, node_id: str, *reasons: ReplayReason, decision: ReplayDecision = ReplayDecision.RERUN
     ) -> NodeReplay:
+        """Return the decision that a node runs, with nothing of its recorded span."""
         return self._make(node_id, decision, reasons, ResultUse.NONE)
 
     def _ask(self, node_id: str, reasons: Sequence[ReplayReason], use: ResultUse) -> NodeReplay:
+        """Return the decision that a write needs a confirmation."""
         needs = ReplayReason(ReplayReasonCode.WRITE_NEEDS_CONFIRM)
         return self._make(node_id, ReplayDecision.ASK, [*reasons, needs], use)
 
     def _make(
         self, node_id: str, decision: ReplayDecision, reasons: Sequence[ReplayReason], use: ResultUse
     ) -> NodeReplay:
+        """Return a decision about a node, with its effect and recorded duration."""
         span = self._recorded.get(node_id)
         seconds = 0.0
         if span is not None and span.started_at is not None and span.ended_at is not None:
@@ -488,6 +510,7 @@ class _NodePlanner:
         return replace(node, decision=ReplayDecision.RERUN, confirmed=True)
 
     def _failure(self, span: NodeSpan) -> ReplayReason:
+        """Return the reason of an unfinished node: it failed, or has no result."""
         has_failed = span.status is SpanStatus.FAILED
         return ReplayReason(ReplayReasonCode.FAILED if has_failed else ReplayReasonCode.NO_RESULT)
 

@@ -54,8 +54,8 @@ class ExpressionOperation:
     def apply(self, arguments: Sequence[Json]) -> Json:
         """Convert the arguments, of a permitted number, and compute the result.
 
-        Raises `OperationError` for wrong types, division by zero, results out of range and results that are
-        too large.
+        Raises `OperationError` for wrong types, division by zero, and results that are out of range or too
+        large.
         """
         try:
             converted = [convert(given) for convert, given in zip(self._converters, arguments, strict=False)]
@@ -73,9 +73,11 @@ class ExpressionOperation:
 def define_operation(
     name: str, *, takes_first_found: bool = False, reads_all: bool = False
 ) -> Callable[[Callable[..., Json]], ExpressionOperation]:
-    """Return a decorator that turns a function into an operation.
+    """Return a decorator that turns a function into an operation of expressions.
 
-    Parameters define its arguments, and the first paragraph of the docstring its summary.
+    The parameters with their annotations define its arguments, and the first line of the docstring its
+    summary. `takes_first_found` is for operations that stop at the first value found, `reads_all` for those
+    that visit all of a value.
     """
 
     def make(function: Callable[..., Json]) -> ExpressionOperation:
@@ -169,6 +171,7 @@ _CONVERTERS: Final[Mapping[str, ArgumentConverter]] = {
 
 
 def _check_size(result: Json) -> None:
+    """Raise `OperationError` for a result that is too large: a number, a text or a list."""
     if type(result) is int or type(result) is float:
         if not -MAX_NUMBER <= result <= MAX_NUMBER:
             raise OperationError("gives a number that is too large")
@@ -179,6 +182,9 @@ def _check_size(result: Json) -> None:
 
 
 def check_text_length(length: int) -> None:
+    """Raise `OperationError` for a text over ten million characters; over 200,000, `BudgetExceeded` within
+    `offload.try_inline`.
+    """
     if length > INLINE_LENGTH:
         offload.require_offloaded()
     if length > MAX_TEXT_LENGTH:
@@ -186,6 +192,9 @@ def check_text_length(length: int) -> None:
 
 
 def check_list_length(length: int) -> None:
+    """Raise `OperationError` for a list over a million elements; over 200,000, `BudgetExceeded` within
+    `offload.try_inline`.
+    """
     if length > INLINE_LENGTH:
         offload.require_offloaded()
     if length > MAX_LIST_LENGTH:
