@@ -75,7 +75,7 @@ class RunProgress:
     def apply_outcome(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
         """Apply the outcome that a node returned: complete it, let it wait, or start a loop.
 
-        A result that can't be stored, or an unresolved path in a strict graph, is handled as its failure.
+        A result that can't be stored, or an unresolved path in a strict graph, makes the node fail.
         """
         try:
             if not isinstance(outcome, NodeDirective):
@@ -93,7 +93,8 @@ class RunProgress:
             self.fail(visit, to_node_error(error))
 
     def write_output(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
-        """Encode the output of an outcome, if it has one, and store it in the visit.
+        """Encode the output of an outcome, if it has one, and store it in the visit, before `apply_outcome`;
+        may run in a thread.
 
         Raises `InvalidJson`, `NodeError` if it is too large or a strict path was unresolved, and
         `BudgetExceeded`.
@@ -104,14 +105,16 @@ class RunProgress:
             visit.written = self._encode_output(visit, outcome)
 
     def _on_completed(self, visit: NodeVisit, port: str, output: Json) -> None:
+        """Record a node as completed with an output at a port, and schedule its successors."""
         output, text, digest = visit.written or self._encode_output(visit, output)
         visit.written = None
         self._settle(visit, SpanStatus.COMPLETED, port, output, text, digest)
 
     def _encode_output(self, visit: NodeVisit, output: Json) -> tuple[Json, bytes, bytes]:
-        """Return the output with passed-through fields, its JSON, and the digest of that.
+        """Return the output with passed-through fields, its JSON, and the SHA-256 of that.
 
-        Raises `InvalidJson`, and `NodeError` if it is too large or a path of a strict graph was unresolved.
+        An output that is the unchanged input reuses its JSON. Raises `InvalidJson`, and `NodeError` if it is
+        too large or a path of a strict graph was unresolved.
         """
         if visit.program.pass_through:
             output = self._pass_through(visit, output)
@@ -141,6 +144,11 @@ class RunProgress:
         self.apply_outcome(visit, NodeResult(output, port))
 
     def _pass_through(self, visit: NodeVisit, output: Json) -> Json:
+        """Return the output with the fields that the node passes through from its data; missing ones are null
+        and unresolved.
+
+        An output that is no object is returned unchanged.
+        """
         if not isinstance(output, dict):
             return output
         given = visit.data if isinstance(visit.data, dict) else {}
@@ -153,7 +161,10 @@ class RunProgress:
     # ── failures ──────────────────────────────────────────────────────────────────────────────────
 
     def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None:
-        """Handle the failure of a node: record it and schedule a retry, or give up if none is allowed or left."""
+        """Handle the failure of a node: record it and schedule a retry, or give up if none is allowed or left.
+
+        `is_final` allows no retry.
+        """
         reason = self.to_run_error(visit, error)
         pause = None if is_final or visit.frame.is_broken_off else self._pause_seconds(visit, error)
         if pause is None:
@@ -173,7 +184,8 @@ class RunProgress:
         """Return the delay before the next attempt in seconds; None if there is none.
 
         Attempts are grouped in rounds. With `retryOnFailure`, the run is resumed at a node that has used up
-        one round; the round follows from the number of the next attempt, which is then changed.
+        one round, after up to a minute; the round follows from the number of the next attempt, which is then
+        changed. At-most-once nodes are repeated only after known failures.
         """
         node = visit.program.node
         is_known = error.retryable and error.code not in run_records.UNKNOWN_OUTCOMES
@@ -207,6 +219,7 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def _fail_frame(self, frame: SectionFrame, reason: RunError) -> None:
+        """Note the first failure of a frame: it fails the run, or cancels the iteration of a loop."""
         if frame.failure is not None or frame.is_broken_off:
             return
         frame.failure = reason
@@ -232,6 +245,7 @@ class RunProgress:
         digest: bytes,
         error: RunError | None = None,
     ) -> None:
+        """Store a node's output, record its end, count its progress, and schedule the nodes behind the port."""
         frame, node_id = visit.frame, visit.program.node.id
         frame.outputs[node_id] = output
         frame.digests[node_id] = digest
@@ -250,7 +264,7 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def restore(self, frame: SectionFrame, span: NodeSpan) -> None:
-        """Restore a settled node from the journal instead of running it, and schedule its successors.
+        """Restore a settled node from its recorded span instead of running it, and schedule its successors.
 
         Call this in the order in which nodes settled, so that an eager node is reached by the branch that was
         first.
@@ -276,7 +290,9 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None:
-        """Add the ready nodes of a frame to the worklist, and record the skipped ones with their bodies."""
+        """Add the ready nodes of a step to the worklist, and record the skipped ones, with the bodies of
+        skipped loops.
+        """
         if step.ready:
             self._worklist.add(frame, step.ready)
         frame.skipped.update(step.skipped)
@@ -294,7 +310,7 @@ class RunProgress:
                 self._recorder.record_skipped(node, frame.iteration)
 
     def _on_node_settled(self, frame: SectionFrame) -> None:
-        """Count down the open nodes of a frame; the last one ends its iteration."""
+        """Count down the open nodes of a frame; the last one ends the iteration, if the frame is one."""
         frame.open -= 1
         if frame.open == 0 and frame.loop is not None:
             self._loops.end_iteration(frame, frame.loop)
@@ -302,12 +318,17 @@ class RunProgress:
     # ── waits and answers ─────────────────────────────────────────────────────────────────────────
 
     def _begin_wait(self, visit: NodeVisit, outcome: TimerWait) -> None:
+        """Record that a node waits for a time, and let it sleep until then."""
         _, text, _ = visit.written or self._encode_output(visit, outcome.output)
         visit.written = None
         self._recorder.record_node(visit, SpanStatus.WAITING, output=text, wake_at=outcome.until)
         self._sleep(visit, outcome.until, WakeAction.DONE, output=text)
 
     def _begin_answer_wait(self, visit: NodeVisit, outcome: AnswerWait) -> None:
+        """Apply the answer that a node waits for, if it is there; else record the wait and let the node sleep.
+
+        A wait for a task is committed before other nodes begin, since only the commit creates the task.
+        """
         self._node_inputs.check_resolved(visit)
         payload = self._find_answer(visit)
         if payload is not None:
@@ -322,7 +343,7 @@ class RunProgress:
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
     def resume_sleep(self, visit: NodeVisit, recorded: NodeSpan) -> None:
-        """Continue a wait, or the pause before a retry, of an earlier attempt.
+        """Continue a wait, or the pause before a retry, of an earlier attempt at the run.
 
         An answer that has come meanwhile is applied.
         """
@@ -337,7 +358,7 @@ class RunProgress:
             self._sleep(visit, recorded.wake_at, WakeAction.EXPIRED, expired=expired)
 
     def apply_answers(self, wait_answers: NodeAnswers) -> None:
-        """Store the current wait answers, and apply those of sleeping nodes."""
+        """Store the current wait answers by node, and apply those for which nodes sleep."""
         self._wait_answers, sleeping = wait_answers, self._worklist.sleeping
         for visit in [sleeper.visit for sleeper in sleeping.values() if sleeper.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
@@ -346,9 +367,11 @@ class RunProgress:
                 self._apply_answer(visit, payload)
 
     def _find_answer(self, visit: NodeVisit) -> bytes | None:
+        """Return the stored answer for a node; None if there is none yet."""
         return self._wait_answers.get((visit.node_id, visit.frame.iteration))
 
     def _apply_answer(self, visit: NodeVisit, payload: bytes) -> None:
+        """Apply the answer to a waiting node: its log lines, and its result or final failure."""
         for level, message in answer_payloads.decode_logs(payload):
             self._recorder.log(level, message, visit.node_id)
         try:
@@ -360,9 +383,10 @@ class RunProgress:
             self.apply_outcome(visit, result)
 
     def wake(self, sleeping: SleepingNode) -> None:
-        """Continue a sleeping node whose time has come: complete it, apply its result at expiry, or fail it.
+        """Continue a sleeping node whose time has come: complete it after a timer, apply its result at
+        expiry, or fail it.
 
-        It fails, finally, if no answer came and no result at expiry is set.
+        It fails, finally, if no answer came and no result at expiry is set. Retries are started elsewhere.
         """
         visit = sleeping.visit
         if sleeping.then is WakeAction.DONE:
@@ -383,5 +407,6 @@ class RunProgress:
         output: bytes | None = None,
         expired: NodeResult | None = None,
     ) -> None:
+        """Let a node sleep until a time (None: until an answer), and then take an action."""
         wakes_at = None if wake_at is None else self._recorder.clock.monotonic_of(wake_at)
         self._worklist.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired)

@@ -127,7 +127,9 @@ class NodeSpan(msgspec.Struct, frozen=True):
 
     @property
     def is_iteration(self) -> bool:
-        """Whether this is the span of an iteration: at port `continue` without hashes, which each node has by then."""
+        """Whether this is the span of one iteration of a loop: at port `continue` without hashes, which each
+        node has by then.
+        """
         return self.port == CONTINUE and self.hashes is None
 
 
@@ -202,10 +204,10 @@ class RunJournalWriter(Protocol):
     """Journal of one run. Records are durable only after `commit` has returned."""
 
     def record(self, span: NodeSpan) -> None:
-        """Add the new state of a node to the next commit."""
+        """Add the new state of a node to the next commit, where it replaces earlier states."""
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
-        """Add an attempt to the next commit; a span of its node follows."""
+        """Add an attempt to the next commit; the caller records the state of its node after it."""
 
     def log(self, line: LogLine) -> None:
         """Add a log line to the next commit."""
@@ -243,7 +245,7 @@ def output_too_large(max_bytes: int) -> NodeError:
 
 
 def error_output(reason: RunError, data: Json, max_bytes: int) -> tuple[Json, bytes]:
-    """Return the output at the error port, with error and input, and its JSON.
+    """Return the output at a node's error port, an object with `error` and the input as `data`, and its JSON.
 
     An input that doesn't fit beside the error is replaced by null.
     """
@@ -263,7 +265,7 @@ def node_timed_out(node: GraphNode) -> NodeError:
 
 
 def to_run_error(reason: RunError) -> RunError:
-    """Convert a node's error to the error of its run: `timed-out` stays, others become `node-error`.
+    """Convert a node's error to the error of its run: `timeout` stays, others become `node-error`.
 
     The cause keeps the node's code and message.
     """
@@ -274,7 +276,10 @@ def to_run_error(reason: RunError) -> RunError:
 
 
 def to_node_run_error(error: NodeError, node_id: str, attempt: int) -> RunError:
-    """Convert an error of a node's attempt to its stored form, with texts that every database accepts."""
+    """Convert an error of a node's attempt to its stored form, with texts that every database accepts.
+
+    An HTTP request that failed is named in the cause.
+    """
     cause = error.cause
     if error.request is not None:
         method, url = error.request
@@ -286,7 +291,7 @@ def to_node_run_error(error: NodeError, node_id: str, attempt: int) -> RunError:
 
 
 def make_storable(text: str) -> str:
-    """Return a text cut to the maximum length, with characters that databases refuse replaced."""
+    """Return a text cut to 8,192 characters, with characters that databases refuse (NUL, surrogates) replaced."""
     return _UNSTORABLE.sub("\ufffd", text[:MAX_MESSAGE_LENGTH])
 
 

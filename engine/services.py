@@ -44,7 +44,9 @@ _used_sources: Final[ContextVar[set[tuple[str, int]] | None]] = ContextVar("used
 
 
 def collect_source_uses() -> set[tuple[str, int]]:
-    """Return a set that receives id and revision of each data source that the current task uses from now on."""
+    """Begin to collect the data sources that the current task uses from now on; return the set that receives
+    id and revision.
+    """
     uses: set[tuple[str, int]] = set()
     _used_sources.set(uses)
     return uses
@@ -114,7 +116,9 @@ class SqlDatabase(Protocol):
         max_bytes: int,
         timeout_seconds: float,
     ) -> QueryRows:
-        """Run a reading statement with bound values, a `?` for each; exceeding a limit is an error."""
+        """Run a reading statement with bound values, a `?` for each; exceeding a limit or the time raises
+        `NodeError`.
+        """
 
     async def write(
         self,
@@ -126,10 +130,12 @@ class SqlDatabase(Protocol):
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
-        """Insert rows in batches, all or none; returns the number of inserted or changed rows."""
+        """Insert rows in batches, all or none; return the number of inserted or changed rows. Raises `NodeError`."""
 
     async def execute(self, statement: str, parameters: Sequence[Json], *, timeout_seconds: float) -> int:
-        """Run a writing statement with bound values; returns the number of changed rows."""
+        """Run a writing statement with bound values, a `?` for each; return the number of changed rows.
+        Raises `NodeError`.
+        """
 
 
 class StoredObject(msgspec.Struct, frozen=True):
@@ -146,7 +152,7 @@ class ObjectBucket(Protocol):
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes: ...
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
-        """Write an object as a whole; returns its entity tag."""
+        """Write an object as a whole, in place of an earlier one; return its entity tag. Raises `NodeError`."""
 
     async def list(
         self, prefix: str, *, max_objects: int, timeout_seconds: float
@@ -159,7 +165,9 @@ class MailServerService(Protocol):
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
-        """Send one mail to all recipients or to none; addresses are bare and in ASCII, as is the mail."""
+        """Send one composed mail to all recipients or to none; addresses are bare and in ASCII, as is the
+        mail. Raises `NodeError`.
+        """
 
 
 class DataSourceService(Protocol):
@@ -169,7 +177,9 @@ class DataSourceService(Protocol):
     async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket: ...
     async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService: ...
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
-        """Return authorization headers (http-bearer, http-basic, api-key) for `url` if its host matches."""
+        """Return authorization headers (http-bearer, http-basic, api-key) for `url`; raises `NodeError`
+        unless its host matches.
+        """
 
 
 class FileFolderService(Protocol):
@@ -185,10 +195,12 @@ class BlobService(Protocol):
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
-        """Store a content durably; returns its reference: `{"$blob": {sha256, size, type, name}}`."""
+        """Store content durably; return its reference: `{"$blob": {sha256, size, type, name}}`. Raises `NodeError`."""
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return the content of a reference that this chain of runs has received."""
+        """Return the content of a reference that this chain of resumed runs has received; raises `NodeError`
+        for others.
+        """
 
 
 class CodeService(Protocol):
@@ -205,7 +217,11 @@ class CodeService(Protocol):
         max_memory_bytes: int,
         print_line: PrintLine,
     ) -> Json:
-        """Run a script with `inputs` as globals; returns the value of its last expression or `return`."""
+        """Run a Python script with `inputs` as globals; return the value of its last expression or `return`.
+
+        `print_line` gets each printed line. Raises `NodeError` for a failing script, and above a limit of
+        time or memory.
+        """
 
 
 class PrintLine(Protocol):
@@ -227,9 +243,9 @@ class SubRunService(Protocol):
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run, at most once per node and iteration; returns its execution id.
+        """Start a run of another workflow, at most once per node and iteration; return its execution id.
 
-        An awaited run answers the node when it ends.
+        An `awaited` run answers the node when it ends. Raises `NodeError`.
         """
 
 
@@ -239,7 +255,9 @@ class ThrottleService(Protocol):
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next slot and return its time (aware, UTC), unless it is too far away."""
+        """Reserve the next slot of a rate and return its time (aware, UTC); raises `NodeError` if it is too
+        far away.
+        """
 
 
 class EventWaitRequest(msgspec.Struct, frozen=True):
@@ -272,9 +290,10 @@ class EventWaitService(Protocol):
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Let the first matching event answer the node; returns the expiry of the wait (aware, UTC).
+        """Let the first matching event answer the node; return the expiry of the wait (aware, UTC), None
+        without one.
 
-        Both times count from when the node was first reached, also in repeated calls.
+        Look-back and timeout count from when the node was first reached, also in repeated calls.
         """
 
 
@@ -289,6 +308,7 @@ class _MissingService:
 
 
 def _missing_service(name: str) -> Callable[[], Any]:
+    """Return a function that raises `NodeError`, in place of a service that the process doesn't provide."""
     return lambda: _MissingService(name)
 
 

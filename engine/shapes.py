@@ -62,9 +62,9 @@ SCALAR: Final = ValueShape()
 
 
 def follow_path(shape: ValueShape, steps: ShapeSteps) -> ValueShape | PathDeadEnd:
-    """Return the shape at the end of a path, or its dead end: the step and the shape that lacks it.
+    """Return the shape at the end of a path, or its dead end: the step and the shape that surely lacks it.
 
-    It is `UNKNOWN` where a shape may have other fields.
+    It is `UNKNOWN` behind a step that a shape may or may not have.
     """
     for at, step in enumerate(steps):
         below = _child_shape(shape, step)
@@ -87,7 +87,9 @@ def _child_shape(shape: ValueShape, step: PathStep) -> ValueShape | None:
 
 
 def shape_of_schema(schema: Json) -> ValueShape:
-    """Return the shape of a JSON Schema, by types, properties and items; other keywords are ignored."""
+    """Return the shape of a JSON Schema, by types, properties and items; other keywords, such as `anyOf`, are
+    ignored.
+    """
     if not isinstance(schema, dict):
         return UNKNOWN
     match schema.get("type"):
@@ -115,7 +117,7 @@ def _other_fields(additional: Json) -> OtherFields:
 def shape_of_config(value: Json, levels: int = MAX_LEVELS) -> ValueShape:
     """Return the shape of a config value before its templates are rendered.
 
-    Templates, items of lists and operations are unknown.
+    Templates, items of lists, operations, very deep parts and objects with over 250 fields are unknown.
     """
     match value:
         case dict() if levels == 0 or "$op" in value or len(value) > MAX_FIELDS:
@@ -133,7 +135,7 @@ def shape_of_config(value: Json, levels: int = MAX_LEVELS) -> ValueShape:
 def shape_of_samples(past: Sequence[Json], levels: int = MAX_LEVELS) -> ValueShape:
     """Return the union of the shapes of past values; empty and null values are ignored.
 
-    `UNKNOWN` without others, below `levels` and for very many fields.
+    `UNKNOWN` without others, below `levels` and for over 250 fields. Of each list, 50 items count.
     """
     telling = [value for value in past if value not in (None, [], {})]
     if levels == 0 or not telling:
@@ -158,7 +160,11 @@ def shape_of_samples(past: Sequence[Json], levels: int = MAX_LEVELS) -> ValueSha
 
 
 def merge_samples(shape: ValueShape, past: ValueShape) -> ValueShape:
-    """Return a shape completed by past values: unknown parts are filled in, and unexpected fields added."""
+    """Return a shape completed by the shape of past values: unknown parts are filled in, and unexpected
+    fields added.
+
+    Where both know a part, `shape` counts.
+    """
     if past.rest is OtherFields.UNKNOWN:
         return shape
     known = {
@@ -185,7 +191,8 @@ def add_fields(shape: ValueShape, fields: Mapping[str, ValueShape]) -> ValueShap
 def union_shapes(shapes: Sequence[ValueShape]) -> ValueShape:
     """Return the union of one or more shapes: it has each field that one of them has.
 
-    Fields in which they differ are unknown.
+    Fields and items in which they differ are unknown, and so is everything with over 250 fields. Beside a
+    shape with unknown fields, only those fields are kept that it may have in this form.
     """
     first, *others = shapes
     if not others:
@@ -219,9 +226,9 @@ def _accepts_field(shape: ValueShape, name: str, expected: ValueShape) -> bool:
 
 
 def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
-    """Return existing paths that a path with a dead end may mean: a similar name, a step less, or a step more.
+    """Return up to two existing paths that a path with a dead end may mean.
 
-    Only the first kind that is found, and at most two.
+    Only the first kind that finds any: a similar name, the path with a step less, with one or two steps more.
     """
     head, (key, _), tail = steps[: lost.at], steps[lost.at], steps[lost.at + 1 :]
     fields = lost.shape.fields
@@ -260,7 +267,7 @@ def _is_known(shape: ValueShape, steps: ShapeSteps) -> bool:
 
 
 def _list_paths(shape: ValueShape) -> Iterator[tuple[ShapeSteps, ValueShape]]:
-    """Yield the fields of a shape and then their fields, with paths and shapes; their number is limited."""
+    """Yield the fields of a shape and then their fields, with paths and shapes; a limited number of each."""
     inner = [(((name, None),), each) for name, each in islice(shape.fields.items(), MAX_FIELDS)]
     yield from inner
     for way, each in inner:

@@ -87,7 +87,9 @@ class SpanRecorder:
         return self._sequence - self._committed > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES
 
     async def commit(self) -> None:
-        """Make all records so far durable in the journal; raises `LeaseLost`."""
+        """Make all records so far durable in the journal; raises `LeaseLost`. The limits of uncommitted
+        records begin anew.
+        """
         self.has_uncommitted_write = False
         self._committed, self._pending_bytes = self._sequence, 0
         await self._journal.commit()
@@ -106,7 +108,8 @@ class SpanRecorder:
     ) -> None:
         """Record the state of a node in the journal under the next sequence number.
 
-        Several attempts are recorded by rows of their own. Data sources in use are added to the key.
+        Second and later attempts are recorded by rows of their own. Data sources in use are added to the key.
+        At the log level `debug`, the state is logged.
         """
         if visit.attempt > 1 or status is SpanStatus.RETRYING:
             self._record_attempt_state(visit, status, ended_at, wake_at, error)
@@ -162,7 +165,9 @@ class SpanRecorder:
         ended_at: datetime | None,
         wake_at: datetime | None,
     ) -> None:
-        """Log the state of a node: its end with the duration, or the time until which it waits."""
+        """Write a debug line about the state of a node: its end with the duration, or the time until which it
+        waits.
+        """
         node = visit.program.node
         parts = [f"{node.label} ({node.type}) {status.value}"]
         if ended_at is not None and visit.started_at is not None:
@@ -180,7 +185,7 @@ class SpanRecorder:
         self.log(LogLevel.DEBUG, " ".join(parts), node.id)
 
     def record_reused(self, candidate: NodeSpan) -> None:
-        """Record the result of an earlier run, completed or failed, as that of this run's node."""
+        """Record a result of an earlier run, completed or failed, as that of this run's node."""
         self._sequence += 1
         self._pending_bytes += len(candidate.output or b"") + len(candidate.input or b"")
         has_failed = candidate.error is not None
@@ -198,7 +203,8 @@ class SpanRecorder:
     ) -> None:
         """Record the state of the current attempt of a node with several attempts.
 
-        Nothing is recorded between two attempts. A lost attempt of an earlier worker is recorded first.
+        Nothing is recorded for a node that is canceled between two attempts. A lost attempt of an earlier
+        worker is recorded first.
         """
         if visit.lost is not None:
             self._record_lost_attempt(visit, visit.lost)
@@ -234,9 +240,9 @@ class SpanRecorder:
         next_attempt_at: datetime | None,
         error: RunError | None,
     ) -> None:
-        """Record the span of an attempt of a node.
+        """Record the span of an attempt of a node, or its new state.
 
-        Beyond `MAX_ATTEMPT_SPANS` of a run, a warning is logged once instead.
+        Beyond 10,000 attempts of a run, a warning is logged once, and new ones are not recorded.
         """
         node = visit.program.node
         if number != visit.told_attempt:
@@ -275,7 +281,7 @@ class SpanRecorder:
         self._advance(share)
 
     def count_node(self, visit: NodeVisit) -> None:
-        """Add a node's share to the run's progress; a loop adds the part that its iterations have not."""
+        """Add a node's share to the run's progress; a loop adds the part that its iterations have not added."""
         frame = visit.frame
         if not frame.section.bodies:
             self.count(frame, frame.share)
@@ -328,9 +334,9 @@ class SpanRecorder:
         )
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Set metadata of the run; long or invalid texts are cut.
+        """Set metadata of the run; long values are cut, and characters that databases refuse replaced.
 
-        Raises `NodeError` for more keys than its nodes may set together.
+        Raises `NodeError` for more than 20 different keys in the run.
         """
         self._metadata_keys |= metadata.keys()
         if len(self._metadata_keys) > MAX_METADATA_KEYS:
@@ -339,9 +345,10 @@ class SpanRecorder:
         self._journal.set_metadata({key: make_storable(value) for key, value in metadata.items()})
 
     def log(self, level: str, message: str, node_id: str) -> None:
-        """Write a line to the log of the run.
+        """Write a line to the log of the run, unless its level is below the run's.
 
-        At the limit, one warning replaces the line, and further lines are dropped.
+        At the limit of lines, one warning replaces the line, and further lines are dropped. Long messages are
+        cut.
         """
         if self._log_lines > self._max_log_lines or level in self._dropped_levels:
             return

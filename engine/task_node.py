@@ -50,7 +50,7 @@ class NewTask(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def has_input(self) -> bool:
-        """Whether the task itself has its input."""
+        """Whether the task itself has its input: at most 256 KiB; a larger one is read from the run."""
         return self.input_bytes <= MAX_INLINE_BYTES
 
 
@@ -58,9 +58,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) -> RunNode:
-    """Return the function that creates the task of a node, and fails with `NodeError` for an invalid rendered config.
+    """Return the function of a custom node: it returns the wait for a new task that a worker performs.
 
-    Raises `ExpressionError` for an invalid key, ValueError for a type that is no custom type.
+    The function raises `NodeError` for an invalid rendered config. Raises `ExpressionError` for an invalid
+    concurrency key, ValueError for a type that is no custom type.
     """
     rules = node_type.task
     if rules is None:
@@ -101,7 +102,7 @@ def build_runner(node: GraphNode, node_type: NodeType, catalog: NodeTypeLookup) 
 
 
 def _limits_of(node: GraphNode, rules: TaskRules) -> dict[str, Any]:
-    """Return timeouts and retries of a task: those of the node precede those of its type."""
+    """Return timeouts and retries of a task, in seconds: those of the node precede those of its type."""
     limits: dict[str, Any] = {
         "timeout_seconds": node.timeout_seconds or rules.timeout_seconds,
         "lease_seconds": rules.lease_seconds,
@@ -122,7 +123,8 @@ def _limits_of(node: GraphNode, rules: TaskRules) -> dict[str, Any]:
 
 
 def _render_key(key: ValueTemplate, call: NodeCall, type_name: str) -> str:
-    """Return the concurrency key of a task: its type, and the rendered key of the type's rules, truncated.
+    """Return the concurrency key of a task: its type, a colon, and the rendered key of the type's rules, cut
+    to 200 characters.
 
     Raises `NodeError` if the key can't be rendered.
     """

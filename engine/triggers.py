@@ -25,7 +25,7 @@ class TriggerLayout:
     """Fields that only some outputs have."""
 
     def has(self, inputs: Mapping[str, Json]) -> bool:
-        """Return whether inputs are an output already: the payload field and only other output fields."""
+        """Return whether inputs are an output of this kind already: the payload field and only other output fields."""
         return self.payload in inputs and all(name in self.fields or name in self.optional for name in inputs)
 
 
@@ -58,9 +58,9 @@ _LAYOUTS: Final[Mapping[str, TriggerLayout]] = {
 
 
 def trigger_output(kind: str, inputs: Json | Mapping[str, Json], now: datetime) -> dict[str, Json]:
-    """Return the output of a trigger of a kind; a scheduled run without a time gets `now`.
+    """Return the output of a trigger of a kind for the inputs of a run; a scheduled run without a time gets `now`.
 
-    Inputs become the payload, unless they are an output already. `{"title": …, "body": …}` is payload:
+    Inputs become the payload field, unless they are an output already. `{"title": …, "body": …}` is payload:
     `title` is no output field.
     """
     layout = _LAYOUTS.get(kind, _MANUAL)

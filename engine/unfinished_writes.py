@@ -37,7 +37,7 @@ _MAY_HAVE_HAPPENED: Final = ("http-408", "http-425")
 
 
 def was_refused(span: NodeSpan) -> bool:
-    """Return whether a replay refused to repeat a write without confirmation.
+    """Return whether a node failed since a replay would not repeat its write without a confirmation.
 
     The write had its effect in an earlier run.
     """
@@ -45,9 +45,10 @@ def was_refused(span: NodeSpan) -> bool:
 
 
 def may_have_happened(span: NodeSpan) -> bool:
-    """Return whether an unfinished write may have had its effect.
+    """Return whether a write that was not completed may have had its effect.
 
-    It has not if no request was recorded, or if its only attempt failed with an error that proves it.
+    It has not if no request was recorded, or if its only attempt failed with an error that proves it, such as
+    most answers 4xx.
     """
     if span.resolved_config is None:
         return False

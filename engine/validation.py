@@ -44,7 +44,8 @@ def validate_graph(
 ) -> ValidationResult:
     """Return errors and warnings of a graph: its structure, configs, paths and inline secrets.
 
-    Paths are also checked against `samples`, the outputs of past runs. In a draft, some errors are warnings.
+    Paths are also checked against `samples`, the outputs of past runs by node. In a draft, some errors are
+    warnings. At most 1,000 of each are listed.
     """
     findings = FindingCollector(is_draft=is_draft)
     drawn = _inspect_graph(graph, catalog, findings)
@@ -57,7 +58,8 @@ def validate_graph(
 def find_errors(
     graph: ParsedGraph, catalog: NodeTypeLookup, *, passed: Collection[str] = ()
 ) -> ValidationResult:
-    """Return whether a graph can run, with its errors: in a fraction of the time, without most warnings.
+    """Return the errors that keep a graph from running: in a fraction of the time of `validate_graph`,
+    without most warnings.
 
     `passed` holds the ids of nodes whose configs were valid before and aren't validated again.
     """
@@ -71,7 +73,7 @@ def _inspect_graph(
 ) -> InspectedGraph | None:
     """Add all findings except unresolved paths and secrets; return the parsed parts for these checks.
 
-    None for an empty graph, or if the validation was truncated.
+    None for an empty graph, or if so many errors were found that the rest is not validated.
     """
     if not graph.nodes:
         findings.add(_empty_graph_finding())
@@ -120,7 +122,8 @@ def _empty_graph_finding() -> GraphFinding:
 def _look_up(
     graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector
 ) -> list[tuple[GraphNode, NodeType]]:
-    """Return the nodes of known types, each with its type; add findings for unknown and unrunnable types.
+    """Return the nodes of known types, each with its type; add findings for unknown types and for types that
+    can't run.
 
     Duplicate node ids are possible.
     """

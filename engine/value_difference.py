@@ -47,7 +47,10 @@ class ValueDifference:
 
 
 def compare_values(before: Json | Missing, after: Json | Missing, *, at_most: int) -> ValueDifference:
-    """Return the differences of two values, the first `at_most` of them; lists are compared by position."""
+    """Return the first `at_most` differences of two values, with their paths, and the number of equal values seen.
+
+    Lists are compared by position. The result says whether there are more differences.
+    """
     changes: list[PathChange] = []
     equal = 0
     # A stack instead of recursion: values may be nested deeper than Python's calls.

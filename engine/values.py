@@ -78,9 +78,10 @@ class InvalidJson(ValueError):
 def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
     """Return the value of one JSON text; raises `InvalidJson` if it is malformed or couldn't be stored exactly.
 
-    Duplicate keys, NUL, long numbers and great depth are refused. The decoder accepts them; they are detected
-    afterwards, which costs less than a slower decoder: without duplicate keys, the result has as many keys as
-    the text has colons outside strings. Within `offload.try_inline`, a long text raises `BudgetExceeded`.
+    Duplicate keys, NUL, numbers out of range, lone surrogates and great depth are refused. The decoder
+    accepts some of them; they are detected afterwards, which costs less than a slower decoder: without
+    duplicate keys, the result has as many keys as the text has colons outside strings. Within
+    `offload.try_inline`, a text over 128 KiB raises `BudgetExceeded`.
     """
     raw = bytes(raw)
     if len(raw) <= INLINE_BYTES:
@@ -144,7 +145,10 @@ def _count_keys(value: Json, max_depth: int) -> int:
 
 
 def _refuse_ambiguous(raw: bytes, keys: int) -> None:
-    """Raise `InvalidJson` for NUL and duplicate keys in valid JSON with `keys` keys after decoding."""
+    """Raise `InvalidJson` if the decoded text contains NUL, or an object a key twice.
+
+    `keys` is the number of keys after decoding: a text with more colons outside strings has duplicates.
+    """
     text = raw
     if b"\\" in text:
         # Backslashes occur only in strings and pair up from the left. Once the pairs are cut out, a quote
@@ -167,7 +171,7 @@ def _refuse_duplicate(pairs: list[tuple[str, object]]) -> None:
 
 
 def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
-    """Return the error of a text that the decoder has refused."""
+    """Return the error that explains why the decoder has refused a text."""
     reason = str(error)
     position = _ERROR_POSITION.search(reason)
     at = int(position.group(1)) if position else len(raw)
@@ -202,8 +206,8 @@ def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
 def encode_json(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
     """Return a value as compact JSON.
 
-    Raises `InvalidJson` if it is too large or `decode_json` wouldn't return it unchanged. Within
-    `offload.try_inline`, a large value raises `BudgetExceeded`.
+    Raises `InvalidJson` if it is larger than `max_bytes` or `decode_json` wouldn't return it unchanged.
+    Within `offload.try_inline`, a large value raises `BudgetExceeded`.
     """
     return _encode_checked(value, _encode, max_bytes)
 
@@ -224,7 +228,7 @@ def fingerprint(value: object) -> str:
 def value_as_text(value: Json, *, max_bytes: int = MAX_ENCODED_BYTES) -> str:
     """Return a value as part of a text: texts unchanged, null as the empty text, others as compact JSON.
 
-    Raises `InvalidJson` for a JSON text above `max_bytes`.
+    Raises `InvalidJson` if that JSON is larger than `max_bytes`; texts have no limit.
     """
     if type(value) is str:
         return value
@@ -249,7 +253,7 @@ def _encode_checked(value: object, encoder: Callable[[object], bytes], max_bytes
 def _check_value(value: object, max_bytes: int) -> None:
     """Raise `InvalidJson` for values that the encoder would silently change, and for too deep or too large ones.
 
-    A list may occur many times in a value, so that its JSON is far larger than the value in memory. The
+    A list may occur many times in a value, so that its JSON is far larger than the value in memory: the
     minimum size of the JSON is summed up on the way. Within `offload.try_inline`, a large value raises
     `BudgetExceeded`.
     """
@@ -319,15 +323,15 @@ def count_values(value: Json, most: int) -> int:
 
 
 def type_name(value: object) -> str:
-    """Return the user-facing name of a value's type."""
+    """Return the user-facing name of a value's type, such as `text`, `number` or `list`."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
 def equal_json(left: Json, right: Json) -> bool:
     """Return whether two values are equal as JSON, also inside lists and objects.
 
-    `1` and `1.0` are equal, `1` and `true` are not. Compares container by container, since Python's own
-    comparison of large values holds the interpreter's lock throughout.
+    `1` and `1.0` are equal, `1` and `true` are not; the order of keys doesn't matter. Containers are compared
+    one by one, since Python's own comparison of large values holds the interpreter's lock throughout.
     """
     waiting: list[tuple[Any, Any]] = [([left], [right])]
     while waiting:

@@ -98,9 +98,10 @@ async def run_workflow(
     services: NodeServices,
     limits: RunLimits = DEFAULT_LIMITS,
 ) -> RunOutcome:
-    """Run a workflow until this attempt ends, and return its outcome; nodes are recorded in the journal.
+    """Run a workflow until this attempt ends, waits or is handed off, and return its outcome; nodes are
+    recorded in the journal.
 
-    Raises `LeaseLost` if another process may hold the run.
+    The caller stores the outcome. Raises `LeaseLost` if another process may hold the run.
     """
     return await WorkflowRunner(program, start, journal, control, services, limits).run()
 
@@ -154,7 +155,8 @@ class WorkflowRunner:
     async def run(self) -> RunOutcome:
         """Run nodes until the run ends, waits, or leaves this process; return the outcome to store.
 
-        Running nodes are cancelled then. Raises `LeaseLost`.
+        Nodes that still run are canceled then. It gives other tasks a turn every five milliseconds. Raises
+        `LeaseLost`.
         """
         worklist, recorder = self._worklist, self._recorder
         self._progress.schedule_successors(self._root, self._root.start())
@@ -182,6 +184,7 @@ class WorkflowRunner:
     # ── outcome ───────────────────────────────────────────────────────────────────────────────────
 
     def _determine_end(self) -> RunOutcome | None:  # noqa: C901 - one guard for each way to end, in order of precedence
+        """Return the outcome if the run has ended, waits or has to leave this process; None while there is work."""
         request, worklist = self._control.request, self._worklist
         if request is ControlRequest.ABANDON or not self._recorder.holds_lease():
             raise LeaseLost
@@ -209,6 +212,7 @@ class WorkflowRunner:
         return self._timeout_error()
 
     def _timeout_error(self) -> RunOutcome | None:
+        """Return the outcome of a run that has exceeded its timeout; None before."""
         if time.monotonic() < self._deadline:
             return None
         seconds = self._program.graph.settings.timeout_seconds
@@ -216,7 +220,10 @@ class WorkflowRunner:
         return RunOutcome(RunStatus.FAILED, error=RunError(TIMEOUT_CODE, message))
 
     async def _cancel_tasks(self) -> None:
-        """Cancel all running tasks and wait for them; a task that doesn't react within ten seconds is abandoned."""
+        """Cancel the running nodes and wait for them; one that doesn't react within ten seconds is abandoned.
+
+        Interrupted ones are noted, to be recorded.
+        """
         if not self._worklist.tasks:
             return
         tasks = dict(self._worklist.tasks)
@@ -227,7 +234,7 @@ class WorkflowRunner:
         self._interrupted += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
 
     def _record_cancelled(self, ended: RunOutcome) -> None:
-        """Record interrupted nodes and open loops as cancelled, unless the run continues later or completed."""
+        """Record interrupted nodes and open loops as canceled, unless the run continues later or completed."""
         if ended.status in {RunStatus.RELEASED, RunStatus.WAITING, RunStatus.COMPLETED}:
             return
         loops = [loop.visit for frame in self._root.with_inner_iterations() for loop in frame.loops]
@@ -237,6 +244,9 @@ class WorkflowRunner:
     # ── nodes ─────────────────────────────────────────────────────────────────────────────────────
 
     def _may_start(self) -> bool:
+        """Return whether another node may start: the limit of parallel nodes is not reached, and nothing
+        stops the run.
+        """
         return (
             self._progress.failure is None
             and self._control.request is None
@@ -244,7 +254,9 @@ class WorkflowRunner:
         )
 
     async def _reach_node(self, frame: SectionFrame, node_id: str) -> None:
-        """Prepare the input of a ready node, and begin it unless it continues to sleep or has failed."""
+        """Prepare the input of a ready node, in a thread if it is large, and begin it unless it continues to
+        wait or has failed.
+        """
         visit: NodeVisit | None
         try:
             visit = offload.try_inline(self._node_inputs.reach_node, frame, node_id)
@@ -258,7 +270,7 @@ class WorkflowRunner:
             await self._begin(visit)
 
     def _resume_node(self, visit: NodeVisit) -> bool:
-        """Continue the wait of a node from an earlier attempt, or fail an interrupted at-most-once node.
+        """Continue the wait of a node from an earlier attempt at the run, or fail an interrupted at-most-once node.
 
         Return False if the node has to be begun.
         """
@@ -276,7 +288,11 @@ class WorkflowRunner:
         return False
 
     async def _begin(self, visit: NodeVisit) -> None:
-        """Render the config and inputs of a node, in a thread if they are large, and start it; errors fail the node."""
+        """Render the config of a node, in a thread if it is large, and call it; errors fail the node.
+
+        Instead, a result of an earlier run is reused if it still fits. A write is recorded as running and
+        committed first. Raises `LeaseLost`.
+        """
         try:
             call = offload.try_inline(self._node_inputs.build_call, visit)
         except BudgetExceeded:
@@ -308,9 +324,11 @@ class WorkflowRunner:
         self._call_in_place(visit, call)
 
     def _apply_candidate(self, visit: NodeVisit, candidate: NodeSpan) -> bool:
-        """Reuse the result of an earlier run if its key is the same, or fail a write that would differ unconfirmed.
+        """Reuse the result of an earlier run if its key is the same; fail a write that would differ without a
+        confirmation.
 
-        Return False if the node has to run.
+        Return False if the node has to run: then an attempt with an unknown end is repeated under its own
+        idempotency key.
         """
         visit.candidate = None
         if node_key.is_same(visit.hashes, candidate.hashes):
@@ -334,7 +352,8 @@ class WorkflowRunner:
     ) -> T | None:
         """Prepare a node in a thread and return the result; None if the node must not start now.
 
-        It has then failed, was cancelled or is queued again. Raises `LeaseLost`.
+        It has then failed, was canceled or is queued again. `prepare` raises the errors that fail it. Raises
+        `LeaseLost`.
         """
         try:
             prepared = await offload.run_in_thread(prepare)
@@ -352,6 +371,7 @@ class WorkflowRunner:
         return prepared
 
     def _call_in_place(self, visit: NodeVisit, call: NodeCall) -> None:
+        """Call a synchronous node at once, or in a thread if it exceeds its budget, and apply its outcome."""
         run = cast("Callable[[NodeCall], NodeOutcome]", self._program.runs[visit.node_id])
         try:
             outcome = offload.try_inline(run, call)
@@ -373,7 +393,7 @@ class WorkflowRunner:
     def _may_continue(self, visit: NodeVisit) -> bool:
         """Return whether a node may still start after a commit.
 
-        If not, it is recorded as cancelled or queued again, since the run has failed or received a request
+        If not, it is recorded as canceled or queued again, since the run has failed or was asked to stop
         meanwhile. Raises `LeaseLost`.
         """
         if not self._recorder.holds_lease():
@@ -393,6 +413,7 @@ class WorkflowRunner:
         return False
 
     def _start(self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome]) -> None:
+        """Perform a node in a task of its own, which is noted as running."""
         task = asyncio.create_task(self._perform_node(visit, pending))
         self._worklist.tasks[task] = visit
         task.add_done_callback(partial(self._finish_cancelled, visit, pending))
@@ -410,7 +431,7 @@ class WorkflowRunner:
     async def _perform_node(self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome]) -> None:
         """Run an asynchronous node to its end in the current task, and apply its outcome or failure.
 
-        A cancellation is raised again.
+        A cancellation is recorded if the frame was broken off, and raised again.
         """
         task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
@@ -431,6 +452,9 @@ class WorkflowRunner:
     async def _limit_time(
         self, node: GraphNode, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> NodeOutcome:
+        """Await a node within its timeout; raises `NodeError` for its errors and its timeout, and
+        cancellations of the run.
+        """
         limit = asyncio.timeout(node.timeout_seconds)
         try:
             async with limit:
@@ -443,6 +467,7 @@ class WorkflowRunner:
             raise (run_records.node_timed_out(node) if limit.expired() else to_node_error(error)) from error
 
     async def _call_node(self, visit: NodeVisit, call: NodeCall) -> NodeOutcome:
+        """Call the function of a node and return its outcome; the data sources that it uses are collected."""
         run = self._program.runs[visit.node_id]
         visit.sources = collect_source_uses()
         log_context.fields.set({**log_context.fields.get(log_context.EMPTY), "node_id": visit.node_id})
@@ -456,7 +481,7 @@ class WorkflowRunner:
     ) -> NodeOutcome:
         """Call a synchronous node in a thread and return its outcome.
 
-        Log lines and metadata are recorded afterwards.
+        Its log lines and metadata are recorded after it has ended successfully.
         """
         lines: list[tuple[str, str]] = []
         metadata: dict[str, str] = {}
@@ -473,6 +498,7 @@ class WorkflowRunner:
         return outcome
 
     def _finish_task(self, task: asyncio.Task[None]) -> None:
+        """Remove the task of a node that has ended, and wake the run."""
         # First, since the next steps may cancel tasks in progress.
         del self._worklist.tasks[task]
         self._control.changed.set()
@@ -480,6 +506,9 @@ class WorkflowRunner:
     # ── time ──────────────────────────────────────────────────────────────────────────────────────
 
     async def _wait_for_change(self) -> None:
+        """Wait until a task ends, a sleeping node wakes, an answer may have come, or a request arrives;
+        commit before a long wait.
+        """
         # Cleared before the first await: any later change must end the wait below.
         self._control.changed.clear()
         if self._recorder.has_uncommitted_write:
@@ -498,6 +527,7 @@ class WorkflowRunner:
             await self._wake()
 
     async def _wake(self) -> None:
+        """Continue sleeping nodes whose time has come, after the wait answers were read."""
         now, sleeping = time.monotonic(), self._worklist.sleeping
         due = [
             sleeper
@@ -520,9 +550,9 @@ class WorkflowRunner:
                 self._progress.wake(sleeper)
 
     async def _read_new_answers(self, *, is_due: bool) -> bool:
-        """Read and apply new wait answers, periodically and always before a wait for an answer expires.
+        """Read and apply new wait answers every two seconds, and (`is_due`) before a wait for an answer expires.
 
-        Return False if the answers are unavailable.
+        Return False if the answers can't be read now, so that no wait may expire.
         """
         awaits = any(sleeper.then is WakeAction.EXPIRED for sleeper in self._worklist.sleeping.values())
         is_time = is_due or time.monotonic() > self._answers_read_at + ANSWER_POLL_SECONDS
@@ -554,7 +584,7 @@ def _count_attempts(recorded: Sequence[NodeSpan]) -> int:
 
 
 def _build_roots(start: RunStart, graph: ParsedGraph) -> dict[str, Json]:
-    """Return the roots of expressions that all nodes share."""
+    """Return the roots of expressions that all nodes share: `approval`, `trigger` and `execution`."""
     asks = [node for node in graph.nodes if node.type == approval_links.APPROVAL_TYPE]
     return {
         "approval": approval_links.build_root(asks) if asks else {},

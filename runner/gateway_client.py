@@ -73,24 +73,24 @@ class GatewayClient:
         self._streams: aiohttp.ClientSession | None = None
 
     def for_loop(self) -> GatewayClient:
-        """Return a client for the running event loop of another thread."""
+        """Return a client with connections of its own for the running event loop of another thread."""
         return GatewayClient(self._settings, self._process, self.clock)
 
     @property
     def failing_seconds(self) -> float:
-        """Seconds for which every call on this loop found no gateway, or one that doesn't know this pod.
-
-        0.0 after a success.
+        """Seconds for which every call on this loop has failed: no gateway answered, or it doesn't know this
+        pod; 0.0 after a success.
         """
         return 0.0 if self._failing_since is None else monotonic() - self._failing_since
 
     async def call(
         self, path: str, call: msgspec.Struct | None, answer: type[Answer], *, seconds: float = CALL_SECONDS
     ) -> Answer:
-        """Post a call to the gateway and return its decoded answer.
+        """Post a call to the gateway and return its answer, decoded to the type `answer`.
 
-        Raises `DatabaseUnavailable`, after a pause, if the gateway does not answer in time or asks for a
-        retry, `NodeError` for errors of node services, and `CallRefused` for other refusals.
+        Raises `DatabaseUnavailable`, after a pause that grows to two seconds, if the gateway does not answer
+        in time or asks for a retry, `NodeError` for errors of node services, and `CallRefused` for other
+        refusals.
         """
         body = b"{}" if call is None else msgspec.json.encode(call)
         async with self._translated_errors(seconds):
@@ -110,7 +110,9 @@ class GatewayClient:
         headers: Mapping[str, str] | None = None,
         seconds: float = CALL_SECONDS,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Open a successful response, to be read within the block. Raises the errors of `call`."""
+        """Open a successful response of the gateway, to be read within the block and within `seconds`. Raises
+        the errors of `call`.
+        """
         import aiohttp  # noqa: PLC0415 - only pods with blobs need it: a seventh of a start, and 10 MB
 
         async with self._translated_errors(seconds):
@@ -141,7 +143,7 @@ class GatewayClient:
 
     @asynccontextmanager
     async def _translated_errors(self, seconds: float) -> AsyncIterator[None]:
-        """Limit the time of a block, and raise `DatabaseUnavailable` for network errors, after a pause."""
+        """Limit the time of a block; a network error or timeout in it becomes `DatabaseUnavailable`, after a pause."""
         try:
             async with asyncio.timeout(seconds):
                 yield
@@ -157,6 +159,7 @@ class GatewayClient:
         self._failures = 0
 
     def _raise_refusal(self, status: int, headers: Mapping[str, str], text: bytes) -> None:
+        """Raise the error for an answer without success: `NodeError`, `DatabaseUnavailable` or `CallRefused`."""
         try:
             error = decoding.decode(text, _RefusalBody).error
         except msgspec.DecodeError:
@@ -180,6 +183,7 @@ class GatewayClient:
             self._failing_since = monotonic()
 
     async def _pause(self) -> None:
+        """Sleep before the next call: 50 ms, doubled by each consecutive failure up to two seconds."""
         pause = FIRST_PAUSE_SECONDS * 2 ** min(self._failures, MAX_DOUBLINGS)
         self._failures += 1
         await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))

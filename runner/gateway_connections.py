@@ -44,9 +44,10 @@ class GatewayConnections:
         self._open: set[OutboundConnection] = set()
 
     async def post(self, path: str, body: bytes) -> RawResponse:
-        """Send JSON and return the response of any status; idle connections are reused.
+        """Post JSON and return the whole response, of any status; an idle connection is reused.
 
-        Raises `OSError`, such as `ConnectionError` for a broken or invalid response.
+        Raises `OSError`, such as `ConnectionError` for a broken, invalid or too large response. Nothing is
+        repeated.
         """
         connection = self._take_idle() or await self._connect()
         lines = f"POST {self._path}{path} HTTP/1.1\r\n{self._head}Content-Type: application/json\r\n"

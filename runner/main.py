@@ -58,9 +58,10 @@ KEEP_ALIVE_SECONDS: Final = 75
 
 
 def serve(settings: RunnerSettings) -> None:
-    """Run the pod until a stop signal; then let runs finish, hand off those that still run, and return.
+    """Run the pod until a stop signal, or until it is orphaned; then let runs finish, hand off the others,
+    and return.
 
-    It ends too if the pod is orphaned.
+    It is orphaned if its gateway doesn't know it any more, or its folder is gone.
     """
     uvloop.run(_serve(settings))
 
@@ -108,9 +109,10 @@ async def _stop_when_orphaned(gateway: GatewayClient, settings: RunnerSettings, 
 async def make_first_contact(
     gateway: GatewayClient, settings: RunnerSettings, stop: asyncio.Event
 ) -> PodContact | None:
-    """Return the first answer of the gateway, retried until it comes, and learn the database time from it.
+    """Return the first answer of the gateway, asked every quarter of a second until it comes; learn the
+    database time from it.
 
-    None if `stop` is set before.
+    It has the definition of the pod. None if `stop` is set before.
     """
     while not stop.is_set():
         try:
@@ -126,9 +128,10 @@ async def make_first_contact(
 
 
 async def _drain_seconds(gateway: GatewayClient, settings: RunnerSettings) -> float:
-    """Return the seconds that runs may take to finish: 0 after a stop by the gateway, which has given them that time.
+    """Return the seconds that runs may take to finish before they are handed off.
 
-    The setting applies if the gateway can't be asked.
+    0 after a stop by the gateway, which has given them that time already. The setting applies otherwise, and
+    if the gateway can't be asked.
     """
     try:
         contact = await gateway.call("/contact", None, PodContact, seconds=LAST_CONTACT_SECONDS)
@@ -142,7 +145,10 @@ async def _drain_seconds(gateway: GatewayClient, settings: RunnerSettings) -> fl
 async def run_executor(
     settings: RunnerSettings, gateway: GatewayClient, contact: PodContact, life: PodLifecycle
 ) -> AsyncIterator[RunExecutor]:
-    """Execute runs while the context lasts; on exit, let them finish, and hand off those that still run."""
+    """Execute runs of the pod's deployment while the context lasts; yield the executor.
+
+    On exit, runs may finish for `life.patience_seconds`, and the others are handed off to other processes.
+    """
     outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = RunBlobs(RemoteBlobStorage(gateway))
     processes = ProcessPool(ProcessKind.LIBRARY, limit=settings.cpu_processes)
@@ -201,7 +207,7 @@ class PodServer(uvicorn.Server):
 
 @asynccontextmanager
 async def serve_app(app: Starlette, settings: RunnerSettings) -> AsyncIterator[None]:
-    """Serve requests while the context lasts. Raises OSError if the address can't be bound."""
+    """Serve requests at the pod's address while the context lasts. Raises `OSError` if the address can't be bound."""
     server = PodServer(
         uvicorn.Config(
             app,

@@ -51,9 +51,9 @@ class RemoteDataSources:
         self._remembered: OrderedDict[tuple[str, str], tuple[float, ConnectionSource]] = OrderedDict()
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source with its secrets as the gateway sends it, cached for a moment per run.
+        """Return a data source with its secrets from the gateway, cached for two seconds per run.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        Raises `NodeError` if the run may not use it, and (retryable) if the gateway does not answer.
         """
         key = (caller.execution_id, source_id)
         known = self._remembered.get(key)
@@ -93,9 +93,11 @@ class RemoteRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run of another workflow through the gateway, or find that of an earlier call; return its id.
+        """Start a run of another workflow through the gateway, or find that of an earlier equal call; return
+        its id.
 
-        Raises `NodeError`; waits while the gateway is unavailable.
+        An `awaited` run answers the node at its end. Raises `NodeError`; waits while the gateway is
+        unavailable.
         """
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
         call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited, caller.write_key_id)
@@ -110,7 +112,11 @@ class RemoteApprovalLinks:
         self._gateway = gateway
 
     async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:
-        """Return the URLs of links that the gateway creates. Raises `NodeError`; waits while it is unavailable."""
+        """Return the URLs of approval links that the gateway creates, in the order of `places`, pairs of node
+        id and iteration.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
+        """
         path, call = f"/executions/{caller.execution_id}/approval-links", ApprovalLinksRequest(places)
         return (await until_available(lambda: self._gateway.call(path, call, ApprovalLinksResponse))).urls
 
@@ -124,7 +130,7 @@ class RemoteThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Reserve the next free time of a throttle at the gateway and return it.
+        """Reserve the next free slot of a rate of `limit` runs per `per_seconds` at the gateway; return its time.
 
         Raises `NodeError` if it is over `max_wait_seconds` away; waits while the gateway is unavailable.
         """
@@ -142,9 +148,10 @@ class RemoteEventWaits:
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Register an event wait of a node at the gateway; return the time at which it expires.
+        """Register a node as waiting for an event at the gateway; return the time at which the wait expires.
 
-        None if the node has its answer already. Raises `NodeError`; waits while the gateway is unavailable.
+        None without an expiry, or if the node has its answer already. Raises `NodeError`; waits while the
+        gateway is unavailable.
         """
         call = ExpectEventRequest(
             node_id,
@@ -166,7 +173,9 @@ class RemoteBlobStorage:
         self._gateway = gateway
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Send a blob to the gateway, which stores it durably; raises `BlobsUnavailable`."""
+        """Send a blob to the gateway, which stores it durably; raises `BlobsUnavailable`, also after a minute
+        or a refusal.
+        """
         headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
         try:
             async with self._gateway.stream(
@@ -178,9 +187,9 @@ class RemoteBlobStorage:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a blob from the gateway, to be read within the block.
+        """Open a blob from the gateway, to be read in chunks within the block and within a minute.
 
-        Raises `BlobLost` if it does not exist, and `BlobsUnavailable`.
+        Raises `BlobLost` if the gateway refuses it, as a missing one, and `BlobsUnavailable`.
         """
         try:
             async with self._gateway.stream(

@@ -13,10 +13,10 @@ CHECK_SECONDS: Final = 1.0
 
 
 async def wait_orphaned(gateway: GatewayClient, patience_seconds: float | None) -> str:
-    """Wait until this pod must exit; return the reason.
+    """Wait until this pod must exit, checked each second; return the reason as a text.
 
-    That is the loss of its folder, or a gateway that was away, or refused it, for `patience_seconds`; None
-    means without limit.
+    That is the loss of its working folder, or a gateway that was away, or refused it, for `patience_seconds`;
+    None means without limit.
     """
     while _has_folder():
         failing_seconds = gateway.failing_seconds

@@ -38,7 +38,9 @@ class PodLifecycle:
         self._wakeup_key = runner_tokens.wakeup_key(runner_tokens.hash_token(token)).encode()
 
     def is_gateway_token(self, authorization: str) -> bool:
-        """Return, in constant time, whether an `Authorization` header is the gateway's."""
+        """Return, in constant time, whether an `Authorization` header has the token with which the gateway
+        wakes this pod.
+        """
         return hmac.compare_digest(authorization.encode(), b"Bearer " + self._wakeup_key)
 
 

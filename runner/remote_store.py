@@ -60,7 +60,8 @@ class RemoteRunStore:
         self.clock = gateway.clock
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take pending runs of this pod's deployment through the gateway, each with a lease and fencing token.
+        """Take pending runs of this pod's deployment through the gateway, each with a lease and fencing
+        token; 50 at most.
 
         Also learns the database time. Raises `DatabaseUnavailable` and `CallRefused`, as all calls here do.
         """
@@ -73,7 +74,9 @@ class RemoteRunStore:
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows the deployment
-        """Return whether suspects of this deployment wait; see `RunStore.has_suspects`."""
+        """Return whether suspects of this deployment wait for a trial; see `RunStore.has_suspects`. `target`
+        is ignored.
+        """
         call = SuspectsRequest(max_isolation_losses)
         return (await self._gateway.call("/suspects", call, SuspectsResponse)).has_suspects
 
@@ -100,9 +103,11 @@ class RemoteRunStore:
         *,
         owner: str = "",  # noqa: ARG002 - the gateway knows the owner
     ) -> Sequence[RenewalResult]:
-        """Extend leases by `lease_seconds` through the gateway; return those with requests, and locked ones.
+        """Extend leases to `lease_seconds` from now through the gateway; return those still held, with
+        requests to stop or cancel.
 
-        A lease that is not among the answers is lost. Also learns the database time.
+        Leases of locked rows are marked, and not extended. A lease that is not among the answers is lost.
+        Also learns the database time.
         """
         leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()
@@ -121,7 +126,7 @@ class RemoteRunStore:
         return {key: texts[key.hash] for key in keys if key.hash in texts}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return the recorded spans of runs, read page by page; see `RunStore.spans`."""
+        """Return the recorded spans of runs, read run by run and page by page; see `RunStore.spans`."""
         return {key.execution_id: await self._read_spans(key.execution_id) for key in keys}
 
     async def _read_spans(self, execution_id: str) -> list[NodeSpan]:
@@ -149,21 +154,29 @@ class RemoteRunStore:
         return found
 
     async def promote_due(self) -> int:
-        """Return runs of this deployment whose wait is over to the queue; return their number."""
+        """Make runs of this deployment pending whose wait or delay is over, through the gateway; return their
+        number.
+        """
         return (await self._gateway.call("/promote", None, CountResponse)).count
 
     async def sweep(self, limit: int) -> SweepResult:  # noqa: ARG002 - the protocol's signature
-        """Return an empty result: workers sweep for runs without an owner, and the gateway announces work to pods."""
+        """Return an empty result without a call: workers sweep for runs without an owner, and the gateway
+        announces work to pods.
+        """
         return SweepResult(0, {}, 0, has_pending=False)
 
     async def release(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows the owner
-        """Release claimed runs that never started, except those in `held`, through the gateway; returns their
-        number.
+        """Make the runs that this pod holds pending, except those in `held`, through the gateway; return
+        their number.
+
+        See `RunStore.release`. `owner` is ignored: the gateway knows the pod.
         """
         return (await self._gateway.call("/release", ReleaseRequest(list(held)), CountResponse)).count
 
     async def for_thread(self) -> RemoteRunStore:
-        """Return a store with its own connections for the running event loop."""
+        """Return a store with connections of its own for the running event loop, which may be that of another
+        thread.
+        """
         return RemoteRunStore(self._gateway.for_loop())
 
     async def close(self) -> None:
@@ -176,7 +189,10 @@ def _runs_request(keys: Sequence[ExecutionKey]) -> RunsRequest:
 
 
 def _split_batch(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
-    """Yield the writes of runs in parts that each fit into one call of the gateway, by bytes and number."""
+    """Yield the writes of runs in parts that each fit into one call: 200 writes, and about 8 MB.
+
+    A larger write is a part of its own.
+    """
     part: list[RunWrite] = []
     size = 0
     for write in batch:

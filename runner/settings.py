@@ -67,6 +67,7 @@ class RunnerSettings(ExecutionSettings):
     @field_validator("outbound_allowed_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
+        """Split a setting at commas, or decode it as a JSON list; other values are returned unchanged."""
         if not isinstance(value, str):
             return value
         if value.lstrip().startswith("["):
@@ -81,7 +82,9 @@ class RunnerSettings(ExecutionSettings):
 
     @property
     def token(self) -> str:
-        """Token from the setting or its file; raises `OSError` if the file can't be read."""
+        """Token with which the pod authenticates, from the setting or its file; it raises `OSError` if the
+        file can't be read.
+        """
         if self.runner_token is not None:
             return self.runner_token.get_secret_value()
         return (self.runner_token_file or Path()).read_text(encoding="ascii").strip()

@@ -51,7 +51,7 @@ class GatewayWorkPoll:
         outcomes: Sequence[EndedExecution] = (),
         grants: Mapping[str, SlotGrant] = NO_GRANTS,
     ) -> None:
-        """Do nothing: the gateway itself writes the changes, and publishes them."""
+        """Do nothing: the gateway itself stores the changes of runs, and publishes them."""
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
         """Set the callback for requests to stop or cancel a run of this pod, in place of an earlier one.
@@ -61,11 +61,11 @@ class GatewayWorkPoll:
         self._on_notification = on_notification
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
-        """Poll the gateway for work, and call `on_wakeup` when runs may be pending."""
+        """Poll the gateway for work in the background; call `on_wakeup` on the event loop when runs may be pending."""
         self._task = asyncio.create_task(self._poll(on_wakeup))
 
     def receive_direct(self, on_runs: Callable[[DirectRuns], None]) -> None:
-        """Do nothing: runs of deployments are claimed."""
+        """Do nothing: no runs are assigned to pods, which claim those of their deployment."""
 
     async def stop_worker(self) -> None:
         """End the poll of the gateway: no more wakeups come.
@@ -83,6 +83,7 @@ class GatewayWorkPoll:
         await self.stop_worker()
 
     async def _poll(self, on_wakeup: Callable[[int], None]) -> None:
+        """Ask the gateway for work or requests again and again, until canceled; after a failure it pauses."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -105,9 +106,8 @@ class GatewayWorkPoll:
                 on_wakeup(ALL_SHARDS)
 
     def _remember(self, execution_id: str, request: str) -> None:
-        """Remember the last request to an execution, so that the gateway doesn't send it again.
-
-        Only the latest `MAX_REMEMBERED` are kept.
+        """Remember the last request to an execution, so that the gateway doesn't send it again; the latest
+        1,000 are kept.
         """
         self._heard.pop(execution_id, None)
         self._heard[execution_id] = request

@@ -39,13 +39,13 @@ class LeaderElection:
         self._until = 0.0
 
     def is_leading(self) -> bool:
-        """Return whether the lease is certain to last a moment longer."""
+        """Return whether this process leads: its lease is certain to last a moment longer, by the monotonic clock."""
         return time.monotonic() < self._until
 
     async def renew(self) -> None:
-        """Renew the lease, or take it if it has expired; the state of leadership is updated and measured.
+        """Renew the lease, or take it if it has expired; the state of leadership is updated, and its metric set.
 
-        Raises `DatabaseUnavailable`.
+        Raises `DatabaseUnavailable`; the earlier lease then still counts until its end.
         """
         since = time.monotonic()
         epoch = await self._database.transaction(self._take)
@@ -62,12 +62,12 @@ class LeaderElection:
         self._until = since + self._lease_seconds * (1 - MARGIN)
 
     async def resign(self) -> None:
-        """End the lease, so that any other process can take it. Raises `DatabaseUnavailable`."""
+        """End the lease, if it is ours, so that another process can take it at once. Raises `DatabaseUnavailable`."""
         self._epoch, self._until = 0, 0.0
         await self._database.transaction(self._leave)
 
     async def _take(self, connection: AsyncConnection) -> int | None:
-        """Take or renew the lease; return our epoch, which increases with each change of the leader.
+        """Take or renew the lease; return its epoch, a number that increases with each change of the leader.
 
         None if another process leads.
         """

@@ -32,7 +32,11 @@ BATCH_ROWS: Final = 1_000
 
 
 async def keep_policies(database: Database, broker: Broker) -> None:
-    """Apply the lifecycle policies of all deployments, one after the other; raises `DatabaseUnavailable`."""
+    """Apply the lifecycle policies of all deployed workflows, one after the other, and notify the deployer of
+    changes.
+
+    A locked deployment or an unknown time zone is left out. Raises `DatabaseUnavailable`.
+    """
     after = ""
     while True:
         async with database.read() as connection:
@@ -45,12 +49,15 @@ async def keep_policies(database: Database, broker: Broker) -> None:
 
 
 async def forget_decisions(database: Database) -> None:
-    """Delete the records of lifecycle decisions that have expired, in batches. Raises `DatabaseUnavailable`."""
+    """Delete the records of lifecycle decisions that are over 30 days old, in batches. Raises
+    `DatabaseUnavailable`.
+    """
     while await database.transaction(_forget_batch) == BATCH_ROWS:
         pass
 
 
 async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActivity) -> None:
+    """Apply the policy of one deployment, if it decides anything, and notify the deployer."""
     workflow_id = seen.deployment.workflow_id
     try:
         if wakes.decide_lifecycle(seen).action is LifecycleAction.NONE:

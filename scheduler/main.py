@@ -68,7 +68,7 @@ class PeriodicDuty:
 def list_duties(
     settings: SchedulerSettings, database: Database, store: JournalStore, broker: Broker
 ) -> Sequence[PeriodicDuty]:
-    """Return all periodic duties of the leading scheduler, each with its interval in seconds."""
+    """Return all periodic duties of the leading scheduler, each with its name, interval in seconds and work."""
     schedules = ScheduleRunner(database, broker, catalogs.load_catalog())
     awaited = EventMatcher(database, broker)
     counter = RowMetrics(database)
@@ -131,7 +131,7 @@ def list_duties(
 
 
 def serve(settings: SchedulerSettings) -> None:
-    """Run the scheduler until a stop signal.
+    """Run the scheduler in this process until a stop signal.
 
     Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
     """
@@ -167,9 +167,9 @@ async def _serve(settings: SchedulerSettings) -> None:
 
 @asynccontextmanager
 async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
-    """Do each duty now, and then at its interval, while the context lasts.
+    """Do each duty now, and then at its interval, while the context lasts; a duty never runs twice at once.
 
-    At the end, duties in progress get `FINISH_SECONDS`.
+    Missed turns are made up for by one. At the end, duties in progress get two seconds.
     """
     # It logs at every tick that a slow duty is still running.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
@@ -198,7 +198,9 @@ async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
 
 
 async def _watch_clock(ticker: AsyncIOScheduler) -> None:
-    """Do all duties at once after the clock was set back. Otherwise they would wait until it has caught up."""
+    """Do all duties at once after the host's clock was set back by over half a second: else they would wait
+    until it caught up.
+    """
     ahead = time.time() - time.monotonic()  # noqa: TID251 - looks whether that was set
     while True:
         await asyncio.sleep(WATCH_SECONDS)
@@ -210,7 +212,7 @@ async def _watch_clock(ticker: AsyncIOScheduler) -> None:
 
 
 async def _run_duty(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> None:
-    """Do a duty once and log any exception: this is the outermost loop of the process."""
+    """Do a duty once, measure its time, and log any exception instead of raising it."""
     if task := asyncio.current_task():
         running.add(task)
         task.add_done_callback(running.discard)
@@ -230,7 +232,8 @@ async def _run_leadership(
 ) -> AsyncIterator[Callable[[], bool]]:
     """Lead whenever no other process does, while the context lasts; resign after it.
 
-    It yields a function that returns whether this process leads. Raises `DatabaseUnavailable` at the start.
+    It yields a function that returns whether this process leads now. Raises `DatabaseUnavailable` at the
+    start.
     """
     leader = LeaderElection(database, settings.leadership_seconds)
     await leader.renew()
@@ -245,6 +248,8 @@ async def _run_leadership(
 
 
 def _while_leading(is_true: Callable[[], bool], duty: PeriodicDuty) -> PeriodicDuty:
+    """Return a duty that does its work only while `is_true()` holds."""
+
     async def do() -> None:
         if is_true():
             await duty.do()

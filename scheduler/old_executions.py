@@ -46,10 +46,11 @@ class RetentionPeriods:
 
 
 async def delete_old_executions(settings: SchedulerSettings, database: Database) -> None:
-    """Delete expired executions with their blobs, and log their number. Raises `DatabaseUnavailable`.
+    """Delete executions beyond the retention (in days, or runs per workflow) with their blobs, and log their
+    number.
 
     If the blob storage is unavailable, blobs are left to the sweep of orphaned ones, and later executions to
-    the next run.
+    the next run. Raises `DatabaseUnavailable`.
     """
     retention = RetentionPeriods(settings.retention_days, settings.retention_runs)
     blobs = open_blobs(settings)
@@ -91,9 +92,11 @@ async def _delete_batches(
 
 
 def workflows(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds workflows which may have expired executions.
+    """Return the statement that lists up to 100 workflows after an id, with times that show whether
+    executions may be expired.
 
-    Its columns are the times of a workflow's oldest run, and of the newest one beyond the limit.
+    Its columns are the acceptance of a workflow's oldest run (`oldest`), and of the newest one beyond the
+    limit of runs (`beyond`).
     """
     of_workflow = col(ExecutionData.workflow_id) == col(Workflow.id)
     accepted_at = select(col(ExecutionData.created_at)).where(of_workflow).correlate(Workflow)
@@ -120,6 +123,7 @@ def _may_have_old(workflow: Row[Any], retention: RetentionPeriods, now: datetime
 async def _delete_of_workflow(
     database: Database, workflow_id: str, beyond: datetime | None, retention: RetentionPeriods
 ) -> AsyncIterator[Sequence[BlobOwner]]:
+    """Delete the expired executions of a workflow in batches, and yield the owners of each batch's blobs."""
     statement = old(workflow_id, beyond, retention)
     while True:
         async with database.read() as connection:
@@ -134,10 +138,11 @@ async def _delete_of_workflow(
 
 
 def old(workflow_id: str, beyond: datetime | None, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds the oldest deletable executions of a workflow, up to `BATCH_RUNS`.
+    """Return the statement that lists up to 100 deletable executions of a workflow, the oldest first.
 
-    It keeps running ones, those with pending completion actions, and those whose parent still runs. `beyond`
-    is the time of the newest run above the limit of runs.
+    They ended before the retention, or are older than `beyond`, the newest run above the limit of runs; and
+    are over a day old. It keeps unfinished ones, those with pending completion actions, and those whose
+    parent is unfinished. Data without an execution is listed too.
     """
     is_over = col(Execution.ended_at) < DatabaseTime() - retention.days * 24 * _HOUR_MICROSECONDS
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()

@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 async def delete_orphaned_blobs(settings: ServerSettings, database: Database) -> None:
-    """Delete orphaned blobs that are at least a day old; an unavailable storage is logged.
+    """Delete blobs without a run that are at least a day old; an unavailable storage is logged.
 
     Raises `DatabaseUnavailable`.
     """

@@ -21,7 +21,8 @@ SWEEP_ROWS: Final = 500
 
 
 async def recover_runs(store: JournalStore, broker: Broker) -> None:
-    """Reclaim all expired leases, publish the runs that end by it, and wake workers for pending ones.
+    """Make the runs of all expired leases pending, or end them; publish the ends, and wake workers for
+    pending runs.
 
     An unavailable broker is ignored. Raises `DatabaseUnavailable`.
     """
@@ -41,13 +42,17 @@ async def recover_runs(store: JournalStore, broker: Broker) -> None:
 
 
 async def promote_due_runs(store: JournalStore, broker: Broker) -> None:
-    """Make delayed runs that are due pending, and wake workers. Raises `DatabaseUnavailable`."""
+    """Make runs pending whose wait, delay or deferral is over, and wake workers if there are any. Raises
+    `DatabaseUnavailable`.
+    """
     if await store.promote_due():
         await wakeups.wake_workers(broker)
 
 
 async def admit_waiting(database: Database, broker: Broker) -> None:
-    """Admit runs to concurrency slots that are free but unassigned. Raises `DatabaseUnavailable`."""
+    """Give the free slots of all concurrency keys to waiting runs, and wake workers for them. Raises
+    `DatabaseUnavailable`.
+    """
     admitted, after = await concurrency_limits.admit_waiting_keys(database)
     while after:
         more, after = await concurrency_limits.admit_waiting_keys(database, after)

@@ -26,19 +26,25 @@ BATCH_ROWS: Final = 1_000
 
 
 async def forget_expired_keys(database: Database) -> None:
-    """Delete idempotency keys that have expired, so that they may be used again. Raises `DatabaseUnavailable`."""
+    """Delete idempotency keys that have expired, in batches, so that they may be used again. Raises
+    `DatabaseUnavailable`.
+    """
     identity = (col(Idempotency.shard), col(Idempotency.scope), col(Idempotency.key))
     await _forget(database, Idempotency, identity, col(Idempotency.expires_at))
 
 
 async def forget_past_paces(database: Database) -> None:
-    """Delete the rows of unused throttles, which are equal to having no row. Raises `DatabaseUnavailable`."""
+    """Delete the rows of throttles whose next slot is in the past, which equal having no row. Raises
+    `DatabaseUnavailable`.
+    """
     identity = (col(ThrottleRow.organization_id), col(ThrottleRow.key))
     await _forget(database, ThrottleRow, identity, col(ThrottleRow.next_at))
 
 
 async def forget_deliveries(settings: SchedulerSettings, database: Database) -> None:
-    """Delete events and deliveries that are older than the retention in days. Raises `DatabaseUnavailable`."""
+    """Delete events and deliveries that are older than `retention_event_days`, in batches. Raises
+    `DatabaseUnavailable`.
+    """
     before = database.clock.now() - timedelta(days=settings.retention_event_days)
     for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
         # By their IDs, which begin with the time and so need no further index.
@@ -50,6 +56,7 @@ async def forget_deliveries(settings: SchedulerSettings, database: Database) -> 
 async def _forget_earlier(
     table: type[EventRecord | Delivery], first_kept: str, connection: AsyncConnection
 ) -> int:
+    """Delete up to 1,000 rows whose ids sort before an id, except locked ones; return their number."""
     over = (
         select(col(table.id))
         .where(col(table.id) < first_kept)
@@ -77,6 +84,7 @@ async def _forget_batch(
     ends_at: SQLColumnExpression[Any],
     connection: AsyncConnection,
 ) -> int:
+    """Delete up to 1,000 rows of a table that have ended, except locked ones; return their number."""
     over = (
         select(*identity)
         .where(ends_at < DatabaseTime())

@@ -64,7 +64,11 @@ class RowMetrics:
         self._fixed: dict[str, int] = {}
 
     async def count_rows(self) -> None:
-        """Set the metrics of runs, schedules, deployments and drift from one snapshot; raises `DatabaseUnavailable`."""
+        """Set the metrics of runs, schedules, dead letters, deployments and drift from one snapshot of the
+        database.
+
+        Raises `DatabaseUnavailable`.
+        """
         async with self._database.read_snapshot() as connection:
             counts = await run_counts.count_runs(connection)
             oldest = {
@@ -90,7 +94,7 @@ class RowMetrics:
         self._set_deployments(deployments)
 
     def _count_fixes(self, fixed: Mapping[str, int]) -> None:
-        """Count the fixes that were added since the last turn; those of all times at the first."""
+        """Add the fixes of drift since the last turn to their counter; at the first turn those of all times."""
         for drift_class in DriftClass:
             total = fixed.get(drift_class.value, 0)
             added = total - self._fixed.get(drift_class.value, 0)
@@ -98,6 +102,11 @@ class RowMetrics:
         self._fixed = dict(fixed)
 
     def _set_deployments(self, rows: Sequence[Row[*tuple[Any, ...]]]) -> None:
+        """Set the number of deployments by desired and observed state, and count the seconds of pods since
+        the last turn.
+
+        Saved seconds are those of the usual pods of stopped deployments.
+        """
         for wanted in ("up", "down"):
             for observed in _OBSERVED:
                 instruments.gauge("deployments", wanted, observed).set(0)
@@ -121,6 +130,7 @@ _OBSERVED: Final = (
 
 
 def _set_runs(counts: run_counts.RunCounts) -> None:
+    """Set the number of unfinished runs by reason, and by status."""
     statuses = dict.fromkeys(("pending", "running", "waiting"), 0)
     for code in BlockerCode:
         found = counts.by_code.get(code)
@@ -132,14 +142,17 @@ def _set_runs(counts: run_counts.RunCounts) -> None:
 
 
 def _set_drift(findings: Sequence[DriftFinding]) -> None:
-    """Set the metric of overdue rows of every class, which is zero as long as sweeps work."""
+    """Set the number of overdue rows of each class of drift; they are zero as long as sweeps work."""
     for drift_class in DriftClass:
         number = sum(finding.drift_class is drift_class for finding in findings)
         instruments.gauge("drift", drift_class.value).set(number)
 
 
 async def _oldest_pending(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
-    """Return the seconds for which the oldest of up to ten thousand runs of these targets could be claimed."""
+    """Return for how many seconds the oldest pending run of some targets could be claimed; 0 without one.
+
+    Up to 10,000 runs are looked at, and runs without a slot or with a delay left out.
+    """
     some = (
         select(col(Execution.updated_at).label("at"))
         .where(wakes.IS_PENDING, of_target, col(Execution.target).not_in([LIMITED_TARGET, DELAYED_TARGET]))

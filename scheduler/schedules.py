@@ -61,9 +61,9 @@ class ScheduleRunner:
         self._cached_characters = 0
 
     async def start_due(self) -> int:
-        """Start all due runs, wake workers and deployments, and return the number of runs.
+        """Start all due scheduled runs, wake workers and deployments, and return the number of runs.
 
-        Raises `DatabaseUnavailable`.
+        A schedule that can't be run is postponed with its problem. Raises `DatabaseUnavailable`.
         """
         runs = 0
         while True:
@@ -78,7 +78,7 @@ class ScheduleRunner:
                 return runs
 
     async def set_back(self) -> None:
-        """Correct schedules that a clock which was ahead has moved too far into the future.
+        """Recompute the next instants of schedules that were computed while the clock was ahead.
 
         Raises `DatabaseUnavailable`.
         """
@@ -91,6 +91,7 @@ class ScheduleRunner:
                 log.warning("schedules reset: the clock was ahead", schedules=count)
 
     async def _start(self, due: Sequence[DueSchedule]) -> ScheduleRunResult:
+        """Start the runs of a batch of due schedules, postpone those with a problem, and announce the runs."""
         runnables, lost = await self._load_definitions(due)
         if lost:
             await self._database.transaction(
@@ -134,7 +135,8 @@ class ScheduleRunner:
     async def _load_definitions(
         self, due: Sequence[DueSchedule]
     ) -> tuple[dict[str, ScheduleDefinition], dict[str, str]]:
-        """Return the definitions of these workflows by id, and the reasons why others can't be run.
+        """Return the definitions of these workflows by id, from the cache or read together, and the reasons
+        why others can't run.
 
         Workflows that have changed meanwhile are in neither. Raises `DatabaseUnavailable`.
         """
@@ -163,6 +165,7 @@ class ScheduleRunner:
         return cached is not None and cached.due == due
 
     def _store_in_cache(self, runnable: ScheduleDefinition) -> None:
+        """Cache a definition; the oldest ones are dropped above 32 million characters."""
         earlier = self._cache.pop(runnable.due.workflow_id, None)
         self._cached_characters += len(runnable.text) - (len(earlier.text) if earlier else 0)
         self._cache[runnable.due.workflow_id] = runnable
@@ -205,7 +208,9 @@ def _build_definitions(
     deployed: Mapping[str, str],
     catalogs: Mapping[str, NodeTypeRegistry],
 ) -> list[ScheduleDefinition]:
-    """Return the definitions to run, without those of workflows that have changed since they were found."""
+    """Return the definitions to run, deployed or own ones; workflows that have changed since they were found
+    are left out.
+    """
     found: list[ScheduleDefinition] = []
     for one in due:
         catalog = catalogs[one.organization_id]

@@ -59,7 +59,7 @@ class SchedulerSettings(ServerSettings):
     )
 
     def check_for_production(self) -> None:
-        """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
+        """Raise `InvalidSettings` if the address of the broker is missing, which only `pilotflame dev` can omit.
 
         No duty needs the secret.
         """

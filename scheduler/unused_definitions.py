@@ -35,7 +35,10 @@ _IDENTITY: Final = (col(Definition.organization_id), col(Definition.hash))
 
 
 async def delete_unused_definitions(database: Database) -> None:
-    """Delete old definitions that no execution and no deployment refers to; raises `DatabaseUnavailable`."""
+    """Delete definitions that are over a day old and that no execution and no deployment refers to.
+
+    A log line has their number. Raises `DatabaseUnavailable`.
+    """
     async with database.read() as connection:
         if await connection.scalar(select(col(Definition.hash)).where(_is_old()).limit(1)) is None:
             return
@@ -52,7 +55,8 @@ async def delete_unused_definitions(database: Database) -> None:
 async def _find_used(database: Database) -> set[tuple[str, str]]:
     """Return organization id and hash of the definitions of all executions and deployments.
 
-    It reads them in the order of their ids, so that no read is long. Raises `DatabaseUnavailable`.
+    Executions are read in batches in the order of their ids, so that no read is long. Raises
+    `DatabaseUnavailable`.
     """
     used: set[tuple[str, str]] = set()
     after: str | None = ""
@@ -82,6 +86,7 @@ def _names_statement(after: str) -> Select[*tuple[Any, ...]]:
 
 
 async def _find_old(database: Database, after: tuple[str, str]) -> list[tuple[str, str]]:
+    """Return up to 500 definitions over a day old after a key, in order: organization id and hash."""
     statement = (
         select(*_IDENTITY)
         .where(tuple_(*_IDENTITY) > tuple_(*after), _is_old())
@@ -93,6 +98,7 @@ async def _find_old(database: Database, after: tuple[str, str]) -> list[tuple[st
 
 
 async def _delete(database: Database, unused: list[tuple[str, str]]) -> int:
+    """Delete definitions that are still old and not locked; return their number."""
     if not unused:
         return 0
 
