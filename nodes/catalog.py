@@ -131,7 +131,10 @@ class NodeCatalog:
     _digests: dict[str, bytes] = field(default_factory=dict, init=False, repr=False)
 
     def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
-        """Return a node type, in `version` if it is given; raises `UnknownNodeType`."""
+        """Return a node type, in `version` if it is given, else its newest one.
+
+        Raises `UnknownNodeType` with similar names or the known versions.
+        """
         node_type = self.node_types.get(type)
         if node_type is None:
             name = type[:SHOWN_CHARACTERS]
@@ -168,9 +171,10 @@ class NodeCatalog:
         return _fill_defaults(node_type.config_schema, config)
 
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[ConfigProblem]:
-        """Return the problems of a stored config by its schema, before templates are rendered.
+        """Return the problems of a stored config by its schema, before templates are rendered; empty for a
+        valid one.
 
-        An empty list for a valid one. Conditions and expressions are not validated: their compilers report
+        Texts with `{{` fit any field. Conditions and expressions are not validated: their compilers report
         more than a schema can.
         """
         return config_problems.find_problems(self._validator(node_type), config, node_type.config_schema)
@@ -180,7 +184,7 @@ class NodeCatalog:
         node_type: NodeType,  # noqa: ARG002 - see `OrganizationCatalog`
         config: Mapping[str, Json],  # noqa: ARG002 - the same
     ) -> Sequence[ConfigProblem]:
-        """Return nothing: types of the library validate rendered values themselves."""
+        """Return nothing: types of the library validate their rendered configs themselves."""
         return ()
 
     def document(self, node_type: NodeType) -> str | None:  # noqa: ARG002 - see `OrganizationCatalog`
@@ -188,9 +192,10 @@ class NodeCatalog:
         return None
 
     def implementation_digest(self, node_type: NodeType) -> bytes:
-        """Return the first bytes of the SHA-256 of the file that implements a node type, without importing it.
+        """Return the first 16 bytes of the SHA-256 of the file that implements a node type, without importing
+        it; cached.
 
-        Kept after the first call. For a node type without a file, they are of empty content.
+        For a node type without a file, they are those of empty content.
         """
         found = self._digests.get(node_type.type)
         if found is None:
@@ -200,9 +205,9 @@ class NodeCatalog:
         return found
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
-        """Import and return the function that runs a node type.
+        """Import the module of a node type and return its function, which runs nodes.
 
-        For processes that execute nodes. Raises `UnknownNodeType`.
+        Only processes that execute nodes need it. Raises `UnknownNodeType`.
         """
         module = import_module(f"nodes.library.{_file_stem(self.get(type).type)}")
         return cast("RunNode", module.run)
@@ -240,12 +245,14 @@ class LazyNodeTypes(Mapping[str, NodeType]):
 
 @cache
 def load_catalog() -> NodeCatalog:
-    """Return the catalog of the node library; its node types are read from files at their first use."""
+    """Return the catalog of the node library, the same object each time; node types are read from files at
+    their first use.
+    """
     return NodeCatalog(LazyNodeTypes(LIBRARY_FOLDER))
 
 
 def read_catalog(folder: Path) -> NodeCatalog:
-    """Return a catalog of every `.toml` file of `folder`.
+    """Return a catalog of every `.toml` file of `folder`, all read at once.
 
     Raises `InvalidCatalogEntry` for an unknown key or a wrong value.
     """
@@ -421,6 +428,7 @@ def _add_condition_schemas(
 
 
 def _fill_defaults(schema: Mapping[str, Json], config: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a config with the defaults of a schema for missing fields, also in the objects that it contains."""
     filled = dict(config)
     for name, of_field in _schema_properties(schema).items():
         if name not in filled and "default" in of_field:

@@ -34,7 +34,8 @@ def read_text(config: Mapping[str, Json], name: str) -> str:
 def read_number(config: Mapping[str, Json], name: str, *, minimum: float, maximum: float) -> int | float:
     """Return the number in a field of a config.
 
-    Raises `NodeError` for other types, a missing field, and a number out of range.
+    Raises `NodeError` for other types, also booleans, a missing field, and a number outside of `minimum` to
+    `maximum`.
     """
     value = config.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -46,9 +47,9 @@ def read_number(config: Mapping[str, Json], name: str, *, minimum: float, maximu
 
 
 def read_timeout_seconds(config: Mapping[str, Json]) -> float:
-    """Return `timeoutSeconds`, the seconds that a node waits for another system.
+    """Return `timeoutSeconds` of a config, the seconds that a node waits for another system.
 
-    Raises `NodeError` if it is not a number in the permitted range.
+    Raises `NodeError` unless it is a number from 0.1 to 300.
     """
     return read_number(
         config, "timeoutSeconds", minimum=SHORTEST_TIMEOUT_SECONDS, maximum=LONGEST_TIMEOUT_SECONDS
@@ -89,12 +90,16 @@ def read_sequence(config: Mapping[str, Json], name: str) -> list[Json]:
 
 
 def invalid_field(name: str, wanted: str, value: Json) -> NodeError:
-    """Return the error for a field of the wrong type: it names field, wanted type and given type, not the value."""
+    """Return the error `invalid-config` for a field of the wrong type: it names field, wanted and given type,
+    not the value.
+    """
     return NodeError(f"`{name}` must be {wanted}, but {describe_type(value)} arrived", code="invalid-config")
 
 
 def describe_type(value: Json) -> str:
-    """Describe the type of a value in words, without its content."""
+    """Describe the type of a value in words, without its content; only booleans, and up to eight names of
+    fields are shown.
+    """
     match value:
         case None:
             return "nothing (null)"

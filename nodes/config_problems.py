@@ -73,7 +73,10 @@ class ConfigProblem:
 
 
 def build_validator(node_type: NodeType) -> Draft202012Validator:
-    """Return the validator for configs of a node type; conditions are only required to be objects."""
+    """Return the validator for stored configs of a node type: texts with `{{` fit any field, conditions any object.
+
+    Patterns in schemas of custom types take linear time.
+    """
     from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
 
     schema = node_type.config_schema
@@ -95,14 +98,17 @@ def format_checks() -> dict[str, Callable[[str], bool]]:
 
 
 def linear_patterns() -> RegexOptions:
-    """Return options of a validator with which patterns take linear time and little memory."""
+    """Return options of a validator with which patterns take linear time and little memory; others are refused."""
     from jsonschema_rs import RegexOptions  # noqa: PLC0415 - as above
 
     return RegexOptions(size_limit=MAX_PATTERN_BYTES, dfa_size_limit=MAX_PATTERN_BYTES)
 
 
 def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema], JsonSchema]) -> JsonSchema:
-    """Return `schema` with the schema of one field changed: of `condition`, or of `cases[].condition`."""
+    """Return `schema` with the schema of one field replaced by `change(schema of the field)`.
+
+    `place` is a field such as `condition`, or a field of list items such as `cases[].condition`.
+    """
     field, of_each, name = place.partition(OF_EACH)
     properties = dict(cast("Mapping[str, Json]", schema.get("properties", {})))
     said = cast("JsonSchema", properties.get(field, {}))
@@ -144,9 +150,10 @@ def _allow_template(schema: Json) -> Json:
 def find_problems(
     checker: Draft202012Validator, config: Mapping[str, Json], schema: JsonSchema
 ) -> list[ConfigProblem]:
-    """Return the problems of a config, without its values, which may be secrets; an empty list for a valid one.
+    """Return up to 50 problems of a config, without its values, which may be secrets; an empty list for a
+    valid one.
 
-    At most `MAXIMUM_PROBLEMS`. A config with very many values has one problem without a location.
+    An invalid config with over 10,000 values has one problem without a location.
     """
     if checker.is_valid(config):
         return []
@@ -221,9 +228,8 @@ def _unknown_field_problem(
 
 
 def _suggest_option(given: Json, options: Sequence[Json]) -> Json:
-    """Return the only text option that is similar to `given`.
-
-    None for none or several, and if `given` is not a text.
+    """Return the only text among `options` that is similar to `given`; None for none or several, or if
+    `given` is no text.
     """
     if not isinstance(given, str):
         return None

@@ -163,7 +163,9 @@ class InvalidDocument(ValueError):
 
 
 def encode_document(document: NodeTypeDocument) -> bytes:
-    """Return the canonical JSON of a document: equal contents have equal texts, with defaults given or not."""
+    """Return the canonical JSON of a document: equal contents have equal texts, whether defaults are written
+    or not.
+    """
     return encode_canonical(cast("Json", msgspec.to_builtins(_without_defaults(document))))
 
 
@@ -186,9 +188,10 @@ def hash_document(text: bytes) -> str:
 
 
 def checked_document(document: NodeTypeDocument) -> NodeTypeDocument:
-    """Return a document with the local references of its schemas expanded.
+    """Return the document of a custom type with the local references of its schemas expanded.
 
-    Raises `InvalidDocument` with all problems of names, ports, schemas, examples and rules.
+    Raises `InvalidDocument` with the problems of names, ports and references; without those, with the first
+    of the config's type, a schema, or the deciding field of the effect.
     """
     problems = [*_name_problems(document), *_port_problems(document)]
     schemas: dict[str, dict[str, Any]] = {}
@@ -255,10 +258,10 @@ def _deciding_field_problem(document: NodeTypeDocument, node_type: NodeType) -> 
 
 
 def expand_schema(schema: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return a JSON Schema with its local references expanded; raises `InvalidDocument`.
+    """Return a JSON Schema with its local references (`#/$defs/…`) expanded.
 
-    The result has only keywords that forms, validation and fixes understand, and patterns without
-    backtracking.
+    Raises `InvalidDocument` with the problems: a schema over 64 KiB, too deep or recursive, and keywords that
+    forms, validation and fixes don't understand.
     """
     if len(msgspec.json.encode(schema)) > MAX_SCHEMA_BYTES:
         message = f"{path} is larger than {MAX_SCHEMA_BYTES:,} bytes"
@@ -281,9 +284,9 @@ class _SchemaExpander:
         self._left = MAX_EXPANDED_BYTES // 8
 
     def expand(self, schema: object, path: str, inside: tuple[str, ...]) -> object:
-        """Return a schema with its local references replaced by what they refer to.
+        """Return a schema with its local references replaced by what they refer to, `inside` being those under way.
 
-        Problems are collected with their paths.
+        Problems are collected with their paths; a part with a problem becomes an empty schema.
         """
         self._left -= 1
         if isinstance(schema, bool):
@@ -337,7 +340,7 @@ class _SchemaExpander:
 
 
 def build_strict_validator(schema: Mapping[str, Json]) -> Draft202012Validator:
-    """Return a validator of rendered values, whose patterns can't backtrack.
+    """Return a validator of rendered values, for which a text with `{{` is a plain text; patterns can't backtrack.
 
     Raises ValueError for an invalid schema.
     """
@@ -364,7 +367,7 @@ def decode_node_type(text: bytes | str, content_hash: str, *, is_deprecated: boo
 def build_node_type(
     document: NodeTypeDocument, content_hash: str, *, is_deprecated: bool = False
 ) -> NodeType:
-    """Return the node type that a document describes."""
+    """Return the node type that a document describes, without checking it again."""
     effect, task = document.effect, document.task
     return NodeType(
         type=document.type,
@@ -397,7 +400,7 @@ def build_node_type(
 
 
 def join_versions(versions: Sequence[NodeType]) -> NodeType:
-    """Return the newest version of one type, with the others as its earlier ones.
+    """Return the newest version of one type, with the others as its earlier versions.
 
     A deprecated version is the newest only if all are deprecated.
     """
@@ -425,22 +428,23 @@ class OrganizationCatalog(NodeCatalog):
         return self.documents.get((node_type.type, node_type.version))
 
     def implementation_digest(self, node_type: NodeType) -> bytes:
-        """Return the first 16 bytes of the SHA-256 of a custom type's hash; for a type of the library, of its file."""
+        """Return 16 bytes that identify what a node type does: of a custom type's content hash, or of the
+        library's file.
+        """
         if node_type.task is None:
             return self.base.implementation_digest(node_type)
         return sha256(node_type.content_hash.encode()).digest()[:16]
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
-        """Import and return the function that runs a node type of the library; raises `UnknownNodeType`."""
+        """Import the module of a library type and return its function; raises `UnknownNodeType`, also for
+        custom types' names.
+        """
         return self.base.implementation(type)
 
     def rendered_config_problems(
         self, node_type: NodeType, config: Mapping[str, Json]
     ) -> Sequence[ConfigProblem]:
-        """Return the problems of the rendered config of a custom type.
-
-        Texts with braces are no expressions any more.
-        """
+        """Return the problems of the rendered config of a custom type; texts with `{{` are plain texts now."""
         checker = self._strict_validator(node_type, "config", node_type.config_schema)
         return config_problems.find_problems(checker, config, node_type.config_schema)
 
@@ -455,7 +459,9 @@ class OrganizationCatalog(NodeCatalog):
         return config_problems.find_problems(checker, {"output": output}, whole)
 
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[ConfigProblem]:
-        """Return the problems of a stored config by its schema; types of the library share their validators."""
+        """Return the problems of a stored config by its schema; those of library types come from the
+        library's catalog.
+        """
         if node_type.task is None:
             return self.base.config_problems(node_type, config)
         return super().config_problems(node_type, config)
@@ -474,7 +480,7 @@ def build_catalog(
 ) -> OrganizationCatalog:
     """Return the catalog of an organization: that of the library with these versions of custom types.
 
-    `documents` has their JSON by type and version.
+    `documents` has the JSON of each by type and version.
     """
     versions: dict[str, list[NodeType]] = {}
     for one in node_types:
@@ -485,7 +491,10 @@ def build_catalog(
 
 
 def catalog_of_definition(base: NodeCatalog, definition: Mapping[str, Any]) -> NodeCatalog:
-    """Return the catalog for a definition, with the custom types that it pins; `base` if it pins none."""
+    """Return the catalog for a stored definition, with the custom types that it pins; `base` if it pins none.
+
+    Raises ValueError for an invalid pinned document.
+    """
     pinned = definition.get(PINNED)
     if not pinned:
         return base

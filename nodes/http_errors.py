@@ -12,9 +12,9 @@ from nodes.outbound_http import OutboundRefused, OutboundUnavailable
 
 @contextmanager
 def name_request_in_errors(method: str, url: str) -> Iterator[None]:
-    """Convert failures of the block's request to `NodeError`s that begin with its method and URL.
+    """Convert failures of the block's request to `NodeError`s that begin with its method and URL, secrets redacted.
 
-    Secrets in the URL are redacted.
+    Errors of an unreachable server may be retried, refusals not.
     """
     try:
         yield

@@ -32,7 +32,11 @@ class ItemKey:
 
     @classmethod
     def from_config(cls, name: str, call: NodeCall, source: Json) -> Self:
-        """Return the key in a config; an expression without `item` or `index` renders once, to the name of a field."""
+        """Return the key in a config; an expression without `item` or `index` is rendered once, to the name
+        of a field.
+
+        Raises `ExpressionError`, and `NodeError` for a name that is no text.
+        """
         template = compile_value(source)
         if any(path.root in ITEM_ROOTS for path in template.paths):
             return cls(call, template)
@@ -60,7 +64,7 @@ class ItemKey:
         return value
 
     def missing_paths(self, item_count: int) -> list[str]:
-        """Return the paths that were missing in all of `item_count` items."""
+        """Return the paths that were missing in all of `item_count` items, so that they are probably misspelled."""
         if isinstance(self.source, str):
             needed = [f"item.{self.source}"]
         else:
@@ -74,6 +78,7 @@ class ItemKey:
         return found
 
     def _note(self, path: str) -> None:
+        """Count a missing path; the first time it is noted as unresolved."""
         if path not in self.lacking:
             self.call.unresolved.append(path)
         self.lacking[path] += 1
@@ -87,7 +92,9 @@ class ItemKeys:
 
     @classmethod
     def from_config(cls, call: NodeCall, name: str) -> Self:
-        """Return the keys that the compiled field `name` lists; raises `NodeError` for too many or none."""
+        """Return the keys that the compiled config field `name` lists, or that its expression gives; raises
+        `NodeError` for none or over 20.
+        """
         template = call.values[name]
         if isinstance(template.source, list):
             parts = [ItemKey.from_config(name, call, entry) for entry in template.source]
@@ -109,7 +116,7 @@ def require_key_count(name: str, count: int) -> None:
 def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
     """Return the value of an item's field by its name or dotted path, and True; null and False if it is missing.
 
-    Raises `NodeError` if the item is no object.
+    A field with the whole name comes first. Raises `NodeError` if the item is no object.
     """
     own = require_item_fields(item, index, f"it has no field `{name}`")
     if name in own:
@@ -123,9 +130,8 @@ def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
 
 
 def require_item_fields(item: Json, index: int, consequence: str) -> dict[str, Json]:
-    """Return an item that is an object.
-
-    Raises `NodeError` with the type and `consequence` for other items.
+    """Return an item that is an object; raises `NodeError`, with its index, type and `consequence`, for other
+    items.
     """
     if isinstance(item, dict):
         return item

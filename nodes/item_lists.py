@@ -17,7 +17,7 @@ MAXIMUM_ITEMS = 100_000
 def read_items(config: Mapping[str, Json], name: str = "items") -> list[Json]:
     """Return the list in a field of the config.
 
-    Raises `NodeError` for other types, and for more than `MAXIMUM_ITEMS` items.
+    Raises `NodeError` for other types, with a hint to lists in an object, and for more than 100,000 items.
     """
     value = config.get(name)
     if isinstance(value, dict):

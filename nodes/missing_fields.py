@@ -25,9 +25,9 @@ class MissingFieldAction(StrEnum):
 
 
 def require_fields(call: NodeCall, paths: Sequence[str], item_count: int) -> None:
-    """Raise `NodeError` for `paths` that several items all lack; for one item or none, log a warning.
+    """Raise `NodeError` for `paths` that all of at least two items lack; with fewer items, log a warning instead.
 
-    Does nothing if the config or the settings of the workflow allow missing fields.
+    Does nothing without paths, without strict mappings, or if the config has `missing: "null"`.
     """
     if not paths or not call.is_strict:
         return

@@ -47,7 +47,7 @@ async def write_to_bucket(call: NodeCall) -> Json:
 async def write_object(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
     """Write the configured object to a bucket or folder, and return its key, size in bytes, tag and media type.
 
-    Raises `NodeError`.
+    Raises `NodeError` for invalid content, and the errors of the storage.
     """
     config = call.config
     key = config_fields.read_text(config, "key")
@@ -58,7 +58,10 @@ async def write_object(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
 
 
 async def _encode_content(call: NodeCall) -> tuple[bytes, str]:
-    """Return the `content` of the config as bytes by its `format`, and its media type; raises `NodeError`."""
+    """Return the `content` of the config as bytes by its `format`, and its media type; raises `NodeError`.
+
+    `auto` takes the format from the content. A blob keeps its own media type unless the config has one.
+    """
     value = call.config.get("content")
     wanted = config_fields.read_choice(call.config, "format", ObjectFormat)
     if wanted is ObjectFormat.AUTO:

@@ -27,9 +27,10 @@ async def read_from_bucket(call: NodeCall) -> Json:
 
 
 async def read_objects(call: NodeCall, bucket: ObjectBucket) -> Json:
-    """Return the configured object of a bucket or folder with its size in bytes, or a listing if no `key` is set.
+    """Return the configured object of a bucket or folder, parsed or as a blob, with its size; or a listing
+    without `key`.
 
-    Raises `NodeError` for a missing or too large object, and if the storage fails.
+    Raises `NodeError` for a missing or too large object, invalid content, and if the storage fails.
     """
     config = call.config
     timeout_seconds = config_fields.read_timeout_seconds(config)
@@ -58,6 +59,9 @@ async def _list_objects(config: Mapping[str, Json], bucket: ObjectBucket, timeou
 
 
 async def _convert_object(call: NodeCall, key: str, content: bytes) -> dict[str, Json]:
+    """Return the content of an object in the form `as`: parsed by its format, or (binary and on demand)
+    stored as a blob.
+    """
     wanted = config_fields.read_text(call.config, "as")
     if wanted == BLOB_OUTPUT or (wanted == FileFormat.AUTO and b"\0" in content[: file_reader.HEAD_BYTES]):
         return {"format": BLOB_OUTPUT, "blob": await _store_blob(call, key, content)}

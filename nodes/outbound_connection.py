@@ -80,10 +80,11 @@ class OutboundConnection(asyncio.Protocol):
         """Called when an idle connection is lost."""
 
     async def exchange(self, head: bytes, body: bytes, *, is_head: bool) -> RawResponse:
-        """Send a request and return the final response.
+        """Send a request, encoded as `head` and `body`, and return the final response; `is_head` is for HEAD,
+        which has no body.
 
-        Raises `ResponseInvalid`, `ResponseTooLarge` or `ConnectionBroken`; the connection is closed then, and when the
-        caller is cancelled.
+        Raises `ResponseInvalid`, `ResponseTooLarge` or `ConnectionBroken`; the connection is closed then, and
+        when the caller is canceled.
         """
         if self._transport is None or self._transport.is_closing():
             raise ConnectionBroken(has_answered=False)
@@ -234,7 +235,7 @@ class OutboundConnection(asyncio.Protocol):
         self._pieces = 0
 
     def _decompress(self, data: bytes) -> bytes:
-        """Return decompressed data, at most one byte more than the limit allows.
+        """Return decompressed data, at most one byte more than the limit of the body allows.
 
         Raises `zlib.error` for invalid data.
         """
@@ -264,6 +265,7 @@ class OutboundConnection(asyncio.Protocol):
         return bytes(found)
 
     def _is_over(self) -> bool:
+        """Return whether no response is awaited any more, so that further data is ignored."""
         return self._response is None or self._response.done()
 
     def _complete(self) -> None:
@@ -275,6 +277,7 @@ class OutboundConnection(asyncio.Protocol):
         self._response.set_result(RawResponse(self._status, self._headers, bytes(self._body)))
 
     def _fail(self, error: Exception) -> None:
+        """Let the exchange fail with an error; the connection can't be used again."""
         if self._response is not None and not self._response.done():
             self._response.set_exception(error)
         self.is_reusable = False

@@ -162,7 +162,8 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: IpAddress) -> None:
-    """Raise `OutboundRefused` for an address that is not public, or a privileged port, unless its network is allowed.
+    """Raise `OutboundRefused` for an address that is not public, or a privileged port, unless its network is
+    allowed.
 
     The error doesn't contain the address: users must not be able to resolve names of the internal network.
     """
@@ -177,6 +178,9 @@ def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: 
 
 
 def require_valid_request(method: str, headers: Mapping[str, str]) -> None:
+    """Raise `OutboundRefused` for a method or header that a request may not have, such as `Host`, or a login
+    by NTLM.
+    """
     if method not in ALLOWED_METHODS:
         raise OutboundRefused(OutboundRefusalCode.INVALID_REQUEST, f"the method {method!r} is not supported")
     for name, value in headers.items():
@@ -192,10 +196,10 @@ def require_valid_request(method: str, headers: Mapping[str, str]) -> None:
 
 
 def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundCall | None:
-    """Return the call that a redirect leads to; None for other responses.
+    """Return the request that a redirect leads to; None for other responses.
 
-    Credentials go to no other origin, and 303 and usually 301 and 302 become GET. Raises `OutboundRefused`
-    from https to http, ValueError for an invalid URL.
+    Only harmless headers go to another origin. A POST becomes a GET by 301 and 302, any method but HEAD by
+    303. Raises `OutboundRefused` from https to http, ValueError for an invalid URL.
     """
     location = response.headers.get("location")
     if response.status not in REDIRECTS or not location:
@@ -216,9 +220,9 @@ def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundC
 
 
 def _require_final_status(target: UrlTarget, status: int) -> None:
-    """Raise `OutboundRefused` for an interim status.
+    """Raise `OutboundRefused` unless the status is from 200 to 599.
 
-    101 switches to a protocol that wasn't requested (RFC 9110, section 15).
+    An interim one such as 101 switches to a protocol that wasn't requested (RFC 9110, section 15).
     """
     if status not in FINAL_STATUSES:
         message = f"{target.host} answered {status}, which is not a final status"
@@ -255,9 +259,11 @@ class OutboundClient:
         timeout_seconds: float | None = None,
         follow_redirects: bool = True,
     ) -> OutboundResponse:
-        """Send a request and return the response; the timeout spans resolution, connections, redirects and the body.
+        """Send a request and return the response, of any final status; the timeout spans resolution,
+        connections, redirects and body.
 
-        Raises `OutboundError`, and ValueError for an invalid URL.
+        Raises `OutboundRefused` if it is not permitted or invalid, `OutboundUnavailable` if it may succeed
+        later, and ValueError for an invalid URL.
         """
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
@@ -275,6 +281,7 @@ class OutboundClient:
             self._discard(connection)
 
     async def _send_following(self, call: OutboundCall) -> OutboundResponse:
+        """Send a call and those to which it is redirected, up to a maximum; return the last response."""
         for _ in range(self._policy.max_redirects + 1):
             response = await self._send(call)
             following = follow_redirect(call, response)
@@ -286,6 +293,11 @@ class OutboundClient:
         )
 
     async def _send(self, call: OutboundCall) -> OutboundResponse:
+        """Send a call over an idle connection or a new one, and return the response.
+
+        A read is repeated on a new connection if the server has closed the idle one; a write is not, since it
+        may have been carried out.
+        """
         kept = self._take_kept(call.target)
         if kept is not None:
             try:
@@ -301,7 +313,8 @@ class OutboundClient:
             raise _build_interruption(call.target) from error
 
     async def _connect(self, target: UrlTarget) -> OutboundConnection:
-        """Return a new connection to the first permitted address that answers; waits for room among the connections.
+        """Return a new connection to the first permitted address that answers; wait while 256 connections are
+        in use.
 
         Raises `OutboundError`.
         """
@@ -324,7 +337,7 @@ class OutboundClient:
         raise failure
 
     async def _take_place(self) -> None:
-        """Wait for room among the connections; if all places are taken, an idle connection is closed."""
+        """Wait until a connection may be opened; if all places are taken, an idle connection is closed."""
         if self._places.locked() and self._idle:
             self._discard(next(iter(self._idle)))
         self._waiting += 1
@@ -364,8 +377,7 @@ class OutboundClient:
     # ── kept connections ────────────────────────────────────────────────────────────────────────────────────────
 
     def _take_kept(self, target: UrlTarget) -> OutboundConnection | None:
-        """Return an open idle connection to the target's origin, whose address was checked when it was made.
-
+        """Return an open idle connection to the target's origin, whose address was checked when it was made;
         None without one.
         """
         kept = self._by_origin.get(_get_origin(target))
@@ -378,6 +390,9 @@ class OutboundClient:
         return None
 
     def _keep(self, connection: OutboundConnection, target: UrlTarget) -> None:
+        """Keep a connection for four seconds; it is closed if others wait for a place, or if it is over a
+        minute old.
+        """
         loop = asyncio.get_running_loop()
         # A name whose address changes is resolved anew after a minute, however busy its connections are.
         if self._waiting or loop.time() - connection.made_at > MAX_AGE_SECONDS:
@@ -399,6 +414,7 @@ class OutboundClient:
             del self._by_origin[place.origin]
 
     def _discard(self, connection: OutboundConnection) -> None:
+        """Close a connection and free its place."""
         self._forget_idle(connection)
         if connection in self._open:
             self._open.remove(connection)
@@ -408,6 +424,7 @@ class OutboundClient:
     # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _checked_addresses(self, target: UrlTarget) -> list[IpAddress]:
+        """Return up to 16 addresses of the target; raises `OutboundRefused` if one of them is not permitted."""
         if target.address is not None:
             found = [target.address]
         else:
@@ -435,9 +452,9 @@ class OutboundClient:
         return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
 
     async def _exchange(self, call: OutboundCall, connection: OutboundConnection) -> OutboundResponse:
-        """Send a call over a connection and return the response; the connection is kept if reusable, else closed.
+        """Send a call over a connection and return the response; the connection is kept if it can be, else closed.
 
-        Raises `OutboundRefused` or `ConnectionBroken`.
+        Raises `OutboundRefused` for an invalid or too large response, and `ConnectionBroken`.
         """
         target = call.target
         try:
@@ -468,7 +485,9 @@ def _build_interruption(target: UrlTarget) -> OutboundUnavailable:
 
 
 def _request_head(call: OutboundCall) -> bytes:
-    """Return the request line and the headers as bytes, with defaults added; every part was validated before."""
+    """Return the request line and the headers as bytes, with default headers added; every part was validated
+    before.
+    """
     target = call.target
     path = f"{target.path}?{target.query}" if target.query else target.path
     given = {name.lower() for name in call.headers}

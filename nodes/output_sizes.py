@@ -25,7 +25,9 @@ class OutputSize:
         self._bytes = 0
 
     def add(self, value: Json) -> None:
-        """Add the size of a value; raises `NodeError` if the total exceeds the limit."""
+        """Add the size of a value, as JSON for containers; raises `NodeError` if the total exceeds ten
+        million bytes.
+        """
         self._count += 1
         self._bytes += self._of(value)
         if self._bytes > MAXIMUM_BYTES:

@@ -25,7 +25,10 @@ invalid.
 
 
 def redact_text(text: str, secrets: Iterable[str]) -> str:
-    """Return a text, such as an error message, with the secrets replaced; short secrets only as whole words."""
+    """Return a text, such as an error message, with the secrets replaced by `[hidden]`.
+
+    Secrets under four characters are replaced only as whole words.
+    """
     for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
             text = text.replace(secret, REDACTED)
@@ -36,7 +39,9 @@ def redact_text(text: str, secrets: Iterable[str]) -> str:
 
 @contextmanager
 def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
-    """Redact secrets in the message of a `NodeError`: a server may repeat secrets that it got."""
+    """Redact secrets in the message of a `NodeError` that the block raises: a server may repeat secrets that
+    it got.
+    """
     try:
         yield
     except NodeError as error:
@@ -47,7 +52,10 @@ def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
 
 
 def redact_body(body: bytes, secrets: Iterable[str]) -> bytes:
-    """Return the body of a response with the secrets replaced; short ones only in quotes or at the end of a field."""
+    """Return the body of a response with the secrets replaced by `[hidden]`.
+
+    Secrets under four characters are replaced only in quotes, as the value of a field, or as the whole body.
+    """
     for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
             body = body.replace(secret.encode(), REDACTED.encode())

@@ -28,9 +28,10 @@ LIST_FIELDS = ("rows", "items", "groups")
 
 
 async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
-    """Run the query of a source node with its parameters, and return its rows, columns and number of rows.
+    """Run the query of a source node with its parameters, and return its rows as objects, the columns and the
+    number of rows.
 
-    Raises `NodeError`, also for more rows than `maxRows`.
+    Raises `NodeError`, also for columns with the same name and for more rows than `maxRows`.
     """
     statement = require_constant_sql(call, "query")
     parameters = _read_parameters(call.config)
@@ -52,9 +53,10 @@ async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
 
 
 async def run_write(call: NodeCall, dialect: SqlDialect) -> Json:
-    """Write the rows of a destination node, or run its statement; return the number of rows as `written`.
+    """Write the rows of a destination node, or run its `statement`; return the number of written or changed
+    rows as `written`.
 
-    Raises `NodeError`.
+    Raises `NodeError`, also for a config with both table and statement.
     """
     timeout_seconds = config_fields.read_timeout_seconds(call.config)
     if "statement" in call.values:
@@ -75,7 +77,7 @@ async def run_write(call: NodeCall, dialect: SqlDialect) -> Json:
 
 
 def require_constant_sql(call: NodeCall, name: str) -> str:
-    """Return the SQL that the author wrote; raises `NodeError` if a part of it comes from the run."""
+    """Return the SQL in a config field as its author wrote it; raises `NodeError` if it contains an expression."""
     unresolved: list[str] = []
     text = call.values[name].render({}, unresolved)
     if unresolved:
@@ -112,9 +114,10 @@ def _check_names(columns: Sequence[str]) -> None:
 
 
 async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
-    """Return the union of the rows' columns in order of appearance, and each row's values, null for missing ones.
+    """Return all columns of the rows in order of appearance, and each row's values, null for missing ones.
 
-    Raises `NodeError` for a row that is no object.
+    With `columns` in the config, each item is mapped by it first. Raises `NodeError` for a row that is no
+    object.
     """
     template = call.values.get("columns")
     turn = LoopShare()
@@ -138,6 +141,7 @@ async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
 
 
 def _read_items(call: NodeCall) -> list[Json]:
+    """Return the rows to write: `rows` of the config, else the data or the list in it; an object is one row."""
     if "rows" in call.config:
         value = call.config["rows"]
     else:

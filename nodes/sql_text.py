@@ -50,23 +50,25 @@ class SqlStatement:
         return len(self.parts) - 1
 
     def with_places(self, places: Sequence[str]) -> str:
-        """Return the text of the statement with these placeholders of a driver, one for each value."""
+        """Return the text of the statement with a driver's placeholders in place of its own, one for each value."""
         pieces = [piece for pair in zip(self.parts, places, strict=False) for piece in pair]
         return "".join([*pieces, self.parts[-1]])
 
 
 def parse_reading(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Return a parsed read-only statement.
+    """Return a parsed statement that reads, by its first word.
 
-    Raises `StatementRefused` for other statements, and if it doesn't have exactly `values` placeholders.
+    Raises `StatementRefused` for another or an invalid statement, and if it doesn't have exactly `values`
+    placeholders.
     """
     return _require_statement(parse_statement(text, dialect), READING_VERBS, "a statement that reads", values)
 
 
 def parse_writing(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Return a parsed writing statement.
+    """Return a parsed statement that writes, by its first word.
 
-    Raises `StatementRefused` for other statements, and if it doesn't have exactly `values` placeholders.
+    Raises `StatementRefused` for another or an invalid statement, and if it doesn't have exactly `values`
+    placeholders.
     """
     return _require_statement(
         parse_statement(text, dialect), WRITING_VERBS, "a statement that writes", values
@@ -87,9 +89,9 @@ def _require_statement(
 
 
 def quote_name(name: str, dialect: SqlDialect) -> str:
-    """Return a column name, or a part of a table name, in quotes.
+    """Return a column name, or a part of a table name, in quotes of the dialect.
 
-    Raises `StatementRefused` for an empty or too long one.
+    Raises `StatementRefused` for an empty one, over 64 bytes, and with NUL.
     """
     if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
         raise StatementRefused(
@@ -100,7 +102,7 @@ def quote_name(name: str, dialect: SqlDialect) -> str:
 
 
 def quote_table(name: str, dialect: SqlDialect) -> str:
-    """Return a table name in quotes, with its schema before a dot or without; raises `StatementRefused`."""
+    """Return a table name in quotes, up to three parts at dots quoted one by one; raises `StatementRefused`."""
     parts = name.split(".")
     if len(parts) > MAX_NAME_PARTS:
         raise StatementRefused(f"{name[:40]!r} has too many parts to be the name of a table")
@@ -157,9 +159,9 @@ _COMMENT_EDGE: Final = re.compile(r"/\*|\*/")
 
 
 def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
-    """Return the only statement of a text, split at its placeholders.
+    """Return the only statement of a text, split at its placeholders (`?`).
 
-    Raises `StatementRefused` for none, for several, and for invalid tokens.
+    Raises `StatementRefused` for none, for several, for over 100,000 characters, and for invalid tokens.
     """
     if len(text) > MAX_CHARACTERS:
         raise StatementRefused(f"The statement has more than {MAX_CHARACTERS:,} characters")

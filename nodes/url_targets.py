@@ -71,7 +71,8 @@ class UrlTarget:
 
 
 def not_public_refusal(host: str) -> str:
-    """Return the refusal of a host that is not public, with the setting by which an operator allows it.
+    """Return the text that refuses a host which is not public, with the setting by which an operator allows
+    its network.
 
     It never contains the address of a name: names of the internal network must not be resolvable by users.
     """
@@ -80,16 +81,17 @@ def not_public_refusal(host: str) -> str:
 
 
 def port_refusal(port: int) -> str:
-    """Return the refusal of a port below 1024, with the setting by which an operator allows it."""
+    """Return the text that refuses a port below 1024, with the setting by which an operator allows its network."""
     setting = run_limits.setting_name("outbound_allowed_networks")
     return f"Port {port} is not allowed; an operator allows the network of its host with {setting}"
 
 
 def redact_url(url: str) -> str:
-    """Return a URL for an error message, with at most 300 characters; empty for an invalid one.
+    """Return a URL for an error message, without secrets, at most 300 characters; empty for an invalid one.
 
-    Errors have more readers than configs. So values of the query are redacted, and each path segment that may be a
-    secret: one with 8 or more letters and digits mixed, or over 24 letters, 12 digits or 64 characters in a row.
+    Errors have more readers than configs. So values of the query are redacted, and each path segment that may
+    be a secret: one with 8 or more letters and digits mixed, or over 24 letters, 12 digits or 64 characters
+    in a row.
     """
     try:
         target = parse_target(url)
@@ -104,9 +106,8 @@ def redact_url(url: str) -> str:
 
 
 def _redact_field(text: str) -> str:
-    """Return a query field with its value redacted, and its name if that may be a secret.
-
-    Texts without `=` unchanged.
+    """Return a query field with its value redacted, and its name if that may be a secret; a text without `=`
+    unchanged.
     """
     name, equals, _ = text.partition("=")
     return f"{REDACTED if TOKEN_PATTERN.search(name) else name}={REDACTED}" if equals else name
@@ -114,7 +115,12 @@ def _redact_field(text: str) -> str:
 
 @lru_cache(maxsize=128)
 def parse_target(url: str, base: str = "") -> UrlTarget:
-    """Parse a URL, or a reference relative to `base`; raises ValueError with a message that may be shown."""
+    """Parse an http or https URL, or a reference relative to `base`; raises ValueError with a message that
+    users may see.
+
+    A user name in it, control characters, white space and over 8,000 characters are refused. The path is
+    percent-encoded.
+    """
     if len(url) > MAX_URL_CHARACTERS:
         raise ValueError("the URL is too long")
     if UNUSABLE_CHARACTERS.search(url):
@@ -135,7 +141,9 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def canonicalize_host(text: str) -> str:
-    """Return a host name in canonical form (IDNA, lower case), or an IP address; raises ValueError."""
+    """Return a host name in canonical form (IDNA, lower case, without a final dot), or an IP address; raises
+    ValueError.
+    """
     if text.startswith("["):
         return str(IPv6Address(text[1:-1]))
     if len(text) > MAX_HOST_CHARACTERS:
@@ -162,9 +170,8 @@ def _parse_address(host: str) -> IpAddress | None:
 
 @lru_cache(maxsize=1_024)
 def unmap_ipv4(text: str) -> IpAddress:
-    """Return an IP address, an IPv4-mapped IPv6 one as IPv4.
-
-    It is connected as IPv4, so it must be checked as IPv4.
+    """Return an IP address from its text, an IPv4-mapped IPv6 one as IPv4: it is connected as IPv4, so it
+    must be checked so.
     """
     address = ip_address(text)
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

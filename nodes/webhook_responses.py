@@ -61,7 +61,11 @@ class WebhookResponse:
 
 
 def build_response(config: Mapping[str, Json]) -> WebhookResponse:
-    """Build the response from the rendered config of a node; raises `NodeError`."""
+    """Build the response of a webhook from the rendered config of a node.
+
+    Raises `NodeError` for an invalid status, header or body, and for a body over a million bytes. Some
+    statuses have no body.
+    """
     status = config_fields.read_number(config, "status", minimum=LOWEST_STATUS, maximum=HIGHEST_STATUS)
     if status != int(status):
         raise NodeError(f"`status` must be a whole number, not {status}", code="invalid-config")

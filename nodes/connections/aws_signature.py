@@ -14,12 +14,12 @@ UNRESERVED = "-_.~"
 
 
 def encode_path(path: str) -> str:
-    """Return a path percent-encoded, as it is signed and sent; slashes stay."""
+    """Return a path percent-encoded for AWS, as it is signed and sent; slashes stay."""
     return quote(path, safe="/" + UNRESERVED)
 
 
 def encode_query(query: Mapping[str, str]) -> str:
-    """Return a query as it is signed and sent: percent-encoded and sorted by name."""
+    """Return a query as it is signed for AWS and sent: percent-encoded and sorted by name."""
     pairs = sorted(
         (quote(name, safe=UNRESERVED), quote(value, safe=UNRESERVED)) for name, value in query.items()
     )
@@ -46,9 +46,10 @@ class AwsSigner:
         body: bytes,
         now: datetime,
     ) -> dict[str, str]:
-        """Return the given headers with the date, the digest of the body, the session token if any, and the signature.
+        """Return the given headers with those of AWS Signature 4: date, digest of the body, session token if
+        any, and signature.
 
-        `host` is signed but not among them: the client adds it.
+        `path` and `query` are not encoded yet. `host` is signed but not returned: the client adds it.
         """
         moment = now.strftime("%Y%m%dT%H%M%SZ")
         payload = sha256(body).hexdigest()

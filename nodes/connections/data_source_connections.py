@@ -51,7 +51,8 @@ class DataSourceConnections:
         self._sqlite_processes: ProcessPool | None = None
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
-        """Return the SQL database of a data source with pooled connections.
+        """Return the SQL database of a data source of this type, over pooled connections; it connects at the
+        first statement.
 
         Raises `NodeError` if the caller may not use it, or its type is another one.
         """
@@ -59,7 +60,7 @@ class DataSourceConnections:
         return PooledSqlDatabase(self._pool_of(source), SqlDialect(type), tuple(source.secrets.values()))
 
     async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket:
-        """Return the bucket of an S3 data source.
+        """Return the bucket of an S3 data source, without connecting.
 
         Raises `NodeError` if the caller may not use it, or its settings are unusable.
         """
@@ -68,7 +69,7 @@ class DataSourceConnections:
         return await s3_bucket.open_bucket(await self._find(caller, source_id, "s3"), self._policy)
 
     async def mail_server(self, caller: RunCaller, source_id: str) -> SmtpMailServer:
-        """Return the mail server of an SMTP data source.
+        """Return the mail server of an SMTP data source, without connecting.
 
         Raises `NodeError` if the caller may not use it, or its settings are unusable.
         """
@@ -79,9 +80,11 @@ class DataSourceConnections:
         )
 
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
-        """Return the secret headers of a data source for a request to `url`.
+        """Return the secret headers of a data source for a request to `url`: a bearer token, a basic login or
+        an API key.
 
-        Raises `NodeError` if the caller may not use it, or the URL's host is not among its hosts.
+        Raises `NodeError` if the caller may not use it, or it lists hosts and the URL's host is not among
+        them.
         """
         source = await self._find(caller, source_id, BEARER, BASIC, API_KEY)
         _check_host(source, url)
@@ -99,9 +102,8 @@ class DataSourceConnections:
                 }
 
     async def close(self) -> None:
-        """Close idle connections, and wait until those in use are released and closed.
-
-        End the child processes for SQLite.
+        """Close idle connections, wait until those that are being reset or closed are gone, and end the
+        processes for SQLite.
         """
         for _, pool in self._pools.values():
             await pool.close()
@@ -113,6 +115,9 @@ class DataSourceConnections:
         self._names.close()
 
     async def _find(self, caller: RunCaller, source_id: str, *types: str) -> ConnectionSource:
+        """Return a data source of one of the types, and note its use for the node's key; raises `NodeError`
+        for another type.
+        """
         source = await self._sources.find(caller, source_id)
         note_source_use(source.id, source.revision)
         if source.type not in types:
@@ -200,7 +205,8 @@ class PooledSqlDatabase:
     ) -> QueryRows:
         """Run a read-only statement with its parameters, and return its columns and rows.
 
-        Raises `NodeError` for a statement that writes, exceeded limits, and failures of the server.
+        Raises `NodeError` for a statement that writes, more rows, bytes or time than the limits, and failures
+        of the server.
         """
         try:
             read = sql_text.parse_reading(statement, self._dialect, len(parameters))
@@ -223,9 +229,11 @@ class PooledSqlDatabase:
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
-        """Insert rows in batches, or update those with the same key by `upsert`; return the number of written rows.
+        """Insert rows in batches, or update those with the same key by `upsert`, all or none; return the
+        number of written rows.
 
-        Raises `NodeError`.
+        Without rows or columns it does nothing. Raises `NodeError` for invalid names, a key that is no
+        column, the time limit, and failures of the server.
         """
         missing = [name for name in upsert.key if name not in columns]
         if missing:
@@ -263,10 +271,11 @@ class PooledSqlDatabase:
     async def _within(
         self, timeout_seconds: float, work: Callable[[DatabaseSession], Awaitable[Outcome]]
     ) -> Outcome:
-        """Do `work` with a connection of the pool within the time limit, which includes waiting for one.
+        """Do `work` with a connection of the pool within the time limit, which includes waiting for one;
+        return its result.
 
-        Return its result. Raises `NodeError` with the code `timeout` after it, else errors of `work` with the
-        source's secrets redacted. After any failure the connection is closed, since its state is unknown.
+        Raises `NodeError` with the code `timeout` after it, else errors of `work` with the source's secrets
+        redacted. After any failure the connection is closed, since its state is unknown.
         """
         try:
             async with asyncio.timeout(timeout_seconds):

@@ -44,9 +44,8 @@ class ServerDatabase:
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Return the location of the database in the server's own settings.
-
-        It is the file of an SQLite URL, else host, port and name.
+        """Return the location of the server's own database from the URL in its settings: an SQLite file, or
+        host, port and name.
         """
         parts = urlsplit(url)
         if parts.scheme.startswith("sqlite"):
@@ -85,8 +84,8 @@ async def resolve_allowed(
 ) -> Sequence[IpAddress]:
     """Return the addresses of a server's host, if connections to all of them are permitted.
 
-    Raises `NodeError` for unresolvable hosts, private addresses, privileged ports and the server's own
-    database.
+    Raises `NodeError` for unresolvable hosts, private addresses that the operator has not allowed, privileged
+    ports and the server's own database.
     """
     found = await _resolve(host, resolve)
     for address in found:
@@ -114,6 +113,7 @@ def _require_allowed(
 
 
 async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
+    """Return up to 16 addresses of a host; raises `NodeError` if it can't be resolved in five seconds."""
     try:
         name = url_targets.canonicalize_host(f"[{host}]" if ":" in host else host)
     except ValueError as error:
@@ -159,7 +159,9 @@ async def _server_addresses(host: str, resolve: ResolveHost) -> Sequence[IpAddre
 
 
 def is_local_address(address: IpAddress) -> bool:
-    """Return whether an IP address belongs to this machine: a loopback or unspecified one, or one of its interfaces."""
+    """Return whether an IP address belongs to this machine: loopback, unspecified, or of an interface to
+    which it can bind.
+    """
     if address.is_loopback or address.is_unspecified:
         return True
     family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6

@@ -36,7 +36,7 @@ class DatabaseEndpoint:
 
     @classmethod
     def from_source(cls, source: ConnectionSource) -> Self:
-        """Read the settings of a data source; raises `NodeError` for an incomplete one."""
+        """Read the settings of a database's data source; raises `NodeError` for incomplete or invalid ones."""
         settings = {"tls": DatabaseTls.PREFER.value, **source.settings}
         return cls(
             host=config_fields.read_text(settings, "host"),
@@ -69,9 +69,10 @@ class DatabaseEndpoint:
         resolve: ResolveHost,
         open_at: Callable[[str, ssl.SSLContext | None], Awaitable[Opened]],
     ) -> Opened:
-        """Open a connection at the first permitted address that accepts one; raises `NodeError`.
+        """Open a connection at the first permitted address that accepts one, within ten seconds each.
 
-        Under `DatabaseTls.PREFER`, an address that fails is tried again without TLS.
+        `open_at` gets address and TLS context. Under `DatabaseTls.PREFER`, an address that fails is tried
+        again without TLS. Raises `NodeError`.
         """
         found = await data_source_policy.resolve_allowed(
             connection_policy, resolve, host=self.host, port=self.port, database=self.database or self.user
@@ -131,10 +132,7 @@ class NameResolver:
 
 
 def connection_error(reason: str, *, retryable: bool = True) -> NodeError:
-    """Return the error `connection-failed` for an unusable database.
-
-    It contains the reason, but no address and no user.
-    """
+    """Return the error `connection-failed` for an unusable database, with the reason, but no address and no user."""
     return NodeError(
         f"No connection to the database: {reason}", code="connection-failed", retryable=retryable
     )

@@ -53,10 +53,12 @@ class DatabaseSession(Protocol):
     ) -> int: ...
 
     async def reset(self) -> bool:
-        """Discard the state of the session; False if it can't be reused."""
+        """Discard the state of the session, such as settings and temporary tables; return False if it can't
+        be reused.
+        """
 
     async def is_alive(self) -> bool:
-        """Tell whether an idle connection is still open."""
+        """Return whether an idle connection is still open."""
 
     async def close(self) -> None: ...
     def abort(self) -> None:
@@ -68,9 +70,10 @@ FETCHED_VALUES = 20_000
 
 
 def rows_per_fetch(columns: int) -> int:
-    """Return the number of rows to fetch at once for this number of columns, at least 1.
+    """Return the number of rows to fetch at once for so many columns: 500, fewer for more than 40 columns, at
+    least 1.
 
-    Fetched values are in memory before they are counted, so more columns mean fewer rows.
+    Fetched values are in memory before they are counted.
     """
     return min(FETCHED_ROWS, max(1, FETCHED_VALUES // max(1, columns)))
 
@@ -89,7 +92,8 @@ class RowCollector:
     def add(self, rows: list[list[Json]]) -> None:
         """Add rows, with NUL in texts replaced by U+FFFD.
 
-        Raises `NodeError` beyond the limit of rows or of bytes, which include the column names of each row.
+        Raises `NodeError` beyond the limit of rows, or of bytes as JSON, which include the column names of
+        each row.
         """
         if len(self._rows) + len(rows) > self._max_rows:
             message = f"The query returns more than {self._max_rows:,} rows, which is its limit (`maxRows`)"
@@ -116,7 +120,9 @@ def _replace_nul(row: list[Json]) -> list[Json]:
 
 
 def split_batches(rows: Sequence[Sequence[Json]], batch_rows: int) -> Iterator[Sequence[Sequence[Json]]]:
-    """Yield batches of at most `batch_rows` rows and about a megabyte; a single larger row is a batch of its own."""
+    """Yield batches of at most `batch_rows` rows and about a megabyte of JSON; a single larger row is a batch
+    of its own.
+    """
     for start in range(0, len(rows), batch_rows):
         yield from _split_evenly(rows[start : start + batch_rows])
 
@@ -144,15 +150,14 @@ def unreadable_server() -> NodeError:
 
 
 def quote_server_message(message: object) -> str:
-    """Return the message of a server as one line without NUL, of at most `MAX_MESSAGE_CHARACTERS`.
-
-    "no reason given" if it is empty.
+    """Return the message of a server as one line without NUL, of at most 500 characters; "no reason given" if
+    it is empty.
     """
     return " ".join(str(message).replace("\0", "").split())[:MAX_MESSAGE_CHARACTERS] or "no reason given"
 
 
 def query_timed_out(timeout_seconds: float) -> NodeError:
-    """Return the retryable error for a query that exceeded its time limit, in seconds."""
+    """Return the retryable error `timeout` for a query that exceeded its time limit, in seconds."""
     message = (
         f"The database did not finish within {timeout_seconds:g} s, which is the limit (`timeoutSeconds`)"
     )

@@ -42,7 +42,9 @@ class _MeteredProtocol(asyncio.BaseProtocol):
         """Set if received data is implausible."""
 
     def limit(self, max_bytes: int) -> None:
-        """Allow the server to send this number of bytes from now on, plus a fixed allowance for other messages."""
+        """Let the server send this number of bytes from now on, plus a megabyte for other messages; more ends
+        the connection.
+        """
         self._left_bytes = max_bytes + BYTES_BESIDE
 
     def _is_allowed(self, size_bytes: int) -> bool:
@@ -98,10 +100,10 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
     def limit_rows(
         self, max_rows: int, types: LearnedTypes | None = None, columns: Sequence[int] | None = None
     ) -> None:
-        """Allow the server to send this number of rows from now on, plus a fixed allowance.
+        """Let the server send this number of rows from now on, plus 2,000; more ends the connection.
 
-        `columns` are the type ids of the row's columns. If they are known and none is a container, rows are
-        not checked.
+        `columns` are the type ids of the row's columns. If they are known and none is a container (an array,
+        for example), the content of rows is not checked.
         """
         self._left_rows = max_rows + ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE
@@ -128,9 +130,8 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
             self.inner.data_received(whole)
 
     def _end_of_messages(self) -> int | None:
-        """Return the position after the last complete message in the buffer.
-
-        None if a message is refused: it is malformed, or exceeds a limit.
+        """Return the position after the last complete message in the buffer; None if a message is malformed
+        or exceeds a limit.
         """
         position = 0
         while position + MESSAGE_HEADER.size <= len(self._held):

@@ -78,7 +78,11 @@ DUPLICATES = re.compile(rb"Duplicates: (\d+)")
 async def open_session(
     endpoint: DatabaseEndpoint, address: str, context: ssl.SSLContext | None
 ) -> MysqlSession:
-    """Connect and log in; raises `OSError` if the connection is refused, else `NodeError`."""
+    """Connect to MySQL or MariaDB and log in; raises `OSError` if the connection is refused, and `NodeError`
+    for a refused login.
+
+    Without a TLS context the connection is plain.
+    """
     make: Any = Connection  # The class has no types.
     connection = make(
         host=address,
@@ -128,7 +132,9 @@ class MysqlSession:
         self._is_mariadb = "MariaDB" in connection.get_server_info()
 
     async def prepare(self) -> None:
-        """Set the session variables, after connecting and after each reset. Raises `NodeError`."""
+        """Set the session's variables, such as the time zone, after connecting and after each reset. Raises
+        `NodeError`.
+        """
         with _translate_errors():
             await self._connection.query(SESSION_STATEMENT)
 
@@ -249,10 +255,10 @@ class MysqlSession:
 
     @contextmanager
     def _at_work(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
-        """Translate failures of the block to `NodeError`.
+        """Translate failures of the block to `NodeError`; one by more received bytes than allowed is about
+        `max_bytes`.
 
-        One that exceeds the receive limit of `max_bytes` is named so. Only after success does the session
-        count as idle, that is, as usable by others.
+        Only after success does the session count as idle, that is, as usable by others.
         """
         self._is_idle = False
         self._wire.limit(0)
@@ -266,6 +272,7 @@ class MysqlSession:
         self._is_idle = True
 
     async def _limit_time(self, timeout_seconds: float) -> None:
+        """Set the time limit of statements and of waits for locks at the server."""
         limit = (
             f"max_statement_time = {timeout_seconds:.3f}"
             if self._is_mariadb
@@ -287,9 +294,10 @@ class MysqlSession:
         return result
 
     async def _check_key(self, table: str, upsert: UpsertRule) -> None:
-        """Raise `NodeError` for an upsert key without a unique index of exactly its columns.
+        """Raise `NodeError` for an upsert key without a unique index of exactly its columns, upper and lower
+        case being equal.
 
-        The server would insert rows instead of updating them. Nothing is checked without a key.
+        The server would insert rows instead of updating them. Without a key nothing is checked.
         """
         if not upsert.key:
             return
@@ -337,9 +345,8 @@ def _column_binder(type_code: int, charset: int) -> Convert:
 
 
 def _to_utc_text(value: Json) -> Json:
-    """Return an ISO time with an offset as UTC without one, since not every server understands offsets.
-
-    Other values unchanged.
+    """Return an ISO time with an offset as UTC without one, since not every server understands offsets; other
+    values unchanged.
     """
     if not isinstance(value, str):
         return value
@@ -396,7 +403,9 @@ def _on_duplicate_sql(columns: Sequence[str], upsert: UpsertRule) -> str:
 
 
 def _count_written(result: Any) -> int:  # noqa: ANN401 - a result of the driver
-    """Return the number of inserted or changed rows; the server counts changed ones twice."""
+    """Return the number of inserted or changed rows of a batch, from the driver's result; the server counts
+    changed ones twice.
+    """
     duplicates = DUPLICATES.search(result.message or b"")
     if duplicates is not None:
         return int(result.affected_rows) - int(duplicates[1])

@@ -11,10 +11,10 @@ UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def require_object_key(key: str) -> str:
-    """Return a valid key unchanged.
+    """Return a valid key of an object unchanged.
 
-    Raises `NodeError` for an empty or too long one, a slash at the start, `.` or `..` between slashes, and
-    control characters.
+    Raises `NodeError` for an empty one, over 1,024 bytes, a slash at the start, `.` or `..` between slashes,
+    and control characters.
     """
     if not key or len(require_key_prefix(key).encode()) > MAX_KEY_BYTES:
         raise NodeError(f"A key must have 1 to {MAX_KEY_BYTES:,} bytes", code="invalid-key")

@@ -52,7 +52,7 @@ class OrganizationFolders:
         return OrganizationFolder(self._root, caller.organization_id, self._threads)
 
     def close(self) -> None:
-        """End the threads after their current work, without waiting for them; queued work is cancelled."""
+        """Let the threads end after their current work, without waiting for them; queued work is canceled."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -65,13 +65,17 @@ class OrganizationFolder:
         self._threads = threads
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
-        """Return the content of a file, at most `max_bytes`; raises `NodeError` if it is missing or larger."""
+        """Return the content of a file of the organization, at most `max_bytes`.
+
+        Raises `NodeError` if it is missing or larger, and at the time limit.
+        """
         return await self._in_time(timeout_seconds, partial(self._get, *_split_key(key), max_bytes))
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:  # noqa: ARG002 - a file has no type
         """Write a file atomically, so that readers see the old or the new content, never a part; return its tag.
 
-        Raises `NodeError` for an invalid key, for content that is too large, and at the time limit.
+        Raises `NodeError` for an invalid key, content over 50 MB, a full folder (10,000 files, 5 GB), and at
+        the time limit.
         """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
@@ -79,7 +83,10 @@ class OrganizationFolder:
         return await self._in_time(timeout_seconds, partial(self._put, *_split_key(key), content))
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all files whose key begins with the prefix, by key; raises `NodeError` for more than `max_objects`."""
+        """Return all files whose key begins with the prefix, sorted by key.
+
+        Raises `NodeError` for more than `max_objects`, and at the time limit.
+        """
         found = await self._in_time(
             timeout_seconds, partial(self._list, object_keys.require_key_prefix(prefix))
         )
@@ -90,6 +97,7 @@ class OrganizationFolder:
         return found
 
     async def _in_time(self, seconds: float, work: Callable[[], T]) -> T:
+        """Do blocking work in a thread within a time limit; raises `NodeError` for its failures and the limit."""
         try:
             async with asyncio.timeout(seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -148,6 +156,9 @@ class OrganizationFolder:
         return sorted(found, key=lambda one: one.key)
 
     def _require_capacity(self, wanted_bytes: int) -> None:
+        """Raise `NodeError` if the folder has as many files, or with the new one as many bytes, as the limits
+        allow.
+        """
         sizes = [status.st_size for _, status in self._files()]
         if len(sizes) >= MAX_FILES:
             message = f"The folder has {MAX_FILES:,} files, which is the limit"
@@ -157,7 +168,7 @@ class OrganizationFolder:
             raise NodeError(message, code="folder-full")
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the key and the stat result of each complete file; none if the organization has no folder yet."""
+        """Yield the key and the stat result of each complete file; hidden ones are left out. None without a folder."""
         try:
             with self._opened(()) as folder:
                 for path, _, names, descriptor in os.fwalk(".", dir_fd=folder):
@@ -171,9 +182,11 @@ class OrganizationFolder:
 
     @contextmanager
     def _opened(self, folders: Sequence[str], *, makes: bool = False) -> Iterator[int]:
-        """Yield the descriptor of a folder in the organization's folder, opened step by step without following links.
+        """Yield the descriptor of a folder in the organization's folder, opened step by step without
+        following links.
 
-        With `makes`, missing folders are created durably; without, raises `FileNotFoundError` for them.
+        With `makes`, missing folders are created durably; without, `FileNotFoundError` is raised for them.
+        The descriptor is closed with the block.
         """
         if makes:
             durable_folders.make_folder(self._root)

@@ -53,7 +53,7 @@ class LearnedTypes:
         """Base types of domains."""
 
     def learn(self, types: Iterable[Mapping[str, Any]]) -> None:
-        """Record types from rows of asyncpg's query for types.
+        """Record container types and domains from rows of asyncpg's query for types.
 
         Only the first description of a type counts, as in asyncpg.
         """
@@ -73,7 +73,9 @@ class LearnedTypes:
                 self._containers[oid] = ContainerType(name, (int(each["range_subtype"] or 0),))
 
     def container(self, oid: int) -> ContainerType | None:
-        """Return the description of a container type, also of a domain over one; None for other and unknown types."""
+        """Return the description of a container type (array, composite, range), also of a domain over one;
+        None for others.
+        """
         for _ in range(MAX_DEPTH):
             if oid not in self._bases:
                 return self._containers.get(oid)
@@ -82,9 +84,9 @@ class LearnedTypes:
 
 
 def iterate_fields(row: bytes) -> Iterator[bytes]:
-    """Yield the bytes of each field in the body of a `DataRow`, empty ones for null.
+    """Yield the bytes of each field in the body of PostgreSQL's message `DataRow`, empty ones for null.
 
-    Ends before an incomplete field.
+    It ends before an incomplete field.
     """
     (count,) = COUNT.unpack_from(row)
     position = COUNT.size
@@ -100,9 +102,10 @@ def iterate_fields(row: bytes) -> Iterator[bytes]:
 
 
 def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
-    """Return whether all counts within a value are plausible, and its nesting is not too deep.
+    """Return whether all counts within a value from the server are plausible, and its nesting is not too deep.
 
-    Wrong lengths end the check: the driver detects them itself, before it allocates memory.
+    The driver allocates memory by these counts. It detects wrong lengths itself, so these end the check as
+    plausible.
     """
     visits = 0
     levels: list[Iterator[tuple[int, bytes]]] = [iter([(oid, value)])]
@@ -127,7 +130,7 @@ def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
 
 
 def has_plausible_dimensions(value: bytes) -> bool:
-    """Return whether each dimension of an array may have its stated length, by the available bytes.
+    """Return whether the value has enough bytes for the stated length of each dimension of an array.
 
     True for texts: none begins with the number of dimensions, of which three bytes are NUL.
     """
@@ -151,7 +154,7 @@ def _has_plausible_ranges(value: bytes) -> bool:
 def _iterate_contained_values(
     types: LearnedTypes, container: ContainerType, value: bytes
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the type and bytes of each value within a container that is itself a container."""
+    """Yield the type and bytes of each value in a container, as far as these may be containers again."""
     match container.kind:
         case "array":
             if types.container(container.parts[0]) is not None and len(value) >= ARRAY_HEADER.size:

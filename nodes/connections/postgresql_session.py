@@ -77,7 +77,11 @@ class TypeLearningConnection(asyncpg.Connection):
 async def open_session(
     endpoint: DatabaseEndpoint, address: str, context: ssl.SSLContext | None
 ) -> PostgresqlSession:
-    """Connect and log in; raises `OSError` if the connection is refused, else `NodeError`."""
+    """Connect to PostgreSQL and log in; raises `OSError` if the connection is refused, and `NodeError` for a
+    refused login.
+
+    Without a TLS context the connection is plain.
+    """
     loop: Any = MeteredLoop(MessageWire)
     try:
         connection = await asyncpg.connect(
@@ -238,7 +242,7 @@ class PostgresqlSession:
         self._connection.terminate()
 
     def _expect(self, max_bytes: int, max_rows: int, columns: Sequence[int] | None = None) -> None:
-        """Allow the server to send this much data from now on, in bytes of JSON and in rows, plus an allowance.
+        """Let the server send this much data from now on, in bytes of JSON and in rows, plus an allowance.
 
         `columns` are the type ids of the rows, if known.
         """
@@ -247,9 +251,9 @@ class PostgresqlSession:
 
     @contextmanager
     def _limited(self, max_bytes: int, timeout_seconds: float) -> Iterator[None]:
-        """Translate failures of the block to `NodeError`: timeouts, exceeded receive limits, unreadable messages.
+        """Translate failures of the block to `NodeError`: timeouts, too much or unreadable data from the server.
 
-        Until rows are expected, the receive limit is low.
+        Until `_expect` allows rows, little data may be received.
         """
         self._expect(0, 0)
         try:
@@ -269,10 +273,7 @@ class PostgresqlSession:
     async def _prepared(
         self, statement: SqlStatement, parameters: Sequence[Json]
     ) -> tuple[Prepared, list[str | None]]:
-        """Prepare a statement, and return it with its values as texts.
-
-        The server casts them to the types of the parameters.
-        """
+        """Prepare a statement with casts to the types of its parameters; return it with its values as texts."""
         places = [f"${number}" for number in range(1, statement.values + 1)]
         prepared = await self._connection.prepare(statement.with_places(places))
         if not places:
@@ -363,9 +364,9 @@ CONVERTERS: dict[str, Convert] = {
 
 
 def _insert_statement(table: str, columns: Sequence[str], types: dict[str, str], upsert: UpsertRule) -> str:
-    """Return the INSERT statement for a batch: its one parameter is JSON, which the server casts to the column types.
+    """Return the INSERT statement for a batch: its one parameter is a JSON list of rows, cast to the column types.
 
-    Raises `NodeError` for a column that the table doesn't have.
+    `types` are the column types by name. Raises `NodeError` for a column that the table doesn't have.
     """
     places, definitions = [], []
     for column in [*columns, *upsert.key]:
@@ -413,9 +414,9 @@ def _encode_recordset(columns: Sequence[str], rows: Sequence[Sequence[Json]], nu
 def _deduplicate_rows(
     columns: Sequence[str], rows: Sequence[Sequence[Json]], upsert: UpsertRule
 ) -> Sequence[Sequence[Json]]:
-    """Return the last row of each key, since a single statement can't update a row twice.
+    """Return the rows with only the last one of each key, since a single statement can't update a row twice.
 
-    All rows without an updating upsert.
+    Without an updating upsert, all rows.
     """
     if not upsert.key or not upsert.update:
         return rows

@@ -83,8 +83,9 @@ class S3Location:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Json]) -> S3Location:
-        """Return the location in the settings of a data source.
+        """Return the location in the settings of an S3 data source.
 
+        The bucket is part of the path for `pathStyle`, dots in its name and IP addresses, else of the host.
         Raises `NodeError` for an unusable bucket, region, prefix or endpoint.
         """
         bucket, region = _text_setting(settings, "bucket"), _text_setting(settings, "region") or "us-east-1"
@@ -129,7 +130,7 @@ class S3Bucket:
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
         """Return the content of an object; bytes beyond `max_bytes` are neither sent nor stored.
 
-        Raises `NodeError` for a missing or larger object, and if S3 fails.
+        Raises `NodeError` for a missing or larger object, if S3 fails, and at the time limit.
         """
         # One more byte is requested, to detect an object that is too large.
         headers = {"range": f"bytes=0-{max_bytes}"}
@@ -154,7 +155,7 @@ class S3Bucket:
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
         """Write an object atomically and return its tag.
 
-        Raises `NodeError` for content that is too large, and if S3 fails or refuses it.
+        Raises `NodeError` for content over 50 MB, if S3 fails or refuses it, and at the time limit.
         """
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
@@ -165,9 +166,9 @@ class S3Bucket:
         return response.headers.get("etag", "").strip('"')
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all objects whose key begins with the prefix, by key.
+        """Return all objects whose key begins with the prefix, sorted by key, read page by page.
 
-        Raises `NodeError` for more than `max_objects`, and if S3 fails.
+        Raises `NodeError` for more than `max_objects`, if S3 fails, and at the time limit.
         """
         found: list[StoredObject] = []
         token: str | None = ""
@@ -193,6 +194,7 @@ class S3Bucket:
     async def _page(
         self, client: OutboundClient, prefix: str, token: str, *, found: int, max_objects: int
     ) -> ListingReader:
+        """Return one page of a listing; `found` objects are known, and `token` ("" at first) names the page."""
         query = {
             "list-type": "2",
             "prefix": self._place.prefix + object_keys.require_key_prefix(prefix),
@@ -224,8 +226,8 @@ class S3Bucket:
     ) -> OutboundResponse:
         """Send a signed request and return the response; redirects are not followed.
 
-        Raises `NodeError` about `about` for a redirect or error status that is not in `accepted`, and if
-        there is no response.
+        Raises `NodeError`, which mentions `about`, for a redirect or error status that is not in `accepted`,
+        and if there is no response.
         """
         place, query = self._place, query or {}
         path = f"/{place.root}{key}"
@@ -295,9 +297,10 @@ class ListingReader:
 
 
 def _require_success(response: OutboundResponse, what: str) -> None:
-    """Raise `NodeError` for a redirect or an error response, with a code of our own such as `access-denied`.
+    """Raise `NodeError` for a redirect or an error response, with a code of our own such as `access-denied`;
+    else do nothing.
 
-    Its message may name S3's error code, but never quotes S3's message.
+    `what` names the object or bucket. The message may name S3's error code, but never quotes S3's message.
     """
     status = response.status
     if status in REDIRECT_STATUSES:

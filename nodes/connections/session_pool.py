@@ -35,13 +35,13 @@ class SessionPool:
 
     @property
     def is_unused(self) -> bool:
-        """Return whether the pool has no session, open or closing, and no caller waits for one."""
+        """Whether the pool has no session, open or closing, and no caller waits for one."""
         return not self._lent and not self._idle and not self._endings and not self._slots.locked()
 
     async def acquire(self) -> DatabaseSession:
-        """Return a session for exclusive use, an idle one or a new one, waiting while all are in use.
+        """Return a session for exclusive use, a living idle one or a new one; wait while all are in use.
 
-        Raises the errors of opening one.
+        Raises the errors of opening one. Give it back by `release` or `discard`.
         """
         await self._slots.acquire()
         self._lent += 1
@@ -57,6 +57,7 @@ class SessionPool:
             raise
 
     async def _open_within_limit(self) -> DatabaseSession:
+        """Open a session; a caller that is canceled meanwhile leaves its closing to the background."""
         opening = asyncio.ensure_future(self._open_session())
         try:
             return await asyncio.shield(opening)
@@ -74,9 +75,8 @@ class SessionPool:
         await _close_session(session)
 
     def release(self, session: DatabaseSession) -> None:
-        """Return a session to the pool after successful work.
-
-        Its state is reset in the background before its next use.
+        """Return a session to the pool after successful work; its state is reset in the background before its
+        next use.
         """
         self._in_background(self._reset(session))
 
@@ -85,7 +85,9 @@ class SessionPool:
         self._in_background(self._end(session))
 
     async def close(self) -> None:
-        """Close idle sessions, and wait for those already being reset or closed; others are closed at their release."""
+        """Close idle sessions, and wait for those that are being reset or closed; borrowed ones are closed at
+        their release.
+        """
         self._is_retired = True
         while self._idle:
             session, expiry = self._idle.popitem()
@@ -105,6 +107,7 @@ class SessionPool:
         return False
 
     async def _reset(self, session: DatabaseSession) -> None:
+        """Reset a session and keep it as idle; close it if that fails or takes five seconds, or the pool is closed."""
         is_clean = False
         try:
             if not self._is_retired:

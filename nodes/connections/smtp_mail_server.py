@@ -42,10 +42,7 @@ _BARE_LINE_END: Final = re.compile(rb"\r(?!\n)|(?<!\r)\n")
 def open_server(
     source: ConnectionSource, connection_policy: ConnectionPolicy, resolve: ResolveHost
 ) -> SmtpMailServer:
-    """Return the mail server of a data source without connecting.
-
-    Raises `NodeError` for unusable settings.
-    """
+    """Return the mail server of a data source without connecting; raises `NodeError` for unusable settings."""
     return SmtpMailServer(SmtpEndpoint.from_source(source), connection_policy, resolve)
 
 
@@ -72,9 +69,8 @@ class SmtpEndpoint:
         )
 
     def login_secrets(self) -> Sequence[str]:
-        """Return the password in each form that a server may repeat: plain, and Base64 as in the login.
-
-        An empty list without a password.
+        """Return the password in each form in which a server may repeat it: plain, and Base64 as in the
+        login; empty without one.
         """
         if not self.password:
             return []
@@ -100,7 +96,11 @@ class SmtpMailServer:
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
-        """Send one mail to all recipients over SMTP; raises `NodeError` if the server refuses it."""
+        """Send one mail to all recipients over SMTP; the first refused recipient ends it before its content
+        is sent.
+
+        Raises `NodeError` if the server refuses anything, and at the time limit.
+        """
         written = await offload.run_in_thread(_stuff_dots, message)
         async with self._session(timeout_seconds) as client:
             _check_size(client, len(message))
@@ -114,7 +114,7 @@ class SmtpMailServer:
             await _send_content(client, written)
 
     async def check(self, *, timeout_seconds: float) -> None:
-        """Connect and log in as for a mail, without sending one.
+        """Connect and log in as for a mail, without sending one, to test a data source.
 
         Raises `NodeError` if that fails or exceeds the time limit.
         """
@@ -142,9 +142,10 @@ class SmtpMailServer:
                 client.close()
 
     async def _connected(self) -> aiosmtplib.SMTP:
-        """Connect to the first permitted address that accepts a connection, and return it after the server's greeting.
+        """Connect to the first permitted address that accepts a connection, and return it after the server's
+        greeting.
 
-        Raises `NodeError` if no address is permitted or accepts, and for a negative greeting.
+        Raises `NodeError` if an address is not permitted, none accepts, or the greeting is negative.
         """
         place = self._place
         found = await data_source_policy.resolve_allowed(
@@ -172,6 +173,7 @@ class SmtpMailServer:
         return client
 
     async def _protect(self, client: aiosmtplib.SMTP) -> None:
+        """Begin TLS by STARTTLS, if the settings want it; raises `NodeError` unless the server offers it."""
         if self._place.tls is not MailTls.STARTTLS:
             return
         with _translate_refusal("connection-failed", "EHLO"):
@@ -231,8 +233,8 @@ def _check_size(client: aiosmtplib.SMTP, size: int) -> None:
 
 
 def _stuff_dots(message: bytes) -> bytes:
-    """Return a mail with dots stuffed and line ends normalized (RFC 5321, section 4.5.2), so that no line ends it
-    early.
+    """Return a mail ready to be sent: line ends normalized, leading dots doubled, and the final dot (RFC
+    5321, 4.5.2).
     """
     if not message.count(b"\r\n") == message.count(b"\r") == message.count(b"\n"):
         message = _BARE_LINE_END.sub(b"\r\n", message)
@@ -244,7 +246,8 @@ def _stuff_dots(message: bytes) -> bytes:
 async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
     """Send a mail in pieces with flow control, and wait for the server's confirmation.
 
-    Raises `NodeError`: with the code `delivery-unknown` if the connection is lost before the confirmation.
+    Raises `NodeError`: with the retryable code `delivery-unknown` if the connection is lost before the
+    confirmation.
     """
     with _translate_refusal("mail-refused", "the mail"):
         _require_code(await client.execute_command(b"DATA"), 354)
@@ -284,7 +287,7 @@ def _require_code(answer: SMTPResponse, code: int) -> None:
 def _translate_refusal(code: str, what: str) -> Iterator[None]:
     """Translate a negative SMTP reply within the block to a `NodeError` with `code`, retryable for temporary ones.
 
-    `what` names the refused part in the message.
+    `what` names the refused part in the message, which quotes the server's text.
     """
     try:
         yield

@@ -47,7 +47,7 @@ def bytes_to_json(value: bytes) -> Json:
 
 
 def json_column_to_json(text: str | bytes) -> Json:
-    """Return the value of a JSON column; its text if it exceeds this server's limits for JSON."""
+    """Return the value of a JSON column; its text unparsed if it exceeds this server's limits for JSON."""
     raw = text.encode() if isinstance(text, str) else text
     try:
         return decode_json(raw, max_depth=MAX_DEPTH - ROWS_DEPTH)
@@ -56,7 +56,7 @@ def json_column_to_json(text: str | bytes) -> Json:
 
 
 def to_bytes(value: Json) -> bytes | None:
-    """Return the bytes of a Base64 text, None for null; raises `NodeError` for anything else."""
+    """Return the bytes of a Base64 text for a binary column, None for null; raises `NodeError` for anything else."""
     if value is None:
         return None
     try:
@@ -70,7 +70,9 @@ def to_json_text(value: Json) -> str:
 
 
 def to_plain(value: Json) -> str | int | float | None:
-    """Return a value for databases without JSON: objects and lists as JSON texts, booleans as 0 and 1."""
+    """Return a value for a database without JSON: objects and lists as JSON texts, booleans as 0 and 1,
+    others unchanged.
+    """
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, dict | list):

@@ -82,6 +82,7 @@ def confine(parent: int) -> None:
 
 
 def perform(raw: bytes, _reporter: JobReporter) -> Json:
+    """Perform one encoded job on an SQLite file in this child process, and return its result; raises `NodeError`."""
     job = _decode(raw)
     confinement.limit_file_size(
         2 * job.max_file_bytes
@@ -99,6 +100,7 @@ def perform(raw: bytes, _reporter: JobReporter) -> Json:
 
 
 def _run_query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
+    """Return the columns and rows of a reading statement, within the limits of the job."""
     with _allow_actions(connection, READ_ACTIONS):
         cursor = connection.execute(job.statement, _decode_values(job))
         columns = [column[0] for column in cursor.description or ()]
@@ -168,10 +170,10 @@ class SqliteJobFile:
         return time.monotonic() >= self._ends_at
 
     def open(self) -> sqlite3.Connection:
-        """Return a connection whose statements end at the time limit.
+        """Return a connection to the file whose statements end at the time limit.
 
-        A transaction of a writer that died is rolled back first. Raises `NodeError` for an unusable file, and
-        `sqlite3.Error`.
+        If a writer has died, its transaction is rolled back first. Raises `NodeError` for an unusable file,
+        and `sqlite3.Error`.
         """
         mode = self._mode
         if mode == "rw":
@@ -207,10 +209,10 @@ class SqliteJobFile:
         return connection
 
     def _check_file(self, mode: str) -> None:
-        """Create the file if `mode` is `rw`.
+        """Create the file if `mode` is `rw` and it is missing.
 
-        Raises `NodeError` for a missing file, and for a path that is no regular file of the organization
-        alone: a link, or one of the server's own files.
+        Raises `NodeError` for a missing file otherwise, and for a path that is no regular file of the
+        organization alone: a link, or one of the server's own files.
         """
         flags = os.O_RDWR | os.O_CREAT if mode == "rw" else os.O_RDONLY
         try:
@@ -249,7 +251,9 @@ def _to_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQL
 
 @contextmanager
 def _allow_actions(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
-    """Allow statements in the block only these SQLite actions, which include no other file, setting or extension."""
+    """Allow statements in the block only these SQLite actions; others are denied, and so are functions such
+    as `load_extension`.
+    """
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
         if action not in actions:
@@ -267,6 +271,7 @@ def _allow_actions(connection: sqlite3.Connection, actions: Collection[int]) -> 
 
 @contextmanager
 def _open_transaction(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
+    """Run the block in a transaction that begins as a writer, and commit it, or roll it back after an error."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         with _allow_actions(connection, actions):

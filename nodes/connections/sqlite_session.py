@@ -32,9 +32,10 @@ COMPANION_SUFFIXES = ("-journal", "-wal", "-shm")
 
 
 def find_file(source: ConnectionSource, policy: ConnectionPolicy) -> Path:
-    """Return the path of a data source's SQLite file, which need not exist.
+    """Return the path of a data source's SQLite file in the organization's folder, which need not exist.
 
-    Raises `NodeError` for a name with a folder, a folder that is a link, and in a process without files.
+    Raises `NodeError` for a name that is no plain file name, a folder that is a link, and in a process
+    without files.
     """
     if policy.files is None:
         raise NodeError("Files are not available in this process", code="not-available")
@@ -59,7 +60,9 @@ def _is_file_name(text: str) -> bool:
 
 
 def open_processes(policy: ConnectionPolicy) -> ProcessPool:
-    """Return the pool of child processes that run statements; it starts them on demand."""
+    """Return the pool of child processes that run statements of SQLite, confined to the folder of files;
+    started on demand.
+    """
     files = "" if policy.files is None else str(policy.files.absolute())
     return ProcessPool(
         ProcessKind.SQLITE,
@@ -71,7 +74,10 @@ def open_processes(policy: ConnectionPolicy) -> ProcessPool:
 async def open_session(
     source: ConnectionSource, policy: ConnectionPolicy, processes: ProcessPool
 ) -> SqliteSession:
-    """Return a session; the first statement opens or creates the file."""
+    """Return a session for the SQLite file of a data source; it opens nothing before the first statement.
+
+    Raises `NodeError` for an invalid file name.
+    """
     return SqliteSession(source.organization_id, find_file(source, policy), policy, processes)
 
 
@@ -153,7 +159,9 @@ class SqliteSession:
         max_bytes: int = 0,
         batch_rows: int = 1,
     ) -> Json:
-        """Run an action on the file in a child process, and return its result; raises `NodeError`."""
+        """Run an action on the file in a child process, which is killed at the time limit; return its result.
+        Raises `NodeError`.
+        """
         if self._policy.files is not None and not self._policy.files.is_dir():
             durable_folders.make_folder(
                 self._policy.files

@@ -31,7 +31,9 @@ class StepBudget:
         self._left = MAXIMUM_STEPS
 
     def take(self, count: int) -> None:
-        """Subtract `count` from the remaining steps; raises `NodeError` when none are left."""
+        """Subtract `count` from the remaining steps; raises `NodeError` when they are used up (five million
+        for one call).
+        """
         self._left -= count
         if self._left < 0:
             message = f"The selectors would test elements more than {MAXIMUM_STEPS:,} times: take fewer fields or items"
@@ -57,9 +59,10 @@ class CssSelector:
     async def first(
         self, count: int, elements: Sequence[HtmlElement], steps: StepBudget, turn: LoopShare
     ) -> list[HtmlElement]:
-        """Return the first `count` matching elements of a range of a document; elements outside of it don't count.
+        """Return the first `count` elements of a list that match; relations to elements outside of the list
+        don't count.
 
-        Raises `NodeError` when the steps are used up.
+        It gives other tasks a turn. Raises `NodeError` when the steps are used up.
         """
         passes = [ChainMatcher(chain) for chain in self.chains]
         found: list[HtmlElement] = []
@@ -85,6 +88,7 @@ class ChainMatcher:
         self._reached = {kind: [0] * levels for kind in (">", " ", "~", "+")}
 
     def matches(self, element: HtmlElement) -> bool:
+        """Return whether an element matches the whole chain; it must be called for each element in document order."""
         depth, reached = element.depth, self._reached
         matched = 0
         for number, part in enumerate(self._chain):
@@ -105,7 +109,7 @@ class ChainMatcher:
 def compile_selector(name: str, written: str) -> CssSelector:
     """Return the compiled CSS selector of the config field `name`.
 
-    Raises `NodeError` for one that is invalid, unsupported, too long or nested too deeply.
+    Raises `NodeError` for one that is invalid, unsupported, over 500 characters or nested too deeply.
     """
     if len(written) > MAXIMUM_CHARACTERS:
         message = f"`{name}` has {len(written):,} characters; a selector has at most {MAXIMUM_CHARACTERS}"
@@ -141,7 +145,7 @@ def _build_chain(tree: css.Tree) -> list[SelectorPart]:
 
 
 def _build_test(tree: css.Tree) -> ElementTest:
-    """Return the test of a compound selector: one without a combinator.
+    """Return the test of a compound selector, such as `a.b[c]:first-child`.
 
     Raises `_UnsupportedSelector` for other selectors.
     """
@@ -235,7 +239,7 @@ def _parse_nth(tree: css.Function) -> ElementTest:
 
 
 def _is_in_series(place: int, step: int, first: int) -> bool:
-    """Return whether a place is `step * n + first` for some integer n from 0."""
+    """Return whether a place, from 1, is `step * n + first` for some integer n from 0."""
     if step == 0:
         return place == first
     return (place - first) % step == 0 and (place - first) // step >= 0

@@ -67,6 +67,7 @@ async def parse_csv(call: NodeCall) -> Json:
 
 
 def _detect_delimiter(config: Mapping[str, Json], text: str) -> str:
+    """Return the delimiter of a config; for `auto`, the one of four that divides the first line into most fields."""
     delimiter = config_fields.read_text(config, "delimiter")
     if delimiter == "auto":
         head = text[:HEAD_CHARACTERS]
@@ -79,7 +80,7 @@ def _detect_delimiter(config: Mapping[str, Json], text: str) -> str:
 
 
 def _count_fields(text: str, delimiter: str) -> int:
-    """Return the number of fields in the first line that isn't blank; 0 without one."""
+    """Return the number of fields in the first line of CSV that isn't blank; 0 without one."""
     records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     return len(next(filter(None, records), []))
 
@@ -99,7 +100,8 @@ def _read_columns(
 ) -> tuple[Sequence[str], Iterator[CsvRecord]]:
     """Return the names of the columns, from the config or the header, and the remaining records.
 
-    Raises `NodeError` for repeated names, and if the config has another number of names than the header.
+    Without both, they are numbered. Raises `NodeError` for repeated or too many names, and if the config has
+    another number of names than the header.
     """
     given = [
         config_fields.read_text({"columns": name}, "columns")
@@ -117,7 +119,7 @@ def _read_columns(
 
 
 def _number_blank_names(header: Sequence[str]) -> list[str]:
-    """Return the trimmed names of a header; a blank third one becomes `column3`."""
+    """Return the trimmed names of a header; a blank one is named by its place, such as `column3`."""
     return [name.strip() or f"column{number}" for number, name in enumerate(header, start=1)]
 
 
@@ -150,9 +152,9 @@ def _fit_width(line: int, record: Sequence[str], columns: Sequence[str], *, pads
 
 
 def _infer_value(written: str) -> Json:
-    """Return null for a blank field, a number for a JSON number, and other texts unchanged.
+    """Return null for a blank field, a number for one written as in JSON, and other texts unchanged.
 
-    Integers with more digits than are exact, and numbers that are too large, stay texts.
+    Integers with over 15 digits, and numbers that are too large, stay texts.
     """
     trimmed = written.strip()
     if not trimmed:

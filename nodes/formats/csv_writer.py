@@ -63,11 +63,15 @@ class CsvDialect:
         )
 
     def line(self, values: Iterable[Json]) -> str:
+        """Return a line of CSV with its line end; an empty line becomes `""`, since parsers skip blank lines."""
         written = self.delimiter.join(map(self._field, values))
         # CSV parsers skip blank lines.
         return (written or '""') + self.line_end
 
     def _field(self, value: Json) -> str:
+        """Return a field of CSV, quoted if needed; a text that may be a formula gets an apostrophe if the
+        config wants it.
+        """
         text = value_as_text(value)
         if self.guards and isinstance(value, str) and _may_be_formula(text):
             text = f"'{text}"
@@ -78,9 +82,10 @@ class CsvDialect:
 
 
 async def format_csv(call: NodeCall) -> Json:
-    """Return the items as CSV text by the config of the node.
+    """Return the items as CSV text by the config of the node, with its columns and the number of items.
 
-    Raises `NodeError` for invalid columns and exceeded limits.
+    Without `columns`, all fields are columns. Raises `NodeError` for invalid columns, items that are no
+    objects, and over ten million characters.
     """
     items = item_lists.read_items(call.config)
     dialect = CsvDialect.from_config(call.config)
@@ -154,7 +159,8 @@ def _check_size(rows: int, columns: int) -> None:
 
 
 def _may_be_formula(text: str) -> bool:
-    """Return whether a spreadsheet may evaluate a text as a formula.
+    """Return whether a spreadsheet may evaluate a text as a formula: it begins with `=`, `+`, `-`, `@`, a tab
+    or a line end.
 
     False for a number with a sign, which is harmless.
     """

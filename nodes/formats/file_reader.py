@@ -88,7 +88,7 @@ async def parse_file(call: NodeCall) -> Json:
 
 
 def guess_format(content: bytes, *, name: str, media_type: str = "") -> FileFormat:
-    """Return the format of a file by its name, else its media type, else its first bytes, else `FileFormat.TEXT`."""
+    """Return the format of a file by the suffix of its name, else its media type, else its first bytes, else text."""
     by_name = FORMAT_BY_SUFFIX.get(PurePosixPath(name.lower()).suffix)
     by_type = FORMAT_BY_TYPE.get(media_type.partition(";")[0].strip().lower())
     if by_name or by_type:
@@ -100,10 +100,10 @@ def guess_format(content: bytes, *, name: str, media_type: str = "") -> FileForm
 
 
 async def parse_content(call: NodeCall, content: bytes, wanted: FileFormat) -> dict[str, Json]:
-    """Parse a file in a known format by the options `encoding`, `csv`, `excel` and `xml` of the config.
+    """Parse a file in a known format by the options `encoding`, `csv`, `excel` and `xml` of the config;
+    return the parser's output.
 
-    Returns the output of its parser; formats without one return their `text`. Raises `NodeError` for invalid
-    content.
+    Formats without a parser give their `text`. Raises `NodeError` for invalid content.
     """
     config = call.config
     match wanted:

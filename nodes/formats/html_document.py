@@ -91,7 +91,11 @@ class HtmlDocument:
 
 
 async def read_document(html: str, turn: LoopShare) -> HtmlDocument:
-    """Parse a page, repairing malformed HTML; raises `NodeError` for one that is too large or too deep."""
+    """Parse a page, repairing malformed HTML.
+
+    It gives other tasks a turn. Raises `NodeError` for over three million characters, too many elements or
+    attributes, and nesting over 200 deep.
+    """
     if len(html) > MAXIMUM_CHARACTERS:
         message = f"`html` has {len(html):,} characters; at most {MAXIMUM_CHARACTERS:,} are read"
         raise NodeError(message, code="input-too-large")
@@ -116,7 +120,10 @@ class DocumentBuilder:
         self._silent = 0
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
-        """Add an element to the document, as the parser meets its start tag; raises `NodeError` beyond a limit."""
+        """Add an element to the document, as the parser meets its start tag.
+
+        Raises `NodeError` beyond the limits of elements, attributes and depth.
+        """
         document = self.document
         position = len(document.elements)
         self._attributes += len(attributes)

@@ -43,7 +43,7 @@ async def parse_json(call: NodeCall) -> Json:
 async def _parse_lines(raw: bytes) -> list[Json]:
     """Return the JSON value of each line that isn't blank.
 
-    Raises `NodeError` for invalid JSON, with the line's number, and for more than `MAXIMUM_ITEMS` values.
+    Raises `NodeError` for invalid JSON, with the line's number, and for more than 100,000 values.
     """
     values: list[Json] = []
     turn = LoopShare()

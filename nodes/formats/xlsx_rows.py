@@ -75,7 +75,8 @@ def _choose_sheet(config: Mapping[str, Json], sheets: Sequence[str]) -> str:
 
 
 def _name_columns(rows: Sequence[SheetRow], *, has_header: bool) -> dict[int, str]:
-    """Return the names of the columns with any cell, by their number in the sheet: from the first row or by letters.
+    """Return the names of the columns with any cell, by their number in the sheet: from the first row, else
+    by their letters.
 
     Raises `NodeError` for two columns with the same name.
     """

@@ -93,7 +93,7 @@ class XlsxWorkbook:
         return list(self._sheets)
 
     async def open(self) -> None:
-        """Parse everything except the cells.
+        """Read everything except the cells: the sheets, shared texts and number formats.
 
         Raises `NodeError` for a file that is no workbook, or too large unpacked.
         """
@@ -119,7 +119,7 @@ class XlsxWorkbook:
                 self._styles = styles.shows
 
     async def rows(self, sheet: str) -> Sequence[SheetRow]:
-        """Return the rows of a sheet that have cells.
+        """Return the rows of a sheet that have cells, in order.
 
         Raises `NodeError` for invalid XML and exceeded limits, `KeyError` for an unknown sheet.
         """
@@ -128,7 +128,9 @@ class XlsxWorkbook:
         return reader.rows
 
     async def _parts(self, of: str) -> dict[str, tuple[str, str]]:
-        """Return the relationships of a part: kind and name of the target, by identifier; empty if it has none."""
+        """Return the relationships of a part of the workbook: kind and name of each target, by identifier;
+        empty if it has none.
+        """
         folder, name = posixpath.split(of)
         related = posixpath.join(folder, "_rels", f"{name}.rels")
         if not self._archive.has(related):
@@ -164,7 +166,8 @@ class ZipArchive:
     async def read_part(self, name: str, part: WorkbookPart) -> None:
         """Unpack a part of the archive and parse its XML with `part`.
 
-        Raises `NodeError` for invalid XML and exceeded limits.
+        The limit of elements counts for all parts together. Raises `NodeError` for invalid XML and exceeded
+        limits.
         """
         part.elements_left = self._elements_left
         await xml_reader.read_xml(await self._unpacked(name), part, self._turn)
@@ -375,9 +378,10 @@ class SheetCells(WorkbookPart):
             self._row.cells[self._column] = value
 
     def _value(self, written: str) -> Json:
-        """Return a cell as JSON: formulas by their last result, errors as Excel shows them.
+        """Return the value of a cell from its text: formulas by their last result, errors as Excel shows
+        them, dates as ISO texts.
 
-        Raises `NodeError` for a reference to a missing text.
+        Raises `NodeError` for a reference to a missing text and an invalid number.
         """
         match self._kind:
             case "s":
@@ -422,9 +426,8 @@ def _simplify_number(number: float) -> int | float:
 
 
 def _unescape(text: str) -> str:
-    """Return a text with escapes such as `_x000D_` replaced by their characters.
-
-    Escapes of characters that JSON can't contain stay.
+    """Return a text with escapes such as `_x000D_` replaced by their characters; those that JSON can't
+    contain stay.
     """
     return ESCAPE_PATTERN.sub(_unescape_character, text) if "_x" in text else text
 
@@ -436,7 +439,9 @@ def _unescape_character(escape: re.Match[str]) -> str:
 
 
 def _display_of_format(code: str) -> NumberDisplay:
-    """Return the kind of value that a format displays, by the letters in its first section: `yyyy`, `hh`, `ss`."""
+    """Return the kind of value that an Excel number format displays: date, time, both or a number, by its
+    first section.
+    """
     letters = LITERAL_PARTS.sub("", code[:1_000].lower()).partition(";")[0]
     if ELAPSED_PATTERN.search(letters):
         return NumberDisplay.NUMBER
@@ -448,7 +453,7 @@ def _display_of_format(code: str) -> NumberDisplay:
 
 
 def _format_serial(serial: float, shows: NumberDisplay, *, counts_from_1904: bool) -> Json:
-    """Return the ISO date or time of a serial number of days; the number itself, if it is out of range."""
+    """Return the ISO date or time of an Excel serial number of days; the number itself if it is out of range."""
     if not 0 <= serial < MAX_DAYS:
         return _simplify_number(serial)
     milliseconds = round(serial * DAY_MILLISECONDS)

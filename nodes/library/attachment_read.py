@@ -54,7 +54,7 @@ async def run(call: NodeCall) -> Json:
 
 
 def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the blob reference in the config, alone or in the description of an attachment.
+    """Return the blob reference in the config: a reference alone, or that in the description of an attachment.
 
     Raises `NodeError` for other values, and for an attachment that is still at the URL of a mail service.
     """
@@ -69,7 +69,9 @@ def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _convert_by_type(content: bytes, name: str, media_type: str) -> AttachmentForm:
-    """Return the form into which a file is converted by default, by its format: Base64 for unknown and Excel files."""
+    """Return the form into which a file is converted by default: CSV, JSON or text; Base64 for Excel and
+    unknown files.
+    """
     match file_reader.guess_format(content, name=name, media_type=media_type):
         case FileFormat.CSV:
             return AttachmentForm.CSV

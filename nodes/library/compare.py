@@ -55,7 +55,7 @@ async def run(call: NodeCall) -> Json:
 async def _index_by_key(
     config: Mapping[str, Json], name: str, keys: ItemKeys, turn: LoopShare
 ) -> dict[Hashable, Json]:
-    """Return the items of the list in field `name` by their keys, in order; null counts as an empty list.
+    """Return the items of the list in field `name` by their hashable keys, in order; null counts as an empty list.
 
     Raises `NodeError` for two items with the same key.
     """
@@ -73,7 +73,10 @@ async def _index_by_key(
 
 
 def _find_changed_fields(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
-    """Return the names of the fields that differ, an empty list for items without fields; None for equal items."""
+    """Return the names of the fields that differ, without `ignored` ones; None for items that count as equal.
+
+    An empty list for differing items of which one is no object.
+    """
     if equal_json(before, after):
         return None
     if not isinstance(before, dict) or not isinstance(after, dict):

@@ -126,6 +126,7 @@ def _parse_date(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
 
 
 def _read_zone(config: Mapping[str, Json], name: str) -> ZoneInfo:
+    """Return the time zone that a config field names; raises `NodeError` for one that is not in the IANA database."""
     key = config_fields.read_text(config, name)
     # The name is checked against a list first, since `ZoneInfo` opens a file of that name.
     if key not in _zone_names():
@@ -158,7 +159,8 @@ def _add_units(date: datetime, amount: int, unit: DateUnit, zone: ZoneInfo) -> d
 def _count_units(date: datetime, until: datetime, unit: DateUnit, zone: ZoneInfo) -> Json:
     """Return the number of units between two moments, negative if `until` is earlier.
 
-    Months and longer are whole ones; days and longer count by the local time of the zone.
+    Months and years count as whole ones; days and longer by the local time of the zone, and shorter units by
+    the clock, with fractions.
     """
     start, end = date.astimezone(zone), until.astimezone(zone)
     if unit in UNIT_MONTHS:
@@ -201,9 +203,8 @@ def _start_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
 
 
 def _end_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
-    """Return the last microsecond of the unit that contains `date`, in UTC.
-
-    Units begin by the local time of the zone.
+    """Return the last microsecond of the unit that contains `date`, in UTC; units begin by the local time of
+    the zone.
     """
     start = _start_of_unit(date, unit, zone).astimezone(UTC)
     return _start_of_unit(_add_units(start, 1, unit, zone), unit, zone).astimezone(UTC) - MICROSECOND
@@ -227,6 +228,7 @@ def _format_date(date: datetime, form: str, zone: ZoneInfo) -> Json:
 
 
 def _compute_safely(name: str, computation: Computation, *arguments: Json) -> Json:
+    """Return the result of a computation with dates; its errors become `NodeError`s about the field `name`."""
     try:
         return computation.apply(arguments)
     except OperationError as error:

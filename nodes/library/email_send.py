@@ -91,7 +91,7 @@ def _compose_mail(outgoing: OutgoingMail) -> bytes:
 def _read_mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
     """Return the addresses in the field `name`, a text or a list of texts; empty texts are skipped.
 
-    Raises `NodeError` for other types and invalid addresses.
+    A text may have several addresses. Raises `NodeError` for other types and invalid addresses.
     """
     given = config.get(name)
     texts = given if isinstance(given, list) else [given]
@@ -109,6 +109,7 @@ def _read_mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
 
 
 def _list_recipients(outgoing: OutgoingMail, bcc: Sequence[Mailbox]) -> Sequence[str]:
+    """Return the distinct addresses of all recipients; raises `NodeError` for none, and for over 100."""
     found = dict.fromkeys(each.address for each in (*outgoing.to, *outgoing.cc, *bcc))
     if not found:
         raise NodeError("The mail has no recipient in `to`, `cc` or `bcc`", code="invalid-address")
@@ -187,7 +188,11 @@ def _find_reference(given: dict[str, Json]) -> dict[str, Json] | None:
 
 
 def _attachment_label(given: dict[str, Json]) -> AttachmentLabel:
-    """Return the attributes of an attachment, with those of its blob reference as defaults."""
+    """Return file name, type and content id of an attachment, cleaned, with those of its blob reference as
+    defaults.
+
+    An attachment given as `text` has a text type by the suffix of its name.
+    """
     reference = _find_reference(given) or {}
     known = reference.get(REFERENCE_KEY)
     known = known if isinstance(known, dict) else {}

@@ -77,6 +77,9 @@ class PageExtractor:
         self._characters = 0
 
     async def items(self, selector: CssSelector | None) -> list[Json]:
+        """Return the extracted items: one for each element that the selector matches, or (None) one for the
+        whole page.
+        """
         elements = self._page.elements
         if selector is None:
             return [await self._item(elements[0] if elements else None, elements)]
@@ -113,6 +116,7 @@ class PageExtractor:
         return " ".join(value.split())
 
     def _count(self, values: int, characters: int) -> None:
+        """Count extracted values and characters; raises `NodeError` beyond the limits."""
         self._values += values
         self._characters += characters
         if self._values > MAXIMUM_VALUES or self._characters > MAXIMUM_CHARACTERS:

@@ -82,9 +82,10 @@ async def run(call: NodeCall) -> Json:
 async def _send_request(
     call: NodeCall, method: HttpMethod, url: str, secrets: Mapping[str, str]
 ) -> HttpResponse:
-    """Send the configured request with secret headers, and return the response without these secrets.
+    """Send the configured request with secret headers, and return the response with these secrets redacted.
 
-    Raises `NodeError`.
+    Writes get an idempotency key, traces their headers, and placeholders of approval links become links.
+    Raises `NodeError`, `OutboundError` and ValueError.
     """
     config = call.config
     body, content_type = await offload.run(_encode_body, config)
@@ -118,7 +119,11 @@ async def _send_request(
 async def _create_approval_links(
     call: NodeCall, url: str, body: bytes | None, headers: Mapping[str, str]
 ) -> Mapping[approval_links.Place, str]:
-    """Return the links whose placeholders a request contains; raises `NodeError`."""
+    """Create the approval links whose placeholders a request contains; return their URLs by place, empty
+    without any.
+
+    Raises `NodeError`.
+    """
     texts = [url, *headers.values(), *([] if body is None else [body.decode()])]
     places = [*approval_links.find_places(texts)]
     if not places:
@@ -149,10 +154,11 @@ def _read_headers(config: Mapping[str, Json]) -> dict[str, str]:
 
 
 async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
-    """Return the headers that the data source adds to a request to `url`.
+    """Return the secret headers that the data source of the config adds to a request to `url`; they are never
+    recorded.
 
-    They are never recorded. Empty without a data source. Raises `NodeError` for an unknown data source, and
-    for hosts that it doesn't list.
+    Empty without a data source. Raises `NodeError` for a data source that the run may not use, and for hosts
+    that it doesn't list.
     """
     if call.config.get("dataSource") is None:
         return {}
@@ -168,9 +174,8 @@ def _replace_headers(headers: Mapping[str, str], others: Mapping[str, str]) -> d
 
 
 def _encode_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
-    """Return the request body and its content type: texts as they are, other values as JSON.
-
-    None twice without a body.
+    """Return the request body and its content type: a text as it is, another value as JSON; None twice
+    without a body.
     """
     body = config.get("body")
     if body is None:
@@ -189,7 +194,8 @@ def _set_default_header(headers: dict[str, str], name: str, value: str) -> None:
 
 
 def _redact_response(response: HttpResponse, secrets: Sequence[str]) -> HttpResponse:
-    """Return a response with the secrets that it repeats redacted.
+    """Return a response in which the secrets of the request are redacted, in each form in which a server may
+    repeat them.
 
     Its readers may not be permitted to use the data source, or to answer a question by its link.
     """
@@ -205,7 +211,9 @@ def _redact_response(response: HttpResponse, secrets: Sequence[str]) -> HttpResp
 
 
 def _secret_forms(value: str) -> Iterator[str]:
-    """Yield the forms in which a header's value may be repeated: whole, its credentials alone, and both escaped."""
+    """Yield the forms in which a header's value may be repeated: whole, its credentials alone, a login
+    decoded; each also escaped.
+    """
     scheme, _, credentials = value.partition(" ")
     said = {value, credentials}
     if scheme == "Basic":
@@ -216,6 +224,9 @@ def _secret_forms(value: str) -> Iterator[str]:
 
 
 def _status_error(response: HttpResponse, url: str) -> NodeError:
+    """Return the error for a response with an error status; it names the status, and quotes the beginning of
+    the body.
+    """
     status, last_url = response.status, url_targets.redact_url(response.url)
     redirected = "" if last_url == url_targets.redact_url(url) else f" of {last_url}"
     answered = f"The answer{redirected} was {status} {reasons.get(status, '')}".rstrip()
@@ -255,6 +266,9 @@ def _decode_text(body: bytes, charset: str) -> str:
 
 
 def _decode_by_type(response: HttpResponse) -> Json:
+    """Return the body of a response by its content type: JSON if it is valid, else a text, else Base64; null
+    if it is empty.
+    """
     if not response.body:
         return None
     if JSON_TYPE.match(_find_content_type(response)):

@@ -41,7 +41,7 @@ def run(call: NodeCall) -> AnswerWait:
 
 
 def _build_request(config: Mapping[str, Json]) -> Json:
-    """Return the request as people with permission to answer see it."""
+    """Return the question that people with permission to answer see: its title, form, choices, assignees and so on."""
     request: dict[str, Json] = {"title": config_fields.read_text(config, "title")}
     if "description" in config:
         request["description"] = config_fields.read_text(config, "description")

@@ -54,10 +54,11 @@ class LookupJoin:
         )
 
     def joined(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
-        """Yield an item joined with its matching rows.
+        """Yield an item joined with its matching rows: with the first, each of them, or all as a list, by
+        `matches`.
 
-        Without rows none, the item alone, or `NodeError`, by `on_missing`. Lazily, since a single item can
-        exceed the limit of the output.
+        Without rows it yields nothing or the item alone, or raises `NodeError`, by `on_missing`. It is lazy,
+        since a single item can exceed the limit of the output.
         """
         if not rows:
             yield from self._missed(item, index)
@@ -113,6 +114,7 @@ async def run(call: NodeCall) -> Json:
 
 
 async def _build_table(call: NodeCall, by: ItemKeys, turn: LoopShare) -> LookupTable:
+    """Return the rows of the lookup table by their key; rows whose key has a null are left out."""
     table_by = ItemKeys.from_config(call, "tableBy" if "tableBy" in call.values else "by")
     if len(table_by.parts) != len(by.parts):
         message = f"`tableBy` has {len(table_by.parts)} parts, but `by` has {len(by.parts)}"

@@ -119,7 +119,9 @@ def _check_size(text: str, pattern: RegexPattern) -> None:
 
 
 def _find_matches(pattern: RegexPattern, text: str, maximum: int) -> Iterator[RegexMatch]:
-    """Yield every match; raises `NodeError` for more than `maximum` matches, or after the deadline."""
+    """Yield every match in order; raises `NodeError` after `maximum` matches if there is another, and after
+    five seconds.
+    """
     deadline = time.monotonic() + MAXIMUM_SECONDS
     for count, match in enumerate(pattern.finditer(text), start=1):
         if count > maximum:
@@ -146,6 +148,7 @@ def _describe_matches(pattern: RegexPattern, matches: Iterator[RegexMatch]) -> J
 
 
 def _require_small_groups(match: RegexMatch, pattern: RegexPattern) -> None:
+    """Raise `NodeError` for a match whose groups are too large together."""
     characters = sum(match.end(group) - match.start(group) for group in range(pattern.groups + 1))
     if characters > output_sizes.MAXIMUM_BYTES:
         message = f"The groups of one match have more than {output_sizes.MAXIMUM_BYTES:,} characters"
@@ -177,9 +180,10 @@ def _replace_matches(pattern: RegexPattern, text: str, maximum: int, replacement
 
 
 def _replacement_writer(pattern: RegexPattern, replacement: str) -> Callable[[RegexMatch], str]:
-    """Return a function that returns the replacement of a match, with `$1` and `${name}` filled in, `$$` as `$`.
+    """Return a function that returns the replacement of a match: `$1` and `${name}` are filled in, `$$`
+    becomes `$`.
 
-    Raises `NodeError` for a group that the pattern doesn't have.
+    A group that took no part is empty. Raises `NodeError` for a group that the pattern doesn't have.
     """
     parts: list[str] = []
     groups: list[int | str] = []

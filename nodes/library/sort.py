@@ -56,9 +56,9 @@ class SortCriterion:
 
     @classmethod
     def from_config(cls, call: NodeCall, source: Json) -> Self:
-        """Return the criterion of an entry of `by`; its key is compiled as written, other settings are rendered.
+        """Return the criterion of an entry of `by`: a key, or an object with key and settings.
 
-        Raises `NodeError` for invalid settings.
+        The key is compiled as written, settings are rendered. Raises `NodeError` for invalid ones.
         """
         if not isinstance(source, dict):
             return cls._of({}, ItemKey.from_config("by", call, source))
@@ -71,9 +71,10 @@ class SortCriterion:
 
     @classmethod
     def from_data(cls, call: NodeCall, value: Json) -> Self:
-        """Return the criterion of an entry in data, in which nothing is an expression.
+        """Return the criterion of an entry of `by` that an expression gave: a field name, or an object with
+        key and settings.
 
-        Raises `NodeError` for an invalid one.
+        Nothing in it is an expression. Raises `NodeError` for an invalid one.
         """
         if isinstance(value, dict):
             return cls._of(value, ItemKey.from_name("by", call, value.get("key")))
@@ -90,9 +91,10 @@ class SortCriterion:
         )
 
     def rank(self, item: Json, index: int) -> SortRank:
-        """Return the sort key of an item, in the order null, false, true, numbers, texts, lists, objects.
+        """Return the value by which an item is sorted, in the order null, false, true, numbers, texts, lists,
+        objects.
 
-        Nulls are placed at the configured end, whatever the direction.
+        Nulls are placed at the configured end, whatever the direction. Raises the errors of the key.
         """
         value = self.key.value_of(item, index)
         match value:
@@ -132,7 +134,7 @@ async def run(call: NodeCall) -> Json:
 async def _sort_places(
     places: list[int], ranks: list[SortRank], turn: LoopShare, *, descends: bool
 ) -> list[int]:
-    """Return indexes sorted by their rank, stably, in batches between which other tasks run."""
+    """Return indexes sorted by the rank at each index, stably, in batches between which other tasks run."""
     parts: list[list[int]] = []
     for begin in range(0, len(places), SORT_BATCH):
         await turn.yield_if_due()
@@ -162,7 +164,7 @@ def natural_key(text: str) -> str:
     """Return a key for natural order, ignoring case: `file9` before `file10`.
 
     Each number becomes a 0, one character for the number of its digits, and the digits, so that the shorter
-    of two numbers comes first. Raises `NodeError` for a text that is too long.
+    of two numbers comes first. Raises `NodeError` for over 10,000 characters.
     """
     if len(text) > MAXIMUM_NATURAL_CHARACTERS:
         message = (

@@ -56,7 +56,8 @@ def _split_batches(config: Mapping[str, Json]) -> list[Json]:
 
 
 async def _split_elements(call: NodeCall) -> list[Json]:
-    """Return an item for each element of the list in a field of each item.
+    """Return an item for each element of the list in the field `field` of each item; with the other fields if
+    `keepFields`.
 
     Raises `NodeError` for an item that is no object, a field that is no list, and too many or too large
     items.
@@ -82,10 +83,9 @@ async def _split_elements(call: NodeCall) -> list[Json]:
 
 
 def _read_list(own: Mapping[str, Json], index: int, name: str, unresolved: list[str]) -> list[Json]:
-    """Return the list in a field of an item.
+    """Return the list in a field of an item; empty for null, and for a missing field, which is noted as unresolved.
 
-    Empty for null and for a missing field, which is reported as unresolved. Raises `NodeError` for other
-    types.
+    Raises `NodeError` for other types.
     """
     if name not in own:
         unresolved.append(f"item.{name}")

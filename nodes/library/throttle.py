@@ -35,9 +35,10 @@ async def run(call: NodeCall) -> Json | TimerWait:
 
 
 def _throttle_key(call: NodeCall) -> str:
-    """Return the key of the rate limit: the configured one, else the node of the workflow.
+    """Return the key of the rate limit: that in the config, shared by workflows, else the node of this workflow.
 
-    Prefixes keep both kinds apart. Raises `NodeError` for a key that is empty, too long, or has a NUL.
+    Prefixes keep both kinds apart. Raises `NodeError` for a key that is empty, over 200 characters, or has a
+    NUL.
     """
     if "key" not in call.config:
         return f"node:{call.caller.workflow_id}:{call.node_id}"

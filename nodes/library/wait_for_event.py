@@ -61,9 +61,10 @@ def _build_request(call: NodeCall) -> EventWaitRequest:
 
 
 def _bind_filter(call: NodeCall) -> tuple[str | None, str]:
-    """Return the filter condition on events as JSON, None without one, and as JSON the run's values that it refers to.
+    """Return the filter on events as JSON (None without one), and as JSON the list of the run's values that
+    it refers to.
 
-    Raises `NodeError` if both together are too large.
+    Raises `NodeError` if both together have more than 64 KiB.
     """
     condition = call.conditions.get("filter")
     if condition is None:

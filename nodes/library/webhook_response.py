@@ -23,5 +23,5 @@ def run(call: NodeCall) -> Json:
 
 
 def _is_awaited(trigger: Json) -> bool:
-    """Return whether a webhook started the run, and its sender waits for the response."""
+    """Return whether a webhook started the run, and its sender waits for the response (`respond` is `when-done`)."""
     return isinstance(trigger, dict) and trigger.get("respond") == WHEN_DONE_MODE

@@ -28,9 +28,9 @@ class FairSlots:
 
     @asynccontextmanager
     async def hold(self, organization_id: str) -> AsyncIterator[None]:
-        """Hold a slot during the block, waiting for one.
+        """Hold a slot during the block, waiting for one; organizations take turns.
 
-        Raises `NodeError` if too many jobs of the organization wait.
+        Raises `NodeError` (retryable) if 1,000 jobs of the organization wait.
         """
         await self._acquire(organization_id)
         try:
@@ -62,6 +62,7 @@ class FairSlots:
         return working < self._count or (not self._working[organization_id] and working < 2 * self._count)
 
     def _release(self, organization_id: str) -> None:
+        """Free a slot, and give free slots to waiting organizations in turn."""
         self._working[organization_id] -= 1
         if not self._working[organization_id]:
             del self._working[organization_id]

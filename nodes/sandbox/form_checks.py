@@ -44,7 +44,8 @@ class FormChecker:
     ) -> Sequence[FormViolation]:
         """Return the violations of a form's schema in the answer `data`, an empty list if it is valid.
 
-        Raises `InvalidSchema`, and a retryable `NodeError` if no child process is free.
+        It runs in a child process for three seconds at most. Raises `InvalidSchema` for a schema that can't
+        be used or takes longer, and a retryable `NodeError` if no child process is free.
         """
         job = await offload.run(_encode_job, schema, data)
         try:

@@ -121,7 +121,7 @@ decode_failure: Final = decoding.build_decoder(FailureFrame).decode
 
 
 def decode_frame(decode: Callable[[bytes], Kind], body: bytes) -> Kind:
-    """Return the decoded body of a frame; raises `InvalidFrame` if it isn't of the decoder's type."""
+    """Return the body of a frame, decoded by `decode`; raises `InvalidFrame` if it isn't of the decoder's type."""
     try:
         return decode(body)
     except (ValueError, RecursionError) as error:
@@ -142,12 +142,12 @@ def parse_header(raw: bytes) -> tuple[int, FrameTag]:
 
 
 def encode_value(value: Json) -> Iterator[bytes]:
-    """Yield the frames of one value, each not much larger than a piece, except for a single long text."""
+    """Yield the frames of one value, each about 128 KiB at most, except for a single long text."""
     yield from _encode_parts([value])
 
 
 def _encode_parts(container: dict[str, Json] | list[Json]) -> Iterator[bytes]:
-    """Yield frames that add the content of a container to the open one, each about a piece at most."""
+    """Yield frames that add the content of a container to the open one, each about 128 KiB at most."""
     text = _encode(container)
     if len(text) <= PIECE_BYTES:
         yield encode_frame(FrameTag.PART, text)
@@ -190,6 +190,7 @@ class ValueAssembler:
         self._open: list[dict[str, Json] | list[Json]] = [self._root]
 
     def add(self, tag: FrameTag, body: bytes) -> None:
+        """Add the next frame to the value; raises `InvalidFrame` for one that has no place in it."""
         match tag:
             case FrameTag.PART:
                 self._extend(decode_frame(decode_value, body))

@@ -31,6 +31,11 @@ class PooledCatalog(NodeCatalog):
     processes: ProcessPool
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
+        """Return the function that runs a node type: in a child process if it computes for long, or if its
+        call is large.
+
+        Raises `UnknownNodeType`.
+        """
         match self.get(type).cpu:
             case None:
                 return super().implementation(type)

@@ -108,10 +108,11 @@ class ProcessPool:
     async def run(
         self, job: bytes, listener: JobListener, *, organization_id: str, seconds: float
     ) -> NodeResult:
-        """Run a job in a child process, and return its result; `listener` gets its log lines and unresolved paths.
+        """Run an encoded job in a child process, and return its result; `listener` gets its log lines and
+        unresolved paths.
 
-        Raises the `NodeError` of the job, or one with the code `timeout`, `crashed` or `busy`. The child is
-        ended after a failure.
+        Organizations share the processes fairly. Raises the `NodeError` of the job, or one with the code
+        `timeout` (after `seconds` and a grace), `crashed` or `busy`. The child is ended after a failure.
         """
         async with self._places.hold(organization_id):
             child = await self._acquire()
@@ -143,6 +144,7 @@ class ProcessPool:
             await asyncio.wait(self._ends)
 
     async def _acquire(self) -> ChildProcess:
+        """Return an idle child that is alive, or a new one; raises `NodeError` if none can be started."""
         while self._idle:
             child = self._idle.pop()
             child.keep_alive()
@@ -168,6 +170,7 @@ class ProcessPool:
         return child
 
     def _release(self, child: ChildProcess) -> None:
+        """Keep a child for a minute of idleness; end it at once after a script of Python or long work."""
         if self._kind is ProcessKind.PYTHON or child.busy_seconds > BUSY_SECONDS:
             self._end(child)
             return
@@ -175,6 +178,7 @@ class ProcessPool:
         self._idle.append(child)
 
     def _end(self, child: ChildProcess) -> None:
+        """Kill a child, and wait for its end in the background."""
         child.keep_alive()
         child.kill()
         if child in self._idle:
@@ -197,7 +201,10 @@ class ChildProcess:
 
     @classmethod
     async def start(cls, kind: ProcessKind, environment: Mapping[str, str]) -> ChildProcess:
-        """Start a child with its own environment; it shares nothing with others but the ends of pipes."""
+        """Start a child in a new session with only this environment; it shares nothing with others but its pipes.
+
+        `wait_ready` must follow. Raises `OSError`.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-I", "-S", "-c", LAUNCH_SCRIPT, kind, str(os.getpid()), *_import_paths()),
@@ -227,15 +234,19 @@ class ChildProcess:
             self.rest = None
 
     async def wait_ready(self) -> None:
-        """Wait until the child can accept a job; raises `InvalidFrame` or `EOFError` if it fails before."""
+        """Wait until the child can accept a job, without a time limit; raises `InvalidFrame` or `EOFError` if
+        it fails before.
+        """
         tag, _ = await self._frame()
         if tag is not FrameTag.READY:
             raise InvalidFrame("it isn't ready")
 
     async def perform(self, job: bytes, listener: JobListener) -> NodeResult | NodeError:
-        """Run a job and return its result or its error; log lines and unresolved paths go to `listener`.
+        """Send a job and return its result or its error; log lines (1,001 at most) and unresolved paths go to
+        `listener`.
 
-        Raises `InvalidFrame`, `EOFError` or `OSError` if the child fails or violates the protocol.
+        Raises `InvalidFrame`, `EOFError` or `OSError` if the child ends, or violates the protocol or its
+        limit of bytes.
         """
         await self._send(encode_frame(FrameTag.JOB, job))
         assembly = ValueAssembler()

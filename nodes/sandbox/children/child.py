@@ -57,7 +57,10 @@ class JobModule(Protocol):
 
 
 def main(kind: str, parent: int) -> None:
-    """Perform jobs of a kind and reply to each, until the parent closes its end of the pipe."""
+    """Perform jobs of a kind in this child process and reply to each, until the parent closes its end of the pipe.
+
+    `parent` is the parent's process id; the child first gives up all privileges that its jobs don't need.
+    """
     work = cast("JobModule", import_module(JOB_MODULES[kind]))
     perform = work.load()
     _close_log()
@@ -69,7 +72,7 @@ def main(kind: str, parent: int) -> None:
 
 
 def _close_log() -> None:
-    """Discard standard error: only failures up to here concern the operator and belong in the worker's log."""
+    """Discard standard error from now on: failures up to here concern the operator and belong in the worker's log."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, STDERR)
     os.close(nowhere)
@@ -96,7 +99,7 @@ def _perform_and_reply(perform: PerformJob, job: bytes, reporter: JobReporter) -
 
 
 def _check_result(value: Json) -> None:
-    """Raise `NodeError` for a result that exceeds the size limit, `InvalidJson` for one that isn't JSON."""
+    """Raise `NodeError` for a result of more than ten million bytes, `InvalidJson` for one that isn't JSON."""
     try:
         encode_json(value, max_bytes=MAXIMUM_BYTES)
     except InvalidJson as error:
@@ -116,7 +119,7 @@ def _report_failure(code: str, message: str, *, retryable: bool = False) -> None
 
 
 def _to_encodable(text: str) -> str:
-    """Return a text cut to `MAX_MESSAGE_LENGTH`, with `?` for halves of surrogate pairs, which can't be encoded."""
+    """Return a text cut to 8,192 characters, with `?` for halves of surrogate pairs, which can't be encoded."""
     return text[:MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
 
 

@@ -31,7 +31,9 @@ CPU_SECONDS = 400
 
 
 def missing_protections() -> list[str]:
-    """Return the names of sandbox mechanisms that the kernel lacks, or that this container may not use."""
+    """Return which of Landlock and seccomp, by name, the kernel lacks or this container may not use; empty if
+    all work.
+    """
     walls = {"Landlock": landlock.landlock_version() > 0, "seccomp": system_calls.are_filtered()}
     return [name for name, is_there in walls.items() if not is_there]
 
@@ -39,10 +41,11 @@ def missing_protections() -> list[str]:
 def limit_process(
     *, memory_bytes: int, open_files: int, cpu_seconds: int = CPU_SECONDS, file_bytes: int | None = 0
 ) -> None:
-    """Set limits of memory, open files, CPU time and file size that this process cannot raise again; forbid core dumps.
+    """Set limits of memory, open files, CPU time and file size that this process cannot raise again; forbid
+    core dumps.
 
-    A limit that the system refuses is skipped. By default no file can be written; with `file_bytes=None` the file
-    size is left as it is.
+    A limit that the system refuses is skipped. By default no file can be written; with None as `file_bytes`
+    the file size is left as it is.
     """
     for name, most in {
         "RLIMIT_AS": memory_bytes,
@@ -83,7 +86,9 @@ def limit_cpu(more_seconds: float) -> None:
 
 
 def give_up_rights() -> None:
-    """Forbid new privileges for good, and hide the process from others of its user."""
+    """Forbid this process and its children new privileges, such as setuid programs, for good; hide it from
+    others of its user.
+    """
     _call_prctl(SET_NO_NEW_PRIVILEGES, 1)
     hide_process()
 
@@ -105,18 +110,16 @@ def switch_user() -> bool:
 
 
 def leave_network() -> None:
-    """Enter an empty network namespace, so that the child can reach no network; skipped where it isn't
-    permitted.
-    """
+    """Enter an empty network namespace, so that the process can reach no network; skipped where it isn't permitted."""
     unshare = getattr(_load_libc(), "unshare", None)
     if unshare is not None:
         unshare(NEW_NETWORK)
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, and exit if it has ended already.
+    """Have the kernel kill this process when its parent ends, and exit if that has ended already.
 
-    Call it last, since a change of user resets it.
+    `parent` is the expected process id. Call it last, since a change of user resets it.
     """
     _call_prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
@@ -124,9 +127,9 @@ def die_with_parent(parent: int) -> None:
 
 
 def die_with_pipe() -> None:
-    """Start a thread that kills the whole process group when the pipe from the parent closes.
+    """Start a thread that kills this process and its whole group when the pipe from the parent closes.
 
-    For a process with children.
+    It is for a process with children, which the kernel would not kill with it.
     """
     threading.Thread(target=_watch_pipe, daemon=True).start()
 

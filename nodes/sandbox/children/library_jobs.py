@@ -62,7 +62,9 @@ def confine(parent: int) -> None:
 
 
 def _build_call(config: Mapping[str, Json], reporter: JobReporter) -> NodeCall:
-    """Return a node call that has only a config and a log: nodes that run in child processes use nothing else of it."""
+    """Return a node call that has only a config and a log: nodes that run in child processes need nothing
+    else of it.
+    """
     return NodeCall(
         config=config,
         data=None,
@@ -82,7 +84,9 @@ def _build_call(config: Mapping[str, Json], reporter: JobReporter) -> NodeCall:
 
 
 def _run_coroutine(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - the outcome of a node, or a coroutine of it
-    """Return the result of a coroutine that waits for nothing but its next turn on the loop; other values unchanged."""
+    """Run a coroutine without an event loop and return its result; it may only give up its turn. Other values
+    are returned unchanged.
+    """
     if not iscoroutine(outcome):
         return cast("NodeOutcome", outcome)
     while True:

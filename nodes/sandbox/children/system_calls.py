@@ -188,17 +188,19 @@ OTHER_TABLE: Final = 0x4000_0000
 
 
 def allow_calls(calls: CallNumbers) -> bool:
-    """Refuse all system calls except these from now on; return whether the filter is active."""
+    """Refuse all system calls except these with EPERM from now on; return False if the system can't filter them."""
     return _install_filter(calls, named=ALLOW, others=REFUSE)
 
 
 def refuse_calls(calls: CallNumbers) -> bool:
-    """Refuse these system calls from now on; return whether the filter is active."""
+    """Refuse these system calls with EPERM from now on; return False if the system can't filter them."""
     return _install_filter(calls, named=REFUSE, others=ALLOW)
 
 
 def refuse_changes(calls: CallNumbers) -> bool:
-    """Refuse these system calls and every change of a file from now on; return whether the filter is active."""
+    """Refuse these system calls, and all that change files, with EPERM from now on; return False if the
+    system can't filter them.
+    """
     return _install_filter({**calls, **CHANGING_FILES_CALLS}, named=REFUSE, others=ALLOW, read_only=True)
 
 
@@ -218,6 +220,11 @@ class _FilterProgram(ctypes.Structure):
 
 
 def _install_filter(calls: CallNumbers, *, named: int, others: int, read_only: bool = False) -> bool:
+    """Install a filter of system calls: `named` is the verdict for `calls`, `others` for the rest; return
+    whether it is active.
+
+    With `read_only`, opening a file for a change is refused too.
+    """
     machine = MACHINES.get(os.uname().machine)
     if sys.platform != "linux" or machine is None:
         return False
@@ -236,7 +243,11 @@ def _install_filter(calls: CallNumbers, *, named: int, others: int, read_only: b
 
 
 def _open_checks(column: int) -> list[bytes]:
-    """Return the checks that refuse to open a file for change; other calls continue with the call number loaded."""
+    """Return the instructions that refuse to open a file for change; after them the number of the call is
+    loaded again.
+
+    `column` is that of the architecture in the table of numbers.
+    """
     checks: list[bytes] = []
     for name, numbers in OPENING_CALLS.items():
         number = numbers[column]
@@ -255,7 +266,11 @@ def _open_checks(column: int) -> list[bytes]:
 def _build_filter(
     mark: int, numbers: Sequence[int], named: int, others: int, checks: Sequence[bytes]
 ) -> list[bytes]:
-    """Return the filter program: a call of another architecture kills, and each of `numbers` jumps to the end."""
+    """Return the filter program: a call of another architecture kills the process, others get the verdict
+    `named` or `others`.
+
+    `checks` come first.
+    """
     jumps = [
         _build_instruction(JUMP_IF_EQUAL, number, if_so=len(numbers) - place)
         for place, number in enumerate(numbers)

@@ -67,6 +67,10 @@ class CodeRunner:
         max_memory_bytes: int,
         print_line: PrintLine,
     ) -> Json:
+        """Run a script in a child process that no other organization shares at the time; return its result.
+
+        Raises `NodeError` for a failing script and for its limits.
+        """
         written = msgspec.Raw(await offload.run(encode_json, inputs))
         job = CodeJob(caller.organization_id, source, written, timeout_seconds, max_memory_bytes)
         result = await self._processes.run(
@@ -78,5 +82,5 @@ class CodeRunner:
         return result.output
 
     async def close(self) -> None:
-        """End the child processes and wait for their end; requires that no script is running."""
+        """End the child processes and wait for their end; no script may be running."""
         await self._processes.close()

@@ -73,7 +73,9 @@ def _find_interpreter() -> Path:
 
 
 def _list_needed_files(binary: Path) -> Mapping[str, int]:
-    """Return the access rights by path that the interpreter needs to start: itself, the loader, and the C libraries."""
+    """Return the access rights by path that the interpreter needs to start: for itself, the loader, the C
+    libraries and `/proc`.
+    """
     allowed = {str(binary): landlock.RUN_RIGHTS, "/etc/ld.so.cache": landlock.READ_FILE}
     with suppress(OSError):  # Without /proc, the interpreter doesn't start, so nothing runs unconfined.
         for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
@@ -87,7 +89,7 @@ def _list_needed_files(binary: Path) -> Mapping[str, int]:
 
 
 def _is_world_executable(program: Path) -> bool:
-    """Return whether every user may execute a program and enter its folders; raises `OSError` if it is missing."""
+    """Return whether every user may execute a program and enter all its folders; raises `OSError` if it is missing."""
     return all(path.stat().st_mode & stat.S_IXOTH for path in (program, *program.parents))
 
 
@@ -101,6 +103,9 @@ class MontyInterpreter:
         self._has_forbidden_processes = False
 
     def perform(self, raw: bytes, reporter: JobReporter) -> Json:
+        """Run the script of an encoded job and return its result as JSON; printed lines go to the reporter.
+        Raises `NodeError`.
+        """
         job = _decode(raw)
         printed = PrintedLines(reporter)
         try:
@@ -147,8 +152,8 @@ class MontyInterpreter:
 def _forbid_processes() -> None:
     """Forbid the interpreter to start more processes and threads than it has.
 
-    Its id comes from the descriptor with which its parent waits for it. The limit counts all processes of its user,
-    which may be any number: so it is zero, and not a few more than exist.
+    Its id is read from the descriptor with which its parent waits for it. The limit counts all processes of
+    its user, which may be any number: so it is zero, and not a few more than exist. A failure is ignored.
     """
     with suppress(OSError):
         for entry in os.listdir(FDINFO):  # noqa: PTH208 - only names are needed
@@ -158,7 +163,7 @@ def _forbid_processes() -> None:
 
 
 def _translate_error(error: MontyError, job: CodeJob) -> NodeError:
-    """Return the node error for an exception of the code or its parser.
+    """Return the `NodeError` for an exception of the code or its parser, with its type, message and line.
 
     Timeouts and lack of memory have errors of their own.
     """

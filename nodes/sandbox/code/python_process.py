@@ -159,9 +159,10 @@ class ScriptReturn(BaseException):
 
 
 def _run_script(source: str, names: Mapping[str, Json]) -> object:
-    """Run a script; return the value of its last expression or of a `return` outside of functions, else None.
+    """Run a Python script; return the value of its last expression or of a `return` outside of functions,
+    else None.
 
-    Raises the exceptions of the script, and `SyntaxError`.
+    `names` are its global variables. Raises the exceptions of the script, and `SyntaxError`.
     """
     body, last = _compile_script(source)
     scope: dict[str, Any] = {"__name__": "__main__", RETURN_FUNCTION: ScriptReturn, **names}
@@ -173,6 +174,7 @@ def _run_script(source: str, names: Mapping[str, Json]) -> object:
 
 
 def _compile_script(source: str) -> tuple[CodeType, CodeType | None]:
+    """Return the code of a script without its last expression, and that expression, None if there is none."""
     tree = ast.fix_missing_locations(_ReturnTransformer().visit(ast.parse(source, CODE_FILE)))
     last = tree.body[-1] if tree.body else None
     if not isinstance(last, ast.Expr):
@@ -196,15 +198,15 @@ class _ReturnTransformer(ast.NodeTransformer):
 
 
 def _free_frames(error: BaseException) -> None:
-    """Free the objects that a failed script holds, so that its lack of memory can be reported."""
+    """Free the objects that the frames of a failed script hold, so that its lack of memory can be reported."""
     error.__traceback__ = None
     gc.collect()
 
 
 def _translate_error(error: BaseException) -> NodeError:
-    """Return the node error for an exception of the code or its parser, with its line.
+    """Return the `NodeError` for an exception of the code or its parser, with its type, message and line.
 
-    Its `__str__` may fail in turn.
+    The message is empty if the exception's own `__str__` fails.
     """
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
@@ -217,9 +219,8 @@ def _translate_error(error: BaseException) -> NodeError:
 
 
 def _last_script_line(traceback: TracebackType | None) -> int | None:
-    """Return the line of the script in the innermost of its frames of a traceback.
-
-    None if no frame is of the script.
+    """Return the line of the script in the innermost of its frames in a traceback; None if no frame is of the
+    script.
     """
     line = None
     while traceback is not None:

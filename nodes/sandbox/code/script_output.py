@@ -41,7 +41,7 @@ class PrintedLines:
             self._give_up()
 
     def end(self) -> None:
-        """Log what each stream has printed since its last line end, because the script has ended."""
+        """Log what each stream has printed since its last line end: the script has ended."""
         for stream, begun in self._begun.items():
             if begun:
                 self._line(stream, begun)
@@ -55,16 +55,17 @@ class PrintedLines:
         self._reporter.log(LOG_LEVELS[stream], line[:MAX_LINE_CHARACTERS])
 
     def _give_up(self) -> None:
+        """Log once that further output is left out."""
         if not self._gave_up:
             self._gave_up = True
             self._reporter.log("warning", "The code printed too much: the rest is left out")
 
 
 def encode_result(value: object) -> Json:
-    """Convert the result of a script to JSON; raises `NodeError`.
+    """Convert the result of a script to JSON; raises `NodeError` for one that can't be.
 
-    Tuples and sets become lists, dates and times become texts in ISO 8601, decimals and UUIDs become texts, and bytes
-    become base64.
+    Tuples and sets become lists, dates and times texts in ISO 8601, decimals and UUIDs texts, and bytes
+    base64; keys become texts.
     """
     try:
         return _tuples_to_lists(msgspec.to_builtins(value, str_keys=True))
@@ -87,7 +88,9 @@ def _tuples_to_lists(value: Json | tuple[Json, ...]) -> Json:
 
 
 def code_error(kind: str, message: str, line: int | None) -> NodeError:
-    """Return the error for an exception of a script, or for invalid syntax."""
+    """Return the error for an exception of a script, or for invalid syntax: type, message (cut to 2,000
+    characters) and line.
+    """
     place = "" if line is None else f" (line {line})"
     shown = f"{kind}: {message}" if message else kind
     return NodeError(f"{shown[:MAX_MESSAGE_CHARACTERS]}{place}", code="code-error")
