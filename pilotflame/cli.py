@@ -50,6 +50,7 @@ PLACES: Final[Mapping[str, CommandPlace]] = {
     "profile": CommandPlace("profiles"),
     "whoami": CommandPlace("profiles", "whoami"),
     "run": CommandPlace("run", "run"),
+    "pull": CommandPlace("pull", "pull"),
     **{name: CommandPlace(name) for name in NOUNS},
     "apply": CommandPlace("workflows", "apply"),
     "diff": CommandPlace("workflows", "diff"),

@@ -11,5 +11,5 @@ LOGIN: Final = 4
 RUN_FAILED: Final = 5
 TIMED_OUT: Final = 6
 DIFFERENT: Final = 7
-"""`diff --exit-code` has found differences."""
+"""`diff --exit-code` or `pull --check` has found differences."""
 INTERRUPTED: Final = 130

@@ -6,7 +6,6 @@ with the names of the wire, so that an answer is the JSON that the server sent.
 
 from __future__ import annotations
 
-import keyword
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import msgspec
+from pilotflame_sdk import python_code
 
 from gateway.openapi import openapi_document
 from gateway.routes import TABLE
 from json_text import decoding
-from sdk.operation_names import OMITTED, method_name, path_parameter, snake_case
+from sdk.operation_names import OMITTED, method_name, path_parameter
 
 Schema: TypeAlias = Mapping[str, Any]
 
@@ -33,13 +33,6 @@ from __future__ import annotations
 
 '''
 METHODS: Final = ("get", "post", "put", "delete", "patch")
-PLAIN_TYPES: Final = {
-    "string": "str",
-    "integer": "int",
-    "number": "float",
-    "boolean": "bool",
-    "null": "None",
-}
 LIST_FIELDS: Final = frozenset({"count", "limit", "offset", "next", "countIsLowerBound"})
 
 
@@ -141,7 +134,7 @@ def _query_parameter(found: Schema) -> ApiParameter:
     if wire_name == "metadata.key":
         return ApiParameter("metadata", "metadata", "Mapping[str, str]")
     annotation = _annotation(found["schema"], is_input=True)
-    return ApiParameter(_argument(wire_name), wire_name, annotation)
+    return ApiParameter(python_code.argument_name(wire_name), wire_name, annotation)
 
 
 def _json_schema(message: Schema | None) -> Schema | None:
@@ -174,15 +167,10 @@ def _body_fields(schema: Schema) -> Sequence[ApiParameter] | None:
         return None
     required = set(schema.get("required", ()))
     return [
-        ApiParameter(_argument(name), name, _annotation(one, is_input=True), name in required)
+        ApiParameter(python_code.argument_name(name), name, _annotation(one, is_input=True), name in required)
         for name, one in properties.items()
         if not one.get("readOnly")
     ]
-
-
-def _argument(wire_name: str) -> str:
-    name = snake_case(wire_name)
-    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def _list_field(schema: Schema) -> str | None:
@@ -201,17 +189,19 @@ def _annotation(schema: Schema, *, is_input: bool = False, prefix: str = "") -> 
     """Return the annotation of a schema; objects of requests may be any mapping."""
     if "$ref" in schema:
         name = str(schema["$ref"]).rpartition("/")[2]
-        return "Any" if is_input else f"{prefix}{_type_name(name)}"
+        return "Any" if is_input else f"{prefix}{python_code.class_name(name)}"
     if "const" in schema:
         return f"Literal[{schema['const']!r}]"
     if "enum" in schema:
         return f"Literal[{', '.join(repr(one) for one in schema['enum'])}]"
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            return _union([_annotation(one, is_input=is_input, prefix=prefix) for one in schema[key]])
+            return python_code.join_union(
+                [_annotation(one, is_input=is_input, prefix=prefix) for one in schema[key]]
+            )
     kinds = schema.get("type")
     if isinstance(kinds, list):
-        return _union(
+        return python_code.join_union(
             [_annotation({**schema, "type": kind}, is_input=is_input, prefix=prefix) for kind in kinds]
         )
     return _plain_annotation(kinds, schema, is_input=is_input, prefix=prefix)
@@ -227,16 +217,7 @@ def _plain_annotation(kind: str | None, schema: Schema, *, is_input: bool, prefi
         values = schema.get("additionalProperties")
         inner = _annotation(values, is_input=is_input, prefix=prefix) if isinstance(values, dict) else "Any"
         return f"Mapping[str, {inner}]" if is_input else f"Dict[str, {inner}]"
-    return PLAIN_TYPES.get(kind or "", "Any")
-
-
-def _union(parts: Sequence[str]) -> str:
-    distinct = list(dict.fromkeys(parts))
-    return "Any" if "Any" in distinct else " | ".join(distinct)
-
-
-def _type_name(name: str) -> str:
-    return "".join(part[:1].upper() + part[1:] for part in name.replace("-", "_").split("_"))
+    return python_code.PLAIN_TYPES.get(kind or "", "Any")
 
 
 # ── types ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -247,7 +228,7 @@ def _write_types(schemas: Schema, operations: Sequence[ApiOperation]) -> str:
     parts = [
         HEADER.format(title="Types of the server's answers: JSON objects with the names of the wire."),
         "from typing import Any, Dict, List, Literal, TypedDict, Union\n\n__all__ = [\n",
-        *(f'    "{_type_name(name)}",\n' for name in sorted(wanted)),
+        *(f'    "{python_code.class_name(name)}",\n' for name in sorted(wanted)),
         "]\n",
     ]
     ordered = _bases_first(schemas, wanted)
@@ -281,7 +262,7 @@ def _reachable(schemas: Schema, roots: Sequence[object]) -> set[str]:
 
 def _write_type(name: str, schema: Schema) -> str:
     properties: Mapping[str, Schema] = schema.get("properties", {})
-    type_name = _type_name(name)
+    type_name = python_code.class_name(name)
     if not properties:
         alias = _annotation(schema)
         members = alias.split(" | ") if "[" not in alias else [alias]
@@ -292,24 +273,7 @@ def _write_type(name: str, schema: Schema) -> str:
     optional = {key: one for key, one in fields.items() if key not in required}
     always = {key: one for key, one in fields.items() if key in required}
     title = " ".join(str(schema.get("description", "")).split("\n\n")[0].split()).replace("\\", "")
-    if not optional:
-        return _write_class(type_name, "TypedDict", always, title)
-    if not always:
-        return _write_class(type_name, "TypedDict, total=False", optional, title)
-    base = f"_{type_name}Always"
-    return _write_class(base, "TypedDict", always, "") + _write_class(
-        type_name, f"{base}, total=False", optional, title
-    )
-
-
-def _write_class(name: str, bases: str, fields: Mapping[str, str], title: str) -> str:
-    if any(not key.isidentifier() or keyword.iskeyword(key) for key in fields):
-        items = "".join(f"    {key!r}: {one!r},\n" for key, one in fields.items())
-        totality = ", total=False" if "total=False" in bases else ""
-        return f"\n\n{name} = TypedDict({name!r}, {{\n{items}}}{totality})\n"
-    docstring = f'    """{title}"""\n\n' if title else ""
-    lines = "".join(f"    {key}: {one}\n" for key, one in fields.items())
-    return f"\n\nclass {name}({bases}):\n{docstring}{lines}"
+    return python_code.write_typed_dict(type_name, always, optional, title)
 
 
 # ── methods ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -331,7 +295,7 @@ def _write_resources(operations: Sequence[ApiOperation], *, is_async: bool) -> s
         "if TYPE_CHECKING:\n    from pilotflame_sdk import types as t\n",
     ]
     for resource, own in by_resource.items():
-        class_name = ("Async" if is_async else "") + _type_name(resource)
+        class_name = ("Async" if is_async else "") + python_code.class_name(resource)
         title = f"Methods of `client.{resource}`."
         parts.append(f'\n\nclass {class_name}({base}):\n    """{title}"""\n')
         for one in own:
@@ -344,7 +308,7 @@ def _write_resources(operations: Sequence[ApiOperation], *, is_async: bool) -> s
 def _write_groups(names: Sequence[str], *, is_async: bool) -> str:
     """Return the class with an attribute for each resource."""
     prefix = "Async" if is_async else ""
-    lines = "".join(f"        self.{name} = {prefix}{_type_name(name)}(self)\n" for name in names)
+    lines = "".join(f"        self.{name} = {prefix}{python_code.class_name(name)}(self)\n" for name in names)
     return (
         f"\n\nclass {prefix}ResourceClient({prefix}Transport):\n"
         f'    """Client with an attribute for each resource."""\n\n'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from pilotflame_sdk.python_code import snake_case
+
 OMITTED: Final = frozenset(
     {
         "documentOpenapi",
@@ -188,12 +190,6 @@ def _split(operation_id: str) -> tuple[str, str]:
     first = re.search(r"[A-Z]", operation_id)
     start = first.start() if first else len(operation_id)
     return operation_id[:start], snake_case(operation_id[start:]) or "call"
-
-
-def snake_case(name: str) -> str:
-    """Return a name of the API as a name of Python: `dryRun` as `dry_run`."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    return re.sub(r"\W+", "_", words).strip("_")
 
 
 def path_parameter(path: str, name: str) -> str:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker
+from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker, Workflow
 
 from docs.tables import ROOT
 from tests import command_runs
+from tests.custom_types import RESIZE
 from tests.integration.command_shell import KEY, CommandShell, open_shell
 
 WORKER = """
@@ -145,6 +146,32 @@ async def test_functions_are_nodes_of_runs(client: Client, shell: CommandShell) 
         await asyncio.to_thread(shell.output, "tasks", "list", "--execution", run.id, "-o", "json")
     )
     assert [(one["type"], one["state"]) for one in done] == [("acme/double", "completed")]
+
+
+def test_a_pulled_catalog_builds_a_workflow(client: Client, shell: CommandShell) -> None:
+    shell.output("nodes", "apply", shell.file("resize.json", json.dumps(RESIZE)))
+    file = shell.folder / "acme_nodes.py"
+    assert shell.run("pull", "--out", str(file), "--check").returncode == 7
+    shell.output("pull", "--out", str(file))
+    text = file.read_text()
+    assert shell.output("pull") == text.rstrip()
+    assert shell.run("pull", "--out", str(file), "--check").returncode == 0
+    n: dict[str, Any] = {}
+    exec(text, n)  # noqa: S102 - the pulled module
+
+    with Workflow("Thumbnails", status="active") as w:
+        start = w.trigger(n["webhook"](verification={"provider": "none"}))
+        small = w.add(n["acme_resize"](image=start.data.body.file, width=320), after=start)
+        w.add(n["log"](message=f"tiny, {small.data.url}"), after=small.port("too-small"))
+    (applied,) = client.workflows.apply(w)["changes"]
+    assert (applied["action"], applied["name"]) == ("create", "Thumbnails")
+    checked = client.workflows.validate(client.workflows.find(w.name))
+    assert checked["errors"] == []
+    assert [one["action"] for one in client.workflows.apply(w)["changes"]] == ["unchanged"]
+
+    newer = {**RESIZE, "version": "1.3.0", "description": "Scales better."}
+    shell.output("nodes", "apply", shell.file("resize.json", json.dumps(newer)))
+    assert shell.run("pull", "--out", str(file), "--check").returncode == 7
 
 
 async def test_a_cancelled_run_stops_its_function_at_once(client: Client, shell: CommandShell) -> None:

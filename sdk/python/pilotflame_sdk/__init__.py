@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pilotflame_sdk.tasks import PortOutput, Task
     from pilotflame_sdk.testing import NodeResult, run_node
     from pilotflame_sdk.worker import Worker
+    from pilotflame_sdk.workflow_builder import NodeConfig, TriggerConfig, Workflow
+    from pilotflame_sdk.workflow_expressions import WorkflowExpression
 
 __all__ = [
     "APIError",
@@ -48,6 +50,7 @@ __all__ = [
     "Conflict",
     "LeaseLost",
     "LoginRequired",
+    "NodeConfig",
     "NodeResult",
     "NotFound",
     "PilotflameError",
@@ -64,8 +67,11 @@ __all__ = [
     "TaskCancelled",
     "TaskError",
     "TransportError",
+    "TriggerConfig",
     "ValidationFailed",
     "Worker",
+    "Workflow",
+    "WorkflowExpression",
     "__version__",
     "run_node",
 ]
@@ -82,6 +88,10 @@ _MODULES = {
     "PortOutput": "tasks",
     "Task": "tasks",
     "Worker": "worker",
+    "NodeConfig": "workflow_builder",
+    "TriggerConfig": "workflow_builder",
+    "Workflow": "workflow_builder",
+    "WorkflowExpression": "workflow_expressions",
     "run_node": "testing",
 }
 
