@@ -22,6 +22,7 @@ from gateway.ingest import routes as ingest_routes
 from gateway.openapi import document
 from gateway.tasks import routes as tasks_routes
 from gateway.workflows import routes as workflows_routes
+from models.access import KeyScope
 
 SERVER: Sequence[Route] = (
     Route("GET", "/healthz", AccessRule.PUBLIC, health.alive, answer=health.HealthStatus),
@@ -34,6 +35,14 @@ SERVER: Sequence[Route] = (
         docs=OperationDoc(refusals=("not-ready",)),
     ),
     Route("GET", "/openapi.json", AccessRule.PUBLIC, document.openapi, answer=dict[str, Any], docs=KEPT),
+    Route(
+        "GET",
+        "/api/v1/openapi.json",
+        KeyScope.WORKFLOWS_READ,
+        document.organization_openapi,
+        answer=dict[str, Any],
+        docs=KEPT,
+    ),
 )
 """Routes for health and documentation of the server."""
 

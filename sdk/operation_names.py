@@ -10,6 +10,7 @@ from pilotflame_sdk.python_code import snake_case
 OMITTED: Final = frozenset(
     {
         "documentOpenapi",
+        "documentOrganizationOpenapi",
         "eventsHandshake",
         "executionsEvents",
         "executionsLive",

@@ -559,6 +559,7 @@ ROWS = [
     change_row("POST", "/share", {"userId": "<colleague>"}),
     change_row("DELETE", "/share/{subId}", status=204),
     change_row("PUT", "/visibility", {"isPublic": True}),
+    AccessRow("GET", "/api/v1/openapi.json", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
     AccessRow("POST", "/api/v1/workflow-nodes", KeyScope.NODES_WRITE, OWN, body=NODE_TYPE, status=201),

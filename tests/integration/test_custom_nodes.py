@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from sqlalchemy import select
 from sqlmodel import col
@@ -163,6 +164,70 @@ async def test_validation_reads_the_document(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**later)
     error = (await validate(people.owner, workflow_id))["errors"][0]
     assert (error["type"], error["fix"]["value"]) == ("invalid-port", "too-small")
+
+
+async def test_scopes_mappings_and_references_are_those_of_the_document(people: OrganizationUsers) -> None:
+    api = people.owner.api
+    source = {"type": "string", "x-resource": "datasources:read", "x-constant": True}
+    properties = {**RESIZE["config"]["properties"], "bucket": source}
+    output = {"schema": {**RESIZE["output"]["schema"], "additionalProperties": False}}
+    await add_type(people.owner, config={**RESIZE["config"], "properties": properties}, output=output)
+    body = {"name": "Bucket", "type": "http-bearer", "secrets": {"token": "t"}}
+    bucket = (await api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]
+    graph = custom_graph({"image": "a.png", "bucket": bucket})
+    graph["nodes"].append({"id": "end", "nodeId": "log", "config": {"message": "{{ data.urll }}"}})
+    graph["connections"].append({"source": "work", "target": "end"})
+    workflow_id = await people.owner.create(**graph)
+
+    scopes = (await api.post(f"/api/v1/workflows/{workflow_id}/compute-scopes")).json()["scopes"]
+    assert scopes == [f"datasources:read:{bucket}"]
+    (warning,) = [
+        one
+        for one in (await validate(people.owner, workflow_id))["warnings"]
+        if one["type"] == "unresolved-mapping"
+    ]
+    assert "url" in warning["message"]
+    assert "data.url }}" in str(warning["fix"])
+    exported = (await api.get(f"/api/v1/workflows/{workflow_id}/export")).json()
+    assert [one["id"] for one in exported["references"]] == [bucket]
+    planned = await api.post("/api/v1/workflows/import", json={"document": exported})
+    assert [one["id"] for one in planned.json()["references"]] == [bucket]
+    document = {"document": exported, "references": {bucket: None}}
+    imported = await api.post("/api/v1/workflows/import", json=document)
+    assert imported.status_code == 201, imported.text
+    nodes = (await people.owner.workflow(imported.json()["workflowId"]))["nodes"]
+    assert [one["config"] for one in nodes if one["type"] == "acme/resize"] == [{"image": "a.png"}]
+
+
+async def test_the_openapi_document_of_an_organization_has_its_types(people: OrganizationUsers) -> None:
+    async def schemas(person: UserClient) -> dict[str, Any]:
+        answer = await person.api.get("/api/v1/openapi.json")
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()["components"]["schemas"]
+        return found
+
+    before = await schemas(people.owner)
+    shared = (await people.owner.api.get("/openapi.json")).json()["components"]["schemas"]
+    assert all(before[name] == schema for name, schema in shared.items()), "no component is overwritten"
+    await add_type(people.owner)
+    await add_type(people.owner, type="acme/hidden", deprecated=True)
+    after = await schemas(people.owner)
+    assert {*after} - {*before} == {"node.acme.resize", "config.acme.resize", "output.acme.resize"}
+    assert await schemas(people.stranger) == before
+
+    # Custom types look like those of the server, and validate nodes.
+    assert {*after["node.acme.resize"]} == {*after["node.http-request"]}
+    assert after["node"]["discriminator"]["mapping"]["acme/resize"].endswith("/node.acme.resize")
+    assert after["config.acme.resize"]["properties"]["width"]["default"] == 1200
+    checker = jsonschema_rs.Draft202012Validator(
+        {"$ref": "#/components/schemas/node", "components": {"schemas": after}}
+    )
+    assert checker.is_valid({"id": "a", "type": "acme/resize", "config": {"image": "a.png"}})
+    assert not checker.is_valid({"id": "a", "type": "acme/resize", "config": {"width": 3}})
+    condition = {"not": {"left": 1, "operator": "is-true"}}
+    assert checker.is_valid({"id": "a", "type": "conditional", "config": {"condition": condition}})
+    condition = {"not": {"left": 1, "operator": "is-treu"}}
+    assert not checker.is_valid({"id": "a", "type": "conditional", "config": {"condition": condition}})
 
 
 async def test_a_type_is_deleted_only_while_no_workflow_has_it(people: OrganizationUsers) -> None:
