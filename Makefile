@@ -39,8 +39,10 @@ check: .venv/installed-for-tests
 check-units: .venv/installed-for-tests
 	$(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/unit
 
+# The SDK supports an older Python than the server.
 check-types: .venv/installed-for-tests
 	$(bin)/mypy
+	$(bin)/mypy --python-version 3.10 sdk/python/pilotflame_sdk tests/tools/sdk_interpreters
 
 check-style: .venv/installed-for-tests
 	$(bin)/ruff check --quiet
@@ -109,17 +111,18 @@ else
 	exit 1
 endif
 
-# One resolution for every Python from 3.11 on, with the hashes of all wheels. The test lock is a superset. Each tool
-# that tests run as a program has a separate lock, so that none holds back a dependency. The Node packages have
-# one too: `npm update --package-lock-only` in docs/site and tests/tools/typescript_clients.
+# One resolution for every Python from 3.11 on, for the SDK from 3.10 on, with the hashes of all wheels. The test lock is
+# a superset. Each tool that tests run as a program has a separate lock, so that none holds back a dependency. The Node
+# packages have one too: `npm update --package-lock-only` in docs/site and tests/tools/typescript_clients.
 lock:
 	tools=$$(mktemp -d) && trap 'rm -r "$$tools"' EXIT && python3 -m venv "$$tools" && \
 	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \
-	compile="$$tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-header --no-annotate --no-config $(LOCK)" && \
+	any="$$tools/bin/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --no-config $(LOCK)" && \
+	compile="$$any --python-version 3.11" && \
 	product="$$compile --group build --extra s3 --extra rabbitmq --extra smtp --extra otel --extra oidc" && \
 	$$product --output-file requirements.lock pyproject.toml && \
 	$$product --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml && \
+	$$any --python-version 3.10 --output-file tests/tools/sdk_interpreters/requirements.lock sdk/python/pyproject.toml && \
 	for tool in docs/site/requirements.in deploy/release/requirements.in tests/tools/*/requirements.in; do \
 		$$compile --output-file "$${tool%.in}.lock" "$$tool" || exit 1; \
 	done

@@ -34,6 +34,7 @@ class ToolEnvironment:
 
     name: str
     parent: Path = TOOLS
+    interpreter: str = sys.executable
 
     @property
     def sources(self) -> Path:
@@ -42,11 +43,13 @@ class ToolEnvironment:
     @cached_property
     def folder(self) -> Path:
         """The built environment; builds it where it is missing. Raises RuntimeError where that fails."""
-        folder = ROOT / f"{self.name}-{self._hash()}"
+        is_own = self.interpreter == sys.executable
+        stem = self.name if is_own else f"{self.name}_{Path(self.interpreter).name}"
+        folder = ROOT / f"{stem}-{self._hash()}"
         ROOT.mkdir(exist_ok=True)
-        with _locked(ROOT / f"{self.name}.lock"):
+        with _locked(ROOT / f"{stem}.lock"):
             if not (folder / STAMP).exists():
-                for outdated in ROOT.glob(f"{self.name}-*"):
+                for outdated in ROOT.glob(f"{stem}-*"):
                     shutil.rmtree(outdated)
                 self._build(folder)
                 (folder / STAMP).touch()
@@ -70,13 +73,13 @@ class ToolEnvironment:
             yield from (self.sources / name for name in PACKAGES)
 
     def _hash(self) -> str:
-        found = hashlib.sha256(f"{sys.version_info[:2]} {ROOT}".encode())
+        found = hashlib.sha256(f"{sys.version_info[:2]} {self.interpreter} {ROOT}".encode())
         for lock in self._locks():
             found.update(lock.read_bytes())
         return found.hexdigest()[:16]
 
     def _build(self, folder: Path) -> None:
-        _run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
+        _run([self.interpreter, "-m", "venv", "--without-pip", str(folder)])
         pip = [
             sys.executable,
             "-m",
