@@ -239,7 +239,11 @@ async def revoke_key(request: GatewayRequest) -> NoContent:
 
 
 def _node_types(caller: ApiCaller, wanted: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the node types of a new key: at most those of the requesting key. Raises 403."""
+    """Return the node types of a new key: the wanted ones; if None, those of the requesting key (None: all).
+
+    Raises a 403 error for a wanted type that the requesting key may not perform, by its name or by
+    `package/*`.
+    """
     allowed = caller.node_types
     if allowed is None:
         return wanted
@@ -274,6 +278,10 @@ def _restrict_to_own_keys(caller: ApiCaller) -> str | None:
 
 
 def _read_expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> datetime | None:
+    """Return the expiry of a new key from the request; None for a key that does not expire.
+
+    Adds a problem to `problems` for an invalid one.
+    """
     if body.expires_at is not None and body.expires_in_seconds is not None:
         problems.add("expiresAt", "conflict", "Give expiresAt or expiresInSeconds, not both")
         return None
@@ -294,6 +302,7 @@ def _read_expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> 
 
 
 def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
+    """Return a key as the API shows it, with its secret text only if `key_text` is given."""
     return KeyShape(
         key=key_text,
         id=key.id,

@@ -74,6 +74,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 def _show_entry(entry: AuditEntry) -> AuditEntryShape:
+    """Return an entry of the audit trail as the API shows it."""
     return AuditEntryShape(
         id=entry.id,
         action=AuditAction(entry.action),

@@ -51,11 +51,15 @@ class ChangeAuthor(Protocol):
     def shard(self) -> int: ...
     @property
     def user_id(self) -> str:
-        """Id of the user, `OPERATOR`, or the mail address of an approver without an account."""
+        """Id of the user, `OPERATOR` for the operator of the server, or the mail address of an approver
+        without an account.
+        """
 
     @property
     def key_id(self) -> str:
-        """Id of the key, or the name of another way."""
+        """Id of the key; for a change without one, the name of the way by which it was made, such as the
+        command line.
+        """
 
 
 async def record_change(
@@ -90,7 +94,10 @@ async def record_change(
 
 
 def hash_content(row: ApiKey | User) -> str:
-    """Return the SHA-256 of a row, in hexadecimal, without its secrets and its time of last use."""
+    """Return the SHA-256 of a row as hexadecimal text, without its secrets and a key's time of last use.
+
+    The audit trail stores it, so that a change of the row is provable without its content.
+    """
     return fingerprint(msgspec.to_builtins(row.model_dump(exclude={"hash", "secret_id", "last_used_at"})))
 
 
@@ -114,9 +121,10 @@ async def list_entries(
     order: ColumnElement[Any],
     bounds: KeysetBounds | None,
 ) -> ListPage[AuditEntry]:
-    """Return a page of the matching entries of the caller's organization, with their number.
+    """Return a page of the matching entries of the caller's organization, and the number of all that match.
 
-    With `bounds`, the page follows a cursor; without, it is `part` in `order`.
+    With `bounds`, the page follows a cursor, its order is fixed and the number counts to 10,000 at most;
+    without, it is the limit and offset of `part` in `order`.
     """
     conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_build_conditions(wanted)]
     item_id = col(AuditEntry.id)
@@ -139,6 +147,7 @@ async def list_entries(
 
 
 def _build_conditions(wanted: AuditFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield an SQL condition for each field of the filter that is given; `since` is included, `until` excluded."""
     if wanted.object_id is not None:
         yield col(AuditEntry.object_id) == wanted.object_id
     if wanted.action is not None:

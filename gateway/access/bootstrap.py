@@ -20,10 +20,10 @@ MIN_KEY_LENGTH = 16
 
 
 async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
-    """Create the first organization, its admin and a key unless an organization exists; return whether
-    created.
+    """Create the first organization, an admin and a key with all scopes; return False if an organization exists.
 
-    Raises `InvalidSettings` when the key is too short or has other characters than visible ASCII.
+    `key` is the text of the new key, `secret` hashes it. Concurrent gateways create one organization. Raises
+    `InvalidSettings` for a key of fewer than 16 characters, or with others than visible ASCII.
     """
     if len(key) < MIN_KEY_LENGTH:
         raise InvalidSettings(f"PILOTFLAME_BOOTSTRAP_API_KEY must have at least {MIN_KEY_LENGTH} characters")

@@ -72,7 +72,11 @@ class BrowserSignIn:
         )
 
     def issue_code(self, key_id: str) -> str:
-        """Return a code that stands for a key in one sign-in, within ten minutes, at this process only."""
+        """Return a code that stands for a key in one sign-in, within ten minutes, at this process and from
+        this machine only.
+
+        At most 100 codes are valid at a time: a new one replaces the oldest.
+        """
         code = secrets.token_urlsafe(browser_session.SECRET_BYTES)
         self._codes.put(browser_session.hash_secret(code), key_id)
         return code
@@ -80,9 +84,11 @@ class BrowserSignIn:
     async def sign_in(
         self, scope: Mapping[str, Any], given: SignInRequest, *, user_agent: str, replaces: str | None
     ) -> SignInResult:
-        """Create a browser session and return it with its secret; the session with the hash `replaces` ends.
+        """Create a browser session and return it with its secret; the session with the hash `replaces`, if
+        any, ends.
 
-        Raises a 401 error for a wrong key or code, and 429 after too many of them from an address.
+        The audit trail records it, and refusals too. Raises a 401 error for a wrong, expired or revoked key
+        or code, and 429 after ten of them from an address.
         """
         client = client_of_scope(scope)
         refusal = self._failures.refusal(client)
@@ -112,6 +118,10 @@ class BrowserSignIn:
         return await self._database.transaction(create)
 
     async def _find(self, scope: Mapping[str, Any], given: SignInRequest) -> FoundKey | None:
+        """Return the key that a sign-in names, directly or by a one-time code; None for an unknown one.
+
+        A code is used up by this, and counts only from this machine. A key's text has at most 200 characters.
+        """
         if given.code is not None:
             hashed = browser_session.hash_secret(given.code)
             key_id = self._codes.get(hashed)
@@ -128,10 +138,11 @@ class BrowserSignIn:
         return next((found[one] for one in hashes if one in found), None)
 
     async def _record_refusal(self, given: SignInRequest, found: FoundKey | None) -> None:
-        """Record a failed sign-in in the audit trail of the organization that the key's prefix names.
+        """Record a failed sign-in in the audit trail of the key's organization, else of the one that the
+        key's prefix names.
 
-        Without one, log it. Texts that are no keys are not recorded: they could be passwords of something
-        else.
+        If no organization has the prefix, it is only logged. Of the given text only the visible prefix of a
+        key is stored: other texts could be passwords of something else.
         """
         prefix = visible_prefix(given.key) if given.key and given.key.startswith(KEY_PREFIX) else ""
 

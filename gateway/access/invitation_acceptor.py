@@ -60,7 +60,8 @@ class InvitationAcceptor:
     async def find(self, scope: Mapping[str, Any], code: str) -> tuple[Invitation, Organization]:
         """Return the open invitation with a code, and its organization.
 
-        Raises a 401 error for any other code, and 429 after too many of them from an address.
+        Raises a 401 error for an unknown, used, revoked or expired code, and 429 after ten of them from an
+        address.
         """
         client = client_of_scope(scope)
         refusal = self._failures.refusal(client)
@@ -81,10 +82,10 @@ class InvitationAcceptor:
     async def accept(
         self, one: Invitation, organization: Organization, name: str, *, user_agent: str
     ) -> NewMember:
-        """Create the user of an invitation with a key and a browser session, and return them.
+        """Create the user of an invitation with a key and a browser session in one transaction, and return them.
 
-        Raises a 401 error if another request was first, and 409 if the organization has a user with the
-        address.
+        The key has the role's scopes and lasts 365 days. Raises a 401 error if another request was first, and
+        409 if the organization has a user with the address.
         """
         now = self._database.clock.now()
 
@@ -105,9 +106,10 @@ class InvitationAcceptor:
         user_agent: str,
         now: datetime,
     ) -> NewMember:
-        """Create user, key and session of an invitation in a transaction, and return them.
+        """Create user, key and session of an invitation within a transaction, mark it as accepted, and return them.
 
-        The audit trail gets their entries. Raises a 401 error if the invitation is not open any more.
+        The audit trail gets four entries. Raises a 401 error if the invitation is not open any more, and
+        `EmailTaken`.
         """
         if not await invitation.take_invitation(connection, one, now):
             raise refuse_invitation()

@@ -210,6 +210,7 @@ async def accept(request: GatewayRequest) -> JsonResponse:
 
 
 def _show_invitation(row: Invitation, now: datetime, url: str | UnsetType = UNSET) -> InvitationShape:
+    """Return an invitation as the API shows it at `now`; `url` is its link, which only the creation has."""
     return InvitationShape(
         id=row.id,
         email=row.email,
@@ -225,6 +226,7 @@ def _show_invitation(row: Invitation, now: datetime, url: str | UnsetType = UNSE
 
 
 def _determine_state(row: Invitation, now: datetime) -> InvitationState:
+    """Return whether an invitation is accepted, revoked, expired at `now`, or open, in this order of precedence."""
     if row.accepted_at is not None:
         return InvitationState.ACCEPTED
     if row.revoked_at is not None:

@@ -140,6 +140,10 @@ async def _finish(
     attempt: SignInAttempt,
     query: dict[str, str],
 ) -> ASGIApp:
+    """Sign the browser in, or connect the identity for an attempt that began with a link, and redirect to its page.
+
+    Raises `ProviderUnavailable`, `ProviderRefusal`, `NoAccount`, `EmailTaken` and `IdentityTaken`.
+    """
     claims = await openid.provider.claims(
         query["code"],
         query.get("iss"),
@@ -165,9 +169,9 @@ async def _finish(
 
 
 def _require_provider(request: GatewayRequest) -> OpenIdSignIn:
-    """Return the sign-in with the provider of the settings; raises 404 without one.
+    """Return the sign-in with the provider (OpenID Connect) of the settings; raises a 404 error without one.
 
-    Its modules are loaded by servers with a provider alone.
+    Modules of it are loaded only by servers with a provider.
     """
     openid = request.gateway.openid
     if openid is None:
@@ -176,17 +180,21 @@ def _require_provider(request: GatewayRequest) -> OpenIdSignIn:
 
 
 def _fail(request: GatewayRequest, cookie: SessionCookie, problem: str) -> RedirectWithCookies:
-    """Lead back to the sign-in, which explains a problem by its name."""
+    """Redirect to the sign-in page, which explains a problem by its name, and remove the cookie of the attempt.
+
+    Names are `lost`, `unavailable`, `refused`, `no-account` and `taken`.
+    """
     location = f"{_root(request)}/sign-in?{urlencode({'problem': problem})}"
     return RedirectWithCookies(location, _attempt_cookie(cookie).header(""))
 
 
 def _attempt_cookie(cookie: SessionCookie) -> SessionCookie:
-    """Return the cookie of a sign-in that has begun, beside that of sessions."""
+    """Return the cookie that holds a sign-in which has begun: the session cookie with `-openid` after its name."""
     return replace(cookie, name=f"{cookie.name}-openid")
 
 
 def _query(request: GatewayRequest) -> dict[str, str]:
+    """Return the query parameters of a request, of a repeated one the last value; empty for more than the limit."""
     text = request.scope["query_string"].decode("latin-1")
     try:
         return dict(parse_qsl(text, max_num_fields=limits.QUERY_FIELDS, keep_blank_values=True))
@@ -195,14 +203,19 @@ def _query(request: GatewayRequest) -> dict[str, str]:
 
 
 def _own_page(wanted: str) -> str:
-    """Return a page of the dashboard; the first one for anything else."""
+    """Return the wanted path if it is below `/dashboard/` on this server, else `/dashboard`.
+
+    So a link can't lead to another site after the sign-in.
+    """
     is_own = wanted.startswith(f"{PAGES}/") and "\\" not in wanted and urlsplit(wanted).netloc == ""
     return wanted if is_own else PAGES
 
 
 def _redirect_uri(request: GatewayRequest) -> str:
+    """Return the public address to which the provider sends the browser back."""
     return public_address.base_url(request) + CALLBACK
 
 
 def _root(request: GatewayRequest) -> str:
+    """Return the path part of the public URL without a slash at its end; empty for most servers."""
     return urlsplit(request.gateway.settings.public_url).path.rstrip("/")

@@ -105,10 +105,16 @@ class OpenIdProvider:
         self._lock = asyncio.Lock()
 
     async def close(self) -> None:
+        """Close the connections to the provider."""
         await self._outbound.close()
 
     async def authorization_url(self, redirect_uri: str, *, state: str, nonce: str, verifier: str) -> str:
-        """Return the address at which a browser signs in; raises `ProviderUnavailable`."""
+        """Return the address at the provider to which a browser is sent to sign in.
+
+        `state` and `nonce` tie answer and token to this attempt, `verifier` is the PKCE secret, of which only
+        the challenge is sent. Raises `ProviderUnavailable` if the provider's discovery document can't be
+        read.
+        """
         metadata = await self.metadata()
         query = urlencode(
             {
@@ -127,9 +133,11 @@ class OpenIdProvider:
     async def claims(
         self, code: str, issuer: str | None, redirect_uri: str, *, nonce: str, verifier: str, now: datetime
     ) -> ProviderClaims:
-        """Return the claims for a code, verified at `now`; `issuer` is the parameter `iss` of the answer.
+        """Exchange a code of the provider for verified claims about the person; a missing address is asked
+        from `userinfo`.
 
-        Raises `ProviderUnavailable` and `ProviderRefusal`.
+        `issuer` is the parameter `iss` of the answer, None if it has none; the ID token is verified at `now`.
+        Raises `ProviderUnavailable`, and `ProviderRefusal` for a wrong issuer, code or token.
         """
         metadata = await self.metadata()
         if issuer is None and metadata.authorization_response_iss_parameter_supported:
@@ -143,7 +151,11 @@ class OpenIdProvider:
         return read_claims(self.client.issuer, found)
 
     async def metadata(self) -> ProviderMetadata:
-        """Return the discovery document, at most an hour old; raises `ProviderUnavailable`."""
+        """Return the provider's discovery document, cached for an hour.
+
+        Raises `ProviderUnavailable` if it can't be read within ten seconds, names another issuer, or an
+        address without HTTPS.
+        """
         async with self._lock:
             kept = self._metadata
             if kept is not None and monotonic() - kept[0] < METADATA_SECONDS:
@@ -160,6 +172,11 @@ class OpenIdProvider:
     async def _exchange(
         self, metadata: ProviderMetadata, code: str, redirect_uri: str, verifier: str
     ) -> TokenAnswer:
+        """Return the tokens for a code from the provider's token endpoint.
+
+        Raises `ProviderRefusal` if the provider rejects the code, and `ProviderUnavailable` for other
+        failures.
+        """
         form = {
             "grant_type": "authorization_code",
             "code": code,
@@ -179,6 +196,10 @@ class OpenIdProvider:
         return _decode(_require_ok(answer), TokenAnswer)
 
     async def _verify(self, id_token: str, nonce: str, now: datetime) -> Mapping[str, Any]:
+        """Return the claims of an ID token; for an unknown key, the provider's keys are read again once.
+
+        Raises `ProviderRefusal` for an invalid token, and `ProviderUnavailable` if the keys can't be read.
+        """
         keys = await self._read_keys()
         try:
             return verify_id_token(id_token, keys, self.client, nonce, now)
@@ -191,6 +212,9 @@ class OpenIdProvider:
             raise ProviderRefusal("the ID token is signed with an unknown key") from error
 
     async def _read_keys(self, *, is_stale: bool = False) -> Mapping[str, Any]:
+        """Return the provider's signing keys, cached for an hour, or for a minute with `is_stale`; raises
+        `ProviderUnavailable`.
+        """
         metadata = await self.metadata()
         async with self._lock:
             kept = self._keys
@@ -202,6 +226,11 @@ class OpenIdProvider:
             return keys
 
     async def _userinfo(self, url: str, tokens: TokenAnswer, subject: str) -> Mapping[str, Any]:
+        """Return the claims of the provider's `userinfo`.
+
+        Raises `ProviderRefusal` if they are about another subject, and `ProviderUnavailable` without an
+        answer.
+        """
         require_secure(url)
         headers = {"authorization": f"Bearer {tokens.access_token}", "accept": "application/json"}
         found: Mapping[str, Any] = _decode(
@@ -212,11 +241,17 @@ class OpenIdProvider:
         return found
 
     async def _get(self, url: str) -> OutboundResponse:
+        """Return the provider's answer to GET; raises `ProviderUnavailable` for other statuses than 200."""
         return _require_ok(await self._request("GET", url, {"accept": "application/json"}, None))
 
     async def _request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> OutboundResponse:
+        """Send a request to the provider and return the answer with any status, within ten seconds; redirects
+        are not followed.
+
+        Raises `ProviderUnavailable` for an address without HTTPS, and without an answer.
+        """
         require_secure(url)
         try:
             return await self._outbound.request(
@@ -240,9 +275,10 @@ class UnknownKey(Exception):
 def verify_id_token(
     text: str, keys: Mapping[str, Any], client: OpenIdClient, nonce: str, now: datetime
 ) -> Mapping[str, Any]:
-    """Return the claims of an ID token after the checks of OpenID Connect Core 3.1.3.7.
+    """Return the claims of an ID token after the checks of OpenID Connect Core 3.1.3.7, with a minute of leeway.
 
-    Raises `ProviderRefusal`, and `UnknownKey` if the provider's keys should be read again.
+    They are signature (asymmetric keys only), issuer, audience, times and nonce. Raises `ProviderRefusal` for
+    a token that fails one, and `UnknownKey` if the provider's keys should be read again.
     """
     from joserfc import jwt  # noqa: PLC0415 - loaded by servers with a provider alone
     from joserfc.errors import InvalidKeyIdError, JoseError  # noqa: PLC0415 - see above
@@ -279,7 +315,11 @@ def verify_id_token(
 
 
 def read_claims(issuer: str, claims: Mapping[str, Any]) -> ProviderClaims:
-    """Return the claims that are used; raises `ProviderRefusal` for an unusable subject."""
+    """Return the part of verified claims that is used: subject, address in lower case, and name.
+
+    The address is empty unless the provider has verified it. Raises `ProviderRefusal` for a subject that is
+    empty or over 255 characters.
+    """
     subject, email, name = claims.get("sub"), claims.get("email"), claims.get("name")
     if not isinstance(subject, str) or not 0 < len(subject) <= LONGEST_SUBJECT:
         raise ProviderRefusal("the ID token names no subject")
@@ -293,24 +333,26 @@ def read_claims(issuer: str, claims: Mapping[str, Any]) -> ProviderClaims:
 
 
 def challenge_of(verifier: str) -> str:
-    """Return the PKCE challenge of a verifier, by `S256`."""
+    """Return the PKCE challenge of a verifier: its SHA-256 in base64url without padding (method `S256`)."""
     return urlsafe_b64encode(sha256(verifier.encode()).digest()).decode().rstrip("=")
 
 
 def require_secure(url: str) -> None:
-    """Raise `ProviderUnavailable` for an address without HTTPS, except on this machine."""
+    """Raise `ProviderUnavailable` for an address without HTTPS; plain HTTP is permitted to this machine."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback_host(parts.hostname or "")):
         raise ProviderUnavailable(f"{url} is not an address with HTTPS")
 
 
 def _require_ok(answer: OutboundResponse) -> OutboundResponse:
+    """Return an answer with status 200 unchanged; raises `ProviderUnavailable` for other statuses."""
     if answer.status != OK:
         raise ProviderUnavailable(f"{answer.url} answered {answer.status}")
     return answer
 
 
 def _decode(answer: OutboundResponse, kind: type[Document]) -> Document:
+    """Decode an answer's JSON as `kind`; raises `ProviderUnavailable` for anything else."""
     try:
         return decoding.decode(answer.body, kind)
     except (msgspec.MsgspecError, ValueError) as error:

@@ -71,7 +71,12 @@ class OpenIdSignIn:
     async def begin(
         self, redirect_uri: str, next_page: str, *, links: str = "", invitation_code: str = ""
     ) -> tuple[str, str]:
-        """Return the address of the provider, and the cookie's value that belongs to it."""
+        """Begin a sign-in: return the address of the provider, and the encrypted value of the cookie that
+        remembers the attempt.
+
+        `next_page` is shown afterwards. `links` is the id of a signed-in user to whom the identity will be
+        connected, empty for a sign-in. Raises `ProviderUnavailable`.
+        """
         state, nonce, verifier = (secrets.token_urlsafe(SECRET_BYTES) for _ in range(3))
         url = await self.provider.authorization_url(redirect_uri, state=state, nonce=nonce, verifier=verifier)
         now = self.database.clock.now()
@@ -79,7 +84,10 @@ class OpenIdSignIn:
         return url, self._seal(attempt)
 
     def read_attempt(self, cookie: str | None, state: str) -> SignInAttempt | None:
-        """Return the attempt of a cookie, if the state of the provider's answer belongs to it."""
+        """Return the attempt that a cookie holds, if the provider's answer has its `state`.
+
+        None for another state, without or with an unreadable cookie, and after ten minutes.
+        """
         attempt = None if cookie is None else self._open(cookie)
         if attempt is None or not secrets.compare_digest(attempt.state.encode(), state.encode()):
             return None
@@ -89,11 +97,12 @@ class OpenIdSignIn:
     async def sign_in(
         self, claims: ProviderClaims, user_agent: str, replaces: str | None, invitation_code: str
     ) -> str:
-        """Create a session of the user with an identity; return its secret.
+        """Create a browser session of the user with an identity, and return the session's secret.
 
-        The invitation with a code makes the user. Without a code, an open one for the person's verified address
-        does, on a server with one organization: elsewhere, any organization could claim the person. Raises
-        `NoAccount`, and `IdentityTaken` for an identity that has a user already.
+        The invitation with a code makes the user. Without a code, an open one for the person's verified
+        address does, on a server with one organization: elsewhere, any organization could claim the person.
+        The session with the hash `replaces` ends. Raises `NoAccount`, `EmailTaken`, and `IdentityTaken` for a
+        code with an identity that has a user already.
         """
         now = self.database.clock.now()
 
@@ -104,7 +113,10 @@ class OpenIdSignIn:
         return await self.database.transaction(make)
 
     async def link(self, claims: ProviderClaims, organization_id: str, user_id: str) -> None:
-        """Connect an identity with a user who is signed in; raises `IdentityTaken`."""
+        """Connect an identity with a signed-in user; nothing changes if it is connected with that user already.
+
+        Raises `IdentityTaken` if the identity belongs to another user.
+        """
         now = self.database.clock.now()
 
         async def connect(connection: AsyncConnection) -> None:
@@ -122,7 +134,11 @@ class OpenIdSignIn:
     async def _find_user(
         self, connection: AsyncConnection, claims: ProviderClaims, invitation_code: str, now: datetime
     ) -> tuple[User, str]:
-        """Return the user of an identity, and the id of the key that its sessions stand for."""
+        """Return the user of an identity, and the id of the key that its sessions stand for.
+
+        A new identity gets a user by an invitation; a key that was revoked is replaced, others get a longer
+        life. Raises `NoAccount` and `IdentityTaken`.
+        """
         found = await user_identity.find_identity(connection, claims.issuer, claims.subject)
         if found is None:
             user = await self._accept_invitation(connection, claims, invitation_code, now)
@@ -146,6 +162,11 @@ class OpenIdSignIn:
     async def _accept_invitation(
         self, connection: AsyncConnection, claims: ProviderClaims, invitation_code: str, now: datetime
     ) -> User:
+        """Create and return the user of an invitation: the one with the code, else an open one for the
+        verified address.
+
+        Raises `NoAccount` without such an invitation, and `EmailTaken`.
+        """
         if invitation_code:
             one = await invitation.find_by_code(connection, invitation_code)
         else:
@@ -175,7 +196,10 @@ class OpenIdSignIn:
     async def _connect(
         self, connection: AsyncConnection, user: User, claims: ProviderClaims, now: datetime
     ) -> str:
-        """Connect an identity with a user, and return the id of a new key for its sessions."""
+        """Connect an identity with a user in the transaction, and return the id of a new key for its sessions.
+
+        The audit trail records both.
+        """
         key_id = await self._create_key(connection, user, claims, now)
         await user_identity.add_identity(
             connection, user, issuer=claims.issuer, subject=claims.subject, key_id=key_id, now=now
@@ -193,7 +217,10 @@ class OpenIdSignIn:
     async def _create_key(
         self, connection: AsyncConnection, user: User, claims: ProviderClaims, now: datetime
     ) -> str:
-        """Create the key that sessions of an identity stand for; nobody ever sees its text."""
+        """Create the key that sessions of an identity stand for, and return its id; nobody ever sees its text.
+
+        It has the scopes of the user's role and lasts as long as a session; the audit trail records it.
+        """
         made = await access_store.create_key(
             connection,
             user=user,
@@ -223,6 +250,11 @@ class OpenIdSignIn:
         now: datetime,
         replaces: str | None,
     ) -> str:
+        """Create a browser session for a user's key, record it in the audit trail, and return its secret for
+        the cookie.
+
+        The session with the hash `replaces`, if any, ends.
+        """
         caller = _caller_of(user, key_id)
         row, secret = await browser_session.create_session(
             connection, caller, user_agent=user_agent, now=now, replaces=replaces
@@ -233,10 +265,14 @@ class OpenIdSignIn:
         return secret
 
     def _seal(self, attempt: SignInAttempt) -> str:
+        """Encrypt an attempt as text for a cookie: the id of the server's secret, a dot, and the content in
+        base64url.
+        """
         sealed = self.vault.encrypt(msgspec.json.encode(attempt), organization_id="", object_id="attempt")
         return f"{sealed.secret_id}.{urlsafe_b64encode(sealed.content).decode().rstrip('=')}"
 
     def _open(self, cookie: str) -> SignInAttempt | None:
+        """Decrypt an attempt from a cookie's text; None if it was changed, or its server secret is unknown."""
         secret_id, _, text = cookie.partition(".")
         try:
             content = urlsafe_b64decode(text + "=" * (-len(text) % 4))
@@ -249,7 +285,7 @@ class OpenIdSignIn:
 
 
 async def _find_invitation(connection: AsyncConnection, email: str, now: datetime) -> Invitation | None:
-    """Return the newest open invitation for an address, on a server with one organization."""
+    """Return the newest open invitation for an address, on a server with exactly one organization; else None."""
     if not email or not await has_one_organization(connection):
         return None
     statement = (
@@ -273,7 +309,10 @@ async def has_one_organization(connection: AsyncConnection) -> bool:
 
 
 def build_openid_sign_in(settings: GatewaySettings, database: Database) -> OpenIdSignIn | None:
-    """Return the sign-in with the provider of the settings; None without one."""
+    """Return the sign-in with the OpenID Connect provider of the settings; None without an issuer.
+
+    It may reach private networks, since the operator chooses the provider.
+    """
     if not settings.openid_issuer:
         return None
     secret = settings.openid_client_secret
@@ -296,6 +335,7 @@ def build_openid_sign_in(settings: GatewaySettings, database: Database) -> OpenI
 
 
 def _caller_of(user: User, key_id: str) -> ApiCaller:
+    """Return the caller that a user's key stands for, with the scopes of the user's role."""
     role = UserRole(user.role)
     return ApiCaller(
         key_id=key_id,

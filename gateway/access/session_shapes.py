@@ -39,6 +39,10 @@ class SessionList(WireStruct):
 def show_session(
     row: BrowserSession, key_expires_at: datetime | None, current_id: str | None
 ) -> SessionShape:
+    """Return a browser session as the API shows it; `is_current` is true for the session with the id `current_id`.
+
+    `key_expires_at` is the expiry of its key, None without one; a session ends with it.
+    """
     return SessionShape(
         id=row.id,
         user_id=row.user_id,

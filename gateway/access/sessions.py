@@ -61,9 +61,9 @@ async def end(request: GatewayRequest) -> NoContent:
 
 
 async def _require(request: GatewayRequest, connection: AsyncConnection) -> FoundSession:
-    """Return the session of the request's path.
+    """Return the session of the request's path that has not ended.
 
-    Raises a 404 error for an unknown one, and for one of others unless the caller is an admin.
+    Raises a 404 error for an unknown one, and for one of another user unless the caller is an admin.
     """
     caller = request.caller
     found = await browser_session.list_sessions(

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 async def require_user(connection: AsyncConnection, user_id: str, caller: ApiCaller) -> None:
-    """Raise a 404 error unless the user exists and belongs to the caller's organization."""
+    """Raise a 404 error unless the user exists and belongs to the caller's organization; used before sharing
+    an object.
+    """
     if await access_store.find_user(connection, caller.organization_id, user_id) is None:
         raise errors.not_found("user")
 
@@ -30,10 +32,11 @@ def added(
     owner_id: str,
     caller: ApiCaller,
 ) -> Mapping[str, datetime]:
-    """Return the shares of an object with one more user; unchanged if they include the user already.
+    """Return the shares of an object (user id to time) with one more user, since `now`; unchanged if the user
+    has it already.
 
-    `what` names the object in errors. Raises a 422 error for its owner and the caller, 409 for too many
-    shares.
+    `what` names the object in errors. Raises a 422 error for its owner and for the caller, and 409 at the
+    limit of shares.
     """
     if user_id in {owner_id, caller.user_id}:
         message = f"userId must be neither the owner of the {what} nor yourself"

@@ -67,7 +67,7 @@ async def end(request: GatewayRequest) -> NoContent:
 
 
 def require_cookie(request: GatewayRequest) -> SessionCookie:
-    """Return the session cookie that is used at this address.
+    """Return the session cookie for this address: its name and attributes depend on HTTPS.
 
     Raises a 404 error if the dashboard is off, and 403 over plain HTTP from another machine.
     """

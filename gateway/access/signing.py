@@ -89,9 +89,10 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
 
 async def _retire(connection: AsyncConnection, organization_id: str, now: datetime) -> str | None:
-    """Let the current signing secret expire after another day, and delete secrets that are no longer valid.
+    """Let the current signing secret expire after a day, and delete older ones beyond the two that sign.
 
-    Returns the id of the former current one; None if there was none.
+    Return the id of the former current one, None if there was none. The organization's row stays locked for
+    the transaction.
     """
     # The lock serializes replacements: there is never more than one secret without an expiry.
     lock = select(col(Organization.id)).where(col(Organization.id) == organization_id).with_for_update()
@@ -113,5 +114,6 @@ async def _retire(connection: AsyncConnection, organization_id: str, now: dateti
 
 
 def _require_admin(request: GatewayRequest) -> None:
+    """Raise a 403 error unless the caller is an admin."""
     if not request.caller.is_admin:
         raise errors.admin_required()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 def list_address(frame: PageFrame, path: str, query: Mapping[str, str]) -> str:
-    """Return the address of a dashboard page below the public path, with the parameters of `query` that have values."""
+    """Return the address of a dashboard page below the public path; parameters of `query` with empty values
+    are left out.
+    """
     text = urlencode({name: value for name, value in query.items() if value})
     return f"{frame.root}{path}" + (f"?{text}" if text else "")

@@ -65,7 +65,7 @@ class AssetAnswer:
 
 @cache
 def read_files() -> dict[str, AssetFile]:
-    """Return the files of the dashboard by name, each plain and compressed."""
+    """Return the files of the dashboard by name, each plain and compressed with gzip; read once per process."""
     files = {}
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in CONTENT_TYPES:
@@ -77,7 +77,9 @@ def read_files() -> dict[str, AssetFile]:
 
 @cache
 def version() -> str:
-    """Return a hash of all files of the dashboard, which changes with any of them; part of their addresses."""
+    """Return 16 hexadecimal digits that change with any file of the dashboard; they are part of the files'
+    addresses.
+    """
     digest = sha256()
     for name, file in read_files().items():
         digest.update(name.encode() + b"\0" + file.plain)

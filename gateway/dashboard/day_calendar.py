@@ -49,7 +49,11 @@ class CalendarDay:
 
 
 def list_up_times(decisions: Iterable[Mapping[str, Any]], now: datetime, *, is_up: bool) -> Sequence[UpTime]:
-    """Return the past times up from decisions about a deployment, the newest first as the API lists them."""
+    """Return the past times up of a deployment, the earliest first, from its decisions with the newest first.
+
+    If `is_up`, the last one ends at `now`. `by hand` means a start by a user other than the deployment
+    itself; a start or wake without a later stop counts to the next decision.
+    """
     found: list[UpTime] = []
     end, by_hand = now if is_up else None, False
     for decision in decisions:
@@ -71,7 +75,11 @@ def list_forecast(
     *,
     is_up: bool,
 ) -> Sequence[UpTime]:
-    """Return the times in which it will be up without further events: by its windows, or until its next stop."""
+    """Return the times in which a deployment will be up without further events, until the end of the calendar.
+
+    With a `scheduled-window` policy they are its windows; otherwise, if it is up, one time until its next
+    planned stop. Empty for one that is down.
+    """
     end_of_calendar = start_of_day(now) + (FUTURE_DAYS + 1) * DAY
     if lifecycle["lifecyclePolicy"]["type"] == "scheduled-window":
         return _list_windows(transitions, now, end_of_calendar, is_open=is_up)
@@ -84,6 +92,9 @@ def list_forecast(
 def _list_windows(
     transitions: Iterable[Mapping[str, Any]], now: datetime, end: datetime, *, is_open: bool
 ) -> Sequence[UpTime]:
+    """Return the windows up to `end` from planned starts and stops in their order; if `is_open`, the first
+    begins `now`.
+    """
     found: list[UpTime] = []
     start = now if is_open else None
     for one in transitions:
@@ -99,7 +110,10 @@ def _list_windows(
 def draw_calendar(
     up_times: Sequence[UpTime], failures: Sequence[datetime], now: datetime
 ) -> Sequence[CalendarDay]:
-    """Return the days of the calendar, the earliest first: a week before today, and six days after."""
+    """Return the 14 days of the calendar in UTC, the earliest first: seven before today, today, and six after it.
+
+    `failures` are moments to mark.
+    """
     today = start_of_day(now)
     return [
         _draw_day(today + number * DAY, up_times, failures, now)
@@ -110,6 +124,9 @@ def draw_calendar(
 def _draw_day(
     day: datetime, up_times: Sequence[UpTime], failures: Sequence[datetime], now: datetime
 ) -> CalendarDay:
+    """Return a day with its bars: the parts of `up_times` within it in percent of its width, the failures,
+    and the hours up.
+    """
     clipped = [
         (max(one.start, day), min(one.end, day + DAY), one.tone)
         for one in up_times
@@ -132,8 +149,10 @@ def _draw_day(
 
 
 def _compute_percent(time: timedelta) -> float:
+    """Return a time of at most a day as percent of a day."""
     return round(100 * (time / DAY), 2)
 
 
 def start_of_day(moment: datetime) -> datetime:
+    """Return midnight of the moment's day in its time zone."""
     return moment.replace(hour=0, minute=0, second=0, microsecond=0)

@@ -29,13 +29,20 @@ class FormField:
 
 
 def list_fields(schema: Mapping[str, Any] | None) -> Sequence[FormField]:
-    """Return a form field for each property of an object's JSON Schema."""
+    """Return a form field for each property of an object's JSON Schema, in its order; empty for None.
+
+    A property with text choices is a `choice`; other types than text, number and boolean become `json`.
+    """
     properties = (schema or {}).get("properties", {})
     required = (schema or {}).get("required", [])
     return [_build_field(name, given, is_required=name in required) for name, given in properties.items()]
 
 
 def _build_field(name: str, schema: Any, *, is_required: bool) -> FormField:  # noqa: ANN401 - any JSON Schema
+    """Return the form field of one property: name, title, kind, description and choices.
+
+    Anything that is no simple type is a `json` field.
+    """
     given = schema if isinstance(schema, dict) else {}
     choices = given.get("enum", [])
     is_choice = bool(choices) and all(isinstance(choice, str) for choice in choices)
@@ -51,7 +58,10 @@ def _build_field(name: str, schema: Any, *, is_required: bool) -> FormField:  # 
 
 
 def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
-    """Return a field for each input that the expressions of a workflow read; none for triggers without a body."""
+    """Return a field for each input that the expressions and templates of a workflow read, at most 30.
+
+    Each names up to three nodes that read it. Empty if no trigger takes a body (`manual`, `webhook`).
+    """
     found: dict[str, list[str]] = {}
     has_body = False
     for node in nodes:
@@ -70,7 +80,7 @@ def list_inputs(nodes: Iterable[Mapping[str, Any]]) -> Sequence[FormField]:
 
 
 def _iterate_texts(values: Iterable[Any]) -> Iterable[str]:
-    """Yield all texts in JSON values."""
+    """Yield all texts within JSON values, in their order, also those in lists and objects; keys are left out."""
     left = [*values]
     while left:
         value = left.pop()

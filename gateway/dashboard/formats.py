@@ -75,17 +75,21 @@ TRIGGER_ICONS: Final[Mapping[str, str]] = {
 
 
 def look_of(state: str | None) -> StateLook:
-    """Return tone, icon and word for a state of a run, node or workflow; an unknown one is shown by its own name."""
+    """Return tone, icon and word for a state of a run, node or workflow; None is "not reached".
+
+    An unknown state is shown by its own name.
+    """
     name = state or "not-reached"
     return STATES.get(name) or StateLook("", "none", name.replace("-", " ").capitalize())
 
 
 def icon_of_trigger(kind: str) -> str:
+    """Return the icon of a kind of trigger."""
     return TRIGGER_ICONS.get(kind, "hand")
 
 
 def parse_instant(text: str | None) -> datetime | None:
-    """Return a time in an API answer as an aware datetime in UTC; None for None."""
+    """Return a time in an API answer (ISO 8601) as an aware datetime in UTC; None for None."""
     return None if text is None else datetime.fromisoformat(text).astimezone(UTC)
 
 
@@ -96,9 +100,10 @@ def milliseconds_between(start: str | None, end: str | None) -> int | None:
 
 
 def show_duration(milliseconds: float | None) -> str:
-    """Return a duration in milliseconds as text in the two largest fitting units, such as `6 min 02 s`.
+    """Return a duration in milliseconds as text in the two largest fitting units, such as `6 min 02 s`, `1.5
+    s`, `80 ms`.
 
-    Empty for None.
+    Empty for None; negative ones count as 0.
     """
     if milliseconds is None:
         return ""
@@ -117,7 +122,7 @@ def show_duration(milliseconds: float | None) -> str:
 def show_age(text: str | None, now: datetime) -> str:
     """Return the time since a time in an API answer, such as `38 s ago`, or `in 3 min 00 s` for the future.
 
-    `never` for None.
+    `never` for None, `now` for less than a second.
     """
     moment = parse_instant(text)
     if moment is None:
@@ -145,6 +150,7 @@ def show_clock(text: str | None) -> str:
 
 
 def show_count(number: int) -> str:
+    """Return a number with commas between thousands."""
     return f"{number:,}"
 
 
@@ -154,9 +160,9 @@ def show_whole_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 
 def show_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Return a JSON value as indented text.
+    """Return a JSON value as indented text, at most 200 lines and 20,000 characters of it.
 
-    At most 200 lines and 20,000 characters are shown, and the number of those left out.
+    A last line then states the number of characters that are left out.
     """
     text = show_whole_json(value)
     lines = text[:MAX_CHARACTERS].split("\n")
@@ -170,13 +176,13 @@ def show_line(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 
 def show_value(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Return JSON in one line, at most 400 characters of it; texts without line breaks keep their quotes."""
+    """Return a JSON value in one line, at most 400 characters of it and then "…"; texts keep their quotes."""
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}…"
 
 
 def show_bytes(count: int) -> str:
-    """Return a size such as `312 kB`."""
+    """Return a size such as `1.2 MB`, `312 kB` or `80 bytes`, with units of powers of ten."""
     for unit, size in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
         if count >= size:
             return f"{count / size:.1f}".removesuffix(".0") + f" {unit}"
@@ -209,6 +215,6 @@ TYPE_ENDINGS: Final = (("-source", "db"), ("-destination", "write"), ("-trigger"
 
 
 def icon_of_type(name: str) -> str:
-    """Return the icon of a node type."""
+    """Return the icon of a node type by its name, else by the name's ending, else `fx`."""
     found = TYPE_ICONS.get(name)
     return found or next((icon for ending, icon in TYPE_ENDINGS if name.endswith(ending)), "fx")

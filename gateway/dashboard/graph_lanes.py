@@ -50,9 +50,10 @@ class _Line:
 def draw_lanes(
     rows: Sequence[str], edges: Sequence[LaneEdge], not_taken: Collection[str]
 ) -> Sequence[RowLanes]:
-    """Return the lanes of rows from top to bottom, and the lines between them.
+    """Return the lane (vertical track) of each row from top to bottom, with the lines between rows as SVG paths.
 
-    Lines to the rows in `not_taken`, and from them, are dashed.
+    `rows` are ids; edges to absent or earlier rows are left out. Lines to rows in `not_taken`, and from them,
+    are dashed. There are three lanes: more lines share the last one.
     """
     place = {row: number for number, row in enumerate(rows)}
     targets = _find_targets(place, edges)
@@ -83,9 +84,10 @@ def draw_lanes(
 
 
 def _find_targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mapping[int, Sequence[int]]:
-    """Return the indexes of the later rows that each row leads to.
+    """Return the indexes of the later rows that each row leads to, by its index.
 
-    Those in bodies of loops come last, so that they leave the lane.
+    Edges in bodies of loops come last, so that they leave the lane. Edges to unknown or earlier rows are left
+    out.
     """
     found: dict[int, dict[int, bool]] = {}
     for edge in edges:
@@ -98,12 +100,14 @@ def _find_targets(place: Mapping[str, int], edges: Sequence[LaneEdge]) -> Mappin
 
 
 def _add(paths: dict[str, bool], path: str, *, is_taken: bool) -> None:
-    """Add a line to `paths`; of several lines at one place, one that was taken counts."""
+    """Add a line to `paths`, whose values tell whether it was taken; of several lines at one place, one that
+    was taken counts.
+    """
     paths[path] = is_taken or paths.get(path, False)
 
 
 def _lane_to(lines: Sequence[_Line | None], row: int, own: int) -> int:
-    """Return the lane that leads to a row already, else the own lane if it is free, else any free lane."""
+    """Return the lane that leads to a row already, else the own lane if it is free, else the first free one."""
     known = next((lane for lane, line in enumerate(lines) if line is not None and line.row == row), None)
     if known is not None:
         return known
@@ -111,14 +115,17 @@ def _lane_to(lines: Sequence[_Line | None], row: int, own: int) -> int:
 
 
 def _free_lane(lines: Sequence[_Line | None]) -> int:
+    """Return the first lane without a line; a new one after the last if all have one."""
     return next((lane for lane, line in enumerate(lines) if line is None), len(lines))
 
 
 def _lane_x(lane: int) -> int:
+    """Return the horizontal position of a lane in pixels; lanes after the third share its position."""
     return LANES[min(lane, len(LANES) - 1)]
 
 
 def _draw_curve(x1: int, y1: int, x2: int, y2: int) -> str:
+    """Return the SVG path of a curve from one point to another; a straight line if they are above each other."""
     if x1 == x2:
         return f"M{x1} {y1}V{y2}"
     middle = (y1 + y2) // 2

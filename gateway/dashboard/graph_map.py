@@ -97,8 +97,9 @@ def draw_graph(
 ) -> GraphMap | None:
     """Return the map of a workflow's nodes and connections, as the API shows them; None for a graph without nodes.
 
-    `states` are the states of nodes in a run, and `notes` lines below the cards. Of a large graph, the map shows the
-    nodes around `focus`, or around the position `at` of the overview, as `500,100`.
+    `states` are the states of nodes in a run (None outside of a run), `notes` lines below the cards, both by
+    node id. Of a graph with over 300 nodes, the map shows up to 120 around the node `focus`, or around the
+    position `at` of the overview, as `500,100`; without both, around one that failed or runs, else the first.
     """
     if not nodes:
         return None
@@ -137,6 +138,11 @@ def _place_cards(
     notes: Mapping[str, str],
     targets: Mapping[str, Sequence[str]],
 ) -> dict[str, MapCard]:
+    """Return the cards of the nodes by id, at their stored positions, scaled and moved so that the first
+    begin at the margin.
+
+    `states` is None outside of runs; `targets` are the ids of the nodes to which each node leads.
+    """
     left = min(node["position"]["x"] for node in nodes)
     top = min(node["position"]["y"] for node in nodes)
     return {
@@ -155,6 +161,7 @@ def _place_cards(
 
 
 def _find_targets(connections: Iterable[Connection]) -> Mapping[str, Sequence[str]]:
+    """Return the ids of the nodes to which each node leads, by its id."""
     found: dict[str, dict[str, None]] = {}
     for edge in connections:
         found.setdefault(edge["sourceNodeId"], {})[edge["targetNodeId"]] = None
@@ -162,9 +169,10 @@ def _find_targets(connections: Iterable[Connection]) -> Mapping[str, Sequence[st
 
 
 def _draw_edge(source: MapCard, target: MapCard) -> MapEdge:
-    """Return the line from the right side of one card to the left side of another.
+    """Return the line from the right side of one card to the left side of another as an SVG path.
 
-    A back edge passes below both cards.
+    A back edge passes below both cards. It is taken unless one of the cards was skipped, removed or not
+    reached.
     """
     x1, y1 = source.x + CARD_WIDTH, source.y + CARD_HEIGHT // 2
     x2, y2 = target.x, target.y + CARD_HEIGHT // 2
@@ -195,6 +203,7 @@ class _OverviewScale:
 
     @classmethod
     def of(cls, nodes: Sequence[Node]) -> _OverviewScale:
+        """Return the scale with which all nodes fit the overview of 1,000 by 200 pixels."""
         columns = [node["position"]["x"] for node in nodes]
         rows = [node["position"]["y"] for node in nodes]
         width, height = max(columns) - min(columns), max(rows) - min(rows)
@@ -206,6 +215,7 @@ class _OverviewScale:
         )
 
     def place(self, node: Node) -> tuple[int, int]:
+        """Return the position of a node in the overview, in pixels."""
         position = node["position"]
         return (
             round((position["x"] - self.left) * self.horizontal),
@@ -213,7 +223,7 @@ class _OverviewScale:
         )
 
     def nearest(self, nodes: Sequence[Node], at: str) -> Node | None:
-        """Return the node nearest to a position such as `500,100`; None for other texts."""
+        """Return the node nearest to a position of the overview such as `500,100`; None for other texts."""
         x, _, y = at.partition(",")
         if not (x.isdecimal() and y.isdecimal()) or len(at) > len("9999,9999"):
             return None
@@ -222,11 +232,14 @@ class _OverviewScale:
 
 
 def _compute_distance(one: tuple[int, int], other: tuple[int, int]) -> int:
+    """Return the squared distance of two positions."""
     return (one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2
 
 
 def _find_focus(nodes: Sequence[Node], states: Mapping[str, str], focus: str, nearest: Node | None) -> Node:
-    """Return the chosen node, else the nearest to the chosen position, else an urgent one, else the first."""
+    """Return the node with the id `focus`, else `nearest`, else the first that failed, runs, retries or
+    waits, else the first.
+    """
     chosen = next((node for node in nodes if focus and node["id"] == focus), None) or nearest
     if chosen is not None:
         return chosen
@@ -238,7 +251,7 @@ def _find_focus(nodes: Sequence[Node], states: Mapping[str, str], focus: str, ne
 
 
 def _find_neighborhood(center: str, connections: Iterable[Connection]) -> set[str]:
-    """Return the ids of the nodes around one, the nearest first, at most `WINDOW`."""
+    """Return the ids of at most 120 nodes around a node, itself included, the nearest by connections first."""
     beside: dict[str, list[str]] = {}
     for edge in connections:
         beside.setdefault(edge["sourceNodeId"], []).append(edge["targetNodeId"])
@@ -255,7 +268,7 @@ def _find_neighborhood(center: str, connections: Iterable[Connection]) -> set[st
 
 
 def _arrange_nodes(nodes: Sequence[Node], connections: Iterable[Connection]) -> Sequence[Node]:
-    """Return nodes with positions close to each other: those in the whole graph may be far apart."""
+    """Return copies of the nodes with new positions close to each other: those in the whole graph may be far apart."""
     ids = [node["id"] for node in nodes]
     known = set(ids)
     edges = [
@@ -270,6 +283,9 @@ def _arrange_nodes(nodes: Sequence[Node], connections: Iterable[Connection]) -> 
 def _draw_overview(
     nodes: Sequence[Node], states: Mapping[str, str], shown: set[str], scale: _OverviewScale
 ) -> GraphOverview:
+    """Return all nodes as dots of an overview: one SVG path for each tone, failed ones drawn last, and one
+    for those in `shown`.
+    """
     dots: dict[str, dict[str, None]] = {}
     marked: dict[str, None] = {}
     for node in nodes:

@@ -72,7 +72,7 @@ class PageFrame:
     """Name of the OpenID Connect provider; empty without one."""
 
     def may(self, scope: str) -> bool:
-        """Return whether the visitor's key has a scope; False without a visitor."""
+        """Return whether the visitor's key has a scope; False without a visitor, on pages for everyone."""
         return self.visitor is not None and scope in self.visitor["scopes"]
 
 
@@ -95,19 +95,24 @@ class Page:
 
 
 def render(page: Page, data: PageData, frame: PageFrame) -> str:
-    """Return the HTML of a page from the API answers in `data` and its frame; it has no side effects."""
+    """Return the HTML of a page from the API answers in `data` and its frame; it reads and changes nothing else."""
     topics = [topic.format(**frame.parameters) for topic in page.topics]
     values = {"crumbs": (), "topics": topics, "current": page.navigation, **page.view(data, frame)}
     return render_template(page.template, {**_frame_values(frame), **values})
 
 
 def render_plain(template: str, frame: PageFrame, **values: object) -> str:
-    """Return the HTML of a template with `values`, for a page that shows no API answers."""
+    """Return the HTML of a template with `values`, for a page such as an error or sign-in that shows no API
+    answers.
+    """
     defaults = {"crumbs": (), "topics": (), "current": ""}
     return render_template(template, {**_frame_values(frame), **defaults, **values})
 
 
 def _frame_values(frame: PageFrame) -> dict[str, Any]:
+    """Return the values that all templates get: frame, addresses, present time, and the navigation's entries
+    for the visitor's scopes.
+    """
     return {
         "frame": frame,
         "root": frame.root,
@@ -118,7 +123,12 @@ def _frame_values(frame: PageFrame) -> dict[str, Any]:
 
 
 def serve(name: str) -> Handler:
-    """Return the handler of a page by the name of its module, which is loaded with the first request for it."""
+    """Return the handler of a dashboard page by the name of its module, which is loaded with the first
+    request for it.
+
+    The handler answers 404 if the dashboard is off, and shows API errors and an unavailable database as
+    pages. Pages are rendered in a thread.
+    """
 
     async def show(request: GatewayRequest) -> ASGIApp:
         if request.gateway.settings.dashboard == "off":
@@ -140,17 +150,25 @@ def serve(name: str) -> Handler:
 
 
 def load_page(name: str) -> Page:
-    """Return the page that a module defines."""
+    """Return the page that a module of `gateway.dashboard.pages` defines as `PAGE`, by the module's name."""
     page: Page = import_module(f"gateway.dashboard.pages.{name}").PAGE
     return page
 
 
 def _render_with_tag(page: Page, data: PageData, frame: PageFrame) -> tuple[str, str]:
+    """Return a page's HTML and a hash of its API answers, by which a browser asks whether it has changed.
+
+    Times such as "5 s ago" don't change the hash.
+    """
     answers = msgspec.json.encode([assets.version(), frame.visitor, data])
     return render(page, data, frame), sha256(answers).hexdigest()[:32]
 
 
 async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], PageData]:
+    """Return the visitor and the page's API answers, requested at once.
+
+    If the visitor can't be determined, loading is canceled and that error is raised, such as 401.
+    """
     loading = asyncio.ensure_future(page.load(asking))
     try:
         visitor = await asking.get(WHOAMI)
@@ -166,7 +184,9 @@ async def _load(page: Page, asking: PageRequest) -> tuple[Mapping[str, Any], Pag
 def frame_of(
     request: GatewayRequest, asking: PageRequest, visitor: Mapping[str, Any] | None = None
 ) -> PageFrame:
-    """Return the values that every page shows: addresses, the present time, the query, and the visitor if any."""
+    """Return the values that every page shows: addresses, the present time, the query, and the visitor; None
+    if nobody is signed in.
+    """
     settings = request.gateway.settings
     return PageFrame(
         root=root_of(request),
@@ -186,7 +206,9 @@ def root_of(request: GatewayRequest) -> str:
 
 
 def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
-    """Return an API error as a page with its status; for 401, a redirect to the sign-in that leads back."""
+    """Return an API error as a page with its status; for the code `unauthorized`, a redirect to the sign-in
+    that leads back.
+    """
     if error.code == "unauthorized":
         query = request.scope["query_string"].decode("latin-1")
         wanted = quote(request.scope["path"] + (f"?{query}" if query else ""), safe="")
@@ -200,9 +222,10 @@ def show_refusal(request: GatewayRequest, error: ApiError) -> ASGIApp:
 
 
 async def answer_html(request: GatewayRequest, html: str, *, tag: str = "") -> ASGIApp:
-    """Return an HTML answer, compressed if the browser accepts gzip.
+    """Return an HTML answer with status 200; from 1,000 bytes on compressed if the browser accepts gzip.
 
-    304 if the browser has the page with this `tag`.
+    Without a body and with status 304 if the browser has the page with this `tag`; an empty tag is none. From
+    200,000 bytes on it is compressed in a thread.
     """
     validators = [(b"etag", tag.encode())] if tag else []
     if tag and request.headers.get("if-none-match") == tag:

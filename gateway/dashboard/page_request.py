@@ -46,7 +46,7 @@ class PageRequest:
 
     @property
     def query(self) -> dict[str, str]:
-        """Query parameters of the page; of a repeated one the last value; empty for too many parameters."""
+        """Query parameters of the page; of a repeated one the last value; empty if there are more than the limit."""
         text = self._scope["query_string"].decode("latin-1")
         try:
             return dict(parse_qsl(text, max_num_fields=limits.QUERY_FIELDS))
@@ -54,9 +54,10 @@ class PageRequest:
             return {}
 
     async def get(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the JSON answer of a public API route to GET, on behalf of the visitor.
+        """Return the JSON answer of a public API route to GET, on behalf of the visitor; the page lists the
+        request.
 
-        Empty parameters are left out. Raises its error answers as `ApiError`.
+        Parameters that are None or empty are left out. Raises error answers as `ApiError`.
         """
         text = urlencode({name: value for name, value in query.items() if value not in {None, ""}})
         self.asked.append(f"{path}?{text}" if text else path)
@@ -64,9 +65,9 @@ class PageRequest:
         return _value_of(status, body)
 
     async def get_if_present(self, path: str, **query: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the JSON answer of an API route to GET.
+        """Return the JSON answer of an API route to GET; None if the status is 403, 404 or 405.
 
-        None if the object is missing, forbidden or not of this kind. Raises other error answers as
+        That is, the object is missing, forbidden or not of this kind. Raises other error answers as
         `ApiError`.
         """
         count = len(self.asked)
@@ -86,13 +87,19 @@ class PageRequest:
         return await self.preview(path, **fields, dryRun=True)
 
     async def preview(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer of a route to a POST that changes nothing by its nature, such as a preview."""
+        """Return the JSON answer of a route to a POST that changes nothing by its nature, such as a preview.
+
+        `fields` are its body. It is sent as from our own page, so a link of another site may lead to it.
+        Raises error answers as `ApiError`.
+        """
         body = msgspec.json.encode(fields)
         self.asked.append(f"{path}{WITH_BODY}{body.decode()}")
         return _value_of(*await self._request(path, "", body))
 
     async def preview_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer to a preview; None where the route is missing or forbidden."""
+        """Return the JSON answer to a preview; None if the status is 403, 404 or 405. Raises other errors as
+        `ApiError`.
+        """
         count = len(self.asked)
         try:
             return await self.preview(path, **fields)
@@ -103,14 +110,14 @@ class PageRequest:
             return None
 
     async def plan_if_allowed(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the JSON answer of an API route to a dry run; None if the object is missing or forbidden.
+        """Return the JSON answer of an API route to a dry run; None if the status is 403, 404 or 405.
 
         Raises other error answers as `ApiError`.
         """
         return await self.preview_if_allowed(path, **fields, dryRun=True)
 
     async def _request(self, path: str, query: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """Call the API's application with the visitor's cookie, as GET or with `body` as POST.
+        """Call the API's application in this process with the visitor's cookie, as GET or with `body` as POST.
 
         Return status and body.
         """
@@ -143,6 +150,9 @@ class PageRequest:
 
 
 def _value_of(status: int, body: bytes) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the JSON of an answer with status 200; raises others as `ApiError` with their code, message and
+    details.
+    """
     answer: Any = decoding.decode(body)
     if status != OK:
         error = answer["error"]
@@ -151,5 +161,7 @@ def _value_of(status: int, body: bytes) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def build_page_request(request: GatewayRequest) -> PageRequest:
-    """Return the page request for a request of a browser, through which the page asks the API."""
+    """Return the page request for a request of a browser, through which the page asks the API on behalf of
+    the visitor.
+    """
     return PageRequest(request.scope, request.scope["app"].state.router, request.gateway.clock())

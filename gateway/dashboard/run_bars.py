@@ -42,7 +42,10 @@ class StartRow:
 
 
 def work(states: Iterable[NodeState], now: datetime) -> Iterable[Interval]:
-    """Yield the intervals in which nodes ran; of a node that waits, and of a loop, only its start and end."""
+    """Yield the intervals (start, end) in which nodes ran, for the time axis; nodes that still run end `now`.
+
+    Of a node that waits, and of a loop, only start and end count, as intervals without length.
+    """
     for state in states:
         waits = state["nodeType"] in WAITING_TYPES or state["nodeType"] in CONTAINERS
         for one in _spans_of(state):
@@ -66,9 +69,9 @@ def waking(run: Mapping[str, Any], seconds: float) -> Iterable[Interval]:
 
 
 def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
-    """Return the bars of a node on the axis, and behind them those of failed attempts.
+    """Return the bars of a node on the time axis, then those of its failed attempts.
 
-    A node in a loop has a bar for each iteration.
+    A node in a loop has a bar for each iteration; bars of one color that touch are joined.
     """
     is_waiting = state["nodeType"] in WAITING_TYPES
     bars = [
@@ -81,13 +84,16 @@ def bars(state: NodeState, axis: TimeAxis, now: datetime) -> Sequence[TimeBar]:
 
 
 def _spans_of(state: NodeState) -> Sequence[Mapping[str, Any]]:
-    """Return the iterations of a node in a loop; the state itself in no loop, or if they are not all listed."""
+    """Return the iterations of a node in a loop; only the state itself in no loop, or if not all iterations
+    are listed.
+    """
     iterations: Sequence[Mapping[str, Any]] = state["iterations"]
     is_complete = bool(iterations) and sum(state["iterationCounts"].values()) == len(iterations)
     return iterations if is_complete else [state]
 
 
 def _build_bar(one: Mapping[str, Any], axis: TimeAxis, now: datetime, tone: str) -> TimeBar:
+    """Return the bar of an execution of a node, at least `MIN_WIDTH` percent wide; one that still runs ends `now`."""
     first = axis.percent(parse_instant(one["startedAt"]) or now)
     width = max(axis.percent(parse_instant(one["endedAt"]) or now) - first, MIN_WIDTH)
     return TimeBar(round(min(first, WHOLE - width), 2), round(width, 2), tone)

@@ -106,7 +106,9 @@ def build_timeline(
 ) -> RunTimeline:
     """Return the rows of a run: its nodes in order with their bars, lanes and state, and the axis of time.
 
-    `graph` has `nodes` and `connections`; `critical` holds ids of nodes that determine the run's duration.
+    `graph` is the API's graph of the run; `critical` holds ids of nodes that determine its duration; pods
+    were woken for `waking_seconds` before its start. Of over 300 nodes, uneventful ones are folded into rows,
+    except the row `opened` and the node `selected`.
     """
     states = {state["nodeId"]: state for state in graph["states"]}
     nodes = {node["id"]: node for node in graph["nodes"]}
@@ -144,9 +146,9 @@ def _order(
     nodes: Mapping[str, Mapping[str, Any]],
     connections: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Return the ids of nodes by their first start, each after the sources of its connections.
+    """Return the ids of all nodes by their first start, each after the sources of its connections.
 
-    Nodes that never started come last.
+    Nodes that never started come last. In a cycle, the one that started first leads.
     """
     known = [*nodes, *(one for one in states if one not in nodes)]
     graph = _RowOrder(
@@ -163,6 +165,9 @@ def _order(
 
 
 def _sort_by_sources(graph: _RowOrder) -> list[str]:
+    """Return the ids of the nodes of a graph, each after its sources, otherwise by their keys; it uses up
+    `graph.sources`.
+    """
     ready = [(key, node_id) for node_id, key in graph.keys.items() if not graph.sources[node_id]]
     heapify(ready)
     left = sorted(graph.keys, key=lambda one: graph.keys[one], reverse=True)
@@ -183,7 +188,9 @@ def _sort_by_sources(graph: _RowOrder) -> list[str]:
 
 
 def _start_key(state: NodeState | None, number: int) -> tuple[str, int]:
-    """Return the first start of a node and its place in the graph; a node that never started sorts last."""
+    """Return the first start of a node and its place in the graph as a key for sorting; a node that never
+    started is last.
+    """
     return ((state or {}).get("startedAt") or NEVER, number)
 
 
@@ -191,6 +198,7 @@ def _start_key(state: NodeState | None, number: int) -> tuple[str, int]:
 
 
 def _describe(node_id: str, state: NodeState | None, node: Mapping[str, Any] | None) -> RunRow:
+    """Return the row of a node by its state in the run; one without a state was not reached."""
     if state is None:
         known = node or {}
         return RunRow(node_id, known.get("label") or node_id, known.get("type", ""), "not-reached")
@@ -211,9 +219,10 @@ def _describe(node_id: str, state: NodeState | None, node: Mapping[str, Any] | N
 
 
 def build_cells(state: NodeState) -> Sequence[IterationCell]:
-    """Return the strip of a node's iterations: one cell for each, or for several the worst of them.
+    """Return the strip of a node's iterations: a cell for each, or one for several with the worst of their states.
 
-    If not all iterations are listed, the cells show the share of each state, with the worst first.
+    There are about 24 cells. If not all iterations are listed, they show the share of each state, the worst
+    first.
     """
     counts, iterations = state["iterationCounts"], [one["status"] for one in state["iterations"]]
     total = sum(counts.values())
@@ -229,17 +238,20 @@ def build_cells(state: NodeState) -> Sequence[IterationCell]:
 
 
 def _share(count: int, total: int) -> int:
+    """Return the number of cells for a share of all: at least one."""
     return max(round(MAX_CELLS * count / total), 1)
 
 
 def _worst_first(states: Iterable[str]) -> list[str]:
+    """Return states without repetition, the worst first: failed, then others by how much attention they need."""
     return sorted(states, key=lambda one: WORST_FIRST.index(one) if one in WORST_FIRST else len(WORST_FIRST))
 
 
 def _fold_rows(rows: Sequence[RunRow], opened: str, selected: str) -> Sequence[RunRow]:
-    """Return the rows to show.
+    """Return the rows to show: all of up to 300.
 
-    Of many rows, they are those with news or selected, their neighbors, and one for the others in between.
+    Of more, they are those with news (failed, running, waiting) or selected, two neighbors on each side, and
+    one folded row for up to 100 others in between; of too many with news, only the selected one stays.
     """
     if len(rows) <= MAX_ROWS:
         return rows
@@ -267,6 +279,11 @@ def _fold_rows(rows: Sequence[RunRow], opened: str, selected: str) -> Sequence[R
 
 
 def _fold(rows: Sequence[RunRow], opened: str) -> Sequence[RunRow]:
+    """Return rows as one folded row with the worst of their states, named by the first and last; `opened`
+    stays unfolded.
+
+    A single row is not folded.
+    """
     if len(rows) <= 1 or any(row.id == opened for row in rows):
         return rows
     counts = Counter(row.state for row in rows)
@@ -285,7 +302,7 @@ def _set_lanes(
 ) -> None:
     """Set the lane of each shown row, and the lines of the graph that pass it.
 
-    Folded rows count as the row that stands for them.
+    A folded row stands for all rows that it contains; `rows` are all rows.
     """
     place, number = {}, -1
     starts = {row.id for row in shown}

@@ -27,7 +27,10 @@ PROBLEMS: Final = {
 
 
 async def show(request: GatewayRequest) -> ASGIApp:
-    """Show the sign-in, or the reason why it is not possible at this address."""
+    """Show the sign-in page, or the reason why signing in is not possible at this address.
+
+    That is plain HTTP from another machine. A 404 error if the dashboard is off.
+    """
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
     cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)
@@ -44,7 +47,10 @@ async def show(request: GatewayRequest) -> ASGIApp:
 
 
 async def show_invitation(request: GatewayRequest) -> ASGIApp:
-    """Show the page behind the link of an invitation; the code in its fragment stays in the browser."""
+    """Show the page behind the link of an invitation; the code in its fragment stays in the browser.
+
+    A 404 error if the dashboard is off.
+    """
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
     cookie = session_cookies.cookie_of(request.scope, request.gateway.settings.public_url)
@@ -54,19 +60,26 @@ async def show_invitation(request: GatewayRequest) -> ASGIApp:
 
 
 async def redirect(request: GatewayRequest) -> RedirectResponse:
-    """Lead to the dashboard; without one, to the documentation. Relative addresses stay below the path of a proxy."""
+    """Redirect to the dashboard; to the documentation if the dashboard is off.
+
+    Relative addresses stay below the path of a proxy.
+    """
     return RedirectResponse("docs/" if request.gateway.settings.dashboard == "off" else "dashboard")
 
 
 async def show_start(request: GatewayRequest) -> RedirectResponse:
-    """Lead to the first page."""
+    """Redirect to the first page of the dashboard, the overview; a 404 error if it is off."""
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
     return RedirectResponse("dashboard/overview")
 
 
 async def search(request: GatewayRequest) -> RedirectResponse:
-    """Lead to the object whose id was pasted, otherwise to the workflows that match."""
+    """Redirect to the run or workflow whose id is in the query's `q`, otherwise to the list of workflows that
+    match it.
+
+    Without a text, to the runs. A 404 error if the dashboard is off.
+    """
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
     text = build_page_request(request).query.get("q", "").strip()
@@ -78,7 +91,7 @@ async def search(request: GatewayRequest) -> RedirectResponse:
 
 
 async def show_missing(request: GatewayRequest) -> ASGIApp:
-    """Answer 404 for an unknown path of the dashboard, as a page."""
+    """Answer 404 for an unknown path of the dashboard, as a page; as an API error if the dashboard is off."""
     error = errors.not_found("page")
     if request.gateway.settings.dashboard == "off":
         raise error

@@ -20,7 +20,7 @@ FOLDER: Final = Path(__file__).parent / "templates"
 
 
 def render_template(name: str, values: Mapping[str, Any]) -> str:
-    """Return the HTML of a template with `values`, which are escaped."""
+    """Return the HTML of a template of the dashboard by its file name with `values`, which are escaped."""
     text: str = _open_environment().get_template(name).render(values)
     return text
 

@@ -59,6 +59,7 @@ class _Piece:
     is_folded: bool
 
     def percent(self, moment: datetime) -> float:
+        """Return the position of a time within this piece, in percent of the whole axis."""
         length = self.end - self.start
         share = (moment - self.start) / length if length else 0.0
         return self.x + self.width * min(max(share, 0.0), 1.0)
@@ -72,7 +73,12 @@ class TimeAxis:
 
     @classmethod
     def build(cls, start: datetime, end: datetime, work: Iterable[Interval]) -> TimeAxis:
-        """Return the axis from `start` to `end`, on which long gaps between intervals of work are folded."""
+        """Return the axis from `start` to `end`, on which long gaps between intervals of work are folded,
+        that is, drawn short.
+
+        A gap is long above two seconds and half of the total work. Folded gaps take at most 48 percent of the
+        axis together.
+        """
         end = max(end, start + MIN_LENGTH)
         busy = _merge(start, end, work)
         total = sum(((last - first) for first, last in busy), timedelta())
@@ -101,6 +107,7 @@ class TimeAxis:
         return self.pieces[min(number, len(self.pieces) - 1)].percent(moment)
 
     def folds(self) -> list[FoldedWait]:
+        """Return the folded waits with position and width in percent, and their true duration in milliseconds."""
         return [
             FoldedWait(round(piece.x, 2), round(piece.width, 2), _to_milliseconds(piece.end - piece.start))
             for piece in self.pieces
@@ -108,7 +115,7 @@ class TimeAxis:
         ]
 
     def ticks(self) -> list[AxisTick]:
-        """Return ticks at round times before the first fold."""
+        """Return ticks at round times before the first fold: position in percent and milliseconds since the start."""
         first, start = self.pieces[0], self.pieces[0].start
         length = _to_milliseconds(first.end - first.start)
         ticks = [AxisTick(0.0, 0)]
@@ -121,7 +128,7 @@ class TimeAxis:
 
 
 def _merge(start: datetime, end: datetime, work: Iterable[Interval]) -> list[Interval]:
-    """Return the intervals within the bounds, sorted; those that touch become one."""
+    """Return the intervals of work cut to the bounds, sorted; those that touch or overlap become one."""
     merged: list[Interval] = []
     for first, last in sorted(work):
         begin, stop = max(first, start), min(last, end)

@@ -35,7 +35,9 @@ Change: TypeAlias = Callable[[StoredDataSource], StoredDataSource]
 
 
 async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> StoredDataSource:
-    """Return the requested data source; raises a 404 error if it is missing or the caller may not read it."""
+    """Return the requested data source with its shares; raises a 404 error if it is missing or the caller may
+    not read it.
+    """
     stored = await data_source_rows.find(connection, requested.id, requested.caller)
     if stored is None:
         raise errors.not_found("data source")
@@ -43,9 +45,8 @@ async def find_readable(connection: AsyncConnection, requested: RequestedObject)
 
 
 def require_writer(caller: ApiCaller, source: DataSource) -> None:
-    """Raise a 403 error unless the caller owns the data source or is an admin.
-
-    Only these may change, share and delete it.
+    """Raise a 403 error unless the caller owns the data source or is an admin; only they may change, share
+    and delete it.
     """
     preconditions.require_owner(caller, source.owner_id, what="data source")
 
@@ -57,7 +58,10 @@ class DataSourceEditor:
         self._database = database
 
     async def read(self, requested: RequestedObject) -> StoredDataSource:
-        """Return the requested data source, read in a transaction of its own; raises a 404 error."""
+        """Return the requested data source, read in a transaction of its own.
+
+        Raises a 404 error if it is missing or the caller may not read it.
+        """
         async with self._database.read() as connection:
             return await find_readable(connection, requested)
 
@@ -66,8 +70,8 @@ class DataSourceEditor:
     ) -> JsonResponse:
         """Insert a data source, once per idempotency key, and return an answer with 201 and its id.
 
-        Raises a 409 error for a taken name or too many data sources of the organization, 422 for a key used
-        with another body.
+        A repeated key returns the first id with a header; None inserts always. Raises a 409 error for a taken
+        name or too many data sources of the organization, 422 for a key used with another body.
         """
 
         async def insert(connection: AsyncConnection) -> str:
@@ -108,7 +112,8 @@ class DataSourceEditor:
     async def edit(self, requested: RequestedObject, action: AuditAction, change: Change) -> StoredDataSource:
         """Apply `change` to the requested data source after all concurrent edits, and return the stored result.
 
-        Raises 404, 403, 412 if `If-Match` names another revision, `DataSourceNameTaken`, and the errors of
+        The revision and the audit trail advance only if the content differs. Raises 404, 403, 412 if
+        `If-Match` names another revision, 409 for a lost race, `DataSourceNameTaken`, and the errors of
         `change`; then nothing is written.
         """
         done: StoredDataSource | None = None
@@ -144,9 +149,10 @@ class DataSourceEditor:
         return after
 
     async def delete(self, requested: RequestedObject, *, is_forced: bool) -> None:
-        """Delete the requested data source.
+        """Delete the requested data source, with a record in the audit trail.
 
-        Raises 404, 403, 412, and 409 if workflows use it, unless `is_forced`.
+        Raises 404, 403 unless the caller owns it or is an admin, 412 if `If-Match` names another revision,
+        and 409 if workflows use it, unless `is_forced`.
         """
         is_done = False
 
@@ -174,12 +180,12 @@ def entity_tag(stored: StoredDataSource) -> dict[str, str]:
 
 
 def answer(stored: StoredDataSource, value: object) -> JsonResponse:
-    """Return a JSON answer about a data source, with its `ETag`."""
+    """Return a JSON answer with `value`, with the `ETag` of the data source's revision."""
     return JsonResponse(value, headers=entity_tag(stored))
 
 
 def content_hash(stored: StoredDataSource) -> str:
-    """Return the SHA-256 of all editable content, in hexadecimal.
+    """Return the SHA-256 of all editable content and shares, in hexadecimal; equal means that nothing has changed.
 
     Secrets are represented by the time of their last change.
     """
@@ -202,12 +208,14 @@ async def _record(
     before: StoredDataSource | None,
     after: StoredDataSource | None,
 ) -> None:
+    """Record a change of a data source in the audit trail; `before` is None for a creation, `after` for a deletion."""
     hashes = [None if stored is None else content_hash(stored) for stored in (before, after)]
     object_id = next(stored.source.id for stored in (before, after) if stored is not None)
     await audit_log.record_change(connection, caller, action, object_id, before=hashes[0], after=hashes[1])
 
 
 async def _require_unused(connection: AsyncConnection, source: DataSource, caller: ApiCaller) -> None:
+    """Raise a 409 error if workflows name the data source; its details list those that the caller may read."""
     if not await data_source_rows.is_named(connection, source):
         return
     named_by = await data_source_rows.naming(connection, source, caller, limits.FINDINGS)
@@ -220,7 +228,10 @@ async def _require_unused(connection: AsyncConnection, source: DataSource, calle
 
 
 def without_secrets(body: Json, secret: bytes) -> Json:
-    """Return a request body for the comparison of repeated requests, with a keyed hash in place of its secrets."""
+    """Return a request body with a keyed hash in place of its `secrets`, for the comparison of repeated requests.
+
+    So the stored body tells nothing of them. A body without secrets is unchanged.
+    """
     if not isinstance(body, dict) or "secrets" not in body:
         return body
     hashed = hmac.digest(secret, encode_canonical(body["secrets"]), "sha256")

@@ -17,7 +17,10 @@ UNUSED_DAYS: Final = 90
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for keys and sessions, and for users if the visitor is an admin; raises `ApiError`."""
+    """Ask the API for up to 100 keys, and for sessions; for users and invitations if the visitor may see them.
+
+    Forbidden parts are None. Raises `ApiError`.
+    """
     keys, sessions, users, invitations = await asyncio.gather(
         page.get_if_present("/api/v1/auth/keys", limit=LIMIT),
         page.get("/api/v1/auth/sessions"),
@@ -28,7 +31,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: keys with their state, sessions and users."""
+    """Return the template values: keys with their state, sessions, users, and open or expired invitations."""
     users = data["users"]
     keys = [] if data["keys"] is None else data["keys"]["keys"]
     return {
@@ -51,7 +54,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _state_of(key: Mapping[str, Any], frame: PageFrame) -> str:
-    """Return the state of an API key: `revoked`, `expired`, `unused` for long, or `valid`."""
+    """Return the state of an API key: `revoked`, `expired`, `unused` for 90 days, or `valid`."""
     if key["revokedAt"]:
         return "revoked"
     expires_at = parse_instant(key["expiresAt"])

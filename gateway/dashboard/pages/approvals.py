@@ -15,7 +15,7 @@ PATH: Final = "/dashboard/approvals"
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the questions that the visitor may answer; raises `ApiError`."""
+    """Ask the API for the questions of waiting runs that the visitor may answer; raises `ApiError`."""
     return {"pending": await page.get("/api/v1/pending-inputs")}
 
 

@@ -20,7 +20,9 @@ OBJECT_PAGES: Final = {"wf_": "workflows", "ds_": "sources"}
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of entries by the filters of the query, and for the names of users; raises `ApiError`."""
+    """Ask the API for 50 entries by the filters of the query, and for the names of up to 100 users; raises
+    `ApiError`.
+    """
     given = {name: page.query[name] for name in FILTERS if page.query.get(name)}
     entries = await page.get("/api/v1/audit", **given, limit=LIMIT, offset=page.query.get("offset"))
     users = await page.get("/api/v1/auth/users", limit=MAX_USERS)
@@ -51,7 +53,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _page_of(frame: PageFrame, object_id: str) -> str:
-    """Return the address of an object's dashboard page by the prefix of its id; empty if it has none."""
+    """Return the address of a workflow's or data source's page by the prefix of its id; empty for other objects."""
     folder = next((page for prefix, page in OBJECT_PAGES.items() if object_id.startswith(prefix)), None)
     return "" if folder is None else f"{frame.root}/dashboard/{folder}/{object_id}"
 

@@ -18,7 +18,7 @@ ADDRESS_FIELDS: Final = ("host", "endpoint", "url", "file", "bucket")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of data sources; raises `ApiError`."""
+    """Ask the API for a page of 50 data sources, by the type and offset of the query; raises `ApiError`."""
     given = page.query
     return {
         "sources": await page.get(
@@ -46,7 +46,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _address_of(settings: Mapping[str, Any]) -> str:
-    """Return the address of a data source from its settings: host, port and database, or another setting.
+    """Return the address of a data source from its settings: host, port and database, or endpoint, URL, file
+    or bucket.
 
     Empty without one.
     """

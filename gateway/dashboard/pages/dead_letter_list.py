@@ -28,9 +28,9 @@ KINDS: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the groups of dead letters, and for samples, workflow and node types of the open group.
+    """Ask the API for the groups of dead letters, and for five samples, workflow and node types of the open group.
 
-    Raises `ApiError`.
+    Without groups, the others are None. Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
@@ -53,7 +53,11 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: the groups, and for the open one samples and the writes that a redrive may repeat."""
+    """Return the template values: the groups, and for the open one samples and the writes that a redrive may
+    repeat.
+
+    A redrive is a new attempt to process dead letters.
+    """
     listed, rows = data["groups"], data["rows"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     shown = _open_group(listed["groups"], frame.query.get("group"))
@@ -100,7 +104,10 @@ def _open_group(groups: Sequence[Mapping[str, Any]], group_id: str | None) -> Ma
 
 
 def list_writes(workflow: Mapping[str, Any] | None, types: Mapping[str, Any] | None) -> Sequence[str]:
-    """Return the labels of the nodes of a workflow that may write outside, in the order of the graph."""
+    """Return the labels of the nodes of a workflow that may write outside, in the order of the graph.
+
+    `types` is the API's list of node types. Empty if one of both is None, that is, not visible.
+    """
     if workflow is None or types is None:
         return ()
     effects = {one["type"]: one["effect"] for one in types["nodes"]}
@@ -112,6 +119,7 @@ def list_writes(workflow: Mapping[str, Any] | None, types: Mapping[str, Any] | N
 
 
 def _may_write(effect: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Return whether a node writes outside by the effect of its type, which may depend on a field of its config."""
     chosen = config.get(effect.get("field", ""))
     cases = effect.get("cases") or {}
     found: str = (

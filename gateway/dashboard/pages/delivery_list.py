@@ -34,9 +34,9 @@ MEANINGS: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of deliveries, the plan of a bulk redrive, and samples of refused requests.
+    """Ask the API for 50 deliveries, the plan of a bulk redrive, and samples of refused requests.
 
-    Raises `ApiError`.
+    Plan and samples are None where they don't fit the filters. Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
@@ -49,6 +49,9 @@ async def load(page: PageRequest) -> PageData:
 
 
 async def _load_samples(page: PageRequest, filters: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
+    """Return up to 20 samples of refused requests; None on later pages, with other filters, and if they are
+    forbidden.
+    """
     if page.query.get("after", START) != START or not set(filters) <= {"outcome"}:
         return None
     if filters.get("outcome", "rejected") != "rejected":
@@ -57,13 +60,18 @@ async def _load_samples(page: PageRequest, filters: Mapping[str, str]) -> Any:  
 
 
 async def _plan_redrive(page: PageRequest, filters: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the plan of a redrive of all listed deliveries; None unless they are rejected or shed ones
+    without time limits.
+    """
     if filters.get("outcome") not in REDRIVEN_IN_BULK or {"since", "until"} & set(filters):
         return None
     return await page.plan_if_allowed("/api/v1/deliveries/redrive", filter=redrive_filter(filters))
 
 
 def redrive_filter(filters: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the filter of a redrive that selects the deliveries of a list."""
+    """Return the filter of a redrive that selects the deliveries of a list, with the API's names; other
+    filters are left out.
+    """
     names = {"outcome": "outcome", "route": "route", "workflow_id": "workflowId"}
     return {names[name]: value for name, value in filters.items() if name in names}
 

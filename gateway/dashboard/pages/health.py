@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the reasons and the workers, and for drift if the visitor is an admin; raises `ApiError`."""
+    """Ask the API for reasons why runs wait and for the workers; for drift, None unless the visitor is an admin.
+
+    Drift is a contradiction between stores. Raises `ApiError`.
+    """
     drift, why = await asyncio.gather(page.get_if_present("/api/v1/admin/drift"), page.get("/api/v1/why"))
     return {"drift": drift, "why": why}
 

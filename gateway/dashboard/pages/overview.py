@@ -24,9 +24,10 @@ NEEDS_PERSON: Final = frozenset({"change", "escalate"})
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for reasons, drift, workflows, the runs of the last 24 hours, their failures, and schedules.
+    """Ask the API for reasons, drift, workflow counts and names, and the runs of the last 24 hours with 100
+    failures.
 
-    Raises `ApiError`.
+    Also for the next five schedules. Drift is None unless the visitor is an admin. Raises `ApiError`.
     """
     # Whole minutes, so that an unchanged page keeps its tag for a minute.
     since = format_timestamp((page.now - DAY).replace(second=0, microsecond=0))
@@ -81,9 +82,10 @@ def show_bounded(listed: Mapping[str, Any]) -> str:
 
 
 def group_failures(runs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return failed runs, the newest first, grouped by workflow, node and error code.
+    """Return failed runs, the newest first, grouped by workflow, node and error code, in the order of their
+    newest failure.
 
-    Each group has its count, first and last time, and a sample.
+    Each group has its count, first and last time, and the id of its newest run as a sample.
     """
     groups: dict[tuple[str, str | None, str], dict[str, Any]] = {}
     for run in runs:

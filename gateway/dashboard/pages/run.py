@@ -32,9 +32,10 @@ KEPT: Final = ("node", "iteration", "tab", "view", "with", "open", "at")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the run, its spans and reasons, then for its workflow, the selected span and its inputs.
+    """Ask the API for the run, its spans and reasons, then for the selected node's span, its open questions
+    and differences.
 
-    Raises `ApiError`.
+    A span is one execution of a node. Absent parts are None. Raises `ApiError`.
     """
     path = f"/api/v1/executions/{page.parameters['id']}"
     run, graph, why = await asyncio.gather(
@@ -62,7 +63,9 @@ async def load(page: PageRequest) -> PageData:
 async def _load_node(
     page: PageRequest, path: str, state: Mapping[str, Any] | None, tab: str
 ) -> Mapping[str, Any]:
-    """Return the span of the selected node, and its differences from another run if they are shown."""
+    """Return the span of the selected node, and its differences from another run if that tab is shown; None
+    for absent ones.
+    """
     if state is None:
         return {"span": None, "diff": None}
     iteration = run_node.choose_iteration(state, page.query)
@@ -77,6 +80,7 @@ async def _load_node(
 
 
 async def _load_inputs(page: PageRequest, path: str, run: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the open questions of a run that waits; None for other runs."""
     return await page.get_if_present(f"{path}/pending-inputs") if run["status"] == "waiting" else None
 
 
@@ -147,12 +151,17 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def _build_address(frame: PageFrame, **changes: str) -> str:
+    """Return the address of the run's page with its present parameters, some of them changed; empty ones are
+    removed.
+    """
     query = {name: frame.query.get(name, "") for name in KEPT} | changes
     return list_address(frame, f"/dashboard/runs/{frame.parameters['id']}", query)
 
 
 def _waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float:
-    """Return the seconds before the start of a run in which its pods were woken."""
+    """Return the seconds before the start of a run in which its pods were woken, by the history of its
+    reasons; 0 for none.
+    """
     started = run["startedAt"]
     lengths = [
         milliseconds_between(one["from"], one["to"] or started)
@@ -180,9 +189,9 @@ def summarize(timeline: RunTimeline) -> str:
 
 
 def show_shares(timing: Mapping[str, Any] | None) -> Sequence[tuple[str, str, int, int, int]]:
-    """Return label, color name, milliseconds, start and width of each part of a run's time, the longest first.
+    """Return label, tone, milliseconds, start and width of each part of a run's time, the longest first.
 
-    Start and width are in thousandths of the whole. Empty without timing.
+    Start and width are in thousandths of the whole, at least 2. Empty without timing.
     """
     if not timing:
         return ()

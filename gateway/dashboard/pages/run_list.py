@@ -29,7 +29,7 @@ STATES: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of runs by the filters of the query, and for the names of workflows; raises `ApiError`."""
+    """Ask the API for 50 runs by the filters of the query, and for the names of 100 workflows; raises `ApiError`."""
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     runs, workflows = await asyncio.gather(

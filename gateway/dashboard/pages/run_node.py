@@ -65,9 +65,10 @@ def choose_state(states: Sequence[State], query: Mapping[str, str]) -> State | N
 
 
 def choose_iteration(state: State, query: Mapping[str, str]) -> str:
-    """Return the selected iteration of a node in a loop, else the first that failed, else the last one listed.
+    """Return the selected iteration of a node in a loop, else the first that failed or still runs, else the
+    last one listed.
 
-    Empty for a node outside of loops.
+    Iterations are texts such as `2` or `2.0`. Empty for a node outside of loops.
     """
     iterations = state["iterations"]
     if query.get("iteration") or not iterations:
@@ -80,10 +81,10 @@ def choose_iteration(state: State, query: Mapping[str, str]) -> str:
 
 
 def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str, Any]) -> str:
-    """Return the selected tab.
+    """Return the tab that the query names, else a default by the state of the selected node.
 
-    By default, it is the differences of a failed node from the last good run, its input without one, and the
-    output of other nodes.
+    That is `diff` for a failed node if an earlier good run exists, else its `input`; `output` for other
+    nodes, and `config` for one without a state.
     """
     wanted = query.get("tab", "")
     if wanted in TABS:
@@ -98,9 +99,10 @@ def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str
 def view_node(
     data: PageData, frame: PageFrame, row: RunRow | None, address: Callable[..., str]
 ) -> Mapping[str, Any]:
-    """Return the template values of the panel of a node.
+    """Return the template values of the panel beside a run's graph, which shows the selected node.
 
-    `address` returns the page's address with changed parameters.
+    `row` is the node's row, None for a folded one. `address(**changes)` returns the page's address with
+    changed parameters.
     """
     graph, span = data["graph"], data["span"]
     state = choose_state(graph["states"], frame.query)
@@ -136,9 +138,8 @@ def view_node(
 
 
 def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequence[IterationLink]:
-    """Return links to all iterations of a node, or to the first that failed if there are many.
-
-    None outside of loops.
+    """Return links to the iterations of a node: to all of up to 24, else to the first 24 that failed; empty
+    outside of loops.
     """
     if state is None:
         return ()
@@ -154,7 +155,10 @@ def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequen
 
 
 def list_changes(diff: Mapping[str, Any] | None) -> Sequence[ShownChange]:
-    """Return the changed values of a comparison in the order of their causes; none without a comparison."""
+    """Return the changed values of a comparison in the order of their causes, up to 60 for each part of a node.
+
+    Empty without a comparison.
+    """
     return [
         ShownChange(
             f"{label} · {change['path']}" if change["path"] else label,
@@ -167,4 +171,5 @@ def list_changes(diff: Mapping[str, Any] | None) -> Sequence[ShownChange]:
 
 
 def _count_equal(diff: Mapping[str, Any] | None) -> int:
+    """Return the number of equal values of a comparison; 0 without one."""
     return sum(((diff or {}).get(name) or {"equalPaths": 0})["equalPaths"] for name, _ in PARTS)

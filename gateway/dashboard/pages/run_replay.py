@@ -22,7 +22,11 @@ DECISIONS: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the run and the plan of its replay, then for the labels of its nodes; raises `ApiError`."""
+    """Ask the API for the run and the plan of its replay, then for the labels of its nodes; raises `ApiError`.
+
+    The plan states for each node whether its result is reused; the query chooses the run's or the present
+    definition.
+    """
     path = f"/api/v1/executions/{page.parameters['id']}"
     run, plan = await asyncio.gather(
         page.get(path), page.plan(f"{path}/replay", definition=_choose_definition(page.query))
@@ -33,6 +37,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def _choose_definition(query: Mapping[str, str]) -> str:
+    """Return the definition that the query chooses for a replay; the first of `DEFINITIONS` for anything else."""
     given = query.get("definition", "")
     return given if given in dict(DEFINITIONS) else DEFINITIONS[0][0]
 

@@ -50,7 +50,7 @@ class LaneMark:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of schedules and the timeline; raises `ApiError`."""
+    """Ask the API for 20 schedules and their timeline over 24 hours or, by the query, 7 days; raises `ApiError`."""
     hours = page.query.get("hours")
     schedules, timeline = await asyncio.gather(
         page.get("/api/v1/schedules", limit=LIMIT, offset=page.query.get("offset")),
@@ -65,7 +65,9 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the lanes with their marks, the rows with their timing in words, and the ledger."""
+    """Return the template values: lanes with their marks, schedules with their timing in words, and the last
+    12 decisions.
+    """
     listed, timeline = data["schedules"], data["timeline"]
     shown = listed["offset"] + max(len(listed["schedules"]), len(timeline["workflows"]))
     is_last = shown >= max(listed["count"], timeline["count"])
@@ -101,15 +103,18 @@ class TimeAxis:
 
     @classmethod
     def of(cls, timeline: Mapping[str, Any]) -> TimeAxis:
+        """Return the axis with the bounds and the present time of a timeline of the API."""
         return cls(*(_instant(timeline[name]) for name in ("since", "now", "until")))
 
     def x(self, at: datetime) -> float:
-        """Return the position of a time in percent, inside the range."""
+        """Return the position of a time in percent of the range; times outside of it are at its ends."""
         share = (at - self.since) / (self.until - self.since)
         return round(min(max(share, 0.0), 1.0) * 100, 2)
 
     def labels(self, step: int) -> Sequence[tuple[float, str]]:
-        """Return the labels of the ruler, at whole hours of UTC or at midnights."""
+        """Return position in percent and text of the ruler's labels, every `step` hours: hours in UTC, or
+        days for 24.
+        """
         first = self.since.replace(minute=0, second=0, microsecond=0)
         start = first - timedelta(hours=first.hour % step)
         count = int((self.until - start) / timedelta(hours=step)) + 1
@@ -119,7 +124,11 @@ class TimeAxis:
 
 
 def build_marks(lane: Mapping[str, Any], axis: TimeAxis) -> Sequence[LaneMark]:
-    """Return the shapes of a lane, those below others first."""
+    """Return the shapes of a schedule's lane, those below others first: windows, times awake, planned starts,
+    the last run.
+
+    If the API has cut the planned starts, a single shape shows that they are dense.
+    """
     marks = [_span("window", one, "window", axis) for one in lane["windows"]]
     for one in lane["awake"]:
         why = REASONS.get(one["reason"] or "", "")
@@ -139,6 +148,7 @@ def build_marks(lane: Mapping[str, Any], axis: TimeAxis) -> Sequence[LaneMark]:
 
 
 def _span(kind: str, span: Mapping[str, Any], title: str, axis: TimeAxis) -> LaneMark:
+    """Return the shape for a span of time, at least 0.3 percent wide."""
     start, end = axis.x(_instant(span["start"])), axis.x(_instant(span["end"]))
     return LaneMark(kind, start, round(max(end - start, 0.3), 2), title)
 
@@ -148,9 +158,9 @@ def _instant(text: str) -> datetime:
 
 
 def describe_timing(policy: Mapping[str, Any] | None) -> str:
-    """Return the timing of a schedule, such as `30 7 * * mon-fri, Europe/Berlin` or `every 60 s`.
+    """Return the timing of a schedule as text, such as `30 7 * * mon-fri, Europe/Berlin` or `every 60 s`.
 
-    Empty without a policy.
+    Empty for None.
     """
     if policy is None:
         return ""

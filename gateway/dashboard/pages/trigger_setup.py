@@ -60,9 +60,10 @@ REMEDIES: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the workflow, its addresses, the last deliveries, refused requests, data sources and schedule.
+    """Ask the API for a workflow, the addresses of its trigger, eight deliveries and refused requests,
+    sources and schedule.
 
-    Raises `ApiError`.
+    Parts that are forbidden or do not apply are None. Raises `ApiError`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     workflow = await page.get(path)
@@ -83,7 +84,10 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: the trigger, the chosen sender, the addresses, and the requests so far."""
+    """Return the template values: the trigger, the chosen sender, the addresses for it, and the requests so far.
+
+    The page leads through the setup of a trigger, by the sender that the query names or the config suggests.
+    """
     workflow, inbound = data["workflow"], data["inbound"] or {"urls": {}, "tokens": (), "warnings": ()}
     node = find_trigger(workflow["nodes"])
     kind = "" if node is None else KINDS[node["nodeId"]]
@@ -147,7 +151,10 @@ def find_trigger(nodes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None
 
 
 def guess_sender(config: Mapping[str, Any], senders: Sequence[tuple[str, str]]) -> str:
-    """Return the sender that the config of a trigger names; the first one if it names none."""
+    """Return the sender that the config of a trigger names; `other` for an unlisted provider, else the first one.
+
+    `senders` are names with labels; empty for no senders.
+    """
     names = [name for name, _ in senders]
     provider = (config.get("verification") or {}).get("provider")
     if provider in names:
@@ -160,7 +167,10 @@ def guess_sender(config: Mapping[str, Any], senders: Sequence[tuple[str, str]]) 
 def describe_refusals(
     samples: Sequence[Mapping[str, Any]], deliveries: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """Return the newest refusal with its advice, and the number of those like it; None after a later success."""
+    """Return the newest refusal with its advice, and the number of those with its code; None after a later success.
+
+    Samples are requests refused before they became deliveries.
+    """
     refused = [
         *((one["createdAt"], *one["reason"].split(": ", 1)) for one in samples),
         *(
@@ -184,7 +194,11 @@ def describe_refusals(
 
 
 def _plain_url(frame: PageFrame, workflow_id: str, kind: str) -> str:
-    """Return the URL of a trigger without a token, for senders that sign or send a key; empty for other kinds."""
+    """Return the URL of a trigger without a token, for senders that sign or send a key; empty unless `kind`
+    has one.
+
+    Kinds with one are `email`, `queue` and `event`.
+    """
     paths = {
         "email": f"/api/v1/workflows/{workflow_id}/email-trigger",
         "queue": f"/api/v1/workflows/{workflow_id}/enqueue",
@@ -194,6 +208,7 @@ def _plain_url(frame: PageFrame, workflow_id: str, kind: str) -> str:
 
 
 def _sources_by_type(listed: Mapping[str, Any] | None) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """Return the data sources of an API answer by their type; empty if the visitor may not list them."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for source in listed["dataSources"] if listed else ():
         found.setdefault(source["type"], []).append(source)
@@ -201,7 +216,7 @@ def _sources_by_type(listed: Mapping[str, Any] | None) -> Mapping[str, Sequence[
 
 
 def _sample_event_type(configured: str | Sequence[str] | None) -> str:
-    """Return an event type that the trigger accepts, such as `order.test` for `order.*`."""
+    """Return an event type that the trigger accepts, such as `order.test` for `order.*`; `test` if it accepts any."""
     first = configured if isinstance(configured, str) else next(iter(configured or ()), "test")
     return first.replace(".*", ".test")
 

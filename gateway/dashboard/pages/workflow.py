@@ -34,9 +34,10 @@ OF_INTAKE: Final[Mapping[str, Mapping[str, object]]] = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for the workflow, and for what its visitor may see of it.
+    """Ask the API for a workflow, and for the related objects that its visitor may see; others are None.
 
-    That is runs, deployment, deliveries, dead letters, versions, address and schedule. Raises `ApiError`.
+    They are ten runs, deployment, statistics, deliveries, dead letters, five versions, address, schedule, the
+    last run's graph, findings (graphs of up to 300 nodes), and the selected node's schema. Raises `ApiError`.
     """
     workflow_id = page.parameters["id"]
     path = f"/api/v1/workflows/{workflow_id}"
@@ -82,6 +83,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def _find_node(workflow: Mapping[str, Any], query: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """Return the node that the query selects; None without one."""
     return next((node for node in workflow["nodes"] if node["id"] == query.get("node")), None)
 
 
@@ -146,7 +148,10 @@ def _build_address(frame: PageFrame, **changes: str) -> str:
 
 
 def _read_states(graph: Mapping[str, Any] | None, workflow: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the states of the workflow's nodes in its last run; None if it has not run."""
+    """Return the states of the workflow's nodes in its last run by id; None if it has not run.
+
+    Nodes that were deleted since are left out.
+    """
     if graph is None:
         return None
     present = {node["id"] for node in workflow["nodes"]}
@@ -154,7 +159,7 @@ def _read_states(graph: Mapping[str, Any] | None, workflow: Mapping[str, Any]) -
 
 
 def describe_figures(figures: Mapping[str, Any]) -> str:
-    """Return the figures of a node as one line, such as `p95 120 ms · 2 % failed`."""
+    """Return the figures of a node as one line, such as `p95 120 ms · 2 % failed`; empty without any."""
     parts = []
     if figures["p95Ms"] is not None:
         parts.append(f"p95 {show_duration(figures['p95Ms'])}")
@@ -164,13 +169,15 @@ def describe_figures(figures: Mapping[str, Any]) -> str:
 
 
 def show_share(count: int, whole: int) -> str:
-    """Return a share in percent; a small one is never shown as nothing."""
+    """Return a share in whole percent, such as `4 %`; `under 1 %` for a small one, so that it is never shown
+    as nothing.
+    """
     percent = 100 * count / whole if whole else 0
     return f"{percent:.0f} %" if percent >= 1 or not count else "under 1 %"
 
 
 def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return the inputs of the last run for the form; empty without them, or if they are no object of small size."""
+    """Return the inputs of the last run, to fill the form; empty without any, and for more than 200,000 characters."""
     body = data.get("body") if isinstance(data, dict) else None
     if not isinstance(body, dict) or len(str(body)) > MAX_INPUT_CHARACTERS:
         return {}
@@ -178,7 +185,7 @@ def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON val
 
 
 def list_schema(schema: Mapping[str, Any] | None) -> Sequence[tuple[str, str, bool]]:
-    """Return name, description and necessity of each field of a config's JSON Schema."""
+    """Return name, description and whether it is required of each field of a config's JSON Schema; empty for None."""
     given = schema or {}
     required = given.get("required", ())
     return [

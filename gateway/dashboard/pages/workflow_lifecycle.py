@@ -43,7 +43,12 @@ WORDS: Final = {
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the workflow, its policy and decisions, then for the preview of the wanted policy."""
+    """Ask for the workflow, its lifecycle policy and 100 decisions, then for previews of it and of the policy
+    in the form.
+
+    An API error about the policy of the form becomes the text `problem`; other errors are raised as
+    `ApiError`.
+    """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     workflow, lifecycle, history, why = await asyncio.gather(
         page.get(path),
@@ -73,11 +78,15 @@ async def load(page: PageRequest) -> PageData:
 
 
 async def _load_preview(page: PageRequest, path: str, policy: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the API's preview of a policy: the planned transitions, and its effect on past runs."""
     return await page.preview(f"{path}/lifecycle/preview", **policy)
 
 
 def read_candidate(query: Mapping[str, str], present: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the policy that the form asks for; the present one without a form."""
+    """Return the lifecycle policy that the form in the query asks for; the present one without a form.
+
+    Invalid fields get defaults: 30 idle minutes, weekdays from 08:00 to 18:00, UTC.
+    """
     kind = query.get("type", "")
     if kind not in POLICIES:
         return present
@@ -96,7 +105,7 @@ def read_candidate(query: Mapping[str, str], present: Mapping[str, Any]) -> Mapp
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the calendar, the decisions and the comparison of policies."""
+    """Return the template values: the calendar of times awake, 12 decisions, and the comparison of both policies."""
     workflow, lifecycle, decisions = data["workflow"], data["lifecycle"], data["history"]["decisions"]
     status = lifecycle["deploymentStatus"]
     is_up = status in UP
@@ -146,7 +155,11 @@ def describe_policy(policy: Mapping[str, Any]) -> str:
 
 
 def compare_policies(replay: Mapping[str, Any]) -> Sequence[tuple[str, str, str, str, str]]:
-    """Return label, both values, tone and difference of each figure of a policy on the past runs."""
+    """Return a row for each figure of two policies, replayed on past runs: pod hours, runs that wait, and
+    waiting times.
+
+    A row has label, present and candidate value, tone and difference in words.
+    """
     now, then = replay["current"], replay["candidate"]
     counts = [
         ("Runs that wait for a wake", "coldStarts"),
@@ -165,6 +178,9 @@ def compare_policies(replay: Mapping[str, Any]) -> Sequence[tuple[str, str, str,
 
 
 def _compare(label: str, now: float, then: float, show: Any) -> tuple[str, str, str, str, str]:  # noqa: ANN401 - a formatter
+    """Return label, both values, tone and difference in words; more is `bad`, less `good`, and equal as shown
+    has no tone.
+    """
     difference = then - now
     if show(abs(difference)) == show(0):
         return (label, show(now), show(then), "", "the same")

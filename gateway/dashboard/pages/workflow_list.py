@@ -25,7 +25,7 @@ STATES: Final = (
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of workflows, their number by status, and the newest failed runs; raises `ApiError`."""
+    """Ask the API for 50 workflows, their number by status, and the 50 newest failed runs; raises `ApiError`."""
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     workflows, stats, failed = await asyncio.gather(

@@ -45,7 +45,10 @@ class ChangedPart:
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask for the workflow and its versions, then for two of them and their differences."""
+    """Ask for the workflow and its versions, then for the two that the query chooses and their differences.
+
+    Both and the differences are None without versions. Raises `ApiError`.
+    """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     workflow, versions = await asyncio.gather(page.get(path), page.get(f"{path}/versions"))
     before, after = choose_versions(versions["versions"], page.query)
@@ -62,6 +65,7 @@ async def load(page: PageRequest) -> PageData:
 async def _load_snapshot(
     page: PageRequest, path: str, version: str, workflow: Mapping[str, Any]
 ) -> Mapping[str, Any]:
+    """Return the definition of a version; `current` is the workflow as it is now."""
     if version == CURRENT:
         return workflow
     snapshot: Mapping[str, Any] = (await page.get(f"{path}/versions/{version}"))["snapshot"]
@@ -69,7 +73,11 @@ async def _load_snapshot(
 
 
 def choose_versions(versions: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> tuple[str, str]:
-    """Return the two versions to compare: by default the newest one and the workflow as it is now."""
+    """Return the two versions to compare by the query; by default the newest one and `current`, the workflow
+    as it is now.
+
+    The first is empty if there is no version.
+    """
     known = [CURRENT, *(str(one["version"]) for one in versions)]
     newest = known[-1] if len(known) > 1 else ""
     before, after = query.get("from", newest), query.get("to", CURRENT)
@@ -77,7 +85,7 @@ def choose_versions(versions: Sequence[Mapping[str, Any]], query: Mapping[str, s
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the graph of both versions as one, and the changes by part and path."""
+    """Return the template values: the graph of both versions as one, and the changes by part and path."""
     workflow, versions, diff = data["workflow"], data["versions"]["versions"], data["diff"]
     before, after = choose_versions(versions, frame.query)
     page_path = f"/dashboard/workflows/{workflow['id']}"
@@ -110,7 +118,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 def draw_difference(
     before: Mapping[str, Any], after: Mapping[str, Any], diff: Mapping[str, Any], at: str = ""
 ) -> Any:  # noqa: ANN401 - drawn shapes
-    """Return the map of the later graph with the removed nodes of the earlier one, each with its change as state."""
+    """Return the map of the later graph with the removed nodes of the earlier one, each with its change as state.
+
+    States are `same`, `added`, `removed` and `changed`. A large graph is shown around a change, or at `at`.
+    """
     removed = {node["id"] for node in diff["nodes"]["removed"]}
     states = dict.fromkeys((node["id"] for node in after["nodes"]), "same")
     states |= dict.fromkeys(removed, "removed")
@@ -125,7 +136,9 @@ def draw_difference(
 def list_parts(
     before: Mapping[str, Any], after: Mapping[str, Any], diff: Mapping[str, Any]
 ) -> Sequence[ChangedPart]:
-    """Return everything that differs: nodes, then connections, then settings."""
+    """Return every part that differs between two versions: nodes, then connections, then settings and other
+    containers.
+    """
     labels = {node["id"]: node["label"] for graph in (before, after) for node in graph["nodes"]}
     parts = [ChangedPart(node["label"], "added", (), node["id"]) for node in diff["nodes"]["added"]]
     parts += [ChangedPart(node["label"], "removed", (), node["id"]) for node in diff["nodes"]["removed"]]
@@ -167,7 +180,7 @@ def _list_connections(
 
 
 def _list_changes(changes: Mapping[str, Mapping[str, Any]]) -> Sequence[ShownChange]:
-    """Return the changes of fields, each down to the paths that differ."""
+    """Return the changes of fields, each down to the paths that differ; at most 100."""
     found: list[ShownChange] = []
     for name, change in changes.items():
         difference = compare_values(
@@ -178,6 +191,7 @@ def _list_changes(changes: Mapping[str, Mapping[str, Any]]) -> Sequence[ShownCha
 
 
 def _show_change(name: str, change: PathChange) -> ShownChange:
+    """Return a change with its path below the field's name and both values as text; None on a side without a value."""
     joint = "" if not change.path or change.path.startswith("[") else "."
     return ShownChange(
         f"{name}{joint}{change.path}",
