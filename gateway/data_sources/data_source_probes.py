@@ -72,10 +72,10 @@ class DataSourceProber:
         self._begun: OrderedDict[str, deque[float]] = OrderedDict()
 
     async def probe(self, source: DataSource) -> ProbeResult:
-        """Test the connection to a data source, and return success, message and duration; access was checked before.
+        """Test the connection to a data source, and return success, a message and the duration in milliseconds.
 
-        A failed connection is a result. Raises a 429 error after too many tests of the organization within a
-        minute.
+        The caller's access was checked before. A failed connection is a result, not an error. Raises a 429
+        error after 30 tests of the organization within a minute.
         """
         self._count(source.organization_id)
         began = monotonic()
@@ -87,6 +87,10 @@ class DataSourceProber:
         return ProbeResult(is_ok, message, milliseconds)
 
     async def _attempt(self, source: DataSource) -> tuple[bool, str]:
+        """Connect within ten seconds, and return success and a message without secrets and foreign addresses.
+
+        Undecryptable secrets, `NodeError` and the time limit are failures.
+        """
         try:
             secrets = decrypt_secrets(self._vault, source)
         except VaultError as error:
@@ -100,7 +104,12 @@ class DataSourceProber:
             return False, _redact(error.message, source.settings, secrets)
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
-        """Connect to a data source as a node would, and return a message about it; raises `NodeError` if that fails."""
+        """Connect to a data source as a node would, and return a message about it; raises `NodeError` if that
+        fails.
+
+        A database answers `SELECT 1`, a bucket is listed, a mail server accepts the login; secrets for HTTP
+        are only decrypted.
+        """
         from nodes.connections.data_source_connections import DataSourceConnections  # noqa: PLC0415 - most gateways never need the drivers
 
         caller = RunCaller(source.organization_id, source.owner_id, "", "", "")
@@ -132,9 +141,9 @@ class DataSourceProber:
         return "Its secrets can be decrypted; only a workflow tests them"
 
     def _count(self, organization_id: str) -> None:
-        """Count a test of an organization; raises a 429 error for too many.
+        """Count a test of an organization; raises a 429 error if there were 30 within the last minute.
 
-        They could serve to guess passwords or to scan for servers.
+        Tests could serve to guess passwords or to scan for servers.
         """
         now = monotonic()
         begun = self._begun.setdefault(organization_id, deque())
@@ -159,7 +168,9 @@ async def _list_one(bucket: ObjectBucket) -> None:
 
 
 def _redact(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
-    """Return a driver's message with secrets replaced, and each IP address except the configured host."""
+    """Return a driver's message with secrets replaced, and each IP address except the configured host by "its
+    address".
+    """
     return _ADDRESS.sub(
         lambda found: found[0] if found[0] == settings.get("host") else "its address",
         redaction.redact_text(message, secrets.values()),

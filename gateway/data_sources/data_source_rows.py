@@ -45,12 +45,17 @@ class StoredDataSource:
     """Time of each share by user id, in the order of the shares."""
 
     def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
-        """Return a copy of the data source with changed columns of its own row; nothing is written."""
+        """Return a copy of the data source with changed columns of its own row; shares stay, and nothing is
+        written.
+        """
         return replace(self, source=DataSource(**{**self.source.model_dump(), **changes}))
 
 
 async def lock(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> None:
-    """Lock a data source of the caller's organization against other changes until the transaction ends."""
+    """Lock a data source of the caller's organization against other changes until the transaction ends.
+
+    Nothing is locked if it is missing.
+    """
     row = select(col(DataSource.id)).where(
         col(DataSource.id) == source_id, col(DataSource.organization_id) == caller.organization_id
     )
@@ -74,9 +79,9 @@ async def page(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, list[StoredDataSource]]:
-    """Return the number of data sources that the caller may read, and the rows `part` of them in `order`.
+    """Return the number of data sources that the caller may read, and those of the page `part` in `order`.
 
-    With `kind`, only those of this type.
+    With `kind`, only those of this type; None means all types.
     """
     conditions = [is_readable_by(caller)]
     if kind is not None:
@@ -119,7 +124,7 @@ async def count(connection: AsyncConnection, organization_id: str) -> int:
 
 
 async def exists(connection: AsyncConnection, source_id: str, *, revision: int | None = None) -> bool:
-    """Return whether a data source exists, in a revision if given; visibility is not checked."""
+    """Return whether a data source exists, in this revision unless it is None; visibility is not checked."""
     statement = select(col(DataSource.id)).where(col(DataSource.id) == source_id)
     if revision is not None:
         statement = statement.where(col(DataSource.revision) == revision)
@@ -137,9 +142,11 @@ async def add(connection: AsyncConnection, source: DataSource) -> None:
 async def save(
     connection: AsyncConnection, before: StoredDataSource, after: StoredDataSource, caller: ApiCaller
 ) -> bool:
-    """Write the differences unless the data source has changed since `before`; return whether they were written.
+    """Write the differences of two states unless the data source has changed since `before`; return whether
+    they were written.
 
-    Raises `DataSourceNameTaken`.
+    Shares that were added or removed are written too. False also if the caller may not write it. Raises
+    `DataSourceNameTaken`.
     """
     source = after.source
     written = (
@@ -173,7 +180,7 @@ async def save(
 
 
 async def remove(connection: AsyncConnection, source: DataSource) -> None:
-    """Delete a data source with its secrets and shares; no copy of them remains."""
+    """Delete a data source with its secrets and shares in the transaction; no copy of them remains."""
     await connection.execute(delete(DataSourceShare).where(col(DataSourceShare.data_source_id) == source.id))
     await connection.execute(delete(DataSource).where(col(DataSource.id) == source.id))
 

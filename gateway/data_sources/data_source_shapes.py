@@ -96,7 +96,7 @@ def build_data_source(
 ) -> DataSource:
     """Return a new data source of the caller with encrypted secrets, not stored yet.
 
-    Raises a 422 error for invalid fields.
+    Raises a 422 error with all invalid fields, and for a user name without a password or the reverse.
     """
     problems = ProblemCollector()
     name = text_rules.check_line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
@@ -127,7 +127,12 @@ def build_data_source(
 def apply_changes(
     before: StoredDataSource, body: UpdateDataSource, vault: SecretVault, now: datetime
 ) -> StoredDataSource:
-    """Return a data source with the changes of a body, not stored yet; raises a 422 error for invalid fields."""
+    """Return a data source with the changes of a body, not stored yet; absent fields stay, a setting of null
+    is removed.
+
+    Secrets must be sent again if their destination, such as the host, changes. Raises a 422 error with all
+    invalid fields.
+    """
     source, problems = before.source, ProblemCollector()
     definition = DATA_SOURCE_TYPES[DataSourceType(source.type)]
     changes: dict[str, object] = {}
@@ -162,8 +167,9 @@ def apply_changes(
 def _check_fields(
     given: Mapping[str, Json], kind: type[DataSourceFields], path: str, problems: ProblemCollector
 ) -> dict[str, object]:
-    """Validate fields of a body by their type and return them as stored; each invalid field is added to
-    `problems` instead.
+    """Validate fields of a body by their type and return them as stored; if one is invalid, return {}.
+
+    Invalid fields are added to `problems`, with their place below `path`.
     """
     try:
         return to_stored(convert(dict(given), kind, path))
@@ -191,7 +197,10 @@ def _require_same_destination(
     destination: frozenset[str],
     problems: ProblemCollector,
 ) -> None:
-    """Add a problem if kept secrets would be sent to another destination than before."""
+    """Add a problem if kept secrets would be sent to another destination than before.
+
+    `destination` names the settings that form it, such as host and port.
+    """
     for name in sorted(destination):
         if not problems.found and settings.get(name) != source.settings.get(name):
             message = f"secrets are required when settings.{name} changes: it is part of their destination"
@@ -202,7 +211,7 @@ def _require_same_destination(
 
 
 def show_data_source(stored_source: StoredDataSource) -> DataSourceShape:
-    """Return the API shape of a data source."""
+    """Return a data source as the API shows it: with the names of its secrets, but without their values."""
     source = stored_source.source
     return DataSourceShape(
         id=source.id,

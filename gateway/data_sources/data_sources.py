@@ -115,7 +115,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
-    """Test a data source: connect to its server as a workflow would."""
+    """Test a data source: connect to its server as a workflow would.
+
+    A failed connection is answered with 200 and `ok` false. At most 30 tests of the organization a minute.
+    """
     stored = await request.gateway.data_source_editor.read(request.requested_object)
     found = await request.gateway.probes.probe(stored.source)
     return JsonResponse(
@@ -219,7 +222,9 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
-    """Raise a 403 error unless the caller may share the data source, 404 unless the user is of the organization."""
+    """Raise a 404 error unless the caller may read the data source and the user exists, 403 unless the caller
+    may share it.
+    """
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         editing.require_writer(request.caller, stored.source)
@@ -227,9 +232,9 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
 
 
 def _add_share(before: StoredDataSource, user_id: str, caller: ApiCaller, now: datetime) -> StoredDataSource:
-    """Return a data source with a share for one more user.
+    """Return a data source with a share for one more user, since `now`; unchanged if there is one already.
 
-    Raises a 409 error for too many, and 422 for the owner or caller.
+    Raises a 409 error for more than 1,000, and 422 for the owner or caller.
     """
     shared_with = shares.added(
         before.shared_with, user_id, now, what="data source", owner_id=before.source.owner_id, caller=caller
@@ -243,6 +248,6 @@ def _remove_share(before: StoredDataSource, user_id: str) -> StoredDataSource:
 
 
 def _as_json(stored: StoredDataSource) -> Mapping[str, Json]:
-    """Return the API shape of a data source as JSON."""
+    """Return a data source as the API shows it, as a JSON object."""
     shown: dict[str, Any] = msgspec.to_builtins(data_source_shapes.show_data_source(stored))
     return shown

@@ -114,11 +114,11 @@ class DeploymentActivator:
         self._is_released = False
 
     async def start(self) -> None:
-        """Subscribe to notifications of runs that workers or pods have claimed; they end the waits of requests."""
+        """Return the one data source, for any caller and id."""
         await self._broker.listen(self._receive, subject=wakeups.TAKEN_RUNS)
 
     def release(self) -> None:
-        """End all waits, present and later ones, because the process is about to stop."""
+        """End the waits of all requests, present and later ones, because the process is about to stop."""
         self._is_released = True
         for execution_id in list(self._waiters):
             self._notify(execution_id, is_taken=False)
@@ -144,7 +144,8 @@ class DeploymentActivator:
     def queue(self, workflow_id: str) -> Iterator[None]:
         """Count a request as waiting for a deployment during the block.
 
-        If its client leaves, the deployment is woken, because the run may still be accepted.
+        If its client leaves or it is canceled, the deployment is woken, because the run may still be
+        accepted.
         """
         self._queues[workflow_id] += 1
         try:
@@ -160,10 +161,10 @@ class DeploymentActivator:
                 del self._queues[workflow_id]
 
     async def ask(self, workflow_id: str) -> Deployment:
-        """Record activity of a deployment, and return it.
+        """Record activity of a deployment, so that its policy keeps it up, and return it.
 
-        Raises a 409 error if it isn't deployed or its policy forbids a start, and 503 if too many requests
-        already wait for it.
+        Raises a 409 error if it isn't deployed or its policy forbids a start, and 503 if over 1,000 requests
+        wait for it here.
         """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
@@ -177,7 +178,8 @@ class DeploymentActivator:
     async def count(self, workflow_id: str) -> CountedDeployment | None:
         """Record activity of a deployment for a run without a waiting client.
 
-        Returns it with the refusal of its start, if any; None if it isn't deployed.
+        Return it with the refusal of its start by its policy, None if it may start; None if it isn't
+        deployed.
         """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
@@ -193,7 +195,8 @@ class DeploymentActivator:
         )
 
     async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, CountedDeployment]:
-        """Record activity of several deployments at once; return them by workflow with the refusals of their starts.
+        """Record activity of several deployments at once; return each by its workflow id, with the refusal of
+        its start if any.
 
         Workflows that aren't deployed are omitted.
         """
@@ -212,10 +215,13 @@ class DeploymentActivator:
         return counted
 
     def wake_deployment(self, workflow_id: str) -> None:
-        """Wake a deployment for a run without a waiting client. If this fails, the scheduler wakes it."""
+        """Wake a deployment in the background for a run without a waiting client; if that fails, the
+        scheduler does it.
+        """
         self._wakes.submit(workflow_id)
 
     async def _check_policy(self, workflow_id: str) -> None:
+        """Raise a 409 error if the policy of a deployment forbids a start now, or it isn't deployed."""
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)
         if seen is None:
@@ -225,10 +231,12 @@ class DeploymentActivator:
             raise refuse_start(refusal)
 
     async def _count(self, batch: Sequence[str]) -> Sequence[Deployment | None]:
+        """Record activity of deployments in one transaction; return each, or None if it isn't deployed."""
         found = await wakes.record_activities(self._database, batch)
         return [found.get(workflow_id) for workflow_id in batch]
 
     async def _wake(self, batch: Sequence[str]) -> Sequence[None]:
+        """Wake each deployment of a batch that is down; failures of the database are logged only."""
         for workflow_id in dict.fromkeys(batch):
             try:
                 await self._check_deployment(workflow_id, is_first=True)
@@ -243,8 +251,9 @@ class DeploymentActivator:
     ) -> bool:
         """Wake the deployment for a run, and return whether the run was claimed within `seconds`.
 
-        `is_new` means a run accepted here just now, `is_ready` a deployment with ready pods. Raises
-        `PodUnavailable` if its pods can't start.
+        `is_new` means a run accepted here just now, `is_ready` a deployment with ready pods, which gets a
+        quarter of a second before it is woken. False also if the process stops. Raises `PodUnavailable` if
+        its pods can't start.
         """
         if not is_new and await self._has_begun(key):
             return True
@@ -262,7 +271,11 @@ class DeploymentActivator:
     async def _wait_for_claim(
         self, key: ExecutionKey, workflow_id: str, waiter: asyncio.Future[bool]
     ) -> None:
-        """Watch the deployment, and return once the run is claimed; raises `PodUnavailable` if its pods can't start."""
+        """Keep the deployment awake, and return once the run is claimed; raises `PodUnavailable` if its pods
+        can't start.
+
+        It is notified of claims, and also reads the run about once a second.
+        """
         with self._shared_watch(workflow_id) as watch:
             news: set[asyncio.Future[Any]] = {waiter, watch.bad_news}
             while True:
@@ -284,7 +297,10 @@ class DeploymentActivator:
 
     @contextmanager
     def _waiter(self, execution_id: str) -> Iterator[asyncio.Future[bool]]:
-        """Yield a future that gets True when the run is claimed, False if the process stops first."""
+        """Yield a future that gets True when the run is claimed, False if the process stops first.
+
+        It is done already for a run whose claim was heard of in the last minute.
+        """
         waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self._is_released or self._heard.get(execution_id) is not None:
             waiter.set_result(not self._is_released)
@@ -300,11 +316,13 @@ class DeploymentActivator:
                 self._waiters.pop(execution_id, None)
 
     def _receive(self, notification: Notification) -> None:
+        """Set the futures of runs that a notification names as claimed, and remember them for a minute."""
         for execution_id in wakeups.parse_taken_runs(notification):
             self._heard.put(execution_id, value=True)
             self._notify(execution_id, is_taken=True)
 
     def _notify(self, execution_id: str, *, is_taken: bool) -> None:
+        """Set the futures of the requests that wait for a run."""
         for waiter in self._waiters.get(execution_id, ()):
             if not waiter.done():
                 waiter.set_result(is_taken)
@@ -313,7 +331,10 @@ class DeploymentActivator:
 
     @contextmanager
     def _shared_watch(self, workflow_id: str) -> Iterator[DeploymentWatch]:
-        """Yield the watch of a deployment, which keeps it awake; the first block starts it, the last one ends it."""
+        """Yield the watch of a deployment, which keeps it awake; concurrent blocks share it.
+
+        The first block starts it, the last one ends it.
+        """
         watch = self._watches.get(workflow_id)
         if watch is None:
             watch = self._watches[workflow_id] = DeploymentWatch()
@@ -353,7 +374,8 @@ class DeploymentActivator:
     async def _check_deployment(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
         """Wake a deployment that is stopped or about to stop; return why its pods can't start, None if they may.
 
-        Checks after the first expect its pods to start, so a failure or blockage counts then.
+        Checks after the first expect its pods to start, so a failure or a lack of capacity counts then. None
+        if it isn't deployed: workers execute its runs.
         """
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)
@@ -377,7 +399,9 @@ class DeploymentActivator:
 
 
 def refuse_start(refusal: StartRefusal) -> ApiError:
-    """Return the 409 error for a run whose deployment may not start."""
+    """Return the 409 error for a run whose deployment may not start: not deployed, outside its window, or
+    stopped by hand.
+    """
     match refusal.code:
         case StartRefusalCode.NOT_DEPLOYED:
             return errors.not_deployed()

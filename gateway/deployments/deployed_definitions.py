@@ -56,7 +56,10 @@ class DeployedDefinitions:
         self._cache: TTLCache[DefinitionKey, DeployedDefinition] = TTLCache(KEPT_SECONDS, MAX_KEPT)
 
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
-        """Return a workflow with the deployed definition in place of its own. Raises `DefinitionMissing`."""
+        """Return a workflow with the deployed definition in place of its own, which may have been edited since.
+
+        Definitions are cached. Raises `DefinitionMissing` if its text is not stored.
+        """
         if workflow.definition_hash == deployment.definition_hash:
             return replace(workflow, validation=ValidationResult())
         deployed = await self._load(
@@ -84,6 +87,7 @@ class DeployedDefinitions:
         return trigger.kind if trigger else definition_snapshot.MANUAL_KIND
 
     async def _load(self, key: DefinitionKey) -> DeployedDefinition:
+        """Return a deployed definition from the cache or the database; raises `DefinitionMissing`."""
         cached = self._cache.get(key)
         if cached is not None:
             return cached

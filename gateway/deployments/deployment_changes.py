@@ -56,10 +56,10 @@ async def deploy_workflow(
     token_id: str,
     secret: bytes,
 ) -> Deployment:
-    """Deploy the definition of a snapshot in the transaction of `connection`, which may be repeated.
+    """Deploy the definition of a snapshot in the transaction of `connection`, and return the deployment.
 
-    Return the deployment. The token of its pods is hashed with `secret`. The change is recorded in the audit
-    trail.
+    `version` is its number, `token_id` identifies the token of its pods, which is hashed with `secret`; it is
+    made before, so that a repeated transaction has the same. The audit trail gets an entry.
     """
     workflow = stored.workflow
     text = await asyncio.to_thread(_encode_definition, snapshot, catalog)
@@ -86,9 +86,10 @@ async def undeploy_workflow(
     *,
     reason: StoppedReason | None = None,
 ) -> None:
-    """Undeploy a workflow in the transaction of `connection`; its runs belong to the workers from then on.
+    """Undeploy a workflow in the transaction; its accepted runs belong to the workers from then on.
 
-    Does nothing if it isn't deployed; otherwise the audit trail gets an entry.
+    Nothing happens if it isn't deployed; otherwise the audit trail gets an entry. `reason` is None for a
+    request of a user.
     """
     before = await desired_state.find_deployment(connection, workflow_id)
     after = await desired_state.undeploy_workflow(
@@ -106,9 +107,10 @@ async def change_deployment(
     *,
     replicas: int | None = None,
 ) -> Deployment:
-    """Apply a decision to the deployment of the requested workflow, and return it.
+    """Lock the deployment of the requested workflow, apply the decision of `decide` to it, and return it.
 
-    Without an action it stays unchanged. Raises 404, 403, and 409 if the workflow isn't deployed.
+    A decision without an action changes nothing; `replicas` None keeps the number of pods. The audit trail
+    gets an entry. Raises 404, 403, and 409 if the workflow isn't deployed.
     """
     workflow_id, caller = requested.id, requested.caller
 
@@ -149,9 +151,10 @@ class DeployerClient:
         self._settle_seconds = settle_seconds
 
     async def notify(self, workflow_id: str) -> None:
-        """Wake the deployer for a workflow, and the workers, which may have received its runs.
+        """Wake the deployer for a workflow, and the workers, which may have received its runs; call it after
+        the commit.
 
-        Call it after the commit.
+        A lost notification only delays them.
         """
         await wakeups.wake_deployer(self._broker, workflow_id)
         self._acceptances.wake_workers()
@@ -159,9 +162,10 @@ class DeployerClient:
     async def await_state(
         self, workflow_id: str, is_reached: Callable[[Deployment], bool]
     ) -> Deployment | None:
-        """Return a deployment once it has reached a state, failed or is blocked, or the time limit is over.
+        """Return a deployment once `is_reached` holds, it failed or lacks capacity, or the client's time
+        limit is over.
 
-        None if the workflow was never deployed.
+        None if the workflow was never deployed. The caller must look at the returned state.
         """
         waiting, key = self._waiting, wakeups.deployment_watch_key(workflow_id)
         with waiting.waiter(key) as waiter:
@@ -188,7 +192,9 @@ def has_failed(deployment: Deployment) -> bool:
 
 
 def fresh_token_id() -> str:
-    """Return a new id for the token of a deployment's pods, created before its transaction, which may be repeated."""
+    """Return a new id for the token of a deployment's pods; create it before the transaction, which may be
+    repeated.
+    """
     return deployment_token.new_token_id()
 
 
@@ -207,6 +213,7 @@ async def _record(
     before: Deployment | None,
     after: Deployment,
 ) -> None:
+    """Record a change of a deployment in the audit trail, with hashes of its desired state before and after."""
     await audit_log.record_change(
         connection,
         caller,

@@ -141,8 +141,7 @@ class PodLog(WireStruct):
 async def deploy(request: GatewayRequest) -> JsonResponse:
     """Deploy the current version of a workflow: its runs then execute in pods of its own, all with this definition.
 
-    The workflow becomes active, so its graph must be valid. Deploying it again replaces its pods one by
-    one.
+    The workflow becomes active, so its graph must be valid. Deploying it again replaces its pods one by one.
     """
     token_id = deployment_changes.fresh_token_id()
 
@@ -212,6 +211,10 @@ def _require_runnable(version: WorkflowVersion, catalog: NodeTypeLookup) -> None
 
 
 async def _deploy_answer(request: GatewayRequest, stored: StoredWorkflow) -> JsonResponse:
+    """Notify the deployer, wait for the pods for a limited time, and return the answer about the deployment.
+
+    The status is 200 if all pods run, else 202 with the state so far.
+    """
     workflow_id = stored.workflow.id
     await request.gateway.deployer.notify(workflow_id)
     deployment = await request.gateway.deployer.await_state(workflow_id, _is_up_or_overtaken)

@@ -92,9 +92,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _list_deployed_workflows(
     connection: AsyncConnection, caller: ApiCaller, app_id: str
 ) -> Sequence[Row[*tuple[Any, ...]]]:
-    """Return the active, deployed workflows of an application that the caller may trigger, newest first.
-
-    At most `limits.DISCOVERED`.
+    """Return the active, deployed workflows of an application that the caller may trigger, newest first; at
+    most 1,000.
     """
     rows = await connection.execute(
         select(

@@ -222,9 +222,10 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
-    """Return the policy of a body, which is either a policy or an unchanged answer of `GET` with one.
+    """Return the policy of a body, which is either a policy or an answer of `GET` that contains one.
 
-    Raises a 422 error.
+    Other fields of such an answer must be unchanged. Raises a 422 error for an invalid policy or a changed
+    field.
     """
     value = await read_json(request)
     if not isinstance(value, dict) or "type" in value or "lifecyclePolicy" not in value:
@@ -300,6 +301,10 @@ async def preview(request: GatewayRequest) -> JsonResponse:
 def _show_lifecycle(
     workflow: Workflow, seen: DeploymentActivity | None, used: PodUsage | None
 ) -> LifecycleShape:
+    """Return a workflow's policy and the state of its deployment as the API shows it.
+
+    `seen` and `used` are None for a workflow that was never deployed.
+    """
     deployment = seen.deployment if seen else None
     upcoming = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now) if seen else None
     return LifecycleShape(
@@ -343,6 +348,9 @@ def _replay_policies(
 
 
 def _replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
+    """Return the figures of a replayed policy as the API shows them: pod hours of all replicas, cold starts,
+    and waits in seconds.
+    """
     return ReplayShape(
         pod_hours=round(replay.pod_time.total_seconds() * replicas / HOUR_SECONDS, 3),
         cold_starts=replay.cold_starts,

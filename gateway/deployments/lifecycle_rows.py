@@ -61,9 +61,8 @@ async def list_decisions(
 
 
 async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> PodUsage | None:
-    """Return how long a workflow's pods ran, in seconds, in the last days or since its first pods.
-
-    None if it never had pods.
+    """Return the use of a workflow's pods in the last seven days, or since its first pods; None if it never
+    had any.
     """
     row = (await connection.execute(usage_statement(workflow_id, now))).one()
     if row.first is None:
@@ -72,9 +71,10 @@ async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetim
 
 
 def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
-    """Return the statement that sums the desired pods over time, in microseconds of pods.
+    """Return the statement that sums the desired pods of seven days over time, in microseconds of pods.
 
-    The last decision before the period gives the number of pods at its start.
+    The last decision before the period gives the number of pods at its start. `first` is null for a workflow
+    without decisions.
     """
     since = now - USAGE_TIME
     of_workflow = col(LifecycleDecision.workflow_id) == workflow_id
@@ -101,7 +101,7 @@ def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
 async def read_past_runs(
     connection: AsyncConnection, workflow_id: str, since: datetime, until: datetime
 ) -> Sequence[PastRun]:
-    """Return a workflow's last runs since a time, at most `limits.PREVIEW_RUNS`, in the order of their acceptance.
+    """Return a workflow's last runs since a time, at most 10,000, the oldest first, with acceptance and end.
 
     Runs that have not ended get `until` as their end.
     """

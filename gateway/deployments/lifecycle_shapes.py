@@ -71,9 +71,9 @@ class PolicyShape(WireStruct, omit_defaults=True):
 
 
 def store_policy(body: LifecyclePolicy) -> dict[str, Any]:
-    """Return the stored form of a policy, with the fields of its type only.
+    """Return a policy as it is stored: with the fields of its type only, and the default of 30 idle minutes or so.
 
-    Raises a 422 error for an invalid schedule.
+    Raises a 422 error for a `scheduled-window` without or with an invalid schedule.
     """
     match body.type:
         case PolicyType.IDLE_SHUTDOWN:
@@ -96,6 +96,7 @@ def show_policy(policy: Mapping[str, Any]) -> PolicyShape:
 
 
 def _check(schedule: ScheduleShape) -> None:
+    """Raise a 422 error with all problems of a schedule: an unknown time zone or an empty window."""
     problems = ProblemCollector()
     if schedule.timezone not in weekly_windows.zone_names():
         message = "schedule.timezone must be the name of a zone, such as America/Los_Angeles or UTC"
@@ -105,6 +106,7 @@ def _check(schedule: ScheduleShape) -> None:
 
 
 def _check_windows(given: Sequence[WindowShape], problems: ProblemCollector) -> None:
+    """Add a problem for each window of no length."""
     for index, one in enumerate(given):
         path = f"schedule.windows.{index}.endTime"
         try:

@@ -44,7 +44,8 @@ class PodLogReader:
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
         """Return the last lines of a workflow's pods, at most `limit`, from a deployer.
 
-        Raises a 503 error if no deployer or its cluster answers in time, and for too many requests.
+        Raises a 503 error if no deployer or its cluster answers within 15 seconds, and if 100 requests wait
+        here.
         """
         if len(self._answers) >= MAX_REQUESTS:
             raise errors.not_ready("Too many requests wait here for pod logs: try again")
@@ -63,6 +64,7 @@ class PodLogReader:
             del self._answers[request_id]
 
     def _receive(self, notification: Notification) -> None:
+        """Hand the lines of a deployer's answer, or its error, to the request that waits for them."""
         if not isinstance(notification, DirectMessage):
             return
         answer = self._answers.get(notification.message.get(POD_LOGS, ""))

@@ -111,7 +111,7 @@ class TriggerTimings:
     """Hash of the deployed definition."""
 
     def headers(self) -> dict[str, str]:
-        """Return the headers `Server-Timing`, with durations in milliseconds, and `X-Cold-Start`."""
+        """Return the headers `Server-Timing`, with milliseconds for acceptance, wake and run, and `X-Cold-Start`."""
         now = perf_counter()
         taken = now if self.taken is None else self.taken
         parts = {"accept": self.accepted - self.began, "wake": taken - self.accepted, "run": now - taken}
@@ -171,7 +171,10 @@ async def start(request: GatewayRequest) -> JsonResponse:
 
 
 def _build_refusal(news: BadNews, execution_id: str) -> ApiError | None:
-    """Return the API error for a run whose pods can't start; None if the run is kept until they may."""
+    """Return the API error for a run whose pods can't start: failed or without capacity.
+
+    None if its policy refuses a start: the run is kept until they may start.
+    """
     match news:
         case StartFailure(reason):
             return errors.start_failed(reason, execution_id)
@@ -182,6 +185,9 @@ def _build_refusal(news: BadNews, execution_id: str) -> ApiError | None:
 
 
 def _check_body(body: TriggerRequest) -> TriggerRequest:
+    """Return the body after checks, with its trigger type without spaces around it; raises a 422 error for
+    invalid fields.
+    """
     acceptance.require_one_spelling(body.trigger_inputs, body.inputs)
     problems = ProblemCollector()
     run_labels.read_labels(body.tags, body.metadata)
@@ -195,10 +201,10 @@ def _check_body(body: TriggerRequest) -> TriggerRequest:
 async def _plan_run(
     request: GatewayRequest, workflow: LoadedWorkflow, body: TriggerRequest, times: TriggerTimings
 ) -> RunRequest:
-    """Return the run with the deployed definition.
+    """Return the run to accept, with the deployed definition, and note in `times` whether its pods must start.
 
-    Raises a 409 error if the workflow accepts no runs or its deployment may not start, 503 if too many
-    requests wait.
+    Raises a 409 error if the workflow accepts no runs, isn't active, isn't deployed or may not start, 503 if
+    over 1,000 requests wait, 422 for invalid labels.
     """
     acceptance.require_open(workflow.status)
     deployment = await request.gateway.activation.ask(workflow.id)
@@ -216,7 +222,8 @@ async def _plan_run(
 async def _wait_for_pod(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, until: float
 ) -> None:
-    """Wait until a pod has claimed the run, or the time `until` is over, and record the moment in `times`.
+    """Wait until a pod has claimed the run or the loop's time `until` is over, record it in `times`, and
+    measure it.
 
     Raises `PodUnavailable` if pods can't start.
     """
@@ -245,7 +252,7 @@ async def _read_progress(
     times: TriggerTimings,
     until: float,
 ) -> RunProgressReport | None:
-    """Return the progress of the run: with `sync` at its end or at the time `until`.
+    """Return the progress of the run: with `sync` at its end or at the loop's time `until`, else now.
 
     None without `sync` if a pod has just claimed it.
     """
@@ -290,6 +297,7 @@ async def _show_result(
 async def _show_ended_run(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, outcome: OutcomeShape
 ) -> TriggerResult:
+    """Return the result of a run that ended in time, with the output of its last node unless outputs are too large."""
     output = {} if outcome.outputs_omitted else await _read_output(request, accepted, times)
     return TriggerResult(
         status=TriggerStatus(outcome.status),
@@ -341,7 +349,7 @@ def _seconds_left(until: float) -> float:
 async def run_until_disconnect(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
     """Return the result of `work`, or raise `ClientDisconnect` if the client leaves first.
 
-    `work` is cancelled then, the run is not.
+    `work` is canceled then, but not the run that it waits for.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.create_task(_wait_disconnect(request))

@@ -33,9 +33,9 @@ class PlainPages:
     pages: Mapping[str, Path]
 
     def find(self, path: str) -> ASGIApp | None:
-        """Return the answer with the page at a path, or with an explanation for pages that aren't built.
+        """Return the answer with the Markdown page at a path below `/docs/`, `README.md` for "".
 
-        None for other paths.
+        Without built pages, the contents and `api` are explanations. None for other paths.
         """
         name = path or CONTENTS
         if name in self.pages:
@@ -47,7 +47,9 @@ class PlainPages:
         return None
 
     def _render_markdown(self, name: str) -> str:
-        """Return the text of a page as HTML, escaped, with its links to other served pages."""
+        """Return the text of a page as escaped HTML in which links to other served pages work; other links
+        stay text.
+        """
 
         def link(match: re.Match[str]) -> str:
             target = posixpath.normpath(posixpath.join(posixpath.dirname(name), match[2].partition("#")[0]))

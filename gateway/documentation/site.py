@@ -61,9 +61,9 @@ class DocumentationSite:
     files: Mapping[str, SiteFile] = field(default_factory=dict)
 
     def find(self, path: str) -> ASGIApp | None:
-        """Return the answer with the file at a path, or a redirect of a folder to itself with a slash.
+        """Return the answer with the file at a path below `/docs/`; a folder's is its `index.html`.
 
-        None for other paths.
+        A folder without a slash at the end is redirected to one. None for other paths.
         """
         name = path + INDEX if path.endswith("/") or not path else path
         entry = self.files.get(name)
@@ -87,9 +87,8 @@ class DocumentationSite:
 
 
 def open_site(folder: Path, *, checkout: Path) -> DocumentationSite | plain_pages.PlainPages:
-    """Return the built site in `folder`.
-
-    If none was built, the Markdown pages of the checkout, of which there may be none.
+    """Return the built site in `folder`; if none was built, the Markdown pages of the checkout, of which
+    there may be none.
     """
     manifest = folder / MANIFEST
     if manifest.exists():
@@ -112,6 +111,10 @@ async def redirect(request: GatewayRequest) -> RedirectResponse:  # noqa: ARG001
 
 
 def _find(path: str) -> ASGIApp | None:
+    """Return the answer for a path of the documentation, None for unknown ones; a rebuilt site is opened again.
+
+    It reads files, so it runs in a thread.
+    """
     try:
         built_at = (BUILT / MANIFEST).stat().st_mtime_ns
     except FileNotFoundError:

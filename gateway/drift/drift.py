@@ -96,7 +96,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 def build_report(report: ExaminationReport) -> DriftReport:
-    """Return a report in the form that the API and `pilotflame doctor --json` show."""
+    """Return a report of drift in the form that the API and `pilotflame doctor --json` show.
+
+    Drift is a contradiction between database, Redis and processes.
+    """
     return DriftReport(
         as_of=optional_instant(report.as_of),
         clean=report.is_clean,
@@ -106,6 +109,7 @@ def build_report(report: ExaminationReport) -> DriftReport:
 
 
 def _show_finding(finding: DriftFinding) -> DriftFindingShape:
+    """Return a finding as the API shows it, with its fix if there is one."""
     fix = FIXES.get(finding.drift_class)
     return DriftFindingShape(
         drift_class=finding.drift_class,

@@ -32,17 +32,23 @@ class RecentObservations:
         )
 
     def find(self, organization_id: str) -> frozenset[FindingKey] | None:
-        """Return the findings of the newest observation that is old enough; None without one."""
+        """Return the findings of the newest observation that is at least one second and at most a minute old;
+        None without one.
+        """
         now = self._clock()
         return next((keys for at, keys in self._kept_of(organization_id) if now - at >= GRACE_SECONDS), None)
 
     def add(self, organization_id: str, observed: frozenset[FindingKey], at: float) -> None:
-        """Remember an observation at a time of the clock, unless the last one is too recent to be replaced."""
+        """Remember the findings of an observation at `at`, a time of `now()`.
+
+        Only the last two are kept; one less than a second after the last is dropped.
+        """
         kept = self._kept_of(organization_id)
         if not kept or at - kept[0][0] >= GRACE_SECONDS:
             self._kept.put(organization_id, [(at, observed), *kept[:1]])
 
     def now(self) -> float:
+        """Return the time of the monotonic clock in seconds, by which observations are dated."""
         return self._clock()
 
     def _kept_of(self, organization_id: str) -> Sequence[tuple[float, frozenset[FindingKey]]]:

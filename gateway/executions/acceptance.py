@@ -75,7 +75,9 @@ class PodNotifier(Protocol):
     """Notifies pods of new runs."""
 
     async def notify_pods(self, workflow_ids: Collection[str]) -> None:
-        """Tell the waiting polls of the pods of these workflows that there are runs to claim."""
+        """Tell the waiting polls of the pods of these workflows that there are runs to claim; a lost
+        notification only delays them.
+        """
 
 
 class RunAcceptor:
@@ -117,7 +119,8 @@ class RunAcceptor:
     async def accept(self, acceptance: RunAcceptance) -> AcceptanceResult:
         """Store a run with others in one transaction, and return the outcome after its commit.
 
-        Raises a 503 error while too many runs wait.
+        Runs that must not wait for a concurrency slot are stored separately. Raises a 503 error while 2,000
+        runs wait.
         """
         group = self._group if acceptance.may_wait else self._separate
         if group.depth >= limits.ACCEPTANCES_WAITING:
@@ -125,9 +128,10 @@ class RunAcceptor:
         return await group.submit(acceptance)
 
     async def ingest(self, write: InboundRequest) -> IngestResult:
-        """Store an inbound request with others in one transaction, and return the outcome after its commit.
+        """Store an inbound request (a delivery with its runs) with others in one transaction, and return the
+        outcome.
 
-        Raises a 503 error while too many wait.
+        It returns after the commit. Raises a 503 error while 2,000 requests wait.
         """
         if self._ingests.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
@@ -139,11 +143,14 @@ class RunAcceptor:
         return self._broker.channel
 
     def is_stored(self, definition: DefinitionKey) -> bool:
-        """Return whether the database is known to have a definition, so that its text need not be sent again."""
+        """Return whether the database is known to have a definition, so that its text need not be sent again.
+
+        False may be wrong after an hour; the text is then stored again.
+        """
         return self._stored.get(definition) is not None
 
     def follow(self, concurrency_key: str | None) -> None:
-        """Wake the workers for a committed run, or admit runs of its concurrency key if it has one."""
+        """Make a committed run start: wake the workers, or, with a concurrency key, admit its runs to free slots."""
         if concurrency_key is None:
             self.wake_workers()
         else:
@@ -210,7 +217,7 @@ class RunAcceptor:
         return answers
 
     def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Count the accepted runs, and remember the definitions that the database has now."""
+        """Count the accepted runs as a metric, and remember for an hour the definitions that the database has now."""
         for one in accepted:
             instruments.counter("executions_accepted_total", one.trigger_type).inc()
             if one.definition is not None:
@@ -219,7 +226,11 @@ class RunAcceptor:
                 )
 
     def _notify(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Notify pods and workers of runs that may start, and admit runs of their concurrency keys."""
+        """Notify pods and workers of runs that may start now, and admit runs of their concurrency keys to
+        free slots.
+
+        Runs that were sent to a worker directly need no notification.
+        """
         if any(
             one.concurrency_key is None and one.assigned_deployment_id is None and not one.worker
             for one in accepted
@@ -240,7 +251,7 @@ class RunAcceptor:
     async def _admit(self, key: str) -> None:
         """Give free concurrency slots to waiting runs of a key, and notify workers and pods.
 
-        If the database fails, a sweep repeats it.
+        If the database fails, it is only logged: the scheduler repeats it.
         """
         try:
             if await concurrency_limits.admit_waiting_runs(self._database, key):
@@ -280,13 +291,14 @@ def _count_characters(run: RunAcceptance) -> int:
 
 
 def require_open(status: WorkflowStatus) -> None:
-    """Raise a 409 error if a workflow of this status accepts no runs, such as an archived one."""
+    """Raise a 409 error if a workflow of this status accepts no runs, such as an archived or paused one."""
     if status in _CLOSED:
         raise errors.conflict(f"workflow-{status}", _CLOSED[status])
 
 
 async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> AcceptanceResult | None:
-    """Return the result of an earlier request with this idempotency key: repeated, or mismatch for another body.
+    """Return the outcome of an earlier request with this idempotency key: `REPEATED`, or `MISMATCH` for
+    another body.
 
     None if the key is unused or expired.
     """
@@ -306,9 +318,10 @@ async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> A
 async def find_all_earlier(
     database: Database, shard: int, keys: Sequence[IdempotencyKey]
 ) -> dict[IdempotencyKey, AcceptanceResult]:
-    """Return the results of earlier requests by their idempotency keys: repeated, or mismatch for another body.
+    """Return the outcomes of earlier requests by their idempotency keys: `REPEATED`, or `MISMATCH` for
+    another body.
 
-    Unused and expired keys are omitted.
+    Unused and expired keys are omitted. 500 keys are read at once.
     """
     pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
     asked = {(key.scope, key.key): key for key in keys}
@@ -356,14 +369,14 @@ RunPlanner: TypeAlias = Callable[[LoadedWorkflow], Awaitable[RunRequest]]
 
 
 def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
-    """Raise a 422 error if a body has the inputs of a run under both names."""
+    """Raise a 422 error if a body has the inputs of a run under both names, `inputs` and `triggerInputs`."""
     if trigger_inputs is not None and inputs is not None:
         message = "inputs and triggerInputs have the same meaning: send only one of them"
         raise errors.invalid([errors.problem("inputs", "ambiguous", message)])
 
 
 def response_headers(settings: GatewaySettings, accepted: AcceptanceResult) -> dict[str, str]:
-    """Return the headers for an accepted run: its location, and a mark if the idempotency key was used before."""
+    """Return the headers for an accepted run: its `Location`, and a mark if the idempotency key was used before."""
     headers = location(settings, accepted.execution_id)
     return {**headers, **idempotency.REPLAYED} if accepted.verdict is AcceptanceVerdict.REPEATED else headers
 
@@ -394,9 +407,10 @@ class WorkflowRunAcceptor:
         plan: RunPlanner,
         idempotency_key: IdempotencyKey | None,
     ) -> AcceptanceResult:
-        """Accept a run of a workflow for the caller of a request, once per idempotency key.
+        """Accept a run of a workflow for the caller of a request, once per idempotency key, and return the outcome.
 
-        The answer gets rate limit headers. Returns the run of an earlier request with the key. Raises 404,
+        `plan` makes the run of the workflow. The answer gets rate limit headers. An earlier request with the
+        key has its run returned. If the workflow changes meanwhile, it is planned again once. Raises 404,
         409, 422, 429, and the errors of `plan`.
         """
         caller = request.caller
@@ -422,9 +436,10 @@ class WorkflowRunAcceptor:
         plan: RunPlanner,
         idempotency_key: IdempotencyKey | None,
     ) -> AcceptanceResult:
-        """Plan a run and store it, and return the outcome.
+        """Plan a run and store it, and return the outcome, which may be `STALE` or `MISMATCH`.
 
-        A repeated request gets its first answer even after a refusal.
+        A repeated request gets its first answer even if the run would be refused now. Raises a 409 error if
+        its concurrency key has no free slot and its runs may not wait.
         """
         try:
             run = await self._plan_run(caller, plan, workflow)

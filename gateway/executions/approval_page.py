@@ -135,13 +135,20 @@ class PageResponse:
 
 
 async def show(request: GatewayRequest) -> PageResponse:
-    """Show the question of a link; nothing changes."""
+    """Show the question of an approval link; nothing changes.
+
+    The page explains a link that is used, early or closed, and an unknown one.
+    """
     question = await _find_question(request)
     return _refuse(request) if question is None else _show_question(question)
 
 
 async def answer(request: GatewayRequest) -> PageResponse:
-    """Answer the question of a link, and use the link up."""
+    """Answer the question of an approval link with the posted form, and use the link up.
+
+    Invalid fields are shown in the page with 422; a link that can't answer (used, closed, not allowed) gets
+    409.
+    """
     question = await _find_question(request)
     if question is None:
         return _refuse(request)
@@ -165,7 +172,7 @@ async def answer(request: GatewayRequest) -> PageResponse:
 
 
 def _refuse(request: GatewayRequest) -> PageResponse:
-    """Return the answer for an unknown token, and count it: a client with too many gets 429.
+    """Return the page for an unknown token, and count it: a client with too many gets 429.
 
     Tokens have 256 bits, so a known one works even for such a client.
     """
@@ -207,7 +214,11 @@ async def _store_answer(
 
 
 async def _find_question(request: GatewayRequest) -> ApprovalQuestion | None:
-    """Return the question of the link whose token is in the path; None for an unknown token."""
+    """Return the question of the link whose token is in the path, with the run and workflow; None for an
+    unknown token.
+
+    A question that was answered or has expired has None as its waiting node.
+    """
     async with request.gateway.database.read() as connection:
         link = await approvals.find_link(connection, request.path_params["id"])
         if link is None:
@@ -279,7 +290,10 @@ async def _was_reached(connection: AsyncConnection, link: ApprovalLink) -> bool:
 
 
 def _read_form(content: bytes) -> Mapping[str, str]:
-    """Return the fields of a posted form, the last value of each; raises ValueError if it is too long or invalid."""
+    """Return the fields of a posted form, the last value of each.
+
+    Raises ValueError for over 100,000 bytes or 100 fields, NUL, and text that is not UTF-8.
+    """
     if len(content) > MAX_FORM_BYTES:
         raise ValueError("The answer is too long")
     if b"\0" in content or b"%00" in content:
@@ -289,7 +303,11 @@ def _read_form(content: bytes) -> Mapping[str, str]:
 
 
 def _read_answer(asked: WaitingNode, form: Mapping[str, str]) -> tuple[str | None, Json]:
-    """Return the choice and the data of a form, None where it has none; raises ValueError for an invalid number."""
+    """Return the choice and the data of a form; None for either that it doesn't have.
+
+    Fields are converted by the question's schema; empty ones are left out. Raises ValueError for an invalid
+    number or JSON.
+    """
     properties = _read_properties(asked)
     data: dict[str, Json] = {}
     for name, schema in properties.items():
@@ -304,6 +322,7 @@ def _read_answer(asked: WaitingNode, form: Mapping[str, str]) -> tuple[str | Non
 
 
 def _read_value(name: str, text: str, schema: Mapping[str, Any]) -> Json:
+    """Return the JSON value of a form field by its schema: text, a number, or any JSON; raises ValueError."""
     kind = schema.get("type")
     if kind in {"string", None}:
         return text
@@ -340,7 +359,10 @@ _GONE: Final = _show_message(
 def _show_question(
     question: ApprovalQuestion, *, status: int = 200, problems: Sequence[str] = ()
 ) -> PageResponse:
-    """Return the page of an approval link: the question with its form, or why it can't be answered by this link."""
+    """Return the page of an approval link: the question with its form, or why it can't be answered by this link.
+
+    `problems` are shown above the form. A page about a missing right has 403, whatever `status` is.
+    """
     asked = question.asked
     head = f"<header><b>{escape(question.organization)}</b> for {escape(question.assignee)}</header>"
     if question.link.used_at is not None:

@@ -52,10 +52,10 @@ class WaitPreference:
 
 
 def read_preference(headers: Headers, caller: ApiCaller | None) -> WaitPreference | None:
-    """Return the wait that the `Prefer` header asks for, at most a minute; None without one.
+    """Return the wait in seconds that the `Prefer` header asks for, at most a minute; None without one.
 
     A malformed one is ignored, as RFC 7240 demands. So is that of a caller who may not read the outputs: a
-    key without the scope for it, or a sender with a trigger token.
+    key without the scope for it, or a sender with a trigger token (caller None).
     """
     given = headers.getlist("prefer")
     found = _WAIT.search(", ".join(given)) if given else None
@@ -75,7 +75,7 @@ class EndAwaiter:
         self._outputs = outputs
 
     async def ended(self, execution_id: str, caller: ApiCaller, seconds: float) -> OutcomeShape | None:
-        """Return the outcome of a run that ends within `seconds`, without its outputs if they are too large.
+        """Return the outcome of a run that ends within `seconds`; outputs of over a million characters are omitted.
 
         None if it doesn't end, or can't be read now: the run is accepted, so no failure may cost the client
         its id.

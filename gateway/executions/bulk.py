@@ -38,6 +38,9 @@ class BulkFilter(StrictWire):
     """Exact values by key."""
 
     def wanted(self, organization_id: str) -> ExecutionFilter:
+        """Return the filter of executions that the body asks for, within an organization; raises a 422 error
+        for invalid labels.
+        """
         statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
         return ExecutionFilter(
             organization_id=organization_id,
@@ -150,6 +153,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
 async def _retry_chosen(
     request: GatewayRequest, chosen: ChosenExecutions, headers: Mapping[str, str]
 ) -> JsonResponse:
+    """Resume the chosen executions and return the result, with at most 100 new ids."""
     gateway = request.gateway
     resumed = await bulk_actions.retry(
         gateway.database, gateway.acceptances, gateway.access, request.caller, chosen
@@ -163,9 +167,10 @@ async def _retry_chosen(
 async def _choose_executions(
     request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
 ) -> ChosenExecutions:
-    """Return the executions to act on by the filter of the body.
+    """Return the executions that match the filter of the body and `condition`, the oldest first, up to the
+    body's limit.
 
-    Unless it is a dry run, record the action in the audit trail first.
+    Unless it is a dry run, the action is recorded in the audit trail first.
     """
     wanted = body.filter.wanted(request.caller.organization_id)
     found, _ = await bulk_actions.find(request.gateway.database, wanted, condition, body.limit)
@@ -182,7 +187,11 @@ def _audit_subject(body: BulkRequest, caller: ApiCaller) -> str:
 
 
 def _count_results(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
-    """Return the fields of a result; `done` holds the ids of changed executions, None for a dry run."""
+    """Return the fields of a bulk result, with at most 100 ids.
+
+    `done` holds the ids of changed executions, None for a dry run. `remaining` counts matching executions
+    beyond the limit.
+    """
     listed = chosen.execution_ids if done is None else done
     return {
         "dry_run": done is None,

@@ -79,9 +79,8 @@ _OPEN: Final = exists().where(
 
 
 def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition for executions to cancel.
-
-    They are those that the caller may see, that have not ended, and that have no cancel request yet.
+    """Return the SQL condition for executions to cancel: visible to the caller, not ended, without a cancel
+    request yet.
     """
     is_asked_for = col(Execution.request) == "cancel"
     goes_on = col(Execution.status).not_in(TERMINAL_STATUSES)
@@ -97,7 +96,11 @@ def retryable(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def replayable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the SQL condition for ended executions that the caller may replay and that were not taken up yet."""
+    """Return the SQL condition for ended executions that the caller may replay and that were not resumed or
+    replayed yet.
+
+    Node tests are excluded.
+    """
     return _build_repeatable_condition(caller, col(Execution.status).in_(TERMINAL_STATUSES))
 
 
@@ -122,9 +125,9 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 async def find(
     database: Database, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
-    """Return the oldest executions that match a filter and a condition, and their number by workflow.
+    """Return the oldest executions that match a filter and a condition, and the number of them by workflow.
 
-    At most `limit` executions.
+    At most `limit`; `matched` counts all matching ones.
     """
     async with database.read() as connection:
         matched, rows = await execution_rows.find_oldest(connection, wanted, condition, limit=limit)
@@ -135,7 +138,10 @@ async def find(
 async def trace(
     database: Database, caller: ApiCaller, found: ChosenExecutions, action: AuditAction, about: str
 ) -> None:
-    """Add a bulk action to the audit trail before it begins; `about` is the id of the workflow or organization."""
+    """Record a bulk action in the audit trail before it begins; `about` is the id of the workflow or organization.
+
+    Nothing is recorded for an empty selection.
+    """
     record = partial(_trace, caller=caller, found=found, action=action, about=about)
     await database.transaction(record)
 
@@ -149,10 +155,10 @@ async def begin_retry(
     *,
     action: AuditAction = AuditAction.EXECUTIONS_RETRIED,
 ) -> ChosenExecutions:
-    """Add a retry or replay to the audit trail, and return its selection of executions.
+    """Record a retry or replay in the audit trail, and return its selection of executions.
 
-    With an idempotency key, the selection is that of the first request with it. Raises a 422 error if that
-    request had another body.
+    With an idempotency key, the selection is that of the first request with it, and only that is recorded.
+    Raises a 422 error if that request had another body.
     """
     text, now = _encode(found).decode(), database.clock.now()
 
@@ -190,6 +196,7 @@ async def _trace(
     action: AuditAction,
     about: str,
 ) -> None:
+    """Insert the audit entry of a bulk action with a hash of the executions' ids; none for an empty selection."""
     hashed = fingerprint(list(found.execution_ids))
     before, after = (hashed, None) if action is AuditAction.EXECUTIONS_DELETED else (None, hashed)
     if found.execution_ids:
@@ -202,7 +209,10 @@ async def _trace(
 async def cancel(
     store: JournalStore, broker: Broker, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> list[str]:
-    """Cancel executions, skipping those that are locked; return the ids of those that had not ended before."""
+    """Cancel executions, 20 at a time; return the ids of those that are canceled or will be.
+
+    Those that ended otherwise before, and those that another transaction locks, are left out.
+    """
     cancelled: list[str] = []
     for some in _split_batches(execution_ids, CANCELS_AT_ONCE):
         keys = [ExecutionKey(execution_id, caller.shard) for execution_id in some]
@@ -232,9 +242,10 @@ async def retry(
     caller: ApiCaller,
     chosen: ChosenExecutions,
 ) -> dict[str, str]:
-    """Resume failed executions, idempotently; returns the new ids by the ids of the failed executions.
+    """Resume failed executions as new ones, idempotently; return the new ids by the ids of the failed executions.
 
-    The new executions are visible to the caller, and `acceptances` wakes workers for them.
+    The new ids follow from the failed ones and the operation, so a repetition finds them. The new executions
+    are visible to the caller, and workers are woken. Locked ones are left out.
     """
     new_ids = {
         execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
@@ -271,9 +282,10 @@ async def _resume_unlocked(
 async def _resume(
     connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Insert copies of failed executions under new ids, and return their concurrency keys by failed id.
+    """Insert copies of failed executions under new ids, and return their concurrency keys (or None) by failed id.
 
-    Executions that an earlier call has resumed are included, with None.
+    Executions that an earlier call has resumed are included, with None; those that can't be resumed are left
+    out.
     """
     of_batch = col(Execution.id).in_(list(new_ids))
     # A separate statement, so that the next ones see the commit of the previous lock holder.
@@ -294,9 +306,9 @@ async def _resume(
 
 
 async def delete(database: Database, blobs: BlobStore, execution_ids: Sequence[str]) -> list[str]:
-    """Delete ended executions with their data; return the ids of the deleted ones.
+    """Delete ended executions with their data, 100 at a time; return the ids of the deleted ones.
 
-    Blobs that can't be deleted now are left to the sweep of orphaned ones.
+    Blobs that can't be deleted now are left to the sweep of orphaned ones, with a warning.
     """
     deleted: list[str] = []
     for some in _split_batches(execution_ids, DELETIONS_AT_ONCE):

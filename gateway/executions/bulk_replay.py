@@ -46,6 +46,7 @@ class BulkReplayRequest(StrictWire):
     """Number of executions to act on, the oldest first; the answer has the number of remaining ones."""
 
     def choice(self) -> ReplayChoice:
+        """Return the choices of the body as the planner takes them, equal for each execution."""
         return ReplayChoice(
             definition=self.definition,
             refreshes_reads=bool(self.refresh),
@@ -161,6 +162,10 @@ async def _replay_one(
 
 
 async def _start(request: GatewayRequest, key: ExecutionKey, new_id: str, planned: PlannedReplay) -> None:
+    """Start the planned replay `new_id` of an execution, make it visible to the caller, and wake workers.
+
+    Raises 404, and 409 if it was resumed or replayed before.
+    """
     gateway, caller = request.gateway, request.caller
     await gateway.database.transaction(
         partial(
@@ -172,6 +177,7 @@ async def _start(request: GatewayRequest, key: ExecutionKey, new_id: str, planne
 
 
 def _show(chosen: ChosenExecutions, outcome: _BulkOutcome, *, is_dry_run: bool) -> BulkReplayResult:
+    """Return the result of a bulk replay, with at most 100 ids each; counts are sums over the plans."""
     listed = outcome.planned if is_dry_run else list(outcome.replayed)
     return BulkReplayResult(
         dry_run=is_dry_run,

@@ -19,7 +19,10 @@ class EventWaitDelivery:
         self._group: GroupCommit[str, None] = GroupCommit(self._deliver)
 
     def submit(self, event_id: str) -> None:
-        """Queue the id of a committed event; runs that wait for such an event get it with the next batch."""
+        """Queue the id of a committed event; runs that wait for such an event get it with the next batch.
+
+        If the process dies, the scheduler delivers it.
+        """
         self._group.submit(event_id)
 
     async def drain(self) -> None:
@@ -27,5 +30,6 @@ class EventWaitDelivery:
         await self._group.drain()
 
     async def _deliver(self, batch: Sequence[str]) -> Sequence[None]:
+        """Deliver a batch of events to the runs that wait for them."""
         await self._matcher.deliver(batch)
         return [None] * len(batch)

@@ -114,10 +114,10 @@ async def start(request: GatewayRequest) -> JsonResponse:
 
 
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:
-    """Return the run to accept, of the workflow or of another graph or part of it.
+    """Return the run to accept, of the workflow itself, or of another graph or part of it that the body selects.
 
     Raises a 403 error without the scope for another graph, 409 for a closed workflow, 422 for an invalid
-    graph.
+    graph or an unreachable callback URL.
     """
     override = body.definition
     if override is not None and not override.nodes and not override.connections:
@@ -154,9 +154,9 @@ def _plan_changed_run(
     catalog: NodeCatalog,
     now: datetime,
 ) -> RunRequest:
-    """Return the run of another graph or of a part of one; neither is saved.
+    """Return the run of another graph or of a part of one (`piece`); neither is saved.
 
-    Raises a 422 error for an invalid graph.
+    A None `override` means the workflow's own graph. Raises a 422 error for an invalid graph.
     """
     if override is None:
         nodes, connections = test_runs.select_graph(workflow)

@@ -51,9 +51,9 @@ class _RunSource:
 async def list_page(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter, bounds: KeysetBounds
 ) -> ListPage[Execution]:
-    """Return a page of the executions that the caller may see and that match.
+    """Return a page of the executions that the caller may see and that match, by a cursor.
 
-    It has a count, which may be a lower bound, and the cursor of the next page.
+    Its count is at most 10,000 and may be a lower bound; the cursor of the next page is None on the last one.
     """
     await keyset.follow_indexes(connection)
     found: list[tuple[datetime, Execution]] = []
@@ -79,6 +79,7 @@ async def list_page(
 
 
 def _select_page(source: _RunSource, bounds: KeysetBounds) -> Select[*tuple[Any, ...]]:
+    """Return the query of a page's rows from one source, and one more, which shows whether another page follows."""
     # One more than shown: then another page follows.
     return (
         select(Execution, source.created_at.label("listed_at"))
@@ -95,7 +96,11 @@ def _select_page(source: _RunSource, bounds: KeysetBounds) -> Select[*tuple[Any,
 async def _choose_sources(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
 ) -> Sequence[_RunSource]:
-    """Return the queries whose rows together are the list; no run is in two of them, and each uses an index."""
+    """Return the queries whose rows together are the list; no run is in two of them, and each uses an index.
+
+    A list by labels begins with the rarest label, one of children with the parent, one of failed or open runs
+    with an index by status.
+    """
     if wanted.labels:
         return [await _select_by_rarest_label(connection, caller, wanted)]
     if wanted.parent_id is not None:
@@ -145,6 +150,7 @@ def _of_status(
     status: ExecutionStatus,
     index: Sequence[ExecutionStatus],
 ) -> _RunSource:
+    """Return the source for runs of one status that an index lists."""
     # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
     is_indexed = col(Execution.status).in_([literal_column(f"'{one}'") for one in index])
     created_at = col(Execution.created_at)
@@ -161,7 +167,7 @@ def _of_status(
 async def _select_by_rarest_label(
     connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
 ) -> _RunSource:
-    """Return the query of runs with the rarest of the labels; the others are checked run by run."""
+    """Return the source for runs with the rarest of the labels; the others are checked run by run."""
     rarest = wanted.labels[0]
     if len(wanted.labels) > 1:
         counts = {
@@ -206,9 +212,8 @@ def _get_table() -> FromClause:
 
 
 def _build_visibility(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
-    """Return the SQL conditions that hide executions from the caller.
-
-    None for admins, who see all of their organization.
+    """Return the SQL conditions that hide executions from the caller; none for admins, who see all of their
+    organization.
     """
     return () if caller.is_admin else (visibility_condition(caller),)
 

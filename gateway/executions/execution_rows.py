@@ -130,7 +130,10 @@ async def list_executions(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> ListPage[Execution]:
-    """Return the rows `part` in `order` of the executions that the caller may see and that match, with their number."""
+    """Return the rows of the page `part` in `order` of the executions that the caller may see and that match.
+
+    The page has the exact number of all that match.
+    """
     conditions = [visibility_condition(caller), *_build_conditions(wanted)]
     if not wanted.labels:
         # A list by labels begins with their index; another condition would make SQLite read that of the
@@ -153,7 +156,10 @@ async def list_executions(
 async def find_oldest(
     connection: AsyncConnection, wanted: ExecutionFilter, *conditions: ColumnElement[bool], limit: int
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of matching executions, and the ids and workflow ids of the oldest, at most `limit`."""
+    """Return the number of matching executions, and ids and workflow ids of the oldest, at most `limit`.
+
+    `conditions` are SQL conditions besides the filter; visibility must be one of them.
+    """
     required = [*conditions, *_build_conditions(wanted)]
     count = await connection.scalar(
         select(func.count()).select_from(Execution).join(ExecutionData, SAME_RUN).where(*required)
@@ -188,13 +194,13 @@ def _build_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def column_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of a filter on columns that no index of a list has."""
+    """Yield the SQL conditions of a filter on columns that no index of a list has: the trigger type."""
     if wanted.trigger_type is not None:
         yield col(Execution.trigger_type) == wanted.trigger_type
 
 
 def is_child_of(parent_id: str) -> Sequence[ColumnElement[bool]]:
-    """Return the SQL conditions for the executions that a node of another execution has started."""
+    """Return the SQL conditions for the executions that a node of the execution `parent_id` has started."""
     # A redundant condition on the root: the index of trees of runs begins with it.
     parent = aliased(Execution)
     root = select(col(parent.root_id)).where(col(parent.id) == parent_id).scalar_subquery()
@@ -204,7 +210,9 @@ def is_child_of(parent_id: str) -> Sequence[ColumnElement[bool]]:
 def time_conditions(
     wanted: ExecutionFilter, created_at: SQLColumnExpression[Any]
 ) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of a filter on the time of acceptance, in the column `created_at`."""
+    """Yield the SQL conditions of a filter on the time of acceptance in a column: `since` included, `until`
+    excluded.
+    """
     if wanted.since is not None:
         yield created_at >= wanted.since
     if wanted.until is not None:
@@ -228,7 +236,7 @@ def has_label(label: tuple[str, str]) -> ColumnElement[bool]:
 
 
 async def find_head(connection: AsyncConnection, execution_id: str, caller: ApiCaller) -> Execution | None:
-    """Return the row of an execution that the caller may see, without its data."""
+    """Return the row of an execution without its data; None if it is missing or the caller may not see it."""
     condition = and_(col(Execution.id) == execution_id, visibility_condition(caller))
     row = (await connection.execute(select(Execution).where(condition))).mappings().first()
     return None if row is None else Execution(**row)
@@ -237,9 +245,9 @@ async def find_head(connection: AsyncConnection, execution_id: str, caller: ApiC
 async def find_execution(
     connection: AsyncConnection, execution_id: str, caller: ApiCaller
 ) -> ExecutionRecord | None:
-    """Return an execution with its data and the outputs of its nodes.
+    """Return an execution with its trigger, config, labels and the outputs of its nodes outside of loops.
 
-    None if it is missing or the caller may not see it.
+    None if it is missing, being deleted, or the caller may not see it. Large outputs are references to blobs.
     """
     execution = await find_head(connection, execution_id, caller)
     if execution is None:
@@ -274,7 +282,9 @@ async def find_execution(
 async def read_labels(
     connection: AsyncConnection, caller: ApiCaller, execution_ids: Sequence[str]
 ) -> dict[str, list[RunLabel]]:
-    """Return the sorted tags and metadata of executions by id; executions without any are left out."""
+    """Return the sorted tags and metadata, as pairs of key and value, of executions by id; those without any
+    are left out.
+    """
     if not execution_ids:
         return {}
     statement = select(
@@ -367,9 +377,10 @@ async def list_spans(
     node_id: str | None,
     statuses: Sequence[ShownSpanStatus],
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of spans of a run, and the rows `part` of them, ordered by their last change.
+    """Return the number of spans (node executions) and attempts of a run, and the page `part` of them, by
+    their last change.
 
-    With `node_id` or `statuses`, only matching spans.
+    With a `node_id` or `statuses`, only matching ones; None or empty means all.
     """
 
     def conditions(table: type[SpanRow | AttemptRow]) -> Iterable[ColumnElement[bool]]:
@@ -390,9 +401,9 @@ async def list_spans(
 async def find_span(
     connection: AsyncConnection, key: ExecutionKey, span_id: str, iteration: str = ""
 ) -> Recorded | None:
-    """Return a span by its id, or by the id of a node and its `iteration` of a loop, empty outside of loops.
+    """Return a span or attempt by its id, or a span by the id of a node and its `iteration` of a loop.
 
-    None if missing.
+    The iteration is empty outside of loops. None if it is missing.
     """
     statement = _spans_and_attempts(
         [*_select_run(SpanRow, key), col(SpanRow.id) == span_id],
@@ -433,9 +444,9 @@ def _spans_and_attempts(
 async def list_logs(
     connection: AsyncConnection, key: ExecutionKey, part: PageBounds, *, levels: Sequence[str]
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return the number of log lines of a run, and the rows `part` of them, the oldest first.
+    """Return the number of log lines of a run, and the page `part` of them, the oldest first.
 
-    With `levels`, only these.
+    With `levels`, only lines of these; empty means all.
     """
     conditions = list(_select_run(LogRow, key))
     if levels:
@@ -452,6 +463,7 @@ async def _page(
     statement: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]],
     part: PageBounds,
 ) -> tuple[int, Sequence[Recorded]]:
+    """Return the number by one statement, and the rows of a page by the other."""
     count: int | None = await connection.scalar(counted)
     rows = (await connection.execute(statement.limit(part.limit).offset(part.offset))).all()
     return count or 0, rows
@@ -480,7 +492,9 @@ class RunChanges:
 
 
 async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
-    """Return the rows of several executions by id, without their data; missing ones are omitted."""
+    """Return the rows of several executions by id, without their data and without a check of visibility;
+    missing ones are omitted.
+    """
     ids, shards = {key.execution_id for key in keys}, {key.shard for key in keys}
     statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.shard).in_(shards))
     rows = await connection.execute(statement)
@@ -490,7 +504,10 @@ async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) 
 async def read_changes(
     connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int
 ) -> RunChanges:
-    """Return up to `at_most` spans and log lines each, with the lowest numbers above `after`."""
+    """Return the spans and log lines with sequence numbers above `after`, up to `at_most` of each.
+
+    If one list was cut, the other ends at the same number, and `is_all` is False.
+    """
     # Commits may happen between the two statements: both end at the highest number of one moment.
     newest = (await connection.execute(_select_newest(key))).one()
     last = max(newest)

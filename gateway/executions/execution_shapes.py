@@ -208,7 +208,7 @@ class LogShape(WireStruct):
 
 
 def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionShape:
-    """Return an execution for a list, without its large fields."""
+    """Return an execution as lists show it, without trigger data, config and outputs."""
     return ExecutionShape(
         id=execution.id,
         workflow_id=execution.workflow_id,
@@ -236,7 +236,7 @@ def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionS
 
 
 def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionShape:
-    """Return an execution in API form with its data; large outputs are shown as `outputs` decides."""
+    """Return an execution as the API shows it, with its data; large outputs are shown as `outputs` decides."""
     shape = show_summary(found.execution, found.labels)
     shape.trigger = TriggerShape(
         type=found.execution.trigger_type, data=outputs.show_trigger(found.data.trigger)
@@ -248,6 +248,7 @@ def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionSh
 
 
 def show_progress(found: RunProgressReport, outputs: ShownOutputs) -> ProgressShape:
+    """Return the progress of a run as the API shows it; large outputs are shown as `outputs` decides."""
     return ProgressShape(
         execution_id=found.execution_id,
         status=found.status,
@@ -260,6 +261,7 @@ def show_progress(found: RunProgressReport, outputs: ShownOutputs) -> ProgressSh
 
 
 def show_head(execution: Execution) -> HeadShape:
+    """Return status and progress of a run as event streams show them."""
     return HeadShape(
         execution_id=execution.id,
         status=execution.status,
@@ -301,6 +303,7 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
 def show_span_details(
     details: SpanDetails, config: Raw | None, hidden_fields: Sequence[str], outputs: ShownOutputs
 ) -> SpanDetailsShape:
+    """Return a span as the API shows it, with config (None if unknown), attempts, log and the previous duration."""
     span = show_span(details.span, outputs)
     previous = details.previous
     return SpanDetailsShape(
@@ -321,6 +324,7 @@ def _determine_kind(row: Recorded) -> SpanKind:
 
 
 def show_log(row: Recorded) -> LogShape:
+    """Return a log line as the API shows it."""
     return LogShape(
         id=row.id,
         execution_id=row.execution_id,

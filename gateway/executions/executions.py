@@ -241,6 +241,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def _show_summary(connection: AsyncConnection, request: GatewayRequest) -> JsonResponse:
+    """Return the execution of the path without its large fields; raises a 404 error unless the caller may see it."""
     execution_id, caller = request.path_params["id"], request.caller
     execution = await execution_rows.find_head(connection, execution_id, caller)
     if execution is None:
@@ -324,9 +325,11 @@ async def events(request: GatewayRequest) -> ASGIApp:
 
 
 async def _follow(request: GatewayRequest, levels: Collection[str] | None) -> ASGIApp:
-    """Return the stream of all records of the path's execution, or with `levels` of these log lines only.
+    """Return the event stream of the path's execution: all records, or with `levels` log lines of these alone
+    (all if empty).
 
-    Raises a 400 error for an invalid `Last-Event-ID`, 404, and 503 if too many streams are open.
+    `Last-Event-ID` is the number after which it begins; `end` is answered with 204. Raises a 400 error for an
+    invalid `Last-Event-ID`, 404, and 503 if 500 streams are open.
     """
     last_seen = request.headers.get("last-event-id", "0")
     key = await _find_key(request)
@@ -391,6 +394,10 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
 
 
 async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
+    """Request the end of the path's execution by `stop` or `cancel`, and return its status.
+
+    Raises a 404 error unless the caller may see it; an ended one does not change.
+    """
     key = await _find_key(request)
     requested = await request_end_of_run(request.gateway.store, request.gateway.broker, key, action)
     if requested is None:
@@ -449,9 +456,10 @@ async def _find_owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
 async def _select_view(
     request: GatewayRequest, execution_id: str, owner: BlobOwner | None, references: Sequence[str]
 ) -> ShownOutputs:
-    """Return the view of an execution's outputs that the query selects: large ones explained or expanded.
+    """Return the view of an execution's outputs that the query selects: large ones explained, or with
+    `expand=blobs` shown.
 
-    Raises a 503 error if the blob storage does not answer.
+    `owner` None means that there are none. Raises a 503 error if the blob storage does not answer.
     """
     shown = request.gateway.large_outputs
     if owner is None or not references or Expansion.BLOBS not in request.query[EXPAND]:

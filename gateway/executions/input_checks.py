@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 
 def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
-    """Return the choices that a node with human input offers.
-
-    An empty list if it offers none, so that any input is allowed.
+    """Return the choices (port and label) that a question offers; empty if it offers none, so that any input
+    is allowed.
     """
     return cast("Sequence[Mapping[str, Json]]", request.get("choices") or [])
 
@@ -26,9 +25,10 @@ def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
 async def require_valid_inputs(
     forms: FormChecker, organization_id: str, asked: Mapping[str, Json], choice: str | None, data: Json
 ) -> None:
-    """Raise a 422 error unless `choice` is one of the node's choices and `data` matches its schema.
+    """Raise a 422 error unless `choice` is one of the question's choices and `data` matches its schema.
 
-    Raises 503 if the schema could not be checked in time.
+    A question without choices accepts only None as the choice. At most 100 problems are listed. Raises 503 if
+    the schema could not be checked in time.
     """
     found = ProblemCollector()
     ports = [str(one["port"]) for one in read_choices(asked)]
@@ -47,6 +47,9 @@ async def require_valid_inputs(
 async def _find_violations(
     forms: FormChecker, organization_id: str, schema: Mapping[str, Json], data: Json
 ) -> Sequence[FormViolation]:
+    """Return up to 100 violations of a schema by an answer; raises a 422 error for an invalid schema, 503 for
+    the time limit.
+    """
     try:
         found = await forms.check(organization_id, schema, data)
     except InvalidSchema as error:

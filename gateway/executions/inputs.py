@@ -193,9 +193,9 @@ async def answer(request: GatewayRequest) -> JsonResponse:
 
 
 async def continue_run(database: Database, acceptances: RunAcceptor, given: DecisionResult) -> None:
-    """Wake the workers for a run that a decision has woken, after its commit.
+    """Make a run continue after a committed decision: admit runs of its concurrency key, and wake the workers.
 
-    First, runs of its concurrency key are admitted.
+    Workers are woken only if the decision has woken the run.
     """
     if given.answer.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(database, given.answer.concurrency_key)
@@ -210,7 +210,7 @@ async def audit_decision(
     decision: ApprovalDecision,
     author: ChangeAuthor,
 ) -> None:
-    """Add to the audit trail who has decided, and how, in the transaction of the decision."""
+    """Record the author and a hash of a decision in the audit trail, in the transaction of the decision."""
     workflow_id = await connection.scalar(
         select(col(Execution.workflow_id)).where(
             col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
@@ -230,7 +230,9 @@ async def audit_decision(
 async def require_assigned(
     connection: AsyncConnection, key: ExecutionKey, asked: WaitingNode, caller: ApiCaller
 ) -> None:
-    """Raise a 403 error if the caller may not answer a question, 404 if its run is gone."""
+    """Raise a 403 error if the caller may not answer a question: assigned to others, or asked by their own
+    run; 404 if the run is gone.
+    """
     run = (
         await connection.execute(
             select(col(Execution.user_id), col(Execution.trigger_type)).where(
@@ -251,7 +253,9 @@ async def require_assigned(
 
 
 async def find_approver(connection: AsyncConnection, caller: ApiCaller) -> Approver:
-    """Return the caller in the form that rules of approval use: with e-mail address and role."""
+    """Return the caller as rules of approval need it: with e-mail address ("" if the user is gone), and
+    whether an admin.
+    """
     user = await access_store.find_user(connection, caller.organization_id, caller.user_id)
     return Approver(caller.user_id, user.email if user else "", caller.is_admin)
 
@@ -274,9 +278,10 @@ async def _is_repeated(
 async def _find_waiting_node(
     connection: AsyncConnection, key: ExecutionKey, body: InputAnswer
 ) -> WaitingNode:
-    """Return the waiting node that an answer is for.
+    """Return the waiting node that an answer is for, by node and iteration.
 
-    Raises a 409 error if none waits, and 422 if several iterations of a loop do and the body names none.
+    Raises a 409 error if none waits or it was answered, and 422 if several iterations of a loop wait and the
+    body names none.
     """
     waiting = [
         one
@@ -300,7 +305,7 @@ async def _store_answer(
     body: InputAnswer,
     idempotency_key: IdempotencyKey | None,
 ) -> DecisionResult | None:
-    """Store an answer in the journal and the audit trail.
+    """Store an answer in the journal and the audit trail in one transaction, and return its effect.
 
     None if an earlier request with the same key has stored it. Raises a 409 error for a late or repeated
     answer, and 422 if the body of the earlier request differs.
@@ -326,6 +331,9 @@ async def _store_answer(
 
 
 def refusal_of(reception: AnswerReception) -> ApiError:
+    """Return the 409 error for an answer that was not accepted: too late, after the deadline, or for a node
+    that doesn't wait.
+    """
     if reception is AnswerReception.LATE:
         return errors.conflict("already-answered", "This node was answered already")
     if reception is AnswerReception.EXPIRED:
@@ -339,6 +347,7 @@ def refusal_of(reception: AnswerReception) -> ApiError:
 def _build_response(
     key: ExecutionKey, body: InputAnswer, headers: Mapping[str, str], *, missing: int = 0
 ) -> JsonResponse:
+    """Return the answer to an accepted input: `counted` while `missing` approvals are missing, else `accepted`."""
     taken = InputAnswerResult(
         execution_id=key.execution_id,
         node_id=body.node_id,

@@ -68,14 +68,17 @@ class LargeOutputs:
         self._slots = asyncio.Semaphore(EXPANSIONS_AT_ONCE)
 
     def explain(self, execution_id: str) -> ShownOutputs:
-        """Return the view of an execution's outputs that shows an explanation with a URL in place of each large one."""
+        """Return the view of an execution's outputs that shows a note with a download URL in place of each
+        large one.
+        """
         return ShownOutputs(f"{self._address}/{execution_id}", {}, {})
 
     async def expand(self, execution_id: str, owner: BlobOwner, texts: Sequence[str]) -> ShownOutputs:
-        """Return the view of an execution's outputs that shows large ones, up to a limit of bytes for all of them.
+        """Return the view of an execution's outputs that shows large ones, up to 10 MB in all; others are
+        explained.
 
-        `texts` are their references, one for each place of an output. Raises a 503 error if the blob storage
-        does not answer.
+        `texts` are their references, one for each place of an output. A lost blob is explained too. Raises a
+        503 error if the blob storage does not answer.
         """
         contents: dict[str, Raw] = {}
         reasons: dict[str, OmissionReason] = {}
@@ -97,6 +100,10 @@ class LargeOutputs:
         return ShownOutputs(f"{self._address}/{execution_id}", contents, reasons)
 
     async def _content(self, owner: BlobOwner, reference: BlobReference) -> Raw | None:
+        """Return the content of a blob as JSON; None if it is lost, too large or no JSON.
+
+        Raises a 503 error if the storage does not answer.
+        """
         try:
             content = await self._blobs.get(owner, reference.sha256, max_bytes=reference.size)
             # A pod may have stored any bytes, and the answer as a whole must be JSON.
@@ -121,9 +128,10 @@ class ShownOutputs:
         self._reasons = reasons
 
     def show(self, text: str, *, is_reference: bool) -> Raw:
-        """Return an output; for a reference, its content or an explanation.
+        """Return an output as JSON text; for a reference, its content or an explanation.
 
         The explanation is `{"$blob": {sha256, size, type, name}, "omitted": {bytes, reason, message, url}}`.
+        Text that is no valid reference is returned unchanged.
         """
         if not is_reference:
             return Raw(text)
@@ -155,7 +163,7 @@ class ShownOutputs:
 
 
 def trigger_references(text: str) -> list[str]:
-    """Return the text of the blob reference in the output of a trigger; an empty list unless its body is a blob."""
+    """Return the text of the blob reference in the output of a trigger, as a list; empty unless its body is a blob."""
     if not large_values.is_separate(text):
         return []
     return [_text_of(large_values.split_fields(text)[large_values.BODY])]

@@ -63,17 +63,17 @@ class LiveEvents:
         self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
 
     def stream(self, key: ExecutionKey, after: int) -> RunEventStream:
-        """Return the stream of a run's records with sequence numbers above `after`.
+        """Return the stream of a run's spans, log lines and progress with sequence numbers above `after`.
 
-        Raises a 503 error if too many streams are open.
+        Raises a 503 error if 500 streams are open.
         """
         self._require_room()
         return RunEventStream(self, key, after)
 
     def stream_log(self, key: ExecutionKey, after: int, levels: Collection[str]) -> RunEventStream:
-        """Return the stream of a run's log lines above `after`, of the given levels or of all for none.
+        """Return the stream of a run's log lines above `after`, of the given levels; empty means all levels.
 
-        Raises a 503 error if too many streams are open.
+        Raises a 503 error if 500 streams are open.
         """
         self._require_room()
         return RunEventStream(self, key, after, LogSelection(frozenset(levels)))
@@ -87,7 +87,7 @@ class LiveEvents:
         await self._heads.drain()
 
     async def check_access(self, key: ExecutionKey, scope: Scope) -> None:
-        """Raise the 401 or 404 error that a new request of the same client would get.
+        """Raise the 401 or 404 error that a new request of the same client would get now.
 
         Keys may be revoked while a stream is open.
         """
@@ -151,6 +151,7 @@ class RunEventStream:
         await send({"type": "http.response.body", "body": b""})
 
     async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events of the run until it ends or the client leaves; between them, wait for changes."""
         with self._live.waiting.waiter(self._key.execution_id) as waiter:
             client = asyncio.create_task(_until_gone(receive))
             client.add_done_callback(lambda _: waiter.end())
@@ -164,7 +165,7 @@ class RunEventStream:
         """Send the events since the last call; return False if none will follow.
 
         None follow after the end of the run, or if the client may not see it any more. While the database is
-        away, nothing is sent.
+        away, nothing is sent and it returns True.
         """
         waiter.changed.clear()
         try:
@@ -206,6 +207,9 @@ class RunEventStream:
             await self._send(send, _encode_event("execution", execution_shapes.show_head(head), END))
 
     def _events(self, changes: RunChanges) -> list[bytes]:
+        """Return the new records as encoded events in their order, without lines of other levels; note the
+        last number as sent.
+        """
         outputs = self._live.large_outputs.explain(self._key.execution_id)
         spans = [(row.sequence, "span", execution_shapes.show_span(row, outputs)) for row in changes.spans]
         lines = [(row.sequence, "log", execution_shapes.show_log(row)) for row in changes.logs]
@@ -222,6 +226,7 @@ class RunEventStream:
             await self._send(send, b": keep-alive\n\n")
 
     async def _send(self, send: Send, body: bytes) -> None:
+        """Send bytes of the stream, and note the time; empty ones are not sent."""
         if body:
             self._sent_at = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -75,6 +75,10 @@ class HintQueue:
     has_overflowed: bool = False
 
     def put(self, hint: LiveHint) -> None:
+        """Add a hint, in place of an older one about the same object.
+
+        If 256 wait, all are dropped, and the client is told to load everything again.
+        """
         if len(self.waiting) >= QUEUE_LENGTH:
             self.waiting.clear()
             self.has_overflowed = True
@@ -82,7 +86,9 @@ class HintQueue:
         self.changed.set()
 
     def take(self) -> bytes:
-        """Return all waiting hints as events and clear them; `resync` in their place if some were dropped."""
+        """Return all waiting hints as encoded events and clear them; a `resync` event in their place if some
+        were dropped.
+        """
         self.changed.clear()
         hints, self.waiting = list(self.waiting.values()), {}
         if self.has_overflowed:
@@ -91,6 +97,7 @@ class HintQueue:
         return b"".join(b"event: hint\ndata: " + _encode(hint) + b"\n\n" for hint in hints)
 
     def end(self) -> None:
+        """End the stream that reads the queue."""
         self.is_over = True
         self.changed.set()
 
@@ -134,9 +141,10 @@ class LiveHints:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def stream(self, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]) -> HintStream:
-        """Return a stream of hints about single runs and the lists of these topics.
+        """Return a stream of hints about single runs and about the lists named in `lists`; they say that, not
+        what, changed.
 
-        Raises a 503 error if too many streams are open, or the process stops.
+        Raises a 503 error if 500 streams are open here, or the process stops.
         """
         if self.open >= limits.EVENT_STREAMS or self._is_released:
             raise errors.not_ready("Too many event streams are open here: load the page again instead")
@@ -150,9 +158,10 @@ class LiveHints:
     async def follow(
         self, queue: HintQueue, caller: ApiCaller, runs: Sequence[ExecutionKey], lists: Collection[str]
     ) -> None:
-        """Put hints about changes of these runs, and of the organization's lists, into a queue until cancelled.
+        """Put hints about changes of these runs, and of the organization's lists, into a queue until canceled.
 
-        Without lists, the queue ends when all runs have ended.
+        Without lists, the queue ends when all runs have ended. Clients of one organization share the queries
+        of a list.
         """
         self._queues.add(queue)
         following = [asyncio.create_task(self._follow_run(queue, key)) for key in runs]
@@ -202,12 +211,14 @@ class LiveHints:
     # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _join_list(self, queue: HintQueue, topic: str, organization_id: str) -> None:
+        """Add a queue to those that are told of changes of a list; the first one starts the watch."""
         watch = self._lists.setdefault((topic, organization_id), ListWatch())
         watch.queues.add(queue)
         if watch.task is None:
             watch.task = asyncio.create_task(self._watch_list(topic, organization_id, watch))
 
     def _leave_list(self, queue: HintQueue, topic: str, organization_id: str) -> None:
+        """Remove a queue from those of a list; the last one ends the watch."""
         watch = self._lists.get((topic, organization_id))
         if watch is None:
             return
@@ -217,6 +228,10 @@ class LiveHints:
             del self._lists[topic, organization_id]
 
     async def _watch_list(self, topic: str, organization_id: str, watch: ListWatch) -> None:
+        """Read the newest rows of a list again and again, and put a hint into all queues when they have changed.
+
+        It looks every 0.2 seconds, less often with many lists. An unavailable database is skipped.
+        """
         statements = _STATEMENTS[topic](organization_id)
         while True:
             with suppress(DatabaseUnavailable):
@@ -234,6 +249,7 @@ class LiveHints:
 
 
 def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
+    """Return the query of the 50 newest runs of an organization with the time of their last change."""
     newest = (
         select(col(Execution.id), col(Execution.updated_at))
         .join(
@@ -251,7 +267,7 @@ def _newest_runs(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
 
 
 def _newest_deliveries(organization_id: str) -> Sequence[Select[*tuple[Any, ...]]]:
-    """Return the queries of the newest deliveries, and of the newest sample of a refused request."""
+    """Return the queries of the 50 newest deliveries, and of the newest sample of a refused request."""
     newest = (
         select(col(Delivery.id))
         .where(col(Delivery.organization_id) == organization_id)

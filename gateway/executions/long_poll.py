@@ -57,6 +57,7 @@ class ExecutionWaiter:
     """Outcome that came with the notification of the end; otherwise it must be read."""
 
     def end(self) -> None:
+        """End the wait: the request reads a last time and answers."""
         self.is_over = True
         self.changed.set()
 
@@ -109,9 +110,10 @@ class ExecutionPollHub:
         await self._reads.drain()
 
     async def progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
-        """Return the progress of a run at its end or after `wait_seconds`; None if it does not exist.
+        """Return the progress of a run at its end or after `wait_seconds`, at once for 0; None if it does not
+        exist.
 
-        Raises a 503 error if too many requests wait.
+        Raises a 503 error if 10,000 requests wait here.
         """
         if wait_seconds <= 0:
             return await self._reads.submit(key)
@@ -129,12 +131,16 @@ class ExecutionPollHub:
     async def end_within(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
         """Return the outcome of a run that ends within `wait_seconds`, else None.
 
-        Raises a 503 error if too many requests wait.
+        Raises a 503 error if 10,000 requests wait here.
         """
         found = await self.progress(key, wait_seconds)
         return found if found is not None and found.status in TERMINAL_STATUSES else None
 
     async def _ended(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
+        """Return the progress of a run once it has ended or the waiter is over; None if it does not exist.
+
+        A notification of the end with its outcome spares the query.
+        """
         if self._is_end_watched(key.execution_id):
             # Accepted or read here with a watch in effect, and no notification since: there is nothing new to
             # read.
@@ -153,7 +159,8 @@ class ExecutionPollHub:
     def waiter(self, execution_id: str) -> Iterator[ExecutionWaiter]:
         """Yield a waiter that is notified of every change of a watched execution.
 
-        After its first second, it is notified once a second besides.
+        After its first second, it is also notified once a second, in case a notification is lost. Once the
+        process stops, it is over from the start.
         """
         waiter = ExecutionWaiter(asyncio.get_running_loop().time())
         if self._is_released:
@@ -172,23 +179,31 @@ class ExecutionPollHub:
         return self._expected.get(execution_id) is not None or self.is_watched(execution_id)
 
     def expect(self, total_nodes: Mapping[str, int]) -> None:
-        """Expect notifications of the ends of executions, by id: their rows are inserted here with a watch."""
+        """Expect notifications of the ends of executions just accepted here, with their number of nodes by id.
+
+        Their rows were inserted with a watch, so that no other is needed.
+        """
         for execution_id, count in total_nodes.items():
             self._expected.put(execution_id, count)
 
     def is_watched(self, execution_id: str) -> bool:
-        """Return whether a watch for the next change is in effect and no notification has arrived since."""
+        """Return whether a watch for the next change of an execution is in effect and no notification has
+        arrived since.
+        """
         watch = self._watched.get(execution_id)
         return watch is not None and watch.is_set
 
     def watch(self, execution_ids: Sequence[str]) -> asyncio.Future[bool]:
-        """Request a notification of the next change of each execution; the result is False while Redis is away."""
+        """Request a notification of the next change of each execution; await the result, which is False while
+        Redis is away.
+        """
         watch = BrokerWatch(execution_ids)
         for execution_id in execution_ids:
             self._watched.put(execution_id, watch)
         return self._watches.submit(watch)
 
     async def _watch(self, batch: Sequence[BrokerWatch]) -> Sequence[bool]:
+        """Request notifications of the executions of a batch from Redis; False for each if it is away."""
         try:
             await self._broker.watch([one for watch in batch for one in watch.execution_ids])
         except BrokerUnavailable as error:
@@ -199,13 +214,16 @@ class ExecutionPollHub:
         return [True] * len(batch)
 
     def wake_waiters(self, execution_id: str) -> None:
-        """Wake all waiters of a changed execution; those that continue to wait watch it again."""
+        """Wake all waiters of a changed execution, and end its watch; those that continue to wait request another."""
         self._watched.drop(execution_id)
         self._expected.drop(execution_id)
         for waiter in self._waiters.get(execution_id, ()):
             waiter.changed.set()
 
     async def _read(self, batch: Sequence[ExecutionKey]) -> Sequence[RunProgressReport | None]:
+        """Return the progress of the runs of a batch by one query, None for missing ones; waiters of ended
+        ones are woken.
+        """
         found = {one.execution_id: one for one in await self._store.progress(list(dict.fromkeys(batch)))}
         for progress in found.values():
             if progress.status in TERMINAL_STATUSES:
@@ -226,9 +244,9 @@ class ExecutionPollHub:
             self.wake_overdue(asyncio.get_running_loop().time())
 
     def _hand_over(self, ended: EndedExecution) -> None:
-        """Set the outcome for the requests that wait for an ended execution; `wake_waiters` wakes them.
+        """Give the outcome of an ended execution to the requests that wait for it, so that they need no query.
 
-        Does nothing for executions that were not expected here.
+        `wake_waiters` wakes them. Nothing happens for executions that were not expected here.
         """
         total_nodes = self._expected.get(ended.execution_id)
         if total_nodes is None:
@@ -266,7 +284,7 @@ class ExecutionAccess:
     async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
         """Return the key of the rows of an execution; raises a 404 error unless the caller may see it.
 
-        Visibility is cached for a few seconds.
+        Visibility is cached for five seconds.
         """
         if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
             statement = select(col(Execution.id)).where(
@@ -279,9 +297,9 @@ class ExecutionAccess:
         return ExecutionKey(execution_id, caller.shard)
 
     def allow(self, execution_id: str, caller: ApiCaller) -> None:
-        """Cache that the caller may see an execution, because it has just started it."""
+        """Cache for five seconds that the caller may see an execution, because it has just started it."""
         self._visible.put((execution_id, caller.user_id, caller.role), value=True)
 
     def forget(self) -> None:
-        """Clear the cache after a change that may reduce visibility."""
+        """Clear the cache after a change that may reduce visibility, such as a removed share."""
         self._visible = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)

@@ -70,7 +70,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _read_spans(
     connection: AsyncConnection, workflow_id: str, shard: int, since: datetime
 ) -> Sequence[Recorded]:
-    """Return the ended spans of the newest runs of a workflow since a time, at most of `RUNS` runs."""
+    """Return the ended spans of the 100 newest runs of a workflow since a time, at most 5,000.
+
+    Reused results and iterations as a whole are left out; nodes in iterations are included.
+    """
     runs = (
         select(col(ExecutionData.execution_id), col(ExecutionData.shard))
         .where(col(ExecutionData.workflow_id) == workflow_id, col(ExecutionData.created_at) >= since)
@@ -122,5 +125,7 @@ def _sum_up(workflow_id: str, since: datetime, rows: Sequence[Recorded]) -> Work
 
 
 def quantile(ordered: Sequence[int], percent: int) -> int | None:
-    """Return the smallest value that at least this percentage of all values does not exceed; None without values."""
+    """Return the smallest value of a sorted list that at least this percentage of all values does not exceed;
+    None for none.
+    """
     return ordered[-(-len(ordered) * percent // 100) - 1] if ordered else None

@@ -96,7 +96,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
 
 
 async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
-    """Return the run of one node to accept.
+    """Return the run of one node to accept; the node comes from the path.
 
     Raises a 403 error without the scope for another config, 404 for an unknown node, 409 for a closed
     workflow, 422 for invalid input.

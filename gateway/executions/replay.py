@@ -56,6 +56,7 @@ class ReplayRequest(StrictWire):
     """Replay an execution that was resumed or replayed before."""
 
     def choice(self) -> ReplayChoice:
+        """Return the choices of the body as the planner takes them."""
         return ReplayChoice(
             definition=self.definition,
             input=self.input,
@@ -216,7 +217,7 @@ def _show_result(
 
 
 def _build_details(code: str, message: str, planned: PlannedReplay) -> list[dict[str, Any]]:
-    """Return the details of an error response, with the plan of the replay."""
+    """Return the details of an error response, with the plan of the replay, so that clients can show it."""
     plan: Mapping[str, Any] = msgspec.to_builtins(show_plan(planned))
     return [{**errors.problem("", code, message), "plan": dict(plan)}]
 
@@ -239,6 +240,7 @@ def show_plan(planned: PlannedReplay) -> ReplayPlanShape:
 
 
 def _show_node(node: NodeReplay) -> NodeReplayShape:
+    """Return the decision about a node as the API shows it."""
     return NodeReplayShape(
         node_id=node.node_id,
         decision=node.decision,

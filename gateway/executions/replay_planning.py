@@ -151,10 +151,10 @@ class ReplayPlanner:
         self._blobs = blobs
 
     async def plan(self, key: ExecutionKey, caller: ApiCaller, choice: ReplayChoice) -> PlannedReplay:
-        """Return the plan of a replay; nothing is stored.
+        """Return the plan of a replay: for each node, whether its recorded result is reused; nothing is stored.
 
-        Raises 404, 409 for an execution that has not ended, 422 for unknown nodes and invalid definitions,
-        and 503 while the blob storage is away.
+        Recorded values are loaded only if they matter. Raises 404, 409 for an execution that has not ended,
+        422 for unknown nodes and invalid definitions, and 503 while the blob storage is away.
         """
         async with self._database.read() as connection:
             recorded = await _read_execution(connection, key, caller)
@@ -243,7 +243,7 @@ class ReplayPlanner:
         )
 
     async def _find_expired(self, recorded: RecordedExecution) -> frozenset[str]:
-        """Return the ids of nodes whose large output is gone from the blob storage.
+        """Return the ids of nodes whose large output is gone from the blob storage, by opening each blob.
 
         Raises a 503 error if the storage does not answer.
         """
@@ -264,7 +264,7 @@ class ReplayPlanner:
     async def _load_values(self, plan: _Planning) -> None:
         """Load recorded inputs and outputs, and the recorded output of the trigger, into the plan.
 
-        Raises a 503 error if the blob storage does not answer.
+        Lost values are noted as expired. Raises a 503 error if the blob storage does not answer.
         """
         recorded = plan.recorded
         row = recorded.row
@@ -321,7 +321,9 @@ class _CompiledDefinitions:
         self._kept: OrderedDict[tuple[str, str], WorkflowProgram] = OrderedDict()
 
     def program(self, organization_id: str, digest: str, content: Mapping[str, Any]) -> WorkflowProgram:
-        """Return the compiled program of a definition, cached by its hash; raises `InvalidDefinition`."""
+        """Return the compiled program of a definition, cached by its hash up to 5,000 nodes; raises
+        `InvalidDefinition`.
+        """
         key = (organization_id, digest)
         found = self._kept.get(key)
         if found is None:
@@ -364,7 +366,9 @@ class _Planning:
 
     @property
     def needs_trigger(self) -> bool:
-        """Whether the recorded trigger has to be loaded to compute the concurrency key of the new definition."""
+        """Whether the recorded trigger must be loaded, since the concurrency key of the new definition
+        depends on it.
+        """
         concurrency = self._chosen.settings.get("concurrency")
         has_key = isinstance(concurrency, dict) and concurrency.get("key") is not None
         return (
@@ -402,6 +406,7 @@ class _Planning:
         return plan_replay(facts, self._options)
 
     def _compile(self) -> WorkflowProgram:
+        """Return the compiled program of the chosen definition; raises a 422 error for an invalid one."""
         try:
             organization_id = self.recorded.row.organization_id
             return self._compiled.program(organization_id, self._chosen.hash, self._chosen.content)
@@ -410,6 +415,7 @@ class _Planning:
             raise errors.invalid([errors.problem("definition", "invalid-definition", message)]) from error
 
     def _require_known_nodes(self, graph: ParsedGraph) -> None:
+        """Raise a 422 error if the choices name nodes that the definition doesn't have."""
         problems = [
             *_unknown_nodes("from", self._choice.forced, graph),
             *_unknown_nodes("confirm", self._choice.confirmed, graph),
@@ -418,7 +424,11 @@ class _Planning:
             raise errors.invalid(problems)
 
     def complete(self, plan: ReplayPlan) -> PlannedReplay:
-        """Return the planned replay with its hash, concurrency limit and content; the plan was made before."""
+        """Return the planned replay with its hash, concurrency limit and content; call `make` before.
+
+        The hash changes with the choices, the definition and the decisions, so that a client can confirm
+        exactly this plan.
+        """
         program, original = self._program, self._original
         if program is None or original is None:
             raise RuntimeError("a plan is completed after it was made")
@@ -457,9 +467,9 @@ class _Planning:
 
 
 def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple[str, str]]]) -> ReplayCopy:
-    """Return the content of the new execution of a replay.
+    """Return the content of the new execution of a planned replay, as it is inserted.
 
-    `inner` holds spans of iterations that it begins with, by their use.
+    `inner` holds spans of iterations that it begins with, as node id and iteration, by their use.
     """
     spans: dict[ResultUse, list[tuple[str, str]]] = {
         use: [(node.node_id, "") for node in planned.plan.nodes if node.use is use]
@@ -489,6 +499,9 @@ def _run_nothing(_call: NodeCall) -> NoReturn:
 
 
 def _unknown_nodes(name: str, node_ids: Collection[str], graph: ParsedGraph) -> list[dict[str, Json]]:
+    """Return a problem for each node id that the graph does not have, with similar ids; `name` is the field
+    of the body.
+    """
     found = []
     for node_id in sorted(node_ids):
         if node_id not in graph.by_id:
@@ -533,7 +546,7 @@ _HAS_COMPLETED_ITERATION: Final = (
 async def _read_execution(
     connection: AsyncConnection, key: ExecutionKey, caller: ApiCaller
 ) -> RecordedExecution:
-    """Return an ended execution with its definition and spans.
+    """Return an ended execution with its definition, spans, and the present revisions of its data sources.
 
     Raises a 404 error unless the caller may see it, 409 if it has not ended.
     """
@@ -578,7 +591,9 @@ async def _read_execution(
 
 
 async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:
-    """Return the ids of nodes with results in any iteration, and in iterations that did not complete."""
+    """Return the ids of nodes that may have written in any iteration of a loop, and in iterations that did
+    not complete.
+    """
     of_run = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
     written = set(
         await connection.scalars(

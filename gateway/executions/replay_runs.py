@@ -40,8 +40,8 @@ async def start_replay(
 ) -> None:
     """Insert the execution `new_id` as a replay of `source` by a plan; nothing changes if it exists already.
 
-    Raises 404, and 409 if the source has not ended, was resumed or replayed (unless `again`), or its workflow
-    is closed.
+    Raises 404, and 409 if the source has not ended, was resumed or replayed before (unless `again`), or its
+    workflow is closed or deleted.
     """
     ended = await resume_runs.lock_ended(connection, source, caller)
     resume_runs.require_ended(ended.status)
@@ -83,7 +83,10 @@ async def _store_definition(
 async def _find_inner_spans(
     connection: AsyncConnection, source: ExecutionKey, planned: PlannedReplay
 ) -> Mapping[ResultUse, Sequence[tuple[str, str]]]:
-    """Return node id and iteration of the spans of iterations that a replay begins with, by their use."""
+    """Return node id and iteration of the spans within loops that a replay begins with, by their use.
+
+    Empty for each use if no loop is kept.
+    """
     found: dict[ResultUse, list[tuple[str, str]]] = {ResultUse.SETTLED: [], ResultUse.IN_FLIGHT: []}
     if not planned.bodies:
         return found
@@ -109,9 +112,10 @@ async def _find_inner_spans(
 
 
 def _use_of_inner(row: Row[Any], dirty: frozenset[str]) -> ResultUse | None:
-    """Return the use in a replay of the span of a node in an iteration, or of the iteration itself.
+    """Return the use in a replay of the span of a node in an iteration, or of the iteration itself; None to
+    leave it out.
 
-    None to leave it out. Nodes in `dirty` run again.
+    A settled result is reused, an unfinished write is treated as in flight; nodes in `dirty` run again.
     """
     is_iteration = row.port == CONTINUE
     is_settled = row.status in {SpanStatus.COMPLETED, SpanStatus.SKIPPED} or row.port == ERROR

@@ -85,7 +85,9 @@ class TokenLease:
     asking: asyncio.Task[None] | None = None
 
     def held(self, now: float) -> int:
-        """Return the number of leased tokens that are still usable at `now`, a value of the monotonic clock."""
+        """Return the number of leased tokens that are still usable at `now`, a time of the monotonic clock in
+        seconds.
+        """
         return self.tokens if now < self.until else 0
 
 
@@ -119,10 +121,11 @@ class RunRateLimiter:
         count: int = 1,
         also: Sequence[RateLimit] = (),
     ) -> None:
-        """Count a request for `count` runs, and add the rate limit headers to its answer; raises a 429 error.
+        """Count a request for `count` runs, and add the rate limit headers to its answer; raises a 429 error
+        beyond a limit.
 
-        It counts for the id `key`: by default the API key, and for none if it is empty. `workflow_id` adds
-        the limit of a workflow, and only for callers who may run it. `also` adds limits of the route.
+        It counts for the id `key`: None means the API key of the caller, and "" none. `workflow_id` adds the
+        limit of a workflow; pass it only for callers who may run it. `also` adds limits of the route.
         """
         limits = list(also)
         if self._per_key is not None and (sender_key := request.caller.key_id if key is None else key):
@@ -144,9 +147,10 @@ class RunRateLimiter:
         return (RateLimit("workflow", f"workflow:{workflow_id}", self._per_workflow),)
 
     async def spend(self, limits: Sequence[RateLimit], count: int = 1) -> None:
-        """Take `count` tokens of each limit, without headers in the answer.
+        """Take `count` tokens of each limit, without headers in the answer; raises a 429 error, and then
+        takes none.
 
-        Raises a 429 error, and then takes none.
+        Tokens are leased from Redis for half a second; without Redis each process counts alone.
         """
         pairs = [(limit, self._lease(limit)) for limit in limits]
         while short := [pair for pair in pairs if pair[1].held(monotonic()) < count]:
@@ -163,6 +167,9 @@ class RunRateLimiter:
         await self._demands.drain()
 
     def _lease(self, limit: RateLimit) -> TokenLease:
+        """Return the lease of a limit's bucket, a new one without tokens at first; the 20,000 last used ones
+        are kept.
+        """
         lease = self._leases.get(limit.bucket)
         if lease is None:
             lease = self._leases[limit.bucket] = TokenLease(left=limit.rate.burst)
@@ -188,7 +195,7 @@ class RunRateLimiter:
     # ── token leases ────────────────────────────────────────────────────────────────────────────────────────
 
     async def _lease_more(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
-        """Lease more tokens of a limit from Redis; one request serves all callers that wait for them."""
+        """Lease more tokens of a limit from Redis, and wait for them; one request serves all callers that wait."""
         lease.awaited += count
         try:
             if lease.asking is None:
@@ -198,6 +205,9 @@ class RunRateLimiter:
             lease.awaited -= count
 
     async def _lease_tokens(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
+        """Ask Redis for the tokens that callers wait for and some in advance, and store the grant or refusal
+        in the lease.
+        """
         try:
             now = monotonic()
             ahead = _count_advance_tokens(limit.rate, lease, now)
@@ -214,6 +224,9 @@ class RunRateLimiter:
             lease.asking = None
 
     async def _take_tokens(self, batch: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
+        """Return the grants for demands of tokens from Redis; for five seconds after a failure, from this
+        process alone.
+        """
         if monotonic() >= self._away_until:
             try:
                 async with asyncio.timeout(ASK_SECONDS):
@@ -225,9 +238,9 @@ class RunRateLimiter:
 
 
 def read_rate(per_second: float, burst: int | None) -> BucketRate | None:
-    """Return the rate of the settings, in requests per second; None for no limit.
+    """Return the rate of the settings, in requests per second; None for 0, which means no limit.
 
-    The default burst is two seconds of requests.
+    The burst is the number of requests at once; None means two seconds of requests.
     """
     if not per_second:
         return None
@@ -235,9 +248,10 @@ def read_rate(per_second: float, burst: int | None) -> BucketRate | None:
 
 
 def _count_advance_tokens(rate: BucketRate, lease: TokenLease, now: float) -> int:
-    """Return the number of tokens to lease in advance: as many as were used recently, and more if they ran out early.
+    """Return the number of tokens to lease in advance: as many as were used recently, twice as many if they
+    ran out early.
 
-    0 if the last lease is long over.
+    At most half a second of the rate; 0 if the last lease is long over.
     """
     if now >= lease.until + LEASE_SECONDS:
         return 0
@@ -246,6 +260,7 @@ def _count_advance_tokens(rate: BucketRate, lease: TokenLease, now: float) -> in
 
 
 def _refuse_rate(limit: RateLimit, seconds: float) -> ApiError:
+    """Return the 429 error for an exceeded rate limit, to be repeated after `seconds`."""
     rate = limit.rate
     message = (
         f"More than {rate.per_second:g} requests a second, after {rate.burst:,} at once: try again later"
@@ -268,13 +283,19 @@ class BacklogCount:
 
     @property
     def size(self) -> int:
+        """Known size: the last count, and the runs accepted here since."""
         return (self.counted or 0) + self.added
 
     def lacks_capacity(self, count: int, limit: int) -> bool:
+        """Return whether `count` more runs would exceed the limit; False before the first count."""
         return self.size + count > limit
 
     def recount(self, found: int, *, added_before: int, began: float, ended: float) -> None:
-        """Store the result of a count, and update the speed at which the backlog shrinks, in runs per second."""
+        """Store a count `found` of the backlog, and update the speed at which runs begin, in runs per second.
+
+        `added_before` runs were added here before the count began; times are monotonic seconds. A slow count
+        stays valid for longer.
+        """
         if self.counted is not None:
             begun = max(self.counted + added_before - found, 0)
             self.begun_per_second = begun / max(began - self.counted_at, FRESH_SECONDS)
@@ -284,7 +305,10 @@ class BacklogCount:
         self.fresh_until = ended + max(FRESH_SECONDS, COUNTING_SHARE * (ended - began))
 
     def retry_seconds(self, count: int, limit: int) -> int:
-        """Return the estimated seconds until `count` more runs fit the limit, from the recent speed of the backlog."""
+        """Return the estimated seconds until `count` more runs fit the limit, from the recent speed of the backlog.
+
+        At least one; five if the speed is not known.
+        """
         if not self.begun_per_second:
             return UNKNOWN_RETRY_SECONDS
         seconds = math.ceil((self.size + count - limit) / self.begun_per_second)
@@ -302,9 +326,10 @@ class BacklogLimits:
         self._counting: set[asyncio.Task[None]] = set()
 
     async def require_capacity(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
-        """Add `count` runs to the backlogs of a workflow and its organization.
+        """Reserve `count` runs in the backlogs of a workflow and its organization.
 
-        Raises a 429 error without capacity for all.
+        Raises a 429 error with an estimated delay if either has no capacity for all. Backlogs are counted
+        about once a second, so limits may be exceeded a little.
         """
         organization = self._tally(organization_id)
         whole = self._per_organization
@@ -331,6 +356,7 @@ class BacklogLimits:
     async def _require_workflow_capacity(
         self, organization_id: str, workflow_id: str, count: int
     ) -> BacklogCount:
+        """Return the backlog of a workflow if it has capacity for `count` runs; raises a 429 error without."""
         workflow = self._tally(workflow_id)
         limit = self._per_workflow
 
@@ -345,6 +371,7 @@ class BacklogLimits:
         return workflow
 
     def _tally(self, key: str) -> BacklogCount:
+        """Return the known backlog of a workflow or organization by its id, a new one at first; 20,000 are kept."""
         tally = self._tallies.get(key)
         if tally is None:
             tally = self._tallies[key] = BacklogCount()
@@ -360,9 +387,9 @@ class BacklogLimits:
         limit: int,
         find: Callable[[AsyncConnection], Awaitable[int]],
     ) -> None:
-        """Start a new count if the last one is outdated.
+        """Start a new count of a backlog if the last one is outdated.
 
-        Wait for it only before the first answer and before a refusal.
+        It waits for it only before the first answer and before a refusal.
         """
         if tally.counting is None and monotonic() >= tally.fresh_until:
             tally.counting = asyncio.create_task(self._count(tally, find))
@@ -372,6 +399,7 @@ class BacklogLimits:
             await asyncio.shield(tally.counting)
 
     async def _count(self, tally: BacklogCount, find: Callable[[AsyncConnection], Awaitable[int]]) -> None:
+        """Count a backlog by `find` and store it; if the database is away, try again after a second."""
         began, added = monotonic(), tally.added
         try:
             async with self._database.read() as connection:

@@ -44,10 +44,10 @@ IS_TAKEN_UP: Final = or_(
 async def resume_execution(
     connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller
 ) -> str | None:
-    """Insert the execution `new_id` as a copy of a failed one.
+    """Insert the execution `new_id` as a copy of a failed one, with its committed results.
 
-    Return its concurrency key if it waits for a slot, else None. Raises a 404 error, and 409 if the failed
-    one can't be resumed.
+    Return its concurrency key, None without one. Nothing is inserted if `new_id` exists. Raises a 404 error,
+    and 409 if it has not failed, was resumed or replayed, or its workflow is closed.
     """
     earlier = await lock_ended(connection, failed, caller)
     if earlier.status != ExecutionStatus.FAILED:
@@ -65,9 +65,10 @@ async def resume_execution(
 
 
 async def lock_ended(connection: AsyncConnection, ended: ExecutionKey, caller: ApiCaller) -> Row[Any]:
-    """Return the row of an execution, locked against resume, replay and deletion until the transaction ends.
+    """Return status, trigger type, concurrency key and workflow of an execution, locked until the transaction ends.
 
-    Raises a 404 error unless the caller may see it.
+    The lock excludes resume, replay and deletion. It may not have ended: the caller checks. Raises a 404
+    error unless the caller may see it.
     """
     statement: Select[*tuple[Any, ...]] = (
         select(
@@ -99,7 +100,10 @@ def require_open(found: Row[Any]) -> None:
 
 
 async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey) -> None:
-    """Raise a 409 error if an execution was resumed or replayed; its details name the newest execution of the line."""
+    """Raise a 409 error if an execution was resumed or replayed; its details name the newest execution of the line.
+
+    A line is an execution with its resumed and replayed successors.
+    """
     # A separate statement after the lock, so that it sees the commit of a competing resume.
     taken_up_key = select(col(Execution.key_id)).where(col(Execution.id) == ended.execution_id, IS_TAKEN_UP)
     key_id = await connection.scalar(taken_up_key)

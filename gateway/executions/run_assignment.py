@@ -55,9 +55,9 @@ class GrantingWorker:
     until: float = 0.0
 
     def take(self, grant: SlotGrant, now: float) -> None:
-        """Apply a grant of slots that arrived at `now`, a time of the event loop.
+        """Apply a grant of slots (free places for runs) that arrived at `now`, a time of the event loop.
 
-        Runs on their way count as used slots.
+        Runs on their way count as used slots. The grant ends after `GRANT_SECONDS`.
         """
         if grant.received > self.received:
             self.received, self.lost = grant.received, 0
@@ -69,11 +69,11 @@ class GrantingWorker:
         self.until = now + GRANT_SECONDS
 
     def assign(self, now: float) -> None:
-        """Use up one slot of the worker for a run."""
+        """Use up one slot of the worker for a run, at a time of the event loop."""
         self.assigned, self.assigned_at, self.left = self.assigned + 1, now, self.left - 1
 
     def withdraw(self) -> None:
-        """Return the slot of a run that is not sent."""
+        """Give back the slot of a run that is not sent after all."""
         self.assigned, self.left = self.assigned - 1, self.left + 1
 
     def number_of(self, count: int) -> int:
@@ -105,7 +105,11 @@ class RunAssigner:
         await self._returns.drain()
 
     def assign(self, batch: Sequence[RunAcceptance]) -> Sequence[RunAcceptance]:
-        """Return the runs of one commit, each with its worker if one has a free slot for it; that slot is used up."""
+        """Return the runs of one commit, each with the name of a worker if one has a free slot for it; that
+        slot is used up.
+
+        Runs without a worker are claimed later. The worker with the most free slots comes first.
+        """
         now = asyncio.get_running_loop().time()
         free = [entry for entry in self._workers.items() if entry[1].left and entry[1].until > now]
         if not free:
@@ -124,9 +128,10 @@ class RunAssigner:
         return assigned
 
     def assign_requests(self, batch: Sequence[InboundRequest]) -> Sequence[InboundRequest]:
-        """Return inbound requests with a worker for each run, as far as there are slots for all runs of a request.
+        """Return inbound requests with a worker for each run, if there are slots for all runs of a request.
 
-        Runs of one request may have different priorities, so either all of them start at once or all are claimed.
+        Runs of one request may have different priorities, so either all of them start at once or all are
+        claimed.
         """
         return [self._assign_request(request) for request in batch]
 
@@ -140,7 +145,8 @@ class RunAssigner:
     def send(self, batch: Sequence[RunAcceptance], answers: Sequence[AcceptanceResult]) -> None:
         """Send the accepted runs of a committed batch to their workers in the background.
 
-        Assignments of other runs are taken back.
+        Slots of runs that were not accepted are given back; a run that may have been stored before becomes
+        pending.
         """
         chosen: dict[str, list[ClaimedRun]] = {}
         refused: list[RunAcceptance] = []
@@ -172,6 +178,7 @@ class RunAssigner:
             self._workers.setdefault(notification.worker, GrantingWorker()).take(notification, now)
 
     async def _send_all(self, batches: Sequence[tuple[str, list[ClaimedRun]]]) -> Sequence[None]:
+        """Send the runs of a batch to their workers, those of one worker together, in messages of limited size."""
         together: dict[str, list[ClaimedRun]] = {}
         for name, runs in batches:
             together.setdefault(name, []).extend(runs)
@@ -181,9 +188,9 @@ class RunAssigner:
         return [None] * len(batches)
 
     async def _send(self, name: str, runs: list[ClaimedRun]) -> None:
-        """Send runs to a worker; make them pending if it is certainly gone.
+        """Send runs to a worker; make them pending if nobody received the message.
 
-        If Redis fails, they are claimed after their leases.
+        If Redis fails, the message may have arrived: its runs are claimed after their leases.
         """
         is_heard, worker = False, self._workers.get(name)
         if worker is not None:
@@ -204,7 +211,7 @@ class RunAssigner:
     async def _return(self, keys: Sequence[ExecutionKey]) -> Sequence[None]:
         """Make runs pending that no worker has received, and wake workers.
 
-        If the database fails, a sweep does it later.
+        If the database fails, the scheduler does it after their leases.
         """
         try:
             if await self._store.return_direct(keys):
@@ -219,7 +226,7 @@ def _count_characters(run: RunAcceptance | ClaimedRun) -> int:
 
 
 def _split(runs: Sequence[ClaimedRun]) -> Iterator[list[ClaimedRun]]:
-    """Split runs into messages within the limit."""
+    """Split runs into messages of at most 16,000 characters; a longer run is a message of its own."""
     message: list[ClaimedRun] = []
     left = MAX_DIRECT_CHARACTERS
     for run in runs:
@@ -233,7 +240,11 @@ def _split(runs: Sequence[ClaimedRun]) -> Iterator[list[ClaimedRun]]:
 
 
 def _may_start(run: RunAcceptance) -> bool:
-    """Return whether any worker may run it at once: it needs no slot of a key, no deployment, no parser and no wait."""
+    """Return whether any worker may run it at once: it needs no slot of a key, no deployment, no mail parser
+    and no delay.
+
+    Runs over 16,000 characters are left to claims.
+    """
     if isinstance(run, IngestedRun) and (run.delay_until is not None or not run.is_read):
         return False
     return (

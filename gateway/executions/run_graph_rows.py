@@ -79,7 +79,11 @@ class RunGraphRows:
 
 
 async def read_rows(connection: AsyncConnection, key: ExecutionKey) -> RunGraphRows | None:
-    """Return the rows about the graph of a run; None if its deletion is in progress."""
+    """Return the rows about the graph of a run: definition, spans, up to 200 iterations of a node, and failed
+    attempts.
+
+    Also durations of the last completed run before. None if its deletion is in progress.
+    """
     head = await read_head(connection, key)
     if head is None:
         return None
@@ -125,7 +129,7 @@ async def read_head(connection: AsyncConnection, key: ExecutionKey) -> RunHead |
 
 
 async def find_completed_before(connection: AsyncConnection, key: ExecutionKey, head: RunHead) -> str | None:
-    """Return the newest completed run among the 20 runs of the workflow before a run; None without one."""
+    """Return the id of the newest completed run among the 20 runs of the workflow before a run; None without one."""
     earlier = (
         select(col(ExecutionData.execution_id), col(ExecutionData.shard), col(ExecutionData.created_at))
         .where(
@@ -182,6 +186,7 @@ def _in_iterations(key: ExecutionKey) -> tuple[Any, ...]:
 async def _read_iterations(
     connection: AsyncConnection, key: ExecutionKey
 ) -> Mapping[str, Sequence[Recorded]]:
+    """Return the first 200 iterations of each node in loops, by node id."""
     number = func.row_number().over(
         partition_by=col(SpanRow.node_id), order_by=(func.length(SpanRow.iteration), col(SpanRow.iteration))
     )
@@ -195,6 +200,7 @@ async def _read_iterations(
 
 
 async def _count_iterations(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, IterationCounts]:
+    """Return number by status, first start and last end of the iterations of each node in loops, by node id."""
     statement = (
         select(
             *(col(SpanRow.node_id), col(SpanRow.status), func.count().label("count")),
@@ -209,6 +215,7 @@ async def _count_iterations(connection: AsyncConnection, key: ExecutionKey) -> M
 
 
 def _sum_counts(rows: Sequence[Recorded]) -> IterationCounts:
+    """Return the counts of one node from its rows by status; the last end is None while an iteration runs."""
     starts = [row.started_at for row in rows if row.started_at is not None]
     ends = [row.ended_at for row in rows]
     return IterationCounts(
@@ -220,6 +227,7 @@ def _sum_counts(rows: Sequence[Recorded]) -> IterationCounts:
 
 
 async def _read_attempts(connection: AsyncConnection, key: ExecutionKey) -> Mapping[str, Sequence[Recorded]]:
+    """Return the failed attempts by node id, at most the first 1,000 of the run."""
     statement = (
         select(
             *(col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt)),
@@ -239,6 +247,7 @@ async def _read_attempts(connection: AsyncConnection, key: ExecutionKey) -> Mapp
 async def _read_durations(
     connection: AsyncConnection, execution_id: str, shard: int
 ) -> Mapping[str, timedelta]:
+    """Return the durations of the completed nodes outside of loops of a run, by node id."""
     statement = select(col(SpanRow.node_id), col(SpanRow.started_at), col(SpanRow.ended_at)).where(
         col(SpanRow.execution_id) == execution_id,
         col(SpanRow.shard) == shard,
@@ -253,6 +262,7 @@ async def _read_durations(
 
 
 def _by_node(rows: Sequence[Recorded]) -> dict[str, list[Recorded]]:
+    """Return rows by node id, in their order."""
     found: dict[str, list[Recorded]] = {}
     for row in rows:
         found.setdefault(row.node_id, []).append(row)

@@ -142,7 +142,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def _load_workflow(request: GatewayRequest, rows: RunGraphRows) -> LoadedWorkflow | None:
-    """Return the workflow as it is now; None if the caller may not read it."""
+    """Return the workflow as it is now, for names and the label of changes; None if the caller may not read it."""
     workflows, head = request.gateway.workflows, rows.head
     try:
         workflow = await workflows.load(head.workflow_id, request.caller)
@@ -195,6 +195,7 @@ def _show_node(node: Mapping[str, Any], *, with_config: bool) -> RunGraphNode:
 
 
 def _hide(config: Mapping[str, Json]) -> Mapping[str, Any]:
+    """Return a node's config without values that look like secrets."""
     kept, _ = inline_secrets.remove_secrets(dict(config))
     return kept if isinstance(kept, dict) else {}
 
@@ -213,9 +214,11 @@ def _show_states(rows: RunGraphRows) -> Iterator[NodeState]:
 
 
 def _show_state(row: Recorded, rows: RunGraphRows, counts: IterationCounts | None) -> NodeState:
-    """Return the state of a node; `row` is its span outside of loops, or that of its first iteration.
+    """Return the state of a node as the API shows it; `row` is its span outside of loops, or that of its
+    first iteration.
 
-    `counts` are those of its iterations, if it has any.
+    `counts` are those of its iterations, None for a node that has none; in a loop, the state is the worst of
+    all iterations.
     """
     is_in_loop = bool(row.iteration) and counts is not None
     started_at, ended_at = (
