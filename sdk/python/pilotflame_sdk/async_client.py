@@ -12,8 +12,6 @@ from pilotflame_sdk.errors import Conflict, NotFound
 from pilotflame_sdk.request_coding import PREFER_SECONDS, quote_segment
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from pilotflame_sdk.server_events import RunEvent
     from pilotflame_sdk.types import ApplyResult
     from pilotflame_sdk.workflow_files import HasDefinition
@@ -88,12 +86,6 @@ class AsyncClient(async_resources.AsyncResourceClient):
         self.executions = AsyncExecutions(self)
         self.workflows = AsyncWorkflows(self)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        await self.close()
-
     async def start(
         self,
         workflow: str,
@@ -136,7 +128,8 @@ class AsyncClient(async_resources.AsyncResourceClient):
         """
         begun = time.monotonic()
         run = await self.start(workflow, inputs, wait=PREFER_SECONDS if wait is None else wait, **options)
-        (await run.wait(wait, since=begun)).outputs_or_raise()
+        await run.wait(wait, since=begun)
+        run.outputs_or_raise()
         return run
 
     async def attach(self, execution_id: str) -> AsyncRun:

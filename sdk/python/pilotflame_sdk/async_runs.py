@@ -29,7 +29,8 @@ class AsyncRun(run_states.RunState):
 
         `timeout` is in seconds; None waits without end. Raises `RunFailed` and `RunTimeout`.
         """
-        return (await self.wait(timeout)).outputs_or_raise()
+        ended = await self.wait(timeout)
+        return ended.outputs_or_raise()
 
     async def wait(self, timeout: float | None = None, *, since: float | None = None) -> AsyncRun:
         """Wait for the end of the run, however it ends, and return it; raises `RunTimeout`.

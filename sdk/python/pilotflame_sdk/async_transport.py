@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 
@@ -14,6 +14,9 @@ from pilotflame_sdk.profiles import ServerAddress, find_server
 from pilotflame_sdk.request_coding import ApiRequest
 from pilotflame_sdk.retries import RequestAttempts, RetryPolicy
 from pilotflame_sdk.server_events import EventParser, RunEvent
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class AsyncTransport:
@@ -36,6 +39,12 @@ class AsyncTransport:
             trust_env=request_coding.uses_proxies(self.address.url), follow_redirects=False
         )
         self._headers = request_coding.default_headers(self.address.api_key)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -91,9 +100,8 @@ class AsyncTransport:
                     if parser.has_ended:
                         return
             except httpx2.TransportError:
-                await asyncio.sleep(
-                    self._retry.first_pause
-                )  # The next request continues behind the last event.
+                # The next request continues behind the last event.
+                await asyncio.sleep(self._retry.first_pause)
             finally:
                 await response.aclose()
 
