@@ -35,6 +35,12 @@ class ClusterDeployment(Protocol):
     def replicas(self) -> int: ...
     @property
     def exists(self) -> bool: ...
+    @property
+    def generation(self) -> int | None: ...
+    @property
+    def definition_hash(self) -> str | None: ...
+    @property
+    def ready_pods(self) -> Sequence[object]: ...
 
 
 async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentActivity]:
@@ -59,7 +65,7 @@ def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[Dri
 def compare_cluster(
     deployments: Sequence[DeploymentActivity], listed: Sequence[ClusterDeployment]
 ) -> Iterator[DriftFinding]:
-    """Yield findings about deployments that the cluster lacks, has with other replicas, or has without a row.
+    """Yield findings about deployments that the cluster lacks, has in another state, or has without a row.
 
     Deployments with a change in progress are compared only for the last kind.
     """
@@ -68,18 +74,8 @@ def compare_cluster(
         deployment = seen.deployment
         if not _is_settled(seen):
             continue
-        found = in_cluster.get(deployment.workflow_id)
-        if found is None:
-            message = "The workflow is deployed, and the cluster has no objects of it."
-            yield _build_finding(DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT, deployment, message)
-        elif found.replicas != deployment.replicas:
-            yield _build_finding(
-                DriftClass.REPLICAS_DIFFER,
-                deployment,
-                f"{deployment.replicas} pods are wanted, and the cluster was asked for {found.replicas}.",
-                wanted=deployment.replicas,
-                cluster=found.replicas,
-            )
+        if finding := _compare_deployment(deployment, in_cluster.get(deployment.workflow_id)):
+            yield finding
     wanted_ids = {seen.deployment.workflow_id for seen in deployments}
     for workflow_id in sorted(in_cluster.keys() - wanted_ids):
         yield DriftFinding(
@@ -88,6 +84,38 @@ def compare_cluster(
             "The cluster has objects of a workflow that is not deployed.",
             {"replicas": in_cluster[workflow_id].replicas},
         )
+
+
+def _compare_deployment(deployment: Deployment, found: ClusterDeployment | None) -> DriftFinding | None:
+    if found is None:
+        message = "The workflow is deployed, and the cluster has no objects of it."
+        return _build_finding(DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT, deployment, message)
+    wanted = deployment.deployed_generation, deployment.definition_hash
+    if (found.generation, found.definition_hash) != wanted:
+        return _build_finding(
+            DriftClass.MANIFEST_DIFFERS,
+            deployment,
+            "The objects in the cluster are not those of the last deploy.",
+            wanted=deployment.deployed_generation,
+            cluster="none" if found.generation is None else found.generation,
+        )
+    if found.replicas != deployment.replicas:
+        return _build_finding(
+            DriftClass.REPLICAS_DIFFER,
+            deployment,
+            f"{deployment.replicas} pods are wanted, and the cluster was asked for {found.replicas}.",
+            wanted=deployment.replicas,
+            cluster=found.replicas,
+        )
+    if len(found.ready_pods) != deployment.ready_replicas:
+        return _build_finding(
+            DriftClass.STATUS_DIFFERS,
+            deployment,
+            "The status that users see is not that of the cluster: the deployer does not observe it.",
+            shown=deployment.ready_replicas,
+            cluster=len(found.ready_pods),
+        )
+    return None
 
 
 def _check_policy(seen: DeploymentActivity) -> DriftFinding | None:

@@ -56,6 +56,8 @@ class ExaminedStores:
     broker: Broker | None = None
     blobs: BlobStore | None = None
     facts: ServerFacts | None = None
+    check_connections: Callable[[], Awaitable[Sequence[DriftFinding]]] | None = None
+    """Checks of the ways to PostgreSQL and Redis, which load the clients of both."""
     audit: AuditScope | None = None
     """Part of the audit trail to verify."""
     list_cluster: Callable[[], Awaitable[Sequence[ClusterDeployment]]] | None = None
@@ -117,6 +119,8 @@ async def _observe(stores: ExaminedStores) -> _Observation:
     seen = _Observation()
     if stores.facts is not None:
         seen.findings += setting_checks.check_settings(stores.facts)
+    if stores.check_connections is not None:
+        seen.findings += await stores.check_connections()
     await _observe_database(stores, seen)
     await _observe_broker(stores, seen)
     await _observe_blobs(stores, seen)

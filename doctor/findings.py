@@ -22,6 +22,8 @@ class DriftClass(StrEnum):
     AWAKE_AGAINST_POLICY = "awake-against-policy"
     ASLEEP_AGAINST_WINDOW = "asleep-against-window"
     REPLICAS_DIFFER = "replicas-differ"
+    MANIFEST_DIFFERS = "manifest-differs"
+    STATUS_DIFFERS = "status-differs"
     CHANGE_NOT_APPLIED = "change-not-applied"
     WORKFLOW_WITHOUT_DEPLOYMENT = "workflow-without-deployment"
     DEPLOYMENT_WITHOUT_WORKFLOW = "deployment-without-workflow"
@@ -111,6 +113,8 @@ FIXES: Final[Mapping[DriftClass, DriftFix]] = {
     ),
     DriftClass.CHANGE_NOT_APPLIED: DriftFix("reconcile", "asks the deployer to apply it again", is_safe=True),
     DriftClass.REPLICAS_DIFFER: DriftFix("reconcile", "asks the deployer to apply it again", is_safe=True),
+    DriftClass.MANIFEST_DIFFERS: DriftFix("reconcile", "asks the deployer to apply it again", is_safe=True),
+    DriftClass.STATUS_DIFFERS: DriftFix("reconcile", "asks the deployer to apply it again", is_safe=True),
     DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT: DriftFix(
         "reconcile", "asks the deployer to apply it again", is_safe=True
     ),

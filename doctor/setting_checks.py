@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ WIDE_PREFIX: Final = 8
 """Prefix length of networks; a wider one opens nearly everything."""
 FEW_CHARACTERS: Final = 10
 """Number of different characters below which a secret was typed, not generated."""
+PLACEHOLDER: Final = re.compile(
+    r"change.?(me|this|it)|your.|example|placeholder|secret|passw|1234", re.IGNORECASE
+)
+"""Words of secrets that were copied from instructions; a generated secret has none of them."""
+DATABASE_PASSWORDS: Final = frozenset({"postgres", "postgresql", "pilotflame", "admin", "root"})
+"""Passwords that attackers try first, beside placeholders and the name of the user."""
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -37,6 +44,7 @@ class ServerFacts:
     outbound_allowed_networks: Sequence[IPv4Network | IPv6Network]
     data_dir: Path
     database_url: URL
+    bootstrap_api_key: str = ""
 
 
 def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
@@ -44,6 +52,7 @@ def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
     yield from _check_public_url(facts)
     yield from _check_networks(facts)
     yield from _check_secret(facts)
+    yield from _check_passwords(facts)
     yield from _check_permissions(facts)
 
 
@@ -96,11 +105,40 @@ def _check_networks(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_secret(facts: ServerFacts) -> Iterator[DriftFinding]:
-    if facts.secret and len(set(facts.secret)) < FEW_CHARACTERS:
+    if not facts.secret:
+        return
+    if len(set(facts.secret)) < FEW_CHARACTERS:
+        reason = "It has few different characters, so it can be guessed."
+    elif PLACEHOLDER.search(facts.secret):
+        reason = "It looks like a value from an example, which others know."
+    else:
+        return
+    yield _build_finding(
+        "SECRET_KEY",
+        reason,
+        "Generate one, and rotate with `pilotflame keys rotate-secret`.",
+        DriftSeverity.CRITICAL,
+    )
+
+
+def _check_passwords(facts: ServerFacts) -> Iterator[DriftFinding]:
+    """Yield findings about the key of a first start and the password of the database, if others may know them."""
+    key = facts.bootstrap_api_key
+    if key and (len(set(key)) < FEW_CHARACTERS or PLACEHOLDER.search(key)):
         yield _build_finding(
-            "SECRET_KEY",
-            "It has few different characters, so it can be guessed.",
-            "Generate one, and rotate with `pilotflame keys rotate-secret`.",
+            "BOOTSTRAP_API_KEY",
+            "It looks like a value from an example, and has the rights of an admin.",
+            "Create another key, revoke this one with `pilotflame keys revoke`, and unset the variable.",
+            DriftSeverity.CRITICAL,
+        )
+    address = facts.database_url
+    password = str(address.password or "")
+    is_known = password in {*DATABASE_PASSWORDS, address.username} or PLACEHOLDER.search(password)
+    if password and is_known and address.host not in LOOPBACK_HOSTS:
+        yield _build_finding(
+            "DATABASE_URL",
+            "The password of the database is one that attackers try first.",
+            "Set another by ALTER ROLE … PASSWORD, and then here.",
             DriftSeverity.CRITICAL,
         )
 

@@ -6,16 +6,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
 
 import msgspec
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from doctor import examination
+from doctor import connection_checks, examination
+from doctor.connection_checks import ServerAddresses
 from doctor.examination import AuditScope, ClusterUnreadable, ExaminedStores
 from doctor.findings import FIXES, DriftClass
 from doctor.setting_checks import ServerFacts
@@ -30,6 +33,8 @@ from journal.blobs.blob_store_factory import open_blobs
 from journal.store_factory import open_store
 from messages import broker as brokers
 from messages import wakeups
+from messages.broker import RedisMayEvict
+from messages.redis_broker import RedisBroker
 from models import database as databases
 from models.access import Organization
 from models.audit import AuditAction
@@ -168,7 +173,7 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
     async with AsyncExitStack() as stack:
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
-        broker = await brokers.connect_broker(settings.broker_url)
+        broker = await _open_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
         blobs = open_blobs(settings)
         stack.push_async_callback(blobs.close)
@@ -186,10 +191,19 @@ async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> Asyn
             broker if settings.broker_url else None,
             blobs,
             read_facts(settings, GatewaySettings()),
+            partial(connection_checks.check_connections, ServerAddresses(database.url, settings.broker_url)),
             AuditScope(),
             list_cluster,
         )
         yield _OpenStores(database, broker, blobs, journal, driver, examined)
+
+
+async def _open_broker(url: str | None) -> Broker:
+    """Return the broker, also of a Redis that no other process would use: its policy is a finding."""
+    try:
+        return await brokers.connect_broker(url)
+    except RedisMayEvict:
+        return RedisBroker(url or "", channel=uuid4().hex)
 
 
 def read_facts(settings: ServerSettings, gateway: GatewaySettings) -> ServerFacts:
@@ -202,6 +216,7 @@ def read_facts(settings: ServerSettings, gateway: GatewaySettings) -> ServerFact
         outbound_allowed_networks=settings.outbound_allowed_networks,
         data_dir=settings.data_dir,
         database_url=databases.parse_url(settings.database_url),
+        bootstrap_api_key=gateway.bootstrap_api_key.get_secret_value() if gateway.bootstrap_api_key else "",
     )
 
 

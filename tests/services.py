@@ -347,7 +347,7 @@ def run_rabbitmq() -> Iterator[RabbitmqServer | None]:
 
 
 @contextmanager
-def run_pgbouncer(postgres: PostgresServer) -> Iterator[PgBouncer | None]:
+def run_pgbouncer(postgres: PostgresServer, mode: str = "transaction") -> Iterator[PgBouncer | None]:
     """Start a PgBouncer in front of the given server; yield None if the program isn't on PATH."""
     program = _find_on_path("pgbouncer")
     if program is None:
@@ -367,7 +367,7 @@ def run_pgbouncer(postgres: PostgresServer) -> Iterator[PgBouncer | None]:
             listen_port = {url.port}
             unix_socket_dir =
             auth_type = any
-            pool_mode = transaction
+            pool_mode = {mode}
             """.replace("            ", "")
         )
         with _run_server(PgBouncer(url, folder, [program, str(configuration)])) as server:

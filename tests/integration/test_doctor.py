@@ -35,7 +35,7 @@ from models.settings import ServerSettings
 from pilotflame import doctor_command
 from pilotflame.doctor_command import DoctorExit, DoctorRequest, DoctorResult
 from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
-from workers.cluster.driver import ObservedDeployment
+from workers.cluster.driver import ObservedDeployment, ObservedPod
 
 LONG_AGO = 1_000_000
 """A time in 1970, in microseconds."""
@@ -303,18 +303,25 @@ async def test_an_unreachable_store_is_never_clean(tmp_path: Path) -> None:
 
 
 async def test_deployments_are_compared_with_the_cluster(runs: RunDatabase) -> None:
-    place, absent = await runs.workflow(), await runs.workflow()
-    for workflow in (place, absent):
+    place, absent, other, unseen, healthy = [await runs.workflow() for _ in range(5)]
+    for workflow in (place, absent, other, unseen, healthy):
         await add_deployment(runs, workflow, replicas=1)
     async with runs.database.read() as connection:
         seen = await deployment_checks.read_deployments(connection)
+    pod = ObservedPod("pod", "0" * 64, "http://127.0.0.1:1", is_ready=True, is_terminating=False)
+    same: dict[str, Any] = {"exists": True, "replicas": 1, "generation": 1, "definition_hash": "0" * 64}
     listed = [
-        ObservedDeployment(place.workflow_id, exists=True, replicas=3),
+        ObservedDeployment(place.workflow_id, pods=(pod,), **same | {"replicas": 3}),
+        ObservedDeployment(other.workflow_id, pods=(pod,), **same | {"definition_hash": "1" * 64}),
+        ObservedDeployment(unseen.workflow_id, **same),
+        ObservedDeployment(healthy.workflow_id, pods=(pod,), **same),
         ObservedDeployment("wf_unknown", exists=True, replicas=1),
     ]
     found = {(each.drift_class, each.subject.id) for each in deployment_checks.compare_cluster(seen, listed)}
     assert found == {
         (DriftClass.REPLICAS_DIFFER, place.workflow_id),
+        (DriftClass.MANIFEST_DIFFERS, other.workflow_id),
+        (DriftClass.STATUS_DIFFERS, unseen.workflow_id),
         (DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT, absent.workflow_id),
         (DriftClass.DEPLOYMENT_WITHOUT_WORKFLOW, "wf_unknown"),
     }
@@ -373,6 +380,13 @@ async def add_deployment(runs: RunDatabase, place: OwnedWorkflow, **columns: Any
         ({"public_url": "https://flows.example.com"}, ["PILOTFLAME_TRUSTED_PROXIES"]),
         ({"public_url": "https://flows.example.com", "trusted_proxies": "10.0.0.1"}, []),
         ({"secret": "a" * 40}, ["PILOTFLAME_SECRET_KEY"]),
+        ({"secret": "Please-CHANGE-ME-before-you-go-online-1x"}, ["PILOTFLAME_SECRET_KEY"]),
+        ({"bootstrap_api_key": "sk-your-key-here"}, ["PILOTFLAME_BOOTSTRAP_API_KEY"]),
+        ({"bootstrap_api_key": "sk-V0mG7cB1xQ9zLwT4"}, []),
+        ({"database_url": parse_url("postgresql://flows:flows@db/flows")}, ["PILOTFLAME_DATABASE_URL"]),
+        ({"database_url": parse_url("postgresql://flows:password1@db/flows")}, ["PILOTFLAME_DATABASE_URL"]),
+        ({"database_url": parse_url("postgresql://flows:flows@localhost/flows")}, []),
+        ({"database_url": parse_url("postgresql://flows:V0mG7cB1xQ9z@db/flows")}, []),
         ({"outbound_allowed_networks": [ip_network("0.0.0.0/0")]}, ["PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS"]),
         ({"outbound_allowed_networks": [ip_network("10.0.0.0/8")]}, []),
     ],
