@@ -42,6 +42,14 @@ class GatewaySettings(ServerSettings):
         default="",
         description=PUBLIC_URL_DESCRIPTION,
     )
+    trace_url: str = Field(
+        default="",
+        pattern=r"^(https?://\S*\{trace_id\}\S*)?$",
+        description=(
+            "Page of a trace in your trace viewer, with `{trace_id}` for its id:"
+            " `https://traces.example.com/trace/{trace_id}`. Unset: runs have no link to their trace."
+        ),
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description=(

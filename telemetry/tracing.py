@@ -87,6 +87,25 @@ def encode_origin(context: TraceContext, *, is_awaited: bool) -> str:
     return f"{'parent' if is_awaited else 'link'}={context}"
 
 
+def decode_origin(origin: str | None) -> tuple[TraceContext | None, bool]:
+    """Return the span that started a run, and whether it is its parent, from the text of `encode_origin`."""
+    kind, _, text = (origin or "").partition("=")
+    caller = parse_traceparent(text)
+    return caller, caller is not None and kind == "parent"
+
+
+def find_trace_page(template: str, execution_id: str, origin: str | None) -> str | None:
+    """Return the address of a run's trace by a template with `{trace_id}`.
+
+    None without a template, in a process without traces, and for a run that is not sampled.
+    """
+    if not template or tracer is None:
+        return None
+    caller, is_child = decode_origin(origin)
+    trace_id, is_sampled = tracer.trace_of(execution_id, caller, is_child=is_child)
+    return template.replace("{trace_id}", trace_id) if is_sampled else None
+
+
 @dataclass(slots=True)
 class RequestTrace:
     """Trace of one request to the gateway."""
@@ -273,15 +292,8 @@ class Tracer:
 
         The span from its acceptance to that claim is the parent of all segments.
         """
-        kind, _, text = (origin or "").partition("=")
-        caller = parse_traceparent(text)
-        is_child = caller is not None and kind == "parent"
-        trace_id = (
-            caller.trace_id
-            if caller is not None and is_child
-            else derive_id(TRACE_BYTES, "run", execution_id)
-        )
-        is_sampled = self.samples(trace_id) if caller is None else caller.is_sampled
+        caller, is_child = decode_origin(origin)
+        trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
         segment_id = derive_id(SPAN_BYTES, "segment", execution_id, token)
         trace = RunTrace(self, execution_id, workflow_id, trace_id, segment_id, is_sampled, claimed_at)
         current.set(trace)
@@ -298,6 +310,12 @@ class Tracer:
                 )
             )
         return trace
+
+    def trace_of(self, execution_id: str, caller: TraceContext | None, *, is_child: bool) -> tuple[str, bool]:
+        """Return the id of a run's trace, and whether it is sampled, by the span that started the run."""
+        is_own = caller is None or not is_child
+        trace_id = derive_id(TRACE_BYTES, "run", execution_id) if is_own else caller.trace_id
+        return trace_id, self.samples(trace_id) if caller is None else caller.is_sampled
 
     def run_attributes(self, execution_id: str, workflow_id: str) -> dict[str, str | int]:
         """Return the attributes that the spans of a run share."""

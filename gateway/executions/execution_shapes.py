@@ -112,6 +112,8 @@ class ExecutionShape(WireStruct):
     """By node id. An output over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
     follow_up: FollowUpShape | UnsetType | None = UNSET
     """Null without a callback or failure workflow."""
+    trace_url: str | UnsetType = UNSET
+    """Page of its trace, where the server has `PILOTFLAME_TRACE_URL` and the run is traced; lists omit it."""
 
 
 class ProgressShape(WireStruct):

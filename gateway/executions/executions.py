@@ -46,6 +46,7 @@ from gateway.http.wire import WireStruct
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from models import ids
 from models.execution_status import ExecutionStatus
+from telemetry import tracing
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
     from gateway.executions.large_outputs import ShownOutputs
     from journal.store import ExecutionKey
+    from models.execution import Execution
 
 log = structlog.get_logger()
 
@@ -237,7 +239,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
     texts = [text for node_id, text in found.outputs if node_id in large]
     texts += large_outputs.trigger_references(found.data.trigger)
     outputs = await _select_view(request, found.execution.id, owner, texts)
-    return JsonResponse(execution_shapes.show_execution(found, outputs))
+    shown = execution_shapes.show_execution(found, outputs)
+    return JsonResponse(_add_trace(shown, found.execution, request))
 
 
 async def _show_summary(connection: AsyncConnection, request: GatewayRequest) -> JsonResponse:
@@ -247,7 +250,16 @@ async def _show_summary(connection: AsyncConnection, request: GatewayRequest) ->
     if execution is None:
         raise errors.not_found("execution")
     labels = await execution_rows.read_labels(connection, caller, [execution_id])
-    return JsonResponse(execution_shapes.show_summary(execution, labels.get(execution_id, ())))
+    shown = execution_shapes.show_summary(execution, labels.get(execution_id, ()))
+    return JsonResponse(_add_trace(shown, execution, request))
+
+
+def _add_trace(shown: ExecutionShape, execution: Execution, request: GatewayRequest) -> ExecutionShape:
+    template = request.gateway.settings.trace_url
+    page = tracing.find_trace_page(template, execution.id, execution.trace_origin)
+    if page is not None:
+        shown.trace_url = page
+    return shown
 
 
 async def progress(request: GatewayRequest) -> JsonResponse:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -32,15 +31,17 @@ CALLER_SPAN: Final = "00f067aa0ba902b7"
 CALLER: Final = f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"
 UNSAMPLED: Final = f"00-{CALLER_TRACE}-{CALLER_SPAN}-00"
 SECRET: Final = "s3cr3t-in-a-value"
+VIEWER: Final = "https://traces.example.com/trace/{trace_id}?orgId=1"
 LOOPBACK: Final = (IPv4Network("127.0.0.1/32"),)
 
 
 @pytest.fixture(scope="module")
 async def collector() -> AsyncIterator[OtlpReceiver]:
     async with run_otlp_receiver() as receiver:
-        os.environ["OTEL_RESOURCE_ATTRIBUTES"] = "deployment.environment.name=test"
-        yield receiver
-        del os.environ["OTEL_RESOURCE_ATTRIBUTES"]
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+            monkeypatch.setenv("PILOTFLAME_TRACE_URL", VIEWER)
+            yield receiver
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,30 @@ async def test_a_caller_with_a_key_decides_whether_its_runs_are_traced(
     traced, _ = await run_to_end(user, workflow_id, {})
     await received(collector, traced, 1)
     assert not collector.of_run(untraced)
+    assert "traceUrl" not in (await user.api.get(f"/api/v1/executions/{untraced}")).json()
+
+
+@pytest.mark.parametrize("is_awaited", [False, True])
+async def test_a_run_shows_the_address_of_its_trace(
+    collector: OtlpReceiver,
+    harness: GatewayHarness,
+    user: UserClient,
+    is_awaited: bool,  # noqa: FBT001 - a parameter of a case
+) -> None:
+    workflow_id = await user.create(nodes=[{"id": "start", "nodeId": "manual"}])
+    headers = {"traceparent": CALLER, **({"Prefer": "wait=9"} if is_awaited else {})}
+    execution_id, _ = await run_to_end(user, workflow_id, headers)
+    spans = await received(collector, execution_id, 1)
+    trace_id = next(span.trace_id for span in spans if span.name == "run segment")
+    assert (trace_id == CALLER_TRACE) is is_awaited
+    page = VIEWER.replace("{trace_id}", trace_id)
+    for query in ("", "?summary=true"):
+        shown = (await user.api.get(f"/api/v1/executions/{execution_id}{query}")).json()
+        assert shown["traceUrl"] == page
+    browser = await harness.browser()
+    assert (await browser.post("/session", json={"key": user.key})).status_code == 201
+    shown_page = await browser.get(f"/dashboard/runs/{execution_id}")
+    assert f'<a href="{page}" rel="noreferrer">' in shown_page.text
 
 
 async def test_runs_that_other_runs_start_or_continue_link_to_them(
