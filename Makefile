@@ -76,10 +76,11 @@ docs: .venv/installed
 screenshots: .venv/installed-for-tests
 	exec $(bin)/python -m tests.integration.screenshots
 
-# The wheel with the documentation site, and its bill of materials.
+# The wheel with the documentation site, its bill of materials, and the build context of the images.
 dist: docs
 	$(bin)/python -m hatchling build --target wheel
 	$(bin)/python -m deploy.release.bill_of_materials
+	$(bin)/python -m deploy.release.build_context
 
 # Known vulnerabilities of every locked package; exit code 2 if the advisory databases could not be asked.
 audit: .venv/installed

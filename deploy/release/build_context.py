@@ -1,0 +1,62 @@
+"""Build context of both images as one archive: run by `make dist`.
+
+    docker build --file deploy/Dockerfile - < dist/pilotflame-context.tar.gz
+
+It has the files that `.dockerignore` lets in, which are those of a checkout with the built documentation.
+"""
+
+from __future__ import annotations
+
+import gzip
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from deploy.release.audit import ROOT
+from deploy.release.bill_of_materials import FOLDER
+
+DOCKERFILES: Final = ("deploy/Dockerfile", "deploy/runner.Dockerfile")
+ALLOWED: Final = "!"
+CACHE: Final = "__pycache__"
+
+
+def list_files() -> Iterator[Path]:
+    """Yield the files of the context, each once, sorted by name."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    places = [line.removeprefix(ALLOWED) for line in lines if line.startswith(ALLOWED)]
+    found = {path for place in (*places, *DOCKERFILES) for path in _list_below(ROOT / place)}
+    yield from sorted(found)
+
+
+def _list_below(place: Path) -> Iterator[Path]:
+    if place.is_file():
+        yield place
+    for path in place.rglob("*"):
+        if path.is_file() and CACHE not in path.parts:
+            yield path
+
+
+def write_context(folder: Path) -> Path:
+    """Write the archive into a folder; the same files make the same bytes."""
+    folder.mkdir(exist_ok=True)
+    target = folder / "pilotflame-context.tar.gz"
+    with (
+        target.open("wb") as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w") as archive,
+    ):
+        for path in list_files():
+            archive.add(path, str(path.relative_to(ROOT)), filter=_without_machine)
+    return target
+
+
+def _without_machine(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
+    member.mode = 0o755 if member.mode & 0o100 else 0o644
+    return member
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{write_context(FOLDER).relative_to(ROOT)}\n")
