@@ -1,10 +1,15 @@
-"""Run all benchmarks, or the named parts: `python -m benchmarks [part ...]`."""
+"""Run all benchmarks, or the named parts: `python -m benchmarks [part ...]`.
+
+`python -m benchmarks soak`, `fuzz` and `faults` start those programs, which have options of their own.
+"""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import runpy
 import shutil
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +64,8 @@ PARTS = (
     "dashboard",
     "tasks",
 )
+PROGRAMS = ("faults", "fuzz", "soak")
+"""Modules that are no measurements: they look for errors, and exit with 1 if there is one."""
 PART_OF_PROCESS = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
 
@@ -75,6 +82,9 @@ class BenchmarkRequest:
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+        runpy.run_module(f"benchmarks.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+        return
     request = _parse_request()
     # PostgreSQL and Redis create their folders below tempfile's; /tmp may be in memory, without a disk's
     # latency.

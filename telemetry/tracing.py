@@ -313,9 +313,10 @@ class Tracer:
 
     def trace_of(self, execution_id: str, caller: TraceContext | None, *, is_child: bool) -> tuple[str, bool]:
         """Return the id of a run's trace, and whether it is sampled, by the span that started the run."""
-        is_own = caller is None or not is_child
-        trace_id = derive_id(TRACE_BYTES, "run", execution_id) if is_own else caller.trace_id
-        return trace_id, self.samples(trace_id) if caller is None else caller.is_sampled
+        own_id = derive_id(TRACE_BYTES, "run", execution_id)
+        if caller is None:
+            return own_id, self.samples(own_id)
+        return caller.trace_id if is_child else own_id, caller.is_sampled
 
     def run_attributes(self, execution_id: str, workflow_id: str) -> dict[str, str | int]:
         """Return the attributes that the spans of a run share."""

@@ -4,7 +4,9 @@ needs them.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import os
 import shutil
 import struct
 import subprocess
@@ -24,9 +26,16 @@ def compile_library(source: Path) -> Path | None:
     compiler = shutil.which("cc")
     if compiler is None:
         return None
-    library = Path(mkdtemp(prefix="preload-")) / f"{source.stem}.so"
+    folder = Path(mkdtemp(prefix="preload-"))
+    atexit.register(_delete_folder, folder, os.getpid())
+    library = folder / f"{source.stem}.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
     return library
+
+
+def _delete_folder(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked from it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -374,7 +374,7 @@ def list_cells() -> Sequence[FaultCell]:
         FaultCell("dev", "frozen", _freeze(_gateway, FREEZE_SECONDS)),
         FaultCell("dev", "cut off", _lock_file),
         FaultCell("dev", "restarted", _restart(_gateway)),
-        FaultCell("dev", "moved back", _move_back("dev"), moves_witness=True),
+        FaultCell("dev", "moved back", _move_back("dev"), witness_shift=-HOUR),
         FaultCell("upgrade", "restarted", _upgrade),
         FaultCell("roll-back", "restarted", _roll_back),
         FaultCell("dev upgrade", "restarted", _upgrade),

@@ -6,8 +6,9 @@ import asyncio
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from benchmarks.faults import fault_load, promise_checks, upgrades
 from benchmarks.faults.fault_cells import LEASE_SECONDS, PROCESS_NAMES, SWEEP_SECONDS
 from benchmarks.faults.fault_load import PATIENCE_SECONDS, FaultLoad
-from benchmarks.faults.faulty_system import FaultySystem, Stage
+from benchmarks.faults.faulty_system import UPGRADED_STAGES, FaultySystem, Stage
 from benchmarks.faults.promise_checks import CellResult
 from tests import preloads, services
 from tests.preloads import SHIFTED_CLOCK, FaultyDisk, ShiftedClock
@@ -35,6 +36,8 @@ LIVELY_SECONDS: Final = 30.0
 RESTART_SECONDS: Final = 180.0
 """Time for starts on a machine that other work keeps busy."""
 NODE_SECONDS: Final = 0.15
+WORTH_A_START: Final = 4
+"""Cells for which a second deployment of the same kind is started."""
 SETTINGS: Final = {"LEASE_SECONDS": f"{LEASE_SECONDS:g}", "SWEEP_SECONDS": f"{SWEEP_SECONDS:g}"}
 
 
@@ -73,26 +76,68 @@ class FaultRun:
 
 
 async def run_matrix(run: FaultRun, view: MatrixView) -> list[CellResult]:
-    """Strike every cell, one deployment after another."""
-    results: list[CellResult] = []
-    chance = Random(run.seed)
+    """Strike every cell, on two deployments side by side; return the results in the order of the cells.
+
+    Raises `CompilerMissing` and `NoPreviousVersion` before anything is started.
+    """
+    _require_tools(run.cells)
     with tempfile.TemporaryDirectory(prefix="pilotflame-faults-") as folder:
-        for stage, open_system in STAGE_SYSTEMS.items():
-            cells = [cell for cell in run.cells if cell.stage is stage]
-            if not cells:
+        matrix = _RunningMatrix(run, view, Path(folder))
+        async with asyncio.TaskGroup() as group:
+            for stages in LINES:
+                group.create_task(matrix.run_line(stages))
+    places = [cell.place for cell in run.cells]
+    return sorted(matrix.results, key=lambda result: places.index(result.place))
+
+
+def _require_tools(cells: Sequence[FaultCell]) -> None:
+    _compile(SHIFTED_CLOCK)
+    _compile(preloads.FAULTY_DISK)
+    if any(cell.stage in UPGRADED_STAGES for cell in cells):
+        upgrades.find_previous()
+
+
+class _RunningMatrix:
+    """Cells that are not struck yet, and the results of the others."""
+
+    def __init__(self, run: FaultRun, view: MatrixView, folder: Path) -> None:
+        self.results: list[CellResult] = []
+        self._run = run
+        self._view = view
+        self._folder = folder
+        self._pending = {stage: deque(cell for cell in run.cells if cell.stage is stage) for stage in Stage}
+        self._opened: set[Stage] = set()
+        self._starting = asyncio.Lock()
+        """Held while a deployment starts: Alembic migrates one database of a process at a time."""
+
+    async def run_line(self, stages: Sequence[Stage]) -> None:
+        """Strike the pending cells of one deployment after another.
+
+        A second deployment of a stage is started only for several cells.
+        """
+        for stage in stages:
+            cells = self._pending[stage]
+            if len(cells) < (WORTH_A_START if stage in self._opened else 1):
                 continue
-            own = Path(tempfile.mkdtemp(dir=folder))
-            async with open_system(own, run.without) as system:
-                for cell in cells:
-                    view.begin(cell)
-                    results.append(await strike_cell(cell, system, Random(chance.random()), run.per_second))
-                    view.add(results[-1])
-    return results
+            self._opened.add(stage)
+            own = Path(tempfile.mkdtemp(dir=self._folder))
+            async with AsyncExitStack() as stack:
+                async with self._starting:
+                    opened = STAGE_SYSTEMS[stage](own, self._run.without)
+                    system = await stack.enter_async_context(opened)
+                while cells:
+                    await self._strike(cells.popleft(), system)
+
+    async def _strike(self, cell: FaultCell, system: FaultySystem) -> None:
+        self._view.begin(cell)
+        chance = Random(f"{self._run.seed} {cell.row} {cell.column}")  # whichever line strikes it, and when
+        self.results.append(await strike_cell(cell, system, chance, self._run.per_second))
+        self._view.add(self.results[-1])
 
 
 async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, per_second: float) -> CellResult:
     """Perform one fault under load, and judge the promises after it."""
-    began_at = time.monotonic()
+    began_at = time.time()
     result = CellResult(cell.row, cell.column)
     system.deployment.faults.clear()
     async with ledger.run_ledger() as effects:
@@ -107,10 +152,12 @@ async def strike_cell(cell: FaultCell, system: FaultySystem, chance: Random, per
             if not await is_lively(client):
                 result.breaches["P5"].append("a fresh execution does not end")
             measured_from = over_at if cell.recovery_bound is None else system.struck_at
-            await promise_checks.judge(result, load, effects, system.deployment, measured_from, cell)
+            await promise_checks.judge(
+                result, load, effects, system.deployment, began_at, measured_from, cell
+            )
         finally:
             await client.close()
-    result.seconds = time.monotonic() - began_at
+    result.seconds = time.time() - began_at
     return result
 
 
@@ -195,6 +242,8 @@ async def open_dev_upgraded(folder: Path, _without: str | None) -> AsyncIterator
         yield FaultySystem(deployment, {"dev": clock}, _open_disk(folder / "disk"), previous=code)
 
 
+LINES: Final = ((Stage.MANY,), (Stage.DEV, Stage.DEV_UPGRADED, Stage.MANY_UPGRADED, Stage.MANY))
+"""Deployments that run side by side, each line one after another. The second line helps the first at its end."""
 STAGE_SYSTEMS: Final[
     Mapping[Stage, Callable[[Path, str | None], AbstractAsyncContextManager[FaultySystem]]]
 ] = {

@@ -66,6 +66,7 @@ class Stage(StrEnum):
     DEV_UPGRADED = "dev-upgraded"
 
 
+UPGRADED_STAGES: Final = frozenset({Stage.MANY_UPGRADED, Stage.DEV_UPGRADED})
 STAGES: Final = {
     "disk": Stage.DEV,
     "dev": Stage.DEV,
@@ -89,8 +90,13 @@ class FaultCell:
     """Bound of P4 in seconds, from the beginning of the fault; None: recovery is measured from its end."""
     is_quick: bool = False
     """Whether the short run has it."""
-    moves_witness: bool = False
-    """Whether the triggers that note commits read the clock that is moved, as in SQLite."""
+    witness_shift: float = 0.0
+    """Seconds by which the fault moves the clock with which the database notes commits, as in SQLite."""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Row and column of the matrix."""
+        return self.row, self.column
 
     @property
     def stage(self) -> Stage:

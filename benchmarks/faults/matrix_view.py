@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks.faults.faulty_system import COLUMNS, ROWS
-from benchmarks.faults.promise_checks import PROMISES, SHOWN_BREACHES
+from benchmarks.faults.promise_checks import PROMISES, SHOWN_BREACHES, PromiseVerdict
 
 if TYPE_CHECKING:
     from benchmarks.faults.faulty_system import FaultCell
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 
 RUNNING: Final = "…"
 NOT_STRUCK: Final = "\u2013"
+SIGNS: Final = {PromiseVerdict.KEPT: "✓", PromiseVerdict.BROKEN: "✗", PromiseVerdict.NOT_JUDGED: NOT_STRUCK}
+TYPICAL_SECONDS: Final = 12.0
+"""Share of a cell in the duration of a run, until there are results: two cells are struck at once."""
 
 
 class MatrixView:
@@ -28,12 +35,16 @@ class MatrixView:
     def __init__(self, cells: Sequence[FaultCell]) -> None:
         self._cells = cells
         self._results: list[CellResult] = []
-        self._running: tuple[str, str] | None = None
+        self._running: set[tuple[str, str]] = set()
+        self._began_at = time.monotonic()
         self._console = Console()
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
         )
-        self._task = self._progress.add_task("faults", total=len(cells))
+        self._task = self._progress.add_task("faults", total=len(cells), left=self.describe_left())
         self._live: Live | None = None
 
     @contextmanager
@@ -47,21 +58,32 @@ class MatrixView:
 
     def begin(self, cell: FaultCell) -> None:
         """Show that a cell is being struck."""
-        self._running = cell.row, cell.column
-        self._progress.update(self._task, description=f"{cell.row}: {cell.column}")
+        self._running.add(cell.place)
         self._refresh()
 
     def add(self, result: CellResult) -> None:
         """Show the result of a cell."""
         self._results.append(result)
-        self._running = None
+        self._running.discard(result.place)
         self._progress.advance(self._task)
         self._refresh()
         if self._live is None:
-            print(describe(result), flush=True)
+            print(
+                f"{len(self._results):2}/{len(self._cells)} {describe(result)}; {self.describe_left()}",
+                flush=True,
+            )
+
+    def describe_left(self) -> str:
+        """Return the expected time until the end of the run, by the cells so far."""
+        passed, done = time.monotonic() - self._began_at, len(self._results)
+        share = (passed + TYPICAL_SECONDS) / (done + 1)
+        left = round(share * (len(self._cells) - done))
+        return f"about {timedelta(seconds=left)} left" if left else "done"
 
     def _refresh(self) -> None:
         if self._live is not None:
+            struck = ", ".join(" ".join(place) for place in sorted(self._running))
+            self._progress.update(self._task, description=struck, left=self.describe_left())
             self._live.update(self._render())
 
     def _render(self) -> Group:
@@ -81,7 +103,7 @@ class MatrixView:
         chosen: set[tuple[str, str]],
         place: tuple[str, str],
     ) -> str:
-        if place == self._running:
+        if place in self._running:
             return f"[yellow]{RUNNING}[/]"
         if place in found:
             result = found[place]
@@ -103,7 +125,31 @@ def describe(result: CellResult) -> str:
     return "\n".join([line, *breaches])
 
 
-def build_markdown(results: Sequence[CellResult], seed: int) -> str:
+@dataclass(frozen=True, slots=True)
+class RunConditions:
+    """Circumstances of a run, without which its figures mean little."""
+
+    seed: int
+    per_second: float
+    """Requests per second to each deployment."""
+    without: str | None
+    seconds: float
+    """Duration of the run."""
+    load: float = field(default_factory=lambda: os.getloadavg()[2])
+    """Load of the machine in the last 15 minutes."""
+    processors: int = field(default_factory=lambda: os.cpu_count() or 1)
+    day: date = field(default_factory=lambda: datetime.now(UTC).date())
+
+    def describe(self) -> str:
+        """Return one sentence."""
+        removed = f" without the {self.without}" if self.without else ""
+        return (
+            f"It took {self.seconds / 60:.1f} minutes on {self.day}, on {self.processors} processors with a load of"
+            f" {self.load:.0f}{removed}; {self.per_second:g} requests per second to each deployment, seed {self.seed}."
+        )
+
+
+def build_markdown(results: Sequence[CellResult], conditions: RunConditions) -> str:
     """Return the matrix and its figures as Markdown."""
     found = {(result.row, result.column): result for result in results}
     head = [f"| {' | '.join(['', *COLUMNS])} |", f"| --- |{' --- |' * len(COLUMNS)}"]
@@ -112,20 +158,18 @@ def build_markdown(results: Sequence[CellResult], seed: int) -> str:
     ]
     figures = [
         "",
-        "| fault | promises | accepted | lost | doubled | stuck | recovery p50 / p99 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| fault | {' | '.join(PROMISES)} | accepted | lost | doubled | stuck | recovery p50 / p99 |",
+        f"| --- |{' --- |' * (len(PROMISES) + 5)}",
         *(
-            f"| {one.row}, {one.column} | {one.verdict} | {one.accepted} | {one.lost} | {one.doubled} | {one.stuck}"
-            f" | {_recovery(one)} |"
+            f"| {one.row}, {one.column} | {' | '.join(SIGNS[one.judge_promise(name)] for name in PROMISES)}"
+            f" | {one.accepted} | {one.lost} | {one.doubled} | {one.stuck} | {_recovery(one)} |"
             for one in results
         ),
     ]
     total = sum(result.accepted for result in results)
     broken = sum(not result.is_kept for result in results)
-    summary = (
-        f"{len(results)} faults, {total:,} accepted executions, {broken} with a broken promise, seed {seed}."
-    )
-    return "\n".join([summary, "", *head, *rows, *figures])
+    summary = f"{len(results)} faults, {total:,} accepted executions; a promise was broken by {broken}."
+    return "\n".join([summary, conditions.describe(), "", *head, *rows, *figures])
 
 
 def _cell(result: CellResult | None) -> str:
@@ -138,11 +182,16 @@ def _recovery(result: CellResult) -> str:
     return f"{result.recovery_p50:.1f} / {result.recovery_p99:.1f} s"
 
 
-def build_json(results: Sequence[CellResult], seed: int, without: str | None) -> dict[str, Any]:
+def build_json(results: Sequence[CellResult], conditions: RunConditions) -> dict[str, Any]:
     """Return the results for other programs."""
     return {
-        "seed": seed,
-        "without": without,
+        "seed": conditions.seed,
+        "requestsPerSecond": conditions.per_second,
+        "without": conditions.without,
+        "seconds": round(conditions.seconds, 1),
+        "processors": conditions.processors,
+        "load": round(conditions.load, 1),
+        "day": conditions.day.isoformat(),
         "promises": dict(PROMISES),
         "isKept": all(result.is_kept for result in results),
         "cells": [
@@ -150,6 +199,7 @@ def build_json(results: Sequence[CellResult], seed: int, without: str | None) ->
                 "row": one.row,
                 "column": one.column,
                 "isKept": one.is_kept,
+                "promises": {name: one.judge_promise(name).value for name in PROMISES},
                 "accepted": one.accepted,
                 "lost": one.lost,
                 "doubled": one.doubled,

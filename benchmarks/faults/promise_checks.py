@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.faults import fault_load
@@ -30,11 +31,18 @@ PROMISES: Final[Mapping[str, str]] = {
     "P7": "Honest status",
     "P8": "Retried calls act once",
 }
-AFTER_COMMIT: Final = "after its result was committed"
 LATE_AFTER_COMMIT: Final = re.compile(
     r"after its result was committed|was changed|another key|another .*body"
 )
 SHOWN_BREACHES: Final = 5
+
+
+class PromiseVerdict(StrEnum):
+    """Verdict on one promise in one cell."""
+
+    KEPT = "kept"
+    BROKEN = "broken"
+    NOT_JUDGED = "not judged"
 
 
 @dataclass
@@ -53,9 +61,16 @@ class CellResult:
     recovery_p50: float | None = None
     recovery_p99: float | None = None
     """Seconds until the executions in flight went on, and the latter: all but one of a hundred."""
+    is_recovery_judged: bool = False
+    """Whether the fault has a bound of P4, and executions were in flight."""
     seconds: float = 0.0
     breaches: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Observations by the promise that each breaks."""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Row and column of the matrix."""
+        return self.row, self.column
 
     @property
     def is_kept(self) -> bool:
@@ -67,22 +82,35 @@ class CellResult:
         """Short verdict: the broken promises, or `kept`."""
         return ", ".join(sorted(self.breaches)) if self.breaches else "kept"
 
+    def judge_promise(self, promise: str) -> PromiseVerdict:
+        """Return the verdict on one promise, such as `P4`."""
+        if promise in self.breaches:
+            return PromiseVerdict.BROKEN
+        if promise == "P4" and not self.is_recovery_judged:
+            return PromiseVerdict.NOT_JUDGED
+        return PromiseVerdict.KEPT
+
 
 async def judge(
     result: CellResult,
     load: FaultLoad,
     ledger: EffectLedger,
     deployment: SystemUnderTest,
+    began_at: float,
     measured_from: float,
     cell: FaultCell,
 ) -> None:
-    """Fill in the figures and verdicts of a cell; `measured_from` is the Unix time from which recovery counts."""
+    """Fill in the figures and verdicts of a cell.
+
+    `began_at` is the Unix time at which it began, `measured_from` the one from which recovery counts.
+    """
     runs = load.runs
     ids = [run.execution_id for run in runs]
     result.accepted = len(runs)
+    require_executions(result, runs)
     rows = await deployment.records.fetch("SELECT id, status FROM execution") if ids else []
     stored = dict(rows)
-    notes = await deployment.records.notes(ids)
+    notes = correct_times(await deployment.records.notes(ids), began_at, cell.witness_shift)
     judge_ends(result, runs, stored, notes)
     _judge_requests(result, load)
     account = ExecutionAccount(
@@ -96,12 +124,30 @@ async def judge(
         for violation in account.violations(run.execution_id):
             if " ended " in violation:
                 continue  # judged above
-            if cell.moves_witness and AFTER_COMMIT in violation:
-                continue  # the time of the commit is that of the moved clock
             result.breaches["P3"].append(violation)
             result.doubled += LATE_AFTER_COMMIT.search(violation) is not None
     _judge_recovery(result, runs, ledger, measured_from, cell.recovery_bound)
     result.breaches = {name: found for name, found in result.breaches.items() if found}
+
+
+def require_executions(result: CellResult, runs: Sequence[LoadRun]) -> None:
+    """Judge a cell without executions as broken: it shows nothing about the other promises."""
+    if not runs:
+        result.breaches["P5"].append("no execution was accepted")
+
+
+def correct_times(notes: Sequence[WitnessNote], began_at: float, shift: float) -> Sequence[WitnessNote]:
+    """Return notes by the true clock, in their order, where the clock was moved by `shift` seconds for a while.
+
+    A shift of an hour is far longer than a cell, so the time of a note tells whether it was made meanwhile.
+    """
+    if not shift:
+        return notes
+    true_notes = [
+        replace(note, noted_at=note.noted_at - shift) if note.noted_at < began_at + shift / 2 else note
+        for note in notes
+    ]
+    return sorted(true_notes, key=lambda note: note.noted_at)
 
 
 def judge_ends(
@@ -168,6 +214,7 @@ def _judge_recovery(
         return
     seconds.sort()
     result.recovery_p50, result.recovery_p99 = _quantile(seconds, 0.5), _quantile(seconds, 0.99)
+    result.is_recovery_judged = bound is not None
     if bound is not None and result.recovery_p99 > bound:
         result.breaches["P4"].append(f"recovery took {result.recovery_p99:.1f} s at p99, bound {bound:g} s")
 

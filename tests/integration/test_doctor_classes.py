@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import pytest
 from sqlalchemy import text
 
-from doctor import store_checks
 from doctor.findings import FIXES, DriftClass
 from journal.blobs.blob_reference import BlobReference
+from messages import wakeups
 from models.database import is_sqlite
 from models.settings import ServerSettings
 from pilotflame import doctor_command
@@ -172,7 +172,7 @@ async def test_a_wrong_clock_of_this_host_is_named(
     if is_sqlite(runs.url):
         pytest.skip("SQLite has the clock of the host")
     true_time = time.time
-    monkeypatch.setattr(store_checks.time, "time", lambda: true_time() + 90)
+    monkeypatch.setattr("doctor.store_checks.time.time", lambda: true_time() + 90)
     (finding,) = (await examine()).report.findings
     assert finding.drift_class is DriftClass.CLOCK_SKEW
     assert finding.evidence["seconds"] == pytest.approx(90, abs=2)
@@ -241,5 +241,5 @@ def _simulate_cluster(monkeypatch: pytest.MonkeyPatch, driver: SimulatedDriver |
         asked.append(workflow_id)
 
     monkeypatch.setattr(doctor_command, "_open_driver", open_driver)
-    monkeypatch.setattr(doctor_command.wakeups, "wake_deployer", wake_deployer)
+    monkeypatch.setattr(wakeups, "wake_deployer", wake_deployer)
     return asked
