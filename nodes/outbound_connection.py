@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 import httptools
 
+from nodes.streamed_response import StreamedResponse
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -71,6 +73,8 @@ class OutboundConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._response: asyncio.Future[RawResponse] | None = None
+        self._stream: StreamedResponse | None = None
+        """Response that is read while it arrives; None in an exchange that returns the whole response."""
         self._is_head = False
         self.made_at = 0.0
         """By the clock of the loop."""
@@ -86,6 +90,32 @@ class OutboundConnection(asyncio.Protocol):
         Raises `ResponseInvalid`, `ResponseTooLarge` or `ConnectionBroken`; the connection is closed then, and
         when the caller is canceled.
         """
+        transport, response = self._begin_exchange(is_head=is_head)
+        transport.write(head + body)
+        try:
+            return await response
+        finally:
+            if not self.is_reusable:
+                self.abort()
+            self._response = self._parser = None
+
+    async def open_stream(self, head: bytes, body: bytes) -> StreamedResponse:
+        """Send a request and return the final response once its headers have arrived, with its body as a stream.
+
+        The stream raises what `exchange` does. The connection serves no further exchange: abort it at the end.
+        """
+        transport, response = self._begin_exchange(is_head=False)
+        stream = self._stream = StreamedResponse(transport)
+        response.add_done_callback(lambda done: stream.end(done.exception()))
+        transport.write(head + body)
+        await stream.wait_for_headers()
+        return stream
+
+    def _begin_exchange(self, *, is_head: bool) -> tuple[asyncio.Transport, asyncio.Future[RawResponse]]:
+        """Prepare the parser for a response, and return the transport and the future of the response.
+
+        Raises `ConnectionBroken` if the connection is closed.
+        """
         if self._transport is None or self._transport.is_closing():
             raise ConnectionBroken(has_answered=False)
         self.is_reusable = False
@@ -95,13 +125,7 @@ class OutboundConnection(asyncio.Protocol):
         self._header_bytes = 0
         self._begin_message()
         self._response = asyncio.get_running_loop().create_future()
-        self._transport.write(head + body)
-        try:
-            return await self._response
-        finally:
-            if not self.is_reusable:
-                self.abort()
-            self._response = self._parser = None
+        return self._transport, self._response
 
     @property
     def is_open(self) -> bool:
@@ -188,6 +212,8 @@ class OutboundConnection(asyncio.Protocol):
         self._ends_with_connection = not (
             transfer or "content-length" in self._headers or self._status in STATUSES_WITHOUT_BODY
         )
+        if self._stream is not None:
+            self._stream.begin(self._status, self._headers)
         if self._is_head:
             # The parser would wait for the body that the headers describe.
             self._keeps_alive = False
@@ -204,12 +230,17 @@ class OutboundConnection(asyncio.Protocol):
             )
             return
         try:
-            self._body += data if not self._encoding else self._decompress(data)
+            content = data if not self._encoding else self._decompress(data)
         except zlib.error:
             self._fail(ResponseInvalid("sent a body that can't be decompressed"))
             return
-        if max(len(self._body), self._raw_bytes) > self._limits.body_bytes:
+        self._content_bytes += len(content)
+        if max(self._content_bytes, self._raw_bytes) > self._limits.body_bytes:
             self._fail(ResponseTooLarge(f"the response has more than {self._limits.body_bytes} bytes"))
+        elif self._stream is None:
+            self._body += content
+        elif content:
+            self._stream.add(content)
 
     def on_message_complete(self) -> None:
         if self._is_over():
@@ -231,6 +262,8 @@ class OutboundConnection(asyncio.Protocol):
         self._encoding = ""
         self._decompressor: zlib._Decompress | None = None
         self._body = bytearray()
+        self._content_bytes = 0
+        """Size of the body so far, after decompression."""
         self._raw_bytes = 0
         self._pieces = 0
 
@@ -251,7 +284,7 @@ class OutboundConnection(asyncio.Protocol):
                     if is_zlib
                     else -zlib.MAX_WBITS
                 )
-            room = self._limits.body_bytes - len(self._body) - len(found) + 1
+            room = self._limits.body_bytes - self._content_bytes - len(found) + 1
             found += self._decompressor.decompress(data, room)
             if self._decompressor.unconsumed_tail or len(found) >= room:
                 break  # Over the limit; the caller refuses it.

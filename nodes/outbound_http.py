@@ -12,8 +12,9 @@ import re
 import socket
 import ssl
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
@@ -26,6 +27,7 @@ from nodes.outbound_connection import (
     ResponseLimits,
     ResponseTooLarge,
 )
+from nodes.streamed_response import StreamedResponse
 from nodes.url_targets import IpAddress, UrlTarget
 
 Origin = tuple[str, str, int]
@@ -71,6 +73,8 @@ CONNECTION_LOGIN = re.compile(r"\s*(?:ntlm|negotiate)\b", re.IGNORECASE)
 class OutboundPolicy:
     allowed_networks: tuple[IpNetwork, ...] = ()
     """Networks that are allowed on any port, although they are not public."""
+    allowed_hosts: frozenset[str] = frozenset()
+    """Hosts, or hosts with ports as `host:port`, that are allowed whatever their addresses are."""
     privileged_ports: frozenset[int] = frozenset({80, 443})
     """Ports below 1024 that are allowed for public addresses."""
     max_redirects: int = 5
@@ -162,12 +166,14 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: IpAddress) -> None:
-    """Raise `OutboundRefused` for an address that is not public, or a privileged port, unless its network is
-    allowed.
+    """Raise `OutboundRefused` for an address that is not public, or a privileged port, unless its network or host
+    is allowed.
 
     The error doesn't contain the address: users must not be able to resolve names of the internal network.
     """
     if any(address in network for network in policy.allowed_networks):
+        return
+    if policy.allowed_hosts & {target.host, f"{target.host}:{target.port}"}:
         return
     if not url_targets.is_public(address):
         raise OutboundRefused(
@@ -229,6 +235,28 @@ def _require_final_status(target: UrlTarget, status: int) -> None:
         raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message)
 
 
+class OutboundStream:
+    """Response that is read while it arrives: status and headers, and the decompressed body by iteration."""
+
+    def __init__(self, response: StreamedResponse, target: UrlTarget, idle_seconds: float) -> None:
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+        """Names in lower case; the values of one name are joined by a comma."""
+        self._response = response
+        self._target = target
+        self._idle_seconds = idle_seconds
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield the pieces of the body; raises `OutboundError` at a failure, and after a pause that is too long."""
+        while True:
+            with _translate_failures(self._target, self._idle_seconds):
+                async with asyncio.timeout(self._idle_seconds):
+                    piece = await anext(self._response, None)
+            if piece is None:
+                return
+            yield piece
+
+
 class OutboundClient:
     """HTTP client that keeps connections for four seconds, by scheme, host and port."""
 
@@ -272,8 +300,31 @@ class OutboundClient:
             async with asyncio.timeout(seconds):
                 return await (self._send_following(call) if follow_redirects else self._send(call))
         except TimeoutError as error:
-            message = f"no complete response from {call.target.host} within {seconds:g} s"
-            raise OutboundUnavailable(OutboundOutageCode.TIMED_OUT, message) from error
+            raise _build_timeout(call.target, seconds) from error
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes, idle_seconds: float
+    ) -> AsyncIterator[OutboundStream]:
+        """Send a request over a connection of its own, and yield its response while the body arrives.
+
+        Redirects are not followed. The timeout spans the time until the headers, and each pause in the body.
+        At the end of the block the connection is closed, whether or not the response is complete. Raises
+        `OutboundError`, and so does the stream.
+        """
+        require_valid_request(method.upper(), headers)
+        call = OutboundCall(method.upper(), parse_target(url), headers, body)
+        connection: OutboundConnection | None = None
+        try:
+            with _translate_failures(call.target, idle_seconds):
+                async with asyncio.timeout(idle_seconds):
+                    connection = await self._connect(call.target)
+                    response = await connection.open_stream(_request_head(call), body)
+                _require_final_status(call.target, response.status)
+            yield OutboundStream(response, call.target, idle_seconds)
+        finally:
+            if connection is not None:
+                self._discard(connection)
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -462,11 +513,8 @@ class OutboundClient:
                 _request_head(call), call.body or b"", is_head=call.method == "HEAD"
             )
             _require_final_status(target, response.status)
-        except ResponseInvalid as error:
-            message = f"{target.host} {error}"
-            raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message) from error
-        except ResponseTooLarge as error:
-            raise OutboundRefused(OutboundRefusalCode.RESPONSE_TOO_LARGE, str(error)) from error
+        except (ResponseInvalid, ResponseTooLarge) as error:
+            raise _build_refusal(target, error) from error
         finally:
             if connection.is_reusable:
                 self._keep(connection, target)
@@ -477,6 +525,30 @@ class OutboundClient:
 
 def _get_origin(target: UrlTarget) -> Origin:
     return target.scheme, target.host, target.port
+
+
+def _build_timeout(target: UrlTarget, seconds: float) -> OutboundUnavailable:
+    message = f"no complete response from {target.host} within {seconds:g} s"
+    return OutboundUnavailable(OutboundOutageCode.TIMED_OUT, message)
+
+
+def _build_refusal(target: UrlTarget, error: ResponseInvalid | ResponseTooLarge) -> OutboundRefused:
+    if isinstance(error, ResponseTooLarge):
+        return OutboundRefused(OutboundRefusalCode.RESPONSE_TOO_LARGE, str(error))
+    return OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, f"{target.host} {error}")
+
+
+@contextmanager
+def _translate_failures(target: UrlTarget, idle_seconds: float) -> Iterator[None]:
+    """Convert failures of a stream's connection in the block to `OutboundError`s."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise _build_timeout(target, idle_seconds) from error
+    except (ResponseInvalid, ResponseTooLarge) as error:
+        raise _build_refusal(target, error) from error
+    except ConnectionBroken as error:
+        raise _build_interruption(target) from error
 
 
 def _build_interruption(target: UrlTarget) -> OutboundUnavailable:

@@ -798,3 +798,117 @@ async def test_answers_on_the_way_are_passed_over_up_to_the_final_one() -> None:
     async with open_client() as outbound, serve_upstream(answer_always(early + OK)) as upstream:
         response = await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")
     assert (response.status, response.body) == (200, b"ok")
+
+
+# ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(content: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(content), content)
+
+
+@pytest.mark.anyio
+async def test_pieces_of_a_stream_arrive_before_its_end() -> None:
+    may_go_on = asyncio.Event()
+
+    async def answer() -> AsyncIterator[bytes]:
+        yield STREAM_HEAD + chunk(b"first")
+        await may_go_on.wait()
+        yield chunk(b"last") + chunk(b"")
+
+    async with serve_upstream(lambda _: answer()) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        async with outbound.stream("POST", url, headers={}, body=b"{}", idle_seconds=5) as stream:
+            pieces = aiter(stream)
+            assert (stream.status, await anext(pieces)) == (200, b"first")
+            may_go_on.set()
+            assert [piece async for piece in pieces] == [b"last"]
+    assert upstream.requests[0].body == b"{}"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("pieces", "code"),
+    [
+        ([STREAM_HEAD, chunk(b"a"), b"zz\r\n"], OutboundRefusalCode.INVALID_RESPONSE),
+        ([STREAM_HEAD, *[chunk(b"x" * 100_000)] * 11], OutboundRefusalCode.RESPONSE_TOO_LARGE),
+    ],
+)
+async def test_a_stream_ends_with_the_refusal_of_its_response(
+    pieces: list[bytes], code: OutboundRefusalCode
+) -> None:
+    async with serve_upstream(answer_always(b"".join(pieces))) as upstream, open_client(SMALL) as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        with pytest.raises(OutboundRefused) as refused:
+            async with outbound.stream("POST", url, headers={}, body=b"", idle_seconds=5) as stream:
+                _ = [piece async for piece in stream]
+    assert refused.value.code == code
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_pauses_for_too_long_has_timed_out() -> None:
+    async def answer() -> AsyncIterator[bytes]:
+        yield STREAM_HEAD + chunk(b"first")
+        await asyncio.Event().wait()
+
+    async with serve_upstream(lambda _: answer()) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        with pytest.raises(OutboundUnavailable) as missing:
+            async with outbound.stream("POST", url, headers={}, body=b"", idle_seconds=0.2) as stream:
+                assert [piece async for piece in stream] == [b"first"]
+    assert missing.value.code == OutboundOutageCode.TIMED_OUT
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("sent", [b"", STREAM_HEAD + chunk(b"first")])
+async def test_a_stream_that_breaks_off_is_interrupted(sent: bytes) -> None:
+    async def answer() -> AsyncIterator[bytes]:
+        yield sent
+        raise ConnectionError
+
+    async with serve_upstream(lambda _: answer()) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        with pytest.raises(OutboundUnavailable) as missing:
+            async with outbound.stream("POST", url, headers={}, body=b"", idle_seconds=5) as stream:
+                _ = [piece async for piece in stream]
+    assert missing.value.code == OutboundOutageCode.INTERRUPTED
+
+
+@pytest.mark.anyio
+async def test_a_slow_reader_slows_the_sender_of_a_stream() -> None:
+    sent = 0
+
+    async def answer() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield STREAM_HEAD
+        for _ in range(80):
+            yield chunk(b"x" * 100_000)
+            sent += 100_000
+        yield chunk(b"")
+
+    async with serve_upstream(lambda _: answer()) as upstream, open_client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        async with outbound.stream("POST", url, headers={}, body=b"", idle_seconds=5) as stream:
+            await asyncio.sleep(0.5)  # time in which an unhindered sender would send all of it
+            assert sent < 8_000_000
+            assert sum([len(piece) async for piece in stream]) == 8_000_000
+
+
+@pytest.mark.anyio
+async def test_a_stream_follows_no_redirect_and_reaches_only_allowed_hosts() -> None:
+    redirect = http_message("307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/")
+    async with serve_upstream(answer_always(redirect)) as upstream:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        named = OutboundPolicy(allowed_hosts=frozenset({f"127.0.0.1:{upstream.port}"}))
+        async with (
+            open_client(named) as outbound,
+            outbound.stream("POST", url, headers={}, body=b"", idle_seconds=5) as stream,
+        ):
+            assert stream.status == 307
+        other = OutboundPolicy(allowed_hosts=frozenset({f"127.0.0.1:{upstream.port + 1}", "localhost"}))
+        async with open_client(other) as outbound:
+            with pytest.raises(OutboundRefused):
+                async with outbound.stream("POST", url, headers={}, body=b"", idle_seconds=5):
+                    pass
