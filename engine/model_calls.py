@@ -1,0 +1,156 @@
+"""Calls of language models, in a form that all providers share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from engine.run_errors import NodeError
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+
+class ModelProvider(StrEnum):
+    """Protocol of a provider."""
+
+    OPENAI_COMPATIBLE = "openai-compatible"
+    """Chat completions as OpenAI defined them."""
+    ECHO = "echo"
+    """Built in: it answers with the question."""
+
+
+class MessageRole(StrEnum):
+    """Author of a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+class FinishReason(StrEnum):
+    """Reason why a model ended its answer."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    """The answer has reached its maximum length."""
+    TOOL_CALLS = "tool-calls"
+    REFUSAL = "refusal"
+    """The model or its provider has refused to answer."""
+    OTHER = "other"
+
+
+class RequestedToolCall(msgspec.Struct, frozen=True):
+    """Tool call that a model asks for."""
+
+    id: str
+    """Id that the result names; unique within the answer."""
+    name: str
+    arguments: Mapping[str, Any] | None
+    """None if they are no JSON object."""
+    problem: str = ""
+    """Reason why the arguments can't be used, for the model."""
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """Message of a conversation."""
+
+    role: MessageRole
+    content: str
+    tool_calls: Sequence[RequestedToolCall] = ()
+    """Only of the assistant."""
+    tool_call_id: str = ""
+    """Only of a tool: the call that the content answers."""
+
+
+class ToolDescription(msgspec.Struct, frozen=True):
+    """Tool that a model may call."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON Schema of an object."""
+
+
+class ChatRequest(msgspec.Struct, frozen=True):
+    """Question to a model."""
+
+    messages: Sequence[ChatMessage]
+    max_tokens: int
+    """Maximum length of the answer."""
+    temperature: float | None = None
+    """None for the default of the provider."""
+    output_schema: Mapping[str, Any] | None = None
+    """JSON Schema of the answer; None for a text."""
+    tools: Sequence[ToolDescription] = ()
+    forced_tool: str = ""
+    """Tool that the model has to call; empty if it may choose."""
+
+
+class TokenUsage(msgspec.Struct, frozen=True, rename="camel"):
+    """Tokens of a call. Those of caches and of reasoning are parts of the totals."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    is_estimated: bool = False
+    """Whether the provider has reported nothing, so that the totals are estimated from the texts."""
+
+
+class ChatAnswer(msgspec.Struct, frozen=True):
+    """Complete answer of a model."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: TokenUsage
+    model: str
+    """Model that the provider names, which may be more specific than the requested one."""
+    tool_calls: Sequence[RequestedToolCall] = ()
+
+
+class ModelCallFailed(NodeError):
+    """Call without an answer of the model; nothing of a partial answer is kept."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        retryable: bool,
+        can_fall_back: bool,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message, code=code, retryable=retryable)
+        self.can_fall_back = can_fall_back
+        """Whether another model may be asked: not for requests that any model would refuse."""
+        self.retry_after_seconds = retry_after_seconds
+        """Time after which the provider accepts calls again; None if it named none."""
+
+    def with_message(self, message: str) -> Self:
+        """Return the same failure with another message."""
+        return type(self)(
+            message,
+            code=self.code,
+            retryable=self.retryable,
+            can_fall_back=self.can_fall_back,
+            retry_after_seconds=self.retry_after_seconds,
+        )
+
+
+def estimate_tokens(text: str) -> int:
+    """Return an upper estimate of the tokens of a text: one for three bytes."""
+    return -(-len(text.encode(errors="surrogatepass")) // 3)
+
+
+def estimate_input_tokens(request: ChatRequest) -> int:
+    """Return an upper estimate of the input tokens of a request: messages, tools and schema."""
+    parts: list[Json] = [message.content for message in request.messages]
+    sizes = sum(estimate_tokens(str(part)) for part in parts)
+    schemas = [request.output_schema, *(msgspec.to_builtins(tool) for tool in request.tools)]
+    return sizes + sum(-(-len(msgspec.json.encode(schema)) // 3) for schema in schemas if schema)

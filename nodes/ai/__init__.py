@@ -1,0 +1,1 @@
+"""Language models: clients of their providers, loaded with the first call."""

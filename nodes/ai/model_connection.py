@@ -1,0 +1,53 @@
+"""Model of an organization with the address and the key of its provider, and the lookup that finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from engine.model_calls import ModelProvider
+from engine.model_prices import ModelPrice
+
+if TYPE_CHECKING:
+    from engine.services import RunCaller
+
+ECHO_MODEL_ID = "echo"
+"""Id of the built-in model that answers with the question."""
+
+
+class ModelConnection(msgspec.Struct, frozen=True):
+    """Model with everything that a call of it needs, the key included."""
+
+    id: str
+    provider: ModelProvider
+    vendor_model_id: str = ""
+    """Name of the model at its provider."""
+    base_url: str = ""
+    """Address below which the provider's operations are; from the data source, never from a workflow."""
+    key: str = ""
+    key_header: str = ""
+    """Header of the key; empty for `Authorization: Bearer`."""
+    headers: Mapping[str, str] = {}
+    """Further headers of every request."""
+    follows_schemas: bool = False
+    """Whether a test has shown that the model answers by a JSON Schema."""
+    max_output_tokens: int | None = None
+    price: ModelPrice | None = None
+
+    def __repr__(self) -> str:
+        return f"ModelConnection({self.id!r}, provider={self.provider.value!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("id", self.id), ("provider", self.provider.value)]
+
+
+ECHO_MODEL = ModelConnection(ECHO_MODEL_ID, ModelProvider.ECHO, price=ModelPrice("0", "0"))
+
+
+class ModelConnections(Protocol):
+    """Lookup of models that a caller may use."""
+
+    async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
+        """Return a model; raises `NodeError` `model-not-found` if it is missing or not permitted."""

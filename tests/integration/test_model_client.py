@@ -1,0 +1,211 @@
+"""Calls of a provider: its answers, its faults, and the secrets that stay hidden."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+
+import pytest
+
+from engine.model_calls import (
+    ChatMessage,
+    ChatRequest,
+    FinishReason,
+    MessageRole,
+    ModelCallFailed,
+    ModelProvider,
+    TokenUsage,
+)
+from engine.model_prices import ModelPrice, compute_cost, show_cost
+from nodes.ai import model_client
+from nodes.ai.model_client import ModelClient
+from nodes.ai.model_connection import ECHO_MODEL, ModelConnection
+from nodes.outbound_http import OutboundClient, OutboundPolicy
+from tests.fakes.model_server import KEY, ModelFault, ScriptedAnswer, serve_models
+
+pytestmark = pytest.mark.anyio
+
+LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
+REQUEST = ChatRequest((ChatMessage(MessageRole.USER, "How is Oslo?"),), max_tokens=50)
+SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+
+
+def model_at(url: str, *, follows_schemas: bool = False, key_header: str = "") -> ModelConnection:
+    return ModelConnection(
+        "model_1",
+        ModelProvider.OPENAI_COMPATIBLE,
+        "scripted-1",
+        url,
+        KEY,
+        key_header,
+        follows_schemas=follows_schemas,
+    )
+
+
+@asynccontextmanager
+async def open_model_client(policy: OutboundPolicy = LOOPBACK) -> AsyncGenerator[ModelClient]:
+    outbound = OutboundClient(policy)
+    try:
+        yield ModelClient(outbound)
+    finally:
+        await outbound.close()
+
+
+async def test_an_answer_is_read_from_a_stream_with_its_usage() -> None:
+    async with serve_models() as served, open_model_client() as client:
+        answer = await client.complete(model_at(served.url), REQUEST, idempotency_key="exec:llm:")
+    assert (answer.text, answer.finish_reason, answer.model) == ("Cold.", FinishReason.STOP, "scripted-1")
+    assert answer.usage == TokenUsage(100, 20)
+    assert served.billed == ["exec:llm:"]
+    assert served.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert served.requests[0]["model"] == "scripted-1"
+
+
+async def test_the_key_has_the_header_of_its_data_source() -> None:
+    async with serve_models() as served, open_model_client() as client:
+        await client.complete(model_at(served.url, key_header="api-key"), REQUEST, idempotency_key="k")
+    assert served.headers[0]["api-key"] == KEY
+    assert "authorization" not in served.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "retryable", "can_fall_back"),
+    [
+        (ModelFault.RATE_LIMITED, "model-rate-limited", True, True),
+        (ModelFault.SERVER_ERROR, "model-unavailable", True, True),
+        (ModelFault.KEY_REFUSED, "model-key-refused", False, True),
+        (ModelFault.CONTEXT_TOO_LONG, "model-request-refused", False, False),
+        (ModelFault.CUT, "model-unavailable", True, True),
+        (ModelFault.HUGE, "response-too-large", False, True),
+        (ModelFault.REDIRECT, "model-redirected", False, True),
+    ],
+)
+async def test_a_fault_is_a_failure_with_its_consequence(
+    fault: ModelFault, code: str, *, retryable: bool, can_fall_back: bool
+) -> None:
+    async with serve_models(ScriptedAnswer(fault=fault)) as served, open_model_client() as client:
+        with pytest.raises(ModelCallFailed) as failed:
+            await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    failure = failed.value
+    assert (failure.code, failure.retryable, failure.can_fall_back) == (code, retryable, can_fall_back)
+    assert "internal page" not in failure.message
+    assert len(served.requests) == 1
+
+
+async def test_a_rate_limit_says_when_calls_are_accepted_again() -> None:
+    async with (
+        serve_models(ScriptedAnswer(fault=ModelFault.RATE_LIMITED)) as served,
+        open_model_client() as client,
+    ):
+        with pytest.raises(ModelCallFailed, match="429 Too Many Requests: Rate limit reached") as failed:
+            await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    assert failed.value.retry_after_seconds == 7
+
+
+@pytest.mark.parametrize("fault", [ModelFault.SLOW_FIRST_BYTE, ModelFault.STALL])
+async def test_a_provider_that_stalls_is_given_up(fault: ModelFault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_client, "IDLE_SECONDS", 0.2)
+    async with serve_models(ScriptedAnswer(fault=fault)) as served, open_model_client() as client:
+        with pytest.raises(ModelCallFailed) as failed:
+            await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    assert (failed.value.code, failed.value.retryable) == ("model-unavailable", True)
+
+
+async def test_a_cancelled_call_closes_the_connection() -> None:
+    async with (
+        serve_models(ScriptedAnswer(fault=ModelFault.STALL)) as served,
+        open_model_client() as client,
+    ):
+        begun = asyncio.Event()
+        served.on_request = begun.set
+        call = asyncio.create_task(client.complete(model_at(served.url), REQUEST, idempotency_key="k"))
+        await begun.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert client._outbound._open == set()  # noqa: SLF001 - nothing else tells an open connection
+
+
+async def test_the_key_is_hidden_in_errors() -> None:
+    async with (
+        serve_models(ScriptedAnswer(fault=ModelFault.REPEATS_KEY)) as served,
+        open_model_client() as client,
+    ):
+        with pytest.raises(ModelCallFailed) as failed:
+            await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    assert KEY not in failed.value.message
+    assert "[hidden]" in failed.value.message
+    assert KEY not in repr(model_at(served.url))
+
+
+async def test_an_answer_that_repeats_the_key_has_it_hidden() -> None:
+    async with serve_models(ScriptedAnswer(text=f"It is {KEY}.")) as served, open_model_client() as client:
+        answer = await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    assert answer.text == "It is [hidden]."
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(ModelFault.LENGTH, FinishReason.LENGTH), (ModelFault.REFUSAL, FinishReason.REFUSAL)],
+)
+async def test_an_end_by_length_or_refusal_is_a_result(fault: ModelFault, reason: FinishReason) -> None:
+    async with serve_models(ScriptedAnswer(fault=fault)) as served, open_model_client() as client:
+        answer = await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    assert answer.finish_reason is reason
+
+
+@pytest.mark.parametrize("fault", [ModelFault.NO_USAGE, ModelFault.NO_STREAM])
+async def test_servers_may_leave_out_usage_or_the_stream(fault: ModelFault) -> None:
+    async with serve_models(ScriptedAnswer(fault=fault)) as served, open_model_client() as client:
+        answer = await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+    assert answer.text == "Cold."
+    assert answer.usage.is_estimated == (fault is ModelFault.NO_USAGE)
+
+
+async def test_a_model_without_schemas_is_asked_in_words() -> None:
+    request = ChatRequest(REQUEST.messages, 50, output_schema=SCHEMA)
+    async with serve_models() as served, open_model_client() as client:
+        await client.complete(model_at(served.url), request, idempotency_key="k")
+        await client.complete(model_at(served.url, follows_schemas=True), request, idempotency_key="k")
+    in_words, native = served.requests
+    assert "JSON Schema" in in_words["messages"][0]["content"]
+    assert "response_format" not in in_words
+    assert native["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert len(native["messages"]) == 1
+
+
+async def test_a_private_provider_is_reached_only_if_the_operator_names_it() -> None:
+    async with serve_models() as served:
+        async with open_model_client(OutboundPolicy()) as client:
+            with pytest.raises(ModelCallFailed) as failed:
+                await client.complete(model_at(served.url), REQUEST, idempotency_key="k")
+        assert failed.value.code == "address-not-allowed"
+        host = served.url.removeprefix("http://").removesuffix("/v1")
+        async with open_model_client(OutboundPolicy(allowed_hosts=frozenset({host}))) as client:
+            assert (await client.complete(model_at(served.url), REQUEST, idempotency_key="k")).text == "Cold."
+
+
+async def test_the_models_of_a_provider_are_listed() -> None:
+    async with serve_models() as served, open_model_client() as client:
+        assert await client.list_models(model_at(served.url)) == ["scripted-1", "scripted-2"]
+
+
+async def test_echo_answers_with_the_question_or_a_value_of_the_schema() -> None:
+    async with open_model_client(OutboundPolicy()) as client:
+        answer = await client.complete(ECHO_MODEL, REQUEST, idempotency_key="k")
+        assert answer.text == "How is Oslo?"
+        request = ChatRequest(REQUEST.messages, 50, output_schema=SCHEMA)
+        assert (await client.complete(ECHO_MODEL, request, idempotency_key="k")).text == '{"city":"Oslo"}'
+
+
+def test_the_cost_of_a_call_counts_cached_tokens_once() -> None:
+    usage = TokenUsage(1_000, 100, cache_read_tokens=800)
+    price = ModelPrice("3", "15", cache_read="0.3")
+    assert compute_cost(usage, price) == 200 * 3_000 + 800 * 300 + 100 * 15_000
+    assert compute_cost(TokenUsage(1, 0), ModelPrice("0.000001", "0")) == 1
+    assert show_cost(2_340_000) == "0.00234"
+    assert show_cost(0) == "0"
+    assert show_cost(10_000_000_000) == "10"
+    assert show_cost(None) is None
