@@ -84,6 +84,6 @@ def _organization_lines(explained: Mapping[str, Any]) -> Iterator[str]:
     if not explained["reasons"]:
         yield "No unfinished runs"
     workers = explained["workers"]
-    yield f"{workers['present']} workers hold {workers['heldRuns']} of {workers['concurrency']} runs"
+    yield f"Workers: {workers['present']}, with {workers['heldRuns']} of at most {workers['concurrency']} runs"
     for fact in explained["unknown"]:
         yield f"unknown: {fact}"
