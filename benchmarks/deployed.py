@@ -276,7 +276,7 @@ async def _count_wakes(installed: InstalledWorkflow) -> int:
 
 
 async def _count_completed(installed: InstalledWorkflow) -> int:
-    path = f"/api/v1/executions?workflowId={installed.workflow_id}&status=completed&limit=1"
+    path = f"/api/v1/executions?workflow_id={installed.workflow_id}&status=completed&limit=1"
     listed = await _request(installed, installed.api.get(path))
     return int(listed["count"])
 

@@ -134,7 +134,7 @@ async def _wait_until_run(sending: IngestLoad) -> None:
 
 async def _count_executions(connection: KeptConnection, sending: IngestLoad, *statuses: str) -> int:
     wanted = "".join(f"&status={status}" for status in statuses)
-    path = f"/api/v1/executions?workflowId={sending.workflow_id}&limit=1{wanted}"
+    path = f"/api/v1/executions?workflow_id={sending.workflow_id}&limit=1{wanted}"
     answer = await connection.send(sending.api.get(path))
     return int(_require_status(answer, 200)["count"])
 
