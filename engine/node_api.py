@@ -263,6 +263,8 @@ class AnswerSource(StrEnum):
     """An event."""
     TASK = "task"
     """A worker of the organization."""
+    CALLBACK = "callback"
+    """A request to the callback URL that the node has sent."""
 
 
 @dataclass(frozen=True, slots=True)

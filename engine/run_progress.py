@@ -342,6 +342,23 @@ class RunProgress:
             self._recorder.has_uncommitted_write = True
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
+    def apply_early_answer(self, visit: NodeVisit) -> bool:
+        """Complete a node that has got its answer before it began to wait, in an attempt that was cut off.
+
+        Return False if it has no answer. Calling the node again would repeat a request that was received.
+        """
+        payload = self._find_answer(visit)
+        if payload is None:
+            return False
+        if visit.lost is not None:
+            visit.attempt, visit.lost = visit.lost.attempt, None
+        self._apply_answer(visit, payload)
+        return True
+
+    def is_answered(self, visit: NodeVisit) -> bool:
+        """Return whether the answer to a node is stored."""
+        return self._find_answer(visit) is not None
+
     def resume_sleep(self, visit: NodeVisit, recorded: NodeSpan) -> None:
         """Continue a wait, or the pause before a retry, of an earlier attempt at the run.
 

@@ -284,6 +284,22 @@ class ApprovalLinkService(Protocol):
         """
 
 
+class CallbackService(Protocol):
+    """Callback URLs, by which other systems answer a node, and signatures of the requests that carry them."""
+
+    async def create_url(self, caller: RunCaller, *, node_id: str, iteration: str) -> str:
+        """Return the callback URL of a node; the same in every call.
+
+        Raises `NodeError` without a public address of the server.
+        """
+
+    async def sign(self, caller: RunCaller, message_id: str, body: bytes) -> Mapping[str, str]:
+        """Return the headers that sign a request by Standard Webhooks with the organization's secrets.
+
+        Raises `NodeError` if the organization has no signing secret.
+        """
+
+
 class EventWaitService(Protocol):
     """Events of the organization."""
 
@@ -325,6 +341,7 @@ class NodeServices:
     throttle: ThrottleService = field(default_factory=_missing_service("Shared rate limits"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))
     approvals: ApprovalLinkService = field(default_factory=_missing_service("Links of approvals"))
+    callbacks: CallbackService = field(default_factory=_missing_service("Callbacks"))
 
 
 class ControlRequest(IntEnum):

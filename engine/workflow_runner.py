@@ -280,7 +280,8 @@ class WorkflowRunner:
         if recorded.status in {SpanStatus.WAITING, SpanStatus.RETRYING}:
             self._progress.resume_sleep(visit, recorded)
             return True
-        if recorded.status is SpanStatus.RUNNING and visit.is_at_most_once:
+        is_lost = recorded.status is SpanStatus.RUNNING and not self._progress.is_answered(visit)
+        if is_lost and visit.is_at_most_once:
             visit.attempt = recorded.attempt
             message = f"The outcome of attempt {visit.attempt} is unknown, and the node runs at most once"
             self._progress.fail(visit, NodeError(message, code=LOST_ATTEMPT_CODE), is_final=True)
@@ -304,9 +305,10 @@ class WorkflowRunner:
         except (ExpressionError, InvalidJson, NodeError) as error:
             self._progress.fail(visit, to_node_error(error))
             return
-        if visit.candidate is not None:
-            if self._apply_candidate(visit, visit.candidate):
-                return
+        has_candidate = visit.candidate is not None
+        if self._settle_without_call(visit):
+            return
+        if has_candidate:
             call = msgspec.structs.replace(call, **self._node_inputs.identify_call(visit))
         # A task is created by the commit that records its ancestors: nothing has begun before that.
         is_task = visit.program.node_type.task is not None
@@ -322,6 +324,15 @@ class WorkflowRunner:
             self._start(visit, self._call_node(visit, call))
             return
         self._call_in_place(visit, call)
+
+    def _settle_without_call(self, visit: NodeVisit) -> bool:
+        """Complete a node with its result in an earlier run, or with the answer that came before its wait.
+
+        Return False if the node has to run.
+        """
+        if visit.candidate is not None and self._apply_candidate(visit, visit.candidate):
+            return True
+        return self._progress.apply_early_answer(visit)
 
     def _apply_candidate(self, visit: NodeVisit, candidate: NodeSpan) -> bool:
         """Reuse the result of an earlier run if its key is the same; fail a write that would differ without a

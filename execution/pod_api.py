@@ -255,6 +255,32 @@ class ApprovalLinksResponse(msgspec.Struct, frozen=True):
     urls: Sequence[str]
 
 
+class CallbackUrlRequest(msgspec.Struct, frozen=True):
+    """Create the callback URL of a node of a run that this pod holds; idempotent."""
+
+    node_id: Annotated[str, msgspec.Meta(max_length=64)]
+    iteration: Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class CallbackUrlResponse(msgspec.Struct, frozen=True):
+    """Callback URL of a node."""
+
+    url: str
+
+
+class SignatureRequest(msgspec.Struct, frozen=True):
+    """Sign a request of a node of a run that this pod holds with the secrets of its organization."""
+
+    message_id: Annotated[str, msgspec.Meta(max_length=100)]
+    body: bytes
+
+
+class SignatureResponse(msgspec.Struct, frozen=True):
+    """Headers that sign a request."""
+
+    headers: Mapping[str, str]
+
+
 class ExpectEventRequest(msgspec.Struct, frozen=True):
     """Register a node of a run that this pod holds as waiting for an event; idempotent."""
 

@@ -128,6 +128,7 @@ class GatewayState:
     sign_in: BrowserSignIn
     invitations: InvitationAcceptor
     approval_failures: FailedAttempts
+    callback_failures: FailedAttempts
     openid: OpenIdSignIn | None
     """Sign-in with the provider of the settings; None without one."""
 
@@ -264,6 +265,7 @@ async def assemble_state(
                 sign_in=BrowserSignIn(database, (settings.secret, *settings.previous_secrets)),
                 invitations=InvitationAcceptor(database, settings.secret),
                 approval_failures=FailedAttempts("Too many links from this address were not valid"),
+                callback_failures=FailedAttempts("Too many callbacks from this address had wrong tokens"),
                 openid=openid,
             )
     finally:

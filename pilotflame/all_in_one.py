@@ -156,7 +156,8 @@ async def _run(
         gateway = await stack.enter_async_context(
             state.assemble_state(roles.gateway, database, store, broker)
         )
-        await stack.enter_async_context(run_worker(roles.worker, store, broker, database))
+        worker = _set_public_url(_format_address(listener), roles.worker)
+        await stack.enter_async_context(run_worker(worker, store, broker, database))
         await stack.enter_async_context(run_duties(list_duties(roles.scheduler, database, store, broker)))
         deployer = _set_gateway_url(_format_address(listener), roles.deployer)
         pods = await stack.enter_async_context(AsyncExitStack())
@@ -226,6 +227,11 @@ def _set_gateway_url(address: str, settings: DeployerSettings) -> DeployerSettin
     return settings.model_copy(
         update={"runner_gateway_url": settings.runner_gateway_url or _to_local_url(address)}
     )
+
+
+def _set_public_url(address: str, settings: WorkerSettings) -> WorkerSettings:
+    """Return the worker's settings with the address for links and callbacks, by default that of this process."""
+    return settings.model_copy(update={"public_url": settings.public_url or _to_local_url(address)})
 
 
 def _to_local_url(address: str) -> str:

@@ -32,6 +32,7 @@ from runner.gateway_client import CallRefused, GatewayClient
 from runner.node_services import (
     RemoteApprovalLinks,
     RemoteBlobStorage,
+    RemoteCallbacks,
     RemoteDataSources,
     RemoteEventWaits,
     RemoteRunStarter,
@@ -166,6 +167,7 @@ async def run_executor(
         throttle=RemoteThrottle(gateway),
         events=RemoteEventWaits(gateway),
         approvals=RemoteApprovalLinks(gateway),
+        callbacks=RemoteCallbacks(gateway),
     )
     store = RemoteRunStore(gateway)
     news = GatewayWorkPoll(gateway, channel=settings.runner_pod)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -15,9 +15,13 @@ from engine.run_errors import NodeError
 from execution.pod_api import (
     ApprovalLinksRequest,
     ApprovalLinksResponse,
+    CallbackUrlRequest,
+    CallbackUrlResponse,
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    SignatureRequest,
+    SignatureResponse,
     StartRunRequest,
     StartRunResponse,
     ThrottleRequest,
@@ -119,6 +123,23 @@ class RemoteApprovalLinks:
         """
         path, call = f"/executions/{caller.execution_id}/approval-links", ApprovalLinksRequest(places)
         return (await until_available(lambda: self._gateway.call(path, call, ApprovalLinksResponse))).urls
+
+
+class RemoteCallbacks:
+    """Callback URLs and signatures of the gateway; implements `engine.services.CallbackService`."""
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+
+    async def create_url(self, caller: RunCaller, *, node_id: str, iteration: str) -> str:
+        """Return the callback URL of a node. Raises `NodeError`; waits while the gateway is unavailable."""
+        path, call = f"/executions/{caller.execution_id}/callback-url", CallbackUrlRequest(node_id, iteration)
+        return (await until_available(lambda: self._gateway.call(path, call, CallbackUrlResponse))).url
+
+    async def sign(self, caller: RunCaller, message_id: str, body: bytes) -> Mapping[str, str]:
+        """Return the headers that sign a request. Raises `NodeError`; waits while the gateway is unavailable."""
+        path, call = f"/executions/{caller.execution_id}/signatures", SignatureRequest(message_id, body)
+        return (await until_available(lambda: self._gateway.call(path, call, SignatureResponse))).headers
 
 
 class RemoteThrottle:

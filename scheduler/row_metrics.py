@@ -42,6 +42,8 @@ _STATUS_OF: Final = {
     BlockerCode.RETRY_AT: ExecutionStatus.WAITING,
     BlockerCode.AWAITING_EVENT: ExecutionStatus.WAITING,
     BlockerCode.AWAITING_INPUT: ExecutionStatus.WAITING,
+    BlockerCode.AWAITING_TASK: ExecutionStatus.WAITING,
+    BlockerCode.AWAITING_CALLBACK: ExecutionStatus.WAITING,
     BlockerCode.WORKFLOW_PAUSED: ExecutionStatus.WAITING,
     BlockerCode.WINDOW_CLOSED: ExecutionStatus.WAITING,
     BlockerCode.STOPPED_MANUALLY: ExecutionStatus.WAITING,

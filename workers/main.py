@@ -15,9 +15,11 @@ from concurrency import gc_tuning, heartbeat
 from engine.services import NodeServices
 from execution import abandoned_runs, due_runs, task_sweeps
 from execution.approval_link_urls import ApprovalLinkUrls
+from execution.callback_urls import CallbackUrls
 from execution.child_runs import ChildRunStarter
 from execution.event_matching import EventMatcher
 from execution.executor import ExecutorHooks, RunExecutor
+from execution.message_signer import MessageSigner
 from execution.node_blobs import NodeBlobs
 from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
@@ -122,6 +124,7 @@ async def run_worker(
         ),
     )
     runs = ChildRunStarter(database, store, broker, catalog, settings)
+    signer = MessageSigner(database, vault)
     services = NodeServices(
         http=outbound,
         data_sources=connections,
@@ -132,8 +135,9 @@ async def run_worker(
         throttle=SharedThrottle(database),
         events=EventMatcher(database, broker),
         approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
+        callbacks=CallbackUrls(signer, settings.secret, settings.public_url),
     )
-    webhooks = WebhookSender(database, vault, outbound)
+    webhooks = WebhookSender(signer, outbound)
     after = CompletionActions(
         database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds
     )

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-import structlog
 from msgspec import Raw
 
-from models import signing_secrets, timestamps
-from models.encryption import VaultError
-from models.signing_secrets import SigningSecret
+from execution import message_signer
+from models import timestamps
 from nodes.outbound_http import OutboundError, OutboundRefusalCode, OutboundRefused
 
 if TYPE_CHECKING:
     from engine.services import HttpClientService
+    from execution.message_signer import MessageSigner
     from journal.run_outputs import LeafOutput
     from journal.waits.completion import DueCompletion
-    from models.database import Database
-    from models.encryption import SecretVault
-
-log = structlog.get_logger()
 
 TIMEOUT_SECONDS: Final = 15.0
 RETRY_SECONDS: Final = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -92,9 +86,8 @@ def build_completion_body(due: DueCompletion, outputs: Mapping[str, LeafOutput] 
 class WebhookSender:
     """Sender that signs messages by the secrets of an organization, and sends them through the guarded HTTP client."""
 
-    def __init__(self, database: Database, vault: SecretVault, http: HttpClientService) -> None:
-        self._database = database
-        self._vault = vault
+    def __init__(self, signer: MessageSigner, http: HttpClientService) -> None:
+        self._signer = signer
         self._http = http
 
     async def send(
@@ -106,23 +99,14 @@ class WebhookSender:
         The answer 410, and addresses that may not be reached, are final failures. An organization without a
         signing secret sends nothing. Raises `DatabaseUnavailable`.
         """
-        secrets = await self._secrets(organization_id)
-        if not secrets:
-            return WebhookFailure(
-                "The organization has no signing secret: POST /api/v1/auth/signing-secret creates one"
-            )
-        now = int(self._database.clock.now().timestamp())
-        headers = {
-            "Content-Type": "application/json",
-            "webhook-id": message_id,
-            "webhook-timestamp": str(now),
-            "webhook-signature": signing_secrets.sign_message(secrets, message_id, now, body),
-        }
+        signature = await self._signer.sign(organization_id, message_id, body)
+        if signature is None:
+            return WebhookFailure(message_signer.NO_SECRET)
         try:
             response = await self._http.request(
                 "POST",
                 url,
-                headers=headers,
+                headers={"Content-Type": "application/json", **signature},
                 body=body,
                 timeout_seconds=TIMEOUT_SECONDS,
                 follow_redirects=False,
@@ -134,21 +118,3 @@ class WebhookSender:
         if 200 <= response.status < 300:  # noqa: PLR2004 - the statuses of success
             return None
         return WebhookFailure(f"The answer was {response.status}", is_final=response.status == GONE_STATUS)
-
-    async def _secrets(self, organization_id: str) -> Sequence[str]:
-        """Return the valid signing secrets of an organization, decrypted in a thread; empty without any."""
-        async with self._database.read() as connection:
-            rows = await connection.execute(signing_secrets.valid_secrets_statement(organization_id))
-            found = [SigningSecret(**row) for row in rows.mappings()]
-        # In a thread: the first use loads the cryptographic library and derives the key.
-        return await asyncio.to_thread(self._decrypt_secrets, found)
-
-    def _decrypt_secrets(self, found: Sequence[SigningSecret]) -> Sequence[str]:
-        """Return the secrets that can be decrypted; others are logged."""
-        opened: list[str] = []
-        for row in found:
-            try:
-                opened.append(signing_secrets.decrypt_secret(self._vault, row))
-            except VaultError as error:
-                log.warning("signing secret not decrypted", secret=row.id, error=str(error))
-        return opened

@@ -10,6 +10,7 @@ from gateway.executions import (
     approval_page,
     bulk,
     bulk_replay,
+    callbacks,
     execute,
     executions,
     inputs,
@@ -36,6 +37,7 @@ from gateway.http.operation_docs import (
     OperationDoc,
     OtherSuccess,
 )
+from gateway.http.refusals import BODY_CODES
 from gateway.http.route import EXECUTE, READ, WRITE, Route
 
 ROUTES: Final[Sequence[Route]] = (
@@ -259,6 +261,20 @@ ROUTES: Final[Sequence[Route]] = (
                 "input-expired",
                 "no-input-pending",
             ),
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/{id}/callback",
+        AccessRule.PUBLIC,
+        callbacks.receive,
+        query=callbacks.PARAMETERS,
+        answer=callbacks.CallbackReceipt,
+        docs=OperationDoc(
+            refusals=(
+                *("not-found", "rate-limited", "not-ready", "already-answered"),
+                *("callback-expired", "no-callback-pending", *BODY_CODES),
+            )
         ),
     ),
     Route(

@@ -171,6 +171,8 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "already-answered": ErrorCode(409, "The node already has its answer."),
     "input-expired": ErrorCode(409, "The node's wait has expired, and it continues without an answer."),
     "no-input-pending": ErrorCode(409, "No node with this id waits for input."),
+    "callback-expired": ErrorCode(409, "The node has stopped waiting for its callback."),
+    "no-callback-pending": ErrorCode(409, "The node does not wait for a callback: it or its run has ended."),
     "node-type-in-use": ErrorCode(
         409, "Workflows have the node type; `details` lists those that the caller may see."
     ),

@@ -18,13 +18,18 @@ from engine.services import EventWaitRequest
 from execution.node_blobs import MAX_BLOB_BYTES
 from execution.pod_api import (
     FINAL,
+    MAX_RECORD_BYTES,
     NODE_ERROR_HEADER,
     RETRYABLE,
     ApprovalLinksRequest,
     ApprovalLinksResponse,
+    CallbackUrlRequest,
+    CallbackUrlResponse,
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    SignatureRequest,
+    SignatureResponse,
     StartRunRequest,
     StartRunResponse,
     ThrottleRequest,
@@ -132,6 +137,32 @@ async def create_approval_links(request: GatewayRequest, holder: LeaseHolder) ->
     async with _translate_errors():
         urls = await request.gateway.pod_services.approvals.create_links(caller, call.places)
     return JsonResponse(ApprovalLinksResponse(urls))
+
+
+async def create_callback_url(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Answer with the callback URL of a node of the path's run.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, CallbackUrlRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _translate_errors():
+        url = await request.gateway.pod_services.callbacks.create_url(
+            caller, node_id=call.node_id, iteration=call.iteration
+        )
+    return JsonResponse(CallbackUrlResponse(url))
+
+
+async def sign(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Sign a request of a node of the path's run, and answer with the headers.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, SignatureRequest, max_bytes=MAX_RECORD_BYTES)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _translate_errors():
+        headers = await request.gateway.pod_services.callbacks.sign(caller, call.message_id, call.body)
+    return JsonResponse(SignatureResponse(headers))
 
 
 async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

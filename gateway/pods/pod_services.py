@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from execution.approval_link_urls import ApprovalLinkUrls
+from execution.callback_urls import CallbackUrls
 from execution.child_runs import ChildRunStarter
 from execution.event_matching import EventMatcher
+from execution.message_signer import MessageSigner
 from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
 from gateway.pods.pod_authentication import PodAuthenticator
@@ -36,6 +38,7 @@ class PodApiServices:
     throttle: SharedThrottle
     events: EventMatcher
     approvals: ApprovalLinkUrls
+    callbacks: CallbackUrls
     log_levels: Mapping[str, str]
     """Log levels by workflow, as they are now."""
 
@@ -62,6 +65,7 @@ async def open_pod_services(
             throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),
             approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
+            callbacks=CallbackUrls(MessageSigner(database, vault), settings.secret, settings.public_url),
             log_levels=await stack.enter_async_context(log_levels.follow_log_levels(database)),
         )
     finally:

@@ -50,6 +50,8 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),
     PodRoute("POST", "/executions/{id}/event-waits", node_services.expect_event),
     PodRoute("POST", "/executions/{id}/approval-links", node_services.create_approval_links),
+    PodRoute("POST", "/executions/{id}/callback-url", node_services.create_callback_url),
+    PodRoute("POST", "/executions/{id}/signatures", node_services.sign),
 )
 
 

@@ -32,6 +32,7 @@ class BlockerCode(StrEnum):
     AWAITING_EVENT = "awaiting-event"
     AWAITING_INPUT = "awaiting-input"
     AWAITING_TASK = "awaiting-task"
+    AWAITING_CALLBACK = "awaiting-callback"
     WORKER_LOST = "worker-lost"
     NODE_RUNNING = "node-running"
     CANCEL_REQUESTED = "cancel-requested"
@@ -129,6 +130,11 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
         " of the task; `by` is the worker that holds it. The message says if no worker performs such tasks.",
         "Start a worker of the type, with this version or a newer one, for the pool of the task.",
     ),
+    BlockerCode.AWAITING_CALLBACK: BlockerRule(
+        BlockerKind.WAIT,
+        "A node waits for a request to the callback URL that it has sent. `method` and `url` are those of its request.",
+        "Look at the system that got the request, or wait until the node fails at `until`.",
+    ),
     BlockerCode.WORKER_LOST: BlockerRule(
         BlockerKind.WAIT,
         "The process that executes the run no longer renews its lease. Another one continues at `reclaimAt`.",
@@ -184,6 +190,8 @@ def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
             return BlockerCode.AWAITING_EVENT
         case AnswerSource.TASK:
             return BlockerCode.AWAITING_TASK
+        case AnswerSource.CALLBACK:
+            return BlockerCode.AWAITING_CALLBACK
         case _:
             return BlockerCode.NODE_RUNNING
 

@@ -249,6 +249,7 @@ async def _count_waiting(
         BlockerCode.AWAITING_EVENT,
         BlockerCode.AWAITING_INPUT,
         BlockerCode.AWAITING_TASK,
+        BlockerCode.AWAITING_CALLBACK,
         BlockerCode.NODE_RUNNING,
     ]
     statements = []

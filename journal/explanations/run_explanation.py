@@ -277,16 +277,16 @@ def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
         case BlockerCode.AWAITING_INPUT:
             return _input_blocker(facts, node)
         case BlockerCode.AWAITING_EVENT:
-            request = node.awaits["request"] if node.awaits is not None else None
-            event_type = request.get("eventType") if isinstance(request, dict) else None
             return Blocker(
                 code,
                 f"{node.label} waits for an event",
                 node.started_at,
                 until=node.wake_at,
                 actions=[SuggestedRequest("POST", "/api/v1/workflows/events", EXECUTE_SCOPE)],
-                details={**where, "eventType": event_type},
+                details={**where, "eventType": _request_of(node).get("event_type")},
             )
+        case BlockerCode.AWAITING_CALLBACK:
+            return _callback_blocker(node, where)
         case BlockerCode.AWAITING_TASK:
             return _task_blocker(node)
         case BlockerCode.RETRY_AT | BlockerCode.TIMER:
@@ -295,6 +295,24 @@ def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
             return Blocker(code, f"{node.label} {text}", node.started_at, until=node.wake_at, details=where)
         case _:
             return _running_blocker(facts, node)
+
+
+def _request_of(node: UnsettledNode) -> Mapping[str, Json]:
+    """Return the request of a node that waits for an answer; empty without one."""
+    request = None if node.awaits is None else node.awaits["request"]
+    return request if isinstance(request, dict) else {}
+
+
+def _callback_blocker(node: UnsettledNode, where: Mapping[str, Json]) -> Blocker:
+    request = _request_of(node)
+    sent = {name: request.get(name) for name in ("method", "url")}
+    return Blocker(
+        BlockerCode.AWAITING_CALLBACK,
+        f"{node.label} waits for the callback of {sent['method']} {sent['url']}",
+        node.started_at,
+        until=node.wake_at,
+        details={**where, **sent},
+    )
 
 
 def _input_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
@@ -471,6 +489,7 @@ _EVENTS: Final = {
     BlockerCode.RETRY_AT: "retry",
     BlockerCode.AWAITING_EVENT: "timeout",
     BlockerCode.AWAITING_INPUT: "timeout",
+    BlockerCode.AWAITING_CALLBACK: "timeout",
     BlockerCode.BROKER_DOWN: "sweep",
     BlockerCode.DEPLOYMENT_FAILED: "start",
 }

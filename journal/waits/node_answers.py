@@ -39,6 +39,8 @@ MAX_CLOCK_SKEW_MICROSECONDS: Final = 500_000
 """Time before the end of a wait from which input is refused, since the worker that ends it may have a fast
 clock.
 """
+_ENDING_AT_DEADLINE: Final = frozenset({AnswerSource.INPUT, AnswerSource.CALLBACK})
+"""Sources whose answers are refused after the end of the wait: their senders learn the outcome."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -104,8 +106,8 @@ async def store_answer(
 ) -> AnswerResult:
     """Store the answer of a node in a transaction, and make its waiting run pending; return the result.
 
-    Only the first answer counts: the same one again is taken, another is late. A sub-workflow run, an event
-    or a task may answer a node before its run waits; input of a person needs a waiting node.
+    Only the first answer counts: the same one again is taken, another is late. A sub-workflow run, an event, a
+    task or a callback may answer a node before its run waits; input of a person needs a waiting node.
     """
     columns = (col(Execution.status), col(Execution.concurrency_key))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
@@ -291,13 +293,15 @@ async def _receive_answer(
         return AnswerReception.UNAWAITED
     if kind is not AnswerSource.INPUT and span.status == SpanStatus.RUNNING:
         return AnswerReception.TAKEN
+    if kind is AnswerSource.CALLBACK and span.status == SpanStatus.RETRYING:
+        # The receiver got a request whose answer was lost.
+        return AnswerReception.TAKEN
     if span.status != SpanStatus.WAITING or not span.awaits:
         return AnswerReception.UNAWAITED
     if decoding.decode(span.awaits)["kind"] != kind:
         return AnswerReception.UNAWAITED
-    return (
-        AnswerReception.EXPIRED if kind is AnswerSource.INPUT and span.has_expired else AnswerReception.TAKEN
-    )
+    is_expired = kind in _ENDING_AT_DEADLINE and span.has_expired
+    return AnswerReception.EXPIRED if is_expired else AnswerReception.TAKEN
 
 
 async def is_answered(

@@ -14,12 +14,12 @@ from concurrency import offload
 from engine import approval_links
 from engine.run_errors import NodeError
 from engine.values import InvalidJson, decode_json, encode_json, value_as_text
-from nodes import config_fields, http_errors, redaction, url_targets
+from nodes import callback_requests, config_fields, http_errors, redaction, url_targets
 from nodes.outbound_http import OutboundResponse
 from telemetry import tracing
 
 if TYPE_CHECKING:
-    from engine.node_api import NodeCall
+    from engine.node_api import AnswerWait, NodeCall
     from engine.services import HttpResponse
     from engine.values import Json
 
@@ -60,16 +60,21 @@ class HttpResponseType(StrEnum):
 READ_METHODS = frozenset({HttpMethod.GET, HttpMethod.HEAD, HttpMethod.OPTIONS})
 
 
-async def run(call: NodeCall) -> Json:
+async def run(call: NodeCall) -> Json | AnswerWait:
     response_type = config_fields.read_choice(call.config, "responseType", HttpResponseType)
     fails_on_error = config_fields.read_flag(call.config, "failOnError")
     method = config_fields.read_choice(call.config, "method", HttpMethod)
     url = _build_url(call.config)
+    waits = config_fields.read_flag(call.config, "waitForCallback")
+    if waits:
+        callback_requests.require_write(method, is_read=method in READ_METHODS)
     secrets = await _read_secret_headers(call, url)
     with http_errors.name_request_in_errors(method, url):
-        response = await _send_request(call, method, url, secrets)
-        if fails_on_error and response.status >= FIRST_ERROR_STATUS:
+        response = await _send_request(call, method, url, secrets, waits=waits)
+        if (fails_on_error or waits) and response.status >= FIRST_ERROR_STATUS:
             raise _status_error(response, url)
+        if waits:
+            return callback_requests.wait(call, method.value, url)
         body = await offload.run(_decode_body, response, response_type)
     return {
         "status": response.status,
@@ -80,7 +85,7 @@ async def run(call: NodeCall) -> Json:
 
 
 async def _send_request(
-    call: NodeCall, method: HttpMethod, url: str, secrets: Mapping[str, str]
+    call: NodeCall, method: HttpMethod, url: str, secrets: Mapping[str, str], *, waits: bool
 ) -> HttpResponse:
     """Send the configured request with secret headers, and return the response with these secrets redacted.
 
@@ -88,8 +93,16 @@ async def _send_request(
     Raises `NodeError`, `OutboundError` and ValueError.
     """
     config = call.config
-    body, content_type = await offload.run(_encode_body, config)
     headers = _read_headers(config)
+    content, tokens = config.get("body"), []
+    if waits:
+        callback_url = await call.services.callbacks.create_url(
+            call.caller, node_id=call.node_id, iteration=call.iteration
+        )
+        content = callback_requests.add_url(content, callback_url)
+        headers[callback_requests.HEADER] = callback_url
+        tokens.append(callback_url.rpartition("token=")[2])
+    body, content_type = await offload.run(_encode_body, content)
     if content_type is not None:
         _set_default_header(headers, "Content-Type", content_type)
     if method not in READ_METHODS:
@@ -104,6 +117,8 @@ async def _send_request(
         url = approval_links.replace_places(url, links)
         body = approval_links.replace_places(body.decode(), links).encode() if body is not None else None
         headers = {name: approval_links.replace_places(value, links) for name, value in headers.items()}
+    if waits:
+        headers = _replace_headers(headers, await callback_requests.sign(call, body))
     response = await call.services.http.request(
         method,
         url,
@@ -112,7 +127,7 @@ async def _send_request(
         timeout_seconds=config_fields.read_timeout_seconds(config),
         follow_redirects=config_fields.read_flag(config, "followRedirects"),
     )
-    tokens = [link.rpartition("/")[2] for link in links.values()]
+    tokens += [link.rpartition("/")[2] for link in links.values()]
     return _redact_response(response, [*secrets.values(), *tokens])
 
 
@@ -173,11 +188,11 @@ def _replace_headers(headers: Mapping[str, str], others: Mapping[str, str]) -> d
     return {**{name: value for name, value in headers.items() if name.lower() not in names}, **others}
 
 
-def _encode_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
-    """Return the request body and its content type: a text as it is, another value as JSON; None twice
-    without a body.
+def _encode_body(body: Json) -> tuple[bytes | None, str | None]:
+    """Return the request body and its content type: texts as they are, other values as JSON.
+
+    None twice without a body.
     """
-    body = config.get("body")
     if body is None:
         return None, None
     if isinstance(body, str):

@@ -22,6 +22,7 @@ from structlog.testing import capture_logs
 from engine.run_errors import FailureCause
 from engine.run_records import NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from execution.child_runs import ChildRunStarter
+from execution.message_signer import MessageSigner
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.blob_store import BlobStore
 from journal.blobs.folder_storage import FolderBlobStorage
@@ -104,7 +105,7 @@ class CompletionHarness:
             store,
             broker,
             self.blobs,
-            WebhookSender(database, VAULT, outbound),
+            WebhookSender(MessageSigner(database, VAULT), outbound),
             runs,
             sweep_seconds=3600,
             lease_seconds=60,

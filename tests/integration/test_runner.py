@@ -48,10 +48,11 @@ from journal.tasks.task_store import Completion, TaskPoll, WorkerReport
 from journal.waits import node_answers
 from messages.deployer_messages import DeployerMessage, ReconcileRequest
 from messages.local_broker import LocalBroker
-from models import data_source, deployment_token, ids
+from models import data_source, deployment_token, ids, signing_secrets
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import TokenBearer
+from models.signing_secrets import SigningSecret
 from models.timestamps import to_microseconds
 from models.workflow_names import PodProcess, lease_owner
 from runner import gateway_client
@@ -375,6 +376,33 @@ async def create_bearer_source(pods: DeployedPods) -> str:
     return source_id
 
 
+async def create_signing_secret(pods: DeployedPods) -> str:
+    """Create the signing secret of the runs' organization, and return it."""
+    secret, secret_id, organization = (
+        signing_secrets.new_secret(),
+        ids.new_id("sig"),
+        pods.owned_workflow.organization,
+    )
+    encrypted = signing_secrets.encrypt_secret(
+        pods.gateway.state.vault, secret, organization_id=organization.id, object_id=secret_id
+    )
+    row = SigningSecret(
+        id=secret_id,
+        organization_id=organization.id,
+        shard=organization.shard,
+        encrypted=encrypted.content,
+        secret_id=encrypted.secret_id,
+        hint=signing_secrets.visible_suffix(secret),
+        created_at=datetime.now(UTC),
+    )
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(insert(SigningSecret).values(**row.model_dump()))
+
+    await pods.run_database.database.transaction(work)
+    return secret
+
+
 async def stop_during_call(pod: PodProcessHarness, receiver: HttpReceiver) -> int:
     """Tell a pod to stop, let it continue once it knows, and return its exit code."""
     await wait_until(lambda: len(receiver.received) == 1)
@@ -645,6 +673,32 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
     assert "large" in {span["node_id"] for span in spans}
     assert await pods.run_database.count("throttle") == 1
     assert (await pods.run_database.row(key.execution_id))["progress"] == 99
+
+
+async def test_a_callback_ends_the_wait_of_a_node_whose_pod_was_killed_in_its_request(
+    pods: DeployedPods, receiver: HttpReceiver
+) -> None:
+    secret = await create_signing_secret(pods)
+    receiver.may_answer.clear()
+    first = await pods.start().ready()
+    waiting = call(receiver)
+    waiting["config"] |= {"waitForCallback": True, "body": {"n": 1}}
+    greet = {"id": "greet", "type": "set", "config": {"values": {"greeting": "{{ data.body.said }}"}}}
+    key = await pods.accept(chain_definition(waiting, greet))
+    await wait_until(lambda: len(receiver.received) == 1)
+    first.started.kill()
+    (sent,) = receiver.received
+    assert sent.is_signed_by(secret)
+    url = sent.message["callbackUrl"].replace("https://flows.example", pods.gateway.url)
+    async with httpx2.AsyncClient() as client:
+        answers = [await client.post(url, json={"said": "Hello"}) for _ in range(2)]
+    assert [one.status_code for one in answers] == [200, 200]
+    receiver.may_answer.set()
+    pods.start()
+    await pods.reaches(key, "completed")
+
+    assert (await pods.outputs(key))["greet"]["greeting"] == "Hello"
+    assert len(receiver.received) == 1
 
 
 @ON_POSTGRES

@@ -88,6 +88,27 @@ async def test_a_waiting_node_occupies_no_worker_until_its_answer() -> None:
     assert again.commits == 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"atMostOnce": True}], ids=["repeatable", "at most once"])
+async def test_a_node_that_was_answered_before_its_wait_is_not_called_again(
+    settings: Mapping[str, Json],
+) -> None:
+    asking = AskingNode()
+    graph = compile_drawing("start > ask > echo", {"ask": write_world(asking.start)}, {"ask": settings})
+    first = SimulatedWorker(graph)
+    await first.work()
+    told = answer_waits(first.notebook)
+    cut_off = [
+        msgspec.structs.replace(span, status=SpanStatus.RUNNING, awaits=None, wake_at=None)
+        if span.node_id == "ask"
+        else span
+        for span in first.notebook.rows.values()
+    ]
+    notebook = await run_to_completion(SimulatedWorker(graph, recorded=cut_off, wait_answers=told))
+    assert notebook.output("echo") == {"said": "yes"}
+    span = notebook.spans["ask"]
+    assert (asking.calls, span.attempt, span.status) == (1, 1, SpanStatus.COMPLETED)
+
+
 async def test_an_answer_says_by_which_port_it_leaves() -> None:
     graph = compile_drawing("start > ask > echo1; ask:no > echo2", {"ask": pure_node(AskingNode().ask)})
     first = SimulatedWorker(graph)

@@ -121,7 +121,7 @@ def running(*nodes: UnsettledNode, **fields: Any) -> RunFacts:  # noqa: ANN401 -
 
 
 def answer(kind: str) -> dict[str, Any]:
-    return {"kind": kind, "request": {"eventType": "order.paid"}, "expired": None}
+    return {"kind": kind, "request": {"event_type": "order.paid"}, "expired": None}
 
 
 SLOT = SlotFacts(1, 1, 2, [SlotHolder("exec_2", NOW - 30 * SECOND, is_visible=False)])
@@ -190,6 +190,7 @@ CASES: Mapping[str, tuple[RunFacts, BlockerCode]] = {
     "event": (waiting(node(SpanStatus.WAITING, awaits=answer("event"))), BlockerCode.AWAITING_EVENT),
     "input": (waiting(node(SpanStatus.WAITING, awaits=answer("input"))), BlockerCode.AWAITING_INPUT),
     "task": (waiting(node(SpanStatus.WAITING, awaits=answer("task"))), BlockerCode.AWAITING_TASK),
+    "callback": (waiting(node(SpanStatus.WAITING, awaits=answer("callback"))), BlockerCode.AWAITING_CALLBACK),
     "sub-workflow": (waiting(node(SpanStatus.WAITING, awaits=answer("run"))), BlockerCode.NODE_RUNNING),
     "node at work": (running(node(SpanStatus.RUNNING)), BlockerCode.NODE_RUNNING),
     "no node yet": (running(), BlockerCode.NODE_RUNNING),

@@ -39,6 +39,14 @@ class Audit(Resource):
         return self._client.iterate("/api/v1/audit", "entries", {"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "sort": sort}, has_cursor=True)
 
 
+class Callbacks(Resource):
+    """Methods of `client.callbacks`."""
+
+    def receive(self, execution_id: str, *, node: str | None = None, iteration: str | None = None, token: str | None = None, outcome: Literal['completed', 'failed'] | None = None) -> t.CallbackReceipt:
+        """Answer the node that has sent this callback URL; the first answer counts, and may be repeated."""
+        return cast("t.CallbackReceipt", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/callback", query={"node": node, "iteration": iteration, "token": token, "outcome": outcome}))
+
+
 class Datasources(Resource):
     """Methods of `client.datasources`."""
 
@@ -775,6 +783,7 @@ class ResourceClient(Transport):
         super().__init__(*args, **options)
         self.approvals = Approvals(self)
         self.audit = Audit(self)
+        self.callbacks = Callbacks(self)
         self.datasources = Datasources(self)
         self.deliveries = Deliveries(self)
         self.deployments = Deployments(self)

@@ -1,0 +1,77 @@
+"""Callbacks: tokens in the callback URLs of nodes, and the answers that other systems give by them.
+
+A token is a MAC of its node, so nothing is stored until a callback arrives.
+"""
+
+from __future__ import annotations
+
+import hmac
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.node_api import AnswerSource
+from journal.store import ExecutionKey
+from journal.waits import node_answers
+from models.execution import Execution
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.waits.node_answers import AnswerResult
+
+TOKEN_PREFIX: Final = "cb-"  # noqa: S105 - the beginning of every token
+_PURPOSE: Final = "pilotflame callback 1"
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackPlace:
+    """Node of a run that waits for a callback."""
+
+    execution_id: str
+    node_id: str
+    iteration: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackReception:
+    """Result of a callback, with the place of its run."""
+
+    answer: AnswerResult
+    target: str
+    """Target of the run: its pods or the workers continue it."""
+
+
+def derive_token(secret: bytes, place: CallbackPlace) -> str:
+    """Return the token of a callback URL: 256 bits that only a holder of the server's secret can make."""
+    content = _encode([_PURPOSE, place.execution_id, place.node_id, place.iteration])
+    return TOKEN_PREFIX + urlsafe_b64encode(hmac.digest(secret, content, "sha256")).decode().rstrip("=")
+
+
+def is_valid_token(secrets: Sequence[bytes], place: CallbackPlace, token: str) -> bool:
+    """Return whether a token was made for a node with one of the server's secrets."""
+    given = token.encode()
+    return any(hmac.compare_digest(derive_token(secret, place).encode(), given) for secret in secrets)
+
+
+async def store_callback(
+    connection: AsyncConnection, place: CallbackPlace, payload: bytes
+) -> CallbackReception | None:
+    """Store the answer of a node in a transaction, and wake its run; None if the run is gone."""
+    statement = select(col(Execution.shard), col(Execution.target)).where(
+        col(Execution.id) == place.execution_id
+    )
+    run = (await connection.execute(statement)).first()
+    if run is None:
+        return None
+    key = ExecutionKey(place.execution_id, run.shard)
+    answer = await node_answers.store_answer(
+        connection, key, place.node_id, place.iteration, payload, kind=AnswerSource.CALLBACK
+    )
+    return CallbackReception(answer, run.target)

@@ -1,0 +1,56 @@
+"""Requests that carry a callback URL: their receiver answers the node later, by a request to that URL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+from engine.node_api import AnswerSource, AnswerWait
+from engine.run_errors import NodeError
+from nodes import config_fields, url_targets
+
+if TYPE_CHECKING:
+    from engine.node_api import NodeCall
+    from engine.values import Json
+
+FIELD: Final = "callbackUrl"
+HEADER: Final = "Callback-Url"
+LONGEST_SECONDS: Final = 31_536_000
+
+
+def add_url(body: Json, url: str) -> Json:
+    """Return a body with the callback URL in its field `callbackUrl`; a text or list stays, the header has the URL."""
+    if body is None:
+        return {FIELD: url}
+    return {FIELD: url, **body} if isinstance(body, dict) else body
+
+
+async def sign(call: NodeCall, body: bytes | None) -> Mapping[str, str]:
+    """Return the headers that sign a request by Standard Webhooks, with the same id in every attempt.
+
+    Raises `NodeError`.
+    """
+    # Without periods: they separate the parts of the signed text.
+    message_id = f"msg_{sha256(call.idempotency_key.encode()).hexdigest()[:32]}"
+    return await call.services.callbacks.sign(call.caller, message_id, body or b"")
+
+
+def wait(call: NodeCall, method: str, url: str) -> AnswerWait:
+    """Return the wait for the callback of a request that was accepted; raises `NodeError` for a wrong timeout."""
+    seconds = config_fields.read_number(
+        call.config, "callbackTimeoutSeconds", minimum=1, maximum=LONGEST_SECONDS
+    )
+    return AnswerWait(
+        AnswerSource.CALLBACK,
+        request={"method": method, "url": url_targets.redact_url(url)},
+        expires_at=call.now + timedelta(seconds=seconds),
+    )
+
+
+def require_write(method: str, *, is_read: bool) -> None:
+    """Raise `NodeError` for a method whose requests are not recorded before they are sent."""
+    if is_read:
+        message = f"`waitForCallback` needs the method POST, PUT, PATCH or DELETE, not {method}"
+        raise NodeError(message, code="invalid-config")
