@@ -52,6 +52,9 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
         return [f"{name.removeprefix(PREFIX)}={values[-1]}" for name, values in given.items()]
 
     def read(self, given: Sequence[str]) -> Sequence[tuple[str, str]]:
+        """Return the pairs of key and value; raises a 400 error for more than three keys, an invalid key or a
+        text without `=`.
+        """
         if len(given) > limits.METADATA_FILTERS:
             text = f"A list is filtered by at most {limits.METADATA_FILTERS} keys of metadata"
             raise invalid_query(self.name, "too-many", text)
@@ -71,7 +74,7 @@ class MetadataParameter(QueryParameter[Sequence[tuple[str, str]]]):
 
 
 def filter_labels(tag: str | None, metadata: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    """Return the labels that a list is filtered by, from the parameters for a tag and metadata."""
+    """Return the labels (pairs of key and value) that a list is filtered by; None is no tag."""
     return [*([] if tag is None else [(TAG_KEY, tag)]), *metadata]
 
 
@@ -80,9 +83,9 @@ def read_labels(
     metadata: Mapping[str, str | float] | None,
     path: str = "",
 ) -> Sequence[RunLabel]:
-    """Return the sorted labels of a body; raises a 422 error for invalid ones.
+    """Return the sorted labels of a body, without duplicates: its tags and metadata; empty for None.
 
-    `path` precedes the names of fields in errors.
+    `path` precedes the names of fields in errors. Raises a 422 error with all invalid tags, keys and values.
     """
     problems = ProblemCollector()
     labels = {

@@ -111,6 +111,7 @@ async def compare(request: GatewayRequest) -> JsonResponse:
 
 
 async def _find_default(connection: AsyncConnection, key: ExecutionKey) -> ExecutionKey | None:
+    """Return the newest completed run of the workflow before a run, to compare with; None without one."""
     head = await run_graph_rows.read_head(connection, key)
     if head is None:
         raise errors.not_found("execution")
@@ -121,7 +122,7 @@ async def _find_default(connection: AsyncConnection, key: ExecutionKey) -> Execu
 def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | None) -> SpanComparison:
     """Return the differences between two spans of a node: definition, config, input and output.
 
-    Without the other span, all of them are None.
+    A span is one execution of a node. Without the other span, all of them are None.
     """
     span = found.span
     if other is None:
@@ -155,6 +156,7 @@ def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | Non
 
 
 def _show(gateway: GatewayState, details: SpanDetails) -> SpanDetailsShape:
+    """Return a span as the API shows it, with its config, and large outputs explained."""
     config, hidden = span_details.show_config(details, gateway.catalog)
     outputs = gateway.large_outputs.explain(details.span.execution_id)
     return execution_shapes.show_span_details(details, config, hidden, outputs)
@@ -176,9 +178,8 @@ def _compare_values(before: Json, after: Json) -> PartComparison:
 
 
 def _decode(text: Raw) -> Json:
-    """Return a JSON text decoded for a comparison, `MISSING` for None.
-
-    Of a value in a blob, the reference without the address that each run has.
+    """Return a JSON text decoded for a comparison; of a value in a blob, the reference without the address
+    that each run has.
     """
     value = decoding.decode(bytes(text))
     if isinstance(value, dict) and BLOB in value:

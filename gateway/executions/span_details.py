@@ -60,9 +60,10 @@ class SpanDetails:
 async def read_span(
     connection: AsyncConnection, key: ExecutionKey, span_id: str, iteration: str = ""
 ) -> SpanDetails | None:
-    """Return the span of a node in a run with its log and attempts, by its id, or by the node's id and iteration.
+    """Return the span of a node in a run with its config, log and attempts (1,000 each), by its id or by node
+    and iteration.
 
-    None if missing.
+    Also start and end in the last completed run before. None if it is missing.
     """
     span = await execution_rows.find_span(connection, key, span_id, iteration)
     if span is None:
@@ -116,7 +117,9 @@ async def _find_previous(
     created_at: Any,  # noqa: ANN401 - a time as the row has it
     span: Recorded,
 ) -> Recorded | None:
-    """Return start and end of the last completed span of the same node in earlier runs; None if there is none."""
+    """Return start and end of the last completed span of the same node in the 20 runs before; None if there
+    is none.
+    """
     earlier = (
         select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
         .where(
@@ -146,7 +149,11 @@ async def _find_previous(
 
 
 def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:
-    """Return a node of a definition, and the custom types that the definition pins."""
+    """Return a node of a definition as JSON, None if it is absent, and the custom node types that the
+    definition pins.
+
+    To pin means to keep the version with which a definition was stored.
+    """
     decoded = decoding.decode(definition)
     nodes = decoded.get("nodes", [])
     node = next((_encode(node) for node in nodes if node.get("id") == node_id), None)
@@ -154,7 +161,10 @@ def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:
 
 
 def show_config(details: SpanDetails, catalog: NodeCatalog) -> tuple[Raw | None, Sequence[str]]:
-    """Return the rendered config of a span without credentials, and the places of those; None if it is not known."""
+    """Return the config of a span as it was rendered, without credentials, and the places of those.
+
+    A config without templates is that of the definition. (None, ()) if it is not known.
+    """
     text = details.rendered_config
     defined, program = _compile_node(details, catalog)
     rendered = None if text is None else decoding.decode(text)
@@ -177,9 +187,10 @@ def defined_config(details: SpanDetails) -> Json:
 def _compile_node(
     details: SpanDetails, catalog: NodeCatalog
 ) -> tuple[Mapping[str, Json], NodeProgram | None]:
-    """Return the config of a node in the definition, and its program.
+    """Return the config of a node in the definition, and its compiled form.
 
-    None if its type is gone or it doesn't compile.
+    The latter is None if its type is gone or it doesn't compile; the former {} if the definition is not
+    stored.
     """
     if details.node is None:
         return {}, None
@@ -193,6 +204,7 @@ def _compile_node(
 
 
 def _hide(config: Json) -> tuple[Raw | None, Sequence[str]]:
+    """Return a config as JSON without values that look like credentials, and their places; (None, ()) for None."""
     if config is None:
         return None, ()
     kept, hidden = inline_secrets.remove_secrets(config)

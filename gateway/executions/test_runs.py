@@ -82,7 +82,8 @@ def plan_partial_run(
 ) -> RunRequest:
     """Return the run of a part of a graph, with a definition of its own.
 
-    Raises a 422 error if the part names unknown nodes, or pinned outputs are too large.
+    Nodes with a pinned output return it without running; the part up to a node leaves out all that it does
+    not need. Raises a 422 error if the part names unknown nodes, or pinned outputs exceed 1 MB.
     """
     known = {str(node["id"]) for node in nodes}
     asked = {} if piece.up_to is None else {"upTo": piece.up_to}
@@ -97,9 +98,11 @@ def plan_partial_run(
 def plan_node_test(
     workflow: LoadedWorkflow, node_id: str, given: NodeTestInput, catalog: NodeCatalog, now: datetime
 ) -> RunRequest:
-    """Return the run of one node after a node that returns its input; a loop runs with its body, a trigger alone.
+    """Return the run of one node behind a node that returns the given input; a loop runs with its body, a
+    trigger alone.
 
-    Raises 404, 409 if two nodes share the id, and 422.
+    Outputs of other nodes are as given. Raises 404 for an unknown node, 409 if two nodes share the id, and
+    422 for unknown nodes, too much data, or a trigger's input that is no object.
     """
     nodes, connections = select_graph(workflow)
     tried = node_edits.named(nodes, node_id)
@@ -171,7 +174,7 @@ def _with_definition(
 
 
 def _filter_findings(found: ValidationResult, piece: GraphSelection) -> ValidationResult:
-    """Return a validation result without errors about nodes that don't run.
+    """Return a validation result without errors about nodes that don't run, being pinned.
 
     With pinned outputs, a missing trigger is no error.
     """
@@ -194,7 +197,7 @@ def _choose_trigger_output(
     catalog: NodeCatalog,
     now: datetime,
 ) -> Json:
-    """Return the output of the trigger: its pinned output, or the one that the inputs produce."""
+    """Return the output of the trigger: the pinned one of any trigger node, else the one that the inputs produce."""
     for node in nodes if pinned else ():
         if node["id"] in pinned and _is_trigger(node, catalog):
             return pinned[str(node["id"])]
@@ -204,7 +207,7 @@ def _choose_trigger_output(
 def _find_body(
     node_id: str, nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: NodeCatalog
 ) -> frozenset[str]:
-    """Return the ids of the nodes in the body of a loop; empty for a node that is no loop."""
+    """Return the ids of the nodes in the body of a loop, also of inner loops; empty for a node that is no loop."""
     types = {str(node["id"]): catalog.node_types.get(str(node["type"])) for node in nodes}
     loops = {each for each, node_type in types.items() if node_type and node_type.loops}
     if node_id not in loops:
@@ -266,6 +269,7 @@ def _describe_absent_node(path: str, node_id: str, known: Iterable[str]) -> dict
 
 
 def _require_size(given: Mapping[str, Json], path: str) -> None:
+    """Raise a 422 error if the values take more than 1 MB as JSON; `path` names the field."""
     try:
         encode_json(dict(given), max_bytes=limits.PINNED_BYTES)
     except InvalidJson as error:

@@ -100,7 +100,7 @@ class PathStepShape(WireStruct):
 
 
 def show_blocker(blocker: Blocker) -> BlockerShape:
-    """Convert a blocker, a reason why a run does not move, to its form in answers."""
+    """Return a blocker (a reason why a run does not move) as the API shows it."""
     estimate = blocker.estimate
     return BlockerShape(
         code=blocker.code,
@@ -123,12 +123,12 @@ def show_blocker(blocker: Blocker) -> BlockerShape:
 
 
 def show_next(event: NextEvent | None) -> NextEventShape | None:
-    """Convert the next event that can let a run continue to its form in answers; None stays None."""
+    """Return the next event that can let a run continue as the API shows it; None stays None."""
     return None if event is None else NextEventShape(event=event.event, at=instant(event.at))
 
 
 def show_interval(interval: BlockedInterval) -> BlockedIntervalShape:
-    """Convert a past interval in which a run was blocked to its form in answers."""
+    """Return a past interval in which a run was blocked as the API shows it; `to` is None while it lasts."""
     return BlockedIntervalShape(
         code=interval.code,
         node_id=interval.node_id,
@@ -138,7 +138,10 @@ def show_interval(interval: BlockedInterval) -> BlockedIntervalShape:
 
 
 def show_timing(spent: TimeSpent) -> TimingShape:
-    """Return the time of a run in API form: seconds in the queue, waking, running and waiting by reason."""
+    """Return the time of a run as the API shows it: seconds in the queue, waking, running and waiting by reason.
+
+    Waking is the start of its pods.
+    """
     return TimingShape(
         queued=_to_seconds(spent.queued),
         waking=_to_seconds(spent.waking),

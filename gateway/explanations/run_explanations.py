@@ -94,7 +94,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _explain_node(
     connection: AsyncConnection, catalog: NodeCatalog, facts: RunFacts, node_id: str
 ) -> Explanation:
-    """Return the explanation of one node of a run; raises a 404 error for a node that its graph does not have."""
+    """Return the explanation of one node of a run: why it has not started or ended.
+
+    Raises a 404 error for a node that its graph does not have.
+    """
     graph = await node_explanation.read_graph(connection, facts.run)
     if node_id not in graph.by_id:
         raise errors.not_found("node")
@@ -117,7 +120,7 @@ async def _explain_node(
 
 
 async def is_broker_reachable(broker: Broker) -> bool:
-    """Return whether the broker answers a ping within the time limit of an explanation."""
+    """Return whether Redis answers a ping within half a second."""
     try:
         async with asyncio.timeout(BROKER_SECONDS):
             await broker.ping()

@@ -90,6 +90,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 def _show_decision(last: LastDecision | None) -> LastDecisionShape | None:
+    """Return the last decision about a deployment as the API shows it; None for None."""
     if last is None:
         return None
     return LastDecisionShape(

@@ -74,10 +74,11 @@ class KeyAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def caller(self, scope: Scope) -> ApiCaller:
-        """Return the caller of the request's key; without a key, that of its browser session.
+        """Return the caller of the request's API key; without a key, that of its browser session.
 
-        Raises a 401 error without a valid key or session, 403 for a change that another site requests by a
-        session, and 429 after too many failures. A request with a key never looks at cookies.
+        Keys are cached for a second. Raises a 401 error without a valid key or session, 403 for a change that
+        another site requests by a session, and 429 for a client with 50 failures within a minute. A request
+        with a key never looks at cookies.
         """
         key = _read_key(scope)
         if key is None:
@@ -94,6 +95,7 @@ class KeyAuthenticator:
         return caller
 
     async def _caller_of_session(self, scope: Scope) -> ApiCaller | None:
+        """Return the caller of the browser session in the request's cookie; None without a valid one."""
         has_key = any(name == b"x-api-key" for name, _ in scope["headers"])
         return None if has_key else await self.sessions.caller(scope)
 
@@ -104,6 +106,7 @@ class KeyAuthenticator:
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _look_up(self, key: str) -> ApiCaller | None:
+        """Return the caller of a key from the database and cache it; None for an unknown, expired or revoked key."""
         asked_at = monotonic()
         now = self._database.clock.now()
         hashed = hash_key(key, self._secret)
@@ -122,6 +125,9 @@ class KeyAuthenticator:
         return found.caller
 
     async def _read(self, batch: Sequence[Sequence[str]]) -> Sequence[FoundKey | None]:
+        """Return the keys of a batch of lookups by one query; each lookup has hashes by all secrets, None if
+        none is known.
+        """
         found = await access_store.find_keys(self._database, {one for hashes in batch for one in hashes})
         return [next((found[one] for one in hashes if one in found), None) for hashes in batch]
 
@@ -131,6 +137,7 @@ class KeyAuthenticator:
         task.add_done_callback(self._background.discard)
 
     async def _record_use(self, key_id: str, now: datetime) -> None:
+        """Store the time of the last use of a key, at most once a minute; failures are only logged."""
         try:
             await access_store.record_use(self._database, key_id, now=now, every=USE_RECORDED_EVERY)
         except DatabaseUnavailable as error:

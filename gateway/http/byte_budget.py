@@ -32,7 +32,11 @@ class ByteHolding:
         self.is_evicted = False
 
     def add(self, count: int) -> bool:
-        """Count received bytes, which may evict transfers; return whether this transfer may continue."""
+        """Count received bytes, which may evict (end) transfers for lack of memory; return whether this one
+        may continue.
+
+        The first 16 kB of a transfer do not count.
+        """
         if self.is_evicted:
             return False
         before, self.bytes = self.bytes, self.bytes + count
@@ -41,7 +45,9 @@ class ByteHolding:
         return not self.is_evicted
 
     def lower(self, count: int) -> None:
-        """Lower the count to the `count` bytes that are left after a part was sent."""
+        """Lower the count to the `count` bytes that are left after a part was sent; nothing happens for small
+        counts.
+        """
         if UNCOUNTED_BYTES < count < self.bytes:
             self._budget.count(self, count - self.bytes)
             self.bytes = count
@@ -52,7 +58,7 @@ class ByteHolding:
         self.bytes = 0
 
     def evict(self) -> None:
-        """Drop the transfer, so that its bytes are free for other clients; its request ends with an error."""
+        """End the transfer, so that its bytes are free for other clients; its request is answered with an error."""
         self.is_evicted = True
         self.release()
         self._evict()
@@ -74,7 +80,11 @@ class ByteBudget:
         self.used = 0
 
     def count(self, holding: ByteHolding, change: int) -> None:
-        """Add a change of one transfer's bytes; over a limit, evict the slowest transfers of the largest clients."""
+        """Add a change of one transfer's bytes; over a limit, evict the slowest transfers of the largest clients.
+
+        A client over its half loses its own transfers; only those that are moving can be evicted, else this
+        one.
+        """
         self._holdings.add(holding)
         self._add(holding.client, change)
         while change > 0 and not holding.is_evicted:
@@ -98,7 +108,8 @@ class ByteBudget:
             self._by_client.pop(client, None)
 
     def _slowest(self, client: str | None) -> ByteHolding | None:
-        """Return the slowest transfer that may be evicted, of `client` or else of the client with the most bytes.
+        """Return the slowest transfer that may be evicted, of `client`, or for None of the client with the
+        most bytes.
 
         None without one.
         """

@@ -65,9 +65,10 @@ class BoundedConnection(Protocol):
 
 
 def connections_for(descriptors: int) -> int:
-    """Return the number of connections for a process with this limit of file descriptors: 1 to 20,000.
+    """Return the number of connections for a process with this limit of file descriptors, from 1 to 20,000.
 
-    The other descriptors are for the reserve of connections, for files, and for the database.
+    About two thirds of the descriptors; the others are for the reserve of connections, for files, and for the
+    database.
     """
     most = int(descriptors * SPENT_PART)
     return max(min(most - most // (RESERVE_PART + 1), MOST_CONNECTIONS), 1)
@@ -84,13 +85,13 @@ class ConnectionBudget:
 
     @property
     def is_over(self) -> bool:
-        """Whether there are more connections than the limit, so that new ones use the reserve."""
+        """Whether there are more connections than the limit, so that new ones use the reserve of a tenth."""
         return len(self._open) > self._limit
 
     def admit(self, connection: BoundedConnection) -> bool:
         """Count a new connection, and close others for it if there are too many.
 
-        Returns False, without counting it, if even the reserve is full.
+        Return False, without counting it, if even the reserve is full: the caller must close it.
         """
         self._open[connection] = None
         if self.is_over:
@@ -106,6 +107,10 @@ class ConnectionBudget:
         self._open.pop(connection, None)
 
     def _close_others(self, newcomer: BoundedConnection) -> None:
+        """Close as many connections as are over the limit, and one percent more, for a new one.
+
+        If none may be closed, it doesn't search again for 50 milliseconds.
+        """
         now = monotonic()
         if now < self._next_search:
             return
@@ -119,7 +124,11 @@ class ConnectionBudget:
             victim.cut()
 
     def _victims(self, newcomer: BoundedConnection, now: float) -> list[BoundedConnection]:
-        """Return connections that may be closed, in order; those of clients over their share come first."""
+        """Return connections that may be closed, in order; those of clients with more than their share come first.
+
+        Those whose request is served may not be, nor those of other clients that are idle for less than 0.2
+        seconds, nor a request that has been read for less than a second.
+        """
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0
         share = self._limit // (len(counts) or 1)

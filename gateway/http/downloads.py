@@ -28,7 +28,10 @@ class BlobDownload:
 
     @classmethod
     async def of(cls, blobs: BlobStore, owner: BlobOwner, sha256: str) -> BlobDownload:
-        """Open a blob and return its download as an answer; raises `BlobLost` and `BlobsUnavailable`."""
+        """Open a blob and return its download as an answer, which closes it when sent.
+
+        Raises `BlobLost` for a missing one and `BlobsUnavailable` if the storage does not answer.
+        """
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(blobs.open(owner, sha256))
             return cls(opened, sha256, stack.pop_all())

@@ -182,7 +182,8 @@ def _cross_origin_headers(
 ) -> Headers:
     """Return the CORS headers to add to an answer, by the origin of the request and the allowed origins.
 
-    `answered` are the headers of the answer.
+    `*` allows every origin; a preflight gets the methods of `answered`, the answer's headers. Without a
+    permitted origin it is at most `Vary`.
     """
     sent: dict[bytes, bytes] = dict(scope["headers"])
     origin = sent.get(b"origin", b"")
@@ -250,7 +251,10 @@ class PathRouter:
         await match.route.endpoint(scope, receive, send)
 
     def match(self, path: str) -> RouteMatch | None:
-        """Return the route of a path with its parameters; None if no route matches."""
+        """Return the route of a path with the values of its named segments; None if no route matches.
+
+        Literal segments take precedence; an empty segment matches no name.
+        """
         branch = self._root
         path_params: dict[str, str] = {}
         for segment in path.split("/"):
@@ -307,7 +311,9 @@ class WorkflowHostRouter:
 
 
 def _workflow_of(scope: Scope) -> str | None:
-    """Return the id of the workflow that the host name begins with, in any domain; None for other hosts."""
+    """Return the id of the workflow that the first label of the host name encodes, in any domain; None for
+    other hosts.
+    """
     for name, value in scope["headers"]:
         if name == b"host":
             host: bytes = value.lower()

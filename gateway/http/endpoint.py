@@ -70,6 +70,9 @@ class PathEndpoint:
         await response(scope, receive, send)
 
     async def _response(self, scope: Scope, receive: Receive) -> ASGIApp:
+        """Return the handler's answer, or the error answer for what it raises; unexpected errors are logged
+        and answered with 500.
+        """
         try:
             return await self._handled(scope, receive)
         except ApiError as error:
@@ -86,9 +89,10 @@ class PathEndpoint:
             return errors.internal().response(scope["request_id"])
 
     async def _handled(self, scope: Scope, receive: Receive) -> ASGIApp:
-        """Authenticate a request, check its scope, and return the handler's answer.
+        """Authenticate a request, check its scope, ids and query, and return the handler's answer.
 
-        Raises the `ApiError` of any of these steps, 405 for another method.
+        `OPTIONS` is answered without authentication. Raises the `ApiError` of any of these steps, 405 for
+        another method, 404 for malformed ids.
         """
         operation = self.operations.get(scope["method"])
         if operation is None:
@@ -119,6 +123,7 @@ class PathEndpoint:
 
 
 def _check_scope(caller: ApiCaller, access: KeyScope | AccessRule) -> None:
+    """Raise a 403 error unless the caller's key has the scope; `ADMIN` also demands the role of an admin."""
     if access is AccessRule.ANY_KEY:
         return
     if access is AccessRule.ADMIN:

@@ -48,25 +48,30 @@ class ApiError(Exception):
         return self.code == "trigger-not-ready"
 
     def response(self, request_id: str) -> JsonResponse:
+        """Return the error as a JSON answer with its status, code, message, details and headers."""
         error = {"code": self.code, "message": self.message, "details": self.details}
         body = {"success": False, "error": error, "requestId": request_id}
         return JsonResponse(body, status=self.status, headers=self.headers)
 
 
 def problem(path: str, code: str, message: str) -> dict[str, Json]:
-    """Return one entry of an error's `details`.
+    """Return one entry of an error's `details`: the field's path, the code of the violated rule, and a message.
 
-    It has the path of the field, the code of the rule, and a message with the correction.
+    The message says how to correct it.
     """
     return {"path": path, "code": code, "message": message}
 
 
 def invalid_query(path: str, code: str, message: str) -> ApiError:
+    """Return the 400 error for a query parameter, `path` being its name."""
     return ApiError(400, "invalid-query", message, details=[problem(path, code, message)])
 
 
 def invalid(details: Iterable[Mapping[str, Json]]) -> ApiError:
-    """Return the 422 error for a JSON body with invalid fields, one entry per field, at most `limits.FINDINGS`."""
+    """Return the 422 error for a JSON body with invalid fields, with one entry per field, at most 100.
+
+    Its message is that of a single entry.
+    """
     found = list(details)[: limits.FINDINGS]
     message = str(found[0]["message"]) if len(found) == 1 else "Several fields are invalid: see details"
     return ApiError(422, "validation-failed", message, details=found)
@@ -84,6 +89,7 @@ def scope_required(scope: str) -> ApiError:
 
 
 def admin_required() -> ApiError:
+    """Return the 403 error for an operation that only admins may use."""
     return ApiError(403, "admin-required", "Only an admin of the organization may do this")
 
 
@@ -98,29 +104,33 @@ def method_not_allowed(allowed: Iterable[str]) -> ApiError:
 
 
 def conflict(code: str, message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
+    """Return the 409 error for a request that contradicts the present state; `code` names the reason."""
     return ApiError(409, code, message, details=details)
 
 
 def too_large(limit_bytes: int, setting: str) -> ApiError:
-    """Return the 413 error for a body over a limit; the message names `setting` unless it is empty."""
+    """Return the 413 error for a body over a limit in bytes; the message names `setting` unless it is empty."""
     limit = f"{limit_bytes:,} bytes, the limit of {setting}" if setting else f"{limit_bytes:,} bytes"
     return ApiError(413, "payload-too-large", f"The body is larger than {limit}")
 
 
 def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
+    """Return the 503 error for a lack that passes, with the advice to repeat the request after a second."""
     return ApiError(503, "not-ready", message, details=details, retry_after_seconds=NOT_READY_RETRY_SECONDS)
 
 
 def trigger_not_ready(message: str) -> ApiError:
     """Return the 503 error for a request that can't succeed until the workflow's owner corrects the trigger.
 
-    The sender retries, and a delivery informs the owner.
+    The sender retries after 60 seconds, and the stored delivery informs the owner.
     """
     return ApiError(503, "trigger-not-ready", message, retry_after_seconds=TRIGGER_RETRY_SECONDS)
 
 
 def busy(message: str, *, closes: bool = False) -> ApiError:
-    """Return the 503 error for lack of capacity in this process; `closes` also ends the connection."""
+    """Return the 503 error for lack of capacity in this process, to repeat after a second; `closes` also ends
+    the connection.
+    """
     headers = {"Connection": "close"} if closes else None
     return ApiError(
         503,
@@ -132,13 +142,16 @@ def busy(message: str, *, closes: bool = False) -> ApiError:
 
 
 def concurrency_limit() -> ApiError:
-    """Return the 429 error for a run over its workflow's concurrency limit."""
+    """Return the 429 error for a run over its workflow's concurrency limit, to repeat after five seconds."""
     message = "The workflow has as many runs in progress as settings.concurrency allows: try again"
     return ApiError(429, "concurrency-limit", message, retry_after_seconds=CONCURRENCY_RETRY_SECONDS)
 
 
 def queue_full(whose: str, limit: int, retry_after_seconds: int) -> ApiError:
-    """Return the 429 error for runs over the backlog limit of a workflow or an organization."""
+    """Return the 429 error for runs over the backlog limit (pending runs) of a workflow or an organization.
+
+    `whose` is "the workflow" or "the organization" in the message.
+    """
     message = f"The backlog of {whose} has its maximum of {limit:,} pending runs: try again later"
     return ApiError(429, "queue-full", message, retry_after_seconds=retry_after_seconds)
 
@@ -163,7 +176,9 @@ def not_deployed() -> ApiError:
 
 
 def outside_window(opens_at: str | None) -> ApiError:
-    """Return the 409 error for a run outside the windows of a schedule, with the time of the next opening if known."""
+    """Return the 409 error for a run outside the windows of a schedule, with the time of the next opening;
+    None if unknown.
+    """
     message = "The workflow's schedule is closed: try again when it opens, or start it"
     details = [{**problem("", "outside-window", f"It opens at {opens_at}"), "opensAt": opens_at}]
     return ApiError(409, "outside-window", message, details=details if opens_at else ())
@@ -174,15 +189,19 @@ def stopped_manually() -> ApiError:
 
 
 def start_failed(reason: str, execution_id: str) -> ApiError:
-    """Return the 503 error for an accepted run whose pods can't start; it names the run, which remains."""
+    """Return the 503 error for an accepted run whose pods can't start; it names the run, which remains.
+
+    To ask again after 60 seconds.
+    """
     message = f"The workflow's pods can't start: {reason}. {execution_id} was accepted and runs once they can"
     return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
 
 
 def start_blocked(reason: str, execution_id: str) -> ApiError:
-    """Return the 503 error for an accepted run whose pods wait for capacity in the cluster.
+    """Return the 503 error for an accepted run whose pods wait for capacity in the cluster; it names the run,
+    which remains.
 
-    It names the run, which remains.
+    To ask again after 15 seconds.
     """
     message = (
         f"The workflow's pods wait for their start: {reason}. {execution_id} was accepted and runs after it"
@@ -199,5 +218,6 @@ def execution_failed(execution_id: str) -> ApiError:
 
 
 def internal() -> ApiError:
+    """Return the 500 error, which refers to the server's log by the request id and says nothing else."""
     message = "Internal error: the log of the server has the details under this request id"
     return ApiError(500, "internal-error", message)

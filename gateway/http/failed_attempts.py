@@ -41,14 +41,21 @@ class FailedAttempts:
         self._failures: OrderedDict[str, ClientFailures] = OrderedDict()
 
     def fail(self, client: str, otherwise: ApiError) -> ApiError:
-        """Count a failure of a client, and return the error to answer: `otherwise`, or 429 after too many failures."""
+        """Count a failure of a client, and return the error to answer: `otherwise`, or 429 if it had too many
+        before.
+
+        Refused attempts are not counted.
+        """
         refusal = self.refusal(client)
         if refusal is None:
             self.count(client)
         return refusal or otherwise
 
     def refusal(self, client: str) -> ApiError | None:
-        """Return the 429 error for a client that has failed too often within the time window; None for others."""
+        """Return the 429 error for a client with too many failures within a minute; None for others.
+
+        The limit is 50 or as configured.
+        """
         failures = self._failures.get(client)
         max_failures = MAX_FAILURES if self._max_failures is None else self._max_failures
         if failures is None or failures.count < max_failures:
@@ -60,7 +67,9 @@ class FailedAttempts:
         return ApiError(429, "rate-limited", self._message, retry_after_seconds=math.ceil(left))
 
     def count(self, client: str) -> None:
-        """Count a failed authentication of a client; too many within a time window lead to refusals."""
+        """Count a failure of a client; too many within a minute lead to refusals. The last 10,000 clients are
+        remembered.
+        """
         failures = self._failures.get(client)
         if failures is None or failures.since + FAILURE_WINDOW_SECONDS < monotonic():
             failures = ClientFailures(since=monotonic())
@@ -84,14 +93,18 @@ class PasswordAttempts:
         self._hashing_key = secrets.token_bytes(32)
 
     def require_allowed(self, client: str, offered: str) -> None:
-        """Raise a 429 error if a client has failed too often, unless its credentials were right shortly before."""
+        """Raise a 429 error if a client has failed too often, unless the credentials `offered` were right
+        within a day.
+
+        So others behind one address can't lock out a sender.
+        """
         refusal = self._failures.refusal(client)
         if refusal is not None and self._right.get(self._digest(offered)) is None:
             raise refusal
 
     def note(self, client: str, offered: str, *, is_right: bool) -> None:
-        """Record the outcome of a password check: a right one is cached briefly, a wrong one counts against the
-        client.
+        """Record the outcome of a password check: right credentials are remembered for a day, wrong ones
+        count against the client.
         """
         if is_right:
             self._right.put(self._digest(offered), value=True)

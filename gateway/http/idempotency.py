@@ -34,9 +34,9 @@ REPLAYED: Final[Mapping[str, str]] = {"Idempotent-Replayed": "true"}
 
 
 def build_key(key: str, sender: str, route: str, body: Json) -> IdempotencyKey:
-    """Return the idempotency key of a request from the value of its header.
+    """Return the idempotency key of a request from the value of its header, valid for a day.
 
-    Requests are equal when one sender sends them to one route with one key. The `body` of equal requests is
+    Requests are equal when one sender sends them to one route with one key; the `body` of equal requests is
     then compared. `sender` and `route` are any texts that identify these.
     """
     scope = sha256(f"{sender}\n{route}".encode()).hexdigest()
@@ -44,7 +44,7 @@ def build_key(key: str, sender: str, route: str, body: Json) -> IdempotencyKey:
 
 
 def is_key(text: str) -> bool:
-    """Return whether a text is a valid key: visible ASCII up to the length limit."""
+    """Return whether a text is a valid key: 1 to 255 visible ASCII characters."""
     return 1 <= len(text) <= limits.IDEMPOTENCY_KEY_LENGTH and all(
         "!" <= character <= "~" for character in text
     )
@@ -58,10 +58,12 @@ def mismatch_error() -> ApiError:
 async def reserve_key(
     connection: AsyncConnection, key: IdempotencyKey, *, shard: int, resource_id: str, now: datetime
 ) -> str:
-    """Reserve a key for an object that the transaction creates.
+    """Reserve a key for an object that the transaction creates, and return the id of the object to which the
+    key belongs.
 
-    Return its id, or that of the first request with the key. Waits for a concurrent transaction with the same
-    key. Raises a 422 error when the first request had another body.
+    That is `resource_id`, or the id of the first request with the key: then the caller must create nothing.
+    Expired keys are reserved anew. It waits for a concurrent transaction with the same key. Raises a 422
+    error when the first request had another body.
     """
     identity = (
         col(Idempotency.shard) == shard,
@@ -99,21 +101,27 @@ WEEK_SECONDS: Final = 7 * 86_400
 
 
 def sender_key(workflow_id: str, deduplication_id: str) -> IdempotencyKey:
-    """Return the idempotency key of a message with a `deduplicationId`; its content isn't compared."""
+    """Return the idempotency key of a message with a `deduplicationId` in a workflow, for a day; content
+    isn't compared.
+    """
     return _build_key("deduplication", workflow_id, deduplication_id, limits.IDEMPOTENCY_SECONDS)
 
 
 def derive_key(kind: str, place: str, key: str, *, content: str = "") -> IdempotencyKey:
-    """Return the idempotency key of a provider's request to a `place`, from the provider's own id.
+    """Return the idempotency key of a provider's request to a `place`, from the provider's own id, valid for
+    a week.
 
-    A place is a workflow or an organization. Bodies are not compared, since providers sign again when they
-    retry; `content` is compared.
+    `kind` separates ids of different meaning. A place is a workflow or an organization. Bodies are not
+    compared, since providers sign again when they retry; `content` is compared.
     """
     return replace(_build_key(kind, place, key, WEEK_SECONDS), fingerprint=content)
 
 
 def redrive_key(workflow_id: str, resource_id: str) -> IdempotencyKey:
-    """Return the idempotency key that marks a dead letter or delivery as redriven by a list, or purged."""
+    """Return the idempotency key, for a year, that marks a dead letter or delivery as redriven or purged.
+
+    A redrive is a new attempt to process it.
+    """
     return _build_key("settled", workflow_id, resource_id, YEAR_SECONDS)
 
 

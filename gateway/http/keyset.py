@@ -59,6 +59,9 @@ class CursorParameter(QueryParameter[PageCursor | None]):
         return {"type": "string", "pattern": "^(start|[A-Za-z0-9_-]{1,200})$", "examples": [START]}
 
     def read(self, given: Sequence[str]) -> PageCursor | None:
+        """Return the position that a cursor names, None without one; `start` is the beginning. Raises a 400
+        error for others.
+        """
         if not given:
             return None
         text = given[-1]
@@ -71,6 +74,7 @@ class CursorParameter(QueryParameter[PageCursor | None]):
 
 
 def _decode(text: str) -> str:
+    """Return the text in base64url decoded; empty for invalid text."""
     try:
         return urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode("ascii", "replace")
     except ValueError:
@@ -104,7 +108,7 @@ class KeysetBounds:
     def condition(
         self, created_at: SQLColumnExpression[Any], item_id: SQLColumnExpression[Any]
     ) -> Sequence[ColumnElement[bool]]:
-        """Return the SQL conditions for items after the cursor; none for the first page."""
+        """Return the SQL conditions for items after the cursor in the list's order; none for the first page."""
         if self.cursor.created_at is None:
             return ()
         moment = literal(self.cursor.created_at, TimestampColumn)
@@ -151,10 +155,10 @@ class ListPage(Generic[Item]):
 
 
 def read_bounds(query: QueryValues, sort: OrderParameter | None = None) -> KeysetBounds | None:
-    """Return the page that the parameter `after` selects.
+    """Return order, limit and beginning of the page that the parameter `after` selects; None without it.
 
-    None without it. Lists without `sort` begin with the newest. Raises a 400 error for a cursor of another
-    order, for an order that is not by `createdAt`, and for an `offset` beside it.
+    Lists without `sort` begin with the newest. Raises a 400 error for a cursor of another order, for an order
+    that is not by `createdAt`, and for an `offset` beside it.
     """
     cursor = query[AFTER]
     if cursor is None:
@@ -179,7 +183,9 @@ async def list_rows(
     created_at: SQLColumnExpression[Any],
     item_id: SQLColumnExpression[Any],
 ) -> ListPage[RowMapping]:
-    """Return a page of the rows that match, with their number; `columns` contain `created_at` and `id`."""
+    """Return a page of the rows that match, with their number up to 10,000; `columns` contain `created_at`
+    and `id`.
+    """
     page = await read_rows(connection, columns, conditions, bounds, created_at=created_at, item_id=item_id)
     counted = await count_rows(connection, conditions, created_at)
     return ListPage(counted.count, page.rows, page.next_cursor, counted.is_lower_bound)
@@ -221,8 +227,8 @@ async def read_rows(
 async def follow_indexes(connection: AsyncConnection) -> None:
     """Let the rest of a transaction read lists from their indexes alone, whatever the statistics say.
 
-    After many inserts, or by an unlucky sample, PostgreSQL estimates the rows of a filter wrongly by orders of
-    magnitude, and would read and sort a whole table for one page. SQLite follows the indexes by itself.
+    After many inserts, or by an unlucky sample, PostgreSQL estimates the rows of a filter wrongly by orders
+    of magnitude, and would read and sort a whole table for one page. SQLite follows the indexes by itself.
     """
     if connection.dialect.name == "postgresql":
         await connection.execute(_FOLLOW_INDEXES)
@@ -243,7 +249,9 @@ async def count_rows(
     conditions: Sequence[ColumnElement[bool]],
     created_at: SQLColumnExpression[Any],
 ) -> BoundedCount:
-    """Count the rows of the table of `created_at` that match, up to `limits.KEYSET_COUNT`, reading no more."""
+    """Count the rows of the table of `created_at` that match, up to 10,000, reading no more; beyond it is a
+    lower bound.
+    """
     # In the order of the list, so that its index is read: where most rows match, a scan would cost as much.
     ordered = select(created_at).where(*conditions).order_by(created_at.desc())
     some = ordered.limit(limits.KEYSET_COUNT + 1).subquery()
@@ -258,7 +266,7 @@ async def count_examined(
     residual: Sequence[ColumnElement[bool]],
     created_at: SQLColumnExpression[Any],
 ) -> BoundedCount:
-    """Count the rows that match among the newest `limits.EXAMINED_RUNS` rows of an index.
+    """Count the rows that match among the newest 5,000 rows of an index; a lower bound if there are more.
 
     `within` are the conditions that the index decides; for those of `residual`, each row is read.
     """

@@ -11,15 +11,15 @@ instruments.declare(
 
 
 def count_rejected(route: str, reason: str) -> None:
-    """Count a refused request of a sender; `reason` is the error code of the answer."""
+    """Count a refused request of a sender as a metric; `reason` is the error code of the answer."""
     instruments.counter("intake_refusals_total", route, reason).inc()
 
 
 def count_closed_connection(reason: str) -> None:
-    """Count a connection that the server closed, by its phase or the missed time limit."""
+    """Count a connection that the server closed as a metric, by its phase or the missed time limit."""
     instruments.counter("connections_closed_total", reason).inc()
 
 
 def count_abandoned_body() -> None:
-    """Count a request body that was dropped in favor of others."""
+    """Count a request body that was dropped in favor of others as a metric."""
     instruments.counter("bodies_given_up_total").inc()

@@ -43,7 +43,10 @@ class QueryParameter(ABC, Generic[Value]):
 
     @abstractmethod
     def read(self, given: Sequence[str]) -> Value:
-        """Return the parsed value of the given texts, none of which is empty; raises 400."""
+        """Return the parsed value of the given texts, none of which is empty; the default for no texts.
+
+        Raises a 400 error that names the parameter.
+        """
 
     def has_name(self, name: str) -> bool:
         """Return whether a name in a query is that of this parameter."""
@@ -65,6 +68,7 @@ class TextParameter(QueryParameter[str | None]):
         return {"type": "string", "maxLength": self.max_length}
 
     def read(self, given: Sequence[str]) -> str | None:
+        """Return the last text, None without one; raises a 400 error if it is too long or contains NUL."""
         if not given:
             return None
         value = given[-1]
@@ -87,6 +91,7 @@ class ChoiceParameter(QueryParameter[Kind | None]):
         return {"type": "string", "enum": [*self.kind]}
 
     def read(self, given: Sequence[str]) -> Kind | None:
+        """Return the chosen word, None without one; raises a 400 error for another word."""
         if not given:
             return None
         try:
@@ -107,6 +112,7 @@ class ChoicesParameter(QueryParameter[Sequence[Kind]]):
         return {"type": "array", "items": {"type": "string", "enum": [*self.kind]}}
 
     def read(self, given: Sequence[str]) -> Sequence[Kind]:
+        """Return the words without duplicates, in their order; raises a 400 error if one is not allowed."""
         words = [word for value in given for word in value.split(",") if word]
         try:
             return [self.kind(word) for word in dict.fromkeys(words)]
@@ -129,6 +135,9 @@ class IntegerParameter(QueryParameter[int]):
         return {"type": "integer", **bounds, "default": self.default}
 
     def read(self, given: Sequence[str]) -> int:
+        """Return the number, the default without one; raises a 400 error unless it is a whole number within
+        the bounds.
+        """
         if not given:
             return self.default
         value = given[-1]
@@ -147,6 +156,9 @@ class FlagParameter(QueryParameter[bool]):
         return {"type": "boolean", "default": False}
 
     def read(self, given: Sequence[str]) -> bool:
+        """Return whether the value is `true`, False without one; raises a 400 error for anything else than
+        `true` and `false`.
+        """
         if not given:
             return False
         if given[-1] not in _FLAGS:
@@ -163,6 +175,10 @@ class TimeParameter(QueryParameter[datetime | None]):
         return {"type": "string", "format": "date-time"}
 
     def read(self, given: Sequence[str]) -> datetime | None:
+        """Return the time in UTC, None without one; a time without a zone counts as UTC.
+
+        A space counts as an unescaped plus sign. Raises a 400 error for other texts.
+        """
         if not given:
             return None
         value = given[-1]
@@ -189,6 +205,7 @@ class OrderParameter(QueryParameter[ColumnElement[Any]]):
         return {"type": "string", "enum": [*self._orders()], "default": self.DEFAULT}
 
     def read(self, given: Sequence[str]) -> ColumnElement[Any]:
+        """Return the SQL order for a field and direction; raises a 400 error for others."""
         order = self._orders().get(given[-1] if given else self.DEFAULT)
         if order is None:
             text = f"{self.name} must be one of {', '.join(self.columns)}, then :asc or :desc"
@@ -196,12 +213,15 @@ class OrderParameter(QueryParameter[ColumnElement[Any]]):
         return order
 
     def is_newest_first(self, order: ColumnElement[Any]) -> bool | None:
-        """Return whether an order that `read` has returned is by `createdAt`, descending; None for other fields."""
+        """Return whether an order that `read` has returned is by `createdAt`, descending (True) or ascending;
+        None for other fields.
+        """
         column = self.columns["createdAt"]
         directions = {True: column.desc(), False: column.asc()}
         return next((is_descending for is_descending, one in directions.items() if order.compare(one)), None)
 
     def _orders(self) -> dict[str, ColumnElement[Any]]:
+        """Return the SQL orders by the texts that select them, such as `name` and `name:desc`."""
         orders: dict[str, ColumnElement[Any]] = {}
         for name, column in self.columns.items():
             orders |= {name: column.asc(), f"{name}:asc": column.asc(), f"{name}:desc": column.desc()}

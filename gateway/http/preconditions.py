@@ -29,7 +29,10 @@ def require_owner(caller: ApiCaller, owner_id: str, *, what: str) -> None:
 
 
 def require_match(if_match: str | None, current: str, *, what: str) -> None:
-    """Raise a 412 error unless `If-Match` is absent, `*`, or contains the `current` tag (RFC 9110, 13.1.1)."""
+    """Raise a 412 error unless `If-Match` is None, `*`, or contains the tag `current` (RFC 9110, 13.1.1).
+
+    `what` names the object in the message; the error carries its present tag.
+    """
     if if_match is None or if_match.strip() == "*":
         return
     if current not in (tag.strip() for tag in if_match.split(",")):

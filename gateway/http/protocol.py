@@ -80,7 +80,9 @@ class RequestHolding:
                 self.refusal = errors.busy("Too many concurrent requests of this address")
 
     def release(self) -> None:
-        """Free the request's slot of its client and the bytes of its body; repeated calls change nothing."""
+        """Free the request's slot of its client, and the bytes of its body in the budget; repeated calls
+        change nothing.
+        """
         self.body.release()
         if self.client and not self._is_released:
             self._bounds.requests[self.client] -= 1
@@ -112,6 +114,7 @@ class BufferedTransport:
         self.abort = transport.abort
 
     def write(self, data: bytes) -> None:
+        """Gather data, and send all of it at the end of the event loop's iteration, or at once beyond 64 kB."""
         if not self._gathered:
             self._loop.call_soon(self._send)
         self._gathered.append(data)
@@ -119,6 +122,7 @@ class BufferedTransport:
             self._send()
 
     def close(self) -> None:
+        """Send what is gathered and close the connection; a client that does not take it in time is cut off."""
         self._send()
         self._transport.close()
         if self._lingering is None:
@@ -130,6 +134,7 @@ class BufferedTransport:
             self._lingering.cancel()
 
     def _send(self) -> None:
+        """Send what is gathered."""
         if self._gathered:
             self._transport.write(b"".join(self._gathered))
             self._gathered.clear()
@@ -173,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def phase(self) -> ConnectionPhase:
-        """Phase of the connection, by the event that it waits for, such as the client or the handler."""
+        """Phase of the connection, by the event that it waits for; it decides about closing it for others."""
         if self.gathering.is_closing():
             return ConnectionPhase.CLOSING
         if not self._is_complete or self.flow.write_paused:
@@ -194,6 +199,10 @@ class BoundedProtocol(HttpToolsProtocol):
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
+        """Receive bytes: set the time limit for head or body, and close the connection if too much arrives unread.
+
+        Limits are 64 kB for the head and 32 MB for pipelined requests.
+        """
         super().data_received(data)
         is_served = self._is_served
         if is_served and self._is_complete:
@@ -239,6 +248,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_read = not is_internal and self.scope["method"] in READS
 
     def on_body(self, body: bytes) -> None:
+        """Add bytes of a body to the request, unless the memory budget has dropped that body."""
         if self._holding is None or self.cycle.response_complete or self._holding.body.add(len(body)):
             super().on_body(body)
 
@@ -262,6 +272,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────
 
     def pause_writing(self) -> None:
+        """Count the unsent bytes of an answer against their budget, and check later that the client takes them."""
         super().pause_writing()
         if self._unsent is None:
             client = self._holding.client if self._holding is not None else self._peer
@@ -278,6 +289,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._progress_timer = self.loop.call_later(self._bounds.stall_seconds, self._check_progress, size)
 
     def _check_progress(self, before: int) -> None:
+        """Cut off a client that took less than 16 kB of the answer since the last check, else check again later."""
         size = self.gathering.get_write_buffer_size()
         if self._unsent is None or before - size < TAKEN_BYTES:
             metrics.count_closed_connection("answer-not-taken")
@@ -297,6 +309,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Free all that the connection occupies; requests in its pipeline are never started."""
         self._bounds.connections.leave(self)
         self._stop_timer()
         self._stop_checking()
@@ -307,6 +320,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
+        """Answer a malformed request with a JSON error 400, and close the connection."""
         request_id = ids.new_id("req")
         body = errors.ApiError(400, "malformed-request", msg).response(request_id).body
         head = (

@@ -55,7 +55,7 @@ class TrustedProxies:
         return bool(self._names)
 
     async def follow(self) -> None:
-        """Resolve the host names of the proxies every `RESOLVE_SECONDS`, until cancelled."""
+        """Resolve the host names of the proxies every ten seconds, until canceled."""
         while True:
             await self.resolve()
             await asyncio.sleep(RESOLVE_SECONDS)
@@ -79,7 +79,11 @@ class TrustedProxies:
     def client(
         self, peer: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]
     ) -> tuple[str, int] | None:
-        """Return the client of a request: its peer, unless a trusted proxy names another in `X-Forwarded-For`."""
+        """Return the client of a request: its peer, unless a trusted proxy names another in `X-Forwarded-For`.
+
+        The first such header from an untrusted peer is logged as a warning. None for connections without an
+        address.
+        """
         is_trusted = peer is not None and peer[0] in self._trusted
         if not is_trusted and self._has_warned:
             return peer
@@ -93,11 +97,13 @@ class TrustedProxies:
         return (host, port) if host else peer
 
     def _trust(self) -> None:
+        """Trust the addresses of the settings and those to which host names resolve now; `*` trusts all."""
         addresses = [*self._addresses, *(one for found in self._resolved.values() for one in found)]
         trusted = ANYBODY if ANYBODY in addresses else addresses
         self._trusted = ProxyHeadersMiddleware(cast("Any", None), trusted_hosts=trusted).trusted_hosts
 
     def _warn(self, peer: tuple[str, int] | None) -> None:
+        """Log once that a header of an untrusted peer is ignored, with the setting that would trust it."""
         self._has_warned = True
         log.warning(
             "X-Forwarded-For of an untrusted peer is ignored: name it in PILOTFLAME_TRUSTED_PROXIES if it is"
@@ -112,7 +118,7 @@ def _whole_network(named: str) -> str:
 
 
 def _network_size(named: str) -> int:
-    """Return the number of addresses of an address, network or `*`; 0 for a host name."""
+    """Return the number of addresses of an address, network or `*` (257 for the latter); 0 for a host name."""
     if named == ANYBODY:
         return MOST_TRUSTED + 1
     try:

@@ -14,7 +14,9 @@ NOT_SET: Final = (
 
 
 def base_url(request: GatewayRequest) -> str:
-    """Return the base of absolute URLs without a slash at its end: the public URL, or the address of the request."""
+    """Return the base of absolute URLs without a slash at its end: the public URL of the settings, else that
+    of the request.
+    """
     public_url = request.gateway.settings.public_url.rstrip("/")
     return public_url or f"{request.url.scheme}://{request.url.netloc}"
 

@@ -18,7 +18,11 @@ CODE: Final = "read-only"
 
 
 def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]) -> None:
-    """Raise a 422 error for read-only fields of a body that differ from the object's current values."""
+    """Raise a 422 error for read-only fields of a body that differ from the object's current values.
+
+    `kind` is the type of the body, which knows its read-only fields; `shown` returns the object as the API
+    shows it, and is called only if needed. `updatedAt` is ignored.
+    """
     found = [*_find_differing_fields(given, kind, shown)]
     if found:
         raise errors.invalid(problem for _, problem in found)
@@ -27,7 +31,7 @@ def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mappin
 def warn_of_new(
     request: GatewayRequest, given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> None:
-    """Check read-only fields in the body of a new object.
+    """Check read-only fields in the body of a new object, which is often a copied answer.
 
     Raises a 422 error for those that another route sets; those that the server sets only add a warning to the
     answer.
@@ -42,6 +46,7 @@ def warn_of_new(
 def _find_differing_fields(
     given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> Iterator[tuple[str, dict[str, Json]]]:
+    """Yield name and problem of each read-only field of a body that differs from the object's current value."""
     if not isinstance(given, dict):
         return
     names = [name for name in kind.read_only if name in given and name not in IGNORED]

@@ -74,7 +74,7 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def caller(self) -> ApiCaller:
-        """Caller of the request's key; raises LookupError on public routes, which have none."""
+        """Caller of the request's key or session; raises LookupError on public routes, which have none."""
         if self._caller is None:
             raise LookupError("A public route has no caller")
         return self._caller
@@ -86,7 +86,9 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def sender(self) -> RequestSender:
-        """Sender by key or token; raises a 401 error without either, and for a token of another workflow."""
+        """Sender by key or token; raises a 401 error without either, and for a token of another workflow than
+        the path's.
+        """
         workflow_id = self.path_params.get("id")
         if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
             raise refuse_sender()
@@ -120,7 +122,7 @@ class GatewayRequest(StarletteRequest):
         """Return the idempotency key of the request, None without one; raises a 400 error for an invalid one.
 
         Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with
-        one key. The `body` of equal requests is then compared.
+        one key; the `body` of equal requests is then compared.
         """
         key = read_idempotency_key(self.headers)
         if key is None:
@@ -129,6 +131,7 @@ class GatewayRequest(StarletteRequest):
         return idempotency.build_key(key, self._sender_identity(), route, body)
 
     def _sender_identity(self) -> str:
+        """Return a text for the sender of equal requests: the user, or the workflow of a token."""
         if self._sender is None or self._sender.token is None:
             return self.caller.user_id
         # A token's sender isn't the user whom it acts for. Its retries stay equal even when the token was
@@ -139,7 +142,8 @@ class GatewayRequest(StarletteRequest):
     def to_sender_request(
         self, content: bytes, *, path: str = "", query: Mapping[str, Sequence[str]] | None = None
     ) -> SenderRequest:
-        """Return the request in the form that sender adapters use, with a body that was read.
+        """Return the request in the form that sender adapters (checks of providers' signatures) use, with a
+        body that was read.
 
         It has no path by default, since that may contain a token.
         """
@@ -151,20 +155,22 @@ class GatewayRequest(StarletteRequest):
         self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
 
     def release_body(self) -> None:
-        """Release the body's bytes from the budget early, when nothing refers to it and the answer takes a while."""
+        """Release the body's bytes from the memory budget early, when nothing refers to it and the answer
+        takes a while.
+        """
         holding: RequestHolding | None = self.scope.get("holding")
         if holding is not None:
             holding.body.release()
 
     async def body(self) -> bytes:
-        """Return the whole body, decompressed; raises a 413 error if it is too large, and those of `body_up_to`."""
+        """Return the whole body, decompressed, up to the server's limit; raises the errors of `body_up_to`."""
         return await self.body_up_to(BodyLimit(self.gateway.settings.max_body_bytes))
 
     async def body_up_to(self, limit: BodyLimit) -> bytes:
-        """Return the whole body, decompressed.
+        """Return the whole body, decompressed; it can be read once.
 
         Raises a 413 error as soon as the body exceeds the limit, 415 for an unknown `Content-Encoding`, 400
-        for malformed compression, 503 when the budget has evicted it, and `ClientDisconnect`.
+        for malformed compression, 503 when the memory budget has dropped it, and `ClientDisconnect`.
         """
         holding: RequestHolding | None = self.scope.get("holding")
         declared = self.headers.get("content-length", "0")
@@ -197,7 +203,10 @@ class GatewayRequest(StarletteRequest):
 
 
 def read_idempotency_key(headers: Headers) -> str | None:
-    """Return the value of the header `Idempotency-Key`; None without it. Raises a 400 error for an invalid one."""
+    """Return the value of the header `Idempotency-Key`; None without it.
+
+    Raises a 400 error for several, and unless it has 1 to 255 visible ASCII characters.
+    """
     keys = headers.getlist("idempotency-key")
     if not keys:
         return None
@@ -228,7 +237,11 @@ class ContentDecoder:
         self._is_over = False
 
     def decode(self, data: bytes) -> Iterator[bytes]:
-        """Yield the decompressed pieces of the next bytes of a body; raises a 400 error for malformed bytes."""
+        """Yield the decompressed pieces (up to 256 kB) of the next bytes of a body; raises a 400 error for
+        malformed bytes.
+
+        Bytes behind the end of the compressed data are malformed too.
+        """
         if self._is_over and data:
             raise _refuse_compression()
         has_more = bool(data)
@@ -254,7 +267,7 @@ class ContentDecoder:
             raise _refuse_compression()
 
     def _begin(self, data: bytes) -> zlib._Decompress:
-        """Return the decompressor of deflate by the first byte.
+        """Return the decompressor of deflate, chosen by the first byte.
 
         Some senders omit the zlib wrapper that RFC 9110 requires.
         """
@@ -283,6 +296,9 @@ class BodyLimit:
 
 @lru_cache(maxsize=1_000)
 def _parse_query(raw: bytes) -> Mapping[str, Sequence[str]]:
+    """Return the values of each query parameter, empty ones left out; raises a 400 error for more than 50
+    parameters.
+    """
     try:
         pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=limits.QUERY_FIELDS)
     except ValueError as error:
@@ -304,7 +320,7 @@ class QueryString:
         self._declared = declared
 
     def require_known(self) -> None:
-        """Raise a 400 error for a parameter that the route doesn't declare, with a suggestion."""
+        """Raise a 400 error for a parameter that the route doesn't declare, with a suggestion of similar names."""
         known = {parameter.name for parameter in self._declared}
         for name in self._given:
             if not any(parameter.has_name(name) for parameter in self._declared):

@@ -24,7 +24,9 @@ class JsonResponse:
         self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encode_headers(headers)]
 
     def warn(self, warnings: Sequence[object]) -> None:
-        """Add the field `warnings` to the JSON body, which must be an object with at least one field."""
+        """Add the field `warnings` to the JSON body, which must be an object with at least one field, and
+        correct its length.
+        """
         self.body = b'%b,"warnings":%b}' % (self.body[:-1], _encode(warnings))
         self.headers[1] = (b"content-length", b"%d" % len(self.body))
 
@@ -47,7 +49,7 @@ class NoContent:
 
 
 def location(settings: GatewaySettings, execution_id: str) -> dict[str, str]:
-    """Return the header `Location` with the URL of an execution: absolute if the public URL is set."""
+    """Return the header `Location` with the URL of an execution: absolute if the public URL is set, else a path."""
     return {"Location": f"{settings.public_url.rstrip('/')}/api/v1/executions/{execution_id}"}
 
 

@@ -64,7 +64,9 @@ class RequestSender:
         return str(self.token and self.token.workflow_id)
 
     def may_send_to(self, workflow_id: str) -> bool:
-        """Return whether the sender may send to a workflow: True for a key, for a token only to its own workflow."""
+        """Return whether the sender may send to a workflow: True for a key, for a trigger token only to its
+        own workflow.
+        """
         if self.token is None:
             return True
         return self.token.kind is SenderTokenKind.TRIGGER and self.token.workflow_id == workflow_id
@@ -87,10 +89,11 @@ class SenderAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, scope: Scope) -> RequestSender | None:
-        """Return the sender of a key or of a token in the URL; None when the request has neither.
+        """Return the sender of a key, of a token in the URL, or of a browser session; None when the request
+        has none.
 
         Raises a 401 error for an invalid one, 403 for a key without the scope, and 429 after too many
-        failures.
+        failures of a client.
         """
         if any(name == b"x-api-key" for name, _ in scope["headers"]):
             return _sender_of(await self._authenticator.caller(scope))
@@ -105,7 +108,7 @@ class SenderAuthenticator:
     async def by_path_token(self, scope: Scope, token: str) -> RequestSender:
         """Return the sender of a trigger token in the path of a URL, which identifies the workflow too.
 
-        Raises a 404 error for any other token, and 429 after too many failures.
+        Raises a 404 error for any other token, and 429 after too many failures of a client.
         """
         try:
             sender = await self.by_token(scope, token)
@@ -118,9 +121,10 @@ class SenderAuthenticator:
         return sender
 
     async def by_token(self, scope: Scope, token: str) -> RequestSender:
-        """Return the sender of a token, and keep it with the request.
+        """Return the sender of a token, and keep it with the request as `scope["sender"]`.
 
-        Raises a 401 error for an invalid one, 429 after too many failures.
+        It has the right to execute only. Raises a 401 error for an invalid one, 429 after too many failures
+        of a client.
         """
         found = await self._find(scope, token)
         self._note_use(found)
@@ -141,6 +145,9 @@ class SenderAuthenticator:
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _find(self, scope: Scope, token: str) -> FoundSenderToken:
+        """Return a token from the cache of a second or the database; raises a 401 error, 429 after too many
+        failures.
+        """
         hashed = sender_tokens.hash_token(token)
         kept = self._kept.get(hashed)
         if kept is not None and monotonic() - kept[0] < KEPT_SECONDS:
@@ -153,6 +160,7 @@ class SenderAuthenticator:
         return found
 
     async def _look_up(self, hashed: str) -> FoundSenderToken | None:
+        """Return the token with a hash from the database and cache it; None for an unknown or expired one."""
         asked_at = monotonic()
         found = await self._reads.submit(hashed)
         if found is not None:
@@ -160,11 +168,12 @@ class SenderAuthenticator:
         return found
 
     async def _read(self, batch: Sequence[str]) -> Sequence[FoundSenderToken | None]:
+        """Return the tokens of a batch of hashes by one query; None for unknown and expired ones."""
         found = await sender_tokens.find_tokens(self._database, batch, self._database.clock.now())
         return [found.get(hashed) for hashed in batch]
 
     def _note_use(self, found: FoundSenderToken) -> None:
-        """Record the use of a token in the background, at most once per interval."""
+        """Record the use of a token in the background, at most once a minute."""
         is_recent = (
             found.last_used_at and self._database.clock.now() - found.last_used_at <= USE_RECORDED_EVERY
         )
@@ -185,7 +194,9 @@ class SenderAuthenticator:
 
 
 def refuse_sender() -> ApiError:
-    """Return the common 401 error for a missing or invalid key, token or signature."""
+    """Return the common 401 error for a missing or invalid key, token or signature, with a challenge for user
+    and password.
+    """
     message = (
         "Send a valid API key in the X-API-Key header, or the workflow's trigger token as ?key= in the URL"
     )
@@ -194,14 +205,19 @@ def refuse_sender() -> ApiError:
 
 
 def _sender_of(caller: ApiCaller) -> RequestSender:
-    """Return the sender that a key is; a session stands for its key. Raises 403 without the scope."""
+    """Return the sender that a key is; a session stands for its key.
+
+    Raises a 403 error without the scope to execute workflows.
+    """
     if not caller.has_scope(KeyScope.WORKFLOWS_EXECUTE):
         raise errors.scope_required(KeyScope.WORKFLOWS_EXECUTE)
     return RequestSender(caller, f"api-key:{caller.key_id}")
 
 
 def _read_token(scope: Scope) -> str | None:
-    """Return the token in a URL, None without one; an empty, invalid one for a repeated parameter."""
+    """Return the token in a URL (parameter `key`), None without one; "", which is invalid, for a repeated
+    parameter.
+    """
     try:
         fields = parse_qsl(
             scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS

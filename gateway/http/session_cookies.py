@@ -32,7 +32,9 @@ class SessionCookie:
     origin: str
 
     def value_of(self, scope: Mapping[str, Any]) -> str | None:
-        """Return the value of this cookie that a request sends; None without one."""
+        """Return the value of this cookie that a request sends; None without one, for an empty one, and over
+        4,096 bytes.
+        """
         prefix = f"{self.name}="
         for header, value in scope["headers"]:
             if header == b"cookie" and len(value) <= LONGEST_COOKIE:
@@ -43,13 +45,18 @@ class SessionCookie:
         return None
 
     def header(self, value: str, *, seconds: int = int(LIFETIME.total_seconds())) -> str:
-        """Return the value of the header `Set-Cookie` that stores a value, or removes the cookie for an empty one."""
+        """Return the value of the header `Set-Cookie` that stores a value for `seconds`, or removes the
+        cookie for an empty one.
+        """
         secure = "; Secure" if self.is_secure else ""
         lifetime = seconds if value else 0
         return f"{self.name}={value}; Path=/; Max-Age={lifetime}; HttpOnly; SameSite=Lax{secure}"
 
     def require_same_origin(self, scope: Mapping[str, Any]) -> None:
-        """Raise a 403 error for a request that may change something and is not from a page of this server."""
+        """Raise a 403 error for a request that may change something and is not from a page of this server.
+
+        `GET`, `HEAD` and `OPTIONS` pass. The browser's `Sec-Fetch-Site` decides, or `Origin` without it.
+        """
         if scope["method"] in SAFE_METHODS:
             return
         headers = dict(scope["headers"])

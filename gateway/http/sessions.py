@@ -43,9 +43,10 @@ class SessionAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def caller(self, scope: Scope) -> ApiCaller | None:
-        """Return the caller of the request's session; None without a valid one.
+        """Return the caller of the request's browser session; None without a valid one.
 
-        Raises a 403 error for a request of another site that may change something.
+        Sessions are cached for a second. Raises a 403 error for a request of another site that may change
+        something.
         """
         cookie = session_cookies.cookie_of(scope, self._public_url)
         secret = None if cookie is None else cookie.value_of(scope)
@@ -67,6 +68,7 @@ class SessionAuthenticator:
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _find(self, hashed: str) -> FoundSession | None:
+        """Return the session with a hash from the cache of a second or the database; None if it is unknown."""
         kept = self._kept.get(hashed)
         if kept is not None and monotonic() - kept[0] < KEPT_SECONDS:
             return kept[1]
@@ -77,11 +79,12 @@ class SessionAuthenticator:
         return found
 
     async def _read(self, batch: Sequence[str]) -> Sequence[FoundSession | None]:
+        """Return the sessions of a batch of hashes by one query; None for unknown ones."""
         found = await browser_session.find_sessions(self._database, set(batch))
         return [found.get(hashed) for hashed in batch]
 
     def _note_use(self, found: FoundSession) -> None:
-        """Record the use of a session in the background, at most once per interval."""
+        """Record the use of a session in the background, at most once a minute."""
         now = self._database.clock.now()
         if now - found.row.last_seen_at <= USE_RECORDED_EVERY or self._recorded.get(found.row.id):
             return

@@ -19,7 +19,7 @@ _LINES = frozenset("\n\r\t")
 
 
 def is_allowed_text(max_length: int, *, min_length: int = 0) -> Meta:
-    """Return annotations with length limits for the OpenAPI document; they check nothing.
+    """Return an annotation that documents the length of a text in OpenAPI; it checks nothing.
 
     The functions below check the limits, with better messages than those of msgspec.
     """
@@ -38,7 +38,7 @@ class ProblemCollector:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are as many problems as an answer lists, so that the check may end."""
+        """Whether there are as many problems (100) as an answer lists, so that the check may end."""
         return len(self.found) >= limits.FINDINGS
 
     def raise_any(self) -> None:
@@ -50,9 +50,9 @@ class ProblemCollector:
 def check_line(
     value: str, path: str, problems: ProblemCollector, *, max_length: int, may_be_empty: bool = False
 ) -> str:
-    """Return a one-line text in its stored form: normalized and without surrounding spaces.
+    """Return a one-line text in its stored form: normalized (NFC) and without surrounding spaces.
 
-    Problems with it are added to `problems` with `path`.
+    Added to `problems` with `path`: empty unless it may be, too long, control characters.
     """
     kept = unicodedata.normalize("NFC", value).strip()
     if not kept and not may_be_empty:
@@ -73,9 +73,9 @@ def check_identifier(value: str, path: str, problems: ProblemCollector) -> str:
 
 
 def check_paragraphs(value: str, path: str, problems: ProblemCollector, *, max_length: int) -> str:
-    """Return a text of several lines in its stored form, normalized.
+    """Return a text of several lines in its stored form, normalized (NFC).
 
-    Problems with it are added to `problems` with `path`.
+    Added to `problems` with `path`: too long, control characters other than line breaks and tabs.
     """
     kept = unicodedata.normalize("NFC", value)
     if len(kept) > max_length:

@@ -99,17 +99,18 @@ class JsonRequest(Protocol):
 
 
 async def decode_body(request: JsonRequest, kind: type[Body]) -> Body:
-    """Return the JSON body as `kind`.
+    """Return the JSON body as `kind`; an absent body is an empty object.
 
-    Raises a 400 error for invalid JSON, 415 for other types, 422 for invalid fields.
+    The answer warns of unknown fields. Raises a 400 error for invalid JSON, 413 for too many bytes, 415 for
+    other types, 422 for invalid fields.
     """
     return body_of(request, await read_json(request), kind)
 
 
 def body_of(request: JsonRequest, value: Json, kind: type[Body]) -> Body:
-    """Return the request's JSON as `kind`.
+    """Return the request's JSON as `kind`; the answer warns of unknown fields.
 
-    The answer warns of unknown fields. Raises a 422 error for invalid fields.
+    Raises a 422 error with all invalid fields.
     """
     return convert(value, kind, warnings=request.warnings)
 
@@ -125,7 +126,8 @@ async def read_json(request: JsonRequest) -> Json:
 async def json_of(request: JsonRequest, raw: bytes) -> Json:
     """Return raw bytes of a body as JSON; an absent one is an empty object.
 
-    Raises a 400 error for invalid JSON, 415 for other types.
+    Large ones are decoded in a thread. Raises a 400 error for invalid JSON, 415 unless the content type is
+    JSON.
     """
     if not raw:
         return {}
@@ -141,9 +143,11 @@ async def json_of(request: JsonRequest, raw: bytes) -> Json:
 def convert(
     value: Json, kind: type[Shape], path: str = "", warnings: list[dict[str, Json]] | None = None
 ) -> Shape:
-    """Return a JSON value, found at `path`, as `kind`; raises a 422 error with one entry per invalid field.
+    """Return a JSON value, found at `path`, as `kind`; raises a 422 error with one entry per invalid field,
+    at most 100.
 
-    Unknown fields that resemble no known one are added to `warnings`, unless the body is strict.
+    Read-only fields are left out, 2.0 counts as an integer. Unknown fields that resemble a known one are
+    refused; others are added to `warnings`, unless the body is strict.
     """
     if isinstance(value, dict) and (read_only := _read_only(kind)):
         value = {name: item for name, item in value.items() if name not in read_only}
@@ -166,7 +170,10 @@ def convert(
 
 
 def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any type annotation
-    """Return a JSON value with 2 for 2.0 wherever `kind` expects an integer: JSON has one type of number."""
+    """Return a JSON value with 2 for 2.0 wherever `kind` expects an integer: JSON has one type of number.
+
+    Nested values too; those with over 20,000 items are unchanged.
+    """
     parts = tuple(_iterate_parts(kind))
     if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
         return value
@@ -201,10 +208,7 @@ def optional_instant(moment: datetime | None) -> str | None:
 
 
 def _find_problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
-    """Yield the problems that prevent a conversion of `value` to `kind`, nested fields included.
-
-    None if it is valid.
-    """
+    """Yield the problems that prevent a conversion of `value` to `kind`, with their paths, nested fields included."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -240,7 +244,10 @@ def _field_problems(
 
 
 def _iterate_nested(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]]:  # noqa: ANN401 - any type annotation
-    """Yield the nested values of a type that have types of their own, each with its type and path."""
+    """Yield the nested values of a type that have types of their own, each with its type and path.
+
+    Nothing for containers of over 20,000 items.
+    """
     if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
         return
     if isinstance(value, dict) and _is_body(part):
@@ -268,10 +275,14 @@ class _UnknownFields:
 
     @property
     def is_full(self) -> bool:
+        """Whether there are as many refused fields as an answer lists."""
         return len(self.refused) >= limits.FINDINGS
 
     def add(self, kind: type[msgspec.Struct], name: str, path: str, *, is_strict: bool) -> None:
-        """Record an unknown field of the body at `path`; names beyond the length of an answer are refused."""
+        """Record an unknown field of the body at `path`, to warn of, or to refuse if it resembles a known one.
+
+        Strict bodies refuse all; known read-only fields are not recorded, and each field of a type once.
+        """
         if (kind, name) in self.warned_of or name in _read_only(kind):
             return
         known = _list_fields(kind)
@@ -393,6 +404,7 @@ def _is_body(kind: Any) -> TypeGuard[type[msgspec.Struct]]:  # noqa: ANN401 - an
 
 
 def _describe_problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # noqa: ANN401 - any type annotation
+    """Return a problem of `path` by a message of msgspec, in words of JSON, with the choices of an enumeration."""
     text, _, _ = reason.partition(" - at `$")
     code = "invalid-type" if ", got `" in text else "invalid-value"
     enums = [part for part in _iterate_parts(kind) if isinstance(part, type) and issubclass(part, Enum)]
@@ -404,7 +416,7 @@ def _describe_problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # 
 
 
 def _pattern_descriptions(kind: Any) -> Iterator[str]:  # noqa: ANN401 - any type annotation
-    """Yield the descriptions of an annotation's string patterns."""
+    """Yield the descriptions of an annotation's string patterns, such as "a time"."""
     if get_origin(kind) is Annotated:
         yield from (one.description for one in get_args(kind)[1:] if one.description and one.pattern)
     elif get_origin(kind) in {Union, UnionType}:

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 async def share_blobs(
     blobs: BlobStore, given: str, source: BlobOwner | None, idempotency_key: IdempotencyKey | None
 ) -> RunInput:
-    """Return the input of a new run from the input of the run of `source`, after copying its blobs.
+    """Return the input of a new run from the input `given` (JSON) of the run of `source`, after copying its blobs.
 
-    An unparsed mail is parsed again, and run even if the trigger's rules rejected it before. Raises a 409
-    error if the content is gone, and 503 if the blob storage does not answer.
+    A `source` of None means that there are no blobs. An unparsed mail is parsed again, and run even if the
+    trigger's rules rejected it before. Raises a 409 error if the content is gone, and 503 if the blob storage
+    does not answer.
     """
     execution_id = ids.new_id("exec")
     if large_values.is_separate(given):
@@ -54,7 +55,8 @@ async def share_blobs(
 
 
 async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
-    """Copy the body of a webhook to the blobs of an execution, and return the whole output of its trigger.
+    """Copy the body of a webhook to the blobs of an execution, and return the whole output of its trigger
+    with that body.
 
     Raises a 409 error if the body is gone, and 503 if the blob storage does not answer.
     """
@@ -75,6 +77,7 @@ def _blob_missing() -> ApiError:
 
 
 def _iterate_attached_blobs(trigger: Json) -> Iterator[BlobReference]:
+    """Yield the valid references to blobs in the attachments of a mail."""
     attachments = trigger.get("attachments") if isinstance(trigger, dict) else None
     for attachment in attachments if isinstance(attachments, list) else ():
         if isinstance(attachment, dict) and "blob" in attachment:
@@ -87,7 +90,7 @@ def _iterate_attached_blobs(trigger: Json) -> Iterator[BlobReference]:
 async def _copy_blob(
     blobs: BlobStore, source: BlobOwner, execution_id: str, reference: BlobReference
 ) -> bool:
-    """Copy a blob of the source to an execution of the same organization; return False if it is gone.
+    """Copy a blob of the source to the blobs of an execution of the same organization; return False if it is gone.
 
     Raises a 503 error if the blob storage does not answer.
     """

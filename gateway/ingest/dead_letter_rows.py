@@ -122,9 +122,11 @@ class OpenRows(Generic[Row]):
 
 
 def describe_cause(execution: FailedRun) -> ErrorCause:
-    """Return the cause of a failed run, with its fingerprint.
+    """Return node, code and message of the innermost error of a failed run, and a fingerprint of 16
+    hexadecimal digits.
 
-    Runs with one fingerprint failed in one node with one kind of message.
+    Runs with one fingerprint failed in one node with one code and kind of message: its first 200 characters,
+    in which numbers and ids don't count.
     """
     error: Mapping[str, Any] = execution.error or {}
     cause: Mapping[str, Any] = error.get("cause") or error
@@ -140,7 +142,8 @@ async def find_dead_letters(
 ) -> OpenRows[FailedRun]:
     """Return the dead letters after a cursor that the caller may see and that match, up to the limit of `bounds`.
 
-    At most `limits.EXAMINED_DEAD_LETTERS` failed runs are read, so that there may be fewer.
+    A dead letter is a failed run of an inbound request that was neither redriven nor purged. At most 2,000
+    failed runs are read, so there may be fewer although others follow.
     """
     statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted))
 
@@ -154,7 +157,11 @@ async def find_dead_letters(
 async def find_deliveries(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
 ) -> OpenRows[Delivery]:
-    """Return the deliveries after a cursor that the caller may see, that match, and that can be redriven."""
+    """Return the deliveries after a cursor that the caller may see, that match, and that can be and were not
+    redriven.
+
+    A redrive is a new attempt to process a delivery; its content must be kept.
+    """
     statement = select(*delivery_rows.LISTED).where(
         col(Delivery.organization_id) == caller.organization_id,
         *delivery_rows.conditions(wanted),
@@ -217,6 +224,9 @@ async def _find_open(
     bounds: KeysetBounds,
     matches: Callable[[Row], bool],
 ) -> OpenRows[Row]:
+    """Return the rows of a source that match and are neither redriven nor purged, up to limit and 2,000
+    examined ones.
+    """
     await keyset.follow_indexes(connection)
     found: list[Row] = []
     examined, last = 0, None
@@ -239,7 +249,7 @@ async def _find_open(
 async def _read_batches(
     connection: AsyncConnection, source: _RowSource[Row], bounds: KeysetBounds
 ) -> AsyncIterator[tuple[list[Row], bool]]:
-    """Yield batches of rows in the order of `bounds`, each with whether it is the last."""
+    """Yield batches of 500 rows in the order of `bounds`, each with whether it is the last."""
     while True:
         rows = await connection.execute(
             source.statement.where(*bounds.condition(source.created_at, source.item_id))
@@ -258,7 +268,7 @@ async def _read_batches(
 async def _find_settled(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
 ) -> frozenset[str]:
-    """Return the ids of the rows that were redriven by a list, or purged."""
+    """Return the ids of the rows that were redriven by a list, or purged: their redrive key is used."""
     by_workflow = sorted(rows, key=lambda row: str(row.workflow_id))
     used = [
         and_(

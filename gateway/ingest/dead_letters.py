@@ -132,7 +132,9 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose_dead_letters(
     connection: AsyncConnection, workflow: Workflow, body: ChooseDeadLetters
 ) -> tuple[int, dict[str, Execution]]:
-    """Return the number of dead letters that match the body, and the chosen ones by id, up to its limit."""
+    """Return the number of dead letters that match the body, and the chosen ones by id: named ones, or the
+    oldest up to its limit.
+    """
     count, found = await delivery_rows.list_dead_letters(
         connection, workflow, PageBounds(body.limit, 0), body.execution_ids
     )
@@ -140,9 +142,10 @@ async def _choose_dead_letters(
 
 
 async def purge_runs(request: GatewayRequest, failed: Sequence[Execution | FailedRun], about: str) -> None:
-    """Mark failed runs as purged, so that they leave the lists of dead letters; add this to the audit trail.
+    """Mark failed runs as purged in one transaction with an audit entry, so that they leave the lists of dead
+    letters.
 
-    `about` is the id of a workflow or organization.
+    `about` is the id of a workflow or organization, the subject of the entry.
     """
     now = request.gateway.clock()
 
@@ -165,7 +168,9 @@ async def purge_runs(request: GatewayRequest, failed: Sequence[Execution | Faile
 
 
 def shape(failed: Execution | FailedRun, given: str | None, outputs: ShownOutputs) -> DeadLetter:
-    """Return a dead letter as the API shows it, from its run and the input of that run as JSON."""
+    """Return a dead letter as the API shows it; `given` is the input of its run as JSON, None for one too
+    large for a list.
+    """
     return DeadLetter(
         execution_id=failed.id,
         trigger_type=failed.trigger_type,

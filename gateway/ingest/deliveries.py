@@ -282,7 +282,7 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
 
 
 def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveResults:
-    """Return the answer to a redrive of a selection, from the number of matches and the result."""
+    """Return the answer to a redrive of a selection, from the number of matching objects and the result."""
     return DeliveryRedriveResults(
         matched=matched,
         redriven=len(done.execution_ids),
@@ -297,7 +297,10 @@ def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveRe
 
 
 async def _find_readable(request: GatewayRequest, delivery_id: str) -> Delivery:
-    """Return a delivery; raises a 404 error if it is missing, or of a workflow that the caller may not read."""
+    """Return a delivery; raises a 404 error if it is missing, or of a workflow that the caller may not read.
+
+    A delivery of an event is visible to its sender and admins.
+    """
     caller = request.caller
     async with request.gateway.database.read() as connection:
         found = await delivery_rows.find_delivery(connection, delivery_id, caller)
@@ -313,6 +316,7 @@ async def _find_readable(request: GatewayRequest, delivery_id: str) -> Delivery:
 
 
 def _show_delivery(delivery: Delivery) -> DeliveryShape:
+    """Return a delivery as the API shows it."""
     reason = None
     if delivery.reason is not None:
         code, _, message = delivery.reason.partition(": ")

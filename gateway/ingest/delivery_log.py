@@ -54,7 +54,10 @@ TOO_MANY: Final = 429
 async def describe_request(
     route: IngestRoute, sender: RequestSender, content: bytes, *, workflow_id: str | None = None
 ) -> InboundRequest:
-    """Return an inbound request with a new id and the hash of its body; a large body is hashed off the event loop."""
+    """Return the description of an inbound request, with a new delivery id and the SHA-256 of its body.
+
+    `workflow_id` is None for an event. A body over 256 kB is hashed in a thread.
+    """
     hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
     return InboundRequest(
         delivery_id=new_delivery_id(),
@@ -77,21 +80,23 @@ def new_delivery_id() -> str:
 def repetition_delivery(
     inbound: InboundRequest, now: datetime, *, status: int, execution_id: str | None
 ) -> Delivery:
-    """Return the delivery of a repeated request, not stored yet; `execution_id` is the run of the first one."""
+    """Return the delivery of a repeated request, not stored yet; `execution_id` is the run of the first one,
+    None without one.
+    """
     return _build_delivery(
         inbound, now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
     )
 
 
 def noted_delivery(inbound: InboundRequest, now: datetime, *, status: int, reason: str) -> Delivery:
-    """Return the delivery of a valid request without a run, not stored yet; a long `reason` is truncated."""
+    """Return the delivery of a valid request without a run, not stored yet; of `reason`, 500 characters are kept."""
     return _build_delivery(
         inbound, now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
     )
 
 
 def refusal_delivery(inbound: InboundRequest, now: datetime, error: ApiError) -> Delivery:
-    """Return the delivery of a refused request, not stored yet: shed if the error is a 429, otherwise rejected.
+    """Return the delivery of a refused request, not stored yet: `SHED` if the error is a 429, otherwise `REJECTED`.
 
     A rejected one keeps payload and deduplication key, so that it can be redriven.
     """
@@ -109,6 +114,7 @@ def refusal_delivery(inbound: InboundRequest, now: datetime, error: ApiError) ->
 
 
 def _build_delivery(inbound: InboundRequest, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
+    """Return a delivery with the facts of its request and the given columns."""
     return Delivery(
         id=inbound.delivery_id,
         shard=inbound.shard,
@@ -138,7 +144,9 @@ class DeliveryLog:
         self._kept = LocalTokenBuckets()
 
     async def note(self, delivery: Delivery) -> None:
-        """Store a delivery with the next commit, and wait for it; if the database is unavailable, log it instead."""
+        """Store a delivery with the next commit, wait for it, and count it; if the database is unavailable,
+        only log it.
+        """
         instruments.counter("deliveries_total", delivery.route, delivery.outcome).inc()
         waiting = self._group.submit(delivery)
         try:
@@ -152,7 +160,8 @@ class DeliveryLog:
 
         Not stored: a 404, an error that is stored already, and an error of the server, after which senders
         repeat the request; the owner's own `trigger-not-ready` is stored. A 429 is stored without waiting,
-        and not under load. Content beyond the quota is left out.
+        and not if 1,000 deliveries wait. Content over a million characters or beyond the organization's quota
+        is left out.
         """
         try:
             yield
@@ -176,10 +185,11 @@ class DeliveryLog:
     async def unverified(
         self, inbound: InboundRequest, describe: Callable[[], Awaitable[None]]
     ) -> AsyncIterator[None]:
-        """Store a delivery for a request that can't be verified since its trigger isn't ready.
+        """Store a delivery for a request that can't be verified since its trigger isn't ready; the error is
+        raised again.
 
-        The error is raised again. Anybody can send such a request, hence a low rate per workflow. `describe`
-        adds to `inbound` the content that a redrive needs.
+        Anybody can send such a request, hence 60 an hour per workflow are stored. `describe` adds to
+        `inbound` the content that a redrive needs; its failures are ignored.
         """
         try:
             yield
@@ -193,7 +203,9 @@ class DeliveryLog:
             raise
 
     def _may_store_content(self, delivery: Delivery) -> bool:
-        """Return whether the refused content may be stored too, by its size and the organization's quota."""
+        """Return whether the refused content may be stored too: a million characters at most, and within the
+        organization's quota.
+        """
         size = len(delivery.payload or "")
         if size > limits.KEPT_REFUSED_CHARACTERS:
             return False
@@ -205,6 +217,7 @@ class DeliveryLog:
         await self._group.drain()
 
     async def _commit(self, batch: Sequence[Delivery]) -> Sequence[None]:
+        """Insert a batch of deliveries in one transaction."""
         rows = [one.model_dump() for one in batch]
 
         async def write(connection: AsyncConnection) -> None:

@@ -81,7 +81,8 @@ async def list_deliveries(
 ) -> ListPage[Delivery]:
     """Return a page of the matching deliveries of a workflow, the newest first, with their number.
 
-    With `bounds`, the page follows a cursor; without, it is `part`.
+    With `bounds`, the page follows a cursor and the number goes to 10,000; None means limit and offset of
+    `part`.
     """
     of_list = [*_select_workflow(workflow), *conditions(wanted)]
     created_at, item_id = col(Delivery.created_at), col(Delivery.id)
@@ -104,7 +105,10 @@ async def list_deliveries(
 async def list_of_organization(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
 ) -> ListPage[Delivery]:
-    """Return a page of the matching deliveries that the caller may see, with a count that may be a lower bound."""
+    """Return a page of the matching deliveries that the caller may see, with a count that may be a lower bound.
+
+    A page examines 5,000 rows at most, so it may be short or empty although `next_cursor` names another one.
+    """
     within = [col(Delivery.organization_id) == caller.organization_id, *_outcome_conditions(wanted)]
     residual = [*_route_conditions(wanted), *visible_conditions(caller)]
     if wanted.workflow_id is not None:
@@ -163,7 +167,7 @@ def _is_not_behind(
 def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
     """Yield the SQL condition for deliveries that a caller may see: of readable workflows, and its own events.
 
-    None for admins.
+    Nothing for admins, who see all.
     """
     if caller.is_admin:
         return
@@ -173,7 +177,9 @@ def visible_conditions(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
 
 
 def redrivable_conditions() -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions for deliveries with one run each whose content is kept; redrives are left out."""
+    """Yield the SQL conditions for deliveries of one run each whose content is kept and that are no redrives
+    themselves.
+    """
     yield col(Delivery.route).in_(list(KINDS))
     yield col(Delivery.redriven_from).is_(None)
     yield _IS_KEPT
@@ -182,9 +188,10 @@ def redrivable_conditions() -> Iterable[ColumnElement[bool]]:
 async def find_not_redriven(
     connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, limit: int
 ) -> tuple[int, list[str]]:
-    """Return the number of deliveries that can be redriven and that no list has redriven, and the ids of the oldest.
+    """Return the number of deliveries that can be and were not redriven by a list, and the ids of the oldest,
+    at most `limit`.
 
-    At most `limit` ids. Redrives themselves are left out; duplicates too, unless the filter names them.
+    Redrives themselves are left out; duplicates too, unless the filter names them.
     """
     of_list = [
         *_select_workflow(workflow),
@@ -202,9 +209,11 @@ async def find_not_redriven(
 async def list_dead_letters(
     connection: AsyncConnection, workflow: Workflow, part: PageBounds, only: Sequence[str] = ()
 ) -> tuple[int, list[Execution]]:
-    """Return the number of failed runs of inbound requests, and the rows `part` of them, the oldest first.
+    """Return the number of dead letters of a workflow, and the page `part` of them, those that failed first
+    coming first.
 
-    Redriven and purged runs are left out. With `only`, runs of these ids.
+    Dead letters are failed runs of inbound requests; redriven, resumed and purged ones are left out. With
+    `only`, just runs of these ids.
     """
     conditions = [
         col(Execution.workflow_id) == workflow.id,
@@ -230,7 +239,7 @@ async def list_dead_letters(
 
 
 async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) -> dict[str, str]:
-    """Return the inputs of runs as JSON text, by run; inputs too large for a list are left out."""
+    """Return the inputs of runs as JSON text, by run; inputs over 100,000 characters are left out."""
     statement = select(col(ExecutionData.execution_id), col(ExecutionData.trigger)).where(
         col(ExecutionData.execution_id).in_(execution_ids),
         func.length(col(ExecutionData.trigger)) <= SHOWN_CHARACTERS,
@@ -247,7 +256,7 @@ def _select_workflow(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
 
 
 def conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
-    """Yield the SQL conditions of a filter of deliveries."""
+    """Yield the SQL conditions of a filter of deliveries; fields that are None filter nothing."""
     yield from _outcome_conditions(wanted)
     yield from _route_conditions(wanted)
     yield from _time_conditions(wanted)
@@ -258,7 +267,7 @@ def conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 def _outcome_conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
     """Yield the SQL conditions of the filter's outcome.
 
-    Literal, so that the index of all but accepted deliveries is used.
+    They are literal, so that the index of all but accepted deliveries is used.
     """
     if wanted.outcome is None:
         return

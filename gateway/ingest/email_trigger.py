@@ -125,10 +125,11 @@ async def receive(request: GatewayRequest) -> JsonResponse:
 
 
 async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestSender | None) -> JsonResponse:
-    """Run a workflow on a mail of the sender `known`, or of an anonymous one if the mail can be verified.
+    """Run a workflow on the mail in a request of the sender `known`, or of an anonymous one if the mail can
+    be verified.
 
     Return the answer. Raises the API errors of verification, limits and ingest, in the form that the mail
-    service understands.
+    service understands; the deliveries of refusals are stored.
     """
     gateway = request.gateway
     target = await gateway.mail_verifier.find_target(workflow_id, known)
@@ -165,7 +166,7 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
 async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, content: SenderRequest) -> None:
     """Set the payload of an unverified mail and its deduplication key, so that its delivery can be redriven.
 
-    Does nothing for other mails than forms of a mail service, and for large ones.
+    Nothing happens for other mails than forms of a mail service, and for bodies over 64 kB.
     """
     kind = await mail_verification.recognize_service(content)
     if kind not in FORMS or len(content.body) > MAX_INLINE_BYTES:
@@ -178,7 +179,7 @@ async def _add_redrive_content(inbound: InboundRequest, target: MailTarget, cont
 
 
 def _build_unparsed_mail(mail: VerifiedMail, body: bytes = b"") -> UnparsedMail:
-    """Return the form of a mail service as an unparsed mail, which a worker parses; raises `RequestRefused`."""
+    """Return the form of a mail service as an unparsed mail, which a worker parses later; raises `RequestRefused`."""
     envelope = mail_kinds.parse_envelope(mail.content.form, mail.kind)
     content_type = mail.content.headers.single("Content-Type") or ""
     return mail.unparsed(
@@ -229,9 +230,11 @@ async def _ingest_raw(request: GatewayRequest, mail: VerifiedMail, inbound: Inbo
 async def _process_sns_message(
     request: GatewayRequest, mail: VerifiedMail, inbound: InboundRequest
 ) -> JsonResponse:
-    """Confirm or end a subscription of SNS, or run the workflow on the mail that the message reports.
+    """Confirm or end a subscription of SNS, or run the workflow on the mail that the message reports; return
+    the answer.
 
-    Return the answer. Raises `RequestRefused` for a subscription to a topic that the trigger doesn't name.
+    Messages without a mail are recorded as deliveries. Raises `RequestRefused` for a subscription to a topic
+    that the trigger doesn't name.
     """
     message = await offload.run(sns.parse_sns_message, mail.content)
     match message.type:
@@ -274,7 +277,7 @@ async def _find_stored_mail(
 ) -> StoredMailObject:
     """Return the object of a mail that SES has stored; the trigger's config must allow its bucket and prefix.
 
-    Raises a 503 error otherwise: SNS treats a 4xx as final, and the owner may correct the config.
+    Raises a 503 error otherwise: SNS treats a 4xx as final, and the owner may correct the config meanwhile.
     """
     config = mail.target.trigger.ses
     if config is None or not config.objects or mail.verified_by != "sns":
@@ -297,6 +300,7 @@ async def _find_stored_mail(
 async def _record_other(
     request: GatewayRequest, inbound: InboundRequest, kind: str, detail: str
 ) -> JsonResponse:
+    """Store a delivery of a request without a mail, with its kind and detail as reason, and return the answer 200."""
     gateway = request.gateway
     await gateway.deliveries.note(
         delivery_log.noted_delivery(inbound, gateway.clock(), status=OK, reason=f"{kind}: {detail}")
@@ -313,9 +317,11 @@ async def _ingest_unparsed(
     *,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Ingest a mail that a worker parses, and return the answer; large content is durable as a blob before its run.
+    """Ingest a mail that a worker parses, and return the answer; content over 64 kB is durable as a blob
+    before its run.
 
-    Raises a 503 error if the blob storage does not answer.
+    `content` None means that it is stored elsewhere. Raises a 503 error if the blob storage does not answer,
+    and the errors of `_ingest`.
     """
     blobs, organization_id = request.gateway.blobs, mail.target.workflow.organization_id
     if content is not None and len(content) <= MAX_INLINE_BYTES:
@@ -349,9 +355,11 @@ async def _ingest(
     is_large: bool = False,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Run the workflow on a mail, or repeat the answer to the same mail; `message` returns the run's input.
+    """Run the workflow on a mail, or repeat the answer to the same mail; `message` returns the input of a run
+    by its id.
 
-    `ses_id` is the id that Amazon SES has given the mail. Raises the API errors of limits and ingest.
+    `is_large` looks for a repetition before content is stored. `ses_id` is the id that Amazon SES has given
+    the mail. Raises the API errors of limits and ingest.
     """
     gateway, workflow = request.gateway, mail.target.workflow
     await gateway.rates.take(request, workflow.id, key=mail.sender.caller.key_id)
@@ -394,7 +402,8 @@ def _refuse_replay() -> ApiError:
 def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
     """Return the idempotency key of the delivery itself, so that a signature of one mail is valid for no other.
 
-    None without a signature. Several actions of an SES rule may report the same mail, with the same id.
+    None without a signature or SES id. Several actions of an SES rule may report the same mail, with the same
+    id.
     """
     if ses_id:
         return idempotency.derive_key("ses", mail.target.workflow.id, ses_id)
@@ -406,6 +415,7 @@ def _own_key(mail: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey
 
 
 def _answer(request: GatewayRequest, accepted: AcceptanceResult, status: int) -> JsonResponse:
+    """Return the receipt of an accepted mail, with the run's location, and a mark if it was accepted before."""
     headers = location(request.gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED

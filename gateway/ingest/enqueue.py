@@ -62,14 +62,18 @@ class QueueMessage(GuardedWire):
         return self.data if self.message is None else self.message
 
     def delayed_until(self, now: datetime) -> datetime | None:
-        """Return the earliest start of the run; None when it may start at once."""
+        """Return the earliest start of the run, the later of its delay and its time; None when it may start
+        at once.
+        """
         until = max(now + timedelta(seconds=self.delay_seconds or 0.0), self.not_before or now)
         return until if until > now else None
 
     def planned(
         self, now: datetime, idempotency_key: IdempotencyKey | None, callback_url: str | None
     ) -> RunInput:
-        """Return the run that the message starts: its trigger output, priority, delay, labels and callback URL."""
+        """Return the run that the message starts: its trigger output, priority, delay, labels and callback
+        URL (None for none).
+        """
         trigger = {"message": self.payload, "priority": self.priority, "source": self.source}
         return RunInput(
             trigger=trigger,
@@ -184,9 +188,10 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
 def _idempotency_keys(
     request: GatewayRequest, value: Json, body: EnqueueRequest, signature: VerifiedSignature | None
 ) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
-    """Return the request's own key if there are several, else None.
+    """Return the request's own key if there are several, else None, and the idempotency key of the message,
+    None without one.
 
-    And the idempotency key of the message, None without one.
+    The keys come from a signature, the header and `deduplicationId`; the last of them is that of the message.
     """
     workflow_id = request.path_params["id"]
     keys = [
@@ -201,9 +206,9 @@ def _idempotency_keys(
 
 
 def find_signed_key(signature: VerifiedSignature | None, workflow_id: str) -> IdempotencyKey | None:
-    """Return the idempotency key that a signature covers, regardless of other keys, which aren't signed.
+    """Return the idempotency key that a signature covers; None if there is no signature or it covers none.
 
-    None without one.
+    Other keys of the request aren't signed.
     """
     if signature is None or signature.delivery_key is None:
         return None
@@ -217,7 +222,10 @@ def check_message(
     path: str = "",
     warnings: list[dict[str, Json]] | None = None,
 ) -> Queued:
-    """Return the message found at `path`; raises a 422 error for invalid fields."""
+    """Return the message found at `path` as `kind`; raises a 422 error for all invalid fields.
+
+    A start more than a year ahead or without time zone is invalid. Unknown fields are added to `warnings`.
+    """
     body = convert(value, kind, path, warnings)
     problems = ProblemCollector()
     inside = f"{path}." if path else ""

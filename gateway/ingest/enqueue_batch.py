@@ -156,7 +156,8 @@ async def _ingest_messages(
 ) -> BatchAnswers:
     """Ingest all valid messages in one commit, or find the results of the first request with the same key.
 
-    Raises a 422 error when the first request had another body, and the errors of verification and limits.
+    `key` None means that repetitions of the batch aren't detected. Raises a 422 error when the first request
+    had another body, 409, 429, and the errors of verification.
     """
     gateway, now = request.gateway, request.gateway.clock()
     runs: list[IngestedRun] = []
@@ -194,7 +195,7 @@ async def _ingest_messages(
 async def _first_results(
     request: GatewayRequest, planned: Sequence[PlannedMessage], delivery_id: str
 ) -> Sequence[AcceptanceResult]:
-    """Return the results of the first request with the same key.
+    """Return the results of the messages in the first request with the same key, whose delivery is `delivery_id`.
 
     A message without a run hit the concurrency limit then.
     """
@@ -217,7 +218,11 @@ async def _first_results(
 def _plan_messages(
     messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None, now: datetime
 ) -> tuple[list[PlannedMessage], dict[int, BatchResult]]:
-    """Return the valid messages, and the answers to the invalid ones by their index in the batch."""
+    """Return the valid messages, and the answers to the invalid ones by their index in the batch.
+
+    Each gets an idempotency key: its deduplication id, else one derived from the batch's key `given` and its
+    index, else None.
+    """
     planned: list[PlannedMessage] = []
     refused: dict[int, BatchResult] = {}
     for place, value in enumerate(messages):
@@ -243,7 +248,9 @@ def _plan_messages(
 
 
 def _split_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessage], Mapping[int, int]]:
-    """Return the first message of each key, and the indexes of repetitions mapped to the index of the first."""
+    """Return the first message of each idempotency key, and the indexes of its repetitions with the index of
+    that first one.
+    """
     first: list[PlannedMessage] = []
     places: dict[IdempotencyKey, int] = {}
     repeats: dict[int, int] = {}
@@ -271,6 +278,7 @@ def _duplicate_of(result: BatchResult) -> BatchResult:
 
 
 def _count_results(results: list[BatchResult]) -> EnqueueBatchResult:
+    """Return the answer to a batch, with the number of results in each status."""
     statuses = [one.status for one in results]
     return EnqueueBatchResult(
         results=results,

@@ -87,7 +87,11 @@ class EventDispatchPlan:
     """Whether there are outcomes other than such refusals."""
 
     def add(self, workflow: LoadedWorkflow, run: IngestedRun, *, is_deferred: bool) -> None:
-        """Add a run of an event for a workflow, with its outcome."""
+        """Add a run of an event for a workflow to the plan, with its outcome, which is corrected if it gets
+        no concurrency slot.
+
+        `is_deferred` means that the run starts later, since its workflow is paused or asleep.
+        """
         full = errors.concurrency_limit()
         error = None if run.may_wait else (full.code, full.message)
         self.outcomes.append(WorkflowEventOutcome(workflow.id, workflow.name, run.execution_id, error))
@@ -96,12 +100,15 @@ class EventDispatchPlan:
         self.has_other = True
 
     def fail(self, workflow: LoadedWorkflow, code: str, message: str) -> None:
-        """Record an error as the outcome of an event for a workflow; no run of it is started."""
+        """Record an error as the final outcome of an event for a workflow; no run of it is started."""
         self.outcomes.append(WorkflowEventOutcome(workflow.id, workflow.name, None, (code, message)))
         self.has_other = True
 
     def refuse(self, workflow: LoadedWorkflow, error: ApiError) -> None:
-        """Record an error, such as a full backlog, as the outcome for a workflow; no run of it is started."""
+        """Record a refusal, such as a full backlog, as the outcome for a workflow; no run of it is started.
+
+        The whole event is refused with it if no workflow has another outcome.
+        """
         self.outcomes.append(
             WorkflowEventOutcome(workflow.id, workflow.name, None, (error.code, error.message))
         )
@@ -109,7 +116,9 @@ class EventDispatchPlan:
 
 
 def build_event_input(event: SenderEvent) -> dict[str, Json]:
-    """Return the trigger's output for the runs that an event starts: its type, data, source and attributes."""
+    """Return the trigger's output for the runs that an event starts: `event_type`, `event_data`, `source`,
+    and attributes if any.
+    """
     event_input: dict[str, Json] = {
         "event_type": event.event_type,
         "event_data": event.data,
@@ -146,10 +155,10 @@ class EventDispatcher:
     ) -> EventDispatchResult:
         """Ingest an event with a run of every workflow whose trigger matches it; return the outcome of each.
 
-        A repeated idempotency key gives the outcomes of its first delivery. An error of one workflow is its
-        outcome; a full backlog is raised if no workflow has another outcome. Raises 400 when the event can't
-        be stored, 409 when workflows change all the time, 413 and 429 over a limit, 422 when its idempotency
-        key had another body, and 503.
+        All runs are committed together. A repeated idempotency key gives the outcomes of its first delivery.
+        An error of one workflow is its outcome; a full backlog is raised if no workflow has another outcome.
+        Raises 400 when the event can't be stored, 409 when workflows change all the time, 413 and 429 over a
+        limit, 422 when its idempotency key had another body, and 503.
         """
         trigger = build_event_input(event)
         try:
@@ -221,7 +230,8 @@ class EventDispatcher:
     ) -> None:
         """Add the run of an event for one workflow, or its error, to the plan.
 
-        Nothing is added if the definition that will run doesn't subscribe to the event.
+        `counted` is its deployment, None without one. Nothing is added if the definition that will run
+        doesn't subscribe to the event, or its filter excludes it.
         """
         is_held = workflow.status is WorkflowStatus.PAUSED
         if counted is not None:
@@ -260,9 +270,9 @@ class EventDispatcher:
     async def _repeat_result(
         self, inbound: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str
     ) -> EventDispatchResult:
-        """Return the outcomes of the first event with the same key; raises a 422 error when it had another body.
+        """Return the outcomes of the first event with the same key, and store this one as a duplicate.
 
-        Raises a 503 error if they are no longer kept.
+        Raises a 422 error when it had another body, and 503 if they are no longer kept.
         """
         if verdict is AcceptanceVerdict.MISMATCH:
             raise idempotency.mismatch_error()
@@ -288,7 +298,8 @@ class EventDispatcher:
 
 
 def _matches_subscription(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
-    """Return whether a trigger is an event trigger that subscribes to the type of an event.
+    """Return whether a trigger is an event trigger that subscribes to the type of an event (by patterns such
+    as `order.*`).
 
     It is checked again since a deployed trigger may differ from the current one.
     """
@@ -307,7 +318,9 @@ def _read_field(trigger: Json, name: str) -> Json:
 
 
 def _require_size(message: RunInput, count: int) -> None:
-    """Raise a 413 error if an event is too large for `count` subscribers together, since each run has its own copy."""
+    """Raise a 413 error if copies of an event for `count` subscribers exceed 50 MB together: each run has its
+    own copy.
+    """
     if len(message.text or "") * count > limits.EVENT_FAN_OUT_BYTES:
         text = (
             f"{count:,} workflows subscribe to this event: together, their inputs may have"
@@ -320,7 +333,9 @@ def _require_size(message: RunInput, count: int) -> None:
 
 
 def _merge_outcomes(planned: EventDispatchPlan, taken: IngestResult) -> Sequence[WorkflowEventOutcome]:
-    """Return the planned outcomes; those whose run was refused for lack of a concurrency slot are corrected."""
+    """Return the planned outcomes; those of runs that were refused for lack of a concurrency slot have an
+    error instead.
+    """
     full = {
         run.execution_id
         for run, answer in zip(planned.runs, taken.runs, strict=True)
@@ -338,7 +353,10 @@ def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> Workf
 
 
 async def read_outcomes(connection: AsyncConnection, delivery: Delivery) -> Sequence[WorkflowEventOutcome]:
-    """Return the outcomes of the event of a delivery, by workflow; an empty list if none subscribed."""
+    """Return the outcomes of the event of a delivery, by workflow; empty if none subscribed.
+
+    An outcome whose run does not exist has an error.
+    """
     return await _resolve_outcomes(connection, delivery.answer or "[]")
 
 

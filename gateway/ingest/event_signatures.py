@@ -42,12 +42,13 @@ _decode = decoding.build_decoder(Secrets).decode
 def seal_secrets(
     vault: SecretVault, secrets: Secrets, *, organization_id: str, token_id: str
 ) -> EncryptedText:
-    """Encrypt the secrets of an event token for storage."""
+    """Encrypt the secrets of an event token for storage, by provider; the token's id is bound to the ciphertext."""
     return vault.encrypt(_encode(secrets), organization_id=organization_id, object_id=token_id)
 
 
 async def verify_event(request: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
-    """Verify the signature of an event and return its provider; None for the API's own format.
+    """Verify the signature of an event and return its provider; None for the API's own format and unsigned
+    CloudEvents.
 
     A request with an API key needs no signature. With a token, requests of a provider known to sign must be
     signed, and a token with secrets accepts signed requests only. Raises 400, 401, and 503 when the secrets
@@ -63,6 +64,11 @@ async def verify_event(request: SenderRequest, sender: RequestSender, vault: Sec
 
 
 def _require_signature(request: SenderRequest, claimed: Provider | None, secrets: Secrets) -> None:
+    """Raise `RequestRefused` unless a request of the claimed provider has a valid signature; None claims no
+    provider.
+
+    Any secrets of the token demand a signature.
+    """
     verifier = None if claimed is None else VERIFIERS.get(claimed)
     if claimed is not None and verifier is not None:
         verifier(request, secrets.get(claimed, []))
@@ -73,7 +79,9 @@ def _require_signature(request: SenderRequest, claimed: Provider | None, secrets
 
 
 def refusal_error(error: RequestRefused) -> ApiError:
-    """Return the API error for a refused request: 401 for signatures, 413, 415, or 400 for others."""
+    """Return the API error for a request refused by a sender adapter: 401 for signatures, 413, 415, or 400
+    for others.
+    """
     if error.code in _OF_SIGNATURES:
         return ApiError(401, "invalid-signature", error.message)
     if error.code == "too-large":
@@ -84,6 +92,9 @@ def refusal_error(error: RequestRefused) -> ApiError:
 
 
 def _decrypt_secrets(sender: RequestSender, vault: SecretVault) -> Secrets:
+    """Return the signing secrets of the sender's event token by provider, {} without any; raises a 503 error
+    if unreadable.
+    """
     token = sender.token
     if token is None or token.encrypted is None:
         return {}

@@ -38,18 +38,19 @@ class EventSubscription:
 async def match_subscriptions(
     connection: AsyncConnection, organization_id: str, event_type: str
 ) -> Sequence[EventSubscription]:
-    """Return the workflows that subscribe to an event type, ordered by id.
+    """Return the triggers of an organization's workflows that subscribe to an event type, ordered by workflow id.
 
-    Paused ones are included; their runs start after they resume.
+    Paused workflows are included; their runs start after they resume.
     """
     rows = await connection.execute(statement(organization_id, event_type))
     return [EventSubscription(*row) for row in rows]
 
 
 def statement(organization_id: str, event_type: str) -> Select[*tuple[Any, ...]]:
-    """Return the query of the workflows that subscribe to an event type.
+    """Return the query of the workflows that subscribe to an event type, directly or by a pattern; each is
+    found once.
 
-    Each is found once, even if several of its patterns match.
+    Only active and paused workflows, no deleted ones and no templates.
     """
     matched = (
         select(col(WorkflowTriggerMatch.workflow_id), col(WorkflowTriggerMatch.node_id))

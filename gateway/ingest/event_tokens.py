@@ -221,6 +221,7 @@ def _select_organization(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
 
 
 def _collect_secrets(given: ProviderSecrets) -> Secrets:
+    """Return the given secrets by provider, without providers that have none."""
     by_provider = {
         Provider.GITHUB: given.github,
         Provider.STRIPE: given.stripe,
@@ -231,6 +232,7 @@ def _collect_secrets(given: ProviderSecrets) -> Secrets:
 
 
 def _show_token(row: SenderToken) -> EventTokenShape:
+    """Return an event token as the API shows it, without its secrets."""
     return EventTokenShape(
         id=row.id,
         name=row.name,

@@ -306,9 +306,10 @@ async def handshake(request: GatewayRequest) -> NoContent:
 
 
 async def _ingest_batch(request: GatewayRequest, inbound: InboundRequest, batch: EventBatch) -> JsonResponse:
-    """Ingest the events of a batch in order, and return the answer with the outcomes of each.
+    """Ingest the events of a batch in order, each by itself, and return the answer with the outcomes of each.
 
-    Each event has its own key, so that partial repetitions are detected.
+    Each event has its own key, so that partial repetitions are detected. An error ends the request after the
+    events before it.
     """
     if not batch.events:
         await request.gateway.acceptances.ingest(
@@ -347,7 +348,11 @@ def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
 async def _find_readable(
     connection: AsyncConnection, request: GatewayRequest
 ) -> tuple[EventRow, Delivery | None]:
-    """Return an event that the caller may see, and its delivery, None if that is no longer kept; raises a 404 error."""
+    """Return an event that the caller may see, and its delivery, None if that is no longer kept; raises a 404
+    error.
+
+    Admins may see all events of the organization, others their own.
+    """
     statement = select(EventRow).where(
         col(EventRow.id) == request.path_params["id"], *_visible_to(request.caller)
     )
@@ -366,7 +371,7 @@ async def _find_readable(
 
 
 def _native_event(body: EmitEventRequest) -> SenderEvent:
-    """Return an event from a body in the API's own format; raises a 422 error for invalid fields."""
+    """Return an event from a body in the API's own format; raises a 422 error for an invalid type or source."""
     problems = ProblemCollector()
     try:
         sent_events.require_type(body.event_type)
@@ -392,6 +397,7 @@ def _derive_event_key(organization_id: str, event: SenderEvent) -> IdempotencyKe
 
 
 def _show_emission(emission: EventDispatchResult) -> EmitEventResult:
+    """Return the outcomes of an event as the API shows them, with the number of workflows that run and that can't."""
     failed = sum(one.execution_id is None for one in emission.outcomes)
     return EmitEventResult(
         event_type=emission.event_type,
@@ -403,6 +409,7 @@ def _show_emission(emission: EventDispatchResult) -> EmitEventResult:
 
 
 def _show_outcome(outcome: WorkflowEventOutcome) -> EventResult:
+    """Return the outcome of an event for one workflow as the API shows it."""
     error = EventFailure(code=outcome.error[0], message=outcome.error[1]) if outcome.error else None
     return EventResult(
         workflow_id=outcome.workflow_id,

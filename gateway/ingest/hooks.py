@@ -88,6 +88,7 @@ class VerifiedWebhookRequest:
 
     @property
     def sent(self) -> SenderRequest:
+        """Request as the sender has sent it, with its verified body."""
         return self.signature.request
 
 
@@ -139,7 +140,9 @@ async def _answer_request(
 ) -> ASGIApp:
     """Return the answer to a verified request, after starting its run, if its event is allowed.
 
-    Raises `RequestRefused` for invalid content, and the API errors of limits and ingest.
+    A challenge, which checks the address, and an event that the trigger does not list are only recorded, and
+    answered with 200. `started` is the loop's time of the request. Raises `RequestRefused` for invalid
+    content, and the API errors of limits and ingest.
     """
     hook, sent = verified.hook, verified.sent
     meaning = await offload.run(webhook_triggers.parse_request, hook, sent)
@@ -163,15 +166,15 @@ async def _answer_request(
 
 
 async def _find_sender(request: GatewayRequest) -> RequestSender:
-    """Return the sender of the token in the path.
-
-    Raises a 404 error for an unknown one, 429 after too many failures.
+    """Return the sender of the trigger token in the path; raises a 404 error for another one, 429 after too
+    many failures.
     """
     return await request.gateway.sender_authenticator.by_path_token(request.scope, request.path_params["id"])
 
 
 async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> VerifiedWebhookRequest:
-    """Return the verified request with its whole body.
+    """Return the request with its whole body, verified by the trigger's config: method, network, size and
+    signature.
 
     Raises 400, 401, 403, 405, 413, 415, 422 and 503, but only for senders that know the address.
     """
@@ -205,7 +208,7 @@ async def _list_accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
 def _read_query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
     """Return the values of query parameters by name, without `key`, which is a token elsewhere.
 
-    Raises a 400 error for too many.
+    Raises a 400 error for more than 50.
     """
     try:
         query = parse_qs(
@@ -220,7 +223,7 @@ def _read_query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
 
 
 def _extra_limits(verified: VerifiedWebhookRequest) -> Sequence[RateLimit]:
-    """Return the rate limit of a webhook without verification; none for a verified one."""
+    """Return the rate limit of a webhook without verification (five a second, 20 at once); none for a verified one."""
     if verified.hook.verification.provider is not SigningProvider.NONE:
         return ()
     rate = BucketRate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
@@ -238,6 +241,7 @@ def _encode_trigger(trigger: Mapping[str, Json]) -> EncodedTrigger:
 
 
 async def _note_only(request: GatewayRequest, inbound: InboundRequest, reason: str) -> None:
+    """Store a delivery of a request that starts no run, with its reason."""
     await request.gateway.deliveries.note(
         delivery_log.noted_delivery(inbound, request.gateway.clock(), status=OK, reason=reason)
     )
@@ -250,7 +254,7 @@ async def _ingest(
     trigger: Json,
     encoded: EncodedTrigger,
 ) -> tuple[AcceptanceResult, bool]:
-    """Store the run of a request, and return it, or the earlier one of a repetition, and whether its start is deferred.
+    """Store the run of a request; return it, or the earlier one of a repetition, and whether its start is deferred.
 
     A large body is durable as a blob before its run. Raises a 503 error if the blob storage does not answer,
     and those of limits and ingest.
@@ -287,10 +291,11 @@ async def _ingest(
 def _idempotency_key(
     request: GatewayRequest, inbound: InboundRequest, verified: VerifiedWebhookRequest
 ) -> IdempotencyKey | None:
-    """Return the key of a request: from the sender's signed id, else the header `Idempotency-Key`, else `webhook-id`.
+    """Return the idempotency key of a request: from the sender's signed id, else `Idempotency-Key`, else
+    `webhook-id`.
 
-    None without them. A signed id also becomes the deduplication key of `inbound`. Raises a 400 error for an
-    invalid header.
+    None without them. With `Idempotency-Key` the content must be equal. A signed id also becomes the
+    deduplication key of `inbound`. Raises a 400 error for an invalid header.
     """
     workflow_id = str(inbound.workflow_id)
     if verified.signature.delivery_key is not None:
@@ -317,7 +322,7 @@ async def _await_response(
     inbound: InboundRequest,
     until: float,
 ) -> ASGIApp:
-    """Return the run's own answer, or report its end, or after the time `until` that it continues.
+    """Return the run's own answer, or report its end, or after the loop's time `until` that it continues.
 
     Raises a 500 error if the run fails without an answer.
     """

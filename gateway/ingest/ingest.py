@@ -110,10 +110,12 @@ class RequestIngestor:
         self._deliveries = deliveries
 
     async def resolve_target(self, caller: ApiCaller, workflow_id: str, kind: str) -> RunTarget:
-        """Return the target of a request, for a workflow that the caller may read and its trigger of a kind.
+        """Return the target of a request: a workflow that the caller may read, with its trigger of a kind, as
+        it will run.
 
-        Raises 404, 409 for a workflow that is neither active nor paused, and 422 for another trigger or an
-        invalid graph.
+        For a deployed workflow that is the deployed definition. Before a refusal, the cached workflow is read
+        again. Raises 404, 409 for a workflow that is neither active nor paused, and 422 for another trigger
+        or an invalid graph.
         """
         workflow = await self._workflows.load(workflow_id, caller)
         try:
@@ -127,7 +129,11 @@ class RequestIngestor:
             return await self._resolve_target(current, kind)
 
     def build_run(self, target: RunTarget, message: RunInput) -> IngestedRun:
-        """Return the run of a message, not stored yet; it runs for the workflow's owner, whoever the sender is."""
+        """Return the run of a message with a new id, not stored yet; it runs for the workflow's owner,
+        whoever the sender is.
+
+        A run of a paused workflow waits until that is resumed.
+        """
         workflow = target.workflow
         definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
         limit = (
@@ -177,11 +183,12 @@ class RequestIngestor:
         own_key: IdempotencyKey | None = None,
         refuse_reuse: Callable[[], ApiError] = idempotency.mismatch_error,
     ) -> AcceptanceResult:
-        """Ingest the one run of a request, or return the earlier run with the same idempotency key.
+        """Ingest the one run of a request with its delivery, or return the earlier run with the same
+        idempotency key.
 
-        `own_key` identifies the request itself; if it was used for other content, `refuse_reuse` returns the
-        error. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
-        is stored as a duplicate.
+        `plan` makes the input for the target. `own_key` identifies the request itself; if it was used for
+        other content, `refuse_reuse` returns the error. A repetition, answered with `status`, is stored as a
+        duplicate. Raises 404, 409, 422, 429, 503, and the errors of `plan`.
         """
         workflow_id = str(inbound.workflow_id)
         runs: list[IngestedRun] = []
@@ -221,10 +228,10 @@ class RequestIngestor:
         return accepted
 
     async def ingest_batch(self, plan: WritePlanner) -> IngestResult:
-        """Ingest the planned runs in one commit, and return their results.
+        """Ingest the planned runs in one commit, and return their results; plan again, up to five times, if a
+        workflow has changed.
 
-        Plan again when a workflow has changed in the meantime. Raises the errors of `plan`, 409 when
-        workflows change all the time, and 503.
+        Raises the errors of `plan`, 409 when workflows change all the time, and 503.
         """
         for _ in range(ATTEMPTS):
             write = await plan()
@@ -238,9 +245,10 @@ class RequestIngestor:
     async def find_repetition(
         self, inbound: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
     ) -> AcceptanceResult | None:
-        """Return the run of an earlier request with the same key, and store this one as a duplicate.
+        """Return the run of an earlier request with the same key, and store this one as a duplicate; None for
+        a first request.
 
-        None for a first request.
+        None also for a key with another body, which is refused later.
         """
         earlier = await acceptance.find_earlier(self._database, inbound.shard, idempotency_key)
         if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
@@ -251,14 +259,16 @@ class RequestIngestor:
     async def note_repetition(
         self, inbound: InboundRequest, *, status: int, execution_id: str | None
     ) -> None:
-        """Store the delivery of a request that repeats an earlier one with the run `execution_id`."""
+        """Store the delivery of a request that repeats an earlier one with the run `execution_id`, None for
+        none or several.
+        """
         now = self._database.clock.now()
         await self._deliveries.note(
             delivery_log.repetition_delivery(inbound, now, status=status, execution_id=execution_id)
         )
 
     def wake_deployments(self, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]) -> None:
-        """Wake the deployments of accepted runs that may start now."""
+        """Wake the deployments of accepted runs that may start now, in the background."""
         for assigned_deployment_id in {
             run.assigned_deployment_id
             for run, answer in zip(runs, answers, strict=True)
@@ -269,6 +279,9 @@ class RequestIngestor:
             self._activation.wake_deployment(assigned_deployment_id)
 
     async def _resolve_target(self, workflow: LoadedWorkflow, kind: str) -> RunTarget:
+        """Return the target of a request for a loaded workflow; raises 409 unless active or paused, 422 for
+        another trigger.
+        """
         is_held = workflow.status is WorkflowStatus.PAUSED
         if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
             raise errors.workflow_not_active()
@@ -285,7 +298,7 @@ class RequestIngestor:
         return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
 
     async def _ingest_first(self, taken: IngestResult) -> AcceptanceResult:
-        """Return the answer to the first request with the same key; raises a 503 error if it isn't stored yet."""
+        """Return the run of the first request with the same key; raises a 503 error if it isn't stored yet."""
         async with self._database.read() as connection:
             execution_id = await connection.scalar(
                 select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
@@ -296,9 +309,10 @@ class RequestIngestor:
 
 
 def _choose_labels(workflow: LoadedWorkflow, message: RunInput) -> Sequence[RunLabel]:
-    """Return the labels of a run: those of the message replace those of the settings with the same key.
+    """Return the labels (tags, metadata) of a run: those of the message replace those of the settings with
+    the same key.
 
-    None for an unparsed mail, which gets its labels later.
+    Empty for an unparsed mail, which gets its labels when it is parsed.
     """
     if not message.is_read:
         return ()  # by the settings, when the mail is parsed
@@ -319,7 +333,7 @@ class IngestCapacity:
         self._workflows = workflows
 
     async def require(self, request: RateLimitedRequest, target: RunTarget, count: int = 1) -> None:
-        """Take capacity for `count` runs, and add rate limit headers to the answer.
+        """Take capacity for `count` runs from all limits, and add rate limit headers to the answer.
 
         Raises a 409 error for a paused workflow, and 429 when a limit of workflow, organization or sender is
         reached.
@@ -338,7 +352,10 @@ class IngestCapacity:
         await self._backlog.require_capacity(workflow.organization_id, workflow.id, count)
 
     async def require_not_paused(self, caller: ApiCaller, target: RunTarget) -> None:
-        """Raise a 409 error if a workflow is paused; for senders that can retry, unlike those of mails and webhooks."""
+        """Raise a 409 error if a workflow is paused, by its present state in the database.
+
+        For senders that can retry, unlike those of mails and webhooks, whose runs are kept.
+        """
         if not target.is_held:
             return
         # Reload before a refusal, which must not rest on a cached status. A plan made with it is made again.

@@ -80,6 +80,7 @@ async def of_workflow(request: GatewayRequest) -> JsonResponse:
 
 
 def _show_sample(sample: RejectedRequestSample) -> SampleShape:
+    """Return a sample of a rejected request as the API shows it."""
     shape = sample.shape
     return SampleShape(
         route=IngestRoute(sample.route),

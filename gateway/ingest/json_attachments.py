@@ -30,7 +30,8 @@ class JsonAttachment:
     content: bytes | None
 
     async def as_json(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
-        """Store the content as a blob, and return the attachment for the run's input; raises `BlobsUnavailable`.
+        """Store the content as a blob of the run, and return the attachment for the run's input; raises
+        `BlobsUnavailable`.
 
         An attachment without content is returned as it was sent.
         """
@@ -42,6 +43,10 @@ class JsonAttachment:
         return {**attachment.as_json(), "blob": reference.as_json()}
 
     def _label(self) -> AttachmentLabel:
+        """Return file name, media type, content id and disposition of the attachment, cleaned; "" for absent
+        or invalid ones.
+        """
+
         def text(name: str) -> str:
             value = self.members.get(name)
             return value if isinstance(value, str) else ""
@@ -56,7 +61,9 @@ class JsonAttachment:
 
 
 def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
-    """Return attachments with decoded contents; raises a 422 error for invalid base64 and for too many attachments."""
+    """Return attachments with decoded contents; raises a 422 error for invalid base64 and over the limit of
+    attachments.
+    """
     if len(attachments) > DEFAULT_LIMITS.max_attachments:
         most = f"A mail may have at most {DEFAULT_LIMITS.max_attachments:,} attachments"
         raise errors.invalid([errors.problem(_FIELD, "too-many", most)])
@@ -74,7 +81,11 @@ def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[Js
 
 
 def _decode_content(members: Mapping[str, Json]) -> bytes | None:
-    """Return the decoded content of an attachment, None without one; raises ValueError for invalid base64."""
+    """Return the decoded content of an attachment, None without one; raises ValueError for invalid base64 or
+    no text.
+
+    White space in it is ignored.
+    """
     value = members.get(CONTENT)
     if value is None:
         return None

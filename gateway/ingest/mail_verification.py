@@ -109,9 +109,10 @@ class MailTarget:
     trigger: MailTrigger
 
     def sender(self, label: str) -> RequestSender:
-        """Return the sender of a mail that a mail service has sent.
+        """Return the sender of a mail that came without key or token from a mail service; `label` says how it
+        was verified.
 
-        It acts for the workflow's owner, and may only execute. `label` says how the mail was verified.
+        It acts for the workflow's owner, and may only execute.
         """
         workflow = self.workflow
         caller = ApiCaller(
@@ -125,7 +126,7 @@ class MailTarget:
         return RequestSender(caller, label)
 
     def mail(self, content: SenderRequest, kind: MailKind, known: RequestSender | None) -> VerifiedMail:
-        """Return a mail for this target; its sender is unverified if no sender is known."""
+        """Return a mail for this target, not verified yet; its sender is `known`, or an unverified one for None."""
         return VerifiedMail(self, content, kind, self.sender(UNVERIFIED) if known is None else known)
 
 
@@ -167,7 +168,8 @@ class MailVerifier:
     async def find_target(self, workflow_id: str, known: RequestSender | None) -> MailTarget:
         """Return the workflow that a mail is for, with its trigger's config.
 
-        Raises a 404 error for authenticated callers, and 401 when the trigger accepts no anonymous mail.
+        For a known sender it raises a 404 error unless that may read the workflow; for others 401 when it
+        does not exist or its trigger accepts no anonymous mail.
         """
         if known is not None:
             workflow = await self._workflows.load(workflow_id, known.caller)
@@ -180,7 +182,8 @@ class MailVerifier:
     async def verify(
         self, target: MailTarget, content: SenderRequest, known: RequestSender | None, *, address: str
     ) -> VerifiedMail:
-        """Verify a mail and return it with its sender; raises `ApiError` when it is refused.
+        """Verify a mail by signature or credentials, and return it with its sender; raises `ApiError` when it
+        is refused.
 
         A signature is checked whenever the mail has one and the trigger has its key, even for authenticated
         callers. Wrong passwords are limited by the client's `address`. A trigger that isn't ready is loaded
@@ -217,7 +220,8 @@ class MailVerifier:
     async def _verify_signature(self, mail: VerifiedMail) -> tuple[str, SignatureResult] | None:
         """Verify a mail's signature; return the kind of its sender, and the result.
 
-        None when the mail has none or the trigger has no key for it. Raises `RequestRefused` for a wrong one.
+        None when the mail has none or the trigger has no key for it. Raises `RequestRefused` for a wrong one,
+        and 503 while the key can't be read.
         """
         trigger = mail.target.trigger
         if mail.kind in mail_kinds.SENDGRID_KINDS and trigger.sendgrid is not None:
@@ -246,9 +250,10 @@ class MailVerifier:
         return sns.verify(message, pem, topics, sent.received_at)
 
     async def _try_credentials(self, mail: VerifiedMail, *, client: str) -> str:
-        """Return the kind of a mail's valid credentials.
+        """Return the kind of a mail's valid credentials (user and password, or a bearer token).
 
-        Raises a 401 error without them, 429 for a client with too many wrong ones.
+        Raises a 401 error without any, `RequestRefused` for wrong ones, and 429 for a client with too many
+        wrong ones.
         """
         attempt = f"{mail.target.workflow.id} {client}"
         offered = f"{mail.target.workflow.id} {mail.content.headers.single('Authorization')}"
@@ -264,9 +269,9 @@ class MailVerifier:
         return label
 
     async def _verify_credentials(self, mail: VerifiedMail) -> str | None:
-        """Verify a mail's credentials and return their kind; None when it has none, or none are configured.
+        """Verify a mail's `Authorization`, and return its kind; None when it has none, or none are configured.
 
-        Raises `RequestRefused` for wrong ones.
+        Raises `RequestRefused` for wrong ones, and 503 while the expected ones can't be read.
         """
         trigger = mail.target.trigger
         scheme, _, given = (mail.content.headers.single("Authorization") or "").partition(" ")
@@ -288,9 +293,8 @@ class MailVerifier:
 
 
 async def recognize_service(sent: SenderRequest) -> MailKind:
-    """Return the format of a mail, by the service that sent it.
-
-    Raises the API error for a request that contains no mail.
+    """Return the format of a mail, by the service that sent it; raises the API error for a request that
+    contains no mail.
     """
     try:
         return await offload.run(mail_kinds.recognize_mail, sent)
@@ -321,7 +325,7 @@ def refuse_until_later(kind: MailKind) -> Iterator[None]:
 
 
 def refusal_error(error: RequestRefused) -> ApiError:
-    """Return the API error for a refused mail."""
+    """Return the API error for a refused mail: 401 for signatures, 413, 415, or 400 for others."""
     if error.code in _OF_SIGNATURES:
         return ApiError(401, "invalid-signature", error.message)
     if error.code == "too-large":
@@ -344,9 +348,8 @@ def _final_refusal(kind: MailKind, error: ApiError) -> ApiError:
 
 
 def _trigger_config(workflow: LoadedWorkflow) -> MailTrigger:
-    """Return the config of the workflow's e-mail trigger.
-
-    An invalid one accepts no mail, a missing one no anonymous mail.
+    """Return the config of the workflow's e-mail trigger; an invalid one accepts no mail, a missing one no
+    anonymous mail.
     """
     trigger = workflow.trigger
     if trigger is None or trigger.kind != TriggerKind.EMAIL:

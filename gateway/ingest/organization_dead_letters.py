@@ -249,7 +249,9 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose(
     request: GatewayRequest, body: SelectDeadLetters, wanted: DeadLetterFilter
 ) -> tuple[int, Sequence[FailedRun]]:
-    """Return the number of dead letters that match, and the oldest of them up to the limit of the body."""
+    """Return the number of dead letters that match, of 2,000 examined ones, and the oldest up to the limit of
+    the body.
+    """
     bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
         found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
@@ -262,7 +264,9 @@ def _name_subject(request: GatewayRequest, body: SelectDeadLetters) -> str:
 
 
 def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
-    """Return the groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest."""
+    """Return groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest, and
+    so are groups.
+    """
     collected: dict[str, _GroupedRuns] = {}
     for failed in rows:
         cause = dead_letter_rows.describe_cause(failed)
@@ -273,6 +277,7 @@ def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
 
 
 def _show_group(group: _GroupedRuns, name: str) -> DeadLetterGroup:
+    """Return a group of dead letters as the API shows it; `name` is that of its workflow."""
     return DeadLetterGroup(
         id=group.cause.fingerprint,
         workflow_id=group.newest.workflow_id,

@@ -63,9 +63,9 @@ async def redrive_each(
     resource_ids: Sequence[str],
     redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> RedriveResult:
-    """Redrive each object of a workflow unless a list has redriven it before.
+    """Redrive each object of a workflow by `redrive(id, key)`; return the new runs, and the errors by object.
 
-    Return the new runs and the errors by object.
+    The key makes sure that no list redrives an object twice.
     """
 
     async def once(resource_id: str) -> AcceptanceResult:
@@ -80,7 +80,7 @@ async def redrive_all(
 ) -> RedriveResult:
     """Redrive objects, ten at a time; return the new runs, and the API errors by the ids of the objects.
 
-    Objects that were redriven before count as neither.
+    Objects that were redriven before are in neither.
     """
     done = RedriveResult()
 
@@ -103,7 +103,7 @@ async def redrive_all(
 async def record_redrive(
     database: Database, caller: ApiCaller, action: AuditAction, about: str, resource_ids: Sequence[str]
 ) -> None:
-    """Add a redrive to the audit trail before it begins; `about` is the id of the workflow or organization."""
+    """Record a redrive in the audit trail before it begins; `about` is the id of the workflow or organization."""
     after = fingerprint(list(resource_ids))
 
     async def record(connection: AsyncConnection) -> None:
@@ -126,10 +126,10 @@ class RunRedriver:
     async def redrive_delivery(
         self, caller: ApiCaller, one: Delivery, idempotency_key: IdempotencyKey | None
     ) -> tuple[AcceptanceResult, str]:
-        """Run the workflow of a delivery on its content; return the result, and the kind of its trigger.
+        """Run the workflow of a delivery on its content again; return the result, and the kind of its trigger.
 
-        Raises a 409 error when the delivery has no content to run, or several runs, and the errors of the
-        ingest.
+        A key of None allows several redrives. Raises a 409 error when the delivery has no content to run, or
+        several runs, and the errors of the ingest.
         """
         kind = delivery_rows.KINDS.get(IngestRoute(one.route))
         if kind is None:
@@ -157,9 +157,11 @@ class RunRedriver:
     async def redrive_dead_letter(
         self, caller: ApiCaller, failed: Execution | FailedRun, idempotency_key: IdempotencyKey
     ) -> tuple[AcceptanceResult, str]:
-        """Run the workflow of a failed run on the same input; return the result, and the kind of its trigger.
+        """Run the workflow of a failed run on the same input, as it is now; return the result, and the kind
+        of its trigger.
 
-        Raises a 409 error if the input is no longer kept, and the errors of the ingest.
+        A repeated key returns the first result. Raises a 409 error if the input is no longer kept, and the
+        errors of the ingest.
         """
         given, source = await self._read_input(caller, failed.id)
         if given is None:
@@ -203,7 +205,7 @@ class RunRedriver:
         )
 
     async def _read_input(self, caller: ApiCaller, execution_id: str) -> tuple[str | None, BlobOwner | None]:
-        """Return a run's input as JSON text, and the owner of its blobs; None twice if it is no longer kept."""
+        """Return a run's input as JSON text, and the owner of its blobs; (None, None) if it is no longer kept."""
         organization_id = caller.organization_id
         statement = (
             select(col(ExecutionData.trigger), col(Execution.key_id))

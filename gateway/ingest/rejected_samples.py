@@ -69,7 +69,8 @@ class RejectedSamples:
         self._per_workflow = LocalTokenBuckets()
 
     def note(self, scope: Scope, error: ApiError) -> None:
-        """Count a refused request that has no delivery, and sample its shape in the background.
+        """Count a refused request that has no delivery, and sample its shape (no values of headers) in the
+        background.
 
         Requests of other routes and faults of the server are skipped; too many requests are counted only.
         """
@@ -85,9 +86,8 @@ class RejectedSamples:
             self._writing = asyncio.create_task(self._write())
 
     def _may_sample(self, scope: Scope) -> bool:
-        """Return whether a sample may be kept, by a rate per workflow.
-
-        So a flood to one workflow spares the samples of others.
+        """Return whether a sample may be kept: 20 an hour per workflow, so that a flood to one spares the
+        samples of others.
         """
         demand = TokenDemand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
         return self._per_workflow.take(demand, monotonic()).tokens > 0
@@ -100,6 +100,7 @@ class RejectedSamples:
         self._is_urgent.clear()
 
     async def _write(self) -> None:
+        """Write waiting samples once a second until none wait; `drain` makes it write at once."""
         try:
             while self._waiting:
                 batch, self._waiting = [*self._waiting.values()], {}
@@ -137,9 +138,9 @@ async def list_samples(
     part: PageBounds,
     workflow_id: str | None = None,
 ) -> tuple[int, list[RejectedRequestSample]]:
-    """Return the number of samples of the caller's organization, and the rows `part` of them, the newest first.
+    """Return the number of samples of the caller's organization, and the page `part` of them, the newest first.
 
-    With `route`, only those of it.
+    A route or workflow of None means all.
     """
     conditions = [col(RejectedRequestSample.organization_id) == caller.organization_id]
     if workflow_id is not None:
@@ -164,6 +165,7 @@ async def list_samples(
 
 
 async def _upsert_samples(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert samples, each in place of an earlier one with the same route and slot."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     # Same order in every gateway: concurrent writers wait for one another without a deadlock.
     statement = dialect.insert(RejectedRequestSample).values(
@@ -178,7 +180,9 @@ async def _upsert_samples(connection: AsyncConnection, rows: Sequence[Mapping[st
 
 
 def _build_row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
-    """Return the columns of a sample with the organization of its workflow, without a workflow that doesn't exist."""
+    """Return the columns of a sample with the organization of its workflow; both are None for a workflow that
+    doesn't exist.
+    """
     row = sample.model_dump()
     if sample.organization_id is None:
         row["organization_id"] = owners.get(sample.workflow_id or "")
@@ -209,9 +213,9 @@ def _build_sample(
 
 
 def _describe_shape(scope: Scope) -> dict[str, Any]:
-    """Return method, address, content type and names of headers of a request.
+    """Return method, address, content type, hash and the names of 50 headers of a request.
 
-    Not their values, which may be secrets.
+    Values of headers are left out, since they may be secrets.
     """
     headers = scope["headers"]
     content_types = [value for name, value in headers if name.lower() == b"content-type"]
