@@ -163,7 +163,11 @@ class _ListedRow:
 async def _list_rows(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds
 ) -> tuple[int, Sequence[_ListedRow]]:
-    """Return the number of schedules that the caller may read, and the rows `part` of them, the next to start first."""
+    """Return the number of schedules that the caller may read, and the page `part` of them, the next to start
+    first.
+
+    Inactive ones come last. Each has its workflow, trigger and the status of its last run.
+    """
     is_schedule = and_(
         col(WorkflowTrigger.workflow_id) == col(Schedule.workflow_id),
         col(WorkflowTrigger.kind) == SCHEDULE_KIND,
@@ -185,7 +189,7 @@ async def _list_rows(
 
 
 def _split_row(values: Sequence[Any]) -> _ListedRow:
-    """Return the objects of a result row that has the columns of three tables, one after the other."""
+    """Return the objects of a result row that has the columns of three tables, one after the other, then a status."""
     objects: list[Any] = []
     position = 0
     for table in (Schedule, Workflow, WorkflowTrigger):
@@ -219,9 +223,10 @@ def _show_schedule(
     status: str | None,
     now: datetime,
 ) -> WorkflowSchedule:
-    """Return the schedule of a workflow in API form, with its next runs.
+    """Return the schedule of a workflow as the API shows it, with its next five runs.
 
-    Inactive without an active schedule trigger.
+    It is inactive without an active workflow and a valid schedule trigger, and says why. `row` None means
+    that it was never active; `status` is that of the last run.
     """
     shape = WorkflowSchedule(
         workflow_id=workflow.id,
@@ -282,6 +287,7 @@ def _show_policy(wanted: ScheduleTimetable) -> SchedulePolicy:
 
 
 def _last_run(row: Schedule | None, status: str | None) -> LastRun | None:
+    """Return the last run of a schedule; None if it never started one."""
     if row is None or row.last_run_at is None or row.last_execution_id is None:
         return None
     return LastRun(

@@ -167,7 +167,9 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
 async def _list_rows(
     connection: AsyncConnection, caller: ApiCaller, limit: int, offset: int
 ) -> tuple[int, Sequence[_LaneRow]]:
-    """Return the number of workflows with a schedule or a deployment, and a page of them."""
+    """Return the number of workflows with an active schedule or a deployment that the caller may read, and a
+    page of them.
+    """
     is_schedule = and_(
         col(WorkflowTrigger.workflow_id) == col(Workflow.id), col(WorkflowTrigger.kind) == SCHEDULE_KIND
     )
@@ -205,7 +207,11 @@ async def _read_schedules(connection: AsyncConnection, workflow_ids: Sequence[st
 async def _read_decisions(
     connection: AsyncConnection, workflow_ids: Sequence[str], since: datetime
 ) -> Sequence[LifecycleDecision]:
-    """Return decisions since a time, and the last one of each workflow before it, by workflow and time."""
+    """Return decisions since a time (the newest 1,000), and the last one of each workflow before it, by
+    workflow and time.
+
+    The earlier one tells whether its pods ran at that time.
+    """
     if not workflow_ids:
         return []
     of_workflows = col(LifecycleDecision.workflow_id).in_(workflow_ids)
@@ -234,6 +240,7 @@ async def _read_decisions(
 
 
 def _build_lane(row: _LaneRow, decisions: Sequence[LifecycleDecision], shown: _Range) -> TimelineLane:
+    """Return the lane of a workflow on the timeline: coming runs, windows, and the times with pods."""
     ticks, are_cut = _ticks(row, shown)
     schedule = row.schedule
     return TimelineLane(
@@ -250,7 +257,7 @@ def _build_lane(row: _LaneRow, decisions: Sequence[LifecycleDecision], shown: _R
 
 
 def _ticks(row: _LaneRow, shown: _Range) -> tuple[Sequence[ScheduleTick], bool]:
-    """Return the coming times of a schedule, and whether there are more of them."""
+    """Return up to 48 coming times of an active schedule within the range, and whether there are more of them."""
     schedule = row.schedule
     if schedule is None or schedule.next_run_at is None or row.trigger_config is None:
         return [], False
@@ -267,6 +274,7 @@ def _ticks(row: _LaneRow, shown: _Range) -> tuple[Sequence[ScheduleTick], bool]:
 
 
 def _show_tick(at: datetime, timetable: ScheduleTimetable) -> ScheduleTick:
+    """Return a coming time, with its local time and whether a change of the clocks lies within the hour before it."""
     before = (at - timedelta(hours=1)).astimezone(timetable.zone)
     local = at.astimezone(timetable.zone)
     return ScheduleTick(
@@ -277,6 +285,9 @@ def _show_tick(at: datetime, timetable: ScheduleTimetable) -> ScheduleTick:
 
 
 def _windows(row: _LaneRow, shown: _Range) -> Iterable[TimeSpan]:
+    """Yield the windows of a deployed workflow within the range, cut to it; none under another policy than
+    `scheduled-window`.
+    """
     policy = lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(row.workflow.lifecycle))
     if row.deployment_id is None or not isinstance(policy, ScheduledWindowPolicy):
         return
@@ -292,11 +303,12 @@ def _windows(row: _LaneRow, shown: _Range) -> Iterable[TimeSpan]:
 
 
 def _changes(schedule: WindowSchedule, shown: _Range) -> Iterable[weekly_windows.WindowChange]:
+    """Return the openings and closings of a schedule within the range, in order."""
     return weekly_windows.window_changes(schedule, shown.since, shown.until)
 
 
 def _awake_spans(decisions: Sequence[LifecycleDecision], shown: _Range) -> Iterable[AwakeSpan]:
-    """Yield the times with pods, from decisions that are ordered by time."""
+    """Yield the times with pods within the range, from the decisions about a deployment, ordered by time."""
     begun: LifecycleDecision | None = None
     for one in decisions:
         if one.replicas > 0 and begun is None:
@@ -310,6 +322,7 @@ def _awake_spans(decisions: Sequence[LifecycleDecision], shown: _Range) -> Itera
 
 
 def _show_span(begun: LifecycleDecision, end: datetime, shown: _Range, *, is_open: bool) -> AwakeSpan:
+    """Return a time with pods, cut to the range; its reason is None if it began before."""
     is_inside = begun.at >= shown.since
     return AwakeSpan(
         start=instant(max(begun.at, shown.since)),
