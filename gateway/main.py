@@ -41,6 +41,7 @@ class GatewayApplication(Starlette):
     """Starlette application with its own route table. `Endpoint` catches errors, so no middleware layers do."""
 
     def build_middleware_stack(self) -> ASGIApp:
+        """Return the application: the routes with the layers for request ids, metrics, CORS and hosts of workflows."""
         served: dict[str, ASGIApp] = {
             **routes.endpoints([*routes.TABLE, *routes.FOR_BROWSERS]),
             **internal_routes.endpoints(internal_routes.TABLE),
@@ -53,7 +54,7 @@ class GatewayApplication(Starlette):
 
 
 def create_app(open_state: StateFactory) -> Starlette:
-    """Return the application of the gateway; while it runs, it holds the state that `open_state` yields."""
+    """Return the application of the gateway; while it runs, it holds the state that `open_state` opens and closes."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -66,13 +67,14 @@ def create_app(open_state: StateFactory) -> Starlette:
 def serve(settings: GatewaySettings) -> None:
     """Serve the API until a signal stops the process.
 
-    Raises `InvalidSettings` when a setting is missing that only `pilotflame dev` can omit.
+    Raises `InvalidSettings` when a setting is missing or unsafe that only `pilotflame dev` can omit.
     """
     settings.check_for_production()
     uvloop.run(_serve(settings))
 
 
 async def _serve(settings: GatewaySettings) -> None:
+    """Serve the API with its metrics, heartbeat file and tracer, on the configured or an inherited socket."""
     # Opened here, not by the application's lifespan: Uvicorn would wrap a failure to open in a traceback.
     async with (
         heartbeat.run_heartbeat(settings.heartbeat_file),
@@ -99,12 +101,14 @@ class GatewayServer(uvicorn.Server):
     _proxy_refresh: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the server, follow the host names of proxies, and freeze loaded objects for the garbage collector."""
         if self.proxies is not None and self.proxies.has_names:
             self._proxy_refresh = asyncio.create_task(self.proxies.follow())
         await super().startup(sockets)
         gc_tuning.freeze_loaded()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop the server: end all waits of requests first, so that no long poll keeps the process alive."""
         if self._proxy_refresh is not None:
             self._proxy_refresh.cancel()
         if self.before_shutdown is not None:
@@ -121,9 +125,10 @@ class GatewayServer(uvicorn.Server):
 
 
 def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
-    """Return the connection limits of a server; also raises this process's limit of file descriptors.
+    """Return the limits of a server's connections; also raises this process's limit of file descriptors.
 
-    Logs a warning if the system allows fewer connections than are configured.
+    By default as many connections as the descriptors allow; more configured ones are cut with a warning. A
+    client has half of them.
     """
     most = connections_for(raise_descriptor_limit())
     connections = settings.max_connections or most
@@ -142,7 +147,7 @@ def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
 
 
 def build_server(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
-    """Return a server for an application, ready to run."""
+    """Return a server for an application, ready to run, with the connection limits of the settings."""
     bounds = bounds_of(settings)
     server = GatewayServer(
         uvicorn.Config(

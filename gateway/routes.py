@@ -73,7 +73,7 @@ FOR_BROWSERS: Sequence[Route] = (
 
 
 def endpoints(table: Sequence[Route]) -> dict[str, PathEndpoint]:
-    """Return the endpoint of each path, with all of its methods."""
+    """Return the endpoint of each path, by the path, with all of its methods; GET also answers HEAD."""
     paths: dict[str, dict[str, PathOperation]] = {}
     for line in table:
         operations = paths.setdefault(line.path, {})

@@ -245,6 +245,9 @@ class GatewaySettings(ServerSettings):
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """Return origins for CORS in lower case without a slash at the end; raises ValueError for one that is
+        no origin.
+        """
         # Browsers send origins in lower case and without the default port of the scheme.
         found = tuple(origin.lower().removesuffix("/") for origin in origins)
         for origin in found:
@@ -260,7 +263,8 @@ class GatewaySettings(ServerSettings):
 
     @property
     def bodies_bytes(self) -> int:
-        """Maximum bytes of all request bodies held at once.
+        """Maximum bytes of all request bodies held at once: as configured, or three of the largest allowed,
+        at least 128 MB.
 
         Raises `InvalidSettings` when the largest allowed body doesn't fit.
         """

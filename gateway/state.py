@@ -140,7 +140,8 @@ StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]
 async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
     """Yield the whole state for a gateway in a process of its own, and close it after the block.
 
-    Raises `OutdatedDatabase`, `DatabaseUnavailable` and `BrokerUnavailable`.
+    It opens database and Redis, and synchronizes the clock. Raises `OutdatedDatabase`, `DatabaseUnavailable`
+    and `BrokerUnavailable`.
     """
     async with AsyncExitStack() as stack:
         url = databases.parse_url(settings.database_url)
@@ -162,7 +163,8 @@ async def assemble_state(
 ) -> AsyncIterator[GatewayState]:
     """Yield the gateway's own parts around a database, store and broker that other roles may share.
 
-    After the block, the gateway's own parts are closed, and the shared ones stay open.
+    With a bootstrap key, the first organization is created. After the block, the own parts finish their
+    writes and are closed; the shared ones stay open.
     """
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)

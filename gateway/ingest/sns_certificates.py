@@ -60,10 +60,10 @@ class SnsCertificateCache:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def get(self, url: str, now: datetime) -> bytes:
-        """Return the certificate at a URL as PEM, cached for a while; raises a 503 error when it can't be fetched.
+        """Return the certificate at a URL as PEM, cached until it expires (100 of them).
 
-        SNS treats a 4xx as final, and the fault may be temporary: a network that is not allowed, or a proxy
-        that answers instead of SNS.
+        Raises a 503 error when it can't be fetched within five seconds: SNS treats a 4xx as final, and the
+        fault may be temporary, such as a network that is not allowed, or a proxy that answers instead of SNS.
         """
         kept = self._kept.get(url)
         if kept is not None and now < kept[1]:
@@ -75,9 +75,9 @@ class SnsCertificateCache:
         return await asyncio.shield(fetch)
 
     async def confirm(self, url: str) -> None:
-        """Request a URL that confirms a subscription.
+        """Request a URL that confirms a subscription of SNS.
 
-        Raises `RequestRefused` when SNS refuses, a 503 error when it is unavailable.
+        Raises `RequestRefused` when SNS refuses, a 503 error when it does not answer or asks to wait.
         """
         status, _ = await self._request(url)
         if status != OK:
@@ -91,6 +91,7 @@ class SnsCertificateCache:
         await self._client.close()
 
     async def _fetch(self, url: str) -> bytes:
+        """Fetch a certificate, check that it is one, and cache it; raises a 503 error otherwise."""
         status, pem = await self._request(url)
         if status != OK:
             raise _retry_later(f"it answered {status} instead of its certificate")
@@ -111,6 +112,9 @@ class SnsCertificateCache:
             fetch.exception()  # marks the exception as retrieved: waiting callers have it, and nobody else needs it
 
     async def _request(self, url: str) -> tuple[int, bytes]:
+        """Return status and body of a GET, at most four at a time; raises a 503 error without an answer, for
+        429 and 5xx.
+        """
         try:
             async with self._places:
                 answer = await self._client.request(

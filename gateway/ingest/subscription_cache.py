@@ -45,7 +45,11 @@ class SubscriptionCache:
         self._lookups: GroupCommit[OfType, SubscribedWorkflows] = GroupCommit(self._look_up)
 
     async def find(self, organization_id: str, event_type: str) -> SubscribedWorkflows:
-        """Return the workflows that subscribe to an event type; raises `DatabaseUnavailable`."""
+        """Return the workflows that subscribe to an event type, and those of them that are deployed.
+
+        Concurrent lookups share queries; each sees all that was committed before. Raises
+        `DatabaseUnavailable`.
+        """
         return await self._lookups.submit((organization_id, event_type))
 
     async def drain(self) -> None:
@@ -53,6 +57,7 @@ class SubscriptionCache:
         await self._lookups.drain()
 
     async def _look_up(self, batch: Sequence[OfType]) -> Sequence[SubscribedWorkflows]:
+        """Answer a batch of lookups in one transaction."""
         async with self._database.read() as connection:
             found = {
                 one: await event_subscriptions.match_subscriptions(connection, *one)
@@ -69,6 +74,7 @@ class SubscriptionCache:
 
 
 async def _find_deployed(connection: AsyncConnection, found: Iterable[EventSubscription]) -> frozenset[str]:
+    """Return the ids of the deployed ones of the subscribing workflows."""
     workflow_ids = [*{one.workflow_id for one in found}]
     deployed: set[str] = set()
     for start in range(0, len(workflow_ids), BATCH_IDS):

@@ -178,6 +178,7 @@ async def revoke(request: GatewayRequest) -> NoContent:
 async def _list_valid_tokens(
     connection: AsyncConnection, workflow_id: str, now: datetime
 ) -> Sequence[SenderToken]:
+    """Return the valid trigger tokens of a workflow at `now`, the newest first."""
     statement = (
         select(SenderToken)
         .where(
@@ -191,9 +192,9 @@ async def _list_valid_tokens(
 
 
 async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
-    """Let the tokens of a workflow end at a time, or earlier if they expire before.
+    """Let the valid tokens of a workflow end at `at`, or earlier if they expire before; return their ids.
 
-    Return the ids of those that were valid. Of too many valid tokens, the oldest end now.
+    Only the nine newest may overlap with a new one: older ones end `now`.
     """
     rows = await _list_valid_tokens(connection, workflow_id, now)
     for place, row in enumerate(rows, start=1):
@@ -211,7 +212,10 @@ def _find_kind(request: GatewayRequest, stored: StoredWorkflow) -> str | None:
 
 
 def _build_urls(request: GatewayRequest, stored: StoredWorkflow, token: str) -> dict[str, str]:
-    """Return the URLs of a workflow's trigger with a token, by kind of sender; empty for triggers without senders."""
+    """Return the URLs of a workflow's trigger with a token, by kind of sender; empty for triggers without senders.
+
+    Kinds are `api`, `batch`, `webhook` and, for mails, one for each service.
+    """
     base = base_url(request)
     workflow = f"{base}/api/v1/workflows/{stored.workflow.id}"
     match _find_kind(request, stored):

@@ -74,10 +74,12 @@ class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def data_sources(self) -> Sequence[str]:
+        """Ids of the data sources that hold the secrets; a second one during a rotation."""
         return [self.data_source] if isinstance(self.data_source, str) else self.data_source
 
     @property
     def tolerance(self) -> timedelta:
+        """Greatest permitted difference between a signature's time and now."""
         return timedelta(seconds=self.replay_window_seconds)
 
     @property
@@ -126,10 +128,10 @@ class TriggerVerifier:
         workflow_id: str,
         use: Callable[[LoadedWorkflow], Awaitable[Used]],
     ) -> Used:
-        """Return the result of `use` with the definition of a workflow that runs execute, deployed or stored.
+        """Return the result of `use` with the definition of a workflow that runs execute: deployed or stored.
 
-        After an error it is loaded and used again, so that none rests on an outdated config. Raises 404, and
-        the errors of `use`.
+        After an error that an outdated config may cause, it is loaded again and, if its trigger has changed,
+        used again. Raises 404, and the errors of `use`.
         """
         workflow = await self._executed_workflow(await self._workflows.load(workflow_id, caller))
         try:
@@ -148,7 +150,8 @@ class TriggerVerifier:
     ) -> VerifiedSignature | None:
         """Verify a message sent with a trigger token, if its trigger of a kind requires that; return the result.
 
-        None for senders with a key. Raises the errors of `verify_signature`.
+        None for senders with a key; a result without config if the trigger requires nothing. Raises the
+        errors of `verify_signature`.
         """
         if sender.token is None:
             return None
@@ -162,7 +165,7 @@ class TriggerVerifier:
         return await self.verify_with_current_secret(sender.caller, workflow_id, use)
 
     async def verify_again(self, verified: VerifiedSignature, target: RunTarget) -> None:
-        """Verify a request again if the `verification` of its target has changed since.
+        """Verify a request again if the `verification` of the trigger that will run has changed since.
 
         Raises the errors of `verify_signature`.
         """
@@ -173,8 +176,9 @@ class TriggerVerifier:
     async def verify_signature(self, workflow: LoadedWorkflow, request: SenderRequest) -> VerifiedSignature:
         """Verify a request by the workflow's trigger and return the result.
 
-        Raises a 401 error for an invalid signature, and 400 for a request that can't be parsed. Raises 422
-        when the trigger has no valid `verification`, and 503 when its secret is missing or can't be read.
+        The provider `none` accepts all. Raises a 401 error for an invalid signature, and 400 for a request
+        that can't be parsed. Raises 422 when the trigger has no valid `verification`, and 503 when its secret
+        is missing or can't be read.
         """
         said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
         verification = parse_config(said)
@@ -196,9 +200,9 @@ class TriggerVerifier:
         return VerifiedSignature(request, said, verified.delivery_key)
 
     async def _executed_workflow(self, workflow: LoadedWorkflow) -> LoadedWorkflow:
-        """Return a workflow with its deployed definition, if any.
+        """Return a workflow with its deployed definition if it is deployed, else unchanged.
 
-        Unlike the lookup for a run, it records no activity.
+        Unlike the lookup for a run, it records no activity, which would keep its pods up.
         """
         if not workflow.is_deployed:
             return workflow

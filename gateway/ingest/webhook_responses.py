@@ -64,7 +64,7 @@ async def await_answer(
 ) -> AwaitedRunState | None:
     """Return the state of a run once it has answered or ended, or after `seconds`; None if there is no such run.
 
-    Raises a 503 error when too many requests wait.
+    Raises a 503 error when 10,000 requests wait here, and 500 for an answer that can't be rendered.
     """
     if waiting.polls >= limits.POLLS_WAITING:
         raise errors.not_ready("Too many requests wait for executions to end")
@@ -81,6 +81,7 @@ async def await_answer(
 async def _answer_when_ended(
     database: Database, waiting: ExecutionPollHub, key: ExecutionKey, waiter: ExecutionWaiter
 ) -> AwaitedRunState | None:
+    """Return the state of a run once it has answered or ended, or the waiter is over; None for a missing run."""
     while True:
         waiter.changed.clear()
         # Watch before the read, so that no change in between is missed.
@@ -93,6 +94,7 @@ async def _answer_when_ended(
 
 
 async def _read_run_state(database: Database, key: ExecutionKey) -> AwaitedRunState | None:
+    """Return the status of a run and its answer to the sender, None if it has none so far; None for a missing run."""
     async with database.read() as connection:
         row = (await connection.execute(_RUN_STATE, key._asdict())).first()
     if row is None:

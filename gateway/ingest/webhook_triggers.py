@@ -71,16 +71,17 @@ class WebhookTrigger:
             raise errors.method_not_allowed(self.config.methods)
 
     def require_network(self, address: str) -> None:
-        """Raise a 403 error for an address outside the networks that the trigger allows, if it limits them."""
+        """Raise a 403 error for an address outside the networks that the trigger allows; None allows all."""
         networks = self.config.allowed_networks
         if networks is not None and not any(_is_in(address, network) for network in networks):
             message = "The trigger accepts no requests from this address"
             raise ApiError(403, "network-not-allowed", message)
 
     def runs_for(self, event_type: str | None) -> bool:
-        """Return whether an event type runs the workflow.
+        """Return whether a request with this event type (None for none) runs the workflow, by the trigger's
+        patterns.
 
-        Without a list of allowed events, all except a ping of GitHub.
+        Without a list of allowed events, all do except a ping of GitHub.
         """
         allowed = self.config.allowed_events
         if allowed is None:
@@ -102,6 +103,9 @@ def read_webhook(workflow: LoadedWorkflow) -> WebhookTrigger:
 
 
 def _is_in(address: str, network: str) -> bool:
+    """Return whether an address belongs to a network; False for invalid texts. An IPv4-mapped address counts
+    as IPv4.
+    """
     try:
         sender = ip_address(address)
         if isinstance(sender, IPv6Address):
@@ -124,7 +128,12 @@ class ParsedWebhookRequest:
 
 
 def parse_request(hook: WebhookTrigger, request: SenderRequest) -> ParsedWebhookRequest | UrlChallenge:
-    """Return the event type, None without one, and body of a request, or its challenge; raises `RequestRefused`."""
+    """Return the event type (None without one) and body of a request, or the challenge with which a sender
+    checks the address.
+
+    The event type comes from GitHub's header, Slack's event, or the field `type`. Raises `RequestRefused` for
+    invalid content.
+    """
     match hook.verification.provider:
         case SigningProvider.GITHUB:
             name = request.headers.single("X-GitHub-Event")
@@ -142,7 +151,10 @@ def parse_request(hook: WebhookTrigger, request: SenderRequest) -> ParsedWebhook
 
 
 def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dict[str, Json]:
-    """Return the output of the webhook trigger node for a request: body, headers, query and method."""
+    """Return the output of the webhook trigger node for a request: body, headers, query, method and mode of answer.
+
+    A query parameter with several values is a list. Headers with credentials are left out.
+    """
     query: dict[str, Json] = {
         sender_event.storable_text(name): _one_or_all([sender_event.storable_text(value) for value in values])
         for name, values in request.query.items()
@@ -157,9 +169,9 @@ def build_input(hook: WebhookTrigger, request: SenderRequest, body: Json) -> dic
 
 
 def _select_headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
-    """Return the headers that a run may see, without credentials.
+    """Return the headers that a run may see, without credentials, signatures and the encoding.
 
-    Several of one name become one text, as HTTP defines.
+    Several of one name become one text, joined by commas, as HTTP defines.
     """
     own = {hook.verification.header.lower()} if hook.verification.provider is SigningProvider.HMAC else set()
     return {
@@ -170,7 +182,7 @@ def _select_headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, 
 
 
 def _decode_body(request: SenderRequest) -> Json:
-    """Return a body, decoded by its media type: JSON, form fields, text, or bytes as base64.
+    """Return a body, decoded by its media type: JSON, form fields, text, or other bytes as base64.
 
     An absent one is an empty object. Raises `RequestRefused` for invalid content.
     """

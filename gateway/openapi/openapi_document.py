@@ -103,7 +103,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
 
 
 def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
-    """Return the OpenAPI document of a route table; `server` is the base URL of its paths."""
+    """Return the OpenAPI 3.1 document of a route table; `server` is the base URL of its paths."""
     from importlib import metadata  # noqa: PLC0415 - loads the parsers of mails and archives
 
     found, named = schemas.build_schemas(
@@ -158,15 +158,14 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
 
 
 def _list_types(line: Route) -> list[object]:
-    """Return the types of an operation's request body, main response and other success responses.
-
-    None for absent ones.
+    """Return the types of an operation's request body, main response and other success responses; None for
+    absent ones.
     """
     return [line.body, line.answer, *(also.answer for also in _note(line).also.values())]
 
 
 def may_warn(line: Route) -> bool:
-    """Return whether a response may list ignored fields of the request.
+    """Return whether a response may list ignored fields of the request in `warnings`.
 
     These are unknown fields of a body that isn't strict, and read-only fields of a new object.
     """
@@ -180,7 +179,10 @@ def _note(line: Route) -> OperationDoc:
 
 
 def _build_tags(table: Iterable[Route]) -> list[Part]:
-    """Return the tags with descriptions in the order of their first operations, with paths outside `/api/` last."""
+    """Return the tags (groups of operations) with descriptions in the order of their first operations.
+
+    Paths outside `/api/` come last; the description is the docstring of the handlers' module.
+    """
     in_order = sorted(table, key=lambda line: not line.path.startswith("/api/"))
     modules = dict.fromkeys(line.handler.__module__ for line in in_order)
     names = dict.fromkeys(_tag(module) for module in modules)
@@ -189,6 +191,7 @@ def _build_tags(table: Iterable[Route]) -> list[Part]:
 
 
 def _tag(module_name: str) -> str:
+    """Return the tag of a module of handlers, by its name."""
     stem = module_name.rpartition(".")[2]
     return _TAG_OF_MODULE.get(stem, stem.replace("_", " ").capitalize())
 
@@ -197,7 +200,11 @@ def _tag(module_name: str) -> str:
 
 
 def _build_operation(line: Route, body: Part | None, answer: Part | None, *others: Part | None) -> Part:
-    """Return an operation of the OpenAPI document from its route, docstring, documentation and examples."""
+    """Return an operation of the OpenAPI document from its route, docstring, documentation and examples.
+
+    `body`, `answer` and `others` are the schemas of its types, None for absent ones; the docstring's first
+    paragraph is the summary.
+    """
     note, shown = _note(line), examples.find_example(line.method, line.path)
     summary, _, description = (inspect.getdoc(line.handler) or "").partition("\n\n")
     operation: Part = {
@@ -228,13 +235,16 @@ def _build_operation(line: Route, body: Part | None, answer: Part | None, *other
 
 
 def operation_id(line: Route) -> str:
-    """Return the operation id: the name of the handler's module, then of the handler."""
+    """Return the operation id: the name of the handler's module, then of the handler, such as `executionsShow`."""
     module, function = line.handler.__module__.rpartition(".")[2], line.handler.__name__
     return module + "".join(word.capitalize() for word in function.split("_"))
 
 
 def codes(line: Route) -> list[str]:
-    """Return the error codes that an operation may answer, in the order of their status."""
+    """Return the error codes that an operation may answer, in the order of their status.
+
+    Those of access, method, path, query and body follow from the route; others are documented with it.
+    """
     found = set(_note(line).refusals)
     if line.access is not AccessRule.PUBLIC:
         found |= {"unauthorized", "rate-limited", "internal-error", "not-ready"}
@@ -254,6 +264,7 @@ def codes(line: Route) -> list[str]:
 
 
 def _describe_access(access: KeyScope | AccessRule) -> str:
+    """Return a sentence about the key that an operation requires."""
     match access:
         case AccessRule.PUBLIC:
             return "Requires no key."
@@ -268,6 +279,7 @@ def _describe_access(access: KeyScope | AccessRule) -> str:
 
 
 def _build_security(access: KeyScope | AccessRule) -> Part:
+    """Return the security requirement of an operation: no key, a key, or also a sender's token."""
     if access is AccessRule.PUBLIC:
         return {"security": []}
     if access is AccessRule.SENDER:
@@ -285,6 +297,7 @@ def _build_security(access: KeyScope | AccessRule) -> Part:
 
 
 def _in_path(line: Route, shown: OperationExample) -> Iterator[Part]:
+    """Yield the documentation of the parameters in a path, by the segment before each."""
     for place, name in _NAMED.findall(line.path):
         yield {
             "name": name,
@@ -304,7 +317,9 @@ def _in_query(parameters: Iterable[QueryParameter[Any]], shown: OperationExample
 
 
 def _value_of(text: str, schema: Mapping[str, Json]) -> Json:
-    """Return the JSON value of a query text, converted by its schema."""
+    """Return the JSON value of a query text, converted by its schema: integer, boolean, list with commas,
+    else text.
+    """
     match schema.get("type"):
         case "integer":
             return int(text)
@@ -324,6 +339,10 @@ def _in_header(header: HeaderDoc) -> Part:
 
 
 def _build_success(meaning: str, note: OperationDoc, answer: Part | None, shown: object) -> Part:
+    """Return the documentation of a success response; without a schema it has no body.
+
+    An event stream is documented as text, with the schema of its events.
+    """
     response = _build_response(meaning, note.sends)
     if answer is None:
         return response
@@ -350,11 +369,14 @@ def _by_status(found: Iterable[str]) -> dict[int, list[str]]:
 
 
 def _name_of(of_status: Iterable[str]) -> str:
-    """Return the component name of an error response that operations share: its codes joined, those of JSON as one."""
+    """Return the name of the error response that operations share: its codes joined; the codes of invalid
+    JSON count as one.
+    """
     return "-".join(dict.fromkeys(JSON_CODES[0] if code in JSON_CODES else code for code in of_status))
 
 
 def _build_refusal(status: int, of_status: Iterable[str]) -> Part:
+    """Return the documentation of an error response with a status: the meaning and an example of each code."""
     meanings = "\n".join(f"- `{code}`: {ERROR_CODES[code].meaning}" for code in of_status)
     response = _build_response(meanings, [_SENT_WITH[status]] if status in _SENT_WITH else [])
     shown = {code: {"$ref": f"#/components/examples/{code}"} for code in of_status}

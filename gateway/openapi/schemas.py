@@ -38,12 +38,11 @@ _NO_DEFAULT: Final = ("default", None)
 def build_schemas(
     types: Iterable[object], *, warning: Iterable[object] = ()
 ) -> tuple[list[dict[str, Json]], dict[str, dict[str, Json]]]:
-    """Return the schema of each type, and the named schemas that they refer to.
+    """Return the JSON Schema of each type in their order, and the named schemas that they refer to, by name.
 
-    Args:
-        types: Every type that gets a schema; `ErrorDetail` is among the types that they refer to.
-        warning: Types of responses that may carry warnings about the request body.
-
+    `types` are all types that get a schema; `ErrorDetail` is among the types that they refer to. `warning`
+    are types of responses that may carry warnings about the request body. A type `NameShape` is published as
+    `Name`.
     """
     types = list(types)
     schemas, named = msgspec.json.schema_components(types, ref_template=REF + "{name}")
@@ -59,7 +58,7 @@ def build_schemas(
 
 
 def _tidy_schema(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
-    """Return a schema with public type names and without redundant keywords."""
+    """Return a schema, at any depth, with public type names and without redundant keywords."""
     if isinstance(value, list):
         return [_tidy_schema(item, known_as) for item in value]
     if not isinstance(value, dict):
@@ -85,7 +84,10 @@ def _tidy_schema(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN40
 
 
 def _find_implied_keywords(schema: Mapping[str, Any]) -> dict[str, Json]:
-    """Return the implied keywords of a schema that client generators misread when they are absent."""
+    """Return the keywords that a schema implies, since client generators misread it when they are absent.
+
+    They are `additionalProperties`, `items`, and the type of choices.
+    """
     kind = schema.get("type", [])
     kinds = kind if isinstance(kind, list) else [kind]
     if "object" in kinds and "properties" not in schema and "additionalProperties" not in schema:
@@ -107,7 +109,7 @@ def _parts_of(types: Iterable[object]) -> Iterator[object]:
 
 
 def _iterate_structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
-    """Yield each struct that the types contain, once."""
+    """Yield each struct that the types contain, at any depth, once."""
     seen: set[object] = set()
     waiting = list(types)
     while waiting:

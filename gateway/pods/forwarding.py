@@ -59,7 +59,9 @@ class WakeupForwarder:
         self._session: aiohttp.ClientSession | None = None
 
     def forward(self, workflow_id: str) -> None:
-        """Wake one ready pod of a workflow in the background, if there is any; calls meanwhile lead to one more."""
+        """Wake one ready pod of a workflow in the background, if there is any; calls during a wake lead to
+        one more.
+        """
         if workflow_id in self._tasks:
             self._requested_again.add(workflow_id)
         else:
@@ -75,6 +77,7 @@ class WakeupForwarder:
             await self._session.close()
 
     async def _forward(self, workflow_id: str) -> None:
+        """Wake pods of a workflow until no further wake was requested; failures are only logged."""
         try:
             is_wanted = True
             while is_wanted:
@@ -89,6 +92,10 @@ class WakeupForwarder:
             del self._tasks[workflow_id]
 
     async def _wake_one_pod(self, workflow_id: str) -> None:
+        """Wake one ready pod of a workflow, in random order; if none accepts, wake the deployer.
+
+        Addresses are cached for a second.
+        """
         pods = self._cached_pods.get(workflow_id)
         if pods is None:
             pods = await self._find(workflow_id)
@@ -103,6 +110,7 @@ class WakeupForwarder:
             await wakeups.wake_deployer(self._broker, workflow_id)
 
     async def _find(self, workflow_id: str) -> ReadyPods:
+        """Return addresses and wakeup keys of the ready pods of a deployment; none if it drains or isn't deployed."""
         ready = select(col(Deployment.ready_addresses)).where(
             col(Deployment.workflow_id) == workflow_id,
             col(Deployment.is_deployed),
@@ -116,7 +124,7 @@ class WakeupForwarder:
             return ReadyPods(tuple(addresses), await deployment_token.wakeup_keys(connection, workflow_id))
 
     async def _accepts_wakeup(self, address: str, keys: Sequence[str]) -> bool:
-        """Send a wakeup to a pod, and return whether it accepted it with one of the keys.
+        """Send a wakeup to a pod, and return whether it accepted it with one of the keys within two seconds.
 
         False for a draining pod, for another process at its address, and without an answer.
         """

@@ -65,7 +65,7 @@ MANY_WRITES = 20
 async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Answer a pod's first call with its deployed definition and the database that data sources must not reach.
 
-    The runs of earlier processes of the pod are reclaimed. Raises a 409 error `not-deployed`.
+    The runs of earlier processes of the pod are returned to the queue. Raises a 409 error `not-deployed`.
     """
     gateway = request.gateway
     await _reclaim_earlier(gateway, holder)
@@ -117,7 +117,12 @@ async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Claim pending runs of this deployment for the pod, and answer with them; with none if it is stopped or drains."""
+    """Claim pending runs of this deployment for the pod, and answer with them; with none if it is stopped or
+    drains.
+
+    A claim is a lease for the pod's seconds. Completion actions are left out. Their claim is notified to
+    waiting requests.
+    """
     call = await decode_call(request, ClaimRequest)
     if not await lease_checks.takes_runs(request.gateway.database, holder):
         return JsonResponse(ClaimResponse(()))
@@ -143,9 +148,9 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def _record_wakes(gateway: GatewayState, holder: LeaseHolder, claimed: Sequence[ClaimedRun]) -> None:
-    """Record that runs claimed for the first time by a young pod have waited for its start.
+    """Record that runs claimed for the first time by a pod younger than 15 minutes have waited for its start.
 
-    Losing this record is harmless, so database failures are ignored.
+    Losing this record is harmless, so failures of the database are ignored.
     """
     fresh = [run.execution_id for run in claimed if not run.has_journal]
     if not fresh or gateway.clock() - holder.process.started_at > YOUNG_POD_TIME:
@@ -160,7 +165,10 @@ async def _record_wakes(gateway: GatewayState, holder: LeaseHolder, claimed: Seq
 
 
 async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return whether suspects of this deployment wait for a run in isolation."""
+    """Return whether suspects of this deployment wait for a run in isolation.
+
+    A suspect is a run whose process died while it ran.
+    """
     call = await decode_call(request, SuspectsRequest)
     store = request.gateway.store
     return JsonResponse(
@@ -169,10 +177,10 @@ async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse
 
 
 async def record(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Write the progress of runs to the journal.
+    """Write the progress of runs to the journal; answer with the runs that the pod still holds, and those not
+    written.
 
-    Answer with the runs that the pod still holds, and those not written. Raises a 422 error for values that
-    can't be stored.
+    Raises a 422 error for two writes of one run and for values that can't be stored.
     """
     call = await decode_call(request, RecordRequest, max_bytes=MAX_RECORD_BYTES)
     if len({write.execution_id for write in call.writes}) < len(call.writes):
@@ -205,6 +213,7 @@ def _has_tasks(write: RunWrite) -> bool:
 
 
 async def _publish(gateway: GatewayState, call: RecordRequest, held: frozenset[str]) -> None:
+    """Notify clients that wait for written runs, and task workers of new tasks; a lost notification is harmless."""
     channels = {write.execution_id: write.channel for write in call.writes if write.execution_id in held}
     tasks = {
         watch_key(write.organization_id): ""
@@ -235,7 +244,7 @@ async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 async def release(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Release all runs that the database assigns to this pod, except those in `held`; answer with their number.
 
-    The answer to their claim may have been lost.
+    The pod doesn't know of them, since the answer to their claim was lost.
     """
     call = await decode_call(request, ReleaseRequest)
     return JsonResponse(CountResponse(await request.gateway.store.release(holder.owner, call.held)))

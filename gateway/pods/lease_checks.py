@@ -60,7 +60,10 @@ class LeaseHolder:
 
 
 def lease_lost() -> ApiError:
-    """Return the 409 error `lease-lost`, the same for runs that are foreign, deleted or unknown."""
+    """Return the 409 error `lease-lost`, the same for runs that are foreign, deleted or unknown.
+
+    A lease is the limited right of one process to execute a run.
+    """
     return ApiError(409, "lease-lost", "This pod holds no lease on such an execution")
 
 
@@ -77,7 +80,7 @@ def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
 
 
 async def read_caller(database: Database, holder: LeaseHolder, execution_id: str) -> RunCaller:
-    """Return the organization, user and workflow in whose name a run acts.
+    """Return the organization, user, workflow and keys in whose name a run acts.
 
     Raises a 409 error `lease-lost` if the pod doesn't hold the run.
     """
@@ -99,7 +102,8 @@ async def take_write_key(
 ) -> RunCaller:
     """Return the caller with the idempotency key of an earlier run, where a node repeats a request of that run.
 
-    `node` is its id and iteration; its recorded span has the key. Raises 409 `lease-lost` for any other key.
+    `node` is its id and iteration; its recorded span has the key. An empty or the run's own key leaves it
+    unchanged. Raises 409 `lease-lost` for any other key.
     """
     if write_key_id in {"", caller.key_prefix}:
         return caller
@@ -115,7 +119,9 @@ async def take_write_key(
 
 
 async def require_resume_line(database: Database, holder: LeaseHolder, key_id: str) -> None:
-    """Raise a 409 error `lease-lost` unless the pod holds a run of this line of resumed runs."""
+    """Raise a 409 error `lease-lost` unless the pod holds a run of this line of resumed runs, which shares
+    its blobs.
+    """
     statement = (
         select(col(Execution.id)).where(col(Execution.key_id) == key_id, *held_conditions(holder)).limit(1)
     )
@@ -158,7 +164,10 @@ async def is_stopped(database: Database, holder: LeaseHolder) -> bool:
 
 
 async def read_definitions(database: Database, holder: LeaseHolder, hashes: Sequence[str]) -> dict[str, str]:
-    """Return the texts of definitions by hash, of runs that the pod holds; others are omitted."""
+    """Return the texts of definitions by hash, of runs that the pod holds; others are omitted.
+
+    So a pod reads no definitions of other workflows.
+    """
     pinned = (
         select(col(Execution.definition_hash))
         .where(col(Execution.definition_hash).in_(hashes), *held_conditions(holder))
@@ -178,7 +187,7 @@ async def read_spans(
 ) -> list[NodeSpan]:
     """Return a page of the recorded spans of a run with sequence numbers above `after`, in order.
 
-    Empty if the pod doesn't hold the run.
+    A page has `SPANS_PER_PAGE`. Empty if the pod doesn't hold the run.
     """
     # Raw columns as they are stored, since `decode_span` reads those.
     columns: list[ColumnElement[Any]] = [literal_column(f"span.{column}") for column in SPAN_COLUMNS]
@@ -241,7 +250,10 @@ async def read_answers(
 
 
 async def promote_due(database: Database, holder: LeaseHolder) -> int:
-    """Return runs of this deployment whose wait is over to the queue; return their number. Skips locked rows."""
+    """Return runs of this deployment whose wait is over to the queue; return their number.
+
+    Rows that another transaction locks are skipped. The rest of their timeout counts from now on.
+    """
     due = (
         select(col(Execution.id))
         .where(

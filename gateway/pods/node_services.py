@@ -89,6 +89,9 @@ async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload
 
 
 async def _find_owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
+    """Return the owner of the blobs that the path names; raises 409 `lease-lost` unless the pod holds a run
+    of that line.
+    """
     key_id = request.path_params["id"]
     await lease_checks.require_resume_line(request.gateway.database, holder, key_id)
     return BlobOwner(holder.organization_id, key_id)
@@ -205,7 +208,10 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 @asynccontextmanager
 async def _translate_errors() -> AsyncIterator[None]:
-    """Translate a node's error in the block to a 422 error with its kind in a header, and a slow database to 503."""
+    """Translate a node's error in the block to a 422 error whose header says whether it is retryable.
+
+    A block of over 20 seconds becomes a 503 error.
+    """
     try:
         async with asyncio.timeout(ASK_SECONDS):
             yield

@@ -49,9 +49,10 @@ class PodAuthenticator:
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
 
     async def holder(self, request: HTTPConnection) -> LeaseHolder:
-        """Return the calling pod with its deployment and process.
+        """Return the calling pod with its deployment and process, by its bearer token and a header.
 
-        Raises a 401 error without a valid token, and 429 after too many failures.
+        Tokens are cached for a second. Raises a 401 error without a valid token, and 429 after too many
+        failures of a client.
         """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         process = PodProcess.from_name(request.headers.get(RUNNER_HEADER, ""))
@@ -65,6 +66,9 @@ class PodAuthenticator:
         self._remembered.clear()
 
     async def _bearer(self, token: str, client: str) -> TokenBearer:
+        """Return the bearer of a token, from the cache or the database; raises a 401 or 429 error for an
+        unknown one.
+        """
         remembered = self._remembered.get(token)
         if remembered is not None and remembered.until > monotonic():
             return remembered.bearer

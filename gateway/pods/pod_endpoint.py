@@ -40,9 +40,9 @@ class PodEndpoint(PathEndpoint):
 
 
 async def decode_call(request: GatewayRequest, kind: type[Call], *, max_bytes: int = MAX_CALL_BYTES) -> Call:
-    """Return the body as `kind`.
+    """Return the body of a pod's call as `kind`, up to `max_bytes`; large ones are decoded in a thread.
 
-    Raises a 400 error for invalid strict JSON, 413 for size, and 422 for wrong fields.
+    Raises a 400 error for invalid JSON, 413 for size, and 422 for wrong fields.
     """
     raw = await request.body_up_to(BodyLimit(max_bytes, setting=""))
     if len(raw) > LONG_BYTES:
@@ -51,6 +51,7 @@ async def decode_call(request: GatewayRequest, kind: type[Call], *, max_bytes: i
 
 
 def _decode_body(raw: bytes, kind: type[Call]) -> Call:
+    """Return raw bytes as `kind`; raises a 400 error for invalid JSON, 422 for wrong fields."""
     try:
         values.decode_json(raw)
         return decoding.decode(raw, kind)

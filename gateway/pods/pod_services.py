@@ -53,7 +53,7 @@ async def open_pod_services(
     vault: SecretVault,
     poll_hub: PodPollHub,
 ) -> AsyncIterator[PodApiServices]:
-    """Open the services and accept polls of pods while the context lasts."""
+    """Open the services that pods call, and accept their polls while the context lasts; then close them."""
     stack = AsyncExitStack()
     await poll_hub.start()
     try:

@@ -86,10 +86,10 @@ class PodPollHub:
         await self._broker.listen(self._receive, subject=CHANGED_EXECUTIONS)
 
     async def wait(self, holder: LeaseHolder, call: WorkPollRequest) -> WorkPollResponse:
-        """Wait until a pod may have runs to claim, or new requests to its runs, and return that.
+        """Wait until a pod may have runs to claim, or new stop or cancel requests to its runs, and return that.
 
-        Empty at its timeout. Claims nothing. Raises `DatabaseUnavailable`, and a 503 error if too many pods
-        poll or the gateway stops.
+        The answer is empty at the timeout of the call; nothing is claimed. Raises `DatabaseUnavailable`, and
+        a 503 error if 5,000 pods poll or the gateway stops.
         """
         if self._is_closed or sum(map(len, self._waiters.values())) >= MAX_WAITING:
             raise errors.not_ready("Too many pods wait here, or this gateway is stopping: try again")
@@ -110,7 +110,11 @@ class PodPollHub:
             self._leave(waiter)
 
     async def notify_pods(self, workflow_ids: Collection[str]) -> None:
-        """After a commit, notify pods of workflows with new runs, also pods that poll other gateways."""
+        """After a commit, notify pods of workflows with new runs, also pods that poll other gateways.
+
+        If no pod polls anywhere, one is woken by HTTP. A lost notification only delays runs: polls look at
+        the database once a second.
+        """
         elsewhere = [workflow_id for workflow_id in workflow_ids if not self._count_run(workflow_id)]
         for workflow_id in elsewhere:
             if self._polled.get(workflow_id) is None:
@@ -143,6 +147,7 @@ class PodPollHub:
         await self._forwarder.close()
 
     async def _begin(self, waiter: WaitingPod) -> None:
+        """Begin a poll: watch for runs at other gateways, and look once for runs and requests."""
         if await self._watch(waiter.workflow_id):
             waiter.wants_work = True  # one query finds the runs that were accepted before the watch began
         if waiter.wants_work:
@@ -151,7 +156,7 @@ class PodPollHub:
     # ── new runs ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _count_run(self, workflow_id: str) -> bool:
-        """Count a new run, and return whether a pod that polls here was notified.
+        """Count a new run of a workflow, and return whether a pod that polls here was notified.
 
         Pods between two polls detect it by the count at their next poll.
         """
@@ -165,11 +170,16 @@ class PodPollHub:
         return bool(waiters)
 
     def _has_missed_runs(self, waiter: WaitingPod) -> bool:
-        """Return whether runs were accepted here since the last response to this pod."""
+        """Return whether runs were accepted here since the last response to this pod, by the count that it
+        sends back.
+        """
         known = waiter.call.run_counts.get(self._broker.channel)
         return known is not None and known != self._run_counts.get(waiter.workflow_id, 0)
 
     def _receive(self, notification: Notification) -> None:
+        """Notify the pods of workflows with changed runs that another gateway announces, and end the watch of
+        these.
+        """
         if not isinstance(notification, ChangedExecutions):
             return
         for workflow_id in notification.execution_ids:
@@ -203,6 +213,7 @@ class PodPollHub:
     # ── periodic check ──────────────────────────────────────────────────────────────────────────────────────
 
     async def _check_periodically(self) -> None:
+        """Look once a second for runs and requests of all waiting pods, until none wait."""
         try:
             while self._waiters:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -246,6 +257,9 @@ class PodPollHub:
     def _respond(
         self, waiter: WaitingPod, *, has_work: bool = False, requests: dict[str, str] | None = None
     ) -> None:
+        """Answer a poll, unless it was answered: `has_work` means runs to claim, `requests` stop or cancel
+        requests by run.
+        """
         if not waiter.news.done():
             waiter.news.set_result(self._build_response(waiter, has_work=has_work, requests=requests))
 
@@ -259,6 +273,7 @@ class PodPollHub:
         return [waiter for waiters in self._waiters.values() for waiter in waiters]
 
     def _leave(self, waiter: WaitingPod) -> None:
+        """Remove a poll that has ended; for a second its workflow counts as polled here."""
         waiters = self._waiters[waiter.workflow_id]
         waiters.discard(waiter)
         self._polled.put(waiter.workflow_id, value=True)

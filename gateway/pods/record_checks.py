@@ -46,7 +46,10 @@ class _AwaitedNode(msgspec.Struct):
 
 
 def require_storable(write: RunWrite) -> None:
-    """Raise a 422 error for values of a pod's write that could not be read back from their row."""
+    """Raise a 422 error for values of a pod's write that could not be stored or read back from their row.
+
+    Such as invalid JSON, times without zone, ids and texts that are too long or contain NUL.
+    """
     try:
         for span in write.spans:
             _check_span(span)
@@ -77,7 +80,7 @@ def is_storable_text(text: str) -> bool:
 
 
 def require_readable(call: ExpectEventRequest) -> None:
-    """Raise a 422 error for an event filter that can't be compiled, and for values that are no list."""
+    """Raise a 422 error for an event filter that can't be compiled, and for its values unless they are a list."""
     try:
         if call.condition is not None:
             compile_condition(values.decode_json(call.condition.encode()))

@@ -56,7 +56,7 @@ TABLE: Sequence[PodRoute] = (
 
 
 def endpoints(table: Sequence[PodRoute]) -> Mapping[str, ASGIApp]:
-    """Return the endpoint of each path of the API for pods, with the methods of that path."""
+    """Return the endpoint of each path of the API for pods, by the path, with all of its methods."""
     found: dict[str, PathEndpoint] = {}
     for line in table:
         one = PodEndpoint(line.method, line.handler)

@@ -35,7 +35,9 @@ class HeldTask(msgspec.Struct, frozen=True):
 
 
 async def find_task(database: Database, organization_id: str, task_id: str) -> HeldTask | None:
-    """Return a task of an organization."""
+    """Return a task (work of a custom node for an external worker) of an organization by its id; None if it
+    is missing.
+    """
     columns = (col(getattr(Task, name)) for name in HeldTask.__struct_fields__)
     statement = select(*columns).where(col(Task.id) == task_id, col(Task.organization_id) == organization_id)
     async with database.read() as connection:
@@ -44,9 +46,11 @@ async def find_task(database: Database, organization_id: str, task_id: str) -> H
 
 
 async def read(database: Database, blobs: BlobStore, task: HeldTask) -> bytes:
-    """Return the input of a task as JSON, from its span or from that of the node before it.
+    """Return the input of a task as JSON, from its span or, if that is the same, from the output of the node
+    before it.
 
-    Raises 404 if it is not stored any more, and 503 while the blob storage is away.
+    Large ones come from blobs. Raises a 404 error if it is not stored any more, and 503 while the blob
+    storage is away.
     """
     span = await _find_span(database, task.execution_id, task.node_id, task.iteration)
     if span is None:
@@ -65,6 +69,7 @@ async def read(database: Database, blobs: BlobStore, task: HeldTask) -> bytes:
 
 
 async def _find_span(database: Database, execution_id: str, node_id: str, iteration: str) -> NodeSpan | None:
+    """Return the span of a node in an iteration of a run; None if it is missing."""
     # The columns as the row has them: `decode_span` converts times and JSON itself.
     columns = (type_coerce(col(getattr(SpanRow, name)), NullType) for name in SPAN_COLUMNS)
     statement = select(*columns).where(

@@ -71,7 +71,7 @@ class ParkedPoll:
     )
 
     def resolve(self, answer: PollAnswer) -> bool:
-        """Answer the poll; returns False if it has its answer, or its client is gone."""
+        """Answer the poll; return False if it has its answer, or its client is gone."""
         if self.answer.done():
             return False
         self.answer.set_result(answer)
@@ -79,7 +79,7 @@ class ParkedPoll:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Order in which polls get tasks: most free slots, then longest idle."""
+        """Key by which polls get tasks: those for the most tasks first, then the longest waiting."""
         return -self.poll.limit, self.since
 
 
@@ -119,9 +119,9 @@ class TaskHub:
     # ── polls ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def wait(self, poll: TaskPoll, worker: WorkerDescription, seconds: float) -> PollAnswer:
-        """Return tasks or cancellations for a worker as soon as there are any; nothing after the time.
+        """Return tasks or cancellations for a worker as soon as there are any; an empty answer after `seconds`.
 
-        Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
+        Raises a 409 error for a stopped worker, and 503 while 20,000 polls wait or the gateway stops.
         """
         if self._is_closed or sum(map(len, self._parked.values())) >= MAX_PARKED:
             raise errors.not_ready("Too many workers wait here, or this gateway is stopping: try again")
@@ -141,6 +141,7 @@ class TaskHub:
         await asyncio.shield(self._listening)
 
     async def _wait(self, parked: ParkedPoll, seconds: float) -> PollAnswer:
+        """Park a poll until it is answered, at most for `seconds`; then return its answer, an empty one without."""
         poll = parked.poll
         self._parked.setdefault(poll.organization_id, set()).add(parked)
         self._keep_active()
@@ -167,7 +168,9 @@ class TaskHub:
                 del self._parked[parked.poll.organization_id]
 
     async def _look(self, batch: Sequence[ParkedPoll]) -> Sequence[None]:
-        """Answer repeated claims and cancellations, and claim for polls with work."""
+        """Look in the database for a batch of polls: answer repeated claims, cancellations and drains, and
+        claim for those with work.
+        """
         found = await self.tasks.look([one.poll for one in batch])
         wanting: list[ParkedPoll] = []
         for parked, findings in zip(batch, found, strict=True):
@@ -183,7 +186,10 @@ class TaskHub:
         return [None] * len(batch)
 
     async def _claim(self, parked: Sequence[ParkedPoll]) -> int:
-        """Claim for polls in their order; those without a task stay parked. Returns the number of tasks."""
+        """Claim tasks for polls in their order, and return the number of tasks; polls without one stay parked.
+
+        Tasks whose client has left meanwhile are put back.
+        """
         waiting = [one for one in sorted(parked, key=lambda one: one.order) if not one.answer.done()]
         if not waiting:
             return 0
@@ -199,7 +205,7 @@ class TaskHub:
         return sum(map(len, claimed)) - len(unwanted)
 
     def _untold(self, task_ids: Sequence[str]) -> list[str]:
-        """Return the cancellations that an open poll has not told lately."""
+        """Return those cancellations that no open poll has reported within five seconds, and note them as reported."""
         now = monotonic()
         new = [one for one in task_ids if self._told.get(one, 0.0) <= now]
         for one in new:
@@ -211,11 +217,16 @@ class TaskHub:
     # ── reports ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def report(self, report: WorkerReport, catalog: NodeCatalog | None) -> Sequence[ItemResult]:
-        """Apply a report of a worker, together with others; returns the results of its items."""
+        """Apply a worker's report of its tasks, together with others; return the results of its items in
+        their order.
+
+        `catalog` has the node types of its organization, None if the report has no outputs.
+        """
         self._keep_active()
         return await self._reports.submit(PendingReport(report, catalog))
 
     async def _report(self, batch: Sequence[PendingReport]) -> Sequence[list[ItemResult]]:
+        """Apply a batch of reports in one transaction, and follow their effects in the background."""
         from gateway.tasks import output_checks  # noqa: PLC0415 - loaded with the first worker
 
         catalogs = {one.report.organization_id: one.catalog for one in batch if one.catalog is not None}
@@ -227,12 +238,12 @@ class TaskHub:
         return results
 
     async def stop(self, organization_id: str, worker_id: str) -> None:
-        """Give a worker no more tasks, and end its open polls."""
+        """Mark a worker as stopped: it gets no more tasks, and its open polls end."""
         if await self.tasks.stop_worker(organization_id, worker_id):
             await self.announce([organization_id])
 
     async def drain(self, organization_id: str, worker_id: str) -> bool:
-        """Ask a worker to stop by its next answer; returns False for an unknown one."""
+        """Ask a worker to stop by its next answer; return False for an unknown one."""
         is_known = await self.tasks.drain_worker(organization_id, worker_id)
         if is_known:
             await self.announce([organization_id])
@@ -254,6 +265,7 @@ class TaskHub:
     # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _receive(self, notification: Notification) -> None:
+        """Serve the polls of organizations whose tasks have changed, as another process announces."""
         if not isinstance(notification, ChangedExecutions):
             return
         for key in notification.execution_ids:
@@ -263,7 +275,9 @@ class TaskHub:
                 self.serve(organization_id)
 
     def serve(self, organization_id: str) -> None:
-        """Claim for parked polls of an organization, whose tasks have changed."""
+        """Claim in the background for the parked polls of an organization, whose tasks have changed; calls
+        meanwhile repeat it once.
+        """
         if organization_id not in self._parked:
             return
         if organization_id in self._serving:
@@ -273,6 +287,7 @@ class TaskHub:
         self._serving[organization_id] = task
 
     async def _serve(self, organization_id: str) -> None:
+        """Serve the polls of an organization until nothing has changed meanwhile; failures are only logged."""
         try:
             while True:
                 self._served_again.discard(organization_id)
@@ -313,7 +328,10 @@ class TaskHub:
         cancelling: Sequence[tuple[str, str]],
         leaving: Mapping[str, bool],
     ) -> None:
-        """Tell workers of cancellations and drains by their open polls; those of stopped workers end."""
+        """Report cancellations and drains to workers by their open polls; polls of stopped workers end.
+
+        `leaving` holds for each leaving worker whether it is stopped (True) or asked to (False).
+        """
         by_worker: dict[str, list[str]] = {}
         for worker_id, task_id in cancelling:
             by_worker.setdefault(worker_id, []).append(task_id)
@@ -324,7 +342,10 @@ class TaskHub:
                 one.resolve(PollAnswer((), new, stops is False, stops is True))
 
     async def _watch(self, organization_id: str) -> None:
-        """Have the broker announce the next change of the organization's tasks at another process."""
+        """Request a notification of the next change of the organization's tasks by another process, once.
+
+        Without Redis, polls are served once a second.
+        """
         if organization_id in self._watched:
             return
         try:
@@ -337,7 +358,9 @@ class TaskHub:
     # ── effects of a transaction ────────────────────────────────────────────────────────────────────────────
 
     async def follow(self, effects: TaskEffects) -> None:
-        """Wake runs, admit limited tasks, and notify workers after a commit; a sweep makes up for a loss."""
+        """After a commit, wake runs, admit tasks whose concurrency key is free, and notify workers; a sweep
+        makes up for a loss.
+        """
         if effects.woken:
             await self._wake_runs(effects)
         changed = effects.ready_organizations | effects.cancelling_organizations
@@ -356,6 +379,7 @@ class TaskHub:
             log.debug("tasks not announced", reason=str(error))
 
     async def _wake_runs(self, effects: TaskEffects) -> None:
+        """Admit runs of freed concurrency keys, and wake the workers and pods of woken runs."""
         keys = {run.concurrency_key for run in effects.woken if run.concurrency_key is not None}
         for key in sorted(keys):
             await concurrency_limits.admit_waiting_runs(self._database, key)
@@ -373,6 +397,9 @@ class TaskHub:
             self._periodic = asyncio.create_task(self._repeat())
 
     async def _repeat(self) -> None:
+        """Look once a second for lost notifications and due tasks, while polls wait or reports have come in
+        ten minutes.
+        """
         try:
             while self._parked or monotonic() < self._active_until:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -395,7 +422,11 @@ class TaskHub:
                 self.serve(organization_id)
 
     async def sweep(self) -> None:
-        """Move tasks whose time has come, admit limited ones, and cancel those of ended runs."""
+        """Move tasks whose time has come (retries, expired leases), admit limited ones, and cancel those of
+        ended runs.
+
+        Ended runs are looked at every ten seconds, absent workers every hour.
+        """
         await self.follow(await self.tasks.sweep())
         if keys := await self.tasks.limited_keys():
             await self.announce(await self.tasks.admit(keys))

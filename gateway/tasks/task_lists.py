@@ -193,6 +193,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 def _explain(row: Row[Any], service: TaskService, now: datetime) -> str | None:
+    """Return why no worker performs a task: limited, delayed, or without a worker for its type; None if one does."""
     match row.state:
         case TaskState.LIMITED:
             return f"At most {row.concurrency_limit} tasks with its concurrency key are performed at once"
@@ -210,7 +211,7 @@ def _explain(row: Row[Any], service: TaskService, now: datetime) -> str | None:
 
 
 def _fields(row: Row[Any]) -> dict[str, Any]:
-    """Return the fields of a task that lists and single tasks show."""
+    """Return the fields of a task that lists and single tasks show; a delayed one is shown as ready."""
     state = TaskState.READY if row.state == TaskState.DELAYED else TaskState(row.state)
     return {
         "id": row.id,
@@ -268,6 +269,9 @@ async def workers(request: GatewayRequest) -> JsonResponse:
 
 
 def _worker(row: Row[Any], tasks: int, now: datetime) -> TaskWorkerShape:
+    """Return a worker as the API shows it, with its number of tasks; it is present if it polled recently and
+    neither stops nor stopped.
+    """
     is_recent = now - row.last_seen_at < task_service.PRESENT_TIME
     return TaskWorkerShape(
         id=row.id,

@@ -236,7 +236,7 @@ async def claim(request: GatewayRequest) -> JsonResponse:
 
 
 def _require_allowed(caller: ApiCaller, types: Sequence[ServedType]) -> None:
-    """Raise 403 for a type that the key may not perform."""
+    """Raise a 403 error for a node type that the key may not perform; a key without a list performs all."""
     allowed = caller.node_types
     if allowed is None:
         return
@@ -253,7 +253,7 @@ def _require_allowed(caller: ApiCaller, types: Sequence[ServedType]) -> None:
 
 
 def is_allowed_type(name: str, allowed: Sequence[str]) -> bool:
-    """Return whether one of the names, or of the namespaces such as `acme/*`, is that of a type."""
+    """Return whether one of the names, or of the namespaces such as `acme/*`, is that of a node type."""
     namespace = name.partition("/")[0]
     return any(one in {name, f"{namespace}/*"} for one in allowed)
 
@@ -316,7 +316,10 @@ async def report(request: GatewayRequest) -> JsonResponse:
 def _merge(
     body: ReportTasks, results: Sequence[ItemResult], refused: dict[int, ItemError]
 ) -> list[ReportResult]:
-    """Return the results of all items in their order, then those of lost tasks."""
+    """Return the results of all items in their order, then those of held tasks that are lost or canceled.
+
+    `refused` holds refused items by their index; `results` are those of the others.
+    """
     stored = iter(results)
     merged = [
         ReportResult(id=one.id, status=ReportStatus.REFUSED, error=refused[number])
@@ -333,7 +336,7 @@ def _result(one: ItemResult) -> ReportResult:
 
 
 def _item(one: ReportItem) -> ItemKind | ItemError:
-    """Return the item in its stored form, or why it is refused."""
+    """Return the item of a report in its stored form, or the error with which it is refused."""
     try:
         match one.kind:
             case "heartbeat":
@@ -351,6 +354,9 @@ def _item(one: ReportItem) -> ItemKind | ItemError:
 
 
 def _heartbeat(one: ReportItem) -> ItemKind | ItemError:
+    """Return a heartbeat with progress (up to 4 kB) and checkpoint (up to 64 kB) as JSON, or an error for
+    larger ones.
+    """
     progress = None if one.progress is None else values.encode_json(one.progress)
     checkpoint = None if one.checkpoint is None else values.encode_json(one.checkpoint)
     if progress is not None and len(progress) > MAX_PROGRESS_BYTES:
@@ -368,6 +374,10 @@ def _text(raw: bytes | None) -> str | None:
 
 
 def _completion(one: ReportItem) -> ItemKind:
+    """Return the completion of a task; an output over the maximum becomes a final failure `result-too-large`.
+
+    `{"$blob": ...}` stands for an output that was uploaded before.
+    """
     if isinstance(one.output, dict) and one.output.keys() == {BLOB}:
         return Completion(one.id, one.lease, one.port, is_uploaded=True)
     output = values.encode_json(one.output)
@@ -378,6 +388,9 @@ def _completion(one: ReportItem) -> ItemKind:
 
 
 def _failure(one: ReportItem) -> ItemKind:
+    """Return the failure of a task, with its code in lower case with hyphens, and a delay of its retry in
+    microseconds if given.
+    """
     fault = one.error or TaskFault()
     code = _CODE.sub("-", fault.code.lower()).strip("-")[:64] or "task-failed"
     delay = round(one.retry.after_seconds * 1_000_000) if isinstance(one.retry, RetryDelay) else None
@@ -385,6 +398,7 @@ def _failure(one: ReportItem) -> ItemKind:
 
 
 def _line(line: LogLineInput) -> LogText:
+    """Return a log line; without a time it comes last, and a time without zone is UTC."""
     if line.at is None:
         return LogText(line.level, line.message, NEVER)
     moment = line.at if line.at.tzinfo else line.at.replace(tzinfo=UTC)
@@ -426,7 +440,7 @@ async def store_output(request: GatewayRequest) -> NoContent:
 
 
 def _normalized(raw: bytes) -> bytes:
-    """Return JSON in the form in which outputs are stored."""
+    """Return JSON in the form in which outputs are stored; raises `InvalidJson`."""
     return values.encode_json(values.decode_json(raw))
 
 
@@ -435,7 +449,10 @@ def _lease(request: GatewayRequest) -> str:
 
 
 async def _held_task(request: GatewayRequest) -> HeldTask:
-    """Return a task of the organization under the lease of the request; raises 404 and 409."""
+    """Return the task of the path under the lease of the request's header.
+
+    Raises a 404 error for an unknown one, and 409 `lease-lost` unless the worker holds it.
+    """
     from gateway.tasks import large_task_inputs  # noqa: PLC0415 - loaded with the first large input
 
     task = await large_task_inputs.find_task(

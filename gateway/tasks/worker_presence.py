@@ -49,7 +49,9 @@ class WorkerPresence:
         self._seen: set[tuple[str, str]] = set()
 
     async def note(self, worker: WorkerDescription) -> None:
-        """Note a poll of a worker; a new or changed one is stored at once."""
+        """Note a poll of a worker; a new or changed one is stored at once, others with the next `flush`,
+        every 25 seconds.
+        """
         key = (worker.organization_id, worker.id)
         content = msgspec.json.encode(worker)
         stored = self._stored.get(key)
@@ -104,7 +106,7 @@ class WorkerPresence:
             await self._database.transaction(work)  # another poll of the worker was faster
 
     async def flush(self) -> None:
-        """Store that workers were seen, with one statement for all."""
+        """Store that noted workers were seen now, 500 with one statement."""
         seen, self._seen = sorted(self._seen), set()
         for start in range(0, len(seen), STORED_TOGETHER):
             part = seen[start : start + STORED_TOGETHER]
@@ -127,5 +129,5 @@ class WorkerPresence:
                     self._stored[key] = content, monotonic()
 
     async def close(self) -> None:
-        """Store what was noted, unless the database is away."""
+        """Forget what was noted but not stored, since the process stops."""
         self._seen.clear()

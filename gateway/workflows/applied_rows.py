@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 async def lock_organization(connection: AsyncConnection, organization_id: str) -> None:
-    """Let no other apply of the organization plan until this transaction ends: names are not unique by an index."""
+    """Let no other `apply` of the organization plan until this transaction ends: names are not unique by an index."""
     statement = select(col(Organization.id)).where(col(Organization.id) == organization_id)
     await connection.execute(statement.with_for_update())
 
@@ -32,7 +32,10 @@ async def lock_organization(connection: AsyncConnection, organization_id: str) -
 async def find_named(
     connection: AsyncConnection, caller: ApiCaller, names: Collection[str]
 ) -> Mapping[str, Sequence[StoredWorkflow]]:
-    """Return the workflows with these names that the caller may read, locked against other changes."""
+    """Return the workflows with these names that the caller may read, by name, locked against other changes.
+
+    Templates are left out. A name may have several.
+    """
     statement = (
         select(col(Workflow.id))
         .where(is_readable_by(caller), col(Workflow.is_template).is_(False), col(Workflow.name).in_(names))
@@ -47,7 +50,10 @@ async def find_named(
 async def find_members(
     connection: AsyncConnection, caller: ApiCaller, set_name: str
 ) -> Sequence[StoredWorkflow]:
-    """Return the workflows of a set that the caller may read, locked against other changes."""
+    """Return the workflows of a set of `apply` that the caller may read, locked against other changes.
+
+    A set is a named group of workflows that are applied together.
+    """
     statement = (
         select(col(AppliedWorkflow.workflow_id))
         .where(
@@ -62,6 +68,7 @@ async def find_members(
 async def _read_all(
     connection: AsyncConnection, caller: ApiCaller, ids: Iterable[str]
 ) -> Sequence[StoredWorkflow]:
+    """Return the workflows with these ids that the caller may read, each locked until the transaction ends."""
     found = []
     for workflow_id in ids:
         await workflow_rows.lock_workflow(connection, workflow_id, caller)
@@ -74,27 +81,29 @@ async def _read_all(
 async def find_applications(
     connection: AsyncConnection, workflow_ids: Collection[str]
 ) -> Mapping[str, AppliedWorkflow]:
-    """Return the last application of each workflow, by its id."""
+    """Return the last application (what was applied, and by whom) of each workflow, by its id; others are omitted."""
     statement = select(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id).in_(workflow_ids))
     rows = (await connection.execute(statement)).mappings()
     return {row["workflow_id"]: AppliedWorkflow(**row) for row in rows}
 
 
 async def replace_application(connection: AsyncConnection, applied: AppliedWorkflow) -> None:
-    """Store the application of a workflow in place of the one before."""
+    """Store the application of a workflow in place of the one before, if any."""
     await remove_application(connection, applied.workflow_id)
     await connection.execute(insert(AppliedWorkflow).values(column_values(applied)))
 
 
 async def remove_application(connection: AsyncConnection, workflow_id: str) -> None:
-    """Forget that a workflow was applied."""
+    """Forget that a workflow was applied; it then counts as created elsewhere."""
     await connection.execute(delete(AppliedWorkflow).where(col(AppliedWorkflow.workflow_id) == workflow_id))
 
 
 async def data_source_ids(
     connection: AsyncConnection, caller: ApiCaller, names: Collection[str]
 ) -> Mapping[str, Sequence[str]]:
-    """Return the ids of the data sources with these names that the caller may use."""
+    """Return the ids of the data sources with these names that the caller may use, by name; a name may have
+    several.
+    """
     statement = select(col(DataSource.name), col(DataSource.id)).where(
         col(DataSource.name).in_(names), is_usable_by(caller.organization_id, caller.user_id)
     )
@@ -107,7 +116,7 @@ async def data_source_ids(
 def new_application(
     caller: ApiCaller, workflow_id: str, set_name: str, content_hash: str, status: str | None, now: datetime
 ) -> AppliedWorkflow:
-    """Return the row of an application."""
+    """Return the row of an application, not stored yet; `status` None means that the request named none."""
     return AppliedWorkflow(
         workflow_id=workflow_id,
         organization_id=caller.organization_id,

@@ -120,6 +120,7 @@ async def apply(request: GatewayRequest) -> JsonResponse:
 
 
 def _shown(change: PlannedChange, *, is_dry_run: bool) -> AppliedChange:
+    """Return a planned change as the API shows it, with its differences; a new workflow has no id in a dry run."""
     before, after = change.before, change.after
     is_new = before is None
     shown = before or (None if is_dry_run else after)
@@ -144,7 +145,11 @@ class _Application:
     body: ApplyWorkflows
 
     async def run(self) -> Sequence[PlannedChange]:
-        """Return the plan, carried out unless it is a dry run; raises 409, 422 and 403 errors."""
+        """Return the plan, carried out in one transaction unless it is a dry run.
+
+        Raises a 409 error for conflicts and ambiguous names, 422 for invalid workflows, and 403 for workflows
+        of others.
+        """
         return await self.database.transaction(self._work, locks=f"apply:{self.caller.organization_id}")
 
     async def _work(self, connection: AsyncConnection) -> Sequence[PlannedChange]:
@@ -204,6 +209,7 @@ class _Application:
         return changes
 
     def _only(self, wanted: WantedWorkflow, found: Sequence[StoredWorkflow]) -> StoredWorkflow | None:
+        """Return the only one of the found workflows, None for none; raises a 409 error if several have the name."""
         if len(found) > 1:
             ids = ", ".join(one.workflow.id for one in found[:5])
             message = f"{len(found)} workflows have the name {wanted.name!r}: {ids}"
@@ -214,6 +220,7 @@ class _Application:
         return found[0] if found else None
 
     def _require_no_conflicts(self, changes: Sequence[PlannedChange]) -> None:
+        """Raise a 409 error with an entry for each conflict in the plan."""
         found = [_problem(one) for one in changes if one.action is ApplyAction.CONFLICT]
         if found:
             message = (
@@ -281,6 +288,9 @@ class _Application:
         await applied_rows.remove_application(connection, workflow.id)
 
     async def _note(self, connection: AsyncConnection, change: PlannedChange, after: StoredWorkflow) -> None:
+        """Store the application of a changed workflow with the hash of its content, by which later edits are
+        detected.
+        """
         status = None if change.status is None else change.status.value
         row = applied_rows.new_application(
             self.caller,
@@ -294,6 +304,7 @@ class _Application:
 
 
 def _problem(change: PlannedChange) -> dict[str, Json]:
+    """Return an entry of the error for a conflict, with its reason."""
     assert change.conflict is not None  # noqa: S101 - a conflict has a reason
     path = "set" if change.place is None else f"workflows.{change.place}"
     text = CONFLICT_TEXTS[change.conflict]

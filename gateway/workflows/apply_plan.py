@@ -106,7 +106,10 @@ def read_workflows(
     catalog: NodeCatalog,
     now: datetime,
 ) -> Sequence[WantedWorkflow]:
-    """Return the workflows of a request; raises a 422 error with the problems of all of them."""
+    """Return the workflows of a request; raises a 422 error with the problems of all of them.
+
+    `sources` holds ids of data sources by name, which replace `@name` in configs.
+    """
     problems: list[Mapping[str, Json]] = []
     wanted: list[WantedWorkflow] = []
     for place, value in enumerate(given):
@@ -125,6 +128,7 @@ def read_workflows(
 
 
 def _read_status(value: Json, place: int, problems: list[Mapping[str, Json]]) -> WorkflowStatus | None:
+    """Return the status that a workflow names, None without one; an unknown one is added to `problems`."""
     if value is None:
         return None
     if isinstance(value, str) and value in {*WorkflowStatus}:
@@ -144,7 +148,7 @@ def _repeated_names(wanted: Sequence[WantedWorkflow]) -> Iterator[Mapping[str, J
 
 
 def source_names(given: Sequence[Mapping[str, Json]]) -> Collection[str]:
-    """Return the texts that may be names of data sources."""
+    """Return the texts in configs that may be names of data sources, that is, those after `@`."""
     found: set[str] = set()
     for value in given:
         nodes = value.get("nodes")
@@ -155,6 +159,7 @@ def source_names(given: Sequence[Mapping[str, Json]]) -> Collection[str]:
 
 
 def _marked_texts(value: Json) -> Iterator[str]:
+    """Yield the texts after `@` in a JSON value, at any depth."""
     if isinstance(value, str):
         if value.startswith(SOURCE_MARK) and len(value) <= limits.WORKFLOW_NAME_LENGTH:
             yield value.removeprefix(SOURCE_MARK)
@@ -173,7 +178,9 @@ def _with_sources(
     place: int,
     problems: list[Mapping[str, Json]],
 ) -> Json:
-    """Return nodes with the ids of data sources in place of their names."""
+    """Return nodes with the ids of data sources in place of their names; unknown and ambiguous ones are added
+    to `problems`.
+    """
     if not isinstance(nodes, list):
         return nodes
     replaced: list[Json] = []
@@ -204,7 +211,8 @@ def _with_ids(
     path: str,
     problems: list[Mapping[str, Json]],
 ) -> Json:
-    """Return a config with names of data sources replaced by their ids.
+    """Return a config with names of data sources (`@name`) replaced by their ids, in fields whose schema
+    expects one.
 
     Unknown and ambiguous names are added to `problems`.
     """
@@ -247,7 +255,11 @@ def plan_change(
     *,
     is_forced: bool,
 ) -> PlannedChange:
-    """Return the change of one workflow."""
+    """Return the change of one workflow: create, update, unchanged, or a conflict unless `is_forced`.
+
+    `before` is None for a new one, `applied` its last application, None if it was never applied; `set_name`
+    is empty without a set.
+    """
     if before is None:
         return PlannedChange(
             ApplyAction.CREATE,
@@ -281,7 +293,10 @@ def plan_change(
 def plan_removal(
     before: StoredWorkflow, applied: AppliedWorkflow, *, is_deleted: bool, is_forced: bool
 ) -> PlannedChange:
-    """Return the change of a member of a set that the request does not have."""
+    """Return the change of a member of a set that the request does not have: archive, or delete if `is_deleted`.
+
+    One that was edited since it was applied is a conflict unless `is_forced`; an archived one stays.
+    """
     action, after = ApplyAction.DELETE, before
     if not is_deleted:
         is_archived = before.workflow.status == WorkflowStatus.ARCHIVED
@@ -298,6 +313,11 @@ def plan_removal(
 def _conflict(
     before: StoredWorkflow, applied: AppliedWorkflow | None, set_name: str, *, is_same: bool
 ) -> ConflictReason | None:
+    """Return why a workflow is not changed without force: of another set, never applied, or edited since;
+    None otherwise.
+
+    An equal one is no conflict, except for another set.
+    """
     if (
         applied is not None
         and applied.set_name
@@ -314,7 +334,11 @@ def _conflict(
 
 
 def _merged(wanted: WantedWorkflow, before: StoredWorkflow) -> StoredWorkflow:
-    """Return a workflow as the request describes it; its identity, shares and unnamed positions stay."""
+    """Return a workflow as the request describes it; its identity, shares and unnamed positions stay.
+
+    Without a status it keeps its own, and an archived one becomes a draft. An absent `strictMappings` stays
+    as it was.
+    """
     new = wanted.stored.workflow
     settings = dict(new.settings)
     given = wanted.given.get("settings")
@@ -339,6 +363,7 @@ def _merged(wanted: WantedWorkflow, before: StoredWorkflow) -> StoredWorkflow:
 def _with_positions(
     wanted: WantedWorkflow, before: StoredWorkflow, connections: Sequence[StoredConnection]
 ) -> Sequence[dict[str, Json]]:
+    """Return the nodes of a request; those without a position keep that of before, or get one."""
     given = wanted.given.get("nodes")
     sent = given if isinstance(given, list) else []
     nodes = [
@@ -349,7 +374,9 @@ def _with_positions(
 
 
 def _with_known_ids(wanted: WantedWorkflow, before: StoredWorkflow) -> Sequence[StoredConnection]:
-    """Return the connections of a request; those without an id have that of the same connection before."""
+    """Return the connections of a request; those without an id keep that of the same connection before, or
+    get a free one.
+    """
     given = wanted.given.get("connections")
     sent = given if isinstance(given, list) else []
     known = {tuple(edge[name] for name in _EDGE): edge["id"] for edge in before.connections}
@@ -375,7 +402,10 @@ def _is_same(before: StoredWorkflow, after: StoredWorkflow) -> bool:
 
 
 def hash_content(stored: StoredWorkflow) -> str:
-    """Return the SHA-256 of the content that files describe; moved nodes and renumbered connections don't count."""
+    """Return the SHA-256 of the content that files describe, as hexadecimal.
+
+    Moved nodes, renumbered connections, defaults of settings, and the status don't count.
+    """
     workflow = stored.workflow
     content = [
         workflow.name,
@@ -393,7 +423,7 @@ def hash_content(stored: StoredWorkflow) -> str:
 
 
 def compare(before: StoredWorkflow, after: StoredWorkflow) -> dict[str, Any]:
-    """Return the differences of the fields, nodes and connections of a workflow."""
+    """Return the differences of the fields, nodes and connections of a workflow before and after."""
     old, new = (_fields(one) for one in (before, after))
     nodes = _compare_items(before.nodes, after.nodes)
     edges = _compare_items(before.connections, after.connections)

@@ -31,9 +31,9 @@ class CallbackChecker:
     async def require_reachable(self, url: str, organization_id: str, *, has_key: bool) -> None:
         """Raise a 422 error unless a run of the organization may report its end to this URL.
 
-        The address must be public, the organization needs a signing secret, and the caller an API key: a
-        trigger token allows requests but reveals nothing about their runs. Host names are resolved and
-        checked at each callback.
+        The address must be public or allowed by the operator, the organization needs a signing secret, and
+        the caller an API key: a trigger token allows requests but reveals nothing about their runs. Host
+        names are resolved and checked at each callback.
         """
         problems = ProblemCollector()
         target = check_callback(url, "callbackUrl", problems)
@@ -65,9 +65,9 @@ class CallbackChecker:
 
 
 def check_callback(url: str, path: str, problems: ProblemCollector) -> UrlTarget | None:
-    """Return the parsed callback URL.
+    """Return the parsed callback URL; None for an invalid one, whose problem is added to `problems` with `path`.
 
-    Problems of its text are added to `problems` with `path`, and the result is then None.
+    It has at most 2,000 characters and is an http or https address.
     """
     if len(url) > limits.CALLBACK_URL_LENGTH:
         message = f"{path} may have at most {limits.CALLBACK_URL_LENGTH:,} characters"

@@ -145,7 +145,7 @@ async def schema(request: GatewayRequest) -> JsonResponse:
 
 
 def show_schema(catalog: NodeCatalog, node_type: NodeType) -> NodeTypeSchema:
-    """Return a node type with the schema of its config."""
+    """Return a node type as the API shows it, with the schema of its config, defaults, output and examples."""
     return NodeTypeSchema(
         **_fields(node_type),
         config=node_type.config_schema,
@@ -158,6 +158,7 @@ def show_schema(catalog: NodeCatalog, node_type: NodeType) -> NodeTypeSchema:
 
 
 def _matches_search(node_type: NodeType, search: str) -> bool:
+    """Return whether name, description or type of a node type contain the text, in upper or lower case."""
     texts = (node_type.type, node_type.name, node_type.description)
     return any(search.casefold() in text.casefold() for text in texts)
 
@@ -167,6 +168,7 @@ def _shown(node_type: NodeType) -> NodeTypeShape:
 
 
 def _fields(node_type: NodeType) -> dict[str, Any]:
+    """Return the fields that lists and single node types show."""
     return {
         "type": node_type.type,
         "name": node_type.name,
@@ -184,7 +186,9 @@ def _fields(node_type: NodeType) -> dict[str, Any]:
 
 
 def _custom_fields(node_type: NodeType) -> dict[str, Any]:
-    """Return the fields that only custom types have."""
+    """Return the fields that only custom types have: the rules of their tasks, hash, and whether deprecated;
+    {} for others.
+    """
     rules = node_type.task
     if rules is None:
         return {}
@@ -210,18 +214,21 @@ def _custom_fields(node_type: NodeType) -> dict[str, Any]:
 
 
 def _ports(node_type: NodeType) -> PortsShape:
+    """Return the ports of a node type as the API shows them."""
     return PortsShape(
         inputs=node_type.inputs, outputs=node_type.outputs, outputs_from=node_type.outputs_from or UNSET
     )
 
 
 def _effect(rule: EffectRule) -> EffectShape:
+    """Return the effect of a node type as the API shows it: fixed, or decided by a field of the config."""
     if rule.deciding_field is None:
         return EffectShape(default=rule.default)
     return EffectShape(default=rule.default, field=rule.deciding_field, cases=rule.cases)
 
 
 def _output(output: OutputDescription) -> OutputShape:
+    """Return the description of an output as the API shows it."""
     return OutputShape(
         description=output.description,
         schema=output.schema,

@@ -200,9 +200,10 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
 async def _find_template(
     request: GatewayRequest, body: UseTemplate
 ) -> tuple[StoredWorkflow, Mapping[str, str | None] | None]:
-    """Return the template that a body names, and the replacements of its references, None without any.
+    """Return the template that a body names, and the replacements of its references.
 
-    Raises a 404 error.
+    Those are None if the body names none; for a template that ships with the server, references without a
+    replacement are emptied (None). Raises a 404 error.
     """
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:
@@ -220,6 +221,10 @@ async def _find_template(
 async def _create(
     request: GatewayRequest, body: Json, copy: CredentialFreeWorkflow, action: AuditAction
 ) -> JsonResponse:
+    """Create the copied workflow, once per idempotency key, and return the answer with its id and the removed
+    credentials.
+    """
+
     def copied(workflow_id: str) -> CopyResult:
         return CopyResult(workflow_id=workflow_id, removed_secrets=copy.removed)
 
@@ -249,7 +254,7 @@ async def export_workflow(request: GatewayRequest) -> JsonResponse:
 
 
 def _encode_document(stored: StoredWorkflow, catalog: NodeCatalog) -> bytes:
-    """Return the exported document of a workflow as JSON, indented unless it is very long."""
+    """Return the exported document of a workflow as JSON, indented unless it has over 500,000 bytes."""
     written = msgspec.json.encode(workflow_documents.export_document(stored, catalog))
     # Indentation makes a deeply nested document sixty times as long.
     return written if len(written) > READABLE_BYTES else msgspec.json.format(written, indent=2)
@@ -283,7 +288,11 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
 def _plan_import(
     body: ImportWorkflow, caller: ApiCaller, catalog: NodeCatalog, now: datetime
 ) -> tuple[StoredWorkflow, ImportAnswer]:
-    """Return the workflow to create, and the answer with its findings; raises a 422 error for an invalid document."""
+    """Return the workflow to create, and the answer with its references and findings; raises a 422 error for
+    an invalid document.
+
+    Without `references` in the body it is only a preview.
+    """
     stored = workflow_documents.import_document(caller, body, catalog, now)
     named = workflow_documents.references(stored, catalog)
     if body.references is not None:
