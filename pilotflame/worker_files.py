@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,8 @@ def load_workers(file: Path) -> Sequence[Worker]:
 
 def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
     """Run the worker of a file in a child process, and restart it after changes, until an interrupt."""
+    # A supervisor ends this command by SIGTERM: the worker must end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     command = [sys.executable, "-m", "pilotflame", "workers", "run", "--register", str(file)]
     child = subprocess.Popen(command)
     seen = _read_change_times(file)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker, Workflow
 
-from docs.tables import ROOT
-from tests import command_runs
 from tests.custom_types import RESIZE
 from tests.integration.command_shell import KEY, CommandShell, open_shell
+from tests.integration.worker_runs import put_workflow, run_worker, serving, wait_until
 
 WORKER = """
 import os, time
@@ -55,49 +51,6 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
 def client(shell: CommandShell) -> Iterator[Client]:
     with Client(shell.given["PILOTFLAME_URL"], KEY) as client:
         yield client
-
-
-def put_workflow(client: Client, node_type: str, config: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON
-    """Store a workflow with one node of a type, and return its id."""
-    node = {"id": "work", "type": node_type, "config": config, **fields}
-    return client.workflows.put(
-        {
-            "name": f"With {node_type}",
-            "nodes": [{"id": "start", "type": "manual"}, node],
-            "connections": [{"source": "start", "target": "work"}],
-        }
-    )
-
-
-@asynccontextmanager
-async def serving(worker: Worker) -> AsyncIterator[None]:
-    """Register the types of a worker, and run it on the loop of the test."""
-    await asyncio.to_thread(worker.register)
-    running = asyncio.create_task(worker.serve())
-    try:
-        yield
-    finally:
-        worker.stop()
-        await running
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    give_up_at = time.monotonic() + command_runs.PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.02)
-
-
-@contextmanager
-def run_worker(shell: CommandShell, file: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a worker's file in a process of its own."""
-    environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python"), **variables}
-    process = subprocess.Popen([sys.executable, file], env=environment)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 async def test_functions_are_nodes_of_runs(client: Client, shell: CommandShell) -> None:

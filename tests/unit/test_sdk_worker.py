@@ -103,6 +103,7 @@ async def test_functions_run_in_threads_on_the_loop_and_in_processes(server: Tas
     assert (second["port"], second["output"]) == ("too-small", {"width": 3})
     assert third["output"] == {"thread": "MainThread", "input": {"n": 1}}
     assert fourth["output"]["input"] == [1]
+    assert fourth["output"]["config"] == {"number": 2}
     assert fourth["output"]["process"] != os.getpid()
     lines = [line["message"] for item in server.items if item["kind"] == "log" for line in item["lines"]]
     assert lines == ["at 0", "at 1"]

@@ -23,7 +23,7 @@ def count(config: Counted, task: Task) -> dict[str, Any]:
     for number in task.track(range(config.number), message="counting"):
         task.checkpoint = number
         task.log(f"at {number}")
-    return {"process": os.getpid(), "input": task.input}
+    return {"process": os.getpid(), "input": task.input, "config": task.config}
 
 
 def hang() -> None:

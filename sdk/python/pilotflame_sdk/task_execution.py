@@ -227,7 +227,7 @@ def _work_in_process(
     from pilotflame_sdk.node_definitions import define_node
     from pilotflame_sdk.tasks import TaskLogHandler
 
-    task = _ProcessTask(fields, pipe)
+    task = _ProcessTask({**fields, "config": config}, pipe)
     try:
         definition = define_node(
             function, type_name, "0.0.0", is_process=True, fields={"effect": "write"}, task_rules={}

@@ -1,0 +1,61 @@
+"""Workers of the SDK for tests: on the loop of the test or in a process, with workflows of one custom node."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from pilotflame_sdk import Client, Worker
+
+from docs.tables import ROOT
+from tests import command_runs
+from tests.integration.command_shell import CommandShell
+
+
+def put_workflow(client: Client, node_type: str, config: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON
+    """Store a workflow with one node of a type, and return its id."""
+    node = {"id": "work", "type": node_type, "config": config, **fields}
+    return client.workflows.put(
+        {
+            "name": f"With {node_type}",
+            "nodes": [{"id": "start", "type": "manual"}, node],
+            "connections": [{"source": "start", "target": "work"}],
+        }
+    )
+
+
+@asynccontextmanager
+async def serving(worker: Worker) -> AsyncIterator[None]:
+    """Register the types of a worker, and run it on the loop of the test."""
+    await asyncio.to_thread(worker.register)
+    running = asyncio.create_task(worker.serve())
+    try:
+        yield
+    finally:
+        worker.stop()
+        await running
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    give_up_at = time.monotonic() + command_runs.PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+@contextmanager
+def run_worker(shell: CommandShell, file: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker's file in a process of its own."""
+    environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python"), **variables}
+    process = subprocess.Popen([sys.executable, file], env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
