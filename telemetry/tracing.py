@@ -177,7 +177,7 @@ class RunTrace:
 
     def node_context(self, node_id: str, iteration: str, attempt: int) -> TraceContext:
         """Return the trace context of one attempt of a node."""
-        span_id = derive_id(SPAN_BYTES, "node", self.execution_id, node_id, iteration, attempt)
+        span_id = _node_span_id(self.execution_id, node_id, iteration, attempt)
         return TraceContext(self.trace_id, span_id, self.is_sampled)
 
     def add_node(
@@ -318,6 +318,14 @@ class Tracer:
             return own_id, self.samples(own_id)
         return caller.trace_id if is_child else own_id, caller.is_sampled
 
+    def node_context(
+        self, execution_id: str, origin: str | None, node_id: str, iteration: str, attempt: int
+    ) -> TraceContext:
+        """Return the trace context of one attempt of a node, in a process that does not hold its run."""
+        caller, is_child = decode_origin(origin)
+        trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
+        return TraceContext(trace_id, _node_span_id(execution_id, node_id, iteration, attempt), is_sampled)
+
     def run_attributes(self, execution_id: str, workflow_id: str) -> dict[str, str | int]:
         """Return the attributes that the spans of a run share."""
         return {
@@ -340,6 +348,10 @@ class Tracer:
         except ValueError:
             return False
         return any(fnmatch.fnmatchcase(host, pattern) for pattern in self._hosts)
+
+
+def _node_span_id(execution_id: str, node_id: str, iteration: str, attempt: int) -> str:
+    return derive_id(SPAN_BYTES, "node", execution_id, node_id, iteration, attempt)
 
 
 def _start_id(execution_id: str) -> str:

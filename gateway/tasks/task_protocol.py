@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -25,12 +25,14 @@ from journal.tasks.task_store import Completion, Failure, Heartbeat, LogLines, R
 from journal.tasks.task_transaction import LogText
 from models import timestamps
 from models.task_states import HELD_STATES
+from telemetry import tracing
 
 if TYPE_CHECKING:
     from gateway.tasks.large_task_inputs import HeldTask
     from gateway.tasks.task_hub import PollAnswer
     from journal.tasks.task_store import ClaimedTask, ItemKind, ItemResult
     from models.access import ApiCaller
+    from models.database import Database
 
 BLOB: Final = "$blob"
 LEASE_HEADER: Final = "x-task-lease"
@@ -102,6 +104,7 @@ class TaskAssignment(WireStruct):
     checkpoint: Any
     """Last checkpoint of an earlier attempt, or null."""
     traceparent: str | None = None
+    """Span of the node, as the parent of the worker's spans; null without traces."""
 
 
 class ClaimedTasks(WireStruct):
@@ -232,7 +235,17 @@ async def claim(request: GatewayRequest) -> JsonResponse:
         pools=body.pools,
     )
     seconds = body.wait * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
-    return _answer(await request.gateway.task_hub.wait(poll, worker, seconds))
+    answer = await request.gateway.task_hub.wait(poll, worker, seconds)
+    return _answer(answer, await _find_traceparents(request.gateway.database, answer))
+
+
+async def _find_traceparents(database: Database, answer: PollAnswer) -> Mapping[str, str]:
+    """Return the trace contexts of claimed tasks by their ids; empty in a process without traces."""
+    if tracing.tracer is None:
+        return {}
+    from gateway.tasks import task_traces  # noqa: PLC0415 - loaded where traces are exported
+
+    return await task_traces.find_traceparents(database, tracing.tracer, [one.id for one in answer.tasks])
 
 
 def _require_allowed(caller: ApiCaller, types: Sequence[ServedType]) -> None:
@@ -258,17 +271,17 @@ def is_allowed_type(name: str, allowed: Sequence[str]) -> bool:
     return any(one in {name, f"{namespace}/*"} for one in allowed)
 
 
-def _answer(answer: PollAnswer) -> JsonResponse:
+def _answer(answer: PollAnswer, traceparents: Mapping[str, str]) -> JsonResponse:
     return JsonResponse(
         ClaimedTasks(
-            tasks=[_shown(task) for task in answer.tasks],
+            tasks=[_shown(task, traceparents.get(task.id)) for task in answer.tasks],
             cancel=answer.cancelling,
             drain=answer.is_draining,
         )
     )
 
 
-def _shown(task: ClaimedTask) -> TaskAssignment:
+def _shown(task: ClaimedTask, traceparent: str | None) -> TaskAssignment:
     given: Any = {BLOB: {"bytes": task.input_bytes}} if task.input is None else Raw(task.input.encode())
     return TaskAssignment(
         id=task.id,
@@ -284,6 +297,7 @@ def _shown(task: ClaimedTask) -> TaskAssignment:
         config=Raw(task.config.encode()),
         input=given,
         checkpoint=None if task.checkpoint is None else Raw(task.checkpoint.encode()),
+        traceparent=traceparent,
     )
 
 

@@ -18,8 +18,10 @@ from pilotflame.log_lines import as_json
 from telemetry import log_context, tracing
 from telemetry.trace_export import run_tracer
 from telemetry.trace_settings import TraceSettings
+from tests.custom_types import custom_graph, custom_type
 from tests.http_receiver import HttpReceiver, run_receiver
 from tests.integration.gateway_harness import GatewayHarness, UserClient, create_gateway
+from tests.integration.task_workers import TaskWorkerClient
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, run_otlp_receiver
 from tests.services import PostgresServer
 from tests.system.wait_conditions import wait_until
@@ -106,6 +108,17 @@ async def received(collector: OtlpReceiver, execution_id: str, nodes: int) -> li
         return len(segments) == 1 and sum("pilotflame.node.id" in span.attributes for span in spans) >= nodes
 
     await wait_until(is_complete, what=f"the spans of {execution_id} arrive")
+    return collector.of_run(execution_id)
+
+
+async def received_nodes(collector: OtlpReceiver, execution_id: str, nodes: int) -> list[ReceivedSpan]:
+    """Return the spans of a run once so many nodes have arrived."""
+
+    def is_complete() -> bool:
+        spans = collector.of_run(execution_id)
+        return sum("pilotflame.node.id" in span.attributes for span in spans) >= nodes
+
+    await wait_until(is_complete, what=f"the nodes of {execution_id} arrive")
     return collector.of_run(execution_id)
 
 
@@ -286,3 +299,18 @@ async def test_log_lines_carry_the_ids_of_their_request_run_and_node() -> None:
     assert (in_run["execution_id"], in_run["trace_id"]) == ("exec_1", CALLER_TRACE)
     assert in_run["node_id"] == "other", "a field of the call counts"
     assert "execution_id" not in line(), "other tasks have ids of their own"
+
+
+async def test_a_task_carries_the_span_of_its_node(collector: OtlpReceiver, user: UserClient) -> None:
+    added = await user.api.post("/api/v1/workflow-nodes", json=custom_type())
+    assert added.status_code == 201, added.text
+    workflow_id = await user.create(**custom_graph())
+    started = await user.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    execution_id = started.json()["executionId"]
+    worker = TaskWorkerClient(user.api)
+    (task,) = await worker.claim()
+    assert await worker.complete(task) == "ok"
+    await wait_until(lambda: has_ended(user, execution_id), what="the run ends")
+    node = node_of(await received_nodes(collector, execution_id, 2), "work")
+    context = tracing.parse_traceparent(task["traceparent"])
+    assert context == tracing.TraceContext(node.trace_id, node.span_id, is_sampled=True)

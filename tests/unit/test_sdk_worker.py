@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import pydantic
 import pytest
+from opentelemetry import trace
 from pilotflame_sdk import (
     LeaseLost,
     PortOutput,
@@ -436,3 +437,33 @@ def test_run_node_calls_a_function_without_a_server() -> None:
     assert result.progress == {"done": 2, "total": 2, "message": "counting"}
     with pytest.raises(TaskCancelled):
         run_node(worker_nodes.count, worker_nodes.Counted(2), cancelled=True)
+
+
+async def test_the_span_of_a_node_is_current_while_its_function_runs(server: TaskServerDouble) -> None:
+    trace_id, span_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    worker = new_worker(server)
+
+    def show() -> dict[str, str]:
+        span = trace.get_current_span().get_span_context()
+        return {"trace": f"{span.trace_id:032x}", "span": f"{span.span_id:016x}"}
+
+    @worker.node("acme/thread", "1.0.0")
+    def in_thread() -> dict[str, str]:
+        return show()
+
+    @worker.node("acme/loop", "1.0.0")
+    async def on_loop(task: Task) -> dict[str, str]:
+        return {**show(), "given": str(task.traceparent)}
+
+    traceparent = f"00-{trace_id}-{span_id}-01"
+    for name in ("thread", "loop"):
+        server.add(name, f"acme/{name}", traceparent=traceparent)
+    server.add("untraced", "acme/thread")
+    async with serving(worker):
+        ends = {
+            name: (await asyncio.to_thread(server.end, name))["output"]
+            for name in ("thread", "loop", "untraced")
+        }
+    assert ends["thread"] == {"trace": trace_id, "span": span_id}
+    assert ends["loop"] == {"trace": trace_id, "span": span_id, "given": traceparent}
+    assert ends["untraced"]["trace"] == "0" * 32

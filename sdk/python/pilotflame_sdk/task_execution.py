@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from pilotflame_sdk import schemas
+from pilotflame_sdk import schemas, trace_context
 from pilotflame_sdk.errors import PilotflameError, TaskCancelled, TaskError
 from pilotflame_sdk.tasks import CURRENT_TASK, PortOutput, Task
 
@@ -105,7 +105,7 @@ class TaskExecutor:
         try:
             task.input = self._channel.fetch_input(held)
             positional, named = _arguments(definition, config, task)
-            CURRENT_TASK.set(task)
+            _enter(task)
             report = self._completed(held, definition.function(*positional, **named))
         except TaskCancelled:
             report = RELEASE
@@ -136,7 +136,7 @@ class TaskExecutor:
             if isinstance(task.input, dict) and task.input.keys() == {"$blob"}:
                 task.input = await asyncio.to_thread(self._channel.fetch_input, held)
             positional, named = _arguments(definition, config, task)
-            CURRENT_TASK.set(task)
+            _enter(task)
             returned = await definition.function(*positional, **named)
             report = await asyncio.to_thread(self._completed, held, returned)
         except (TaskCancelled, asyncio.CancelledError):
@@ -234,11 +234,17 @@ def _work_in_process(
         )
         logging.getLogger().addHandler(TaskLogHandler(logging.INFO))
         positional, named = _arguments(definition, config, task)
-        CURRENT_TASK.set(task)
+        _enter(task)
         report = complete(function(*positional, **named))
     except BaseException as error:  # noqa: BLE001 - as above
         report = fail(error, task)
     pipe.send(("report", report))
+
+
+def _enter(task: Task) -> None:
+    """Make a task the current one of a thread's or coroutine's context, which is its own."""
+    CURRENT_TASK.set(task)
+    trace_context.attach(task)
 
 
 def _arguments(definition: NodeDefinition, config: object, task: Task) -> tuple[list[Any], dict[str, Any]]:

@@ -46,6 +46,7 @@ class Task:
         self.input: Any = fields.get("input")
         """Data that arrived at the node."""
         self.traceparent: str | None = fields.get("traceparent")
+        """Span of the node in the trace of its run; the current span, where OpenTelemetry is installed."""
         self._checkpoint: Any = fields.get("checkpoint")
         self._changed = changed
         self._lock = threading.Lock()
