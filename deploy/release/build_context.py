@@ -27,7 +27,7 @@ def list_files() -> Iterator[Path]:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     places = [line.removeprefix(ALLOWED) for line in lines if line.startswith(ALLOWED)]
     found = {path for place in (*places, *DOCKERFILES) for path in _list_below(ROOT / place)}
-    yield from sorted(found)
+    yield from sorted(found, key=str)
 
 
 def _list_below(place: Path) -> Iterator[Path]:
