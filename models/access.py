@@ -147,7 +147,7 @@ def hash_key(key: str, secret: bytes) -> str:
 
 @cache
 def _derive_hashing_key(secret: bytes) -> bytes:
-    """Return a key of a length that BLAKE2b accepts, for this purpose alone."""
+    """Return a key of 64 bytes, the most that BLAKE2b accepts, for hashes of API keys alone; cached."""
     return blake2b(secret, digest_size=64, person=b"api keys").digest()
 
 

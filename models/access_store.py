@@ -49,6 +49,7 @@ class FoundKey:
     last_used_at: datetime | None
 
     def is_valid(self, now: datetime) -> bool:
+        """Return whether the key can be used at `now`: not revoked and not expired."""
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
 
 
@@ -69,7 +70,10 @@ class RevokedKey:
 
 
 async def find_keys(database: Database, hashes: Collection[str]) -> dict[str, FoundKey]:
-    """Return the keys with these hashes and their callers, by hash; raises `DatabaseUnavailable`."""
+    """Return the keys with these hashes and their callers, by hash, valid or not; unknown ones are omitted.
+
+    Raises `DatabaseUnavailable`.
+    """
     statement = (
         select(ApiKey, col(User.role))
         .join(User, col(User.id) == col(ApiKey.user_id))
@@ -80,6 +84,7 @@ async def find_keys(database: Database, hashes: Collection[str]) -> dict[str, Fo
 
 
 def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
+    """Return a key from its row; its caller has those of its scopes that the user's role allows."""
     role = UserRole(row.role)
     caller = ApiCaller(
         key_id=row.id,
@@ -107,7 +112,8 @@ async def record_use(database: Database, key_id: str, *, now: datetime, every: t
 async def rehash_key(database: Database, key: str, *, earlier: str, secret: bytes) -> None:
     """Replace the hash of a key under an earlier server secret by one under the current secret.
 
-    Raises `DatabaseUnavailable`.
+    `key` is its text, `earlier` the stored hash; nothing happens if that is gone. Raises
+    `DatabaseUnavailable`.
     """
     statement = (
         update(ApiKey)
@@ -130,7 +136,7 @@ async def has_organization(connection: AsyncConnection) -> bool:
 
 
 async def create_organization(connection: AsyncConnection, *, name: str, now: datetime) -> Organization:
-    """Insert an organization and return it."""
+    """Insert an organization in the transaction and return it; names need not be unique."""
     organization_id = ids.new_id("org")
     shard = ids.shard_of(organization_id)
     organization = Organization(id=organization_id, shard=shard, name=name, created_at=now)
@@ -162,7 +168,7 @@ async def create_user(
 ) -> User:
     """Insert a user of an organization, with the mail address in lower case, and return the row.
 
-    Raises `EmailTaken`.
+    Raises `EmailTaken` if the organization has a user with the address.
     """
     user = User(
         id=ids.new_id("user"),
@@ -190,7 +196,7 @@ async def find_user(connection: AsyncConnection, organization_id: str, user_id: 
 async def list_users(
     connection: AsyncConnection, organization_id: str, *, limit: int, offset: int
 ) -> tuple[int, list[User]]:
-    """Return the number of an organization's users and a page of them, oldest first."""
+    """Return the number of an organization's users, and at most `limit` of them after `offset`, oldest first."""
     condition = col(User.organization_id) == organization_id
     count = await connection.scalar(select(func.count()).select_from(User).where(condition))
     page = select(User).where(condition).order_by(col(User.id)).limit(limit).offset(offset)
@@ -218,7 +224,9 @@ async def find_operator_key(connection: AsyncConnection, now: datetime) -> ApiKe
 
 
 async def find_key(connection: AsyncConnection, key_id: str) -> FoundKey | None:
-    """Return the key with an id and its caller, valid or not; None for an unknown id."""
+    """Return the key with an id and its caller, valid or not; None for an unknown id. The organization is not
+    checked.
+    """
     statement = (
         select(ApiKey, col(User.role))
         .join(User, col(User.id) == col(ApiKey.user_id))
@@ -229,7 +237,8 @@ async def find_key(connection: AsyncConnection, key_id: str) -> FoundKey | None:
 
 
 async def find_organization_by_prefix(connection: AsyncConnection, prefix: str) -> Organization | None:
-    """Return the organization of the only keys that begin with a prefix; the only organization if no key does.
+    """Return the only organization whose keys begin with a prefix; if no key does, the only organization of
+    the server.
 
     None where several organizations come into question.
     """
@@ -252,7 +261,11 @@ async def create_key(  # noqa: PLR0913 - one for each column that its caller dec
     key: str | None = None,
     node_types: Collection[str] | None = None,
 ) -> CreatedKey:
-    """Create an API key of a user, with a new text unless `key` is given; only its hash is stored."""
+    """Create an API key of a user, with a new text unless `key` is given, and return both; only its hash is stored.
+
+    None for `expires_at` means never, for `node_types` all types of tasks. `secret` is the server's, which
+    the hash depends on.
+    """
     text = key or new_key()
     row = ApiKey(
         id=ids.new_id("key"),
@@ -275,7 +288,10 @@ async def create_key(  # noqa: PLR0913 - one for each column that its caller dec
 async def list_keys(
     connection: AsyncConnection, organization_id: str, *, user_id: str | None, limit: int, offset: int
 ) -> tuple[int, list[ApiKey]]:
-    """Return the number of keys of an organization or user and a page of them, newest first."""
+    """Return the number of keys of an organization, and at most `limit` after `offset`, newest first.
+
+    With `user_id`, those of that user; None means all. Revoked and expired ones are included.
+    """
     conditions = [col(ApiKey.organization_id) == organization_id]
     if user_id is not None:
         conditions.append(col(ApiKey.user_id) == user_id)
@@ -288,7 +304,7 @@ async def list_keys(
 async def revoke_key(
     connection: AsyncConnection, organization_id: str, key_id: str, *, user_id: str | None, now: datetime
 ) -> RevokedKey | None:
-    """Revoke a key of an organization, or of `user_id` if given; return its row before and after.
+    """Revoke a key of an organization, with `user_id` only one of that user; return its row before and after.
 
     Both are the same if it was revoked before. None for an unknown key.
     """

@@ -55,9 +55,10 @@ class BrowserSession(SQLModel, table=True):
     last_seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
     def ends_at(self, key_expires_at: datetime | None) -> datetime:
-        """Return the time at which the session ends without another request.
+        """Return the time at which the session ends without another request: 12 hours idle, 7 days old, or
+        with its key.
 
-        That is by idleness, by age, or with its key.
+        `key_expires_at` is the expiry of the key, None for none.
         """
         ends = min(self.last_seen_at + IDLE_LIFETIME, self.created_at + LIFETIME)
         return ends if key_expires_at is None else min(ends, key_expires_at)
@@ -73,6 +74,7 @@ class FoundSession:
     key_revoked_at: datetime | None
 
     def is_valid(self, now: datetime) -> bool:
+        """Return whether the session can be used at `now`: not ended, and its key is not revoked."""
         return self.key_revoked_at is None and now < self.row.ends_at(self.key_expires_at)
 
 
@@ -87,7 +89,10 @@ def hash_secret(secret: str) -> str:
 
 
 async def find_sessions(database: Database, hashes: Collection[str]) -> dict[str, FoundSession]:
-    """Return the sessions with these hashes by hash, valid or not; raises `DatabaseUnavailable`."""
+    """Return the sessions with these hashes by hash, valid or not; unknown ones are omitted.
+
+    Raises `DatabaseUnavailable`.
+    """
     async with database.read() as connection:
         found = await _select_sessions(connection, col(BrowserSession.hash).in_(hashes))
     return {one.row.hash: one for one in found}
@@ -101,7 +106,10 @@ async def list_sessions(
     now: datetime,
     session_id: str | None = None,
 ) -> list[FoundSession]:
-    """Return the valid sessions of an organization, or of `user_id` if given, newest first."""
+    """Return the valid sessions of an organization at `now`, newest first.
+
+    With `user_id` or `session_id`, only matching ones; None means all.
+    """
     conditions = [col(BrowserSession.organization_id) == organization_id]
     if user_id is not None:
         conditions.append(col(BrowserSession.user_id) == user_id)
@@ -114,9 +122,10 @@ async def list_sessions(
 async def create_session(
     connection: AsyncConnection, caller: ApiCaller, *, user_agent: str, now: datetime, replaces: str | None
 ) -> tuple[BrowserSession, str]:
-    """Create a session for the key of a caller; return its row and its secret.
+    """Create a session for the key of a caller, and return its row and its secret, which is stored only as a hash.
 
-    Deletes the session with the hash `replaces`, so that a sign-in changes the secret, and all expired ones.
+    Deletes the session with the hash `replaces`, so that a sign-in changes the secret, and all sessions that
+    are idle for too long. The user agent is cut to 200 characters.
     """
     is_over = or_(
         col(BrowserSession.last_seen_at) < now - IDLE_LIFETIME, col(BrowserSession.hash) == (replaces or "")
@@ -156,7 +165,9 @@ async def record_use(database: Database, session_id: str, now: datetime) -> None
 async def _select_sessions(
     connection: AsyncConnection, *conditions: ColumnElement[bool]
 ) -> list[FoundSession]:
-    """Return the sessions that match, with their callers and the validity of their keys."""
+    """Return the sessions that match, valid or not, newest first, with their callers and the validity of
+    their keys.
+    """
     statement = (
         select(
             BrowserSession,

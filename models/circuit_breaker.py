@@ -60,11 +60,13 @@ class CircuitBreaker:
         self._probing: asyncio.Task[None] | None = None
 
     def guard(self) -> GuardedCall:
-        """Return the context of a call; entering and leaving it raises `DatabaseUnavailable` during an outage."""
+        """Return the context for a call to the server; entering and leaving it raises `DatabaseUnavailable`
+        during an outage.
+        """
         return GuardedCall(self)
 
     def begin(self, call: GuardedCall) -> None:
-        """Register a call; raises `DatabaseUnavailable` while the server doesn't answer."""
+        """Register a call, and look later whether it takes too long; raises `DatabaseUnavailable` during an outage."""
         self._last_call_at = monotonic()
         if self._is_open:
             raise DatabaseUnavailable(OUTAGE_MESSAGE)
@@ -77,7 +79,9 @@ class CircuitBreaker:
         self._calls.pop(call, None)
 
     def _look(self) -> None:
-        """Start a probe of the server if the oldest call is late; look again while calls are in progress."""
+        """Start a probe of the server if the oldest call takes over 0.75 seconds; look again while calls are
+        in progress.
+        """
         self._check = None
         if not self._calls:
             return
@@ -88,6 +92,7 @@ class CircuitBreaker:
         self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
 
     async def _probe_once(self) -> None:
+        """Probe the server; if it does not answer, fail all calls until it does."""
         try:
             if not await self._is_answered():
                 await self._open()
@@ -97,7 +102,10 @@ class CircuitBreaker:
             self._probing = None
 
     async def _open(self) -> None:
-        """Fail all calls, terminate the connections, and probe until the server answers or no new calls are made."""
+        """Fail all calls, terminate the connections, and probe every half second until the server answers.
+
+        It ends too if no new call was made for a minute.
+        """
         log.warning("database does not answer", calls=len(self._calls))
         self._is_open = True
         self._terminate()
@@ -111,6 +119,7 @@ class CircuitBreaker:
                 return
 
     async def _is_answered(self) -> bool:
+        """Return whether the probe ends without an error within about 1.5 seconds of a loop that is not busy."""
         probe = asyncio.ensure_future(self._probe())
         now = begun_at = monotonic()
         steps = 0
@@ -153,7 +162,9 @@ class GuardedCall:
                 raise DatabaseUnavailable(OUTAGE_MESSAGE) from error
 
     def give_up(self) -> None:
-        """Cancel the task that waits in the context, once, because the database is known to be away."""
+        """Cancel the task that waits in the context, once, because the database is known to be away; leaving
+        it then raises that.
+        """
         if self._task is not None and not self._is_given_up:
             self._is_given_up = True
             self._task.cancel()

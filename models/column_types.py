@@ -15,7 +15,7 @@ from models.timestamps import from_microseconds, to_microseconds
 
 
 def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
-    """Return the column values of a row by name.
+    """Return the column values of a row by name, without those in `exclude`.
 
     Copies nothing, unlike `model_dump`, which holds the interpreter's lock for 100 ms to copy a graph of 1
     MB.

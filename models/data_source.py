@@ -74,13 +74,17 @@ class DataSourceShare(SQLModel, table=True):
 def encrypt_secrets(
     vault: SecretVault, secrets: dict[str, object], *, organization_id: str, source_id: str
 ) -> EncryptedText:
-    """Return the secrets of a data source, encrypted for its row in its organization."""
+    """Return the secrets of a data source, by name, encrypted so that only its row in its organization can
+    decrypt them.
+    """
     text = msgspec.json.encode(secrets)
     return vault.encrypt(text, organization_id=organization_id, object_id=source_id)
 
 
 def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
-    """Decrypt the secrets of a data source, by name; raises `VaultError`."""
+    """Return the decrypted secrets of a data source, by name; raises `VaultError` for an unknown key or
+    corrupt data.
+    """
     text = vault.decrypt(
         EncryptedText(source.secret_id, source.encrypted),
         organization_id=source.organization_id,
@@ -95,14 +99,17 @@ def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the SQL condition under which a caller may see, test and use a data source: as admin, owner or guest.
 
-    Public ones are open to the whole organization.
+    Guests are users it is shared with; public ones are open to the whole organization.
     """
     everybody = col(DataSource.organization_id) == caller.organization_id
     return and_(everybody, true() if caller.is_admin else _is_open_to(caller.user_id))
 
 
 def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
-    """Return the SQL condition under which the user of a run may use a data source, by the user's present role."""
+    """Return the SQL condition under which the user of a run may use a data source, by the user's present role.
+
+    That is as admin, owner, or guest, or if it is public.
+    """
     is_admin = (
         select(col(User.id))
         .where(

@@ -58,7 +58,7 @@ class InvalidDatabaseUrl(ValueError):
 
 
 def parse_url(url: str) -> URL:
-    """Return a database URL with the asynchronous driver of its kind.
+    """Return a database URL with the asynchronous driver of its kind, SQLite or PostgreSQL.
 
     Raises `InvalidDatabaseUrl` for a malformed URL, another kind and SQLite in memory.
     """
@@ -99,7 +99,11 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """Yield a connection for reads until the block ends; raises `DatabaseUnavailable`."""
+        """Yield a connection for reads until the block ends.
+
+        Each statement sees what was committed before it. Raises `DatabaseUnavailable` for failures in the
+        block too.
+        """
         try:
             with self._guard():
                 async with self.engine.connect() as connection:
@@ -111,7 +115,7 @@ class Database:
 
     @asynccontextmanager
     async def read_snapshot(self) -> AsyncIterator[AsyncConnection]:
-        """Yield a connection whose reads see the database at one moment; raises `DatabaseUnavailable`."""
+        """Yield a connection whose reads all see the database at one moment; raises `DatabaseUnavailable`."""
         async with self.read() as connection:
             if self._writes is None:
                 await connection.execution_options(isolation_level="REPEATABLE READ")
@@ -122,13 +126,13 @@ class Database:
     async def transaction(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, locks: str | None = None
     ) -> T:
-        """Run `work` in one transaction and commit it.
+        """Run `work` in one transaction, commit it, and return its result.
 
-        `work` may be called again, so it must change nothing but the database. A canceled caller leaves the
-        transaction to end by itself: SQLite's driver, interrupted inside it, would keep the file locked.
-        Transactions of this process with the same row in `locks` run one after another. An exception of
-        `work` rolls the transaction back and propagates. Raises `DatabaseUnavailable`, and `LockWaitTimeout`
-        if another transaction keeps a row or key locked.
+        `work` is called again after failures that pass, up to five times, so it must change nothing but the
+        database. A canceled caller leaves the transaction to end by itself: SQLite's driver, interrupted
+        inside it, would keep the file locked. Transactions of this process with the same row in `locks` run
+        one after another. An exception of `work` rolls the transaction back and propagates. Raises
+        `DatabaseUnavailable`, and `LockWaitTimeout` if another transaction keeps a row or key locked.
         """
         task = asyncio.create_task(
             self._transact(work) if locks is None else self._transact_in_turn(work, locks)
@@ -161,6 +165,7 @@ class Database:
         raise AssertionError
 
     async def _transact_once(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work` in one transaction on a connection of the pool, without retries."""
         async with self.engine.connect() as connection:
             try:
                 async with connection.begin():
@@ -170,7 +175,11 @@ class Database:
                     self._writes.end(connection)
 
     async def learn_time(self) -> None:
-        """Read the time of the database and set the clock by it; raises `DatabaseUnavailable`."""
+        """Read the time of the database and set the process's clock by it; with SQLite, the clock follows
+        this machine.
+
+        Raises `DatabaseUnavailable`.
+        """
         if is_sqlite(self.url):
             self.clock.follow_host()
             return
@@ -179,7 +188,7 @@ class Database:
             self.clock.learn(await database_time.read_database_time(connection), asked_at)
 
     async def ping(self) -> None:
-        """Check that the database answers; raises `DatabaseUnavailable`."""
+        """Return if the database answers a query; raises `DatabaseUnavailable` otherwise."""
         async with self.read() as connection:
             await connection.execute(text("SELECT 1"))
 
@@ -195,6 +204,7 @@ class Database:
 
 
 def _translate_failure(error: Exception) -> DatabaseFailure | None:
+    """Return the kind of a failure that may pass; None for a fault of a statement or value."""
     if isinstance(error, PoolTimeout):
         return DatabaseFailure.UNAVAILABLE
     if not isinstance(error, DBAPIError):
@@ -226,7 +236,7 @@ class _SqliteWriteTransactions:
         """Begin a write transaction at once, unless the connection only reads.
 
         Otherwise it could fail at its first write because another transaction was faster. Raises
-        `DatabaseUnavailable` while the file is locked.
+        `DatabaseUnavailable` while another process keeps the file locked.
         """
         if not connection.get_execution_options().get("reads_only"):
             self._breaker.begin(connection.exec_driver_sql, busy_seconds=SQLITE_BUSY_SECONDS)
@@ -271,6 +281,7 @@ def _create_postgresql_engine(url: URL) -> tuple[AsyncEngine, GuardConnection]:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection
+    """Set the pragmas of a new SQLite connection: write-ahead log, full durability, foreign keys, a cache of 8 MB."""
     # The driver's own BEGIN is late and deferred; `_SqliteWriteTransactions` begins transactions instead.
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -296,8 +307,9 @@ class WriteLockBreaker:
     def begin(self, execute: Callable[[str], object], *, busy_seconds: float) -> None:
         """Begin a write transaction on a connection, and wait for the lock of the file.
 
-        `busy_seconds` is the lock wait of the connection. After an earlier timeout, it fails at once while
-        the lock stays. Raises `DatabaseUnavailable`.
+        `execute` runs a statement; `busy_seconds` is the connection's own wait for a lock, and is restored.
+        It waits up to 30 seconds while writers of this process hold the lock. After a timeout by another
+        process, calls fail at once while that keeps the lock. Raises `DatabaseUnavailable`.
         """
         if not self._is_open or not self._is_free(execute, busy_seconds):
             self._wait(execute)
@@ -313,6 +325,9 @@ class WriteLockBreaker:
             self._changes += 1
 
     def _wait(self, execute: Callable[[str], object]) -> None:
+        """Begin a transaction, trying again while writers of this process hold the lock; raises
+        `DatabaseUnavailable`.
+        """
         give_up_at = monotonic() + OWN_WRITES_SECONDS
         while True:
             before = self._changes
@@ -328,7 +343,7 @@ class WriteLockBreaker:
     def _is_free(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
         """Try to begin a transaction without a wait; return whether it has begun.
 
-        False means that another writer of this process was faster. Raises `DatabaseUnavailable` while another
+        False means that a writer of this process was faster. Raises `DatabaseUnavailable` while another
         process holds the lock.
         """
         execute("PRAGMA busy_timeout = 0")
@@ -342,7 +357,7 @@ class WriteLockBreaker:
 
 
 def write_breaker(path: str) -> WriteLockBreaker:
-    """Return the breaker for an SQLite file, which all connections of this process share."""
+    """Return the breaker for an SQLite file by its path, which all connections of this process share."""
     with _guard:
         return _breakers.setdefault(path, WriteLockBreaker())
 
@@ -374,9 +389,10 @@ class TransactionTurns:
 
     @asynccontextmanager
     async def take(self, key: str) -> AsyncIterator[None]:
-        """Wait for the turn among transactions with this key, and hold it for the block.
+        """Wait for the turn among transactions of this process with this key, and hold it for the block.
 
-        Raises `LockWaitTimeout` if one before it has waited in vain for a lock.
+        So they don't wait for each other's locks in the database. Raises `LockWaitTimeout` if one before it
+        has waited in vain for a lock.
         """
         queue = self._queues.setdefault(key, _TurnQueue())
         queue.users += 1

@@ -152,7 +152,9 @@ class LifecycleDecision(SQLModel, table=True):
 
 
 def status_of(deployment: Deployment | None) -> DeploymentStatus:
-    """Return the status of a deployment from its desired and observed state."""
+    """Return the status of a deployment, as the API shows it, from its desired and observed state; None is
+    not deployed.
+    """
     if deployment is None:
         return DeploymentStatus.NOT_DEPLOYED
     observed = ObservedState(deployment.observed)
@@ -179,7 +181,7 @@ def status_of(deployment: Deployment | None) -> DeploymentStatus:
 def is_serving(deployment: Deployment) -> bool:
     """Return whether a pod claims runs, as last observed.
 
-    A deployment that can't be observed counts as serving if it was serving before.
+    A deployment that can't be observed now counts as serving if it had ready pods before.
     """
     if deployment.observed == ObservedState.UNKNOWN:
         return deployment.ready_replicas > 0
@@ -196,7 +198,11 @@ def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
 def build_situation(
     deployment: Deployment, *, has_due: bool, has_running: bool, last_ended_at: datetime | None
 ) -> DeploymentSituation:
-    """Return the inputs of lifecycle rules for a deployment and its runs."""
+    """Return the facts about a deployment and its runs on which lifecycle rules depend.
+
+    `has_due` means runs that could start now, `has_running` runs in progress, `last_ended_at` the end of the
+    last run (None for none).
+    """
     happened = [moment for moment in (deployment.last_activity_at, last_ended_at) if moment is not None]
     return DeploymentSituation(
         is_deployed=deployment.is_deployed,

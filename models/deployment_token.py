@@ -50,9 +50,9 @@ class TokenBearer:
 async def ensure_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Return the current token of a deployment's pods.
+    """Return the current token of a deployment's pods; issue one with the new id `token_id` if none is valid.
 
-    Issues a token with the new id `token_id` if none is valid.
+    A token that was derived from another secret of the server is replaced.
     """
     found = (await connection.execute(_is_valid(bearer.workflow_id).limit(1))).first()
     if found is not None:
@@ -66,9 +66,9 @@ async def ensure_token(
 async def issue_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Issue a new current token of a deployment's pods and return it.
+    """Issue a new current token of a deployment's pods and return its text; only its hash is stored.
 
-    Earlier tokens stay valid until they are revoked.
+    The text can be derived again from id and secret. Earlier tokens stay valid until they are revoked.
     """
     token = runner_tokens.derive_token(token_id, secret)
     await connection.execute(
@@ -102,7 +102,7 @@ async def revoke_superseded_tokens(
 ) -> int:
     """Revoke all tokens of a deployment but the current one; return the number of revoked tokens.
 
-    Does nothing unless the current token is older than `before`.
+    Nothing is revoked unless the current token is older than `before`, so that all pods have it.
     """
     newest = (await connection.execute(_is_valid(workflow_id).limit(1))).first()
     if newest is None:
@@ -136,7 +136,9 @@ async def list_superseded(connection: AsyncConnection) -> Sequence[str]:
 
 
 async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenBearer | None]:
-    """Return the bearer of each token, None for an invalid one; raises `DatabaseUnavailable`."""
+    """Return the bearer of each token in their order, None for an unknown or revoked one; raises
+    `DatabaseUnavailable`.
+    """
     hashes = [runner_tokens.hash_token(token) for token in tokens]
     statement = select(
         col(DeploymentToken.hash),

@@ -12,10 +12,7 @@ limit.
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open descriptors to the hard one; returns the new limit.
-
-    The limit is at most `MAX_DESCRIPTORS`.
-    """
+    """Raise this process's soft limit of open files to the hard one, at most 65,536; return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= wanted:

@@ -10,9 +10,9 @@ PRIVATE_MODE = 0o700
 
 
 def make_folder(folder: Path, mode: int = PRIVATE_MODE) -> None:
-    """Create a folder and its missing parents durably; an existing folder is kept.
+    """Create a folder with `mode` and its missing parents durably; an existing folder is kept as it is.
 
-    Always syncs the parent folder, if it is readable: another process may have died between creating and
+    The parent folder is always synced, if it is readable: another process may have died between creating and
     syncing. Raises `OSError`.
     """
     if not folder.parent.is_dir():

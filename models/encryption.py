@@ -56,7 +56,9 @@ class SecretVault:
         self._keys = {identify_secret(one): _DerivedKey(one, purpose) for one in (secret, *previous)}
 
     def encrypt(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
-        """Encrypt a text with the current secret, so that only this object of this organization can decrypt it."""
+        """Encrypt a text with the current secret (AES-256-GCM), so that only this object of this organization
+        can decrypt it.
+        """
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
         return EncryptedText(
@@ -65,7 +67,10 @@ class SecretVault:
         )
 
     def decrypt(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
-        """Decrypt a text of one object; raises `UnknownSecret` and `SecretCorrupted`."""
+        """Decrypt a text of one object, with the current or an earlier server secret.
+
+        Raises `UnknownSecret` for another secret, and `SecretCorrupted` for changed text or another object.
+        """
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _DerivedKey
 
         key = self._keys.get(encrypted.secret_id)
@@ -89,6 +94,7 @@ class _DerivedKey:
 
     @cached_property
     def cipher(self) -> AESGCM:
+        """AES-GCM cipher with the key that HKDF derives from the secret; computed once."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415 - see above
         from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415 - see above
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # noqa: PLC0415 - see above

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a caller may see an execution: its workflow is readable.
+    """Return the SQL condition under which a caller may see an execution: as admin, or if its workflow is readable.
 
-    Executions of a deleted workflow, and private executions, are visible to admins, the owner of the
-    workflow, and the user of the execution.
+    Executions of a deleted workflow, and private executions (of node tests, for example), are visible to
+    admins, the owner of the workflow, and the user of the execution only.
     """
     own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
     if caller.is_admin:

@@ -40,19 +40,21 @@ class IdClock(Protocol):
 
 
 def use_clock(clock: IdClock) -> None:
-    """Set the clock for new ids, so that they sort together with ids from other hosts with the same clock."""
+    """Set the clock for new ids of this process, so that they sort together with ids from other hosts with
+    the same clock.
+    """
     global _clock, _last_millisecond
     with _lock:
         _clock, _last_millisecond = clock, 0
 
 
 def new_id(prefix: str) -> str:
-    """Return a new id, greater than every id that this process made before."""
+    """Return a new id `prefix_` and 26 characters (a UUIDv7), greater than every id that this process made before."""
     return f"{prefix}_{encode_base32(_generate_uuid7())}"
 
 
 def earliest_id(prefix: str, moment: datetime) -> str:
-    """Return a lower bound of all ids that are made at or after a time, by the same clock."""
+    """Return a lower bound of all ids with a prefix that are made at or after a time, by the same clock."""
     return f"{prefix}_{encode_base32(int(moment.timestamp() * 1_000) << 80)}"
 
 
@@ -78,6 +80,9 @@ def new_ids(prefix: str, count: int) -> list[str]:
 
 
 def _generate_uuid7() -> int:
+    """Return a UUIDv7 as a number: milliseconds, a counter within them, and random bits; greater than the one
+    before.
+    """
     global _last_millisecond, _counter  # noqa: PLW0603 - the clock and counter of this process's ids
     random = int.from_bytes(os.urandom(9), "big")
     with _lock:
@@ -101,7 +106,7 @@ def _next_millisecond() -> int:
 
 
 def encode_base32(number: int) -> str:
-    """Encode a number of 128 bits as 26 characters that sort like the numbers."""
+    """Return a number of 128 bits as 26 characters, without i, l, o and u, that sort like the numbers."""
     parts = []
     for _ in range(13):
         parts.append(_PAIRS[number & 1023])
@@ -110,7 +115,7 @@ def encode_base32(number: int) -> str:
 
 
 def derive_id(prefix: str, origin: str, *parts: str) -> str:
-    """Derive the id of `parts` below the id `origin`; the same arguments give the same id.
+    """Return the id of `parts` below the id `origin`; the same arguments give the same id, others another one.
 
     It has the time of `origin`, so that their rows are adjacent.
     """
@@ -136,14 +141,17 @@ def is_id(text: str) -> bool:
 
 
 def shard_of(organization_id: str) -> int:
-    """Return the shard for new rows of an organization: a small hash of its id."""
+    """Return the shard for new rows of an organization, 0 to 4,095: a hash of its id."""
     return _hash(organization_id) % SHARDS
 
 
 def turn_of_workflow(workflow_id: str) -> int:
-    """Return the queue turn for new runs of a workflow: a small hash of its id."""
+    """Return the queue turn for new runs of a workflow, 0 to 1,023: a hash of its id, by which workflows take
+    turns.
+    """
     return _hash(workflow_id) % TURNS
 
 
 def _hash(text: str) -> int:
+    """Return a number of 16 bits that depends on the text alone."""
     return int.from_bytes(blake2b(text.encode(), digest_size=2).digest(), "big")

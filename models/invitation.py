@@ -67,7 +67,11 @@ async def create_invitation(
     now: datetime,
     lifetime: timedelta,
 ) -> CreatedInvitation:
-    """Insert an invitation to the caller's organization, and return it with its secret code."""
+    """Insert an invitation to the caller's organization, and return it with its secret code, which is stored
+    as a hash.
+
+    The address is stored in lower case; it is valid for `lifetime`.
+    """
     code = browser_session.new_secret()
     row = Invitation(
         id=ids.new_id("invitation"),
@@ -135,5 +139,6 @@ async def revoke_invitation(
 
 
 async def _find(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> Invitation | None:
+    """Return the invitation that matches; None without one."""
     row = (await connection.execute(select(Invitation).where(*conditions))).mappings().first()
     return None if row is None else Invitation(**row)

@@ -45,7 +45,9 @@ class PolicyReplay:
 
 
 def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowChange]:
-    """Return the window openings and closings of a policy within `PREVIEW_TIME`; none for other policies."""
+    """Return the openings and closings of a policy's windows within the next 14 days; none for policies
+    without windows.
+    """
     match policy:
         case ScheduledWindowPolicy(schedule):
             return [*weekly_windows.window_changes(schedule, now, now + PREVIEW_TIME)]
@@ -54,7 +56,9 @@ def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowCh
 
 
 def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[ZoneClockChange]:
-    """Return the clock changes of a policy's time zone within `PREVIEW_TIME`; none for policies without windows."""
+    """Return the changes of the clocks in a policy's time zone within the next 14 days; none for policies
+    without windows.
+    """
     match policy:
         case ScheduledWindowPolicy(schedule):
             return [*weekly_windows.zone_clock_changes(schedule.timezone, now, now + PREVIEW_TIME)]
@@ -67,7 +71,7 @@ def replay_runs(
 ) -> PolicyReplay:
     """Return the pod time, cold starts and waits that a policy would have had for these runs between two times.
 
-    `runs` are sorted by acceptance.
+    `runs` are sorted by acceptance; a cold start counts as a wait of ten seconds.
     """
     match policy:
         case AlwaysOnPolicy():
@@ -117,7 +121,9 @@ def _replay_schedule(
 def _open_spans(
     schedule: WindowSchedule, since: datetime, until: datetime
 ) -> Iterator[tuple[datetime, datetime]]:
-    """Yield start and end of the open times of a schedule after `since`, up to the first that begins after `until`."""
+    """Yield start and end of the open times of a schedule from `since` on, up to the first that begins after
+    `until`.
+    """
     end = until + weekly_windows.HORIZON
     opens_at = since if weekly_windows.is_open(schedule, since) else None
     for change in weekly_windows.window_changes(schedule, since, end):

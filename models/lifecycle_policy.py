@@ -190,7 +190,7 @@ class LifecycleTransition:
 
 
 def effective_policy(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the stored policy of a workflow, or the default."""
+    """Return the stored lifecycle policy of a workflow; the default one for None."""
     return DEFAULT_POLICY if stored is None else stored
 
 
@@ -222,7 +222,7 @@ def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
 def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
     """Return the decision of a policy about a deployment: the action, its reason, and the time to decide again.
 
-    Pure. Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    It depends on its arguments alone. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     if not situation.is_deployed:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
@@ -234,7 +234,7 @@ def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: dateti
 
 
 def retry_time(start_failures: int) -> timedelta:
-    """Return the pause after this many consecutive failed starts; it doubles up to a maximum."""
+    """Return the pause after this many consecutive failed starts: one minute, doubled each time up to 30 minutes."""
     doublings = min(max(start_failures - 1, 0), 16)
     return min(RETRY_TIME * (1 << doublings), MAX_RETRY_TIME)
 
@@ -242,9 +242,9 @@ def retry_time(start_failures: int) -> timedelta:
 def start_refusal(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> StartRefusal | None:
-    """Return the reason why a deployment can't serve a run now; None if it is up, or may be started for the run.
+    """Return why a deployment can't serve a run now; None if it is up, or may be started for the run.
 
-    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    A closed window comes with its next opening. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     if not situation.is_deployed or situation.stopped_reason is StoppedReason.ARCHIVED:
         return StartRefusal(StartRefusalCode.NOT_DEPLOYED)
@@ -262,7 +262,9 @@ def start_refusal(
 def stop_decision(
     situation: DeploymentSituation, reason: LifecycleReason, stopped_reason: StoppedReason
 ) -> LifecycleVerdict:
-    """Return the decision that stops a deployment: with a drain if runs are in progress."""
+    """Return the decision that stops a deployment: with a drain (a time to finish) if it is up with runs in
+    progress.
+    """
     action = LifecycleAction.DRAIN if situation.is_up and situation.has_running else LifecycleAction.STOP
     return LifecycleVerdict(action, reason, stopped_reason)
 
@@ -299,6 +301,7 @@ def decision_inputs(situation: DeploymentSituation, now: datetime) -> dict[str, 
 def _decide_while_up(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
+    """Return the decision about a deployment that is up, by its policy."""
     match policy:
         case AlwaysOnPolicy():
             return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.ALWAYS_ON)
@@ -349,6 +352,9 @@ def _stop_unless_open(
 def _decide_while_draining(
     policy: DeploymentPolicy, situation: DeploymentSituation, until: datetime, now: datetime
 ) -> LifecycleVerdict:
+    """Return the decision about a draining deployment: up again, stopped when its runs or the time are over,
+    or none yet.
+    """
     again = _decide_while_down(policy, situation, now)
     if again.action is not LifecycleAction.NONE:
         return again

@@ -16,7 +16,11 @@ _ROOT = Path("/")
 
 
 def count_kills(root: Path = _ROOT) -> int | None:
-    """Return the number of processes killed for lack of memory in this cgroup or system; None if it is not reported."""
+    """Return the number of processes killed for lack of memory in this cgroup or system; None if it is not
+    reported.
+
+    `root` is the root of the file system, another one in tests.
+    """
     for file in _counter_files(root):
         try:
             lines = file.read_text(encoding="ascii").splitlines()
@@ -39,23 +43,26 @@ class OomKillWatch:
         self._look_at = time.monotonic() + LOOK_SECONDS
 
     def look(self) -> None:
-        """Update the counts at most every `LOOK_SECONDS`, to forget earlier kills of other processes.
-
-        Call it again and again.
+        """Update the counts at most every two seconds, to forget earlier kills of other processes; call it
+        again and again.
         """
         if time.monotonic() >= self._look_at:
             self._earlier, self._latest = self._latest, count_kills()
             self._look_at = time.monotonic() + LOOK_SECONDS
 
     def explains(self, exit_code: int | None) -> bool:
-        """Return whether a process that has just died with this exit code was killed for lack of memory."""
+        """Return whether a child that has just died with this exit code was killed for lack of memory.
+
+        That is SIGKILL, and a count that has grown since the look before the last. False if kills are not
+        reported.
+        """
         if exit_code != -signal.SIGKILL or self._earlier is None:
             return False
         return (count_kills() or 0) > self._earlier
 
 
 def _counter_files(root: Path) -> list[Path]:
-    """Return the files that may hold the count, the most specific first.
+    """Return the files that may hold the count, the most specific first; they need not exist.
 
     A container that sees the whole hierarchy finds its group by path; a container with its own view, at the
     top.

@@ -45,7 +45,7 @@ _CLASSES: Final = {
 def failure_of(error: BaseException) -> DatabaseFailure | None:
     """Return the kind of a transient failure of the database; None for any other error.
 
-    The error is one of asyncpg, SQLAlchemy or the system.
+    The error is one of asyncpg, SQLAlchemy or the system; the SQLSTATE decides if it has one.
     """
     original = getattr(error, "orig", None) or error
     sqlstate = getattr(original, "sqlstate", None)

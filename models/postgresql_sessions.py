@@ -66,7 +66,7 @@ def driver_address(url: URL) -> str:
 
 
 async def open_session(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session with these settings and our timeouts.
+    """Open a session with these settings of PostgreSQL and our timeouts.
 
     Behind a pooler that refuses settings, it has neither. Takes the options of `asyncpg.connect`, and raises
     its exceptions.
@@ -119,6 +119,7 @@ def guard_server(address: str) -> GuardedCall:
 
 
 async def _open_session(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
+    """Open a session with settings and timeouts; if a pooler refuses settings, without them, which is noted."""
     options["connection_class"] = MonitoredConnection
     try:
         return await asyncpg.connect(
@@ -157,6 +158,9 @@ def _terminate_connections(address: str) -> None:
 
 
 def _enable_keep_alive(found: socket.socket | None) -> None:
+    """Let the system probe an idle TCP connection, so that a silent loss of the server is noticed; others are
+    left alone.
+    """
     if found is None or found.family not in {socket.AF_INET, socket.AF_INET6}:
         return
     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -83,11 +83,14 @@ class ScheduleTimetable:
 
     @cached_property
     def zone(self) -> ZoneInfo:
+        """Time zone of the schedule."""
         return ZoneInfo(self.timezone)
 
     @property
     def timing_hash(self) -> str:
-        """Hash of cron, interval, time zone and jitter, which determine the instants."""
+        """Hash of cron, interval, time zone and jitter, which determine the instants; equal ones have the
+        same instants.
+        """
         timing = (self.cron, self.interval_seconds, self.timezone, self.jitter_seconds)
         return sha256(msgspec.json.encode(timing)).hexdigest()
 
@@ -99,7 +102,7 @@ class ScheduleTimetable:
         )
 
     def first_after(self, moment: datetime, anchor: datetime) -> datetime | None:
-        """Return the first instant after a time; None if there is none. Intervals count from `anchor`."""
+        """Return the first instant after a time, in UTC; None if there is none. Intervals count from `anchor`."""
         return next(self.instants_after(moment, anchor), None)
 
     def instants_after(self, moment: datetime, anchor: datetime) -> Iterator[datetime]:
@@ -117,7 +120,7 @@ class ScheduleTimetable:
                 yield instant
 
     def instants_between(self, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
-        """Return the instants from `first` to `last`, both included."""
+        """Return the instants from `first` to `last`, both included, in UTC; intervals count from `anchor`."""
         return [
             *takewhile(lambda instant: instant <= last, self.instants_after(first - _MICROSECOND, anchor))
         ]
@@ -176,9 +179,10 @@ class ScheduleDecision:
 
 
 def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
-    """Parse the stored config of a trigger; the config of a draft may be anything.
+    """Parse the stored config of a schedule trigger; the config of a draft may be anything.
 
-    Raises `InvalidTimetable` for a config that no process here could follow.
+    A cron expression wins over an interval. Raises `InvalidTimetable` for a config that can't be followed,
+    such as an unknown time zone.
     """
     try:
         parsed = msgspec.convert(
@@ -210,7 +214,9 @@ def _to_whole_number(value: object) -> object:
 
 @lru_cache(maxsize=4_096)
 def is_cron_expression(cron: str) -> bool:
-    """Return whether a text is a cron expression of five fields with at least one instant."""
+    """Return whether a text is a cron expression of five fields with at least one instant, of at most 200
+    characters.
+    """
     if len(cron) > CRON_CHARACTERS or len(cron.split(" ")) != CRON_FIELDS or cron != " ".join(cron.split()):
         return False
     try:
@@ -221,9 +227,10 @@ def is_cron_expression(cron: str) -> bool:
 
 
 def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: datetime) -> ScheduleDecision:
-    """Decide which due instants from `state.next_run_at` on get a run; none of them is due again.
+    """Return which due instants from `state.next_run_at` on get a run; none of them is due again.
 
-    The decision also has the next instant, and the reason and time of instants that are skipped.
+    The result also has the next instant, and the reason and time of the last skipped one. At most 1,000 runs
+    wait, and under the overlap policy `skip` one runs at a time.
     """
     due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
@@ -241,9 +248,10 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
 def _instants_to_run(
     timetable: ScheduleTimetable, state: ScheduleState, due_until: datetime
 ) -> tuple[list[datetime], SkipReason | None, datetime | None]:
-    """Return the due instants to run, the reason for skipped ones, and the last skipped one; None for both without any.
+    """Return the due instants to run, the reason for skipped ones, and the last skipped one; None for both
+    without any.
 
-    If the first instant is at most `GRACE_TIME` late, all run; otherwise the misfire policy chooses.
+    If the first instant is at most a minute late, all run; otherwise the misfire policy chooses.
     """
     first, anchor_at = state.next_run_at, state.anchor_at
     in_time_since = due_until - GRACE_TIME
@@ -270,10 +278,11 @@ def recompute_next_instant(
     last_run_at: datetime | None,
     now: datetime,
 ) -> datetime | None:
-    """Return the next instant of a schedule after the clock that computed it was found to be ahead.
+    """Return the next instant of a schedule after the clock that computed it was found to be ahead; None
+    without any.
 
-    None without any. Instants that ran early are not run again, unless the clock was so far ahead that
-    nothing would run for long.
+    Instants that ran early are not run again, unless the clock was over an hour ahead, after which nothing
+    would run for long.
     """
     since = now - timetable.start_delay(workflow_id)
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:

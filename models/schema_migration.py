@@ -42,7 +42,8 @@ class NewerDatabase(Exception):
 async def migrate(url: URL) -> None:
     """Run every migration that the database lacks; safe to repeat, and to run from several processes at once.
 
-    Raises `DatabaseUnavailable`, `NewerDatabase`, and `LockWaitTimeout` if tables stay locked.
+    A newer database that this code can use is left alone. Raises `DatabaseUnavailable`, `NewerDatabase`, and
+    `LockWaitTimeout` if tables stay locked for a minute.
     """
     database = Database(url)
     try:
@@ -128,6 +129,9 @@ async def _upgrade_when_unlocked(database: Database) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
+    """Run the missing migrations on a connection; nothing for a newer revision that this code can use, else
+    `NewerDatabase`.
+    """
     found = _read_revision(connection)
     if found is not None and found > HEAD_REVISION:
         _require_support(connection, found)

@@ -28,9 +28,9 @@ MAX_LISTED: Final = 10_000
 
 
 async def create_organization(settings: ServerSettings, name: str) -> str:
-    """Create an organization and return its id.
+    """Create an organization in the database and return its id.
 
-    Raises `OutdatedDatabase` and `DatabaseUnavailable`, as all functions here.
+    Names need not be unique. Raises `OutdatedDatabase` and `DatabaseUnavailable`, as all functions here.
     """
 
     async def create(connection: AsyncConnection) -> str:
@@ -48,7 +48,8 @@ async def create_user(
 ) -> str:
     """Create a user with an entry in the audit trail, and return its id.
 
-    `organization` is an id or a name. Raises `CommandError` if it is missing, or the e-mail address is taken.
+    `organization` is an id or a name. Raises `CommandError` if it is missing or ambiguous, or the e-mail
+    address is taken.
     """
 
     async def create(connection: AsyncConnection) -> str:
@@ -83,9 +84,11 @@ async def create_key(
     scopes: Collection[KeyScope],
     lifetime: timedelta | None,
 ) -> str:
-    """Create an API key for a user, by id or e-mail address, and return it; without `lifetime` it doesn't expire.
+    """Create an API key for a user, by id or e-mail address, with an audit entry, and return its text, which
+    is stored nowhere.
 
-    Raises `CommandError` for a missing user, and a missing or ambiguous organization.
+    Without `organization` the only one is meant; without `lifetime` the key doesn't expire. Raises
+    `CommandError` for a missing user, and a missing or ambiguous organization.
     """
     secret = settings.secret
 
@@ -113,9 +116,10 @@ async def create_key(
 
 
 async def list_keys(settings: ServerSettings, organization: str | None) -> Sequence[ApiKey]:
-    """Return the keys of an organization, the newest first, at most `MAX_LISTED`.
+    """Return the keys of an organization, the newest first, at most 10,000, without their secrets.
 
-    Raises `CommandError` for a missing or ambiguous organization.
+    Without `organization` the only one is meant. Raises `CommandError` for a missing or ambiguous
+    organization.
     """
     async with opened(settings) as database, database.read() as connection:
         found = await _find_organization(connection, organization)
@@ -124,7 +128,10 @@ async def list_keys(settings: ServerSettings, organization: str | None) -> Seque
 
 
 async def revoke_key(settings: ServerSettings, organization: str | None, key_id: str) -> None:
-    """Revoke a key by its id; raises `CommandError` for a missing key, and a missing or ambiguous organization."""
+    """Revoke a key by its id, with an audit entry.
+
+    Raises `CommandError` for a missing key, and a missing or ambiguous organization.
+    """
 
     async def revoke(connection: AsyncConnection) -> None:
         found = await _find_organization(connection, organization)
@@ -149,7 +156,7 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
 async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
     """Yield the database of the settings, and close it after the block.
 
-    Raises `OutdatedDatabase` if it is not migrated.
+    Raises `OutdatedDatabase` if it is not migrated, and `DatabaseUnavailable`.
     """
     database = Database(parse_url(settings.database_url))
     try:
@@ -176,6 +183,7 @@ async def _find_organization(connection: AsyncConnection, id_or_name: str | None
 
 
 async def _find_user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
+    """Return the user with an id or e-mail address; raises `CommandError` without one."""
     is_named = or_(col(User.id) == id_or_email, col(User.email) == id_or_email.lower())
     statement = select(User).where(col(User.organization_id) == organization.id, is_named)
     row = (await connection.execute(statement)).mappings().first()

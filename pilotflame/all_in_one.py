@@ -119,9 +119,10 @@ def run_all_roles(
     lines: LogLineWriter,
     example: ExampleWorkflow | None,
 ) -> None:
-    """Run all roles until a stop signal, on a database that `migration` may still be creating.
+    """Run all roles in this process until a stop signal, on a database that `migration` may still be creating.
 
-    `listener` is the socket of the gateway. Raises `CommandError`.
+    `migration` is None for an existing database, `listener` is the socket of the gateway, `lines` the log,
+    and `example` a workflow to load into a new database. Raises `CommandError`.
     """
     uvloop.run(_run(roles, listener, migration, lines, example))
 
@@ -192,7 +193,8 @@ async def _run(
 async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bool) -> None:
     """End the pods while the gateway still serves them, so that they can hand off their runs.
 
-    If this process owns the store, runs that weren't handed off in time are reclaimed at once.
+    If this process owns the store, runs that weren't handed off in time return to the queue at once, and not
+    after their leases.
     """
     await pods.aclose()
     if owns_store:
@@ -201,6 +203,9 @@ async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bo
 
 
 async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:
+    """Wait for the migration, and migrate once more if the schema is still older; raises `CommandError` if
+    that fails.
+    """
     try:
         if migration is not None:
             await asyncio.to_thread(migration.wait)
@@ -212,9 +217,9 @@ async def _bring_up_to_date(database: Database, migration: subprocess.Popen[byte
 
 
 async def _create_first_key(database: Database, settings: GatewaySettings) -> str | None:
-    """Create the first organization and return its API key.
+    """Create the first organization with an admin, and return its API key; None if the database isn't empty.
 
-    None if the database isn't empty or a bootstrap key is configured.
+    None also if a bootstrap key is configured.
     """
     if settings.bootstrap_api_key is not None:
         return None
@@ -272,7 +277,10 @@ async def _offer_example(lines: LogLineWriter, url: str, key: str, example: Exam
 
 
 def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
-    """Create the example workflow through the API, as a user would; return whether it succeeded, and log a failure."""
+    """Create the example workflow through the API, as a user would; return whether it succeeded.
+
+    A failure is logged as a warning.
+    """
     from pilotflame_sdk import Client, PilotflameError
 
     try:

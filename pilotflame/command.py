@@ -11,7 +11,10 @@ from pilotflame import command_error, server_processes
 
 
 def main() -> None:
-    """Run the command that `sys.argv` names: a server process directly, any other by the command line interface."""
+    """Run the command that `sys.argv` names: a server process directly, any other by the command line interface.
+
+    So server processes do not load the command line library.
+    """
     match sys.argv[1:]:
         case [name] if name in server_processes.PROCESSES:
             with command_error.printed_errors():

@@ -26,7 +26,10 @@ class CommandError(Exception):
 
 @contextmanager
 def printed_errors() -> Iterator[None]:
-    """Print an error that a user can fix as one line, and exit; internal errors keep their traceback."""
+    """Print an error of the block that a user can fix as one line on standard error, and exit with its code.
+
+    Internal errors keep their traceback.
+    """
     try:
         yield
     except Exception as error:
@@ -45,7 +48,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def _sdk_exit_code(error: Exception) -> int | None:
-    """Return the exit code of an error of the SDK, None for others."""
+    """Return the exit code of an error of the SDK, such as 4 for a missing login; None for other errors."""
     # A raised error has loaded its module; others need not load it.
     sdk = sys.modules.get("pilotflame_sdk.errors")
     if sdk is None or not isinstance(error, sdk.PilotflameError):
@@ -62,12 +65,15 @@ def _sdk_exit_code(error: Exception) -> int | None:
 
 
 def escape_text(text: str) -> str:
-    r"""Return a text with characters that a terminal could act on as `\\u` and their code."""
+    r"""Return a text in which characters that a terminal could act on are shown as `\u` and their code."""
     return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def explain_error(error: Exception) -> str | None:
-    """Return the line for an error that a user can fix; None for an internal error."""
+    """Return the line to print for an error that a user can fix; None for an internal error.
+
+    It loads no module that the raiser has not loaded.
+    """
     if isinstance(error, CommandError) or _sdk_exit_code(error) is not None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:

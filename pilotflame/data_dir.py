@@ -23,7 +23,7 @@ _FILE: Final = "secret.key"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create the folder if needed, and hold its lock during the block.
+    """Create the data folder if needed, and hold its lock during the block; the lock file names this process.
 
     Raises `CommandError` if another process holds it.
     """
@@ -58,7 +58,7 @@ def secret_key(folder: Path) -> SecretStr | None:
 def make_secret_key(folder: Path) -> SecretStr:
     """Create the secret of the folder, store it durably in a file for its owner only, and return it.
 
-    Requires the lock.
+    The caller holds the folder's lock and has found no secret in it.
     """
     secret = secrets.token_urlsafe(48)
     unfinished = folder / f"{_FILE}.unfinished"

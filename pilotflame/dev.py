@@ -27,7 +27,8 @@ def serve(
 ) -> None:
     """Run all roles until a stop signal; settings `given` on the command line override the environment.
 
-    `example` is the definition of a workflow that is stored in a new database. Raises `CommandError`.
+    The data folder is locked, and a missing secret created. `example` is the definition of a workflow that is
+    stored in a new database, with the file of its inputs. Raises `CommandError`.
     """
     settings = ServerSettings()
     folder = settings.data_dir
@@ -45,7 +46,7 @@ def serve(
 
 
 def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
-    """Start the migration of a database in another process, and return it.
+    """Start the migration of a database in another process, and return it without waiting.
 
     Alembic would stay in the memory of this one.
     """
@@ -55,6 +56,7 @@ def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
 
 
 def _is_new(settings: ServerSettings) -> bool:
+    """Return whether the default database in the data folder does not exist yet."""
     return (
         data_dir.holds_database(settings)
         and not Path(settings.database_url.removeprefix("sqlite:///")).exists()
@@ -62,6 +64,7 @@ def _is_new(settings: ServerSettings) -> bool:
 
 
 def _open_listener(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at host and port; raises `CommandError` if that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)

@@ -109,10 +109,10 @@ _Fix = Callable[[_OpenStores, Sequence["DriftFinding"]], Awaitable[None]]
 
 
 async def examine_installation(settings: ServerSettings, request: DoctorRequest) -> DoctorResult:
-    """Examine every store and fix the findings of the requested classes.
+    """Examine every store, fix the findings of the requested classes with an audit entry, and return the report.
 
-    Return the report, examined again after a fix. Raises `CommandError`, `InvalidSettings`, and
-    `DatabaseUnavailable` in a fix.
+    A finding is a contradiction between stores; after a fix, all is examined again. Raises `CommandError`,
+    `InvalidSettings`, and `DatabaseUnavailable` in a fix.
     """
     _require_file(settings)
     async with _open_stores(settings, request) as stores:
@@ -207,7 +207,7 @@ async def _open_broker(url: str | None) -> Broker:
 
 
 def read_facts(settings: ServerSettings, gateway: GatewaySettings) -> ServerFacts:
-    """Return the settings that the checks of an installation examine, with the server's secret."""
+    """Return the settings that the checks of an installation examine, with the server's secret ("" without one)."""
     return ServerFacts(
         host=gateway.host,
         public_url=gateway.public_url,
@@ -230,6 +230,10 @@ async def _open_driver() -> ClusterDriver | None:
 def _cluster_lister(
     driver: ClusterDriver | None,
 ) -> Callable[[], Awaitable[Sequence[ObservedDeployment]]]:
+    """Return a function that lists the deployments of a cluster; it raises `ClusterUnreadable` without a
+    driver or answer.
+    """
+
     async def list_deployments() -> Sequence[ObservedDeployment]:
         if driver is None:
             raise ClusterUnreadable
@@ -297,7 +301,9 @@ _FIXES: Final[Mapping[str, _Fix]] = {
 
 
 async def _record_fix(database: Database, drift_class: DriftClass, found: Sequence[DriftFinding]) -> None:
-    """Count the fixed findings, and add an entry to the audit trail of each organization whose objects were fixed."""
+    """Count the fixed findings in the database, and add an audit entry to each organization whose objects
+    were fixed.
+    """
     concerned = {finding.subject.organization_id for finding in found}
 
     async def record(connection: AsyncConnection) -> None:

@@ -12,9 +12,10 @@ EXECUTION_PREFIX = "exec_"
 
 
 def fetch_explanation(client: Client, subject: str | None) -> dict[str, Any]:
-    """Return the explanation of an execution or workflow, or of the organization without a subject.
+    """Return the explanation of an execution or workflow, or for None of the whole organization.
 
-    A workflow is named by its id or its exact name. Raises errors of the SDK.
+    Ids of executions begin with `exec_`; a workflow is named by its id or its exact name. Raises errors of
+    the SDK.
     """
     if subject is None:
         return dict(client.server.why())
@@ -45,6 +46,7 @@ def render_explanation(explained: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _build_heading(explained: Mapping[str, Any]) -> str:
+    """Return the first line: id, state and main reason of an execution or workflow."""
     if "deploymentStatus" in explained:
         return (
             f"{explained['workflowId']} {explained['deploymentStatus']}:"
@@ -55,6 +57,9 @@ def _build_heading(explained: Mapping[str, Any]) -> str:
 
 
 def _blocker_lines(blocker: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines about one blocker (a reason why something does not move): facts, holders, and requests
+    that help.
+    """
     facts = [blocker["kind"]]
     if blocker["position"] is not None:
         facts.append(f"position {blocker['position']}")
@@ -77,6 +82,7 @@ def _timing_text(timing: Mapping[str, Any]) -> str:
 
 
 def _organization_lines(explained: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines about an organization: unfinished runs by reason, workers, and unknown facts."""
     for reason in explained["reasons"]:
         number = f"{reason['count']}{'+' if reason['countIsLowerBound'] else ''}"
         since = f", oldest since {reason['oldestSince']}" if reason["oldestSince"] else ""

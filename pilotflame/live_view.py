@@ -38,6 +38,7 @@ class RunView:
         self._spans: dict[tuple[str, int], dict[str, Any]] = {}
 
     def take(self, event: RunEvent) -> None:
+        """Update the table by an event of the run; attempts are not shown."""
         if event.name == "execution":
             self._execution = event.data
         elif event.name == "span" and event.data["kind"] != "attempt":
@@ -59,6 +60,7 @@ class RunView:
         return table
 
     def _heading(self) -> Text:
+        """Return the heading: name, status, and completed nodes."""
         heading = Text.assemble(self._name, " ", _style_status(self._execution.get("status", "pending")))
         if total := self._execution.get("totalNodes"):
             heading.append(f" {self._execution['completedNodes']}/{total} ({self._execution['progress']} %)")
@@ -66,7 +68,10 @@ class RunView:
 
 
 def show_run(name: str, events: Iterable[RunEvent]) -> None:
-    """Show the progress of a run on standard error until its events end; standard output has the result alone."""
+    """Show the progress of a run on standard error until its events end; at most 25 rows, the newest.
+
+    Standard output has the result alone.
+    """
     view = RunView(name)
     with Live(view, console=Console(file=sys.stderr), refresh_per_second=8) as live:
         for event in events:
@@ -75,6 +80,7 @@ def show_run(name: str, events: Iterable[RunEvent]) -> None:
 
 
 def _name(span: dict[str, Any]) -> str:
+    """Return the label of a node, with its iteration of a loop."""
     name: str = span["nodeLabel"] or span["nodeId"]
     return f"{name} [{span['iteration']}]" if span["iteration"] else name
 

@@ -69,7 +69,10 @@ class LineRenderer(Protocol):
 
 
 def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
-    """Render an event as one line with a JSON object: `time`, `level`, `event`, and then its fields."""
+    """Render an event as one line with a JSON object: `time`, `level`, `event`, and then its fields.
+
+    Values of fields with names such as `password` are hidden, long values truncated.
+    """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"time": now[:-6] + "Z", "level": level, "event": _truncate_value(fields.pop("event", None))}
     _add_fields(line, fields)
@@ -80,7 +83,11 @@ def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
 
 
 def as_text(_logger: object, level: str, fields: Fields, /) -> bytes:
-    """Render an event as one line of text, with its traceback below it if there is one."""
+    """Render an event as one line of text, with its traceback below it if there is one.
+
+    Values of fields with names such as `password` are hidden, long values truncated, control characters
+    escaped.
+    """
     line: dict[str, Any] = {}
     event = _escape_value(_truncate_value(fields.pop("event", None)))
     _add_fields(line, fields)
@@ -92,6 +99,7 @@ def as_text(_logger: object, level: str, fields: Fields, /) -> bytes:
 
 
 def _add_fields(line: dict[str, Any], fields: Fields) -> None:
+    """Add the fields of an event, those of the log context, and its traceback to a line; secret ones are hidden."""
     exc_info = fields.pop("exc_info", None)
     for name, value in fields.items():
         line[name] = HIDDEN if _is_secret(name) else _truncate_value(value)
@@ -103,13 +111,18 @@ def _add_fields(line: dict[str, Any], fields: Fields) -> None:
 
 @lru_cache(maxsize=1_000)
 def _is_secret(name: str) -> bool:
-    """Return whether a field of this name may contain a secret; ids are no secrets."""
+    """Return whether a field of this name may contain a secret, by words such as `token`; names that end in
+    `_id` don't.
+    """
     lowered = name.lower()
     return any(word in lowered for word in _SECRET_WORDS) and not lowered.endswith("_id")
 
 
 def _truncate_value(value: object, depth: int = 0) -> object:
-    """Return a value for a log line: texts and containers truncated, other objects as their `repr`."""
+    """Return a value for a log line: texts up to 2,000 characters, containers up to 20 items and two levels.
+
+    Other objects are shown as their `repr`.
+    """
     if isinstance(value, str):
         # `str()` converts a member of an enum to plain text.
         return str(value) if len(value) <= MAX_TEXT else value[:MAX_TEXT] + "…"
@@ -138,9 +151,8 @@ def _escape_value(value: object) -> str:
 
 
 def _format_traceback(exc_info: object) -> str:
-    """Return the traceback of an exception, or of the current one.
-
-    Only the end of a long one, which has the message.
+    """Return the traceback of an exception, or of the current one; of a long one the last 16,000 characters,
+    with the message.
     """
     if isinstance(exc_info, tuple):
         exc_info = exc_info[1]
@@ -165,7 +177,7 @@ class LogLineWriter:
         self._thread.start()
 
     def put(self, line: bytes) -> None:
-        """Enqueue a line for writing; if the queue is full, it is dropped and counted."""
+        """Enqueue a line for writing; if 10,000 lines wait, it is dropped and counted."""
         if self._waiting.qsize() < MAX_WAITING_LINES:
             self._waiting.put(line)
             return
@@ -176,12 +188,13 @@ class LogLineWriter:
     debug = info = warning = error = critical = put
 
     def close(self) -> None:
-        """Write the queued lines, as far as the descriptor accepts them within `FLUSH_SECONDS`."""
+        """Write the queued lines, as far as the descriptor accepts them within two seconds, and end the thread."""
         self._is_closing = True
         self._waiting.put(None)
         self._thread.join(FLUSH_SECONDS)
 
     def _write_all(self) -> None:
+        """Write lines in the thread, up to 500 at once, until `close`; a line about dropped ones follows."""
         while (first := self._waiting.get()) is not None:
             if not self._is_closing:
                 time.sleep(WRITE_EVERY_SECONDS)
@@ -191,6 +204,7 @@ class LogLineWriter:
                 return
 
     def _more_after(self, first: bytes) -> tuple[list[bytes], bool]:
+        """Return the waiting lines after the first, and whether the writer is closed."""
         lines = [first]
         while len(lines) < MAX_LINES_PER_WRITE:
             try:
@@ -210,6 +224,7 @@ class LogLineWriter:
         return self._render(self, "warning", {"event": "log lines dropped", "count": dropped})
 
     def _write(self, text: bytes) -> None:
+        """Write all of a text, waiting while the descriptor is full; a closed reader ends it silently."""
         # Written to the descriptor itself: Python's buffered streams have locks that can block the exit of a process.
         while text:
             try:
@@ -229,6 +244,7 @@ class _LoggingHandler(logging.Handler):
         self._render = render
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record of Python's logging as a line."""
         try:
             text, trace = record.getMessage(), record.exc_info
             fields: Fields = {"event": text, "logger": record.name, "exc_info": trace}
@@ -238,7 +254,7 @@ class _LoggingHandler(logging.Handler):
 
 
 def configure_logging(level: str, render: LineRenderer, *, descriptor: int = 1) -> LogLineWriter:
-    """Send all logging to `descriptor`, and return its writer.
+    """Send all logging to the file descriptor, and return its writer.
 
     The project's own logs are sent from `level` up, warnings of libraries always. Loggers are created at
     first use and filtered then: calls below the level cost next to nothing.

@@ -48,7 +48,10 @@ def render(value: object) -> str:
 
 
 def truncate(text: str) -> tuple[str, bool]:
-    """Return a text truncated for a terminal, and whether it was truncated."""
+    """Return a text truncated for a terminal, and whether it was truncated.
+
+    It has at most 100 lines of 500 characters, and a line about those left out.
+    """
     lines = text.splitlines()
     shown = [
         line if len(line) <= MAX_LINE_CHARACTERS else f"{line[:MAX_LINE_CHARACTERS]}…"

@@ -48,6 +48,7 @@ class RotationResult:
 async def rotate_secret(settings: ServerSettings) -> RotationResult:
     """Encrypt all stored secrets with the current key; return counts, and the ids of those that no key can decrypt.
 
+    API keys are hashed anew only at their next use, so those that still depend on an earlier key are counted.
     Safe to repeat and to run beside the server. Raises `OutdatedDatabase` and `DatabaseUnavailable`.
     """
     vault = SecretVault(settings.secret, settings.previous_secrets)
@@ -67,6 +68,7 @@ async def rotate_secret(settings: ServerSettings) -> RotationResult:
 async def _rotate_table(
     database: Database, vault: SecretVault, table: _Table, rotation: RotationResult
 ) -> None:
+    """Encrypt the secrets of one table with the current key, 100 rows at a time, and add to the counts."""
     last = ""
     while True:
         statement = (
@@ -86,6 +88,7 @@ async def _rotate_table(
 
 
 def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
+    """Return the secret of a row encrypted with the current key; None if no key can decrypt it."""
     owner = {"organization_id": row.organization_id, "object_id": row.id}
     try:
         # Rows without a secret have None, and are not selected.
@@ -96,7 +99,8 @@ def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
 
 
 async def _replace(database: Database, table: _Table, anew: dict[_Found, EncryptedText]) -> int:
-    """Write newly encrypted values, except those changed meanwhile; return the number of written ones.
+    """Write newly encrypted values in one transaction, except those changed meanwhile; return the number of
+    written ones.
 
     Raises `DatabaseUnavailable`.
     """

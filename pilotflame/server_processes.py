@@ -39,7 +39,8 @@ def prepare_process() -> None:
 def begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
     """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log.
 
-    Returns the writer of log lines; raises `CommandError` for an invalid Redis URL.
+    Return the writer of log lines. `render` is JSON by default. Raises `CommandError` for an invalid Redis
+    URL.
     """
     from nodes.sandbox.children import confinement
 
@@ -52,7 +53,7 @@ def begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLi
 def begin_log(settings: LoggedSettings, render: LineRenderer | None = None) -> LogLineWriter:
     """Configure the log, warn of unknown settings, and exit with 0 on SIGTERM and SIGINT from now on.
 
-    Return the writer.
+    Return the writer of log lines. `render` is JSON by default.
     """
     from pilotflame import log_lines, unknown_variables
 
@@ -86,7 +87,8 @@ def run_gateway() -> None:
 def run_worker() -> None:
     """Execute runs until a stop signal.
 
-    They run in a child process; if it dies, this process releases its leases at once.
+    They run in a child process; if it dies, this process releases its leases at once, so that other workers
+    can claim its runs.
     """
     from pilotflame import worker_parent
 
@@ -101,6 +103,7 @@ def run_worker() -> None:
 
 
 def _release_leases(death: ChildDeath) -> None:
+    """Release the leases of a worker process that has died, and record the reason for its runs."""
     import asyncio
 
     from workers.settings import WorkerSettings
@@ -152,9 +155,10 @@ def run_runner() -> None:
 
 
 def run_server(*, has_deployer: bool) -> NoReturn:
-    """Run the processes of one machine as children of this one until a stop signal.
+    """Run gateway, worker and scheduler, and with `has_deployer` a deployer, as children of this process
+    until a stop signal.
 
-    Exit with 0 if every child did, else 1.
+    Children that end are started again. Exit with 0 if every child did, else 1.
     """
     from gateway.settings import GatewaySettings
 

@@ -40,9 +40,9 @@ log = structlog.get_logger()
 
 
 def next_pause(pause_seconds: float, lived_seconds: float) -> float:
-    """Return the seconds to wait before the next start of a child: twice the last pause, up to a limit.
+    """Return the seconds to wait before the next start of a child: twice the last pause, from 0.25 to 30 seconds.
 
-    After a stable life of the child, it is the shortest pause.
+    After a life of 60 seconds, it is the shortest pause.
     """
     if lived_seconds >= STABLE_SECONDS:
         return FIRST_PAUSE_SECONDS
@@ -89,7 +89,9 @@ class SupervisedChild:
         log.info("process started", process=self.name, pid=self.process.pid)
 
     def note_end(self) -> int | None:
-        """Return the exit code of a process that has ended, once, and plan its restart; None otherwise."""
+        """Return the exit code of a process that has ended, once, and plan its restart; None while it runs or
+        after that.
+        """
         code = None if self.process is None else self.process.poll()
         if code is None:
             return None
@@ -113,7 +115,8 @@ class Supervisor:
     def run(self) -> int:
         """Run the children until a stop signal, and restart those that end.
 
-        Returns the exit code: 0 if every child ended with 0 after the signal, else 1.
+        Return the exit code: 0 if every child ended with 0 after the signal, else 1. No child outlives the
+        call.
         """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
         try:
@@ -148,8 +151,8 @@ class Supervisor:
     def _stop(self) -> int:
         """Stop the children one after the other, and return the exit code: 0 if all exited with 0, else 1.
 
-        A child that takes longer than `STOP_SECONDS` is killed. Another stop signal reaches all that are left
-        at once.
+        A child that takes longer than 60 seconds is killed. Another stop signal reaches all that are left at
+        once.
         """
         log.info("server stops")
         code = 0

@@ -27,8 +27,8 @@ def find_unknown(
 ) -> Mapping[str, list[str]]:
     """Return unknown variables with the prefix of settings, each with the names of similar settings.
 
-    Settings of other processes than `own` are loaded only if variables are left that `own` does not know.
-    Variables that Kubernetes sets for services are skipped.
+    Settings of other processes than `own` (None: all) are loaded only if variables are left that `own` does
+    not know. Variables that Kubernetes sets for services are skipped.
     """
     spared = OF_COMMANDS | (_list_variables(own) if own is not None else frozenset())
     given = [name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in spared]

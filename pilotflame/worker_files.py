@@ -21,9 +21,9 @@ DRAIN_SECONDS: Final = 10.0
 
 
 def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
-    """Return the node types of a Python file with a worker, or of a JSON or YAML document.
+    """Return the documents of the node types of a Python file with a worker, or of a JSON or YAML file.
 
-    Raises `CommandError`.
+    A Python file is executed. Raises `CommandError`, and the file's own errors.
     """
     if file.suffix == ".py":
         return [one.document for worker in load_workers(file) for one in worker.definitions]
@@ -36,7 +36,10 @@ def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def load_workers(file: Path) -> Sequence[Worker]:
-    """Return the workers that a Python file defines; its errors are raised. Raises `CommandError` without any."""
+    """Execute a Python file and return the workers that it defines at its top level, at least one.
+
+    Raises `CommandError` without any, and the file's own errors.
+    """
     from pilotflame_sdk import Worker
 
     if not file.is_file():
@@ -55,7 +58,10 @@ def load_workers(file: Path) -> Sequence[Worker]:
 
 
 def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
-    """Run the worker of a file in a child process, and restart it after changes, until an interrupt."""
+    """Run the worker of a file in a child process, and restart it after changes of Python files beside it.
+
+    Ends on an interrupt or SIGTERM. `remark` gets a text about each restart.
+    """
     # A supervisor ends this command by SIGTERM: the worker must end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     command = [sys.executable, "-m", "pilotflame", "workers", "run", "--register", str(file)]
@@ -75,7 +81,7 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
 
 
 def _read_change_times(file: Path) -> Mapping[Path, int]:
-    """Return the times of change of the Python files beside a file."""
+    """Return the times of change of the Python files in the folder of a file, in nanoseconds."""
     found = {}
     for path in file.resolve().parent.glob("*.py"):
         try:
@@ -86,7 +92,7 @@ def _read_change_times(file: Path) -> Mapping[Path, int]:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a worker: its tasks get a moment, then they are given back."""
+    """End a worker: its tasks get ten seconds, then it is killed and they are given back."""
     child.terminate()
     try:
         child.wait(DRAIN_SECONDS)

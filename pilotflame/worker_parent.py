@@ -69,6 +69,7 @@ def fork_worker(release: Callable[[ChildDeath], None]) -> Announce:
 def _supervise_child(
     child: int, reads: int, watch: OomKillWatch, release: Callable[[ChildDeath], None]
 ) -> NoReturn:
+    """Forward signals to the child until it ends, call `release` if it died with an owner, and exit with its code."""
     code = os.waitstatus_to_exitcode(_wait_for(child, watch))
     is_out_of_memory = watch.explains(code)
     owner = _read_announcement(reads)
@@ -83,7 +84,10 @@ def _supervise_child(
 
 
 def _wait_for(child: int, watch: OomKillWatch) -> int:
-    """Forward signals until the child ends, and return its wait status; as PID 1, also reap inherited processes."""
+    """Forward signals until the child ends, and return its wait status; as PID 1, also reap inherited processes.
+
+    Every two seconds it looks for kills by lack of memory.
+    """
     while True:
         arrived = signal.sigtimedwait(AWAITED, LOOK_SECONDS)
         # A bug of CPython: after the process was stopped for longer than the timeout, `sigtimedwait` returns an invalid
@@ -97,6 +101,7 @@ def _wait_for(child: int, watch: OomKillWatch) -> int:
 
 
 def _reap_child(child: int) -> int | None:
+    """Reap all ended processes; return the wait status of the child, None if it still runs."""
     while True:
         try:
             process, status = os.waitpid(-1, os.WNOHANG)

@@ -211,6 +211,7 @@ def _type_name(request: GatewayRequest) -> str:
 
 
 def _find(request: GatewayRequest, catalog: NodeCatalog, version: str | None) -> NodeType:
+    """Return the node type that the path names, in `version` or for None its newest; raises a 404 error."""
     try:
         return catalog.get(_type_name(request), version)
     except UnknownNodeType as error:
@@ -223,7 +224,10 @@ async def schema(request: GatewayRequest) -> JsonResponse:
 
 
 def _build_document(body: AddNodeType) -> NodeTypeDocument:
-    """Return the document of a node type in a body; raises a 422 error for invalid fields."""
+    """Return the document of a node type in a body; raises a 422 error for invalid fields.
+
+    A name that is absent is the part of the type after the slash.
+    """
     problems = ProblemCollector()
     if body.output.keeps_input or body.output.dropped_by or body.output.fields_of is not None:
         message = "output: a custom type has only schema and description"
@@ -253,9 +257,10 @@ def _build_document(body: AddNodeType) -> NodeTypeDocument:
 async def _store(
     database: Database, caller: ApiCaller, row: CustomNodeType, *, deprecated: bool | None
 ) -> bool:
-    """Store a version of a node type; return whether it is new.
+    """Store a version of a node type in the transaction, with an audit entry; return whether it is new.
 
-    Raises a 409 error for a stored version with another content.
+    For a stored version with the same content only the mark `deprecated` may change, None keeps it. Raises a
+    409 error for a stored version with another content.
     """
 
     async def work(connection: AsyncConnection) -> bool:
@@ -280,6 +285,7 @@ async def _store(
 
 
 def _same_version(row: CustomNodeType) -> Select[str, bool]:
+    """Return the query of hash and mark of the stored version, which locks it."""
     return (
         select(col(CustomNodeType.hash), col(CustomNodeType.is_deprecated))
         .where(
@@ -336,7 +342,11 @@ async def _set_deprecated(
 async def _require_unused(
     connection: AsyncConnection, caller: ApiCaller, name: str, version: str | None
 ) -> None:
-    """Raise a 409 error if workflows have the type in their graphs; its details list those that the caller may read."""
+    """Raise a 409 error if workflows have the type in their graphs; its details list up to 100 that the
+    caller may read.
+
+    With a `version`, only nodes with this version or without one count.
+    """
     # The name is made of letters, digits, hyphens and a slash: nothing in it is a wildcard.
     graph = type_coerce(col(WorkflowGraph.nodes), Text)
     statement = (

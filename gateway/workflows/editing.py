@@ -78,7 +78,9 @@ Addition: TypeAlias = Callable[[AsyncConnection, WorkflowEdit], Awaitable[None]]
 
 
 async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> StoredWorkflow:
-    """Return the requested workflow; raises a 404 error if it is missing or the caller may not read it."""
+    """Return the requested workflow with its graph and shares; raises a 404 error if it is missing or the
+    caller may not read it.
+    """
     stored = await workflow_rows.find_workflow(connection, requested.id, requested.caller)
     if stored is None:
         raise errors.not_found("workflow")
@@ -117,9 +119,10 @@ class WorkflowEditor:
     ) -> WorkflowEdit:
         """Apply `change` to the requested workflow after all concurrent edits, and return it before and after.
 
-        `also` runs in the transaction of a change, `anyway` even without one. Raises 404, 403, 412 if
-        `If-Match` names another revision, 422 if an active workflow would become invalid, and the errors of
-        `change`, `also` and `anyway`; then nothing is written.
+        Both are the same object if nothing has changed; else revision and audit trail advance. `also` runs in
+        the transaction of a change, `anyway` even without one. Raises 404, 403, 412 if `If-Match` names
+        another revision, 422 if an active workflow would become invalid, and the errors of `change`, `also`
+        and `anyway`; then nothing is written.
         """
         caller = requested.caller
         done: WorkflowEdit | None = None
@@ -156,7 +159,11 @@ class WorkflowEditor:
         also: Addition | None = None,
         anyway: Addition | None = None,
     ) -> WorkflowEdit:
-        """Apply `change` in a transaction that has locked the workflow, with its audit record; raises as `edit`."""
+        """Apply `change` in a transaction that has locked the workflow, with its audit record, and return it
+        before and after.
+
+        Access and `If-Match` are checked by the caller; it raises the other errors of `edit`.
+        """
         catalog = await self.read_catalog(connection, caller.organization_id)
         # A thread, so that a large graph does not block other requests.
         wanted = await asyncio.to_thread(_apply_change, change, before, catalog)
@@ -182,7 +189,10 @@ class WorkflowEditor:
     async def create_in(
         self, connection: AsyncConnection, caller: ApiCaller, made: StoredWorkflow, action: AuditAction
     ) -> None:
-        """Insert a workflow in a transaction, with its audit record; raises a 422 error for unusable data sources."""
+        """Insert a workflow in a transaction, with its audit record; raises a 422 error for unusable data sources.
+
+        Data sources are checked for an active workflow only.
+        """
         catalog = await self.read_catalog(connection, caller.organization_id)
         if made.workflow.status == WorkflowStatus.ACTIVE:
             every = {str(node["id"]) for node in made.nodes}
@@ -194,7 +204,7 @@ class WorkflowEditor:
         )
 
     async def read_catalog(self, connection: AsyncConnection, organization_id: str) -> NodeCatalog:
-        """Return the node types of an organization as a transaction sees them."""
+        """Return the node types of an organization as a transaction sees them; without custom types, the library's."""
         if not await workflow_rows.has_custom_types(connection, organization_id):
             return self._catalogs.base
         return await self._catalogs.read(connection, organization_id)
@@ -209,7 +219,7 @@ class WorkflowEditor:
     ) -> StoredWorkflow:
         """Store a changed workflow as its next revision, and return it.
 
-        Raises a 409 error for a concurrent edit, and 422.
+        Raises a 409 error for a concurrent edit, and 422 for unusable data sources.
         """
         after = wanted.after.with_columns(
             revision=before.workflow.revision + 1, updated_at=self._database.clock.now()
@@ -232,7 +242,8 @@ class WorkflowEditor:
     ) -> JsonResponse:
         """Insert a workflow, once per idempotency key, and return an answer with 201 and `shown(workflow_id)`.
 
-        Raises a 422 error for unusable data sources, and for a key that was used with another body.
+        A repeated key returns the first id with a header; None inserts always. Raises a 422 error for
+        unusable data sources, and for a key that was used with another body.
         """
         workflow = made.workflow
 
@@ -260,7 +271,7 @@ class WorkflowEditor:
 
 
 def answer(stored: StoredWorkflow, value: object, *, status: int = 200) -> JsonResponse:
-    """Return a JSON answer about a workflow, with its `ETag`."""
+    """Return a JSON answer with `value`, with the `ETag` of the workflow's revision."""
     return JsonResponse(value, status=status, headers=entity_tag(stored))
 
 
@@ -270,7 +281,9 @@ def entity_tag(stored: StoredWorkflow) -> dict[str, str]:
 
 
 def content_hash(stored: StoredWorkflow) -> str:
-    """Return the SHA-256 of all editable content, in hexadecimal."""
+    """Return the SHA-256 of all editable content and shares, in hexadecimal; equal means that an edit changed
+    nothing.
+    """
     row = column_values(
         stored.workflow,
         exclude={"id", "revision", "app_id", "search_text", "created_at", "updated_at", "deleted_at"},
@@ -281,9 +294,10 @@ def content_hash(stored: StoredWorkflow) -> str:
 
 
 def _apply_change(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
-    """Return the changed workflow; None if the change has no effect.
+    """Return the changed workflow with hashes of before and after; None if the change has no effect.
 
-    Raises a 422 error if an active workflow would become invalid, and the errors of `change`.
+    Large graphs take a while: call it in a thread. Raises a 422 error if an active workflow would become
+    invalid, or a template would have credentials, and the errors of `change`.
     """
     after = change(before)
     # In Python, 1 equals true: the hashes are of JSON texts, which differ.
@@ -302,7 +316,9 @@ def _apply_change(change: Change, before: StoredWorkflow, catalog: NodeCatalog) 
 
 
 def _require_no_credentials(stored: StoredWorkflow) -> None:
-    """Raise a 422 error for credentials in a template, since the whole organization can read it."""
+    """Raise a 422 error for credentials in a template, since the whole organization can read it; others may
+    have them.
+    """
     if not stored.workflow.is_template:
         return
     found = [
@@ -320,7 +336,7 @@ def _require_no_credentials(stored: StoredWorkflow) -> None:
 def _nodes_to_check(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str] | None:
     """Return the ids of nodes to check before a workflow becomes active, or stays active with another graph.
 
-    None if no check is needed.
+    In the latter case these are the changed ones. None if no check is needed.
     """
     if after.workflow.status != WorkflowStatus.ACTIVE:
         return None
@@ -344,7 +360,7 @@ def _find_unchanged_nodes(before: StoredWorkflow, after: StoredWorkflow) -> froz
 def named_sources(
     stored: StoredWorkflow, catalog: NodeTypeLookup, *, only: Collection[str]
 ) -> Sequence[ResourceReference]:
-    """Return a reference for each field of the nodes in `only` that names a data source."""
+    """Return a reference for each field of the nodes with ids in `only` that names a data source."""
     nodes = [node for node in stored.nodes if str(node["id"]) in only]
     graph = ParsedGraph.from_stored(build_definition(nodes, [], {}))
     return [one for one in list_references(graph, catalog) if one.kind == "datasources"]
@@ -356,9 +372,9 @@ async def require_usable(
     named: Sequence[ResourceReference],
     vault: SecretVault,
 ) -> None:
-    """Raise a 422 error for data sources that the workflow can't use.
+    """Raise a 422 error with an entry for each of the named data sources that the workflow can't use.
 
-    Each must exist, be usable by the owner, decrypt, and have a suitable type.
+    Each must exist, be usable by the workflow's owner, decrypt, and have a suitable type.
     """
     if not named:
         return

@@ -43,7 +43,10 @@ class ItemsDifference(WireStruct):
 
 
 def compare_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, Json]]) -> ItemsDifference:
-    """Return the differences between two lists of nodes or connections, each with an `id`."""
+    """Return the added, removed and changed items between two lists of nodes or connections, each with an `id`.
+
+    Their order is ignored.
+    """
     old, new = _by_id(before), _by_id(after)
     pairs = ((old[key], item) for key, item in new.items() if key in old)
     changed = (_compare_item(left, right) for left, right in pairs)
@@ -55,7 +58,7 @@ def compare_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, J
 
 
 def compare_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, ValueChange]:
-    """Return the keys with different values, or with a value on one side only, each with both values."""
+    """Return the keys whose values differ as JSON (1 is not true), or that one side lacks, each with both values."""
     return {
         key: ValueChange(before=before.get(key, UNSET), after=after.get(key, UNSET))
         for key in {**before, **after}
@@ -64,7 +67,7 @@ def compare_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dic
 
 
 def _by_id(items: Sequence[dict[str, Json]]) -> dict[tuple[str, int], dict[str, Json]]:
-    """Return items by their id and the number of earlier items with that id: drafts may have duplicate ids."""
+    """Return items by their id and the number of earlier items with that id, since drafts may have duplicate ids."""
     bearers: Counter[str] = Counter()
     found = {}
     for item in items:

@@ -129,9 +129,9 @@ Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits
 def stored_nodes(
     nodes: Sequence[NodeInput], catalog: NodeCatalog, problems: ProblemCollector
 ) -> list[StoredNode]:
-    """Return the nodes of a body in their stored form, without generating positions.
+    """Return the nodes of a body in their stored form; those without a position get none.
 
-    Problems are added to `problems`.
+    Invalid fields are added to `problems`; once that is full, the rest is left out.
     """
     return [
         stored_node(node, f"nodes.{index}.", None, catalog, problems)
@@ -143,7 +143,10 @@ def stored_nodes(
 def stored_connections(
     connections: Sequence[ConnectionInput], problems: ProblemCollector
 ) -> list[StoredConnection]:
-    """Return the connections of a body in their stored form; problems are added to `problems`."""
+    """Return the connections of a body in their stored form.
+
+    Invalid fields are added to `problems`; once that is full, the rest is left out.
+    """
     return [
         stored_connection(edge, f"connections.{index}.", problems)
         for index, edge in enumerate(connections)
@@ -154,9 +157,10 @@ def stored_connections(
 def stored_node(
     node: NodeInput, path: str, place: CanvasPosition | None, catalog: NodeCatalog, problems: ProblemCollector
 ) -> StoredNode:
-    """Return a node of a body in its stored form, at `place` unless it has a position.
+    """Return a node of a body in its stored form, at `place` (None for none) unless it has a position.
 
-    Problems are added to `problems` with the prefix `path`.
+    A missing id is generated, a missing label is the type's name, and a custom type is pinned to its newest
+    version. Problems are added to `problems` with the prefix `path`.
     """
     type_name = catalog.canonical_name(node.node_id or node.type or node.node_type or "")
     version = node.version or node.node_version
@@ -196,7 +200,11 @@ def stored_node(
 
 
 def stored_connection(edge: ConnectionInput, path: str, problems: ProblemCollector) -> StoredConnection:
-    """Return a connection of a body in its stored form; problems are added to `problems` with the prefix `path`."""
+    """Return a connection of a body in its stored form; a missing id is generated, missing ports are the
+    standard ones.
+
+    Problems are added to `problems` with the prefix `path`.
+    """
     return {
         "id": _check_id(edge.id, "conn", path, problems),
         "source": _end(edge.source_node_id or edge.source, f"{path}sourceNodeId", problems),
@@ -256,7 +264,9 @@ class LayoutInput(NamedTuple):
 
 
 def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> LayoutInput:
-    """Return the input of the layout engine for a graph: node ids, edges and present positions."""
+    """Return the input of the layout engine for a graph: node ids, edges as pairs of ids, and present
+    positions (or None).
+    """
     edges = [(str(edge["source"]), str(edge["target"])) for edge in connections]
     return LayoutInput([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
 
@@ -276,7 +286,8 @@ def placed(
 ) -> list[StoredNode]:
     """Return nodes with canvas positions.
 
-    A node keeps its own, else gets that of the node with the same id in `before`, else a free one.
+    A node keeps its own, else gets that of the node with the same id in `before`, else a free one, found by
+    the layout engine.
     """
     known = {str(node["id"]): node["position"] for node in before}
     kept: list[StoredNode] = []
@@ -298,12 +309,12 @@ def _place(node: StoredNode) -> CardPosition | None:
 
 
 def graph_of(stored: StoredWorkflow) -> ParsedGraph:
-    """Parse the stored nodes and connections of a workflow to a graph, without its run settings."""
+    """Return the graph that a workflow's stored nodes and connections form, without its run settings."""
     return ParsedGraph.from_stored(definition_snapshot.build_definition(stored.nodes, stored.connections, {}))
 
 
 def require_valid(validation: ValidationResult) -> None:
-    """Raise a 422 error with the errors of a graph's validation, if there are any."""
+    """Raise a 422 error with up to 100 errors of a graph's validation, if there are any; warnings don't count."""
     if not validation.errors:
         return
     shown = validation.errors[: limits.FINDINGS]

@@ -64,12 +64,14 @@ class NodeChanges(GuardedWire):
 
 
 def node_of(stored: StoredWorkflow, node_id: str) -> StoredNode:
-    """Return a node of a workflow by its id; raises a 404 error, and 409 if two nodes share the id."""
+    """Return a node of a workflow by its id; raises a 404 error for an unknown one, and 409 if two nodes
+    share the id.
+    """
     return named(stored.nodes, node_id)
 
 
 def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
-    """Return the node with an id; raises a 404 error, and 409 if two nodes share the id."""
+    """Return the node with an id; raises a 404 error for an unknown one, and 409 if two nodes share the id."""
     found = [node for node in nodes if node["id"] == node_id]
     if not found:
         raise errors.not_found("node")
@@ -80,10 +82,10 @@ def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
 
 
 def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Return a workflow with one more node, which has an id.
+    """Return a workflow with one more node, which has an id; nothing is stored.
 
     Without a position it gets a free one beside the others. Raises a 409 error for an id in use, 422 for
-    invalid fields and too many or too large nodes.
+    invalid fields, more than 10,000 nodes, and over 10 MB of them.
     """
     problems = ProblemCollector()
     place = node.position or _free_position(before.nodes)
@@ -102,9 +104,10 @@ def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> 
 def with_changes(
     before: StoredWorkflow, node_id: str, changes: NodeChanges, catalog: NodeCatalog
 ) -> StoredWorkflow:
-    """Return a workflow with changed fields of one node.
+    """Return a workflow with changed fields of one node; nothing is stored.
 
-    Raises a 404 error for an unknown node, and 422 for invalid fields.
+    Config is merged, and None in it removes a key; absent fields stay, None removes an optional one. Raises a
+    404 error for an unknown node, and 422 for invalid fields and too large nodes.
     """
     node = node_of(before, node_id)
     problems = ProblemCollector()
@@ -133,13 +136,18 @@ def with_changes(
 
 
 def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:
-    """Return a workflow with other input mappings of one node; raises a 404 error for an unknown node."""
+    """Return a workflow with other input mappings of one node, not checked here; raises a 404 error for an
+    unknown node.
+    """
     node = node_of(before, node_id)
     return _replace_node(before, node, {**node, "inputMappings": mappings})
 
 
 def with_pass_through(before: StoredWorkflow, node_id: str, values: Mapping[str, str]) -> StoredWorkflow:
-    """Return a workflow with other pass-through values of one node; raises a 404 error for an unknown node."""
+    """Return a workflow with other pass-through values of one node; raises a 404 error for an unknown node.
+
+    Such a value copies a key of the input to the output.
+    """
     node = node_of(before, node_id)
     return _replace_node(before, node, {**node, "passThroughValues": dict(values)})
 
@@ -154,13 +162,14 @@ def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
 
 
 def require_valid_mappings(mappings: Mapping[str, Json]) -> None:
-    """Raise a 422 error with an entry for each mapping that is no valid expression."""
+    """Raise a 422 error with an entry for each mapping (field and expression) that is no valid expression."""
     problems = ProblemCollector()
     _check_mappings(mappings, "mappings", problems)
     problems.raise_any()
 
 
 def _check_mappings(mappings: Mapping[str, Json], path: str, problems: ProblemCollector) -> None:
+    """Add a problem for each mapping that is no valid expression, until `problems` is full."""
     for field, source in mappings.items():
         if problems.is_full:
             return
@@ -178,6 +187,7 @@ def _merge_config(before: Mapping[str, Json], given: Mapping[str, Json]) -> dict
 def _check_version(
     given: str | None, node_type: str, catalog: NodeCatalog, problems: ProblemCollector
 ) -> str | None:
+    """Return a node's version, None for none; one that the type doesn't have is added to `problems`."""
     if not given:
         return None
     try:
@@ -201,7 +211,9 @@ def _replace_node(before: StoredWorkflow, node: StoredNode, after: StoredNode) -
 
 
 def _require_size(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
-    """Raise a 422 error if a changed node, or all nodes together, would be too large for one request body."""
+    """Raise a 422 error if a changed node is nested too deeply or too large for a body, or all nodes exceed
+    10 MB as JSON.
+    """
     try:
         encode_json({"nodes": [changed]})
     except InvalidJson as error:
@@ -221,9 +233,10 @@ def _free_position(nodes: Iterable[StoredNode]) -> CanvasPosition:
 
 
 def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Return a workflow with one more connection, which has an id.
+    """Return a workflow with one more connection, which has an id; nothing is stored.
 
-    Raises a 422 error for unknown nodes or ports, a repetition, a cycle, and too many connections.
+    Raises a 409 error for a repeated id or connection, and 422 for unknown nodes or ports, a cycle, and more
+    than 20,000 connections.
     """
     problems = ProblemCollector()
     made = graph_shapes.stored_connection(edge, "", problems)
@@ -255,6 +268,7 @@ def _require_ends(edge: StoredConnection, nodes: Collection[str]) -> None:
 
 
 def _describe_absent_node(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
+    """Return the problem of a connection to an unknown node, with similar ids."""
     meant = name_suggestions.suggest_names(node_id, [*islice(nodes, COMPARED_IDS)])
     suggestion = (
         f"Did you mean {' or '.join(meant)}?"
@@ -267,6 +281,7 @@ def _describe_absent_node(path: str, node_id: str, nodes: Iterable[str]) -> dict
 
 
 def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], catalog: NodeCatalog) -> None:
+    """Raise a 422 error if an end of a connection names a port that its node doesn't have; unknown types have any."""
     flaws = []
     outputs = _list_outputs(nodes[str(edge["source"])], catalog)
     target = catalog.node_types.get(str(nodes[str(edge["target"])]["type"]))
@@ -287,6 +302,7 @@ def _list_outputs(node: StoredNode, catalog: NodeCatalog) -> Sequence[str]:
 
 
 def _no_port(path: str, node_id: str, port: Json, known: Sequence[str]) -> dict[str, Json]:
+    """Return the problem of a port that a node doesn't have, with those that it has."""
     kind = "output" if path == "sourcePort" else "input"
     has = f"it has {', '.join(known)}" if known else "it has no inputs"
     suggestion = f"Use one of: {', '.join(known)}." if known else "Connect to a node with an input."
@@ -294,6 +310,7 @@ def _no_port(path: str, node_id: str, port: Json, known: Sequence[str]) -> dict[
 
 
 def _require_new(edge: StoredConnection, others: Iterable[StoredConnection]) -> None:
+    """Raise a 409 error if a connection has this id, or joins the same two ports."""
     joined = _joined(edge)
     for other in others:
         if other["id"] == edge["id"]:
@@ -305,6 +322,7 @@ def _require_new(edge: StoredConnection, others: Iterable[StoredConnection]) -> 
 
 
 def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]) -> None:
+    """Raise a 422 error if a connection would close a cycle, which the message shows, up to six nodes."""
     source, target = str(edge["source"]), str(edge["target"])
     if source == target:
         message = f"Node {source} can't be connected to itself"
@@ -319,7 +337,7 @@ def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]
 
 
 def _find_path(start: str, end: str, edges: Iterable[StoredConnection]) -> list[str]:
-    """Return the nodes on a shortest path along the edges, both ends included; empty if there is none."""
+    """Return the node ids on a shortest path along the edges, both ends included; empty if there is none."""
     children = defaultdict(list)
     for edge in edges:
         children[edge["source"]].append(str(edge["target"]))

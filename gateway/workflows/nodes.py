@@ -262,9 +262,9 @@ async def set_pass_through(request: GatewayRequest) -> JsonResponse:
 
 
 def _one_of(name: str, value: Values | None, other_name: str, other: Values | None) -> Values:
-    """Return the given one of two fields with the same meaning.
+    """Return the given one of two fields with the same meaning; they may be equal.
 
-    Raises a 422 error if both are absent or if they differ.
+    Raises a 422 error if both are None or if they differ.
     """
     if value is not None and other is not None and value != other:
         message = f"Send {name} or {other_name}, not both"
@@ -341,7 +341,7 @@ def _show_node(node: StoredNode, catalog: NodeCatalog) -> ResolvedNode:
 
 
 def _resolve_type(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
-    """Return a node with the catalog's fields of its type; unknown ones if the type has left the catalog."""
+    """Return a node with the catalog's fields of its type and version; for an unknown type, the category "unknown"."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
         resolved: dict[str, Json] = {"category": UNKNOWN_CATEGORY, "s3Location": "", "resources": {}}
@@ -359,7 +359,9 @@ def _resolve_type(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
 
 
 def _all_fields(stored: StoredWorkflow, node_id: str, catalog: NodeCatalog) -> dict[str, Json]:
-    """Return every field of a node that any answer of the API shows; raises a 404 error for an unknown node."""
+    """Return every field of a node that any answer of the API shows, to compare read-only ones; raises a 404
+    or 409 error.
+    """
     node = node_edits.node_of(stored, node_id)
     inbound = sum(edge["target"] == node_id for edge in stored.connections)
     outbound = sum(edge["source"] == node_id for edge in stored.connections)
@@ -374,7 +376,10 @@ def _is_summary(body: Mapping[str, Json]) -> bool:
 
 
 def _wrap_config(body: Json) -> Json:
-    """Return the body of a change; a body that is the config itself becomes its `config`."""
+    """Return the body of a change; a body that is the config itself becomes its `config`.
+
+    A body with `config`, with `label` alone, or in the form of a listed node is returned unchanged.
+    """
     if not isinstance(body, dict) or "config" in body or body.keys() == {"label"} or _is_summary(body):
         return body
     return {"config": body}

@@ -39,7 +39,11 @@ MAX_OUTPUTS: Final = 2_000
 async def recent_outputs(
     connection: AsyncConnection, workflow: Workflow, caller: ApiCaller
 ) -> Sequence[PastOutput]:
-    """Return recorded outputs of nodes in a workflow's newest runs that the caller may see, the newest run first."""
+    """Return recorded outputs of nodes in a workflow's five newest runs that the caller may see, the newest
+    run first.
+
+    Outputs over 100,000 characters are left out, and the rest after 2,000 outputs or two million characters.
+    """
     runs = (
         select(
             col(ExecutionData.execution_id).label("id"),
@@ -86,7 +90,10 @@ async def recent_outputs(
 def output_samples(
     past: Sequence[PastOutput], graph: ParsedGraph, catalog: NodeCatalog
 ) -> dict[str, list[Json]]:
-    """Return recorded outputs by node id; outputs from before the last change of a node are omitted."""
+    """Return recorded outputs by node id, as samples for a validation.
+
+    Outputs from before the last change of a node's type, config or mappings are left out.
+    """
     present: dict[str, bytes | None] = {}
     found: dict[str, list[Json]] = {}
     for row in past:

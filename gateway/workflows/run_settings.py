@@ -88,9 +88,9 @@ def check_settings(
     workflow_id: str,
     problems: ProblemCollector,
 ) -> None:
-    """Add problems that types can't express to `problems`.
+    """Add problems of settings that types can't express to `problems`.
 
-    They are invalid expressions, invalid URLs, and a workflow that names itself.
+    They are invalid expressions, keys and URLs, and a workflow that names itself as its failure workflow.
     """
     concurrency, on_failure = known.concurrency, known.on_failure
     if concurrency is not None and concurrency.key is not None:
@@ -106,6 +106,9 @@ def check_settings(
 
 
 def _check_expression(key: str, path: str, problems: ProblemCollector) -> None:
+    """Add a problem unless a text of at most 500 characters is an expression that reads the trigger, and
+    nothing else.
+    """
     if len(key) > limits.CONCURRENCY_KEY_LENGTH:
         message = f"{path} may have at most {limits.CONCURRENCY_KEY_LENGTH:,} characters"
         problems.add(path, "too-long", message)
@@ -121,6 +124,7 @@ def _check_expression(key: str, path: str, problems: ProblemCollector) -> None:
 
 
 def _check_failure(on_failure: FailureSettings, workflow_id: str, problems: ProblemCollector) -> None:
+    """Add a problem unless the failure settings name either another workflow or a valid URL."""
     path = "settings.onFailure"
     if (on_failure.workflow_id is None) == (on_failure.url is None):
         problems.add(path, "conflict", f"{path} must have a workflowId or a url, and not both")

@@ -30,9 +30,11 @@ _HISTORY = {"last_run_at": None, "last_execution_id": None, "skipped_at": None, 
 async def save_schedule(
     connection: AsyncConnection, workflow: Workflow, trigger: WorkflowTrigger | None
 ) -> None:
-    """Insert, update, suspend or delete the schedule of a workflow, by its status and its schedule trigger.
+    """Insert, update, suspend or delete the schedule of a workflow in the transaction that changes the workflow.
 
-    A schedule that continues with the same instants keeps its next one, even if other settings have changed.
+    It is suspended unless the workflow is active with a schedule `trigger` (None for none), and deleted with
+    it. A schedule that continues with the same instants keeps its next one, even if other settings have
+    changed.
     """
     is_of_workflow = col(Schedule.workflow_id) == workflow.id
     if workflow.deleted_at is not None:
@@ -65,9 +67,9 @@ async def save_schedule(
 
 
 def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
-    """Return the time up to which instants were run: now, or a later run that began after this transaction.
+    """Return the time up to which instants were run: `now`, or a later run that began after this transaction.
 
-    A time that is too far ahead is ignored.
+    A stored time that is too far ahead is ignored.
     """
     last_run_at = found["last_run_at"] if found is not None else None
     return (
@@ -78,7 +80,8 @@ def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
 
 
 def _new_schedule(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
-    """Return the row of a schedule that starts now; instants up to `since` were run.
+    """Return the row of a schedule that starts `now`, with its next instant after `since`, up to which
+    instants were run.
 
     An invalid timetable becomes the row's `problem`.
     """

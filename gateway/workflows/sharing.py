@@ -126,7 +126,9 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
-    """Raise a 403 error unless the caller may share the workflow, then 404 unless the user is of the organization."""
+    """Raise a 404 error unless the caller may read the workflow, 403 unless it may share it, then 404 unless
+    the user exists.
+    """
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         editing.require_writer(request.caller, stored.workflow)
@@ -134,9 +136,9 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
 
 
 def _add_share(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: datetime) -> StoredWorkflow:
-    """Return a workflow with a share for one more user.
+    """Return a workflow with a share for one more user since `now`; unchanged if there is one already.
 
-    Raises a 409 error for too many, and 422 for the owner or caller.
+    Raises a 409 error for more than 1,000, and 422 for the owner or caller.
     """
     shared_with = shares.added(
         before.shared_with, user_id, now, what="workflow", owner_id=before.workflow.owner_id, caller=caller
@@ -150,7 +152,7 @@ def _remove_share(before: StoredWorkflow, user_id: str) -> StoredWorkflow:
 
 
 def _change_visibility(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> StoredWorkflow:
-    """Return a workflow with the requested visibility.
+    """Return a workflow with the requested visibility; None in the body keeps a field.
 
     Raises a 403 error if a caller that is no admin changes `isTemplate`.
     """
@@ -164,7 +166,7 @@ def _change_visibility(before: StoredWorkflow, body: SetVisibility, caller: ApiC
 
 
 def _forget_who_may_read(request: GatewayRequest, edited: WorkflowEdit) -> None:
-    """Clear this process's caches of who may read a workflow; those of other processes expire within seconds."""
+    """Clear this process's caches of the access to a workflow; those of other processes expire within seconds."""
     workflow = edited.after.workflow
     request.gateway.workflows.forget(workflow.organization_id, workflow.id)
     request.gateway.access.forget()

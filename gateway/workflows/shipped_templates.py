@@ -37,7 +37,7 @@ class ShippedTemplate:
     document: ImportedDocument
 
     def stored(self, caller: ApiCaller, catalog: NodeCatalog, now: datetime) -> StoredWorkflow:
-        """Return the template as a draft of the caller, with its placeholders for data sources."""
+        """Return the template as a new draft of the caller, not stored, with its placeholders for data sources."""
         return workflow_documents.import_document(
             caller, ImportWorkflow(document=self.document), catalog, now
         )
@@ -54,6 +54,7 @@ def load_templates() -> Mapping[str, ShippedTemplate]:
 
 
 def _read(path: Path) -> ShippedTemplate:
+    """Return a template from its YAML file; its id is made of the file's name."""
     import yaml  # noqa: PLC0415 - most gateways are never asked for a template
 
     content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -50,11 +50,11 @@ class StoredWorkflow:
 
 
 def move_foreign_settings(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return columns of a workflow with foreign keys of `settings` in `config.settings`.
+    """Return columns of a workflow with foreign keys of `settings` moved to `config.settings`.
 
-    A key stays in `settings` if `config.settings` has another value for it or is no object. All keys stay if
-    `config` would become too large for a request body. No value is lost, and remaining keys are accepted as
-    before.
+    Foreign keys are those that Pilotflame does not know. A key stays in `settings` if `config.settings` has
+    another value for it or is no object. All keys stay if `config` would become too large for a request body.
+    No value is lost, and remaining keys are accepted as before.
     """
     settings, config = columns["settings"], columns["config"]
     place = config.get(FOREIGN_SETTINGS, {})
@@ -75,7 +75,7 @@ def move_foreign_settings(columns: Mapping[str, Any]) -> dict[str, Any]:
 def is_stored_foreign_setting(
     key: str, value: Json, settings: Mapping[str, Json], config: Mapping[str, Json]
 ) -> bool:
-    """Return whether a foreign key in the `settings` of a request repeats its stored value.
+    """Return whether a foreign key in the `settings` of a request repeats its stored value, and so may stay.
 
     The value may be stored in `settings`, or in `config.settings` after the move.
     """

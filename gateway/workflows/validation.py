@@ -66,7 +66,7 @@ async def check(request: GatewayRequest) -> JsonResponse:
 async def _unserved_nodes(
     connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog, now: datetime
 ) -> list[GraphFinding]:
-    """Return a warning for each custom node whose tasks no worker performs now."""
+    """Return a warning for each custom node whose tasks no worker performs now; none for types that are unknown."""
     custom = [node for node in stored.nodes if definition_snapshot.has_custom_type(node)]
     if not custom:
         return []
@@ -117,6 +117,7 @@ def _check_graph(
 
 
 def _show_validation(stored: StoredWorkflow, validation: ValidationResult) -> ValidationShape:
+    """Return the findings of a validation as the API shows them."""
     return ValidationShape(
         workflow_id=stored.workflow.id,
         valid=validation.is_valid,

@@ -44,7 +44,7 @@ class VersionRow:
 async def list_versions(
     connection: AsyncConnection, workflow_id: str, part: PageBounds
 ) -> Sequence[VersionRow]:
-    """Return the rows `part` of a workflow's versions without their snapshots, the oldest first."""
+    """Return the page `part` of a workflow's versions without their snapshots, the oldest first."""
     rows = await connection.execute(
         select(*_HEAD)
         .where(col(WorkflowVersion.workflow_id) == workflow_id)

@@ -167,6 +167,9 @@ async def compare(request: GatewayRequest) -> JsonResponse:
 def _compare_snapshots(
     stored: StoredWorkflow, from_: tuple[State, Mapping[str, Any]], to: tuple[State, Mapping[str, Any]]
 ) -> VersionDifference:
+    """Return the differences between two snapshots of a workflow as the API shows them; a template's have no
+    credentials.
+    """
     before, after = [_show_snapshot(_readable_snapshot(stored, snapshot)) for _, snapshot in (from_, to)]
     fields = [{name: state[name] for name in ("name", "description")} for state in (before, after)]
     return VersionDifference(
@@ -191,7 +194,7 @@ async def _read_state(
 
 
 async def _find(connection: AsyncConnection, stored: StoredWorkflow, number: str) -> WorkflowVersion:
-    """Return the version that the number in a path names; raises a 404 error for unknown versions and other texts."""
+    """Return the version that a number in a path names; raises a 404 error for unknown versions and other texts."""
     version = None
     if _NUMBER.match(number):
         version = await version_rows.find_version(connection, stored.workflow.id, int(number))
@@ -211,9 +214,8 @@ def _show_head(version: VersionRow | WorkflowVersion) -> VersionHead:
 
 
 def _readable_snapshot(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a snapshot for readers, without credentials if the workflow is a template.
-
-    The whole organization reads templates.
+    """Return a snapshot for readers, without credentials if the workflow is a template, which the whole
+    organization reads.
     """
     if not stored.workflow.is_template:
         return snapshot
@@ -223,7 +225,9 @@ def _readable_snapshot(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> M
 
 
 def _show_snapshot(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a snapshot in API form, as in the Workflow object."""
+    """Return a snapshot as the API shows it: with effective settings, and nodes and connections as in the
+    Workflow object.
+    """
     snapshot = stored_workflow.move_foreign_settings(snapshot)
     return {
         **snapshot,
@@ -302,7 +306,7 @@ async def restore(request: GatewayRequest) -> JsonResponse:
 
 
 def _with_next_version(before: StoredWorkflow) -> StoredWorkflow:
-    """Return a workflow with the next version number; raises a 409 error for too many versions."""
+    """Return a workflow with the next version number; raises a 409 error beyond 10,000 versions."""
     if before.workflow.version >= limits.VERSIONS:
         raise errors.conflict(
             "too-many-versions", f"A workflow may have at most {limits.VERSIONS:,} versions"
@@ -311,7 +315,10 @@ def _with_next_version(before: StoredWorkflow) -> StoredWorkflow:
 
 
 def _restore_snapshot(before: StoredWorkflow, snapshot: Mapping[str, Any]) -> StoredWorkflow:
-    """Return a workflow with name, description, settings, config and graph of a snapshot; nothing is written."""
+    """Return a workflow with name, description, settings, config and graph of a snapshot; nothing is written.
+
+    Its status, shares and version number stay.
+    """
     snapshot = stored_workflow.move_foreign_settings(snapshot)
     columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}
     return replace(

@@ -77,9 +77,10 @@ class WorkflowPlan:
 
 
 def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: datetime) -> WorkflowPlan:
-    """Return the workflow that a body describes, not stored, and its problems.
+    """Return the workflow that a body describes, not stored, with its errors and warnings.
 
-    The result is deterministic: nodes and connections without ids are numbered. Raises a 422 error only for a
+    Errors are those of fields and of the graph; those that follow from an invalid field are left out. The
+    result is deterministic: nodes and connections without ids are numbered. Raises a 422 error only for a
     body that is no object.
     """
     body, wrong = _read(value)
@@ -102,7 +103,7 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
 
 
 def refusal_error(errors: Sequence[Problem]) -> ApiError:
-    """Return the 422 error for the creation of a workflow with errors, at most `limits.FINDINGS` of them."""
+    """Return the 422 error for the creation of a workflow with errors, at least one; at most 100 are listed."""
     message = str(errors[0]["message"])
     if len(errors) > 1:
         message = f"There are {len(errors):,} errors: see details"
@@ -110,7 +111,9 @@ def refusal_error(errors: Sequence[Problem]) -> ApiError:
 
 
 def _number(items: Sequence[NodeInput] | Sequence[ConnectionInput], prefix: str) -> None:
-    """Give each item without an id the next free id of the form `<prefix>-<number>`."""
+    """Give each item without an id the next free id of the form `<prefix>-<number>`, from 1 on; items are
+    changed in place.
+    """
     taken = {item.id for item in items}
     free = (name for number in count(1) if (name := f"{prefix}-{number}") not in taken)
     for item in items:
@@ -118,6 +121,7 @@ def _number(items: Sequence[NodeInput] | Sequence[ConnectionInput], prefix: str)
 
 
 def _to_create_request(body: BuildWorkflow) -> CreateWorkflow:
+    """Return the body as the request that creates a workflow; without a status it becomes a draft."""
     return CreateWorkflow(
         name=body.name,
         description=body.description,
@@ -133,7 +137,9 @@ def _to_create_request(body: BuildWorkflow) -> CreateWorkflow:
 def _locate_findings(
     findings: Iterable[GraphFinding], stored: StoredWorkflow, wrong: InvalidFields, told: Iterable[Problem]
 ) -> Iterator[Problem]:
-    """Yield the findings with their paths in the body, without those that follow from problems reported already."""
+    """Yield the findings with their paths in the body, without those that follow from problems reported
+    already (`told`).
+    """
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}
     edges = {str(edge["id"]): f"connections.{number}" for number, edge in enumerate(stored.connections)}
     bare = {_find_item_path(str(problem["path"])) for problem in told if problem["code"] == "required"}
@@ -162,7 +168,7 @@ class InvalidFields:
 
     @property
     def uncertain_types(self) -> frozenset[FindingType]:
-        """Types of findings that may disappear once the invalid fields are corrected, for any node."""
+        """Types of findings that may disappear once the invalid fields are corrected, whatever node they are about."""
         uncertain_types = set()
         if any(item.startswith("connections.") for item in self.items):
             uncertain_types.add(FindingType.DISCONNECTED_NODE)
@@ -189,7 +195,10 @@ def _find_item_path(path: str) -> str:
 
 
 def _read(value: Json) -> tuple[BuildWorkflow, InvalidFields]:
-    """Return a body without its invalid fields, and these fields; raises a 422 error for a body that is no object."""
+    """Return a body without its invalid fields, and these fields; raises a 422 error for a body that is no object.
+
+    With more invalid fields than an answer lists, the body is empty.
+    """
     try:
         return convert(value, BuildWorkflow), InvalidFields([])
     except ApiError as error:

@@ -74,7 +74,10 @@ class WorkflowCache:
         self._organizations: TTLCache[str, str] = TTLCache(ORGANIZATION_SECONDS, MAX_ORGANIZATIONS)
 
     async def load(self, workflow_id: str, caller: ApiCaller) -> LoadedWorkflow:
-        """Return a workflow that the caller may read and execute, cached for a few seconds; raises a 404 error."""
+        """Return a workflow that the caller may read and execute, cached for five seconds.
+
+        Raises a 404 error if it is missing or the caller may not. Concurrent calls share a query.
+        """
         key = (caller.organization_id, workflow_id)
         kept = self._kept.get(key)
         if kept and kept.fresh_until > monotonic() and kept.workflow.is_readable_by(caller):
@@ -87,7 +90,7 @@ class WorkflowCache:
     async def load_for_sender(self, workflow_id: str) -> LoadedWorkflow | None:
         """Return a workflow for a sender that is verified by its request; None if it does not exist.
 
-        The caller's permission is not checked.
+        No permission is checked here. It is cached for five seconds.
         """
         organization_id = self._organizations.get(workflow_id)
         if organization_id is None:
@@ -106,10 +109,11 @@ class WorkflowCache:
     async def load_several(
         self, organization_id: str, revisions: Mapping[str, int]
     ) -> Mapping[str, LoadedWorkflow]:
-        """Return workflows of an organization by their ids, for a caller that may run all of them.
+        """Return workflows of an organization by their ids, for a caller that may run all of them; missing
+        ones are left out.
 
-        Missing ones are left out. A cached workflow is used if it has the given revision and is valid; the others
-        are read together, in their current revisions.
+        `revisions` has the current revision by id. A cached workflow is used if it has that revision and is
+        valid; the others are read together, 500 at once, in their current revisions.
         """
         found: dict[str, LoadedWorkflow] = {}
         for workflow_id, revision in revisions.items():
@@ -128,7 +132,10 @@ class WorkflowCache:
         return found
 
     def forget(self, organization_id: str, workflow_id: str) -> None:
-        """Drop a cached workflow after a change, so that its next use queries the database."""
+        """Drop a cached workflow after a change, so that its next use queries the database.
+
+        The object is kept for `load_several`.
+        """
         self._loads.pop(
             (organization_id, workflow_id), None
         )  # a query that is running may have begun before the change
@@ -156,6 +163,9 @@ class WorkflowCache:
             load.exception()  # callers have the error; without callers, asyncio would log it
 
     async def _load(self, key: tuple[str, str]) -> LoadedWorkflow | None:
+        """Read a workflow with its organization's node types, and cache it unless it was dropped meanwhile;
+        None if it does not exist.
+        """
         asked_at = monotonic()
         async with self._database.read() as connection:
             catalog = await self._catalogs.read(connection, key[0])
@@ -169,7 +179,9 @@ class WorkflowCache:
     async def _load_together(
         self, organization_id: str, workflow_ids: Sequence[str]
     ) -> Mapping[str, LoadedWorkflow]:
-        """Return workflows of an organization from the database by id, and cache them; missing ones are omitted."""
+        """Read workflows of an organization by one query, and cache and return them by id; missing ones are
+        omitted.
+        """
         asked_at = monotonic()
         of_workflows = col(WorkflowShare.workflow_id).in_(workflow_ids)
         readers: dict[str, set[str]] = {}
@@ -222,6 +234,9 @@ class WorkflowCache:
         return await asyncio.to_thread(_load_row, row, readers, catalog)
 
     def _keep(self, key: tuple[str, str], kept: CachedWorkflow) -> None:
+        """Cache a workflow; the oldest ones are dropped beyond 2,000 workflows or 64 million characters of
+        definitions.
+        """
         self._kept[key] = kept
         self._characters += len(kept.workflow.definition)
         while len(self._kept) > MAX_WORKFLOWS or self._characters > MAX_DEFINITION_CHARACTERS:
@@ -234,4 +249,5 @@ class WorkflowCache:
 
 
 def _load_row(row: Row[Any], readers: frozenset[str], catalog: NodeCatalog) -> LoadedWorkflow:
+    """Return a workflow from its row, with its users by share, and with the findings of its validation."""
     return definition_snapshot.load_workflow(row, readers, catalog, is_deployed=bool(row.is_deployed))

@@ -127,7 +127,10 @@ class CredentialFreeWorkflow:
 
 
 def strip_credentials(stored: StoredWorkflow) -> CredentialFreeWorkflow:
-    """Return a workflow without values that look like credentials, and the paths of the removed ones."""
+    """Return a workflow without values that look like credentials, and the paths of the removed ones.
+
+    At most 1,000 paths are listed; all are removed, from description, settings, config and nodes.
+    """
     removed: list[RemovedSecret] = []
 
     def kept(value: Json, part: str, node_id: str | None) -> Json:
@@ -163,9 +166,10 @@ def _join_path(part: str, path: str) -> str:
 def copy_workflow(
     source: StoredWorkflow, caller: ApiCaller, now: datetime, *, is_template: bool = False
 ) -> CredentialFreeWorkflow:
-    """Return a new draft of the caller with the content of another workflow.
+    """Return a new draft of the caller with the content of another workflow, not stored, and the removed
+    credentials.
 
-    Its credentials, shares and history are left out.
+    Shares and history are left out too.
     """
     found = strip_credentials(source)
     content = found.stored.workflow
@@ -188,7 +192,7 @@ def copy_workflow(
 
 
 def name_of_copy(name: str) -> str:
-    """Return the name of a copied workflow: the original name, cut to the limit, with a suffix."""
+    """Return the name of a copied workflow: the original name with " (copy)", cut to 200 characters."""
     return name[: limits.WORKFLOW_NAME_LENGTH - len(COPY)].rstrip() + COPY
 
 
@@ -196,7 +200,9 @@ def name_of_copy(name: str) -> str:
 
 
 def export_document(stored: StoredWorkflow, catalog: NodeCatalog) -> dict[str, object]:
-    """Return a workflow as a `Document`; equal content gives equal documents, for every caller."""
+    """Return a workflow as a document for export, without credentials; equal content gives equal documents,
+    for every caller.
+    """
     found = strip_credentials(stored)
     workflow = found.stored.workflow
     return {
@@ -220,13 +226,18 @@ def _in_order(node: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def file_name(workflow: Workflow) -> str:
-    """Return a file name that is valid on every file system and needs no quoting in a header."""
+    """Return a file name for a workflow that is valid on every file system and needs no quoting in a header.
+
+    It is made of the first 60 letters, digits and hyphens of the name.
+    """
     readable = re.sub(r"[^a-z0-9]+", "-", workflow.name.lower())[:FILE_NAME_LENGTH].strip("-")
     return f"workflow-{readable}.json" if readable else "workflow.json"
 
 
 def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalReference]:
-    """Return the external references of the nodes, such as data sources, sorted, each once with its uses."""
+    """Return the external resources that the nodes name, such as data sources, sorted, each once with the
+    fields that name it.
+    """
     uses: dict[tuple[str, str], list[ReferenceUse]] = {}
     for found in config_places.list_references(graph_shapes.graph_of(stored), catalog):
         uses.setdefault((found.kind, found.id), []).append(
@@ -242,7 +253,9 @@ def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalRef
 
 
 def read_document(value: Json) -> ImportWorkflow:
-    """Return the parsed body of an import; raises a 422 error for another format, and for unknown or invalid fields."""
+    """Return the parsed body of an import; raises a 422 error for another format, and for unknown or invalid
+    fields of it.
+    """
     given = value.get("document") if isinstance(value, dict) else None
     unknown: list[dict[str, Json]] = []
     if isinstance(given, dict):
@@ -259,7 +272,7 @@ def read_document(value: Json) -> ImportWorkflow:
 
 
 def _require_format(given: Mapping[str, Json]) -> None:
-    """Raise a 422 error for a document of another format or version.
+    """Raise a 422 error for a document of another format or version than this server reads.
 
     It is checked before the fields are read, which may have another meaning.
     """
@@ -280,7 +293,11 @@ def _unknown_field(name: str) -> dict[str, Json]:
 def import_document(
     caller: ApiCaller, body: ImportWorkflow, catalog: NodeCatalog, now: datetime
 ) -> StoredWorkflow:
-    """Return the workflow of a document, as a draft of the caller, not stored; raises a 422 error with all problems."""
+    """Return the workflow of a document, as a draft of the caller, not stored; raises a 422 error with all
+    problems.
+
+    A `name` in the body replaces that of the document; nodes without a position get one.
+    """
     given = body.document
     wanted = CreateWorkflow(
         name=given.name,
@@ -319,6 +336,7 @@ def _check_graph(
 
 
 def _check_ids(kind: str, code: str, given: Sequence[str | None], problems: ProblemCollector) -> None:
+    """Add a problem for each id that occurred before; None is no id."""
     seen: set[str] = set()
     for index, item_id in enumerate(given):
         if item_id and item_id in seen:
@@ -331,9 +349,9 @@ def _check_ids(kind: str, code: str, given: Sequence[str | None], problems: Prob
 def resolve_references(
     stored: StoredWorkflow, named: Sequence[ExternalReference], given: Mapping[str, str | None]
 ) -> StoredWorkflow:
-    """Return a workflow with its references replaced by the given ids; raises a 422 error unless each has one.
+    """Return a workflow with its references replaced by the given ids; None as an id removes the field.
 
-    None as an id leaves the field empty.
+    Raises a 422 error for a reference without a replacement, an unknown reference, and an invalid id.
     """
     problems = ProblemCollector()
     for reference in named:
@@ -361,8 +379,8 @@ def resolve_references(
 
 
 def _replace_values(replacements: Mapping[str, str | None], value: Json, path: str = "") -> Json:
-    """Return a value with leaves replaced by their path, such as `items.0.id`; null removes the field or item
-    there.
+    """Return a value with leaves replaced by their path, such as `items.0.id`; None as replacement removes
+    the field or item.
     """
     if isinstance(value, dict):
         fields = [(key, item, f"{path}.{key}" if path else key) for key, item in value.items()]
@@ -382,7 +400,7 @@ def _replace_values(replacements: Mapping[str, str | None], value: Json, path: s
 
 
 def findings(stored: StoredWorkflow, catalog: NodeCatalog) -> ValidationResult:
-    """Return the findings of a draft, with warnings about credentials outside of its nodes too."""
+    """Return the findings of a draft: those of its graph, and warnings about credentials outside of its nodes."""
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=True)
     inline = [
         GraphFinding(

@@ -95,6 +95,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 def _show(workflow_id: str, found: WorkflowLogLevel | None) -> LogLevelShape:
+    """Return a log level as the API shows it; both fields are None without one."""
     return LogLevelShape(
         workflow_id=workflow_id,
         level=None if found is None else LogLevel(found.level),
@@ -103,4 +104,5 @@ def _show(workflow_id: str, found: WorkflowLogLevel | None) -> LogLevelShape:
 
 
 def _hash(found: WorkflowLogLevel | None) -> str:
+    """Return the hash of a log level for the audit trail."""
     return fingerprint([None] if found is None else [found.level, optional_instant(found.until)])

@@ -75,7 +75,8 @@ Listed: TypeAlias = Row[*tuple[Any, ...]]
 
 
 async def lock_workflow(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> None:
-    """Lock a workflow of the caller's organization against other changes until the transaction ends.
+    """Lock a workflow of the caller's organization against other changes until the transaction ends; no
+    effect if it is missing.
 
     A separate statement: PostgreSQL may read rows together with a lock that are older than the lock. SQLite
     serializes transactions anyway.
@@ -141,9 +142,9 @@ async def list_workflows(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, Sequence[Listed]]:
-    """Return the number of workflows that the caller may read and that match, and the rows `part` in `order`.
+    """Return the number of workflows that the caller may read and that match, and the page `part` in `order`.
 
-    Templates are left out.
+    Templates are left out; rows have no graph.
     """
     conditions = [is_listed_for(caller), *_build_conditions(caller, wanted)]
     sorting = (order, _tie_order(order))
@@ -169,10 +170,11 @@ async def list_workflows(
 
 
 def _total_column(wanted: WorkflowFilter) -> ColumnElement[Any]:
-    """Return a column with the total for a search, which reads every row and should do so once.
+    """Return a column with the total for a search, which reads every row and should do so once; null without
+    a search.
 
-    Null without a search. Without a search, the total is counted in an index by another statement, and the
-    page reads only its own rows.
+    Without a search, the total is counted in an index by another statement, and the page reads only its own
+    rows.
     """
     return null() if wanted.search is None else func.count().over()
 
@@ -187,6 +189,7 @@ def _tie_order(order: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 def _build_conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield the SQL conditions of a filter of workflows; fields that are None filter nothing."""
     if wanted.status is not None:
         yield col(Workflow.status) == wanted.status
     if wanted.tag is not None:
@@ -225,7 +228,10 @@ async def count_by_status(connection: AsyncConnection, organization_id: str) -> 
 async def templates(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds
 ) -> tuple[int, list[StoredWorkflow]]:
-    """Return the number of templates of the caller's organization, and the rows `part` of them, the newest first."""
+    """Return the number of templates of the caller's organization, and the page `part` of them, the newest first.
+
+    They have their graphs, but no shares.
+    """
     conditions = (
         col(Workflow.organization_id) == caller.organization_id,
         col(Workflow.deleted_at).is_(None),
@@ -261,7 +267,7 @@ async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
 
 
 async def has_custom_types(connection: AsyncConnection, organization_id: str) -> bool:
-    """Tell whether an organization has node types of its own."""
+    """Return whether an organization has node types of its own."""
     statement = select(col(CustomNodeType.type)).where(col(CustomNodeType.organization_id) == organization_id)
     return await connection.scalar(statement.limit(1)) is not None
 
@@ -271,7 +277,7 @@ async def lock_custom_types(
 ) -> None:
     """Keep the custom types of nodes from being deleted until the end of the transaction.
 
-    Raises 409 if one was deleted meanwhile.
+    Raises a 409 error if one was deleted since `catalog` was read.
     """
     used = {
         (str(node["type"]), str(node["version"]))
@@ -299,7 +305,10 @@ async def lock_custom_types(
 
 
 async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:
-    """Insert a workflow with its graph, triggers, tags and first version."""
+    """Insert a workflow with its graph, triggers, tags and first version in the transaction.
+
+    Raises a 409 error if a custom type is being deleted.
+    """
     workflow = stored.workflow
     await lock_custom_types(connection, workflow.organization_id, stored.nodes, catalog)
     graph = WorkflowGraph(
@@ -343,7 +352,13 @@ async def save_workflow(
     caller: ApiCaller,
     catalog: NodeCatalog,
 ) -> bool:
-    """Write the differences unless the workflow has changed since `before`; return whether they were written."""
+    """Write the differences of two states unless the workflow has changed since `before`; return whether they
+    were written.
+
+    Graph, triggers, schedule, tags and shares included. When a workflow is no longer paused, its held runs
+    are released. False also if the caller may not write it. Raises a 409 error if a custom type is being
+    deleted.
+    """
     workflow = after.workflow
     result = await connection.execute(
         update(Workflow)
@@ -384,6 +399,7 @@ async def save_workflow(
 
 
 async def _save_shares(connection: AsyncConnection, before: StoredWorkflow, after: StoredWorkflow) -> None:
+    """Insert added shares and delete removed ones."""
     workflow_id = after.workflow.id
     if gone := before.shared_with.keys() - after.shared_with.keys():
         await connection.execute(
@@ -400,7 +416,7 @@ async def _save_shares(connection: AsyncConnection, before: StoredWorkflow, afte
 
 
 async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
-    """Return the keys of a workflow's runs that have not ended."""
+    """Return the keys of all of a workflow's runs that have not ended."""
     running = (
         select(col(Execution.id), col(Execution.shard))
         .join(ExecutionData, col(ExecutionData.execution_id) == col(Execution.id))
@@ -447,7 +463,9 @@ async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, cata
 async def save_triggers(
     connection: AsyncConnection, before: StoredWorkflow, after: StoredWorkflow, catalog: NodeCatalog
 ) -> None:
-    """Replace the trigger and schedule rows of a workflow if a change concerns them; a deleted workflow has none."""
+    """Replace the trigger and schedule rows of a workflow if a change concerns them; those of a deleted
+    workflow are deleted.
+    """
     workflow = after.workflow
     were = _build_triggers(before.workflow, before.nodes, catalog)
     are = _build_triggers(workflow, after.nodes, catalog) if workflow.deleted_at is None else []
@@ -482,7 +500,7 @@ async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigge
 def _build_triggers(
     workflow: Workflow, nodes: Sequence[StoredNode], catalog: NodeCatalog
 ) -> Sequence[WorkflowTrigger]:
-    """Return the trigger rows of a graph.
+    """Return the trigger rows of a graph, one for each trigger node that inbound requests or times start.
 
     Of nodes with the same id, which only a draft may have, the last one counts.
     """

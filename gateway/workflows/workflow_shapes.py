@@ -167,9 +167,9 @@ class NewWorkflow(WireStruct):
 def build_workflow(
     caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, now: datetime
 ) -> StoredWorkflow:
-    """Return a new workflow of the caller, not stored.
+    """Return a new workflow of the caller, not stored, with positions for all nodes.
 
-    Raises a 422 error for invalid fields, and for an active invalid graph.
+    Raises a 422 error for invalid fields, and for an invalid graph if it is active.
     """
     problems = ProblemCollector()
     stored = draft_workflow(caller, body, catalog, problems, now)
@@ -182,7 +182,7 @@ def build_workflow(
 def draft_workflow(
     caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, problems: ProblemCollector, now: datetime
 ) -> StoredWorkflow:
-    """Return an unsaved workflow of the caller, made from the request; problems are added to `problems`.
+    """Return an unsaved workflow of the caller, made from the request; invalid fields are added to `problems`.
 
     Missing positions of nodes are not generated, and the graph is not checked.
     """
@@ -208,7 +208,11 @@ def draft_workflow(
 
 
 def apply_changes(before: StoredWorkflow, body: UpdateWorkflow, catalog: NodeCatalog) -> StoredWorkflow:
-    """Return a workflow with the changes of a body, not stored; raises a 422 error for invalid fields."""
+    """Return a workflow with the changes of a body, not stored; absent fields stay.
+
+    Settings and config are merged (null removes a key), other fields replaced; nodes keep positions by their
+    ids. Raises a 422 error for invalid fields.
+    """
     workflow = before.workflow
     problems = ProblemCollector()
     changes: dict[str, object] = {}
@@ -246,7 +250,7 @@ def _check_description(given: str, problems: ProblemCollector) -> str:
 def _check_tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
     """Return the tags in the given order, without duplicates.
 
-    Problems are added to `problems`, and too many tags give none.
+    Invalid tags are added to `problems`; more than 50 are a problem and give none.
     """
     if len(given) > limits.TAGS:
         problems.add("tags", "too-many", f"A workflow may have at most {limits.TAGS} tags")
@@ -274,10 +278,11 @@ def _merge_settings(
     given: Mapping[str, Json],
     problems: ProblemCollector,
 ) -> dict[str, Json]:
-    """Return all settings, with the given ones merged in.
+    """Return all settings, with the given ones merged in; null removes a key.
 
-    Unknown keys are refused, except for those that older servers accepted: they may be sent with their stored
-    values, from before or after their move to `config.settings`. Null removes one that could not be moved.
+    `before` and `config` are the stored ones. Unknown keys are added to `problems`, except for those that
+    older servers accepted: they may be sent with their stored values, from before or after their move to
+    `config.settings`.
     """
     whole = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
     removed = {
@@ -305,9 +310,10 @@ def _merge_settings(
 def _merge_config(
     before: Mapping[str, Json], given: Mapping[str, Json], problems: ProblemCollector
 ) -> dict[str, Json]:
-    """Return a config with the given one merged in; null removes a key. Problems are added to `problems`.
+    """Return a config with the given one merged in; null removes a key.
 
-    `appId` is the only key with a meaning for the server.
+    An invalid `appId`, the only key with a meaning for the server, and a result over 20,000 bytes are added
+    to `problems`.
     """
     app_id = given.get("appId")
     if app_id is not None:
@@ -320,7 +326,7 @@ def _merge_keys(
 ) -> dict[str, Json]:
     """Return `before` with the given keys set, null removing a key.
 
-    Too large a result is added to `problems` with `path`.
+    A result over 20,000 bytes as JSON is added to `problems` with `path`.
     """
     merged: dict[str, Json] = {key: value for key, value in {**before, **given}.items() if value is not None}
     if len(encode_json(merged)) > limits.SETTINGS_BYTES:
@@ -332,7 +338,7 @@ def _merge_keys(
 
 
 def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:
-    """Return the Workflow object of the API without its graph, as in lists."""
+    """Return a workflow as the API shows it in lists, without its graph."""
     return {
         "id": workflow.id,
         "name": workflow.name,
@@ -350,7 +356,7 @@ def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:
 
 
 def show_workflow(stored: StoredWorkflow) -> dict[str, Json]:
-    """Return the Workflow object of the API with its graph, config and settings."""
+    """Return a workflow as the API shows it, with its graph, config, settings and shares."""
     workflow = stored.workflow
     return {
         **show_summary(workflow),

@@ -29,9 +29,9 @@ KeyOption: TypeAlias = Annotated[
 
 
 def read_text(given: str, option: str) -> str:
-    """Return a value, or the content of the file of `@file`; `@-` and `-` are standard input.
+    """Return a value, or for `@file` the content of the file; `@-` and `-` are standard input.
 
-    Raises `CommandError` for a file that isn't UTF-8, and `OSError`.
+    `option` names the option in errors. Raises `CommandError` for a file that isn't UTF-8, and `OSError`.
     """
     if given in {"-", "@-"}:
         return sys.stdin.read()
@@ -44,7 +44,10 @@ def read_text(given: str, option: str) -> str:
 
 
 def read_json(given: str, option: str) -> Any:  # noqa: ANN401 - any JSON
-    """Return JSON that is given directly, as @file, or as @- for standard input; raises `CommandError`."""
+    """Return JSON that is given directly, as @file, or as @- for standard input.
+
+    Raises `CommandError` for invalid JSON, which names `option`, and `OSError`.
+    """
     try:
         return json.loads(read_text(given, option))
     except (ValueError, RecursionError) as error:
@@ -52,7 +55,10 @@ def read_json(given: str, option: str) -> Any:  # noqa: ANN401 - any JSON
 
 
 def read_object(given: str, option: str) -> dict[str, Any]:
-    """Return a JSON object that is given directly, as @file, or as @- for standard input; raises `CommandError`."""
+    """Return a JSON object that is given directly, as @file, or as @- for standard input.
+
+    Raises `CommandError` for anything else, and `OSError`.
+    """
     found = read_json(given, option)
     if not isinstance(found, dict):
         raise CommandError(f"{option} must be a JSON object")
@@ -60,7 +66,10 @@ def read_object(given: str, option: str) -> dict[str, Any]:
 
 
 def read_pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
-    """Return the pairs of a repeated option `key=value`; empty without it. Raises `CommandError`."""
+    """Return the pairs of a repeated option `key=value`, of a repeated key the last one; empty for None.
+
+    Raises `CommandError` for a text without a key or `=`.
+    """
     pairs = {}
     for one in given or ():
         key, separator, value = one.partition("=")
@@ -73,7 +82,7 @@ def read_pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
 def confirm(question: str, *, is_confirmed: bool) -> None:
     """Ask the user before something that can't be undone, and abort the command unless the answer is yes.
 
-    Raises `CommandError` without a terminal. Does nothing if it is confirmed already.
+    Nothing is asked if it is confirmed already. Raises `CommandError` without a terminal.
     """
     if is_confirmed:
         return

@@ -102,6 +102,9 @@ def bridge_rabbitmq(
 
 
 def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
+    """Run a bridge with settings from the command line and the environment until it is stopped; raises
+    `CommandError`.
+    """
     settings = kind(**{f"bridge_{name}": value for name, value in given.items() if value is not None})
     server_processes.begin_log(settings)
     from bridge import bridge_errors, main

@@ -126,7 +126,10 @@ def unshare_source(
 
 
 def find_source(id_or_name: str) -> str:
-    """Return the id of a data source; raises `CommandError`."""
+    """Return the id of a data source from its id, or its name with or without `@`.
+
+    Raises `CommandError` unless exactly one has the name.
+    """
     if id_or_name.startswith("ds_"):
         return id_or_name
     named = id_or_name.removeprefix("@")
@@ -138,6 +141,9 @@ def find_source(id_or_name: str) -> str:
 
 
 def _secrets(variables: list[str] | None, *, is_stdin: bool) -> dict[str, Any]:
+    """Return the secrets of the options: from environment variables, and as JSON from standard input; raises
+    `CommandError`.
+    """
     secrets = read_object("-", "--secrets-stdin") if is_stdin else {}
     for name, variable in read_pairs(variables, "--secret-env").items():
         if variable not in os.environ:

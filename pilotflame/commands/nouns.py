@@ -23,7 +23,10 @@ class CommandPlace(NamedTuple):
 
 
 def new_noun(summary: str) -> Typer:
-    """Return a group of commands. Without rich, which Typer would load to render help and errors."""
+    """Return an empty group of commands with a summary for its help.
+
+    It doesn't use rich, which Typer would load to render help and errors.
+    """
     return Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help=summary)
 
 
@@ -52,6 +55,7 @@ class _LoadedCommands(dict[str, Any]):
         return [(name, self._load(name)) for name in self]
 
     def _load(self, name: str) -> Command:
+        """Return a command, loading its module at the first use."""
         found: Command | None = super().get(name)
         if found is None:
             module, command = self._places[name]

@@ -43,7 +43,7 @@ def show_list(
 ) -> None:
     """Print a list as table, names, JSON or YAML.
 
-    `columns` has the path of each column; `key` is the path of an item's name.
+    `columns` has the path of each column of the table by its heading; `key` is the path of an item's name.
     """
     if output is OutputFormat.TABLE:
         show_table([[value_at(one, path) for path in columns.values()] for one in items], [*columns])
@@ -78,7 +78,10 @@ def show_value(value: object, output: OutputFormat = OutputFormat.JSON) -> None:
 
 
 def show_table(rows: Sequence[Sequence[object]], headings: Sequence[str]) -> None:
-    """Print rows below headings, each column as wide as its longest value; nothing without rows and headings."""
+    """Print rows below headings in upper case, each column as wide as its longest value.
+
+    Line breaks in values become spaces. Nothing is printed without rows and headings.
+    """
     texts = [[escape_text(_short(value)).replace("\n", " ") for value in row] for row in rows]
     lines = [[heading.upper() for heading in headings], *texts] if headings else texts
     if not lines:
@@ -101,6 +104,9 @@ def value_at(item: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401 - any J
 
 
 def _short(value: object) -> str:
+    """Return a value as short text for a table: "" for None, yes or no, names with commas, JSON for other
+    containers.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -111,12 +117,14 @@ def _short(value: object) -> str:
 
 
 def say(text: str) -> None:
-    """Print data on standard output, without characters that a terminal could act on."""
+    """Print data on standard output; characters that a terminal could act on are escaped."""
     typer.echo(escape_text(text))
 
 
 def remark(text: str) -> None:
-    """Print a remark on standard error, without characters that a terminal could act on."""
+    """Print a remark with the command's name on standard error; characters that a terminal could act on are
+    escaped.
+    """
     typer.echo(escape_text(f"pilotflame: {text}"), err=True)
 
 

@@ -89,9 +89,9 @@ def run_workflow(
 
 
 def read_body(given: str) -> dict[str, Any]:
-    """Return the body of an execute request; JSON without `triggerInputs` becomes the trigger inputs.
+    """Return the body of an execute request; an object without `triggerInputs` becomes the trigger inputs.
 
-    Raises `CommandError`.
+    `given` is JSON, @file or @-. Raises `CommandError`.
     """
     inputs = read_object(given, "--input")
     return inputs if "triggerInputs" in inputs else {"triggerInputs": inputs}
@@ -100,9 +100,10 @@ def read_body(given: str) -> dict[str, Any]:
 def start_options(
     body: Mapping[str, Any], tags: Sequence[str] | None, metadata: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Return the options of a start: the fields of a body, with tags and metadata of the command line added.
+    """Return the arguments of a start of the SDK: the fields of a body, with tags and metadata of the command
+    line added.
 
-    Raises `CommandError`.
+    Metadata are texts `key=value` and win over those of the body. Raises `CommandError`.
     """
     fields = dict(body)
     named = read_pairs(metadata, "--metadata")
@@ -115,7 +116,9 @@ def start_options(
 
 
 def print_outcome(run: Run, output: OutputChoice, connections: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Print the outputs of an ended run, and exit with 5 unless it completed, after a remark with its error."""
+    """Print the outputs of an ended run, as chosen, and exit with 5 unless it completed, after a remark with
+    its error.
+    """
     _print_outputs(run, output, connections)
     if run.status != "completed":
         reason = f": {run.error['message']} ({run.error['code']})" if run.error else ""
@@ -126,7 +129,10 @@ def print_outcome(run: Run, output: OutputChoice, connections: Sequence[Mapping[
 def read_connections(
     client: Client, workflow_id: str, body: Mapping[str, Any]
 ) -> Sequence[Mapping[str, Any]]:
-    """Return the connections of the graph to run; none if the key may execute the workflow but not read it."""
+    """Return the connections of the graph to run: of the body's own definition, else of the workflow.
+
+    Empty if the key may execute the workflow but not read it.
+    """
     from pilotflame_sdk import APIError
 
     given = body.get("definition") or {}

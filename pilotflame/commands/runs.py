@@ -117,7 +117,7 @@ def list_runs(
 
 
 def map_rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return executions with their duration in seconds and the code of their cause."""
+    """Return executions with their duration in seconds ("" while they run) and the code of the innermost error."""
     rows = []
     for one in found:
         error = one["error"] or {}
@@ -302,6 +302,7 @@ def show_logs(
 def _log_lines(
     client: Client, execution: str, level: str | None, *, follow: bool
 ) -> Iterator[Mapping[str, Any]]:
+    """Yield the log lines of an execution, of one level or for None of all; with `follow` until the execution ends."""
     if not follow:
         path = f"/api/v1/executions/{_quoted(execution)}/logs"
         yield from client.iterate(path, "logs", {"level": level})

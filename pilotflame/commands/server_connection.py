@@ -12,9 +12,10 @@ chosen_profiles: list[str] = []
 
 
 def connect() -> Client:
-    """Return a client of the chosen server.
+    """Return a client of the chosen server, by profile or environment; it does not connect yet.
 
-    Its requests fail at once if the server has never answered. Raises `ConfigurationError`.
+    Its requests fail at once if the server has never answered. Raises `ConfigurationError` without a server
+    or key.
     """
     from pilotflame_sdk import Client, RetryPolicy
 

@@ -25,7 +25,9 @@ class WorkflowFile:
 
 
 def read_definition(file: Path) -> dict[str, Any]:
-    """Return the workflow of a file; raises `CommandError` unless it is an object with a name."""
+    """Return the workflow of a JSON or YAML file; raises `CommandError` unless it is an object with a name,
+    and `OSError`.
+    """
     import yaml
 
     try:
@@ -56,6 +58,7 @@ def read_files(paths: Sequence[Path]) -> Sequence[WorkflowFile]:
 
 
 def _list_files(path: Path) -> Iterator[Path]:
+    """Yield a file, or the YAML and JSON files in a folder and below, sorted; hidden ones are left out."""
     if not path.is_dir():
         yield path
         return
@@ -78,7 +81,7 @@ def name_positions(text: str, files: Sequence[WorkflowFile]) -> str:
 def strip_document(document: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     """Return an exported document as a file for `apply`: without fields about the file, with names of data sources.
 
-    `sources` has the names by id.
+    `sources` has the names to show, such as `@crm`, by id. Empty fields are left out.
     """
     left_out = {"format", "formatVersion", "references", "removedSecrets"}
     kept = {
@@ -121,7 +124,7 @@ def _named_fields(document: Mapping[str, Any], sources: Mapping[str, str]) -> Ma
 
 
 def _named(value: Any, names: Mapping[str, str], path: str = "") -> Any:  # noqa: ANN401 - any JSON
-    """Return a config with names of data sources at their paths."""
+    """Return a config in which the values at the paths of `names` are replaced by names of data sources."""
     if isinstance(value, list):
         return [
             _named(one, names, f"{path}.{place}" if path else str(place)) for place, one in enumerate(value)
@@ -132,7 +135,7 @@ def _named(value: Any, names: Mapping[str, str], path: str = "") -> Any:  # noqa
 
 
 def file_text(document: Mapping[str, Any]) -> str:
-    """Return a document as YAML."""
+    """Return a document as YAML without a line break at the end; fields keep their order."""
     import yaml
 
     text: str = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=100)
@@ -142,7 +145,9 @@ def file_text(document: Mapping[str, Any]) -> str:
 def name_files(
     folder: Path, documents: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield a path for each document, from its name; equal ones are numbered."""
+    """Yield a path in the folder for each document, made of its name in lower case; equal ones are numbered
+    from 2 on.
+    """
     taken: set[str] = set()
     for document in documents:
         readable = re.sub(r"[^a-z0-9]+", "-", str(document["name"]).lower())[:FILE_NAME_LENGTH].strip("-")

@@ -87,6 +87,9 @@ def apply(
 
 
 def _apply_one(definition: Mapping[str, Any]) -> None:
+    """Create or update a workflow by its name, print its id, and exit with 1 if validation finds errors,
+    which are printed.
+    """
     client = connect()
     workflow_id = client.workflows.put(definition)
     typer.echo(workflow_id)
@@ -165,6 +168,7 @@ def _document(client: Client, workflow_id: str, sources: Mapping[str, str]) -> d
 def _request(
     found: Sequence[WorkflowFile], set_name: str | None, prune: str | None, *, force: bool
 ) -> dict[str, Any]:
+    """Return the body of an `apply` request; raises `CommandError` for pruning without a set."""
     if prune is not None and set_name is None:
         raise CommandError("--prune needs --set: only members of a set are removed")
     fields = {"set": set_name, "prune": prune, "force": force}
@@ -175,7 +179,10 @@ def _request(
 
 
 def _send(client: Client, found: Sequence[WorkflowFile], request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send a request; its refusals name files instead of positions."""
+    """Send an `apply` request and return the answer; refusals name files instead of positions.
+
+    Raises `APIError`; the differences of conflicts are printed before.
+    """
     from pilotflame_sdk import APIError
 
     try:
@@ -195,6 +202,7 @@ def _send(client: Client, found: Sequence[WorkflowFile], request: Mapping[str, A
 
 
 def _show_conflicts(client: Client, request: Mapping[str, Any]) -> None:
+    """Print the differences of the conflicts of a refused request to standard error; nothing if they can't be read."""
     from pilotflame_sdk import APIError
 
     try:
@@ -225,7 +233,7 @@ def _summary(answer: Mapping[str, Any]) -> str:
 
 
 def diff_lines(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines that a terminal shows for planned changes."""
+    """Return the lines that a terminal shows for planned changes; unchanged workflows are left out."""
     lines = []
     for one in changes:
         if one["action"] == "unchanged":
