@@ -29,6 +29,7 @@ from benchmarks import (
     intake,
     machine,
     mass_starts,
+    metrics_cost,
     million,
     node_loss,
     postgres_counters,
@@ -63,6 +64,7 @@ PARTS = (
     "million",
     "dashboard",
     "tasks",
+    "metrics",
 )
 PROGRAMS = ("faults", "fuzz", "soak")
 """Modules that are no measurements: they look for errors, and exit with 1 if there is one."""
@@ -208,6 +210,10 @@ async def _tasks(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     return await tasks.measure(folder)
 
 
+async def _metrics(folder: Path, _options: MeasureOptions) -> dict[str, float]:
+    return await metrics_cost.measure(folder)
+
+
 ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str, float]]]] = {
     "engine": _engine,
     "transfer": _transfer,
@@ -223,6 +229,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "million": _million,
     "dashboard": _dashboard,
     "tasks": _tasks,
+    "metrics": _metrics,
 }
 """Parts that are measured once, however often the others are repeated."""
 

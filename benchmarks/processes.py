@@ -45,12 +45,16 @@ class ServerUnderTest:
 
 @asynccontextmanager
 async def run_dev(
-    folder: Path, settings: Mapping[str, str] | None = None, *, checkout: Path = PROJECT
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    checkout: Path = PROJECT,
+    program: Sequence[str] = ("pilotflame",),
 ) -> AsyncIterator[ServerUnderTest]:
     """Run `pilotflame dev` on SQLite in `folder`; settings are named without `PILOTFLAME_`."""
     port = find_free_port()
     api = BenchmarkApi(port, f"sk-{secrets.token_urlsafe(32)}")
-    commands = {"dev": ["pilotflame", "dev", "--port", str(port)]}
+    commands = {"dev": [*program, "dev", "--port", str(port)]}
     variables = build_environment(api, folder, checkout, settings)
     async with _wait_until_answering(api, commands, variables, folder, checkout) as pilotflame:
         yield pilotflame

@@ -127,6 +127,7 @@ TARGETS = (
     FigureTarget("million", "sqlite_slowest_p95_ms", TargetSide.BELOW, 50),
     FigureTarget("million", "postgresql_slowest_p95_ms", TargetSide.BELOW, 50),
     FigureTarget("million", "postgresql_sequential_scans", TargetSide.BELOW, 1),
+    FigureTarget("metrics", "percent_of_a_run", TargetSide.BELOW, 2),
     FigureTarget("dashboard", "streams_200_core_percent", TargetSide.BELOW, 5),
     FigureTarget("dashboard", "100_nodes_first_paint_ms", TargetSide.BELOW, 400),
     FigureTarget("dashboard", "2000_nodes_ready_ms", TargetSide.BELOW, 1_000),

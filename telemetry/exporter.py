@@ -32,6 +32,9 @@ async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
         return
     from prometheus_client import start_http_server  # noqa: PLC0415 - loads a web server
 
+    from telemetry import exposition  # noqa: PLC0415 - loads the client of Prometheus
+
+    exposition.register()
     instruments.expose()
     instruments.gauge("build_info", metadata.version("pilotflame")).set(1)
     try:

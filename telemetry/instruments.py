@@ -1,22 +1,76 @@
-"""Instruments of the table's families: created at their first use, so that a process exposes only its own."""
+"""Instruments of the table's families: created at their first use, so that a process exposes only its own.
+
+They are plain numbers without locks, because a run passes some twelve of them: the thread of the event loop changes
+them, and the thread that serves scrapes (`telemetry.exposition`) only reads them.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import product
 from typing import Final, TypeVar
 
-from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
-
 from telemetry.metric_families import FAMILIES, MetricFamily, MetricKind
 
-Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+Labels = tuple[str, ...]
+Instrument = TypeVar("Instrument", "Counter", "Gauge", "Histogram")
 
 MAX_CHILDREN: Final = 5_000
 """Label combinations of one family; further ones are counted together as `other`."""
 OTHER: Final = "other"
-_children: dict[str, int] = {}
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
+
+
+class Counter:
+    """Number that only grows."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float = 1) -> None:
+        """Add an amount."""
+        self.value += amount
+
+
+class Gauge:
+    """Number that is set, or grows and shrinks."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float = 1) -> None:
+        """Add an amount."""
+        self.value += amount
+
+    def dec(self, amount: float = 1) -> None:
+        """Subtract an amount."""
+        self.value -= amount
+
+    def set(self, value: float) -> None:
+        """Replace the value."""
+        self.value = value
+
+
+class Histogram:
+    """Numbers of observations by bucket, and the sum of the observed amounts."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        """Observations of each bucket alone; the last one is for amounts above all bounds."""
+        self.total = 0.0
+
+    def observe(self, amount: float) -> None:
+        """Add an observation."""
+        self.counts[bisect_left(self.bounds, amount)] += 1
+        self.total += amount
 
 
 class UnreadInstrument:
@@ -36,6 +90,10 @@ class UnreadInstrument:
 
 
 _UNREAD: Final = UnreadInstrument()
+_declared: Final[dict[str, MetricFamily]] = {}
+_counters: Final[dict[str, dict[Labels, Counter]]] = {}
+_gauges: Final[dict[str, dict[Labels, Gauge]]] = {}
+_histograms: Final[dict[str, dict[Labels, Histogram]]] = {}
 is_exposed = False
 """Whether the metrics of this process are served; code that computes values for them may ask first."""
 
@@ -56,7 +114,7 @@ def counter(name: str, *values: str) -> Counter | UnreadInstrument:
     While the process exposes no metrics, nothing is counted; otherwise raises LookupError for an unknown
     family or one of another kind.
     """
-    return _counter_child(name, *values) if is_exposed else _UNREAD
+    return _find_counter(name, values) if is_exposed else _UNREAD
 
 
 @cache
@@ -67,7 +125,7 @@ def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
     While the process exposes no metrics, nothing is shown; otherwise raises LookupError for an unknown family
     or one of another kind.
     """
-    return _gauge_child(name, *values) if is_exposed else _UNREAD
+    return _find_gauge(name, values) if is_exposed else _UNREAD
 
 
 @cache
@@ -78,7 +136,7 @@ def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
     While the process exposes no metrics, nothing is observed; otherwise raises LookupError for an unknown
     family or one of another kind.
     """
-    return _histogram_child(name, *values) if is_exposed else _UNREAD
+    return _find_histogram(name, values) if is_exposed else _UNREAD
 
 
 def declare(*names: str) -> None:
@@ -86,77 +144,63 @@ def declare(*names: str) -> None:
 
     A family with a label of free values is declared without any.
     """
-    of_kind = {
-        MetricKind.COUNTER: _counter_child,
-        MetricKind.GAUGE: _gauge_child,
-        MetricKind.HISTOGRAM: _histogram_child,
+    of_kind: Mapping[MetricKind, Callable[[str, Labels], object]] = {
+        MetricKind.COUNTER: _find_counter,
+        MetricKind.GAUGE: _find_gauge,
+        MetricKind.HISTOGRAM: _find_histogram,
     }
     for name in names:
         family = FAMILIES[name]
-        make = of_kind[family.kind]
+        _declared[name] = family
         if all(family.labels.values()):
             for values in product(*family.labels.values()):
-                make(name, *values)
-        else:
-            _of_family(family)
+                of_kind[family.kind](name, values)
 
 
-@cache
-def _counter_child(name: str, *values: str) -> Counter:
-    return _bound_child(_create_counter(name), name, values)
+def list_families() -> list[MetricFamily]:
+    """Return the families of this process, in the order of their first use."""
+    return [*_declared.values()]
 
 
-@cache
-def _gauge_child(name: str, *values: str) -> Gauge:
-    return _bound_child(_create_gauge(name), name, values)
+def list_values(name: str) -> list[tuple[Labels, Counter | Gauge | Histogram]]:
+    """Return the instruments of a family with the values of their labels; empty before the first one."""
+    tables = _counters.get(name) or _gauges.get(name) or _histograms.get(name) or {}
+    return [*tables.items()]
 
 
-@cache
-def _histogram_child(name: str, *values: str) -> Histogram:
-    return _bound_child(_create_histogram(name), name, values)
-
-
-def _bound_child(metric: Metric, name: str, values: tuple[str, ...]) -> Metric:
-    labels = FAMILIES[name].labels
-    if not labels:
-        return metric
-    _children[name] = _children.get(name, 0) + 1
-    if _children[name] > MAX_CHILDREN:
-        return metric.labels(*[OTHER] * len(labels))
-    allowed = zip(values, labels.values(), strict=True)
-    return metric.labels(*[value if not known or value in known else OTHER for value, known in allowed])
-
-
-def _of_family(family: MetricFamily) -> Counter | Gauge | Histogram:
-    match family.kind:
-        case MetricKind.COUNTER:
-            return _create_counter(family.name)
-        case MetricKind.GAUGE:
-            return _create_gauge(family.name)
-        case MetricKind.HISTOGRAM:
-            return _create_histogram(family.name)
-
-
-@cache
-def _create_counter(name: str) -> Counter:
+def _find_counter(name: str, values: Labels) -> Counter:
     family = _find_family(name, MetricKind.COUNTER)
-    return Counter(family.full_name, family.help, list(family.labels))
+    return _find_child(_counters.setdefault(name, {}), family, values, Counter)
 
 
-@cache
-def _create_gauge(name: str) -> Gauge:
+def _find_gauge(name: str, values: Labels) -> Gauge:
     family = _find_family(name, MetricKind.GAUGE)
-    return Gauge(family.full_name, family.help, list(family.labels))
+    return _find_child(_gauges.setdefault(name, {}), family, values, Gauge)
 
 
-@cache
-def _create_histogram(name: str) -> Histogram:
+def _find_histogram(name: str, values: Labels) -> Histogram:
     family = _find_family(name, MetricKind.HISTOGRAM)
-    return Histogram(family.full_name, family.help, list(family.labels), buckets=family.buckets)
+    bounds = tuple(family.buckets)
+    return _find_child(_histograms.setdefault(name, {}), family, values, lambda: Histogram(bounds))
 
 
 def _find_family(name: str, kind: MetricKind) -> MetricFamily:
     family = FAMILIES[name]
     if family.kind is not kind:
         raise LookupError(f"{name} is a {family.kind}, not a {kind}")
+    _declared.setdefault(name, family)
     return family
+
+
+def _find_child(
+    children: dict[Labels, Instrument], family: MetricFamily, values: Labels, make: Callable[[], Instrument]
+) -> Instrument:
+    """Return the instrument for the values that the table allows, which is made at its first use."""
+    allowed = zip(values, family.labels.values(), strict=True)
+    labels = tuple(value if not known or value in known else OTHER for value, known in allowed)
+    if labels not in children and len(children) >= MAX_CHILDREN:
+        labels = (OTHER,) * len(family.labels)
+    found = children.get(labels)
+    if found is None:
+        found = children[labels] = make()
+    return found

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from concurrency import gc_tuning
-from telemetry import instruments
+from telemetry import exposition, instruments
 from tests import preloads, services
 
 MEMORY = Path("/dev/shm")
@@ -65,6 +65,7 @@ def _garbage() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _metrics() -> None:
     """Count metrics, as processes do that serve them."""
+    exposition.register()
     instruments.expose()
 
 
