@@ -18,6 +18,7 @@ from pilotflame.commands.arguments import (
     WorkflowArgument,
     YesOption,
     confirm,
+    read_object,
     read_pairs,
 )
 from pilotflame.commands.nouns import new_noun
@@ -207,6 +208,14 @@ def replay(
         list[str] | None, Option("--from", help="Node that runs again in any case; may be repeated.")
     ] = None,
     current: Annotated[bool, Option("--current", help="Run the workflow as it is now.")] = False,
+    given: Annotated[
+        str | None,
+        Option(
+            "--input",
+            help="Other inputs of the trigger as JSON, @file, or @- for standard input.",
+            show_default="those of the execution",
+        ),
+    ] = None,
     confirmed: Annotated[
         list[str] | None, Option("--confirm", help="Write that may be repeated; may be repeated.")
     ] = None,
@@ -225,6 +234,7 @@ def replay(
     chosen: dict[str, Any] = {
         "from_": from_nodes or [],
         "definition": "current" if current else "original",
+        "input": None if given is None else read_object(given, "--input"),
         "confirm": confirmed or [],
         "failed_only": failed_only,
     }
