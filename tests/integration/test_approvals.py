@@ -234,6 +234,23 @@ async def test_a_link_ends_with_its_question_its_run_and_its_starter(
     assert hostile.status_code < 500
 
 
+async def test_a_link_ends_when_its_question_expires(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    nobody = await harness.client()
+    async with serve_worker(harness):
+        run = await ask(people, assignees=["mira@example.com"], expiresInSeconds=1, onExpiry="continue")
+        link = await make_link(harness, run, "mira@example.com")
+        await wait_until_ended(people.owner, run)
+        shown = await nobody.get(link.path)
+        assert (shown.status_code, "Closed" in shown.text, "<form" in shown.text) == (200, True, False)
+        late = await nobody.post(link.path, data={"choice": "yes"})
+        assert (late.status_code, "Closed" in late.text) == (409, True)
+        span = (await get_json(people.owner, f"/{run}/spans?node_id=ask"))["spans"][0]
+    assert span["port"] == "expired"
+    assert (await people.admin.api.get("/api/v1/audit?action=input.answered")).json()["entries"] == []
+
+
 async def test_a_client_that_guesses_tokens_is_refused_while_links_still_work(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -541,3 +541,76 @@ async def test_a_replay_that_makes_no_sense_is_refused(
     assert_refused(await people.stranger.api.post(f"{EXECUTIONS}/{done}/replay", json={}), 404, "not-found")
     await here.person.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "paused"})
     assert_refused(await here.post(done), 409, "workflow-paused")
+
+
+async def test_of_replays_at_once_one_begins_and_the_others_name_it(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    workflow_id = await here.create([post("pay")], "start > pay")
+    here.ledger.failing = {"/pay": 422}
+    failed = await here.run(workflow_id)
+    here.ledger.failing = {}
+    answers = await asyncio.gather(*(here.post(failed, what) for what in ("replay", "resume") * 3))
+    begun = [answer.json()["executionId"] for answer in answers if answer.status_code == 201]
+    assert len(begun) == 1
+    for answer in answers:
+        if answer.status_code != 201:
+            assert_refused(answer, 409, "already-resumed")
+            assert answer.json()["error"]["details"][0]["executionId"] == begun[0]
+    await here.wait(begun[0])
+    assert here.ledger.paths == ["/pay", "/pay"]
+
+
+WRONG_BODIES: list[Any] = [
+    [],
+    "replay",
+    {"from": "pay"},
+    {"from": [""]},
+    {"from": ["x" * 5_000]},
+    {"from": ["pay\x00"]},
+    {"from": ["pay"] * 2, "confirm": [None]},
+    {"definition": 0},
+    {"definition": -1},
+    {"definition": 2.5},
+    {"definition": 10**30},
+    {"definition": "version 1"},
+    {"definition": True},
+    {"input": []},
+    {"input": "text"},
+    {"refresh": ["write"]},
+    {"refresh": ["read", "read"]},
+    {"dryRun": "yes"},
+    {"planHash": ""},
+    {"planHash": 7},
+    {"again": 1},
+    {"failedOnly": None},
+    {"dry_run": True},
+]
+
+
+async def test_a_body_with_a_wrong_value_is_refused(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    workflow_id = await here.create([post("pay")], "start > pay")
+    done = await here.run(workflow_id)
+    for body in WRONG_BODIES:
+        bulk = {"filter": {"workflowId": workflow_id}, **body} if isinstance(body, dict) else body
+        for path, given in ((f"{done}/replay", body), ("bulk-replay", bulk)):
+            answer = await here.person.api.post(f"{EXECUTIONS}/{path}", json=given)
+            assert answer.status_code in {400, 422}, (path, given, answer.text)
+            assert answer.json()["error"]["code"] in {"validation-failed", "invalid-json", "nul-character"}
+    assert here.ledger.paths == ["/pay"]
+
+
+async def test_bulk_replays_leave_runs_of_other_organizations_alone(
+    harness_of: ReplayHarness, people: OrganizationUsers
+) -> None:
+    here = harness_of
+    workflow_id = await here.create([post("pay")], "start > pay")
+    here.ledger.failing = {"/pay": 422}
+    failed = await here.run(workflow_id)
+    for chosen in ({"workflowId": workflow_id}, {"executionIds": [failed]}, {"status": "failed"}):
+        answer = await people.stranger.api.post(f"{EXECUTIONS}/bulk-replay", json={"filter": chosen})
+        assert answer.status_code in {200, 404, 422}, answer.text
+        assert answer.json().get("affected", 0) == 0
+    unknown = await people.stranger.api.post(f"{EXECUTIONS}/{failed}/replay", json={"dryRun": True})
+    assert_refused(unknown, 404, "not-found")
+    assert_refused(await people.owner.api.post(f"{EXECUTIONS}/exec_0/replay", json={}), 404, "not-found")
