@@ -92,12 +92,12 @@ def _make_counts() -> Callable[[], None]:
             recorder._count_node(span)  # noqa: SLF001 - its cost alone
         run_metrics.count_end(run, RunStatus.COMPLETED, now + 2 * STEP)
         run_metrics.set_held_runs(1)
-        instruments.counter("executions_accepted_total", "manual").inc()
         if instruments.is_exposed:
+            instruments.counter("executions_accepted_total", "manual").inc()
             edge._count_answer("POST", "/api/v1/workflows/{id}/execute", 200, 0.004)  # noqa: SLF001 - as above
-        # Several runs share a commit; here each has its own.
-        instruments.histogram("commit_seconds").observe(0.003)
-        instruments.histogram("commit_batch_size").observe(20)
+            # Several runs share a commit; here each has its own.
+            instruments.histogram("commit_seconds").observe(0.003)
+            instruments.histogram("commit_batch_size").observe(20)
 
     return count_run
 

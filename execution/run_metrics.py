@@ -61,7 +61,8 @@ workflow_labels: Final = WorkflowLabels()
 
 def set_held_runs(count: int) -> None:
     """Set the metric of the number of runs that this process holds."""
-    instruments.gauge("runs_held").set(count)
+    if instruments.is_exposed:
+        instruments.gauge("runs_held").set(count)
 
 
 def count_claims(claimed: Sequence[ClaimedRun], channel: str) -> None:

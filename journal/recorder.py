@@ -144,8 +144,9 @@ class RunRecorder:
             held = await self._store.record(batch)
         except PartialCommit as error:
             held, unwritten, locked = error.held, error.unwritten, error
-        instruments.histogram("commit_seconds").observe(time.perf_counter() - begun_at)
-        instruments.histogram("commit_batch_size").observe(len(batch))
+        if instruments.is_exposed:
+            instruments.histogram("commit_seconds").observe(time.perf_counter() - begun_at)
+            instruments.histogram("commit_batch_size").observe(len(batch))
         self._locked.difference_update(write.execution_id for write in batch)
         self._locked |= unwritten
         if held:

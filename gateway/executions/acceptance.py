@@ -219,7 +219,8 @@ class RunAcceptor:
     def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
         """Count the accepted runs as a metric, and remember for an hour the definitions that the database has now."""
         for one in accepted:
-            instruments.counter("executions_accepted_total", one.trigger_type).inc()
+            if instruments.is_exposed:
+                instruments.counter("executions_accepted_total", one.trigger_type).inc()
             if one.definition is not None:
                 self._stored.put(
                     DefinitionKey(one.organization_id, one.definition_hash, one.shard), value=True
@@ -281,7 +282,7 @@ def _count_replays(answers: Sequence[AcceptanceResult | IngestResult]) -> None:
 
 
 def _count_delivery(write: InboundRequest, answer: IngestResult) -> None:
-    if answer.verdict is AcceptanceVerdict.ACCEPTED:
+    if instruments.is_exposed and answer.verdict is AcceptanceVerdict.ACCEPTED:
         instruments.counter("deliveries_total", write.route, write.outcome).inc()
     _count_replays([answer])
 

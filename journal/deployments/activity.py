@@ -354,7 +354,8 @@ async def store_decision(
         },
     )
     await connection.execute(insert(LifecycleDecision).values(kept.model_dump()))
-    instruments.counter("lifecycle_decisions_total", decision.action.value, decision.reason.value).inc()
+    if instruments.is_exposed:
+        instruments.counter("lifecycle_decisions_total", decision.action.value, decision.reason.value).inc()
 
 
 async def _decide_and_apply(

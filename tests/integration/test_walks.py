@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from messages.broker import ChangedExecutions, Notification
+from telemetry import instruments
 from tests.cluster.cluster_harness import open_fake_cluster
 from tests.file_walks import FileWalk, record_walk
 from tests.integration.deployers import run_test_deployer
@@ -42,6 +43,19 @@ async def mails(postgres: PostgresServer, tmp_path: Path) -> AsyncIterator[MailH
         run_mail_harness(harness) as mails,
     ):
         yield mails
+
+
+@pytest.fixture(autouse=True)
+def _without_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Count no metrics, as processes by default: they have no port to serve them."""
+    lookups = (instruments.counter, instruments.gauge, instruments.histogram)
+    with monkeypatch.context() as patch:
+        patch.setattr(instruments, "is_exposed", False)
+        for lookup in lookups:
+            lookup.cache_clear()
+        yield
+    for lookup in lookups:
+        lookup.cache_clear()
 
 
 @pytest.fixture

@@ -403,7 +403,8 @@ class Reconciler:
             return retry
         if not await deployment_rows.store_status(self._database, deployment, status):
             return RETRY_AT_ONCE
-        if status.observed == Stored.RUNNING and deployment.observed == Stored.STARTING:
+        has_started = status.observed == Stored.RUNNING and deployment.observed == Stored.STARTING
+        if has_started and instruments.is_exposed:
             # The row has changed last with the decision to start.
             seconds = (self._database.clock.now() - deployment.updated_at).total_seconds()
             instruments.histogram("wake_seconds", "start").observe(max(seconds, 0.0))
