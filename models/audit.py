@@ -64,6 +64,8 @@ class AuditAction(StrEnum):
     EXECUTIONS_REPLAYED = "executions.replayed"
     EXECUTIONS_DELETED = "executions.deleted"
     INPUT_ANSWERED = "input.answered"
+    TASK_RETRIED = "task.retried"
+    TASK_CANCELLED = "task.cancelled"
     DATA_SOURCE_CREATED = "data-source.created"
     DATA_SOURCE_UPDATED = "data-source.updated"
     DATA_SOURCE_VISIBILITY_SET = "data-source.visibility-set"

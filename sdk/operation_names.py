@@ -9,6 +9,7 @@ from pilotflame_sdk.python_code import snake_case
 
 OMITTED: Final = frozenset(
     {
+        "callbacksReceive",
         "documentOpenapi",
         "documentOrganizationOpenapi",
         "eventsHandshake",
@@ -145,6 +146,8 @@ METHODS: Final = {
     "signingReplace": "signing_secret.replace",
     "signingShow": "signing_secret.get",
     "span_comparisonCompare": "executions.compare_span",
+    "task_decisionsCancel": "tasks.cancel",
+    "task_decisionsRetry": "tasks.retry",
     "task_listsDrain": "workers.drain",
     "task_listsIndex": "tasks.list",
     "task_listsShow": "tasks.get",

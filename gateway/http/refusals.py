@@ -176,6 +176,8 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "node-type-in-use": ErrorCode(
         409, "Workflows have the node type; `details` lists those that the caller may see."
     ),
+    "task-ended": ErrorCode(409, "The task has ended: resume or replay its execution."),
+    "task-runs-once": ErrorCode(409, "A worker performs the task, which runs at most once."),
     "worker-stopped": ErrorCode(409, "The worker has said that it stops: start with a new id."),
     "lease-lost": ErrorCode(409, "The worker no longer holds the task."),
     "node-type-not-allowed": ErrorCode(403, "The key may not perform tasks of this node type."),

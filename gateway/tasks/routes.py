@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from gateway.http.operation_docs import HeaderDoc, OperationDoc
-from gateway.http.route import READ, WRITE, Route
-from gateway.tasks import task_lists, task_protocol
+from gateway.http.route import EXECUTE, READ, WRITE, Route
+from gateway.tasks import task_decisions, task_lists, task_protocol
 from models.access import KeyScope
 
 WORK: Final = KeyScope.TASKS_WORK
@@ -49,6 +49,22 @@ ROUTES: Final[Sequence[Route]] = (
         answer=task_lists.TaskList,
     ),
     Route("GET", "/api/v1/tasks/{id}", READ, task_lists.show, answer=task_lists.TaskDetails),
+    Route(
+        "POST",
+        "/api/v1/tasks/{id}/retry",
+        EXECUTE,
+        task_decisions.retry,
+        answer=task_decisions.DecidedTask,
+        docs=OperationDoc(refusals=("task-ended", "task-runs-once")),
+    ),
+    Route(
+        "POST",
+        "/api/v1/tasks/{id}/cancel",
+        EXECUTE,
+        task_decisions.cancel,
+        answer=task_decisions.DecidedTask,
+        docs=OperationDoc(refusals=("task-ended",)),
+    ),
     Route(
         "GET",
         "/api/v1/tasks/{id}/input",

@@ -188,6 +188,20 @@ def cancel(task: TaskRow, now: int) -> None:
         task.check_at = task.lease_until
 
 
+def retry(task: TaskRow) -> bool:
+    """Let a task be claimed at once: after its delay, or in place of its present attempt, which then costs nothing.
+
+    Return False for a task that has ended or is to be canceled.
+    """
+    if task.state == TaskState.DELAYED:
+        task.due_at = task.check_at = None
+        task.state = TaskState.READY if task.concurrency_key is None else TaskState.LIMITED
+    elif task.state == TaskState.LEASED:
+        _free(task, TaskState.READY)
+        task.lease = None
+    return task.state in UNBEGUN_STATES
+
+
 def check(task: TaskRow, now: int) -> None:
     """Move a task whose time has come: the end of its lease, deadline, delay or start timeout; others stay.
 

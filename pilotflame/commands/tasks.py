@@ -8,10 +8,10 @@ from typer import Argument, Option
 
 from pilotflame.commands.arguments import AllOption, LimitOption
 from pilotflame.commands.nouns import new_noun
-from pilotflame.commands.output import FormatOption, OutputFormat, show_list, show_object, take
+from pilotflame.commands.output import FormatOption, OutputFormat, remark, show_list, show_object, take
 from pilotflame.commands.server_connection import connect
 
-app = new_noun("Read tasks of your own node types.")
+app = new_noun("Read, retry and cancel tasks of your own node types.")
 COLUMNS = {
     "Task": "id",
     "Type": "type",
@@ -42,10 +42,25 @@ def list_tasks(
     show_list(take(found, limit, all_items=every), output, COLUMNS)
 
 
+TaskArgument = Annotated[str, Argument(metavar="TASK", help="Id of the task.")]
+
+
 @app.command("get")
 def get_task(
-    task: Annotated[str, Argument(metavar="TASK", help="Id of the task.")],
+    task: TaskArgument,
     output: FormatOption = OutputFormat.JSON,
 ) -> None:
     """Print a task with its progress, attempts and error."""
     show_object(dict(connect().tasks.get(task)), output)
+
+
+@app.command("retry")
+def retry_task(task: TaskArgument) -> None:
+    """Begin the next attempt at once, also in place of a worker that hangs; that attempt costs nothing."""
+    remark(f"{task} is {connect().tasks.retry(task)['state']}")
+
+
+@app.command("cancel")
+def cancel_task(task: TaskArgument) -> None:
+    """Cancel a task: its node fails with task-cancelled, and its worker is told to stop."""
+    remark(f"{task} is {connect().tasks.cancel(task)['state']}")

@@ -377,3 +377,78 @@ async def test_a_key_performs_only_its_node_types(people: OrganizationUsers, har
     worker.types = {"acme/crop": "1.0.0", "other/anything": "1.0.0"}
     assert await worker.claim(wait=0) == []
     assert_refused(await api.get(TASKS), 403, "scope-required")
+
+
+# ── people ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def decide(person: UserClient, task_id: str, decision: str) -> Any:  # noqa: ANN401 - a response
+    return await person.api.post(f"{TASKS}/{task_id}/{decision}")
+
+
+async def test_a_person_begins_the_next_attempt_at_once(people: OrganizationUsers) -> None:
+    await add_type(people, task={"retry": {"maxAttempts": 2, "delay": 600, "maxDelay": 600}})
+    execution_id = await start(people)
+    first, second = TaskWorkerClient(people.owner.api), TaskWorkerClient(people.owner.api)
+    (task,) = await first.claim()
+    assert (await first.send(task, "fail", error={"code": "busy"}))["status"] == "ok"
+    assert_refused(await decide(people.stranger, task["id"], "retry"), 404, "not-found")
+    assert (await decide(people.owner, task["id"], "retry")).json() == {
+        "id": task["id"],
+        "executionId": execution_id,
+        "state": "ready",
+    }
+    (task,) = await first.claim()
+    assert task["attempt"] == 2
+    # The worker hangs: another one gets the task, and the attempt costs nothing.
+    assert (await decide(people.owner, task["id"], "retry")).json()["state"] == "ready"
+    assert (await decide(people.owner, task["id"], "retry")).status_code == 200
+    (again,) = await second.claim()
+    assert (again["attempt"], again["idempotencyKey"]) == (2, task["idempotencyKey"])
+    assert await first.complete(task) == "lost"
+    assert await second.complete(again) == "ok"
+    assert (await wait_until_ended(people.owner, execution_id))["status"] == "completed"
+    refused = await decide(people.owner, task["id"], "retry")
+    assert_refused(refused, 409, "task-ended")
+    assert execution_id in refused.json()["error"]["message"]
+    trail = (await people.admin.api.get("/api/v1/audit?action=task.retried")).json()["entries"]
+    assert {(one["objectId"], one["userId"]) for one in trail} == {(task["id"], people.owner.user.id)}
+
+
+async def test_a_cancelled_task_fails_its_node_and_stops_its_worker(people: OrganizationUsers) -> None:
+    await add_type(people)
+    graph = custom_graph()
+    graph["nodes"].append(
+        {"id": "instead", "nodeId": "set", "config": {"values": {"why": "{{ data.error.code }}"}}}
+    )
+    graph["connections"].append({"source": "work", "sourcePort": "error", "target": "instead"})
+    waiting = await start(people, graph)
+    await wait_for_tasks(people.owner, 1)
+    (listed,) = (await people.owner.api.get(f"{TASKS}?executionId={waiting}")).json()["tasks"]
+    assert (await decide(people.owner, listed["id"], "cancel")).json()["state"] == "cancelled"
+    ended = await wait_until_ended(people.owner, waiting)
+    assert (ended["status"], ended["outputs"]["instead"]["why"]) == ("completed", "task-cancelled")
+
+    held = await start(people, graph)
+    worker = TaskWorkerClient(people.owner.api)
+    (task,) = await worker.claim()
+    await worker.send(task, "heartbeat")
+    parked = asyncio.create_task(people.owner.api.post(f"{TASKS}/claim", json=worker.poll(limit=0)))
+    assert (await decide(people.owner, task["id"], "cancel")).json()["state"] == "cancel_requested"
+    assert (await wait_until_ended(people.owner, held))["outputs"]["instead"]["why"] == "task-cancelled"
+    assert (await asyncio.wait_for(parked, 5)).json()["cancel"] == [task["id"]]
+    assert await worker.complete(task) == "cancelled"
+    shown = await show_task(people.owner, task["id"])
+    assert (shown["state"], shown["error"]["code"]) == ("cancelled", "task-cancelled")
+    assert_refused(await decide(people.owner, task["id"], "cancel"), 409, "task-ended")
+
+
+async def test_a_task_that_runs_once_is_not_taken_from_its_worker(people: OrganizationUsers) -> None:
+    await add_type(people)
+    graph = custom_graph()
+    graph["nodes"][1]["atMostOnce"] = True
+    await start(people, graph)
+    worker = TaskWorkerClient(people.owner.api)
+    (task,) = await worker.claim()
+    assert_refused(await decide(people.owner, task["id"], "retry"), 409, "task-runs-once")
+    assert await worker.complete(task) == "ok"

@@ -30,21 +30,13 @@ class Approvals(Resource):
 class Audit(Resource):
     """Methods of `client.audit`."""
 
-    def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
+    def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
         """List changes of workflows, data sources, keys and users of the organization, with author and time."""
         return cast("t.AuditEntryList", self._client.request("GET", "/api/v1/audit", query={"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "limit": limit, "offset": offset, "after": after, "sort": sort}))
 
-    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> Iterator[Any]:
+    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> Iterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/audit", "entries", {"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "sort": sort}, has_cursor=True)
-
-
-class Callbacks(Resource):
-    """Methods of `client.callbacks`."""
-
-    def receive(self, execution_id: str, *, node: str | None = None, iteration: str | None = None, token: str | None = None, outcome: Literal['completed', 'failed'] | None = None) -> t.CallbackReceipt:
-        """Answer the node that has sent this callback URL; the first answer counts, and may be repeated."""
-        return cast("t.CallbackReceipt", self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/callback", query={"node": node, "iteration": iteration, "token": token, "outcome": outcome}))
 
 
 class Datasources(Resource):
@@ -538,6 +530,10 @@ class SigningSecret(Resource):
 class Tasks(Resource):
     """Methods of `client.tasks`."""
 
+    def cancel(self, task_id: str) -> t.DecidedTask:
+        """Cancel a task: its node fails at once with `task-cancelled`, and its worker is told to stop."""
+        return cast("t.DecidedTask", self._client.request("POST", f"/api/v1/tasks/{self._quote(task_id)}/cancel"))
+
     def get(self, task_id: str) -> t.TaskDetails:
         """Show a task, and why no worker performs it if none does."""
         return cast("t.TaskDetails", self._client.request("GET", f"/api/v1/tasks/{self._quote(task_id)}"))
@@ -549,6 +545,10 @@ class Tasks(Resource):
     def iterate(self, *, state: Literal['ready', 'limited', 'delayed', 'leased', 'cancel_requested', 'completed', 'failed', 'cancelled'] | None = None, type: str | None = None, execution_id: str | None = None) -> Iterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/tasks", "tasks", {"state": state, "type": type, "executionId": execution_id})
+
+    def retry(self, task_id: str) -> t.DecidedTask:
+        """Let a task be claimed at once, in place of its delay or of the attempt of a worker that hangs."""
+        return cast("t.DecidedTask", self._client.request("POST", f"/api/v1/tasks/{self._quote(task_id)}/retry"))
 
 
 class Triggers(Resource):
@@ -783,7 +783,6 @@ class ResourceClient(Transport):
         super().__init__(*args, **options)
         self.approvals = Approvals(self)
         self.audit = Audit(self)
-        self.callbacks = Callbacks(self)
         self.datasources = Datasources(self)
         self.deliveries = Deliveries(self)
         self.deployments = Deployments(self)

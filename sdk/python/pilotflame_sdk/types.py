@@ -29,7 +29,6 @@ __all__ = [
     "BulkReplayResult",
     "BulkResult",
     "BulkRetryResult",
-    "CallbackReceipt",
     "CanvasPosition",
     "ChangedItem",
     "ClockChange",
@@ -50,6 +49,7 @@ __all__ = [
     "DeadLetterGroup",
     "DeadLetterGroups",
     "DeadLetterList",
+    "DecidedTask",
     "Decision",
     "DecisionList",
     "Delivery",
@@ -266,7 +266,7 @@ __all__ = [
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
 
 
-AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -554,14 +554,6 @@ class BulkRetryResult(TypedDict):
     newExecutionIds: List[str]
 
 
-class CallbackReceipt(TypedDict):
-    """Stored answer, with which the execution continues."""
-
-    executionId: str
-    nodeId: str
-    status: Literal['accepted']
-
-
 class CanvasPosition(TypedDict):
     """Position on the canvas."""
 
@@ -735,6 +727,14 @@ class DeadLetterList(TypedDict):
     limit: int
     offset: int
     deadLetters: List[DeadLetter]
+
+
+class DecidedTask(TypedDict):
+    """Task after the decision of a person."""
+
+    id: str
+    executionId: str
+    state: TaskState
 
 
 class Decision(TypedDict):
