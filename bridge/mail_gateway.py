@@ -39,6 +39,7 @@ class SmtpReply:
 
     @property
     def line(self) -> str:
+        """The reply as one line of SMTP: its code and its text."""
         return f"{self.code} {self.text}"
 
 
@@ -65,16 +66,17 @@ class MailGateway:
         self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False)
 
     async def find_address(self, token: str) -> SmtpReply:
-        """Return the SMTP reply for a recipient: 250 if its address accepts mail; never raises.
+        """Ask the gateway whether the address of a trigger token accepts mail; return the SMTP reply, never raise.
 
-        An unreachable gateway gives a temporary reply (4xx).
+        250 if it does, 4xx if the gateway can't be reached (asked again later), 5xx for an unknown address.
         """
         return await self._ask("GET", token, {}, None)
 
     async def hand_off(self, token: str, content: bytes, *, sender: str, recipient: str) -> SmtpReply:
-        """Post a mail to the gateway; return the SMTP reply for its sender, and never raise.
+        """Post a raw mail (RFC 5322) to the address of a trigger token; return the SMTP reply, never raise.
 
         The reply is 250 once the mail's run is committed, else 4xx (send it again) or 5xx (refused for good).
+        The call may take up to 60 seconds.
         """
         headers = {
             "Content-Type": "message/rfc822",
@@ -84,12 +86,16 @@ class MailGateway:
         return await self._ask("POST", token, headers, content)
 
     async def close(self) -> None:
-        """Close the connections to the gateway."""
+        """Close the connections to the gateway; the object can't be used afterwards."""
         await self._session.close()
 
     async def _ask(
         self, method: str, token: str, headers: Mapping[str, str], content: bytes | None
     ) -> SmtpReply:
+        """Send a request about a trigger token to the gateway, with a raw mail or None; return the SMTP reply.
+
+        An unreachable gateway gives a temporary reply (4xx) and is logged.
+        """
         url = self._base + quote(token, safe="")
         data = None if content is None else BytesIO(content)
         try:
@@ -103,6 +109,10 @@ class MailGateway:
 
 
 def _reply_for_status(status: int, text: bytes) -> SmtpReply:
+    """Return the SMTP reply for the HTTP status and body of the gateway's answer.
+
+    2xx gives 250, statuses that no repetition helps give 5xx, all others 4xx.
+    """
     if status in SUCCESS_STATUSES:
         return OK_REPLY
     if status == NOT_FOUND_STATUS:

@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 
 def serve(settings: BridgeSettings) -> None:
-    """Run the bridge until SIGTERM or SIGINT stops it.
+    """Run the bridge from a message queue to a workflow until SIGTERM or SIGINT; blocks.
 
     Raises `BridgeRefused` for failures that an operator must fix.
     """
@@ -53,7 +53,10 @@ async def _serve(settings: BridgeSettings) -> None:
 
 
 def open_source(settings: BridgeSettings) -> MessageSource:
-    """Return the source for these settings; it connects when messages are first taken."""
+    """Return the client of the queue (Redis, SQS or RabbitMQ) that these settings describe.
+
+    It connects when messages are first taken. Raises `TypeError` for other settings.
+    """
     match settings:
         case RedisBridgeSettings():
             from bridge.redis_stream import RedisStream  # noqa: PLC0415 - each source loads a client of its own

@@ -39,29 +39,35 @@ class MessageSource(Protocol):
 
     @property
     def label(self) -> str:
-        """Name of the source, which runs get as the origin of their message."""
+        """Name of the source, such as `redis:orders`, which runs get as the origin of their message."""
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Return up to `limit` messages as soon as there are any; none after `wait_seconds`."""
+        """Take up to `limit` messages as soon as there are any; an empty list after `wait_seconds` without one.
+
+        A message that is taken is given to no other consumer until its hold ends.
+        """
 
     async def hold(self, ids: Sequence[str]) -> None:
-        """Renew the hold on messages, so that no other consumer gets them for another hold period."""
+        """Renew the hold on messages that were taken, so that no other consumer gets them for another hold period."""
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Acknowledge messages, so that they are never delivered again."""
+        """Acknowledge messages that were taken, so that they are never delivered again."""
 
     async def release(self, ids: Sequence[str]) -> None:
-        """Return messages to their queue, so that other consumers get them at once."""
+        """Return messages that were taken to their queue, so that other consumers get them at once."""
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Move messages, by id and with a reason, to the source's place for dead letters."""
+        """Move messages that were taken to the source's place for dead letters (messages that can't be processed).
+
+        `reasons` maps their ids to the reason of each.
+        """
 
     async def close(self) -> None:
-        """Close connections; unacknowledged messages are delivered again."""
+        """Close the connections; unacknowledged messages are delivered again, at the latest when their hold ends."""
 
 
 def to_json(content: bytes) -> bytes:
-    """Return valid JSON unchanged, and other text as a JSON string.
+    """Return valid JSON unchanged, and other UTF-8 text as a JSON string.
 
     Raises `UnreadableMessage` for content that is nested too deeply or not UTF-8.
     """
@@ -75,7 +81,7 @@ def to_json(content: bytes) -> bytes:
 
 
 def decode_text(content: bytes) -> str:
-    """Decode the content of a message as UTF-8; raises `UnreadableMessage` for any other encoding."""
+    """Decode the content of a message as UTF-8; raises `UnreadableMessage` for invalid UTF-8."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -96,9 +102,9 @@ def parse_priority(text: str | None) -> int | None:
 
 
 def make_deduplication_id(label: str, message_id: str) -> str:
-    """Return the deduplication id of a message: the label of its source, and the id of the message.
+    """Return the deduplication id by which the gateway recognizes a repeated message: label, slash, message id.
 
-    The id is hashed if it is too long or has characters that the gateway refuses.
+    An id with over 255 characters in all, or with others than visible ASCII, is replaced by its SHA-256.
     """
     plain = f"{label}/{message_id}"
     if _DEDUPLICATION_ID.fullmatch(plain):

@@ -79,7 +79,7 @@ class _ValidationRefusal(RefusalDetail, frozen=True):
 
     @property
     def blames_content(self) -> bool:
-        """Return whether the messages of the request caused the refusal.
+        """Whether the content of the posted messages caused the refusal.
 
         An invalid graph of the workflow is refused with the same code, but its problems are elsewhere.
         """
@@ -112,10 +112,11 @@ class QueueGateway:
         )
 
     async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]:
-        """Post messages and return one result for each, in their order; after an error the outcome of all is unknown.
+        """Post messages to a workflow's queue trigger in one request; return one result for each, in order.
 
         Raises `BridgeUnavailable` if a retry may help (also at the concurrency limit of the workflow),
-        `ContentRefused` if a message is to blame, and `BridgeRefused` for other refusals.
+        `ContentRefused` if a message is to blame, and `BridgeRefused` for other refusals. After any error the
+        outcome of all messages is unknown: post them again, the gateway deduplicates them.
         """
         sent = [
             _MessageBody(msgspec.Raw(one.body), one.deduplication_id, source, one.priority)
@@ -140,6 +141,11 @@ class QueueGateway:
         await self._session.close()
 
     async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        """Post a JSON body to the workflow; return status, headers and body of the answer.
+
+        Raises `BridgeUnavailable` if the gateway is not reached within 15 seconds, and `BridgeRefused` for an
+        answer of over 4,000,000 bytes.
+        """
         try:
             async with self._session.post(
                 self._url,
@@ -154,6 +160,11 @@ class QueueGateway:
 
 
 def _error_for_response(status: int, headers: Mapping[str, str], text: bytes) -> Exception:
+    """Return (not raise) the error for an answer of the gateway that is no success.
+
+    `ContentRefused` for too large or invalid messages, `BridgeUnavailable` for 408, 409, 425, 429 and 5xx (an
+    inactive workflow may become active again), else `BridgeRefused`.
+    """
     try:
         reason = decoding.decode(text, _RefusalEnvelope).error
     except msgspec.DecodeError:
@@ -171,7 +182,10 @@ def _error_for_response(status: int, headers: Mapping[str, str], text: bytes) ->
 
 
 def _parse_retry_after(retry_after: str | None) -> float:
-    """Return the seconds of a `Retry-After` header in either of its forms (RFC 9110); 0 without a valid one."""
+    """Return the seconds that a `Retry-After` header asks for, in either of its forms (RFC 9110).
+
+    0 without a valid one, and for a date in the past.
+    """
     if retry_after is None:
         return 0.0
     if retry_after.isdecimal():

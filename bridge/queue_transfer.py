@@ -52,10 +52,10 @@ class QueueTransfer:
         self.duplicates = 0
 
     async def run(self) -> None:
-        """Move batches of messages to the gateway until the stop event, and finish the current batch.
+        """Move messages from the source to the gateway, batch after batch, until the stop event is set.
 
-        Unacknowledged messages are released at the end. Raises `BridgeRefused` for failures that an operator
-        must fix, and other `BridgeError`s of the source.
+        The current batch is finished first; unacknowledged messages are released at the end. Raises
+        `BridgeRefused` for failures that an operator must fix, and other `BridgeError`s of the source.
         """
         try:
             while not self._stop.is_set():
@@ -73,6 +73,10 @@ class QueueTransfer:
             raise
 
     async def _hand_off(self, messages: Sequence[SourceMessage]) -> None:
+        """Post messages to the gateway, acknowledge those that it has taken, and handle the refused ones.
+
+        Counts accepted and duplicate messages. Waits while source or gateway are unavailable.
+        """
         answers = await self._enqueue_halving(messages)
         both = list(zip(messages, answers, strict=True))
         taken = [message.id for message, answer in both if answer.status != "refused"]
@@ -87,10 +91,10 @@ class QueueTransfer:
             await self._handle_refused(refused)
 
     async def _enqueue_halving(self, messages: Sequence[SourceMessage]) -> Sequence[MessageResult]:
-        """Post messages and return their results, in order.
+        """Post messages, and return one result for each, in order; waits while the gateway is unavailable.
 
         A request with refused content is halved until the message to blame is alone; that one gets a refused
-        result. A message with a `problem` is refused without a request.
+        result. A message with a `problem`, always alone, is refused without a request.
         """
         problem = messages[0].problem
         if problem is not None:
@@ -109,6 +113,9 @@ class QueueTransfer:
         ]
 
     async def _handle_refused(self, refused: Sequence[tuple[SourceMessage, MessageResult]]) -> None:
+        """Treat messages that the gateway refuses for good as the settings say: move them to the dead
+        letters, drop, or stop.
+        """
         policy = self._on_refused
         reasons: dict[str, str] = {}
         for message, answer in refused:
@@ -130,7 +137,7 @@ class QueueTransfer:
 
     @asynccontextmanager
     async def _extend_holds(self) -> AsyncIterator[None]:
-        """Renew the hold on unacknowledged messages periodically for the duration of the block."""
+        """Renew the hold on all messages in hand periodically for the duration of the block."""
         ended = asyncio.Event()
         task = asyncio.create_task(self._hold_until(ended))
         try:
@@ -141,6 +148,9 @@ class QueueTransfer:
             await task
 
     async def _hold_until(self, ended: asyncio.Event) -> None:
+        """Renew the hold on all messages in hand periodically until the event is set; errors of the source
+        are ignored.
+        """
         while not ended.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), self._hold_every_seconds)
@@ -149,6 +159,7 @@ class QueueTransfer:
                     await self._source.hold(sorted(self._in_hand))
 
     async def _release(self) -> None:
+        """Return all messages in hand to their source; a failure is ignored, since their hold ends by itself."""
         if self._in_hand:
             with suppress(
                 BridgeError
@@ -156,13 +167,17 @@ class QueueTransfer:
                 await self._source.release(sorted(self._in_hand))
 
     async def _until_available(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of `work`, which is repeated while source or gateway are unavailable.
+
+        Raises `BridgeStopped` if the stop event is set while it waits.
+        """
         return await until_available(work, self._stop)
 
 
 def split_requests(messages: Sequence[SourceMessage]) -> Iterator[Sequence[SourceMessage]]:
-    """Yield the messages in order, in groups of at most `MAX_PART_BYTES` of bodies.
+    """Split messages, in order, into groups with at most 4,000,000 bytes of bodies each.
 
-    A message with a `problem`, or larger than the limit, is alone in its group.
+    A message with a `problem`, or one that is larger alone, gets a group of its own.
     """
     part: list[SourceMessage] = []
     size = 0
@@ -178,4 +193,5 @@ def split_requests(messages: Sequence[SourceMessage]) -> Iterator[Sequence[Sourc
 
 
 def _build_refusal(code: str, message: str) -> MessageResult:
+    """Return the result of a message that is refused without asking the gateway."""
     return MessageResult("refused", error=RefusalDetail(code, message))

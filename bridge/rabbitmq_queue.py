@@ -55,6 +55,12 @@ class RabbitmqQueue:
         self._consumer: RabbitmqConsumer | None = None
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
+        """Take up to `limit` received messages, connecting first if needed; empty if none arrives within
+        `wait_seconds`.
+
+        Raises `BridgeUnavailable` for a lost connection, which the next call reopens, and `BridgeRefused` for
+        a missing queue.
+        """
         if self._consumer is None:
             async with _translate_errors():
                 self._consumer = await RabbitmqConsumer.open(self._url, self._queue, prefetch=self._prefetch)
@@ -68,25 +74,30 @@ class RabbitmqQueue:
         """Do nothing: a delivery is held for as long as its channel is open."""
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
+        """Acknowledge deliveries of the present connection; a closed channel is only logged."""
         for delivery in self._open_deliveries(ids):
             with _ignore_closed_channel():
                 await delivery.ack()
 
     async def release(self, ids: Sequence[str]) -> None:
+        """Requeue deliveries of the present connection; a closed channel is only logged."""
         for delivery in self._open_deliveries(ids):
             with _ignore_closed_channel():
                 await delivery.reject(requeue=True)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Reject messages without requeuing: RabbitMQ moves them to the queue's dead-letter exchange, or drops them.
+        """Reject messages without requeuing: RabbitMQ moves them to the queue's dead-letter exchange, or
+        drops them.
 
-        The reasons are not passed on. A closed channel is ignored, since its messages are delivered again.
+        The reasons are not passed on. A closed channel is logged and ignored, since its messages are
+        delivered again.
         """
         for delivery in self._open_deliveries(list(reasons)):
             with _ignore_closed_channel():
                 await delivery.reject(requeue=False)
 
     async def close(self) -> None:
+        """Close the connection, if there is one; RabbitMQ requeues unacknowledged messages."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
             await consumer.close()
@@ -102,6 +113,10 @@ class RabbitmqQueue:
                 yield delivery
 
     def _message(self, delivery_id: str, delivery: AbstractIncomingMessage) -> SourceMessage:
+        """Convert a delivery to a message; one that is neither JSON nor UTF-8 gets a `problem` instead of a body.
+
+        Priorities above 100 count as 100, none as 0.
+        """
         # Without a message id from the publisher, a second delivery can't be distinguished from a new message.
         deduplication_id = make_deduplication_id(self.label, delivery.message_id or delivery_id)
         try:
@@ -124,6 +139,11 @@ class RabbitmqConsumer:
 
     @classmethod
     async def open(cls, url: str, queue_name: str, *, prefetch: int) -> RabbitmqConsumer:
+        """Connect to RabbitMQ and start to receive messages of an existing queue.
+
+        At most `prefetch` unacknowledged messages are sent at a time. Raises the errors of the library, and
+        `TimeoutError` after 5 seconds.
+        """
         connection = await aio_pika.connect(url, timeout=CONNECT_SECONDS)
         consumer = cls(connection)
         try:
@@ -136,6 +156,7 @@ class RabbitmqConsumer:
         return consumer
 
     async def _consume(self, queue_name: str, prefetch: int) -> None:
+        """Subscribe to a queue, which must exist already; received messages wait in memory until `take`."""
         channel = await self._connection.channel()
         await channel.set_qos(prefetch_count=prefetch)
         channel.close_callbacks.add(self._end)
@@ -145,13 +166,14 @@ class RabbitmqConsumer:
         await queue.consume(self._received.put)
 
     def _end(self, *_: object) -> None:
+        """Mark the end of the channel, for the next `take`; a callback of the library."""
         self._received.put_nowait(None)
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[tuple[str, AbstractIncomingMessage]]:
         """Return up to `limit` received messages by id; an empty list if none arrives within `wait_seconds`.
 
         They stay in hand until they are acknowledged or rejected. Raises `BridgeUnavailable` once the channel
-        has ended, and then drops the messages received in the same call.
+        has ended, and then drops the messages received in the same call: RabbitMQ delivers them again.
         """
         try:
             arrived = [await asyncio.wait_for(self._received.get(), wait_seconds)]
@@ -166,6 +188,7 @@ class RabbitmqConsumer:
         return list(taken.items())
 
     async def close(self) -> None:
+        """Close the connection within 5 seconds; errors are ignored."""
         with suppress(*RETRYABLE_ERRORS):
             async with asyncio.timeout(COMMAND_SECONDS):
                 await self._connection.close()
@@ -173,6 +196,7 @@ class RabbitmqConsumer:
 
 @asynccontextmanager
 async def _translate_errors() -> AsyncIterator[None]:
+    """Raise errors of the RabbitMQ library in the block as `BridgeUnavailable` or `BridgeRefused`."""
     try:
         yield
     except FINAL_ERRORS as error:

@@ -71,10 +71,11 @@ class RedisStream:
         self._claims_at = 0.0
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Return own pending entries of an earlier process, else abandoned entries of other consumers, else new ones.
+        """Take own pending entries of an earlier process, else abandoned entries of other consumers, else new ones.
 
-        Creates the consumer group if it is missing, and waits up to `wait_seconds` for new entries. Raises
-        `BridgeUnavailable` and `BridgeRefused`.
+        Creates the consumer group if it is missing, which begins at the first entry, and waits up to
+        `wait_seconds` for new entries. Raises `BridgeUnavailable`, and `BridgeRefused` for wrong credentials
+        or a key that is no stream.
         """
         async with self._translate_errors():
             await self._make_group()
@@ -88,6 +89,7 @@ class RedisStream:
         await self._set_idle(ids, milliseconds=0)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
+        """Acknowledge entries in the consumer group, so that no consumer gets them again."""
         async with self._translate_errors():
             await self._acknowledge(ids)
 
@@ -96,7 +98,8 @@ class RedisStream:
         await self._set_idle(ids, milliseconds=self._hold_milliseconds)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Copy entries with their reasons to the stream of dead letters, then acknowledge the originals.
+        """Copy entries with their reasons (field `refused`) to the stream of dead letters, then acknowledge
+        the originals.
 
         An entry that is gone from the stream is only acknowledged. Raises `BridgeUnavailable` and
         `BridgeRefused`.
@@ -110,9 +113,14 @@ class RedisStream:
                 await self._acknowledge([entry_id])
 
     async def close(self) -> None:
+        """Close the connections to Redis."""
         await self._client.aclose()
 
     async def _make_group(self) -> None:
+        """Create the consumer group, and the stream with it, unless this process knows that it exists.
+
+        The group begins at the first entry, so that earlier entries are not missed.
+        """
         if self._has_group:
             return
         try:
@@ -125,6 +133,9 @@ class RedisStream:
         self._has_group = True
 
     async def _read_own(self, limit: int) -> Sequence[StreamEntry]:
+        """Return entries that an earlier process of this consumer has left pending, up to `limit`; empty once
+        there are none.
+        """
         if not self._may_have_own:
             return []
         entries = await self._read(OWN, limit)
@@ -153,6 +164,10 @@ class RedisStream:
     async def _read(
         self, which: str, limit: int, *, block_milliseconds: int | None = None
     ) -> Sequence[StreamEntry]:
+        """Read up to `limit` entries of the consumer group: own pending ones after an id, or new ones for `>`.
+
+        `block_milliseconds` is how long to wait for new ones; None doesn't wait.
+        """
         streams: dict[Any, Any] = {self._stream: which}
         answer: Any = await self._client.xreadgroup(
             self._group, self._consumer, streams, count=limit, block=block_milliseconds
@@ -162,6 +177,7 @@ class RedisStream:
         return [entry for _, entries in pairs for entry in entries]
 
     async def _messages(self, entries: Sequence[StreamEntry]) -> Sequence[SourceMessage]:
+        """Convert entries to messages; entries that were trimmed from the stream are acknowledged and left out."""
         gone = [entry_id.decode() for entry_id, fields in entries if not fields]
         if gone:
             log.warning("entries were deleted before they were sent", stream=self._stream, ids=gone)
@@ -169,6 +185,7 @@ class RedisStream:
         return [self._message(entry_id.decode(), fields) for entry_id, fields in entries if fields]
 
     def _message(self, entry_id: str, fields: Mapping[bytes, bytes]) -> SourceMessage:
+        """Convert an entry to a message; an unreadable one gets a `problem` instead of a body."""
         deduplication_id = make_deduplication_id(self.label, entry_id)
         try:
             body, priority = parse_entry(fields)
@@ -182,6 +199,7 @@ class RedisStream:
             await self._client.xdel(self._stream, *ids)
 
     async def _set_idle(self, ids: Sequence[str], *, milliseconds: int) -> None:
+        """Set the time for which entries count as idle, keeping their consumer."""
         async with self._translate_errors():
             await self._client.xclaim(
                 self._stream, self._group, self._consumer, 0, list(ids), idle=milliseconds, justid=True
@@ -189,6 +207,11 @@ class RedisStream:
 
     @asynccontextmanager
     async def _translate_errors(self) -> AsyncIterator[None]:
+        """Raise errors of the Redis client in the block as `BridgeRefused` (credentials, wrong type) or
+        `BridgeUnavailable`.
+
+        After an error the group is created, and own pending entries are read, anew.
+        """
         try:
             yield
         except (redis.RedisError, OSError) as error:
@@ -203,10 +226,10 @@ class RedisStream:
 
 
 def parse_entry(fields: Mapping[bytes, bytes]) -> tuple[bytes, int | None]:
-    """Return the JSON body and the priority of an entry (None without one); raises `UnreadableMessage`.
+    """Return the JSON body and the priority of a stream entry (None without one).
 
     A field `message` or `data` is the body, alone or beside a field `priority`. Otherwise the body is an
-    object of all fields, without a priority.
+    object of all fields as texts, without a priority. Raises `UnreadableMessage`.
     """
     rest = [name for name in fields if name != PRIORITY_FIELD]
     if len(rest) == 1 and rest[0] in MESSAGE_FIELDS:

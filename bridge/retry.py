@@ -24,9 +24,11 @@ log = structlog.get_logger()
 
 
 async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
-    """Return the result of `work`, called again after each `BridgeUnavailable`, with a growing pause.
+    """Return the result of `work`, called again after each `BridgeUnavailable`, with a growing pause (0.1 to
+    30 seconds).
 
-    Raises `BridgeStopped` if the stop event is set during a pause, and other errors of `work`.
+    A requested `Retry-After` of up to 10 minutes is added. Raises `BridgeStopped` if the stop event is set
+    during a pause, and other errors of `work` at once.
     """
     failures = 0
     while True:
@@ -48,9 +50,10 @@ async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event)
 
 
 def pause_seconds(failures: int, retry_after_seconds: float) -> float:
-    """Return the seconds to wait after consecutive failures: exponential backoff with jitter, plus the requested time.
+    """Return the seconds to wait after this many consecutive failures (1 or more).
 
-    Both parts have an upper limit.
+    Doubles from 0.1 up to 30 seconds, of which a random 50 to 100 % count, plus the requested seconds, at
+    most 600.
     """
     own = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, MAX_DOUBLINGS))
     spread = own * uniform(0.5, 1.0)  # noqa: S311 - spreads load only

@@ -101,13 +101,14 @@ class BridgeSettings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _is_visible(cls, key: SecretStr) -> SecretStr:
+        """Require an API key of visible ASCII characters; raises `ValueError` for an empty or other one."""
         text = key.get_secret_value()
         if not (text and text.isascii() and text.isprintable()):
             raise ValueError("It must be an API key of the server: visible ASCII characters only")
         return key
 
     def label(self, kind: str, name: str) -> str:
-        """Return the name of a source in runs and deduplication ids: its kind with the configured name, else `name`.
+        """Return the name of a source in runs and deduplication ids: `kind:`, and the configured name, else `name`.
 
         Raises `InvalidSettings` for a name that is not 1 to 100 visible ASCII characters.
         """
@@ -144,6 +145,7 @@ class RedisBridgeSettings(BridgeSettings):
     @field_validator("bridge_redis_url")
     @classmethod
     def _is_redis(cls, url: SecretStr) -> SecretStr:
+        """Require a URL that begins with `redis://`, `rediss://` or `unix://`; raises `ValueError`."""
         if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("It must look like redis://host:6379/0")
         return url
@@ -164,10 +166,12 @@ class SqsBridgeSettings(BridgeSettings):
 
     @property
     def queue_name(self) -> str:
+        """Last part of the queue's URL: the name of the queue."""
         return urlsplit(self.bridge_sqs_queue_url).path.rpartition("/")[2]
 
     @property
     def endpoint(self) -> str:
+        """URL of the SQS service: the configured one, else scheme and host of the queue's URL."""
         parts = urlsplit(self.bridge_sqs_queue_url)
         return self.bridge_sqs_endpoint or f"{parts.scheme}://{parts.netloc}"
 
@@ -183,6 +187,7 @@ class RabbitmqBridgeSettings(BridgeSettings):
     @field_validator("bridge_rabbitmq_url")
     @classmethod
     def _is_amqp(cls, url: SecretStr) -> SecretStr:
+        """Require a URL that begins with `amqp://` or `amqps://`; raises `ValueError`."""
         if not url.get_secret_value().startswith(("amqp://", "amqps://")):
             raise ValueError("It must look like amqp://host:5672/")
         return url
@@ -201,9 +206,10 @@ class AwsCredentials:
     def from_environment(
         cls, settings: SqsBridgeSettings, environment: Mapping[str, str] = os.environ
     ) -> AwsCredentials:
-        """Return the credentials from the environment; raises `InvalidSettings` that names missing variables.
+        """Return the AWS credentials and the region from the environment variables.
 
-        A region in the queue's host name has precedence over `AWS_REGION` and `AWS_DEFAULT_REGION`.
+        A region in the queue's host name has precedence over `AWS_REGION` and `AWS_DEFAULT_REGION`. Raises
+        `InvalidSettings`, which names the missing variables.
         """
         host = _SQS_HOST.fullmatch(urlsplit(settings.bridge_sqs_queue_url).hostname or "")
         # The region in an address of Amazon is certain, even if the environment has another one.

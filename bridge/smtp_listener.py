@@ -57,6 +57,11 @@ class SmtpMailHandler:
     async def handle_RCPT(  # noqa: N802 - aiosmtpd's name
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: Sequence[str]
     ) -> str:
+        """Handle a recipient of the mail server (RCPT TO); return the SMTP reply and keep accepted recipients.
+
+        Refused are other domains than the configured ones (none configured: all are accepted), addresses
+        without a trigger token, and recipients after the 100th.
+        """
         del server, session
         token, domain = split_recipient(address)
         if self._domains and domain not in self._domains:
@@ -70,6 +75,10 @@ class SmtpMailHandler:
         return reply.line
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name
+        """Handle the content of a mail (DATA): post it to the gateway for each recipient; return the SMTP reply.
+
+        With LMTP the reply has one line per recipient, with SMTP one line for all.
+        """
         del server, session
         content = envelope.content or b""
         raw = content.encode() if isinstance(content, str) else content
@@ -88,6 +97,7 @@ class SmtpMailHandler:
         return worst_reply(replies).line
 
     async def _hand_off(self, address: str, content: bytes, envelope: Envelope) -> SmtpReply:
+        """Post a mail to the trigger of one recipient; return the SMTP reply."""
         token, _ = split_recipient(address)
         if token is None:
             return NO_SUCH_ADDRESS_REPLY
@@ -96,7 +106,10 @@ class SmtpMailHandler:
 
 
 def split_recipient(address: str) -> tuple[str | None, str]:
-    """Return the trigger token in an address such as `name+token@domain`, or None, and its domain in lower case."""
+    """Return trigger token and domain of a recipient such as `name+token@domain`, both in lower case.
+
+    The token is None if the part before the `@` does not end in one.
+    """
     local, _, domain = address.strip().removeprefix("<").removesuffix(">").rpartition("@")
     token = local.strip('"').lower().rpartition("+")[2]
     return (token if token.startswith(TOKEN_PREFIX) else None), domain.lower()
@@ -105,7 +118,8 @@ def split_recipient(address: str) -> tuple[str | None, str]:
 def worst_reply(replies: Sequence[SmtpReply]) -> SmtpReply:
     """Return the single SMTP reply to a mail for several recipients: the first 4xx, else the first 5xx, else 250.
 
-    A temporary failure makes the mail server repeat the mail for all of them; accepted ones are deduplicated.
+    A temporary failure makes the mail server repeat the mail for all recipients; the gateway deduplicates the
+    accepted ones.
     """
     passing = [reply for reply in replies if 400 <= reply.code < 500]  # noqa: PLR2004 - as RFC 5321 divides replies
     final = [reply for reply in replies if reply.code >= 500]  # noqa: PLR2004 - as above
@@ -140,6 +154,7 @@ class BoundedConnections:
 
 class _RejectedConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Answer a connection beyond the limit with a temporary SMTP error, and close it."""
         if isinstance(transport, asyncio.WriteTransport):
             transport.write(TOO_MANY_CONNECTIONS_REPLY)
             transport.close()
@@ -154,12 +169,14 @@ class _BoundedSmtp(SMTP):
         self._is_counted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count the connection as open at its first call; STARTTLS makes a second one."""
         if not self._is_counted:
             self._is_counted = True
             self._connections.open += 1
         super().connection_made(transport)
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Count the connection as closed."""
         if self._is_counted:
             self._is_counted = False
             self._connections.open -= 1
@@ -172,9 +189,10 @@ class _BoundedLmtp(_BoundedSmtp, LMTP):
 
 @asynccontextmanager
 async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.Server]:
-    """Listen for mail until the context ends, then wait up to `SHUTDOWN_SECONDS` for mails that are being posted.
+    """Listen for mail until the context ends, then wait up to 20 seconds for mails that are being posted.
 
-    Raises `InvalidSettings` for unusable TLS files, and `OSError` for an address that can't be bound.
+    Yields the listening server. Raises `InvalidSettings` for unusable TLS files, and `OSError` for an address
+    that can't be bound.
     """
     gateway = MailGateway(settings.url)
     handler = SmtpMailHandler(gateway, settings.smtp_domains, settings.smtp_protocol)
@@ -195,7 +213,7 @@ async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.
 
 
 def serve(settings: SmtpListenerSettings) -> None:
-    """Run the listener until SIGTERM or SIGINT stops it; raises the errors of `run_listener`."""
+    """Run the mail listener until SIGTERM or SIGINT; blocks. Raises the errors of `run_listener`."""
     asyncio.run(_serve(settings))
 
 

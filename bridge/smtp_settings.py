@@ -83,12 +83,16 @@ class SmtpListenerSettings(BaseSettings):
     @field_validator("smtp_domains", mode="before")
     @classmethod
     def _split_domains(cls, value: object) -> object:
+        """Split a comma-separated text into lower-case domains; return other values unchanged."""
         if not isinstance(value, str):
             return value
         return tuple(one.strip().lower() for one in value.split(",") if one.strip())
 
     @model_validator(mode="after")
     def _require_both_files(self) -> Self:
+        """Require certificate and key of TLS together, or neither, and both if TLS is required; raises
+        `ValueError`.
+        """
         if (self.smtp_tls_certificate is None) != (self.smtp_tls_key is None):
             raise ValueError("PILOTFLAME_SMTP_TLS_CERTIFICATE and PILOTFLAME_SMTP_TLS_KEY belong together")
         if self.smtp_require_tls and self.smtp_tls_certificate is None:
@@ -96,7 +100,10 @@ class SmtpListenerSettings(BaseSettings):
         return self
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Return the context for STARTTLS, None without a certificate; raises `InvalidSettings` for unusable files."""
+        """Return the server's TLS context for STARTTLS from the configured files; None without a certificate.
+
+        Raises `InvalidSettings` for files that are missing, unreadable or don't fit.
+        """
         if self.smtp_tls_certificate is None:
             return None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -114,10 +114,10 @@ class SqsQueue:
         )
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Return up to `limit` messages: wait for a first page, and after a full one fetch more pages concurrently.
+        """Take up to `limit` messages, at most 100; an empty list after `wait_seconds` without one.
 
-        Raises `BridgeUnavailable` and `BridgeRefused` for the first page; failures of later pages are
-        ignored.
+        Waits for a first page of 10 messages, and after a full one fetches more pages concurrently. Raises
+        `BridgeUnavailable` and `BridgeRefused` for the first page; failures of later pages are ignored.
         """
         first = await self._receive(min(limit, BATCH_MESSAGES), wait_seconds)
         if len(first) < BATCH_MESSAGES:
@@ -129,19 +129,22 @@ class SqsQueue:
         return [*first, *(one for some in rest if not isinstance(some, BaseException) for one in some)]
 
     async def hold(self, ids: Sequence[str]) -> None:
+        """Restart the visibility timeout of messages, so that no other consumer gets them for another hold period."""
         await self._change_visibility(ids, self._hold_seconds)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Delete messages. One whose visibility timeout has passed is delivered again, and deduplicated."""
+        """Delete messages. After the end of its visibility timeout, a message is delivered again, and deduplicated."""
         await self._in_batches("DeleteMessageBatch", ids, {})
 
     async def release(self, ids: Sequence[str]) -> None:
+        """Make messages visible at once, so that other consumers get them."""
         await self._change_visibility(ids, 0)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
         """Make messages visible at once; SQS moves them to the dead-letter queue after its number of receives.
 
-        The reasons are not passed on. Raises `BridgeRefused` if the queue has no redrive policy.
+        The reasons are not passed on. Raises `BridgeRefused` if the queue has no redrive policy, and so no
+        dead-letter queue.
         """
         found = await self._call(
             "GetQueueAttributes",
@@ -156,9 +159,14 @@ class SqsQueue:
         await self._change_visibility(list(reasons), 0)
 
     async def close(self) -> None:
+        """Close the connections to SQS."""
         await self._session.close()
 
     async def _receive(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
+        """Receive one page of up to `limit` messages (SQS allows 10), waiting whole seconds for the first.
+
+        Raises `BridgeUnavailable` and `BridgeRefused`.
+        """
         wait = math.ceil(wait_seconds)
         call = {
             "MaxNumberOfMessages": limit,
@@ -170,6 +178,7 @@ class SqsQueue:
         return [self._message(one) for one in batch.messages or ()]
 
     def _message(self, received: _SqsMessage) -> SourceMessage:
+        """Convert a received message; an unreadable body or priority gives a `problem` instead of a body."""
         deduplication_id = make_deduplication_id(self.label, received.message_id)
         attribute = received.message_attributes.get(PRIORITY_ATTRIBUTE)
         try:
@@ -181,15 +190,25 @@ class SqsQueue:
             return SourceMessage(received.receipt_handle, deduplication_id, problem=str(error))
 
     async def _change_visibility(self, ids: Sequence[str], seconds: int) -> None:
+        """Set for how many seconds messages stay hidden from other consumers; 0 makes them visible at once."""
         await self._in_batches("ChangeMessageVisibilityBatch", ids, {"VisibilityTimeout": seconds})
 
     async def _in_batches(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
+        """Call an action for messages in batches of 10, concurrently.
+
+        `about_each` has further members of each entry. Raises `BridgeUnavailable` and `BridgeRefused`.
+        """
         calls = [self._batch(action, some, about_each) for some in _split_pages(ids, BATCH_MESSAGES)]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
 
     async def _batch(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
+        """Call an action for one batch of at most 10 messages.
+
+        Messages that this process no longer holds are logged. Raises `BridgeUnavailable` if SQS fails for a
+        message.
+        """
         entries = [{"Id": str(index), "ReceiptHandle": one, **about_each} for index, one in enumerate(ids)]
         done = await self._call(action, {"Entries": entries}, _SqsBatchResult, seconds=CALL_SECONDS)
         for failure in done.failed or ():
@@ -199,6 +218,11 @@ class SqsQueue:
             log.info("message no longer held", action=action, code=failure.code)
 
     async def _call(self, action: str, call: Mapping[str, Any], answer: type[T], *, seconds: float) -> T:
+        """Call an action of SQS with signed JSON; return the decoded answer.
+
+        Raises `BridgeUnavailable` without an answer within `seconds`, and `BridgeRefused` for a refusal or an
+        answer that is not of SQS.
+        """
         body = msgspec.json.encode({"QueueUrl": self._queue_url, **call})
         given = {"content-type": "application/x-amz-json-1.0", "x-amz-target": f"AmazonSQS.{action}"}
         signed = self._signer.headers("POST", self._host, "/", {}, given, body, self._now())
@@ -224,6 +248,9 @@ class SqsQueue:
 
 
 def _error_for_response(status: int, text: bytes) -> Exception:
+    """Return (not raise) the error for an answer of SQS that is no success: `BridgeUnavailable` if a retry
+    may help.
+    """
     try:
         error = decoding.decode(text, _SqsError)
     except msgspec.DecodeError:
@@ -237,5 +264,6 @@ def _error_for_response(status: int, text: bytes) -> Exception:
 
 
 def _split_pages(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Yield ids, in order, in groups of at most `size`."""
     for start in range(0, len(ids), size):
         yield ids[start : start + size]

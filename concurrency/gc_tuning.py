@@ -29,16 +29,18 @@ REMEMBERED_CHECKS: Final = 60
 
 
 def tune_at_start() -> None:
-    """Raise the thresholds of the garbage collector: the objects that imports create are no garbage."""
+    """Raise the thresholds of Python's garbage collector during startup: objects that imports create are no
+    garbage.
+    """
     gc.set_threshold(YOUNG_OBJECTS, YOUNG_COLLECTIONS, MIDDLE_COLLECTIONS)
 
 
 def freeze_loaded() -> None:
-    """Exclude all present objects from collections, and postpone full collections while large values exist.
+    """Exclude all present objects from garbage collection, and postpone full collections while large values exist.
 
     A body of 10 MB may be five million objects, none of them garbage. Traversing them blocks the whole
-    process for half a second, again and again while they exist. Requires a running event loop, which checks
-    every second from now on.
+    process for half a second, again and again while they exist. Called once after startup; requires a running
+    event loop, which checks every second from now on.
     """
     gc.collect()
     gc.freeze()
@@ -47,7 +49,10 @@ def freeze_loaded() -> None:
 
 
 def _collect_when_due(loop: asyncio.AbstractEventLoop, sizes: deque[int]) -> None:
-    """Run a full collection if one is due and the heap has not grown much of late; check again in a second."""
+    """Run a full garbage collection if one is due and the heap has not grown much in the last 60 checks.
+
+    `sizes` has the heap's size at these checks. Schedules the next check in a second.
+    """
     sizes.append(sys.getallocatedblocks())
     if gc.get_count()[2] >= MIDDLE_COLLECTIONS and sizes[-1] - min(sizes) < LARGE_HEAP_BLOCKS:
         gc.collect()

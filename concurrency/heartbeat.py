@@ -14,9 +14,9 @@ HEARTBEAT_SECONDS = 5.0
 
 @asynccontextmanager
 async def run_heartbeat(file: Path | None, every_seconds: float = HEARTBEAT_SECONDS) -> AsyncIterator[None]:
-    """Touch a file periodically while the context lasts and the event loop runs; None touches nothing.
+    """Touch a file now and periodically while the block lasts and the event loop runs, as a sign of life.
 
-    Raises `OSError` at the start if the file can't be touched.
+    None touches nothing. Raises `OSError` at the start if the file can't be touched.
     """
     if file is None:
         yield
@@ -30,6 +30,7 @@ async def run_heartbeat(file: Path | None, every_seconds: float = HEARTBEAT_SECO
 
 
 async def _beat_forever(file: Path, every_seconds: float) -> None:
+    """Touch the file again and again, every so many seconds, until cancelled."""
     while True:
         await asyncio.sleep(every_seconds)
         # A full disk, for example, is no reason to exit; if it lasts, the age of the file shows it.
@@ -38,4 +39,5 @@ async def _beat_forever(file: Path, every_seconds: float) -> None:
 
 
 def _touch(file: Path) -> None:
+    """Set the time of the file's last change to now; create it if it is missing."""
     file.touch()

@@ -16,7 +16,7 @@ class LoopShare:
         self._ends_at = time.monotonic() + SHARE_SECONDS
 
     async def yield_if_due(self) -> None:
-        """Yield to other work on the event loop if this time slice is used up, and begin the next slice.
+        """Let other work of the event loop run if this time slice (5 ms) is used up; then begin the next slice.
 
         A cancellation is raised here too.
         """

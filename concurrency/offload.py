@@ -34,12 +34,15 @@ class BudgetExceeded(Exception):
 
 
 def budget(most: int, brief: int) -> int:
-    """Return the permitted amount of work: at most `brief` within `try_inline`, `most` otherwise."""
+    """Return the permitted amount of work: at most `brief` inside `try_inline`, `most` otherwise.
+
+    The unit is the caller's, such as bytes or steps.
+    """
     return min(most, brief) if _is_inline.get() else most
 
 
 def require_offloaded() -> None:
-    """Raise `BudgetExceeded` in an inline call: the work that follows is long."""
+    """Raise `BudgetExceeded` inside `try_inline`: the work that follows is too long for the event loop."""
     if _is_inline.get():
         raise BudgetExceeded
 
@@ -47,7 +50,8 @@ def require_offloaded() -> None:
 def try_inline(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function on the event loop with the brief budget, and return its result.
 
-    Raises `BudgetExceeded` if the work is too long for the loop, and errors of the function.
+    Raises `BudgetExceeded` if the function finds that its work is too long for the loop (it asks by `budget`
+    or `require_offloaded`), and the errors of the function.
     """
     before = _is_inline.set(True)
     try:
@@ -59,15 +63,16 @@ def try_inline(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in the process's one thread for long work; return its result or raise its error.
 
-    Calls wait for each other. A cancellation does not stop a function that has begun.
+    Calls wait for each other in order. A cancellation does not stop a function that has begun.
     """
     return await asyncio.wrap_future(_thread.submit(function, *args, **kwargs))
 
 
 async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function on the event loop, and from its beginning in the thread if it exceeds the brief budget.
+    """Call a function on the event loop; if it exceeds the brief budget, call it again from its beginning in
+    the thread.
 
-    The function must be repeatable. Returns its result or raises its error.
+    So the function must be repeatable. Returns its result or raises its error.
     """
     try:
         return try_inline(function, *args, **kwargs)
@@ -76,7 +81,7 @@ async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine that awaits only `yield_to_loop`; return its result.
+    """Run a coroutine that awaits only `yield_to_loop`, and return its result.
 
     It runs on the event loop. If it exceeds the brief budget, `begin` makes another one, which runs in the
     thread step by step, so that other calls get the thread in between.
@@ -120,6 +125,7 @@ class _LoopQueue:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     def join(self) -> asyncio.Future[None]:
+        """Return a future that is done in a later pass of the event loop, one per pass, in the order of calls."""
         turn = self._loop.create_future()
         self._waiting.append(turn)
         if len(self._waiting) == 1:
@@ -127,6 +133,9 @@ class _LoopQueue:
         return turn
 
     def _call_next(self) -> None:
+        """Resume the coroutine that has waited longest, and come back in the next pass of the event loop for
+        the next one.
+        """
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft()
         if self._waiting:
@@ -138,7 +147,8 @@ _loop_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopQueue] = WeakKey
 
 
 async def yield_to_loop() -> None:
-    """Yield to the event loop, which resumes one such coroutine per pass, so that other work runs in between.
+    """Let other work of the event loop run; one waiting coroutine is resumed per pass, so a long queue delays
+    little.
 
     Without a running loop, the thread that drives the coroutine resumes it.
     """

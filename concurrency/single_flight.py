@@ -18,9 +18,9 @@ class SingleFlight(Generic[Key, Answer]):
         self._tasks: dict[Key, asyncio.Task[Answer]] = {}
 
     async def get(self, key: Key) -> Answer:
-        """Return the result for a key from one lookup that concurrent callers share, or raise its exception.
+        """Return the answer for a key from one lookup that concurrent callers share, or raise its exception.
 
-        The cancellation of a caller does not cancel the lookup. Results are not cached after the lookup.
+        The cancellation of a caller does not cancel the lookup. Answers are not cached after the lookup.
         """
         task = self._tasks.get(key)
         if task is None:
@@ -29,13 +29,14 @@ class SingleFlight(Generic[Key, Answer]):
         return await asyncio.shield(task)
 
     async def drain(self) -> None:
-        """Wait until all lookups in progress have ended, successfully or not."""
+        """Wait until all lookups in progress have ended, successfully or not; raises nothing."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _find_and_resolve(self, key: Key) -> Answer:
         return await self._find(key)
 
     def _on_done(self, key: Key, task: asyncio.Task[Answer]) -> None:
+        """Forget a lookup that has ended, and its exception if every caller has gone."""
         del self._tasks[key]
         if not task.cancelled():
             task.exception()  # retrieve it: the callers have it, and asyncio would log it if all of them have gone

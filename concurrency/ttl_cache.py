@@ -20,14 +20,14 @@ class TTLCache(Generic[Key, Value]):
         self._items: OrderedDict[Key, tuple[float, Value]] = OrderedDict()
 
     def get(self, key: Key) -> Value | None:
-        """Return the cached value; None if it is absent or has expired."""
+        """Return the cached value of a key; None if it is absent or has expired."""
         item = self._items.get(key)
         return None if item is None or item[0] <= monotonic() else item[1]
 
     def put(self, key: Key, value: Value) -> None:
-        """Store a value with a new expiry, in place of an earlier one.
+        """Store a value under a key for the cache's number of seconds, in place of an earlier one.
 
-        The oldest values beyond the maximum size are evicted.
+        The oldest values beyond the cache's capacity are evicted.
         """
         now = monotonic()
         self._items[key] = (now + self._seconds, value)

@@ -44,7 +44,10 @@ class ClusterDeployment(Protocol):
 
 
 async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentActivity]:
-    """Return all deployments that should be in the cluster, with policy and activity, read in batches."""
+    """Return all deployments that should be in the cluster, with their lifecycle policy and their activity.
+
+    Reads in batches, in the order of workflow ids.
+    """
     found: list[DeploymentActivity] = []
     while True:
         batch = await activity.read_all_activities(
@@ -56,7 +59,10 @@ async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentAc
 
 
 def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[DriftFinding]:
-    """Yield at most one finding per deployment: its lifecycle policy is not kept, or a change is not applied."""
+    """Yield at most one finding per deployment: its lifecycle policy is not kept, or a change is not applied.
+
+    A change counts only after 60 seconds.
+    """
     for seen in deployments:
         if finding := _check_policy(seen) or _check_change(seen):
             yield finding
@@ -65,9 +71,9 @@ def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[Dri
 def compare_cluster(
     deployments: Sequence[DeploymentActivity], listed: Sequence[ClusterDeployment]
 ) -> Iterator[DriftFinding]:
-    """Yield findings about deployments that the cluster lacks, has in another state, or has without a row.
+    """Yield findings about deployments that the cluster lacks, has with other replicas, or has without a row.
 
-    Deployments with a change in progress are compared only for the last kind.
+    Deployments with a recent (under 60 seconds) or unapplied change are compared only for the last kind.
     """
     in_cluster = {one.workflow_id: one for one in listed if one.exists}
     for seen in deployments:
@@ -119,6 +125,10 @@ def _compare_deployment(deployment: Deployment, found: ClusterDeployment | None)
 
 
 def _check_policy(seen: DeploymentActivity) -> DriftFinding | None:
+    """Return a finding if the lifecycle policy would start or stop the deployment now; None if it is kept.
+
+    Also a finding for a time zone that this machine does not know.
+    """
     try:
         decision = wakes.decide_lifecycle(seen)
     except ZoneInfoNotFoundError as error:
@@ -139,6 +149,7 @@ def _check_policy(seen: DeploymentActivity) -> DriftFinding | None:
 
 
 def _check_change(seen: DeploymentActivity) -> DriftFinding | None:
+    """Return a critical finding if the last change has not been applied for 60 seconds; else None."""
     deployment = seen.deployment
     is_applied = deployment.observed_generation >= deployment.generation
     if is_applied or seen.now - deployment.updated_at < UNAPPLIED_TIME:
@@ -154,7 +165,7 @@ def _check_change(seen: DeploymentActivity) -> DriftFinding | None:
 
 
 def _is_settled(seen: DeploymentActivity) -> bool:
-    """Return whether the last change is applied and older than `UNAPPLIED_TIME`, so that the cluster must agree."""
+    """Return whether the last change is applied and older than 60 seconds, so that the cluster must agree."""
     deployment = seen.deployment
     return (
         deployment.observed_generation >= deployment.generation
@@ -164,6 +175,7 @@ def _is_settled(seen: DeploymentActivity) -> bool:
 
 
 def _name_subject(deployment: Deployment) -> DriftSubject:
+    """Return the deployment as the subject of a finding, by its workflow and organization."""
     return DriftSubject("deployment", deployment.workflow_id, deployment.organization_id)
 
 

@@ -77,6 +77,7 @@ class ExaminationReport:
 
     @property
     def has_unreachable_store(self) -> bool:
+        """Whether at least one examined store did not answer."""
         return StoreState.UNREACHABLE in self.stores.values()
 
     @property
@@ -98,10 +99,11 @@ async def examine(
     grace_seconds: float = GRACE_SECONDS,
     seen_before: frozenset[FindingKey] | None = None,
 ) -> ExaminationReport:
-    """Observe all stores twice, `grace_seconds` apart; return the findings seen both times, critical ones first.
+    """Examine all stores twice, `grace_seconds` apart; return the findings seen both times, critical ones first.
 
-    An unreachable store is reported, never taken for clean. Without findings the second observation is left
-    out. `seen_before` has the findings of an earlier observation, which is the first one if it has all of them.
+    So states that pass by themselves are not reported. An unreachable store is reported, never taken for
+    clean. Without findings the second observation is left out. `seen_before` has the findings of an earlier
+    observation, which is the first one if it has all of them; None: there was none.
     """
     second = await _observe(stores)
     observed = frozenset(finding.key for finding in second.findings)
@@ -116,6 +118,7 @@ async def examine(
 
 
 async def _observe(stores: ExaminedStores) -> _Observation:
+    """Examine the settings and all stores once, and return the findings and the state of each store."""
     seen = _Observation()
     if stores.facts is not None:
         seen.findings += setting_checks.check_settings(stores.facts)
@@ -164,6 +167,7 @@ async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
 
 
 async def _observe_broker(stores: ExaminedStores, seen: _Observation) -> None:
+    """Note whether the broker (Redis) answers; no findings are added."""
     if stores.broker is None:
         seen.stores["redis"] = StoreState.NOT_EXAMINED
         return
@@ -175,6 +179,7 @@ async def _observe_broker(stores: ExaminedStores, seen: _Observation) -> None:
 
 
 async def _observe_blobs(stores: ExaminedStores, seen: _Observation) -> None:
+    """Add the findings about stored blobs (large outputs of nodes); an unreachable store is only marked."""
     if stores.blobs is None:
         seen.stores["blobs"] = StoreState.NOT_EXAMINED
         return

@@ -43,12 +43,13 @@ class RowCheck:
 
 
 def before(seconds: float) -> ColumnElement[int]:
-    """Return the SQL expression for the time `seconds` ago by the database's clock, in microseconds."""
+    """Return the SQL expression of the time `seconds` ago by the database's clock, in microseconds since 1970."""
     return DatabaseTime() - int(seconds * 1_000_000)
 
 
 async def find_overdue_rows(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return a critical finding for each overdue row, at most `SHOWN_ROWS` of a class.
+    """Return a critical finding for each row that should have been processed over 60 seconds ago, at most 100
+    of a class.
 
     Pending runs count as overdue only while a present worker could claim more.
     """
@@ -80,7 +81,10 @@ def _select_runs(since: SQLColumnExpression[Any]) -> Select[*tuple[Any, ...]]:
 
 
 def _has_status(status: ExecutionStatus) -> ColumnElement[bool]:
-    """Return a condition with a literal: the databases use a partial index only for a condition that they can read."""
+    """Return the condition that a run has this status, with a literal in the SQL.
+
+    The databases use a partial index only for a condition that they can read.
+    """
     return col(Execution.status) == literal_column(f"'{status}'")
 
 

@@ -48,7 +48,10 @@ class ServerFacts:
 
 
 def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
-    """Yield a finding for each setting that is unsafe, or that users will trip over."""
+    """Yield a finding for each setting of the server that is unsafe, or that users will trip over.
+
+    Checked are the public URL, allowed networks, the server secret, and the permissions of files.
+    """
     yield from _check_public_url(facts)
     yield from _check_networks(facts)
     yield from _check_secret(facts)
@@ -57,9 +60,8 @@ def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
-    """Yield findings about the public URL.
-
-    It is unset, loopback or plain HTTP on a public address, or HTTPS without trusted proxies.
+    """Yield findings about the public URL: unset or loopback on a public address, plain HTTP, or HTTPS
+    without trusted proxies.
     """
     is_public = facts.host not in LOOPBACK_HOSTS
     if not facts.public_url:
@@ -94,6 +96,7 @@ def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_networks(facts: ServerFacts) -> Iterator[DriftFinding]:
+    """Yield a critical finding for each allowed outbound network that is wider than /8."""
     for network in facts.outbound_allowed_networks:
         if network.prefixlen < WIDE_PREFIX:
             yield _build_finding(
@@ -105,6 +108,7 @@ def _check_networks(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_secret(facts: ServerFacts) -> Iterator[DriftFinding]:
+    """Yield a critical finding for a server secret of fewer than 10 different characters; none without a secret."""
     if not facts.secret:
         return
     if len(set(facts.secret)) < FEW_CHARACTERS:
@@ -144,6 +148,9 @@ def _check_passwords(facts: ServerFacts) -> Iterator[DriftFinding]:
 
 
 def _check_permissions(facts: ServerFacts) -> Iterator[DriftFinding]:
+    """Yield a critical finding if other users of the machine may open the file of the secret or of the SQLite
+    database.
+    """
     paths = [facts.data_dir / "secret.key"]
     if is_sqlite(facts.database_url) and facts.database_url.database:
         paths.append(Path(facts.database_url.database))

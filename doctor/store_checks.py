@@ -40,7 +40,10 @@ _INVALID_INDEXES: Final = text(
 
 
 async def check_tables(database: Database) -> Sequence[DriftFinding]:
-    """Return a critical finding if the tables are older or newer than this code; raises `DatabaseUnavailable`."""
+    """Return a critical finding if the tables are older or newer than this code; else none.
+
+    Raises `DatabaseUnavailable`.
+    """
     try:
         await schema_migration.require_current(database)
     except (schema_migration.OutdatedDatabase, schema_migration.NewerDatabase) as error:
@@ -58,7 +61,10 @@ async def check_tables(database: Database) -> Sequence[DriftFinding]:
 
 
 async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return findings about an absent leader or workers and, on PostgreSQL, invalid indexes and a differing clock."""
+    """Return findings about an absent scheduler leader, absent workers, and workers of another version.
+
+    On PostgreSQL also about invalid indexes and a clock that differs by over 2 seconds from this host's.
+    """
     found = [
         *await _check_leader(connection),
         *await _check_workers(connection),
@@ -70,10 +76,9 @@ async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFinding]:
-    """Return findings about blobs without a run, and about large outputs without their blob.
+    """Return findings about stored blobs without a run, and about large outputs without their blob.
 
-    Only the newest `CHECKED_BLOBS` outputs are looked up. Raises `DatabaseUnavailable` and
-    `BlobsUnavailable`.
+    Only the newest 200 outputs are looked up. Raises `DatabaseUnavailable` and `BlobsUnavailable`.
     """
     orphans = 0
     async for owners in blobs.backend.idle_owners(timedelta(hours=MIN_AGE_HOURS + 1)):
@@ -105,6 +110,7 @@ async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFin
 
 
 async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    """Return a finding if no scheduler leads; none while a process with all roles (`pilotflame dev`) is present."""
     leads = select(func.count()).where(col(Leadership.lease_until) > before(0))
     # One process that has all roles needs no election.
     has_all_roles = _select_present().where(col(WorkerPresence.owner).startswith(ALL_IN_ONE_OWNER))
@@ -116,6 +122,7 @@ async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    """Return a finding if no worker is present; otherwise none."""
     if await connection.scalar(_select_present()):
         return ()
     message = "No worker is present: runs that no pod executes stay pending."
@@ -123,6 +130,7 @@ async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def _check_versions(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    """Return a finding for each present worker of another version than this program's, at most 100."""
     own = program_version()
     differing = select(col(WorkerPresence.owner), col(WorkerPresence.version)).where(
         *_are_present(), or_(col(WorkerPresence.version) != own, col(WorkerPresence.version).is_(None))
@@ -142,9 +150,10 @@ async def _check_versions(connection: AsyncConnection) -> Sequence[DriftFinding]
 async def check_audit_chain(
     connection: AsyncConnection, *, organization_id: str | None = None, newest: int | None = None
 ) -> Sequence[DriftFinding]:
-    """Return a critical finding for each organization whose chain of audit entries is broken.
+    """Return a critical finding for each organization with a broken chain of audit entries.
 
-    Without limits the whole chains of all organizations are read.
+    `organization_id` None: all organizations. `newest` is how many entries are read, None for the whole
+    chains.
     """
     return [
         DriftFinding(
@@ -162,16 +171,19 @@ async def check_audit_chain(
 
 
 def _select_present() -> Select[int]:
-    """Return the statement that counts present workers."""
+    """Return the statement that counts present workers (seen lately and not ended)."""
     return select(func.count()).where(*_are_present())
 
 
 def _are_present() -> Sequence[ColumnElement[bool]]:
-    """Return the conditions that a worker lives."""
+    """Return the SQL conditions that a worker is present: seen lately and not ended."""
     return col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
 
 
 async def _check_postgresql(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    """Return findings about indexes that PostgreSQL has marked invalid, and about a clock that differs by
+    over 2 seconds.
+    """
     found = [
         DriftFinding(
             DriftClass.INVALID_INDEX,
@@ -199,7 +211,7 @@ async def _check_postgresql(connection: AsyncConnection) -> Sequence[DriftFindin
 
 
 async def _newest_references(database: Database) -> AsyncIterator[tuple[BlobOwner, BlobReference]]:
-    """Yield owner and reference of the newest `CHECKED_BLOBS` large outputs; invalid references are left out."""
+    """Yield owner and reference of the newest 200 large outputs; invalid references are left out."""
     statement = (
         select(*(col(Execution.organization_id), col(Execution.key_id), col(SpanRow.output_blob)))
         .join(Execution, col(Execution.id) == col(SpanRow.execution_id))

@@ -31,11 +31,12 @@ def build_decoder(kind: object) -> Decoder[Any]: ...
 
 
 def build_decoder(kind: object = Any) -> Decoder[Any]:
-    """Return a decoder of JSON into a type.
+    """Return a decoder of JSON into a type, which refuses infinite numbers.
 
-    Raises `TypeError` for a type with a float inside a list or a mapping: msgspec calls the hook for `Any`
-    alone, and decodes a field of type float by itself. A single float is harmless, a list of floats is not.
-    Where a client could repeat a field many times, screen the text first, as `engine.values` does.
+    Raises `TypeError` for a type with a float inside a list or a mapping: msgspec calls the hook that refuses
+    them for `Any` alone, and decodes a field of type float by itself. A single float is harmless, a list of
+    floats is not. Where a client could repeat a field many times, screen the text first, as `engine.values`
+    does.
     """
     for part in _iterate_types(inspect.type_info(kind), set()):
         if isinstance(part, _COLLECTIONS) and any(_is_float(inner) for inner in _iterate_types(part, set())):
@@ -50,10 +51,11 @@ def decode(text: bytes | str, kind: type[Kind]) -> Kind: ...
 
 
 def decode(text: bytes | str, kind: object = Any) -> Any:
-    """Return the value of a JSON text as a type.
+    """Decode a JSON text to a value of a type; any JSON value by default.
 
-    Raises `ValueError` (its subclass `msgspec.ValidationError` for another type) and `RecursionError`. A long
-    text is decoded in pieces if the type is `Any`. If two members have the same name, the second wins.
+    Raises `ValueError` for malformed JSON (its subclass `msgspec.ValidationError` for another type), and
+    `RecursionError` for deep nesting. A text of over 131,072 bytes is decoded in pieces if the type is `Any`,
+    so that other threads run in between. If two members have the same name, the second wins.
     """
     decode_whole = _cache_decoder(kind).decode
     if kind is not Any or len(text) <= pieces.LONG_BYTES:
@@ -66,6 +68,7 @@ def decode(text: bytes | str, kind: object = Any) -> Any:
 
 @cache
 def _cache_decoder(kind: object) -> Decoder[Any]:
+    """Return the decoder of a type, built once; raises `TypeError` as `build_decoder` does."""
     return build_decoder(kind)
 
 
@@ -82,11 +85,12 @@ def _iterate_types(node: object, seen: set[int]) -> Iterator[object]:
 
 
 def _is_float(part: object) -> bool:
+    """Return whether a type description of msgspec is exactly a float."""
     return type(part) is inspect.FloatType
 
 
 def _parse_finite_float(text: str) -> float:
-    """Return a number; raises `ValueError` if it would be infinite.
+    """Return the number of a JSON text; raises `ValueError` if it would be infinite.
 
     A Python function, unlike the built-in `float`, lets other threads run between two numbers.
     """

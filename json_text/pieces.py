@@ -47,11 +47,12 @@ class DuplicateName(ValueError):
 def decode_in_pieces(
     text: bytes, decode_piece: Callable[[bytes], Any], *, piece_bytes: int = PIECE_BYTES
 ) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value of a JSON text by decoding pieces of about `piece_bytes` with `decode_piece`.
+    """Decode a JSON text in pieces of about `piece_bytes`, each by `decode_piece`, so that other threads run
+    in between.
 
-    Raises the errors of `decode_piece`, and `DecodeError` and `RecursionError` for a text that isn't JSON.
-    Raises `DuplicateName` if members of the same name are in different pieces, or if `decode_piece` merges
-    them.
+    Returns the value of the whole text. Raises the errors of `decode_piece`, and `DecodeError` and
+    `RecursionError` for a text that isn't JSON. Raises `DuplicateName` if members of the same name are in
+    different pieces, or if `decode_piece` merges them.
     """
     # Takes 4 ns a byte at most, with the interpreter's lock held. A text that passes can be cut
     # unambiguously.
@@ -143,9 +144,10 @@ def _add_piece(path: list[JsonContainer], piece: Any) -> None:  # noqa: ANN401 -
 
 
 def _open_path(root: Any, path: list[JsonContainer], depth: int) -> list[JsonContainer]:  # noqa: ANN401 - any JSON value
-    """Return the containers open after a piece, outermost first, and remove the mark from the innermost.
+    """Return the containers that are open after a piece, outermost first, and remove the mark from the innermost.
 
-    `path` were open all along. Raises `DuplicateName` if the mark is missing: a member has replaced another.
+    `path` has those that were open before and during the piece; `depth` is their number afterwards. Raises
+    `DuplicateName` if the mark is missing: a member has replaced another.
     """
     if not depth:
         return []

@@ -57,17 +57,24 @@ class OutgoingMail:
 
 
 def make_message_id(key: str, domain: str) -> str:
-    """Return a Message-ID derived from a key, so that a repeated mail has the same id."""
+    """Return a Message-ID derived from a key, so that the same mail, sent again, has the same id.
+
+    The result is `<pilotflame.` followed by 32 hexadecimal digits and `@domain>`.
+    """
     return f"<{MESSAGE_ID_PREFIX}{sha256(key.encode()).hexdigest()[:32]}@{domain}>"
 
 
 def is_workflow_mail(message_id: str) -> bool:
-    """Return whether the Message-ID says that a workflow sent the mail, of this server or another."""
+    """Return whether a Message-ID says that a workflow sent the mail, of this server or of another Pilotflame."""
     return message_id.strip().removeprefix("<").startswith(MESSAGE_ID_PREFIX)
 
 
 def check_header(name: str, value: str) -> None:
-    """Raise `ValueError` for an invalid or managed header, and for a value that would inject another header."""
+    """Raise `ValueError` for a header that a workflow may not set on an outgoing mail.
+
+    Refused are malformed names, headers that the server sets itself, such as From and Content-Type, and
+    values with line ends, which would inject another header.
+    """
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name[:100]!r} is not a valid header name")
     if name.lower() in _MANAGED_HEADERS or name.lower().startswith(_MANAGED_HEADER_PREFIXES):
@@ -76,13 +83,21 @@ def check_header(name: str, value: str) -> None:
 
 
 def check_line(text: str, what: str) -> None:
-    """Raise `ValueError` for a text with line ends: its next line would be a header of its own."""
+    """Raise `ValueError` for a text with line ends or other control characters; `what` names the text in the
+    message.
+
+    Its next line would be a header of its own.
+    """
     if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError(f"{what} holds a line end or another control character")
 
 
 def compose_mail(mail: OutgoingMail) -> bytes:
-    """Return the mail as bytes; raises `ValueError` for invalid headers and line ends in the subject."""
+    """Return an outgoing mail as the bytes of RFC 5322, with text, HTML and attachments.
+
+    Sets Date, Message-ID and `Auto-Submitted: auto-generated`. Raises `ValueError` for headers that may not
+    be set, and for line ends in the subject or a header.
+    """
     composed = EmailMessage(policy=_POLICY)
     composed["From"] = _to_address(mail.sender)
     for name, mailboxes in (("To", mail.to), ("Cc", mail.cc), ("Reply-To", mail.reply_to)):
@@ -101,6 +116,7 @@ def compose_mail(mail: OutgoingMail) -> bytes:
 
 
 def _set_body(composed: EmailMessage, mail: OutgoingMail) -> None:
+    """Set texts, HTML and files of a mail; files with a Content-ID are shown inline in the HTML."""
     if mail.text or not mail.html:
         composed.set_content(mail.text)
     if mail.html and mail.text:
@@ -128,7 +144,10 @@ def _set_body(composed: EmailMessage, mail: OutgoingMail) -> None:
 
 
 def _split_media_type(label: AttachmentLabel) -> tuple[str, str]:
-    """Return main type and subtype; `multipart/*` and `message/*` can't be in base64, and become a generic file."""
+    """Return main type and subtype for an attachment of an outgoing mail.
+
+    Types such as `multipart/*` and `message/*` can't be in base64: they become `application/octet-stream`.
+    """
     content_type = (
         label.content_type if label.content_type.startswith(_LEAF_TYPES) else mail_content.DEFAULT_TYPE
     )

@@ -43,6 +43,7 @@ _MAX_NAME_CHARACTERS: Final = 40
 
 
 def _codec_names() -> Mapping[str, str]:
+    """Return the known codecs by the names that mails use for their charsets, in lower case with underscores."""
     names = {name: name for name in CODECS}
     names |= {alias: name for alias, name in aliases.items() if name in names}
     return {alias: _CODEC_ALIASES.get(name, name) for alias, name in names.items()}
@@ -53,33 +54,38 @@ _CODEC_NAMES: Final = _codec_names()
 
 
 def find_codec(name: str) -> str | None:
-    """Return the codec for the name of a charset; None for an unknown charset and for ASCII."""
+    """Return Python's codec for the name of a charset, in any spelling.
+
+    None for an unknown charset, and for ASCII, whose texts are often something else: guess it then.
+    """
     return _CODEC_NAMES.get(_NO_LETTER.sub("_", name[:_MAX_NAME_CHARACTERS].lower()).strip("_"))
 
 
 def decode_text(raw: bytes, charset: str = "") -> str:
-    """Decode bytes as a text.
+    """Decode bytes as a text in a charset; an unknown or empty one is guessed.
 
-    An unknown charset is guessed; invalid sequences become U+FFFD, and so does NUL, which stored JSON can't
-    contain.
+    Invalid sequences become U+FFFD, and so does NUL, which stored JSON can't contain. Never raises.
     """
     return decode_text_pieces((raw,), charset)
 
 
 def decode_text_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
-    """Decode a text that is given in pieces by its charset; an unknown charset is guessed.
+    """Decode a text given in pieces by its charset; an unknown or empty one is guessed.
 
-    Invalid sequences and NUL become U+FFFD.
+    Invalid sequences and NUL become U+FFFD. Never raises. A character may be split between pieces.
     """
     codec = find_codec(charset)
     if codec is None:
-        return _guess_codec(b"".join(pieces)).replace("\0", "\ufffd")
+        return _decode_unknown_charset(b"".join(pieces)).replace("\0", "\ufffd")
     # Piece by piece: a long call would hold the GIL and delay other threads.
     return "".join(_decode_pieces(iter(pieces), codec)).replace("\0", "\ufffd")
 
 
 def _decode_pieces(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
-    """Yield the text of each piece; a character may be split between pieces."""
+    """Yield the text of each piece; a character may be split between pieces.
+
+    A UTF-16 or UTF-32 without a byte order gets one from the first piece.
+    """
     if codec in _UNIT_BYTES:
         first = next(pieces, b"")
         codec, pieces = _resolve_byte_order(first, codec), chain((first,), pieces)
@@ -94,8 +100,8 @@ def _decode_piece(
 ) -> str:
     """Return the text of one piece; invalid sequences become U+FFFD.
 
-    The decoders of ISO-2022 raise "pending buffer overflow" for unfinished escape sequences in spite of
-    "replace".
+    `final` says that no piece follows. The decoders of ISO-2022 raise "pending buffer overflow" for
+    unfinished escape sequences in spite of "replace".
     """
     try:
         return decoder.decode(piece, final)
@@ -105,10 +111,10 @@ def _decode_piece(
 
 
 def _resolve_byte_order(beginning: bytes, codec: str) -> str:
-    """Return the codec with the byte order of a text, by its byte order mark, or else by its zero bytes.
+    """Return the codec for a UTF-16 or UTF-32 text: by its byte order mark, or else by its zero bytes.
 
-    Most texts have more zeros in the high byte of a unit. Without a majority, the order is big-endian (RFC 2781,
-    section 4.3).
+    Most texts have more zeros in the high byte of a unit. Without a majority among the first 4,096 bytes, the
+    order is big-endian (RFC 2781, section 4.3).
     """
     if beginning.startswith(tuple(_BYTE_ORDER_MARKS[codec])):
         return codec
@@ -118,7 +124,10 @@ def _resolve_byte_order(beginning: bytes, codec: str) -> str:
     return f"{codec}_le" if zeros_last > zeros_first else f"{codec}_be"
 
 
-def _guess_codec(raw: bytes) -> str:
+def _decode_unknown_charset(raw: bytes) -> str:
+    """Decode a text of an unknown charset: as UTF-8 if it is valid, else as Windows-1252 with U+FFFD for
+    invalid bytes.
+    """
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -139,14 +148,15 @@ _ESCAPE: Final = 3
 
 
 def iterate_pieces(raw: Raw, start: int, end: int) -> Iterator[bytes]:
-    """Return the bytes from `start` to `end` in pieces."""
+    """Yield the bytes from offset `start` to `end` in pieces of at most 262,144 bytes."""
     return (bytes(raw[at : min(at + PIECE_BYTES, end)]) for at in range(start, end, PIECE_BYTES))
 
 
 def decode_pieces(raw: Raw, start: int, end: int, encoding: str) -> Iterator[bytes]:
-    """Return an iterator over the decoded bytes from `start` to `end`.
+    """Yield the bytes from offset `start` to `end` in pieces, decoded by a `Content-Transfer-Encoding`.
 
-    `encoding` is that of `Content-Transfer-Encoding`; an unknown one is left undecoded.
+    `encoding` is in lower case; any but base64 and quoted-printable leaves the bytes as they are. Never
+    raises for malformed content.
     """
     written = iterate_pieces(raw, start, end)
     match encoding:
@@ -159,7 +169,10 @@ def decode_pieces(raw: Raw, start: int, end: int, encoding: str) -> Iterator[byt
 
 
 def _decode_base64(written: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the bytes of base64 text in pieces, skipping other characters; the content ends at the padding."""
+    """Yield the bytes of base64 text in pieces; other characters are skipped, and the content ends at the padding.
+
+    A last symbol that is too short for a byte is dropped.
+    """
     left = b""
     for piece in written:
         symbols, padding, _ = (left + piece.translate(None, _NOT_BASE64)).partition(b"=")
@@ -186,5 +199,6 @@ def _decode_quoted_printable(written: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _split_before_escape(text: bytes) -> int:
+    """Return the offset at which quoted-printable text can be cut without splitting an escape at its end."""
     at = text.rfind(b"=", max(0, len(text) - _ESCAPE))
     return len(text) if at < 0 else at

@@ -44,16 +44,18 @@ class MailHeaders:
     """Number of headers beyond `MailLimits.max_headers`, which are left out."""
 
     def values(self, name: str) -> list[str]:
-        """Return every value of a header; `name` is in lower case."""
+        """Return every value of a header in order; `name` must be in lower case. Empty without it."""
         return [value for each, value in self.fields if each.lower() == name]
 
     def first(self, name: str) -> str:
+        """Return the first value of a header, an empty text without it; `name` must be in lower case."""
         return next(iter(self.values(name)), "")
 
     def display_values(self, show: Callable[[str, str], str]) -> HeaderValues:
-        """Return decoded values by the first spelling of their names; a list for a repeated header.
+        """Return all headers by name, decoded; a repeated header has a list of its values.
 
-        `show` gets a name in lower case and a value, and returns the decoded value.
+        Names that differ only in case count as one, in the first spelling. `show` gets a name in lower case
+        and a value, and returns the decoded value.
         """
         spelt: dict[str, str] = {}
         found: dict[str, list[str]] = {}
@@ -63,22 +65,26 @@ class MailHeaders:
 
 
 def headers_of_pairs(pairs: Iterable[tuple[str, str]], limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return headers from pairs of name and value, unfolded; those beyond the limits are omitted and counted."""
+    """Return headers from pairs of name and value, with line folds removed.
+
+    Headers beyond the limits are left out, and counted in `omitted`.
+    """
     return _limit_headers([(name, _unfold(value)) for name, value in pairs], limits)
 
 
 def parse_header_block(raw: bytes, limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return the headers of a text that contains nothing else; raises `InvalidMail` if it is too long.
+    """Return the headers of a text that contains nothing else; raises `InvalidMail` if it has too many bytes.
 
-    Headers beyond the limits are omitted and counted.
+    Headers beyond the other limits are left out, and counted in `omitted`.
     """
     return take_headers(raw, 0, len(raw), limits)[0]
 
 
 def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[MailHeaders, int]:
-    """Return the headers at an offset, and the offset of the body; raises `InvalidMail` if they are too long.
+    """Return the headers from offset `start` on, and the offset at which the body begins.
 
-    A line that is no header ends them too: then the empty line before the body is missing.
+    A line that is no header ends them too: then the empty line before the body is missing. Raises
+    `InvalidMail` for headers with more bytes than the limits allow.
     """
     most = min(end, start + limits.max_header_bytes)
     block = _BLOCK.match(raw, start, most)
@@ -90,6 +96,7 @@ def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[Ma
 
 
 def _parse_block(block: bytes, limits: MailLimits) -> MailHeaders:
+    """Parse header lines; lines without a name, such as the `From ` line of an mbox file, are skipped."""
     fields: list[tuple[str, str]] = []
     for written in _NEXT.split(block):
         name, colon, value = content_decoding.decode_text(written).partition(":")
@@ -100,10 +107,12 @@ def _parse_block(block: bytes, limits: MailLimits) -> MailHeaders:
 
 
 def _limit_headers(fields: Sequence[tuple[str, str]], limits: MailLimits) -> MailHeaders:
+    """Keep as many headers as the limits allow, and count the others in `omitted`."""
     return MailHeaders(fields[: limits.max_headers], omitted=max(0, len(fields) - limits.max_headers))
 
 
 def _unfold(value: str) -> str:
+    """Join the lines of a folded header value with single spaces, and strip it."""
     return _FOLD.sub(" ", value).strip()
 
 
@@ -111,7 +120,10 @@ def _unfold(value: str) -> str:
 
 
 def decode_value(value: str) -> str:
-    """Return a header value with its encoded words decoded; white space between two of them is dropped (RFC 2047)."""
+    """Decode the encoded words of a header value, such as `=?utf-8?q?Gr=C3=BC=C3=9Fe?=`.
+
+    White space between two of them is dropped (RFC 2047). A malformed or unknown word never raises.
+    """
     if "=?" not in value:
         return value
     pieces: list[str] = []
@@ -127,7 +139,10 @@ def decode_value(value: str) -> str:
 
 
 def _split_encoded_word(charset: str, encoding: str, written: str) -> tuple[str, bytes]:
-    """Return the charset and the bytes of an encoded word; the charset may have a language suffix (RFC 2231)."""
+    """Return the charset and the bytes of an encoded word; `encoding` is Q or B.
+
+    The language suffix of a charset (RFC 2231) is dropped.
+    """
     if encoding in "qQ":
         raw = binascii.a2b_qp(written.encode("ascii", "replace"), header=True)
     else:
@@ -138,7 +153,10 @@ def _split_encoded_word(charset: str, encoding: str, written: str) -> tuple[str,
 
 
 def _join_words(words: Iterable[tuple[str, bytes]]) -> str:
-    """Return adjacent encoded words as one line of text: some mail clients split a character between words."""
+    """Return the text of adjacent encoded words on one line; each has a charset and bytes.
+
+    Bytes of the same charset are joined first: some mail clients split a character between words.
+    """
     joined: list[tuple[str, list[bytes]]] = []
     for charset, raw in words:
         if joined and joined[-1][0] == charset:
@@ -171,13 +189,14 @@ def parse_parameters(value: str) -> tuple[str, dict[str, str]]:
 
 
 def _iterate_parameters(text: str) -> Iterator[tuple[str, str]]:
+    """Yield lower-case names and unquoted values of the parameters behind a header's first part."""
     for found in _PARAMETER.finditer(text):
         quoted = found[2]
         yield found[1].lower(), found[3].strip() if quoted is None else _ESCAPED.sub(r"\1", quoted)
 
 
 def _join_parameter(pieces: dict[int, tuple[str, bool]]) -> str:
-    """Join the numbered pieces of a parameter, some of which may be percent-encoded."""
+    """Join the numbered pieces of a parameter (RFC 2231), each a text and whether it is percent-encoded."""
     charset = ""
     raw: list[bytes] = []
     for number in sorted(pieces):
@@ -204,9 +223,10 @@ _MAX_DOMAIN_CHARACTERS: Final = 253
 
 
 def format_addresses(value: str) -> str:
-    """Return the decoded value of an address header such as From or To.
+    """Return the decoded value of an address header such as From or To, as `Name <address>, …`.
 
-    A decoded name is quoted where it would look like another address.
+    A decoded name is quoted where it would look like another address. A value without parseable addresses is
+    only decoded.
     """
     pairs = _parse_pairs(value)
     if not pairs or ("", "") in pairs:
@@ -215,11 +235,15 @@ def format_addresses(value: str) -> str:
 
 
 def bare_addresses(value: str) -> list[str]:
-    """Return the addresses of a header without names, such as `ada@example.org`; empty if there are none."""
+    """Return the addresses of a header without their names, such as `ada@example.org`; empty if there are none."""
     return [address for _, address in _parse_pairs(value) if address]
 
 
 def _parse_pairs(value: str) -> Sequence[tuple[str, str]]:
+    """Return name and address of each mailbox in a header value; both are empty for an unparseable one.
+
+    An empty list if the parser fails.
+    """
     try:
         return getaddresses([value])
     except (RecursionError, IndexError, ValueError):
@@ -227,6 +251,7 @@ def _parse_pairs(value: str) -> Sequence[tuple[str, str]]:
 
 
 def _format_address(name: str, address: str) -> str:
+    """Return `name <address>`, with a quoted name if it has special characters; only the address without a name."""
     if not name:
         return address
     quoted = _TO_ESCAPE.sub(r"\\\1", name)
@@ -247,11 +272,15 @@ class Mailbox:
 
     @property
     def address(self) -> str:
+        """The address, as `local@domain`."""
         return f"{self.local}@{self.domain}"
 
 
 def parse_mailboxes(text: str) -> list[Mailbox]:
-    """Return the comma-separated mail addresses in a text; raises `ValueError` for anything else."""
+    """Parse comma-separated mail addresses, with or without names, for an outgoing mail.
+
+    Raises `ValueError` for an empty or malformed text, and for control characters.
+    """
     if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError("it holds a control character")
     pairs = _parse_pairs(text)
@@ -262,6 +291,7 @@ def parse_mailboxes(text: str) -> list[Mailbox]:
 
 
 def _build_mailbox(name: str, address: str) -> Mailbox:
+    """Build a mailbox from a name, which may be empty, and an address; raises `ValueError` for an invalid address."""
     local, at, domain = address.rpartition("@")
     if not at or not _LOCAL.fullmatch(local) or len(local) > _MAX_LOCAL_CHARACTERS:
         raise ValueError(f"{address[:100]!r} is not an address such as ada@example.org")
@@ -269,6 +299,7 @@ def _build_mailbox(name: str, address: str) -> Mailbox:
 
 
 def _encode_domain(domain: str) -> str:
+    """Return a domain in ASCII (IDNA, UTS 46), at most 253 characters; raises `ValueError` for an invalid one."""
     if len(domain) <= _MAX_DOMAIN_CHARACTERS and not domain.isascii():
         import idna  # noqa: PLC0415 - large tables that few domains need
 

@@ -37,7 +37,7 @@ class AttachmentLabel:
 
     @property
     def media_type(self) -> str:
-        """Content type with charset, in the syntax of HTTP."""
+        """Content type with its charset, if there is one, in the syntax of HTTP: `text/plain; charset=utf-8`."""
         return f"{self.content_type}; charset={self.charset}" if self.charset else self.content_type
 
 
@@ -54,7 +54,10 @@ class MailAttachment:
     """URL of the content at the mail service, if it did not post the content."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the JSON that workflows get, without the reference to the content."""
+        """Return the attachment as the JSON that workflows get, without the reference to its content.
+
+        File name, type and size are always present; other fields only if they aren't empty.
+        """
         label = self.label
         fields = {
             "filename": label.filename,
@@ -93,10 +96,10 @@ class ParsedMailContent:
 
     @property
     def content_digest(self) -> str:
-        """SHA-256 of the decoded mail in hexadecimal, independent of its encoding, signatures and relays.
+        """SHA-256 of the decoded mail in hexadecimal, the same for every encoding, signature and relay of the mail.
 
-        Covers From, Subject, Date, both texts, and names and contents of attachments; line ends and white space at the
-        end of a text don't count.
+        Covers From, Subject, Date, both texts, and names and contents of attachments; line ends and white
+        space at the end of a text don't count.
         """
         date = next((value for name, value in self.email_headers.items() if name.lower() == "date"), "")
         said = [self.from_, self.subject, date, self.body_text.rstrip(), self.body_html.rstrip()]
@@ -104,7 +107,11 @@ class ParsedMailContent:
         return sha256(json.dumps([said, files]).encode()).hexdigest()
 
     def as_json(self, attachments: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
-        """Return the output of an e-mail trigger; `attachments` replaces the mail's own."""
+        """Return the mail as the output of an e-mail trigger.
+
+        `attachments` replaces the mail's own; None keeps them. `truncated` is present only if something was
+        left out.
+        """
         if attachments is None:
             attachments = [each.as_json() for each in self.attachments]
         truncated = {"truncated": dict(self.truncated)} if self.truncated else {}
@@ -123,14 +130,14 @@ class ParsedMailContent:
 
 
 def join_pieces(pieces: Iterable[bytes]) -> bytes:
-    """Join pieces; `bytes.join` over a list of them would take twice the memory."""
+    """Return the pieces joined; `bytes.join` over a list of them would take twice the memory."""
     written = BytesIO()
     written.writelines(pieces)
     return written.getvalue()
 
 
 def join_lines(text: str) -> str:
-    """Return a text as one line without white space at its ends."""
+    """Return a text as one line: line ends become spaces, and white space at its ends is dropped."""
     return " ".join(text.splitlines()).strip()
 
 
@@ -138,25 +145,27 @@ def join_lines(text: str) -> str:
 
 
 def clean_file_name(text: str) -> str:
-    """Return the displayable name of a file: one short line, without a path and invisible characters.
+    """Return a file name for display: one line of at most 255 characters, without a path and invisible characters.
 
-    Possibly empty.
+    May be empty. Of a longer name the end is kept.
     """
     name = _strip_unshowable(text[-_LOOKED_AT_CHARACTERS:]).replace("\\", "/").rpartition("/")[2].strip()
     return "" if name in {".", ".."} else name[-MAX_NAME_CHARACTERS:]
 
 
 def clean_media_type(text: str) -> str:
-    """Return a media type in lower case and without parameters; the default type for a malformed one."""
+    """Return a media type in lower case without parameters; `application/octet-stream` for a malformed one."""
     found = _TYPE.match(text.strip().lower())
     return found[0] if found else DEFAULT_TYPE
 
 
 def clean_charset(text: str) -> str:
+    """Return the name of a charset if it is well-formed (up to 40 characters), else an empty text."""
     return text.lower() if _CHARSET.fullmatch(text) else ""
 
 
 def clean_content_id(text: str) -> str:
+    """Return a Content-ID without angle brackets and invisible characters, at most 255 characters."""
     return (
         _strip_unshowable(text[:_LOOKED_AT_CHARACTERS])
         .strip()
@@ -167,5 +176,6 @@ def clean_content_id(text: str) -> str:
 
 
 def _strip_unshowable(text: str) -> str:
+    """Return a text in NFC without control, format and line-separator characters."""
     normal = unicodedata.normalize("NFC", text)
     return "".join(each for each in normal if unicodedata.category(each) not in _UNSHOWABLE)

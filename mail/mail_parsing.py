@@ -34,10 +34,10 @@ _REPLY_HEADERS: Final = ("in-reply-to", "references")
 def parse_mail(
     raw: Raw | BinaryIO, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Parse a mail, calling `keep_attachment` for each attachment; raises `InvalidMail` beyond the limits.
+    """Parse a raw mail, calling `keep_attachment` with each attachment; raises `InvalidMail` beyond the limits.
 
-    Malformed parts are read leniently. The time is proportional to the size of the mail, in steps of
-    milliseconds: call it in a thread.
+    Malformed parts are read leniently. Text parts beyond `max_text_bytes` become attachments. The time is
+    proportional to the size of the mail, in steps of milliseconds: call it in a thread.
     """
     given = raw if isinstance(raw, bytes | bytearray | memoryview | mmap) else raw.read()
     root = MailPart.parse(given, _find_beginning(given), len(given), limits)
@@ -63,12 +63,14 @@ def parse_mail(
 
 
 def count_omissions(**omitted: int) -> dict[str, int]:
-    """Return the counts that are not zero, by their names."""
+    """Return those of the given counts that are not zero, by their names."""
     return {name: number for name, number in omitted.items() if number}
 
 
 def mail_of_headers(found: MailHeaders) -> ParsedMailContent:
-    """Return a mail with only its headers filled in."""
+    """Return a mail with only its headers filled in: addresses, subject, Message-ID; texts and attachments
+    are empty.
+    """
     message_id = _MESSAGE_ID.search(found.first("message-id"))
     return ParsedMailContent(
         from_=headers.format_addresses(found.first("from")),
@@ -83,11 +85,12 @@ def mail_of_headers(found: MailHeaders) -> ParsedMailContent:
 
 
 def _display_value(name: str, value: str) -> str:
+    """Decode a header value for display: addresses in address headers, encoded words in others."""
     return headers.format_addresses(value) if name in headers.ADDRESS_HEADERS else headers.decode_value(value)
 
 
 def decode_body(pieces: Iterable[bytes], charset: str) -> str:
-    r"""Return the text of pieces in a charset, with line ends converted to `\n`."""
+    r"""Return the text of a body given in pieces, in a charset, with CRLF converted to `\n`."""
     return content_decoding.decode_text_pieces(pieces, charset).replace("\r\n", "\n")
 
 
@@ -103,9 +106,10 @@ class AttachmentCollector:
         self._bytes = 0
 
     def add(self, label: AttachmentLabel, pieces: Iterable[bytes]) -> None:
-        """Pass one attachment to the callback and note its size and digest; beyond the maximum number, count it.
+        """Pass one attachment to the callback, and add it to `found` with its size and SHA-256.
 
-        Raises `InvalidMail` for one that is too large, and the errors of the callback.
+        Beyond the maximum number it is only counted in `omitted`. Raises `InvalidMail` for one that is too
+        large, alone or together with the earlier ones, and the errors of the callback.
         """
         if len(self.found) == self._limits.max_attachments:
             self.omitted += 1
@@ -127,6 +131,7 @@ class AttachmentCollector:
         self.found.append(MailAttachment(label, self._bytes - before, digest.hexdigest()))
 
     def _check(self, size: int) -> None:
+        """Raise `InvalidMail` if this attachment, or all together, have more bytes than the limits allow."""
         if size > self._limits.max_attachment_bytes:
             most = f"{self._limits.max_attachment_bytes:,}"
             raise InvalidMail(f"An attachment has more than {most} bytes")
@@ -136,13 +141,18 @@ class AttachmentCollector:
 
 
 def _find_beginning(raw: Raw) -> int:
-    """Return the offset of the headers: some services post mails with blank lines in front of them."""
+    """Return the offset of the headers, after a byte order mark and line ends in the first 100 bytes.
+
+    Some services post mails with blank lines in front of them.
+    """
     found = _BLANK.match(bytes(raw[:_MAX_BLANK_BYTES]))
     return found.end() if found else 0
 
 
 def _join_texts(texts: Iterable[str]) -> str:
-    """Join the texts of a body: clients split it at inline images, and mailing lists append texts."""
+    """Join the non-blank texts of a body with line ends: clients split it at inline images, and mailing lists
+    append texts.
+    """
     return "\n".join(text for text in texts if text.strip())
 
 
@@ -150,7 +160,11 @@ def _join_texts(texts: Iterable[str]) -> str:
 
 
 def is_automatic(mail: ParsedMailContent) -> bool:
-    """Return whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522)."""
+    """Return whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522).
+
+    Only the headers Auto-Submitted and Content-Type are looked at. A mail that is merely `auto-generated`
+    doesn't count.
+    """
     submitted = headers.parse_parameters(_first_header(mail, "auto-submitted"))[0]
     content_type, parameters = headers.parse_parameters(_first_header(mail, "content-type"))
     reports = parameters.get("report-type", "").lower()
@@ -160,12 +174,16 @@ def is_automatic(mail: ParsedMailContent) -> bool:
 
 
 def is_reply_to_workflow(mail: ParsedMailContent) -> bool:
-    """Return whether a mail answers a mail that a workflow has sent, by its References and In-Reply-To."""
+    """Return whether a mail answers a mail that a workflow has sent.
+
+    True if its In-Reply-To or References has the Message-ID of such a mail.
+    """
     named = " ".join(_first_header(mail, name) for name in _REPLY_HEADERS)
     return any(composition.is_workflow_mail(one) for one in named.split())
 
 
 def _first_header(mail: ParsedMailContent, name: str) -> str:
+    """Return the first value of a header of a parsed mail, by its lower-case name; empty without it."""
     values = next((value for each, value in mail.email_headers.items() if each.lower() == name), "")
     return values if isinstance(values, str) else " ".join(values)
 
@@ -200,7 +218,11 @@ class MailPart:
     def parse(
         cls, raw: Raw, start: int, end: int, limits: MailLimits, default_type: str = TEXT_TYPE
     ) -> MailPart:
-        """Parse the headers of a part at an offset and return the part; raises `InvalidMail` if they are too long."""
+        """Parse the headers of a MIME part at offset `start` and return the part; its body is not decoded.
+
+        `default_type` is the content type without a Content-Type header. Raises `InvalidMail` if the headers
+        are too long.
+        """
         found, body = headers.take_headers(raw, start, end, limits)
         written, parameters = headers.parse_parameters(found.first("content-type"))
         disposition, more = headers.parse_parameters(found.first("content-disposition"))
@@ -219,12 +241,15 @@ class MailPart:
 
     @property
     def size(self) -> int:
-        """Size in bytes of the part's encoded content."""
+        """Size in bytes of the part's content as it is written in the mail, before decoding."""
         return self.end - self.start
 
     @property
     def body_type(self) -> str | None:
-        """Text type of a part of the body; None for an attachment."""
+        """Text type (plain or HTML) if the part belongs to the body; None for an attachment.
+
+        A container without usable parts counts as plain text.
+        """
         if self.content_type.startswith(CONTAINER_PREFIX):
             return TEXT_TYPE
         is_file = self.label.disposition == ATTACHMENT_DISPOSITION or self.label.filename
@@ -248,9 +273,9 @@ class PartSearch:
 
 
 def find_leaves(raw: Raw, root: MailPart, limits: MailLimits) -> PartSearch:
-    """Return the leaf parts in their order, found while they are iterated; an embedded mail is one part.
+    """Return the leaf parts (those that aren't containers) in order; they are found while they are iterated.
 
-    Parts beyond the limits are counted as omitted.
+    An embedded mail is one part. Parts beyond the limits are counted in `omitted`.
     """
     found = PartSearch(iter(()))
     found.leaves = _iterate_leaves(raw, root, limits, found)
@@ -258,6 +283,7 @@ def find_leaves(raw: Raw, root: MailPart, limits: MailLimits) -> PartSearch:
 
 
 def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSearch) -> Iterator[MailPart]:
+    """Yield the leaf parts of a mail in order, and count those beyond the limits in `found.omitted`."""
     opened = 1
     header_bytes = 0
     waiting = [(root, 0)]
@@ -285,9 +311,9 @@ def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSea
 
 
 def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tuple[int, int]]:
-    """Return start and end of the parts of a container; the last part may be unterminated.
+    """Return start and end offset of the parts of a container; empty without a boundary.
 
-    Empty without a boundary.
+    The last part may lack its closing boundary.
     """
     boundary = container.parameters.get("boundary", "").rstrip()[:_MAX_BOUNDARY_CHARACTERS]
     if not boundary:
@@ -306,7 +332,10 @@ def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tupl
 
 
 def _find_delimiters(raw: Raw, container: MailPart, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield the start and end of each boundary line of a container, and whether it is the last."""
+    """Yield the start and end offset of each boundary line of a container, and whether it is the last.
+
+    Searches windows of a megabyte, so that other threads run in between.
+    """
     pattern = re.compile(rb"\n" + re.escape(delimiter) + rb"(--)?[ \t\r]{0,%d}(?:\n|\Z)" % _MAX_PADDING_BYTES)
     overlap = len(delimiter) + 2 * _MAX_PADDING_BYTES
     at = max(0, container.start - 1)  # The line end before the first boundary may be that of the headers.
@@ -322,7 +351,7 @@ def _find_delimiters(raw: Raw, container: MailPart, delimiter: bytes) -> Iterato
 
 
 def _strip_line_end(raw: Raw, start: int, end: int) -> int:
-    """Return the end of a part without a final line end, which belongs to the boundary behind it."""
+    """Return the end of a part without one final line end, which belongs to the boundary behind it."""
     if end > start and raw[end - 1 : end] == b"\n":
         end -= 1
         if end > start and raw[end - 1 : end] == b"\r":

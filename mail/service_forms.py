@@ -34,9 +34,10 @@ _MAX_URL_CHARACTERS: Final = 2_000
 def parse_sendgrid_form(
     form: MailForm, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Return the mail in a form of SendGrid's Inbound Parse, raw or parsed; attachments go to `keep_attachment`.
+    """Return the mail in a form of SendGrid's Inbound Parse, in its raw or its parsed format.
 
-    Raises `InvalidMail` beyond the limits.
+    `keep_attachment` is called with each attachment. Raises `InvalidMail` for a mail beyond the limits;
+    malformed fields count as empty.
     """
     if "email" in form.fields:
         return mail_parsing.parse_mail(form.first("email"), keep_attachment, limits)
@@ -70,9 +71,10 @@ def parse_sendgrid_form(
 def parse_mailgun_form(
     form: MailForm, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Return the mail in a form of a Mailgun route, `forward()` or `store()`; attachments go to `keep_attachment`.
+    """Return the mail in a form of a Mailgun route: `forward()`, raw or parsed, or `store()`.
 
-    Raises `InvalidMail` beyond the limits.
+    `keep_attachment` is called with each attachment in the form; those that Mailgun stores get a URL instead
+    of a content. Raises `InvalidMail` for a mail beyond the limits.
     """
     if "body-mime" in form.fields:
         return mail_parsing.parse_mail(form.first("body-mime"), keep_attachment, limits)
@@ -104,9 +106,10 @@ def parse_mailgun_form(
 def _keep_attachments(
     form: MailForm, label: Callable[[FormFile], AttachmentLabel], keep: KeepAttachment, limits: MailLimits
 ) -> AttachmentCollector:
-    """Pass the files of a form to `keep`, sorted by their numbers; return the collector. Raises `InvalidMail`.
+    """Pass the files of a form to `keep` in the order of their numbers; return the collector that measured them.
 
-    They are posted in any order, before and between the fields.
+    They are posted in any order, before and between the fields. `label` gives the attributes of each file.
+    Raises `InvalidMail` beyond the limits.
     """
     kept = mail_parsing.AttachmentCollector(keep, limits)
     for file in sorted(form.files, key=_attachment_number):
@@ -115,11 +118,13 @@ def _keep_attachments(
 
 
 def _attachment_number(file: FormFile) -> int:
+    """Return the number in the field name of a file, such as 2 for `attachment-2`; a million without one."""
     found = _NUMBER.fullmatch(file.field)
     return int(found[1]) if found else _UNNUMBERED
 
 
 def _attachment_label(file: FormFile, described: dict[str, Any], content_id: str) -> AttachmentLabel:
+    """Return the attributes of a file; those described by the service go before those of the form's part."""
     written = _to_text(described.get("type")) or file.content_type
     value, parameters = headers.parse_parameters(written)
     content_type = mail_content.clean_media_type(value)
@@ -135,7 +140,7 @@ def _attachment_label(file: FormFile, described: dict[str, Any], content_id: str
 def _iterate_stored_attachments(form: MailForm) -> Iterator[MailAttachment]:
     """Yield the attachments that Mailgun stores, with URLs for which the key of the account is needed.
 
-    Malformed entries are left out, and a URL that is not HTTPS is empty.
+    Malformed entries are left out; a URL that is not HTTPS or has over 2,000 characters becomes empty.
     """
     for each in _list_field(form, "attachments"):
         if not isinstance(each, dict):
@@ -157,28 +162,34 @@ def _iterate_stored_attachments(form: MailForm) -> Iterator[MailAttachment]:
 
 
 def _parse_message_headers(form: MailForm, limits: MailLimits) -> headers.MailHeaders:
+    """Return the headers of a mail from Mailgun's field `message-headers`, a JSON list of pairs; malformed
+    pairs are left out.
+    """
     pairs = [each for each in _list_field(form, "message-headers") if isinstance(each, list)]
     named = [(_to_text(each[0]), _to_text(each[1])) for each in pairs if len(each) > 1 and each[0]]
     return headers.headers_of_pairs(named, limits)
 
 
 def _decode_field(form: MailForm, name: str, charset: str) -> str:
+    r"""Return the decoded text of a field with line ends as `\n`, empty without the field."""
     raw = form.first(name)
     return mail_parsing.decode_body(content_decoding.iterate_pieces(raw, 0, len(raw)), charset)
 
 
 def _object_field(form: MailForm, name: str) -> dict[str, Any]:
+    """Return the JSON object of a field; empty if it is missing or anything else."""
     found = _json_field(form, name)
     return found if isinstance(found, dict) else {}
 
 
 def _list_field(form: MailForm, name: str) -> list[Any]:
+    """Return the JSON list of a field; empty if it is missing or anything else."""
     found = _json_field(form, name)
     return found if isinstance(found, list) else []
 
 
 def _json_field(form: MailForm, name: str) -> object:
-    """Return the JSON value of a field; None if it is invalid, since the mail is usable without it."""
+    """Return the JSON value of a field; None if it is missing or invalid, since the mail is usable without it."""
     text = content_decoding.decode_text(bytes(form.first(name)), "utf-8")
     try:
         if len(text) > pieces.LONG_BYTES:
@@ -190,11 +201,12 @@ def _json_field(form: MailForm, name: str) -> object:
 
 
 def _invert_mapping(names: dict[str, Any]) -> dict[str, str]:
-    """Return the mapping with keys and values exchanged."""
+    """Return the mapping with keys and values exchanged; values that are no texts are left out."""
     return {value: name for name, value in names.items() if isinstance(value, str)}
 
 
 def _to_text(value: object) -> str:
+    """Return a text, with NUL and half surrogate pairs as U+FFFD; an empty text for any other value."""
     return _HALF.sub("\ufffd", value) if isinstance(value, str) else ""
 
 
@@ -218,7 +230,7 @@ class MailForm:
     files: Sequence[FormFile] = ()
 
     def first(self, name: str) -> Raw:
-        """Return the first value of a field; empty without one."""
+        """Return the first value of a field as bytes; empty without the field."""
         values = self.fields.get(name)
         return values[0] if values else b""
 
@@ -249,7 +261,9 @@ class MailReception:
     sender_ip: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields that an e-mail trigger adds to those of the mail."""
+        """Return the JSON that an e-mail trigger adds to the mail: results of SPF, DKIM and DMARC, spam,
+        virus, envelope.
+        """
         return {
             "authentication": {"spf": self.spf, "dkim": self.dkim, "dmarc": self.dmarc},
             "spam": {"score": self.spam_score, "verdict": self.spam},
@@ -259,7 +273,10 @@ class MailReception:
         }
 
     def failed_check(self, checks: Collection[str]) -> str | None:
-        """Return the first of these checks (`spf`, `dkim`, `dmarc`, `spam`, `virus`) that failed; None if none did."""
+        """Return the first of these checks (`spf`, `dkim`, `dmarc`, `spam`, `virus`) whose result is `fail`.
+
+        None if none did; a check without a result counts as not failed.
+        """
         results = {
             "spf": self.spf,
             "dkim": self.dkim,
@@ -273,7 +290,10 @@ class MailReception:
 
 
 def parse_sendgrid_reception(form: MailForm) -> MailReception:
-    """Return the report in a form of SendGrid's Inbound Parse; raw mails have the same fields."""
+    """Return the service's report in a form of SendGrid's Inbound Parse, raw or parsed.
+
+    The spam verdict compares the score with the one that SendGrid's report requires; None without both.
+    """
     score = _parse_number(_form_field(form, "spam_score"))
     required = _REQUIRED_SCORE.search(_form_field(form, "spam_report"))
     spam = None
@@ -289,7 +309,7 @@ def parse_sendgrid_reception(form: MailForm) -> MailReception:
 
 
 def parse_mailgun_reception(mail: ParsedMailContent) -> MailReception:
-    """Return the report in the headers that Mailgun adds to a mail, raw or parsed.
+    """Return the service's report in the headers that Mailgun adds to a mail, raw or parsed.
 
     The sender may have written a header of the same name: then the worst result counts.
     """
@@ -310,7 +330,10 @@ def parse_mailgun_reception(mail: ParsedMailContent) -> MailReception:
 
 
 def parse_ses_reception(verdicts: Mapping[str, str]) -> MailReception:
-    """Return the report in a notification of Amazon SES: `PASS`, `FAIL`, `GRAY`, `PROCESSING_FAILED` or `DISABLED`."""
+    """Return the report of Amazon SES from its verdicts by check, such as `{"spf": "PASS"}`.
+
+    Missing verdicts and results other than a word count as None.
+    """
     results = {name: _parse_result(verdict) for name, verdict in verdicts.items()}
     return MailReception(
         spf=results.get("spf"),
@@ -322,7 +345,7 @@ def parse_ses_reception(verdicts: Mapping[str, str]) -> MailReception:
 
 
 def add_envelope(reception: MailReception, sender: str, recipients: Sequence[str]) -> MailReception:
-    """Return a copy with the addresses of the SMTP envelope."""
+    """Return a copy of a report with the sender and recipients of the SMTP envelope."""
     return replace(reception, envelope_from=sender, envelope_to=tuple(recipients))
 
 
@@ -335,21 +358,28 @@ def _worst_result(results: Iterable[str | None]) -> str | None:
 
 
 def _parse_sendgrid_dkim(text: str) -> str | None:
-    """Return the result for `{@example.org : pass, @example.net : fail}`: one valid signature suffices (RFC 6376)."""
+    """Return `pass` if a signature in `{@example.org : pass, @example.net : fail}` is valid (RFC 6376), else
+    the first result.
+
+    None without a result.
+    """
     results = [each.lower() for each in _DKIM_RESULT.findall(text)]
     return PASS_RESULT if PASS_RESULT in results else next(iter(results), _parse_result(text))
 
 
 def _form_field(form: MailForm, name: str) -> str:
+    """Return the text of a field, at most 10,000 characters, stripped; empty without the field."""
     return content_decoding.decode_text(bytes(form.first(name)[:_MAX_FIELD_CHARACTERS])).strip()
 
 
 def _parse_result(text: str) -> str | None:
+    """Return the first word of a check's result in lower case, such as `pass`; None without one."""
     found = _WORD.match(text.strip().lower())
     return found[0] if found else None
 
 
 def _parse_number(text: str) -> float | None:
+    """Return a finite number; None for any other text."""
     try:
         number = float(text)
     except ValueError:
@@ -358,6 +388,7 @@ def _parse_number(text: str) -> float | None:
 
 
 def _parse_address(text: str) -> str | None:
+    """Return an IP address in its usual form; None for any other text."""
     try:
         return str(ip_address(text))
     except ValueError:
@@ -367,7 +398,11 @@ def _parse_address(text: str) -> str | None:
 def build_trigger(
     mail: ParsedMailContent, received: MailReception, references: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the output of the trigger node, with the references to the stored attachments in their order."""
+    """Return the output of an e-mail trigger for a mail, with references to its stored attachments.
+
+    `references` are of the attachments with a content, in order; one that is still at the mail service has a
+    URL instead.
+    """
     left = iter(references)
     attachments = []
     for attachment in mail.attachments:

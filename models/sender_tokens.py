@@ -49,7 +49,7 @@ class FoundSenderToken:
 
 
 def new_token(kind: SenderTokenKind) -> str:
-    """Return a new token: a prefix, a routing code of two characters, 260 random bits."""
+    """Return a new random token with the prefix of its kind, a routing code of two characters, and 260 random bits."""
     number = secrets.randbits(_BITS)
     return (
         TOKEN_PREFIXES[kind]
@@ -59,21 +59,21 @@ def new_token(kind: SenderTokenKind) -> str:
 
 
 def hash_token(token: str) -> str:
-    """Return the hash by which the row of a token is found; the token itself is not stored."""
+    """Return the hash (64 hexadecimal digits) by which the row of a token is found; the token itself is not stored."""
     return blake2b(token.encode(), digest_size=32, person=b"intake token").hexdigest()
 
 
 def visible_suffix(token: str) -> str:
-    """Return the last `HINT_CHARACTERS` of a token, by which its owner may recognize it."""
+    """Return the last 4 characters of a token, by which its owner may recognize it."""
     return token[-HINT_CHARACTERS:]
 
 
 async def find_tokens(
     database: Database, hashes: Collection[str], now: datetime
 ) -> dict[str, FoundSenderToken]:
-    """Return the valid tokens with these hashes, by hash, without tokens of deleted workflows.
+    """Return the valid tokens with these hashes, by hash; unknown, revoked and expired ones are missing.
 
-    Raises `DatabaseUnavailable`.
+    So are tokens of deleted workflows. Raises `DatabaseUnavailable`.
     """
     statement = (
         select(SenderToken, col(User.role), col(Workflow.owner_id))
@@ -93,6 +93,10 @@ async def find_tokens(
 
 
 def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
+    """Build a token from its row.
+
+    A token of a workflow acts as the workflow's owner with the role of a member; any other as its user.
+    """
     return FoundSenderToken(
         id=row.id,
         kind=SenderTokenKind(row.kind),
@@ -107,7 +111,10 @@ def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
 
 
 async def record_use(database: Database, token_id: str, *, now: datetime, every: timedelta) -> None:
-    """Store the time of a token's use, unless a use within `every` is stored; raises `DatabaseUnavailable`."""
+    """Store the time of a token's use, unless a use within the last `every` is stored already.
+
+    Raises `DatabaseUnavailable`.
+    """
     is_due = or_(col(SenderToken.last_used_at).is_(None), col(SenderToken.last_used_at) < now - every)
     statement = update(SenderToken).where(col(SenderToken.id) == token_id, is_due).values(last_used_at=now)
 

@@ -27,9 +27,9 @@ class InvalidSettings(ValueError):
 
 
 def split_list(value: object) -> object:
-    """Split a text at commas into a tuple, or parse a JSON list; return other values unchanged.
+    """Split a text at commas into a tuple without empty parts, or parse it as a JSON list if it begins with `[`.
 
-    Raises `ValueError` for malformed JSON.
+    Other values than texts are returned unchanged. Raises `ValueError` for malformed JSON.
     """
     if not isinstance(value, str):
         return value
@@ -39,6 +39,7 @@ def split_list(value: object) -> object:
 
 
 def _sqlite_url(data: dict[str, Any]) -> str:
+    """Return the URL of the SQLite database in the configured data directory, the default database."""
     return f"sqlite:///{data['data_dir']}/pilotflame.db"
 
 
@@ -153,12 +154,16 @@ class ServerSettings(TraceSettings):
 
     @property
     def files_dir(self) -> Path:
-        """Folder with a subfolder for each organization, for files that its workflows may use."""
+        """Folder with a subfolder for each organization, for files that its workflows may use; it may not
+        exist yet.
+        """
         return self.data_dir / "files"
 
     @property
     def secret(self) -> bytes:
-        """Current server secret; raises `InvalidSettings` if it is missing or too short."""
+        """Current server secret as bytes; raises `InvalidSettings` if it is missing or has fewer than 32
+        characters.
+        """
         text = self.secret_key.get_secret_value() if self.secret_key else ""
         if len(text) < MIN_SECRET_LENGTH:
             raise InvalidSettings(
@@ -169,7 +174,9 @@ class ServerSettings(TraceSettings):
 
     @property
     def previous_secrets(self) -> tuple[bytes, ...]:
-        """Previous server secrets; raises `InvalidSettings` for one that is too short."""
+        """Previous server secrets, which still decrypt; raises `InvalidSettings` for one of fewer than 32
+        characters.
+        """
         texts = [one.get_secret_value() for one in self.previous_secret_keys]
         if any(len(text) < MIN_SECRET_LENGTH for text in texts):
             raise InvalidSettings(
@@ -179,15 +186,15 @@ class ServerSettings(TraceSettings):
         return tuple(text.encode() for text in texts)
 
     def check_for_production(self) -> None:
-        """Check settings that only `pilotflame dev` can do without; raises `InvalidSettings`."""
+        """Check server secrets and broker, which only `pilotflame dev` can do without; raises `InvalidSettings`."""
         _ = self.secret, self.previous_secrets
         self.require_broker()
 
     @property
     def broker_url(self) -> str | None:
-        """URL of the Redis or PostgreSQL for wakeups and notifications.
+        """URL of the Redis or PostgreSQL by which processes wake one another; Redis goes first.
 
-        None for SQLite without Redis, in one process.
+        None for SQLite without Redis, which allows one process only.
         """
         if self.redis_url:
             return self.redis_url
@@ -195,7 +202,7 @@ class ServerSettings(TraceSettings):
         return url if url.startswith("postgresql") else None
 
     def require_broker(self) -> None:
-        """Check that processes can wake one another; raises `InvalidSettings`.
+        """Require a Redis or PostgreSQL by which processes can wake one another; raises `InvalidSettings`.
 
         Only `pilotflame dev` can do without.
         """

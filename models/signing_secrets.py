@@ -52,7 +52,10 @@ class SigningSecret(SQLModel, table=True):
 
 
 def valid_secrets_statement(organization_id: str) -> Select[Any]:
-    """Return the statement that finds the valid signing secrets of an organization, the current one first."""
+    """Return the statement that finds the valid signing secrets of an organization, at most 4, the newest first.
+
+    The newest is the current one; earlier ones are valid for 24 hours after a rotation.
+    """
     is_valid = or_(col(SigningSecret.expires_at).is_(None), col(SigningSecret.expires_at) > DatabaseTime())
     return (
         select(SigningSecret)
@@ -63,12 +66,12 @@ def valid_secrets_statement(organization_id: str) -> Select[Any]:
 
 
 def new_secret() -> str:
-    """Return a new random signing secret: a prefix and base64."""
+    """Return a new random signing secret: `whsec_` and 32 random bytes in base64."""
     return PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
 def visible_suffix(secret: str) -> str:
-    """Return the last `HINT_CHARACTERS` of a secret, which are shown after its creation."""
+    """Return the last 4 characters of a secret (without base64 padding), by which it is recognized later."""
     return secret.rstrip("=")[-HINT_CHARACTERS:]
 
 
@@ -78,13 +81,19 @@ def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, obj
 
 
 def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
-    """Decrypt the secret of a row; raises `VaultError`."""
+    """Decrypt the signing secret of a row; raises `VaultError` if no server secret fits or the row was
+    tampered with.
+    """
     stored = EncryptedText(row.secret_id, row.encrypted)
     return vault.decrypt(stored, organization_id=row.organization_id, object_id=row.id).decode()
 
 
 def sign_message(keys: Iterable[str], message_id: str, timestamp: int, body: bytes) -> str:
-    """Return the header `webhook-signature`: one signature per secret, in their order, separated by spaces."""
+    """Return the header `webhook-signature` of a message: `v1,` and an HMAC-SHA-256 in base64 for each secret.
+
+    Signatures are in the order of the secrets, separated by spaces. `timestamp` is in seconds since the
+    epoch.
+    """
     signed = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
     return " ".join(f"v1,{_sign(key, signed)}" for key in keys)
 

@@ -18,6 +18,7 @@ CANCELLING_CONDITION: Final = "state = 'cancel_requested'"
 
 
 def _partial_index(name: str, *columns: str, where: str) -> Index:
+    """Return an index of the rows that meet a condition, which PostgreSQL and SQLite support."""
     return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
 
 

@@ -33,10 +33,10 @@ WATCH_PREFIX: Final = "tasks:"
 
 
 def watch_key(organization_id: str) -> str:
-    """Return the key that stands for the tasks of an organization at the broker, in place of an execution id."""
+    """Return the key by which processes watch all tasks of an organization, in place of an execution id."""
     return f"{WATCH_PREFIX}{organization_id}"
 
 
 def organization_of_key(key: str) -> str | None:
-    """Return the organization of a watch key; None for any other key."""
+    """Return the id of the organization in a watch key of `watch_key`; None for any other key."""
     return key.removeprefix(WATCH_PREFIX) if key.startswith(WATCH_PREFIX) else None

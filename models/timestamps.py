@@ -24,7 +24,7 @@ _COUNTER: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def to_microseconds(moment: datetime) -> int:
-    """Convert an aware datetime to microseconds since 1970."""
+    """Convert a datetime with a time zone to whole microseconds since 1970 (UTC)."""
     return (moment - _EPOCH) // _MICROSECOND
 
 
@@ -59,20 +59,26 @@ class DatabaseClock:
         self._learned_at = time.monotonic()
 
     def now(self) -> datetime:
-        """Return the present time by the database's clock, an aware datetime in UTC, without a query."""
+        """Return the present time by the database's clock in UTC, estimated without a query.
+
+        `learn` and `follow_host` set what it knows of that clock.
+        """
         # Called several times per node: a float of this size is exact to a quarter of a microsecond.
         return datetime.fromtimestamp((self._offset + time.monotonic_ns() // 1_000) / _SECOND, UTC)
 
     def moment_of(self, monotonic: float) -> datetime:
-        """Return the database's time at a value of `time.monotonic`, in seconds."""
+        """Return the database's time at a value of this process's `time.monotonic`, in seconds."""
         return from_microseconds(self._offset + round(monotonic * _SECOND))
 
     def monotonic_of(self, moment: datetime) -> float:
-        """Return the value of `time.monotonic`, in seconds, at a time of the database."""
+        """Return the value of this process's `time.monotonic`, in seconds, at a time of the database's clock."""
         return (to_microseconds(moment) - self._offset) / _SECOND
 
     def seconds_until(self, moment: datetime) -> float:
-        """Return the seconds until a time has certainly passed for the database too; 0 if it has."""
+        """Return the seconds until a time has certainly passed for the database too; 0 if it has.
+
+        The possible error of the estimate is added.
+        """
         now = time.monotonic()
         with self._lock:
             error = self._error + DRIFT * (now - self._learned_at)
@@ -80,17 +86,18 @@ class DatabaseClock:
         return max(seconds + (error if isfinite(error) else 0.0), 0.0)
 
     def follow_host(self) -> None:
-        """Adopt the time of this host, without error: it is the time of a database on SQLite."""
+        """Take over the time of this host, without error: a database on SQLite has the same."""
         with self._lock:
             self._learned_at, self._error = time.monotonic(), 0.0
             self._offset = HOST_TIME.microseconds() - round(self._learned_at * _SECOND)
 
     def learn(self, moment: datetime | None, asked_at: float, answered_at: float | None = None) -> None:
-        """Learn the database's time from an answer, requested and received at values of `time.monotonic`.
+        """Learn the database's time from its answer to a query.
 
-        `answered_at` defaults to now; an answer without `moment` is ignored. The database read its clock in
-        between, at the middle give or take half the round trip. A less exact answer replaces a more exact one
-        only if they contradict each other: then the database's clock was set.
+        `asked_at` and `answered_at` (None: now) are values of `time.monotonic`, in seconds. An answer without
+        `moment` is ignored. The database read its clock in between, at the middle give or take half the round
+        trip. A less exact answer replaces a more exact one only if they contradict each other: then the
+        database's clock was set.
         """
         if moment is None:
             return
@@ -115,23 +122,30 @@ class HostTime:
         return self._offset + _counter_microseconds()
 
     def seconds(self) -> float:
-        """Return the time in seconds since 1970."""
+        """Return this host's time in seconds since 1970, which follows no change of the wall clock by itself."""
         return self.microseconds() / 1_000_000
 
     def step(self) -> int:
-        """Return by how many microseconds the wall clock is ahead of this time; a large step means that it was set."""
+        """Return by how many microseconds the wall clock is ahead of this time, negative if it is behind.
+
+        A large step means that the wall clock was set.
+        """
         return _wall_microseconds() - self.microseconds()
 
     def move(self, step: int) -> None:
-        """Move the time by a step in microseconds."""
+        """Move this time by a step in microseconds, to follow a wall clock that was set."""
         self._offset += step
 
 
 def _wall_microseconds() -> int:
+    """Return the time of the wall clock in microseconds since 1970."""
     return time.time_ns() // 1_000  # noqa: TID251 - the source of all other time of this host
 
 
 def _counter_microseconds() -> int:
+    """Return a count of microseconds that nobody can set; it includes suspended time where the system has
+    such a clock.
+    """
     return time.clock_gettime_ns(_COUNTER) // 1_000
 
 

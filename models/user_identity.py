@@ -37,7 +37,7 @@ class UserIdentity(SQLModel, table=True):
 
 
 async def find_identity(connection: AsyncConnection, issuer: str, subject: str) -> UserIdentity | None:
-    """Return the identity with an issuer and a subject, compared as they are."""
+    """Return the identity with this issuer and subject, which are compared as they are; None without one."""
     statement = select(UserIdentity).where(
         col(UserIdentity.issuer) == issuer, col(UserIdentity.subject) == subject
     )
@@ -48,7 +48,10 @@ async def find_identity(connection: AsyncConnection, issuer: str, subject: str) 
 async def add_identity(
     connection: AsyncConnection, user: User, *, issuer: str, subject: str, key_id: str, now: datetime
 ) -> UserIdentity:
-    """Connect an identity with a user; raises `IdentityTaken`."""
+    """Store an identity of a user at a provider and return it; raises `IdentityTaken` if any user has it.
+
+    `key_id` is the API key that new sessions of the identity stand for.
+    """
     row = UserIdentity(
         issuer=issuer,
         subject=subject,
@@ -66,7 +69,7 @@ async def add_identity(
 
 
 async def set_key(connection: AsyncConnection, identity: UserIdentity, key_id: str) -> None:
-    """Store the key that new sessions of an identity stand for."""
+    """Store which API key new sessions of an identity stand for, in the open transaction."""
     await connection.execute(
         update(UserIdentity)
         .where(col(UserIdentity.issuer) == identity.issuer, col(UserIdentity.subject) == identity.subject)

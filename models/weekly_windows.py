@@ -74,9 +74,10 @@ def zone_names() -> frozenset[str]:
 
 
 def parse_window(days: Iterable[int], start: str, end: str) -> WeeklyWindow:
-    """Parse a window from texts `HH:MM`, the end also `24:00`; raises `EmptyWindow`.
+    """Return a window from local times `HH:MM` on days of the week (0 is Sunday); the end may be `24:00`.
 
-    A window that ends before it starts ends on the next day; `00:00` to `00:00` is the whole day.
+    A window that ends before it starts ends on the next day; `00:00` to `00:00` is the whole day. Raises
+    `EmptyWindow` for any other equal times.
     """
     start_minute, end_minute = _parse_minute(start), _parse_minute(end)
     if start_minute == end_minute != 0:
@@ -89,7 +90,7 @@ def parse_window(days: Iterable[int], start: str, end: str) -> WeeklyWindow:
 def is_open(schedule: WindowSchedule, now: datetime) -> bool:
     """Return whether a schedule is open at a time, by the local time of its zone.
 
-    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    A window includes its start and excludes its end. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     local = now.astimezone(ZoneInfo(schedule.timezone))
     minute = _day_of_week(local.date()) * DAY_MINUTES + local.hour * 60 + local.minute
@@ -98,19 +99,25 @@ def is_open(schedule: WindowSchedule, now: datetime) -> bool:
 
 
 def next_opening(schedule: WindowSchedule, since: datetime) -> datetime | None:
-    """Return the next opening of a schedule after a time; None if it never closes."""
+    """Return the next opening of a schedule after a time, None if there is none within 22 days.
+
+    None also for a schedule that never closes. Raises `ZoneInfoNotFoundError`.
+    """
     return next((one.at for one in window_changes(schedule, since, since + HORIZON) if one.is_open), None)
 
 
 def next_closing(schedule: WindowSchedule, since: datetime) -> datetime | None:
-    """Return the next closing of a schedule after a time; None if it never closes."""
+    """Return the next closing of a schedule after a time, None if there is none within 22 days.
+
+    None for a schedule that never closes. Raises `ZoneInfoNotFoundError`.
+    """
     return next((one.at for one in window_changes(schedule, since, since + HORIZON) if not one.is_open), None)
 
 
 def window_changes(schedule: WindowSchedule, since: datetime, until: datetime) -> Iterator[WindowChange]:
-    """Yield the openings and closings after `since` and up to `until`, in order; none for a whole week.
+    """Yield the openings and closings after `since` and up to `until`, in order; none if the schedule never closes.
 
-    Raises `ZoneInfoNotFoundError` for an unknown time zone.
+    Overlapping windows count as one. Raises `ZoneInfoNotFoundError` for an unknown time zone.
     """
     week = _week_minutes(schedule.windows)
     if week == (0, WEEK_MINUTES):
@@ -149,6 +156,7 @@ def zone_clock_changes(timezone: str, since: datetime, until: datetime) -> Itera
 
 
 def _parse_minute(text: str) -> int:
+    """Return the minute of the day of a text `HH:MM`, 0 to 1,440."""
     hours, _, minutes = text.partition(":")
     return int(hours) * 60 + int(minutes)
 
@@ -160,7 +168,10 @@ def _day_of_week(day: date) -> int:
 
 @lru_cache(maxsize=1_024)
 def _week_minutes(windows: Sequence[WeeklyWindow]) -> tuple[int, ...]:
-    """Return the minutes of the week, since midnight on Sunday, at which it alternately opens and closes."""
+    """Return the minutes since Sunday's midnight at which a week alternately opens and closes.
+
+    Windows that overlap or touch are united.
+    """
     spans: list[tuple[int, int]] = []
     for one in windows:
         for day in one.days:
@@ -180,7 +191,7 @@ def _week_minutes(windows: Sequence[WeeklyWindow]) -> tuple[int, ...]:
 def _edge_moments(
     week: Sequence[int], zone: ZoneInfo, since: datetime, until: datetime
 ) -> Iterator[datetime]:
-    """Yield the times at which local time passes minutes of the week, after `since` and up to `until`.
+    """Yield the times after `since` and up to `until` at which local time passes one of these minutes of the week.
 
     A repeated local time is passed twice. A skipped one is passed at the clock change, which is not among
     these times.

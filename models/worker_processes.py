@@ -16,10 +16,10 @@ ALL_IN_ONE_OWNER: Final = "dev"
 
 
 def new_lease_owner(name: str) -> str:
-    """Return the lease owner name for a process that starts now."""
+    """Return a new, unique lease owner name for a worker process that starts now; runs are claimed under it."""
     return f"{lease_owner_prefix(name)}{uuid4().hex}"
 
 
 def lease_owner_prefix(name: str) -> str:
-    """Return the common prefix of the lease owner names of a worker's processes."""
+    """Return the beginning that the lease owner names of all processes of a worker name share."""
     return f"{WORKER_OWNER_PREFIX}{name}/"

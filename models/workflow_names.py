@@ -32,7 +32,7 @@ _NAME: Final = re.compile(r"(?P<pod>[A-Za-z0-9_-]{1,64})/(?P<milliseconds>[0-9]{
 
 
 def workflow_name(workflow_id: str) -> str:
-    """Return the unique name of a workflow: two ids never share one.
+    """Return the unique name of a workflow's objects in Kubernetes, at most 58 characters: two ids never share one.
 
     Generated ids keep their characters. Names of other ids end in a digest, since `wf_A` and `wf-a` would
     collide otherwise. The digest is shorter than the last part of a generated id, so no name is ambiguous.
@@ -47,7 +47,7 @@ def workflow_name(workflow_id: str) -> str:
 
 
 def parse_workflow_id(name: str) -> str | None:
-    """Return the generated id of the workflow that a name belongs to; None for any other name."""
+    """Return the generated workflow id in a name of `workflow_name`; None for the name of another id or object."""
     if not name.startswith(_OWN_PREFIX):
         return None
     found = "wf_" + name.removeprefix(_OWN_PREFIX)
@@ -60,6 +60,7 @@ def pods_service_name(workflow_id: str) -> str:
 
 
 def _encode_base32(digest: bytes) -> str:
+    """Return a digest of 10 bytes as 16 characters that names in Kubernetes may have."""
     number = int.from_bytes(digest, "big")
     return "".join(ids.ALPHABET[number >> 5 * place & 31] for place in reversed(range(_DIGEST_CHARACTERS)))
 
@@ -74,12 +75,12 @@ class PodProcess:
 
     @classmethod
     def new(cls, pod: str) -> PodProcess:
-        """Return the identity of a process of a pod that starts now, to the millisecond."""
+        """Return the identity of a process of this pod that starts now, to the millisecond."""
         return cls(pod, datetime.fromtimestamp(int(datetime.now(UTC).timestamp() * 1_000) / 1_000, UTC))  # noqa: TID251 - compared on one machine
 
     @classmethod
     def from_name(cls, name: str) -> PodProcess | None:
-        """Parse a process from its name; None for any other text."""
+        """Parse a process from its name, `pod/milliseconds`; None for any other text."""
         found = _NAME.fullmatch(name)
         if found is None:
             return None
@@ -87,17 +88,18 @@ class PodProcess:
 
     @property
     def name(self) -> str:
+        """Name of the process: its pod, a slash, and its start in milliseconds since 1970 with 13 digits."""
         return f"{self.pod}/{round(self.started_at.timestamp() * 1_000):013d}"
 
 
 def lease_owner(workflow_id: str, process: PodProcess) -> str:
-    """Return the name under which a process leases runs.
+    """Return the lease owner name of a pod's process, under which it claims runs of its workflow.
 
-    Only pods of its workflow have names with this prefix.
+    Only pods of the workflow have names with this beginning.
     """
     return f"{lease_owner_prefix(workflow_id)}{process.name}"
 
 
 def lease_owner_prefix(workflow_id: str) -> str:
-    """Return the common prefix of the lease owner names of a workflow's pods."""
+    """Return the beginning that the lease owner names of all pods of a workflow share."""
     return f"{POD_OWNER_PREFIX}{workflow_id}:"

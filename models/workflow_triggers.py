@@ -60,7 +60,10 @@ class WorkflowTriggerMatch(SQLModel, table=True):
 
 
 def parse_patterns(config: Mapping[str, Any]) -> Sequence[str]:
-    """Return the patterns of an event trigger without duplicates; invalid patterns of a draft are left out."""
+    """Return the event types and prefixes (`a.*`) of an event trigger, without duplicates, at most 100.
+
+    Invalid patterns, which a draft may have, are left out.
+    """
     given = config.get("event_type")
     listed = given if isinstance(given, list) else [given]
     patterns = (each for each in listed if isinstance(each, str) and _PATTERN.match(each))

@@ -20,7 +20,12 @@ class BasicCredentials:
 
 
 def verify(request: SenderRequest, accepted: Sequence[BasicCredentials]) -> SignatureResult:
-    """Verify that the request carries one of the accepted credentials; raises `RequestRefused`."""
+    """Verify the Basic credentials of a request against the accepted ones, in constant time.
+
+    Accepted credentials with a blank password are ignored. Returns a result without a deduplication key.
+    Raises `RequestRefused`: without a usable credential, without a Basic `Authorization` header, and for a
+    wrong user or password.
+    """
     expected = [
         b64encode(f"{one.username}:{one.password}".encode()) for one in accepted if one.password.strip()
     ]

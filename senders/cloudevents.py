@@ -54,7 +54,12 @@ def is_cloudevent(request: SenderRequest) -> bool:
 
 
 def parse_event(request: SenderRequest) -> SenderEvent | EventBatch:
-    """Return the event or the batch of events; raises `RequestRefused`."""
+    """Return the event of a CloudEvents request, or the batch of at most 1,000 events.
+
+    A media type other than `application/cloudevents…` means the binary mode: attributes in `ce-` headers,
+    data in the body. Raises `RequestRefused` for a charset other than UTF-8, another CloudEvents media type,
+    and invalid events.
+    """
     media_type = request.media_type
     if not media_type.name.startswith("application/cloudevents"):
         return _parse_binary(request)
@@ -78,6 +83,7 @@ def parse_event(request: SenderRequest) -> SenderEvent | EventBatch:
 
 
 def _parse_structured(value: Json) -> SenderEvent:
+    """Return the event of a JSON object in the structured format; raises `RequestRefused` if it is invalid."""
     members = sender_event.require_object(value, "The CloudEvent")
     # In the JSON format a null attribute is an absent one; null data is data.
     attributes = {
@@ -87,6 +93,11 @@ def _parse_structured(value: Json) -> SenderEvent:
 
 
 def _parse_data(members: Mapping[str, Json]) -> Json:
+    """Return the data of a structured event, None without data.
+
+    Data in base64 stays encoded, as `{"data_base64": …}`. Raises `RequestRefused` for invalid base64, and if
+    both `data` and `data_base64` are given.
+    """
     encoded = members.get("data_base64")
     if encoded is None:
         return members.get("data")
@@ -105,6 +116,11 @@ def _parse_data(members: Mapping[str, Json]) -> Json:
 
 
 def _parse_binary(request: SenderRequest) -> SenderEvent:
+    """Return the event of a request in binary mode: attributes from `ce-` headers and Content-Type, data from
+    the body.
+
+    Raises `RequestRefused` for an invalid attribute or body, and for a header `ce-datacontenttype`.
+    """
     attributes: dict[str, Json] = {}
     for header in request.headers.names_with_prefix(HEADER_PREFIX):
         name = header.removeprefix(HEADER_PREFIX)
@@ -146,6 +162,10 @@ def _parse_body(request: SenderRequest) -> Json:
 
 
 def _decode_text(body: bytes, media_type: MediaType) -> str | None:
+    """Return the text of a `text/*` body in UTF-8 or ASCII; None for another media type, charset or invalid bytes.
+
+    Raises `RequestRefused` for a text with NUL.
+    """
     if not media_type.name.startswith("text/"):
         return None
     if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8", "us-ascii"}:
@@ -160,6 +180,10 @@ def _decode_text(body: bytes, media_type: MediaType) -> str | None:
 
 
 def _build_event(attributes: Mapping[str, Json], data: Json) -> SenderEvent:
+    """Build an event from checked CloudEvents attributes and data; raises `RequestRefused` for invalid attributes.
+
+    At most 100 attributes; the version must be 1.0.
+    """
     if len(attributes) > MAX_ATTRIBUTES:
         raise RequestRefused("too-large", f"A CloudEvent has at most {MAX_ATTRIBUTES} attributes")
     for name, value in attributes.items():
@@ -193,6 +217,10 @@ def _require_attribute(name: str, value: Json) -> None:
 
 
 def _require_text(name: str, value: str) -> None:
+    """Require a text attribute of at most 2,000 characters without control characters; raises `RequestRefused`.
+
+    Required attributes must not be empty, `source` must have no spaces, and `time` must follow RFC 3339.
+    """
     if len(value) > MAX_ATTRIBUTE_LENGTH:
         raise RequestRefused(
             "too-large", f"An attribute of a CloudEvent has at most {MAX_ATTRIBUTE_LENGTH:,} characters"
@@ -206,6 +234,7 @@ def _require_text(name: str, value: str) -> None:
 
 
 def _is_timestamp(value: str) -> bool:
+    """Return whether a text is a timestamp of RFC 3339 with an existing date and time."""
     if not _TIME.fullmatch(value):
         return False
     try:

@@ -51,7 +51,11 @@ _EVENT_PARSERS: Final[Mapping[EventSender, Callable[[SenderRequest], SenderMessa
 
 
 def recognize_sender(request: SenderRequest) -> EventSender | None:
-    """Return the sender that a request claims to be from, by its headers alone; None for an unknown sender."""
+    """Return the sender named by the headers of a request; None for an unknown sender.
+
+    Only the header names and the media type count; nothing is verified. A header of a known sender goes
+    before the signs of a CloudEvent.
+    """
     claimed = next((sender for header, sender in _SENDER_HEADERS.items() if header in request.headers), None)
     if claimed is None and cloudevents.is_cloudevent(request):
         return EventSender.CLOUDEVENTS
@@ -59,5 +63,8 @@ def recognize_sender(request: SenderRequest) -> EventSender | None:
 
 
 def parse_event(request: SenderRequest, sender: EventSender) -> SenderMessage:
-    """Return the message of a request whose signature has been verified; raises `RequestRefused`."""
+    """Parse a request with the parser of this sender; its signature must have been verified before.
+
+    Returns one event, a batch, or a URL challenge. Raises `RequestRefused` for a malformed request.
+    """
     return _EVENT_PARSERS[sender](request)

@@ -16,10 +16,11 @@ SOURCE: Final = "github"
 
 
 def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the delivery, if it has an id.
+    """Verify GitHub's HMAC-SHA-256 signature of the body with any of the secrets.
 
-    Raises `RequestRefused`. The signature covers no time, so it never becomes stale. The legacy SHA-1
-    signature is ignored.
+    Returns the deduplication key of the delivery, made from `X-GitHub-Delivery`, None without that header.
+    The signature covers no time, so it never becomes stale; the legacy SHA-1 signature is ignored. Raises
+    `RequestRefused` for a missing or wrong signature and without a non-blank secret.
     """
     keys = signatures.usable_secrets(secrets)
     signature = request.headers.single("X-Hub-Signature-256")
@@ -33,7 +34,11 @@ def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
-    """Return the event with its JSON, which is the body or the form field `payload`; raises `RequestRefused`."""
+    """Return GitHub's event, named `github.` and the header `X-GitHub-Event`, with its JSON object.
+
+    The JSON is the body, or the form field `payload`. Raises `RequestRefused` without the header, and for
+    anything but an object.
+    """
     name = request.headers.single("X-GitHub-Event")
     if not name:
         raise RequestRefused("invalid-event", "The header X-GitHub-Event is missing")
@@ -49,6 +54,10 @@ def parse_event(request: SenderRequest) -> SenderEvent:
 
 
 def _parse_payload(request: SenderRequest) -> Json:
+    """Return the JSON of the body, or of the form field `payload` of a urlencoded body.
+
+    Raises `RequestRefused` for malformed JSON and a form without that field.
+    """
     if request.media_type.name != sender_request.URLENCODED_TYPE:
         return request.json
     payload = request.form.first("payload")
@@ -58,4 +67,8 @@ def _parse_payload(request: SenderRequest) -> Json:
 
 
 def _delivery_id(request: SenderRequest) -> str | None:
+    """Return the value of `X-GitHub-Delivery`; None if it is missing or empty.
+
+    Raises `RequestRefused` for a repeated header.
+    """
     return request.headers.single("X-GitHub-Delivery") or None

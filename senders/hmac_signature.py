@@ -48,9 +48,11 @@ class HmacScheme:
 
 
 def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -> SignatureResult:
-    """Verify a signature by this scheme and return the deduplication key of the delivery, None without its header.
+    """Verify the signature of a request by a configured HMAC scheme, with any of the secrets.
 
-    Raises `RequestRefused` for a missing, invalid or stale signature, and without a usable secret.
+    Returns the deduplication key made from the scheme's delivery header, None if the scheme or the request
+    has none. A prefix of the header value, such as `sha256=`, is required if the scheme names one. Raises
+    `RequestRefused` for a missing, wrong or stale signature, and without a non-blank secret.
     """
     keys = signatures.usable_secrets(secrets)
     header = request.headers.single(scheme.header)

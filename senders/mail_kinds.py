@@ -73,9 +73,10 @@ class MailEnvelope:
 
 
 def recognize_mail(request: SenderRequest) -> MailKind:
-    """Return the kind of a request by its media type and fields, before its signature is verified.
+    """Return the format of a mail in a request, by its media type, headers and field names; nothing is verified.
 
-    Raises `RequestRefused` for a request that is no mail.
+    An empty request without a media type counts as `NATIVE`. Raises `RequestRefused` for a request that is no
+    mail.
     """
     headers = request.headers
     if sns.TYPE_HEADER in headers or sns.RAW_HEADER in headers:
@@ -93,15 +94,18 @@ def recognize_mail(request: SenderRequest) -> MailKind:
 
 
 def parse_mail_fields(request: SenderRequest) -> PostedForm:
-    """Parse the body of a mail service's request as a form; raises `RequestRefused` for a malformed one."""
+    """Parse the form that a mail service has posted; raises `RequestRefused` for a malformed form.
+
+    On the event loop, a body of a megabyte or more raises `BudgetExceeded`.
+    """
     return request.form
 
 
 def parse_envelope(form: PostedForm, kind: MailKind) -> MailEnvelope:
-    """Return the envelope of a mail of SendGrid or Mailgun; raises `RequestRefused` for an invalid escape.
+    """Return the SMTP sender and recipients that SendGrid or Mailgun report in a form.
 
-    An envelope that isn't the JSON object that SendGrid documents counts as empty: the mail is usable without
-    it.
+    The sender is empty and the recipients are none where the form lacks them or SendGrid's field is no JSON
+    object: the mail is usable without an envelope. Raises `RequestRefused` for an invalid percent escape.
     """
     if kind not in SENDGRID_KINDS:
         # Mailgun posts the mail's headers as fields too, after its own fields: the first one counts.
@@ -122,8 +126,9 @@ def parse_envelope(form: PostedForm, kind: MailKind) -> MailEnvelope:
 
 
 def parse_raw_envelope(request: SenderRequest) -> MailEnvelope:
-    """Return the envelope in the headers of a raw mail's request; raises `RequestRefused` for a repeated
-    header.
+    """Return the envelope in the headers `X-Envelope-From` and `X-Envelope-To` (comma-separated) of a raw mail.
+
+    A missing header gives an empty sender or no recipients. Raises `RequestRefused` for a repeated header.
     """
     recipients = (request.headers.single(RECIPIENT_HEADER) or "").split(",")
     sender = (request.headers.single(SENDER_HEADER) or "").strip().removeprefix("<").removesuffix(">")
@@ -131,11 +136,12 @@ def parse_raw_envelope(request: SenderRequest) -> MailEnvelope:
 
 
 def deduplication_key(request: SenderRequest, kind: MailKind) -> str | None:
-    """Return the deduplication key of a mail, None where it has none; raises `RequestRefused`.
+    """Return the key by which a repeated delivery of a mail is recognized; None where it has none.
 
     Digests the Message-ID, the recipients of the envelope and the decoded content. So a repeated mail has the
     same key even if it was signed or encoded anew, and another content under the same Message-ID has another
-    key.
+    key. None for Mailgun's event reports, for SNS messages without a mail, and for mails in JSON without a
+    Message-ID. Raises `RequestRefused` for a malformed mail.
     """
     match kind:
         case MailKind.MAILGUN_EVENT:
@@ -157,6 +163,10 @@ def deduplication_key(request: SenderRequest, kind: MailKind) -> str | None:
 
 
 def _recognize_form(form: PostedForm) -> MailKind:
+    """Return the format of a posted form by its field names: one of Mailgun's three, or of SendGrid's two.
+
+    Raises `RequestRefused` for any other form.
+    """
     if all(name in form for name in _MAILGUN_SIGNATURE):
         if "body-mime" in form:
             return MailKind.MAILGUN_RAW
@@ -170,6 +180,7 @@ def _recognize_form(form: PostedForm) -> MailKind:
 
 
 def _recognize_json(body: Json) -> MailKind:
+    """Return the format of a JSON body: SNS, a Mailgun event, or else a mail in Pilotflame's own JSON."""
     if isinstance(body, dict):
         if "event-data" in body and "signature" in body:
             return MailKind.MAILGUN_EVENT
@@ -179,6 +190,7 @@ def _recognize_json(body: Json) -> MailKind:
 
 
 def _raw_deduplication_key(raw: bytes, recipients: Sequence[str]) -> str:
+    """Return the key of a raw mail, from its Message-ID, its envelope recipients and its content."""
     try:
         content = mail_parsing.parse_mail(raw, _drop_attachment).content_digest
     except InvalidMail:
@@ -189,8 +201,8 @@ def _raw_deduplication_key(raw: bytes, recipients: Sequence[str]) -> str:
 def _ses_key(mail: SesMail) -> str:
     """Return the key of a mail of Amazon SES, which assigns a new id each time that it receives the mail.
 
-    The content of a stored mail is not available here: its DKIM-verified headers take its place, where there
-    are any.
+    A mail that SES stored in S3 has no content here: its DKIM-verified headers take the place of the content;
+    without them, the id that SES assigned is the key.
     """
     if mail.content is not None:
         return _raw_deduplication_key(mail.content, mail.recipients)
@@ -218,6 +230,7 @@ def _native_deduplication_key(body: Json) -> str | None:
 
 
 def _form_message_id(form: PostedForm, kind: MailKind) -> str | None:
+    """Return the Message-ID of a mail in a form, where its format keeps it; None without one."""
     match kind:
         case MailKind.SENDGRID_PARSED:
             return find_message_id(form.first("headers") or memoryview(b""))
@@ -228,7 +241,10 @@ def _form_message_id(form: PostedForm, kind: MailKind) -> str | None:
 
 
 def find_message_id(mail: memoryview) -> str | None:
-    """Return the Message-ID in the header of a raw mail, or None."""
+    """Return the Message-ID in the header of a raw mail without white space; None without one.
+
+    Only the first 262,144 bytes of the mail are searched.
+    """
     head = bytes(mail[:MAX_HEADER_BYTES])
     end = _HEADER_END.search(head)
     found = _MESSAGE_ID.search(head, 0, end.start() if end else len(head))
@@ -236,7 +252,8 @@ def find_message_id(mail: memoryview) -> str | None:
 
 
 def _content_digest(form: PostedForm, kind: MailKind) -> str:
-    """Return a digest of the decoded mail, or of the whole form if the mail can't be decoded.
+    """Return a hexadecimal digest of the decoded mail in a form, or of the form's parts if the mail can't be
+    decoded.
 
     Raises `RequestRefused` for a value with an invalid escape.
     """
@@ -248,11 +265,11 @@ def _content_digest(form: PostedForm, kind: MailKind) -> str:
 
 
 def _drop_attachment(_label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
-    """Ignore the content: `AttachmentCollector` measures and digests it."""
+    """Discard an attachment: `AttachmentCollector` measures and digests it while it passes; nothing is stored."""
 
 
 def _form_digest(form: PostedForm) -> str:
-    """Return a digest of all parts except the fields that change with each delivery."""
+    """Return a SHA-256 in hexadecimal over all parts, except the fields that change with each delivery."""
     digest = sha256()
     for piece in _iterate_pieces(form):
         digest.update(b"%d:" % len(piece))
@@ -261,6 +278,7 @@ def _form_digest(form: PostedForm) -> str:
 
 
 def _iterate_pieces(form: PostedForm) -> Iterator[bytes | memoryview]:
+    """Yield name, file name and value of each part that counts for the digest of a form."""
     for part in form.parts:
         if part.name not in _MAILGUN_SIGNATURE:
             yield part.name.encode()
@@ -273,9 +291,10 @@ def _iterate_pieces(form: PostedForm) -> Iterator[bytes | memoryview]:
 def parse_mail_form(
     form: PostedForm, kind: MailKind, keep: KeepAttachment
 ) -> tuple[ParsedMailContent, MailReception]:
-    """Return the mail in a form and the report of the service about it; attachments are passed to `keep`.
+    """Return the mail in a form, and the service's report about it, such as its spam score.
 
-    Raises `InvalidMail`, and `RequestRefused` for a value with an invalid escape.
+    `keep` is called with each attachment. Raises `InvalidMail` for a mail beyond the limits, and
+    `RequestRefused` for a value with an invalid percent escape.
     """
     given = _to_mail_form(form)
     if kind in SENDGRID_KINDS:

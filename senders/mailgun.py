@@ -23,10 +23,12 @@ _TOKEN: Final = re.compile(r"[0-9a-f]{50}")
 
 
 def verify(request: SenderRequest, signing_keys: Sequence[str]) -> SignatureResult:
-    """Verify the signature and return the token as the deduplication key; raises `RequestRefused`.
+    """Verify Mailgun's HMAC-SHA-256 signature, at most 12 hours old, with any of the signing keys.
 
-    An observed signature could be put on another mail. So a token is valid for one delivery: it has to be
-    remembered for longer than the tolerance, from the moment at which its mail is accepted.
+    The signature covers only time and token, so an observed one could be put on another mail. So a token is
+    valid for one delivery: the returned deduplication key has to be remembered for longer than 12 hours, from
+    the moment at which its mail is accepted. Raises `RequestRefused` for a missing, wrong or stale signature
+    and without a non-blank key.
     """
     keys = signatures.usable_secrets(signing_keys)
     time, token, signature = _signature_fields(request)

@@ -39,9 +39,9 @@ class SigningCertificate:
 
 
 def read_certificate(pem: bytes) -> SigningCertificate:
-    """Return the validity and RSA key of a PEM certificate; the key is None for another kind.
+    """Return the validity and RSA key of a PEM certificate; the key is None for a key of another kind.
 
-    Raises `ValueError` for a text that is no certificate.
+    Nobody's signature on the certificate is checked. Raises `ValueError` for a text that is no certificate.
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem)
@@ -56,7 +56,10 @@ def read_certificate(pem: bytes) -> SigningCertificate:
 
 
 def is_rsa_signed(key: RSAPublicKey, signature: bytes, message: bytes, digest: RsaDigest) -> bool:
-    """Return whether a signature of a message was made with the private key of this RSA key (PKCS #1 v1.5)."""
+    """Return whether a signature of a message was made with the private key of this RSA key (PKCS #1 v1.5).
+
+    False also for a malformed signature; never raises for one.
+    """
     try:
         key.verify(signature, message, PKCS1v15(), digest.value)
     except (InvalidSignature, ValueError):
@@ -74,7 +77,10 @@ def read_ecdsa_key(der: bytes) -> EllipticCurvePublicKey | None:
 
 
 def is_ecdsa_signed(key: EllipticCurvePublicKey, signature: bytes, sha256_digest: bytes) -> bool:
-    """Return whether a signature was made with the private key of this key, for a message with this SHA-256."""
+    """Return whether a signature was made with the private key of this key, for a message with this SHA-256.
+
+    `sha256_digest` has 32 bytes. False also for a malformed signature.
+    """
     try:
         key.verify(signature, sha256_digest, ECDSA(Prehashed(SHA256())))
     except InvalidSignature:
@@ -83,12 +89,15 @@ def is_ecdsa_signed(key: EllipticCurvePublicKey, signature: bytes, sha256_digest
 
 
 def read_ed25519_key(raw: bytes) -> Ed25519PublicKey:
-    """Return a key of 32 bytes; raises ValueError for others."""
+    """Return the Ed25519 public key of these 32 raw bytes; raises `ValueError` for another length."""
     return Ed25519PublicKey.from_public_bytes(raw)
 
 
 def is_ed25519_signed(key: Ed25519PublicKey, signature: bytes, message: bytes) -> bool:
-    """Return whether a signature of a message was made with the private key of this key."""
+    """Return whether a signature of a message was made with the private key of this key.
+
+    False also for a malformed signature.
+    """
     try:
         key.verify(signature, message)
     except InvalidSignature:

@@ -50,7 +50,10 @@ class UrlChallenge:
 
 
 def require_type(event_type: str) -> None:
-    """Require an event type that a trigger can subscribe to; raises `RequestRefused`."""
+    """Require an event type of 1 to 200 characters without white space, asterisks and control characters.
+
+    Only such types can be subscribed to by a trigger. Raises `RequestRefused`.
+    """
     if len(event_type) > MAX_TYPE_LENGTH or not _TYPE.fullmatch(event_type):
         raise RequestRefused(
             "invalid-event",
@@ -59,14 +62,21 @@ def require_type(event_type: str) -> None:
 
 
 def require_object(value: Json, what: str) -> dict[str, Json]:
-    """Return a value that is a JSON object; raises `RequestRefused`, which names it by `what`, for any other."""
+    """Return a value that is a JSON object, unchanged; raises `RequestRefused` for any other value.
+
+    `what` names the value in the message, such as "The payload".
+    """
     if not isinstance(value, dict):
         raise RequestRefused("invalid-event", f"{what} is not a JSON object")
     return value
 
 
 def require_text_member(members: Mapping[str, Json], name: str, what: str) -> str:
-    """Return a required, non-empty text member; raises `RequestRefused`."""
+    """Return the non-empty text under a name of a JSON object; raises `RequestRefused` if it is missing,
+    empty or no text.
+
+    `what` names the object in the message, such as "The payload".
+    """
     value = members.get(name)
     if not isinstance(value, str) or not value:
         raise RequestRefused("invalid-event", f"{what} has no text {name!r}")

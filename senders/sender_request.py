@@ -38,18 +38,24 @@ class RequestHeaders:
         return name.lower() in self._values
 
     def values(self, name: str) -> Sequence[str]:
-        """Return every value of a header in their order, by its name in any case; empty without it."""
+        """Return every value of a header in the order of the request; empty without the header.
+
+        The name may be in any case.
+        """
         return self._values.get(name.lower(), ())
 
     def single(self, name: str) -> str | None:
-        """Return the value of a header, or None; raises `RequestRefused` for several values."""
+        """Return the value of a header, None without it; the name may be in any case.
+
+        Raises `RequestRefused` if the request has several values of it.
+        """
         found = self.values(name)
         if len(found) > 1:
             raise RequestRefused("duplicate-header", f"The header {name} is given more than once")
         return found[0] if found else None
 
     def names_with_prefix(self, prefix: str) -> Sequence[str]:
-        """Return the lower-case names of headers that begin with a prefix."""
+        """Return the lower-case names of all headers that begin with a prefix, which may be in any case."""
         return [name for name in self._values if name.startswith(prefix.lower())]
 
 
@@ -66,36 +72,43 @@ class SenderRequest:
 
     @cached_property
     def media_type(self) -> MediaType:
-        """Media type of the body; its name is empty without a Content-Type. Raises `RequestRefused` for several."""
+        """Media type of the body with its parameters; its name is empty without a Content-Type.
+
+        Raises `RequestRefused` if the request has several Content-Type headers.
+        """
         return parse_media_type(self.headers.single("Content-Type") or "")
 
     @cached_property
     def json(self) -> Json:
-        """Body as JSON, independent of its media type.
+        """Body decoded as JSON, with any media type; decoded once.
 
-        Raises `RequestRefused`, and `BudgetExceeded` on the event loop if it is long.
+        Raises `RequestRefused` for malformed JSON, and `BudgetExceeded` for a long body inside `try_inline`,
+        so that the caller repeats the work in a thread.
         """
         return parse_json(self.body)
 
     @cached_property
     def form(self) -> PostedForm:
-        """Body parsed as a form, multipart or urlencoded; raises `RequestRefused`.
+        """Body parsed as a form, multipart or urlencoded; parsed once.
 
-        On the event loop, a long body raises `BudgetExceeded`.
+        Raises `RequestRefused` for a malformed form, and `BudgetExceeded` for a body of a megabyte or more
+        inside `try_inline`, so that the caller repeats the work in a thread.
         """
         self.require_offloaded()
         return parse_form(self.media_type, self.body)
 
     def require_offloaded(self) -> None:
-        """Raise `BudgetExceeded` on the event loop if the body is long; called before each pass over the
-        whole body.
+        """Raise `BudgetExceeded` inside `try_inline` if the body has a megabyte or more.
+
+        Called before each pass over the whole body; the caller of `try_inline` then repeats the work in a
+        thread.
         """
         if len(self.body) >= LONG_BODY_BYTES:
             offload.require_offloaded()
 
 
 def parse_json(text: bytes | memoryview) -> Json:
-    """Decode a part of a request as JSON; raises `RequestRefused`."""
+    """Decode a part of a request as JSON; raises `RequestRefused` for malformed or too deeply nested JSON."""
     try:
         return values.decode_json(text)
     except InvalidJson as error:
@@ -141,7 +154,10 @@ class FormPart:
 
     @cached_property
     def value(self) -> memoryview:
-        """Unescaped bytes of the part; raises `RequestRefused` for an invalid escape."""
+        """Bytes of the part, without percent escapes; a view on the body where it has none.
+
+        Raises `RequestRefused` for an invalid escape.
+        """
         if self.is_escaped:
             return _unescape(self.body, self.start, self.end)
         return memoryview(self.body)[self.start : self.end]
@@ -158,23 +174,29 @@ class PostedForm:
 
     @property
     def files(self) -> Sequence[FormPart]:
-        """Parts of the form that have a file name, in their order."""
+        """Parts of the form that have a file name, in their order; the others are fields."""
         return [part for part in self.parts if part.is_file]
 
     def values(self, name: str) -> Sequence[memoryview]:
-        """Return the bytes of every field with this name; raises `RequestRefused` for an invalid escape."""
+        """Return the bytes of every field with this case-sensitive name, in order; empty without one.
+
+        Files don't count. Raises `RequestRefused` for an invalid escape.
+        """
         return [part.value for part in self.fields.get(name, ())]
 
     def first(self, name: str) -> memoryview | None:
-        """Return the bytes of the first field with this name, or None.
+        """Return the bytes of the first field with this case-sensitive name, None without one.
 
-        Raises `RequestRefused` for an invalid escape.
+        Files don't count. Raises `RequestRefused` for an invalid escape.
         """
         fields = self.fields.get(name)
         return fields[0].value if fields else None
 
     def last(self, name: str) -> memoryview | None:
-        """Return the bytes of the last field with this name, or None; raises `RequestRefused` for an invalid escape."""
+        """Return the bytes of the last field with this case-sensitive name, None without one.
+
+        Files don't count. Raises `RequestRefused` for an invalid escape.
+        """
         fields = self.fields.get(name)
         return fields[-1].value if fields else None
 
@@ -199,7 +221,10 @@ class PostedForm:
 
 
 def parse_form(media_type: MediaType, body: bytes) -> PostedForm:
-    """Parse a body as a form; raises `RequestRefused` for another media type, a malformed form or too many parts."""
+    """Parse a body as a form of at most 2,000 parts.
+
+    Raises `RequestRefused` for another media type, a malformed form or more parts.
+    """
     if media_type.name == MULTIPART_TYPE:
         return PostedForm(list(_parse_multipart(body, media_type.parameters.get("boundary", ""))))
     if media_type.name == URLENCODED_TYPE:
@@ -219,6 +244,11 @@ def decode_value(value: memoryview | bytes) -> str:
 
 
 def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
+    """Yield the parts of a multipart body; text before the first and after the last delimiter is skipped.
+
+    Raises `RequestRefused` for a missing or overlong boundary (256 characters), for a body without its
+    delimiters, for headers of over a megabyte together, and for over 2,000 parts.
+    """
     if not 1 <= len(boundary) <= MAX_BOUNDARY_LENGTH:
         raise RequestRefused("malformed-form", "The Content-Type of the form has no valid boundary")
     delimiter = b"--" + boundary.encode("latin-1")
@@ -240,9 +270,9 @@ def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
 
 
 def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield the start and end of each delimiter line, and whether it is the last.
+    """Yield the start and end of each delimiter line of a multipart body, and whether it is the last.
 
-    Raises `RequestRefused` for too many.
+    Raises `RequestRefused` for more than 2,001 delimiters.
     """
     found = position = 0
     after = len(delimiter)
@@ -264,10 +294,10 @@ def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, 
 
 
 def _parse_part(body: bytes, start: int, end: int) -> FormPart:
-    """Parse the part in `body[start:end]`, which begins with a CRLF: header lines, an empty line, and the
-    value.
+    """Parse the part in `body[start:end]`, which begins with a CRLF: header lines, an empty line, and the value.
 
-    Raises `RequestRefused` if the header doesn't end or is too long. Without a name, the name is empty.
+    The name is empty where the part gives none. Raises `RequestRefused` for a header that doesn't end within
+    8,192 bytes.
     """
     headers_end = body.find(b"\r\n\r\n", start, start + MAX_HEADER_BYTES)
     if headers_end == -1 or headers_end + 4 > end:
@@ -297,6 +327,9 @@ def _parse_part(body: bytes, start: int, end: int) -> FormPart:
 
 
 def _decode_header(text: str) -> str:
+    """Decode the name in a part's header, which browsers write as UTF-8 with percent escapes for quotes and
+    line ends.
+    """
     return decode_value(text.encode("latin-1"))
 
 
@@ -304,6 +337,11 @@ def _decode_header(text: str) -> str:
 
 
 def _parse_urlencoded(body: bytes) -> Iterator[FormPart]:
+    """Yield the fields of a urlencoded body, with names decoded and values still escaped.
+
+    Empty pairs are skipped. Raises `RequestRefused` for over 2,000 fields, a name of over 8,192 bytes, and an
+    invalid escape in a name.
+    """
     if body.count(b"&") >= MAX_PARTS:
         raise _too_many_parts()
     start = 0
@@ -321,11 +359,12 @@ def _parse_urlencoded(body: bytes) -> Iterator[FormPart]:
 
 
 def _unescape(body: bytes, start: int, end: int) -> memoryview:
-    """Return the unescaped bytes of a part of a urlencoded body; raises `RequestRefused` for an invalid escape.
+    """Return the unescaped bytes of `body[start:end]` of a urlencoded body; raises `RequestRefused` for an
+    invalid escape.
 
-    It works in pieces, since values are as large as mails. Quoted-printable has the same escapes with another
-    sign; its decoder in C is twenty times as fast as `urllib`. On the event loop, a long part raises
-    `BudgetExceeded`.
+    It works in pieces of a megabyte, since values are as large as mails. Quoted-printable has the same
+    escapes with another sign; its decoder in C is twenty times as fast as `urllib`. Inside `try_inline`, a
+    longer part raises `BudgetExceeded`.
     """
     value = bytearray()
     while start < end:

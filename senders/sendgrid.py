@@ -25,9 +25,10 @@ within that time is the same mail, deduplicated by its Message-ID.
 
 
 def verify(request: SenderRequest, keys_in_base64: Sequence[str]) -> SignatureResult:
-    """Verify the signature with one of these public keys (DER in base64); the result has no deduplication key.
+    """Verify SendGrid's ECDSA signature, at most 3 days and 6 hours old, with any of the public keys.
 
-    Raises `RequestRefused` for a missing, invalid or stale signature, and without a usable key.
+    Keys are DER in base64; unusable ones are ignored. The result has no deduplication key. Raises
+    `RequestRefused` for a missing, wrong or stale signature, and without a usable key.
     """
     from senders import public_keys  # noqa: PLC0415 - loads cryptography
 
@@ -51,6 +52,10 @@ def verify(request: SenderRequest, keys_in_base64: Sequence[str]) -> SignatureRe
 
 
 def _usable_keys(keys_in_base64: Sequence[str]) -> Sequence[EllipticCurvePublicKey]:
+    """Return the keys that are elliptic-curve public keys in base64 DER; others are ignored.
+
+    Raises `RequestRefused` if none is usable.
+    """
     from senders import public_keys  # noqa: PLC0415 - loads cryptography
 
     keys = []

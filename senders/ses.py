@@ -70,10 +70,10 @@ class SesMail:
 
 
 def parse_ses_mail(message: SnsMessage) -> SesMail | None:
-    """Return the mail of a verified message, or None for a message without a mail.
+    """Return the mail of a verified SNS message; None for a message without a received mail.
 
-    SES also publishes plain-text messages, bounces and complaints on a topic. Raises `RequestRefused` for a
-    malformed mail.
+    None for a subscription message, a plain text, a bounce or a complaint, which SES also publishes on a
+    topic. Raises `RequestRefused` for a malformed mail.
     """
     if message.type is not SnsMessageType.NOTIFICATION:
         return None
@@ -112,6 +112,7 @@ def _decode_content(text: str, action: Mapping[str, Json]) -> bytes:
 
 
 def _parse_stored(action: Mapping[str, Json]) -> SesStoredMail:
+    """Return where SES has stored the mail in S3; raises `RequestRefused` without bucket or key."""
     prefix = action.get("objectKeyPrefix")
     return SesStoredMail(
         _text_member(action, "bucketName"),
@@ -121,6 +122,7 @@ def _parse_stored(action: Mapping[str, Json]) -> SesStoredMail:
 
 
 def _parse_headers(mail: Mapping[str, Json]) -> Sequence[tuple[str, str]]:
+    """Return names and values of the mail's headers in order; raises `RequestRefused` for a malformed list."""
     headers = mail.get("headers")
     if not isinstance(headers, list):
         raise _refuse_notification("headers is not a list")
@@ -129,6 +131,7 @@ def _parse_headers(mail: Mapping[str, Json]) -> Sequence[tuple[str, str]]:
 
 
 def _parse_verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
+    """Return SES's verdicts by name (spam, virus, spf, dkim, dmarc), such as "PASS"; missing ones are left out."""
     found = {}
     for name in _VERDICTS:
         verdict = receipt.get(f"{name}Verdict")
@@ -139,7 +142,7 @@ def _parse_verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
 
 
 def _parse_tags(signature: str) -> Iterator[tuple[str, str]]:
-    """Yield the tags of a DKIM signature, without white space."""
+    """Yield name and value of the tags of a DKIM signature, without white space; tags without a value are skipped."""
     for tag in "".join(signature.split()).split(";"):
         name, _, value = tag.partition("=")
         if value:
@@ -147,6 +150,7 @@ def _parse_tags(signature: str) -> Iterator[tuple[str, str]]:
 
 
 def _object_member(members: Mapping[str, Json], name: str) -> Mapping[str, Json]:
+    """Return a member that is a JSON object; raises `RequestRefused` for a missing or other one."""
     value = members.get(name)
     if not isinstance(value, dict):
         raise _refuse_notification(f"{name} is not an object")
@@ -154,6 +158,7 @@ def _object_member(members: Mapping[str, Json], name: str) -> Mapping[str, Json]
 
 
 def _text_member(members: Mapping[str, Json], name: str, *, may_be_empty: bool = False) -> str:
+    """Return a text member; raises `RequestRefused` if it is missing, no text, or empty without `may_be_empty`."""
     value = members.get(name)
     if not isinstance(value, str) or not (value or may_be_empty):
         raise _refuse_notification(f"{name} is not a text")
@@ -161,6 +166,7 @@ def _text_member(members: Mapping[str, Json], name: str, *, may_be_empty: bool =
 
 
 def _text_members(members: Mapping[str, Json], name: str) -> Sequence[str]:
+    """Return a member that is a list of texts; raises `RequestRefused` for anything else."""
     values = members.get(name)
     if not isinstance(values, list):
         raise _refuse_notification(f"{name} is not a list")

@@ -31,8 +31,9 @@ class SignatureResult:
 
 
 def usable_secrets(secrets: Iterable[str]) -> Sequence[bytes]:
-    """Return the non-blank secrets as bytes; raises `RequestRefused` if there is none, since anybody could
-    sign then.
+    """Return the non-blank secrets as UTF-8 bytes; raises `RequestRefused` if there is none.
+
+    With no secret at all, anybody could sign.
     """
     keys = [secret.encode() for secret in secrets if secret.strip()]
     if not keys:
@@ -41,7 +42,10 @@ def usable_secrets(secrets: Iterable[str]) -> Sequence[bytes]:
 
 
 def compute_hmac(key: bytes, *parts: bytes, algorithm: str = "sha256") -> bytes:
-    """Return the HMAC over consecutive parts, without a copy of a large body."""
+    """Return the HMAC digest over consecutive parts, as if joined, without a copy of a large body.
+
+    `algorithm` is a name of `hashlib`.
+    """
     running = hmac.new(key, digestmod=algorithm)
     for part in parts:
         running.update(part)
@@ -49,9 +53,9 @@ def compute_hmac(key: bytes, *parts: bytes, algorithm: str = "sha256") -> bytes:
 
 
 def require_match(given: Collection[bytes], expected: Collection[bytes]) -> None:
-    """Require one given signature to equal an expected one; raises `RequestRefused`, also for too many given ones.
+    """Require one given signature to equal an expected one; all pairs are compared, in constant time.
 
-    All pairs are compared, in constant time.
+    Raises `RequestRefused` if none matches, and for more than 20 given signatures.
     """
     if len(given) > MAX_SIGNATURES:
         raise invalid_signature()
@@ -61,9 +65,10 @@ def require_match(given: Collection[bytes], expected: Collection[bytes]) -> None
 
 
 def require_fresh(timestamp: str, at: datetime, *, past: timedelta, ahead: timedelta = CLOCK_SKEW) -> None:
-    """Require a header in seconds since the epoch to be at most `past` before and `ahead` after `at`.
+    """Require a decimal text of seconds since the epoch to be at most `past` before and `ahead` after `at`.
 
-    Raises `RequestRefused`.
+    `ahead` is 5 minutes by default, for clocks that differ. Raises `RequestRefused` for an older or later
+    time, and for a text that is not 1 to 12 digits.
     """
     if not _SECONDS.fullmatch(timestamp):
         raise RequestRefused("invalid-signature", "The time of the signature is not a number of seconds")
@@ -73,7 +78,8 @@ def require_fresh(timestamp: str, at: datetime, *, past: timedelta, ahead: timed
 def require_recent(seconds: float, at: datetime, *, past: timedelta, ahead: timedelta = CLOCK_SKEW) -> None:
     """Require a time in seconds since the epoch to be at most `past` before and `ahead` after `at`.
 
-    Raises `RequestRefused`.
+    `ahead` is 5 minutes by default, for clocks that differ. Raises `RequestRefused` with the code
+    `stale-signature`.
     """
     age = at.timestamp() - seconds
     if not -ahead.total_seconds() <= age <= past.total_seconds():
@@ -81,22 +87,25 @@ def require_recent(seconds: float, at: datetime, *, past: timedelta, ahead: time
 
 
 def header_bytes(header: str) -> bytes:
-    """Return the bytes of a header; `hmac.compare_digest` fails for texts that aren't ASCII."""
+    """Return a header value as Latin-1 bytes for a comparison.
+
+    `hmac.compare_digest` raises for texts that aren't ASCII.
+    """
     return header.encode("latin-1")
 
 
 def missing_signature(what: str) -> RequestRefused:
-    """Return the refusal of a request that lacks its signature; `what` names the missing header or field."""
+    """Return (not raise) the refusal of a request without signature; `what` names the missing header or field."""
     return RequestRefused("missing-signature", f"The request is not signed: {what} is missing")
 
 
 def invalid_signature() -> RequestRefused:
-    """Return the refusal of a request with a wrong signature; it gives no details."""
+    """Return (not raise) the refusal of a request with a wrong signature; it gives no details."""
     return RequestRefused("invalid-signature", "The signature does not match the request")
 
 
 def missing_secret() -> RequestRefused:
-    """Return the refusal of a request for which no usable secret is configured."""
+    """Return (not raise) the refusal of a request for which no usable secret is configured."""
     return RequestRefused("no-secret", "No usable secret is configured to verify the request with")
 
 
@@ -104,11 +113,17 @@ def missing_secret() -> RequestRefused:
 
 
 def delivery_key(scheme: str, *names: str) -> str:
-    """Return the deduplication key for these ids: printable ASCII, under 100 characters, for any input."""
+    """Return the deduplication key for these ids: the scheme, and a SHA-256 of all names.
+
+    Printable ASCII under 100 characters for any input; equal ids in the same order give the same key.
+    """
     return f"{scheme}:{sha256(msgspec.json.encode(names)).hexdigest()}"
 
 
 def member_delivery_key(scheme: str, value: object, member: str) -> str | None:
-    """Return the deduplication key for a text member of a JSON object; None without such a member."""
+    """Return the deduplication key for a non-empty text member of a JSON object.
+
+    None without such a member, and for a value that is no object.
+    """
     name = value.get(member) if isinstance(value, dict) else None
     return delivery_key(scheme, name) if isinstance(name, str) and name else None

@@ -20,7 +20,11 @@ TOLERANCE: Final = timedelta(minutes=5)
 def verify(
     request: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
 ) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the event or command; raises `RequestRefused`."""
+    """Verify Slack's HMAC-SHA-256 signature, at most `tolerance` old, with any of the signing secrets.
+
+    Returns the deduplication key of the event or command, None where it has no id. Raises `RequestRefused`
+    for a missing, wrong or stale signature, and without a non-blank secret.
+    """
     keys = signatures.usable_secrets(secrets)
     time = request.headers.single("X-Slack-Request-Timestamp")
     signature = request.headers.single("X-Slack-Signature")
@@ -35,7 +39,11 @@ def verify(
 
 
 def parse_event(request: SenderRequest) -> SenderEvent | UrlChallenge:
-    """Return the event, or the challenge that Slack sends when a URL is configured; raises `RequestRefused`."""
+    """Return Slack's event, named `slack.` and its type, or a challenge that must be answered.
+
+    Slack sends a challenge when a URL is configured; its periodic check of the certificate counts as a
+    challenge with an empty text. Raises `RequestRefused` for a malformed payload.
+    """
     data = sender_event.require_object(_parse_payload(request), "The payload")
     if data.get("type") == "url_verification":
         return UrlChallenge(sender_event.require_text_member(data, "challenge", "The payload"))
@@ -79,14 +87,15 @@ def _parse_payload(request: SenderRequest) -> Json:
 
 
 def _delivery_name(data: Json) -> str | None:
-    """Return the id of an event, or the trigger id of an interaction (with which an app can open a dialog).
+    """Return the event id, or else the trigger id of an interaction (with which an app can open a dialog).
 
-    Else None.
+    None where both are missing, empty or no texts.
     """
     named = [data.get("event_id"), data.get("trigger_id")] if isinstance(data, dict) else []
     return next((name for name in named if isinstance(name, str) and name), None)
 
 
 def _deduplication_key(data: Json) -> str | None:
+    """Return the deduplication key of the event or interaction, from its id; None without one."""
     name = _delivery_name(data)
     return None if name is None else signatures.delivery_key(SOURCE, name)

@@ -72,7 +72,11 @@ class SnsMessage:
 
 
 def parse_sns_message(request: SenderRequest) -> SnsMessage:
-    """Parse the message in a request of any media type (SNS sends text/plain); raises `RequestRefused`."""
+    """Parse the message of Amazon SNS in a request of any media type; nothing is verified yet.
+
+    At most 2,000,000 bytes. Raises `RequestRefused` for a larger or malformed message, and for a raw
+    delivery, which has no signature.
+    """
     if request.headers.values(RAW_HEADER):
         raise RequestRefused("raw-delivery", "The subscription uses raw delivery, which has no signature")
     if len(request.body) > MAX_BYTES:
@@ -104,14 +108,18 @@ def parse_sns_message(request: SenderRequest) -> SnsMessage:
 
 
 def require_topic(message: SnsMessage, topics: Collection[str]) -> None:
-    """Require one of these topics (ARNs), before the certificate is fetched; raises `RequestRefused`."""
+    """Require the message's topic to be one of these ARNs, before its certificate is fetched.
+
+    Raises `RequestRefused`; no topics means that every message is refused.
+    """
     if message.topic_arn not in topics:
         raise RequestRefused("unknown-topic", "The message is of a topic that is not configured")
 
 
 def signing_certificate_url(message: SnsMessage) -> str:
-    """Return the URL of the certificate, to be fetched without redirects; raises `RequestRefused` unless its
-    host is SNS.
+    """Return the URL of the message's signing certificate, to be fetched without redirects.
+
+    Raises `RequestRefused` unless it is at SNS's host in the region of the topic, with the usual file name.
     """
     allowed = rf"https://{re.escape(message.host)}/SimpleNotificationService-[0-9a-f]{{32}}\.pem"
     if not re.fullmatch(allowed, message.signing_cert_url):
@@ -124,10 +132,11 @@ def signing_certificate_url(message: SnsMessage) -> str:
 def verify(
     message: SnsMessage, certificate_pem: bytes, topics: Collection[str], now: datetime
 ) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the message; raises `RequestRefused`.
+    """Verify the topic, the age (at most 75 minutes), the certificate and the RSA signature of a message.
 
-    `certificate_pem` is the content of `signing_certificate_url`. Topic, time and certificate are checked
-    too.
+    `certificate_pem` is the content of `signing_certificate_url`. Returns the deduplication key made from the
+    message id. Raises `RequestRefused` for the first check that fails; the certificate must be valid at `now`
+    and its key have 2,048 bits or more.
     """
     from senders import public_keys  # noqa: PLC0415 - loads cryptography
 
@@ -151,10 +160,11 @@ def verify(
 
 
 def confirmation_url(message: SnsMessage) -> str:
-    """Return the URL whose GET confirms the subscription of a verified message; raises `RequestRefused` for
-    others.
+    """Return the URL that confirms the subscription of a verified message when it is fetched; nothing is
+    fetched here.
 
-    The URL is built from topic and token; the `SubscribeURL` of the message is never visited.
+    The URL is built from topic and token; the `SubscribeURL` of the message is never visited. Raises
+    `RequestRefused` for a message of another type.
     """
     if message.type is not SnsMessageType.SUBSCRIPTION or message.token is None:
         raise _refuse_message("it is not a subscription confirmation")
@@ -166,6 +176,11 @@ def confirmation_url(message: SnsMessage) -> str:
 
 
 def _parse_type(members: dict[str, Json], header: str | None) -> SnsMessageType:
+    """Return the type of a message; raises `RequestRefused` for an unknown one, and if a type header differs
+    from it.
+
+    `header` is None if the request has none.
+    """
     text = _text_member(members, "Type")
     if header is not None and header != text:
         raise _refuse_message("its header and its body have different types")
@@ -176,7 +191,9 @@ def _parse_type(members: dict[str, Json], header: str | None) -> SnsMessageType:
 
 
 def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
-    """Return the ARN of the topic and the host of SNS in its region; raises `RequestRefused`."""
+    """Return the topic's ARN and the host name of SNS in the topic's region; raises `RequestRefused` for an
+    invalid ARN.
+    """
     arn = _text_member(members, "TopicArn")
     parts = _TOPIC_ARN.fullmatch(arn)
     if parts is None:
@@ -186,6 +203,7 @@ def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
 
 
 def _parse_time(members: dict[str, Json]) -> tuple[str, datetime]:
+    """Return the timestamp as it is written, and parsed; raises `RequestRefused` for an invalid one."""
     text = _text_member(members, "Timestamp", _TIMESTAMP)
     try:
         return text, datetime.fromisoformat(text)
@@ -194,13 +212,14 @@ def _parse_time(members: dict[str, Json]) -> tuple[str, datetime]:
 
 
 def _has_member(members: dict[str, Json], name: str) -> bool:
+    """Return whether a message has this member with a value other than null."""
     return members.get(name) is not None
 
 
 def _text_member(members: dict[str, Json], name: str, pattern: re.Pattern[str] | None = None) -> str:
-    """Return a required text member that matches `pattern`; raises `RequestRefused`.
+    """Return a required text member, which must match the whole `pattern`; None allows any text.
 
-    Patterns exclude line ends, which would forge lines of the signed text.
+    Raises `RequestRefused` otherwise. Patterns exclude line ends, which would forge lines of the signed text.
     """
     value = members.get(name)
     if not isinstance(value, str):
@@ -218,7 +237,9 @@ def _refuse_message(reason: str) -> RequestRefused:
 
 
 def _build_signed_text(message: SnsMessage) -> bytes:
-    """Return the text that SNS has signed: names and values, a line each, in alphabetical order."""
+    """Return the bytes that SNS has signed: a line for each name and value, in alphabetical order; None
+    values are left out.
+    """
     members = {
         "Message": message.message,
         "MessageId": message.message_id,
@@ -233,7 +254,11 @@ def _build_signed_text(message: SnsMessage) -> bytes:
 
 
 def _certificate_key(certificate_pem: bytes, now: datetime) -> RSAPublicKey:
-    """Return the RSA key of a certificate that is valid now; raises `RequestRefused`."""
+    """Return the RSA key of a PEM certificate that is valid at `now`.
+
+    Raises `RequestRefused` for an unreadable, expired or future certificate, and for a key that is not RSA or
+    has fewer than 2,048 bits.
+    """
     from senders import public_keys  # noqa: PLC0415 - loads cryptography
 
     try:

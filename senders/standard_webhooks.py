@@ -28,10 +28,12 @@ HEADER_PREFIXES: Final = ("webhook", "svix")
 def verify(
     request: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
 ) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the message; raises `RequestRefused`.
+    """Verify a Standard Webhooks signature, at most `tolerance` old, with any of the secrets or public keys.
 
-    Secrets are in base64, optionally after `whsec_`; keys after `whpk_` are public keys. A message older than
-    `tolerance` is refused.
+    Secrets are in base64, optionally after `whsec_`; texts after `whpk_` are Ed25519 public keys. Headers
+    begin with `webhook-` or `svix-`. Returns the deduplication key made from the message id. Raises
+    `RequestRefused` for a missing, wrong or stale signature, for over 20 signatures, and without a usable
+    secret.
     """
     keys, verifying_keys = _split_secrets(secrets)
     name, time, header = (_read_signed_header(request, suffix) for suffix in ("id", "timestamp", "signature"))
@@ -50,7 +52,11 @@ def verify(
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
-    """Return the event of a payload in the format that the standard recommends; raises `RequestRefused`."""
+    """Return the event of a JSON payload with `type` and `data`, as the standard recommends.
+
+    Data is an empty object if it is missing; the id is None without its header. Raises `RequestRefused` for a
+    payload that is no object, or without a type.
+    """
     payload = sender_event.require_object(request.json, "The payload")
     name = _read_signed_header(request, "id") or None
     return SenderEvent(
@@ -63,14 +69,15 @@ def parse_event(request: SenderRequest) -> SenderEvent:
 
 
 def signature_headers() -> Sequence[str]:
-    """Return the names of the headers that can contain the signature, one per prefix."""
+    """Return the header names that can contain the signature: `webhook-signature` and `svix-signature`."""
     return [f"{prefix}-signature" for prefix in HEADER_PREFIXES]
 
 
 def _read_signed_header(request: SenderRequest, suffix: str) -> str | None:
-    """Return the header with this suffix and the prefix of the signature header, or None.
+    """Return the header `<prefix>-<suffix>`, with the prefix that the request's signature header has; None
+    without it.
 
-    Id and time under other prefixes are not signed. Raises `RequestRefused` for a repeated header.
+    Id and time under the other prefix are not signed. Raises `RequestRefused` for a repeated header.
     """
     prefix = next(
         (each for each in HEADER_PREFIXES if f"{each}-signature" in request.headers), HEADER_PREFIXES[0]
@@ -79,7 +86,10 @@ def _read_signed_header(request: SenderRequest, suffix: str) -> str | None:
 
 
 def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:
-    """Return secrets and public keys separately; raises `RequestRefused` if none is usable."""
+    """Return symmetric secrets and Ed25519 public keys, decoded; unusable ones are ignored.
+
+    Raises `RequestRefused` if none is usable.
+    """
     keys: list[bytes] = []
     verifying_keys: list[Ed25519PublicKey] = []
     for secret in secrets:
@@ -104,7 +114,11 @@ def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed
 def _is_signed_with(
     verifying_keys: Sequence[Ed25519PublicKey], given: Sequence[bytes], prefix: bytes, body: bytes
 ) -> bool:
-    """Return whether a `v1a` signature was made with the private key of one of these public keys."""
+    """Return whether a `v1a` signature (Ed25519) was made with the private key of one of these public keys.
+
+    The signed message is `prefix` followed by `body`. Malformed signatures are skipped; False without a `v1a`
+    signature or without keys.
+    """
     signed = [signature.removeprefix(b"v1a,") for signature in given if signature.startswith(b"v1a,")]
     if not signed or not verifying_keys:
         return False

@@ -19,9 +19,11 @@ TOLERANCE: Final = timedelta(minutes=5)
 def verify(
     request: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
 ) -> SignatureResult:
-    """Verify the signature and return the deduplication key of the event, None without its id.
+    """Verify Stripe's HMAC-SHA-256 signature, at most `tolerance` old, with any of the secrets.
 
-    Raises `RequestRefused` for a missing, invalid or stale signature, and without a usable secret.
+    Returns the deduplication key made from the event's id, None if the body has none. Raises `RequestRefused`
+    for a missing, wrong or stale signature, for a header without exactly one time, for malformed JSON, and
+    without a non-blank secret.
     """
     keys = signatures.usable_secrets(secrets)
     header = request.headers.single("Stripe-Signature")
@@ -40,7 +42,11 @@ def verify(
 
 
 def parse_event(request: SenderRequest) -> SenderEvent:
-    """Return the event, with the whole payload as its data; raises `RequestRefused`."""
+    """Return Stripe's event, with the whole payload as its data; the type is Stripe's own, such as
+    `charge.refunded`.
+
+    Raises `RequestRefused` for a payload without a text `id` or `type`.
+    """
     data = sender_event.require_object(request.json, "The event")
     name = sender_event.require_text_member(data, "id", "The event")
     return SenderEvent(

@@ -22,7 +22,7 @@ LAG_SAMPLES: Final = 10
 
 @asynccontextmanager
 async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
-    """Serve the metrics of this process over HTTP while the context lasts; without a port, do nothing.
+    """Serve the metrics of this process for Prometheus over HTTP during the block; without a port, do nothing.
 
     A port that can't be opened is logged, and the process continues without metrics. Port 0 chooses a free
     one, which the log shows.
@@ -55,9 +55,9 @@ async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
 
 
 async def _measure_lag() -> None:
-    """Measure forever how much later than requested a timer fires.
+    """Measure forever, once a second, how much later than requested a timer of the event loop fires.
 
-    The metric shows the maximum of the last samples, in seconds.
+    The metric shows the maximum of the last 10 samples, in seconds.
     """
     lags: deque[float] = deque(maxlen=LAG_SAMPLES)
     shown = instruments.gauge("event_loop_lag_seconds")

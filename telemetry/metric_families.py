@@ -36,6 +36,7 @@ class MetricFamily:
 
     @property
     def full_name(self) -> str:
+        """Name of the metric for Prometheus: `pilotflame_` and the name of the family."""
         return PREFIX + self.name
 
 

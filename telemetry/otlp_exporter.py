@@ -47,7 +47,10 @@ class OtlpExporter:
         self._processor = BatchSpanProcessor(exporter, QUEUE_SPANS, SEND_EVERY_MILLISECONDS, BATCH_SPANS)
 
     def send(self, span: FinishedSpan) -> None:
-        """Enqueue a span for sending if its trace is sampled; never blocks."""
+        """Queue a finished span for sending if its trace is sampled; never blocks.
+
+        The queue holds 16,384 spans; while it is full, spans are dropped.
+        """
         if not span.context.is_sampled:
             return
         attributes = dict(span.attributes)
@@ -72,7 +75,7 @@ class OtlpExporter:
         )
 
     def close(self) -> None:
-        """Send the remaining spans within a few seconds, and end the thread of the SDK."""
+        """Send the queued spans within 3 seconds, and end the thread that sends; later spans are lost."""
         # The public `shutdown` waits for half a minute.
         self._processor._batch_processor.shutdown(SHUTDOWN_MILLISECONDS)  # noqa: SLF001 - see above
 

@@ -65,7 +65,10 @@ class FinishedSpan:
 
 
 def parse_traceparent(text: str) -> TraceContext | None:
-    """Return the context of a `traceparent` header; None if it is malformed."""
+    """Return the context of a `traceparent` header (W3C Trace Context); None if it is malformed.
+
+    Ids of zeros only and version `ff` are malformed.
+    """
     match = _TRACEPARENT.fullmatch(text)
     if match is None:
         return None
@@ -78,12 +81,16 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def derive_id(size: int, *parts: str | int) -> str:
-    """Return an id of `size` bytes as hexadecimal digits, always the same for the same parts."""
+    """Return an id of `size` bytes as `2 * size` hexadecimal digits, always the same for the same parts."""
     return blake2b("\0".join(map(str, parts)).encode(), digest_size=size).hexdigest()
 
 
 def encode_origin(context: TraceContext, *, is_awaited: bool) -> str:
-    """Return the text that a run's row stores about the span that started it: its context, as parent or as link."""
+    """Return the text that a run's row stores about the span that started it.
+
+    `parent=` or `link=` and the context: a parent if the answer to the request waits for the run, else a
+    link.
+    """
     return f"{'parent' if is_awaited else 'link'}={context}"
 
 
@@ -121,7 +128,10 @@ class RequestTrace:
 
     @property
     def context(self) -> TraceContext:
-        """Trace context of the request's span."""
+        """Trace context of the request's span.
+
+        The caller's decision whether the trace is sampled counts only if the request has a valid key.
+        """
         if self.has_key and self.parent is not None:
             return TraceContext(self.trace_id, self.span_id, self.parent.is_sampled)
         return TraceContext(self.trace_id, self.span_id, self.tracer.samples(self.trace_id))
@@ -135,7 +145,7 @@ class RequestTrace:
     ) -> None:
         """Send the span of a sampled request that ends at `now` after `seconds`; a status from 500 on is an error.
 
-        Routes of probes and static files, and unknown paths, have no span (`UNTRACED_ROUTES`).
+        Routes of probes and static files, and unknown paths, have no span.
         """
         if not self.context.is_sampled or route.startswith(UNTRACED_ROUTES):
             return
@@ -168,7 +178,7 @@ class RunTrace:
 
     @property
     def context(self) -> TraceContext:
-        """Trace context of the segment."""
+        """Trace context of the segment (one claim of the run by a worker)."""
         return TraceContext(self.trace_id, self.segment_id, self.is_sampled)
 
     def origin(self) -> str:
@@ -191,7 +201,11 @@ class RunTrace:
         status: str,
         error: str | None,
     ) -> None:
-        """Send the span of one attempt of a node; the time of a wait before this claim is not part of it."""
+        """Send the span of one attempt of a node, from its start, or the start of this claim if later, to its end.
+
+        So the time of a wait before this claim is not part of it. `iteration` is empty outside of loops;
+        `error` is None for success.
+        """
         attributes: dict[str, str | int] = {
             "pilotflame.execution.id": self.execution_id,
             "pilotflame.node.id": node_id,
@@ -218,7 +232,10 @@ class RunTrace:
         )
 
     def end(self, now: datetime, status: str, error: str | None) -> None:
-        """Send the span of the segment, which ends at `now`, if it is sampled."""
+        """Send the span of the segment (one claim of the run), which ends at `now`, if its trace is sampled.
+
+        `status` is the status of the run then; `error` is None without an error.
+        """
         if not self.is_sampled:
             return
         attributes = {
@@ -239,13 +256,19 @@ current: Final[ContextVar[RequestTrace | RunTrace | None]] = ContextVar("current
 
 
 def current_origin() -> str | None:
-    """Return the text that the row of a new run stores about the current request or run; None outside of traces."""
+    """Return the text that the row of a new run stores about the current request or run, which starts it.
+
+    None outside of a trace.
+    """
     trace = current.get()
     return None if trace is None else trace.origin()
 
 
 def mark_awaited() -> None:
-    """Record that the answer to the current request waits for the run that it starts."""
+    """Record that the answer to the current request waits for the run that it starts.
+
+    Its span becomes the parent of the run's spans, not only a link. Does nothing outside of a request.
+    """
     trace = current.get()
     if isinstance(trace, RequestTrace):
         trace.is_awaited = True
@@ -265,11 +288,18 @@ class Tracer:
         self._hosts = tuple(host.lower() for host in hosts)
 
     def samples(self, trace_id: str) -> bool:
-        """Return whether a trace without a decision of its caller is sampled; every process decides the same."""
+        """Return whether a trace without a decision of its caller is sampled, by the configured share.
+
+        Every process decides the same for the same trace id.
+        """
         return int(trace_id[-14:], 16) < self._limit
 
     def begin_request(self, headers: Iterable[tuple[bytes, bytes]]) -> RequestTrace:
-        """Begin the trace of a request, or continue that of its caller by `traceparent`; return it."""
+        """Begin the trace of a request, or continue the caller's if it sends one valid `traceparent`; make it
+        current.
+
+        Returns the trace.
+        """
         given = [value for name, value in headers if name == b"traceparent"]
         parent = parse_traceparent(given[0].decode("latin-1")) if len(given) == 1 else None
         trace_id = secrets.token_hex(TRACE_BYTES) if parent is None else parent.trace_id
@@ -288,9 +318,11 @@ class Tracer:
         started_at: datetime,
         claimed_at: datetime,
     ) -> RunTrace:
-        """Begin the trace segment of a claimed run, and return it; `accepted_at` is given only at its first claim.
+        """Begin the trace segment of a run that a worker has claimed, make it current, and return it.
 
-        The span from its acceptance to that claim is the parent of all segments.
+        `origin` is the stored text about the request that started the run, None without one. `accepted_at` is
+        given only at the first claim: then the span from acceptance to claim is sent, which is the parent of
+        all segments of the run.
         """
         caller, is_child = decode_origin(origin)
         trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
@@ -327,7 +359,7 @@ class Tracer:
         return TraceContext(trace_id, _node_span_id(execution_id, node_id, iteration, attempt), is_sampled)
 
     def run_attributes(self, execution_id: str, workflow_id: str) -> dict[str, str | int]:
-        """Return the attributes that the spans of a run share."""
+        """Return the attributes that all spans of a run share: its id, its workflow's id, and those of messaging."""
         return {
             "messaging.system": "pilotflame",
             "messaging.message.id": execution_id,
@@ -336,13 +368,18 @@ class Tracer:
         }
 
     def outgoing_headers(self, url: str, node_id: str, iteration: str, attempt: int) -> dict[str, str]:
-        """Return the trace headers that a node adds to its request; none unless the operator trusts the host."""
+        """Return the `traceparent` header that a node adds to its request; empty unless the operator trusts
+        the URL's host.
+
+        Empty also outside of a traced run.
+        """
         trace = current.get()
         if not isinstance(trace, RunTrace) or not self._is_trusted(url):
             return {}
         return {HEADER: str(trace.node_context(node_id, iteration, attempt))}
 
     def _is_trusted(self, url: str) -> bool:
+        """Return whether the host of a URL is one that the operator trusts with trace headers."""
         try:
             host = (urlsplit(url).hostname or "").lower()
         except ValueError:
@@ -355,6 +392,7 @@ def _node_span_id(execution_id: str, node_id: str, iteration: str, attempt: int)
 
 
 def _start_id(execution_id: str) -> str:
+    """Return the id of the span between a run's acceptance and its first claim."""
     return derive_id(SPAN_BYTES, "accepted", execution_id)
 
 
