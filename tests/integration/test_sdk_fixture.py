@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.integration.command_shell import KEY, open_shell
+
 PROJECT = 'pytest_plugins = ["pilotflame_sdk.pytest_plugin"]'
 TESTS = """
 from pilotflame_sdk import Client, NotFound
@@ -33,17 +35,40 @@ def test_an_organization_of_its_own(pilotflame: Client) -> None:
 
 
 def test_a_project_tests_its_workflows_with_the_fixture(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(PROJECT)
-    (tmp_path / "test_workflow.py").write_text(TESTS)
+    assert "2 passed" in run_project(tmp_path)
+
+
+def test_a_project_may_use_a_running_server(tmp_path: Path) -> None:
+    (tmp_path / "shell").mkdir()
+    with open_shell(tmp_path / "shell") as shell:
+        variables = {"PILOTFLAME_TEST_URL": shell.given["PILOTFLAME_URL"], "PILOTFLAME_TEST_API_KEY": KEY}
+        # All tests share its organization.
+        assert "1 passed, 1 deselected" in run_project(tmp_path, "-k", "a_run", **variables)
+        assert [one["name"] for one in shell.json("workflows", "list", "-o", "json")] == ["Greeting"]
+
+
+def run_project(folder: Path, *options: str, **variables: str) -> str:
+    """Run the tests of a project in a folder, and return their output."""
+    (folder / "conftest.py").write_text(PROJECT)
+    (folder / "test_workflow.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--rootdir",
+            str(folder),
+            *options,
+            str(folder / "test_workflow.py"),
+        ],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    return done.stdout

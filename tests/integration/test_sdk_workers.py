@@ -39,13 +39,22 @@ class Classes:
     scale: float = 1.5
 
 
+class StructTile(msgspec.Struct):
+    width: int
+
+
 class Structs(msgspec.Struct):
-    tile: dict[str, int]
+    tile: StructTile
     scale: float = 1.5
 
 
+class ModelTile(pydantic.BaseModel):
+    width: int
+    tags: list[str] = []
+
+
 class Models(pydantic.BaseModel):
-    tile: Tile
+    tile: ModelTile
     scale: float = 1.5
 
 
@@ -56,12 +65,12 @@ def classes(config: Classes) -> Classes:
 
 @worker.node("acme/structs", "1.0.0", effect="pure")
 async def structs(config: Structs) -> Structs:
-    return Structs({"width": config.tile["width"] * 2}, config.scale)
+    return Structs(StructTile(config.tile.width * 2), config.scale)
 
 
 @worker.node("acme/models", "1.0.0", effect="pure", process=True)
 def models(config: Models) -> Models:
-    return Models(tile=Tile(config.tile.width * 2, ["models"]), scale=config.scale)
+    return Models(tile=ModelTile(width=config.tile.width * 2, tags=["models"]), scale=config.scale)
 
 
 @worker.node("acme/hang", "1.0.0", process=True)

@@ -385,6 +385,40 @@ def test_configs_may_be_structs_and_models(kind: Any) -> None:  # noqa: ANN401 -
     assert schemas.to_json(schemas.from_json(kind, {"rows": 2})) == {"rows": 2, "name": "x"}
 
 
+class Outer(pydantic.BaseModel):
+    """Model of models, whose field has the name of a keyword."""
+
+    discriminator: ModelConfig = ModelConfig(rows=3)
+    either: ModelConfig | int
+
+
+class Endless(pydantic.BaseModel):
+    """Model that contains itself."""
+
+    next: Endless | None = None
+
+
+@dataclass
+class Mixed:
+    """Class of classes of all kinds."""
+
+    outer: Outer
+    structs: list[StructConfig]
+
+
+def test_classes_inside_of_others_have_no_references() -> None:
+    schema = schemas.schema_of(Mixed)
+    assert "$" not in str(schema)
+    fields = schema["properties"]["outer"]["properties"]
+    assert fields["discriminator"]["required"] == ["rows"]
+    assert fields["either"]["anyOf"][0]["properties"]["rows"]["type"] == "integer"
+    assert schema["properties"]["structs"]["items"]["properties"]["name"]["default"] == "x"
+    found = schemas.from_json(Mixed, {"outer": {"either": {"rows": 1}}, "structs": [{"rows": 2}]})
+    assert (found.outer.either.rows, found.structs[0].rows) == (1, 2)
+    with pytest.raises(TypeError, match="Endless contains itself"):
+        schemas.schema_of(Endless)
+
+
 @pytest.mark.parametrize(
     ("type_name", "version", "options", "told"),
     [

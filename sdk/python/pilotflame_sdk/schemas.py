@@ -20,6 +20,10 @@ PLAIN: Final[Mapping[object, Mapping[str, Any]]] = {
     datetime: {"type": "string", "format": "date-time"},
     date: {"type": "string", "format": "date"},
 }
+_VALUES: Final = frozenset({"default", "examples", "enum", "const"})
+"""Keywords whose values are no schemas."""
+_OMITTED: Final = frozenset({"$ref", "$defs", "discriminator"})
+"""Keywords that are written out, or that only generators of clients use."""
 _UNIONS: Final = (Union, types.UnionType)
 
 
@@ -34,7 +38,7 @@ def schema_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - any type
     if _is_struct(kind):
         return _struct_schema(kind)
     if _is_model(kind):
-        return _inlined(kind.model_json_schema())
+        return _write_out_all(kind.model_json_schema())
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return {"enum": [one.value for one in kind]}
     return _generic_schema(kind)
@@ -79,16 +83,38 @@ def _dataclass_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclas
 def _struct_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a msgspec struct
     import msgspec
 
-    return {"additionalProperties": False, **_inlined(msgspec.json.schema(kind))}
+    return {"additionalProperties": False, **_write_out_all(msgspec.json.schema(kind))}
 
 
-def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema whose root is an object: the server accepts references to `$defs`."""
-    root = schema.get("$ref")
-    if isinstance(root, str):
-        definitions = schema["$defs"]
-        return {**definitions[root.rpartition("/")[2]], "$defs": definitions}
-    return schema
+def _write_out_all(schema: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = _write_out(schema, schema.get("$defs", {}))
+    return found
+
+
+def _write_out(value: Any, definitions: Mapping[str, Any], inside: tuple[str, ...] = ()) -> Any:  # noqa: ANN401 - any part of a schema
+    """Return a schema with its references replaced by their definitions: a class may be a field of another one.
+
+    Raises `TypeError` for a class that contains itself.
+    """
+    if isinstance(value, list):
+        return [_write_out(one, definitions, inside) for one in value]
+    if not isinstance(value, dict):
+        return value
+    written: dict[str, Any] = {}
+    reference = value.get("$ref")
+    if isinstance(reference, str):
+        name = reference.rpartition("/")[2]
+        if name in inside:
+            raise TypeError(f"{name} contains itself: use dict[str, Any] for its fields of that type")
+        written = _write_out(definitions[name], definitions, (*inside, name))
+    for keyword, one in value.items():
+        if keyword == "properties":
+            written[keyword] = {name: _write_out(each, definitions, inside) for name, each in one.items()}
+        elif keyword in _VALUES:
+            written[keyword] = one
+        elif keyword not in _OMITTED:
+            written[keyword] = _write_out(one, definitions, inside)
+    return written
 
 
 def from_json(kind: Any, value: Any) -> Any:  # noqa: ANN401 - any type
