@@ -197,11 +197,11 @@ class PolicyPreview(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a workflow's lifecycle policy, and the state of its deployment."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        seen = await activity.read_activity(connection, stored.workflow.id)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        seen = await activity.read_activity(connection, workflow.id)
         now = request.gateway.clock() if seen is None else seen.now
-        used = await lifecycle_rows.read_usage(connection, stored.workflow.id, now)
-    return editing.answer(stored, _show_lifecycle(stored.workflow, seen, used))
+        used = await lifecycle_rows.read_usage(connection, workflow.id, now)
+    return JsonResponse(_show_lifecycle(workflow, seen, used), headers=editing.entity_tag(workflow))
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
@@ -232,7 +232,7 @@ async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
         return body_of(request, value, LifecyclePolicy)
     given = body_of(request, value, LifecycleUpdate)
     async with request.gateway.database.read() as connection:
-        workflow = (await editing.find_readable(connection, request.requested_object)).workflow
+        workflow = await editing.find_readable_row(connection, request.requested_object)
         seen = await activity.read_activity(connection, workflow.id)
     now = {"workflowId": workflow.id, "deploymentStatus": status_of(seen.deployment if seen else None).value}
     read_only.require_same({name: value[name] for name in now if name in value}, LifecycleUpdate, lambda: now)
@@ -243,8 +243,8 @@ async def history(request: GatewayRequest) -> JsonResponse:
     """List the decisions about a workflow's deployment, by users and by its policy, newest first."""
     part = request.query.page()
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        count, found = await lifecycle_rows.list_decisions(connection, stored.workflow.id, part)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        count, found = await lifecycle_rows.list_decisions(connection, workflow.id, part)
     shape = DecisionList(
         count=count, limit=part.limit, offset=part.offset, decisions=[_show_decision(one) for one in found]
     )
@@ -260,8 +260,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
     body = lifecycle_shapes.store_policy(await decode_body(request, PolicyPreviewRequest))
     now = request.gateway.clock()
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        workflow = stored.workflow
+        workflow = await editing.find_readable_row(connection, request.requested_object)
         since = max(now - PREVIEW_TIME, workflow.created_at)
         runs = await lifecycle_rows.read_past_runs(connection, workflow.id, since, now)
         seen = await activity.read_activity(connection, workflow.id)
@@ -292,7 +291,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
             candidate=_replay(after, replicas),
         ),
     )
-    return editing.answer(stored, shape)
+    return JsonResponse(shape, headers=editing.entity_tag(workflow))
 
 
 # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -61,10 +61,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
     """
     since = request.gateway.clock() - TIME
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        rows = await _read_spans(connection, stored.workflow.id, stored.workflow.shard, since)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        rows = await _read_spans(connection, workflow.id, workflow.shard, since)
     # In a thread, so that thousands of rows do not block other requests.
-    return JsonResponse(await asyncio.to_thread(_sum_up, stored.workflow.id, since, rows))
+    return JsonResponse(await asyncio.to_thread(_sum_up, workflow.id, since, rows))
 
 
 async def _read_spans(

@@ -66,7 +66,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     Without a deployment, workers run its executions.
     """
     async with request.gateway.database.read_snapshot() as connection:
-        workflow = (await editing.find_readable(connection, request.requested_object)).workflow
+        workflow = await editing.find_readable_row(connection, request.requested_object)
         seen = await activity.read_activity(connection, workflow.id)
         last = await run_facts.read_last_decision(connection, workflow.id)
     explained = deployment_explanation.explain_deployment(workflow, seen, last)

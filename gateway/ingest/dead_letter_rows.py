@@ -40,6 +40,8 @@ Row = TypeVar("Row", bound="IntakeRow")
 
 BATCH: Final = 500
 """Rows whose redrive keys are looked up at once."""
+FIRST_BATCH_PAGES: Final = 4
+"""Number of pages that the first batch could fill."""
 FINGERPRINT_LENGTH: Final = 16
 MESSAGE_LENGTH: Final = 200
 _VARIABLE: Final = re.compile(
@@ -80,6 +82,15 @@ class FailedRun:
     total_nodes: int
     created_at: datetime
     ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryKey:
+    """Part of the row of a delivery by which it is selected."""
+
+    id: str
+    workflow_id: str | None
+    created_at: datetime
 
 
 _COLUMNS: Final = [getattr(Execution, field.name) for field in fields(FailedRun)]
@@ -156,19 +167,20 @@ async def find_dead_letters(
 
 async def find_deliveries(
     connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
-) -> OpenRows[Delivery]:
+) -> OpenRows[DeliveryKey]:
     """Return the deliveries after a cursor that the caller may see, that match, and that can be and were not
     redriven.
 
     A redrive is a new attempt to process a delivery; its content must be kept.
     """
-    statement = select(*delivery_rows.LISTED).where(
+    columns = [getattr(Delivery, field.name) for field in fields(DeliveryKey)]
+    statement = select(*columns).where(
         col(Delivery.organization_id) == caller.organization_id,
         *delivery_rows.conditions(wanted),
         *delivery_rows.redrivable_conditions(),
         *delivery_rows.visible_conditions(caller),
     )
-    source = _RowSource(Delivery, statement, col(Delivery.created_at), col(Delivery.id))
+    source = _RowSource(DeliveryKey, statement, col(Delivery.created_at), col(Delivery.id))
     return await _find_open(connection, caller, source, bounds, lambda _: True)
 
 
@@ -249,20 +261,23 @@ async def _find_open(
 async def _read_batches(
     connection: AsyncConnection, source: _RowSource[Row], bounds: KeysetBounds
 ) -> AsyncIterator[tuple[list[Row], bool]]:
-    """Yield batches of 500 rows in the order of `bounds`, each with whether it is the last."""
+    """Yield batches of at most 500 rows in the order of `bounds`, each with whether it is the last."""
+    # Most pages are short, and their rows are found in a short first batch.
+    size = min(FIRST_BATCH_PAGES * bounds.limit, BATCH)
     while True:
         rows = await connection.execute(
             source.statement.where(*bounds.condition(source.created_at, source.item_id))
             .order_by(*bounds.order(source.created_at, source.item_id))
-            .limit(BATCH + 1)
+            .limit(size + 1)
         )
         batch = [source.kind(**row) for row in rows.mappings()]
-        is_last = len(batch) <= BATCH
-        yield batch[:BATCH], is_last
+        is_last = len(batch) <= size
+        yield batch[:size], is_last
         if is_last:
             return
-        behind = PageCursor(bounds.is_descending, batch[BATCH - 1].created_at, batch[BATCH - 1].id)
+        behind = PageCursor(bounds.is_descending, batch[size - 1].created_at, batch[size - 1].id)
         bounds = KeysetBounds(bounds.limit, bounds.is_descending, behind)
+        size = BATCH
 
 
 async def _find_settled(

@@ -79,7 +79,7 @@ class DeadLetterGroups(WireStruct):
     count: int
     """Number of dead letters in all groups."""
     count_is_lower_bound: bool
-    """Whether there may be older ones: the newest 2,000 failed runs are examined."""
+    """Whether there may be older ones: the newest 1,000 are grouped, of at most 2,000 failed runs."""
     oldest_at: Instant | None
     groups: Sequence[DeadLetterGroup]
 
@@ -182,7 +182,7 @@ async def groups(request: GatewayRequest) -> JsonResponse:
     wanted = DeadLetterFilter(
         workflow_id=query[WORKFLOW], trigger_type=query[KIND], since=query[SINCE], until=query[UNTIL]
     )
-    bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=True, cursor=FIRST_PAGE)
+    bounds = KeysetBounds(limits.GROUPED_DEAD_LETTERS, is_descending=True, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
         found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
         names = await dead_letter_rows.read_workflow_names(

@@ -249,7 +249,7 @@ async def export_workflow(request: GatewayRequest) -> JsonResponse:
     stored = await request.gateway.workflow_editor.read(request.requested_object)
     written = await asyncio.to_thread(_encode_document, stored, await request.catalog())
     disposition = f'attachment; filename="{workflow_documents.file_name(stored.workflow)}"'
-    headers = {"Content-Disposition": disposition, **editing.entity_tag(stored)}
+    headers = {"Content-Disposition": disposition, **editing.entity_tag(stored.workflow)}
     return JsonResponse(msgspec.Raw(written), headers=headers)
 
 

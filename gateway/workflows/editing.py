@@ -87,6 +87,17 @@ async def find_readable(connection: AsyncConnection, requested: RequestedObject)
     return stored
 
 
+async def find_readable_row(connection: AsyncConnection, requested: RequestedObject) -> Workflow:
+    """Return the row of the requested workflow, without its graph and shares, which take longer than most questions.
+
+    Raises a 404 error if it is missing or the caller may not read it.
+    """
+    workflow = await workflow_rows.find_workflow_row(connection, requested.id, requested.caller)
+    if workflow is None:
+        raise errors.not_found("workflow")
+    return workflow
+
+
 def require_writer(caller: ApiCaller, workflow: Workflow) -> None:
     """Raise a 403 error unless the caller owns the workflow or is an admin, and so may change, share and delete it."""
     preconditions.require_owner(caller, workflow.owner_id, what="workflow")
@@ -135,7 +146,7 @@ class WorkflowEditor:
                 return done
             before = await find_readable(connection, requested)
             require_writer(caller, before.workflow)
-            preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="workflow")
+            preconditions.require_match(requested.if_match, entity_tag(before.workflow)["ETag"], what="workflow")
             edited = await self.change_in(
                 connection, caller, before, action, change, also=also, anyway=anyway
             )
@@ -272,12 +283,12 @@ class WorkflowEditor:
 
 def answer(stored: StoredWorkflow, value: object, *, status: int = 200) -> JsonResponse:
     """Return a JSON answer with `value`, with the `ETag` of the workflow's revision."""
-    return JsonResponse(value, status=status, headers=entity_tag(stored))
+    return JsonResponse(value, status=status, headers=entity_tag(stored.workflow))
 
 
-def entity_tag(stored: StoredWorkflow) -> dict[str, str]:
+def entity_tag(workflow: Workflow) -> dict[str, str]:
     """Return the `ETag` header of a workflow's revision, for a later `If-Match`."""
-    return {"ETag": f'"{stored.workflow.revision}"'}
+    return {"ETag": f'"{workflow.revision}"'}
 
 
 def content_hash(stored: StoredWorkflow) -> str:

@@ -106,7 +106,7 @@ async def remove(request: GatewayRequest) -> NoContent:
         request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _remove_share(before, user_id)
     )
     _forget_who_may_read(request, edited)
-    return NoContent(editing.entity_tag(edited.after))
+    return NoContent(editing.entity_tag(edited.after.workflow))
 
 
 async def set_visibility(request: GatewayRequest) -> JsonResponse:

@@ -129,14 +129,14 @@ async def index(request: GatewayRequest) -> JsonResponse:
     """List a workflow's versions, the oldest first."""
     part = request.query.page(LIMIT)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request.requested_object)
-        heads = await version_rows.list_versions(connection, stored.workflow.id, part)
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+        heads = await version_rows.list_versions(connection, workflow.id, part)
     listed = VersionList(
-        workflow_id=stored.workflow.id,
-        current_version=stored.workflow.version,
+        workflow_id=workflow.id,
+        current_version=workflow.version,
         versions=[_show_head(head) for head in heads],
     )
-    return editing.answer(stored, listed)
+    return JsonResponse(listed, headers=editing.entity_tag(workflow))
 
 
 async def show(request: GatewayRequest) -> JsonResponse:

@@ -54,7 +54,7 @@ class LogLevelShape(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show the log level of a workflow, and the time until which it holds."""
     async with request.gateway.database.read() as connection:
-        workflow = (await editing.find_readable(connection, request.requested_object)).workflow
+        workflow = await editing.find_readable_row(connection, request.requested_object)
         found = await log_levels.read_log_level(connection, workflow.id)
     return JsonResponse(_show(workflow.id, found))
 

@@ -232,6 +232,9 @@ async def test_a_request_examines_a_bounded_number_of_failed_runs(
     assert [one["executionId"] for one in found] == [wanted]
     groups = await get_json(people.owner, f"{DEAD_LETTERS}/groups")
     assert (groups["count"], groups["countIsLowerBound"]) == (4, True)
+    monkeypatch.setattr(limits, "GROUPED_DEAD_LETTERS", 3)
+    groups = await get_json(people.owner, f"{DEAD_LETTERS}/groups")
+    assert (groups["count"], groups["countIsLowerBound"]) == (3, True)
 
 
 async def test_a_stream_hints_that_something_was_delivered(

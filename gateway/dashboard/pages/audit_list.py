@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 50
+START: Final = "start"
 MAX_USERS: Final = 100
 PATH: Final = "/dashboard/audit"
 FILTERS: Final = ("action", "objectId", "userId", "since", "until")
@@ -24,8 +27,10 @@ async def load(page: PageRequest) -> PageData:
     `ApiError`.
     """
     given = {name: page.query[name] for name in FILTERS if page.query.get(name)}
-    entries = await page.get("/api/v1/audit", **given, limit=LIMIT, offset=page.query.get("offset"))
-    users = await page.get("/api/v1/auth/users", limit=MAX_USERS)
+    entries, users = await asyncio.gather(
+        page.get("/api/v1/audit", **given, limit=LIMIT, after=page.query.get("after", START)),
+        page.get("/api/v1/auth/users", limit=MAX_USERS),
+    )
     return {"entries": entries, "users": users}
 
 
@@ -33,8 +38,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: the entries with their pages, the filters, and addresses within the list."""
     entries = data["entries"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
-    shown = entries["offset"] + len(entries["entries"])
-    is_last = shown >= entries["count"]
+    is_newest = frame.query.get("after", START) == START
     return {
         "title": "Audit",
         "crumbs": (("Audit", ""),),
@@ -42,13 +46,13 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             {**entry, "page": _page_of(frame, entry["objectId"])} for entry in entries["entries"]
         ],
         "count": entries["count"],
-        "first": entries["offset"] + 1,
-        "last": shown,
+        "count_is_lower_bound": entries["countIsLowerBound"],
         "names": {user["id"]: user["name"] or user["email"] for user in data["users"]["users"]},
         "filters": filters,
         "address_of": lambda **changes: list_address(frame, PATH, {**filters, **changes}),
-        "older": "" if is_last else list_address(frame, PATH, {**filters, "offset": str(shown)}),
-        "newest": list_address(frame, PATH, filters) if entries["offset"] else "",
+        "older": list_address(frame, PATH, {**filters, "after": entries["next"]}) if entries["next"] else "",
+        "newest": "" if is_newest else list_address(frame, PATH, filters),
+        "export_query": f"?{urlencode(filters)}" if filters else "",
     }
 
 
