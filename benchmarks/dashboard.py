@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import aiohttp
 import msgspec
 
-from benchmarks import processes, usage
+from benchmarks import dashboard_cost, processes, usage
 from benchmarks.authoring import TimedRequest, sample_requests
 from tests.integration.browser import open_page
 
@@ -52,7 +52,8 @@ SEEN: Final = (
 
 
 async def measure(folder: Path) -> dict[str, float]:
-    """Return paint, shift, latency of updates and load of streams."""
+    """Return paint, shift, latency of updates, load of streams, and the cost of an idle dashboard."""
+    figures = await dashboard_cost.measure(folder)
     async with (
         processes.run_dev(folder) as server,
         open_page(folder / "profile") as page,
@@ -61,7 +62,7 @@ async def measure(folder: Path) -> dict[str, float]:
         ) as client,
     ):
         await _sign_in(page, server)
-        figures = await _measure_streams(server, client)
+        figures |= await _measure_streams(server, client)
         for nodes, slowdown in ((NODES, SLOWDOWN), (LARGE, 1)):
             run_id = await _run_workflow(client, nodes)
             await page.call("Emulation.setCPUThrottlingRate", rate=slowdown)

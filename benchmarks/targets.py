@@ -133,6 +133,8 @@ TARGETS = (
     FigureTarget("dashboard", "2000_nodes_ready_ms", TargetSide.BELOW, 1_000),
     FigureTarget("dashboard", "map_of_2000_nodes_ready_ms", TargetSide.BELOW, 1_000),
     FigureTarget("dashboard", "change_visible_p95_ms", TargetSide.BELOW, 500),
+    FigureTarget("dashboard", "idle_times_off_executions_per_second", TargetSide.AT_LEAST, 0.95),
+    FigureTarget("dashboard", "idle_times_off_cpu_per_run", TargetSide.BELOW, 1.05),
     *_INTAKE,
     FigureTarget("intake", "production_batched_messages_per_second", TargetSide.AT_LEAST, 5_000),
     FigureTarget("intake", "dev_batched_messages_per_second", TargetSide.AT_LEAST, 5_000),
