@@ -32,9 +32,9 @@ PENDING_INPUTS: Final = 1_000
 EXAMINED_RUNS: Final = 5_000
 """Executions that a list with `after` examines to count those that match."""
 EXAMINED_DEAD_LETTERS: Final = 2_000
+"""Failed executions that a list of the dead letters of an organization examines."""
 GROUPED_DEAD_LETTERS: Final = 1_000
 """Newest dead letters that are grouped by cause."""
-"""Failed executions that a list of the dead letters of an organization examines."""
 QUERY_FIELDS: Final = 50
 """Parameters in a query string."""
 SEARCH_LENGTH: Final = 200

@@ -146,7 +146,9 @@ class WorkflowEditor:
                 return done
             before = await find_readable(connection, requested)
             require_writer(caller, before.workflow)
-            preconditions.require_match(requested.if_match, entity_tag(before.workflow)["ETag"], what="workflow")
+            preconditions.require_match(
+                requested.if_match, entity_tag(before.workflow)["ETag"], what="workflow"
+            )
             edited = await self.change_in(
                 connection, caller, before, action, change, also=also, anyway=anyway
             )
