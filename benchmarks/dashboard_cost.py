@@ -1,4 +1,4 @@
-"""Cost of a dashboard that nobody looks at: the path of a run on two servers, one of them with `PILOTFLAME_DASHBOARD=off`."""
+"""Cost of a dashboard without visitors: the path of a run on two servers, one with `PILOTFLAME_DASHBOARD=off`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARM_UP_RUNS: Final = 200
 
 
 async def measure(folder: Path) -> dict[str, float]:
-    """Return the figures of the idle dashboard as multiples of those without one: medians of pairs of neighbors in time."""
+    """Return the figures of an idle dashboard as multiples of those without one: medians of pairs of neighbors."""
     folders = {"off": folder / "off", "idle": folder / "idle"}
     for one in folders.values():
         one.mkdir()
@@ -28,8 +28,8 @@ async def measure(folder: Path) -> dict[str, float]:
             name: await load.install_workflow(server.api, workflows.pure_workflow())
             for name, server in servers.items()
         }
-        for one in installed.values():
-            await load.run_sequentially(one, WARM_UP_RUNS)
+        for workflow in installed.values():
+            await load.run_sequentially(workflow, WARM_UP_RUNS)
         ratios: dict[str, list[float]] = {}
         for number in range(ROUNDS):
             found: dict[str, dict[str, float]] = {}

@@ -43,6 +43,8 @@ class PageRequest:
         self.parameters: Mapping[str, str] = self._scope["path_params"]
         self.asked: list[str] = []
         """Paths with queries that the page has asked for, in order; those of a POST with its body."""
+        self.tags: dict[str, str] = {}
+        """`ETag` of each path whose answer had one, for a later `If-Match`."""
 
     @property
     def query(self) -> dict[str, str]:
@@ -143,6 +145,9 @@ class PageRequest:
         async def send(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
+            tag = dict(message.get("headers", ())).get(b"etag")
+            if tag is not None:
+                self.tags[path] = tag.decode("latin-1")
             pieces.append(message.get("body", b""))
 
         await self._api(scope, receive, send)

@@ -125,7 +125,7 @@ async def find_workflow_row(
     """Return a workflow without its graph and shares; None if it is missing or the caller may not read it."""
     statement = select(Workflow).where(col(Workflow.id) == workflow_id, is_readable_by(caller))
     row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else Workflow(**stored_workflow.move_foreign_settings(row))
+    return None if row is None else Workflow(**stored_workflow.move_foreign_settings({**row}))
 
 
 def _build_workflow(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:

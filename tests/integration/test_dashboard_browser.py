@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -262,3 +263,66 @@ async def test_a_node_is_mended_on_the_page_of_its_workflow(visit: DashboardVisi
     await visit.page.wait_for("!document.querySelector('#config').dataset.before.includes('replace')")
     (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
     assert step["config"] == {"values": {"b": 3}}, "a field that was deleted is gone"
+
+
+async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: DashboardVisit) -> None:
+    page = visit.page
+    await visit.show("/dashboard/runs/{execution_id}?view=map")
+    await page.wait_for(LOADED)
+    width = "Number(document.querySelector('[data-map] svg').getAttribute('width'))"
+    whole = await page.evaluate(width)
+    await page.click("[data-zoom=in]")
+    assert await page.evaluate(width) == round(whole * 1.25)
+    assert await page.evaluate("document.querySelector('[data-zoom=whole]').textContent") == "125 %"
+    await page.evaluate("document.querySelector('[data-card]').focus()")
+    await visit.press("-", "-")
+    assert await page.evaluate(width) == round(whole * 0.85)
+    await visit.show("/dashboard/runs/{execution_id}?view=map&node=lines")
+    await page.wait_for(f"{LOADED} && {width} === {round(whole * 0.85)}")
+    await page.click("[data-zoom=fit]")
+    shown = "document.querySelector('[data-map]').clientWidth"
+    assert await page.evaluate(width) <= await page.evaluate(shown)
+    await page.click("[data-zoom=whole]")
+    assert await page.evaluate(width) == whole
+    assert not visit.take_problems()
+
+
+async def test_two_changes_of_a_node_are_merged_by_path(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(name="Changed twice", status="active", **GRAPH)
+    path = f"/api/v1/workflows/{workflow_id}/nodes/step"
+    await owner.api.put(path, json={"config": {"values": {"a": 1, "b": 1, "c": 1}}})
+    await page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step", LOADED)
+
+    async def save(values: dict[str, int]) -> None:
+        await page.evaluate(f"document.querySelector('#config').value = '{json.dumps({'values': values})}'")
+        await page.evaluate(
+            "document.querySelector('#config').dispatchEvent(new Event('input', {bubbles: true}))"
+        )
+        await page.click("#node form button[type=submit]")
+
+    async def read_values() -> object:
+        (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
+        return step["config"]["values"]
+
+    # Another node or the name has changed: nothing to choose.
+    await owner.api.put(f"/api/v1/workflows/{workflow_id}", json={"name": "Renamed"})
+    await save({"a": 2, "b": 1, "c": 1})
+    await page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
+    assert await read_values() == {"a": 2, "b": 1, "c": 1}
+
+    # Both have changed `a`, they have changed `b`, and the visitor `c`.
+    await page.evaluate("document.querySelector('#toast').textContent = ''")
+    await owner.api.put(path, json={"config": {"values": {"a": 3, "b": 3, "c": 1}}})
+    await save({"a": 4, "b": 1, "c": 4})
+    await page.wait_for("!document.querySelector('[data-merge]').hidden")
+    assert await read_values() == {"a": 3, "b": 3, "c": 1}, "nothing is overwritten before the choice"
+    rows = "[...document.querySelectorAll('[data-merge] tbody tr')].map(one => one.cells[0].textContent)"
+    assert sorted(await page.evaluate(rows)) == ["values.a", "values.b", "values.c"]
+    assert await page.evaluate("document.querySelectorAll('[data-merge] input').length") == 2
+    assert await visit.find_violations() == []
+    await page.click("[data-side=theirs]")
+    await page.click("[data-merges]")
+    await page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
+    assert await read_values() == {"a": 3, "b": 3, "c": 4}
+    assert not [one for one in visit.take_problems() if "412" not in one]

@@ -50,6 +50,14 @@ FULL = (
     "/sign-in?problem=no-account",
     "/invitation#{invitation}",
 )
+ERRORS = (
+    "/dashboard/deliveries?after=nonsense",
+    "/dashboard/deliveries?route=nonsense",
+    "/dashboard/dead-letters?group=x&workflow_id=" + "x" * 300,
+    "/dashboard/schedule?offset=nonsense",
+    "/dashboard/workflows/wf_missing/trigger",
+)
+"""Pages that the API refuses, for reasons of the address."""
 TRIGGERS: dict[str, tuple[str, dict[str, Any]]] = {
     "queue": ("queue-trigger", {}),
     "email": ("email-trigger", {}),
@@ -135,7 +143,8 @@ async def require_accessible(visit: IntakeVisit, path: str) -> None:
         assert await visit.page.evaluate(RUN_AXE) == [], (path, width, scheme)
         assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
     assert await visit.page.evaluate("document.querySelectorAll('main img, main script').length") == 0
-    problems = [one for one in visit.page.problems if "400 (Bad Request)" not in one]
+    refusals = ("400 (Bad Request)", "404 (Not Found)")
+    problems = [one for one in visit.page.problems if not any(refusal in one for refusal in refusals)]
     assert problems == []
 
 
@@ -143,6 +152,14 @@ async def require_accessible(visit: IntakeVisit, path: str) -> None:
 async def test_full_pages_of_intake_have_no_violation_of_accessibility(visit: IntakeVisit, path: str) -> None:
     await visit.sign_in(visit.people.admin.key)
     await require_accessible(visit, path)
+
+
+async def test_refusals_of_pages_of_intake_have_no_violation_of_accessibility(visit: IntakeVisit) -> None:
+    await visit.sign_in(visit.people.admin.key)
+    for path in ERRORS:
+        await require_accessible(visit, path)
+        assert await visit.page.evaluate("document.querySelector('.banner code') !== null"), path
+    visit.page.problems.clear()  # the browser logs the refusals
 
 
 async def test_empty_pages_of_intake_have_no_violation_of_accessibility(visit: IntakeVisit) -> None:
@@ -226,9 +243,67 @@ async def test_dead_letters_are_redriven_after_their_number_is_typed(visit: Inta
     await page.click(button)
     assert await page.evaluate(f"!document.querySelector({field!r}).checkValidity()")
     await page.fill(field, "2")
+    await page.click("details.confirm[open] [data-first]")
     await page.click(button)
     await page.wait_for("document.querySelector('.empty') !== null")
     assert "2 redriven" in await page.evaluate("document.querySelector('#toast').textContent")
+    assert page.problems == []
+
+
+async def test_dead_letters_are_redriven_at_a_pace_after_the_first_and_stopped(visit: IntakeVisit) -> None:
+    page = visit.page
+    workflow_id = await visit.people.owner.create(**graph_of("queue-trigger", {}))
+    runs = [await enqueue(visit.people.owner, workflow_id, number) for number in range(9)]
+    await fail_alike(visit.harness, runs, "Broken", node_id="step")
+    await visit.sign_in(visit.people.owner.key)
+    await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+    await page.click("details.confirm > summary")
+    await page.fill("details.confirm[open] .input", "9")
+    await page.evaluate("document.querySelector('details.confirm[open] [data-rate]').value = '2'")
+    await page.click("details.confirm[open] button[type=submit]")
+    said = "document.querySelector('[data-progress-text]').textContent"
+    await page.wait_for(f"{said}.includes('it runs')")
+    path = f"/api/v1/dead-letters?workflow_id={workflow_id}&limit=100"
+    left = (await visit.people.owner.api.get(path)).json()["deadLetters"]
+    assert len(left) == 8, "the others wait for the end of the first"
+    async with serve_worker(visit.harness):
+        await page.wait_for(f"{said}.startsWith('3 of 9')")
+        await page.click("[data-stops]")
+        await page.wait_for("document.querySelector('#toast').textContent.includes('redriven')")
+    left = (await visit.people.owner.api.get(path)).json()["deadLetters"]
+    assert 0 < len(left) < 7
+    assert page.problems == []
+
+
+async def test_a_first_redrive_that_fails_ends_the_others(visit: IntakeVisit) -> None:
+    page = visit.page
+    broken = graph_of("queue-trigger", {})
+    broken["nodes"][1] = {"id": "step", "nodeId": "template", "config": {"text": "{{ data.missing }}"}}
+    workflow_id = await visit.people.owner.create(**broken)
+    runs = [await enqueue(visit.people.owner, workflow_id, number) for number in range(3)]
+    await fail_alike(visit.harness, runs, "Broken", node_id="step")
+    await visit.sign_in(visit.people.owner.key)
+    await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+    async with serve_worker(visit.harness):
+        await page.click("details.confirm > summary")
+        await page.fill("details.confirm[open] .input", "3")
+        await page.click("details.confirm[open] button[type=submit]")
+        await page.wait_for("document.querySelector('#toast').textContent.startsWith('The first one')")
+    path = f"/api/v1/dead-letters?workflow_id={workflow_id}"
+    assert len((await visit.people.owner.api.get(path)).json()["deadLetters"]) >= 2
+    assert page.problems == []
+
+
+async def test_dead_letters_are_exported_as_lines_of_json(visit: IntakeVisit) -> None:
+    page = visit.page
+    await visit.sign_in(visit.people.admin.key)
+    await visit.show("/dashboard/dead-letters")
+    await page.evaluate("URL.createObjectURL = (blob => { window.exported = blob.text(); return '#' }); 0")
+    await page.click("[data-exports]")
+    await page.wait_for("document.querySelector('#toast').textContent.endsWith('exported')")
+    lines = (await page.evaluate("window.exported")).splitlines()
+    listed = (await visit.people.admin.api.get("/api/v1/dead-letters?limit=100")).json()["deadLetters"]
+    assert [json.loads(line)["executionId"] for line in lines] == [one["executionId"] for one in listed]
     assert page.problems == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiosqlite
 import pytest
@@ -31,7 +32,8 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 async def test_a_statement_and_its_rows_take_one_call(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, execute = [], aiosqlite.Connection._execute  # noqa: SLF001 - the calls are counted there
+    calls: list[object] = []
+    execute: Any = aiosqlite.Connection._execute  # noqa: SLF001 - the calls are counted there
 
     async def note(connection: aiosqlite.Connection, *arguments: object) -> object:
         calls.append(arguments)

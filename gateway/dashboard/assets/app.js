@@ -93,7 +93,7 @@ async function submit(form, button) {
   buttons.forEach((button) => { button.disabled = true; });
   form.querySelector("[data-problem]")?.setAttribute("hidden", "");
   try {
-    const options = { method, headers: {} };
+    const options = { method, headers: form.dataset.ifMatch ? { "If-Match": form.dataset.ifMatch } : {} };
     if (Object.keys(body).length || form.dataset.sends) {
       options.headers["Content-Type"] = "application/json";
       options.body = JSON.stringify(body);
@@ -101,6 +101,11 @@ async function submit(form, button) {
     const answer = await fetch(root + path, options);
     const text = await answer.text();
     const value = text ? JSON.parse(text) : {};
+    if (answer.status === 412 && form.dataset.node) {
+      const { resolve } = await import("./merge.js");
+      if (await resolve(form, root, say, () => submit(form, button))) await submit(form, button);
+      return;
+    }
     if (!answer.ok) {
       const details = (value.error.details ?? []).map((one) => one.message).filter((one) => one !== value.error.message);
       refuse(form, [value.error.message, ...details].join(" · "));
@@ -108,6 +113,8 @@ async function submit(form, button) {
     }
     delete form.dataset.changed;
     form.closest("dialog")?.close();
+    const tag = answer.headers.get("ETag");
+    if (form.dataset.ifMatch && tag) form.dataset.ifMatch = tag;
     // A form with the focus stays as it is when the page loads itself again.
     for (const field of form.querySelectorAll("[data-before]")) field.dataset.before = field.value;
     const fill = (text, encode) => (text ?? "").replace(/\{(\w+)\}/g, (_, name) => encode(value[name] ?? ""));
@@ -127,10 +134,21 @@ async function submit(form, button) {
   }
 }
 
+async function submitPaced(form, button) {
+  const { run } = await import("./paced.js");
+  button.disabled = true;
+  const end = await run(form, root);
+  button.disabled = false;
+  delete form.dataset.changed;
+  await reload();
+  say(end);
+}
+
 document.addEventListener("submit", (event) => {
   if (event.target.dataset.request) {
     event.preventDefault();
-    submit(event.target, event.submitter);
+    if ("paced" in event.target.dataset) submitPaced(event.target, event.submitter);
+    else submit(event.target, event.submitter);
   }
 });
 // An update of the page keeps what a visitor has typed.
@@ -141,6 +159,10 @@ document.addEventListener("input", (event) => {
 document.addEventListener("change", async (event) => {
   const file = event.target.dataset?.fills ? event.target.files[0] : null;
   if (file) document.getElementById(event.target.dataset.fills).value = await file.text();
+});
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-exports]");
+  if (button) (await import("./exports.js")).save(button, root, say);
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-opens], [data-closes], [data-confirms], [data-copies]");

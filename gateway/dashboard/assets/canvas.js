@@ -42,7 +42,53 @@ function focus(card) {
   card.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
+// The factor of the map stays for the pages of one path, in this tab.
+const ZOOMS = [0.25, 0.35, 0.5, 0.7, 0.85, 1, 1.25, 1.5, 2];
+const place = () => `zoom:${location.pathname}`;
+
+function zoomOf() {
+  return Number(sessionStorage.getItem(place())) || 1;
+}
+
+// Sets the factor of the map; the middle of the view and the height of the frame stay.
+function zoom(factor) {
+  const map = document.querySelector("[data-map]");
+  const drawing = map?.querySelector("svg");
+  if (!drawing) return;
+  const { width, height } = drawing.viewBox.baseVal;
+  const before = drawing.getBoundingClientRect().width / width;
+  const middle = { x: map.scrollLeft + map.clientWidth / 2, y: map.scrollTop + map.clientHeight / 2 };
+  if (factor !== 1) map.style.height = `${map.offsetHeight}px`;
+  drawing.setAttribute("width", Math.round(width * factor));
+  drawing.setAttribute("height", Math.round(height * factor));
+  map.scrollTo(middle.x * factor / before - map.clientWidth / 2, middle.y * factor / before - map.clientHeight / 2);
+  document.querySelector("[data-zoom=whole]").textContent = `${Math.round(factor * 100)} %`;
+  sessionStorage.setItem(place(), factor);
+}
+
+function step(how) {
+  const map = document.querySelector("[data-map]");
+  if (!map) return;
+  const { width, height } = map.querySelector("svg").viewBox.baseVal;
+  const now = zoomOf();
+  if (how === "in") zoom(ZOOMS.find((one) => one > now + 0.01) ?? now);
+  else if (how === "out") zoom(ZOOMS.findLast((one) => one < now - 0.01) ?? now);
+  else if (how === "fit") zoom(Math.max(Math.min((map.clientWidth - 4) / width, map.clientHeight / height, 1), ZOOMS[0]));
+  else zoom(1);
+}
+
+// An update of the page draws the map at its own size.
+export function keepZoom() {
+  if (zoomOf() !== 1) zoom(zoomOf());
+}
+
+const ZOOM_KEYS = { "+": "in", "=": "in", "-": "out", 0: "whole" };
+
 export function watchCanvas() {
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !event.target.closest?.("[data-map]")) return;
+    if (event.key in ZOOM_KEYS) step(ZOOM_KEYS[event.key]);
+  });
   document.addEventListener("keydown", (event) => {
     if (!event.key.startsWith("Arrow") || event.ctrlKey || event.metaKey || event.altKey) return;
     const card = event.target.closest?.("[data-card]");
@@ -50,6 +96,11 @@ export function watchCanvas() {
     if (card) event.preventDefault();
     if (found) focus(found);
   });
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("[data-zoom]");
+    if (button) step(button.dataset.zoom);
+  });
+  keepZoom();
   document.addEventListener("click", (event) => {
     const overview = event.target.closest?.("[data-overview]");
     if (!overview) return;

@@ -1,3 +1,5 @@
+import { keepZoom } from "./canvas.js";
+
 // Updates: hints of one event stream per tab make the page load itself again; the answer changes it in place.
 const COALESCE_MS = 250;
 const AGES_MS = 10_000;
@@ -67,6 +69,7 @@ export async function reload({ takesNewRows = true } = {}) {
           beforeAttributeUpdated: (name, node) => !(name === "open" && node.matches("details")),
         },
       });
+      keepZoom();
       document.title = page.title;
       document.querySelector(".live").dataset.topics = page.querySelector(".live")?.dataset.topics ?? "";
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -90,6 +91,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for kind, label in KINDS
         ],
         "filters": filters,
+        "export_query": f"?{urlencode(filters)}" if filters else "",
         "may_run": frame.may("workflows:execute"),
         "may_discard": frame.may("workflows:write"),
         "labels": {node["id"]: node.get("label") for node in (data["workflow"] or {}).get("nodes", ())},

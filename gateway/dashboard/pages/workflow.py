@@ -69,6 +69,7 @@ async def load(page: PageRequest) -> PageData:
     trigger = (found.pop("last_run", None) or {}).get("trigger")
     return {
         "workflow": workflow,
+        "tag": page.tags.get(path, ""),
         "runs": runs,
         "deliveries": None,
         "dead_letters": None,

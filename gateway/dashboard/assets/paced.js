@@ -1,0 +1,63 @@
+// Redrive of many dead letters at a pace: the first one alone if wanted, then some each second, with progress and a stop.
+// It goes on while the page is open; what is left stays in the list.
+const post = async (address, body) => {
+  const answer = await fetch(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  const value = await answer.json();
+  if (!answer.ok) throw new Error(value.error.message);
+  return value;
+};
+
+async function endsWell(root, id) {
+  for (;;) {
+    const answer = await fetch(`${root}/api/v1/executions/${encodeURIComponent(id)}/progress?wait=30`);
+    if (!answer.ok) return false;
+    const { status } = await answer.json();
+    if (["completed", "failed", "stopped", "cancelled"].includes(status)) return status === "completed";
+  }
+}
+
+// Returns how it ended, as a sentence.
+export async function run(form, root) {
+  const address = root + form.dataset.request.split(" ")[1];
+  const sends = JSON.parse(form.dataset.sends);
+  const [bar, said, stop] = ["progress", "[data-progress-text]", "[data-stops]"].map((one) => form.querySelector(one));
+  const each = Number(form.querySelector("[data-rate]").value);
+  let isStopped = false;
+  let [done, failed] = [0, 0];
+  const count = () => `${done} of ${bar.max} redriven, ${failed} refused`;
+  const show = (more = "") => {
+    bar.value = done + failed;
+    said.textContent = count() + more;
+  };
+  const take = async (limit) => {
+    const answer = await post(address, { ...sends, limit });
+    done += answer.redriven;
+    failed += answer.failed;
+    show();
+    return answer;
+  };
+  form.dataset.changed = "";
+  form.querySelector("[data-progress]").hidden = false;
+  stop.hidden = false;
+  stop.onclick = () => { isStopped = true; };
+  try {
+    if (form.querySelector("[data-first]").checked) {
+      const { executionIds } = await take(1);
+      show(": it runs");
+      if (!executionIds.length || !(await endsWell(root, executionIds[0]))) {
+        return "The first one did not complete: nothing else was redriven";
+      }
+    }
+    while (!isStopped) {
+      const started = performance.now();
+      const answer = await take(each);
+      if (!answer.redriven || !answer.remaining) break;
+      if (each < 1_000) await new Promise((resolve) => { setTimeout(resolve, Math.max(1_000 - (performance.now() - started), 0)); });
+    }
+    return count() + (isStopped ? ". Stopped: the others stay here" : "");
+  } catch (problem) {
+    return `${count()}. ${problem.message}`;
+  } finally {
+    stop.hidden = true;
+  }
+}
