@@ -43,5 +43,5 @@ class CallbackUrls:
         """Return the headers that sign a request; raises `NodeError` if the organization has no signing secret."""
         signature = await until_available(lambda: self._signer.sign(caller.organization_id, message_id, body))
         if signature is None:
-            raise NodeError(message_signer.NO_SECRET, code="no-signing-secret")
+            raise NodeError(message_signer.UNSIGNED, code="no-signing-secret")
         return signature

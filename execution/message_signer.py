@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-NO_SECRET: Final = "The organization has no signing secret: POST /api/v1/auth/signing-secret creates one"  # noqa: S105 - a message
+UNSIGNED: Final = (
+    "The organization has no signing secret: `pilotflame signing-secret replace`, or POST"
+    " /api/v1/auth/signing-secret, creates one"
+)
 
 
 class MessageSigner:

@@ -101,7 +101,7 @@ class WebhookSender:
         """
         signature = await self._signer.sign(organization_id, message_id, body)
         if signature is None:
-            return WebhookFailure(message_signer.NO_SECRET)
+            return WebhookFailure(message_signer.UNSIGNED)
         try:
             response = await self._http.request(
                 "POST",

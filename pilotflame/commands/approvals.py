@@ -23,9 +23,22 @@ COLUMNS = {
 
 
 @app.command("list")
-def list_questions(output: FormatOption = OutputFormat.TABLE) -> None:
-    """List the questions that the key may answer."""
-    show_list(connect().approvals.list()["inputs"], output, COLUMNS, key="executionId")
+def list_questions(
+    execution: Annotated[
+        str | None, Option(help="Questions of this execution, also those of others.", show_default="all")
+    ] = None,
+    output: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """List the questions that the key may answer, or all of one execution."""
+    client = connect()
+    if execution is None:
+        show_list(client.approvals.list()["inputs"], output, COLUMNS, key="executionId")
+        return
+    found = client.executions.pending_inputs(execution)["inputs"]
+    shown = [{**one, "executionId": execution} for one in found]
+    show_list(
+        shown, output, {name: COLUMNS[name] for name in COLUMNS if name != "Workflow"}, key="executionId"
+    )
 
 
 @app.command("answer")

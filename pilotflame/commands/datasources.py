@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -123,6 +123,24 @@ def unshare_source(
 ) -> None:
     """Take the permission back."""
     connect().datasources.unshare(find_source(source), user)
+
+
+@app.command("guests")
+def list_guests(source: SourceArgument, output: FormatOption = OutputFormat.TABLE) -> None:
+    """List the users who may use a data source by a share."""
+    found = connect().datasources.shares(find_source(source))["sharedWith"]
+    show_list(found, output, {"User": "userId", "Since": "sharedAt"}, key="userId")
+
+
+@app.command("visibility")
+def set_visibility(
+    source: SourceArgument,
+    visibility: Annotated[
+        Literal["public", "private"], Argument(metavar="VISIBILITY", help="public or private.")
+    ],
+) -> None:
+    """Let everybody in the organization use a data source, or only its owner, admins and guests."""
+    connect().datasources.set_visibility(find_source(source), is_public=visibility == "public")
 
 
 def find_source(id_or_name: str) -> str:

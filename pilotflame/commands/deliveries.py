@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from pilotflame.commands.arguments import AllOption, LimitOption, WorkflowArgument
+from pilotflame.commands.arguments import AllOption, LimitOption
 from pilotflame.commands.nouns import new_noun
 from pilotflame.commands.output import FormatOption, OutputFormat, show_list, show_object, take
 from pilotflame.commands.server_connection import connect
@@ -26,7 +26,12 @@ DeliveryArgument = Annotated[str, Argument(metavar="DELIVERY", help="Id of the d
 
 @app.command("list")
 def list_deliveries(
-    workflow: WorkflowArgument,
+    workflow: Annotated[
+        str | None,
+        Argument(
+            metavar="[WORKFLOW]", help="Id or exact name of a workflow. Default: all.", show_default=False
+        ),
+    ] = None,
     outcome: Annotated[
         str | None, Option(help="accepted, duplicate, rejected, deferred or shed.", show_default="all")
     ] = None,
@@ -34,10 +39,10 @@ def list_deliveries(
     every: AllOption = False,
     output: FormatOption = OutputFormat.TABLE,
 ) -> None:
-    """List the newest inbound requests of a workflow."""
+    """List the newest inbound requests, of one workflow or of the organization."""
     client = connect()
-    path = f"/api/v1/workflows/{client.workflows.find(workflow)}/deliveries"
-    found = client.iterate(path, "deliveries", {"outcome": outcome}, has_cursor=True)
+    whose = "" if workflow is None else f"/workflows/{client.workflows.find(workflow)}"
+    found = client.iterate(f"/api/v1{whose}/deliveries", "deliveries", {"outcome": outcome}, has_cursor=True)
     show_list(take(found, limit, all_items=every), output, COLUMNS)
 
 

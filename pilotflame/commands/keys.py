@@ -43,6 +43,10 @@ def create_key(
         list[str] | None, Option(help="Scope of the key; repeat the option for several. Default: all.")
     ] = None,
     days: Annotated[int | None, Option(min=1, help="Days until the key expires. Default: never.")] = None,
+    node_type: Annotated[
+        list[str] | None,
+        Option(help="Node type that a worker with the key may perform, or acme/*; may be repeated."),
+    ] = None,
 ) -> None:
     """Create an API key and print it; it can't be shown again.
 
@@ -54,9 +58,11 @@ def create_key(
         client = connect()
         expires = None if lifetime is None else (datetime.now(UTC) + lifetime).isoformat(timespec="seconds")
         scopes = scope or client.server.whoami()["scopes"]
-        fields = {"name": name, "scopes": scopes, "expiresAt": expires}
+        fields = {"name": name, "scopes": scopes, "expiresAt": expires, "nodeTypes": node_type or None}
         typer.echo(client.request("POST", "/api/v1/auth/keys", fields=fields, is_keyed=True)["key"])
         return
+    if node_type:
+        raise CommandError("--node-type needs the API: leave out --user")
     from models.access import ALL_KEY_SCOPES, KeyScope
     from pilotflame import accounts
 

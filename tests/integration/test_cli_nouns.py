@@ -64,6 +64,7 @@ def test_a_run_is_started_answered_watched_cancelled_and_stopped(shell: CommandS
     assert (timed_out.returncode, timed_out.stdout) == (6, "")
     assert f"{first} had not ended after 0.2 s" in timed_out.stderr
     assert first in shell.output("approvals", "list", "-o", "name").splitlines()
+    assert shell.output("approvals", "list", "--execution", first, "-o", "name") == first
     answered = shell.json("approvals", "answer", first, "ask", "--choice", "yes")
     assert answered["nodeId"] == "ask"
     watched = shell.run("runs", "watch", first)
@@ -193,6 +194,69 @@ def test_workflows_are_versioned_shared_copied_and_deleted(shell: CommandShell) 
     assert "workflow.deleted" in shell.output("audit", "list", "--object", copy)
 
 
+def test_people_are_invited_and_the_signing_secret_is_replaced(shell: CommandShell) -> None:
+    link = shell.output("invitations", "create", "mira@example.com", "--role", "viewer", "--days", "2")
+    assert "/invitation" in link
+    (listed,) = shell.json("invitations", "list", "-o", "json")
+    assert (listed["email"], listed["role"], link in str(listed)) == ("mira@example.com", "viewer", False)
+    shell.output("invitations", "revoke", listed["id"])
+    assert "revoked" in shell.output("invitations", "list")
+    assert "not-found" in shell.run("signing-secret", "get").stderr
+    first = shell.output("signing-secret", "replace")
+    assert (first.startswith("whsec_"), shell.json("signing-secret", "get")["hint"] in first) == (True, True)
+    refused = shell.run("signing-secret", "replace")
+    assert (refused.returncode, "--yes" in refused.stderr) == (2, True)
+    assert shell.output("signing-secret", "replace", "--yes") != first
+
+
+def test_dead_letters_of_the_organization_are_grouped_redriven_and_purged(shell: CommandShell) -> None:
+    failing = {"id": "stop", "type": "stop-with-error", "config": {"message": "No"}}
+    shell.apply(chain("Failing", {"id": "start", "type": "queue"}, failing, status="active"))
+    sent = shell.output("queue", "send", "Failing")
+    assert shell.run("runs", "wait", sent).returncode == 5
+    assert sent in shell.output("queue", "dead-letters", "-o", "name").splitlines()
+    assert sent in shell.output("queue", "dead-letters", "Failing", "-o", "name").splitlines()
+    assert shell.output("queue", "dead-letters", "Queued", "-o", "name") == ""
+    (group,) = [
+        one for one in shell.json("queue", "dead-letter-groups", "-o", "json") if one["nodeId"] == "stop"
+    ]
+    assert (group["workflowName"], group["count"]) == ("Failing", 1)
+    assert shell.json("queue", "redrive", "--group", group["id"], "--dry-run")["matched"] == 1
+    refused = shell.run("queue", "redrive")
+    assert (refused.returncode, "--yes" in refused.stderr) == (2, True)
+    again = shell.json("queue", "redrive", "Failing")["executionIds"]
+    assert len(again) == 1
+    assert shell.run("runs", "wait", again[0]).returncode == 5
+    assert shell.json("queue", "purge", "--execution", again[0], "--yes")["purged"] == 1
+    assert shell.output("queue", "dead-letters", "Failing", "-o", "name") == ""
+    assert len(shell.output("deliveries", "list", "-o", "name").splitlines()) >= 2
+
+
+def test_a_task_is_retried_and_cancelled(shell: CommandShell) -> None:
+    shell.output(
+        "nodes", "apply", shell.file("acme_tasks_of_test.py", WORKER.format(version="2.0.0", text="Scales."))
+    )
+    work = {"id": "work", "type": "acme/resize", "config": {"image": "a.png"}}
+    shell.apply(chain("Tasks", {"id": "start", "type": "manual"}, work))
+    run = shell.output("runs", "start", "Tasks")
+    task = ""
+    for _ in range(100):
+        task = shell.output("tasks", "list", "--execution", run, "-o", "name")
+        if task:
+            break
+    assert f"{task} is ready" in shell.run("tasks", "retry", task).stderr
+    assert f"{task} is cancelled" in shell.run("tasks", "cancel", task).stderr
+    assert shell.run("runs", "wait", run).returncode == 5
+    refused = shell.run("tasks", "retry", task)
+    assert (refused.returncode, f"resume or replay the execution {run}" in refused.stderr) == (1, True)
+
+
+def test_a_key_of_a_worker_names_its_node_types(shell: CommandShell) -> None:
+    shell.output("keys", "create", "--name", "worker", "--scope", "tasks:work", "--node-type", "acme/*")
+    (found,) = [one for one in shell.json("keys", "list", "-o", "json") if one["name"] == "worker"]
+    assert found["nodeTypes"] == ["acme/*"]
+
+
 def test_secrets_of_data_sources_come_from_variables_or_standard_input(shell: CommandShell) -> None:
     created = shell.run(
         *("datasources", "create", "Orders", "--type", "http-bearer", "--secret-env", "token=MY_TOKEN"),
@@ -210,6 +274,9 @@ def test_secrets_of_data_sources_come_from_variables_or_standard_input(shell: Co
     )
     assert changed.returncode == 0, changed.stderr
     assert shell.json("datasources", "get", "Orders")["settings"]["hosts"] == ["example.com"]
+    shell.output("datasources", "visibility", "Orders", "public")
+    assert shell.json("datasources", "get", "Orders")["isPublic"]
+    assert shell.output("datasources", "guests", "Orders", "-o", "name") == ""
     shell.output("datasources", "delete", "Orders", "--yes")
     assert shell.run("datasources", "get", "Orders").returncode == 1
 
