@@ -33,6 +33,9 @@ class TaskServerDouble:
         """Number of next answers that are never sent."""
         self.blobs: dict[str, Any] = {}
         self.node_types: list[Mapping[str, Any]] = []
+        self.refused_text: str | None = None
+        """Text for which whole reports are refused."""
+        self.largest_report = 0
 
     def add(self, task_id: str, node_type: str = "acme/work", **fields: Any) -> None:  # noqa: ANN401 - any JSON
         """Make a task ready."""
@@ -122,13 +125,21 @@ def run_task_server() -> Iterator[TaskServerDouble]:
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
+            if self.path.endswith("/report"):
+                double.largest_report = max(double.largest_report, length)
+            if double.refused_text is not None and double.refused_text in json.dumps(body):
+                self._send(400, {"error": {"code": "malformed-json", "message": "no JSON"}})
+                return
             answer = double.answer(self.path, body, dict(self.headers))
             if double.lose_answers > 0:
                 double.lose_answers -= 1
                 self.close_connection = True
                 return
+            self._send(200, answer)
+
+        def _send(self, status: int, answer: object) -> None:
             sent = json.dumps(answer).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(sent)))
             self.end_headers()

@@ -253,7 +253,7 @@ def test_a_wrong_configuration_names_the_setting(
 
 def test_the_sdk_has_one_dependency_and_loads_nothing_of_the_server() -> None:
     allowed = {*sys.stdlib_module_names, "httpx2", "pilotflame_sdk"}
-    optional = {"msgspec", "pydantic", "pytest", "typing_extensions"}
+    optional = {"msgspec", "opentelemetry", "pydantic", "pytest", "typing_extensions"}
     for path in SDK.rglob("*.py"):
         # The syntax of the oldest supported version.
         for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 10))):

@@ -291,6 +291,64 @@ async def test_progress_and_checkpoints_reach_the_server_while_a_function_runs(
     assert (line["level"], line["message"]) == ("warning", "began after {'tile': 2}")
 
 
+async def test_a_report_that_is_refused_fails_its_own_task_alone(server: TaskServerDouble) -> None:
+    worker, all_run = new_worker(server, slots=4), threading.Barrier(4)
+    server.refused_text = "poison"
+
+    @worker.node("acme/work", "1.0.0")
+    def work(task: Task) -> Any:  # noqa: ANN401 - any output
+        all_run.wait(30)
+        if task.id == "logs":
+            task.log("poison")
+        return {"text": "poison" if task.id == "bad" else "good"}
+
+    for name in ("bad", "logs", "good", "also"):
+        server.add(name)
+    async with serving(worker):
+        found = {name: await asyncio.to_thread(server.end, name) for name in ("bad", "logs", "good", "also")}
+    assert [found[name]["kind"] for name in ("logs", "good", "also")] == ["complete"] * 3
+    assert (found["bad"]["error"]["code"], found["bad"]["retry"]) == ("report-refused", False)
+
+
+async def test_many_outputs_are_reported_in_several_parts(server: TaskServerDouble) -> None:
+    worker, all_run = new_worker(server, slots=40), threading.Barrier(40)
+
+    @worker.node("acme/work", "1.0.0")
+    def work() -> Any:  # noqa: ANN401 - any output
+        all_run.wait(30)
+        return "x" * 250_000
+
+    for number in range(40):
+        server.add(f"t{number}")
+    async with serving(worker):
+        for number in range(40):
+            assert (await asyncio.to_thread(server.end, f"t{number}"))["kind"] == "complete"
+    assert 1_000_000 < server.largest_report < 5_000_000
+
+
+@pytest.mark.parametrize("is_process", [False, True], ids=["thread", "process"])
+async def test_values_that_json_cannot_hold_fail_where_they_are_given(
+    server: TaskServerDouble, *, is_process: bool
+) -> None:
+    worker = new_worker(server)
+    worker.node("acme/work", "1.0.0", process=is_process)(worker_nodes.give_odd_values)
+    server.add("t")
+    async with serving(worker):
+        found = await asyncio.to_thread(server.end, "t")
+    assert found["error"] == {
+        "code": "odd",
+        "message": "TypeError ValueError ValueError ValueError ValueError",
+    }
+    # The next attempt gets the checkpoint as it was set, although this one has failed at once.
+    assert [one["kind"] for one in server.items] in (
+        ["log", "heartbeat", "fail"],
+        ["heartbeat", "log", "fail"],
+    )
+    assert [one["checkpoint"] for one in server.items if "checkpoint" in one] == [{"done": [1]}]
+    (line,) = [line["message"] for item in server.items if item["kind"] == "log" for line in item["lines"]]
+    assert line == "a?b"
+
+
 async def test_a_blocked_loop_is_logged_with_its_place(
     server: TaskServerDouble, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pilotflame_sdk import Task
+from pilotflame_sdk import Task, TaskError
 
 
 @dataclass
@@ -34,3 +35,25 @@ def hang() -> None:
 def die() -> None:
     """Die as a crash would."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def give_odd_values(task: Task) -> None:
+    """Give values that no report can hold, and fail with the names of their errors."""
+    found = []
+    calls: list[Callable[[], object]] = [
+        lambda: setattr(task, "checkpoint", object()),
+        lambda: setattr(task, "checkpoint", float("nan")),
+        lambda: setattr(task, "checkpoint", "x" * 70_000),
+        lambda: task.progress(float("inf")),
+        lambda: TaskError("later", "Later.", retry=-1),
+    ]
+    for call in calls:
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            found.append(type(error).__name__)
+    done = {"done": [1]}
+    task.checkpoint = done
+    done["done"].append(2)  # The checkpoint stays as it was set.
+    task.log("a\udc80b")
+    raise TaskError("odd", " ".join(found), retry=False)

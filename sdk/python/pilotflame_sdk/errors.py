@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+
+LONGEST_RETRY_SECONDS: Final = 86_400
 
 
 class PilotflameError(Exception):
@@ -110,6 +112,8 @@ class TaskError(PilotflameError):
 
     def __init__(self, code: str, message: str, *, retry: bool | float = True) -> None:
         super().__init__(f"{message} ({code})")
+        if not isinstance(retry, bool) and not 0 <= retry <= LONGEST_RETRY_SECONDS:
+            raise ValueError(f"retry is True, False or 0 to {LONGEST_RETRY_SECONDS:,} seconds, not {retry}")
         self.code = code
         self.message = message
         self.retry = retry

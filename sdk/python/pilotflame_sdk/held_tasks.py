@@ -15,6 +15,8 @@ FIRST_REPORT_SECONDS: Final = 2.0
 PROGRESS_SECONDS: Final = 1.0
 MAX_ITEMS: Final = 200
 MAX_LINES: Final = 200
+MAX_REPORT_BYTES: Final = 4_000_000
+"""Size from which a report takes no more tasks: the server accepts 10 MB, and one task adds 4 MB at most."""
 FINAL_KINDS: Final = frozenset({"complete", "fail", "release"})
 
 
@@ -31,6 +33,8 @@ class HeldTask:
     """Begin of the last request that has renewed the lease, by the monotonic clock."""
     is_acknowledged: bool = False
     reported: Mapping[str, Any] | None = None
+    output_bytes: int = 0
+    """Size of the output in the final report."""
     told_at: float = 0.0
     on_end: list[Callable[[], None]] = field(default_factory=list)
     """Calls that end the function: for a coroutine or a process."""
@@ -116,6 +120,14 @@ class HeldTasks:
                 self._running -= 1
             self.changed.notify_all()
 
+    def replace_report(self, task_id: str, report: Mapping[str, Any]) -> None:
+        """Note another final report, in place of one that the server does not take."""
+        with self.changed:
+            held = self._tasks.get(task_id)
+            if held is not None:
+                held.reported = report
+            self.changed.notify_all()
+
     def list_running(self) -> list[HeldTask]:
         """Return the tasks whose functions run."""
         with self.changed:
@@ -153,11 +165,14 @@ class HeldTasks:
         with self.changed:
             self._is_urgent = False
             items: list[Mapping[str, Any]] = []
-            is_due = False
+            is_due, size = False, 0
             for held in self._tasks.values():
-                if len(items) >= MAX_ITEMS:
+                if len(items) >= MAX_ITEMS or size >= MAX_REPORT_BYTES:
                     break
-                items += _items_of(held, now)
+                added = list(_items_of(held, now))
+                size += held.output_bytes if held.reported is not None else 0
+                size += sum(len(line["message"]) for one in added for line in one.get("lines", ()))
+                items += added
                 is_due = is_due or held.report_due <= now
             if not items and not is_due:
                 return [], [], None
@@ -214,7 +229,8 @@ def _items_of(held: HeldTask, now: float) -> Iterable[Mapping[str, Any]]:
         for start in range(0, len(lines), MAX_LINES):
             yield {**name, "kind": "log", "lines": lines[start : start + MAX_LINES]}
         news = held.task.take_news()
-        if news and held.reported is None:
+        # The checkpoint of an attempt that has failed is for the next one.
+        if news and (held.reported is None or held.reported["kind"] != "complete"):
             yield {**name, "kind": "heartbeat", **news}
     if held.reported is not None:
         yield {**name, **held.reported}

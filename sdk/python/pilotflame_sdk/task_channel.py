@@ -15,8 +15,9 @@ from typing import Any, Final
 from uuid import uuid4
 
 from pilotflame_sdk.errors import APIError, PilotflameError, TransportError
-from pilotflame_sdk.held_tasks import HeldTask, HeldTasks
+from pilotflame_sdk.held_tasks import FINAL_KINDS, HeldTask, HeldTasks
 from pilotflame_sdk.retries import RetryPolicy
+from pilotflame_sdk.tasks import plain_text
 from pilotflame_sdk.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ MAX_CLAIM: Final = 100
 FILL_SECONDS: Final = 0.005
 """Time for which a claim waits for more free slots, so that short tasks are claimed in batches."""
 LONGEST_PAUSE: Final = 5.0
+MAX_REASON: Final = 1_000
 LEASE_HEADER: Final = "X-Task-Lease"
 TEMPORARY: Final = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -174,12 +176,24 @@ class TaskChannel:
                 self._held.wait_for_report()
                 items, ids, claimed = self._held.build_report()
                 while (items or ids) and not self._closing.is_set():
-                    if self._report(server, items, ids, claimed):
+                    if self._report_safely(server, items, ids, claimed):
                         pause = 0.1
                         break
                     self._held.end_overdue()
                     self._closing.wait(pause)
                     pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _report_safely(
+        self, server: Transport, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
+    ) -> bool:
+        """Send a report like `_report`. An unexpected error gives the items up: without this thread, all leases end."""
+        try:
+            return self._report(server, items, ids, claimed)
+        except Exception:
+            log.exception("a report could not be sent")
+            for item in items:
+                self._give_up(item, "The report could not be sent: see the log of the worker")
+            return True
 
     def _report(
         self, server: Transport, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
@@ -196,14 +210,25 @@ class TaskChannel:
             if error.status in TEMPORARY:
                 log.warning("reports wait for the server: %s", error)
                 return False
-            # The server takes none of these reports: repeating them would keep all others back.
+            if len(items) > 1:
+                # One of them is at fault: the others must arrive.
+                return all(self._report(server, [one], ids, claimed) for one in items)
             log.exception("the server refuses a report")
-            self._held.take_results(items, (), [{"id": one["id"], "status": "lost"} for one in items], begun)
+            for item in items:
+                self._give_up(item, str(error))
             return True
         for item, result in self._held.take_results(items, ids, answer["results"], begun):
             error_text = result.get("error") or {}
             log.error("task %s: %s %s", item["id"], error_text.get("code"), error_text.get("message"))
         return True
+
+    def _give_up(self, item: Mapping[str, Any], reason: str) -> None:
+        """Fail the task whose final report can't be sent, once; other items are left out."""
+        if item["kind"] == "complete":
+            error = {"code": "report-refused", "message": plain_text(reason, MAX_REASON)}
+            self._held.replace_report(str(item["id"]), {"kind": "fail", "error": error, "retry": False})
+        elif item["kind"] in FINAL_KINDS:
+            self._held.take_results([item], (), [{"id": item["id"], "status": "lost"}], time.monotonic())
 
     # ── large values ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -220,6 +245,7 @@ class TaskChannel:
         """Return the output of a report; a large one is sent apart. Raises `TypeError` for a value that is no JSON."""
         size = len(json.dumps(output, allow_nan=False))
         if size <= INLINE_BYTES:
+            held.output_bytes = size
             return output
         with self._connect() as server:
             headers = {LEASE_HEADER: held.lease}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pilotflame_sdk import schemas, trace_context
 from pilotflame_sdk.errors import PilotflameError, TaskCancelled, TaskError
-from pilotflame_sdk.tasks import CURRENT_TASK, PortOutput, Task
+from pilotflame_sdk.tasks import CURRENT_TASK, PortOutput, Task, plain_text
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 RELEASE: Final[Mapping[str, Any]] = {"kind": "release"}
 OUTPUT: Final = "output"
 MAX_MESSAGE: Final = 2_000
+MAX_CODE: Final = 64
 WATCH_SECONDS: Final = 0.2
 
 
@@ -70,8 +71,8 @@ def fail(error: BaseException, task: Task) -> Mapping[str, Any]:
     return {"kind": "fail", "error": _error("exception", f"{type(error).__name__}: {error}"), "retry": True}
 
 
-def _error(code: str, message: str) -> Mapping[str, str]:
-    return {"code": code, "message": message[:MAX_MESSAGE]}
+def _error(code: object, message: object) -> Mapping[str, str]:
+    return {"code": plain_text(code, MAX_CODE), "message": plain_text(message, MAX_MESSAGE)}
 
 
 class TaskExecutor:
@@ -183,7 +184,7 @@ class TaskExecutor:
                 process.join()
                 raise TaskError("process-died", f"The process ended with code {process.exitcode}") from None
             if name == "progress":
-                task.progress(*value)
+                task.progress(**value)
             elif name == "checkpoint":
                 task.checkpoint = value
             elif name == "log":
@@ -204,20 +205,11 @@ class _ProcessTask(Task):
         super().__init__(fields)
         self._pipe = pipe
 
-    def progress(self, done: float, total: float | None = None, message: str = "") -> None:
-        self._pipe.send(("progress", (done, total, message)))
-
     def log(self, message: str, level: str = "info") -> None:
-        self._pipe.send(("log", (message, level)))
+        self._pipe.send(("log", (str(message), level)))
 
-    @property
-    def checkpoint(self) -> Any:  # noqa: ANN401 - any JSON
-        return self._checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, value: Any) -> None:  # noqa: ANN401 - any JSON
-        self._checkpoint = value
-        self._pipe.send(("checkpoint", value))
+    def _note(self, name: str, value: Any) -> None:  # noqa: ANN401 - any JSON
+        self._pipe.send((name, value))
 
 
 def _work_in_process(

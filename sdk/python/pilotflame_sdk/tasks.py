@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -11,11 +13,15 @@ from datetime import datetime, timezone
 from typing import Any, Final, Generic, TypeVar
 
 from pilotflame_sdk.errors import LeaseLost, TaskCancelled
+from pilotflame_sdk.schemas import to_json
 
 T = TypeVar("T")
 
 CURRENT_TASK: ContextVar[Task | None] = ContextVar("pilotflame_task", default=None)
 LEVELS: Final = frozenset({"debug", "info", "warning", "error"})
+MAX_CHECKPOINT_BYTES: Final = 65_536
+MAX_LINE_CHARACTERS: Final = 20_000
+MAX_PROGRESS_CHARACTERS: Final = 500
 
 
 @dataclass(frozen=True)
@@ -84,28 +90,46 @@ class Task:
             self.progress(done, known, message)
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
-        """Report progress; the server shows the last one, at most one a second is sent."""
-        with self._lock:
-            self._news["progress"] = {"done": done, "total": total, "message": message}
+        """Report progress; the server shows the last one, at most one a second is sent.
+
+        Raises `TypeError` and `ValueError` for values that are no finite numbers.
+        """
+        shown = plain_text(message, MAX_PROGRESS_CHARACTERS)
+        self._note(
+            "progress",
+            {"done": _number(done), "total": None if total is None else _number(total), "message": shown},
+        )
 
     @property
     def checkpoint(self) -> Any:  # noqa: ANN401 - any JSON
         """Value for the next attempt, such as the last item done: JSON of at most 64 kB.
 
-        An attempt begins with the checkpoint of the one before, or with None.
+        An attempt begins with the checkpoint of the one before, or with None. Setting it raises `TypeError` and
+        `ValueError` for a value that is no JSON, or too large.
         """
         return self._checkpoint
 
     @checkpoint.setter
     def checkpoint(self, value: Any) -> None:  # noqa: ANN401 - any JSON
+        # A copy: the function may go on with the value while a report is sent.
+        encoded = json.dumps(to_json(value), allow_nan=False)
+        if len(encoded) > MAX_CHECKPOINT_BYTES:
+            raise ValueError(f"A checkpoint has at most {MAX_CHECKPOINT_BYTES:,} bytes, not {len(encoded):,}")
+        self._checkpoint = value
+        self._note("checkpoint", json.loads(encoded))
+
+    def _note(self, name: str, value: Any) -> None:  # noqa: ANN401 - any JSON
+        """Keep progress or a checkpoint for the next report."""
         with self._lock:
-            self._checkpoint = self._news["checkpoint"] = value
-        self._changed()
+            self._news[name] = value
+        if name == "checkpoint":
+            self._changed()
 
     def log(self, message: str, level: str = "info") -> None:
         """Write a line to the log of the execution: `debug`, `info`, `warning` or `error`."""
         at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = {"level": level if level in LEVELS else "info", "at": at, "message": message}
+        text = plain_text(message, MAX_LINE_CHARACTERS)
+        line = {"level": level if level in LEVELS else "info", "at": at, "message": text}
         with self._lock:
             self._lines.append(line)
 
@@ -136,6 +160,19 @@ class Task:
         with self._lock:
             lines, self._lines = self._lines, []
             return lines
+
+
+def plain_text(value: object, most: int) -> str:
+    """Return a text that JSON can hold, cut to a number of characters: names of files may have lone surrogates."""
+    return str(value)[:most].encode("utf-8", "replace").decode()
+
+
+def _number(value: Any) -> float:  # noqa: ANN401 - also numbers of numpy
+    """Return a number as JSON has it; raises `TypeError` and `ValueError`."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is no progress: use finite numbers")
+    return int(number) if number.is_integer() else number
 
 
 class TaskLogHandler(logging.Handler):

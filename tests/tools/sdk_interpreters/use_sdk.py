@@ -51,7 +51,6 @@ def add_in_thread(config: Sum, task: Task) -> dict[str, Any]:
     """Add numbers in a thread; the first attempt fails."""
     if task.attempt == 1:
         task.checkpoint = {"failed": True}
-        task.sleep(1.5)  # A report sends the checkpoint.
         raise ValueError("not yet")
     total = sum(task.track(config.numbers))
     task.log(f"{config.day.isoformat()}: {total} {config.unit}")
