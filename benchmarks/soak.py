@@ -1,7 +1,7 @@
-"""The storm of the system tests, minute after minute: `python -m benchmarks soak --hours 1 [--one-process]`.
+"""The storm of the system tests, again and again: `python -m benchmarks soak --hours 1 [--one-process]`.
 
-After each minute `GET /admin/drift` examines the stores and must find nothing, and so must `pilotflame doctor` at the
-end. Exit code 1: an execution was lost, doubled or stuck, or there is a finding.
+After each storm of a minute `GET /admin/drift` examines the stores and must find nothing, and so must `pilotflame
+doctor` at the end. Exit code 1: an execution was lost, doubled or stuck, or there is a finding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import tempfile
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -26,11 +28,18 @@ from tests.system.harness import SystemUnderTest
 from tests.system.storm import StormPlan
 
 STORM_SECONDS: Final = 60
-STRIKES_EVERY_SECONDS: Final = 30
-"""Within this time each kind of fault strikes."""
+SHOWN_LINES: Final = 30
+LEASE_SECONDS: Final = 10.0
+SWEEP_SECONDS: Final = 2.0
+"""Defaults of the product."""
 API_KEY: Final = "sk-Vq7mZ0kXw3Lr9TbN"
-SETTINGS: Final = {"BOOTSTRAP_API_KEY": API_KEY, "SECRET_KEY": "k3J9x-Qw7_zLm2Pv8RtYc1Bn5Dg4Hf6S"}
-"""Values that the doctor takes for generated ones; the server lives for the run alone."""
+SETTINGS: Final = {
+    # Values that the doctor takes for generated ones; the server lives for the run alone.
+    "BOOTSTRAP_API_KEY": API_KEY,
+    "SECRET_KEY": "k3J9x-Qw7_zLm2Pv8RtYc1Bn5Dg4Hf6S",
+    "LEASE_SECONDS": f"{LEASE_SECONDS:g}",
+    "SWEEP_SECONDS": f"{SWEEP_SECONDS:g}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +67,16 @@ async def _soak(request: SoakRequest) -> None:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotflame-soak-")))
         deployment = await _run_deployment(request, folder, stack)
-        for minute in range(request.minutes):
-            seed = request.seed + minute
+        stack.push(partial(_show_logs, deployment))
+        minutes = 0.0
+        for seed in count(request.seed):
             report = await _run_storm(request, seed, deployment)
             ended += report.ended.total()
             await _require_no_finding(deployment)
+            minutes = (time.monotonic() - began_at) / 60
             print(
-                f"minute {minute + 1}, seed {seed}: {report.ended.total()} runs ended once each",
+                f"minute {minutes:.0f} of {request.minutes}, seed {seed}",
+                f"{report.ended.total()} runs ended once each",
                 ", ".join(f"{count} {status}" for status, count in report.ended.most_common()),
                 f"{report.repeated_effects} of {report.calls} calls repeated, all for a reason",
                 f"longest {report.longest_seconds:.1f} s",
@@ -72,11 +84,21 @@ async def _soak(request: SoakRequest) -> None:
                 sep="; ",
                 flush=True,
             )
+            if minutes >= request.minutes:
+                break
         await _require_clean(deployment)
-    minutes = (time.monotonic() - began_at) / 60
     print(
         f"{minutes:.0f} minutes of load and faults: {ended:,} runs ended once each; pilotflame doctor: 0 findings"
     )
+
+
+def _show_logs(deployment: SystemUnderTest, failure: type[BaseException] | None, *_: object) -> None:
+    """Print the ends of the logs of all processes after a failure, before their folder is deleted."""
+    if failure is None:
+        return
+    for process in deployment.processes:
+        state = "lives" if process.is_alive else "has ended"
+        print(f"{process.name}, which {state}:", *process.log().splitlines()[-SHOWN_LINES:], sep="\n")
 
 
 async def _run_deployment(request: SoakRequest, folder: Path, stack: AsyncExitStack) -> SystemUnderTest:
@@ -92,7 +114,7 @@ async def _run_storm(request: SoakRequest, seed: int, deployment: SystemUnderTes
         runs=request.runs_per_second * STORM_SECONDS,
         seconds=STORM_SECONDS,
         seed=seed,
-        rounds=STORM_SECONDS // STRIKES_EVERY_SECONDS,
+        pause_seconds=LEASE_SECONDS + SWEEP_SECONDS + 1,
     )
     client = RetryingClient(deployment.url, key=API_KEY)
     try:
@@ -133,8 +155,8 @@ def _parse_request() -> SoakRequest:
     parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=__doc__)
     parser.add_argument("--minutes", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--hours", type=float, help="in place of --minutes")
-    parser.add_argument("--runs-per-second", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=1, help="of the first minute; each later one adds 1")
+    parser.add_argument("--runs-per-second", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="of the first storm; each later one adds 1")
     parser.add_argument("--one-process", action="store_true", help="`pilotflame dev`, on SQLite")
     given = parser.parse_args()
     minutes = given.minutes if given.hours is None else round(given.hours * 60)

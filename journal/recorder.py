@@ -44,6 +44,7 @@ from models import task_states
 from models.ended_execution import EndedExecution
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
+from models.timestamps import HOST_TIME
 from telemetry import instruments
 
 if TYPE_CHECKING:
@@ -241,6 +242,8 @@ class RunJournal:
 
         Waits are tracked for the reason of a block, and settled nodes are counted.
         """
+        if self._write.clock_moved != HOST_TIME.moved:
+            self._write.follow_clock(HOST_TIME.moved)
         self._write.spans.append(span)
         if any(
             text is not None and len(text) > self._max_row_bytes
@@ -351,8 +354,11 @@ class RunJournal:
         The outcome is an end, a wait until `due_at`, or a release to other processes. An end cancels the
         tasks for which nodes still wait.
         """
+        clock_moved = HOST_TIME.moved
         async with self._commit_lock:
             write = self._take_pending()
+            if write.clock_moved != clock_moved:
+                write.follow_clock(clock_moved)
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
             write.wait_answer_count = self._wait_answer_count
             if ended.status is RunStatus.WAITING:
@@ -404,7 +410,7 @@ class RunJournal:
     def _clear_pending(self) -> RunWrite:
         """Return an empty write for the next records."""
         execution_id, shard = self._lease.key
-        return RunWrite(execution_id, shard, self._lease.token)
+        return RunWrite(execution_id, shard, self._lease.token, clock_moved=HOST_TIME.moved)
 
     async def _submit(self, write: RunWrite) -> None:
         """Commit a write; after a failure every later write raises `LeaseLost`, since the records of this one

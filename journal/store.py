@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Final, NamedTuple, Protocol
 
@@ -302,6 +302,24 @@ class RunWrite(msgspec.Struct):
     """Organization whose task workers are notified; empty if it has no new or cancelled tasks."""
     attempts: list[AttemptSpan] = []
     """Attempts, each with a span of its node; the last record of an attempt counts."""
+    clock_moved: int | None = None
+    """`HOST_TIME.moved` when its deadlines were computed in this process; None: they follow no clock."""
+
+    def follow_clock(self, moved: int) -> None:
+        """Move the deadlines of its waits by as much as the clock was moved since they were computed.
+
+        The rows of other waits were moved with the clock, in one transaction; this write was not among them.
+        """
+        if self.clock_moved is None or self.clock_moved == moved:
+            return
+        step = timedelta(microseconds=moved - self.clock_moved)
+        self.clock_moved = moved
+        self.spans = [
+            span if span.wake_at is None else msgspec.structs.replace(span, wake_at=span.wake_at + step)
+            for span in self.spans
+        ]
+        if self.due_at is not None:
+            self.due_at += step
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,8 @@ class HostTime:
 
     def __init__(self) -> None:
         self._offset = _wall_microseconds() - _counter_microseconds()
+        self.moved = 0
+        """Microseconds by which this time was moved so far. Two times are comparable if it was the same for both."""
 
     def microseconds(self) -> int:
         """Return this host's time in microseconds since 1970, which follows no change of the wall clock by itself."""
@@ -135,6 +137,7 @@ class HostTime:
     def move(self, step: int) -> None:
         """Move this time by a step in microseconds, to follow a wall clock that was set."""
         self._offset += step
+        self.moved += step
 
 
 def _wall_microseconds() -> int:

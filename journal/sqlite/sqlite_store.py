@@ -574,6 +574,10 @@ _UPDATE_RELEASE = (
 def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
     """Write the records of runs whose token is valid, and return the ids of these runs."""
     now = _now_microseconds()
+    for write in batch:
+        # Nobody moves the clock during this transaction: that is a transaction too.
+        if write.clock_moved != HOST_TIME.moved:
+            write.follow_clock(HOST_TIME.moved)
     held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
     connection.executemany(_UPSERT_SPANS, span_rows(held))
     connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel
 
-from engine.run_records import RunStatus
+from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from journal import clock_sync
-from journal.store import IdempotencyKey
+from journal.recorder import RunJournal, RunLease, RunRecorder
+from journal.store import IdempotencyKey, RunWrite
 from models import (
     access,
     deployment,
@@ -29,8 +30,8 @@ from models import (
 )
 from models.column_types import TimestampColumn
 from models.errors import DatabaseUnavailable
-from models.timestamps import HOST_TIME, from_microseconds
-from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database, write
+from models.timestamps import HOST_TIME, from_microseconds, to_microseconds
+from tests.integration.run_database import MigratedDatabase, RunDatabase, key_of, open_run_database, write
 
 DAY = 86_400_000_000
 MOMENT = 60_000_000
@@ -136,6 +137,29 @@ async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
         async with asyncio.timeout(60):
             while datetime.now(UTC) - clock.now() > timedelta(hours=1):  # noqa: ASYNC110 - nothing tells
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("seconds_of_wait", [2, 3_600])
+async def test_a_wait_that_is_written_after_the_clock_was_set_keeps_its_length(
+    run_database: RunDatabase, step: int, seconds_of_wait: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed = await run_database.claimed()
+    record, clock = run_database.store.record, run_database.store.clock
+
+    async def record_after_the_step(batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
+        await clock_sync.follow_host_clock(run_database.database)
+        return await record(batch, owner=owner)
+
+    monkeypatch.setattr(run_database.store, "record", record_after_the_step)
+    lease = RunLease(key_of(claimed), claimed.token, time.monotonic() + 60)
+    journal = RunJournal(RunRecorder(run_database.store, lambda _channels, _outcomes: None), lease)
+    due_at = clock.now() + timedelta(seconds=seconds_of_wait)
+    span = NodeSpan("wait", "wait", "wait", SpanStatus.WAITING, 1, clock.now(), None, wake_at=due_at)
+    journal.record(span)
+    await journal.end(RunOutcome(RunStatus.WAITING, due_at=due_at))
+    (row,) = await run_database.query("SELECT due_at, wake_at FROM execution, span")
+    expected = pytest.approx(to_microseconds(due_at) + step, abs=MOMENT)
+    assert (row["due_at"], row["wake_at"]) == (expected, expected)
 
 
 async def create_runs(run_database: RunDatabase) -> None:

@@ -27,7 +27,6 @@ Strike = Callable[[], Awaitable[None]]
 
 PATIENCE_SECONDS = 180.0
 SLEEP_SECONDS = 1.5 * LEASE_SECONDS
-"""Duration of a worker's pause: longer than its lease."""
 OUTAGE_SECONDS = 0.5
 
 
@@ -41,6 +40,8 @@ class StormPlan:
     seed: int
     rounds: int = 1
     """Number of faults of each kind."""
+    pause_seconds: float = SLEEP_SECONDS
+    """Duration of a worker's pause: longer than its lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +78,14 @@ async def run_storm(
     client.patience_seconds = PATIENCE_SECONDS
     kinds = await _create_workflows(client, ledger)
     drawn = chance.choices(kinds, [kind.weight for kind in kinds], k=storm.runs)
-    strikes = _list_strikes(deployment, chance) * storm.rounds
+    strikes = _list_strikes(deployment, chance, storm.pause_seconds) * storm.rounds
     chance.shuffle(strikes)
     with ledger.refusing("decline"):
         async with deployment.supervised():
             async with asyncio.TaskGroup() as group:
                 runs = [group.create_task(_run_to_end(kind, storm, chance, client)) for kind in drawn]
                 await _strike_all(strikes, storm, chance)
-                await deployment.revive()
+                await deployment.revive(PATIENCE_SECONDS)
                 calm_since = time.monotonic()
             lives = [run.result() for run in runs]
             expected = {life.execution_id: life.expected for life in lives}
@@ -169,9 +170,9 @@ async def _strike_all(strikes: Sequence[Strike], storm: StormPlan, chance: Rando
             group.create_task(strike_at(moment, strike))
 
 
-def _list_strikes(deployment: SystemUnderTest, chance: Random) -> list[Strike]:
+def _list_strikes(deployment: SystemUnderTest, chance: Random, pause_seconds: float) -> list[Strike]:
     if isinstance(deployment, ManyProcesses):
-        return _strikes_on_many_processes(deployment, chance)
+        return _strikes_on_many_processes(deployment, chance, pause_seconds)
     assert isinstance(deployment, OneProcess)
     return _strikes_on_one_process(deployment, chance)
 
@@ -187,7 +188,9 @@ def _strikes_on_one_process(deployment: OneProcess, chance: Random) -> list[Stri
     return [*[lambda: _kill(dev)] * 2, lambda: _terminate(dev), lock_database]
 
 
-def _strikes_on_many_processes(deployment: ManyProcesses, chance: Random) -> list[Strike]:
+def _strikes_on_many_processes(
+    deployment: ManyProcesses, chance: Random, pause_seconds: float
+) -> list[Strike]:
     # A stopped server can't be stopped again.
     database_is_up, redis_is_up = asyncio.Lock(), asyncio.Lock()
 
@@ -218,7 +221,7 @@ def _strikes_on_many_processes(deployment: ManyProcesses, chance: Random) -> lis
     ways = deployment.ways
     return [
         *[lambda: _kill(a_worker())] * 4,
-        *[lambda: _pause(a_worker())] * 3,
+        *[lambda: _pause(a_worker(), pause_seconds)] * 3,
         *[lambda: _terminate(a_worker())] * 2,
         *[lambda: _kill(deployment.gateway)] * 2,
         lambda: _kill(deployment.scheduler),
@@ -240,10 +243,10 @@ async def _terminate(process: SystemProcess) -> None:
     process.terminate()
 
 
-async def _pause(process: SystemProcess) -> None:
+async def _pause(process: SystemProcess, seconds: float) -> None:
     await _wait_until_at_work(process)
     with process.paused():
-        await asyncio.sleep(SLEEP_SECONDS)
+        await asyncio.sleep(seconds)
 
 
 async def _wait_until_at_work(process: SystemProcess) -> None:
