@@ -44,7 +44,10 @@ MOST_IMPORTANT: Final = ("database_url", "redis_url", "secret_key", "blob_url", 
 SUBJECTS: Final[Mapping[str, str]] = {
     "Storage": r"data_dir|database_url|redis_url|listen_url|blob_.*|run_path_connections",
     "Secrets and access": r"secret_key|previous_secret_keys|bootstrap_api_key|dashboard|openid_\w+",
-    "Addresses": r"host|port|listen_fd|public_url|cors_origins|trusted_proxies|outbound_allowed_networks|url|api_key",
+    "Addresses": (
+        r"host|port|listen_fd|public_url|cors_origins|trusted_proxies|outbound_allowed_networks|model_hosts|url"
+        r"|api_key"
+    ),
     "Limits of requests": r"max_(body|mail|hook|bodies)_bytes|max_connections|(head|body|stall)_seconds",
     "Rates and backlogs": r"rate_.*|max_backlog_.*",
     "Limits of runs": r"max_(run_depth|sub_runs|row_output_bytes|output_bytes|log_lines|loop_items|iterations)",

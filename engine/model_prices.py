@@ -16,7 +16,7 @@ NANOS_PER_MILLIONTH: Final = 1_000
 Price: TypeAlias = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^[0-9]{1,6}(\.[0-9]{1,6})?\Z",
+        pattern=r"^[0-9]{1,6}([.][0-9]{1,6})?$",
         description="US dollars per million tokens, as a decimal text such as `0.25`",
     ),
 ]

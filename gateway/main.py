@@ -43,7 +43,7 @@ class GatewayApplication(Starlette):
     def build_middleware_stack(self) -> ASGIApp:
         """Return the application: the routes with the layers for request ids, metrics, CORS and hosts of workflows."""
         served: dict[str, ASGIApp] = {
-            **routes.endpoints([*routes.TABLE, *routes.FOR_BROWSERS]),
+            **routes.endpoints([*routes.TABLE, *routes.ALIASES, *routes.FOR_BROWSERS]),
             **internal_routes.endpoints(internal_routes.TABLE),
         }
         router = PathRouter(served, default=answer_unrouted)

@@ -7,6 +7,7 @@ from typing import Any
 
 from gateway import health
 from gateway.access import routes as access_routes
+from gateway.ai_models import routes as ai_models_routes
 from gateway.dashboard import routes as dashboard_routes
 from gateway.data_sources import routes as data_sources_routes
 from gateway.deployments import routes as deployments_routes
@@ -52,12 +53,16 @@ TABLE: Sequence[Route] = (
     *workflows_routes.ROUTES,
     *deployments_routes.ROUTES,
     *data_sources_routes.ROUTES,
+    *ai_models_routes.ROUTES,
     *ingest_routes.ROUTES,
     *executions_routes.ROUTES,
     *tasks_routes.ROUTES,
     *explanations_routes.ROUTES,
     *drift_routes.ROUTES,
 )
+
+ALIASES: Sequence[Route] = ai_models_routes.ALIASES
+"""Other paths of routes of the table; not part of the OpenAPI document."""
 
 FOR_BROWSERS: Sequence[Route] = (
     *dashboard_routes.ROUTES,

@@ -13,6 +13,7 @@ from execution.organization_catalogs import OrganizationCatalogs
 from gateway.access.bootstrap import bootstrap
 from gateway.access.browser_sign_in import BrowserSignIn
 from gateway.access.invitation_acceptor import InvitationAcceptor
+from gateway.ai_models.model_probes import ModelProber
 from gateway.data_sources.data_source_editing import DataSourceEditor
 from gateway.data_sources.data_source_probes import DataSourceProber
 from gateway.deployments.activation import DeploymentActivator
@@ -119,6 +120,7 @@ class GatewayState:
     vault: SecretVault
     data_source_editor: DataSourceEditor
     probes: DataSourceProber
+    model_prober: ModelProber
     forms: FormChecker
     pod_services: PodApiServices
     task_hub: TaskHub
@@ -196,6 +198,7 @@ async def assemble_state(
     )
     live_hints = LiveHints(live_events)
     forms = FormChecker()
+    probes = DataSourceProber(vault, settings, database.clock)
     pod_logs = PodLogReader(broker)
     # Behind a VPC endpoint, the address of SNS is private.
     to_sns = OutboundPolicy(
@@ -256,7 +259,8 @@ async def assemble_state(
                 ends=EndAwaiter(waiting, access, live_events.large_outputs),
                 vault=vault,
                 data_source_editor=DataSourceEditor(database),
-                probes=DataSourceProber(vault, settings, database.clock),
+                probes=probes,
+                model_prober=ModelProber(database, opened_services.models, probes, settings),
                 forms=forms,
                 pod_services=opened_services,
                 task_hub=task_hub,

@@ -71,6 +71,7 @@ class DataSourceType(StrEnum):
     API_KEY = "api-key"
     SMTP = "smtp"
     S3 = "s3"
+    AI_PROVIDER = "ai-provider"
     WEBHOOK_SECRET = "webhook-secret"  # noqa: S105 - the name of a type
 
 
@@ -202,6 +203,28 @@ class S3Settings(DataSourceFields, kw_only=True):
     path_style: bool = False
 
 
+class AiProviderSettings(DataSourceFields, kw_only=True):
+    base_url: Annotated[
+        str,
+        Meta(
+            max_length=300,
+            pattern=rf"^https?://(?:{_NAME}|\[{_IPV6}\])(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9._~-]+)*/?\Z",
+            description="an address such as https://api.openai.com/v1, without a user or query",
+        ),
+    ]
+    """Address below which the provider has `chat/completions`."""
+    key_header: (
+        Annotated[
+            str,
+            Meta(
+                max_length=100, pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", description="the name of a header"
+            ),
+        ]
+        | None
+    ) = None
+    """Header of the key, such as `api-key` for Azure; None for `Authorization: Bearer`."""
+
+
 # ── secrets ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -219,6 +242,10 @@ class TokenSecret(DataSourceFields):
 
 class KeySecret(DataSourceFields):
     key: HeaderSecretField
+
+
+class OptionalKeySecret(DataSourceFields):
+    key: HeaderSecretField | None = None
 
 
 class AccessKeySecret(DataSourceFields):
@@ -259,6 +286,9 @@ DATA_SOURCE_TYPES: Final[Mapping[DataSourceType, DataSourceTypeFields]] = {
     DataSourceType.API_KEY: DataSourceTypeFields(ApiKeySettings, KeySecret, _HOSTS | {"header"}),
     DataSourceType.SMTP: DataSourceTypeFields(SmtpSourceSettings, OptionalPasswordSecret, _SERVER),
     DataSourceType.S3: DataSourceTypeFields(S3Settings, AccessKeySecret),
+    DataSourceType.AI_PROVIDER: DataSourceTypeFields(
+        AiProviderSettings, OptionalKeySecret, frozenset({"baseUrl", "keyHeader"})
+    ),
     DataSourceType.WEBHOOK_SECRET: DataSourceTypeFields(NoFields, SharedSigningSecret),
 }
 

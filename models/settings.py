@@ -97,6 +97,13 @@ class ServerSettings(TraceSettings):
             " `10.1.0.0/16,127.0.0.1/32`."
         ),
     )
+    model_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Hosts of language models that may have private addresses, separated by commas and each with a port"
+            " or for all ports: `ollama.internal:11434,10.0.0.5`. Providers with public addresses need no entry."
+        ),
+    )
     blob_url: str = Field(
         default="",
         description=(
@@ -147,7 +154,7 @@ class ServerSettings(TraceSettings):
         default="info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )
 
-    @field_validator("previous_secret_keys", "outbound_allowed_networks", mode="before")
+    @field_validator("previous_secret_keys", "outbound_allowed_networks", "model_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return split_list(value)

@@ -28,6 +28,7 @@ NOUNS: Final = (
     "tasks",
     "workers",
     "datasources",
+    "models",
     "deployments",
     "events",
     "queue",

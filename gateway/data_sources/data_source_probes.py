@@ -77,7 +77,7 @@ class DataSourceProber:
         The caller's access was checked before. A failed connection is a result, not an error. Raises a 429
         error after 30 tests of the organization within a minute.
         """
-        self._count(source.organization_id)
+        self.count_test(source.organization_id)
         began = monotonic()
         is_ok, message = await self._attempt(source)
         milliseconds = round((monotonic() - began) * 1000)
@@ -112,6 +112,8 @@ class DataSourceProber:
         """
         from nodes.connections.data_source_connections import DataSourceConnections  # noqa: PLC0415 - most gateways never need the drivers
 
+        if source.type == DataSourceType.AI_PROVIDER:
+            return await self._list_models(source, secrets)
         caller = RunCaller(source.organization_id, source.owner_id, "", "", "")
         policy = ConnectionPolicy(
             allowed_networks=self._settings.outbound_allowed_networks,
@@ -140,7 +142,22 @@ class DataSourceProber:
             await connections.close()
         return "Its secrets can be decrypted; only a workflow tests them"
 
-    def _count(self, organization_id: str) -> None:
+    async def _list_models(self, source: DataSource, secrets: Mapping[str, str]) -> str:
+        """Return a message with the number of models that a provider lists; raises `NodeError`."""
+        from nodes.ai import model_client  # noqa: PLC0415 - most gateways never need it
+        from nodes.ai.model_connection import build_listing_connection  # noqa: PLC0415 - the same
+
+        outbound = model_client.open_model_outbound(
+            self._settings.outbound_allowed_networks, self._settings.model_hosts
+        )
+        try:
+            listing = build_listing_connection(source.settings, secrets)
+            names = await model_client.ModelClient(outbound).list_models(listing)
+        finally:
+            await outbound.close()
+        return f"The provider lists {len(names):,} models" if names else "The provider answers"
+
+    def count_test(self, organization_id: str) -> None:
         """Count a test of an organization; raises a 429 error if there were 30 within the last minute.
 
         Tests could serve to guess passwords or to scan for servers.

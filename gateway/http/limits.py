@@ -119,6 +119,15 @@ DATA_SOURCE_TEST_SECONDS: Final = 10
 DATA_SOURCE_TESTS: Final = 30
 """Tests of data sources of an organization within a minute at one gateway; more get 429."""
 
+MODELS: Final = 1_000
+"""Language models of an organization."""
+MODEL_NAME_LENGTH: Final = 200
+"""Characters of the name of a language model."""
+MODEL_TOKENS: Final = 100_000_000
+"""Tokens of the context or of an answer of a language model."""
+MODEL_TEST_SECONDS: Final = 60
+"""Seconds of the test of a language model."""
+
 BULK_EXECUTIONS: Final = 1_000
 BULK_REPLAYS: Final = 200
 """Executions of one bulk replay: each needs a plan of its own."""

@@ -147,6 +147,8 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
         409,
         "Workflows use the data source; `details` lists those that the caller may see. `force=true` deletes it anyway.",
     ),
+    "model-name-taken": ErrorCode(409, "The organization has another model of this name."),
+    "too-many-models": ErrorCode(409, "The organization has the maximum number of models."),
     "data-source-name-taken": ErrorCode(409, "The owner has another data source of this name."),
     "duplicate-connection": ErrorCode(
         409, "The workflow already has this connection, or another with this id."

@@ -34,6 +34,7 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "diff": PathParameterDoc("Number of the version to compare with, or `current`.", "current"),
     "share": PathParameterDoc("Id of the user.", "user_789"),
     "datasources": PathParameterDoc("Id of the data source.", "ds_001"),
+    "models": PathParameterDoc("Id of the model.", "model_001"),
     "workflow-nodes": PathParameterDoc(
         "Node type, or the namespace of a custom one, which its name follows.", "http-request"
     ),

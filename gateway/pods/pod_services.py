@@ -14,6 +14,7 @@ from execution.event_matching import EventMatcher
 from execution.message_signer import MessageSigner
 from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
+from execution.stored_models import StoredModels
 from gateway.pods.pod_authentication import PodAuthenticator
 from gateway.pods.poll_hub import PodPollHub
 from journal import log_levels
@@ -34,6 +35,7 @@ class PodApiServices:
     authenticator: PodAuthenticator
     poll_hub: PodPollHub
     sources: StoredDataSources
+    models: StoredModels
     runs: ChildRunStarter
     throttle: SharedThrottle
     events: EventMatcher
@@ -55,12 +57,14 @@ async def open_pod_services(
 ) -> AsyncIterator[PodApiServices]:
     """Open the services that pods call, and accept their polls while the context lasts; then close them."""
     stack = AsyncExitStack()
+    sources = StoredDataSources(database, vault)
     await poll_hub.start()
     try:
         yield PodApiServices(
             authenticator=PodAuthenticator(database),
             poll_hub=poll_hub,
-            sources=StoredDataSources(database, vault),
+            sources=sources,
+            models=StoredModels(database, sources),
             runs=ChildRunStarter(database, store, broker, catalog, settings),
             throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),

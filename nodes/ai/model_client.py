@@ -6,7 +6,7 @@ once. No redirect is followed: a key goes to the address of its data source alon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import responses as reasons
 from typing import TYPE_CHECKING, Final
@@ -25,13 +25,19 @@ from nodes import redaction
 from nodes.ai import echo_model, openai_chat
 from nodes.ai.event_stream import EventStreamParser, EventTooLarge
 from nodes.ai.openai_chat import ChatAnswerParser
-from nodes.outbound_http import OutboundError, OutboundRefused, OutboundUnavailable
+from nodes.outbound_http import (
+    OutboundClient,
+    OutboundError,
+    OutboundPolicy,
+    OutboundRefused,
+    OutboundUnavailable,
+)
 
 if TYPE_CHECKING:
     from typing import Any
 
     from nodes.ai.model_connection import ModelConnection
-    from nodes.outbound_http import OutboundClient, OutboundStream
+    from nodes.outbound_http import IpNetwork, OutboundStream
 
 IDLE_SECONDS: Final = 60.0
 MAX_ERROR_BYTES: Final = 65_536
@@ -43,6 +49,11 @@ _REDIRECTS: Final = range(300, 400)
 _REPEATABLE: Final = frozenset({408, 409, 425})
 _FIRST_SERVER_ERROR: Final = 500
 _OK: Final = range(200, 300)
+
+
+def open_model_outbound(networks: Sequence[IpNetwork], hosts: Collection[str]) -> OutboundClient:
+    """Return the HTTP client for providers: public ones, and those that the operator allows by network or host."""
+    return OutboundClient(OutboundPolicy(tuple(networks), allowed_hosts=frozenset(hosts)))
 
 
 class ModelClient:

@@ -12,6 +12,7 @@ from engine.model_prices import ModelPrice
 
 if TYPE_CHECKING:
     from engine.services import RunCaller
+    from engine.values import Json
 
 ECHO_MODEL_ID = "echo"
 """Id of the built-in model that answers with the question."""
@@ -41,6 +42,17 @@ class ModelConnection(msgspec.Struct, frozen=True):
 
     def __rich_repr__(self) -> list[tuple[str, object]]:
         return [("id", self.id), ("provider", self.provider.value)]
+
+
+def build_listing_connection(settings: Mapping[str, Json], secrets: Mapping[str, str]) -> ModelConnection:
+    """Return a connection that lists the models of a provider, from settings and secrets of its data source."""
+    return ModelConnection(
+        id="",
+        provider=ModelProvider.OPENAI_COMPATIBLE,
+        base_url=str(settings["baseUrl"]),
+        key=secrets.get("key", ""),
+        key_header=str(settings.get("keyHeader", "")),
+    )
 
 
 ECHO_MODEL = ModelConnection(ECHO_MODEL_ID, ModelProvider.ECHO, price=ModelPrice("0", "0"))

@@ -111,6 +111,16 @@ TEMPLATE_READERS = expect_access(stranger=NOT_FOUND, colleague=OK, guest=OK, own
 TEMPLATE_WRITERS = expect_access(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_OWNER, owner=OK)
 KEY_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
 SESSION_HOLDERS: Expected = {**KEY_HOLDERS, CallerKind.WRONG_SCOPE: OK}
+MODEL_USERS = expect_access(
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK, colleague_of_public=OK
+)
+MODEL_MAKERS: Expected = {
+    caller: "422 validation-failed" if answer == OK else answer for caller, answer in OWN.items()
+}
+"""Creation of a model whose data source nobody may use."""
+MODEL_OWNERS = expect_access(
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK, colleague_of_public=NOT_OWNER
+)
 ADMINS = expect_access(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
 """Operations of admins in their own organization."""
 TOKEN_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
@@ -453,6 +463,20 @@ async def create_data_source(cast: AccessCast, is_public: bool) -> str:  # noqa:
     return source_id
 
 
+async def create_ai_model(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    provider = {"name": uuid4().hex, "type": "ai-provider", "settings": {"baseUrl": "http://127.0.0.1:9/v1"}}
+    source = await cast.owner.api.post("/api/v1/datasources", json=provider)
+    body = {
+        "name": uuid4().hex,
+        "vendorModelId": "m",
+        "dataSourceId": source.json()["dataSourceId"],
+        "isShared": is_public,
+    }
+    response = await cast.owner.api.post(MODELS, json=body)
+    model_id: str = response.json()["modelId"]
+    return model_id
+
+
 SEEN_BY_ALL: Collection[Make] = (create_template, create_node_type, create_task_worker)
 """Makers of objects that the whole organization sees."""
 MADE: Sequence[Make] = (
@@ -469,11 +493,14 @@ MADE: Sequence[Make] = (
         create_task_worker,
     ),
     *(create_failed_execution, create_waiting_execution, create_key, create_session, create_data_source),
+    create_ai_model,
     *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
 )
 WORKFLOW = "/api/v1/workflows/{id}"
 EXECUTION = "/api/v1/executions/{id}"
 NOTHING = sha256(b"").hexdigest()
+MODELS = "/api/v1/ai/models"
+MODEL = {"name": "Small", "vendorModelId": "m", "dataSourceId": "ds_absent"}
 SOURCE = "/api/v1/datasources/{id}"
 TOKEN = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token"}}
 
@@ -559,6 +586,14 @@ ROWS = [
     change_row("POST", "/share", {"userId": "<colleague>"}),
     change_row("DELETE", "/share/{subId}", status=204),
     change_row("PUT", "/visibility", {"isPublic": True}),
+    AccessRow("GET", MODELS, KeyScope.MODELS_READ, OWN),
+    AccessRow("POST", MODELS, KeyScope.MODELS_WRITE, MODEL_MAKERS, body=MODEL),
+    AccessRow("GET", f"{MODELS}/{{id}}", KeyScope.MODELS_READ, MODEL_USERS, create_ai_model),
+    AccessRow(
+        "PUT", f"{MODELS}/{{id}}", KeyScope.MODELS_WRITE, MODEL_OWNERS, create_ai_model, {"price": None}
+    ),
+    AccessRow("DELETE", f"{MODELS}/{{id}}", KeyScope.MODELS_WRITE, MODEL_OWNERS, create_ai_model, status=204),
+    AccessRow("POST", f"{MODELS}/{{id}}/test", KeyScope.MODELS_WRITE, MODEL_USERS, create_ai_model),
     AccessRow("GET", "/api/v1/openapi.json", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
@@ -922,6 +957,7 @@ async def test_objects_of_other_organizations_are_not_counted(on_sqlite: AccessC
         "/api/v1/deliveries": 0,
         "/api/v1/dead-letters/groups": 0,
         "/api/v1/datasources": 0,
+        MODELS: 0,
         "/api/v1/workflows": 0,
         "/api/v1/workflows/stats": 0,
         "/api/v1/workflows/templates": len(shipped_templates.load_templates()),

@@ -35,6 +35,7 @@ DATABASE = {
     "settings": {"host": "127.0.0.1", "database": "shop", "user": "reader"},
     "secrets": {"password": "a-password"},
 }
+PROVIDER = {"name": "Models", "type": "ai-provider", "settings": {"baseUrl": "http://127.0.0.1:9/v1"}}
 CONNECTIONS = [
     {"source": "start", "target": "node_1"},
     {"id": "conn-abc123", "source": "node_1", "target": "node-xyz123"},
@@ -55,6 +56,9 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await _send(
         people, "POST", f"datasources/{source['dataSourceId']}/share", {"userId": people.owner.user.id}
     )
+    provider = await _send(people, "POST", "datasources", PROVIDER)
+    model = {"name": "Small", "vendorModelId": "gpt-5-mini", "dataSourceId": provider["dataSourceId"]}
+    model = await _send(people, "POST", "ai/models", model)
     hook = await admin.create(nodes=[HOOK, NODES[1]], connections=CONNECTIONS[:1], status="active")
     token = await _send(people, "POST", f"workflows/{hook}/trigger-token", {})
     queue, mails, events = [
@@ -112,6 +116,8 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,
         "ds_001": source["dataSourceId"],
+        "ds_provider": provider["dataSourceId"],
+        "model_001": model["modelId"],
         "wf_queue": queue,
         "wf_mails": mails,
         "wf_events": events,

@@ -119,6 +119,8 @@ TYPES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("smtp", {"host": "mail.example.com"}, []),
     ("s3", {"bucket": "exports", "accessKeyId": "AK"}, ["secretAccessKey", "sessionToken"]),
     ("s3", {"bucket": "b-1", "accessKeyId": "AK", "endpoint": "http://[::1]:9000"}, ["secretAccessKey"]),
+    ("ai-provider", {"baseUrl": "https://api.example.com/v1"}, ["key"]),
+    ("ai-provider", {"baseUrl": "http://[::1]:11434/v1", "keyHeader": "api-key"}, []),
     ("webhook-secret", {}, ["secret"]),
 ]  # fmt: skip
 
@@ -160,6 +162,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"type": "api-key", "settings": {"header": "a b"}, "secrets": {"key": "k"}}, ["settings.header"]),
     ({"type": "smtp", "settings": {"host": "m", "username": "u"}, "secrets": {}}, ["secrets.password"]),
     ({"type": "smtp", "settings": {"host": "m"}, "secrets": {"password": "p"}}, ["settings.username"]),
+    ({"type": "ai-provider", "settings": {"baseUrl": f"https://u:{CANARY}@h/v1"}, "secrets": {}},
+     ["settings.baseUrl"]),
+    ({"type": "ai-provider", "settings": {"baseUrl": f"https://h/v1?key={CANARY}"}, "secrets": {}},
+     ["settings.baseUrl"]),
     ({**BUCKET, "settings": {"bucket": "b-1", "accessKeyId": "A", "endpoint": f"https://u:{CANARY}@h"}},
      ["settings.endpoint"]),
 ]  # fmt: skip

@@ -161,6 +161,7 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
             "runner_workflow_id": workflow_id,
             "runner_drain_seconds": self.runner_drain_seconds,
             "outbound_allowed_networks": ",".join(map(str, self.outbound_allowed_networks)),
+            "model_hosts": ",".join(self.model_hosts),
             "log_level": self.log_level,
         }
         if self.cluster == "local":

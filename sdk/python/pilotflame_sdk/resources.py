@@ -15,6 +15,38 @@ if TYPE_CHECKING:
     from pilotflame_sdk import types as t
 
 
+class AiModels(Resource):
+    """Methods of `client.ai_models`."""
+
+    def create(self, *, name: str, vendor_model_id: str, data_source_id: str, type: Literal['self-hosted', 'third-party'] | None = None, provider: Literal['openai-compatible'] | None = None, context_length: int | None = None, max_output_tokens: int | None = None, price: Any = None, is_shared: bool | None = None, idempotency_key: str | None = None) -> t.NewModel:
+        """Register a model of a provider."""
+        return cast("t.NewModel", self._client.request("POST", "/api/v1/ai/models", fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "provider": provider, "contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "isShared": is_shared}, idempotency_key=idempotency_key, is_keyed=True))
+
+    def delete(self, model_id: str) -> None:
+        """Delete a model; nodes that name it fail from then on."""
+        self._client.request("DELETE", f"/api/v1/ai/models/{self._quote(model_id)}")
+
+    def get(self, model_id: str) -> t.Model:
+        """Show a model."""
+        return cast("t.Model", self._client.request("GET", f"/api/v1/ai/models/{self._quote(model_id)}"))
+
+    def list(self, *, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> t.ModelList:
+        """List the models that the caller may use."""
+        return cast("t.ModelList", self._client.request("GET", "/api/v1/ai/models", query={"limit": limit, "offset": offset, "sort": sort}))
+
+    def iterate(self, *, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> Iterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/ai/models", "models", {"sort": sort})
+
+    def test(self, model_id: str) -> t.ModelTest:
+        """Test a model with up to three short calls, which its provider bills, and store the abilities that it shows."""
+        return cast("t.ModelTest", self._client.request("POST", f"/api/v1/ai/models/{self._quote(model_id)}/test"))
+
+    def update(self, model_id: str, *, name: str | None = None, vendor_model_id: str | None = None, data_source_id: str | None = None, type: Literal['self-hosted', 'third-party'] | None = None, context_length: int | None = None, max_output_tokens: int | None = None, price: Any = None, is_shared: bool | None = None) -> t.Model:
+        """Change a model; absent fields do not change."""
+        return cast("t.Model", self._client.request("PUT", f"/api/v1/ai/models/{self._quote(model_id)}", fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "isShared": is_shared}))
+
+
 class Approvals(Resource):
     """Methods of `client.approvals`."""
 
@@ -30,11 +62,11 @@ class Approvals(Resource):
 class Audit(Resource):
     """Methods of `client.audit`."""
 
-    def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
+    def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'model.created', 'model.updated', 'model.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
         """List changes of workflows, data sources, keys and users of the organization, with author and time."""
         return cast("t.AuditEntryList", self._client.request("GET", "/api/v1/audit", query={"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "limit": limit, "offset": offset, "after": after, "sort": sort}))
 
-    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> Iterator[Any]:
+    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'model.created', 'model.updated', 'model.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> Iterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/audit", "entries", {"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "sort": sort}, has_cursor=True)
 
@@ -42,7 +74,7 @@ class Audit(Resource):
 class Datasources(Resource):
     """Methods of `client.datasources`."""
 
-    def create(self, *, name: str, type: Literal['api-key', 'http-basic', 'http-bearer', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret'], settings: Mapping[str, Any] | None = None, secrets: Mapping[str, Any] | None = None, idempotency_key: str | None = None) -> t.NewDataSource:
+    def create(self, *, name: str, type: Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret'], settings: Mapping[str, Any] | None = None, secrets: Mapping[str, Any] | None = None, idempotency_key: str | None = None) -> t.NewDataSource:
         """Create a data source."""
         return cast("t.NewDataSource", self._client.request("POST", "/api/v1/datasources", fields={"name": name, "type": type, "settings": settings, "secrets": secrets}, idempotency_key=idempotency_key, is_keyed=True))
 
@@ -54,11 +86,11 @@ class Datasources(Resource):
         """Show a data source without its secrets."""
         return cast("t.DataSource", self._client.request("GET", f"/api/v1/datasources/{self._quote(datasource_id)}"))
 
-    def list(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'webhook-secret'] | None = None, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> t.DataSourceList:
+    def list(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'ai-provider', 'webhook-secret'] | None = None, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> t.DataSourceList:
         """List the data sources that the caller may use."""
         return cast("t.DataSourceList", self._client.request("GET", "/api/v1/datasources", query={"type": type, "limit": limit, "offset": offset, "sort": sort}))
 
-    def iterate(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'webhook-secret'] | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> Iterator[Any]:
+    def iterate(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'ai-provider', 'webhook-secret'] | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> Iterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/datasources", "dataSources", {"type": type, "sort": sort})
 
@@ -781,6 +813,7 @@ class ResourceClient(Transport):
     def __init__(self, *args: Any, **options: Any) -> None:
         """Arguments are those of `Transport`."""
         super().__init__(*args, **options)
+        self.ai_models = AiModels(self)
         self.approvals = Approvals(self)
         self.audit = Audit(self)
         self.datasources = Datasources(self)

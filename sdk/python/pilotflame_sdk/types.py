@@ -30,6 +30,7 @@ __all__ = [
     "BulkResult",
     "BulkRetryResult",
     "CanvasPosition",
+    "Capabilities",
     "ChangedItem",
     "ClockChange",
     "ComparedSpan",
@@ -125,8 +126,13 @@ __all__ = [
     "MailReceipt",
     "MappingsAnswer",
     "MisfirePolicy",
+    "Model",
+    "ModelList",
+    "ModelTest",
+    "ModelType",
     "NewDataSource",
     "NewEventToken",
+    "NewModel",
     "NewSigningSecret",
     "NewTriggerToken",
     "NewWorkflow",
@@ -167,12 +173,14 @@ __all__ = [
     "PolicyType",
     "PolicyUpdateResult",
     "Ports",
+    "Price",
     "Progress",
     "PurgeResult",
     "QuestionMails",
     "ReasonCount",
     "ReferenceUse",
     "RefusedReplay",
+    "RegisteredProvider",
     "RemovedSecret",
     "Replay",
     "ReplayCounts",
@@ -266,7 +274,7 @@ __all__ = [
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
 
 
-AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.purged', 'dead-letters.redriven', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -278,7 +286,7 @@ BlockerKind = Literal['change', 'escalate', 'wait']
 ConflictReason = Literal['edited-since-apply', 'not-applied-before', 'other-set']
 
 
-DataSourceType = Literal['api-key', 'http-basic', 'http-bearer', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret']
+DataSourceType = Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret']
 
 
 DeliveryOutcome = Literal['accepted', 'deferred', 'duplicate', 'rejected', 'shed']
@@ -326,6 +334,9 @@ LogLevel = Literal['debug', 'error', 'info', 'warning']
 MisfirePolicy = Literal['run-all', 'run-once', 'skip']
 
 
+ModelType = Literal['self-hosted', 'third-party']
+
+
 NodeEffect = Literal['pure', 'read', 'write']
 
 
@@ -333,6 +344,9 @@ OverlapPolicy = Literal['allow', 'queue', 'skip']
 
 
 PolicyType = Literal['always-on', 'idle-shutdown', 'on-demand', 'scheduled-window']
+
+
+RegisteredProvider = Literal['openai-compatible']
 
 
 SkipReason = Literal['concurrency-limit', 'missed', 'overlap', 'queue-full']
@@ -559,6 +573,13 @@ class CanvasPosition(TypedDict):
 
     x: int | float
     y: int | float
+
+
+class Capabilities(TypedDict):
+    """Abilities that the last test has seen."""
+
+    tools: bool
+    jsonSchema: bool
 
 
 class _ChangedItemAlways(TypedDict):
@@ -1418,6 +1439,45 @@ class MappingsAnswer(_MappingsAnswerAlways, total=False):
     warnings: List[ErrorDetail]
 
 
+class Model(TypedDict):
+    """Registered model."""
+
+    id: str
+    name: str
+    type: ModelType
+    provider: RegisteredProvider
+    vendorModelId: str
+    dataSourceId: str
+    contextLength: int | None
+    maxOutputTokens: int | None
+    price: Price | None
+    capabilities: Capabilities | None
+    testedAt: str | None
+    isShared: bool
+    organizationId: str
+    ownerId: str
+    createdAt: str
+    updatedAt: str
+
+
+class ModelList(TypedDict):
+    """Page of a list of models; `count` is the total."""
+
+    count: int
+    limit: int
+    offset: int
+    models: List[Model]
+
+
+class ModelTest(TypedDict):
+    """Result of a test with real calls."""
+
+    ok: bool
+    message: str
+    durationMs: int
+    capabilities: Capabilities | None
+
+
 class _NewDataSourceAlways(TypedDict):
     dataSourceId: str
 
@@ -1442,6 +1502,16 @@ class NewEventToken(TypedDict):
     token: str
     url: str
     warnings: List[str]
+
+
+class _NewModelAlways(TypedDict):
+    modelId: str
+
+
+class NewModel(_NewModelAlways, total=False):
+    """Id of a registered model."""
+
+    warnings: List[ErrorDetail]
 
 
 class NewSigningSecret(TypedDict):
@@ -1871,6 +1941,18 @@ class Ports(_PortsAlways, total=False):
     """Ports of a node type; every node also has the output port `error`."""
 
     outputsFrom: str
+
+
+class _PriceAlways(TypedDict):
+    input: str
+    output: str
+
+
+class Price(_PriceAlways, total=False):
+    """Prices in US dollars per million tokens, as decimal texts."""
+
+    cacheRead: str | None
+    cacheWrite: str | None
 
 
 class Progress(TypedDict):

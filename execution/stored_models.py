@@ -1,0 +1,73 @@
+"""Language models for runs: looked up with the permissions of the user that a workflow runs for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.model_calls import ModelProvider
+from engine.model_prices import ModelPrice
+from engine.run_errors import NodeError
+from engine.services import RunCaller
+from models.ai_model import AiModel, is_usable_by
+from models.errors import DatabaseUnavailable
+from nodes.ai.model_connection import ModelConnection
+
+if TYPE_CHECKING:
+    from models.database import Database
+    from nodes.connections.data_source import ConnectionSource, ConnectionSources
+
+
+class StoredModels:
+    """Models in the database; implements `nodes.ai.model_connection.ModelConnections`."""
+
+    def __init__(self, database: Database, sources: ConnectionSources) -> None:
+        self._database = database
+        self._sources = sources
+
+    async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
+        """Return a model that a run may use, with the key of its provider.
+
+        Raises `NodeError` if it is missing, or the caller may not use it, or its owner may no longer use its data
+        source; and one that may be retried if the database is unavailable.
+        """
+        is_usable = is_usable_by(caller.organization_id, caller.user_id)
+        statement = select(AiModel).where(col(AiModel.id) == model_id, is_usable)
+        try:
+            async with self._database.read() as connection:
+                row = (await connection.execute(statement)).mappings().first()
+        except DatabaseUnavailable as error:
+            message = "The model could not be looked up just now"
+            raise NodeError(message, code="model-unavailable", retryable=True) from error
+        if row is None:
+            # The same text for absent and for forbidden models: guessing an id reveals nothing.
+            message = f"There is no model {model_id!r} that this run may use"
+            raise NodeError(message, code="model-not-found")
+        return await self.connect(AiModel(**row))
+
+    async def connect(self, model: AiModel) -> ModelConnection:
+        """Return a model with address and key of its data source, which is used with the rights of the model's owner.
+
+        Raises `NodeError`.
+        """
+        owner = RunCaller(model.organization_id, model.owner_id, "", "", "")
+        return build_connection(model, await self._sources.find(owner, model.data_source_id))
+
+
+def build_connection(model: AiModel, source: ConnectionSource) -> ModelConnection:
+    """Return a model with the address and the key of its data source."""
+    settings, seen = source.settings, model.capabilities or {}
+    return ModelConnection(
+        id=model.id,
+        provider=ModelProvider(model.provider),
+        vendor_model_id=model.vendor_model_id,
+        base_url=str(settings["baseUrl"]),
+        key=source.secrets.get("key", ""),
+        key_header=str(settings.get("keyHeader", "")),
+        follows_schemas=bool(seen.get("jsonSchema")),
+        max_output_tokens=model.max_output_tokens,
+        price=None if model.price is None else msgspec.convert(model.price, ModelPrice),
+    )

@@ -1,0 +1,115 @@
+"""Endpoints of language models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gateway.ai_models import model_editing, model_rows, model_shapes
+from gateway.ai_models.model_shapes import CapabilitiesShape, CreateModel, ModelShape, UpdateModel
+from gateway.http import read_only
+from gateway.http.parameters import LIMIT, OFFSET, sorted_by
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import WireStruct, body_of, read_json
+from models.ai_model import AiModel
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+SORT = sorted_by(model_rows.SORTABLE)
+LISTED = (LIMIT, OFFSET, SORT)
+
+
+class ModelList(WireStruct):
+    """Page of a list of models; `count` is the total."""
+
+    count: int
+    limit: int
+    offset: int
+    models: Sequence[ModelShape]
+
+
+class NewModel(WireStruct):
+    """Id of a registered model."""
+
+    model_id: str
+
+
+class ModelTest(WireStruct):
+    """Result of a test with real calls."""
+
+    ok: bool
+    message: str
+    duration_ms: int
+    capabilities: CapabilitiesShape | None
+    """Abilities that the test has seen and stored; null if the model did not answer."""
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the models that the caller may use."""
+    part, order = request.query.page(), request.query[SORT]
+    async with request.gateway.database.read() as connection:
+        count, found = await model_rows.page(connection, request.caller, part, order)
+    shown = [model_shapes.show_model(model) for model in found]
+    return JsonResponse(ModelList(count=count, limit=part.limit, offset=part.offset, models=shown))
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show a model."""
+    return _answer(await model_editing.read(request.gateway.database, request.requested_object))
+
+
+async def create(request: GatewayRequest) -> JsonResponse:
+    """Register a model of a provider."""
+    value = await read_json(request)
+    body = body_of(request, value, CreateModel)
+    model = model_shapes.build_model(request.caller, body, request.gateway.clock())
+    read_only.warn_of_new(request, value, CreateModel, lambda: _as_json(model))
+    key = request.idempotency_key(value)
+    return await model_editing.create(request.gateway.database, request.caller, model, key)
+
+
+async def update(request: GatewayRequest) -> JsonResponse:
+    """Change a model; absent fields do not change."""
+    value = await read_json(request)
+    body = body_of(request, value, UpdateModel)
+
+    def change(before: AiModel) -> AiModel:
+        read_only.require_same(value, UpdateModel, lambda: _as_json(before))
+        return model_shapes.apply_changes(before, body)
+
+    return _answer(await model_editing.edit(request.gateway.database, request.requested_object, change))
+
+
+async def delete(request: GatewayRequest) -> NoContent:
+    """Delete a model; nodes that name it fail from then on."""
+    await model_editing.delete(request.gateway.database, request.requested_object)
+    return NoContent()
+
+
+async def test(request: GatewayRequest) -> JsonResponse:
+    """Test a model with up to three short calls, which its provider bills, and store the abilities that it shows."""
+    model = await model_editing.read(request.gateway.database, request.requested_object)
+    found = await request.gateway.model_prober.probe(model)
+    if found.capabilities is not None:
+        await request.gateway.model_prober.store(model, found.capabilities)
+    return JsonResponse(
+        ModelTest(
+            ok=found.is_ok,
+            message=found.message,
+            duration_ms=found.duration_milliseconds,
+            capabilities=found.capabilities,
+        )
+    )
+
+
+def _answer(model: AiModel) -> JsonResponse:
+    return JsonResponse(model_shapes.show_model(model), headers=model_editing.entity_tag(model))
+
+
+def _as_json(model: AiModel) -> Mapping[str, Json]:
+    shown: dict[str, Any] = msgspec.to_builtins(model_shapes.show_model(model))
+    return shown

@@ -1,0 +1,184 @@
+"""Reads and edits of one language model: permissions, preconditions, and audit records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
+import structlog
+
+from engine.values import fingerprint
+from gateway.access import audit_log
+from gateway.ai_models import model_rows
+from gateway.ai_models.model_rows import ModelNameTaken
+from gateway.data_sources import data_source_rows
+from gateway.http import errors, idempotency, limits, preconditions
+from gateway.http.responses import JsonResponse
+from models.ai_model import AiModel
+from models.audit import AuditAction
+from models.data_source_types import DataSourceType
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.errors import ApiError
+    from gateway.http.preconditions import RequestedObject
+    from journal.store import IdempotencyKey
+    from models.access import ApiCaller
+    from models.database import Database
+
+log = structlog.get_logger()
+
+Change: TypeAlias = Callable[[AiModel], AiModel]
+"""Returns the changed model; raises `ApiError`. It may be called again and must have no side effects."""
+
+
+async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> AiModel:
+    """Return the requested model; raises a 404 error if it is missing or the caller may not see it."""
+    found = await model_rows.find(connection, requested.id, requested.caller)
+    if found is None:
+        raise errors.not_found("model")
+    return found
+
+
+async def read(database: Database, requested: RequestedObject) -> AiModel:
+    """Return the requested model, read in a transaction of its own; raises a 404 error."""
+    async with database.read() as connection:
+        return await find_readable(connection, requested)
+
+
+async def create(
+    database: Database, caller: ApiCaller, model: AiModel, idempotency_key: IdempotencyKey | None
+) -> JsonResponse:
+    """Insert a model, once per idempotency key, and return an answer with 201 and its id.
+
+    Raises a 409 error for a taken name or too many models, and 422 for a data source that the caller may not use.
+    """
+
+    async def insert(connection: AsyncConnection) -> str:
+        if idempotency_key is not None:
+            bound = await idempotency.reserve_key(
+                connection, idempotency_key, shard=model.shard, resource_id=model.id, now=model.created_at
+            )
+            if bound != model.id:
+                return bound
+        # An earlier attempt may have been committed, though its answer was lost.
+        if await model_rows.exists(connection, model.id):
+            return model.id
+        if await model_rows.count(connection, model.organization_id) >= limits.MODELS:
+            message = f"An organization may have at most {limits.MODELS:,} models"
+            raise errors.conflict("too-many-models", message)
+        await _require_provider(connection, model, caller)
+        await model_rows.add(connection, model)
+        await _record(connection, caller, AuditAction.MODEL_CREATED, None, model)
+        return model.id
+
+    try:
+        model_id = await database.transaction(insert)
+    except ModelNameTaken as error:
+        raise name_taken(error) from error
+    shown = {"modelId": model_id}
+    if model_id != model.id:
+        return JsonResponse(shown, status=201, headers=idempotency.REPLAYED)
+    log.info(AuditAction.MODEL_CREATED, model_id=model_id, organization_id=model.organization_id)
+    return JsonResponse(shown, status=201, headers=entity_tag(model))
+
+
+async def edit(database: Database, requested: RequestedObject, change: Change) -> AiModel:
+    """Apply `change` to the requested model, and return the stored result.
+
+    Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, and the
+    errors of `change`; then nothing is written.
+    """
+    done: AiModel | None = None
+
+    async def work(connection: AsyncConnection) -> AiModel:
+        nonlocal done
+        if done is not None and await model_rows.exists(connection, done.id, revision=done.revision):
+            # Repeated because the answer to the commit was lost: the change is committed.
+            return done
+        before = await find_readable(connection, requested)
+        preconditions.require_owner(requested.caller, before.owner_id, what="model")
+        preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="model")
+        after = change(before)
+        if content_hash(after) == content_hash(before):
+            return before
+        after.revision, after.updated_at = before.revision + 1, database.clock.now()
+        if after.data_source_id != before.data_source_id:
+            await _require_provider(connection, after, requested.caller)
+        if not await model_rows.save(connection, before, after):
+            raise errors.conflict(
+                "edit-conflict", "Another request changed this model at the same time: try again"
+            )
+        await _record(connection, requested.caller, AuditAction.MODEL_UPDATED, before, after)
+        done = after
+        return after
+
+    try:
+        after = await database.transaction(work)
+    except ModelNameTaken as error:
+        raise name_taken(error) from error
+    if after is done:
+        log.info(AuditAction.MODEL_UPDATED, model_id=after.id, revision=after.revision)
+    return after
+
+
+async def delete(database: Database, requested: RequestedObject) -> None:
+    """Delete the requested model; raises 404, 403 and 412."""
+    is_done = False
+
+    async def work(connection: AsyncConnection) -> None:
+        nonlocal is_done
+        if is_done and not await model_rows.exists(connection, requested.id):
+            return
+        before = await find_readable(connection, requested)
+        preconditions.require_owner(requested.caller, before.owner_id, what="model")
+        preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="model")
+        await model_rows.remove(connection, before)
+        await _record(connection, requested.caller, AuditAction.MODEL_DELETED, before, None)
+        is_done = True
+
+    await database.transaction(work)
+    log.info(AuditAction.MODEL_DELETED, model_id=requested.id)
+
+
+def entity_tag(model: AiModel) -> dict[str, str]:
+    """Return the `ETag` header of a model's revision, for a later `If-Match`."""
+    return {"ETag": f'"{model.revision}"'}
+
+
+def content_hash(model: AiModel) -> str:
+    """Return the SHA-256 of all content of a model that clients or tests set, in hexadecimal."""
+    return fingerprint(
+        msgspec.to_builtins(model.model_dump(exclude={"id", "revision", "created_at", "updated_at"}))
+    )
+
+
+def name_taken(error: ModelNameTaken) -> ApiError:
+    """Return the 409 error for a name that another model of the organization has."""
+    message = f"The organization has another model with the name {error.args[0]!r}"
+    return errors.conflict("model-name-taken", message)
+
+
+async def _require_provider(connection: AsyncConnection, model: AiModel, caller: ApiCaller) -> None:
+    """Raise a 422 error unless the data source of a model is a provider that the caller may use."""
+    stored = await data_source_rows.find(connection, model.data_source_id, caller)
+    if stored is None:
+        message = "There is no data source with this id that you may use"
+        raise errors.invalid([errors.problem("dataSourceId", "data-source-not-found", message)])
+    if stored.source.type != DataSourceType.AI_PROVIDER:
+        message = f"The data source is of the type {stored.source.type}, not {DataSourceType.AI_PROVIDER}"
+        raise errors.invalid([errors.problem("dataSourceId", "wrong-data-source", message)])
+
+
+async def _record(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    action: AuditAction,
+    before: AiModel | None,
+    after: AiModel | None,
+) -> None:
+    hashes = [None if model is None else content_hash(model) for model in (before, after)]
+    object_id = next(model.id for model in (before, after) if model is not None)
+    await audit_log.record_change(connection, caller, action, object_id, before=hashes[0], after=hashes[1])

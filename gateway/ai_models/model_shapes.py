@@ -1,0 +1,200 @@
+"""Language models in requests and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from engine.model_calls import ModelProvider
+from engine.model_prices import Price
+from gateway.http import limits, text_rules
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import Instant, StrictWire, WireStruct, instant
+from models import ids
+from models.ai_model import AiModel
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from models.access import ApiCaller
+
+Name: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.MODEL_NAME_LENGTH, min_length=1)]
+TokenCount: TypeAlias = Annotated[int, Meta(ge=1, le=limits.MODEL_TOKENS)]
+
+
+class ModelType(StrEnum):
+    """Operator of a model."""
+
+    THIRD_PARTY = "third-party"
+    SELF_HOSTED = "self-hosted"
+
+
+class RegisteredProvider(StrEnum):
+    """Protocol of the provider of a registered model."""
+
+    OPENAI_COMPATIBLE = ModelProvider.OPENAI_COMPATIBLE.value
+
+
+class PriceShape(StrictWire):
+    """Prices in US dollars per million tokens, as decimal texts."""
+
+    input: Price
+    output: Price
+    cache_read: Price | None = None
+    """Price of input from the provider's cache; null for the price of other input."""
+    cache_write: Price | None = None
+    """Price of input that is written to the provider's cache; null for the price of other input."""
+
+
+class CapabilitiesShape(WireStruct):
+    """Abilities that the last test has seen."""
+
+    tools: bool
+    """The model has called a tool with valid arguments."""
+    json_schema: bool
+    """The model has answered by a JSON Schema that it got as such."""
+
+
+class CreateModel(StrictWire):
+    """Model to register."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("id", "organizationId", "ownerId", "createdAt", "updatedAt"), ""),
+        **dict.fromkeys(("capabilities", "testedAt"), "POST /api/v1/ai/models/:id/test"),
+    }
+
+    name: Name
+    """Unique in the organization."""
+    vendor_model_id: Annotated[str, text_rules.is_allowed_text(limits.MODEL_NAME_LENGTH, min_length=1)]
+    """Name of the model at its provider, such as `gpt-5-mini`."""
+    data_source_id: Annotated[str, Meta(max_length=64)]
+    """Data source of the type `ai-provider`, which has the address and the key."""
+    type: ModelType = ModelType.THIRD_PARTY
+    provider: RegisteredProvider = RegisteredProvider.OPENAI_COMPATIBLE
+    context_length: TokenCount | None = None
+    max_output_tokens: TokenCount | None = None
+    price: PriceShape | None = None
+    """Null if it is unknown: then costs are null too."""
+    is_shared: bool = False
+    """True if the whole organization may use it."""
+
+
+class UpdateModel(StrictWire):
+    """Changes of a model; absent fields do not change. Another model or data source forgets the last test."""
+
+    read_only: ClassVar[Mapping[str, str]] = {**CreateModel.read_only, "provider": ""}
+
+    name: Name | msgspec.UnsetType = msgspec.UNSET
+    vendor_model_id: (
+        Annotated[str, text_rules.is_allowed_text(limits.MODEL_NAME_LENGTH, min_length=1)] | msgspec.UnsetType
+    ) = msgspec.UNSET
+    data_source_id: Annotated[str, Meta(max_length=64)] | msgspec.UnsetType = msgspec.UNSET
+    type: ModelType | msgspec.UnsetType = msgspec.UNSET
+    context_length: TokenCount | msgspec.UnsetType | None = msgspec.UNSET
+    max_output_tokens: TokenCount | msgspec.UnsetType | None = msgspec.UNSET
+    price: PriceShape | msgspec.UnsetType | None = msgspec.UNSET
+    is_shared: bool | msgspec.UnsetType = msgspec.UNSET
+
+
+class ModelShape(WireStruct):
+    """Registered model."""
+
+    id: str
+    name: str
+    type: ModelType
+    provider: RegisteredProvider
+    vendor_model_id: str
+    data_source_id: str
+    context_length: int | None
+    max_output_tokens: int | None
+    price: PriceShape | None
+    capabilities: CapabilitiesShape | None
+    """Null before the first test."""
+    tested_at: Instant | None
+    is_shared: bool
+    organization_id: str
+    owner_id: str
+    created_at: Instant
+    updated_at: Instant
+
+
+def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> AiModel:
+    """Return a new model of the caller, not stored yet; raises a 422 error for invalid texts."""
+    problems = ProblemCollector()
+    model = AiModel(
+        id=ids.new_id("model"),
+        organization_id=caller.organization_id,
+        shard=caller.shard,
+        owner_id=caller.user_id,
+        name=_check_line(body.name, "name", problems),
+        type=body.type,
+        provider=body.provider,
+        vendor_model_id=_check_line(body.vendor_model_id, "vendorModelId", problems),
+        data_source_id=body.data_source_id,
+        context_length=body.context_length,
+        max_output_tokens=body.max_output_tokens,
+        price=_build_price(body.price),
+        is_shared=body.is_shared,
+        created_at=now,
+        updated_at=now,
+    )
+    problems.raise_any()
+    return model
+
+
+def apply_changes(before: AiModel, body: UpdateModel) -> AiModel:
+    """Return a model with the changes of a body, not stored yet; raises a 422 error for invalid texts."""
+    problems = ProblemCollector()
+    given = {
+        field.name: getattr(body, field.name)
+        for field in msgspec.structs.fields(body)
+        if getattr(body, field.name) is not msgspec.UNSET
+    }
+    for name, path in (("name", "name"), ("vendor_model_id", "vendorModelId")):
+        if name in given:
+            given[name] = _check_line(given[name], path, problems)
+    problems.raise_any()
+    if "price" in given:
+        given["price"] = _build_price(given["price"])
+    changed = AiModel(**{**before.model_dump(), **given})
+    if (changed.vendor_model_id, changed.data_source_id) != (before.vendor_model_id, before.data_source_id):
+        changed.capabilities = changed.tested_at = None
+    return changed
+
+
+def show_model(model: AiModel) -> ModelShape:
+    """Return the API shape of a model."""
+    seen, price = model.capabilities, model.price
+    return ModelShape(
+        id=model.id,
+        name=model.name,
+        type=ModelType(model.type),
+        provider=RegisteredProvider(model.provider),
+        vendor_model_id=model.vendor_model_id,
+        data_source_id=model.data_source_id,
+        context_length=model.context_length,
+        max_output_tokens=model.max_output_tokens,
+        price=None if price is None else msgspec.convert(price, PriceShape),
+        capabilities=None if seen is None else msgspec.convert(seen, CapabilitiesShape),
+        tested_at=None if model.tested_at is None else instant(model.tested_at),
+        is_shared=model.is_shared,
+        organization_id=model.organization_id,
+        owner_id=model.owner_id,
+        created_at=instant(model.created_at),
+        updated_at=instant(model.updated_at),
+    )
+
+
+def _check_line(text: str, path: str, problems: ProblemCollector) -> str:
+    return text_rules.check_line(text, path, problems, max_length=limits.MODEL_NAME_LENGTH)
+
+
+def _build_price(price: PriceShape | None) -> dict[str, Any] | None:
+    if price is None:
+        return None
+    values: dict[str, Any] = msgspec.to_builtins(price)
+    return {name: value for name, value in values.items() if value is not None}

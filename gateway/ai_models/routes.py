@@ -1,0 +1,72 @@
+"""Routes for language models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from gateway.ai_models import ai_models
+from gateway.ai_models.model_shapes import CreateModel, ModelShape, UpdateModel
+from gateway.http.operation_docs import CREATES, EDITS, IF_MATCH, TAGGED, OperationDoc
+from gateway.http.route import Route
+from models.access import KeyScope
+
+ROUTES: Final[Sequence[Route]] = (
+    Route(
+        "GET",
+        "/api/v1/ai/models",
+        KeyScope.MODELS_READ,
+        ai_models.index,
+        query=ai_models.LISTED,
+        answer=ai_models.ModelList,
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/models",
+        KeyScope.MODELS_WRITE,
+        ai_models.create,
+        body=CreateModel,
+        answer=ai_models.NewModel,
+        status=201,
+        docs=CREATES.refusing("model-name-taken", "too-many-models"),
+    ),
+    Route(
+        "GET",
+        "/api/v1/ai/models/{id}",
+        KeyScope.MODELS_READ,
+        ai_models.show,
+        answer=ModelShape,
+        docs=TAGGED,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/ai/models/{id}",
+        KeyScope.MODELS_WRITE,
+        ai_models.update,
+        body=UpdateModel,
+        answer=ModelShape,
+        docs=EDITS.refusing("model-name-taken"),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/ai/models/{id}",
+        KeyScope.MODELS_WRITE,
+        ai_models.delete,
+        status=204,
+        docs=OperationDoc(takes=(IF_MATCH,), refusals=("not-owner", "precondition-failed")),
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/models/{id}/test",
+        KeyScope.MODELS_WRITE,
+        ai_models.test,
+        answer=ai_models.ModelTest,
+        docs=OperationDoc(refusals=("rate-limited",)),
+    ),
+)
+
+ALIASES: Final[Sequence[Route]] = tuple(
+    replace(route, path=route.path.replace("/ai/models", "/models")) for route in ROUTES
+)
+"""The same operations under another path."""

@@ -1,0 +1,113 @@
+"""Commands for language models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from pilotflame import exit_codes
+from pilotflame.command_error import CommandError
+from pilotflame.commands.arguments import AllOption, LimitOption, YesOption, confirm, read_object
+from pilotflame.commands.datasources import find_source
+from pilotflame.commands.nouns import new_noun
+from pilotflame.commands.output import FormatOption, OutputFormat, show_list, show_object, take
+from pilotflame.commands.server_connection import connect
+
+app = new_noun("Manage the language models that workflows may call.")
+MODELS = "/api/v1/ai/models"
+COLUMNS = {
+    "Id": "id",
+    "Name": "name",
+    "Model": "vendorModelId",
+    "Data source": "dataSourceId",
+    "Shared": "isShared",
+    "Tested": "testedAt",
+}
+ModelArgument = Annotated[str, Argument(metavar="MODEL", help="Id or exact name of the model.")]
+PriceOption = Annotated[
+    str | None,
+    Option("--price", help='Dollars per million tokens, as JSON: {"input": "0.25", "output": "2"}.'),
+]
+
+
+@app.command("list")
+def list_models(
+    limit: LimitOption = 100, every: AllOption = False, output: FormatOption = OutputFormat.TABLE
+) -> None:
+    """List the models that the key may use."""
+    show_list(take(connect().iterate(MODELS, "models", {}), limit, all_items=every), output, COLUMNS)
+
+
+@app.command("get")
+def get_model(model: ModelArgument, output: FormatOption = OutputFormat.JSON) -> None:
+    """Print a model."""
+    show_object(connect().request("GET", f"{MODELS}/{find_model(model)}"), output)
+
+
+@app.command("create")
+def create_model(
+    name: Annotated[str, Argument(help="Name of the model.")],
+    vendor: Annotated[str, Option("--vendor-model", help="Name at the provider, such as gpt-5-mini.")],
+    source: Annotated[str, Option("--datasource", help="Id or name of the provider's data source.")],
+    price: PriceOption = None,
+    shared: Annotated[bool, Option("--shared", help="Let the whole organization use it.")] = False,
+) -> None:
+    """Register a model of a provider and print its id."""
+    body: dict[str, Any] = {
+        "name": name,
+        "vendorModelId": vendor,
+        "dataSourceId": find_source(source),
+        "isShared": shared,
+    }
+    if price is not None:
+        body["price"] = read_object(price, "--price")
+    typer.echo(connect().request("POST", MODELS, json=body, is_keyed=True)["modelId"])
+
+
+@app.command("update")
+def update_model(
+    model: ModelArgument,
+    name: Annotated[str | None, Option(help="New name.")] = None,
+    price: PriceOption = None,
+    shared: Annotated[
+        bool | None, Option("--shared/--private", help="Let the whole organization use it, or not.")
+    ] = None,
+) -> None:
+    """Change a model; what is not given stays."""
+    body = {
+        "name": name,
+        "price": None if price is None else read_object(price, "--price"),
+        "isShared": shared,
+    }
+    changes = {field: value for field, value in body.items() if value is not None}
+    connect().request("PUT", f"{MODELS}/{find_model(model)}", json=changes)
+
+
+@app.command("delete")
+def delete_model(model: ModelArgument, yes: YesOption = False) -> None:
+    """Delete a model; nodes that name it fail from then on."""
+    confirm(f"Delete the model {model}?", is_confirmed=yes)
+    connect().request("DELETE", f"{MODELS}/{find_model(model)}")
+
+
+@app.command("test")
+def call_model(model: ModelArgument, output: FormatOption = OutputFormat.JSON) -> None:
+    """Call a model and store what it can do; exits with 1 unless it answers."""
+    result: dict[str, Any] = connect().request("POST", f"{MODELS}/{find_model(model)}/test")
+    show_object(result, output)
+    if not result["ok"]:
+        raise typer.Exit(exit_codes.REFUSED)
+
+
+def find_model(id_or_name: str) -> str:
+    """Return the id of a model; raises `CommandError`."""
+    if id_or_name.startswith("model_"):
+        return id_or_name
+    named = id_or_name.removeprefix("@")
+    found = [str(one["id"]) for one in connect().iterate(MODELS, "models", {}) if one["name"] == named]
+    if len(found) != 1:
+        count = "no model" if not found else f"{len(found)} models"
+        raise CommandError(f"There is {count} {named!r}", exit_codes.REFUSED)
+    return found[0]

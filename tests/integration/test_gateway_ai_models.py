@@ -1,0 +1,243 @@
+"""Language models over HTTP: access, validation, tests with real calls, and keys that are never shown."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+
+from engine.run_errors import NodeError
+from engine.services import RunCaller
+from execution.stored_data_sources import StoredDataSources
+from execution.stored_models import StoredModels
+from models.encryption import SecretVault
+from tests.fakes.model_server import KEY, ModelFault, ScriptedAnswer, serve_models
+from tests.integration.gateway_harness import (
+    SECRET,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.test_gateway_data_sources import SOURCES
+
+MODELS = "/api/v1/ai/models"
+PRICE = {"input": "0.25", "output": "2"}
+
+
+async def create_provider(person: UserClient, url: str = "https://api.example.com/v1") -> str:
+    body = {
+        "name": f"Provider {url}",
+        "type": "ai-provider",
+        "settings": {"baseUrl": url},
+        "secrets": {"key": KEY},
+    }
+    response = await person.api.post(SOURCES, json=body)
+    assert response.status_code == 201, response.text
+    source_id: str = response.json()["dataSourceId"]
+    return source_id
+
+
+async def create_model(person: UserClient, source_id: str, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+    body = {"name": "Small", "vendorModelId": "scripted-1", "dataSourceId": source_id, **fields}
+    response = await person.api.post(MODELS, json=body)
+    assert response.status_code == 201, response.text
+    model_id: str = response.json()["modelId"]
+    return model_id
+
+
+async def get_model(person: UserClient, model_id: str) -> dict[str, Any]:
+    response = await person.api.get(f"{MODELS}/{model_id}")
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def stored_models(harness: GatewayHarness) -> StoredModels:
+    """Return the models as a worker finds them."""
+    database = harness.gateway.database
+    return StoredModels(database, StoredDataSources(database, SecretVault(SECRET.encode(), [])))
+
+
+def caller_of(person: UserClient) -> RunCaller:
+    return RunCaller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
+
+
+async def test_a_model_is_registered_listed_changed_and_deleted(people: OrganizationUsers) -> None:
+    source_id = await create_provider(people.owner)
+    model_id = await create_model(people.owner, source_id, price=PRICE)
+    found = await get_model(people.owner, model_id)
+    assert found == {
+        "id": model_id,
+        "name": "Small",
+        "type": "third-party",
+        "provider": "openai-compatible",
+        "vendorModelId": "scripted-1",
+        "dataSourceId": source_id,
+        "contextLength": None,
+        "maxOutputTokens": None,
+        "price": {**PRICE, "cacheRead": None, "cacheWrite": None},
+        "capabilities": None,
+        "testedAt": None,
+        "isShared": False,
+        "organizationId": people.owner.user.organization_id,
+        "ownerId": people.owner.user.id,
+        "createdAt": found["createdAt"],
+        "updatedAt": found["createdAt"],
+    }
+    for path in (MODELS, "/api/v1/models"):
+        listed = (await people.owner.api.get(path)).json()
+        assert listed == {"count": 1, "limit": 20, "offset": 0, "models": [found]}
+    unchanged = await people.owner.api.put(f"{MODELS}/{model_id}", json=found)
+    assert (unchanged.status_code, unchanged.json()) == (200, found)
+    changed = await people.owner.api.put(f"{MODELS}/{model_id}", json={"name": "Tiny", "price": None})
+    assert (changed.json()["name"], changed.json()["price"]) == ("Tiny", None)
+    assert (await people.owner.api.delete(f"{MODELS}/{model_id}")).status_code == 204
+    assert_refused(await people.owner.api.get(f"{MODELS}/{model_id}"), 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"price": {"input": "a", "output": "1"}}, "price.input"),
+        ({"price": {"input": 0.25, "output": "1"}}, "price.input"),
+        ({"maxOutputTokens": 0}, "maxOutputTokens"),
+        ({"provider": "echo"}, "provider"),
+        ({"name": " "}, "name"),
+        ({"dataSourceId": "ds_missing"}, "dataSourceId"),
+    ],
+)
+async def test_invalid_fields_are_refused(
+    people: OrganizationUsers, fields: dict[str, Any], path: str
+) -> None:
+    body = {
+        "name": "Small",
+        "vendorModelId": "m",
+        "dataSourceId": await create_provider(people.owner),
+        **fields,
+    }
+    response = await people.owner.api.post(MODELS, json=body)
+    assert_refused(response, 422, "validation-failed")
+    assert [problem["path"] for problem in response.json()["error"]["details"]] == [path]
+
+
+async def test_the_data_source_of_a_model_is_a_provider_that_its_author_may_use(
+    people: OrganizationUsers,
+) -> None:
+    source_id = await create_provider(people.owner)
+    body = {"name": "Small", "vendorModelId": "m", "dataSourceId": source_id}
+    assert_refused(await people.colleague.api.post(MODELS, json=body), 422, "validation-failed")
+    other = {"name": "Key", "type": "http-bearer", "settings": {}, "secrets": {"token": "some-token"}}
+    other_id = (await people.owner.api.post(SOURCES, json=other)).json()["dataSourceId"]
+    refused = await people.owner.api.post(MODELS, json={**body, "dataSourceId": other_id})
+    assert refused.json()["error"]["details"][0]["code"] == "wrong-data-source"
+
+
+async def test_a_model_is_seen_and_used_by_its_owner_until_it_is_shared(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    model_id = await create_model(people.owner, await create_provider(people.owner), price=PRICE)
+    models = stored_models(harness)
+    for person in (people.colleague, people.stranger):
+        assert_refused(await person.api.get(f"{MODELS}/{model_id}"), 404, "not-found")
+        with pytest.raises(NodeError) as refused:
+            await models.find(caller_of(person), model_id)
+        assert refused.value.code == "model-not-found"
+    await people.owner.api.put(f"{MODELS}/{model_id}", json={"isShared": True})
+    assert (await get_model(people.colleague, model_id))["isShared"]
+    assert_refused(
+        await people.colleague.api.put(f"{MODELS}/{model_id}", json={"name": "Mine"}), 403, "not-owner"
+    )
+    # The model is the permission: its users need none for the data source.
+    found = await models.find(caller_of(people.colleague), model_id)
+    assert (found.key, found.base_url, found.vendor_model_id) == (
+        KEY,
+        "https://api.example.com/v1",
+        "scripted-1",
+    )
+    with pytest.raises(NodeError):
+        await models.find(caller_of(people.stranger), model_id)
+
+
+async def test_names_are_unique_and_creation_is_idempotent(people: OrganizationUsers) -> None:
+    source_id = await create_provider(people.owner)
+    body = {"name": "Small", "vendorModelId": "m", "dataSourceId": source_id}
+    headers = {"Idempotency-Key": "once"}
+    first, again = [await people.owner.api.post(MODELS, json=body, headers=headers) for _ in range(2)]
+    assert first.json() == again.json()
+    assert_refused(await people.owner.api.post(MODELS, json=body), 409, "model-name-taken")
+
+
+async def test_a_test_stores_what_a_model_can_do_until_it_becomes_another(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_loopback(harness, monkeypatch)
+    call = {"name": "report_city", "arguments": '{"city": "Oslo"}'}
+    script = [
+        ScriptedAnswer(),
+        ScriptedAnswer(tool_calls=[call]),
+        ScriptedAnswer('```json\n{"city": "Oslo"}\n```'),
+    ]
+    async with serve_models(*script) as served:
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
+    seen = {"tools": True, "jsonSchema": True}
+    assert (tested["ok"], tested["capabilities"]) == (True, seen)
+    found = await get_model(people.owner, model_id)
+    assert found["capabilities"] == seen
+    assert found["testedAt"] is not None
+    assert (await stored_models(harness).find(caller_of(people.owner), model_id)).follows_schemas
+    changed = await people.owner.api.put(f"{MODELS}/{model_id}", json={"vendorModelId": "scripted-2"})
+    assert changed.json()["capabilities"] is None
+
+
+async def test_a_test_believes_answers_and_not_statuses(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_loopback(harness, monkeypatch)
+    async with serve_models(ScriptedAnswer("I would look at the weather.")) as served:
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
+    assert tested["capabilities"] == {"tools": False, "jsonSchema": False}
+
+
+async def test_a_model_that_does_not_answer_is_a_result_without_the_key(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_loopback(harness, monkeypatch)
+    async with serve_models(ScriptedAnswer(fault=ModelFault.REPEATS_KEY)) as served:
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        response = await people.owner.api.post(f"{MODELS}/{model_id}/test")
+    assert (response.status_code, response.json()["ok"]) == (200, False)
+    assert KEY not in response.text
+    assert (await get_model(people.owner, model_id))["capabilities"] is None
+
+
+async def test_a_provider_is_tested_by_its_list_of_models(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve_models() as served:
+        source_id = await create_provider(people.owner, served.url)
+        refused = (await people.owner.api.post(f"{SOURCES}/{source_id}/test")).json()
+        assert not refused["ok"]
+        assert "PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS" in refused["message"]
+        allow_loopback(harness, monkeypatch)
+        tested = (await people.owner.api.post(f"{SOURCES}/{source_id}/test")).json()
+    assert (tested["ok"], tested["message"]) == (True, "The provider lists 2 models")
+
+
+async def test_another_address_of_a_provider_needs_its_key_again(people: OrganizationUsers) -> None:
+    source_id = await create_provider(people.owner)
+    moved = {"settings": {"baseUrl": "https://elsewhere.example.com/v1"}}
+    refused = await people.owner.api.put(f"{SOURCES}/{source_id}", json=moved)
+    assert_refused(refused, 422, "validation-failed")
+
+
+def allow_loopback(harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests of data sources and models reach servers on this machine, until the end of a test."""
+    settings = harness.gateway.settings.model_copy(
+        update={"outbound_allowed_networks": (ip_network("127.0.0.1/32"),)}
+    )
+    monkeypatch.setattr(harness.gateway.probes, "_settings", settings)
+    monkeypatch.setattr(harness.gateway.model_prober, "_settings", settings)
