@@ -15,7 +15,7 @@ from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
 from engine.services import NodeServices
 from engine.values import Json
 from execution.executor import RunExecutor
-from messages.broker import Broker, connect_broker
+from messages.broker import connect_broker
 from models.execution import PRIORITY_MICROSECONDS
 from nodes import catalog
 from nodes.catalog import NodeCatalog
@@ -27,6 +27,7 @@ from tests.integration.run_database import (
     microseconds_from_now,
     open_run_database,
 )
+from tests.integration.test_direct_runs import AssigningGateway
 from tests.node_calls import NoNetwork
 from workers.settings import WorkerSettings
 
@@ -98,18 +99,23 @@ async def flood(
 
 
 @asynccontextmanager
-async def serve_worker(run_database: RunDatabase) -> AsyncIterator[Broker]:
-    """Run a worker until the context ends; yield the broker that wakes it."""
+async def serve_worker(run_database: RunDatabase, *, is_direct: bool) -> AsyncIterator[AssigningGateway]:
+    """Run a worker until the context ends, and yield a gateway that may send it runs, or only wakes it."""
     broker, end = await connect_broker(None), asyncio.Event()
-    settings = WorkerSettings(lease_seconds=30, concurrency=20)
+    settings = WorkerSettings(lease_seconds=30, concurrency=20, direct_runs=is_direct)
     store, services = await run_database.another_store(), NodeServices(http=NoNetwork())
     executor = RunExecutor(store, broker, build_catalog(end), services, settings)
+    gateway = AssigningGateway(run_database, broker)
+    await gateway.assigner.start()
     await executor.start()
     try:
-        yield broker
+        if is_direct:
+            await gateway.accept_direct(await run_database.workflow(), QUICK)
+        yield gateway
     finally:
         end.set()
         await executor.drain()
+        await gateway.assigner.drain()
         await broker.close()
 
 
@@ -150,38 +156,48 @@ async def count_overtaking(run_database: RunDatabase, flooded: OwnedWorkflow, ex
     return count
 
 
+both_run_paths = pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "claimed"])
+"""Whether a gateway may send runs straight to the worker."""
+
+
+@both_run_paths
 async def test_the_backlog_of_one_organization_delays_neither_others_nor_urgent_runs(
     run_database: RunDatabase,
+    is_direct: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     flooded = await run_database.workflow()
     neighbour = await run_database.workflow(flooded.organization)
     other = await run_database.workflow()
-    await flood(run_database, flooded, rank=f"{microseconds_from_now(0)} + n")
-    run = {"definition": QUICK, "total_nodes": 2}
-    async with serve_worker(run_database):
+    async with serve_worker(run_database, is_direct=is_direct) as gateway:
+        await flood(run_database, flooded, rank=f"{microseconds_from_now(0)} + n")
+        await gateway.broker.wake_workers()
         await wait_until_begun(run_database, 100)
-        patient = await run_database.accept(flooded, priority=-100, **run)
-        urgent = await run_database.accept(flooded, priority=100, **run)
-        accepted = [
-            urgent,
-            await run_database.accept(neighbour, **run),
-            await run_database.accept(other, **run),
-        ]
+        # Slots that were granted before the backlog are used up; while runs wait, no others are granted.
+        while (await gateway.accept(flooded, QUICK)).worker:
+            pass
+        patient = await gateway.accept(flooded, QUICK, priority=-100)
+        urgent = await gateway.accept(flooded, QUICK, priority=100)
+        accepted = [urgent, await gateway.accept(neighbour, QUICK), await gateway.accept(other, QUICK)]
         overtaken = [await count_overtaking(run_database, flooded, one.execution_id) for one in accepted]
         assert await count_pending(run_database) > MANY / 10, "the backlog was gone too soon to delay anybody"
         assert max(overtaken) < MANY / 50
         assert (await run_database.row(patient.execution_id))["status"] == "pending"
 
 
+@both_run_paths
 async def test_an_organisation_waits_for_no_place_that_the_runs_of_another_hold(
     run_database: RunDatabase,
+    is_direct: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     flooded, other = await run_database.workflow(), await run_database.workflow()
-    await flood(run_database, flooded, rank=f"{microseconds_from_now(0)} + n", definition=HELD)
-    async with serve_worker(run_database) as broker:
+    async with serve_worker(run_database, is_direct=is_direct) as gateway:
+        await flood(run_database, flooded, rank=f"{microseconds_from_now(0)} + n", definition=HELD)
+        await gateway.broker.wake_workers()
         await wait_until_begun(run_database, 20)
-        one = await run_database.accept(other, definition=QUICK, total_nodes=2)
-        await broker.wake_workers()
+        while (unused := gateway.assigner.assign([other.run()]))[0].worker:
+            gateway.assigner.withdraw(unused)  # a slot that was granted before the backlog, and expires soon
+            await asyncio.sleep(0.05)
+        one = await gateway.accept(other, QUICK)
         await wait_until_ended(run_database, one.execution_id)
         assert await count_pending(run_database) == MANY + 1 - 20, "nobody has left its place"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Generator
 
 import pytest
@@ -22,16 +23,19 @@ async def shared_deployment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[SystemUnderTest]:
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "sqlite":
-        async with harness.run_one_process(folder) as deployment:
+    settings = {"DIRECT_RUNS": "false"} if request.param.endswith(harness.CLAIMING) else {}
+    if request.param.startswith("sqlite"):
+        async with harness.run_one_process(folder, **settings) as deployment:
             yield deployment
+            await _require_run_path(deployment, is_claiming=bool(settings))
         return
     # Its workers live on while tests of other files run, and would take the wakeups of those on a common Redis.
     with services.run_redis() as redis:
         async with harness.run_many_processes(
-            folder, request.getfixturevalue("postgres"), redis
+            folder, request.getfixturevalue("postgres"), redis, **settings
         ) as deployment:
             yield deployment
+            await _require_run_path(deployment, is_claiming=bool(settings))
 
 
 @pytest.fixture
@@ -64,6 +68,20 @@ async def deployment(
     ended = await client.end(execution_id, within=LIVELY_SECONDS)
     assert ended.status == "completed"
     assert not complaints
+
+
+async def _require_run_path(deployment: SystemUnderTest, *, is_claiming: bool) -> None:
+    """Check that the runs of a deployment took its path: inserted as claimed by a worker, or claimed later."""
+    count = "SELECT count(*) FROM execution WHERE started_at = created_at"
+    if is_claiming:
+        assert await deployment.records.fetch(count) == [(0,)]
+        return
+    client = RetryingClient(deployment.url)
+    workflow_id = await client.create(workflow_shapes.chain_workflow(workflow_shapes.set_node("done")))
+    async with asyncio.timeout(LIVELY_SECONDS):
+        while await deployment.records.fetch(count) == [(0,)]:
+            await client.end(await client.execute(workflow_id), within=LIVELY_SECONDS)
+    await client.close()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,6 +43,16 @@ on_one_process = pytest.mark.parametrize("shared_deployment", ["sqlite"], indire
 on_many_processes = pytest.mark.parametrize("shared_deployment", ["postgresql"], indirect=True)
 """For faults that the other kind of deployment can't have."""
 
+CLAIMING = "-claiming"
+"""Ends the names of deployments whose workers claim all runs: gateways send them none."""
+on_both_run_paths = pytest.mark.parametrize(
+    "shared_deployment", ["sqlite", f"sqlite{CLAIMING}", "postgresql", f"postgresql{CLAIMING}"], indirect=True
+)
+on_many_processes_and_both_run_paths = pytest.mark.parametrize(
+    "shared_deployment", ["postgresql", f"postgresql{CLAIMING}"], indirect=True
+)
+"""For faults that runs must survive whether they go straight to a worker or are claimed."""
+
 
 @dataclass
 class SystemUnderTest:

@@ -5,11 +5,11 @@ from redis.asyncio import Redis
 from messages.redis_consumer import REDIS_TIMEOUT_SECONDS
 from tests.system import consistency_checks, workflow_shapes
 from tests.system.client import RetryingClient
-from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, on_many_processes
+from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, on_many_processes_and_both_run_paths
 from tests.system.ledger import EffectLedger
 from tests.system.wait_conditions import wait_until
 
-pytestmark = on_many_processes
+pytestmark = on_many_processes_and_both_run_paths
 
 RUNS = 10
 PROMPT_SECONDS = 0.5

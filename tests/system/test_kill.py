@@ -6,7 +6,7 @@ from engine.values import Json
 from models.loss_limits import MAX_ISOLATION_LOSSES, SUSPECT_LOSSES
 from tests.system import consistency_checks, workflow_shapes
 from tests.system.client import RetryingClient
-from tests.system.harness import RECOVERY_SECONDS, SystemUnderTest
+from tests.system.harness import RECOVERY_SECONDS, SystemUnderTest, on_both_run_paths
 from tests.system.ledger import EffectLedger, LedgerCall
 from tests.system.wait_conditions import act_after, wait_until
 
@@ -16,6 +16,7 @@ KILLS = 2
 BESIDE = 10
 
 
+@on_both_run_paths
 async def test_runs_finish_though_their_worker_is_killed_at_random_points(
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:

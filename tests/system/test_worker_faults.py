@@ -5,7 +5,14 @@ from models.database import parse_url
 from models.errors import DatabaseUnavailable
 from tests.system import consistency_checks, workflow_shapes
 from tests.system.client import RetryingClient
-from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, SystemUnderTest, on_many_processes
+from tests.system.harness import (
+    RECOVERY_SECONDS,
+    ManyProcesses,
+    SystemUnderTest,
+    on_both_run_paths,
+    on_many_processes,
+    on_many_processes_and_both_run_paths,
+)
 from tests.system.ledger import EffectLedger
 from tests.system.processes import SystemProcess
 from tests.system.wait_conditions import wait_until
@@ -45,6 +52,7 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes(
     assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (2, 1)
 
 
+@on_both_run_paths
 async def test_a_worker_suspended_past_its_lease_starts_its_runs_again(
     deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
@@ -109,7 +117,7 @@ async def test_a_result_that_was_on_its_way_when_the_lease_was_lost_changes_noth
     assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (2, 1)
 
 
-@on_many_processes
+@on_many_processes_and_both_run_paths
 async def test_sigterm_hands_runs_over_between_two_nodes(
     deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
