@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS: Final = 0.3
 DRAIN_SECONDS: Final = 10.0
+SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages"})
+"""Folders whose changes restart no worker."""
 
 
 def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
@@ -81,13 +85,19 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
 
 
 def _read_change_times(file: Path) -> Mapping[Path, int]:
-    """Return the times of change of the Python files in the folder of a file, in nanoseconds."""
+    """Return the times of change of the Python files beside a file and in packages below it."""
     found = {}
-    for path in file.resolve().parent.glob("*.py"):
-        try:
-            found[path] = path.stat().st_mtime_ns
-        except FileNotFoundError:
-            continue  # An editor is replacing it.
+    for folder, below, names in os.walk(file.resolve().parent):
+        # Neither hidden folders nor environments, which have thousands of files.
+        below[:] = [one for one in below if one not in SKIPPED and not one.startswith(".")]
+        if "pyvenv.cfg" in names:
+            below.clear()
+            continue
+        for name in names:
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # An editor is replacing it.
+                    found[path] = path.stat().st_mtime_ns
     return found
 
 

@@ -61,7 +61,7 @@ def run_worker(
 
 @app.command("dev")
 def develop(file: FileArgument) -> None:
-    """Register the node types of a file, run its worker, and do both again whenever a Python file beside it changes."""
+    """Register the node types of a file, run its worker, and do both again whenever Python code beside it changes."""
     from pilotflame import worker_files
 
     _use_profile()

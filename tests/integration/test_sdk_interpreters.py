@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -24,20 +27,32 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
         yield shell
 
 
-def test_the_oldest_python_uses_every_part(shell: CommandShell) -> None:
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the content of the SDK's wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = ["hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run([sys.executable, "-m", *command], cwd=ROOT / "sdk/python", check=True, capture_output=True)
+    (wheel,) = folder.glob("pilotflame_sdk-*.whl")
+    with ZipFile(wheel) as archive:
+        archive.extractall(folder / "content")
+    return folder / "content"
+
+
+def test_the_oldest_python_uses_every_part(shell: CommandShell, package: Path) -> None:
     oldest = interpreters.find_oldest()
     if oldest is None:
         pytest.skip(
             "the oldest Python of the SDK is neither on PATH nor in pyenv; its types are checked anyway"
         )
-    use_sdk(oldest, shell)
+    use_sdk(oldest, shell, package)
 
 
-def test_the_newest_python_uses_every_part(shell: CommandShell) -> None:
-    use_sdk(interpreters.find_newest(), shell)
+def test_the_newest_python_uses_every_part(shell: CommandShell, package: Path) -> None:
+    use_sdk(interpreters.find_newest(), shell, package)
 
 
-def use_sdk(interpreter: str, shell: CommandShell) -> None:
+def use_sdk(interpreter: str, shell: CommandShell, package: Path) -> None:
     """Run the program that uses the SDK, in an environment with its dependencies alone."""
     environment = ToolEnvironment(NAME, interpreter=interpreter)
     program = TOOLS / NAME / "use_sdk.py"
@@ -50,7 +65,7 @@ def use_sdk(interpreter: str, shell: CommandShell) -> None:
             shell.given["PILOTFLAME_URL"],
             KEY,
         ],
-        env={**os.environ, **shell.given, "PYTHONPATH": str(ROOT / "sdk/python")},
+        env={**os.environ, **shell.given, "PYTHONPATH": str(package)},
         capture_output=True,
         text=True,
         check=False,

@@ -99,6 +99,7 @@ if __name__ == "__main__":
     worker.run()
 """
 CHANGING = """
+from answers.values import ANSWER
 from pilotflame_sdk import Worker
 
 worker = Worker("changing", slots=1)
@@ -106,7 +107,7 @@ worker = Worker("changing", slots=1)
 
 @worker.node("acme/answer", "{version}", effect="pure", process=True)
 def answer() -> dict:
-    return {{"answer": {answer}}}
+    return {{"answer": ANSWER}}
 """
 
 
@@ -208,20 +209,27 @@ def test_a_changed_file_is_registered_and_served_again(client: Client, shell: Co
     def answer() -> object:
         return client.run(put_workflow(client, "acme/answer", {}), wait=60).outputs["work"]
 
-    file = shell.file("changing/changing.py", CHANGING.format(version="1.0.0", answer=1))
+    shell.file("changing/answers/values.py", "ANSWER = 1")
+    shell.file("changing/environment/pyvenv.cfg", "")
+    file = shell.file("changing/changing.py", CHANGING.format(version="1.0.0"))
     log = shell.folder / "dev.log"
     with command_runs.run_command("workers", "dev", file, given=shell.given, log=log) as dev:
         dev.says("acme/answer 1.0.0 is registered")
         assert answer() == {"answer": 1}
-        shell.file("changing/changing.py", CHANGING.format(version="1.1.0", answer=2))
+        shell.file("changing/changing.py", CHANGING.format(version="1.1.0"))
         dev.says("acme/answer 1.1.0 is registered")
+        # Also after a change of a module in a package below.
+        shell.file("changing/environment/lib/module.py", "")
+        shell.file("changing/answers/values.py", "ANSWER = 2")
+        dev.says("(acme/answer 1.1.0 is registered.*){2}")
         assert answer() == {"answer": 2}
         # A mistake ends the worker, not the command.
         shell.file("changing/changing.py", "def")
         dev.says("SyntaxError")
-        shell.file("changing/changing.py", CHANGING.format(version="1.1.0", answer=3))
+        shell.file("changing/changing.py", CHANGING.format(version="1.1.0"))
         dev.says("SyntaxError.*acme/answer 1.1.0 is registered")
-        assert answer() == {"answer": 3}
+        assert answer() == {"answer": 2}
+        assert dev.log().count("the code has changed") == 4
         assert dev.stop() == 0
     # The worker has ended too.
     assert not [one.pid for one in psutil.process_iter(["cmdline"]) if file in (one.info["cmdline"] or [])]
