@@ -31,7 +31,7 @@ class Counter:
         self.value = 0.0
 
     def inc(self, amount: float = 1) -> None:
-        """Add an amount."""
+        """Add an amount, 1 by default, to the value."""
         self.value += amount
 
 
@@ -44,15 +44,15 @@ class Gauge:
         self.value = 0.0
 
     def inc(self, amount: float = 1) -> None:
-        """Add an amount."""
+        """Add an amount, 1 by default, to the value."""
         self.value += amount
 
     def dec(self, amount: float = 1) -> None:
-        """Subtract an amount."""
+        """Subtract an amount, 1 by default, from the value."""
         self.value -= amount
 
     def set(self, value: float) -> None:
-        """Replace the value."""
+        """Replace the value by another one."""
         self.value = value
 
 
@@ -68,7 +68,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, amount: float) -> None:
-        """Add an observation."""
+        """Count an amount in its bucket (the first whose bound is at least the amount), and add it to the total."""
         self.counts[bisect_left(self.bounds, amount)] += 1
         self.total += amount
 
@@ -99,7 +99,10 @@ is_exposed = False
 
 
 def expose() -> None:
-    """Count from now on, because the metrics of this process are served."""
+    """Make all instruments of this process count from now on; called when its metrics are served.
+
+    Instruments that were looked up before still count nothing: look them up again.
+    """
     global is_exposed  # noqa: PLW0603 - of the process
     is_exposed = True
     for lookup in (counter, gauge, histogram):
@@ -108,41 +111,41 @@ def expose() -> None:
 
 @cache
 def counter(name: str, *values: str) -> Counter | UnreadInstrument:
-    """Return the counter of a family with these label values, in the order of its labels.
+    """Return the counter of a metric family with these label values, in the order of its labels.
 
-    Values that the family does not list, and combinations beyond `MAX_CHILDREN`, share the counter `other`.
-    While the process exposes no metrics, nothing is counted; otherwise raises LookupError for an unknown
-    family or one of another kind.
+    Values that the family does not list, and combinations beyond 5,000 per family, share the counter `other`.
+    While the process exposes no metrics, an instrument that counts nothing is returned; otherwise raises
+    LookupError for an unknown family or one of another kind.
     """
     return _find_counter(name, values) if is_exposed else _UNREAD
 
 
 @cache
 def gauge(name: str, *values: str) -> Gauge | UnreadInstrument:
-    """Return the gauge of a family with these label values, in the order of its labels.
+    """Return the gauge of a metric family with these label values, in the order of its labels.
 
-    Values that the family does not list, and combinations beyond `MAX_CHILDREN`, share the gauge `other`.
-    While the process exposes no metrics, nothing is shown; otherwise raises LookupError for an unknown family
-    or one of another kind.
+    Values that the family does not list, and combinations beyond 5,000 per family, share the gauge `other`.
+    While the process exposes no metrics, an instrument that shows nothing is returned; otherwise raises
+    LookupError for an unknown family or one of another kind.
     """
     return _find_gauge(name, values) if is_exposed else _UNREAD
 
 
 @cache
 def histogram(name: str, *values: str) -> Histogram | UnreadInstrument:
-    """Return the histogram of a family with these label values, in the order of its labels.
+    """Return the histogram of a metric family with these label values, in the order of its labels.
 
-    Values that the family does not list, and combinations beyond `MAX_CHILDREN`, share the histogram `other`.
-    While the process exposes no metrics, nothing is observed; otherwise raises LookupError for an unknown
-    family or one of another kind.
+    Values that the family does not list, and combinations beyond 5,000 per family, share the histogram `other`.
+    While the process exposes no metrics, an instrument that observes nothing is returned; otherwise raises
+    LookupError for an unknown family or one of another kind.
     """
     return _find_histogram(name, values) if is_exposed else _UNREAD
 
 
 def declare(*names: str) -> None:
-    """Expose families from the start, with every combination of labels that the table lists.
+    """Expose metric families from the start, as 0, with every combination of label values that the table lists.
 
-    A family with a label of free values is declared without any.
+    A family with a label of free values is declared without any value. Raises `KeyError` for an unknown family.
     """
     of_kind: Mapping[MetricKind, Callable[[str, Labels], object]] = {
         MetricKind.COUNTER: _find_counter,
@@ -158,12 +161,15 @@ def declare(*names: str) -> None:
 
 
 def list_families() -> list[MetricFamily]:
-    """Return the families of this process, in the order of their first use."""
+    """Return the metric families that this process exposes, in the order of their declaration or first use."""
     return [*_declared.values()]
 
 
 def list_values(name: str) -> list[tuple[Labels, Counter | Gauge | Histogram]]:
-    """Return the instruments of a family with the values of their labels; empty before the first one."""
+    """Return the label values and the instrument of each combination of a family; empty before the first use.
+
+    Unknown families are empty too.
+    """
     tables = _counters.get(name) or _gauges.get(name) or _histograms.get(name) or {}
     return [*tables.items()]
 
@@ -185,6 +191,7 @@ def _find_histogram(name: str, values: Labels) -> Histogram:
 
 
 def _find_family(name: str, kind: MetricKind) -> MetricFamily:
+    """Return a family of this kind and note that this process exposes it; raises LookupError for any other."""
     family = FAMILIES[name]
     if family.kind is not kind:
         raise LookupError(f"{name} is a {family.kind}, not a {kind}")
@@ -195,7 +202,10 @@ def _find_family(name: str, kind: MetricKind) -> MetricFamily:
 def _find_child(
     children: dict[Labels, Instrument], family: MetricFamily, values: Labels, make: Callable[[], Instrument]
 ) -> Instrument:
-    """Return the instrument for the values that the table allows, which is made at its first use."""
+    """Return the instrument of these label values, made at its first use.
+
+    Values that the family does not list become `other`; beyond 5,000 combinations, all values do.
+    """
     allowed = zip(values, family.labels.values(), strict=True)
     labels = tuple(value if not known or value in known else OTHER for value, known in allowed)
     if labels not in children and len(children) >= MAX_CHILDREN:

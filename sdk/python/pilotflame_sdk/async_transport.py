@@ -47,7 +47,7 @@ class AsyncTransport:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; the client can't be used afterwards."""
         await self._http.aclose()
 
     async def request(
@@ -58,9 +58,11 @@ class AsyncTransport:
         is_binary: bool = False,
         **parts: Any,  # noqa: ANN401 - as `build_request`
     ) -> Any:  # noqa: ANN401 - any JSON
-        """Send a request and return the JSON of the answer; raises `APIError` and `TransportError`.
+        """Send a request and return the JSON of the answer, its bytes with `is_binary`, None for an empty one.
 
-        `query`, `json`, `fields`, `headers` and `idempotency_key` are as in `request_coding.build_request`.
+        Lost and temporary failures are repeated as the retry policy says. `query`, `json`, `fields`,
+        `headers` and `idempotency_key` are as in `request_coding.build_request`. Raises `APIError` and
+        `TransportError`.
         """
         request = request_coding.build_request(method, path, **parts)
         return request_coding.decode_answer(await self._send(request), self.address.url, is_binary=is_binary)
@@ -68,7 +70,10 @@ class AsyncTransport:
     async def iterate(
         self, path: str, list_field: str, query: Mapping[str, Any], *, has_cursor: bool = False
     ) -> AsyncIterator[Any]:
-        """Yield the items of all pages of a list; with a cursor, each once while others are added."""
+        """Yield the items of all pages of a list, 100 a page; with a cursor, each once while others are added.
+
+        `list_field` is the field of the answer that has the items. Raises `APIError` and `TransportError`.
+        """
         place: dict[str, Any] = {"after": "start"} if has_cursor else {"offset": 0}
         while True:
             page = await self.request("GET", path, query={**query, "limit": request_coding.PAGE, **place})
@@ -84,7 +89,10 @@ class AsyncTransport:
                 return
 
     async def stream(self, path: str) -> AsyncIterator[RunEvent]:
-        """Yield the events of a run to its end, over as many connections as it takes."""
+        """Yield the events of a run to its end; lost connections are resumed behind the last event.
+
+        Raises `APIError` and `TransportError`.
+        """
         parser = EventParser()
         while not parser.has_ended:
             request = request_coding.build_request("GET", path, headers=parser.headers(), wait=15.0)
@@ -106,6 +114,10 @@ class AsyncTransport:
                 await response.aclose()
 
     async def _send(self, request: ApiRequest, *, is_streamed: bool = False) -> httpx2.Response:
+        """Send a request, repeated as the retry policy says, and return the last answer, which may be an error.
+
+        Raises `TransportError` without an answer.
+        """
         attempts = RequestAttempts(self._retry, request.method, is_keyed=request.is_keyed)
         built = self._http.build_request(
             request.method,

@@ -25,7 +25,9 @@ class Executions(resources.Executions):
     """Methods of `client.executions`."""
 
     def stream(self, execution_id: str) -> Iterator[RunEvent]:
-        """Yield the events of an execution from its beginning to its end; lost connections are taken up again."""
+        """Yield the events of an execution from its beginning to its end; lost connections are resumed
+        without loss.
+        """
         return self._client.stream(f"/api/v1/executions/{self._quote(execution_id)}/events")
 
 
@@ -33,7 +35,11 @@ class Workflows(resources.Workflows):
     """Methods of `client.workflows`."""
 
     def find(self, id_or_name: str) -> str:
-        """Return the id of a workflow; raises `NotFound`, and `Conflict` if several have the name."""
+        """Return the id of a workflow that is given by its id or its exact name.
+
+        An id (`wf_…`) is returned without asking the server. Raises `NotFound`, and `Conflict` if several
+        workflows have the name.
+        """
         if id_or_name.startswith("wf_"):
             return id_or_name
         found = [str(one["id"]) for one in self.iterate(search=id_or_name) if one["name"] == id_or_name]
@@ -61,7 +67,10 @@ class Workflows(resources.Workflows):
         return self.apply_all(workflows=definitions, set=set, prune=prune, dry_run=dry_run, force=force)
 
     def put(self, workflow: Mapping[str, Any] | HasDefinition) -> str:
-        """Create or update the workflow with the name in the definition, and return its id."""
+        """Create or update the workflow with the name in the definition, and return its id.
+
+        A status in the definition is set too. Raises `Conflict` if several workflows have the name.
+        """
         definition = workflow_files.definition_of(workflow)
         try:
             workflow_id = self.find(definition["name"])
@@ -101,10 +110,11 @@ class Client(resources.ResourceClient):
         idempotency_key: str | None = None,
         **others: Any,  # noqa: ANN401 - other fields of the body: `upTo`, `pinned`, `callbackUrl`, `definition`
     ) -> Run:
-        """Start a run of a workflow, which an id or an exact name names, and return it.
+        """Start a run of a workflow, given by its id or its exact name, and return the run.
 
-        The request is repeated under one `Idempotency-Key`: a lost answer starts no second run. With `wait`, the
-        answer comes after that many seconds, at most 60, or at the end of the run if that is earlier.
+        The request is repeated under one `Idempotency-Key`: a lost answer starts no second run. With `wait`,
+        the answer comes after that many seconds, at most 60, or at the end of the run if that is earlier.
+        `others` are further fields of the request.
         """
         workflow_id = self.workflows.find(workflow)
         answer = self.request(
@@ -126,9 +136,10 @@ class Client(resources.ResourceClient):
         wait: float | None = None,
         **options: Any,  # noqa: ANN401 - as `start`
     ) -> Run:
-        """Run a workflow to its end and return the completed run, whose `outputs` are by node id.
+        """Run a workflow to its end and return the completed run, with its `outputs` by node id.
 
-        Raises `RunFailed`, and `RunTimeout` after `wait` seconds; the run goes on then.
+        `wait` is in seconds; None waits without end. Raises `RunFailed`, and `RunTimeout` after `wait`
+        seconds; the run goes on then. `options` are those of `start`.
         """
         begun = time.monotonic()
         run = self.start(workflow, inputs, wait=PREFER_SECONDS if wait is None else wait, **options)
@@ -137,5 +148,5 @@ class Client(resources.ResourceClient):
         return run
 
     def attach(self, execution_id: str) -> Run:
-        """Return the run with an id, as it is now."""
+        """Return the run with an id and its present state; raises `NotFound`."""
         return Run(self, execution_id).refresh()

@@ -140,7 +140,10 @@ _BY_STATUS: Mapping[int, type[APIError]] = {
 
 
 def build_error(status: int, reason: str, body: object) -> APIError:
-    """Return the error for an answer with a status from 400 on; `body` is its decoded JSON."""
+    """Return (not raise) the error for an answer with a status from 400 on; `body` is its decoded JSON.
+
+    Its class depends on the status; other bodies than Pilotflame's give the code `http-<status>`.
+    """
     answer = body if isinstance(body, Mapping) else {}
     found = answer.get("error")
     error: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
@@ -156,5 +159,6 @@ def build_error(status: int, reason: str, body: object) -> APIError:
 
 
 def _detail_text(detail: Mapping[str, Any]) -> str:
+    """Return the path and message of one detail of an error, or the message alone."""
     path, message = detail.get("path"), detail.get("message") or detail.get("code") or ""
     return f"{path}: {message}" if path else str(message)

@@ -41,13 +41,16 @@ class HeldTask:
 
     @property
     def report_due(self) -> float:
-        """Time of the next report that has to name the task."""
+        """Time of the next report that has to name the task, by the monotonic clock.
+
+        Two seconds after the claim at first, then after a third of the lease.
+        """
         if not self.is_acknowledged:
             return self.claimed_at + FIRST_REPORT_SECONDS
         return self.renewed_at + self.lease_seconds / 3
 
     def end(self, *, is_lost: bool = False) -> None:
-        """Ask the function to stop."""
+        """Ask the function of the task to stop; `is_lost`: because another worker may have the task."""
         self.task.cancel(is_lost=is_lost)
         for call in self.on_end:
             call()
@@ -66,12 +69,12 @@ class HeldTasks:
 
     @property
     def free(self) -> int:
-        """Number of slots without a running function."""
+        """Number of slots without a running function; a slot is room for one task."""
         return max(0, self.slots - self._running)
 
     @property
     def is_empty(self) -> bool:
-        """Whether every task is reported and answered."""
+        """Whether every task's result is reported and answered, so that the worker may end."""
         return not self._tasks
 
     @property
@@ -80,7 +83,10 @@ class HeldTasks:
         return self._running > 0
 
     def add(self, request_id: str, claimed: Iterable[Mapping[str, Any]]) -> list[HeldTask]:
-        """Take the tasks of an answered claim."""
+        """Store the tasks of an answered claim, and return those that weren't held yet, to be started.
+
+        `request_id` is the id of the claim, which the next report acknowledges.
+        """
         now = time.monotonic()
         added = []
         with self.changed:
@@ -102,18 +108,18 @@ class HeldTasks:
         return added
 
     def wake(self) -> None:
-        """Send a report soon: there is something that must not be lost."""
+        """Let the next report be sent soon, because there is something that must not be lost, such as a checkpoint."""
         with self.changed:
             self._is_urgent = True
             self.changed.notify_all()
 
     def wait_for_change(self, seconds: float) -> None:
-        """Wait until a task begins, ends or is answered, at most for a time."""
+        """Wait until a task begins, ends or is answered, at most for these seconds."""
         with self.changed:
             self.changed.wait(seconds)
 
     def finish(self, held: HeldTask, report: Mapping[str, Any]) -> None:
-        """Note the end of a function with its final report."""
+        """Store the final report of a task, since its function has ended; a second one is ignored."""
         with self.changed:
             if held.reported is None:
                 held.reported = report
@@ -129,12 +135,15 @@ class HeldTasks:
             self.changed.notify_all()
 
     def list_running(self) -> list[HeldTask]:
-        """Return the tasks whose functions run."""
+        """Return the tasks with a function that still runs."""
         with self.changed:
             return [held for held in self._tasks.values() if held.reported is None]
 
     def end_tasks(self, ids: Iterable[str], *, is_lost: bool = False) -> None:
-        """Ask functions to stop."""
+        """Ask the functions of these tasks to stop; unknown ids are ignored.
+
+        `is_lost`: because other workers may have the tasks.
+        """
         with self.changed:
             found = [self._tasks[one] for one in ids if one in self._tasks]
         for held in found:
@@ -143,13 +152,14 @@ class HeldTasks:
     # ── reports ───────────────────────────────────────────────────────────────────────────────────────────
 
     def wait_for_report(self) -> None:
-        """Wait until a report is due, at most a second."""
+        """Wait until a report is due or urgent, at most a second."""
         with self.changed:
             seconds = self._seconds_left()
             if seconds > 0:
                 self.changed.wait(seconds)
 
     def _seconds_left(self) -> float:
+        """Return the seconds until the next report, 0 to 1; 0 for urgent news and final reports."""
         now = time.monotonic()
         if self._is_urgent or any(held.reported for held in self._tasks.values()):
             return 0.0
@@ -157,9 +167,10 @@ class HeldTasks:
         return min(max(due - now, 0.0), PROGRESS_SECONDS)
 
     def build_report(self) -> tuple[list[Mapping[str, Any]], list[str], str | None]:
-        """Return the items of the next report, the ids of all held tasks, and the last answered claim.
+        """Return the items of the next report (at most about 200), the ids of all held tasks, and the last
+        answered claim.
 
-        Without items, the report renews the leases; None of them is due if the ids are empty too.
+        Without items, a report of the ids renews the leases; nothing is due if the ids are empty too.
         """
         now = time.monotonic()
         with self.changed:
@@ -185,7 +196,11 @@ class HeldTasks:
         results: Sequence[Mapping[str, Any]],
         begun: float,
     ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-        """Note the answer to a report; return the items that the server has refused, with its answers."""
+        """Apply the answer to a report; return the items that the server has refused, each with its answer.
+
+        Answered final reports end their tasks. Lost and cancelled tasks are asked to stop. `begun` is the
+        time of the report, by the monotonic clock, from which renewed leases count.
+        """
         refused = []
         gone: set[str] = set()
         final: set[str] = set()
@@ -213,7 +228,7 @@ class HeldTasks:
         return refused
 
     def end_overdue(self) -> None:
-        """Ask functions to stop whose leases are over, because no report reached the server."""
+        """Ask functions to stop if their leases have passed, because no report reached the server."""
         now = time.monotonic()
         with self.changed:
             over = [held.id for held in self._tasks.values() if now - held.renewed_at > held.lease_seconds]
@@ -221,7 +236,10 @@ class HeldTasks:
 
 
 def _items_of(held: HeldTask, now: float) -> Iterable[Mapping[str, Any]]:
-    """Return the news of a task as items of a report; the final one is the last."""
+    """Yield what is new about a task as items of a report: log lines, progress, and at last its final report.
+
+    Lines and progress at most once a second, 200 lines an item.
+    """
     name = {"id": held.id, "lease": held.lease}
     if held.reported is not None or now - held.told_at >= PROGRESS_SECONDS:
         held.told_at = now
@@ -237,6 +255,8 @@ def _items_of(held: HeldTask, now: float) -> Iterable[Mapping[str, Any]]:
 
 
 def _is_unchanged(result: Mapping[str, Any]) -> bool:
-    """Tell whether a refused final report has changed nothing, so that another one must follow."""
+    """Return whether a refused final report has changed nothing (its output is missing), so that another must
+    follow.
+    """
     error = result.get("error") or {}
     return result["status"] == "refused" and error.get("code") == "output-missing"

@@ -35,16 +35,19 @@ class NodeDefinition:
 
     @property
     def version_numbers(self) -> tuple[int, ...]:
-        """Numbers of the version."""
+        """The three numbers of the version, for comparisons."""
         return tuple(int(part) for part in self.version.split("."))
 
     def serves(self, version: str) -> bool:
-        """Tell whether this code runs tasks of a version: the same major one, not newer."""
+        """Return whether this code runs tasks of a version: the same first number, and not newer than this code."""
         wanted = tuple(int(part) for part in version.split("."))
         return wanted[0] == self.version_numbers[0] and wanted <= self.version_numbers
 
     def arguments(self, config: Any, task: Task) -> tuple[list[Any], dict[str, Any]]:  # noqa: ANN401 - any JSON
-        """Return the arguments of the function for a config in JSON; raises `ValueError` and `TypeError`."""
+        """Return the positional and named arguments of the function, for a config in JSON.
+
+        Raises `ValueError` and `TypeError` for a config that doesn't fit the annotation.
+        """
         given = [schemas.from_json(self.config_type, config)] if self.takes_config else []
         return given, {} if self.task_name is None else {self.task_name: task}
 
@@ -106,11 +109,12 @@ def _parameters(function: Callable[..., Any], hints: Mapping[str, Any]) -> tuple
 
 
 def _first_paragraph(function: Callable[..., Any]) -> str:
+    """Return the first paragraph of a function's docstring on one line; empty without one."""
     return " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
 
 
 def _output_schema(kind: Any) -> dict[str, Any] | None:  # noqa: ANN401 - any annotation
-    """Return the schema of an output whose class has fields; others are unchecked."""
+    """Return the JSON Schema of an output type with fields; None for other types, which stay unchecked."""
     try:
         schema = schemas.schema_of(kind) if isinstance(kind, type) else {}
     except TypeError:
@@ -119,13 +123,13 @@ def _output_schema(kind: Any) -> dict[str, Any] | None:  # noqa: ANN401 - any an
 
 
 def retry_rule(retry: int | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return a retry rule; a number is the most attempts."""
+    """Return a retry rule as an object; a number is the most attempts, and None stays None."""
     return {"maxAttempts": retry} if isinstance(retry, int) else retry
 
 
 def choose_definition(
     definitions: Sequence[NodeDefinition], type_name: str, version: str
 ) -> NodeDefinition | None:
-    """Return the oldest code that runs tasks of a type and version."""
+    """Return the oldest code that runs tasks of this type and version; None if there is none."""
     fitting = [one for one in definitions if one.type == type_name and one.serves(version)]
     return min(fitting, key=lambda one: one.version_numbers, default=None)

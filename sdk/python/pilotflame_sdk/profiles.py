@@ -40,7 +40,10 @@ class Profiles:
 
 
 def profiles_path() -> Path:
-    """Return the path of the file with the profiles."""
+    """Return the path of the file with the user's profiles; the file may not exist.
+
+    It is `PILOTFLAME_CONFIG`, else `pilotflame/profiles.json` in `XDG_CONFIG_HOME` or `~/.config`.
+    """
     if named := os.environ.get("PILOTFLAME_CONFIG"):
         return Path(named)
     folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
@@ -48,7 +51,10 @@ def profiles_path() -> Path:
 
 
 def read_profiles() -> Profiles:
-    """Return the profiles of the user, none without a file; raises `ConfigurationError`."""
+    """Return the stored profiles of the user; empty without a file.
+
+    Raises `ConfigurationError` for an unreadable or malformed file.
+    """
     path = profiles_path()
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +72,10 @@ def read_profiles() -> Profiles:
 
 
 def write_profiles(profiles: Profiles) -> Path:
-    """Store the profiles, readable by their owner alone, and return the path of the file."""
+    """Store the profiles, readable by their owner alone, and return the path of the file.
+
+    The file is replaced as a whole; its folder is created. Raises `OSError`.
+    """
     path = profiles_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {
@@ -90,10 +99,11 @@ def write_profiles(profiles: Profiles) -> Path:
 def find_server(
     url: str | None = None, api_key: str | None = None, *, profile: str | None = None
 ) -> ServerAddress:
-    """Return the server to use; raises `ConfigurationError`.
+    """Return address and API key of the server to use; raises `ConfigurationError`, `LoginRequired` without a key.
 
     Arguments come before PILOTFLAME_URL and PILOTFLAME_API_KEY, and these before the profile that `profile`,
-    PILOTFLAME_PROFILE or `pilotflame profile use` names. The key of a profile is sent to its own address alone.
+    PILOTFLAME_PROFILE or `pilotflame profile use` names. The key of a profile is sent to its own address
+    alone. The default address is `http://127.0.0.1:8000`.
     """
     url = url or (None if profile else os.environ.get("PILOTFLAME_URL")) or None
     api_key = api_key or (None if profile else os.environ.get("PILOTFLAME_API_KEY")) or None
@@ -114,6 +124,10 @@ def find_server(
 
 
 def _find_profile(name: str | None) -> ServerAddress | None:
+    """Return the profile with this name, else that of PILOTFLAME_PROFILE, else the current one; None without any.
+
+    Raises `ConfigurationError` for a name that is not stored.
+    """
     wanted = name or os.environ.get("PILOTFLAME_PROFILE")
     profiles = read_profiles()
     chosen = wanted or profiles.current

@@ -51,6 +51,7 @@ class StartedServer:
         self.url = self._await_address()
 
     def _await_address(self) -> str:
+        """Return the address that the server prints at its start; fails the test if it doesn't within 60 seconds."""
         give_up_at = time.monotonic() + START_SECONDS
         while time.monotonic() < give_up_at and self._process.poll() is None:
             said = re.search(r"Pilotflame runs on (\S+)", self._log.read_text(errors="replace"))
@@ -61,20 +62,21 @@ class StartedServer:
         pytest.fail(f"`pilotflame dev` did not start: {self._log.read_text(errors='replace')}")
 
     def new_key(self) -> str:
-        """Return the key of an admin of a new organization."""
+        """Create an organization with an admin, and return the admin's API key."""
         name = f"test-{uuid4().hex[:12]}"
         organization = self._run("orgs", "create", name)
         user = self._run("users", "create", f"{name}@example.com", "--org", organization, "--role", "admin")
         return self._run("keys", "create", "--user", user, "--org", organization)
 
     def _run(self, *arguments: str) -> str:
+        """Run a command of `pilotflame` on the server's data, and return the output without line ends."""
         done = subprocess.run(  # noqa: S603 - as above
             [self._command, *arguments], env=self._environment, capture_output=True, text=True, check=True
         )
         return done.stdout.strip()
 
     def stop(self) -> None:
-        """End the server."""
+        """End the server, by `kill` if it doesn't end within 20 seconds."""
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)
@@ -85,7 +87,7 @@ class StartedServer:
 
 @pytest.fixture(scope="session")
 def pilotflame_server() -> Iterator[StartedServer | Mapping[str, str]]:
-    """Return the server of all tests."""
+    """Start one server for all tests; or yield the one that PILOTFLAME_TEST_URL and PILOTFLAME_TEST_API_KEY name."""
     if url := os.environ.get("PILOTFLAME_TEST_URL"):
         yield {"url": url, "api_key": os.environ.get("PILOTFLAME_TEST_API_KEY", "")}
         return
@@ -99,7 +101,7 @@ def pilotflame_server() -> Iterator[StartedServer | Mapping[str, str]]:
 
 @pytest.fixture
 def pilotflame(pilotflame_server: StartedServer | Mapping[str, str]) -> Iterator[Client]:
-    """Return a client of a real server, as the admin of an organization of its own."""
+    """Yield a client of a real server, as the admin of an organization of its own for each test."""
     if isinstance(pilotflame_server, StartedServer):
         url, key = pilotflame_server.url, pilotflame_server.new_key()
     else:

@@ -53,9 +53,10 @@ def build_request(  # noqa: PLR0913 - a parameter for each part of a request
     is_keyed: bool = False,
     wait: float = 0.0,
 ) -> ApiRequest:
-    """Return a request. `fields` is a body whose values of None are left out; `json` is sent as it is.
+    """Build a request to the API. `fields` is a body without its values of None; `json` is sent as it is.
 
-    A request whose operation accepts `Idempotency-Key` gets one: its repetitions have the same.
+    With `is_keyed` or a key, the request has an `Idempotency-Key`, which makes it repeatable. `wait` is how
+    many seconds longer than 15 an answer may take.
     """
     body = json if fields is None else {name: value for name, value in fields.items() if value is not None}
     has_body = json is not None or fields is not None
@@ -76,6 +77,7 @@ def build_request(  # noqa: PLR0913 - a parameter for each part of a request
 
 
 def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the query as pairs of text: None is left out, lists become comma-separated, mappings `name.key`."""
     fields = []
     for name, value in query.items():
         if value is None:
@@ -92,17 +94,17 @@ def _query_fields(query: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def quote_segment(value: str) -> str:
-    """Return an id as a segment of a path."""
+    """Return an id percent-encoded as one segment of a path."""
     return quote(value, safe="")
 
 
 def quote_type(value: str) -> str:
-    """Return a node type as a part of a path; a custom one has two segments."""
+    """Return a node type percent-encoded as a part of a path; a custom type has two segments."""
     return quote(value, safe="/")
 
 
 def default_headers(api_key: str) -> dict[str, str]:
-    """Return the headers of every request."""
+    """Return the headers of every request: API key, accepted format, and version of the SDK."""
     return {
         "X-API-Key": api_key,
         "Accept": "application/json",
@@ -111,12 +113,15 @@ def default_headers(api_key: str) -> dict[str, str]:
 
 
 def uses_proxies(url: str) -> bool:
-    """Tell whether proxies of the environment apply: they can't reach a server on this machine."""
+    """Return whether the proxies of the environment apply to a URL: not for a server on this machine."""
     return urlsplit(url).hostname not in LOOPBACK
 
 
 def decode_answer(response: httpx2.Response, url: str, *, is_binary: bool = False) -> Any:  # noqa: ANN401 - JSON
-    """Return the JSON or the bytes of an answer; raises `APIError` and `TransportError`."""
+    """Return the JSON of an answer, its bytes with `is_binary`, None for 204.
+
+    Raises `APIError` for a status from 400 on, and `TransportError` for a body that is no JSON.
+    """
     if response.status_code >= ERROR:
         raise build_error(response.status_code, response.reason_phrase, _json_or_none(response))
     if is_binary:
@@ -130,6 +135,7 @@ def decode_answer(response: httpx2.Response, url: str, *, is_binary: bool = Fals
 
 
 def _json_or_none(response: httpx2.Response) -> object:
+    """Return the JSON of an answer's body; None if it is malformed."""
     try:
         return json_coding.loads(response.content)
     except ValueError:
@@ -137,7 +143,7 @@ def _json_or_none(response: httpx2.Response) -> object:
 
 
 def unreachable(url: str, error: Exception) -> TransportError:
-    """Return the error of a request without an answer."""
+    """Return (not raise) the error of a request to `url` without an answer."""
     reason = str(error) or type(error).__name__
     return TransportError(
         f"No Pilotflame server answers at {url} ({reason}): start one, or set PILOTFLAME_URL"

@@ -36,9 +36,10 @@ class RequestAttempts:
         self._count = 0
 
     def pause_after_error(self, *, was_sent: bool, has_answered: bool) -> float | None:
-        """Return the seconds to wait after a lost connection, or None to give up.
+        """Return the seconds to wait before a repetition after a lost connection; None to give up.
 
-        A request that was never sent can be repeated whatever it does.
+        A request that was never sent can be repeated whatever it does; a sent one only if it is safe or has a
+        key. `has_answered` is whether the server has answered before: else the policy decides.
         """
         if was_sent and not self._is_repeatable:
             return None
@@ -47,12 +48,19 @@ class RequestAttempts:
         return self._next_pause(None)
 
     def pause_after_answer(self, response: httpx2.Response) -> float | None:
-        """Return the seconds to wait after an answer, or None to use the answer."""
+        """Return the seconds to wait before a repetition after an answer; None to use the answer.
+
+        Only 408, 429, 502, 503 and 504 are repeated, and only for safe or keyed requests.
+        """
         if response.status_code not in RETRIED_STATUSES or not self._is_repeatable:
             return None
         return self._next_pause(response.headers.get("Retry-After"))
 
     def _next_pause(self, retry_after: str | None) -> float | None:
+        """Return the seconds of the next pause, None if the time of the retry policy is over.
+
+        Pauses grow, and last at least as long as a `Retry-After` header asks for.
+        """
         growing = min(self._policy.first_pause * 2**self._count, self._policy.longest_pause)
         self._count += 1
         pause = growing * random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients, protects nothing

@@ -32,16 +32,16 @@ class RunState:
 
     @property
     def path(self) -> str:
-        """Path of the execution in the API."""
+        """Path of the execution in the API, such as `/api/v1/executions/exec_1`."""
         return f"/api/v1/executions/{request_coding.quote_segment(self.id)}"
 
     @property
     def has_ended(self) -> bool:
-        """Whether the run has ended, in any way."""
+        """Whether the run has ended: completed, failed, stopped or cancelled."""
         return self.status in request_coding.TERMINAL
 
     def take(self, answer: Mapping[str, Any]) -> None:
-        """Take over the state from an answer."""
+        """Copy status, error, progress (percent) and outputs from an answer of the server."""
         self.status = str(answer["status"])
         self.error = answer.get("error")
         self.progress = int(answer.get("progress") or (100 if self.status == "completed" else 0))
@@ -51,28 +51,31 @@ class RunState:
         )
 
     def take_outputs(self, answer: Mapping[str, Any]) -> None:
-        """Take over the outputs from an answer that has all that one answer can have."""
+        """Replace the outputs by those of an answer that has all of them."""
         self.outputs = dict(answer.get("outputs") or {})
         self.lacks_outputs = False
 
     def outputs_or_raise(self) -> dict[str, Any]:
-        """Return the outputs of a completed run; raises `RunFailed` for others."""
+        """Return the outputs of a completed run by node id; raises `RunFailed` for a run with any other status."""
         if self.status != "completed":
             raise RunFailed(self.id, self.status, self.error)
         return self.outputs
 
 
 def _is_omitted(output: object) -> bool:
+    """Return whether an output is only a reference to a large value that the answer leaves out."""
     return isinstance(output, dict) and output.keys() == {"$blob", "omitted"}
 
 
 def poll_seconds(wanted: float) -> int:
-    """Return the whole seconds for which one request waits."""
+    """Return the whole seconds, 0 to 30, for which one request waits."""
     return max(0, min(int(wanted), request_coding.POLL_SECONDS))
 
 
 def prefer_header(wait: float) -> dict[str, str]:
-    """Return the header with which a start answers after the end of the run."""
+    """Return the header that lets a start answer after the end of the run or `wait` seconds, at most 60;
+    empty for less than 1.
+    """
     seconds = min(int(wait), request_coding.PREFER_SECONDS)
     return {"Prefer": f"wait={seconds}"} if seconds > 0 else {}
 
@@ -80,5 +83,5 @@ def prefer_header(wait: float) -> dict[str, str]:
 def start_fields(
     inputs: Mapping[str, Any] | None, tags: object, metadata: object, others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the body of a start."""
+    """Return the JSON body of a request that starts a run; None values are left out when it is sent."""
     return {"triggerInputs": inputs, "tags": tags, "metadata": metadata, **others}

@@ -30,15 +30,17 @@ class Run(run_states.RunState):
     def result(self, timeout: float | None = None) -> dict[str, Any]:
         """Wait for the end of the run, and return the outputs of its nodes by node id.
 
-        `timeout` is in seconds; None waits without end. Raises `RunFailed` and `RunTimeout`.
+        `timeout` is in seconds; None waits without end. Raises `RunFailed` for a run that didn't complete,
+        and `RunTimeout`; the run goes on then.
         """
         ended = self.wait(timeout)
         return ended.outputs_or_raise()
 
     def wait(self, timeout: float | None = None, *, since: float | None = None) -> Run:
-        """Wait for the end of the run, however it ends, and return it; raises `RunTimeout`.
+        """Wait for the end of the run, however it ends, and return it with its outputs.
 
-        The timeout begins now, or at `since` by the monotonic clock.
+        `timeout` is in seconds from now, or from `since` by the monotonic clock; None waits without end.
+        Raises `RunTimeout`; the run goes on then.
         """
         begun = time.monotonic() if since is None else since
         give_up_at = None if timeout is None else begun + timeout
@@ -55,7 +57,10 @@ class Run(run_states.RunState):
         return self
 
     def refresh(self, *, wait: float = 0.0) -> Run:
-        """Read the state of the run again, after its end or `wait` seconds, at most 30."""
+        """Read the state of the run from the server, and return the run.
+
+        With `wait`, the answer comes at the end of the run or after that many seconds, at most 30.
+        """
         seconds = run_states.poll_seconds(wait)
         answer = self._client.request(
             "GET", f"{self.path}/progress", query={"wait": seconds}, wait=seconds
@@ -64,13 +69,13 @@ class Run(run_states.RunState):
         return self
 
     def stream(self) -> Iterator[RunEvent]:
-        """Yield the events of the run from its beginning to its end."""
+        """Yield the events of the run from its beginning to its end; lost connections are resumed without loss."""
         return self._client.stream(f"{self.path}/events")
 
     def cancel(self) -> None:
-        """Ask the run to end at once, as `cancelled`."""
+        """Ask the run to end at once, as `cancelled`; returns before it has ended."""
         self._client.request("POST", f"{self.path}/cancel")
 
     def stop(self) -> None:
-        """Ask the run to end after the nodes that run now, as `stopped`."""
+        """Ask the run to end after the nodes that are running now, as `stopped`; returns before it has ended."""
         self._client.request("POST", f"{self.path}/stop")

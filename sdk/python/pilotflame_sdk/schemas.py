@@ -28,7 +28,11 @@ _UNIONS: Final = (Union, types.UnionType)
 
 
 def schema_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - any type
-    """Return the JSON Schema of a type; raises `TypeError` for a type that JSON can't hold."""
+    """Return the JSON Schema of a type: plain types, dataclasses, msgspec structs, pydantic models, enums,
+    collections.
+
+    Raises `TypeError` for a type that JSON can't hold.
+    """
     if kind is Any:
         return {}
     if isinstance(kind, type) and kind in PLAIN:
@@ -45,6 +49,9 @@ def schema_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - any type
 
 
 def _generic_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - any type
+    """Return the JSON Schema of a collection, a union, a literal or an annotated type; raises `TypeError` for
+    others.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is typing.Annotated:
         rules: dict[str, Any] = {}
@@ -65,6 +72,7 @@ def _generic_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - any type
 
 
 def _dataclass_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
+    """Return the JSON Schema of a dataclass: an object without further properties."""
     hints = get_type_hints(kind, include_extras=True)
     properties, required = {}, []
     for field in dataclasses.fields(kind):
@@ -87,6 +95,7 @@ def _struct_schema(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a msgspec str
 
 
 def _write_out_all(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without references; raises `TypeError` for a class that contains itself."""
     found: dict[str, Any] = _write_out(schema, schema.get("$defs", {}))
     return found
 
@@ -118,7 +127,10 @@ def _write_out(value: Any, definitions: Mapping[str, Any], inside: tuple[str, ..
 
 
 def from_json(kind: Any, value: Any) -> Any:  # noqa: ANN401 - any type
-    """Return a JSON value as a value of a type; raises `ValueError` and `TypeError`."""
+    """Convert a JSON value to a value of a type, such as a dataclass; raises `ValueError` and `TypeError`.
+
+    Any and None leave it unchanged.
+    """
     if kind is Any or kind is None:
         return value
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -140,6 +152,7 @@ def from_json(kind: Any, value: Any) -> Any:  # noqa: ANN401 - any type
 
 
 def _generic_value(kind: Any, value: Any) -> Any:  # noqa: ANN401 - any type
+    """Convert a JSON value to a collection, a union or an annotated type; other values stay unchanged."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is typing.Annotated:
         return from_json(arguments[0], value)
@@ -154,6 +167,7 @@ def _generic_value(kind: Any, value: Any) -> Any:  # noqa: ANN401 - any type
 
 
 def _union_value(kinds: Sequence[Any], value: Any) -> Any:  # noqa: ANN401 - any type
+    """Convert a JSON value to the first type of a union that it fits; raises `ValueError` if it fits none."""
     if value is None and type(None) in kinds:
         return None
     for kind in kinds:
@@ -174,6 +188,9 @@ def _union_value(kinds: Sequence[Any], value: Any) -> Any:  # noqa: ANN401 - any
 
 
 def _dataclass_value(kind: type[Any], value: Any) -> Any:  # noqa: ANN401 - a dataclass
+    """Build a dataclass from a JSON object; raises `TypeError` for other values and `ValueError` for unknown
+    fields.
+    """
     if not isinstance(value, Mapping):
         raise TypeError(f"{kind.__name__} is made from an object, not from {type(value).__name__}")
     hints = get_type_hints(kind, include_extras=True)
@@ -185,7 +202,10 @@ def _dataclass_value(kind: type[Any], value: Any) -> Any:  # noqa: ANN401 - a da
 
 
 def to_json(value: Any) -> Any:  # noqa: ANN401 - any value
-    """Return a value as JSON; values of unknown types stay, and are refused when they are encoded."""
+    """Convert a value to JSON types: dataclasses, structs, models, enums, collections and dates.
+
+    Values of unknown types stay, and are refused when they are encoded.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if _is_struct(type(value)):
@@ -206,11 +226,13 @@ def to_json(value: Any) -> Any:  # noqa: ANN401 - any value
 
 
 def _is_struct(kind: Any) -> bool:  # noqa: ANN401 - any type
+    """Return whether a type is a struct of msgspec, without importing msgspec."""
     # A struct exists only where its library is loaded; the SDK does not depend on it.
     library = sys.modules.get("msgspec")
     return library is not None and isinstance(kind, type) and issubclass(kind, library.Struct)
 
 
 def _is_model(kind: Any) -> bool:  # noqa: ANN401 - any type
+    """Return whether a type is a model of pydantic, without importing pydantic."""
     library = sys.modules.get("pydantic")
     return library is not None and isinstance(kind, type) and issubclass(kind, library.BaseModel)

@@ -30,17 +30,20 @@ class EventParser:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the execution has ended."""
+        """Whether the stream has sent its last event: the execution has ended."""
         return self.last_id == LAST_EVENT_ID
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of a request that continues behind the last event, without half an event."""
+        """Return the headers of a request that continues behind the last event, and forget a half-read event."""
         self._fields = {}
         sent = {"Accept": "text/event-stream"}
         return {**sent, "Last-Event-ID": self.last_id} if self.last_id else sent
 
     def feed(self, line: str) -> RunEvent | None:
-        """Take the next line, and return the event that it completes."""
+        """Take the next line of the stream; return the event that it completes, else None.
+
+        An empty line completes an event.
+        """
         name, _, value = line.partition(":")
         if name:
             self._fields[name] = value.removeprefix(" ")

@@ -67,12 +67,15 @@ class TaskChannel:
         ]
 
     def start(self) -> None:
-        """Begin to claim and to report."""
+        """Start the threads that claim tasks and send reports."""
         for thread in self._threads:
             thread.start()
 
     def drain(self) -> None:
-        """Claim nothing more. The open poll is awaited, since its answer may have tasks."""
+        """Claim no more tasks, and tell the server.
+
+        The open poll is awaited, since its answer may have tasks. A server that can't be told is logged.
+        """
         self.draining.set()
         with self._held.changed:
             self._held.changed.notify_all()
@@ -83,11 +86,11 @@ class TaskChannel:
             log.warning("the server does not know that this worker stops: %s", error)
 
     def join_claims(self, timeout: float) -> None:
-        """Wait until no poll is open."""
+        """Wait until the thread that claims tasks has ended, at most `timeout` seconds."""
         self._threads[0].join(timeout)
 
     def close(self, timeout: float) -> None:
-        """Send the last reports, for at most a time."""
+        """Send the last reports, for at most `timeout` seconds, and end the threads."""
         give_up_at = time.monotonic() + timeout
         with self._held.changed:
             while not self._held.is_empty and (left := give_up_at - time.monotonic()) > 0:
@@ -97,11 +100,13 @@ class TaskChannel:
         self._threads[2].join(1.0)
 
     def _connect(self) -> Transport:
+        """Open a connection to the server for one thread."""
         return self._server()
 
     # ── claims ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _claim_tasks(self) -> None:
+        """Claim tasks for free slots until the worker drains; the body of a thread."""
         with self._connect() as server:
             while not self.draining.is_set():
                 with self._held.changed:
@@ -118,7 +123,7 @@ class TaskChannel:
                     self._polling.clear()
 
     def _await_cancels(self) -> None:
-        """Keep a poll open that only cancels tasks, while every slot is taken."""
+        """Keep a poll open that only cancels tasks, while every slot is taken; the body of a thread."""
         with self._connect() as server:
             while not self.draining.is_set():
                 if self._polling.is_set() or not self._held.is_running:
@@ -127,7 +132,11 @@ class TaskChannel:
                     self._claim(server, 0)
 
     def _claim(self, server: Transport, count: int) -> None:
-        """Claim up to a number of tasks, repeated under one id until it is answered."""
+        """Claim up to `count` tasks; the request is repeated under one id until it is answered.
+
+        With 0, the poll only learns which tasks are cancelled. A refusal that no repetition helps stops the
+        worker.
+        """
         request_id, pause = uuid4().hex, 0.1
         body = {
             "worker": self._worker,
@@ -156,6 +165,7 @@ class TaskChannel:
             pause = min(pause * 2, LONGEST_PAUSE)
 
     def _take_answer(self, request_id: str, count: int, answer: Mapping[str, Any]) -> None:
+        """Start the tasks of an answered claim, ask cancelled ones to stop, and drain if the server says so."""
         if count:
             self._on_tasks(self._held.add(request_id, answer["tasks"]))
         self._held.end_tasks(answer.get("cancel", ()))
@@ -163,6 +173,7 @@ class TaskChannel:
             self.draining.set()
 
     def _stop_for(self, error: APIError) -> None:
+        """Claim nothing more after a refusal, which `failure` keeps unless the worker was stopped on purpose."""
         if error.code != "worker-stopped":
             self.failure = error
         self.draining.set()
@@ -170,6 +181,10 @@ class TaskChannel:
     # ── reports ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _send_reports(self) -> None:
+        """Send reports when they are due, and renew leases; the body of a thread.
+
+        A report is repeated until the server answers it.
+        """
         pause = 0.1
         with self._connect() as server:
             while not self._closing.is_set():
@@ -198,7 +213,7 @@ class TaskChannel:
     def _report(
         self, server: Transport, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
     ) -> bool:
-        """Send a report; return whether it was answered."""
+        """Send a report; return whether the server has answered it, with success or a refusal."""
         begun = time.monotonic()
         body = {"worker": self._worker["id"], "claimed": claimed, "held": ids, "items": items}
         try:
@@ -233,7 +248,10 @@ class TaskChannel:
     # ── large values ──────────────────────────────────────────────────────────────────────────────────────
 
     def fetch_input(self, held: HeldTask) -> Any:  # noqa: ANN401 - any JSON
-        """Return the input of a task, which is fetched apart if it is large; raises errors of the client."""
+        """Return the input of a task, fetched by a request of its own if it is large.
+
+        Raises `APIError` and `TransportError`.
+        """
         given = held.task.input
         if not (isinstance(given, dict) and given.keys() == {"$blob"}):
             return given
@@ -242,7 +260,11 @@ class TaskChannel:
             return server.request("GET", f"/api/v1/tasks/{held.id}/input", headers=headers, wait=60.0)
 
     def send_output(self, held: HeldTask, output: object) -> object:
-        """Return the output of a report; a large one is sent apart. Raises `TypeError` for a value that is no JSON."""
+        """Return the output for a report: itself up to 256,000 bytes of JSON, else a reference after sending
+        it apart.
+
+        Raises `TypeError` and `ValueError` for a value that is no JSON, and `APIError` and `TransportError`.
+        """
         size = len(json.dumps(output, allow_nan=False))
         if size <= INLINE_BYTES:
             held.output_bytes = size
@@ -255,5 +277,5 @@ class TaskChannel:
 
 
 def connect_quietly(url: str, api_key: str) -> Transport:
-    """Return a connection whose requests the channel repeats by itself."""
+    """Return a connection that repeats no request, since the channel repeats them."""
     return Transport(url, api_key, retry=RetryPolicy(seconds=0))

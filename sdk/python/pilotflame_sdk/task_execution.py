@@ -42,26 +42,31 @@ class ThreadPool:
         self._count = 0
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Run a call in an idle thread, or a new one as long as there are fewer than the size."""
+        """Run a call in an idle thread, or in a new one while there are fewer than the size; else queue the call."""
         self._calls.put(call)
         if not self._idle.acquire(blocking=False) and self._count < self._size:
             self._count += 1
             threading.Thread(target=self._work, name="pilotflame-node", daemon=True).start()
 
     def _work(self) -> None:
+        """Run the queued calls, one after the other, forever; the body of a thread."""
         while True:
             self._calls.get()()
             self._idle.release()
 
 
 def complete(returned: object) -> Mapping[str, Any]:
-    """Return the final report for the value that a function returned."""
+    """Return the final report for the value that a function returned; None becomes an empty object."""
     port, value = (returned.port, returned.value) if isinstance(returned, PortOutput) else (OUTPUT, returned)
     return {"kind": "complete", "port": port, "output": {} if value is None else schemas.to_json(value)}
 
 
 def fail(error: BaseException, task: Task) -> Mapping[str, Any]:
-    """Return the final report for an error of a function."""
+    """Return the final report for an error of a function.
+
+    A `TaskError` says itself whether to retry; any other error is retried, and its traceback is written to
+    the log.
+    """
     if isinstance(error, TaskError):
         retry: Any = error.retry
         if not isinstance(retry, bool):
@@ -72,6 +77,7 @@ def fail(error: BaseException, task: Task) -> Mapping[str, Any]:
 
 
 def _error(code: object, message: object) -> Mapping[str, str]:
+    """Return code and message of an error for a report, as plain texts of limited length."""
     return {"code": plain_text(code, MAX_CODE), "message": plain_text(message, MAX_MESSAGE)}
 
 
@@ -91,7 +97,10 @@ class TaskExecutor:
         self._finish = finish
 
     def start(self, held: HeldTask, definition: NodeDefinition | None, config: object) -> None:
-        """Begin a task; returns at once."""
+        """Begin the function of a task in a thread, on the event loop or in a process; returns at once.
+
+        Without a definition, the task is given back, for a worker that has its code.
+        """
         if definition is None:
             self._finish(held, RELEASE)  # Another worker has its code.
         elif definition.is_async:
@@ -102,6 +111,10 @@ class TaskExecutor:
             self._pool.submit(lambda: context.run(run, held, definition, config))
 
     def _run_in_thread(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        """Run the function of a task in this thread to its end, and hand over its final report.
+
+        A cancelled function gives the task back; any other error makes the task fail.
+        """
         task = held.task
         try:
             task.input = self._channel.fetch_input(held)
@@ -115,6 +128,10 @@ class TaskExecutor:
         self._finish(held, report)
 
     def _completed(self, held: HeldTask, returned: object) -> Mapping[str, Any]:
+        """Return the final report of a function's value, after sending a large output.
+
+        Raises `TaskError` for a value that is no JSON, and for an output that could not be sent.
+        """
         report = complete(returned)
         try:
             return {**report, "output": self._channel.send_output(held, report["output"])}
@@ -132,6 +149,7 @@ class TaskExecutor:
             running.cancel()
 
     async def _run_coroutine(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        """Run an async function of a task to its end, and hand over its final report."""
         task = held.task
         try:
             if isinstance(task.input, dict) and task.input.keys() == {"$blob"}:
@@ -149,6 +167,7 @@ class TaskExecutor:
     # ── processes ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _run_in_process(self, held: HeldTask, definition: NodeDefinition, config: object) -> None:
+        """Run the function of a task in a process of its own, and hand over its final report."""
         task = held.task
         process = None
         try:
@@ -195,6 +214,7 @@ class TaskExecutor:
 
 
 def _cancel_soon(loop: asyncio.AbstractEventLoop, running: asyncio.Task[None]) -> None:
+    """Cancel a coroutine from any thread."""
     loop.call_soon_threadsafe(running.cancel)
 
 
@@ -206,6 +226,7 @@ class _ProcessTask(Task):
         self._pipe = pipe
 
     def log(self, message: str, level: str = "info") -> None:
+        """Send a log line to the worker, as `Task.log` does."""
         self._pipe.send(("log", (str(message), level)))
 
     def _note(self, name: str, value: Any) -> None:  # noqa: ANN401 - any JSON
@@ -215,7 +236,10 @@ class _ProcessTask(Task):
 def _work_in_process(
     function: Callable[..., Any], type_name: str, fields: Mapping[str, Any], config: object, pipe: Connection
 ) -> None:
-    """Run a function in a process of its own; its first argument is found by the name of the function."""
+    """Run a function in this process of its own, and send its reports through the pipe.
+
+    Its config is found again by the function's annotations.
+    """
     from pilotflame_sdk.node_definitions import define_node
     from pilotflame_sdk.tasks import TaskLogHandler
 
@@ -240,6 +264,7 @@ def _enter(task: Task) -> None:
 
 
 def _arguments(definition: NodeDefinition, config: object, task: Task) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a function; raises `TaskError` without a retry for a config that doesn't fit."""
     try:
         return definition.arguments(config, task)
     except Exception as error:
@@ -247,6 +272,7 @@ def _arguments(definition: NodeDefinition, config: object, task: Task) -> tuple[
 
 
 def _fields_of(task: Task) -> Mapping[str, Any]:
+    """Return the fields of a task that another process needs to build the same task."""
     return {
         "id": task.id,
         "type": task.type,

@@ -68,21 +68,24 @@ class Task:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the function should stop; long loops ask it, or call `raise_if_cancelled`."""
+        """Whether the function should stop; long loops ask, or call `raise_if_cancelled`."""
         return self._end.is_set()
 
     def raise_if_cancelled(self) -> None:
-        """Raise `TaskCancelled`, or `LeaseLost`, if the function should stop."""
+        """Raise `TaskCancelled`, or `LeaseLost` if another worker may have the task, once the function should stop."""
         if self._end.is_set():
             raise self._reason
 
     def sleep(self, seconds: float) -> None:
-        """Wait, and raise `TaskCancelled` as soon as the function should stop."""
+        """Wait for these seconds, and raise `TaskCancelled` as soon as the function should stop."""
         if self._end.wait(seconds):
             raise self._reason
 
     def track(self, items: Iterable[T], *, total: int | None = None, message: str = "") -> Iterator[T]:
-        """Yield items, report how many are done, and raise `TaskCancelled` between them."""
+        """Yield the items, report after each how many are done, and raise `TaskCancelled` between them.
+
+        `total` is counted where the items allow it; None without a known number.
+        """
         known = len(items) if total is None and isinstance(items, Collection) else total
         for done, item in enumerate(items, start=1):
             self.raise_if_cancelled()
@@ -90,9 +93,9 @@ class Task:
             self.progress(done, known, message)
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
-        """Report progress; the server shows the last one, at most one a second is sent.
+        """Report progress; the server shows the last one, and at most one a second is sent.
 
-        Raises `TypeError` and `ValueError` for values that are no finite numbers.
+        `total` is None if it isn't known. Raises `TypeError` and `ValueError` for values that are no finite numbers.
         """
         shown = plain_text(message, MAX_PROGRESS_CHARACTERS)
         self._note(
@@ -119,14 +122,16 @@ class Task:
         self._note("checkpoint", json.loads(encoded))
 
     def _note(self, name: str, value: Any) -> None:  # noqa: ANN401 - any JSON
-        """Keep progress or a checkpoint for the next report."""
+        """Keep progress or a checkpoint for the next report, which a checkpoint causes at once."""
         with self._lock:
             self._news[name] = value
         if name == "checkpoint":
             self._changed()
 
     def log(self, message: str, level: str = "info") -> None:
-        """Write a line to the log of the execution: `debug`, `info`, `warning` or `error`."""
+        """Write a line to the log of the execution: `debug`, `info`, `warning` or `error`; other levels count
+        as `info`.
+        """
         at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         text = plain_text(message, MAX_LINE_CHARACTERS)
         line = {"level": level if level in LEVELS else "info", "at": at, "message": text}
@@ -134,29 +139,33 @@ class Task:
             self._lines.append(line)
 
     def port(self, name: str, value: T) -> PortOutput[T]:
-        """Return an output for another port than `output`; the function returns it."""
+        """Return an output for another port of the node than `output`; the function has to return it."""
         return PortOutput(name, value)
 
     # ── for workers ───────────────────────────────────────────────────────────────────────────────────────
 
     def cancel(self, *, is_lost: bool = False) -> None:
-        """Ask the function to stop."""
+        """Ask the function to stop; called by the worker.
+
+        `is_lost`: because another worker may have the task, which raises `LeaseLost` instead of
+        `TaskCancelled`.
+        """
         if is_lost and not self._end.is_set():
             self._reason = LeaseLost("Another worker may run this task by now")
         self._end.set()
 
     def wait_for_end(self, seconds: float) -> bool:
-        """Wait until the function should stop, or for a time; return whether it should."""
+        """Wait until the function should stop, at most these seconds; return whether it should."""
         return self._end.wait(seconds)
 
     def take_news(self) -> dict[str, Any]:
-        """Return progress and checkpoint since the last call."""
+        """Return progress and checkpoint set since the last call; empty without news. Called by the worker."""
         with self._lock:
             news, self._news = self._news, {}
             return news
 
     def take_lines(self) -> list[dict[str, str]]:
-        """Return the log lines since the last call."""
+        """Return the log lines written since the last call; called by the worker."""
         with self._lock:
             lines, self._lines = self._lines, []
             return lines
@@ -179,7 +188,10 @@ class TaskLogHandler(logging.Handler):
     """Sends records of `logging` that a node's function makes to the log of its execution."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Add a record to the task of its context, if there is one."""
+        """Add a log record to the task that the current context works on; do nothing outside of a task.
+
+        Records of the SDK and its HTTP library are left out.
+        """
         task = CURRENT_TASK.get()
         if task is not None and not record.name.startswith(("httpx2", "httpcore2", "pilotflame_sdk")):
             level = "error" if record.levelno >= logging.ERROR else record.levelname.lower()

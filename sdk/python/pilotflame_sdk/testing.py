@@ -33,9 +33,10 @@ def run_node(
     cancelled: bool = False,
     idempotency_key: str = "exec_test:node:1",
 ) -> NodeResult:
-    """Call a node's function as a worker would, and return its result; its errors are raised.
+    """Call a node's function as a worker would, without a server, and return its result; its errors are raised.
 
-    With `cancelled`, the task is cancelled from the beginning.
+    `config` is the value as the function takes it. With `cancelled`, the task is cancelled from the
+    beginning.
     """
     from pilotflame_sdk.node_definitions import define_node
 

@@ -123,9 +123,10 @@ class Worker:
         return register
 
     def register(self) -> list[str]:
-        """Add the node types to the organization, and return them; raises `Conflict` for a changed version.
+        """Add the node types to the organization, and return them as `type version`.
 
-        This needs a key with the scope `nodes:write`. The same content again changes nothing.
+        The same content again changes nothing. Raises `Conflict` for other content of a stored version, and
+        `ScopeRequired` for a key without the scope `nodes:write`.
         """
         done = []
         with Transport(*self._server_parts()) as server:
@@ -140,7 +141,10 @@ class Worker:
         return done
 
     def run(self) -> None:
-        """Serve tasks until SIGTERM or SIGINT, then drain; raises `APIError` if the server refuses the worker."""
+        """Serve tasks until SIGTERM or SIGINT, then drain: running functions may end within the grace.
+
+        Blocks. Raises `APIError` if the server refuses the worker, and `ValueError` without a node.
+        """
         asyncio.run(self._run_until_signal())
 
     async def _run_until_signal(self) -> None:
@@ -151,7 +155,10 @@ class Worker:
         await self.serve()
 
     def stop(self) -> None:
-        """Begin to drain; safe to call from any thread. A second call ends without waiting for running functions."""
+        """Begin to drain: claim no more tasks, and let running functions end; safe to call from any thread.
+
+        A second call ends without waiting for running functions. Does nothing before `serve`.
+        """
         loop, stopping = self._loop, self._stopping
         if loop is None or stopping is None:
             return
@@ -161,7 +168,10 @@ class Worker:
         loop.call_soon_threadsafe(stopping.set)
 
     async def serve(self) -> None:
-        """Serve tasks on the running event loop until `stop` is called, then drain."""
+        """Serve tasks on the running event loop until `stop` is called, then drain.
+
+        Raises `APIError` if the server refuses the worker, and `ValueError` without a node.
+        """
         if not self.definitions:
             raise ValueError("The worker has no node: decorate a function with @worker.node(...)")
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -200,7 +210,7 @@ class Worker:
                 await asyncio.wait_for(self._stopping.wait(), 0.2)
 
     async def _drain(self, channel: TaskChannel, held: HeldTasks) -> None:
-        """Let running functions end within the grace, then give the other tasks back."""
+        """Let running functions end within the grace (seconds), then ask them to stop, and give their tasks back."""
         give_up_at = time.monotonic() + self.grace
         await asyncio.to_thread(channel.drain)
         await asyncio.to_thread(channel.join_claims, CLAIM_END_SECONDS)
@@ -216,6 +226,7 @@ class Worker:
         await asyncio.to_thread(channel.close, CLOSE_SECONDS)
 
     def _start(self, executor: TaskExecutor, tasks: list[HeldTask]) -> None:
+        """Start the functions of claimed tasks."""
         for held in tasks:
             definition = choose_definition(self.definitions, held.task.type, held.task.version)
             executor.start(held, definition, held.task.config)
@@ -243,12 +254,15 @@ class _LoopWatch:
         self._loop_thread = threading.get_ident()
 
     def start(self) -> None:
+        """Start the watching thread."""
         self._thread.start()
 
     def stop(self) -> None:
+        """End the watching thread."""
         self._stopped.set()
 
     def _watch(self) -> None:
+        """Log a stack trace each time that the event loop is blocked for over a second; the body of the thread."""
         while not self._stopped.wait(BLOCKED_SECONDS / 2):
             self._seen.clear()
             try:

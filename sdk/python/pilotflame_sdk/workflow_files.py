@@ -15,5 +15,5 @@ class HasDefinition(Protocol):
 
 
 def definition_of(workflow: Mapping[str, Any] | HasDefinition) -> dict[str, Any]:
-    """Return a workflow as JSON."""
+    """Return a workflow as JSON: a copy of a mapping, or the definition that a builder makes."""
     return workflow.definition() if isinstance(workflow, HasDefinition) else dict(workflow)
