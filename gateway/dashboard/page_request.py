@@ -6,12 +6,14 @@ the same cookie or key, and passes through the same checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 
+from concurrency.ttl_cache import TTLCache
 from gateway.http import limits
 from gateway.http.errors import ApiError
 from json_text import decoding
@@ -27,6 +29,9 @@ OK: Final = 200
 WITH_BODY: Final = " with "
 """Text between a path and the body of a POST in the list of requests; an encoded path has no spaces."""
 _FORWARDED: Final = frozenset({b"cookie", b"x-api-key", b"host", b"origin", b"sec-fetch-site"})
+_CREDENTIALS: Final = frozenset({b"cookie", b"x-api-key"})
+_recent: Final = TTLCache[Hashable, "tuple[float, Any]"](60.0, 500)
+"""Time and value of answers that pages may show again, by their visitors."""
 _OF_ORIGIN: Final = frozenset({b"origin", b"sec-fetch-site"})
 _ABSENT: Final = frozenset({403, 404, 405})
 """Statuses of routes that do not exist, that the visitor may not use, or that do not apply to the object."""
@@ -80,6 +85,18 @@ class PageRequest:
                 raise
             del self.asked[count:]
             return None
+
+    async def get_recent(self, path: str, *, seconds: float) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer of `get_if_present`, or an earlier one to the same visitor, at most `seconds` old."""
+        credentials = tuple(value for name, value in self._scope["headers"] if name in _CREDENTIALS)
+        key = (id(self._api), credentials, path)
+        found = _recent.get(key)
+        if found is None or found[0] < monotonic() - seconds:
+            found = (monotonic(), await self.get_if_present(path))
+            _recent.put(key, found)
+        elif found[1] is not None:
+            self.asked.append(path)
+        return found[1]
 
     async def plan(self, path: str, **fields: object) -> Any:  # noqa: ANN401 - any JSON value
         """Return the JSON answer of a public API route to POST as a dry run; raises its error answers as `ApiError`.

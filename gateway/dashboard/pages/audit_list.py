@@ -1,4 +1,4 @@
-"""Audit trail: who changed which object, newest first."""
+"""Audit trail: changes of objects with their authors, newest first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overview: what needs a person, why runs wait, the failures of a day by cause, and the next scheduled runs."""
+"""Overview: problems that need a person, reasons of waits, failures of a day by cause, and the next schedules."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ DAY: Final = timedelta(days=1)
 NAMED_WORKFLOWS: Final = 100
 GROUPED_FAILURES: Final = 100
 """Number of the newest failed runs that are grouped."""
+DRIFT_SECONDS: Final = 10.0
+"""Time for which the findings of drift are shown again: an open page loads itself up to four times a second."""
 SHOWN_SCHEDULES: Final = 5
 PATH: Final = "/dashboard/overview"
 NEEDS_PERSON: Final = frozenset({"change", "escalate"})
@@ -31,21 +33,22 @@ async def load(page: PageRequest) -> PageData:
     """
     # Whole minutes, so that an unchanged page keeps its tag for a minute.
     since = format_timestamp((page.now - DAY).replace(second=0, microsecond=0))
-    why, drift, stats, workflows, failed, completed, started, schedules = await asyncio.gather(
+    why, drift, stats, failed, completed, started, schedules = await asyncio.gather(
         page.get("/api/v1/why"),
-        page.get_if_present("/api/v1/admin/drift"),
+        page.get_recent("/api/v1/admin/drift", seconds=DRIFT_SECONDS),
         page.get("/api/v1/workflows/stats"),
-        page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS),
         page.get("/api/v1/executions", status="failed", since=since, after="start", limit=GROUPED_FAILURES),
         page.get("/api/v1/executions", status="completed", since=since, after="start", limit=1),
         page.get("/api/v1/executions", since=since, after="start", limit=1),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )
+    # Names are needed for failures alone.
+    names = failed["executions"] and await page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS)
     return {
         "why": why,
         "drift": drift,
         "stats": stats,
-        "workflows": workflows,
+        "workflows": names or {"workflows": ()},
         "failed": failed,
         "completed": completed,
         "started": started,
@@ -54,7 +57,7 @@ async def load(page: PageRequest) -> PageData:
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:  # noqa: ARG001 - the signature of views
-    """Return the template values: what needs a person, counts of the last 24 hours, reasons, and failures by cause."""
+    """Return the template values: problems, counts of the last 24 hours, reasons of waits, and failures by cause."""
     reasons = data["why"]["reasons"]
     findings = [] if data["drift"] is None else data["drift"]["findings"]
     return {

@@ -41,11 +41,12 @@ async def load(page: PageRequest) -> PageData:
     """
     workflow_id = page.parameters["id"]
     path = f"/api/v1/workflows/{workflow_id}"
-    workflow, runs = await asyncio.gather(
+    workflow, runs, *objects = await asyncio.gather(
         page.get(path),
         page.get_if_present("/api/v1/executions", workflow_id=workflow_id, after="start", limit=SHOWN_ROWS),
+        *(page.get_if_present(f"{path}/{name}") for name in OBJECTS),
     )
-    asked: dict[str, Any] = {name: page.get_if_present(f"{path}/{name}") for name in OBJECTS}
+    asked: dict[str, Any] = {}
     types = {node["type"] for node in workflow["nodes"]}
     if types & INTAKE_TRIGGERS:
         asked |= {name: page.get_if_present(f"{path}/{name}", **query) for name, query in OF_INTAKE.items()}
@@ -79,6 +80,7 @@ async def load(page: PageRequest) -> PageData:
         "validation": None,
         "type": None,
         "input": trigger and trigger.get("data"),
+        **{name.replace("-", "_"): answer for name, answer in zip(OBJECTS, objects, strict=True)},
         **found,
     }
 
