@@ -11,17 +11,13 @@ from messages.broker import BrokerUnavailable
 from models.task_states import watch_key
 
 if TYPE_CHECKING:
-    from journal.tasks.task_store import TaskStore
+    from journal.tasks.task_upkeep import TaskUpkeep
     from messages.broker import Broker
     from models.database import Database
 
 
-async def move_due_tasks(database: Database, tasks: TaskStore, broker: Broker) -> None:
-    """Move tasks whose time has come (leases, deadlines, delays), and notify the runs and task workers that
-    this concerns.
-
-    Tasks that wait for a freed concurrency key are admitted. Raises `DatabaseUnavailable`.
-    """
+async def move_due_tasks(database: Database, tasks: TaskUpkeep, broker: Broker) -> None:
+    """Move tasks whose time has come, and notify runs and workers. Raises `DatabaseUnavailable`."""
     effects = await tasks.sweep()
     for key in sorted({run.concurrency_key for run in effects.woken if run.concurrency_key is not None}):
         await concurrency_limits.admit_waiting_runs(database, key)

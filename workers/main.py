@@ -29,7 +29,7 @@ from journal import clock_sync, log_levels, worker_presence
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
 from journal.store_factory import open_store
-from journal.tasks.task_store import TaskStore
+from journal.tasks.task_upkeep import TaskUpkeep
 from journal.waits import node_answers
 from messages import broker as brokers
 from messages.broker import Broker
@@ -202,4 +202,4 @@ async def _sweep_unattended_runs(database: Database, store: JournalStore, broker
     """
     await abandoned_runs.end_abandoned_runs(database, store, broker)
     await due_runs.wake_due_deployments(database, broker)
-    await task_sweeps.move_due_tasks(database, TaskStore(database), broker)
+    await task_sweeps.move_due_tasks(database, TaskUpkeep(database), broker)

@@ -9,7 +9,7 @@ from engine.node_api import UnknownNodeType
 from nodes.custom_types import OrganizationCatalog
 
 if TYPE_CHECKING:
-    from journal.tasks.task_store import Completion, TaskFacts
+    from journal.tasks.task_items import Completion, TaskFacts
     from nodes.catalog import NodeCatalog
 
 SHOWN_PROBLEMS: Final = 5

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     from gateway.executions.acceptance import PodNotifier
     from gateway.tasks.worker_presence import WorkerDescription
-    from journal.tasks.task_store import ClaimedTask, ItemResult, TaskPoll, TaskStore, WorkerReport
+    from journal.tasks.task_items import ItemResult, WorkerReport
+    from journal.tasks.task_polls import ClaimedTask, TaskPoll
+    from journal.tasks.task_store import TaskStore
     from journal.tasks.task_transaction import TaskEffects
     from messages.broker import Broker, Notification
     from models.database import Database
@@ -168,10 +170,8 @@ class TaskHub:
                 del self._parked[parked.poll.organization_id]
 
     async def _look(self, batch: Sequence[ParkedPoll]) -> Sequence[None]:
-        """Look in the database for a batch of polls: answer repeated claims, cancellations and drains, and
-        claim for those with work.
-        """
-        found = await self.tasks.look([one.poll for one in batch])
+        """Answer repeated claims and cancellations, and claim for polls with work."""
+        found = await self.tasks.claims.look([one.poll for one in batch])
         wanting: list[ParkedPoll] = []
         for parked, findings in zip(batch, found, strict=True):
             cancelling = self._untold(findings.cancelling)
@@ -193,13 +193,13 @@ class TaskHub:
         waiting = [one for one in sorted(parked, key=lambda one: one.order) if not one.answer.done()]
         if not waiting:
             return 0
-        claimed = await self.tasks.claim([one.poll for one in waiting])
+        claimed = await self.tasks.claims.claim([one.poll for one in waiting])
         unwanted: list[str] = []
         for one, tasks in zip(waiting, claimed, strict=True):
             if tasks and not one.resolve(PollAnswer(tasks)):
                 unwanted += [task.id for task in tasks]
         if unwanted:
-            await self.tasks.put_back(unwanted)
+            await self.tasks.claims.put_back(unwanted)
             for one in waiting:
                 self.serve(one.poll.organization_id)
         return sum(map(len, claimed)) - len(unwanted)
@@ -230,7 +230,7 @@ class TaskHub:
         from gateway.tasks import output_checks  # noqa: PLC0415 - loaded with the first worker
 
         catalogs = {one.report.organization_id: one.catalog for one in batch if one.catalog is not None}
-        results, effects = await self.tasks.report(
+        results, effects = await self.tasks.reports.report(
             [one.report for one in batch],
             lambda facts, item: output_checks.find_problem(catalogs.get(facts.organization_id), facts, item),
         )
@@ -238,13 +238,13 @@ class TaskHub:
         return results
 
     async def stop(self, organization_id: str, worker_id: str) -> None:
-        """Mark a worker as stopped: it gets no more tasks, and its open polls end."""
-        if await self.tasks.stop_worker(organization_id, worker_id):
+        """Give a worker no more tasks, and end its open polls."""
+        if await self.tasks.workers.stop(organization_id, worker_id):
             await self.announce([organization_id])
 
     async def drain(self, organization_id: str, worker_id: str) -> bool:
-        """Ask a worker to stop by its next answer; return False for an unknown one."""
-        is_known = await self.tasks.drain_worker(organization_id, worker_id)
+        """Ask a worker to stop by its next answer; returns False for an unknown one."""
+        is_known = await self.tasks.workers.drain(organization_id, worker_id)
         if is_known:
             await self.announce([organization_id])
         return is_known
@@ -303,11 +303,11 @@ class TaskHub:
             del self._serving[organization_id]
 
     async def _serve_once(self, organization_id: str) -> None:
-        if limited := await self.tasks.limited_keys(organization_id):
-            await self.tasks.admit(limited)
+        if limited := await self.tasks.upkeep.limited_keys(organization_id):
+            await self.tasks.upkeep.admit(limited)
         while parked := [one for one in self._parked.get(organization_id, ()) if not one.answer.done()]:
             parked.sort(key=lambda one: one.order)
-            news = await self.tasks.news(organization_id, [one.poll for one in parked])
+            news = await self.tasks.claims.news(organization_id, [one.poll for one in parked])
             self._tell(parked, news.cancelling, news.leaving)
             chosen: list[ParkedPoll] = []
             for queue in news.queues:
@@ -365,7 +365,7 @@ class TaskHub:
             await self._wake_runs(effects)
         changed = effects.ready_organizations | effects.cancelling_organizations
         if effects.freed_keys:
-            changed |= await self.tasks.admit(sorted(effects.freed_keys))
+            changed |= await self.tasks.upkeep.admit(sorted(effects.freed_keys))
         if changed:
             await self.announce(changed)
 
@@ -418,24 +418,20 @@ class TaskHub:
         await self.sweep()
         organization_ids = sorted(self._parked)
         if organization_ids:
-            for organization_id in await self.tasks.changed_organizations(organization_ids):
+            for organization_id in await self.tasks.claims.changed_organizations(organization_ids):
                 self.serve(organization_id)
 
     async def sweep(self) -> None:
-        """Move tasks whose time has come (retries, expired leases), admit limited ones, and cancel those of
-        ended runs.
-
-        Ended runs are looked at every ten seconds, absent workers every hour.
-        """
-        await self.follow(await self.tasks.sweep())
-        if keys := await self.tasks.limited_keys():
-            await self.announce(await self.tasks.admit(keys))
+        """Move tasks whose time has come, admit limited ones, and cancel those of ended runs."""
+        await self.follow(await self.tasks.upkeep.sweep())
+        if keys := await self.tasks.upkeep.limited_keys():
+            await self.announce(await self.tasks.upkeep.admit(keys))
         if monotonic() > self._abandoned_at:
             self._abandoned_at = monotonic() + ABANDONED_SECONDS
-            await self.follow(await self.tasks.cancel_abandoned())
+            await self.follow(await self.tasks.upkeep.cancel_abandoned())
         if monotonic() > self._forgotten_at:
             self._forgotten_at = monotonic() + FORGET_SECONDS
-            await self.tasks.forget_workers()
+            await self.tasks.workers.forget()
 
     def release(self) -> None:
         """Answer all polls and refuse new ones, because the gateway stops."""

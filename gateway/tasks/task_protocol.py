@@ -20,8 +20,9 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
 from gateway.tasks.worker_presence import WorkerDescription
+from journal.tasks.task_items import Completion, Failure, Heartbeat, LogLines, Release, WorkerReport
 from journal.tasks.task_moves import ReportStatus
-from journal.tasks.task_store import Completion, Failure, Heartbeat, LogLines, Release, TaskPoll, WorkerReport
+from journal.tasks.task_polls import TaskPoll
 from journal.tasks.task_transaction import LogText
 from models import timestamps
 from models.task_states import HELD_STATES
@@ -30,7 +31,8 @@ from telemetry import tracing
 if TYPE_CHECKING:
     from gateway.tasks.large_task_inputs import HeldTask
     from gateway.tasks.task_hub import PollAnswer
-    from journal.tasks.task_store import ClaimedTask, ItemKind, ItemResult
+    from journal.tasks.task_items import ItemKind, ItemResult
+    from journal.tasks.task_polls import ClaimedTask
     from models.access import ApiCaller
     from models.database import Database
 
@@ -447,8 +449,8 @@ async def store_output(request: GatewayRequest) -> NoContent:
         raise ApiError(400, "malformed-json", error.message) from error
     if len(output) > MAX_OUTPUT_BYTES:
         raise errors.too_large(MAX_OUTPUT_BYTES, "PILOTFLAME_MAX_OUTPUT_BYTES")
-    tasks = request.gateway.task_hub.tasks
-    if not await tasks.upload(request.caller.organization_id, task.id, _lease(request), output):
+    reports = request.gateway.task_hub.tasks.reports
+    if not await reports.upload(request.caller.organization_id, task.id, _lease(request), output):
         raise errors.conflict("lease-lost", "The worker no longer holds this task")
     return NoContent()
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from engine.node_api import parse_version
-from journal.tasks.task_store import is_served
+from journal.tasks.task_polls import is_served
 from models.task import TaskWorker
 
 if TYPE_CHECKING:

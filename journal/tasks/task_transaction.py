@@ -14,6 +14,7 @@ from sqlalchemy import bindparam, text
 
 from engine.run_records import make_storable
 from journal.tasks import task_moves
+from journal.tasks.task_clock import NOW
 from journal.tasks.task_moves import CHANGING_COLUMNS, ROW_COLUMNS, TaskRow
 from json_text import decoding
 from models import ids
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 MAX_LINE_CHARACTERS: Final = 8_192
-_NOW_POSTGRESQL: Final = "CAST(extract(epoch FROM now()) * 1000000 AS bigint)"
 _RUN_COLUMNS: Final = "id, shard, status, concurrency_key, target"
 _ALIVE: Final = frozenset({ExecutionStatus.PENDING, ExecutionStatus.WAITING})
 """Statuses in which no process numbers the log lines of a run."""
@@ -106,12 +106,8 @@ class TaskTransaction:
             self.runs[row[0]] = LockedRun(*row)
 
     async def lock_tasks(self, condition: str, *, skips_locked: bool = False, **values: Any) -> None:  # noqa: ANN401 - values of columns
-        """Lock the tasks that satisfy an SQL condition, or only the unlocked ones, and read the time of the
-        transaction.
-
-        `values` are the parameters of the condition. Tasks that are locked already keep their changes.
-        """
-        now = _NOW_POSTGRESQL if self._is_postgresql else "NULL"
+        """Lock the tasks that satisfy an SQL condition, and read the time of the transaction."""
+        now = NOW["postgresql"] if self._is_postgresql else "NULL"
         statement = (
             f"SELECT {', '.join(ROW_COLUMNS)}, {now} FROM task WHERE {condition} ORDER BY id"
             f"{self._for_update(skips_locked=skips_locked)}"

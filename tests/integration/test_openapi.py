@@ -31,7 +31,7 @@ from gateway.settings import GatewaySettings
 from gateway.tasks.task_hub import PollAnswer, TaskHub
 from gateway.tasks.worker_presence import WorkerDescription
 from journal.store import ExecutionKey, RunProgressReport
-from journal.tasks.task_store import TaskPoll
+from journal.tasks.task_polls import TaskPoll
 from pilotflame import command_error
 from tests.integration.deployed_workflows import answer_for_pods
 from tests.integration.example_data import create_examples, replace_example_ids

@@ -43,8 +43,9 @@ from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.large_values import EncodedTrigger
 from journal.run_copies import ReplayCopy
 from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
+from journal.tasks.task_items import Completion, WorkerReport
 from journal.tasks.task_moves import ReportStatus
-from journal.tasks.task_store import Completion, TaskPoll, WorkerReport
+from journal.tasks.task_polls import TaskPoll
 from journal.waits import node_answers
 from messages.deployer_messages import DeployerMessage, ReconcileRequest
 from messages.local_broker import LocalBroker

@@ -1,0 +1,101 @@
+"""Polls of task workers, and their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from engine.node_api import parse_version
+
+
+class ClaimedTask(msgspec.Struct):
+    """Task that a worker holds."""
+
+    id: str
+    lease: str
+    lease_microseconds: int
+    deadline_at: int
+    type: str
+    version: str
+    execution_id: str
+    node_id: str
+    key: str
+    config: str
+    input: str | None
+    input_bytes: int
+    checkpoint: str | None
+    failures: int
+    losses: int
+    is_acknowledged: bool
+    worker_id: str
+    claim_id: str
+    state: str
+    organization_id: str
+    queue_turn: int
+    claimed_at: int
+
+    @property
+    def attempt(self) -> int:
+        return self.failures + self.losses + 1
+
+    @property
+    def size(self) -> int:
+        """Approximate characters in the answer to a claim."""
+        return 1_000 + len(self.config) + len(self.input or "") + len(self.checkpoint or "")
+
+
+class TaskPoll(msgspec.Struct, frozen=True):
+    """Poll of a worker for tasks."""
+
+    organization_id: str
+    worker_id: str
+    request_id: str
+    limit: int
+    versions: Mapping[str, str]
+    """Version of each type that the worker performs."""
+    pools: frozenset[str]
+
+    @property
+    def served(self) -> tuple[object, ...]:
+        """Organization, types and pools: polls with equal ones get the same tasks."""
+        return self.organization_id, tuple(sorted(self.versions.items())), self.pools
+
+    def serves(self, queue: str) -> bool:
+        """Return whether the worker performs the tasks of a queue: same major version, and none newer."""
+        name, _, rest = queue.partition("@")
+        version, _, pool = rest.partition("#")
+        own = self.versions.get(name)
+        if own is None or pool not in self.pools:
+            return False
+        return is_served(version, own)
+
+
+def is_served(wanted: str, own: str) -> bool:
+    """Return whether a worker of version `own` performs tasks of version `wanted`."""
+    asked, offered = parse_version(wanted), parse_version(own)
+    return asked[:1] == offered[:1] and asked <= offered
+
+
+class PollFindings(msgspec.Struct):
+    """Tasks for a poll without a claim: those of the same request before, and cancellations."""
+
+    repeated: list[ClaimedTask]
+    cancelling: list[str]
+    has_work: bool
+    is_draining: bool = False
+    is_stopped: bool = False
+
+
+class OrganizationNews(msgspec.Struct):
+    """Work and requests for the workers of an organization."""
+
+    queues: list[str]
+    cancelling: list[tuple[str, str]]
+    """Worker and task of each requested cancellation."""
+    leaving: dict[str, bool]
+    """Workers that stop (true), or that an operator has asked to stop (false)."""
+
+
+CLAIMED_COLUMNS: Final = ClaimedTask.__struct_fields__

@@ -1,0 +1,244 @@
+"""Reports about tasks: each one transaction for many workers, on either database."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+from sqlalchemy import bindparam, text
+
+from journal.tasks import task_moves
+from journal.tasks.task_items import (
+    Completion,
+    Failure,
+    Heartbeat,
+    ItemResult,
+    LogLines,
+    Release,
+    TaskFacts,
+)
+from journal.tasks.task_moves import ReportStatus
+from journal.tasks.task_transaction import TaskTransaction
+from models.task_states import HELD_CONDITION, TaskState
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.tasks.task_items import ItemKind, OutputCheck, WorkerReport
+    from journal.tasks.task_moves import TaskRow
+    from journal.tasks.task_transaction import TaskEffects
+    from models.database import Database
+
+
+class TaskReports:
+    """Reports to the database of a process."""
+
+    def __init__(self, database: Database, max_log_lines: int) -> None:
+        self._database = database
+        self._max_log_lines = max_log_lines
+
+    async def report(
+        self, batch: Sequence[WorkerReport], check: OutputCheck
+    ) -> tuple[list[list[ItemResult]], TaskEffects]:
+        """Apply reports of workers in one transaction; returns the results of their items, in order.
+
+        Ids among `held` that the worker has lost are added to its results.
+        """
+        item_ids = sorted({item.id for report in batch for item in report.items})
+        facts: dict[str, TaskFacts] = {}
+        if item_ids:
+            async with self._database.read() as connection:
+                facts = {one.id: one for one in await _read_facts(connection, item_ids)}
+        problems = {
+            id(item): problem
+            for report in batch
+            for item in report.items
+            if isinstance(item, Completion)
+            and item.id in facts
+            and (problem := check(facts[item.id], item)) is not None
+        }
+
+        async def work(connection: AsyncConnection) -> tuple[list[list[ItemResult]], TaskEffects]:
+            transaction = TaskTransaction(connection)
+            reported = [facts[one] for one in item_ids if one in facts]
+            final = {
+                item.id
+                for report in batch
+                for item in report.items
+                if isinstance(item, Completion | Failure | LogLines)
+            }
+            await transaction.lock_runs(sorted({one.execution_id for one in reported if one.id in final}))
+            held_ids = sorted({*item_ids, *(one for report in batch for one in report.held)})
+            if held_ids:
+                await transaction.lock_tasks("id IN :task_ids", task_ids=held_ids)
+            claiming = [report for report in batch if report.claimed is not None]
+            if claiming:
+                await transaction.lock_tasks(
+                    "organization_id IN :organizations AND worker_id IN :workers"
+                    f" AND {HELD_CONDITION} AND NOT is_acknowledged",
+                    organizations=sorted({report.organization_id for report in claiming}),
+                    workers=sorted({report.worker_id for report in claiming}),
+                )
+            results = [self._apply(transaction, report, problems) for report in batch]
+            return results, await transaction.store()
+
+        return await self._database.transaction(work)
+
+    def _apply(
+        self,
+        transaction: TaskTransaction,
+        report: WorkerReport,
+        problems: Mapping[int, tuple[str, str]],
+    ) -> list[ItemResult]:
+        results = [
+            self._apply_item(transaction, report, item, problems.get(id(item))) for item in report.items
+        ]
+        named = {item.id for item in report.items}
+        for task_id in report.held:
+            task = _task_of(transaction, report, task_id)
+            if task is not None and task.is_held and task.worker_id == report.worker_id:
+                task_moves.renew(task, transaction.now)
+                if task.state == TaskState.CANCEL_REQUESTED and task_id not in named:
+                    results.append(ItemResult(task_id, ReportStatus.CANCELLED))
+            elif task_id not in named:
+                is_cancelled = task is not None and task.state == TaskState.CANCELLED
+                status = ReportStatus.CANCELLED if is_cancelled else ReportStatus.LOST
+                results.append(ItemResult(task_id, status))
+        if report.claimed is not None:
+            _return_unreceived(transaction, report, named)
+        return results
+
+    def _apply_item(
+        self,
+        transaction: TaskTransaction,
+        report: WorkerReport,
+        item: ItemKind,
+        problem: tuple[str, str] | None,
+    ) -> ItemResult:
+        task = _task_of(transaction, report, item.id)
+        if task is None:
+            return ItemResult(item.id, ReportStatus.LOST)
+        run = transaction.run_of(task)
+        if run is not None and run.is_ended and task.state == TaskState.LEASED:
+            task_moves.cancel(task, transaction.now)
+        match item:
+            case Completion():
+                return _complete(transaction, task, item, problem)
+            case Failure():
+                return _fail(transaction, task, item)
+            case Release():
+                return ItemResult(item.id, task_moves.release(task, item.lease, transaction.now))
+            case LogLines():
+                if not task_moves.is_holder(task, item.lease):
+                    return ItemResult(item.id, ReportStatus.LOST)
+                transaction.add_lines(task, item.lines, self._max_log_lines)
+                return ItemResult(item.id, ReportStatus.OK)
+            case Heartbeat():
+                return _beat(task, item, transaction.now)
+        raise TypeError(item)
+
+    async def upload(self, organization_id: str, task_id: str, lease: str, output: bytes) -> bool:
+        """Keep a large output until the report that completes its task; returns False without the lease."""
+        statement = text(
+            f"UPDATE task SET output = :output, output_lease = :lease WHERE id = :task_id"
+            f" AND organization_id = :organization_id AND lease = :lease AND {HELD_CONDITION}"
+        )
+        values = {
+            "output": output.decode(),
+            "lease": lease,
+            "task_id": task_id,
+            "organization_id": organization_id,
+        }
+
+        async def work(connection: AsyncConnection) -> bool:
+            return (await connection.execute(statement, values)).rowcount == 1
+
+        return await self._database.transaction(work)
+
+
+def _task_of(transaction: TaskTransaction, report: WorkerReport, task_id: str) -> TaskRow | None:
+    task = transaction.tasks.get(task_id)
+    return task if task is not None and task.organization_id == report.organization_id else None
+
+
+def _complete(
+    transaction: TaskTransaction,
+    task: TaskRow,
+    item: Completion,
+    problem: tuple[str, str] | None,
+) -> ItemResult:
+    output, now = item.output, transaction.now
+    if item.is_uploaded and task_moves.is_holder(task, item.lease):
+        if task.output is None or task.output_lease != item.lease:
+            message = "Send the output with PUT /tasks/{id}/output first, under the same lease"
+            return ItemResult(item.id, ReportStatus.REFUSED, "output-missing", message)
+        output = task.output.encode()
+    if problem is not None:
+        code, message = problem
+        status = task_moves.fail(task, item.lease, now, code, message, is_final=True)
+        if status is ReportStatus.OK:
+            transaction.answer_failure(task)
+        if status in {ReportStatus.OK, ReportStatus.REPEATED}:
+            return ItemResult(item.id, ReportStatus.REFUSED, code, message)
+        return ItemResult(item.id, status)
+    status = task_moves.complete(task, item.lease, now)
+    if status is ReportStatus.OK:
+        port = msgspec.json.encode(item.port)
+        transaction.answer(task, b'{"output":%b,"port":%b}' % (output, port))
+    return ItemResult(item.id, status)
+
+
+def _fail(transaction: TaskTransaction, task: TaskRow, item: Failure) -> ItemResult:
+    status = task_moves.fail(
+        task,
+        item.lease,
+        transaction.now,
+        item.code,
+        item.message,
+        is_final=item.is_final,
+        delay=item.delay,
+    )
+    if status is ReportStatus.OK and task.state == TaskState.FAILED:
+        transaction.answer_failure(task)
+    if item.is_refusal and status in {ReportStatus.OK, ReportStatus.REPEATED}:
+        return ItemResult(item.id, ReportStatus.REFUSED, item.code, item.message)
+    return ItemResult(item.id, status)
+
+
+def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
+    if not task_moves.is_holder(task, item.lease):
+        is_cancelled = task.lease == item.lease and task.state == TaskState.CANCELLED
+        return ItemResult(item.id, ReportStatus.CANCELLED if is_cancelled else ReportStatus.LOST)
+    task_moves.renew(task, now)
+    if item.progress is not None:
+        task.progress = item.progress
+    if item.checkpoint is not None:
+        task.checkpoint = item.checkpoint
+    is_cancelled = task.state == TaskState.CANCEL_REQUESTED
+    return ItemResult(item.id, ReportStatus.CANCELLED if is_cancelled else ReportStatus.OK)
+
+
+def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named: set[str]) -> None:
+    """Free the tasks of earlier claims that the worker has never received, since the answers were lost."""
+    own = [
+        task
+        for task in transaction.tasks.values()
+        if task.worker_id == report.worker_id
+        and task.organization_id == report.organization_id
+        and task.is_held
+    ]
+    times = [task.claimed_at or 0 for task in own if task.claim_id == report.claimed]
+    if not times:
+        return
+    held = {*report.held, *named}
+    for task in own:
+        if not task.is_acknowledged and task.id not in held and (task.claimed_at or 0) <= max(times):
+            task_moves.return_unreceived(task, transaction.now)
+
+
+async def _read_facts(connection: AsyncConnection, task_ids: Sequence[str]) -> list[TaskFacts]:
+    statement = text(
+        "SELECT id, organization_id, execution_id, type, version FROM task WHERE id IN :task_ids"
+    ).bindparams(bindparam("task_ids", expanding=True))
+    return [TaskFacts(*row) for row in await connection.execute(statement, {"task_ids": list(task_ids)})]
