@@ -207,7 +207,7 @@ async def assemble_state(
     certificates = SnsCertificateCache(OutboundClient(to_sns))
     openid = _open_openid_sign_in(settings, database)
     mail_attempts = PasswordAttempts("Too many mails from this address had a wrong password")
-    task_hub = TaskHub(database, broker, TaskStore(database), poll_hub)
+    task_hub = TaskHub(database, broker, TaskStore(database), poll_hub, catalogs)
     await waiting.start()
     await acceptances.assigner.start()
     await pod_logs.start()

@@ -30,6 +30,7 @@ UNBEGUN_STATES: Final = (TaskState.READY, TaskState.LIMITED, TaskState.DELAYED)
 HELD_STATES: Final = (TaskState.LEASED, TaskState.CANCEL_REQUESTED)
 HELD_CONDITION: Final = "state IN ('leased', 'cancel_requested')"
 WATCH_PREFIX: Final = "tasks:"
+WORKERS_PREFIX: Final = "task-workers:"
 
 
 def watch_key(organization_id: str) -> str:
@@ -37,6 +38,11 @@ def watch_key(organization_id: str) -> str:
     return f"{WATCH_PREFIX}{organization_id}"
 
 
-def organization_of_key(key: str) -> str | None:
-    """Return the id of the organization in a watch key of `watch_key`; None for any other key."""
-    return key.removeprefix(WATCH_PREFIX) if key.startswith(WATCH_PREFIX) else None
+def workers_key(organization_id: str) -> str:
+    """Return the key that stands for the workers of an organization that stop or are asked to."""
+    return f"{WORKERS_PREFIX}{organization_id}"
+
+
+def organization_of_key(key: str, prefix: str = WATCH_PREFIX) -> str | None:
+    """Return the organization of a key with a prefix; None for any other key."""
+    return key.removeprefix(prefix) if key.startswith(prefix) else None

@@ -30,7 +30,7 @@ from telemetry import tracing
 
 if TYPE_CHECKING:
     from gateway.tasks.large_task_inputs import HeldTask
-    from gateway.tasks.task_hub import PollAnswer
+    from gateway.tasks.parked_polls import PollAnswer
     from journal.tasks.task_items import ItemKind, ItemResult
     from journal.tasks.task_polls import ClaimedTask
     from models.access import ApiCaller
@@ -322,9 +322,8 @@ async def report(request: GatewayRequest) -> JsonResponse:
             refused[number] = made
         else:
             items.append(made)
-    catalog = await request.catalog() if any(isinstance(one, Completion) for one in items) else None
     results = await request.gateway.task_hub.report(
-        WorkerReport(caller.organization_id, body.worker, body.claimed, body.held, items), catalog
+        WorkerReport(caller.organization_id, body.worker, body.claimed, body.held, items)
     )
     return JsonResponse(ReportResults(results=_merge(body, results, refused)))
 

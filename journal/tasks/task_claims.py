@@ -1,149 +1,106 @@
-"""Claims of tasks: each one transaction for many polls, on either database."""
+"""Claims of tasks for many polls, on either database."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
-from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import bindparam, text
+from sqlalchemy import text
 
-from journal.tasks import task_worker_marks
-from journal.tasks.task_clock import NOW, host_time
-from journal.tasks.task_moves import FIRST_LEASE_MICROSECONDS
-from journal.tasks.task_polls import CLAIMED_COLUMNS, ClaimedTask, OrganizationNews, PollFindings, TaskPoll
-from models.task_states import HELD_CONDITION, TaskState
+from journal.tasks import task_leases
+from journal.tasks.task_polls import CLAIMED_COLUMNS, Claim, ClaimedTask, OrganizationNews, TaskPoll
+from journal.tasks.task_sql import DIALECTS, POSTGRESQL, is_in, list_sql, read_list, texts
+from journal.tasks.task_worker_marks import LEAVING_CONDITION
+from models.task_states import HELD_CONDITION
 
 if TYPE_CHECKING:
+    from sqlalchemy import TextClause
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from journal.tasks.known_tasks import KnownTasks
+    from journal.tasks.task_leases import TakenTasks
     from models.database import Database
 
 MAX_QUEUES: Final = 1_000
 MAX_CLAIM: Final = 100
-CHOSEN_TOGETHER: Final = 400
-"""Tasks that one statement leases to all polls."""
+CLAIMED_TOGETHER: Final = 400
+"""Tasks that are leased together to all polls."""
 MAX_CLAIM_BYTES: Final = 4_194_304
 
 
 class TaskClaims:
     """Claims in the database of a process."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, known: KnownTasks) -> None:
         self._database = database
+        self._known = known
         self._turns: dict[str, int] = {}
 
-    async def look(self, polls: Sequence[TaskPoll]) -> list[PollFindings]:
-        """Return repeated answers and cancellations of polls, and whether tasks wait for each; claims nothing."""
+    async def look(
+        self, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
+    ) -> OrganizationNews:
+        """Return the news for the polls of an organization; claims nothing.
+
+        `polls` are those whose request may be a repetition; of `worker_ids`, those that leave are returned.
+        """
         async with self._database.read() as connection:
-            held = await _read_held(connection, polls)
-            leaving = await task_worker_marks.read_leaving(connection, polls)
-            queues = {
-                organization_id: await _ready_queues(connection, organization_id)
-                for organization_id in {poll.organization_id for poll in polls if poll.limit > 0}
-            }
-        found: list[PollFindings] = []
-        for poll in polls:
-            own = [
-                task
-                for task in held
-                if task.organization_id == poll.organization_id and task.worker_id == poll.worker_id
-            ]
-            is_leaving = leaving.get((poll.organization_id, poll.worker_id))
-            found.append(
-                PollFindings(
-                    repeated=[
-                        task
-                        for task in own
-                        if task.claim_id == poll.request_id and task.state == TaskState.LEASED
-                    ],
-                    cancelling=[task.id for task in own if task.state == TaskState.CANCEL_REQUESTED],
-                    has_work=poll.limit > 0 and any(map(poll.serves, queues.get(poll.organization_id, ()))),
-                    is_draining=is_leaving is False,
-                    is_stopped=is_leaving is True,
-                )
-            )
-        return found
+            if connection.dialect.name == POSTGRESQL:
+                # Each statement is a transaction of its own, since more would only cost time.
+                await connection.execution_options(isolation_level="AUTOCOMMIT")
+            return await _read_news(connection, organization_id, polls, worker_ids)
 
-    async def claim(self, polls: Sequence[TaskPoll]) -> list[list[ClaimedTask]]:
-        """Lease ready tasks to workers, at most `limit` to each; workflows are served in turn."""
+    async def claim(self, polls: Sequence[TaskPoll], queues: Sequence[str]) -> Claim:
+        """Lease tasks of queues to polls with the same types and pools, at most `limit` to each, in their order.
 
-        async def work(connection: AsyncConnection) -> list[list[ClaimedTask]]:
-            leaving = await task_worker_marks.read_leaving(connection, polls)
-            queues = {
-                organization_id: await _ready_queues(connection, organization_id)
-                for organization_id in {poll.organization_id for poll in polls}
-            }
-            alike: dict[tuple[object, ...], list[int]] = {}
-            for number, poll in enumerate(polls):
-                if poll.limit > 0 and (poll.organization_id, poll.worker_id) not in leaving:
-                    alike.setdefault(poll.served, []).append(number)
-            claimed: list[list[ClaimedTask]] = [[] for _ in polls]
-            for numbers in alike.values():
-                group = [polls[number] for number in numbers]
-                found = await self._claim_for(connection, group, queues[group[0].organization_id])
-                for number, tasks in zip(numbers, found, strict=True):
-                    claimed[number] = tasks
-            return claimed
-
-        return await self._database.transaction(work)
-
-    async def _claim_for(
-        self, connection: AsyncConnection, polls: Sequence[TaskPoll], queues: Sequence[str]
-    ) -> list[list[ClaimedTask]]:
-        """Claim for polls of workers with the same types and pools, each up to its limit, in their order."""
-        claimed: list[list[ClaimedTask]] = [[] for _ in polls]
+        Workflows are served in turn. Workers that leave get nothing. Each queue is a transaction of its own.
+        """
         places = [number for number, poll in enumerate(polls) for _ in range(min(poll.limit, MAX_CLAIM))]
-        organization_id = polls[0].organization_id
+        places = places[:CLAIMED_TOGETHER]
+        claim = Claim([[] for _ in polls])
         for queue in filter(polls[0].serves, queues):
+            taken = await self._take(queue, [polls[number] for number in places])
+            for number, task in taken.tasks:
+                claim.tasks[places[number]].append(task)
+            filled = {number for number, _ in taken.tasks}
+            places = [place for number, place in enumerate(places) if number not in filled]
+            claim.missed += taken.missed
             if not places:
                 break
-            key = f"{organization_id} {queue}"
-            turn = self._turns.get(key, 0)
-            chosen = await _choose(
-                connection, organization_id, queue, turn, min(len(places), CHOSEN_TOGETHER)
-            )
-            given = [(task_id, polls[number]) for task_id, number in zip(chosen, places, strict=False)]
-            taken = await _take(connection, given) if given else []
-            if taken:
-                self._turns[key] = taken[-1].queue_turn + 1
-            numbers = dict(zip(chosen, places, strict=False))
-            for task in taken:
-                claimed[numbers[task.id]].append(task)
-            places = places[len(chosen) :]
-        spilled: list[ClaimedTask] = []
-        for number, tasks in enumerate(claimed):
-            claimed[number], rest = _within_bytes(tasks, MAX_CLAIM_BYTES)
-            spilled += rest
+        claim.has_more = not places or claim.missed > 0
+        await self._put_back_large(claim)
+        self._known.add(task for tasks in claim.tasks for task in tasks)
+        return claim
+
+    async def _take(self, queue: str, polls: Sequence[TaskPoll]) -> TakenTasks:
+        key = f"{polls[0].organization_id} {queue}"
+        after = self._turns.get(key, 0)
+
+        async def work(connection: AsyncConnection) -> TakenTasks:
+            return await task_leases.take(connection, queue, after, polls)
+
+        taken = await self._database.statement(work)
+        if taken.tasks:
+            self._turns[key] = taken.tasks[-1][1].queue_turn + 1
+        return taken
+
+    async def _put_back_large(self, claim: Claim) -> None:
+        """Free the tasks that are too large for the answers."""
+        spilled: list[str] = []
+        for number, tasks in enumerate(claim.tasks):
+            claim.tasks[number], rest = _within_bytes(tasks, MAX_CLAIM_BYTES)
+            spilled += [task.id for task in rest]
         if spilled:
-            await _put_back(connection, [task.id for task in spilled])
-        return claimed
+            await self.put_back(spilled)
+            claim.has_more = True
 
     async def put_back(self, task_ids: Sequence[str]) -> None:
         """Free tasks of a claim whose answer reaches no worker."""
 
         async def work(connection: AsyncConnection) -> None:
-            await _put_back(connection, task_ids)
+            values = {"task_ids": texts(connection, task_ids)}
+            await connection.execute(_PUT_BACK[connection.dialect.name], values)
 
         await self._database.transaction(work)
-
-    async def news(self, organization_id: str, polls: Sequence[TaskPoll]) -> OrganizationNews:
-        """Return the queues with work of an organization, cancellations, and which of its polling workers leave."""
-        cancelling = text(
-            "SELECT worker_id, id FROM task WHERE state = 'cancel_requested'"
-            " AND organization_id = :organization_id LIMIT 1000"
-        )
-        values = {"organization_id": organization_id}
-        async with self._database.read() as connection:
-            return OrganizationNews(
-                await _ready_queues(connection, organization_id),
-                [(row[0], row[1]) for row in await connection.execute(cancelling, values)],
-                {
-                    key[1]: stops
-                    for key, stops in (await task_worker_marks.read_leaving(connection, polls)).items()
-                },
-            )
 
     async def changed_organizations(self, organization_ids: Sequence[str]) -> set[str]:
         """Return those organizations that have tasks to claim, or cancellations to tell."""
@@ -162,106 +119,81 @@ class TaskClaims:
         return found
 
 
-async def _read_held(connection: AsyncConnection, polls: Sequence[TaskPoll]) -> list[ClaimedTask]:
-    statement = text(
-        f"SELECT {', '.join(CLAIMED_COLUMNS)} FROM task WHERE organization_id IN :organizations"
-        f" AND worker_id IN :workers AND {HELD_CONDITION} ORDER BY id"
-    ).bindparams(bindparam("organizations", expanding=True), bindparam("workers", expanding=True))
+# ── looks ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+_READY_QUEUES: Final = (
+    "WITH RECURSIVE found (queue, place) AS ("
+    " SELECT (SELECT min(queue) FROM task WHERE state = 'ready' AND organization_id = :organization_id), 1"
+    " UNION ALL SELECT (SELECT min(queue) FROM task WHERE state = 'ready'"
+    " AND organization_id = :organization_id AND queue > found.queue), place + 1"
+    f" FROM found WHERE found.queue IS NOT NULL AND place < {MAX_QUEUES})"
+    " SELECT queue AS value FROM found WHERE queue IS NOT NULL"
+)
+"""One index probe for each queue."""
+
+
+def _news_statement(dialect: str) -> TextClause:
+    parts = (
+        _READY_QUEUES,
+        (
+            "SELECT worker_id || ' ' || id AS value FROM task WHERE state = 'cancel_requested'"
+            " AND organization_id = :organization_id LIMIT 1000"
+        ),
+        (
+            "SELECT id || CASE WHEN stopped_at IS NULL THEN ' drains' ELSE ' stops' END AS value FROM task_worker"
+            f" WHERE organization_id = :organization_id AND {is_in(dialect, 'id', 'workers')} AND {LEAVING_CONDITION}"
+        ),
+        # The first condition on the state is that of an index.
+        (
+            "SELECT id AS value FROM task WHERE organization_id = :organization_id"
+            f" AND {is_in(dialect, 'worker_id', 'pollers')} AND {is_in(dialect, 'claim_id', 'requests')}"
+            f" AND {HELD_CONDITION} AND state = 'leased'"
+        ),
+    )
+    return text("SELECT " + ", ".join(list_sql(dialect, part) for part in parts))
+
+
+_NEWS: Final = {dialect: _news_statement(dialect) for dialect in DIALECTS}
+_REPEATED: Final = {
+    dialect: text(
+        f"SELECT {', '.join(CLAIMED_COLUMNS)} FROM task WHERE {is_in(dialect, 'id', 'ids')} AND state = 'leased'"
+        " ORDER BY id"
+    )
+    for dialect in DIALECTS
+}
+
+
+async def _read_news(
+    connection: AsyncConnection, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
+) -> OrganizationNews:
     values = {
-        "organizations": sorted({poll.organization_id for poll in polls}),
-        "workers": sorted({poll.worker_id for poll in polls}),
+        "organization_id": organization_id,
+        "workers": texts(connection, worker_ids),
+        "pollers": texts(connection, [poll.worker_id for poll in polls]),
+        "requests": texts(connection, [poll.request_id for poll in polls]),
     }
-    return [ClaimedTask(*row) for row in await connection.execute(statement, values)]
-
-
-async def _ready_queues(connection: AsyncConnection, organization_id: str) -> list[str]:
-    """Return the queues of an organization with tasks to claim, with one index probe each."""
-    statement = text(
-        "WITH RECURSIVE found (queue, place) AS ("
-        " SELECT (SELECT min(queue) FROM task WHERE state = 'ready' AND organization_id = :organization_id), 1"
-        " UNION ALL SELECT (SELECT min(queue) FROM task WHERE state = 'ready'"
-        " AND organization_id = :organization_id AND queue > found.queue), place + 1"
-        f" FROM found WHERE found.queue IS NOT NULL AND place < {MAX_QUEUES})"
-        " SELECT queue FROM found WHERE queue IS NOT NULL"
+    (row,) = await connection.execute(_NEWS[connection.dialect.name], values)
+    queues, cancelling, leaving, repeated = map(read_list, row)
+    pairs = [one.split(" ") for one in cancelling]
+    marks = [one.split(" ") for one in leaving]
+    return OrganizationNews(
+        repeated=await _read_repeated(connection, repeated) if repeated else {},
+        leaving={worker_id: mark == "stops" for worker_id, mark in marks},
+        cancelling=[(worker_id, task_id) for worker_id, task_id in pairs],
+        queues=queues,
     )
-    return list(await connection.scalars(statement, {"organization_id": organization_id}))
 
 
-_OF_QUEUE: Final = "state = 'ready' AND organization_id = :organization_id AND queue = :queue"
-
-
-async def _choose(
-    connection: AsyncConnection, organization_id: str, queue: str, after: int, limit: int
-) -> list[str]:
-    """Return the ids of the next tasks of a queue: its workflows in turn, begun tasks before fresh ones."""
-    values: dict[str, Any] = {"organization_id": organization_id, "queue": queue}
-    statement = text(
-        "WITH RECURSIVE turn (turn, place) AS ("
-        f" SELECT (SELECT min(queue_turn) FROM task WHERE {_OF_QUEUE} AND queue_turn >= :after), 1"
-        f" UNION ALL SELECT (SELECT min(queue_turn) FROM task WHERE {_OF_QUEUE}"
-        " AND queue_turn > turn.turn), place + 1"
-        " FROM turn WHERE turn.turn IS NOT NULL AND place < :turns)"
-        " SELECT turn FROM turn WHERE turn IS NOT NULL"
-    )
-    turns: list[int] = []
-    for first in (after, 0) if after else (0,):
-        found = await connection.scalars(statement, {**values, "after": first, "turns": limit})
-        turns += [turn for turn in found if turn not in turns]
-        if len(turns) >= limit:
-            break
-    turns = turns[:limit]
-    if not turns:
-        return []
-    # More than an equal share of each: other workflows may have fewer tasks than theirs.
-    share = limit if len(turns) == 1 else min(limit, 4 * -(-limit // len(turns)))
-    parts = [
-        f"SELECT * FROM (SELECT id, queue_turn FROM task WHERE {_OF_QUEUE} AND queue_turn = :t{number}"
-        f" ORDER BY is_fresh, rank, id LIMIT :share) AS p{number}"
-        for number in range(len(turns))
-    ]
-    parameters = {f"t{number}": turn for number, turn in enumerate(turns)}
-    rows = await connection.execute(text(" UNION ALL ".join(parts)), {**values, **parameters, "share": share})
-    by_turn: dict[int, list[str]] = {turn: [] for turn in turns}
-    for row in rows:
-        by_turn[row.queue_turn].append(row.id)
-    in_turn = (
-        task_id for level in zip_longest(*by_turn.values()) for task_id in level if task_id is not None
-    )
-    return list(islice(in_turn, limit))
-
-
-async def _take(connection: AsyncConnection, given: Sequence[tuple[str, TaskPoll]]) -> list[ClaimedTask]:
-    """Lease tasks to the workers of polls, with one lease for all tasks of a poll."""
-    is_postgresql = connection.dialect.name == "postgresql"
-    now = NOW[connection.dialect.name]
-    lock = " FOR NO KEY UPDATE SKIP LOCKED" if is_postgresql else ""
-    least = "least" if is_postgresql else "min"
-    leases = {id(poll): secrets.token_urlsafe(16) for _, poll in given}
-    parts: list[str] = []
-    values: dict[str, Any] = {"no": False, "task_ids": [task_id for task_id, _ in given]}
-    for number, (task_id, poll) in enumerate(given):
-        names = ("task_id", "owner", "request", "secret")
-        parts.append("SELECT " + ", ".join(f"CAST(:{name}{number} AS text) AS {name}" for name in names))
-        fields = (task_id, poll.worker_id, poll.request_id, leases[id(poll)])
-        values |= {f"{name}{number}": field for name, field in zip(names, fields, strict=True)}
-    returned = (
-        ", ".join(f"task.{name}" for name in CLAIMED_COLUMNS) if is_postgresql else ", ".join(CLAIMED_COLUMNS)
-    )
-    statement = text(
-        f"UPDATE task SET state = 'leased', fence = fence + 1, is_fresh = :no, lease = secret,"
-        f" worker_id = owner, claim_id = request, claimed_at = {now}, is_acknowledged = :no,"
-        f" lease_until = {now} + {FIRST_LEASE_MICROSECONDS}, deadline_at = {now} + timeout_microseconds,"
-        f" check_at = {now} + {least}({FIRST_LEASE_MICROSECONDS}, timeout_microseconds), due_at = NULL,"
-        f" started_at = coalesce(started_at, {now}), updated_at = {now}"
-        f" FROM ({' UNION ALL '.join(parts)}) AS given"
-        " WHERE task.id = given.task_id AND task.state = 'ready' AND task.id IN ("
-        " SELECT id FROM task WHERE id IN :task_ids AND state = 'ready'"
-        f" ORDER BY id{lock}) RETURNING {returned}"
-    ).bindparams(bindparam("task_ids", expanding=True))
-    rows = await connection.execute(statement, {**values, **host_time(connection)})
-    tasks = [ClaimedTask(*row) for row in rows]
-    places = {task_id: place for place, (task_id, _) in enumerate(given)}
-    return sorted(tasks, key=lambda task: places[task.id])
+async def _read_repeated(
+    connection: AsyncConnection, task_ids: Sequence[str]
+) -> dict[tuple[str, str], list[ClaimedTask]]:
+    """Return leased tasks by their worker and the request of its claim."""
+    values = {"ids": texts(connection, task_ids)}
+    found: dict[tuple[str, str], list[ClaimedTask]] = {}
+    for row in await connection.execute(_REPEATED[connection.dialect.name], values):
+        task = ClaimedTask(*row)
+        found.setdefault((task.worker_id, task.claim_id), []).append(task)
+    return found
 
 
 def _within_bytes(tasks: Sequence[ClaimedTask], limit: int) -> tuple[list[ClaimedTask], list[ClaimedTask]]:
@@ -273,9 +205,11 @@ def _within_bytes(tasks: Sequence[ClaimedTask], limit: int) -> tuple[list[Claime
     return list(tasks), []
 
 
-async def _put_back(connection: AsyncConnection, task_ids: Sequence[str]) -> None:
-    statement = text(
+_PUT_BACK: Final = {
+    dialect: text(
         "UPDATE task SET state = 'ready', lease = NULL, worker_id = NULL, claim_id = NULL, claimed_at = NULL,"
-        " lease_until = NULL, deadline_at = NULL, check_at = NULL WHERE id IN :task_ids AND state = 'leased'"
-    ).bindparams(bindparam("task_ids", expanding=True))
-    await connection.execute(statement, {"task_ids": list(task_ids)})
+        " lease_until = NULL, deadline_at = NULL, check_at = NULL"
+        f" WHERE {is_in(dialect, 'id', 'task_ids')} AND state = 'leased'"
+    )
+    for dialect in DIALECTS
+}

@@ -38,7 +38,7 @@ async def lock_task(connection: AsyncConnection, execution_id: str, task_id: str
     """Return a transaction with the locked rows of a task and its run; without the task if it is gone."""
     transaction = TaskTransaction(connection)
     await transaction.lock_runs([execution_id])
-    await transaction.lock_tasks("id = :task_id", task_id=task_id)
+    await transaction.lock_tasks([task_id])
     return transaction
 
 

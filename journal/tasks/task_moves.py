@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -324,8 +324,3 @@ def _set_check(task: TaskRow) -> None:
     """Set the time of the next check to the end of the lease or the deadline, the earlier one."""
     ends = [end for end in (task.lease_until, task.deadline_at) if end is not None]
     task.check_at = min(ends, default=None)
-
-
-def describe(task: TaskRow) -> dict[str, Any]:
-    """Return the columns that moves may change, with their present values, for an update."""
-    return {name: getattr(task, name) for name in CHANGING_COLUMNS}

@@ -78,24 +78,31 @@ def is_served(wanted: str, own: str) -> bool:
     return asked[:1] == offered[:1] and asked <= offered
 
 
-class PollFindings(msgspec.Struct):
-    """Tasks for a poll without a claim: those of the same request before, and cancellations."""
-
-    repeated: list[ClaimedTask]
-    cancelling: list[str]
-    has_work: bool
-    is_draining: bool = False
-    is_stopped: bool = False
-
-
 class OrganizationNews(msgspec.Struct):
-    """Work and requests for the workers of an organization."""
+    """News for the polls of an organization."""
 
-    queues: list[str]
-    cancelling: list[tuple[str, str]]
-    """Worker and task of each requested cancellation."""
+    repeated: dict[tuple[str, str], list[ClaimedTask]]
+    """Tasks that a claim has leased before, by its worker and request: the poll is a repetition."""
     leaving: dict[str, bool]
     """Workers that stop (true), or that an operator has asked to stop (false)."""
+    cancelling: list[tuple[str, str]]
+    """Worker and task of each requested cancellation."""
+    queues: list[str]
+    """Queues with tasks to claim."""
+
+
+class Claim(msgspec.Struct):
+    """Tasks for polls, in the order of these."""
+
+    tasks: list[list[ClaimedTask]]
+    has_more: bool = False
+    """Whether there may be more tasks: another claim should follow."""
+    missed: int = 0
+    """Number of tasks that claims of other gateways had locked; those may leave some of them."""
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.tasks))
 
 
 CLAIMED_COLUMNS: Final = ClaimedTask.__struct_fields__

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
-from sqlalchemy import bindparam, text
+from sqlalchemy import text
 
 from journal.tasks import task_moves
 from journal.tasks.task_items import (
@@ -16,7 +16,6 @@ from journal.tasks.task_items import (
     ItemResult,
     LogLines,
     Release,
-    TaskFacts,
 )
 from journal.tasks.task_moves import ReportStatus
 from journal.tasks.task_transaction import TaskTransaction
@@ -25,6 +24,7 @@ from models.task_states import HELD_CONDITION, TaskState
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from journal.tasks.known_tasks import KnownTasks
     from journal.tasks.task_items import ItemKind, OutputCheck, WorkerReport
     from journal.tasks.task_moves import TaskRow
     from journal.tasks.task_transaction import TaskEffects
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class TaskReports:
     """Reports to the database of a process."""
 
-    def __init__(self, database: Database, max_log_lines: int) -> None:
+    def __init__(self, database: Database, known: KnownTasks, max_log_lines: int) -> None:
         self._database = database
+        self._known = known
         self._max_log_lines = max_log_lines
 
     async def report(
@@ -46,10 +47,7 @@ class TaskReports:
         Ids among `held` that the worker has lost are added to its results.
         """
         item_ids = sorted({item.id for report in batch for item in report.items})
-        facts: dict[str, TaskFacts] = {}
-        if item_ids:
-            async with self._database.read() as connection:
-                facts = {one.id: one for one in await _read_facts(connection, item_ids)}
+        facts = await self._known.find(item_ids)
         problems = {
             id(item): problem
             for report in batch
@@ -70,16 +68,12 @@ class TaskReports:
             }
             await transaction.lock_runs(sorted({one.execution_id for one in reported if one.id in final}))
             held_ids = sorted({*item_ids, *(one for report in batch for one in report.held)})
-            if held_ids:
-                await transaction.lock_tasks("id IN :task_ids", task_ids=held_ids)
             claiming = [report for report in batch if report.claimed is not None]
-            if claiming:
-                await transaction.lock_tasks(
-                    "organization_id IN :organizations AND worker_id IN :workers"
-                    f" AND {HELD_CONDITION} AND NOT is_acknowledged",
-                    organizations=sorted({report.organization_id for report in claiming}),
-                    workers=sorted({report.worker_id for report in claiming}),
-                )
+            await transaction.lock_reported(
+                held_ids,
+                sorted({report.organization_id for report in claiming}),
+                sorted({report.worker_id for report in claiming}),
+            )
             results = [self._apply(transaction, report, problems) for report in batch]
             return results, await transaction.store()
 
@@ -235,10 +229,3 @@ def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named
     for task in own:
         if not task.is_acknowledged and task.id not in held and (task.claimed_at or 0) <= max(times):
             task_moves.return_unreceived(task, transaction.now)
-
-
-async def _read_facts(connection: AsyncConnection, task_ids: Sequence[str]) -> list[TaskFacts]:
-    statement = text(
-        "SELECT id, organization_id, execution_id, type, version FROM task WHERE id IN :task_ids"
-    ).bindparams(bindparam("task_ids", expanding=True))
-    return [TaskFacts(*row) for row in await connection.execute(statement, {"task_ids": list(task_ids)})]

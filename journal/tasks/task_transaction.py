@@ -5,24 +5,25 @@ Runs are locked before tasks, both in the order of their ids, as everywhere; so 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from sqlalchemy import bindparam, text
+from sqlalchemy import text
 
 from engine.run_records import make_storable
-from journal.tasks import task_moves
-from journal.tasks.task_clock import NOW
 from journal.tasks.task_moves import CHANGING_COLUMNS, ROW_COLUMNS, TaskRow
+from journal.tasks.task_sql import DIALECTS, NOW, POSTGRESQL, RowsParameter, is_in, is_in_query, texts
 from json_text import decoding
 from models import ids
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
-from models.task_states import TaskState
+from models.task_states import HELD_CONDITION, TaskState
 from models.timestamps import HOST_TIME
 
 if TYPE_CHECKING:
+    from sqlalchemy import TextClause
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 MAX_LINE_CHARACTERS: Final = 8_192
@@ -86,33 +87,45 @@ class TaskTransaction:
 
     def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
-        self._is_postgresql = connection.dialect.name == "postgresql"
+        self._dialect = connection.dialect.name
         self.now = HOST_TIME.microseconds()
         self.tasks: dict[str, TaskRow] = {}
         self.runs: dict[str, LockedRun] = {}
         self.effects = TaskEffects()
         self._before: dict[str, tuple[Any, ...]] = {}
-        self._answers: list[dict[str, Any]] = []
+        self._answers: list[tuple[object, ...]] = []
         self._lines: dict[str, list[tuple[TaskRow, LogText]]] = {}
 
-    async def lock_runs(self, execution_ids: Collection[str]) -> None:
-        """Lock runs by id until the transaction ends, so that their status can't change; those that are gone
-        count as ended.
-        """
+    async def lock_runs(self, execution_ids: Sequence[str]) -> None:
+        """Lock runs, so that their status can't change; those that are gone count as ended."""
         if not execution_ids:
             return
-        statement = f"SELECT {_RUN_COLUMNS} FROM execution WHERE id IN :ids ORDER BY id{self._for_update()}"
-        for row in await self._select(statement, sorted(execution_ids)):
+        values = {"ids": texts(self._connection, execution_ids)}
+        for row in await self._connection.execute(_LOCK_RUNS[self._dialect], values):
             self.runs[row[0]] = LockedRun(*row)
 
-    async def lock_tasks(self, condition: str, *, skips_locked: bool = False, **values: Any) -> None:  # noqa: ANN401 - values of columns
-        """Lock the tasks that satisfy an SQL condition, and read the time of the transaction."""
-        now = NOW["postgresql"] if self._is_postgresql else "NULL"
-        statement = (
-            f"SELECT {', '.join(ROW_COLUMNS)}, {now} FROM task WHERE {condition} ORDER BY id"
-            f"{self._for_update(skips_locked=skips_locked)}"
-        )
-        for row in await self._select(statement, **values):
+    async def lock_tasks(self, task_ids: Sequence[str], *, skips_locked: bool = False) -> None:
+        """Lock tasks, and read the time of the transaction."""
+        if task_ids:
+            statement = _LOCK_FREE_TASKS if skips_locked else _LOCK_TASKS
+            await self._lock_tasks(statement, {"ids": texts(self._connection, task_ids)})
+
+    async def lock_reported(
+        self, task_ids: Sequence[str], organization_ids: Sequence[str], worker_ids: Sequence[str]
+    ) -> None:
+        """Lock tasks, together with those of workers that no report has named yet."""
+        if worker_ids:
+            values = {
+                "ids": texts(self._connection, task_ids),
+                "organizations": texts(self._connection, organization_ids),
+                "workers": texts(self._connection, worker_ids),
+            }
+            await self._lock_tasks(_LOCK_REPORTED, values)
+        else:
+            await self.lock_tasks(task_ids)
+
+    async def _lock_tasks(self, statements: Mapping[str, TextClause], values: Mapping[str, object]) -> None:
+        for row in await self._connection.execute(statements[self._dialect], values):
             task = TaskRow(*row[:-1])
             if task.id not in self.tasks:
                 self.tasks[task.id] = task
@@ -131,14 +144,14 @@ class TaskTransaction:
             return
         run.answers += 1
         self._answers.append(
-            {
-                "execution_id": task.execution_id,
-                "node_id": task.node_id,
-                "iteration": task.iteration,
-                "shard": task.shard,
-                "payload": self._with_logs(task, run, payload).decode(),
-                "now": self.now,
-            }
+            (
+                task.execution_id,
+                task.node_id,
+                task.iteration,
+                task.shard,
+                self._with_logs(task, run, payload).decode(),
+                self.now,
+            )
         )
 
     def answer_failure(self, task: TaskRow) -> None:
@@ -164,23 +177,34 @@ class TaskTransaction:
         The caller commits.
         """
         await self._store_lines()
-        await self._store_tasks()
-        await self._store_answers()
-        return self.effects
-
-    async def _store_tasks(self) -> None:
-        """Update the rows of changed tasks, and collect the effects of the changes."""
         changed = [task for task in self.tasks.values() if _changing(task) != self._before[task.id]]
         if not changed:
-            return
+            return self.effects
         self.effects.moved = len(changed)
         for task in changed:
             self._note_effects(task)
-        rows = [
-            {**task_moves.describe(task), "task_id": task.id, "fence": task.fence, "now": self.now}
-            for task in changed
-        ]
-        await self._connection.execute(_UPDATE_TASK, rows)
+        rows = [(task.id, task.fence, *_changing(task)) for task in changed]
+        values = {"now": self.now, **_CHANGED.values(self._connection, rows)}
+        statements: Sequence[TextClause] = [_UPDATE_TASKS[self._dialect]]
+        if self._answers:
+            statements = _STORE_ANSWERS[self._dialect]
+            values |= self._answer_values()
+        for statement in statements:
+            await self._connection.execute(statement, values)
+        return self.effects
+
+    def _answer_values(self) -> dict[str, object]:
+        """Note the woken runs; returns the parameters for answers and runs."""
+        answered = [run for run in self.runs.values() if run.answers]
+        woken = [run for run in answered if run.status == ExecutionStatus.WAITING]
+        self.effects.woken += [WokenRun(run.execution_id, run.concurrency_key, run.target) for run in woken]
+        rows = [(run.execution_id, run.shard, run.answers) for run in answered]
+        return {
+            **_ANSWERS.values(self._connection, self._answers),
+            **_ANSWERED.values(self._connection, rows),
+            "run_ids": texts(self._connection, [run.execution_id for run in answered]),
+            "woken_ids": texts(self._connection, [run.execution_id for run in woken]),
+        }
 
     def _note_effects(self, task: TaskRow) -> None:
         """Note which organizations get work or cancellations, and which concurrency key has a free place, by
@@ -199,33 +223,6 @@ class TaskTransaction:
             TaskState.CANCEL_REQUESTED,
         }:
             self.effects.freed_keys.add(task.concurrency_key)
-
-    async def _store_answers(self) -> None:
-        """Insert the answers, and wake the runs that wait for them."""
-        if not self._answers:
-            return
-        await self._connection.execute(_INSERT_ANSWER, self._answers)
-        answered = [run for run in self.runs.values() if run.answers]
-        await self._connection.execute(
-            _WAKE_RUN,
-            [
-                {
-                    "execution_id": run.execution_id,
-                    "run_shard": run.shard,
-                    "answers": run.answers,
-                    "now": self.now,
-                }
-                for run in answered
-            ],
-        )
-        woken = [run for run in answered if run.status == ExecutionStatus.WAITING]
-        if woken:
-            await self._connection.execute(
-                _END_INTERVALS, {"ids": [run.execution_id for run in woken], "now": self.now}
-            )
-            self.effects.woken += [
-                WokenRun(run.execution_id, run.concurrency_key, run.target) for run in woken
-            ]
 
     # ── log lines ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -299,55 +296,110 @@ class TaskTransaction:
         shown = [[line.level, line.message] for line in (*kept, *lines)]
         return b'%b,"logs":%b}' % (payload[:-1], _encode(shown))
 
-    # ── statements ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _for_update(self, *, skips_locked: bool = False) -> str:
-        """Return the SQL that locks the selected rows; empty on SQLite, which has one writer."""
-        if not self._is_postgresql:
-            return ""
-        return " FOR NO KEY UPDATE SKIP LOCKED" if skips_locked else " FOR NO KEY UPDATE"
-
-    async def _select(
-        self,
-        statement: str,
-        ids_: Sequence[str] | None = None,
-        **values: Any,  # noqa: ANN401 - values of columns
-    ) -> Sequence[Any]:
-        """Return the rows of an SQL text; parameters that are lists are expanded."""
-        if ids_ is not None:
-            values["ids"] = ids_
-        prepared = text(statement)
-        expanding = [name for name, value in values.items() if isinstance(value, list | tuple)]
-        if expanding:
-            prepared = prepared.bindparams(*(bindparam(name, expanding=True) for name in expanding))
-        return (await self._connection.execute(prepared, values)).all()
+_read_changing = attrgetter(*CHANGING_COLUMNS)
 
 
 def _changing(task: TaskRow) -> tuple[Any, ...]:
-    return tuple(getattr(task, name) for name in CHANGING_COLUMNS)
+    values: tuple[Any, ...] = _read_changing(task)
+    return values
 
 
 _decode_lines = decoding.build_decoder(list[LogText]).decode
-_UPDATE_TASK: Final = text(
-    "UPDATE task SET "
-    + ", ".join(f"{name} = :{name}" for name in CHANGING_COLUMNS)
-    + ", updated_at = :now WHERE id = :task_id AND fence = :fence"
+_TYPES: Final[Mapping[object, str]] = {bool: "boolean", int: "bigint", int | None: "bigint"}
+_CHANGING_FIELDS: Final = tuple(
+    (f"new_{field.name}", _TYPES.get(field.type, "text"))
+    for field in msgspec.structs.fields(TaskRow)
+    if field.name in CHANGING_COLUMNS
 )
-_INSERT_ANSWER: Final = text(
-    "INSERT INTO wait_answer (execution_id, node_id, iteration, shard, payload, created_at)"
-    " VALUES (:execution_id, :node_id, :iteration, :shard, :payload, :now)"
+_CHANGED: Final = RowsParameter("changed", (("task_id", "text"), ("task_fence", "bigint"), *_CHANGING_FIELDS))
+_ANSWER_COLUMNS: Final = ("execution_id", "node_id", "iteration", "shard", "payload", "created_at")
+_ANSWERS: Final = RowsParameter(
+    "answer",
+    tuple(
+        (f"answer_{name}", {"shard": "smallint", "created_at": "bigint"}.get(name, "text"))
+        for name in _ANSWER_COLUMNS
+    ),
 )
-# The remaining time of the run's timeout counts from now on, as with every other answer.
-_WAKE_RUN: Final = text(
-    "UPDATE execution SET wait_answer_count = wait_answer_count + :answers, updated_at = :now,"
-    " due_at = CASE WHEN status = 'waiting' THEN NULL ELSE due_at END,"
-    " deadline_at = CASE WHEN status = 'waiting' THEN deadline_at + :now ELSE deadline_at END,"
-    " status = CASE WHEN status = 'waiting' THEN 'pending' ELSE status END"
-    " WHERE id = :execution_id AND shard = :run_shard"
+_ANSWERED: Final = RowsParameter(
+    "answered", (("run_id", "text"), ("run_shard", "smallint"), ("answers", "integer"))
 )
-_END_INTERVALS: Final = text(
-    "UPDATE blocked_interval SET ended_at = :now WHERE execution_id IN :ids AND ended_at IS NULL"
-).bindparams(bindparam("ids", expanding=True))
+
+
+def _by_dialect(build: Callable[[str], str]) -> Mapping[str, TextClause]:
+    return {dialect: text(build(dialect)) for dialect in DIALECTS}
+
+
+def _lock(dialect: str, *, skips_locked: bool = False) -> str:
+    if dialect != POSTGRESQL:
+        return ""
+    return " FOR NO KEY UPDATE SKIP LOCKED" if skips_locked else " FOR NO KEY UPDATE"
+
+
+def _locked_tasks(dialect: str, condition: str, *, skips_locked: bool = False) -> str:
+    now = NOW[POSTGRESQL] if dialect == POSTGRESQL else "NULL"
+    lock = _lock(dialect, skips_locked=skips_locked)
+    return f"SELECT {', '.join(ROW_COLUMNS)}, {now} FROM task WHERE {condition} ORDER BY id{lock}"
+
+
+_LOCK_RUNS: Final = _by_dialect(
+    lambda dialect: (
+        f"SELECT {_RUN_COLUMNS} FROM execution WHERE {is_in(dialect, 'id', 'ids')} ORDER BY id{_lock(dialect)}"
+    )
+)
+_LOCK_TASKS: Final = _by_dialect(lambda dialect: _locked_tasks(dialect, is_in(dialect, "id", "ids")))
+_LOCK_FREE_TASKS: Final = _by_dialect(
+    lambda dialect: _locked_tasks(dialect, is_in(dialect, "id", "ids"), skips_locked=True)
+)
+_LOCK_REPORTED: Final = _by_dialect(
+    lambda dialect: _locked_tasks(
+        dialect,
+        is_in_query(
+            dialect,
+            "id",
+            f"SELECT id FROM task WHERE {is_in(dialect, 'id', 'ids')} UNION SELECT id FROM task"
+            f" WHERE {is_in(dialect, 'organization_id', 'organizations')}"
+            f" AND {is_in(dialect, 'worker_id', 'workers')} AND {HELD_CONDITION} AND NOT is_acknowledged",
+        ),
+    )
+)
+_UPDATE_TASKS: Final = _by_dialect(
+    lambda dialect: (
+        "UPDATE task SET "
+        + ", ".join(f"{name} = new_{name}" for name in CHANGING_COLUMNS)
+        + f", updated_at = :now FROM {_CHANGED.sql(dialect)}"
+        " WHERE task.id = changed.task_id AND task.fence = changed.task_fence"
+    )
+)
+
+
+def _answer_statements(dialect: str) -> Sequence[TextClause]:
+    """Return the statements that store changed tasks, and answer their nodes; one alone for PostgreSQL."""
+    insert = (
+        f"INSERT INTO wait_answer ({', '.join(_ANSWER_COLUMNS)}) SELECT answer.* FROM {_ANSWERS.sql(dialect)}"
+    )
+    # The remaining time of the run's timeout counts from now on, as with every other answer.
+    wake = (
+        "UPDATE execution SET wait_answer_count = wait_answer_count + answers, updated_at = :now,"
+        " due_at = CASE WHEN status = 'waiting' THEN NULL ELSE due_at END,"
+        " deadline_at = CASE WHEN status = 'waiting' THEN deadline_at + :now ELSE deadline_at END,"
+        " status = CASE WHEN status = 'waiting' THEN 'pending' ELSE status END"
+        f" FROM {_ANSWERED.sql(dialect)}"
+        f" WHERE {is_in(dialect, 'execution.id', 'run_ids')}"
+        " AND execution.id = answered.run_id AND execution.shard = answered.run_shard"
+    )
+    end = (
+        "UPDATE blocked_interval SET ended_at = :now"
+        f" WHERE {is_in(dialect, 'execution_id', 'woken_ids')} AND ended_at IS NULL"
+    )
+    update = _UPDATE_TASKS[dialect].text
+    if dialect == POSTGRESQL:
+        parts = f"stored AS ({update}), inserted AS ({insert}), ended AS ({end})"
+        return [text(f"WITH {parts} {wake}")]
+    return [text(statement) for statement in (update, insert, wake, end)]
+
+
+_STORE_ANSWERS: Final = {dialect: _answer_statements(dialect) for dialect in DIALECTS}
 _INSERT_LINE: Final = text(
     "INSERT INTO log_line (execution_id, sequence, shard, id, level, message, node_id, created_at)"
     " VALUES (:execution_id, :sequence, :shard, :id, :level, :message, :node_id, :at)"

@@ -10,7 +10,7 @@ from sqlalchemy import bindparam, text
 
 from journal.concurrency_limits import advisory_lock_id
 from journal.tasks import task_moves
-from journal.tasks.task_clock import NOW, host_time
+from journal.tasks.task_sql import NOW, host_time
 from journal.tasks.task_transaction import TaskEffects, TaskTransaction
 from models.task_states import TaskState
 
@@ -45,9 +45,7 @@ class TaskUpkeep:
         async def work(connection: AsyncConnection) -> TaskEffects:
             transaction = TaskTransaction(connection)
             await transaction.lock_runs(sorted({row.execution_id for row in due}))
-            await transaction.lock_tasks(
-                "id IN :task_ids", skips_locked=True, task_ids=sorted(row.id for row in due)
-            )
+            await transaction.lock_tasks(sorted(row.id for row in due), skips_locked=True)
             for task in transaction.tasks.values():
                 task_moves.check(task, transaction.now)
                 if task.state == TaskState.FAILED and task.ended_at == transaction.now:
@@ -70,7 +68,7 @@ class TaskUpkeep:
     async def _cancel(self, task_ids: Sequence[str]) -> TaskEffects:
         async def work(connection: AsyncConnection) -> TaskEffects:
             transaction = TaskTransaction(connection)
-            await transaction.lock_tasks("id IN :task_ids", task_ids=list(task_ids))
+            await transaction.lock_tasks(task_ids)
             for task in transaction.tasks.values():
                 task_moves.cancel(task, transaction.now)
             return await transaction.store()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import bindparam, text
+from sqlalchemy import text
 
-from journal.tasks.task_clock import NOW, host_time
+from journal.tasks.task_sql import NOW, host_time
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.tasks.task_polls import TaskPoll
     from models.database import Database
 
 FORGOTTEN_MICROSECONDS: Final = 7 * 86_400_000_000
+LEAVING_CONDITION: Final = "(is_draining OR stopped_at IS NOT NULL)"
+"""Condition on a worker that stops, or that an operator has asked to."""
 
 
 class TaskWorkerMarks:
@@ -56,17 +56,3 @@ class TaskWorkerMarks:
             await connection.execute(statement, host_time(connection))
 
         await self._database.transaction(work)
-
-
-async def read_leaving(connection: AsyncConnection, polls: Sequence[TaskPoll]) -> dict[tuple[str, str], bool]:
-    """Return the workers that stop or are asked to, by organization and id; true for those that stop."""
-    statement = text(
-        "SELECT organization_id, id, stopped_at FROM task_worker WHERE organization_id IN :organizations"
-        " AND id IN :workers AND (is_draining OR stopped_at IS NOT NULL)"
-    ).bindparams(bindparam("organizations", expanding=True), bindparam("workers", expanding=True))
-    values = {
-        "organizations": sorted({poll.organization_id for poll in polls}),
-        "workers": sorted({poll.worker_id for poll in polls}),
-    }
-    rows = await connection.execute(statement, values)
-    return {(row[0], row[1]): row[2] is not None for row in rows}

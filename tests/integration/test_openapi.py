@@ -28,7 +28,8 @@ from gateway.http.route import Route
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.openapi import openapi_document
 from gateway.settings import GatewaySettings
-from gateway.tasks.task_hub import PollAnswer, TaskHub
+from gateway.tasks.parked_polls import PollAnswer
+from gateway.tasks.task_hub import TaskHub
 from gateway.tasks.worker_presence import WorkerDescription
 from journal.store import ExecutionKey, RunProgressReport
 from journal.tasks.task_polls import TaskPoll

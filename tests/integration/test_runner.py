@@ -817,7 +817,7 @@ async def test_workers_perform_the_tasks_of_a_pod(pods: DeployedPods) -> None:
         assert (await pods.run_database.row(key.execution_id))["status"] == "waiting"
         completion = Completion(task.id, task.lease, "output", b'{"url":"http://x"}')
         report = WorkerReport(organization.id, "w_1", name, [], [completion])
-        (result,) = await hub.report(report, None)
+        (result,) = await hub.report(report)
         assert result.status == ReportStatus.OK
     await pods.reaches(key, "completed")
     assert (await pods.outputs(key))["again"] == {"url": "http://x"}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
+from gateway.tasks.parked_polls import SERVED_TOGETHER
+from gateway.tasks.poll_service import PollService
+from journal.tasks.task_claims import TaskClaims
+from journal.tasks.task_polls import Claim, ClaimedTask, TaskPoll
+from journal.tasks.task_store import TaskStore
 from tests.custom_types import custom_graph, custom_type
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from tests.integration.task_workers import TASKS, TaskWorkerClient
@@ -452,3 +457,57 @@ async def test_a_task_that_runs_once_is_not_taken_from_its_worker(people: Organi
     (task,) = await worker.claim()
     assert_refused(await decide(people.owner, task["id"], "retry"), 409, "task-runs-once")
     assert await worker.complete(task) == "ok"
+
+
+async def _claim_apart(hub: PollService, organization_id: str, number: int) -> Sequence[ClaimedTask]:
+    poll = TaskPoll(
+        organization_id, f"w_{number}", f"r_{number}", 1, {"acme/resize": "1.2.0"}, frozenset({"default"})
+    )
+    return (await hub.wait(poll, 10)).tasks
+
+
+async def test_claims_of_two_gateways_at_once_share_the_tasks(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    workflow_id = await people.owner.create(**custom_graph())
+    await asyncio.gather(*(execute_workflow(people.owner, workflow_id) for _ in range(12)))
+    await wait_for_tasks(people.owner, 12)
+    gateway = harness.gateway
+    hubs = [PollService(gateway.broker, TaskStore(gateway.database)) for _ in range(2)]
+    organization_id = people.owner.user.organization_id
+    claims = [_claim_apart(hubs[number % 2], organization_id, number) for number in range(12)]
+    # Neither looks again later, so each has to pass over the rows that the other one has locked.
+    claimed = await asyncio.gather(*claims)
+    assert len({task.id for tasks in claimed for task in tasks}) == 12
+    await asyncio.gather(*(hub.close() for hub in hubs))
+
+
+async def test_one_task_for_many_polls_is_one_claim(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add_type(people)
+    claims: list[int] = []
+    claim = TaskClaims.claim
+
+    async def count(self: TaskClaims, polls: Sequence[TaskPoll], queues: Sequence[str]) -> Claim:
+        claims.append(len(polls))
+        return await claim(self, polls, queues)
+
+    monkeypatch.setattr(TaskClaims, "claim", count)
+    gateway = harness.gateway
+    hub = PollService(gateway.broker, TaskStore(gateway.database))
+    organization_id = people.owner.user.organization_id
+    polls = [
+        asyncio.create_task(_claim_apart(hub, organization_id, number))
+        for number in range(3 * SERVED_TOGETHER)
+    ]
+    await start(people)
+    await wait_for_tasks(people.owner, 1)
+    await hub.announce([organization_id])  # as the executor does, which has a broker of its own here
+    done, waiting = await asyncio.wait(polls, return_when=asyncio.FIRST_COMPLETED)
+    assert [len(one.result()) for one in done] == [1]
+    assert claims == [SERVED_TOGETHER]
+    hub.release()
+    assert [len(tasks) for tasks in await asyncio.gather(*waiting)] == [0] * len(waiting)
+    await hub.close()

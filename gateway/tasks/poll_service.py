@@ -1,0 +1,286 @@
+"""Service of the open polls of task workers: one loop for each organization looks, tells and claims for all of them.
+
+So the claims of one gateway never compete for the same tasks. A parked poll costs no query.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Sequence
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from gateway.http import errors
+from gateway.tasks.parked_polls import EMPTY_ANSWER, OrganizationPolls, ParkedPoll, PollAnswer
+from messages.broker import CHANGED_EXECUTIONS, BrokerUnavailable, ChangedExecutions
+from models.errors import DatabaseUnavailable, LockWaitTimeout
+from models.task_states import WORKERS_PREFIX, organization_of_key, watch_key, workers_key
+
+if TYPE_CHECKING:
+    from journal.tasks.task_polls import OrganizationNews, TaskPoll
+    from journal.tasks.task_store import TaskStore
+    from messages.broker import Broker, Notification
+
+log = structlog.get_logger()
+
+MAX_PARKED: Final = 20_000
+LOOK_TOGETHER_SECONDS: Final = 0.025
+"""Time for which the first look of polls waits for others, while no task waits for them."""
+WATCH_SECONDS: Final = 300.0
+"""Time after which a watch is set again; the broker forgets it later."""
+TOLD_SECONDS: Final = 5.0
+"""Time after which an open poll tells a worker of a cancellation again."""
+LOCKED_PAUSES: Final = (0.05, 0.02, 0.01, 0.005, 0.002)
+"""Pauses before repeated claims, the last one first, while other gateways hold all tasks locked."""
+MAX_TOLD: Final = 10_000
+
+
+class PollService:
+    """All open polls of task workers at this gateway."""
+
+    def __init__(self, broker: Broker, tasks: TaskStore) -> None:
+        self._broker = broker
+        self._tasks = tasks
+        self._polls: dict[str, OrganizationPolls] = {}
+        """By organization."""
+        self._parked = 0
+        self._watched: dict[str, float] = {}
+        """Times at which watches of organizations were set."""
+        self._told: dict[str, float] = {}
+        self._listening: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    @property
+    def organization_ids(self) -> Collection[str]:
+        """Organizations with open polls."""
+        return list(self._polls)
+
+    async def wait(self, poll: TaskPoll, seconds: float) -> PollAnswer:
+        """Return tasks or cancellations for a worker as soon as there are any; nothing after the time.
+
+        Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
+        """
+        if self._is_closed or self._parked >= MAX_PARKED:
+            raise errors.not_ready("Too many workers wait here, or this gateway is stopping: try again")
+        await self._listen()
+        answer = await self._wait(ParkedPoll(poll), seconds)
+        if answer.is_stopped:
+            raise errors.conflict("worker-stopped", "The worker has said that it stops: start with a new id")
+        return answer
+
+    async def _listen(self) -> None:
+        """Subscribe to notifications of tasks with the first poll: most gateways have none."""
+        if self._listening is None:
+            self._listening = asyncio.create_task(
+                self._broker.listen(self._receive, subject=CHANGED_EXECUTIONS)
+            )
+        if not self._listening.done():
+            await asyncio.shield(self._listening)
+
+    async def _wait(self, parked: ParkedPoll, seconds: float) -> PollAnswer:
+        organization_id = parked.poll.organization_id
+        polls = self._polls.get(organization_id)
+        if polls is None:
+            polls = self._polls[organization_id] = OrganizationPolls()
+        polls.add(parked)
+        self._parked += 1
+        try:
+            if not polls.is_quiet:
+                self._start(organization_id, polls)
+            elif polls.delay is None:
+                loop = asyncio.get_running_loop()
+                polls.delay = loop.call_later(LOOK_TOGETHER_SECONDS, self._start, organization_id, polls)
+            await parked.wait_for_look()
+            async with asyncio.timeout(seconds):
+                return await parked.answer
+        except TimeoutError:
+            is_answered = parked.answer.done() and not parked.answer.cancelled()
+            return parked.answer.result() if is_answered else EMPTY_ANSWER
+        finally:
+            self._parked -= 1
+            parked.answer.cancel()
+            polls.discard(parked)
+            self._forget(organization_id, polls)
+
+    def _forget(self, organization_id: str, polls: OrganizationPolls) -> None:
+        if not polls.all and polls.serving is None:
+            if polls.delay is not None:
+                polls.delay.cancel()
+            if self._polls.get(organization_id) is polls:
+                del self._polls[organization_id]
+
+    # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _receive(self, notification: Notification) -> None:
+        if not isinstance(notification, ChangedExecutions):
+            return
+        for key in notification.execution_ids:
+            if (organization_id := organization_of_key(key)) is not None:
+                self._watched.pop(organization_id, None)
+                self.serve(organization_id)
+            elif (organization_id := organization_of_key(key, WORKERS_PREFIX)) is not None:
+                self._watched.pop(organization_id, None)
+                self._tell_leaving(organization_id)
+
+    def serve(self, organization_id: str) -> None:
+        """Claim for the polls of an organization, whose tasks have changed."""
+        if (polls := self._polls.get(organization_id)) is not None:
+            polls.admits = True
+            self._start(organization_id, polls)
+
+    def _tell_leaving(self, organization_id: str) -> None:
+        if (polls := self._polls.get(organization_id)) is not None:
+            polls.has_leaving = True
+            self._start(organization_id, polls)
+
+    async def announce_leaving(self, organization_id: str) -> None:
+        """Tell workers that stop, or are asked to, by their open polls at all gateways."""
+        self._tell_leaving(organization_id)
+        await self._publish([workers_key(organization_id)])
+
+    async def announce(self, organization_ids: Collection[str]) -> None:
+        """Serve the polls here, and notify other gateways of changed tasks."""
+        for organization_id in organization_ids:
+            self.serve(organization_id)
+        await self._publish(map(watch_key, organization_ids))
+
+    async def _publish(self, keys: Iterable[str]) -> None:
+        try:
+            await self._broker.publish(dict.fromkeys(keys, ""))
+        except BrokerUnavailable as error:
+            log.debug("tasks not announced", reason=str(error))
+
+    async def _watch(self, organization_id: str) -> bool:
+        """Have the broker announce the next change of the organization's tasks; returns whether it will."""
+        now = monotonic()
+        if now - self._watched.get(organization_id, -inf) < WATCH_SECONDS:
+            return True
+        self._watched[organization_id] = now
+        try:
+            await self._broker.watch([watch_key(organization_id), workers_key(organization_id)])
+        except BrokerUnavailable as error:
+            log.debug("tasks not watched", reason=str(error))
+            self._watched.pop(organization_id, None)
+        return organization_id in self._watched
+
+    # ── service ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, organization_id: str, polls: OrganizationPolls) -> None:
+        """Look again, and claim if there are tasks."""
+        polls.is_wanted, polls.is_quiet = True, False
+        if polls.delay is not None:
+            polls.delay.cancel()
+            polls.delay = None
+        if polls.serving is None and not self._is_closed:
+            polls.serving = asyncio.create_task(self._serve(organization_id, polls))
+
+    async def _serve(self, organization_id: str, polls: OrganizationPolls) -> None:
+        try:
+            while polls.is_wanted:
+                polls.is_wanted = False
+                try:
+                    await self._serve_once(organization_id, polls)
+                except (DatabaseUnavailable, LockWaitTimeout) as error:
+                    log.debug("task polls not served", reason=str(error))  # the look once a second does it
+                except Exception:
+                    log.exception("task polls not served")
+        finally:
+            polls.serving = None
+            self._forget(organization_id, polls)
+
+    async def _serve_once(self, organization_id: str, polls: OrganizationPolls) -> None:
+        # First the watch, then the look: a task that is created in between is announced.
+        is_watched = await self._watch(organization_id)
+        new = polls.take_new()
+        try:
+            news = await self._look(organization_id, polls, new)
+            self._tell(polls, news)
+        except Exception as error:
+            for one in new:
+                one.end_look(error)
+            raise
+        polls.await_tasks(new)
+        for one in new:
+            one.end_look()
+        polls.is_quiet = is_watched and not news.queues and not polls.is_wanted
+        await self._claim_all(organization_id, polls, news.queues)
+
+    async def _look(
+        self, organization_id: str, polls: OrganizationPolls, new: Sequence[ParkedPoll]
+    ) -> OrganizationNews:
+        if polls.admits:
+            polls.admits = False
+            if limited := await self._tasks.upkeep.limited_keys(organization_id):
+                await self._tasks.upkeep.admit(limited)
+        asked = polls.all if polls.has_leaving else new
+        polls.has_leaving = False
+        return await self._tasks.claims.look(
+            organization_id, [one.poll for one in new], [one.poll.worker_id for one in asked]
+        )
+
+    def _tell(self, polls: OrganizationPolls, news: OrganizationNews) -> None:
+        """Answer polls with cancellations, drains, and the tasks of earlier polls with the same request."""
+        cancelling: dict[str, list[str]] = {}
+        for worker_id, task_id in news.cancelling:
+            cancelling.setdefault(worker_id, []).append(task_id)
+        concerned = {*cancelling, *news.leaving, *(worker_id for worker_id, _ in news.repeated)}
+        if not concerned:
+            return
+        for one in polls.of_workers(concerned):
+            worker_id = one.poll.worker_id
+            repeated = news.repeated.get((worker_id, one.poll.request_id), ())
+            new = self._untold(cancelling.get(worker_id, ()))
+            stops = news.leaving.get(worker_id)
+            if repeated or new or stops is not None:
+                one.resolve(PollAnswer(repeated, new, stops is False, stops is True and not repeated))
+
+    def _untold(self, task_ids: Sequence[str]) -> list[str]:
+        """Return the cancellations that an open poll has not told lately."""
+        now = monotonic()
+        new = [one for one in task_ids if self._told.get(one, 0.0) <= now]
+        for one in new:
+            self._told[one] = now + TOLD_SECONDS
+        while len(self._told) > MAX_TOLD:
+            del self._told[next(iter(self._told))]
+        return new
+
+    async def _claim_all(self, organization_id: str, polls: OrganizationPolls, queues: Sequence[str]) -> None:
+        """Claim for polls, those with most free slots first, as long as there are tasks for them."""
+        pauses = list(LOCKED_PAUSES)
+        while queues and (chosen := polls.take_fitting(queues)):
+            try:
+                claim = await self._tasks.claims.claim([one.poll for one in chosen], queues)
+                unwanted = [
+                    task.id
+                    for one, tasks in zip(chosen, claim.tasks, strict=True)
+                    if tasks and not one.resolve(PollAnswer(tasks))
+                    for task in tasks
+                ]
+            finally:
+                polls.await_tasks(chosen)
+            if unwanted:
+                await self._tasks.claims.put_back(unwanted)
+                self._start(organization_id, polls)
+            if not claim.has_more:
+                queues = [queue for queue in queues if not chosen[0].poll.serves(queue)]
+            elif not claim.count:
+                if not pauses:
+                    return  # the look once a second finds the rest
+                await asyncio.sleep(pauses.pop())
+
+    def release(self) -> None:
+        """Answer all polls and refuse new ones, because the gateway stops."""
+        self._is_closed = True
+        for parked in [one for polls in self._polls.values() for one in polls.all]:
+            parked.resolve(EMPTY_ANSWER)
+
+    async def close(self) -> None:
+        """Answer all polls and end the loops."""
+        self.release()
+        serving = [polls.serving for polls in self._polls.values() if polls.serving is not None]
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
