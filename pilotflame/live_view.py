@@ -72,11 +72,13 @@ def show_run(name: str, events: Iterable[RunEvent]) -> None:
 
     Standard output has the result alone.
     """
-    view = RunView(name)
-    with Live(view, console=Console(file=sys.stderr), refresh_per_second=8) as live:
+    view, console = RunView(name), Console(file=sys.stderr)
+    with Live(view, console=console, refresh_per_second=8) as live:
         for event in events:
             view.take(event)
         live.refresh()
+    if not console.is_terminal:
+        console.print()  # the last table has no line feed there
 
 
 def _name(span: dict[str, Any]) -> str:

@@ -342,6 +342,9 @@ def _task_blocker(node: UnsettledNode) -> Blocker:
     where |= {"attempt": task.attempt, "task": task.id, "state": task.state.value}
     if task.is_held:
         text = f"{node.label} is performed by worker {task.worker_id}"
+        if task.silent_seconds is not None and task.until is not None:
+            silence = f"which has not reported for {task.silent_seconds:.0f} s"
+            text = f"{text}, {silence}: another one may have it at {task.until:%H:%M:%S}"
     elif task.unserved is not None:
         text = f"{node.label}: {task.unserved}"
     elif task.state is TaskState.LIMITED:

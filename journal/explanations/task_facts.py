@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import select
 from sqlmodel import col
@@ -16,6 +16,7 @@ from models.task_states import HELD_STATES, TaskState
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.execution import Execution
@@ -37,6 +38,8 @@ class TaskFact:
     claimed_at: datetime | None
     until: datetime | None
     """End of the lease, or time of the next attempt."""
+    silent_seconds: float | None
+    """Time since the last report of its worker, if that is late; None for others."""
     unserved: str | None
     """Why no worker performs it; None if one does or can."""
 
@@ -72,9 +75,19 @@ async def read_tasks(
             worker_id=row.worker_id,
             claimed_at=row.claimed_at,
             until=row.due_at or row.lease_until,
+            silent_seconds=_find_silence(row, now),
             unserved=None
             if row.state in HELD_STATES
             else task_service.find_service(workers, row.type, row.version, row.pool, now).explanation,
         )
         for row in rows
     }
+
+
+def _find_silence(row: Row[Any], now: datetime) -> float | None:
+    """Return the seconds since the last report about a held task, once more than half of its lease is over."""
+    if row.state not in HELD_STATES or row.lease_until is None or not row.is_acknowledged:
+        return None
+    lease = timedelta(microseconds=row.lease_microseconds)
+    silence = now - (row.lease_until - lease)
+    return silence.total_seconds() if silence > lease / 2 else None

@@ -178,6 +178,20 @@ async def test_lost_leases_are_counted_apart(harness: GatewayHarness, people: Or
     assert ended["error"]["cause"]["code"] == "lost-attempt"
 
 
+async def test_why_says_that_a_worker_is_silent(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    await add_type(people)
+    execution_id = await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    (task,) = await worker.claim()
+    await worker.send(task, "heartbeat")
+    told = (await get_json(people.owner, f"/{execution_id}/why"))["blockers"][0]["message"]
+    assert told.endswith(f"performed by worker {worker.id}")
+    await shift(harness, task["id"], 20)
+    told = (await get_json(people.owner, f"/{execution_id}/why"))["blockers"][0]["message"]
+    assert "which has not reported for 2" in told
+    assert await worker.complete(task) == "ok"
+
+
 async def test_a_task_that_kills_its_workers_at_once_ends(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
