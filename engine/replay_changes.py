@@ -11,7 +11,7 @@ from engine.replay_plan import ReplayReason, ReplayReasonCode
 if TYPE_CHECKING:
     from engine.graph import GraphEdge, GraphNode, ParsedGraph
     from engine.node_key import NodeKey
-    from engine.program import NodeProgram
+    from engine.program import NodeProgram, WorkflowProgram
     from engine.replay_plan import ReplayFacts
     from engine.values import Json
 
@@ -72,6 +72,11 @@ def _implementation_change(facts: ReplayFacts, node_id: str) -> ReplayReason:
 def _source_changes(facts: ReplayFacts, key: NodeKey) -> list[ReplayReason]:
     changed = tuple(name for name, revision in key.sources if facts.revisions.get(name) != revision)
     return [ReplayReason(ReplayReasonCode.SOURCE_CHANGED, changed)] if changed else []
+
+
+def find_loops_around(program: WorkflowProgram, node_ids: frozenset[str]) -> frozenset[str]:
+    """Return the loops whose bodies contain any of the nodes: a node in a loop runs again only with its loop."""
+    return frozenset(loop_id for loop_id, loop in program.nodes.items() if not node_ids.isdisjoint(loop.body))
 
 
 def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> frozenset[str]:

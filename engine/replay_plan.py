@@ -103,7 +103,7 @@ class ReplayOptions:
     """Choices of the caller."""
 
     forced: frozenset[str] = frozenset()
-    """Nodes that run again in any case."""
+    """Nodes that run again in any case; a node in a loop runs again with its loop."""
     refreshes_reads: bool = False
     """Whether nodes of the effect `read` run again."""
     confirmed: frozenset[str] = frozenset()

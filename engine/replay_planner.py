@@ -24,7 +24,13 @@ from engine.node_api import NodeEffect
 from engine.node_inputs import NodeInputs
 from engine.node_key import NodeKey, decode_key
 from engine.program import mapping_paths
-from engine.replay_changes import changed_body_nodes, diff_paths, edge_ends, static_changes
+from engine.replay_changes import (
+    changed_body_nodes,
+    diff_paths,
+    edge_ends,
+    find_loops_around,
+    static_changes,
+)
 from engine.replay_plan import (
     NodeReplay,
     ReplayDecision,
@@ -81,6 +87,7 @@ class _NodePlanner:
         self._options = options
         self._program = facts.program
         self._graph = facts.program.graph
+        self._forced = options.forced | find_loops_around(facts.program, options.forced)
         self._recorded = {span.node_id: span for span in facts.spans if not span.iteration}
         self._decisions: dict[str, NodeReplay] = {}
         self._skipped: set[str] = set()
@@ -236,7 +243,7 @@ class _NodePlanner:
         if span.port is None:
             return self._decide_unfinished(node_id, span)
         key = decode_key(span.hashes)
-        if node_id in self._options.forced:
+        if node_id in self._forced:
             forced = [ReplayReason(ReplayReasonCode.FORCED)]
             if program.body and self._options.failed_only:
                 return self._decide_failed_loop(node_id, span, forced)
@@ -267,7 +274,7 @@ class _NodePlanner:
         """
         program = self._program.nodes[node_id]
         reasons = [self._failure(span)]
-        if node_id in self._options.forced:
+        if node_id in self._forced:
             reasons.insert(0, ReplayReason(ReplayReasonCode.FORCED))
         if program.body:
             return self._decide_failed_loop(node_id, span, reasons)
@@ -280,7 +287,7 @@ class _NodePlanner:
         if key is not None and not changes:
             changes = self._dynamic_changes(node_id, span, key)
         is_same = key is not None and not changes and not program.node.at_most_once
-        if is_same and node_id not in self._options.forced:
+        if is_same and node_id not in self._forced:
             return self._make(node_id, ReplayDecision.RERUN, reasons, ResultUse.IN_FLIGHT)
         return self._ask(node_id, [*reasons, *changes], ResultUse.NONE)
 
@@ -318,7 +325,7 @@ class _NodePlanner:
             return self._run(node_id, self._absence(node_id))
         if span.status is SpanStatus.SKIPPED:
             return self._run(node_id, ReplayReason(ReplayReasonCode.NO_RESULT), decision=ReplayDecision.MAYBE)
-        is_forced = node_id in self._options.forced
+        is_forced = node_id in self._forced
         key = decode_key(span.hashes)
         if span.port is None:
             return self._decide_unfinished_behind(node_id, span, key)
@@ -350,7 +357,7 @@ class _NodePlanner:
         if was_refused(span):
             return self._ask(node_id, reasons, ResultUse.NONE)
         changes = [] if key is None else static_changes(self._facts, node_id, key)
-        if key is None or changes or program.node.at_most_once or node_id in self._options.forced:
+        if key is None or changes or program.node.at_most_once or node_id in self._forced:
             return self._ask(node_id, [*reasons, *changes], ResultUse.NONE)
         reasons.append(ReplayReason(ReplayReasonCode.UPSTREAM_MAYBE))
         is_guarded = node_id not in self._options.confirmed

@@ -37,7 +37,7 @@ class ReplayRequest(StrictWire):
     """Body of a replay; without fields it replays the same definition and input."""
 
     from_: NodeIds = msgspec.field(name="from", default_factory=list)
-    """Nodes that run again in any case."""
+    """Nodes that run again in any case; a node in a loop runs again with its loop."""
     definition: Literal["original", "current"] | Annotated[int, Meta(ge=1, le=999_999_999)] = ORIGINAL
     """Definition to run: that of the execution, the workflow as it is now, or the number of a version."""
     input: dict[str, Any] | None = None

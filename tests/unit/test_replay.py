@@ -517,6 +517,32 @@ async def test_a_completed_loop_is_reused_unless_its_body_has_changed() -> None:
     assert decisions(behind)["loop"] in {"reuse", "maybe"}
 
 
+async def test_a_forced_node_of_a_loop_runs_again_with_its_loop() -> None:
+    world = World()
+    past = await run_first(compile_drawing(LOOP, world.kinds))
+    plan = plan_of(past, forced=frozenset({"add"}))
+    assert decisions(plan) == {
+        "start": "reuse", "loop": "rerun", "pay": "ask", "add": "rerun", "add2": "maybe",
+    }  # fmt: skip
+    assert reasons(plan, "loop") == ["forced"]
+    world.calls.clear()
+    ended, _ = await run_again(past, plan_of(past, forced=frozenset({"add"}), confirmed=frozenset({"pay"})))
+    assert ended == RunOutcome(RunStatus.COMPLETED)
+    assert {"add.0", "add.1", "add.2", "pay.0", "pay.1", "pay.2"} <= set(world.calls)
+
+
+async def test_a_forced_node_of_a_failed_loop_runs_again_in_its_failed_iterations() -> None:
+    world = World(broken={"add.1"})
+    past = await run_first(compile_drawing(LOOP, world.kinds))
+    world.broken.clear()
+    world.calls.clear()
+    plan = plan_of(past, forced=frozenset({"add"}))
+    assert (reasons(plan, "loop"), plan.unconfirmed) == (["forced", "failed"], ())
+    ended, _ = await run_again(past, plan)
+    assert ended == RunOutcome(RunStatus.COMPLETED)
+    assert {"pay.0", "pay.1"}.isdisjoint(world.calls)
+
+
 # ── rules ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
