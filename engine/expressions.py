@@ -261,7 +261,8 @@ class ValueTemplate:
         """Return the value with its expressions replaced by values of `scope`.
 
         An unresolved path becomes null, or an empty text within a longer one, and its text is added to
-        `unresolved`. Parts without expressions are shared by all results and must not be changed. Raises
+        `unresolved`. `allowance` limits the size of the result together with other results; None limits it
+        alone. Parts without expressions are shared by all results and must not be changed. Raises
         `ExpressionError` for a failing operation or a result that is too large.
         """
         if self._render is None:

@@ -245,7 +245,11 @@ class RunProgress:
         digest: bytes,
         error: RunError | None = None,
     ) -> None:
-        """Store a node's output, record its end, count its progress, and schedule the nodes behind the port."""
+        """Store a node's output, record its end, count its progress, and schedule the nodes behind the port.
+
+        `text` is the output as JSON and `digest` its hash; `error` is None unless the node failed and
+        continues at its error port.
+        """
         frame, node_id = visit.frame, visit.program.node.id
         frame.outputs[node_id] = output
         frame.digests[node_id] = digest

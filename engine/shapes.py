@@ -245,7 +245,10 @@ def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
 
 
 def find_open_field(shape: ValueShape) -> str | None:
-    """Return the only field with unknown content, if there is just one: a missing field may be inside it."""
+    """Return the name of the field with unknown content if it is the only one, else None.
+
+    A field that is missing from a shape may be inside it.
+    """
     found = [
         name for name, each in shape.fields.items() if each.rest is OtherFields.UNKNOWN and not each.fields
     ]

@@ -184,7 +184,10 @@ class WorkflowRunner:
     # ── outcome ───────────────────────────────────────────────────────────────────────────────────
 
     def _determine_end(self) -> RunOutcome | None:  # noqa: C901 - one guard for each way to end, in order of precedence
-        """Return the outcome if the run has ended, waits or has to leave this process; None while there is work."""
+        """Return the outcome if the run has ended, waits or has to leave this process; None while there is work.
+
+        Raises `LeaseLost` if the run must be abandoned or its lease is over.
+        """
         request, worklist = self._control.request, self._worklist
         if request is ControlRequest.ABANDON or not self._recorder.holds_lease():
             raise LeaseLost

@@ -313,7 +313,9 @@ def _is_unparsed(failed: ExecutionKey) -> Select[bool]:
 def _new_data(
     failed: ExecutionKey, new_id: str, *, trigger: str | None = None, config: str | None = None
 ) -> Insert:
-    """Return the statement that copies trigger and settings of a run, or inserts others in their place."""
+    """Return the statement that copies trigger and config of a failed run to a new one; a text that isn't
+    None replaces the copy.
+    """
     condition = and_(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
@@ -329,8 +331,9 @@ def _new_data(
 def _new_span(
     failed: ExecutionKey, new_id: str, also: Mapping[str, SQLColumnExpression[Any]] | None = None
 ) -> Insert:
-    """Return the statement that copies one span to a new run; its parameters are `of_node`, `of_iteration`
-    and `new_id`.
+    """Return the statement that copies one span to a new run; `also` replaces columns of the copy, None none.
+
+    Its parameters are `of_node`, `of_iteration` and `new_id`.
     """
     condition = and_(
         _spans_of(failed),

@@ -466,7 +466,11 @@ def suspect_sql(max_isolation_losses: str) -> str:
 
 
 def blocked_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str | None]]:
-    """Return execution id, reason and node of each write that ends a claim without ending its run."""
+    """Return execution id, reason and node (None without one) of each write that blocks its run: the run then
+    waits.
+
+    Other writes are left out.
+    """
     return [
         (write.execution_id, (write.blocked_by or BlockerCode.QUEUED_BEHIND).value, write.blocked_node)
         for write in batch

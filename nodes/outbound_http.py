@@ -332,7 +332,10 @@ class OutboundClient:
             self._discard(connection)
 
     async def _send_following(self, call: OutboundCall) -> OutboundResponse:
-        """Send a call and those to which it is redirected, up to a maximum; return the last response."""
+        """Send a call, and those to which it is redirected; return the last response.
+
+        Raises `OutboundRefused` after the policy's maximum of redirects.
+        """
         for _ in range(self._policy.max_redirects + 1):
             response = await self._send(call)
             following = follow_redirect(call, response)

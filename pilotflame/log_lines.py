@@ -204,7 +204,10 @@ class LogLineWriter:
                 return
 
     def _more_after(self, first: bytes) -> tuple[list[bytes], bool]:
-        """Return the waiting lines after the first, and whether the writer is closed."""
+        """Return the first line and those that wait behind it, up to 500, and whether the writer is closed.
+
+        It doesn't wait for lines.
+        """
         lines = [first]
         while len(lines) < MAX_LINES_PER_WRITE:
             try:

@@ -95,7 +95,10 @@ def encode_origin(context: TraceContext, *, is_awaited: bool) -> str:
 
 
 def decode_origin(origin: str | None) -> tuple[TraceContext | None, bool]:
-    """Return the span that started a run, and whether it is its parent, from the text of `encode_origin`."""
+    """Return the span that started a run, None without a valid one, and whether it is the run's parent.
+
+    `origin` is the stored text of `encode_origin`, or None.
+    """
     kind, _, text = (origin or "").partition("=")
     caller = parse_traceparent(text)
     return caller, caller is not None and kind == "parent"

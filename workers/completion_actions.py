@@ -245,7 +245,12 @@ class CompletionActions:
         outcome: CompletionOutcome | None = None,
         delay_seconds: float | None = None,
     ) -> None:
-        """Store the remaining actions of a run, and when they are due again."""
+        """Store the actions of a run that are left to do, the outcome of the last one, and in how many
+        seconds they are due.
+
+        `outcome` None: no change; `delay_seconds` None: this process keeps its claim of them. Raises
+        `DatabaseUnavailable`.
+        """
         await self._database.transaction(
             lambda connection: completion.settle_completion(connection, due, left, outcome, delay_seconds)
         )

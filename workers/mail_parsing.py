@@ -456,7 +456,11 @@ class MailParser:
     def _attachment_keeper(
         self, parse_task: MailParseTask, references: list[dict[str, Any]], loop: asyncio.AbstractEventLoop
     ) -> KeepAttachment:
-        """Return the function that stores an attachment as a blob, from the parsing thread, and adds its reference."""
+        """Return a function that stores an attachment as a blob and appends its reference to `references`.
+
+        It is called in the parsing thread, and waits for the storage on `loop`. It raises
+        `AttachmentNotStored`, and `MailUnavailable` once the mail is not needed any more.
+        """
 
         def keep(label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
             put = self._blobs.put(

@@ -264,9 +264,10 @@ async def retry(
 async def _resume_unlocked(
     database: Database, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Resume a batch, and return the concurrency keys of the resumed executions by the ids of the failed ones.
+    """Resume failed executions, and return the concurrency key of each (None without a limit) by its id.
 
-    If another transaction locks part of it, they are resumed one by one and the locked ones skipped.
+    `new_ids` has the ids of the new executions by the failed ones. If another transaction locks some of them,
+    they are resumed one by one and the locked ones are left out.
     """
     try:
         return await database.transaction(partial(_resume, caller=caller, new_ids=new_ids))

@@ -111,7 +111,10 @@ async def compare(request: GatewayRequest) -> JsonResponse:
 
 
 async def _find_default(connection: AsyncConnection, key: ExecutionKey) -> ExecutionKey | None:
-    """Return the newest completed run of the workflow before a run, to compare with; None without one."""
+    """Return the newest completed run of the workflow before a run, to compare with; None without one.
+
+    Raises a 404 error for an unknown run.
+    """
     head = await run_graph_rows.read_head(connection, key)
     if head is None:
         raise errors.not_found("execution")

@@ -172,10 +172,11 @@ class WorkflowEditor:
         also: Addition | None = None,
         anyway: Addition | None = None,
     ) -> WorkflowEdit:
-        """Apply `change` in a transaction that has locked the workflow, with its audit record, and return it
-        before and after.
+        """Apply `change` to a workflow that the open transaction has locked; return it before and after.
 
-        Access and `If-Match` are checked by the caller; it raises the other errors of `edit`.
+        `also` and `anyway` add statements to the transaction: the first only if the workflow changes, the
+        second always. A change gets an audit entry. Access and `If-Match` must have been checked; raises the
+        other errors of `edit`.
         """
         catalog = await self.read_catalog(connection, caller.organization_id)
         # A thread, so that a large graph does not block other requests.

@@ -302,11 +302,11 @@ async def apply_decision(
     replicas: int | None = None,
     user_id: str | None = None,
 ) -> Deployment:
-    """Write the change of a deployment's desired state, with the next generation, and a record of the
-    decision; return the new state.
+    """Store a deployment's new desired state under the next generation, with a record of the decision; return
+    the new state.
 
-    `replicas` is the number of pods of a start; the default is the last number. Raises `DeploymentChanged` if
-    the state has changed since it was read.
+    `replicas` is the number of pods of a start, None for the last number; `user_id` is who decided, None for
+    the lifecycle policy. Raises `DeploymentChanged` if the state has changed since it was read.
     """
     before = seen.deployment
     changes = {

@@ -24,7 +24,10 @@ class EventStreamParser:
         self._data_bytes = 0
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """Return the data of the events that end in a piece; raises `EventTooLarge`."""
+        """Take the next piece of the stream, and return the data of the events that end in it; empty if none does.
+
+        Lines may be split between pieces. Raises `EventTooLarge` for an event or a line of over 4 MB.
+        """
         self._rest += piece
         if len(self._rest) > MAX_EVENT_BYTES:
             raise EventTooLarge
@@ -42,7 +45,10 @@ class EventStreamParser:
         return found
 
     def _take_line(self, line: bytes) -> bytes | None:
-        """Add a line to the current event; return the data of the event that it ends."""
+        """Add a line to the current event; an empty line ends the event, and its data is returned, else None.
+
+        Raises `EventTooLarge` for an event of over 4 MB.
+        """
         if line:
             name, _, value = line.partition(b":")
             if name == b"data":

@@ -82,7 +82,11 @@ class ModelClient:
     async def _send_adapting(
         self, model: ModelConnection, request: ChatRequest, body: dict[str, Any], idempotency_key: str
     ) -> ChatAnswer:
-        """Send a body, again without the field that the server refuses by its name, and return the answer."""
+        """Send a body and return the answer; a field that the server refuses by its name is removed, and the
+        rest sent again.
+
+        Raises `ModelCallFailed` for any other failure.
+        """
         while True:
             try:
                 return await self._send(model, request, body, idempotency_key)
@@ -164,7 +168,10 @@ def _ask_for_schema(request: ChatRequest, schema: Mapping[str, Any]) -> ChatRequ
 
 
 async def _read_answer(stream: OutboundStream, answer: ChatAnswerParser) -> ChatAnswer:
-    """Return the answer in a stream of events, or in one document of a server that doesn't stream."""
+    """Return the answer in a stream of events, or in one JSON document of a server that doesn't stream.
+
+    Raises `ModelCallFailed` for an event of over 4 MB and an invalid answer.
+    """
     if stream.headers.get("content-type", "").lower().startswith("application/json"):
         answer.feed(b"".join([piece async for piece in stream]))
         return answer.finish()

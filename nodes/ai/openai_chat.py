@@ -244,7 +244,10 @@ def _complete_tool_calls(drafts: list[_ToolCallDraft]) -> tuple[RequestedToolCal
 
 
 def _read_arguments(draft: _ToolCallDraft) -> tuple[Mapping[str, Any] | None, str]:
-    """Return the arguments of a call, and the problem with them; null and an empty text mean none."""
+    """Return the arguments of a tool call and an empty text; or None and the problem, if they are no JSON object.
+
+    Null and an empty text count as no arguments.
+    """
     value = draft.value
     if draft.text.strip():
         try:

@@ -273,7 +273,9 @@ class PostgresqlSession:
     async def _prepared(
         self, statement: SqlStatement, parameters: Sequence[Json]
     ) -> tuple[Prepared, list[str | None]]:
-        """Prepare a statement with casts to the types of its parameters; return it with its values as texts."""
+        """Prepare a statement with casts to the types of its parameters; return it with the values as texts,
+        None for null.
+        """
         places = [f"${number}" for number in range(1, statement.values + 1)]
         prepared = await self._connection.prepare(statement.with_places(places))
         if not places:

@@ -194,7 +194,11 @@ class S3Bucket:
     async def _page(
         self, client: OutboundClient, prefix: str, token: str, *, found: int, max_objects: int
     ) -> ListingReader:
-        """Return one page of a listing; `found` objects are known, and `token` ("" at first) names the page."""
+        """Return one page of a listing, at most 1,000 objects, and at most one more than `max_objects` in all.
+
+        `found` objects were on earlier pages, and `token` ("" at first) names the page. Raises `NodeError`,
+        also for an unreadable answer.
+        """
         query = {
             "list-type": "2",
             "prefix": self._place.prefix + object_keys.require_key_prefix(prefix),

@@ -114,7 +114,10 @@ async def run(call: NodeCall) -> Json:
 
 
 async def _build_table(call: NodeCall, by: ItemKeys, turn: LoopShare) -> LookupTable:
-    """Return the rows of the lookup table by their key; rows whose key has a null are left out."""
+    """Return the rows of the lookup table by their key; rows with a null in their key are left out.
+
+    Raises `NodeError` if `tableBy` has another number of parts than `by`.
+    """
     table_by = ItemKeys.from_config(call, "tableBy" if "tableBy" in call.values else "by")
     if len(table_by.parts) != len(by.parts):
         message = f"`tableBy` has {len(table_by.parts)} parts, but `by` has {len(by.parts)}"

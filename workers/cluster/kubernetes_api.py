@@ -194,9 +194,11 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> Manifest:
-        """Send a request and return the JSON object of its answer; it waits and repeats as `read` does.
+        """Send a request to the API server and return the JSON object of its answer; it waits and repeats as
+        `read` does.
 
-        Raises `ObjectNotFound`, `ObjectConflict`, `VersionExpired` and `ClusterError`.
+        `body` None sends none. Raises `ObjectNotFound`, `ObjectConflict`, `VersionExpired` and
+        `ClusterError`.
         """
         answer = await self.read(method, path, query=query, body=body, content_type=content_type)
         try:

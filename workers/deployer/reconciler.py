@@ -183,7 +183,12 @@ class Reconciler:
         found: DeploymentSnapshot | None,
         observed: ObservedDeployment,
     ) -> ScheduledRetry | None:
-        """Take the next step that a workflow needs, if any, and store the observed state; return the retry."""
+        """Take the next step that a workflow needs, if any, and store the observed state.
+
+        Returns when to look at it again; None if nothing has to be retried. `found` is None for objects of an
+        unknown workflow, which are removed. Raises `ClusterError`, `AttemptDeferred` and
+        `DatabaseUnavailable`.
+        """
         if found is None:
             self._forget_start(workflow_id)
             return await self._remove_unknown(driver, observed)
@@ -233,10 +238,11 @@ class Reconciler:
     # ── acting ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _act_under_lock(self, driver: ClusterDriver, workflow_id: str) -> ScheduledRetry | None:
-        """Take the next step of a workflow under its lock against other deployers, and return the retry.
+        """Take the next step of a workflow under its lock against other deployers.
 
-        It is retried later if another deployer holds the lock, or the step takes almost as long as the lock
-        lasts. Raises `ClusterError`, `AttemptDeferred` and `DatabaseUnavailable`.
+        Returns when to look at it again: later if another deployer holds the lock, or the step takes almost
+        as long as the lock lasts (15 s); None if nothing has to be retried. Raises `ClusterError`,
+        `AttemptDeferred` and `DatabaseUnavailable`.
         """
         if not await deployment_rows.lock_deployment(self._database, workflow_id, self._name):
             self._gate.release(workflow_id)
@@ -292,8 +298,11 @@ class Reconciler:
         return await self._store_observed(found, observed)
 
     async def _delete(self, driver: ClusterDriver, deployment: Deployment) -> ScheduledRetry | None:
-        """Delete the objects of an undeployed workflow, reclaim the runs of its pods, and store the status;
-        return the retry.
+        """Delete the objects of an undeployed workflow, and store the status; once they are gone, reclaim the
+        runs of its pods.
+
+        Returns when to look at it again, None if nothing has to be retried. Raises `ClusterError` and
+        `DatabaseUnavailable`.
         """
         holders = await activity.pod_lease_owners(self._database, deployment.workflow_id)
         is_gone = await driver.delete(deployment.workflow_id)
@@ -360,10 +369,10 @@ class Reconciler:
     async def _store_observed(
         self, found: DeploymentSnapshot, observed: ObservedDeployment
     ) -> ScheduledRetry | None:
-        """Store the observed state of a deployed workflow, and count it as a start in progress or not; return
-        the retry.
+        """Store the observed state of a deployed workflow, and count it as a start in progress or not.
 
-        The retry comes when a lost node or the time limit of a start is due. Raises `DatabaseUnavailable`.
+        Returns when to look at it again: when a lost node or the time limit of a start is due; None if
+        nothing is. Raises `DatabaseUnavailable`.
         """
         deployment, now = found.deployment, found.now
         start_time = timedelta(seconds=self._settings.start_seconds)

@@ -183,7 +183,10 @@ class _NodeWriter:
 
 
 def _wrap(text: str, first: str, later: str | None = None) -> list[str]:
-    """Return the lines of a text in a docstring."""
+    """Return the wrapped lines of a text for a docstring, with quotes and backslashes that can't end or escape it.
+
+    `first` is the indent of the first line, `later` that of the others; None for the same.
+    """
     safe = " ".join(text.split()).replace("\\", "\\\\").replace('"""', "'''")
     safe = f"{safe[:-1]}'" if safe.endswith('"') else safe
     return textwrap.wrap(

@@ -97,7 +97,11 @@ def define_node(
 
 
 def _parameters(function: Callable[..., Any], hints: Mapping[str, Any]) -> tuple[Any, bool, str | None]:
-    """Return the class of the config, whether the function takes one, and the name of the task's parameter."""
+    """Return the class of the config (None for plain JSON), whether the function takes a config, and the name
+    of its `Task` parameter.
+
+    The name is None without one. Raises `TypeError` for more than one config or one task.
+    """
     names = list(inspect.signature(function).parameters)
     tasks = [name for name in names if hints.get(name) is Task or (name == "task" and name not in hints)]
     configs = [name for name in names if name not in tasks]

@@ -162,7 +162,11 @@ class Workflow:
         id: str | None = None,  # noqa: A002 - the name of the API
         label: str | None = None,
     ) -> WorkflowNode[Port]:
-        """Add a trigger, whose output is the `data` of the node that is returned."""
+        """Add a trigger node to the workflow, and return it; its output is the `data` of the returned node.
+
+        An `id` of None is made from the type; a `label` of None is left out. Raises `ValueError` for an id
+        that another node has.
+        """
         return self._place(config, id, {"label": label})
 
     def add(  # noqa: PLR0913 - a parameter for each field of a node
