@@ -349,8 +349,8 @@ class SpanRecorder:
     def log(self, level: str, message: str, node_id: str) -> None:
         """Write a line to the log of the run, unless its level is below the run's.
 
-        At the limit of lines, one warning replaces the line, and further lines are dropped. Long messages are
-        cut.
+        At the limit of lines, one warning replaces the line, and further lines are dropped. Messages are cut
+        to 8,192 characters.
         """
         if self._log_lines > self._max_log_lines or level in self._dropped_levels:
             return

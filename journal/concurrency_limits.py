@@ -103,7 +103,7 @@ def concurrency_limit(
 
 
 def _hash_key(expression: Json, trigger: Json) -> str:
-    """Return a short hash of the value that a key expression gives for the output of the trigger."""
+    """Return a hash of 32 characters of the value that a key expression gives for the output of the trigger."""
     try:
         value = compile_template(expression).render({"trigger": trigger}, [])
     except ExpressionError:

@@ -289,7 +289,9 @@ class RunJournal:
         self._wait_answer_count = wait_answer_count
 
     def holds_lease(self) -> bool:
-        """Return whether the lease surely lasts for a moment longer; False after a refused write."""
+        """Return whether the lease of the run has surely not ended (a margin of 15% is kept); False after a
+        refused write.
+        """
         return not self._is_broken and self._lease.is_held()
 
     async def restore(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
@@ -505,7 +507,9 @@ class RunLease:
         return LeaseRenewal(*self.key, self.token)
 
     def is_held(self) -> bool:
-        """Return whether the lease surely lasts for a moment longer, by the monotonic clock and with a margin."""
+        """Return whether the lease has surely not ended, by the monotonic clock with a margin of 15% of its
+        duration.
+        """
         return time.monotonic() < self.until
 
 

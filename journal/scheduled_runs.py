@@ -346,7 +346,7 @@ class _ScheduleWriter:
             await self._connection.execute(_MOVE_SCHEDULE, self._moves)
 
     async def _state(self, row: RowMapping) -> ScheduleState:
-        """Return the state of a schedule; its waiting runs are counted, up to a maximum, only if its last run
+        """Return the state of a schedule, with its waiting runs, counted up to 1,000 and only if its last run
         has not ended.
         """
         waiting_runs = 0

@@ -208,7 +208,7 @@ def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
 
 
 def _to_whole_number(value: object) -> object:
-    """Convert a whole float, such as 60.0, to an integer."""
+    """Convert a whole float, such as 60.0, to an integer; return other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -39,7 +39,9 @@ class LeaderElection:
         self._until = 0.0
 
     def is_leading(self) -> bool:
-        """Return whether this process leads: its lease is certain to last a moment longer, by the monotonic clock."""
+        """Return whether this process leads: its lease has surely not ended, by the monotonic clock with a
+        margin of 15%.
+        """
         return time.monotonic() < self._until
 
     async def renew(self) -> None:

@@ -347,7 +347,11 @@ class Tracer:
         return trace
 
     def trace_of(self, execution_id: str, caller: TraceContext | None, *, is_child: bool) -> tuple[str, bool]:
-        """Return the id of a run's trace, and whether it is sampled, by the span that started the run."""
+        """Return the id of a run's trace, and whether it is sampled.
+
+        `caller` is the span that started the run, None without one. Its trace is the run's if `is_child`,
+        else the run has a trace of its own; the caller's decision about sampling counts in both cases.
+        """
         own_id = derive_id(TRACE_BYTES, "run", execution_id)
         if caller is None:
             return own_id, self.samples(own_id)

@@ -100,11 +100,11 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
 async def run_worker(
     settings: WorkerSettings, store: JournalStore, broker: Broker, database: Database
 ) -> AsyncIterator[RunExecutor]:
-    """Execute runs, parse mails, and perform completion actions and approval mails while the context lasts;
-    yield the executor.
+    """Run the parts of a worker during the block: executor of runs, parser of mails, completion actions and
+    approval mails.
 
-    On exit, runs may finish at the boundary of a node, and the others are handed off to other processes. Runs
-    go through the store, everything less frequent through the database.
+    Yields the executor. On exit, runs may finish at the boundary of a node, and the others are handed off to
+    other processes. Runs go through the store, everything less frequent through the database.
     """
     outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = open_blobs(settings)

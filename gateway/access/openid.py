@@ -194,7 +194,7 @@ def _attempt_cookie(cookie: SessionCookie) -> SessionCookie:
 
 
 def _query(request: GatewayRequest) -> dict[str, str]:
-    """Return the query parameters of a request, of a repeated one the last value; empty for more than the limit."""
+    """Return the query parameters of a request, of a repeated one the last value; empty for over 50 parameters."""
     text = request.scope["query_string"].decode("latin-1")
     try:
         return dict(parse_qsl(text, max_num_fields=limits.QUERY_FIELDS, keep_blank_values=True))

@@ -35,8 +35,8 @@ def added(
     """Return the shares of an object (user id to time) with one more user, since `now`; unchanged if the user
     has it already.
 
-    `what` names the object in errors. Raises a 422 error for its owner and for the caller, and 409 at the
-    limit of shares.
+    `what` names the object in errors. Raises a 422 error for its owner and for the caller, and 409 at 1,000
+    shares.
     """
     if user_id in {owner_id, caller.user_id}:
         message = f"userId must be neither the owner of the {what} nor yourself"

@@ -84,7 +84,7 @@ def look_of(state: str | None) -> StateLook:
 
 
 def icon_of_trigger(kind: str) -> str:
-    """Return the icon of a kind of trigger."""
+    """Return the icon of a kind of trigger, a hand for unknown kinds."""
     return TRIGGER_ICONS.get(kind, "hand")
 
 

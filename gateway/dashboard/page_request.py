@@ -53,7 +53,7 @@ class PageRequest:
 
     @property
     def query(self) -> dict[str, str]:
-        """Query parameters of the page; of a repeated one the last value; empty if there are more than the limit."""
+        """Query parameters of the page; of a repeated one the last value; empty for over 50 parameters."""
         text = self._scope["query_string"].decode("latin-1")
         try:
             return dict(parse_qsl(text, max_num_fields=limits.QUERY_FIELDS))

@@ -211,9 +211,11 @@ def _require_runnable(version: WorkflowVersion, catalog: NodeTypeLookup) -> None
 
 
 async def _deploy_answer(request: GatewayRequest, stored: StoredWorkflow) -> JsonResponse:
-    """Notify the deployer, wait for the pods for a limited time, and return the answer about the deployment.
+    """Notify the deployer, wait until the pods run, fail or lack capacity, and return the answer about the
+    deployment.
 
-    The status is 200 if all pods run, else 202 with the state so far.
+    The wait ends after the configured time. The status is 200 if all pods run, else 202 with the state so
+    far.
     """
     workflow_id = stored.workflow.id
     await request.gateway.deployer.notify(workflow_id)

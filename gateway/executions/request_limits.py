@@ -167,8 +167,9 @@ class RunRateLimiter:
         await self._demands.drain()
 
     def _lease(self, limit: RateLimit) -> TokenLease:
-        """Return the lease of a limit's bucket, a new one without tokens at first; the 20,000 last used ones
-        are kept.
+        """Return the lease of a limit's token bucket: tokens that this process has taken in advance.
+
+        A new one has none yet, but may use a whole burst. The 20,000 last used ones are kept.
         """
         lease = self._leases.get(limit.bucket)
         if lease is None:

@@ -249,8 +249,8 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose(
     request: GatewayRequest, body: SelectDeadLetters, wanted: DeadLetterFilter
 ) -> tuple[int, Sequence[FailedRun]]:
-    """Return the number of dead letters that match, of 2,000 examined ones, and the oldest up to the limit of
-    the body.
+    """Return the number of dead letters that match among the 2,000 oldest, and the oldest of these, up to the
+    body's limit.
     """
     bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:

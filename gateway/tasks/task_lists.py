@@ -269,8 +269,9 @@ async def workers(request: GatewayRequest) -> JsonResponse:
 
 
 def _worker(row: Row[Any], tasks: int, now: datetime) -> TaskWorkerShape:
-    """Return a worker as the API shows it, with its number of tasks; it is present if it polled recently and
-    neither stops nor stopped.
+    """Return a worker as the API shows it, with its number of tasks.
+
+    It is present if it polled within 100 seconds and neither stops nor has stopped.
     """
     is_recent = now - row.last_seen_at < task_service.PRESENT_TIME
     return TaskWorkerShape(

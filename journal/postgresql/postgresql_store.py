@@ -366,7 +366,7 @@ class PostgreSQLStore:
         return await connect_postgresql(self._url, connections=1, clock=self.clock)
 
     async def close(self) -> None:
-        """Close the connections after their present statements; after a few seconds, cut them off."""
+        """Close the connections after their present statements; after ten seconds, cut them off."""
         try:
             await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
         except TimeoutError:

@@ -308,7 +308,9 @@ def read_model_names(body: bytes) -> list[str]:
 
 
 def read_error_message(body: bytes) -> str:
-    """Return the message of an error as JSON, cut; empty for other bodies, which may be internal pages."""
+    """Return the message of an error as JSON, up to 500 characters; empty for other bodies, which may be
+    internal pages.
+    """
     try:
         value = decoding.decode(body)
     except (ValueError, RecursionError):
@@ -328,6 +330,9 @@ def build_stream_failure(error: object) -> ModelCallFailed:
 
 
 def _quote_error(error: object) -> str:
+    """Return up to 500 characters of an error, or of its `message` or `detail`, on one line; empty for
+    anything else.
+    """
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail")
     return " ".join(error.split())[:MAX_QUOTED_CHARACTERS] if isinstance(error, str) else ""
