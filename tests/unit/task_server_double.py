@@ -36,6 +36,9 @@ class TaskServerDouble:
         self.refused_text: str | None = None
         """Text for which whole reports are refused."""
         self.largest_report = 0
+        self.lose_values = 0
+        """Number of next large inputs and outputs whose answers are never sent."""
+        self.largest_output = 1 << 30
 
     def add(self, task_id: str, node_type: str = "acme/work", **fields: Any) -> None:  # noqa: ANN401 - any JSON
         """Make a task ready."""
@@ -130,7 +133,14 @@ def run_task_server() -> Iterator[TaskServerDouble]:
             if double.refused_text is not None and double.refused_text in json.dumps(body):
                 self._send(400, {"error": {"code": "malformed-json", "message": "no JSON"}})
                 return
+            if self.path.endswith("/output") and length > double.largest_output:
+                self._send(413, {"error": {"code": "payload-too-large", "message": "too large"}})
+                return
             answer = double.answer(self.path, body, dict(self.headers))
+            if double.lose_values > 0 and self.path.endswith(("/input", "/output")):
+                double.lose_values -= 1
+                self.close_connection = True
+                return
             if double.lose_answers > 0:
                 double.lose_answers -= 1
                 self.close_connection = True

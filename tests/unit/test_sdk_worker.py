@@ -162,9 +162,16 @@ async def test_large_values_are_sent_apart(server: TaskServerDouble) -> None:
 
     server.blobs["/api/v1/tasks/large/input"] = "x" * 200_000
     server.add("large", input={"$blob": {"bytes": 200_000}})
+    server.lose_values = 2  # the answers to both are lost once
     async with serving(worker):
         assert (await asyncio.to_thread(server.end, "large"))["output"] == {"$blob": {}}
-    assert server.blobs["/api/v1/tasks/large/output"] == "x" * 400_000
+        assert server.lose_values == 0
+        assert server.blobs["/api/v1/tasks/large/output"] == "x" * 400_000
+        # No repetition makes an output smaller.
+        server.largest_output = 300_000
+        server.add("larger", input="x" * 200_000)
+        refused = await asyncio.to_thread(server.end, "larger")
+    assert (refused["error"]["code"], refused["retry"]) == ("result-too-large", False)
 
 
 async def test_a_cancelled_or_lost_task_stops_wherever_it_runs(server: TaskServerDouble) -> None:

@@ -30,6 +30,8 @@ FILL_SECONDS: Final = 0.005
 """Time for which a claim waits for more free slots, so that short tasks are claimed in batches."""
 LONGEST_PAUSE: Final = 5.0
 MAX_REASON: Final = 1_000
+VALUE_RETRY_SECONDS: Final = 30.0
+"""Time for which large values are sent or fetched again: a gateway that restarts fails no task."""
 LEASE_HEADER: Final = "X-Task-Lease"
 TEMPORARY: Final = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -39,7 +41,7 @@ class TaskChannel:
 
     def __init__(
         self,
-        server: Callable[[], Transport],
+        server: Callable[[float], Transport],
         worker: Mapping[str, str],
         types: Sequence[Mapping[str, str]],
         pools: Sequence[str],
@@ -99,9 +101,9 @@ class TaskChannel:
         self._held.wake()
         self._threads[2].join(1.0)
 
-    def _connect(self) -> Transport:
-        """Open a connection to the server for one thread."""
-        return self._server()
+    def _connect(self, retry_seconds: float = 0.0) -> Transport:
+        """Return a connection: by default one whose requests the channel repeats by itself."""
+        return self._server(retry_seconds)
 
     # ── claims ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -255,7 +257,7 @@ class TaskChannel:
         given = held.task.input
         if not (isinstance(given, dict) and given.keys() == {"$blob"}):
             return given
-        with self._connect() as server:
+        with self._connect(VALUE_RETRY_SECONDS) as server:
             headers = {LEASE_HEADER: held.lease}
             return server.request("GET", f"/api/v1/tasks/{held.id}/input", headers=headers, wait=60.0)
 
@@ -269,13 +271,14 @@ class TaskChannel:
         if size <= INLINE_BYTES:
             held.output_bytes = size
             return output
-        with self._connect() as server:
+        with self._connect(VALUE_RETRY_SECONDS) as server:
             headers = {LEASE_HEADER: held.lease}
             path = f"/api/v1/tasks/{held.id}/output"
-            server.request("PUT", path, json=output, headers=headers, wait=60.0)
+            # Keyed: it may be repeated, since the same output replaces itself.
+            server.request("PUT", path, json=output, headers=headers, wait=60.0, is_keyed=True)
         return {"$blob": {}}
 
 
-def connect_quietly(url: str, api_key: str) -> Transport:
-    """Return a connection that repeats no request, since the channel repeats them."""
-    return Transport(url, api_key, retry=RetryPolicy(seconds=0))
+def connect(url: str, api_key: str, retry_seconds: float) -> Transport:
+    """Return a connection whose requests are repeated for a time; 0 sends each once."""
+    return Transport(url, api_key, retry=RetryPolicy(seconds=retry_seconds))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from pilotflame_sdk import schemas, trace_context
-from pilotflame_sdk.errors import PilotflameError, TaskCancelled, TaskError
+from pilotflame_sdk.errors import APIError, LeaseLost, PilotflameError, TaskCancelled, TaskError
 from pilotflame_sdk.tasks import CURRENT_TASK, PortOutput, Task, plain_text
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ RELEASE: Final[Mapping[str, Any]] = {"kind": "release"}
 OUTPUT: Final = "output"
 MAX_MESSAGE: Final = 2_000
 MAX_CODE: Final = 64
+TOO_LARGE: Final = 413
 WATCH_SECONDS: Final = 0.2
 
 
@@ -137,6 +138,12 @@ class TaskExecutor:
             return {**report, "output": self._channel.send_output(held, report["output"])}
         except (TypeError, ValueError) as error:
             raise TaskError("invalid-output", f"The output is no JSON: {error}", retry=False) from error
+        except APIError as error:
+            if error.code == "lease-lost":
+                raise LeaseLost(str(error)) from error
+            is_final = error.status == TOO_LARGE
+            code = "result-too-large" if is_final else "output-not-sent"
+            raise TaskError(code, str(error), retry=not is_final) from error
         except PilotflameError as error:
             raise TaskError("output-not-sent", str(error)) from error
 

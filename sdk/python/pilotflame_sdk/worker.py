@@ -22,7 +22,7 @@ from pilotflame_sdk.errors import Conflict
 from pilotflame_sdk.held_tasks import HeldTask, HeldTasks
 from pilotflame_sdk.node_definitions import NodeDefinition, choose_definition, define_node, retry_rule
 from pilotflame_sdk.profiles import ServerAddress, find_server
-from pilotflame_sdk.task_channel import TaskChannel, connect_quietly
+from pilotflame_sdk.task_channel import TaskChannel, connect
 from pilotflame_sdk.task_execution import RELEASE, TaskExecutor
 from pilotflame_sdk.tasks import TaskLogHandler
 from pilotflame_sdk.transport import Transport
@@ -183,7 +183,7 @@ class Worker:
 
         url, key = self._server_parts()
         channel = TaskChannel(
-            partial(connect_quietly, url, key), self._identity(), self._types(), self.pools, held, start_tasks
+            partial(connect, url, key), self._identity(), self._types(), self.pools, held, start_tasks
         )
         executor = TaskExecutor(self.slots, self._loop, channel, held.finish)
         handler = TaskLogHandler(logging.INFO)
