@@ -256,10 +256,17 @@ class _NodePlanner:
         dynamic = self._dynamic_changes(node_id, span, key)
         if reasons or dynamic:
             return self._repeat(node_id, [*reasons, *dynamic], key)
-        if self._options.refreshes_reads and _determine_effect(program) is NodeEffect.READ:
+        if self._is_refreshed(program):
             return self._run(node_id, ReplayReason(ReplayReasonCode.REFRESHED))
         return self._make(
             node_id, ReplayDecision.REUSE, [ReplayReason(ReplayReasonCode.UNCHANGED)], ResultUse.SETTLED
+        )
+
+    def _is_refreshed(self, program: NodeProgram) -> bool:
+        """Return whether the caller wants nodes that read to run again, and this node or one in its body reads."""
+        nodes = (program, *(self._program.nodes[inner] for inner in program.body))
+        return self._options.refreshes_reads and any(
+            _determine_effect(one) is NodeEffect.READ for one in nodes
         )
 
     def _absence(self, node_id: str) -> ReplayReason:
@@ -338,7 +345,7 @@ class _NodePlanner:
         changes = static_changes(self._facts, node_id, key)
         if changes:
             return self._repeat(node_id, changes, None)
-        if self._options.refreshes_reads and _determine_effect(program) is NodeEffect.READ:
+        if self._is_refreshed(program):
             return self._run(node_id, ReplayReason(ReplayReasonCode.REFRESHED))
         behind = self._reruns_before(node_id)
         reason = ReplayReason(ReplayReasonCode.UPSTREAM_MAYBE, tuple(sorted(behind)))

@@ -29,6 +29,7 @@ from tests.unit.run_harness import (
     SimulatedWorker,
     compile_drawing,
     pure_node,
+    read_world,
     write_world,
 )
 
@@ -53,7 +54,7 @@ class World:
             "add": pure_node(self.add),
             "parity": pure_node(self.parity),
             "branch": pure_node(self.branch),
-            "read": pure_node(self.add),
+            "read": read_world(self.add),
             "pay": write_world(self.pay),
             "loop": pure_node(self.loop, loops=True),
         }
@@ -435,6 +436,30 @@ async def test_a_forced_node_runs_again_and_those_behind_it_only_with_another_in
     assert decisions(plan) == {"start": "reuse", "add": "rerun", "parity": "maybe", "add2": "maybe"}
     await run_again(past, plan)
     assert world.calls == ["add"]
+
+
+@pytest.mark.parametrize(
+    "drawing", ["start > read > add", "start > loop; loop:continue > read; loop:done > add"]
+)
+async def test_nodes_that_read_run_again_only_where_that_is_asked_for(drawing: str) -> None:
+    world = World()
+    past = await run_first(compile_drawing(drawing, world.kinds))
+    assert set(decisions(plan_of(past)).values()) == {"reuse"}
+    world.calls.clear()
+    plan = plan_of(past, refreshes_reads=True)
+    assert (decisions(plan)["read"], decisions(plan)["add"]) == ("rerun", "maybe")
+    assert reasons(plan, "read") == ["refreshed"]
+    ended, notebook = await run_again(past, plan)
+    assert ended == RunOutcome(RunStatus.COMPLETED)
+    assert {call.partition(".")[0] for call in world.calls} == {"read"} | {"loop"} & set(decisions(plan))
+    assert notebook.spans["add"].reused_from == EARLIER, "what was read is the same"
+
+
+async def test_a_refreshed_loop_asks_for_the_writes_in_it() -> None:
+    world = World()
+    past = await run_first(compile_drawing("start > loop; loop:continue > read > pay", world.kinds))
+    assert plan_of(past).unconfirmed == ()
+    assert plan_of(past, refreshes_reads=True).unconfirmed == ("pay",)
 
 
 async def test_a_changed_data_source_or_code_is_a_reason() -> None:
