@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
@@ -34,29 +35,42 @@ class RetryingClient:
     Idempotency-Key.
     """
 
-    def __init__(self, url: str, patience_seconds: float = PATIENCE_SECONDS, key: str = API_KEY) -> None:
+    def __init__(
+        self,
+        url: str,
+        patience_seconds: float = PATIENCE_SECONDS,
+        key: str = API_KEY,
+        *,
+        other_urls: Sequence[str] = (),
+    ) -> None:
+        """Create a client of a gateway, or of several that take turns."""
         self.patience_seconds = patience_seconds
         self.retry_seconds = POLL_SECONDS
         """Pause before an unanswered request is repeated."""
         self.ended: dict[str, ExecutionEnd] = {}
         """First observed end of each execution."""
-        self._http = httpx2.AsyncClient(
-            base_url=f"{url}/api/v1",
-            headers={"X-API-Key": key},
-            timeout=httpx2.Timeout(20.0, connect=2.0),
-            limits=httpx2.Limits(max_connections=200),
-            trust_env=False,
-        )
+        self._gateways = [
+            httpx2.AsyncClient(
+                base_url=f"{one}/api/v1",
+                headers={"X-API-Key": key},
+                timeout=httpx2.Timeout(20.0, connect=2.0),
+                limits=httpx2.Limits(max_connections=200),
+                trust_env=False,
+            )
+            for one in (url, *other_urls)
+        ]
+        self._turns = cycle(self._gateways)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        for gateway in self._gateways:
+            await gateway.aclose()
 
     async def send(
         self, method: str, path: str, body: Json = None, *, key: str | None = None
     ) -> httpx2.Response:
         """Send a request once. Raises `httpx2.TransportError` if there is no answer."""
         headers = {"Idempotency-Key": key} if key else {}
-        return await self._http.request(method, path, json=body, headers=headers)
+        return await next(self._turns).request(method, path, json=body, headers=headers)
 
     async def answer(
         self, method: str, path: str, body: Json = None, *, key: str | None = None

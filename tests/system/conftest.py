@@ -29,11 +29,18 @@ async def shared_deployment(
             yield deployment
             await _require_run_path(deployment, is_claiming=bool(settings))
         return
+    postgres = request.getfixturevalue("postgres")
+    if request.param == harness.WITHOUT_REDIS:
+        async with harness.run_on_postgresql(folder, postgres, None, gateways=1) as deployment:
+            yield deployment
+        return
     # Its workers live on while tests of other files run, and would take the wakeups of those on a common Redis.
     with services.run_redis() as redis:
-        async with harness.run_many_processes(
-            folder, request.getfixturevalue("postgres"), redis, **settings
-        ) as deployment:
+        if request.param == harness.TWO_GATEWAYS:
+            async with harness.run_on_postgresql(folder, postgres, redis, gateways=2) as deployment:
+                yield deployment
+            return
+        async with harness.run_many_processes(folder, postgres, redis, **settings) as deployment:
             yield deployment
             await _require_run_path(deployment, is_claiming=bool(settings))
 
@@ -46,7 +53,7 @@ async def ledger() -> AsyncIterator[EffectLedger]:
 
 @pytest.fixture
 async def client(shared_deployment: SystemUnderTest) -> AsyncIterator[RetryingClient]:
-    client = RetryingClient(shared_deployment.url)
+    client = RetryingClient(shared_deployment.url, other_urls=shared_deployment.other_urls)
     yield client
     await client.close()
 

@@ -53,6 +53,13 @@ on_many_processes_and_both_run_paths = pytest.mark.parametrize(
 )
 """For faults that runs must survive whether they go straight to a worker or are claimed."""
 
+TWO_GATEWAYS = "postgresql-two-gateways"
+WITHOUT_REDIS = "postgresql-alone"
+on_all_deployments = pytest.mark.parametrize(
+    "shared_deployment", ["sqlite", "postgresql", TWO_GATEWAYS, WITHOUT_REDIS], indirect=True
+)
+"""For what must hold with a second gateway, and with PostgreSQL in place of Redis, too."""
+
 
 @dataclass
 class SystemUnderTest:
@@ -64,6 +71,8 @@ class SystemUnderTest:
     workers: Sequence[SystemProcess]
     faults: list[InjectedFault]
     others: Sequence[SystemProcess] = ()
+    other_urls: Sequence[str] = ()
+    """Addresses of further gateways, to which clients send every other request."""
 
     @property
     def processes(self) -> Sequence[SystemProcess]:
@@ -312,6 +321,38 @@ async def run_many_processes(
         )
         async with _keep_alive(deployment):
             yield deployment
+
+
+@asynccontextmanager
+async def run_on_postgresql(
+    folder: Path, postgres: services.PostgresServer, redis: services.RedisServer | None, *, gateways: int
+) -> AsyncIterator[SystemUnderTest]:
+    """Run processes of the Procfile with two workers and so many gateways; without Redis, on PostgreSQL alone."""
+    database_url = await databases.create_database(postgres, f"system_{uuid4().hex}")
+    servers = {"DATABASE_URL": database_url} | ({} if redis is None else {"REDIS_URL": redis.url})
+    url, environment = _build_environment(folder, servers)
+    records = PostgresJournalRecords(database_url)
+    await records.install()
+    faults: list[InjectedFault] = []
+
+    def process(name: str, role: str, **changed: str) -> SystemProcess:
+        return SystemProcess(name, [role], {**environment, **changed}, folder, faults)
+
+    ports = [str(services.reserve_port()) for _ in range(gateways - 1)]
+    further = [
+        process(f"gateway-{number}", "gateway", PILOTFLAME_PORT=port) for number, port in enumerate(ports, 2)
+    ]
+    deployment = SystemUnderTest(
+        url=url,
+        records=records,
+        gateway=process("gateway", "gateway"),
+        workers=[process("worker-1", "worker"), process("worker-2", "worker")],
+        others=[process("scheduler", "scheduler"), *further],
+        other_urls=[f"http://127.0.0.1:{port}" for port in ports],
+        faults=faults,
+    )
+    async with _keep_alive(deployment):
+        yield deployment
 
 
 @asynccontextmanager

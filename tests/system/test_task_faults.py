@@ -15,12 +15,12 @@ import pytest
 from tests.custom_types import custom_graph, custom_type
 from tests.system import proxy
 from tests.system.client import RetryingClient
-from tests.system.harness import SystemUnderTest
+from tests.system.harness import SystemUnderTest, on_all_deployments
 from tests.system.wait_conditions import wait_until
 
 TYPE = "acme/fault"
 LEASE_SECONDS = 10
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), on_all_deployments]
 
 
 @dataclass
