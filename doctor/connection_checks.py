@@ -39,7 +39,10 @@ class ServerAddresses:
 
 
 async def check_connections(addresses: ServerAddresses) -> Sequence[DriftFinding]:
-    """Return findings about a pooler and about Redis; servers that don't answer have none."""
+    """Return findings about the pooler in front of PostgreSQL and about Redis.
+
+    Servers that don't answer, SQLite, and connections without a pooler give none.
+    """
     found: list[DriftFinding] = []
     broker_url = addresses.broker_url or ""
     if not is_sqlite(addresses.database_url):
@@ -52,6 +55,7 @@ async def check_connections(addresses: ServerAddresses) -> Sequence[DriftFinding
 
 
 async def _check_redis(url: str) -> Sequence[DriftFinding]:
+    """Return a critical finding if Redis may evict keys when its memory is full; none if it doesn't answer."""
     client = Redis.from_url(url, socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS)
     try:
         await redis_broker.refuse_evicting(client)
@@ -72,7 +76,10 @@ async def _check_redis(url: str) -> Sequence[DriftFinding]:
 
 
 async def _check_pooler(address: str, announces: str) -> Sequence[DriftFinding]:
-    """Return findings about the pooler in front of the database; `announces` is the address of the notifications."""
+    """Return findings about the pooler in front of the database; none if it doesn't answer.
+
+    `announces` is the address of the notifications, empty if Redis carries them.
+    """
     try:
         first = await asyncpg.connect(address, timeout=CONNECT_SECONDS)
     except (asyncpg.PostgresError, OSError, TimeoutError):
@@ -86,6 +93,10 @@ async def _check_pooler(address: str, announces: str) -> Sequence[DriftFinding]:
 
 
 async def _examine_pooler(first: Any, address: str, announces: str) -> Sequence[DriftFinding]:  # noqa: ANN401 - asyncpg's own
+    """Return findings about a pooler that a first connection uses; none without a pooler.
+
+    Findings are statement mode, and notifications through a pooler in transaction mode.
+    """
     # A pooler answers the start of a session itself, with a process id that it has made up.
     if await first.fetchval("SELECT pg_backend_pid()") == first.get_server_pid():
         return ()
@@ -124,6 +135,7 @@ async def _examine_pooler(first: Any, address: str, announces: str) -> Sequence[
 
 
 async def _allows_transactions(address: str) -> bool:
+    """Return whether the pooler at an address permits transactions; one in statement mode does not."""
     connection = await asyncpg.connect(address, timeout=CONNECT_SECONDS)
     try:
         async with connection.transaction():

@@ -133,7 +133,7 @@ class ModelCallFailed(NodeError):
         """Time after which the provider accepts calls again; None if it named none."""
 
     def with_message(self, message: str) -> Self:
-        """Return the same failure with another message."""
+        """Return a copy of this failure with another message."""
         return type(self)(
             message,
             code=self.code,
@@ -144,7 +144,7 @@ class ModelCallFailed(NodeError):
 
 
 def estimate_tokens(text: str) -> int:
-    """Return an upper estimate of the tokens of a text: one for three bytes."""
+    """Return an upper estimate of the tokens of a text: one for three bytes of UTF-8, rounded up."""
     return -(-len(text.encode(errors="surrogatepass")) // 3)
 
 

@@ -34,7 +34,10 @@ class ModelPrice(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True
 
 
 def compute_cost(usage: TokenUsage, price: ModelPrice) -> int:
-    """Return the cost of a call in nano-dollars, rounded up."""
+    """Return the cost of a model call in nano-dollars (billionths of a dollar), rounded up.
+
+    Prices are per million tokens. Cached input tokens have prices of their own, or else that of the input.
+    """
     cached = min(usage.cache_read_tokens, usage.input_tokens)
     written = min(usage.cache_write_tokens, usage.input_tokens - cached)
     plain = usage.input_tokens - cached - written
@@ -48,7 +51,7 @@ def compute_cost(usage: TokenUsage, price: ModelPrice) -> int:
 
 
 def show_cost(nanos: int | None) -> str | None:
-    """Return a cost in US dollars as a decimal text, without trailing zeros; None if it is unknown."""
+    """Return a cost in nano-dollars as a decimal text in US dollars, without trailing zeros; None for None."""
     if nanos is None:
         return None
     text = f"{Decimal(nanos).scaleb(-9):f}"

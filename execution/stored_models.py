@@ -58,7 +58,7 @@ class StoredModels:
 
 
 def build_connection(model: AiModel, source: ConnectionSource) -> ModelConnection:
-    """Return a model with the address and the key of its data source."""
+    """Return a model with the address and the key of its data source, as nodes use it to call the provider."""
     settings, seen = source.settings, model.capabilities or {}
     return ModelConnection(
         id=model.id,

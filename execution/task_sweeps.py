@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 async def move_due_tasks(database: Database, tasks: TaskUpkeep, broker: Broker) -> None:
-    """Move tasks whose time has come, and notify runs and workers. Raises `DatabaseUnavailable`."""
+    """Move tasks whose time has come (leases, deadlines, delays), and notify the runs and task workers that
+    they concern.
+
+    At most 200 tasks a call. Raises `DatabaseUnavailable`.
+    """
     effects = await tasks.sweep()
     for key in sorted({run.concurrency_key for run in effects.woken if run.concurrency_key is not None}):
         await concurrency_limits.admit_waiting_runs(database, key)

@@ -125,7 +125,11 @@ async def edit(database: Database, requested: RequestedObject, change: Change) -
 
 
 async def delete(database: Database, requested: RequestedObject) -> None:
-    """Delete the requested model; raises 404, 403 and 412."""
+    """Delete the requested model, with an audit entry.
+
+    Raises 404 if it is missing or invisible, 403 unless the caller is its owner or an admin, and 412 if
+    `If-Match` names another revision.
+    """
     is_done = False
 
     async def work(connection: AsyncConnection) -> None:
@@ -179,6 +183,9 @@ async def _record(
     before: AiModel | None,
     after: AiModel | None,
 ) -> None:
+    """Add an audit entry about a model: hashes of its content before and after, None for a model that didn't
+    or doesn't exist.
+    """
     hashes = [None if model is None else content_hash(model) for model in (before, after)]
     object_id = next(model.id for model in (before, after) if model is not None)
     await audit_log.record_change(connection, caller, action, object_id, before=hashes[0], after=hashes[1])

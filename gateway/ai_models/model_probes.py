@@ -113,7 +113,10 @@ class ModelProber:
 
 
 async def _calls_tools(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model calls a tool with valid arguments."""
+    """Return whether a model, asked to use a tool, calls it with valid arguments; this makes one call.
+
+    Raises `ModelCallFailed` for a temporary failure.
+    """
     tool = ToolDescription("report_city", "Reports the city that answers the question.", CITY_SCHEMA)
     request = msgspec.structs.replace(_build_request(), tools=(tool,), forced_tool=tool.name)
     try:
@@ -129,7 +132,10 @@ async def _calls_tools(client: ModelClient, model: ModelConnection) -> bool:
 
 
 async def _follows_schemas(client: ModelClient, model: ModelConnection) -> bool:
-    """Return whether a model answers by a schema that it gets as such."""
+    """Return whether a model answers by a JSON Schema that its provider gets as such; this makes one call.
+
+    Raises `ModelCallFailed` for a temporary failure.
+    """
     from nodes.ai import structured_answers  # noqa: PLC0415 - loaded with the first test
 
     request = msgspec.structs.replace(_build_request(), output_schema=CITY_SCHEMA)

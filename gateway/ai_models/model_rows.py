@@ -68,7 +68,9 @@ async def exists(connection: AsyncConnection, model_id: str, *, revision: int | 
 
 
 async def add(connection: AsyncConnection, model: AiModel) -> None:
-    """Insert the row of a model; raises `ModelNameTaken`."""
+    """Insert the row of a model in the transaction; raises `ModelNameTaken` if the organization has another
+    with its name.
+    """
     try:
         await connection.execute(insert(AiModel).values(model.model_dump()))
     except IntegrityError as error:
@@ -93,5 +95,5 @@ async def save(connection: AsyncConnection, before: AiModel, after: AiModel) -> 
 
 
 async def remove(connection: AsyncConnection, model: AiModel) -> None:
-    """Delete a model."""
+    """Delete the row of a model in the transaction; do nothing if it is gone."""
     await connection.execute(delete(AiModel).where(col(AiModel.id) == model.id))

@@ -167,7 +167,7 @@ def apply_changes(before: AiModel, body: UpdateModel) -> AiModel:
 
 
 def show_model(model: AiModel) -> ModelShape:
-    """Return the API shape of a model."""
+    """Return a model in the form in which the API shows it."""
     seen, price = model.capabilities, model.price
     return ModelShape(
         id=model.id,
@@ -194,6 +194,7 @@ def _check_line(text: str, path: str, problems: ProblemCollector) -> str:
 
 
 def _build_price(price: PriceShape | None) -> dict[str, Any] | None:
+    """Return a price as it is stored, without fields of None; None without a price."""
     if price is None:
         return None
     values: dict[str, Any] = msgspec.to_builtins(price)

@@ -43,6 +43,9 @@ def build_node_schemas(catalog: NodeCatalog) -> dict[str, Any]:
 
 
 def _iterate_components(node_type: NodeType) -> Iterator[tuple[str, Any]]:
+    """Yield name and schema of the components that describe a node type: its config, its output if known, and
+    the node.
+    """
     name = _component_name(node_type.type)
     config = _adopt(node_type.config_schema)
     described = [config.get("description", ""), TEMPLATES]
@@ -73,7 +76,9 @@ def _component_name(type_name: str) -> str:
 
 
 def _adopt(schema: Any, *, is_root: bool = False) -> Any:  # noqa: ANN401 - any part of a JSON Schema
-    """Return a schema whose conditions are references to their component."""
+    """Return a node type's schema for OpenAPI: conditions become references to their one component, and `$id`
+    is dropped.
+    """
     if isinstance(schema, list):
         return [_adopt(one) for one in schema]
     if not isinstance(schema, Mapping):

@@ -48,11 +48,11 @@ class ParkedPoll:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has its answer, or its client is gone."""
+        """Whether the poll has its answer, or its client has gone."""
         return self.answer.done()
 
     def resolve(self, answer: PollAnswer) -> bool:
-        """Answer the poll; returns False if it is over."""
+        """Answer the poll of a task worker; return False, without effect, if it is over already."""
         self.end_look()
         if self.answer.done():
             return False
@@ -60,13 +60,16 @@ class ParkedPoll:
         return True
 
     async def wait_for_look(self) -> None:
-        """Wait until the first look, which may have answered the poll; raises its error."""
+        """Wait until the gateway has looked for tasks for the new poll once; raises the error of that look."""
         if self.looked is not None:
             await self.looked
             self.looked = None
 
     def end_look(self, error: Exception | None = None) -> None:
-        """Let the poll wait for its answer, or fail by the error of its first look."""
+        """Note that the first look for tasks has ended: the poll waits on, or (with an error) fails.
+
+        Does nothing after the first call.
+        """
         if self.looked is None or self.looked.done():
             return
         if error is None:
@@ -77,7 +80,7 @@ class ParkedPoll:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Order in which polls get tasks: most free slots, then longest idle."""
+        """Key by which polls are sorted to get tasks: the most free slots first, then the longest wait."""
         return -self.poll.limit, self.since
 
 
@@ -107,12 +110,12 @@ class OrganizationPolls:
         self.delay: asyncio.TimerHandle | None = None
 
     def add(self, parked: ParkedPoll) -> None:
-        """Add a poll, which takes part in claims after a look."""
+        """Add a new poll; it takes part in claims once the gateway has looked for tasks for it."""
         self.all.add(parked)
         self._new.append(parked)
 
     def discard(self, parked: ParkedPoll) -> None:
-        """Remove a poll that is over."""
+        """Remove a poll that is over; now and then, drop all that are over from the queues of waiting polls."""
         self.all.discard(parked)
         self._over += 1
         if self._over > len(self.all) + KEPT_OVER:
@@ -120,18 +123,24 @@ class OrganizationPolls:
             self._idle = {key: _without_over(heap) for key, heap in self._idle.items()}
 
     def take_new(self) -> list[ParkedPoll]:
-        """Return the polls without a look, which follows."""
+        """Return the polls that were added since the last call and are not over; the caller looks for their
+        tasks next.
+        """
         new, self._new = [one for one in self._new if not one.is_over], []
         return new
 
     def await_tasks(self, polls: Iterable[ParkedPoll]) -> None:
-        """Let polls wait for tasks, unless they are over or have no free slot."""
+        """Put polls into the queues of those that wait for tasks, unless they are over or have no free slot."""
         for one in polls:
             if one.poll.limit > 0 and not one.is_over:
                 heappush(self._idle.setdefault(one.poll.served, []), (one.order, next(self._numbers), one))
 
     def take_fitting(self, queues: Sequence[str]) -> list[ParkedPoll]:
-        """Return the next polls that share types and pools, and perform tasks of any of these queues."""
+        """Take the next waiting polls, 20 at most, with equal types and pools that can perform tasks of one
+        of these queues.
+
+        A queue is named by type, version and pool. Empty if no poll fits.
+        """
         fitting: list[tuple[tuple[int, float], PollHeap]] = []
         for key, heap in list(self._idle.items()):
             while heap and heap[0][2].is_over:
@@ -151,7 +160,7 @@ class OrganizationPolls:
         return taken
 
     def of_workers(self, worker_ids: Collection[str]) -> Sequence[ParkedPoll]:
-        """Return the polls of workers."""
+        """Return the open polls of these task workers."""
         return [one for one in self.all if one.poll.worker_id in worker_ids]
 
 

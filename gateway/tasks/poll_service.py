@@ -55,7 +55,7 @@ class PollService:
 
     @property
     def organization_ids(self) -> Collection[str]:
-        """Organizations with open polls."""
+        """Ids of the organizations with open polls at this gateway."""
         return list(self._polls)
 
     async def wait(self, poll: TaskPoll, seconds: float) -> PollAnswer:
@@ -72,7 +72,9 @@ class PollService:
         return answer
 
     async def _listen(self) -> None:
-        """Subscribe to notifications of tasks with the first poll: most gateways have none."""
+        """Subscribe this gateway to notifications of tasks, at the first poll only: most gateways have no
+        task workers.
+        """
         if self._listening is None:
             self._listening = asyncio.create_task(
                 self._broker.listen(self._receive, subject=CHANGED_EXECUTIONS)
@@ -81,6 +83,11 @@ class PollService:
             await asyncio.shield(self._listening)
 
     async def _wait(self, parked: ParkedPoll, seconds: float) -> PollAnswer:
+        """Park a poll until it is answered or its time, in seconds, is over; then the answer is empty.
+
+        A poll that may have tasks is served at once; polls of a quiet organization are looked at together a
+        moment later.
+        """
         organization_id = parked.poll.organization_id
         polls = self._polls.get(organization_id)
         if polls is None:
@@ -106,6 +113,7 @@ class PollService:
             self._forget(organization_id, polls)
 
     def _forget(self, organization_id: str, polls: OrganizationPolls) -> None:
+        """Forget an organization without open polls, unless it is being served."""
         if not polls.all and polls.serving is None:
             if polls.delay is not None:
                 polls.delay.cancel()
@@ -115,6 +123,9 @@ class PollService:
     # ── news ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _receive(self, notification: Notification) -> None:
+        """Serve the polls of organizations with changed tasks or leaving workers, as a notification of the
+        broker says.
+        """
         if not isinstance(notification, ChangedExecutions):
             return
         for key in notification.execution_ids:
@@ -126,35 +137,40 @@ class PollService:
                 self._tell_leaving(organization_id)
 
     def serve(self, organization_id: str) -> None:
-        """Claim for the polls of an organization, whose tasks have changed."""
+        """Claim tasks for the open polls of an organization, in the background, since its tasks have changed."""
         if (polls := self._polls.get(organization_id)) is not None:
             polls.admits = True
             self._start(organization_id, polls)
 
     def _tell_leaving(self, organization_id: str) -> None:
+        """Tell workers of an organization that stop, or are asked to, by their open polls at this gateway."""
         if (polls := self._polls.get(organization_id)) is not None:
             polls.has_leaving = True
             self._start(organization_id, polls)
 
     async def announce_leaving(self, organization_id: str) -> None:
-        """Tell workers that stop, or are asked to, by their open polls at all gateways."""
+        """Tell workers of an organization that stop, or are asked to, by their open polls at all gateways."""
         self._tell_leaving(organization_id)
         await self._publish([workers_key(organization_id)])
 
     async def announce(self, organization_ids: Collection[str]) -> None:
-        """Serve the polls here, and notify other gateways of changed tasks."""
+        """Serve the polls of organizations with changed tasks here, and notify the other gateways."""
         for organization_id in organization_ids:
             self.serve(organization_id)
         await self._publish(map(watch_key, organization_ids))
 
     async def _publish(self, keys: Iterable[str]) -> None:
+        """Notify all gateways of changes by these keys; an unavailable broker is only logged."""
         try:
             await self._broker.publish(dict.fromkeys(keys, ""))
         except BrokerUnavailable as error:
             log.debug("tasks not announced", reason=str(error))
 
     async def _watch(self, organization_id: str) -> bool:
-        """Have the broker announce the next change of the organization's tasks; returns whether it will."""
+        """Ask the broker to announce the next change of an organization's tasks; return whether it will.
+
+        It is asked again only before the watch would end. False while the broker is unavailable.
+        """
         now = monotonic()
         if now - self._watched.get(organization_id, -inf) < WATCH_SECONDS:
             return True
@@ -169,7 +185,9 @@ class PollService:
     # ── service ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _start(self, organization_id: str, polls: OrganizationPolls) -> None:
-        """Look again, and claim if there are tasks."""
+        """Look for tasks of an organization in the background, and claim if there are any; a running look is
+        repeated.
+        """
         polls.is_wanted, polls.is_quiet = True, False
         if polls.delay is not None:
             polls.delay.cancel()
@@ -178,6 +196,9 @@ class PollService:
             polls.serving = asyncio.create_task(self._serve(organization_id, polls))
 
     async def _serve(self, organization_id: str, polls: OrganizationPolls) -> None:
+        """Look for tasks of an organization and claim them, as long as something has changed meanwhile;
+        errors are logged.
+        """
         try:
             while polls.is_wanted:
                 polls.is_wanted = False
@@ -192,6 +213,10 @@ class PollService:
             self._forget(organization_id, polls)
 
     async def _serve_once(self, organization_id: str, polls: OrganizationPolls) -> None:
+        """Look once for an organization: answer polls with news, and claim tasks for the others.
+
+        An error is passed to the new polls and raised.
+        """
         # First the watch, then the look: a task that is created in between is announced.
         is_watched = await self._watch(organization_id)
         new = polls.take_new()
@@ -211,6 +236,11 @@ class PollService:
     async def _look(
         self, organization_id: str, polls: OrganizationPolls, new: Sequence[ParkedPoll]
     ) -> OrganizationNews:
+        """Read what is new for an organization's polls: queues with tasks, cancellations, leaving workers,
+        repeated claims.
+
+        Tasks that wait for a free concurrency key are admitted first, if a change may have freed one.
+        """
         if polls.admits:
             polls.admits = False
             if limited := await self._tasks.upkeep.limited_keys(organization_id):
@@ -238,7 +268,9 @@ class PollService:
                 one.resolve(PollAnswer(repeated, new, stops is False, stops is True and not repeated))
 
     def _untold(self, task_ids: Sequence[str]) -> list[str]:
-        """Return the cancellations that an open poll has not told lately."""
+        """Return those cancellations that no open poll has reported within the last five seconds, and note
+        them as reported.
+        """
         now = monotonic()
         new = [one for one in task_ids if self._told.get(one, 0.0) <= now]
         for one in new:
@@ -248,7 +280,11 @@ class PollService:
         return new
 
     async def _claim_all(self, organization_id: str, polls: OrganizationPolls, queues: Sequence[str]) -> None:
-        """Claim for polls, those with most free slots first, as long as there are tasks for them."""
+        """Claim tasks of these queues for waiting polls, those with most free slots first, until polls or
+        tasks run out.
+
+        Tasks of polls that have ended meanwhile are put back.
+        """
         pauses = list(LOCKED_PAUSES)
         while queues and (chosen := polls.take_fitting(queues)):
             try:
@@ -272,13 +308,13 @@ class PollService:
                 await asyncio.sleep(pauses.pop())
 
     def release(self) -> None:
-        """Answer all polls and refuse new ones, because the gateway stops."""
+        """Answer all open polls without tasks and refuse new ones, because the gateway stops."""
         self._is_closed = True
         for parked in [one for polls in self._polls.values() for one in polls.all]:
             parked.resolve(EMPTY_ANSWER)
 
     async def close(self) -> None:
-        """Answer all polls and end the loops."""
+        """Answer all open polls without tasks, and end the background work."""
         self.release()
         serving = [polls.serving for polls in self._polls.values() if polls.serving is not None]
         for task in serving:

@@ -62,6 +62,10 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
 
 
 async def _decide(request: GatewayRequest, decision: TaskDecision) -> JsonResponse:
+    """Apply a person's decision about a task, with an audit entry, and answer with the task.
+
+    Raises 404 for an unknown task and 409 if it has ended or must not run again.
+    """
     caller, gateway = request.caller, request.gateway
     task_id = request.path_params["id"]
     execution_id = await _find_execution(request, task_id)
@@ -111,6 +115,7 @@ async def _find_execution(request: GatewayRequest, task_id: str) -> str:
 
 
 def _refusal_error(task: TaskRow, refusal: DecisionRefusal) -> ApiError:
+    """Return the 409 error for a decision that the state of the task doesn't permit."""
     if refusal is DecisionRefusal.AT_MOST_ONCE:
         return errors.conflict(
             "task-runs-once",

@@ -86,11 +86,14 @@ class TaskHub:
     # ── reports ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def report(self, report: WorkerReport) -> Sequence[ItemResult]:
-        """Apply a report of a worker, together with others; returns the results of its items."""
+        """Apply a worker's report about its tasks, together with other reports; return the result of each item."""
         self._keep_active()
         return await self._reports.submit(report)
 
     async def _report(self, batch: Sequence[WorkerReport]) -> Sequence[list[ItemResult]]:
+        """Apply reports in one transaction, with outputs checked by their types' schemas; return the results
+        of each report.
+        """
         from gateway.tasks import output_checks  # noqa: PLC0415 - loaded with the first worker
 
         completing = {
@@ -105,23 +108,25 @@ class TaskHub:
         return results
 
     async def stop(self, organization_id: str, worker_id: str) -> None:
-        """Give a worker no more tasks, and end its open polls."""
+        """Store that a worker stops: it gets no more tasks, and its open polls end."""
         if await self.tasks.workers.stop(organization_id, worker_id):
             await self._polls.announce_leaving(organization_id)
 
     async def drain(self, organization_id: str, worker_id: str) -> bool:
-        """Ask a worker to stop by its next answer; returns False for an unknown one."""
+        """Ask a worker to stop, by the answer to its next or open poll; return False for an unknown worker."""
         is_known = await self.tasks.workers.drain(organization_id, worker_id)
         if is_known:
             await self._polls.announce_leaving(organization_id)
         return is_known
 
     def _in_background(self, effects: TaskEffects) -> None:
+        """Start `follow` for committed changes of tasks, in the background."""
         task = asyncio.create_task(self._follow_quietly(effects))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
     async def _follow_quietly(self, effects: TaskEffects) -> None:
+        """Do what `follow` does, and log errors instead of raising them: a sweep makes up for them."""
         try:
             await self.follow(effects)
         except (DatabaseUnavailable, LockWaitTimeout) as error:
@@ -132,8 +137,9 @@ class TaskHub:
     # ── effects of a transaction ────────────────────────────────────────────────────────────────────────────
 
     async def follow(self, effects: TaskEffects) -> None:
-        """After a commit, wake runs, admit tasks whose concurrency key is free, and notify workers; a sweep
-        makes up for a loss.
+        """After a commit, wake runs with answers, admit tasks of freed concurrency keys, and notify task workers.
+
+        A sweep makes up for a lost call. Raises `DatabaseUnavailable` and `LockWaitTimeout`.
         """
         if effects.woken:
             await self._wake_runs(effects)
@@ -157,6 +163,7 @@ class TaskHub:
     # ── periodic work ───────────────────────────────────────────────────────────────────────────────────────
 
     def _keep_active(self) -> None:
+        """Repeat the checks for due tasks each second for the next ten minutes; started now if they don't run."""
         self._active_until = monotonic() + ACTIVE_SECONDS
         if self._periodic is None and not self._is_closed:
             self._periodic = asyncio.create_task(self._repeat())
@@ -186,7 +193,10 @@ class TaskHub:
                 self._polls.serve(organization_id)
 
     async def sweep(self) -> None:
-        """Move tasks whose time has come, admit limited ones, and cancel those of ended runs."""
+        """Move tasks whose time has come, and admit tasks of free concurrency keys.
+
+        Less often, tasks of ended runs are canceled and rows of long absent workers deleted.
+        """
         await self.follow(await self.tasks.upkeep.sweep())
         if keys := await self.tasks.upkeep.limited_keys():
             await self._polls.announce(await self.tasks.upkeep.admit(keys))
@@ -198,12 +208,12 @@ class TaskHub:
             await self.tasks.workers.forget()
 
     def release(self) -> None:
-        """Answer all polls and refuse new ones, because the gateway stops."""
+        """Answer all open polls without tasks and refuse new ones, because the gateway stops."""
         self._is_closed = True
         self._polls.release()
 
     async def close(self) -> None:
-        """Answer all polls and end the background work."""
+        """Answer all open polls, finish open reports, and end the background work."""
         self.release()
         if self._periodic is not None:
             self._periodic.cancel()

@@ -268,12 +268,15 @@ def _require_allowed(caller: ApiCaller, types: Sequence[ServedType]) -> None:
 
 
 def is_allowed_type(name: str, allowed: Sequence[str]) -> bool:
-    """Return whether one of the names, or of the namespaces such as `acme/*`, is that of a node type."""
+    """Return whether a list of node types, which may have namespaces such as `acme/*`, includes this type."""
     namespace = name.partition("/")[0]
     return any(one in {name, f"{namespace}/*"} for one in allowed)
 
 
 def _answer(answer: PollAnswer, traceparents: Mapping[str, str]) -> JsonResponse:
+    """Return the answer to a claim: its tasks with their trace contexts, cancellations, and whether the
+    worker has to drain.
+    """
     return JsonResponse(
         ClaimedTasks(
             tasks=[_shown(task, traceparents.get(task.id)) for task in answer.tasks],
@@ -284,6 +287,7 @@ def _answer(answer: PollAnswer, traceparents: Mapping[str, str]) -> JsonResponse
 
 
 def _shown(task: ClaimedTask, traceparent: str | None) -> TaskAssignment:
+    """Return a claimed task as workers get it; an input that is too large for the answer is replaced by its size."""
     given: Any = {BLOB: {"bytes": task.input_bytes}} if task.input is None else Raw(task.input.encode())
     return TaskAssignment(
         id=task.id,
@@ -346,6 +350,7 @@ def _merge(
 
 
 def _result(one: ItemResult) -> ReportResult:
+    """Return the result of an item of a report in the form of the API."""
     error = None if one.code is None else ItemError(code=one.code, message=one.message or "")
     return ReportResult(id=one.id, status=one.status, error=error)
 

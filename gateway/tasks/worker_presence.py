@@ -63,6 +63,7 @@ class WorkerPresence:
         self._remember(key, content)
 
     def _remember(self, key: tuple[str, str], content: bytes) -> None:
+        """Remember when a worker was stored, and with which content, for the last ones up to a maximum number."""
         self._stored[key] = content, monotonic()
         self._stored.move_to_end(key)
         while len(self._stored) > MAX_REMEMBERED:

@@ -32,12 +32,15 @@ class KnownTasks:
         self._facts: dict[str, TaskFacts] = {}
 
     def add(self, tasks: Iterable[ClaimedTask]) -> None:
-        """Keep the facts about leased tasks."""
+        """Keep the organization, run and type of leased tasks in memory, for the reports about them."""
         for one in tasks:
             self._keep(TaskFacts(one.id, one.organization_id, one.execution_id, one.type, one.version))
 
     async def find(self, task_ids: Collection[str]) -> dict[str, TaskFacts]:
-        """Return the facts about tasks by id, without those that do not exist; raises `DatabaseUnavailable`."""
+        """Return organization, run and type of tasks by id, from memory or the database; unknown ids are left out.
+
+        Raises `DatabaseUnavailable`.
+        """
         missing = [one for one in task_ids if one not in self._facts]
         if missing:
             async with self._database.read() as connection:

@@ -72,6 +72,10 @@ class TaskClaims:
         return claim
 
     async def _take(self, queue: str, polls: Sequence[TaskPoll]) -> TakenTasks:
+        """Lease tasks of a queue to polls with free slots, in one transaction.
+
+        Workflows take turns: the next call begins behind the workflow of the last leased task.
+        """
         key = f"{polls[0].organization_id} {queue}"
         after = self._turns.get(key, 0)
 
@@ -84,7 +88,9 @@ class TaskClaims:
         return taken
 
     async def _put_back_large(self, claim: Claim) -> None:
-        """Free the tasks that are too large for the answers."""
+        """Free those leased tasks of a claim that make its answers larger than 4 MiB; each answer keeps its
+        first task.
+        """
         spilled: list[str] = []
         for number, tasks in enumerate(claim.tasks):
             claim.tasks[number], rest = _within_bytes(tasks, MAX_CLAIM_BYTES)
@@ -94,7 +100,7 @@ class TaskClaims:
             claim.has_more = True
 
     async def put_back(self, task_ids: Sequence[str]) -> None:
-        """Free tasks of a claim whose answer reaches no worker."""
+        """Free leased tasks of a claim whose answer reaches no worker; that costs no attempt."""
 
         async def work(connection: AsyncConnection) -> None:
             values = {"task_ids": texts(connection, task_ids)}
@@ -133,6 +139,7 @@ _READY_QUEUES: Final = (
 
 
 def _news_statement(dialect: str) -> TextClause:
+    """Return the one statement that reads queues with tasks, cancellations, leaving workers and repeated claims."""
     parts = (
         _READY_QUEUES,
         (
@@ -166,6 +173,10 @@ _REPEATED: Final = {
 async def _read_news(
     connection: AsyncConnection, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
 ) -> OrganizationNews:
+    """Return what is new for an organization's polls, by one statement; claims nothing.
+
+    `worker_ids` are the workers for which it is asked whether they leave.
+    """
     values = {
         "organization_id": organization_id,
         "workers": texts(connection, worker_ids),
@@ -187,7 +198,7 @@ async def _read_news(
 async def _read_repeated(
     connection: AsyncConnection, task_ids: Sequence[str]
 ) -> dict[tuple[str, str], list[ClaimedTask]]:
-    """Return leased tasks by their worker and the request of its claim."""
+    """Return leased tasks by their worker and the id of the claim that leased them."""
     values = {"ids": texts(connection, task_ids)}
     found: dict[tuple[str, str], list[ClaimedTask]] = {}
     for row in await connection.execute(_REPEATED[connection.dialect.name], values):

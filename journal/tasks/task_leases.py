@@ -124,6 +124,11 @@ FROM (SELECT 1) AS always LEFT JOIN taken ON true ORDER BY taken.number
 async def _take_at_once(
     connection: AsyncConnection, values: dict[str, Any], after: int, places: Sequence[tuple[str, str, str]]
 ) -> TakenTasks:
+    """Choose and lease tasks by one statement (PostgreSQL).
+
+    `after` is the queue turn (the place of a workflow in a queue) at which to begin; `places` have owner,
+    request and lease of each free slot.
+    """
     parameters = {
         **values,
         **_PLACES.values(connection, places),
@@ -150,7 +155,10 @@ _TURNS: Final = text(
 
 
 async def _choose(connection: AsyncConnection, queue: dict[str, Any], after: int, limit: int) -> list[str]:
-    """Return the ids of the next tasks of a queue."""
+    """Return the ids of up to `limit` next tasks of a queue: workflows take turns, from the turn `after` on.
+
+    Within a workflow, retries come first, then the order of rank and age.
+    """
     turns = (await _find_turns(connection, queue, after, max(limit, TURNS_TOGETHER)))[:limit]
     if not turns:
         return []
@@ -169,7 +177,9 @@ async def _choose(connection: AsyncConnection, queue: dict[str, Any], after: int
 async def _find_turns(
     connection: AsyncConnection, queue: dict[str, Any], after: int, limit: int
 ) -> list[int]:
-    """Return the turns of a queue's workflows with tasks to claim, at most a number, from one turn on."""
+    """Return up to `limit` turns (numbers of workflows) of a queue with tasks to claim, beginning at `after`,
+    then the lower ones.
+    """
     found = list(await connection.scalars(_TURNS, {**queue, "after": 0, "turns": limit}))
     if len(found) < limit:
         return [turn for turn in found if turn >= after] + [turn for turn in found if turn < after]
@@ -179,6 +189,7 @@ async def _find_turns(
 
 @lru_cache(maxsize=64)
 def _parts_statement(turns: int) -> TextClause:
+    """Return the statement that reads the next tasks of this many workflows of a queue."""
     parts = [
         f"SELECT * FROM (SELECT id, queue_turn FROM task WHERE {_OF_QUEUE} AND queue_turn = :t{number}"
         f" ORDER BY is_fresh, rank, id LIMIT :share) AS p{number}"
@@ -197,7 +208,10 @@ _TAKE: Final = text(
 async def _take_in_steps(
     connection: AsyncConnection, values: dict[str, Any], after: int, places: Sequence[tuple[str, str, str]]
 ) -> TakenTasks:
-    """Choose and lease under the write lock, which the transaction holds."""
+    """Choose tasks, then lease them, under the write lock that the transaction holds (SQLite).
+
+    Arguments are those of `_take_at_once`.
+    """
     chosen = await _choose(connection, values, after, len(places))
     if not chosen:
         return TakenTasks([])

@@ -293,6 +293,9 @@ def _error_code(task: TaskRow) -> str | None:
 
 
 def _status_of_other(task: TaskRow, lease: str) -> ReportStatus:
+    """Return the status for a report under a lease that no longer holds the task: canceled if that ended the
+    lease, else lost.
+    """
     is_own = task.lease == lease
     return ReportStatus.CANCELLED if is_own and task.state == TaskState.CANCELLED else ReportStatus.LOST
 

@@ -42,7 +42,7 @@ class ClaimedTask(msgspec.Struct):
 
     @property
     def size(self) -> int:
-        """Approximate characters in the answer to a claim."""
+        """Approximate characters that the task takes in the answer to a claim."""
         return 1_000 + len(self.config) + len(self.input or "") + len(self.checkpoint or "")
 
 
@@ -73,7 +73,9 @@ class TaskPoll(msgspec.Struct, frozen=True):
 
 
 def is_served(wanted: str, own: str) -> bool:
-    """Return whether a worker of version `own` performs tasks of version `wanted`."""
+    """Return whether a worker with code of version `own` performs tasks of version `wanted`: same major
+    version, not newer.
+    """
     asked, offered = parse_version(wanted), parse_version(own)
     return asked[:1] == offered[:1] and asked <= offered
 

@@ -85,6 +85,7 @@ class TaskReports:
         report: WorkerReport,
         problems: Mapping[int, tuple[str, str]],
     ) -> list[ItemResult]:
+        """Apply the items of a report, renew the leases of the other held tasks, and return all results."""
         results = [
             self._apply_item(transaction, report, item, problems.get(id(item))) for item in report.items
         ]
@@ -110,6 +111,11 @@ class TaskReports:
         item: ItemKind,
         problem: tuple[str, str] | None,
     ) -> ItemResult:
+        """Apply one item of a worker's report to its task: a result, failure, release, log lines or heartbeat.
+
+        Returns the result of the item; lost for an unknown task and for lines of a worker without the lease.
+        A task of an ended run is canceled first.
+        """
         task = _task_of(transaction, report, item.id)
         if task is None:
             return ItemResult(item.id, ReportStatus.LOST)
@@ -133,7 +139,7 @@ class TaskReports:
         raise TypeError(item)
 
     async def upload(self, organization_id: str, task_id: str, lease: str, output: bytes) -> bool:
-        """Keep a large output until the report that completes its task; returns False without the lease."""
+        """Keep a large output until the report that completes its task; return False unless `lease` holds the task."""
         statement = text(
             f"UPDATE task SET output = :output, output_lease = :lease WHERE id = :task_id"
             f" AND organization_id = :organization_id AND lease = :lease AND {HELD_CONDITION}"
@@ -152,6 +158,7 @@ class TaskReports:
 
 
 def _task_of(transaction: TaskTransaction, report: WorkerReport, task_id: str) -> TaskRow | None:
+    """Return the locked task with an id, None if it is missing or of another organization than the report's."""
     task = transaction.tasks.get(task_id)
     return task if task is not None and task.organization_id == report.organization_id else None
 
@@ -162,6 +169,10 @@ def _complete(
     item: Completion,
     problem: tuple[str, str] | None,
 ) -> ItemResult:
+    """Complete a task with its output, or count a failed attempt for an output with a `problem` (code and message).
+
+    Returns the result of the item: refused if a large output was not sent before, lost without the lease.
+    """
     output, now = item.output, transaction.now
     if item.is_uploaded and task_moves.is_holder(task, item.lease):
         if task.output is None or task.output_lease != item.lease:
@@ -184,6 +195,9 @@ def _complete(
 
 
 def _fail(transaction: TaskTransaction, task: TaskRow, item: Failure) -> ItemResult:
+    """Count the failed attempt that a worker reports, and answer the node after the last one; return the
+    item's result.
+    """
     status = task_moves.fail(
         task,
         item.lease,
@@ -201,6 +215,10 @@ def _fail(transaction: TaskTransaction, task: TaskRow, item: Failure) -> ItemRes
 
 
 def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
+    """Renew the lease of a task, and store progress and checkpoint if given; return the item's result.
+
+    The result says whether the worker should stop: canceled or lost.
+    """
     if not task_moves.is_holder(task, item.lease):
         is_cancelled = task.lease == item.lease and task.state == TaskState.CANCELLED
         return ItemResult(item.id, ReportStatus.CANCELLED if is_cancelled else ReportStatus.LOST)
@@ -214,7 +232,10 @@ def _beat(task: TaskRow, item: Heartbeat, now: int) -> ItemResult:
 
 
 def _return_unreceived(transaction: TaskTransaction, report: WorkerReport, named: set[str]) -> None:
-    """Free the tasks of earlier claims that the worker has never received, since the answers were lost."""
+    """Free the tasks of earlier claims that the worker has never received, since the answers were lost.
+
+    Those are tasks that its report doesn't name, claimed before the claim that it acknowledges.
+    """
     own = [
         task
         for task in transaction.tasks.values()

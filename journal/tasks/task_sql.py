@@ -24,7 +24,7 @@ _decode_texts: Final = decoding.build_decoder(list[str]).decode
 
 
 def host_time(connection: AsyncConnection) -> dict[str, int]:
-    """Return the parameter of `NOW`."""
+    """Return the parameter `now` (microseconds) that statements for SQLite need for `NOW`; empty for PostgreSQL."""
     return {} if connection.dialect.name == POSTGRESQL else {"now": HOST_TIME.microseconds()}
 
 
@@ -41,19 +41,19 @@ def is_in_query(dialect: str, column: str, query: str) -> str:
 
 
 def texts(connection: AsyncConnection, values: Sequence[str]) -> object:
-    """Return texts as a parameter for `is_in`."""
+    """Return texts as the parameter that the SQL of `is_in` expects: a list for PostgreSQL, JSON for SQLite."""
     return list(values) if connection.dialect.name == POSTGRESQL else msgspec.json.encode(values).decode()
 
 
 def list_sql(dialect: str, query: str) -> str:
-    """Return an expression for the texts of a query, whose one column is `value`; `read_list` reads it."""
+    """Return the SQL of one value with all texts of a query, whose one column is `value`; `read_list` reads it."""
     if dialect == POSTGRESQL:
         return f"ARRAY({query})"
     return f"(SELECT json_group_array(value) FROM ({query}))"
 
 
 def read_list(value: Any) -> list[str]:  # noqa: ANN401 - a column of a row
-    """Return the texts of a `list_sql` expression."""
+    """Return the texts in the value of a `list_sql` expression: a list of PostgreSQL or JSON of SQLite."""
     return _decode_texts(value) if isinstance(value, str) else value
 
 
@@ -66,6 +66,7 @@ class RowsParameter:
     """Names, unique in a statement, with types of PostgreSQL."""
 
     def sql(self, dialect: str) -> str:
+        """Return the SQL of a table expression with the rows of this parameter, for use behind FROM."""
         names = ", ".join(column for column, _ in self.columns)
         if dialect == POSTGRESQL:
             return f"unnest({self.arrays_sql}) AS {self.name} ({names})"
@@ -77,11 +78,11 @@ class RowsParameter:
 
     @property
     def arrays_sql(self) -> str:
-        """Arrays of PostgreSQL, for `unnest`."""
+        """SQL of the columns as arrays, for `unnest` of PostgreSQL."""
         return ", ".join(f"CAST(:{column} AS {kind}[])" for column, kind in self.columns)
 
     def values(self, connection: AsyncConnection, rows: Sequence[Sequence[object]]) -> dict[str, object]:
-        """Return the parameters of a statement with the SQL."""
+        """Return the statement's parameters that carry these rows, one sequence per row."""
         if connection.dialect.name == POSTGRESQL:
             return {column: [row[number] for row in rows] for number, (column, _) in enumerate(self.columns)}
         return {f"{self.name}_rows": msgspec.json.encode(rows).decode()}

@@ -97,7 +97,7 @@ class TaskTransaction:
         self._lines: dict[str, list[tuple[TaskRow, LogText]]] = {}
 
     async def lock_runs(self, execution_ids: Sequence[str]) -> None:
-        """Lock runs, so that their status can't change; those that are gone count as ended."""
+        """Lock runs, so that their status can't change; those that don't exist count as ended later."""
         if not execution_ids:
             return
         values = {"ids": texts(self._connection, execution_ids)}
@@ -105,7 +105,9 @@ class TaskTransaction:
             self.runs[row[0]] = LockedRun(*row)
 
     async def lock_tasks(self, task_ids: Sequence[str], *, skips_locked: bool = False) -> None:
-        """Lock tasks, and read the time of the transaction."""
+        """Lock tasks and read them, with the time of the transaction; `skips_locked` leaves out those locked
+        by others.
+        """
         if task_ids:
             statement = _LOCK_FREE_TASKS if skips_locked else _LOCK_TASKS
             await self._lock_tasks(statement, {"ids": texts(self._connection, task_ids)})
@@ -125,6 +127,7 @@ class TaskTransaction:
             await self.lock_tasks(task_ids)
 
     async def _lock_tasks(self, statements: Mapping[str, TextClause], values: Mapping[str, object]) -> None:
+        """Lock and read tasks by a statement, and remember their states before changes."""
         for row in await self._connection.execute(statements[self._dialect], values):
             task = TaskRow(*row[:-1])
             if task.id not in self.tasks:
@@ -194,7 +197,7 @@ class TaskTransaction:
         return self.effects
 
     def _answer_values(self) -> dict[str, object]:
-        """Note the woken runs; returns the parameters for answers and runs."""
+        """Return the parameters of the statement that stores the answers, and note the waiting runs that they wake."""
         answered = [run for run in self.runs.values() if run.answers]
         woken = [run for run in answered if run.status == ExecutionStatus.WAITING]
         self.effects.woken += [WokenRun(run.execution_id, run.concurrency_key, run.target) for run in woken]
@@ -331,12 +334,16 @@ def _by_dialect(build: Callable[[str], str]) -> Mapping[str, TextClause]:
 
 
 def _lock(dialect: str, *, skips_locked: bool = False) -> str:
+    """Return the SQL that locks rows: empty for SQLite, whose transactions lock the file."""
     if dialect != POSTGRESQL:
         return ""
     return " FOR NO KEY UPDATE SKIP LOCKED" if skips_locked else " FOR NO KEY UPDATE"
 
 
 def _locked_tasks(dialect: str, condition: str, *, skips_locked: bool = False) -> str:
+    """Return the SQL that locks and reads tasks under a condition, in order of id, with the time of the
+    transaction.
+    """
     now = NOW[POSTGRESQL] if dialect == POSTGRESQL else "NULL"
     lock = _lock(dialect, skips_locked=skips_locked)
     return f"SELECT {', '.join(ROW_COLUMNS)}, {now} FROM task WHERE {condition} ORDER BY id{lock}"

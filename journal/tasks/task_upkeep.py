@@ -29,7 +29,10 @@ class TaskUpkeep:
         self._database = database
 
     async def sweep(self, limit: int = 200) -> TaskEffects:
-        """Move tasks whose time has come."""
+        """Move up to `limit` tasks whose time has come: ended leases, deadlines, delays.
+
+        Returns the effects to announce. Raises `DatabaseUnavailable`.
+        """
         async with self._database.read() as connection:
             now = NOW[connection.dialect.name]
             found = await connection.execute(
@@ -55,7 +58,7 @@ class TaskUpkeep:
         return await self._database.transaction(work)
 
     async def cancel_abandoned(self, limit: int = 200) -> TaskEffects:
-        """Cancel open tasks whose runs have ended or are gone."""
+        """Cancel up to `limit` open tasks whose runs have ended or are gone; return the effects to announce."""
         statement = text(
             "SELECT id FROM task WHERE ended_at IS NULL AND state <> 'cancel_requested' AND NOT EXISTS"
             " (SELECT 1 FROM execution WHERE execution.id = task.execution_id AND execution.ended_at IS NULL)"
@@ -66,6 +69,8 @@ class TaskUpkeep:
         return await self._cancel(task_ids) if task_ids else TaskEffects()
 
     async def _cancel(self, task_ids: Sequence[str]) -> TaskEffects:
+        """Cancel tasks in one transaction; return the effects to announce."""
+
         async def work(connection: AsyncConnection) -> TaskEffects:
             transaction = TaskTransaction(connection)
             await transaction.lock_tasks(task_ids)
@@ -100,7 +105,11 @@ class TaskUpkeep:
 
 
 async def _admit(connection: AsyncConnection, *, key: str) -> set[str]:
-    """Admit waiting tasks of one key under its lock; no task overtakes another."""
+    """Give the free places of a concurrency key to waiting tasks, under the key's lock, so that none
+    overtakes another.
+
+    Returns the organizations with admitted tasks.
+    """
     is_postgresql = connection.dialect.name == "postgresql"
     if is_postgresql:
         # A statement of its own, so that the next one sees the commit of the previous holder.
