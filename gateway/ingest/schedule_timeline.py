@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
@@ -100,6 +101,15 @@ class TimelineLane(WireStruct):
     awake: Sequence[AwakeSpan]
 
 
+class TimelineClockChange(WireStruct):
+    """Change of the clocks in a time zone of a schedule or of windows."""
+
+    at: Instant
+    timezone: str
+    local_time_before: str
+    local_time_after: str
+
+
 class ScheduleTimeline(WireStruct):
     """Past and future of schedules and pods; `count` is the number of all workflows that have either."""
 
@@ -113,6 +123,8 @@ class ScheduleTimeline(WireStruct):
     """The next time first, then workflows without one."""
     decisions: Sequence[TimelineDecision]
     """Wakes, starts and stops of these workflows since the begin, the newest first, at most 1,000."""
+    clock_changes: Sequence[TimelineClockChange]
+    """Changes of the clocks in the zones of these workflows, the earliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +136,9 @@ class _LaneRow:
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
+class TimelineRange:
+    """Range of a timeline: its begin, the present, and its end."""
+
     since: datetime
     now: datetime
     until: datetime
@@ -136,7 +150,9 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
     The past that is shown is a quarter of the future.
     """
     query, now = request.query, request.gateway.clock()
-    shown = _Range(now - timedelta(hours=query[HOURS]) / PAST_SHARE, now, now + timedelta(hours=query[HOURS]))
+    shown = TimelineRange(
+        now - timedelta(hours=query[HOURS]) / PAST_SHARE, now, now + timedelta(hours=query[HOURS])
+    )
     async with request.gateway.database.read() as connection:
         count, rows = await _list_rows(connection, request.caller, query[LIMIT], query[OFFSET])
         decisions = await _read_decisions(connection, [row.workflow.id for row in rows], shown.since)
@@ -160,6 +176,7 @@ async def timeline(request: GatewayRequest) -> JsonResponse:
             offset=query[OFFSET],
             workflows=[_build_lane(row, by_workflow.get(row.workflow.id, ()), shown) for row in rows],
             decisions=ledger[:SHOWN_DECISIONS],
+            clock_changes=list_clock_changes({zone for row in rows for zone in _zones(row)}, shown),
         )
     )
 
@@ -236,10 +253,38 @@ async def _read_decisions(
     return sorted(found, key=lambda one: (one.workflow_id, one.at, one.id))
 
 
+def _zones(row: _LaneRow) -> Iterable[str]:
+    """Yield the names of the time zones of a workflow's schedule and windows."""
+    with suppress(InvalidTimetable):
+        if row.schedule is not None and row.trigger_config is not None:
+            yield schedule_timetable.parse_timetable(row.trigger_config).timezone
+    policy = lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(row.workflow.lifecycle))
+    if row.deployment_id is not None and isinstance(policy, ScheduledWindowPolicy):
+        yield policy.schedule.timezone
+
+
+def list_clock_changes(zones: Iterable[str], shown: TimelineRange) -> Sequence[TimelineClockChange]:
+    """Return the changes of the clocks of some time zones within a range, the earliest first."""
+    found = [
+        (change, zone)
+        for zone in sorted(zones)
+        for change in weekly_windows.zone_clock_changes(zone, shown.since, shown.until)
+    ]
+    return [
+        TimelineClockChange(
+            at=instant(change.at),
+            timezone=zone,
+            local_time_before=change.at.astimezone(timezone(change.offset_before)).isoformat(),
+            local_time_after=change.at.astimezone(timezone(change.offset_after)).isoformat(),
+        )
+        for change, zone in sorted(found, key=lambda one: (one[0].at, one[1]))
+    ]
+
+
 # ── lanes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build_lane(row: _LaneRow, decisions: Sequence[LifecycleDecision], shown: _Range) -> TimelineLane:
+def _build_lane(row: _LaneRow, decisions: Sequence[LifecycleDecision], shown: TimelineRange) -> TimelineLane:
     """Return the lane of a workflow on the timeline: coming runs, windows, and the times with pods."""
     ticks, are_cut = _ticks(row, shown)
     schedule = row.schedule
@@ -256,7 +301,7 @@ def _build_lane(row: _LaneRow, decisions: Sequence[LifecycleDecision], shown: _R
     )
 
 
-def _ticks(row: _LaneRow, shown: _Range) -> tuple[Sequence[ScheduleTick], bool]:
+def _ticks(row: _LaneRow, shown: TimelineRange) -> tuple[Sequence[ScheduleTick], bool]:
     """Return up to 48 coming times of an active schedule within the range, and whether there are more of them."""
     schedule = row.schedule
     if schedule is None or schedule.next_run_at is None or row.trigger_config is None:
@@ -284,7 +329,7 @@ def _show_tick(at: datetime, timetable: ScheduleTimetable) -> ScheduleTick:
     )
 
 
-def _windows(row: _LaneRow, shown: _Range) -> Iterable[TimeSpan]:
+def _windows(row: _LaneRow, shown: TimelineRange) -> Iterable[TimeSpan]:
     """Yield the windows of a deployed workflow within the range, cut to it; none under another policy than
     `scheduled-window`.
     """
@@ -302,12 +347,12 @@ def _windows(row: _LaneRow, shown: _Range) -> Iterable[TimeSpan]:
         yield TimeSpan(start=instant(opened_at), end=instant(shown.until))
 
 
-def _changes(schedule: WindowSchedule, shown: _Range) -> Iterable[weekly_windows.WindowChange]:
+def _changes(schedule: WindowSchedule, shown: TimelineRange) -> Iterable[weekly_windows.WindowChange]:
     """Return the openings and closings of a schedule within the range, in order."""
     return weekly_windows.window_changes(schedule, shown.since, shown.until)
 
 
-def _awake_spans(decisions: Sequence[LifecycleDecision], shown: _Range) -> Iterable[AwakeSpan]:
+def _awake_spans(decisions: Sequence[LifecycleDecision], shown: TimelineRange) -> Iterable[AwakeSpan]:
     """Yield the times with pods within the range, from the decisions about a deployment, ordered by time."""
     begun: LifecycleDecision | None = None
     for one in decisions:
@@ -321,7 +366,7 @@ def _awake_spans(decisions: Sequence[LifecycleDecision], shown: _Range) -> Itera
         yield _show_span(begun, shown.now, shown, is_open=True)
 
 
-def _show_span(begun: LifecycleDecision, end: datetime, shown: _Range, *, is_open: bool) -> AwakeSpan:
+def _show_span(begun: LifecycleDecision, end: datetime, shown: TimelineRange, *, is_open: bool) -> AwakeSpan:
     """Return a time with pods, cut to the range; its reason is None if it began before."""
     is_inside = begun.at >= shown.since
     return AwakeSpan(

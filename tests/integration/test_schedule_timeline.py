@@ -9,7 +9,9 @@ import pytest
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from gateway.dashboard.page import PageFrame, render
 from gateway.dashboard.pages import schedule_list
+from gateway.ingest import schedule_timeline
 from models import ids
 from models.deployment import Deployment, LifecycleDecision
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
@@ -130,6 +132,44 @@ async def test_the_page_draws_ghosts_of_coming_times_and_the_ledger(
     week = await browser.get("/dashboard/schedule?hours=168")
     assert 'class="dense"' in week.text  # 168 times are more than 48
     assert (await browser.get("/dashboard/schedule?hours=nonsense")).status_code == 200
+
+
+def test_changes_of_the_clocks_are_listed_for_each_zone() -> None:
+    since = datetime(2026, 3, 28, tzinfo=UTC)
+    march = schedule_timeline.TimelineRange(since, since, since + timedelta(days=2))
+    (change,) = schedule_timeline.list_clock_changes({"Europe/Berlin", "Asia/Kolkata", "UTC"}, march)
+    assert (change.at, change.timezone) == ("2026-03-29T01:00:00.000Z", "Europe/Berlin")
+    assert change.local_time_before == "2026-03-29T02:00:00+01:00"
+    assert change.local_time_after == "2026-03-29T03:00:00+02:00"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("2026-03-29T02:00:00+01:00", "2026-03-29T03:00:00+02:00", "forward from 02:00 to 03:00"),
+        ("2026-10-25T03:00:00+02:00", "2026-10-25T02:00:00+01:00", "back from 03:00 to 02:00"),
+    ],
+)
+def test_a_change_of_the_clocks_is_marked_and_described(before: str, after: str, sentence: str) -> None:
+    change = {"at": before, "timezone": "Europe/Berlin", "localTimeBefore": before, "localTimeAfter": after}
+    since = datetime.fromisoformat(before) - timedelta(hours=6)
+    timeline = {
+        "since": since.isoformat(),
+        "now": since.isoformat(),
+        "until": (since + timedelta(hours=24)).isoformat(),
+        "count": 1,
+        "workflows": [timeline_lane(workflowId="wf_a", workflowName="Nightly", isDeployed=True)],
+        "decisions": [],
+        "clockChanges": [change],
+    }
+    frame = PageFrame("", "", since, {}, {}, visitor=None)
+    page = render(
+        schedule_list.PAGE,
+        {"schedules": {"schedules": [], "count": 0, "offset": 0}, "timeline": timeline},
+        frame,
+    )
+    assert f"Clocks go {sentence} in Europe/Berlin" in page
+    assert page.count('class="shift" x1="25.0%"') == 1
 
 
 def timeline_lane(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a lane

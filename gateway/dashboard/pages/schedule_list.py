@@ -82,6 +82,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "count": listed["count"],
         "lanes": [{**lane, "marks": build_marks(lane, axis)} for lane in timeline["workflows"]],
         "now_x": axis.x(axis.now),
+        "clock_changes": [
+            (axis.x(_instant(one["at"])), describe_clock_change(one), one["at"])
+            for one in timeline["clockChanges"]
+        ],
         "labels": axis.labels(RULER_STEPS[int(hours)]),
         "ranges": [
             (label, list_address(frame, PATH, {"hours": value}), value == hours) for value, label in RANGES
@@ -155,6 +159,13 @@ def _span(kind: str, span: Mapping[str, Any], title: str, axis: TimeAxis) -> Lan
 
 def _instant(text: str) -> datetime:
     return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def describe_clock_change(change: Mapping[str, Any]) -> str:
+    """Return a change of the clocks as a sentence, such as `Clocks go back from 03:00 to 02:00 in Europe/Berlin`."""
+    before, after = (datetime.fromisoformat(change[name]) for name in ("localTimeBefore", "localTimeAfter"))
+    way = "back" if after.replace(tzinfo=None) < before.replace(tzinfo=None) else "forward"
+    return f"Clocks go {way} from {before:%H:%M} to {after:%H:%M} in {change['timezone']}"
 
 
 def describe_timing(policy: Mapping[str, Any] | None) -> str:

@@ -227,6 +227,7 @@ __all__ = [
     "TaskWorkerList",
     "TemplateList",
     "TimeSpan",
+    "TimelineClockChange",
     "TimelineDecision",
     "TimelineLane",
     "Timing",
@@ -2201,6 +2202,7 @@ class ScheduleTimeline(TypedDict):
     offset: int
     workflows: List[TimelineLane]
     decisions: List[TimelineDecision]
+    clockChanges: List[TimelineClockChange]
 
 
 class Session(TypedDict):
@@ -2528,6 +2530,15 @@ class TimeSpan(TypedDict):
 
     start: str
     end: str
+
+
+class TimelineClockChange(TypedDict):
+    """Change of the clocks in a time zone of a schedule or of windows."""
+
+    at: str
+    timezone: str
+    localTimeBefore: str
+    localTimeAfter: str
 
 
 class TimelineDecision(TypedDict):
