@@ -88,6 +88,10 @@ class TaskDetails(TaskShape, kw_only=True):
     """Rendered config, without credentials."""
     checkpoint: Any
     input_bytes: int
+    log_lines: int
+    """Lines that its workers have sent to the log of the execution."""
+    dropped_log_lines: int
+    """Lines above the maximum of one task, which the log does not have."""
     idempotency_key: str
     concurrency_key: str | None
     workers: int
@@ -184,6 +188,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
             config=inline_secrets.remove_secrets(decoding.decode(row.config))[0],
             checkpoint=None if row.checkpoint is None else Raw(row.checkpoint.encode()),
             input_bytes=row.input_bytes,
+            log_lines=row.log_lines,
+            dropped_log_lines=max(row.log_lines - request.gateway.task_hub.tasks.max_log_lines, 0),
             idempotency_key=row.key,
             concurrency_key=None if row.concurrency_key is None else row.concurrency_key.partition(" ")[2],
             workers=service.present,

@@ -19,7 +19,7 @@ class TaskStore:
 
     def __init__(self, database: Database, *, max_log_lines: int = 10_000) -> None:
         self._database = database
-        self._max_log_lines = max_log_lines
+        self.max_log_lines = max_log_lines
 
     @cached_property
     def _known(self) -> KnownTasks:
@@ -37,7 +37,7 @@ class TaskStore:
     def reports(self) -> TaskReports:
         from journal.tasks.task_reports import TaskReports  # noqa: PLC0415 - the same
 
-        return TaskReports(self._database, self._known, self._max_log_lines)
+        return TaskReports(self._database, self._known, self.max_log_lines)
 
     @cached_property
     def upkeep(self) -> TaskUpkeep:

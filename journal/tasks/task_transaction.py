@@ -163,13 +163,13 @@ class TaskTransaction:
         self.answer(task, _encode({"error": {"code": error["code"], "message": error["message"]}}))
 
     def add_lines(self, task: TaskRow, lines: Iterable[LogText], max_lines: int) -> None:
-        """Add log lines of a task; from the first above `max_lines` on they are dropped, with one warning in
-        the log.
+        """Add log lines of a task; from the first above `max_lines` on they are dropped and counted, with one
+        warning in the log.
         """
         for line in lines:
-            if task.log_lines > max_lines:
-                return
             task.log_lines += 1
+            if task.log_lines > max_lines + 1:
+                continue
             if task.log_lines > max_lines:
                 message = f"More than {max_lines:,} log lines of a task: further lines are dropped"
                 line = LogText("warning", message, line.at)  # noqa: PLW2901 - in its place

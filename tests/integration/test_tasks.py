@@ -178,6 +178,27 @@ async def test_lost_leases_are_counted_apart(harness: GatewayHarness, people: Or
     assert ended["error"]["cause"]["code"] == "lost-attempt"
 
 
+async def test_log_lines_above_the_maximum_are_dropped_and_counted(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = harness.gateway.task_hub.tasks
+    monkeypatch.setattr(tasks, "max_log_lines", 2)
+    monkeypatch.setattr(tasks.reports, "_max_log_lines", 2)
+    await add_type(people)
+    execution_id = await start(people)
+    worker = TaskWorkerClient(people.owner.api)
+    (task,) = await worker.claim()
+    for name in ("a", "b"):
+        lines = [{"level": "info", "message": f"{name}{number}"} for number in range(3)]
+        assert (await worker.send(task, "log", lines=lines))["status"] == "ok"
+    assert await worker.complete(task) == "ok"
+    await wait_until_ended(people.owner, execution_id)
+    logs = (await get_json(people.owner, f"/{execution_id}/logs"))["logs"]
+    assert [one["message"][:9] for one in logs if one["nodeId"] == "work"] == ["a0", "a1", "More than"]
+    shown = await show_task(people.owner, task["id"])
+    assert (shown["logLines"], shown["droppedLogLines"]) == (6, 4)
+
+
 async def test_why_says_that_a_worker_is_silent(harness: GatewayHarness, people: OrganizationUsers) -> None:
     await add_type(people)
     execution_id = await start(people)

@@ -2456,6 +2456,8 @@ class TaskDetails(TypedDict):
     config: Any
     checkpoint: Any
     inputBytes: int
+    logLines: int
+    droppedLogLines: int
     idempotencyKey: str
     concurrencyKey: str | None
     workers: int
