@@ -179,7 +179,11 @@ async def revoke(request: GatewayRequest) -> NoContent:
 
 
 async def accept(request: GatewayRequest) -> JsonResponse:
-    """Show an invitation, or accept it: make its user, and sign the browser in."""
+    """Show an invitation, or accept it: make its user, and sign the browser in.
+
+    With `dryRun`, it is only shown. The invitation is named by the code of its link; a used, revoked or
+    expired one is refused.
+    """
     cookie = sign_in.require_cookie(request)
     cookie.require_same_origin(request.scope)
     body = await decode_body(request, AcceptInvitation)

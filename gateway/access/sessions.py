@@ -41,7 +41,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def end(request: GatewayRequest) -> NoContent:
-    """End a browser session; its next request must sign in again."""
+    """End a browser session; its next request must sign in again.
+
+    You may end your own sessions, and an admin those of the organization.
+    """
 
     async def delete(connection: AsyncConnection) -> str:
         found = await _require(request, connection)

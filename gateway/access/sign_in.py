@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Sign a browser in: its cookie stands for the key from then on."""
+    """Sign a browser in: its cookie stands for the key from then on.
+
+    The body has an API key or a one-time code from the terminal, not both. An earlier session of the browser
+    is replaced.
+    """
     cookie = require_cookie(request)
     cookie.require_same_origin(request.scope)
     body = await decode_body(request, SignInRequest)

@@ -63,7 +63,11 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Register a model of a provider."""
+    """Register a model of a provider.
+
+    Nodes name it by the returned id. A repetition with the same `Idempotency-Key` creates nothing. Refused
+    for a taken name, and for a data source that you may not use.
+    """
     value = await read_json(request)
     body = body_of(request, value, CreateModel)
     model = model_shapes.build_model(request.caller, body, request.gateway.clock())
@@ -73,7 +77,10 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
-    """Change a model; absent fields do not change."""
+    """Change a model; absent fields do not change.
+
+    Only its owner and admins may.
+    """
     value = await read_json(request)
     body = body_of(request, value, UpdateModel)
 

@@ -130,7 +130,11 @@ async def test(request: GatewayRequest) -> JsonResponse:
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Create a data source."""
+    """Create a data source.
+
+    Its secrets are stored encrypted and never shown. A repetition with the same `Idempotency-Key` creates
+    nothing. Refused for a taken name.
+    """
     value = await read_json(request)
     body = body_of(request, value, CreateDataSource)
     source = data_source_shapes.build_data_source(

@@ -287,7 +287,10 @@ def _decide_stop(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 async def start(request: GatewayRequest) -> JsonResponse:
-    """Start a stopped workflow, which is much faster than deploying it, or change its number of pods."""
+    """Start a stopped workflow, which is much faster than deploying it, or change its number of pods.
+
+    The answer comes when the pods run, fail or lack capacity, or else after a limited time with 202.
+    """
     replicas = (await decode_body(request, StartDeployment)).replicas
 
     def started(seen: DeploymentActivity) -> LifecycleVerdict:

@@ -89,7 +89,10 @@ class BulkRetryResult(BulkResult):
 
 
 async def cancel(request: GatewayRequest) -> JsonResponse:
-    """Cancel the executions that match a filter and have not ended, the oldest first."""
+    """Cancel the executions that match a filter and have not ended, the oldest first.
+
+    The answer has the number of those that remain beyond `limit`. With `dryRun`, they are only counted.
+    """
     body = await decode_body(request, BulkRequest)
     chosen = await _choose_executions(
         request, body, bulk_actions.cancellable(request.caller), AuditAction.EXECUTIONS_CANCELLED

@@ -162,7 +162,12 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def answer(request: GatewayRequest) -> JsonResponse:
-    """Answer a node that waits for a person; the first answer counts."""
+    """Answer a node that waits for a person; the first answer counts.
+
+    Only its assignees may answer, and not the user who started the run if the question excludes that. The
+    answer must fit the question's choices and schema. A repetition with the same `Idempotency-Key` gets the
+    same result.
+    """
     gateway, caller = request.gateway, request.caller
     key = await gateway.access.key(request.path_params["id"], caller)
     value = await read_json(request)

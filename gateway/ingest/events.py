@@ -241,7 +241,11 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show an event with its outcomes."""
+    """Show an event with its outcomes.
+
+    An outcome has the run of a subscribing workflow, or the reason why it has none. Members see their own
+    events, and admins all.
+    """
     async with request.gateway.database.read() as connection:
         event, delivery = await _find_readable(connection, request)
         outcomes = await event_dispatch.read_outcomes(connection, delivery) if delivery is not None else []

@@ -177,7 +177,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def groups(request: GatewayRequest) -> JsonResponse:
-    """Group the dead letters of the organization by workflow, node, code and kind of message."""
+    """Group the dead letters of the organization by workflow, node, code and kind of message.
+
+    The newest 1,000 that the caller may see are grouped.
+    """
     query = request.query
     wanted = DeadLetterFilter(
         workflow_id=query[WORKFLOW], trigger_type=query[KIND], since=query[SINCE], until=query[UNTIL]

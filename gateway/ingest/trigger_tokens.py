@@ -155,7 +155,10 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
 
 async def revoke(request: GatewayRequest) -> NoContent:
-    """Revoke all trigger tokens of a workflow at once."""
+    """Revoke all trigger tokens of a workflow at once.
+
+    Requests with them are refused from then on.
+    """
     now = request.gateway.clock()
 
     async def end(connection: AsyncConnection) -> None:

@@ -180,7 +180,10 @@ async def templates(request: GatewayRequest) -> JsonResponse:
 
 
 async def use_template(request: GatewayRequest) -> JsonResponse:
-    """Create a draft from a template."""
+    """Create a draft from a template.
+
+    It belongs to the caller, and is a copy: later changes of the template do not reach it.
+    """
     value = await read_json(request)
     body = body_of(request, value, UseTemplate)
     catalog = await request.catalog()

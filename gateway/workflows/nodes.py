@@ -204,7 +204,10 @@ async def configure(request: GatewayRequest) -> JsonResponse:
 
 
 async def remove(request: GatewayRequest) -> JsonResponse:
-    """Remove a node and its connections."""
+    """Remove a node and its connections.
+
+    The answer has the number of removed connections.
+    """
     node_id = request.path_params["sub"]
     edited = await request.gateway.workflow_editor.edit(
         request.requested_object,
@@ -221,7 +224,10 @@ async def remove(request: GatewayRequest) -> JsonResponse:
 
 
 async def set_mappings(request: GatewayRequest) -> JsonResponse:
-    """Replace the input mappings of a node."""
+    """Replace the input mappings of a node.
+
+    An empty object removes them.
+    """
     value = await read_json(request)
     body = body_of(request, value, SetMappings)
     mappings = _one_of("mappings", body.mappings, "inputMappings", body.input_mappings)
@@ -284,7 +290,10 @@ def _ids_of_node(stored: StoredWorkflow, node_id: str) -> dict[str, Json]:
 
 
 async def connect(request: GatewayRequest) -> JsonResponse:
-    """Connect a port of a node with a port of another."""
+    """Connect a port of a node with a port of another.
+
+    Refused for a missing node or port, an existing connection, and one that would close a cycle.
+    """
     body = await decode_body(request, ConnectionInput)
     connection_id = body.id or graph_shapes.new_id("conn")
     named = msgspec.structs.replace(body, id=connection_id)

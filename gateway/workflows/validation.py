@@ -51,7 +51,10 @@ class WorkflowScopes(WireStruct):
 
 
 async def check(request: GatewayRequest) -> JsonResponse:
-    """Validate a workflow's graph and list all errors and warnings, with suggestions."""
+    """Validate a workflow's graph and list all errors and warnings, with suggestions.
+
+    Paths are checked against outputs of earlier runs too. Nothing is changed.
+    """
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
         past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)

@@ -106,7 +106,11 @@ async def stats(request: GatewayRequest) -> JsonResponse:
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Create a workflow."""
+    """Create a workflow.
+
+    It is a draft unless `status` says otherwise, and belongs to the caller. A repetition with the same
+    `Idempotency-Key` creates nothing.
+    """
     value = await read_json(request)
     body = body_of(request, value, CreateWorkflow)
     # A thread, so that a large graph does not block other requests.
