@@ -99,6 +99,7 @@ class TaskServerDouble:
     def _report(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         results = []
         with self.changed:
+            assert len(body["items"]) <= 1_000, "the server refuses larger reports"
             self.reports.append(body)
             for item in body["items"]:
                 self.items.append(item)

@@ -566,3 +566,30 @@ async def test_the_span_of_a_node_is_current_while_its_function_runs(server: Tas
     assert ends["thread"] == {"trace": trace_id, "span": span_id}
     assert ends["loop"] == {"trace": trace_id, "span": span_id, "given": traceparent}
     assert ends["untraced"]["trace"] == "0" * 32
+
+
+async def test_many_log_lines_are_sent_in_several_reports_before_the_end(server: TaskServerDouble) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/chatty", "1.0.0")
+    def chat(task: Task) -> dict[str, int]:
+        for number in range(230_000):
+            task.log(str(number))
+        return {"lines": 230_000}
+
+    server.add("t1", "acme/chatty")
+    async with serving(worker):
+        end = await asyncio.to_thread(server.end, "t1")
+    assert end["output"] == {"lines": 230_000}
+    items = [one for one in server.items if one["id"] == "t1"]
+    lines = [line["message"] for one in items if one["kind"] == "log" for line in one["lines"]]
+    assert lines == [str(number) for number in range(230_000)]
+    assert items[-1]["kind"] == "complete"
+
+
+def test_lines_are_taken_by_number_and_size() -> None:
+    task = Task({"id": "t", "type": "acme/a", "version": "1.0.0"})
+    for size in (5, 5, 20, 3):
+        task.log("x" * size)
+    taken = [len(task.take_lines(2, 10)), len(task.take_lines(9, 10)), len(task.take_lines(9, 10))]
+    assert (taken, task.has_lines) == ([2, 1, 1], False)

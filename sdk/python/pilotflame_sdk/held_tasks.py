@@ -15,6 +15,9 @@ FIRST_REPORT_SECONDS: Final = 2.0
 PROGRESS_SECONDS: Final = 1.0
 MAX_ITEMS: Final = 200
 MAX_LINES: Final = 200
+MAX_REPORT_LINES: Final = 20_000
+MAX_LOG_CHARACTERS: Final = 1_000_000
+"""Lines of one task in one report; the server accepts 1,000 items."""
 MAX_REPORT_BYTES: Final = 4_000_000
 """Size from which a report takes no more tasks: the server accepts 10 MB, and one task adds 4 MB at most."""
 FINAL_KINDS: Final = frozenset({"complete", "fail", "release"})
@@ -238,19 +241,20 @@ class HeldTasks:
 def _items_of(held: HeldTask, now: float) -> Iterable[Mapping[str, Any]]:
     """Yield what is new about a task as items of a report: log lines, progress, and at last its final report.
 
-    Lines and progress at most once a second, 200 lines an item.
+    Lines and progress at most once a second, 200 lines an item, about 1 MB a report; the final report follows
+    after the last lines.
     """
     name = {"id": held.id, "lease": held.lease}
     if held.reported is not None or now - held.told_at >= PROGRESS_SECONDS:
         held.told_at = now
-        lines = held.task.take_lines()
+        lines = held.task.take_lines(MAX_REPORT_LINES, MAX_LOG_CHARACTERS)
         for start in range(0, len(lines), MAX_LINES):
             yield {**name, "kind": "log", "lines": lines[start : start + MAX_LINES]}
         news = held.task.take_news()
         # The checkpoint of an attempt that has failed is for the next one.
         if news and (held.reported is None or held.reported["kind"] != "complete"):
             yield {**name, "kind": "heartbeat", **news}
-    if held.reported is not None:
+    if held.reported is not None and not held.task.has_lines:
         yield {**name, **held.reported}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -164,11 +165,24 @@ class Task:
             news, self._news = self._news, {}
             return news
 
-    def take_lines(self) -> list[dict[str, str]]:
-        """Return the log lines written since the last call; called by the worker."""
+    def take_lines(
+        self, max_lines: int = sys.maxsize, max_characters: int = sys.maxsize
+    ) -> list[dict[str, str]]:
+        """Return the oldest log lines that were not taken, at least one if there is any; called by the worker."""
         with self._lock:
-            lines, self._lines = self._lines, []
+            count = size = 0
+            for line in self._lines[:max_lines]:
+                size += len(line["message"])
+                if count and size > max_characters:
+                    break
+                count += 1
+            lines, self._lines = self._lines[:count], self._lines[count:]
             return lines
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether there are log lines that were not taken."""
+        return bool(self._lines)
 
 
 def plain_text(value: object, most: int) -> str:
