@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any, Final
 from uuid import uuid4
 
-from benchmarks import processes, usage
+from benchmarks import processes, task_steps, usage
 from benchmarks.http1 import BenchmarkApi, KeptConnection
 from benchmarks.processes import ServerUnderTest
 from tests import services
@@ -38,6 +38,15 @@ async def measure(folder: Path) -> dict[str, float]:
             figures: dict[str, float] = {}
             for batch, workers in ((50, 2), (1, 16)):
                 figures |= await _measure_batches(server.api, workflow_id, batch, workers)
+            for batch, workers in ((50, 2), (1, 16)):
+                await _start_runs(server.api, workflow_id, TASKS)
+                speed = await task_steps.measure_tasks(server.api, database_url, workers, batch)
+                figures[f"sdk_tasks_per_second_batch_{batch}"] = speed
+            async with _connection(server.api) as connection:
+                steps = await _post(connection, server.api, "/workflows", task_steps.chain_of_steps())
+            figures["sdk_steps_per_second_of_runs_with_3"] = await task_steps.measure_runs(
+                server.api, database_url, steps["workflowId"]
+            )
             figures |= await _measure_begin(server.api, workflow_id)
             figures |= await _measure_idle(server)
             return figures

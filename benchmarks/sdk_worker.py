@@ -1,0 +1,36 @@
+"""Worker of the Python SDK that performs the steps of a benchmark: `python -m benchmarks.sdk_worker WORKERS SLOTS`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from pilotflame_sdk import Worker
+
+
+@dataclass
+class Step:
+    """Config of a step."""
+
+    n: int = 1
+
+
+def build_worker(slots: int) -> Worker:
+    """Return a worker with one node type; its server is that of the environment."""
+    worker = Worker("bench", slots=slots, grace=5)
+
+    @worker.node("bench/step", "1.0.0")
+    def step(config: Step) -> dict[str, Any]:
+        return {"n": config.n + 1}
+
+    return worker
+
+
+async def serve(workers: int, slots: int) -> None:
+    await asyncio.gather(*(build_worker(slots).serve() for _ in range(workers)))
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(int(sys.argv[1]), int(sys.argv[2])))

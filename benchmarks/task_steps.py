@@ -1,0 +1,103 @@
+"""Steps of own Python code: tasks that workers of the Python SDK perform, alone and as three steps of each run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
+
+from benchmarks.http1 import KeptConnection
+from benchmarks.postgres_counters import asyncpg_dsn
+from benchmarks.processes import PROJECT
+
+if TYPE_CHECKING:
+    from benchmarks.http1 import BenchmarkApi
+
+STEPS: Final = 3
+RUNS: Final = 1_000
+STARTERS: Final = 16
+PATIENCE_SECONDS: Final = 300.0
+
+
+@contextmanager
+def run_workers(api: BenchmarkApi, workers: int, slots: int) -> Iterator[None]:
+    """Run workers of the SDK in a process of their own."""
+    environment = os.environ | {
+        "PILOTFLAME_URL": f"http://127.0.0.1:{api.port}",
+        "PILOTFLAME_API_KEY": api.key,
+    }
+    command = [sys.executable, "-m", "benchmarks.sdk_worker", str(workers), str(slots)]
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def measure_tasks(api: BenchmarkApi, database_url: str, workers: int, slots: int) -> float:
+    """Return tasks per second of tasks that wait already, from the first claim to the last report."""
+    connection = await asyncpg.connect(asyncpg_dsn(database_url))
+    try:
+        first = await connection.fetchval("SELECT max(id) FROM task WHERE state = 'completed'") or ""
+        with run_workers(api, workers, slots):
+            await _wait_until_none(connection, "SELECT count(*) FROM task WHERE ended_at IS NULL")
+        row = await connection.fetchrow(
+            "SELECT count(*), max(ended_at) - min(started_at) FROM task WHERE id > $1", first
+        )
+        assert row is not None
+        return float(row[0]) * 1_000_000 / float(row[1])
+    finally:
+        await connection.close()
+
+
+async def measure_runs(api: BenchmarkApi, database_url: str, workflow_id: str) -> float:
+    """Return steps per second of runs with three steps each, from the first start to the last end."""
+    connection = await asyncpg.connect(asyncpg_dsn(database_url))
+    left = RUNS
+
+    async def start() -> None:
+        nonlocal left
+        own = await KeptConnection.open(api.port)
+        while left > 0:
+            left -= 1
+            await own.send(api.post(f"/api/v1/workflows/{workflow_id}/execute", b"{}"))
+        own.close()
+
+    try:
+        with run_workers(api, 2, 50):
+            await asyncio.gather(*(start() for _ in range(STARTERS)))
+            await _wait_until_none(connection, "SELECT count(*) FROM execution WHERE ended_at IS NULL")
+        row = await connection.fetchrow(
+            "SELECT count(*) FILTER (WHERE status = 'completed'), max(ended_at) - min(created_at)"
+            " FROM execution WHERE workflow_id = $1",
+            workflow_id,
+        )
+        assert row is not None
+        return STEPS * float(row[0]) * 1_000_000 / float(row[1])
+    finally:
+        await connection.close()
+
+
+def chain_of_steps() -> dict[str, Any]:
+    """Return a workflow of three steps."""
+    steps = [{"id": f"step{n}", "nodeId": "bench/step", "config": {"n": n}} for n in range(STEPS)]
+    names = ["start", *(str(step["id"]) for step in steps)]
+    return {
+        "name": "Three steps",
+        "nodes": [{"id": "start", "nodeId": "manual"}, *steps],
+        "connections": [{"source": a, "target": b} for a, b in pairwise(names)],
+    }
+
+
+async def _wait_until_none(connection: asyncpg.Connection, statement: str) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await connection.fetchval(statement):  # noqa: ASYNC110 - commits of other processes
+            await asyncio.sleep(0.25)
