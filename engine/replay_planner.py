@@ -239,7 +239,7 @@ class _NodePlanner:
         """Decide about a node with known inputs."""
         span, program = self._recorded.get(node_id), self._program.nodes[node_id]
         if span is None:
-            return self._run(node_id, self._absence(node_id))
+            return self._start(node_id)
         if span.port is None:
             return self._decide_unfinished(node_id, span)
         key = decode_key(span.hashes)
@@ -268,6 +268,13 @@ class _NodePlanner:
         return self._options.refreshes_reads and any(
             _determine_effect(one) is NodeEffect.READ for one in nodes
         )
+
+    def _start(self, node_id: str) -> NodeReplay:
+        """Decide about a node without a result outside of loops; a write that was in a loop before is asked about."""
+        was_written = node_id in self._facts.written_in_loops
+        if was_written and self._program.nodes[node_id].is_write:
+            return self._ask(node_id, [self._absence(node_id)], ResultUse.NONE)
+        return self._run(node_id, self._absence(node_id))
 
     def _absence(self, node_id: str) -> ReplayReason:
         known = node_id in self._facts.original.by_id
@@ -329,7 +336,7 @@ class _NodePlanner:
         """
         span, program = self._recorded.get(node_id), self._program.nodes[node_id]
         if span is None:
-            return self._run(node_id, self._absence(node_id))
+            return self._start(node_id)
         if span.status is SpanStatus.SKIPPED:
             return self._run(node_id, ReplayReason(ReplayReasonCode.NO_RESULT), decision=ReplayDecision.MAYBE)
         is_forced = node_id in self._forced
@@ -407,7 +414,11 @@ class _NodePlanner:
         )
         facts = self._facts
         found = facts.written_in_failed_iterations if loop.failed_only else facts.written_in_loops
-        written = {inner for inner in program.body & found if self._program.nodes[inner].is_write}
+        written = {
+            inner
+            for inner in program.body
+            if self._program.nodes[inner].is_write and (inner in found or self._was_written(inner))
+        }
         for inner in sorted(program.body):
             decision, reasons = loop.decision, loop.reasons
             if loop.decision in {ReplayDecision.RERUN, ReplayDecision.ASK}:
@@ -417,6 +428,11 @@ class _NodePlanner:
                 reasons = (*reasons, *needs) if repeats else reasons
             effect = _determine_effect(self._program.nodes[inner])
             self._decisions[inner] = NodeReplay(inner, decision, effect, reasons)
+
+    def _was_written(self, inner: str) -> bool:
+        """Return whether a node, which is in a loop now, may have written outside of loops in the recorded run."""
+        span = self._recorded.get(inner)
+        return span is not None and (span.status is SpanStatus.COMPLETED or may_have_happened(span))
 
     # ── comparison of keys ────────────────────────────────────────────────────────────────────────
 

@@ -568,6 +568,20 @@ async def test_a_forced_node_of_a_failed_loop_runs_again_in_its_failed_iteration
     assert {"pay.0", "pay.1"}.isdisjoint(world.calls)
 
 
+async def test_a_write_that_moves_into_a_loop_or_out_of_it_is_asked_about() -> None:
+    world = World()
+    outside = "start > pay > loop; loop:continue > add; loop:done > add2"
+    inside = "start > loop; loop:continue > pay > add; loop:done > add2"
+    for before, after in ((outside, inside), (inside, outside)):
+        past = await run_first(compile_drawing(before, world.kinds))
+        moved = compile_drawing(after, world.kinds)
+        assert plan_of(past, moved).unconfirmed == ("pay",)
+        assert plan_of(past, moved, failed_only=True).unconfirmed == ("pay",)
+        allowed = plan_of(past, moved, confirmed=frozenset({"pay"}))
+        ended, _ = await run_again(past, allowed, moved)
+        assert ended == RunOutcome(RunStatus.COMPLETED)
+
+
 # ── rules ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
