@@ -50,8 +50,10 @@ async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: 
 
 
 async def _log_out_of_memory(connection: AsyncConnection, *, owner: str) -> dict[str, list[str]]:
-    """Add a log line to each running run of an owner, given by its prefix; return the running nodes by
-    execution id.
+    """Add a warning that the worker ran out of memory to the log of each running run of an owner, given by
+    its prefix.
+
+    Returns the running nodes by execution id.
     """
     # The leases are still valid: no other process writes these logs before the reclaim.
     is_held = func.substr(col(Execution.lease_owner), 1, len(owner)) == owner

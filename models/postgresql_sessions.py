@@ -91,7 +91,7 @@ async def open_checked_session(address: str, **options: Any) -> Any:  # noqa: AN
 
 
 def timeout_statement() -> str:
-    """Return the statement that sets the lock timeout and the idle timeout (`SESSION_TIMEOUTS`) of one transaction.
+    """Return the statement that sets the lock timeout (2 s) and the idle timeout (5 s) of the current transaction.
 
     Sessions of a pooler that drops these settings need it in each transaction.
     """

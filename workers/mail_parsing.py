@@ -501,8 +501,8 @@ class MailParser:
     async def _loop_reason(self, parse_task: MailParseTask, mail: ParsedMailContent) -> str | None:
         """Return the reason why a reply may be part of a mail loop, or None.
 
-        One sender may send a workflow `MAX_REPLIES` replies an hour; each reply within the limit counts.
-        Mails that are no replies give None. Waits while the database is away. Raises `MailUnavailable`.
+        One sender may send a workflow ten replies an hour; each reply within the limit counts. Mails that are
+        no replies give None. Waits while the database is away. Raises `MailUnavailable`.
         """
         if not mail_parsing.is_reply_to_workflow(mail):
             return None

@@ -70,8 +70,9 @@ class RunExplanation(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Explain why an execution does not move: what blocks it, who holds that, until when, and what helps.
 
-    With `node`, the answer is about this node. `timing` divides the time until now, or until the end, by
-    cause, in seconds. `criticalPath` has the nodes that determined the end; it is empty before.
+    With `node`, what blocks is that of this node; the rest is always about the execution. `timing` divides
+    the time until now, or until the end, by cause, in seconds. `criticalPath` has the nodes that determined
+    the end; it is empty before.
     """
     node_id = request.query[NODE]
     gateway, caller = request.gateway, request.caller
