@@ -294,6 +294,23 @@ async def test_a_first_redrive_that_fails_ends_the_others(visit: IntakeVisit) ->
     assert page.problems == []
 
 
+async def test_the_navigation_counts_dead_letters_for_each_visitor(visit: IntakeVisit) -> None:
+    page = visit.page
+    await visit.sign_in(visit.people.admin.key)
+    await visit.look(1280, "light")
+    count = (await visit.people.admin.api.get("/api/v1/dead-letters/groups")).json()["count"]
+    assert count > 0
+    await visit.show("/dashboard/deliveries")
+    shown = ".side [data-count=dead-letters]"
+    await page.wait_for(f"document.querySelector('{shown}').textContent === '{count}'")
+    assert await page.evaluate("document.querySelector('.side [data-count=approvals]').hidden")
+    await visit.sign_in(visit.people.stranger.key)
+    await visit.show("/dashboard/dead-letters")
+    await page.wait_for(f"sessionStorage.getItem('counts').includes('{visit.people.stranger.user.id}')")
+    assert await page.evaluate(f"document.querySelector('{shown}').hidden")
+    assert page.problems == []
+
+
 async def test_dead_letters_are_exported_as_lines_of_json(visit: IntakeVisit) -> None:
     page = visit.page
     await visit.sign_in(visit.people.admin.key)

@@ -13,6 +13,23 @@ export function say(text) {
   say.timer = setTimeout(() => { toast.hidden = true; }, 10_000);
 }
 
+function showCounts(counts) {
+  for (const place of document.querySelectorAll("[data-count]")) {
+    place.textContent = counts[place.dataset.count] ?? "";
+    place.hidden = !place.textContent;
+  }
+}
+
+// The counts of the last page are shown at once; pages of runs, which load few files, ask for no others.
+function count(isChanged = false) {
+  const visitor = document.querySelector("[data-visitor]")?.dataset.visitor;
+  if (!visitor || !document.querySelector("[data-count]")) return;
+  const kept = JSON.parse(sessionStorage.getItem("counts") ?? "{}");
+  if (kept.visitor === visitor) showCounts(kept.counts);
+  const key = document.querySelector(".side [aria-current]")?.dataset.key;
+  if (key !== "r") import("./counts.js").then(({ refresh }) => refresh(visitor, kept, key, isChanged, showCounts));
+}
+
 function confirmed(question) {
   const dialog = document.getElementById("confirm");
   document.getElementById("confirm-title").textContent = question;
@@ -120,7 +137,10 @@ async function submit(form, button) {
     const fill = (text, encode) => (text ?? "").replace(/\{(\w+)\}/g, (_, name) => encode(value[name] ?? ""));
     const next = fill(form.dataset.then, encodeURIComponent);
     if (next) location.assign(next);
-    else await reload();
+    else {
+      await reload();
+      count(true);
+    }
     if (form.dataset.says) say(fill(form.dataset.says, String));
     if (form.dataset.shows) {
       const shown = form.dataset.shows.split(".").reduce((part, name) => part[name], value);
@@ -141,6 +161,7 @@ async function submitPaced(form, button) {
   button.disabled = false;
   delete form.dataset.changed;
   await reload();
+  count(true);
   say(end);
 }
 
@@ -175,3 +196,4 @@ document.addEventListener("click", (event) => {
 watchKeys();
 watchCanvas();
 watch();
+count();
