@@ -23,6 +23,7 @@ from engine.run_records import SETTLED_STATUSES
 
 if TYPE_CHECKING:
     from engine.graph import GraphEdge, GraphSection, ParsedGraph
+    from engine.model_calls import ModelCallRecord
     from engine.program import NodeProgram
     from engine.run_records import NodeSpan, RunError
     from engine.values import Json
@@ -186,6 +187,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Last attempt with a span of its own."""
     counted: float = 0.0
     """Share of the run's progress counted for the iterations of a loop so far."""
+    model_calls: list[ModelCallRecord] = []
+    """Calls of language models so far, in all attempts."""
     task: bytes | None = None
     """JSON of the task that the record of its wait creates."""
 

@@ -114,6 +114,51 @@ class ChatAnswer(msgspec.Struct, frozen=True):
     tool_calls: Sequence[RequestedToolCall] = ()
 
 
+class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """Record of one call in the journal: what it has cost, and what a repetition of the node continues with."""
+
+    model_id: str
+    model: str = ""
+    """Model that the provider has named."""
+    usage: TokenUsage | None = None
+    """None if there is no answer."""
+    cost: int | None = None
+    """Nano-dollars; None if the price is unknown."""
+    finish_reason: FinishReason | None = None
+    error: str = ""
+    """Code of the failure of a call without an answer."""
+    text: str | None = None
+    """Text of an answer that the model was asked to correct; None for others."""
+
+
+def sum_usage(records: Sequence[ModelCallRecord]) -> TokenUsage:
+    """Return the tokens of all calls together; estimated if those of one are."""
+    used = [record.usage for record in records if record.usage is not None]
+    return TokenUsage(
+        sum(each.input_tokens for each in used),
+        sum(each.output_tokens for each in used),
+        sum(each.cache_read_tokens for each in used),
+        sum(each.cache_write_tokens for each in used),
+        sum(each.reasoning_tokens for each in used),
+        is_estimated=any(each.is_estimated for each in used),
+    )
+
+
+def sum_cost(records: Sequence[ModelCallRecord]) -> int | None:
+    """Return the cost of all answers in nano-dollars; None if that of one is unknown."""
+    costs = [record.cost for record in records if record.usage is not None]
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
+
+
+class ModelReply(msgspec.Struct, frozen=True):
+    """Answer of a model with its cost."""
+
+    answer: ChatAnswer
+    cost: int | None
+    """Nano-dollars; None if the price is unknown."""
+
+
 class ModelCallFailed(NodeError):
     """Call without an answer of the model; nothing of a partial answer is kept."""
 

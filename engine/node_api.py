@@ -18,6 +18,7 @@ import msgspec
 if TYPE_CHECKING:
     from engine.conditions import CompiledCondition
     from engine.expressions import ValueTemplate
+    from engine.model_calls import ModelCallRecord
     from engine.services import NodeServices, RunCaller
     from engine.values import Json
 
@@ -171,6 +172,8 @@ class NodeType:
     input_description: str = ""
     output: OutputDescription = field(default_factory=OutputDescription)
     cpu: CpuDemand | None = None
+    is_paid: bool = False
+    """Whether calls cost money: the journal commits before and after them, as for writes."""
     volatile: tuple[VolatilityRule, ...] = ()
     """Cases in which a replay treats it as a read, although it only computes."""
     runnable: bool = True
@@ -295,6 +298,25 @@ class LoopRequest(NodeDirective):
 NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest"
 
 
+class ModelCallLog:
+    """Log of the model calls of one node; this one, of a node that runs without an execution, is in memory."""
+
+    def __init__(self) -> None:
+        self._records: list[ModelCallRecord] = []
+
+    @property
+    def recorded(self) -> Sequence[ModelCallRecord]:
+        """Calls that are recorded, also by earlier attempts and other processes."""
+        return tuple(self._records)
+
+    def add(self, record: ModelCallRecord) -> None:
+        """Record a call together with the next state of the node."""
+        self._records.append(record)
+
+    async def commit(self) -> None:
+        """Make the recorded calls durable, so that none of them is made again."""
+
+
 def _ignore_metadata(_metadata: Mapping[str, str]) -> None:
     """Drop the metadata of a node that runs without an execution."""
 
@@ -326,6 +348,8 @@ class NodeCall(msgspec.Struct, frozen=True):
     services: NodeServices
     is_strict: bool = False
     """Whether a node fails if required data is missing."""
+    model_calls: ModelCallLog = msgspec.field(default_factory=ModelCallLog)
+    """Calls of language models that this node has made, in all attempts."""
     set_metadata: Callable[[Mapping[str, str]], None] = _ignore_metadata
     """`set_metadata({key: value})` sets metadata of the execution, by which lists find it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,16 +12,18 @@ from engine import node_key, values
 from engine.expressions import MISSING, ExpressionError, ValueTemplate, compile_path
 from engine.frames import NodeVisit
 from engine.joins import JoinMode
-from engine.node_api import NodeCall
+from engine.node_api import ModelCallLog, NodeCall
 from engine.program import EVERY_NODE
-from engine.run_errors import NodeError
+from engine.run_errors import LeaseLost, NodeError
 from engine.run_records import SpanStatus
+from json_text import decoding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from engine.expressions import ExpressionPath
     from engine.frames import SectionFrame
+    from engine.model_calls import ModelCallRecord
     from engine.program import NodeProgram, WorkflowProgram
     from engine.run_records import NodeSpan
     from engine.services import NodeServices, RunCaller
@@ -158,6 +161,7 @@ class NodeInputs:
             services=self._services,
             is_strict=self._is_strict,
             set_metadata=self._recorder.set_metadata,
+            **({"model_calls": VisitModelCalls(visit, self._recorder)} if program.node_type.is_paid else {}),
         )
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
@@ -213,6 +217,34 @@ class NodeInputs:
                 "add a fallback, as in {{ data.name ?? null }}"
             )
             raise NodeError(message, code="unresolved-mapping")
+
+
+class VisitModelCalls(ModelCallLog):
+    """Log of the model calls of one node in the journal of its run."""
+
+    def __init__(self, visit: NodeVisit, recorder: SpanRecorder) -> None:
+        super().__init__()
+        self._visit = visit
+        self._recorder = recorder
+
+    @property
+    def recorded(self) -> Sequence[ModelCallRecord]:
+        """Calls in the journal, and those added since."""
+        return tuple(self._visit.model_calls)
+
+    def add(self, record: ModelCallRecord) -> None:
+        """Add a call to the record of the node, which its next state commits."""
+        self._visit.model_calls.append(record)
+
+    async def commit(self) -> None:
+        """Commit the record of the node. If the lease is lost, it waits for the runner, which cancels the node then."""
+        self._recorder.record_node(self._visit, SpanStatus.RUNNING)
+        try:
+            await self._recorder.commit()
+        except LeaseLost:
+            # The runner itself has to find out: its next commit is refused too.
+            self._recorder.has_uncommitted_write = True
+            await asyncio.Event().wait()
 
 
 def _select_nodes(nodes: Mapping[str, Json], names: Sequence[str]) -> dict[str, Json]:
@@ -293,6 +325,10 @@ def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
     visit.attempt = recorded.attempt if is_loop else recorded.attempt + 1
     if recorded.status is SpanStatus.RUNNING and not is_loop:
         visit.lost = recorded
+    if recorded.model_calls is not None:
+        from engine.model_calls import ModelCallRecord  # noqa: PLC0415 - loaded by runs that call models
+
+        visit.model_calls = decoding.decode(recorded.model_calls, list[ModelCallRecord])
     if recorded.resolved_config is None:
         return
     visit.resolved_config = recorded.resolved_config

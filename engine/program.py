@@ -58,6 +58,8 @@ class NodeProgram:
     effect: NodeEffect
     is_write: bool
     """Whether the node changes something outside."""
+    commits_alone: bool
+    """Whether the journal commits before and after a call: of writes, and of calls that cost money."""
     config: ValueTemplate
     conditions: Mapping[str, CompiledCondition]
     values: Mapping[str, ValueTemplate]
@@ -165,6 +167,7 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
         compile_node(bare, catalog),
         effect=NodeEffect.PURE,
         is_write=False,
+        commits_alone=False,
         config=compile_template({}),
         conditions={},
         values={},
@@ -294,6 +297,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
         node_type=node_type,
         effect=effect,
         is_write=effect is NodeEffect.WRITE,
+        commits_alone=effect is NodeEffect.WRITE or node_type.is_paid,
         config=compile_template(early),
         conditions=conditions,
         values=values,
@@ -306,7 +310,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
         outside=tuple({path.text: path for path in late_paths if path.root != "data"}.values()),
         join=JoinConfig.from_config(config) if node_type.joins else None,
         is_volatile=any(rule.applies_to(config) for rule in node_type.volatile),
-        is_given_again=effect is NodeEffect.WRITE or node_type.loops,
+        is_given_again=effect is NodeEffect.WRITE or node_type.is_paid or node_type.loops,
     )
 
 

@@ -213,7 +213,7 @@ class RunProgress:
             visit, SpanStatus.FAILED, ended_at=self._recorder.clock.now(), error=reason
         )
         self._recorder.count_node(visit)
-        if visit.is_write:
+        if visit.program.commits_alone:
             self._recorder.has_uncommitted_write = True
         self._fail_frame(frame, reason)
         self._on_node_settled(frame)
@@ -261,7 +261,7 @@ class RunProgress:
             visit, status, port=port, output=text, ended_at=self._recorder.clock.now(), error=error
         )
         self._recorder.count_node(visit)
-        if visit.program.is_write:
+        if visit.program.commits_alone:
             self._recorder.has_uncommitted_write = True
         if not frame.is_broken_off:
             self.schedule_successors(frame, frame.plan.settle(node_id, port))

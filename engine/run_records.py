@@ -122,6 +122,8 @@ class NodeSpan(msgspec.Struct, frozen=True):
 
     In the row, JSON or the reference to a blob.
     """
+    model_calls: bytes | None = None
+    """JSON list of the calls of language models that the node has made, as `engine.model_calls` has them."""
     task: bytes | None = None
     """JSON of the task to create together with this span, which waits for its answer; no column of its row."""
 

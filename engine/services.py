@@ -20,6 +20,7 @@ import msgspec
 from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
+    from engine.model_calls import ChatRequest, ModelReply
     from engine.values import Json
 
 
@@ -313,6 +314,18 @@ class EventWaitService(Protocol):
         """
 
 
+class ModelService(Protocol):
+    """Language models, restricted to those that the caller may use."""
+
+    async def complete(
+        self, caller: RunCaller, model_id: str, request: ChatRequest, *, idempotency_key: str
+    ) -> ModelReply:
+        """Ask a model once, and return its complete answer with its cost.
+
+        Raises `ModelCallFailed` if it has not answered, and other `NodeError`s before anything is sent.
+        """
+
+
 class _MissingService:
     """Placeholder for a service that a process doesn't provide."""
 
@@ -340,6 +353,7 @@ class NodeServices:
     runs: SubRunService = field(default_factory=_missing_service("Sub-workflows"))
     throttle: ThrottleService = field(default_factory=_missing_service("Shared rate limits"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))
+    models: ModelService = field(default_factory=_missing_service("Language models"))
     approvals: ApprovalLinkService = field(default_factory=_missing_service("Links of approvals"))
     callbacks: CallbackService = field(default_factory=_missing_service("Callbacks"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec import structs
 
 from engine import node_key
@@ -154,6 +155,7 @@ class SpanRecorder:
                 key_id=visit.key_id,
                 rendered_config=visit.rendered_config,
                 task=task,
+                model_calls=msgspec.json.encode(visit.model_calls) if visit.model_calls else None,
             )
         )
         if self._logs_states:

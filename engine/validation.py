@@ -324,10 +324,16 @@ def _overlap_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphF
             yield GraphFinding(FindingType.LOOPS_TOO_DEEP, message, suggestion, node_id)
 
 
+PORT_OF_MODELS = "ai"
+"""Port of an agent whose nodes provide a model, and take no input for that."""
+
+
 def _find_disconnected_nodes(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
     for node in graph.nodes:
         node_type = types.get(node.id)
         if graph.inbound[node.id] or (node_type and node_type.is_trigger):
+            continue
+        if any(edge.target_port == PORT_OF_MODELS for edge in graph.outbound[node.id]):
             continue
         if node_type and not node_type.inputs:
             if not graph.outbound[node.id]:

@@ -315,15 +315,15 @@ class WorkflowRunner:
             call = msgspec.structs.replace(call, **self._node_inputs.identify_call(visit))
         # A task is created by the commit that records its ancestors: nothing has begun before that.
         is_task = visit.program.node_type.task is not None
-        is_write = visit.program.is_write and not is_task
-        if is_write:
+        is_announced = visit.program.commits_alone and not is_task
+        if is_announced:
             self._recorder.record_node(visit, SpanStatus.RUNNING)
             self._recorder.has_uncommitted_write = True
         if self._recorder.has_uncommitted_write and not is_task:
             await self._recorder.commit()
             if not self._may_continue(visit):
                 return
-        if is_write or visit.node_id not in self._program.inline:
+        if is_announced or visit.node_id not in self._program.inline:
             self._start(visit, self._call_node(visit, call))
             return
         self._call_in_place(visit, call)
@@ -422,7 +422,7 @@ class WorkflowRunner:
             # It was announced and not begun, so the next worker may still begin it.
             visit.attempt -= 1
             self._recorder.record_node(visit, SpanStatus.RETRYING, wake_at=self._clock.now())
-        if visit.is_write:
+        if visit.program.commits_alone:
             self._interrupted.append(visit)
         return False
 

@@ -224,6 +224,12 @@ class DataSourceRequest(msgspec.Struct, frozen=True):
     source_id: Annotated[str, msgspec.Meta(max_length=64)]
 
 
+class ModelRequest(msgspec.Struct, frozen=True):
+    """Look up a language model for a run that this pod holds."""
+
+    model_id: Annotated[str, msgspec.Meta(max_length=64)]
+
+
 class StartRunRequest(msgspec.Struct, frozen=True):
     """Start a sub-workflow run for a node of a run that this pod holds; idempotent."""
 

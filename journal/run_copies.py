@@ -340,7 +340,13 @@ def _new_span(
         col(SpanRow.node_id) == bindparam("of_node"),
         col(SpanRow.iteration) == bindparam("of_iteration"),
     )
-    changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text()), **(also or {})}
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "execution_id": literal(new_id),
+        "id": bindparam("new_id", type_=Text()),
+        # The cost of a call belongs to the run that made it.
+        "model_calls": null(),
+        **(also or {}),
+    }
     return _copy_rows("span", changes, condition)
 
 

@@ -53,6 +53,7 @@ SPAN_COLUMNS = (
     "reused_from",
     "key_id",
     "rendered_config",
+    "model_calls",
 )
 SPAN_KEY = ("execution_id", "node_id", "iteration")
 SPAN_FIXED_COLUMNS = (*SPAN_KEY, "shard", "id")
@@ -156,6 +157,7 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
             span.reused_from,
             span.key_id,
             _to_text(span.rendered_config),
+            _to_text(span.model_calls),
         )
         for (write, span), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
     ]
@@ -337,7 +339,8 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
     """Return the span in a row with the columns `SPAN_COLUMNS`; times are microseconds since 1970 there."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
     started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
-    awaits, resolved_config, hashes, input_blob, output_blob, reused_from, key_id, rendered_config = rest
+    awaits, resolved_config, hashes, input_blob, output_blob, reused_from, key_id, *rest = rest
+    rendered_config, model_calls = rest
     return NodeSpan(
         node_id=node_id,
         label=label,
@@ -363,6 +366,7 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
         reused_from=reused_from,
         key_id=key_id,
         rendered_config=_to_bytes(rendered_config),
+        model_calls=_to_bytes(model_calls),
     )
 
 

@@ -323,6 +323,8 @@ class SpanRow(SQLModel, table=True):
 
     None for a config without expressions: then the definition has it.
     """
+    model_calls: str | None = Field(default=None, sa_column=Column(Text))
+    """JSON list of the calls of language models that the node has made, in all attempts."""
 
 
 class AttemptRow(SQLModel, table=True):

@@ -13,6 +13,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     joins = true                    # branches meet in it by its config's `mode` and `combine`; see engine/joins.py
     loops = true                    # nodes behind its port `continue` run once for each item; see engine/graph.py
     cpu = "large"                   # long computation: for `large` configs or `always`; see engine.node_api.CpuDemand
+    paid = true                     # a call costs money: the journal commits before and after it
     volatile = [{}]                 # the result depends on clock or chance: always, or in these cases
     runnable = true                 # false: the node can be drawn, but has no `.py`
     resources = { cpu = "500m", memory = "256Mi" }  # requests of a pod that runs it; default: 100m and 128Mi
@@ -322,6 +323,7 @@ class _CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     joins: bool = False
     loops: bool = False
     cpu: CpuDemand | None = None
+    paid: bool = False
     volatile: list[_VolatilityTable] = []
     runnable: bool = True
     s3_location: str = ""
@@ -392,6 +394,7 @@ def _build_node_type(entry: _CatalogEntry) -> NodeType:
         input_description=entry.input.description,
         output=_build_output(entry.output),
         cpu=entry.cpu,
+        is_paid=entry.paid,
         volatile=tuple(VolatilityRule(rule.without, rule.field, rule.value) for rule in entry.volatile),
         runnable=entry.runnable,
         resources={**DEFAULT_RESOURCES, **entry.resources},

@@ -25,6 +25,7 @@ from models.errors import DatabaseUnavailable
 from nodes import catalog as catalogs
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
+from nodes.lazy_models import LazyModels
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
@@ -35,6 +36,7 @@ from runner.node_services import (
     RemoteCallbacks,
     RemoteDataSources,
     RemoteEventWaits,
+    RemoteModels,
     RemoteRunStarter,
     RemoteThrottle,
 )
@@ -158,6 +160,9 @@ async def run_executor(
     connections = DataSourceConnections(
         RemoteDataSources(gateway), _connection_policy(settings, contact, gateway.clock)
     )
+    models = LazyModels(
+        lambda: RemoteModels(gateway), settings.outbound_allowed_networks, settings.model_hosts
+    )
     services = NodeServices(
         http=outbound,
         data_sources=connections,
@@ -166,6 +171,7 @@ async def run_executor(
         runs=RemoteRunStarter(gateway),
         throttle=RemoteThrottle(gateway),
         events=RemoteEventWaits(gateway),
+        models=models,
         approvals=RemoteApprovalLinks(gateway),
         callbacks=RemoteCallbacks(gateway),
     )
@@ -184,6 +190,7 @@ async def run_executor(
         await executor.drain(patience_seconds=life.patience_seconds)
         await code.close()
         await processes.close()
+        await models.close()
         await connections.close()
         await outbound.close()
 

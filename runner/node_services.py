@@ -20,6 +20,7 @@ from execution.pod_api import (
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    ModelRequest,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from engine.services import EventWaitRequest, RunCaller
     from engine.values import Json
+    from nodes.ai.model_connection import ModelConnection
     from runner.gateway_client import GatewayClient
 
 CACHE_SECONDS: Final = 2.0
@@ -79,6 +81,24 @@ class RemoteDataSources:
             message = "The data source could not be looked up just now"
             raise NodeError(message, code="data-source-unavailable", retryable=True) from error
         return ConnectionSource(**found)
+
+
+class RemoteModels:
+    """Lookup of language models, with the keys of their providers."""
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+
+    async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
+        """Return a model as the gateway sends it; raises `NodeError`."""
+        from nodes.ai.model_connection import ModelConnection  # noqa: PLC0415 - loaded with the first call of a model
+
+        path = f"/executions/{caller.execution_id}/models"
+        try:
+            return await self._gateway.call(path, ModelRequest(model_id), ModelConnection)
+        except (DatabaseUnavailable, CallRefused) as error:
+            message = "The model could not be looked up just now"
+            raise NodeError(message, code="model-unavailable", retryable=True) from error
 
 
 class RemoteRunStarter:

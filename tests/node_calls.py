@@ -9,6 +9,7 @@ from typing import cast
 from engine.graph import GraphNode
 from engine.node_api import AnswerWait, LoopRequest, NodeCall, NodeOutcome, NodeResult, TimerWait
 from engine.program import compile_node
+from engine.run_errors import NodeError
 from engine.services import (
     BlobService,
     CodeService,
@@ -18,13 +19,16 @@ from engine.services import (
     FileFolderService,
     HttpClientService,
     HttpResponse,
+    ModelService,
     NodeServices,
     RunCaller,
     ThrottleService,
 )
 from engine.values import Json
 from nodes import catalog
+from nodes.ai.model_connection import ModelConnection
 from nodes.catalog import NodeCatalog
+from nodes.lazy_models import LazyModels
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
@@ -60,6 +64,13 @@ class NoNetwork:
         raise AssertionError(
             f"{method} {url} was asked for {headers, body, timeout_seconds, follow_redirects}"
         )
+
+
+class NoModels:
+    """Lookup of models for nodes that call the built-in one alone."""
+
+    async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
+        raise NodeError(f"There is no model {model_id!r} that this run may use", code="model-not-found")
 
 
 class OpenThrottle:
@@ -106,6 +117,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     blobs: BlobService | None = None,
     files: FileFolderService | None = None,
     events: EventWaitService | None = None,
+    models: ModelService | None = None,
     library: NodeCatalog | None = None,
     version: str | None = None,
     is_strict: bool = False,
@@ -113,11 +125,16 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     """Run one node on `data`; raises the node's error."""
     called = CallRecord()
     library = library or catalog.load_catalog()
-    services = NodeServices(http=http or NoNetwork(), throttle=throttle or OpenThrottle())
+    services = NodeServices(
+        http=http or NoNetwork(),
+        throttle=throttle or OpenThrottle(),
+        models=LazyModels(NoModels, (), ()),
+    )
     services = services if code is None else replace(services, code=code)
     services = services if blobs is None else replace(services, blobs=blobs)
     services = services if files is None else replace(services, files=files)
     services = services if events is None else replace(services, events=events)
+    services = services if models is None else replace(services, models=models)
     program = compile_node(GraphNode(id="node", type=node_type, version=version, config=config), library)
     assert program.missing is None, program.missing
     scope: dict[str, Json] = {"data": data, "trigger": data, "nodes": {}, "execution": {"id": "exec"}}

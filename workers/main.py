@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
@@ -43,6 +44,7 @@ from nodes import catalog as catalogs
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
 from nodes.connections.organization_folders import OrganizationFolders
+from nodes.lazy_models import LazyModels
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
@@ -54,6 +56,10 @@ from workers.completion_actions import CompletionActions
 from workers.mail_parsing import MailParser, MailSources
 from workers.settings import WorkerSettings
 from workers.webhook_delivery import WebhookSender
+
+if TYPE_CHECKING:
+    from nodes.ai.model_connection import ModelConnections
+    from nodes.connections.data_source import ConnectionSources
 
 log = structlog.get_logger()
 
@@ -113,8 +119,9 @@ async def run_worker(
     catalog = PooledCatalog(catalogs.load_catalog().node_types, processes)
     code = open_worker_code(settings)
     vault = SecretVault(settings.secret, settings.previous_secrets)
+    sources = StoredDataSources(database, vault)
     connections = DataSourceConnections(
-        StoredDataSources(database, vault),
+        sources,
         ConnectionPolicy(
             allowed_networks=settings.outbound_allowed_networks,
             own_databases=(ServerDatabase.from_url(settings.database_url),),
@@ -125,6 +132,9 @@ async def run_worker(
     )
     runs = ChildRunStarter(database, store, broker, catalog, settings)
     signer = MessageSigner(database, vault)
+    models = LazyModels(
+        partial(_open_models, database, sources), settings.outbound_allowed_networks, settings.model_hosts
+    )
     services = NodeServices(
         http=outbound,
         data_sources=connections,
@@ -134,6 +144,7 @@ async def run_worker(
         runs=runs,
         throttle=SharedThrottle(database),
         events=EventMatcher(database, broker),
+        models=models,
         approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
         callbacks=CallbackUrls(signer, settings.secret, settings.public_url),
     )
@@ -189,10 +200,17 @@ async def run_worker(
         await after.close()
         await code.close()
         await processes.close()
+        await models.close()
         await connections.close()
         files.close()
         await blobs.close()
         await outbound.close()
+
+
+def _open_models(database: Database, sources: ConnectionSources) -> ModelConnections:
+    from execution.stored_models import StoredModels  # noqa: PLC0415 - loaded with the first call of a model
+
+    return StoredModels(database, sources)
 
 
 async def _sweep_unattended_runs(database: Database, store: JournalStore, broker: Broker) -> None:

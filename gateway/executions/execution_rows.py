@@ -121,6 +121,8 @@ class ExecutionRecord:
     """Ids of the nodes whose text is a reference to a blob."""
     labels: Sequence[RunLabel]
     """Its tags and metadata."""
+    model_calls: Sequence[str]
+    """JSON of the calls of language models of each of its nodes that has called one."""
 
 
 async def list_executions(
@@ -270,12 +272,18 @@ async def find_execution(
         .order_by(col(SpanRow.sequence))
     )
     rows = (await connection.execute(outputs)).all()
+    calls = select(col(SpanRow.model_calls)).where(
+        col(SpanRow.execution_id) == execution_id,
+        col(SpanRow.shard) == caller.shard,
+        col(SpanRow.model_calls).is_not(None),
+    )
     return ExecutionRecord(
         execution,
         ExecutionData(**data),
         [(row.node_id, row.output) for row in rows],
         [row.node_id for row in rows if row.output_is_reference],
         (await read_labels(connection, caller, [execution_id])).get(execution_id, ()),
+        [*(await connection.scalars(calls))],
     )
 
 
@@ -339,6 +347,7 @@ _SPANS: Final = select(
     col(SpanRow.unresolved),
     col(SpanRow.hashes),
     col(SpanRow.reused_from),
+    col(SpanRow.model_calls),
 ).outerjoin(
     _source,
     and_(
@@ -365,6 +374,7 @@ _ATTEMPTS: Final = select(
     _NO_TEXT.label("unresolved"),
     cast(null(), LargeBinary).label("hashes"),
     _NO_TEXT.label("reused_from"),
+    _NO_TEXT.label("model_calls"),
 )
 """The columns of `_SPANS`, for attempts."""
 

@@ -12,7 +12,9 @@ from engine import node_key
 from engine.node_api import CONTINUE
 from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
+from gateway.executions import model_usage
 from gateway.executions.execution_rows import ShownSpanStatus, SpanKind
+from gateway.executions.model_usage import ModelUsageShape
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.waits.completion import CompletionAction, CompletionOutcome
 from models.execution_label import TAG_KEY
@@ -110,6 +112,8 @@ class ExecutionShape(WireStruct):
     config: Raw | UnsetType = UNSET
     outputs: Mapping[str, Raw] | UnsetType = UNSET
     """By node id. An output over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
+    usage: ModelUsageShape | UnsetType = UNSET
+    """Tokens and cost of the language models that its nodes have called; absent in lists and without a call."""
     follow_up: FollowUpShape | UnsetType | None = UNSET
     """Null without a callback or failure workflow."""
     trace_url: str | UnsetType = UNSET
@@ -176,6 +180,8 @@ class SpanShape(WireStruct):
 
     Half a SHA-256 of: implementation, ports of incoming connections, values read outside the input.
     """
+    usage: ModelUsageShape | UnsetType = UNSET
+    """Tokens and cost of the language models that the node has called, in all attempts; absent without a call."""
 
 
 class SpanDetailsShape(SpanShape, kw_only=True):
@@ -245,6 +251,7 @@ def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionSh
     )
     shape.config = Raw(found.data.config)
     shape.outputs = _show_outputs(found, outputs)
+    shape.usage = model_usage.show_usage(found.model_calls) or UNSET
     shape.follow_up = _show_outcome(found.execution)
     return shape
 
@@ -299,6 +306,7 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
         unresolved=_to_raw(row.unresolved) or (),
         reused_from=row.reused_from,
         hashes=_show_hashes(row.hashes),
+        usage=model_usage.show_usage([row.model_calls]) or UNSET,
     )
 
 

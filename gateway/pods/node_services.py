@@ -28,6 +28,7 @@ from execution.pod_api import (
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    ModelRequest,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -106,6 +107,17 @@ async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> Json
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translate_errors():
         return JsonResponse(await request.gateway.pod_services.sources.find(caller, call.source_id))
+
+
+async def find_model(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Answer with a language model and the key of its provider, if the user of the path's run may use it.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, ModelRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _translate_errors():
+        return JsonResponse(await request.gateway.pod_services.models.find(caller, call.model_id))
 
 
 async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -91,6 +91,7 @@ def require_readable(call: ExpectEventRequest) -> None:
 
 
 def _check_span(span: NodeSpan) -> None:
+    _check_model_calls(span.model_calls)
     for text in (span.input, span.output, span.resolved_config, span.rendered_config):
         if text is not None:
             values.decode_json(text)
@@ -107,6 +108,13 @@ def _check_span(span: NodeSpan) -> None:
     for execution_id in (span.reused_from, span.key_id):
         if execution_id is not None and not ids.is_id(execution_id):
             raise _refuse_write("The execution of a span is not a valid ID")
+
+
+def _check_model_calls(raw: bytes | None) -> None:
+    if raw is not None:
+        from engine.model_calls import ModelCallRecord  # noqa: PLC0415 - loaded with the first call of a model
+
+        decoding.decode(raw, list[ModelCallRecord])
 
 
 def _check_task(raw: bytes) -> None:

@@ -46,6 +46,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("PUT", "/blobs/{id}/{sub}", node_services.put_blob),
     PodRoute("GET", "/blobs/{id}/{sub}", node_services.get_blob),
     PodRoute("POST", "/executions/{id}/data-sources", node_services.open_data_source),
+    PodRoute("POST", "/executions/{id}/models", node_services.find_model),
     PodRoute("POST", "/executions/{id}/runs", node_services.start_run),
     PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),
     PodRoute("POST", "/executions/{id}/event-waits", node_services.expect_event),

@@ -564,7 +564,7 @@ _SPAN_TYPES = (
         "text",
         "text",
         "bytea",
-        *("text", "text", "text", "text", "text"),
+        *("text", "text", "text", "text", "text", "text"),
     ),
 )
 _LOG_TYPES = ("text", "integer", "smallint", "text", "text", "text", "text", "bigint")

@@ -31,9 +31,10 @@ from gateway.workflows import graph_shapes
 from journal import definition_snapshot
 from models.timestamps import DatabaseClock
 from nodes import catalog
+from nodes.lazy_models import LazyModels
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner
-from tests.node_calls import CALLER, NoEventWaits, OpenThrottle
+from tests.node_calls import CALLER, NoEventWaits, NoModels, OpenThrottle
 from tests.sample_data import SampleDataSources
 
 if TYPE_CHECKING:
@@ -194,7 +195,15 @@ async def lend_services(node_type: NodeType, folder: Path) -> AsyncIterator[Node
     http = cast("HttpClientService", ExampleHttpServer(output if isinstance(output, dict) else {}))
     try:
         yield NodeServices(
-            http, sources, sources, ExampleBlobs(), code, ExampleSubRuns(), OpenThrottle(), NoEventWaits()
+            http,
+            sources,
+            sources,
+            ExampleBlobs(),
+            code,
+            ExampleSubRuns(),
+            OpenThrottle(),
+            NoEventWaits(),
+            models=LazyModels(NoModels, (), ()),
         )
     finally:
         await code.close()

@@ -130,6 +130,7 @@ __all__ = [
     "ModelList",
     "ModelTest",
     "ModelType",
+    "ModelUsage",
     "NewDataSource",
     "NewEventToken",
     "NewModel",
@@ -1116,6 +1117,7 @@ class Execution(_ExecutionAlways, total=False):
     metadata: Dict[str, str]
     config: Any
     outputs: Dict[str, Any]
+    usage: ModelUsage
     followUp: FollowUp | None
     traceUrl: str
 
@@ -1477,6 +1479,19 @@ class ModelTest(TypedDict):
     message: str
     durationMs: int
     capabilities: Capabilities | None
+
+
+class ModelUsage(TypedDict):
+    """Tokens of calls of language models, and their cost. Tokens of caches and of reasoning are parts of the totals."""
+
+    calls: int
+    inputTokens: int
+    outputTokens: int
+    cacheReadTokens: int
+    cacheWriteTokens: int
+    reasoningTokens: int
+    isEstimated: bool
+    cost: str | None
 
 
 class _NewDataSourceAlways(TypedDict):
@@ -2281,9 +2296,7 @@ class SkippedInstant(TypedDict):
     reason: SkipReason
 
 
-class Span(TypedDict):
-    """Span: one node in one run, one iteration of a loop, or one attempt of a node that was tried more than once."""
-
+class _SpanAlways(TypedDict):
     id: str
     kind: SpanKind
     executionId: str
@@ -2308,6 +2321,12 @@ class Span(TypedDict):
     hashes: Dict[str, str] | None
 
 
+class Span(_SpanAlways, total=False):
+    """Span: one node in one run, one iteration of a loop, or one attempt of a node that was tried more than once."""
+
+    usage: ModelUsage
+
+
 SpanComparison = TypedDict('SpanComparison', {
     'executionId': 'str',
     'nodeId': 'str',
@@ -2320,9 +2339,7 @@ SpanComparison = TypedDict('SpanComparison', {
 })
 
 
-class SpanDetails(TypedDict):
-    """Span with everything that is known about it."""
-
+class _SpanDetailsAlways(TypedDict):
     id: str
     kind: SpanKind
     executionId: str
@@ -2350,6 +2367,12 @@ class SpanDetails(TypedDict):
     attempts: List[Span]
     logs: List[Log]
     previousDurationMs: int | None
+
+
+class SpanDetails(_SpanDetailsAlways, total=False):
+    """Span with everything that is known about it."""
+
+    usage: ModelUsage
 
 
 class SpanList(TypedDict):

@@ -1,0 +1,134 @@
+"""One answer of a model for a node: fallbacks to other models, and corrections of answers that don't fit a schema.
+
+Every answer is committed before the next call, so that a process that is killed repeats at most the call that it was
+waiting for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from engine.model_calls import (
+    ChatMessage,
+    ChatRequest,
+    FinishReason,
+    MessageRole,
+    ModelCallFailed,
+    ModelCallRecord,
+)
+from engine.run_errors import NodeError
+from nodes.ai import structured_answers
+
+if TYPE_CHECKING:
+    from engine.node_api import NodeCall
+    from engine.values import Json
+
+MAX_REPAIRS: Final = 2
+MAX_QUOTED_CHARACTERS: Final = 500
+INCOMPLETE: Final = frozenset({FinishReason.LENGTH, FinishReason.REFUSAL})
+"""Ends of an answer that is no value of a schema, and that a correction would not mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAnswer:
+    """Answer of a model to a node."""
+
+    text: str
+    value: Json
+    """Value by the schema; None without a schema, and for an incomplete answer."""
+    finish_reason: FinishReason
+    model_id: str
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Text that a model has answered, recorded or new."""
+
+    text: str
+    record: ModelCallRecord
+    is_recorded: bool = False
+
+
+async def ask_models(
+    call: NodeCall, model_ids: Sequence[str], request: ChatRequest, *, max_repairs: int = MAX_REPAIRS
+) -> NodeAnswer:
+    """Return the answer of the first model that answers, corrected by it until it fits the schema of the request.
+
+    Answers in the journal are not asked for again. Raises `NodeError` if no model answers, or if the answer doesn't
+    fit after all corrections.
+    """
+    recorded = [record for record in call.model_calls.recorded if record.text is not None]
+    # A conversation without a fitting answer is over: another attempt of the node begins a new one.
+    recorded = recorded[len(recorded) - len(recorded) % (max_repairs + 1) :]
+    schema = request.output_schema
+    for repairs in range(max_repairs + 1):
+        if recorded:
+            record = recorded.pop(0)
+            turn = _Turn(record.text or "", record, is_recorded=True)
+        else:
+            turn = await _ask_first(call, model_ids, request)
+        reason = turn.record.finish_reason or FinishReason.STOP
+        if schema is None or reason in INCOMPLETE:
+            _note_answer(call, turn)
+            return NodeAnswer(turn.text, None, reason, turn.record.model_id)
+        answer = structured_answers.read_answer(turn.text, schema)
+        if not answer.problems:
+            _note_answer(call, turn)
+            return NodeAnswer(turn.text, answer.value, reason, turn.record.model_id)
+        if not turn.is_recorded:
+            call.model_calls.add(msgspec.structs.replace(turn.record, text=turn.text))
+        if repairs < max_repairs:
+            if not turn.is_recorded:
+                await call.model_calls.commit()
+            # The model that has answered is asked to correct itself.
+            model_ids = [turn.record.model_id]
+            request = _ask_for_correction(request, turn.text, answer.problems)
+    quoted = turn.text[:MAX_QUOTED_CHARACTERS]
+    wrong = f"The answer doesn't fit the schema after {max_repairs} corrections: {answer.problems[0]}"
+    message = f"{wrong}. It was: {quoted}"
+    raise NodeError(message, code="invalid-answer")
+
+
+def _note_answer(call: NodeCall, turn: _Turn) -> None:
+    """Add the last answer to the record of the node, without its text, which the output has."""
+    if not turn.is_recorded:
+        call.model_calls.add(turn.record)
+
+
+async def _ask_first(call: NodeCall, model_ids: Sequence[str], request: ChatRequest) -> _Turn:
+    """Return the answer of the first model that answers; raises the failure of the last one.
+
+    Another model is asked only if it may do better: not after a refusal of the request itself.
+    """
+    for number, model_id in enumerate(model_ids):
+        # Unique for each call, lest a gateway repeat the answer or failure of another one.
+        key = f"{call.idempotency_key}:{len(call.model_calls.recorded)}:{call.attempt}"
+        try:
+            reply = await call.services.models.complete(call.caller, model_id, request, idempotency_key=key)
+        except ModelCallFailed as failure:
+            call.model_calls.add(ModelCallRecord(model_id, error=failure.code))
+            if number + 1 == len(model_ids) or not failure.can_fall_back:
+                raise failure.with_message(f"{model_id}: {failure.message}") from failure
+            call.log("warning", f"{model_id}: {failure.message}: {model_ids[number + 1]} is asked instead")
+            continue
+        answer = reply.answer
+        record = ModelCallRecord(model_id, answer.model, answer.usage, reply.cost, answer.finish_reason)
+        return _Turn(answer.text, record)
+    raise NodeError("The node names no model", code="missing-config")
+
+
+def _ask_for_correction(request: ChatRequest, text: str, problems: Sequence[str]) -> ChatRequest:
+    """Return a request that shows a model its answer with the problems in it."""
+    wrong = (
+        "Your answer doesn't fit the JSON Schema. Answer again with the whole corrected JSON value alone.\n"
+    )
+    messages = (
+        *request.messages,
+        ChatMessage(MessageRole.ASSISTANT, text),
+        ChatMessage(MessageRole.USER, wrong + "\n".join(f"- {problem}" for problem in problems)),
+    )
+    return msgspec.structs.replace(request, messages=messages)

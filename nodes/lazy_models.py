@@ -1,0 +1,45 @@
+"""Language models that are loaded with the first call: most processes never call one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from engine.model_calls import ChatRequest, ModelReply
+    from engine.services import RunCaller
+    from nodes.ai.model_caller import ModelCaller
+    from nodes.ai.model_connection import ModelConnections
+    from nodes.outbound_http import IpNetwork
+
+
+class LazyModels:
+    """Implements `engine.services.ModelService`."""
+
+    def __init__(
+        self,
+        open_connections: Callable[[], ModelConnections],
+        networks: Sequence[IpNetwork],
+        hosts: Collection[str],
+    ) -> None:
+        """`open_connections` returns the lookup of models, and is called once."""
+        self._open_connections = open_connections
+        self._networks = networks
+        self._hosts = hosts
+        self._caller: ModelCaller | None = None
+
+    async def complete(
+        self, caller: RunCaller, model_id: str, request: ChatRequest, *, idempotency_key: str
+    ) -> ModelReply:
+        """Ask a model once, as `ModelCaller` does; raises `NodeError`."""
+        if self._caller is None:
+            from nodes.ai.model_caller import ModelCaller  # noqa: PLC0415 - see the module
+
+            self._caller = ModelCaller(self._open_connections(), self._networks, self._hosts)
+        return await self._caller.complete(caller, model_id, request, idempotency_key=idempotency_key)
+
+    async def close(self) -> None:
+        """Close the connections to providers, if there are any."""
+        if self._caller is not None:
+            await self._caller.close()

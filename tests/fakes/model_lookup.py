@@ -1,0 +1,43 @@
+"""Lookup of models that are served by scripted servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import ip_network
+
+from engine.model_calls import ModelProvider
+from engine.model_prices import ModelPrice
+from engine.run_errors import NodeError
+from engine.services import RunCaller
+from nodes.ai.model_connection import ModelConnection
+from nodes.lazy_models import LazyModels
+from tests.fakes.model_server import KEY
+
+PRICE = ModelPrice("1", "10")
+LOOPBACK = (ip_network("127.0.0.1/32"),)
+
+
+class ServedModels:
+    """Models by id, each at the address of a server."""
+
+    def __init__(self, urls: Mapping[str, str], price: ModelPrice | None = PRICE) -> None:
+        self._urls = urls
+        self._price = price
+
+    async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
+        if model_id not in self._urls:
+            raise NodeError(f"There is no model {model_id!r} that this run may use", code="model-not-found")
+        return ModelConnection(
+            model_id,
+            ModelProvider.OPENAI_COMPATIBLE,
+            "scripted-1",
+            self._urls[model_id],
+            KEY,
+            follows_schemas=True,
+            price=self._price,
+        )
+
+
+def open_served_models(urls: Mapping[str, str], price: ModelPrice | None = PRICE) -> LazyModels:
+    """Return the service of nodes that calls these models on this machine."""
+    return LazyModels(lambda: ServedModels(urls, price), LOOPBACK, ())

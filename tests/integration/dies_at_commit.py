@@ -1,0 +1,49 @@
+"""A worker's process that calls models, and is killed before or after one of its commits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.services import NodeServices
+from execution.executor import RunExecutor
+from journal.store import RunWrite
+from journal.store_factory import open_store
+from messages.local_broker import LocalBroker
+from models.database import parse_url
+from nodes import catalog
+from tests.fakes.model_lookup import open_served_models
+from tests.node_calls import NoNetwork
+from workers.settings import WorkerSettings
+
+
+async def main(url: str, folder: str, model_url: str, last_commit: str) -> None:
+    """Execute runs; die before commit N with `last_commit` `-N`, and after it with `N`."""
+    store = await open_store(parse_url(url))
+    settings = WorkerSettings(data_dir=Path(folder), commit_seconds=0.02)
+    record, limit = store.record, int(last_commit)
+    commits = 0
+
+    async def record_or_die(batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
+        nonlocal commits
+        commits += 1
+        if commits == -limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        held = await record(batch, owner=owner)
+        if commits == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return held
+
+    store.record = record_or_die  # type: ignore[method-assign]  # replaced for the test
+    services = NodeServices(http=NoNetwork(), models=open_served_models({"first": model_url}))
+    executor = RunExecutor(store, LocalBroker(channel="dies"), catalog.load_catalog(), services, settings)
+    await executor.start()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

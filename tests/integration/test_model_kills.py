@@ -1,0 +1,160 @@
+"""Workers that are killed around the calls of models: nothing is paid twice but the answer that was on its way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from journal.store import ExecutionKey
+from tests.fakes.model_server import ModelServer, ScriptedAnswer, serve_models
+from tests.file_walks import ROOT
+from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE_SECONDS = 60.0
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+CONFIG = {"model": "first", "prompt": "Which city?", "outputSchema": SCHEMA}
+DEFINITION = json.dumps(
+    {
+        "nodes": [
+            {"id": "start", "type": "manual"},
+            {"id": "ask", "type": "llm", "config": CONFIG},
+            {"id": "again", "type": "llm", "config": {**CONFIG, "prompt": "{{ nodes.ask.response }}"}},
+        ],
+        "connections": [
+            {"id": "1", "source": "start", "target": "ask"},
+            {"id": "2", "source": "ask", "target": "again"},
+        ],
+        "settings": {},
+    }
+)
+WRONG, RIGHT = ScriptedAnswer('{"city": 1}'), ScriptedAnswer('{"city": "Oslo"}')
+KILLS = [kill for commit in range(1, 7) for kill in (-commit, commit)]
+"""Every commit of a run with two nodes of two calls: the process dies before it, and after it."""
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
+
+
+@pytest.fixture
+async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
+    return await run_database.workflow()
+
+
+class SpoiledOnce:
+    """Script that answers each question wrongly first, and rightly when it is asked to correct that."""
+
+    def __init__(self, served: ModelServer) -> None:
+        self._served = served
+        served.on_request = self.choose
+
+    def choose(self) -> None:
+        is_correction = len(self._served.requests[-1]["messages"]) > 1
+        self._served.script = [RIGHT if is_correction else WRONG]
+
+
+async def work(
+    database: MigratedDatabase, folder: Path, served: ModelServer, last_commit: int
+) -> asyncio.subprocess.Process:
+    program = [sys.executable, "-m", "tests.integration.dies_at_commit", database.url, str(folder)]
+    return await asyncio.create_subprocess_exec(*program, served.url, str(last_commit), cwd=ROOT)
+
+
+async def run_killed(
+    run_database: RunDatabase,
+    migrated_database: MigratedDatabase,
+    key: ExecutionKey,
+    served: ModelServer,
+    folder: Path,
+    kills: list[int],
+) -> int:
+    """Work on a run with a process for each kill, then with one that lives to the end; return the number of kills."""
+    died = 0
+    for last_commit in kills:
+        process = await work(migrated_database, folder, served, last_commit)
+        while process.returncode is None and not await has_ended(run_database, key):  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.05)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+            return died
+        assert process.returncode == -signal.SIGKILL
+        died += 1
+        await run_database.query("UPDATE execution SET lease_until = 1 WHERE status = 'running'")
+        await run_database.store.sweep(10)
+    process = await work(migrated_database, folder, served, 0)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not await has_ended(run_database, key):  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.05)
+    process.kill()
+    await process.wait()
+    return died
+
+
+async def has_ended(run_database: RunDatabase, key: ExecutionKey) -> bool:
+    row = await run_database.row(key.execution_id)
+    return row["status"] not in {"pending", "running", "waiting"}
+
+
+async def read_calls(run_database: RunDatabase, key: ExecutionKey) -> list[dict[str, Any]]:
+    rows = await run_database.query(
+        "SELECT model_calls FROM span WHERE execution_id = :id AND model_calls IS NOT NULL",
+        id=key.execution_id,
+    )
+    return [call for row in rows for call in json.loads(row["model_calls"])]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kill", KILLS)
+async def test_a_kill_at_any_commit_costs_at_most_the_answer_on_its_way(
+    run_database: RunDatabase,
+    migrated_database: MigratedDatabase,
+    owned_workflow: OwnedWorkflow,
+    tmp_path: Path,
+    kill: int,
+) -> None:
+    key = await run_database.accept(owned_workflow, definition=DEFINITION)
+    async with serve_models(WRONG) as served:
+        SpoiledOnce(served)
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, [kill])
+        row = await run_database.row(key.execution_id)
+        assert row["status"] == "completed", row["error"]
+        calls = await read_calls(run_database, key)
+        assert [call["modelId"] for call in calls] == ["first"] * 4
+        assert len(calls) <= len(served.billed) <= len(calls) + died
+        assert len(set(served.billed)) >= len(calls), "each call has a key of its own"
+
+
+@pytest.mark.timeout(300)
+async def test_a_run_that_loses_two_workers_pays_for_two_answers_at_most(
+    run_database: RunDatabase,
+    migrated_database: MigratedDatabase,
+    owned_workflow: OwnedWorkflow,
+    tmp_path: Path,
+) -> None:
+    key = await run_database.accept(owned_workflow, definition=DEFINITION)
+    async with serve_models(WRONG) as served:
+        SpoiledOnce(served)
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, [-2, -2])
+        assert died == 2
+        row = await run_database.row(key.execution_id)
+        assert row["status"] == "completed", row["error"]
+        calls = await read_calls(run_database, key)
+        assert len(served.billed) <= len(calls) + died
