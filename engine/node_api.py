@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
@@ -299,22 +299,21 @@ NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopReque
 
 
 class ModelCallLog:
-    """Log of the model calls of one node; this one, of a node that runs without an execution, is in memory."""
-
-    def __init__(self) -> None:
-        self._records: list[ModelCallRecord] = []
+    """Log of the model calls of one node; this one, of a node that calls no models, forgets them."""
 
     @property
     def recorded(self) -> Sequence[ModelCallRecord]:
         """Calls that are recorded, also by earlier attempts and other processes."""
-        return tuple(self._records)
+        return ()
 
     def add(self, record: ModelCallRecord) -> None:
         """Record a call together with the next state of the node."""
-        self._records.append(record)
 
     async def commit(self) -> None:
         """Make the recorded calls durable, so that none of them is made again."""
+
+
+NO_MODEL_CALLS: Final = ModelCallLog()
 
 
 def _ignore_metadata(_metadata: Mapping[str, str]) -> None:
@@ -348,7 +347,7 @@ class NodeCall(msgspec.Struct, frozen=True):
     services: NodeServices
     is_strict: bool = False
     """Whether a node fails if required data is missing."""
-    model_calls: ModelCallLog = msgspec.field(default_factory=ModelCallLog)
+    model_calls: ModelCallLog = NO_MODEL_CALLS
     """Calls of language models that this node has made, in all attempts."""
     set_metadata: Callable[[Mapping[str, str]], None] = _ignore_metadata
     """`set_metadata({key: value})` sets metadata of the execution, by which lists find it."""

@@ -223,7 +223,6 @@ class VisitModelCalls(ModelCallLog):
     """Log of the model calls of one node in the journal of its run."""
 
     def __init__(self, visit: NodeVisit, recorder: SpanRecorder) -> None:
-        super().__init__()
         self._visit = visit
         self._recorder = recorder
 

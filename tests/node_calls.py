@@ -1,13 +1,22 @@
 """Calls of single nodes, compiled and rendered as in a run."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import cast
 
 from engine.graph import GraphNode
-from engine.node_api import AnswerWait, LoopRequest, NodeCall, NodeOutcome, NodeResult, TimerWait
+from engine.model_calls import ModelCallRecord
+from engine.node_api import (
+    AnswerWait,
+    LoopRequest,
+    ModelCallLog,
+    NodeCall,
+    NodeOutcome,
+    NodeResult,
+    TimerWait,
+)
 from engine.program import compile_node
 from engine.run_errors import NodeError
 from engine.services import (
@@ -71,6 +80,20 @@ class NoModels:
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
         raise NodeError(f"There is no model {model_id!r} that this run may use", code="model-not-found")
+
+
+class ModelCallList(ModelCallLog):
+    """Log of model calls in memory."""
+
+    def __init__(self) -> None:
+        self._records: list[ModelCallRecord] = []
+
+    @property
+    def recorded(self) -> Sequence[ModelCallRecord]:
+        return tuple(self._records)
+
+    def add(self, record: ModelCallRecord) -> None:
+        self._records.append(record)
 
 
 class OpenThrottle:
@@ -155,6 +178,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
             now=NOW,
             services=services if data_sources is None else replace(services, data_sources=data_sources),
             is_strict=is_strict,
+            model_calls=ModelCallList(),
         )
     )
     called.outcome = await outcome if inspect.isawaitable(outcome) else outcome

@@ -251,7 +251,8 @@ def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionSh
     )
     shape.config = Raw(found.data.config)
     shape.outputs = _show_outputs(found, outputs)
-    shape.usage = model_usage.show_usage(found.model_calls) or UNSET
+    if found.model_calls:
+        shape.usage = model_usage.show_usage(found.model_calls)
     shape.follow_up = _show_outcome(found.execution)
     return shape
 
@@ -306,7 +307,7 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
         unresolved=_to_raw(row.unresolved) or (),
         reused_from=row.reused_from,
         hashes=_show_hashes(row.hashes),
-        usage=model_usage.show_usage([row.model_calls]) or UNSET,
+        usage=UNSET if row.model_calls is None else model_usage.show_usage([row.model_calls]),
     )
 
 

@@ -26,16 +26,9 @@ class ModelUsageShape(WireStruct):
     """US dollars as a decimal text; null if the price of a called model is unknown."""
 
 
-def show_usage(texts: Iterable[str | None]) -> ModelUsageShape | None:
-    """Return the usage of spans by the JSON of their calls; None without a call."""
-    records = [
-        record
-        for text in texts
-        if text is not None
-        for record in decoding.decode(text, list[ModelCallRecord])
-    ]
-    if not records:
-        return None
+def show_usage(texts: Iterable[str]) -> ModelUsageShape:
+    """Return the usage of spans by the JSON of their calls."""
+    records = [record for text in texts for record in decoding.decode(text, list[ModelCallRecord])]
     total = sum_usage(records)
     return ModelUsageShape(
         calls=sum(record.usage is not None for record in records),

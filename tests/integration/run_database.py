@@ -54,7 +54,7 @@ TABLES = (
         "idempotency",
         "definition",
     ),
-    *("deployment", "deployment_token", "lifecycle_decision", "data_source_share", "data_source"),
+    *("deployment", "deployment_token", "lifecycle_decision", "data_source_share", "data_source", "ai_model"),
     *("workflow_trigger_match", "workflow_trigger", "schedule"),
     *("workflow_graph", "workflow_tag", "workflow_share", "workflow_version", "workflow"),
     *("audit_entry", "api_key", "signing_secret", "user_account", "organization"),

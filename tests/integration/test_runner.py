@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from engine.model_prices import ModelPrice
 from engine.node_api import AnswerSource
 from engine.replay_plan import ResultUse
 from engine.values import Json
@@ -50,12 +51,14 @@ from journal.waits import node_answers
 from messages.deployer_messages import DeployerMessage, ReconcileRequest
 from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids, signing_secrets
+from models.ai_model import AiModel
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import TokenBearer
 from models.signing_secrets import SigningSecret
 from models.timestamps import to_microseconds
 from models.workflow_names import PodProcess, lease_owner
+from nodes.ai.model_connection import ModelConnection
 from runner import gateway_client
 from runner import main as pod_services
 from runner.remote_store import RemoteRunStore
@@ -347,10 +350,44 @@ async def receiver() -> AsyncIterator[HttpReceiver]:
 
 async def create_bearer_source(pods: DeployedPods) -> str:
     """Create a data source of the runs' owner, and return its id."""
+    return await create_source(pods, "http-bearer", {}, {"token": "a secret"})
+
+
+async def create_model(pods: DeployedPods) -> str:
+    """Create a language model of the runs' owner with its provider, and return its id."""
+    base_url = "https://api.example.com/v1"
+    source_id = await create_source(pods, "ai-provider", {"baseUrl": base_url}, {"key": "a key"})
+    model_id, now, organization = ids.new_id("model"), datetime.now(UTC), pods.owned_workflow.organization
+    model = AiModel(
+        id=model_id,
+        organization_id=organization.id,
+        shard=organization.shard,
+        owner_id=pods.owned_workflow.user_id,
+        name="Small",
+        type="third-party",
+        provider="openai-compatible",
+        vendor_model_id="gpt-5-mini",
+        data_source_id=source_id,
+        price={"input": "0.25", "output": "2"},
+        created_at=now,
+        updated_at=now,
+    )
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(insert(AiModel).values(**model.model_dump()))
+
+    await pods.run_database.database.transaction(work)
+    return model_id
+
+
+async def create_source(
+    pods: DeployedPods, kind: str, settings: dict[str, Any], secrets: dict[str, object]
+) -> str:
+    """Create a data source of the runs' owner, and return its id."""
     source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.owned_workflow.organization
     encrypted = data_source.encrypt_secrets(
         pods.gateway.state.vault,
-        {"token": "a secret"},
+        secrets,
         organization_id=organization.id,
         source_id=source_id,
     )
@@ -359,10 +396,10 @@ async def create_bearer_source(pods: DeployedPods) -> str:
         organization_id=organization.id,
         shard=organization.shard,
         owner_id=pods.owned_workflow.user_id,
-        name="A source",
-        type="http-bearer",
-        settings={},
-        secret_names=["token"],
+        name=f"A source of the type {kind}",
+        type=kind,
+        settings=settings,
+        secret_names=sorted(secrets),
         encrypted=encrypted.content,
         secret_id=encrypted.secret_id,
         secrets_set_at=now,
@@ -833,6 +870,7 @@ class HeldRun:
     gateway: InterruptibleGateway
     run: ClaimedRun
     source_id: str
+    model_id: str
     blob: str
     definition_hash: str
 
@@ -853,6 +891,7 @@ class HeldRun:
             "/log-ends": {"execution_ids": [execution_id]},
             "/answers": {"execution_ids": [execution_id]},
             "/executions/{id}/data-sources": {"source_id": self.source_id},
+            "/executions/{id}/models": {"model_id": self.model_id},
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
             "/executions/{id}/approval-links": {"places": [["greet", ""]]},
@@ -940,7 +979,8 @@ async def hold(pods: DeployedPods) -> HeldRun:
             id=run.execution_id,
             shard=run.shard,
         )
-    return HeldRun(pods.gateway, run, source_id, blob, run.definition_hash)
+    model_id = await create_model(pods)
+    return HeldRun(pods.gateway, run, source_id, model_id, blob, run.definition_hash)
 
 
 async def read_all_tables(run_database: RunDatabase, held: HeldRun) -> list[Any]:
@@ -981,6 +1021,8 @@ async def test_only_the_pod_that_holds_a_run_reads_or_changes_it(pods: DeployedP
     for path in ("/record", "/renew", "/definitions", "/spans", "/log-ends", "/answers"):
         assert own[path].json() != NOTHING[path]
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
+    model = msgspec.json.decode(own["/executions/{id}/models"].content, type=ModelConnection)
+    assert (model.key, model.price) == ("a key", ModelPrice("0.25", "2"))
 
 
 @ON_SQLITE

@@ -1,0 +1,103 @@
+"""Runs that call registered models: usage and cost are shown, keys never, and access is checked at the call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from messages.local_broker import LocalBroker
+from tests.fakes.model_server import KEY, ModelFault, ScriptedAnswer, serve_models
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.test_gateway_ai_models import MODELS, PRICE, create_model, create_provider
+from tests.integration.test_waiting_runs import execute_workflow, wait_until_ended
+from workers.main import run_worker
+from workers.settings import WorkerSettings
+
+USED = {
+    "calls": 1,
+    "inputTokens": 100,
+    "outputTokens": 20,
+    "cacheReadTokens": 0,
+    "cacheWriteTokens": 0,
+    "reasoningTokens": 0,
+    "isEstimated": False,
+    "cost": "0.000065",
+}
+
+
+@asynccontextmanager
+async def serve_worker(harness: GatewayHarness, url: str) -> AsyncIterator[None]:
+    """Run a worker whose operator allows the models at a URL."""
+    gateway = harness.gateway
+    shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
+    host = url.removeprefix("http://").removesuffix("/v1")
+    settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05, model_hosts=(host,))
+    broker = LocalBroker(channel=uuid4().hex)
+    async with run_worker(settings, gateway.store, broker, gateway.database):
+        yield
+    await broker.close()
+
+
+async def ask_model(person: UserClient, model_id: str) -> tuple[str, dict[str, Any]]:
+    """Run a workflow that asks a model; return the execution with its spans and log as text, and its progress."""
+    workflow_id = await person.create(
+        nodes=[
+            {"id": "start", "nodeId": "manual"},
+            {"id": "ask", "nodeId": "llm", "config": {"model": model_id, "prompt": "How is Oslo?"}},
+        ],
+        connections=[{"source": "start", "target": "ask"}],
+    )
+    execution_id = await execute_workflow(person, workflow_id)
+    return execution_id, await wait_until_ended(person, execution_id)
+
+
+async def test_usage_and_cost_are_shown_and_the_key_is_not(
+    harness: GatewayHarness, people: OrganizationUsers, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with serve_models() as served, serve_worker(harness, served.url):
+        model_id = await create_model(
+            people.owner, await create_provider(people.owner, served.url), price=PRICE
+        )
+        execution_id, ended = await ask_model(people.owner, model_id)
+    assert (ended["status"], ended["outputs"]["ask"]["response"]) == ("completed", "Cold."), ended["error"]
+    shown = await people.owner.api.get(f"/api/v1/executions/{execution_id}")
+    assert shown.json()["usage"] == USED
+    spans = await people.owner.api.get(f"/api/v1/executions/{execution_id}/spans")
+    assert {span["nodeId"]: span.get("usage") for span in spans.json()["spans"]} == {
+        "start": None,
+        "ask": USED,
+    }
+    listed = await people.owner.api.get("/api/v1/executions")
+    assert "usage" not in listed.json()["executions"][0]
+    assert served.headers[0]["authorization"].endswith(KEY)
+    assert KEY not in "".join((shown.text, spans.text, listed.text, *capfd.readouterr()))
+
+
+async def test_a_failed_call_hides_the_key_and_counts_nothing(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    refusing = ScriptedAnswer(fault=ModelFault.REPEATS_KEY)
+    async with serve_models(refusing) as served, serve_worker(harness, served.url):
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        execution_id, ended = await ask_model(people.owner, model_id)
+    assert ended["error"]["cause"]["code"] == "model-key-refused"
+    shown = await people.owner.api.get(f"/api/v1/executions/{execution_id}")
+    assert (shown.json()["usage"]["calls"], shown.json()["usage"]["cost"]) == (0, "0")
+    assert KEY not in shown.text
+
+
+async def test_a_run_may_call_a_model_as_long_as_its_user_may(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with serve_models() as served, serve_worker(harness, served.url):
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        for is_shared, status in ((False, "failed"), (True, "completed"), (False, "failed")):
+            await people.owner.api.put(f"{MODELS}/{model_id}", json={"isShared": is_shared})
+            _, ended = await ask_model(people.colleague, model_id)
+            assert ended["status"] == status
+    assert ended["error"]["cause"]["code"] == "model-not-found"
+    assert len(served.billed) == 1
