@@ -9,7 +9,9 @@ import structlog
 from msgspec import Meta
 
 from concurrency import offload
+from engine import values
 from engine.run_limits import RunLimits
+from engine.values import InvalidJson
 from gateway.http import errors, limits, wire
 from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
@@ -119,7 +121,7 @@ async def _read_content(request: GatewayRequest) -> Json:
         return None
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not media_type.startswith("text/"):
-        return await wire.json_of(request, raw)
+        return await _decode_json(raw, media_type)
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -127,6 +129,15 @@ async def _read_content(request: GatewayRequest) -> Json:
     if "\0" in text:
         raise ApiError(400, "nul-character", "The text contains the character NUL")
     return text
+
+
+async def _decode_json(raw: bytes, media_type: str) -> Json:
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise ApiError(415, "unsupported-media-type", "Send application/json or a text")
+    try:
+        return await offload.run(values.decode_json, raw)
+    except InvalidJson as error:
+        raise ApiError(400, error.code, error.message) from error
 
 
 async def _encode_answer(request: GatewayRequest, content: Json) -> bytes:

@@ -63,7 +63,7 @@ ROUTES: Final[Sequence[Route]] = (
         EXECUTE,
         task_decisions.cancel,
         answer=task_decisions.DecidedTask,
-        docs=OperationDoc(refusals=("task-ended",)),
+        docs=OperationDoc(refusals=("task-ended", "task-runs-once")),
     ),
     Route(
         "GET",

@@ -129,6 +129,8 @@ TWO_SCOPES: Expected = {caller: WRONG_SCOPE if answer == OK else answer for call
 """Operations that require a second scope besides that of a reader."""
 ANY_KEY: Expected = {**OWN, CallerKind.WRONG_SCOPE: OK}
 EVERYBODY: Expected = dict.fromkeys(OWN, OK)
+UNKNOWN_TO_ALL: Expected = dict.fromkeys(OWN, NOT_FOUND)
+"""Operations that take a token, which none of the callers has."""
 
 
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -281,6 +283,20 @@ async def create_task(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001
     async def add(connection: AsyncConnection) -> None:
         run = (await connection.execute(select(Execution).where(col(Execution.id) == execution_id))).one()
         row = make_task_row(task_id, run, "step", state="completed", ended_at=datetime.now(UTC))
+        await connection.execute(insert(Task).values(row))
+
+    await cast.harness.gateway.database.transaction(add)
+    return task_id
+
+
+async def create_open_task(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Make a task that waits for a worker, and return its id."""
+    execution_id = await create_failed_execution(cast, is_public)
+    task_id = f"task_{uuid4().hex}"
+
+    async def add(connection: AsyncConnection) -> None:
+        run = (await connection.execute(select(Execution).where(col(Execution.id) == execution_id))).one()
+        row = make_task_row(task_id, run, "step", state="ready")
         await connection.execute(insert(Task).values(row))
 
     await cast.harness.gateway.database.transaction(add)
@@ -490,6 +506,7 @@ MADE: Sequence[Make] = (
         create_delivery,
         create_node_type,
         create_task,
+        create_open_task,
         create_task_worker,
     ),
     *(create_failed_execution, create_waiting_execution, create_key, create_session, create_data_source),
@@ -603,6 +620,8 @@ ROWS = [
     AccessRow("POST", "/api/v1/tasks/stop", KeyScope.TASKS_WORK, OWN, body={"worker": "w_2"}),
     AccessRow("GET", "/api/v1/tasks", READ, OWN),
     AccessRow("GET", "/api/v1/tasks/{id}", READ, READERS, create_task),
+    AccessRow("POST", "/api/v1/tasks/{id}/retry", EXECUTE, READERS, create_open_task),
+    AccessRow("POST", "/api/v1/tasks/{id}/cancel", EXECUTE, READERS, create_open_task),
     AccessRow("GET", "/api/v1/tasks/{id}/input", KeyScope.TASKS_WORK, TASK_HOLDERS, create_task),
     AccessRow("PUT", "/api/v1/tasks/{id}/output", KeyScope.TASKS_WORK, TASK_HOLDERS, create_task, body={}),
     AccessRow("GET", "/api/v1/workers", READ, OWN),
@@ -781,6 +800,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/why", READ, OWN),
     AccessRow("GET", f"{EXECUTION}/pending-inputs", READ, READERS, create_waiting_execution),
     AccessRow("POST", f"{EXECUTION}/input", EXECUTE, READERS, create_waiting_execution, ANSWER),
+    AccessRow("POST", f"{EXECUTION}/callback", None, UNKNOWN_TO_ALL, create_failed_execution),
     run_row("POST", "/stop", scope=EXECUTE),
     run_row("POST", "/cancel", scope=EXECUTE),
     AccessRow("POST", f"{EXECUTION}/replay", EXECUTE, READERS, create_failed_execution, DRY_RUN_ONLY),

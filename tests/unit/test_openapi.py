@@ -35,6 +35,7 @@ CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").re
 COMPUTED: dict[str, set[str]] = {
     "gateway.dashboard.page_request._value_of": set(),  # the refusals of other routes
     "gateway.http.wire.json_of": {*JSON_CODES},
+    "gateway.executions.callbacks._decode_json": {*JSON_CODES},
     "gateway.executions.acceptance.require_open": {"workflow-paused", "workflow-archived"},
     "gateway.http.errors.no_such_trigger": {
         *("no-queue-trigger", "no-email-trigger", "no-event-trigger", "no-webhook-trigger")

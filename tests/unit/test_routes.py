@@ -24,6 +24,8 @@ def test_public_routes_are_listed_here() -> None:
     assert public == looked_at | {
         # The token in the path is the key.
         ("POST", "/hooks/{id}"),
+        # The token in the query is the key.
+        ("POST", "/api/v1/executions/{id}/callback"),
         ("GET", "/mail/{id}"),
         ("POST", "/mail/{id}"),
         # Preflight requests of senders, which can't carry a key.
@@ -36,7 +38,10 @@ def test_changes_require_a_scope() -> None:
     # A visitor may always end a session of their own.
     own = {"/api/v1/auth/sessions/{id}"}
     asks = {"/api/v1/workflows/{id}/validate", "/api/v1/workflows/{id}/lifecycle/preview"}
-    public = {"/hooks/{id}", "/mail/{id}", "/api/v1/workflows/events"}
+    public = {
+        *("/hooks/{id}", "/mail/{id}", "/api/v1/workflows/events"),
+        "/api/v1/executions/{id}/callback",
+    }
     assert {
         line.path
         for line in routes.TABLE
