@@ -33,6 +33,10 @@ EXAMINED_RUNS: Final = 5_000
 """Executions that a list with `after` examines to count those that match."""
 EXAMINED_DEAD_LETTERS: Final = 2_000
 """Failed executions that a list of the dead letters of an organization examines."""
+REDRIVE_COUNT: Final = 2_000
+"""Dead letters, or deliveries, of an organization that a redrive or purge counts."""
+EXAMINED_FOR_REDRIVE: Final = 100_000
+"""Failed executions, or deliveries, that a redrive or purge for an organization examines, the oldest first."""
 GROUPED_DEAD_LETTERS: Final = 1_000
 """Newest dead letters that are grouped by cause."""
 QUERY_FIELDS: Final = 50

@@ -19,7 +19,7 @@ from sqlalchemy import and_, literal_column, or_, select
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_TAKEN_UP
-from gateway.http import idempotency, keyset, limits
+from gateway.http import idempotency, keyset
 from gateway.http.keyset import KeysetBounds, PageCursor
 from gateway.ingest import delivery_rows
 from models.execution import Execution, Idempotency
@@ -149,12 +149,17 @@ def describe_cause(execution: FailedRun) -> ErrorCause:
 
 
 async def find_dead_letters(
-    connection: AsyncConnection, caller: ApiCaller, wanted: DeadLetterFilter, bounds: KeysetBounds
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    wanted: DeadLetterFilter,
+    bounds: KeysetBounds,
+    *,
+    examined: int,
 ) -> OpenRows[FailedRun]:
     """Return the dead letters after a cursor that the caller may see and that match, up to the limit of `bounds`.
 
-    A dead letter is a failed run of an inbound request that was neither redriven nor purged. At most 2,000
-    failed runs are read, so there may be fewer although others follow.
+    A dead letter is a failed run of an inbound request that was neither redriven nor purged. About as many
+    failed runs as `examined` are read at most, so there may be fewer although others follow.
     """
     statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted))
 
@@ -162,14 +167,19 @@ async def find_dead_letters(
         return wanted.group is None or describe_cause(failed).fingerprint == wanted.group
 
     source = _RowSource(FailedRun, statement, col(Execution.created_at), col(Execution.id))
-    return await _find_open(connection, caller, source, bounds, matches)
+    return await _find_open(connection, caller, source, bounds, matches, examined)
 
 
 async def find_deliveries(
-    connection: AsyncConnection, caller: ApiCaller, wanted: DeliveryFilter, bounds: KeysetBounds
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    wanted: DeliveryFilter,
+    bounds: KeysetBounds,
+    *,
+    examined: int,
 ) -> OpenRows[DeliveryKey]:
     """Return the deliveries after a cursor that the caller may see, that match, and that can be and were not
-    redriven.
+    redriven; about as many as `examined` are read at most.
 
     A redrive is a new attempt to process a delivery; its content must be kept.
     """
@@ -181,7 +191,7 @@ async def find_deliveries(
         *delivery_rows.visible_conditions(caller),
     )
     source = _RowSource(DeliveryKey, statement, col(Delivery.created_at), col(Delivery.id))
-    return await _find_open(connection, caller, source, bounds, lambda _: True)
+    return await _find_open(connection, caller, source, bounds, lambda _: True, examined)
 
 
 async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterable[str]) -> dict[str, str]:
@@ -235,9 +245,11 @@ async def _find_open(
     source: _RowSource[Row],
     bounds: KeysetBounds,
     matches: Callable[[Row], bool],
+    examined_at_most: int,
 ) -> OpenRows[Row]:
-    """Return the rows of a source that match and are neither redriven nor purged, up to limit and 2,000
-    examined ones.
+    """Return the rows of a source that match and are neither redriven nor purged, up to the limit of `bounds`.
+
+    No batch is read once `examined_at_most` rows are.
     """
     await keyset.follow_indexes(connection)
     found: list[Row] = []
@@ -253,7 +265,7 @@ async def _find_open(
                     return OpenRows(found, None if is_all else row)
         if is_last:
             return OpenRows(found, None)
-        if examined >= limits.EXAMINED_DEAD_LETTERS:
+        if examined >= examined_at_most:
             break
     return OpenRows(found, last)
 

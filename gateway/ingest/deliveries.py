@@ -204,17 +204,19 @@ async def index_all(request: GatewayRequest) -> JsonResponse:
 async def redrive_all(request: GatewayRequest) -> JsonResponse:
     """Run workflows again on the content of the organization's deliveries with one outcome, the oldest first.
 
-    At most 2,000 matching deliveries are examined and 1,000 redriven at a time; `remaining` counts the others.
-    Repeated requests run each delivery once.
+    At most 1,000 are redriven at a time; `remaining` counts others, up to 2,000 in all. The oldest 100,000
+    deliveries that match are examined. Repeated requests run each delivery once.
     """
     body = await decode_body(request, RedriveOrganizationDeliveries)
     chosen = body.filter
     wanted = DeliveryFilter(
         chosen.outcome, chosen.route, chosen.created_after, chosen.created_before, chosen.workflow_id
     )
-    bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
+    bounds = KeysetBounds(limits.REDRIVE_COUNT, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
-        found = await dead_letter_rows.find_deliveries(connection, request.caller, wanted, bounds)
+        found = await dead_letter_rows.find_deliveries(
+            connection, request.caller, wanted, bounds, examined=limits.EXAMINED_FOR_REDRIVE
+        )
     rows = {one.id: one for one in found.rows[: body.limit]}
 
     async def again(delivery_id: str) -> AcceptanceResult:

@@ -152,7 +152,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
         )
     bounds = KeysetBounds(query[LIMIT], is_descending, cursor)
     async with request.gateway.database.read() as connection:
-        found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
+        found = await dead_letter_rows.find_dead_letters(
+            connection, request.caller, wanted, bounds, examined=limits.EXAMINED_DEAD_LETTERS
+        )
         given = await delivery_rows.read_input(connection, [failed.id for failed in found.rows])
         names = await dead_letter_rows.read_workflow_names(
             connection, [failed.workflow_id for failed in found.rows]
@@ -187,7 +189,9 @@ async def groups(request: GatewayRequest) -> JsonResponse:
     )
     bounds = KeysetBounds(limits.GROUPED_DEAD_LETTERS, is_descending=True, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
-        found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
+        found = await dead_letter_rows.find_dead_letters(
+            connection, request.caller, wanted, bounds, examined=limits.EXAMINED_DEAD_LETTERS
+        )
         names = await dead_letter_rows.read_workflow_names(
             connection, [failed.workflow_id for failed in found.rows]
         )
@@ -208,8 +212,8 @@ async def groups(request: GatewayRequest) -> JsonResponse:
 async def redrive(request: GatewayRequest) -> JsonResponse:
     """Run the present workflows again on the input of the organization's dead letters, the oldest first.
 
-    At most 2,000 failed runs are examined and 1,000 redriven at a time; `remaining` counts the others. Repeated
-    requests run each dead letter once.
+    At most 1,000 are redriven at a time; `remaining` counts others, up to 2,000 in all. The oldest 100,000
+    failed runs are examined. Repeated requests run each dead letter once.
     """
     body = await decode_body(request, SelectDeadLetters)
     matched, chosen = await _choose(request, body, body.filter.wanted())
@@ -252,12 +256,17 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _choose(
     request: GatewayRequest, body: SelectDeadLetters, wanted: DeadLetterFilter
 ) -> tuple[int, Sequence[FailedRun]]:
-    """Return the number of dead letters that match among the 2,000 oldest, and the oldest of these, up to the
-    body's limit.
+    """Return the number of dead letters that match and the caller may see, at most 2,000, and the oldest of
+    these, up to the body's limit.
+
+    `wanted` replaces the body's filter. At most 100,000 failed runs are examined, the oldest first; those
+    already redriven or purged are among them.
     """
-    bounds = KeysetBounds(limits.EXAMINED_DEAD_LETTERS, is_descending=False, cursor=FIRST_PAGE)
+    bounds = KeysetBounds(limits.REDRIVE_COUNT, is_descending=False, cursor=FIRST_PAGE)
     async with request.gateway.database.read() as connection:
-        found = await dead_letter_rows.find_dead_letters(connection, request.caller, wanted, bounds)
+        found = await dead_letter_rows.find_dead_letters(
+            connection, request.caller, wanted, bounds, examined=limits.EXAMINED_FOR_REDRIVE
+        )
     return len(found.rows), found.rows[: body.limit]
 
 

@@ -237,6 +237,22 @@ async def test_a_request_examines_a_bounded_number_of_failed_runs(
     assert (groups["count"], groups["countIsLowerBound"]) == (3, True)
 
 
+async def test_dead_letters_behind_many_that_were_redriven_are_redriven_too(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "EXAMINED_DEAD_LETTERS", 2)
+    monkeypatch.setattr(dead_letter_rows, "BATCH", 2)
+    workflow_id = await create_active_workflow(people.owner)
+    await fail_alike(
+        harness, [await enqueue(people.owner, workflow_id, number) for number in range(7)], "Broken"
+    )
+    every = {"filter": {"workflowId": workflow_id}, "limit": 5}
+    first = (await people.owner.api.post(f"{DEAD_LETTERS}/redrive", json=every)).json()
+    assert (first["matched"], first["redriven"], first["remaining"]) == (7, 5, 2)
+    rest = (await people.owner.api.post(f"{DEAD_LETTERS}/redrive", json=every)).json()
+    assert (rest["matched"], rest["redriven"], rest["remaining"]) == (2, 2, 0)
+
+
 async def test_a_stream_hints_that_something_was_delivered(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
