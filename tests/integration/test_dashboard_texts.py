@@ -118,6 +118,8 @@ BODIES: Mapping[str, dict[str, Any]] = {
 """Bodies that create or change objects, by operation; each other field of a text is added to a copy of its own."""
 WITHOUT_OBJECTS = {
     "PUT /api/v1/datasources/{id}": "the texts of a data source",
+    "POST /api/v1/ai/models": "a language model, on no page",
+    "PUT /api/v1/ai/models/{id}": "a language model, on no page",
     "POST /api/v1/workflows/{id}/connections": "the texts of a connection of a workflow",
     "POST /api/v1/executions/{id}/replay": "ids and the hash of a plan",
     "POST /api/v1/workflows/{id}/trigger": "tags and metadata as in execute, and needs pods",
