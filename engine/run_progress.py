@@ -284,7 +284,10 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def reuse(self, visit: NodeVisit, candidate: NodeSpan) -> None:
-        """Complete a node with its result in an earlier run, whose key is the same, and schedule its successors."""
+        """Complete a node with its result in an earlier run instead of running it, and schedule its successors.
+
+        Call this only if the node's key (see `engine.node_key`) is that of the result.
+        """
         frame, node_id, text = visit.frame, visit.node_id, candidate.output or b"null"
         frame.outputs[node_id] = frame.nodes[node_id] = values.restore_json(text)
         frame.digests[node_id] = sha256(candidate.output or b"").digest()
@@ -314,7 +317,10 @@ class RunProgress:
                 self._recorder.record_skipped(node, frame.iteration)
 
     def _on_node_settled(self, frame: SectionFrame) -> None:
-        """Count down the open nodes of a frame; the last one ends the iteration, if the frame is one."""
+        """Count down the open nodes of a frame (ready, running or asleep); the last one ends an iteration.
+
+        Call this for each node that completes or fails; skipped nodes were never open.
+        """
         frame.open -= 1
         if frame.open == 0 and frame.loop is not None:
             self._loops.end_iteration(frame, frame.loop)

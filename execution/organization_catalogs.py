@@ -94,9 +94,10 @@ class OrganizationCatalogs:
         versions: Mapping[tuple[str, str], VersionState],
         earlier: CachedCatalog | None,
     ) -> CachedCatalog:
-        """Return the catalog of an organization in these versions of its custom types.
+        """Return the catalog of an organization with these versions of its custom node types, by type and version.
 
-        Documents that an earlier catalog has aren't read again.
+        Documents that an earlier catalog has with the same hash aren't read again. Versions deleted meanwhile
+        are left out.
         """
         known = {} if earlier is None else earlier.versions
         documents = {

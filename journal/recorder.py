@@ -222,7 +222,7 @@ class RunJournal:
         self._has_large = False
         self._control = control or RunControl()
         self._settled = set(settled)
-        self._write = self._clear_pending()
+        self._write = self._create_write()
         self._commit_lock = asyncio.Lock()
         self._is_broken = False
         self._is_new = is_new
@@ -404,13 +404,13 @@ class RunJournal:
 
     def _take_pending(self) -> RunWrite:
         """Return the write with everything recorded, and begin a new one; the caller holds the commit lock."""
-        write, self._write = self._write, self._clear_pending()
+        write, self._write = self._write, self._create_write()
         write.completed_nodes = len(self._settled)
         write.progress = percent_of(self._done)
         return write
 
-    def _clear_pending(self) -> RunWrite:
-        """Return an empty write for the next records."""
+    def _create_write(self) -> RunWrite:
+        """Return an empty write of this run for its next records, under its lease."""
         execution_id, shard = self._lease.key
         return RunWrite(execution_id, shard, self._lease.token, clock_moved=HOST_TIME.moved)
 

@@ -202,8 +202,10 @@ async def postpone_schedules(
 
 
 async def reset_schedules_ahead(connection: AsyncConnection, now: ColumnElement[int]) -> int:
-    """Recompute the next instants of up to 200 schedules that a clock ahead of the present one has computed;
-    return their number.
+    """Recompute the next instants of up to 200 schedules that were planned by a clock over a second ahead of `now`.
+
+    `now` is in microseconds since 1970. Return their number; with 200, more may follow. Locked schedules are
+    passed over; an invalid timetable is stored as the schedule's problem.
     """
     ahead = (
         select(Schedule, col(WorkflowTrigger.config), now.label("now"))

@@ -114,10 +114,10 @@ def _check_names(columns: Sequence[str]) -> None:
 
 
 async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
-    """Return all columns of the rows in order of appearance, and each row's values, null for missing ones.
+    """Return all columns of the rows to write in order of appearance, and each row's values, null for missing ones.
 
-    With `columns` in the config, each item is mapped by it first. Raises `NodeError` for a row that is no
-    object.
+    The rows are `rows` of the config, else the node's data or the list in it; `columns` of the config maps each
+    row first. Raises `NodeError` for a row that is no object, and for over 100,000 rows.
     """
     template = call.values.get("columns")
     turn = LoopShare()

@@ -144,7 +144,10 @@ def run_deployer() -> None:
 
 
 def run_runner() -> None:
-    """Run the executions of one deployed workflow in its pod, until a stop signal."""
+    """Run the executions of one deployed workflow in its pod, until a stop signal or until the pod is orphaned.
+
+    The environment has its settings. Runs may then finish for the drain time; others are handed off.
+    """
     from runner.settings import RunnerSettings
 
     settings = RunnerSettings()  # type: ignore[call-arg]  # pydantic reads them from the environment

@@ -40,9 +40,10 @@ def parse_date(date: Json, zone: str = "UTC") -> str:
 
 @define_operation("format-date")
 def format_date(date: str, form: str, zone: str = "UTC") -> str:
-    """Format a date with a pattern such as `%Y-%m-%d %H:%M`, in a time zone.
+    """Format an ISO 8601 date with a pattern such as `%Y-%m-%d %H:%M`, in a time zone.
 
-    Raises `OperationError` for other codes of patterns, invalid dates and unknown time zones.
+    A date without an offset is in UTC. Codes: `%Y %y %m %d %j %H %I %M %S %p %a %A %b %B %z %Z %%`. Raises
+    `OperationError` for other codes, a pattern over 1,000 characters, invalid dates and unknown time zones.
     """
     unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - _FORMAT_CODES
     if unknown or len(form) > MAX_FORMAT_LENGTH:

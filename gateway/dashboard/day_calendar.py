@@ -75,10 +75,11 @@ def list_forecast(
     *,
     is_up: bool,
 ) -> Sequence[UpTime]:
-    """Return the times in which a deployment will be up without further events, until the end of the calendar.
+    """Return the times in which a deployment will be up without further events.
 
-    With a `scheduled-window` policy they are its windows; otherwise, if it is up, one time until its next
-    planned stop. Empty for one that is down.
+    `lifecycle` is the API's answer for the workflow, `transitions` are its planned starts and stops in order.
+    With a `scheduled-window` policy, the times are those between them, even if it is down now. Otherwise it is
+    one time until the next planned stop, or until the end of the calendar without one; none if it is down.
     """
     end_of_calendar = start_of_day(now) + (FUTURE_DAYS + 1) * DAY
     if lifecycle["lifecyclePolicy"]["type"] == "scheduled-window":

@@ -181,9 +181,11 @@ async def sign(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Register an event wait of a node, and answer with the time when it expires.
+    """Register that a node of the path's run waits for an event, and answer with the time when the wait expires.
 
-    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    It is null for a wait without a limit, and if the run is gone or the node has its answer. Earlier events
+    within its period answer it at once. Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database
+    does not answer.
     """
     call = await decode_call(request, ExpectEventRequest)
     record_checks.require_readable(call)

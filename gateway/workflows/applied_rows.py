@@ -32,9 +32,9 @@ async def lock_organization(connection: AsyncConnection, organization_id: str) -
 async def find_named(
     connection: AsyncConnection, caller: ApiCaller, names: Collection[str]
 ) -> Mapping[str, Sequence[StoredWorkflow]]:
-    """Return the workflows with these names that the caller may read, by name, locked against other changes.
+    """Return the workflows with these names that the caller may read, by name, locked until the transaction ends.
 
-    Templates are left out. A name may have several.
+    Templates are left out. A name may have several; a name without any is omitted.
     """
     statement = (
         select(col(Workflow.id))

@@ -173,9 +173,10 @@ _REPEATED: Final = {
 async def _read_news(
     connection: AsyncConnection, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
 ) -> OrganizationNews:
-    """Return what is new for an organization's polls, by one statement; claims nothing.
+    """Return the news of an organization: its queues with tasks and its cancellations, whatever `polls` serve.
 
-    `worker_ids` are the workers for which it is asked whether they leave.
+    `polls` are those that may repeat an earlier claim, whose tasks are then read by a second statement. Of
+    `worker_ids`, those that leave are returned. Claims nothing.
     """
     values = {
         "organization_id": organization_id,

@@ -145,8 +145,10 @@ def file_text(document: Mapping[str, Any]) -> str:
 def name_files(
     folder: Path, documents: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield a path in the folder for each document, made of its name in lower case; equal ones are numbered
-    from 2 on.
+    """Yield a path in the folder, such as `my-flow.yaml`, for each document, from its `name` in lower case.
+
+    Other characters than ASCII letters and digits become hyphens, so that every name is safe as a file name;
+    equal results are numbered from 2 on. Writes nothing.
     """
     taken: set[str] = set()
     for document in documents:
