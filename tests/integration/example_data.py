@@ -35,7 +35,7 @@ DATABASE = {
     "settings": {"host": "127.0.0.1", "database": "shop", "user": "reader"},
     "secrets": {"password": "a-password"},
 }
-PROVIDER = {"name": "Models", "type": "ai-provider", "settings": {"baseUrl": "http://127.0.0.1:9/v1"}}
+PROVIDER = {"type": "ai-provider", "settings": {"baseUrl": "http://127.0.0.1:9/v1"}}
 CONNECTIONS = [
     {"source": "start", "target": "node_1"},
     {"id": "conn-abc123", "source": "node_1", "target": "node-xyz123"},
@@ -56,8 +56,13 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await _send(
         people, "POST", f"datasources/{source['dataSourceId']}/share", {"userId": people.owner.user.id}
     )
-    provider = await _send(people, "POST", "datasources", PROVIDER)
-    model = {"name": "Small", "vendorModelId": "gpt-5-mini", "dataSourceId": provider["dataSourceId"]}
+    body = {"name": f"Models for {workflow_id}", **PROVIDER}
+    provider = await _send(people, "POST", "datasources", body)
+    model = {
+        "name": f"Small for {workflow_id}",
+        "vendorModelId": "gpt-5-mini",
+        "dataSourceId": provider["dataSourceId"],
+    }
     model = await _send(people, "POST", "ai/models", model)
     hook = await admin.create(nodes=[HOOK, NODES[1]], connections=CONNECTIONS[:1], status="active")
     token = await _send(people, "POST", f"workflows/{hook}/trigger-token", {})
