@@ -20,6 +20,7 @@ from tests.integration.gateway_harness import (
     TRIGGER,
     GatewayHarness,
     OrganizationUsers,
+    UserClient,
     assert_refused,
 )
 
@@ -30,6 +31,9 @@ SOURCE = {
     "settings": {"host": "db.example.com", "database": "d", "user": "u"},
     "secrets": {"password": "p"},
 }
+MODELS = "/api/v1/ai/models"
+PROVIDER = {"name": "Models", "type": "ai-provider", "settings": {"baseUrl": "https://api.example.com/v1"}}
+MODEL = {"name": "Small", "vendorModelId": "small-1", "price": {"input": "0.25", "output": "2"}}
 SCHEDULE: dict[str, Any] = {
     "timezone": "Europe/Berlin",
     "windows": [{"days": [1], "startTime": "09:00", "endTime": "17:00"}],
@@ -270,6 +274,14 @@ async def test_a_version_is_taken_as_another_is_shown(people: OrganizationUsers)
 # ── every resource ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def create_model(person: UserClient) -> str:
+    """Create a model with a price, and its provider; return the model's id."""
+    provider = await person.api.post("/api/v1/datasources", json=PROVIDER)
+    body = {**MODEL, "dataSourceId": provider.json()["dataSourceId"]}
+    model_id: str = (await person.api.post(MODELS, json=body)).json()["modelId"]
+    return model_id
+
+
 async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
     api = people.admin.api
     step = {**STEP, "inputMappings": {"a": "data.a"}, "passThroughValues": {"b": "b"}}
@@ -277,6 +289,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
     node = f"{workflow}/nodes/step"
     made = await api.post("/api/v1/datasources", json={**SOURCE, "name": "Of the walk"})
     source = f"/api/v1/datasources/{made.json()['dataSourceId']}"
+    model = f"{MODELS}/{await create_model(people.admin)}"
     for path in (workflow, source):
         share = {"userId": people.colleague.user.id}
         assert (await api.post(f"{path}/share", json=share)).is_success
@@ -300,17 +313,21 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
             f"{node}/passthrough-values": [pass_through.json()],
             source: [data_source],
             f"{source}/visibility": [data_source],
+            model: [(await api.get(model)).json()],
         }
 
     before = await shown()
-    named = {
-        path.replace(workflow, f"{WORKFLOWS}/{{id}}").replace(source, "/api/v1/datasources/{id}")
-        for path in before
+    templates = {
+        workflow: f"{WORKFLOWS}/{{id}}",
+        source: "/api/v1/datasources/{id}",
+        model: f"{MODELS}/{{id}}",
+        "/nodes/step": "/nodes/{sub}",
     }
+    named = set(before)
+    for actual, template in templates.items():
+        named = {path.replace(actual, template) for path in named}
     # The output of a task has no type, since it is any JSON.
-    assert {name.replace("/nodes/step", "/nodes/{sub}") for name in named} == {
-        line.path for line in routes.TABLE if line.method == "PUT" and line.body is not None
-    }
+    assert named == {line.path for line in routes.TABLE if line.method == "PUT" and line.body is not None}
     for path, bodies in before.items():
         for body in bodies:
             response = await api.put(path, json=body)
