@@ -372,7 +372,7 @@ TRIGGERS = [
     ("query", "types"),
     [
         ("search=csv", ["csv-format", "csv-parse", "file-parse"]),
-        ("search=LANGUAGE+MODEL", ["agent", "llm"]),
+        ("search=LANGUAGE+MODEL", ["agent", "classifier", "extract", "llm"]),
         ("category=triggers", TRIGGERS),
         ("category=ai&search=http", ["tool"]),
         ("type=set", ["set"]),
