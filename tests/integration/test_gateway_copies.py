@@ -50,6 +50,7 @@ THIRD_SOURCE = {
     "config": {"dataSource": "ds_001", "query": "SELECT 3"},
 }
 MODEL = {"id": "model", "nodeId": "llm", "config": {"model": "model_001"}}
+AGENT = {"id": "agent", "nodeId": "agent", "config": {"model": "model_001", "prompt": "Be brief."}}
 CALL = {
     "id": "call",
     "nodeId": "http-request",
@@ -387,16 +388,18 @@ async def test_unreadable_workflows_cannot_be_copied(residents: OrganizationUser
 
 
 async def test_an_import_first_lists_references_to_resolve(people: OrganizationUsers) -> None:
-    document = await export_workflow(people.owner, await people.owner.create(**WHOLE))
+    whole = {**WHOLE, "nodes": [*WHOLE["nodes"], AGENT]}
+    document = await export_workflow(people.owner, await people.owner.create(**whole))
     before = (await people.stranger.api.get(WORKFLOWS)).json()["count"]
     response = await post(people.stranger, "/import", {"document": document})
     assert response.status_code == 200
     plan = response.json()
     assert (plan["created"], plan["name"]) == (False, "Orders, every day")
-    assert (plan["nodeCount"], plan["connectionCount"]) == (6, 4)
+    assert (plan["nodeCount"], plan["connectionCount"]) == (7, 4)
     assert plan["references"] == document["references"]
     assert plan["findings"]["errors"] == []
-    assert {finding["type"] for finding in plan["findings"]["warnings"]} >= {"not-runnable"}
+    warnings = {(finding["type"], finding["nodeId"]) for finding in plan["findings"]["warnings"]}
+    assert ("not-runnable", "agent") in warnings
     assert "workflowId" not in plan
     assert (await people.stranger.api.get(WORKFLOWS)).json()["count"] == before
 

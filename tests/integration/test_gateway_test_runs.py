@@ -141,15 +141,15 @@ FAILING = {"id": "fails", "nodeId": "stop-with-error", "config": {"message": "ne
 
 
 async def test_nothing_before_a_pinned_node_runs(harness: GatewayHarness, people: OrganizationUsers) -> None:
-    model = {"id": "model", "nodeId": "llm", "config": {"model": "{{ what", "no": "field"}}
+    agent = {"id": "agent", "nodeId": "agent", "config": {"model": "{{ what", "no": "field"}}
     workflow_id = await people.owner.create(
-        **chain_graph(TRIGGER, FAILING, model, set_node("last", a="{{ data.x }}"))
+        **chain_graph(TRIGGER, FAILING, agent, set_node("last", a="{{ data.x }}"))
     )
-    response = await execute_workflow(people.owner, workflow_id, pinned={"model": {"x": [7]}})
+    response = await execute_workflow(people.owner, workflow_id, pinned={"agent": {"x": [7]}})
     progress = await wait_until_ended(people.owner, response)
     assert (progress["status"], progress["totalNodes"]) == ("completed", 2)
-    assert progress["outputs"] == {"model": {"x": [7]}, "last": {"x": [7], "a": [7]}}
-    assert (await read_definition(harness, response.json()["executionId"]))["pinned"] == {"model": {"x": [7]}}
+    assert progress["outputs"] == {"agent": {"x": [7]}, "last": {"x": [7], "a": [7]}}
+    assert (await read_definition(harness, response.json()["executionId"]))["pinned"] == {"agent": {"x": [7]}}
 
 
 async def test_nodes_with_other_successors_still_run(people: OrganizationUsers) -> None:
@@ -356,7 +356,7 @@ async def test_an_impossible_test_run_is_refused(people: OrganizationUsers) -> N
             set_node("twin", a=1),
             set_node("twin", a=2),
             UNFINISHED,
-            {"id": "model", "nodeId": "llm"},
+            {"id": "agent", "nodeId": "agent"},
         ],
         connections=[],
     )
@@ -365,8 +365,8 @@ async def test_an_impossible_test_run_is_refused(people: OrganizationUsers) -> N
     assert error_details(await request_node_test(people.owner, workflow_id, "later")) == [
         ("nodes.later", "invalid-config")
     ]
-    assert ("nodes.model", "not-runnable") in error_details(
-        await request_node_test(people.owner, workflow_id, "model")
+    assert ("nodes.agent", "not-runnable") in error_details(
+        await request_node_test(people.owner, workflow_id, "agent")
     )
     given = {"nodes": {"start": 1, "later": 2, "lateer": 3}}
     found = error_details(await request_node_test(people.owner, workflow_id, "later", **given))
