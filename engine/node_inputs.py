@@ -112,9 +112,9 @@ class NodeInputs:
     def build_call(self, visit: NodeVisit, roots: Mapping[str, Json] | None = None) -> NodeCall:
         """Render the config of a visit, compute its key, and return the call of the node.
 
-        A recorded config is used unchanged. Raises `ExpressionError`, `InvalidJson`, `BudgetExceeded`, and
-        `NodeError` for missing configuration or, in a strict graph, unresolved paths. See `reach_node` for
-        `roots`.
+        A recorded config is used unchanged, with the defaults of later fields. Raises `ExpressionError`,
+        `InvalidJson`, `BudgetExceeded`, and `NodeError` for missing configuration or, in a strict graph,
+        unresolved paths. See `reach_node` for `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._recorder.clock.now()
@@ -125,7 +125,7 @@ class NodeInputs:
             # Nodes that settle while this one runs must not change what it reads: its key says what that is.
             scope["nodes"] = _select_nodes(frame.nodes, program.late_nodes)
         if visit.resolved_config is not None:
-            visit.config = cast("Mapping[str, Json]", values.restore_json(visit.resolved_config))
+            visit.config = _restore_config(program, visit.resolved_config)
         else:
             visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
         if visit.unresolved:
@@ -138,7 +138,7 @@ class NodeInputs:
             if program.is_given_again and not program.config.is_static:
                 # The node receives exactly the recorded config: `nodes` may grow while that is being
                 # committed.
-                visit.config = cast("Mapping[str, Json]", values.restore_json(rendered))
+                visit.config = _restore_config(program, rendered)
             dynamic = sha256(dynamic + rendered).digest()
         visit.hashes = program.static_hashes + dynamic + program.key_end
         if program.outside:
@@ -305,6 +305,13 @@ def _apply_mappings(
             value = None
         mapped[name] = value
     return {**data, **mapped} if isinstance(data, dict) else mapped
+
+
+def _restore_config(program: NodeProgram, recorded: bytes) -> Mapping[str, Json]:
+    """Return a recorded config, with the defaults of fields that are newer than it; nested objects stay as
+    they are.
+    """
+    return {**program.defaults, **cast("Mapping[str, Json]", values.restore_json(recorded))}
 
 
 def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Final, Self
@@ -84,6 +84,8 @@ class NodeProgram:
     join: JoinConfig | None = None
     is_given_again: bool = False
     """Whether its first input is recorded and reused whenever the node is resumed."""
+    defaults: Mapping[str, Json] = field(default_factory=dict)
+    """Fields of the config that the definition lacks, for a recorded config of an older release."""
     is_pinned: bool = False
 
 
@@ -311,6 +313,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
         join=JoinConfig.from_config(config) if node_type.joins else None,
         is_volatile=any(rule.applies_to(config) for rule in node_type.volatile),
         is_given_again=effect is NodeEffect.WRITE or node_type.is_paid or node_type.loops,
+        defaults={name: value for name, value in early.items() if name not in node.config},
     )
 
 

@@ -40,6 +40,7 @@ class MadeUpNodeType:
     joins: bool = False
     loops: bool = False
     code: bytes = b"code"
+    defaults: Mapping[str, Json] = field(default_factory=dict)
 
 
 def pure_node(run: RunNode, **more: Any) -> MadeUpNodeType:  # noqa: ANN401 - the other fields of Kind
@@ -50,8 +51,8 @@ def read_world(run: RunNode) -> MadeUpNodeType:
     return MadeUpNodeType(NodeEffect.READ, run)
 
 
-def write_world(run: RunNode) -> MadeUpNodeType:
-    return MadeUpNodeType(NodeEffect.WRITE, run)
+def write_world(run: RunNode, **more: Any) -> MadeUpNodeType:  # noqa: ANN401 - the other fields of Kind
+    return MadeUpNodeType(NodeEffect.WRITE, run, **more)
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class MadeUpNodeTypes:
             outputs=("continue", "done") if kind.loops else ("output",),
         )
 
-    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002 - the protocol's signature
-        return dict(config)
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:
+        return {**self.kinds[node_type.type].defaults, **config}
 
     def implementation_digest(self, node_type: NodeType) -> bytes:
         return sha256(self.kinds[node_type.type].code).digest()[:PART_BYTES]

@@ -886,6 +886,35 @@ async def test_a_write_that_is_tried_again_elsewhere_gets_the_recorded_input_and
     assert notebook.spans["pay"].started_at == span.started_at
 
 
+@pytest.mark.parametrize("note", ["to Ada", "to {{ trigger.name }}"])
+async def test_a_config_that_an_older_release_recorded_gets_the_defaults_of_later_fields(note: str) -> None:
+    calls: list[Json] = []
+
+    async def pay(call: NodeCall) -> Json:
+        calls.append(dict(call.config))
+        return None
+
+    graph = compile_drawing(
+        "start > pay",
+        {"pay": write_world(pay, defaults={"speed": 1, "isNew": False})},
+        {"pay": {"config": {"note": note}}},
+    )
+    first = SimulatedWorker(graph, {"name": "Ada"})
+    await first.work()
+    recorded = b'{"note":"to Ada","speed":7}'
+    span = msgspec.structs.replace(
+        first.notebook.spans["pay"],
+        status=SpanStatus.RUNNING,
+        output=None,
+        ended_at=None,
+        resolved_config=recorded,
+    )
+    later = SimulatedWorker(graph, {"name": "Ada"}, recorded=[first.notebook.spans["start"], span])
+    notebook = await run_to_completion(later)
+    assert calls[1] == {"note": "to Ada", "speed": 7, "isNew": False}
+    assert notebook.spans["pay"].resolved_config == recorded
+
+
 @pytest.mark.parametrize(("raised", "code"), [(NodeError("no"), "node-error"), (TimeoutError(), "timeout")])
 async def test_a_failure_that_was_recorded_before_the_worker_died_ends_the_run_in_the_same_way(
     raised: Exception, code: str
