@@ -895,6 +895,8 @@ class HeldRun:
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
             "/executions/{id}/approval-links": {"places": [["greet", ""]]},
+            "/executions/{id}/callback-url": {"node_id": "greet", "iteration": ""},
+            "/executions/{id}/signatures": {"message_id": "msg_1", "body": "e30="},
             "/executions/{id}/event-waits": {"node_id": "greet", "iteration": "", "event_type": "paid"}
             | {"condition": None, "given": "[]", "look_back_seconds": 0, "timeout_seconds": None},
             "/executions/{id}/reservations": {
@@ -965,6 +967,7 @@ async def hold(pods: DeployedPods) -> HeldRun:
         BlobOwner(run.organization_id, run.key_id), b"content", media_type="text/plain"
     )
     source_id = await create_bearer_source(pods)
+    await create_signing_secret(pods)
     for table, columns, values in (
         ("wait_answer", "node_id, iteration, payload, created_at", "'greet', '', '{}', 1"),
         ("log_line", "sequence, id, level, message, created_at", "7, 'log_1', 'info', 'x', 1"),
@@ -1023,6 +1026,9 @@ async def test_only_the_pod_that_holds_a_run_reads_or_changes_it(pods: DeployedP
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
     model = msgspec.json.decode(own["/executions/{id}/models"].content, type=ModelConnection)
     assert (model.key, model.price) == ("a key", ModelPrice("0.25", "2"))
+    url = own["/executions/{id}/callback-url"].json()["url"]
+    assert f"/executions/{held.run.execution_id}/callback?node=greet&token=" in url
+    assert own["/executions/{id}/signatures"].json()["headers"]["webhook-id"] == "msg_1"
 
 
 @ON_SQLITE
