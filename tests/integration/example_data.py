@@ -12,6 +12,8 @@ from sqlmodel import col
 
 from engine.run_records import SpanStatus
 from journal.blobs.blob_storage import BlobOwner
+from journal.waits import callbacks
+from journal.waits.callbacks import CallbackPlace
 from models import ids
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
@@ -109,6 +111,12 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await harness.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
     waiting = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
     await input_waits.wait_for_input(harness.gateway.database, waiting["executionId"])
+    calling = CallbackPlace(
+        (await _send(people, "POST", f"workflows/{workflow_id}/execute", {}))["executionId"], "node_1", ""
+    )
+    await input_waits.wait_for_input(
+        harness.gateway.database, calling.execution_id, calling.node_id, request={}, kind="callback"
+    )
     task_id = await _create_task(harness, started["executionId"])
     await _send(
         people, "POST", "tasks/claim", {"worker": {"id": "w_abc123"}, "requestId": "c_0", "max": 0, "wait": 0}
@@ -135,6 +143,8 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "task_abc123": task_id,
         "exec_xyz789": started["executionId"],
         "exec_asking": waiting["executionId"],
+        "exec_calling": calling.execution_id,
+        "cb-abc123": callbacks.derive_token(harness.gateway.settings.secret, calling),
         "key_abc123": key["id"],
         "user_456": admin.user.id,
         "user_789": people.owner.user.id,
