@@ -288,9 +288,8 @@ def _build_sqlite_driver() -> object:
     aiosqlite makes four calls: for a cursor, the statement, its rows, and the end of the cursor. Each takes longer than
     most statements, since the threads wait for each other's turns of the interpreter.
     """
-    # Not loaded where there is no SQLite.
-    import aiosqlite  # noqa: PLC0415
-    from sqlalchemy.dialects.sqlite import aiosqlite as adapter  # noqa: PLC0415
+    import aiosqlite  # noqa: PLC0415 - not loaded where there is no SQLite
+    from sqlalchemy.dialects.sqlite import aiosqlite as adapter  # noqa: PLC0415 - see above
 
     def execute(cursor: sqlite3.Cursor, operation: str, parameters: Any) -> Sequence[Any]:  # noqa: ANN401 - any values
         cursor.execute(operation, parameters or ())
@@ -310,8 +309,10 @@ def _build_sqlite_driver() -> object:
 
         async def _execute_async(self, operation: Any, parameters: Any) -> None:  # noqa: ANN401 - the driver's own
             async with self._adapt_connection._execute_mutex:  # noqa: SLF001 - as the class above does
-                cursor, thread = self._cursor._cursor, self._connection  # type: ignore[attr-defined]  # noqa: SLF001
-                self._rows = deque(await thread._execute(execute, cursor, operation, parameters))  # noqa: SLF001
+                # The adapter's types hide the cursor of sqlite3, and aiosqlite has no public call for a function.
+                cursor, thread = self._cursor._cursor, self._connection  # type: ignore[attr-defined]  # noqa: SLF001 - see above
+                rows = await thread._execute(execute, cursor, operation, parameters)  # noqa: SLF001 - see above
+                self._rows = deque(rows)
 
         async def _async_soft_close(self) -> None:
             """Do nothing: all rows are read already."""
@@ -375,6 +376,7 @@ def _ping_rested_connections(engine: AsyncEngine) -> None:
         if connection is not None:
             used_at[connection.driver_connection] = monotonic()
 
+    # SQLAlchemy has no hook for the ping of its pool.
     dialect.do_ping = ping_after_rest  # type: ignore[method-assign, assignment]
     event.listen(engine.sync_engine, "checkin", note_use)
 
