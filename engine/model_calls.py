@@ -19,6 +19,8 @@ class ModelProvider(StrEnum):
 
     OPENAI_COMPATIBLE = "openai-compatible"
     """Chat completions as OpenAI defined them."""
+    ANTHROPIC = "anthropic"
+    """Messages as Anthropic defined them."""
     ECHO = "echo"
     """Built in: it answers with the question."""
 
@@ -56,6 +58,16 @@ class RequestedToolCall(msgspec.Struct, frozen=True):
     """Reason why the arguments can't be used, for the model."""
 
 
+class ProviderContent(msgspec.Struct, frozen=True):
+    """Content of an answer in the form of its provider, such as signed thoughts, for the model that wrote it.
+
+    Providers refuse the next request of a conversation with tools without it.
+    """
+
+    model_id: str
+    parts: Sequence[Mapping[str, Any]]
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     """Message of a conversation."""
 
@@ -65,6 +77,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
     """Only of the assistant."""
     tool_call_id: str = ""
     """Only of a tool: the call that the content answers."""
+    provider_content: ProviderContent | None = None
+    """Only of the assistant: sent in place of the other fields to the model that wrote it."""
 
 
 class ToolDescription(msgspec.Struct, frozen=True):
@@ -112,6 +126,8 @@ class ChatAnswer(msgspec.Struct, frozen=True):
     model: str
     """Model that the provider names, which may be more specific than the requested one."""
     tool_calls: Sequence[RequestedToolCall] = ()
+    provider_content: ProviderContent | None = None
+    """Content that the message in the next request repeats; None if text and tool calls are all."""
 
 
 class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):

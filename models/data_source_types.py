@@ -203,7 +203,15 @@ class S3Settings(DataSourceFields, kw_only=True):
     path_style: bool = False
 
 
+class AiProviderProtocol(StrEnum):
+    """Protocol of a provider of language models."""
+
+    OPENAI_COMPATIBLE = "openai-compatible"
+    ANTHROPIC = "anthropic"
+
+
 class AiProviderSettings(DataSourceFields, kw_only=True):
+    provider: AiProviderProtocol = AiProviderProtocol.OPENAI_COMPATIBLE
     base_url: Annotated[
         str,
         Meta(
@@ -212,7 +220,7 @@ class AiProviderSettings(DataSourceFields, kw_only=True):
             description="an address such as https://api.openai.com/v1, without a user or query",
         ),
     ]
-    """Address below which the provider has `chat/completions`."""
+    """Address below which the provider has `chat/completions`, or for Anthropic `messages`."""
     key_header: (
         Annotated[
             str,
@@ -222,7 +230,7 @@ class AiProviderSettings(DataSourceFields, kw_only=True):
         ]
         | None
     ) = None
-    """Header of the key, such as `api-key` for Azure; None for `Authorization: Bearer`."""
+    """Header of the key, such as `api-key` for Azure; None for `Authorization: Bearer`, for Anthropic `x-api-key`."""
 
 
 # ── secrets ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -73,7 +73,9 @@ async def create(request: GatewayRequest) -> JsonResponse:
     model = model_shapes.build_model(request.caller, body, request.gateway.clock())
     read_only.warn_of_new(request, value, CreateModel, lambda: _as_json(model))
     key = request.idempotency_key(value)
-    return await model_editing.create(request.gateway.database, request.caller, model, key)
+    return await model_editing.create(
+        request.gateway.database, request.caller, model, key, provider=body.provider
+    )
 
 
 async def update(request: GatewayRequest) -> JsonResponse:

@@ -17,7 +17,7 @@ from gateway.http import errors, idempotency, limits, preconditions
 from gateway.http.responses import JsonResponse
 from models.ai_model import AiModel
 from models.audit import AuditAction
-from models.data_source_types import DataSourceType
+from models.data_source_types import AiProviderProtocol, DataSourceType
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -49,9 +49,16 @@ async def read(database: Database, requested: RequestedObject) -> AiModel:
 
 
 async def create(
-    database: Database, caller: ApiCaller, model: AiModel, idempotency_key: IdempotencyKey | None
+    database: Database,
+    caller: ApiCaller,
+    model: AiModel,
+    idempotency_key: IdempotencyKey | None,
+    *,
+    provider: str | None,
 ) -> JsonResponse:
     """Insert a model, once per idempotency key, and return an answer with 201 and its id.
+
+    `provider` is the protocol that the caller has named; None for that of the data source.
 
     Raises a 409 error for a taken name or too many models, and 422 for a data source that the caller may not use.
     """
@@ -69,7 +76,7 @@ async def create(
         if await model_rows.count(connection, model.organization_id) >= limits.MODELS:
             message = f"An organization may have at most {limits.MODELS:,} models"
             raise errors.conflict("too-many-models", message)
-        await _require_provider(connection, model, caller)
+        await _require_provider(connection, model, caller, provider)
         await model_rows.add(connection, model)
         await _record(connection, caller, AuditAction.MODEL_CREATED, None, model)
         return model.id
@@ -106,7 +113,7 @@ async def edit(database: Database, requested: RequestedObject, change: Change) -
             return before
         after.revision, after.updated_at = before.revision + 1, database.clock.now()
         if after.data_source_id != before.data_source_id:
-            await _require_provider(connection, after, requested.caller)
+            await _require_provider(connection, after, requested.caller, before.provider)
         if not await model_rows.save(connection, before, after):
             raise errors.conflict(
                 "edit-conflict", "Another request changed this model at the same time: try again"
@@ -165,8 +172,13 @@ def name_taken(error: ModelNameTaken) -> ApiError:
     return errors.conflict("model-name-taken", message)
 
 
-async def _require_provider(connection: AsyncConnection, model: AiModel, caller: ApiCaller) -> None:
-    """Raise a 422 error unless the data source of a model is a provider that the caller may use."""
+async def _require_provider(
+    connection: AsyncConnection, model: AiModel, caller: ApiCaller, wanted: str | None
+) -> None:
+    """Set the provider of a model to that of its data source.
+
+    Raises a 422 error unless the data source is a provider that the caller may use, with the `wanted` protocol.
+    """
     stored = await data_source_rows.find(connection, model.data_source_id, caller)
     if stored is None:
         message = "There is no data source with this id that you may use"
@@ -174,6 +186,11 @@ async def _require_provider(connection: AsyncConnection, model: AiModel, caller:
     if stored.source.type != DataSourceType.AI_PROVIDER:
         message = f"The data source is of the type {stored.source.type}, not {DataSourceType.AI_PROVIDER}"
         raise errors.invalid([errors.problem("dataSourceId", "wrong-data-source", message)])
+    provider = str(stored.source.settings.get("provider", AiProviderProtocol.OPENAI_COMPATIBLE))
+    if wanted not in {None, provider}:
+        message = f"The data source is of the provider {provider}, not {wanted}"
+        raise errors.invalid([errors.problem("dataSourceId", "wrong-provider", message)])
+    model.provider = provider
 
 
 async def _record(

@@ -37,6 +37,7 @@ class RegisteredProvider(StrEnum):
     """Protocol of the provider of a registered model."""
 
     OPENAI_COMPATIBLE = ModelProvider.OPENAI_COMPATIBLE.value
+    ANTHROPIC = ModelProvider.ANTHROPIC.value
 
 
 class PriceShape(StrictWire):
@@ -74,7 +75,8 @@ class CreateModel(StrictWire):
     data_source_id: Annotated[str, Meta(max_length=64)]
     """Data source of the type `ai-provider`, which has the address and the key."""
     type: ModelType = ModelType.THIRD_PARTY
-    provider: RegisteredProvider = RegisteredProvider.OPENAI_COMPATIBLE
+    provider: RegisteredProvider | None = None
+    """That of the data source; another one is refused."""
     context_length: TokenCount | None = None
     max_output_tokens: TokenCount | None = None
     price: PriceShape | None = None
@@ -123,7 +125,10 @@ class ModelShape(WireStruct):
 
 
 def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> AiModel:
-    """Return a new model of the caller, not stored yet; raises a 422 error for invalid texts."""
+    """Return a new model of the caller, not stored yet; raises a 422 error for invalid texts.
+
+    Its insertion sets the provider if the body leaves it to the data source.
+    """
     problems = ProblemCollector()
     model = AiModel(
         id=ids.new_id("model"),
@@ -132,7 +137,7 @@ def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> AiModel:
         owner_id=caller.user_id,
         name=_check_line(body.name, "name", problems),
         type=body.type,
-        provider=body.provider,
+        provider=body.provider or RegisteredProvider.OPENAI_COMPATIBLE,
         vendor_model_id=_check_line(body.vendor_model_id, "vendorModelId", problems),
         data_source_id=body.data_source_id,
         context_length=body.context_length,

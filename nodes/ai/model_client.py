@@ -6,10 +6,12 @@ once. No redirect is followed: a key goes to the address of its data source alon
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from http.client import responses as reasons
-from typing import TYPE_CHECKING, Final
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
@@ -17,14 +19,15 @@ from engine.model_calls import (
     ChatAnswer,
     ChatMessage,
     ChatRequest,
+    FinishReason,
     MessageRole,
     ModelCallFailed,
     ModelProvider,
+    ToolDescription,
 )
 from nodes import redaction
-from nodes.ai import echo_model, openai_chat
+from nodes.ai import anthropic_messages, echo_model, openai_chat, provider_json
 from nodes.ai.event_stream import EventStreamParser, EventTooLarge
-from nodes.ai.openai_chat import ChatAnswerParser
 from nodes.outbound_http import (
     OutboundClient,
     OutboundError,
@@ -34,15 +37,18 @@ from nodes.outbound_http import (
 )
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from nodes.ai.model_connection import ModelConnection
     from nodes.outbound_http import IpNetwork, OutboundStream
 
 IDLE_SECONDS: Final = 60.0
 MAX_ERROR_BYTES: Final = 65_536
 MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
+ANSWER_TOOL: Final = "give_answer"
+"""Tool with the schema of an answer, for models that call tools and know no schemas."""
 _RATE_LIMITED: Final = 429
+_PAYMENT_REQUIRED: Final = 402
+_NO_CREDIT: Final = frozenset({"insufficient_quota", "billing_error"})
+"""Codes of errors that no waiting mends: the account has no credit left."""
 _KEY_REFUSED: Final = frozenset({401, 403})
 _NOT_FOUND: Final = frozenset({404, 410})
 _REDIRECTS: Final = range(300, 400)
@@ -54,6 +60,43 @@ _OK: Final = range(200, 300)
 def open_model_outbound(networks: Sequence[IpNetwork], hosts: Collection[str]) -> OutboundClient:
     """Return the HTTP client for providers: public ones, and those that the operator allows by network or host."""
     return OutboundClient(OutboundPolicy(tuple(networks), allowed_hosts=frozenset(hosts)))
+
+
+class AnswerParser(Protocol):
+    """Parser of one answer."""
+
+    def feed(self, data: bytes) -> str:
+        """Add the data of one event, and return the text that it adds; raises `ModelCallFailed`."""
+
+    def finish(self) -> ChatAnswer:
+        """Return the complete answer; raises `ModelCallFailed` if the stream has ended before it."""
+
+
+class ProviderProtocol(Protocol):
+    """Requests and answers in the form of one kind of provider."""
+
+    @property
+    def PATH(self) -> str:  # noqa: N802 - a constant of the modules that implement it
+        """Path of the operation below the address of the provider."""
+
+    def build_key_headers(self, model: ModelConnection) -> dict[str, str]:
+        """Return the headers that authenticate a request."""
+
+    def build_body(self, model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
+        """Return the body of a request."""
+
+    def adapt_body(self, body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
+        """Return a body without the field that a server has refused by name; None if it named none."""
+
+    @property
+    def ChatAnswerParser(self) -> Callable[[ModelConnection, ChatRequest], AnswerParser]:  # noqa: N802 - a class
+        """Class of parsers of its answers."""
+
+
+PROTOCOLS: Final[Mapping[ModelProvider, ProviderProtocol]] = {
+    ModelProvider.OPENAI_COMPATIBLE: openai_chat,
+    ModelProvider.ANTHROPIC: anthropic_messages,
+}
 
 
 class ModelClient:
@@ -71,13 +114,17 @@ class ModelClient:
         """
         if model.provider is ModelProvider.ECHO:
             return echo_model.answer_request(request)
-        has_native = model.follows_schemas
-        if request.output_schema is not None and not has_native:
-            request = _ask_for_schema(request, request.output_schema)
-        body = openai_chat.build_body(model.vendor_model_id, request, has_native_schemas=has_native)
+        protocol = PROTOCOLS[model.provider]
+        sent = _adapt_to_abilities(model, request)
+        body = protocol.build_body(model, sent)
         with _redact_key(model):
-            answer = await self._send_adapting(model, request, body, idempotency_key)
-        return msgspec.structs.replace(answer, text=redaction.redact_text(answer.text, [model.key]))
+            answer = await self._send_adapting(model, sent, body, idempotency_key)
+        if sent.forced_tool == ANSWER_TOOL:
+            answer = _take_answer_from_tool(answer)
+        text = redaction.redact_text(answer.text, [model.key])
+        if text != answer.text:
+            return msgspec.structs.replace(answer, text=text, provider_content=None)
+        return answer
 
     async def _send_adapting(
         self, model: ModelConnection, request: ChatRequest, body: dict[str, Any], idempotency_key: str
@@ -91,7 +138,9 @@ class ModelClient:
             try:
                 return await self._send(model, request, body, idempotency_key)
             except ModelCallFailed as failure:
-                adapted = openai_chat.adapt_body(body, failure.message) if failure.code == REFUSED else None
+                adapted = None
+                if failure.code == REFUSED:
+                    adapted = PROTOCOLS[model.provider].adapt_body(body, failure.message)
                 if adapted is None:
                     raise
                 body = adapted
@@ -99,7 +148,8 @@ class ModelClient:
     async def _send(
         self, model: ModelConnection, request: ChatRequest, body: Mapping[str, Any], idempotency_key: str
     ) -> ChatAnswer:
-        url = f"{model.base_url.rstrip('/')}/chat/completions"
+        protocol = PROTOCOLS[model.provider]
+        url = f"{model.base_url.rstrip('/')}/{protocol.PATH}"
         headers = {**build_headers(model), "Idempotency-Key": idempotency_key, "Accept": "text/event-stream"}
         content = msgspec.json.encode(body)
         try:
@@ -108,7 +158,7 @@ class ModelClient:
             ) as stream:
                 if stream.status not in _OK:
                     raise build_status_failure(stream.status, stream.headers, await _read_error(stream))
-                return await _read_answer(stream, ChatAnswerParser(request))
+                return await _read_answer(stream, protocol.ChatAnswerParser(model, request))
         except OutboundError as error:
             raise _build_transport_failure(error) from error
 
@@ -131,7 +181,7 @@ class ModelClient:
                 raise _build_transport_failure(error) from error
             if response.status not in _OK:
                 raise build_status_failure(response.status, response.headers, response.body)
-            return openai_chat.read_model_names(response.body)
+            return provider_json.read_model_names(response.body)
 
 
 @contextmanager
@@ -145,12 +195,34 @@ def _redact_key(model: ModelConnection) -> Iterator[None]:
 
 def build_headers(model: ModelConnection) -> dict[str, str]:
     """Return the headers of a request, with the key of the provider."""
-    headers = {"Content-Type": "application/json", **model.headers}
-    if model.key and model.key_header:
-        headers[model.key_header] = model.key
-    elif model.key:
-        headers["Authorization"] = f"Bearer {model.key}"
-    return headers
+    return {
+        "Content-Type": "application/json",
+        **model.headers,
+        **PROTOCOLS[model.provider].build_key_headers(model),
+    }
+
+
+def _adapt_to_abilities(model: ModelConnection, request: ChatRequest) -> ChatRequest:
+    """Return a request for a value in the way that the model knows: by its schema, else by a tool, else in words."""
+    schema = request.output_schema
+    if schema is None or model.follows_schemas:
+        return request
+    if model.calls_tools and not request.tools and schema.get("type") == "object":
+        tool = ToolDescription(ANSWER_TOOL, "Gives the answer.", schema)
+        return msgspec.structs.replace(request, output_schema=None, tools=(tool,), forced_tool=tool.name)
+    return _ask_for_schema(request, schema)
+
+
+def _take_answer_from_tool(answer: ChatAnswer) -> ChatAnswer:
+    """Return the arguments of the tool for answers as the text; unchanged if the model hasn't called it."""
+    called = next((call for call in answer.tool_calls if call.name == ANSWER_TOOL), None)
+    if called is None:
+        return answer
+    text = "" if called.arguments is None else msgspec.json.encode(called.arguments).decode()
+    reason = FinishReason.STOP if answer.finish_reason is FinishReason.TOOL_CALLS else answer.finish_reason
+    return msgspec.structs.replace(
+        answer, text=text, finish_reason=reason, tool_calls=(), provider_content=None
+    )
 
 
 def _ask_for_schema(request: ChatRequest, schema: Mapping[str, Any]) -> ChatRequest:
@@ -167,7 +239,7 @@ def _ask_for_schema(request: ChatRequest, schema: Mapping[str, Any]) -> ChatRequ
     return msgspec.structs.replace(request, messages=tuple(messages))
 
 
-async def _read_answer(stream: OutboundStream, answer: ChatAnswerParser) -> ChatAnswer:
+async def _read_answer(stream: OutboundStream, answer: AnswerParser) -> ChatAnswer:
     """Return the answer in a stream of events, or in one JSON document of a server that doesn't stream.
 
     Raises `ModelCallFailed` for an event of over 4 MB and an invalid answer.
@@ -207,7 +279,7 @@ async def _read_error(stream: OutboundStream) -> bytes:
 
 def build_status_failure(status: int, headers: Mapping[str, str], body: bytes) -> ModelCallFailed:
     """Return the failure of a status that is no success, with the provider's message if it is JSON."""
-    said = openai_chat.read_error_message(body)
+    said, error_code = provider_json.read_error(body)
     answered = f"The provider answered {status} {reasons.get(status, '')}".rstrip()
     message = f"{answered}: {said}" if said else answered
     if status in _KEY_REFUSED:
@@ -221,6 +293,8 @@ def build_status_failure(status: int, headers: Mapping[str, str], body: bytes) -
             retryable=False,
             can_fall_back=True,
         )
+    if status == _PAYMENT_REQUIRED or error_code in _NO_CREDIT:
+        return ModelCallFailed(message, code="model-credit-exhausted", retryable=False, can_fall_back=True)
     if status == _RATE_LIMITED:
         return ModelCallFailed(
             message,
@@ -230,13 +304,31 @@ def build_status_failure(status: int, headers: Mapping[str, str], body: bytes) -
             retry_after_seconds=_read_retry_after(headers),
         )
     if status in _REPEATABLE or status >= _FIRST_SERVER_ERROR:
-        return ModelCallFailed(message, code="model-unavailable", retryable=True, can_fall_back=True)
+        return ModelCallFailed(
+            message,
+            code="model-unavailable",
+            retryable=True,
+            can_fall_back=True,
+            retry_after_seconds=_read_retry_after(headers),
+        )
     return ModelCallFailed(message, code=REFUSED, retryable=False, can_fall_back=False)
 
 
 def _read_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of `Retry-After`, up to a day; None without a valid value.
+
+    A date counts from the `Date` of the response, since the clocks of providers differ from this one.
+    """
     text = headers.get("retry-after", "").strip()
-    return min(float(text), MAX_RETRY_AFTER_SECONDS) if text.isascii() and text.isdecimal() else None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            until, now = (parsedate_to_datetime(each) for each in (text, headers.get("date", "")))
+            seconds = (until - now).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS) if isfinite(seconds) else None
 
 
 def _build_transport_failure(error: OutboundError) -> ModelCallFailed:

@@ -29,11 +29,13 @@ class ModelConnection(msgspec.Struct, frozen=True):
     """Address below which the provider's operations are; from the data source, never from a workflow."""
     key: str = ""
     key_header: str = ""
-    """Header of the key; empty for `Authorization: Bearer`."""
+    """Header of the key; empty for that of the provider's protocol."""
     headers: Mapping[str, str] = {}
     """Further headers of every request."""
     follows_schemas: bool = False
     """Whether a test has shown that the model answers by a JSON Schema."""
+    calls_tools: bool = False
+    """Whether a test has shown that the model calls tools."""
     max_output_tokens: int | None = None
     price: ModelPrice | None = None
 
@@ -48,7 +50,7 @@ def build_listing_connection(settings: Mapping[str, Json], secrets: Mapping[str,
     """Return a connection that lists the models of a provider, from settings and secrets of its data source."""
     return ModelConnection(
         id="",
-        provider=ModelProvider.OPENAI_COMPATIBLE,
+        provider=ModelProvider(str(settings.get("provider", ModelProvider.OPENAI_COMPATIBLE))),
         base_url=str(settings["baseUrl"]),
         key=secrets.get("key", ""),
         key_header=str(settings.get("keyHeader", "")),

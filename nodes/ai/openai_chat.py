@@ -6,8 +6,8 @@ An answer is accepted in every form that leaves no doubt about its meaning.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -17,18 +17,22 @@ from engine.model_calls import (
     ChatRequest,
     FinishReason,
     MessageRole,
-    ModelCallFailed,
+    ProviderContent,
     RequestedToolCall,
     TokenUsage,
     ToolDescription,
     estimate_input_tokens,
     estimate_tokens,
 )
-from json_text import decoding
+from nodes.ai import provider_json
+from nodes.ai.provider_json import read_count, read_text
 
+if TYPE_CHECKING:
+    from nodes.ai.model_connection import ModelConnection
+
+PATH: Final = "chat/completions"
 END: Final = b"[DONE]"
 SCHEMA_NAME: Final = "answer"
-MAX_QUOTED_CHARACTERS: Final = 500
 _FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
     "stop": FinishReason.STOP,
     "eos": FinishReason.STOP,
@@ -45,18 +49,25 @@ _FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_body(model: str, request: ChatRequest, *, has_native_schemas: bool) -> dict[str, Any]:
+def build_key_headers(model: ModelConnection) -> dict[str, str]:
+    """Return the headers that authenticate a request."""
+    if not model.key:
+        return {}
+    return {model.key_header: model.key} if model.key_header else {"Authorization": f"Bearer {model.key}"}
+
+
+def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
     """Return the body of a request; a schema is passed on only to models that are known to follow it."""
     body: dict[str, Any] = {
-        "model": model,
-        "messages": [_build_message(message) for message in request.messages],
+        "model": model.vendor_model_id,
+        "messages": [_build_message(message, model.id) for message in request.messages],
         "max_tokens": request.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     if request.temperature is not None:
         body["temperature"] = request.temperature
-    if request.output_schema is not None and has_native_schemas:
+    if request.output_schema is not None and model.follows_schemas:
         named = {"name": SCHEMA_NAME, "strict": True, "schema": request.output_schema}
         body["response_format"] = {"type": "json_schema", "json_schema": named}
     if request.tools:
@@ -69,18 +80,22 @@ def build_body(model: str, request: ChatRequest, *, has_native_schemas: bool) ->
 def adapt_body(body: Mapping[str, Any], refusal: str) -> dict[str, Any] | None:
     """Return a body without the field that a server has refused by name; None if it named none.
 
-    Newer models of OpenAI call `max_tokens` otherwise, and older servers know no `stream_options`. Such a refusal
-    costs nothing.
+    Newer models of OpenAI call `max_tokens` otherwise, those that reason know no `temperature`, and older servers
+    no `stream_options`. Such a refusal costs nothing.
     """
     if "max_completion_tokens" in refusal and "max_tokens" in body:
         rest = {name: value for name, value in body.items() if name != "max_tokens"}
         return {**rest, "max_completion_tokens": body["max_tokens"]}
-    if "stream_options" in refusal and "stream_options" in body:
-        return {name: value for name, value in body.items() if name != "stream_options"}
+    for field in ("stream_options", "temperature"):
+        if field in refusal and field in body:
+            return {name: value for name, value in body.items() if name != field}
     return None
 
 
-def _build_message(message: ChatMessage) -> dict[str, Any]:
+def _build_message(message: ChatMessage, model_id: str) -> dict[str, Any]:
+    own = message.provider_content
+    if own is not None and own.model_id == model_id:
+        return dict(own.parts[0])
     built: dict[str, Any] = {"role": message.role.value, "content": message.content}
     if message.role is MessageRole.TOOL:
         built["tool_call_id"] = message.tool_call_id
@@ -119,12 +134,15 @@ class _ToolCallDraft(msgspec.Struct):
     """JSON of the arguments, as far as it has arrived."""
     value: Any = None
     """Arguments of servers that send an object instead of a text."""
+    extra: Any = None
+    """`extra_content`, in which Gemini signs its thoughts."""
 
 
 class ChatAnswerParser:
     """Parser of one answer, fed with the data of its events."""
 
-    def __init__(self, request: ChatRequest) -> None:
+    def __init__(self, model: ModelConnection, request: ChatRequest) -> None:
+        self._model_id = model.id
         self._request = request
         self._texts: list[str] = []
         self._refusals: list[str] = []
@@ -142,15 +160,10 @@ class ChatAnswerParser:
         if data.strip() == END:
             self._has_ended = True
             return ""
-        try:
-            event = decoding.decode(data)
-        except (ValueError, RecursionError) as error:
-            raise _build_invalid_answer("an event that is not JSON") from error
-        if not isinstance(event, dict):
-            raise _build_invalid_answer("an event that is no object")
+        event = provider_json.read_event(data)
         if event.get("error"):
-            raise build_stream_failure(event["error"])
-        self._model = _read_text(event.get("model")) or self._model
+            raise provider_json.build_interruption(event["error"])
+        self._model = read_text(event.get("model")) or self._model
         self._usage = _read_usage(event.get("usage")) or self._usage
         choices = event.get("choices")
         added = [self._take_choice(choice) for choice in choices] if isinstance(choices, list) else []
@@ -159,12 +172,7 @@ class ChatAnswerParser:
     def finish(self) -> ChatAnswer:
         """Return the complete answer; raises `ModelCallFailed` if the stream has ended before it."""
         if self._finish_reason is None and not self._has_ended:
-            raise ModelCallFailed(
-                "The model's answer broke off before its end",
-                code="model-interrupted",
-                retryable=True,
-                can_fall_back=True,
-            )
+            raise provider_json.build_broken_answer()
         calls = _complete_tool_calls(self._drafts)
         text = "".join(self._texts)
         reason = self._finish_reason or FinishReason.STOP
@@ -173,7 +181,19 @@ class ChatAnswerParser:
             text, reason = refusal, FinishReason.REFUSAL
         if calls and reason is FinishReason.STOP:
             reason = FinishReason.TOOL_CALLS  # Several servers say `stop` for an answer with calls.
-        return ChatAnswer(text, reason, self._usage or self._estimate_usage(text), self._model, calls)
+        usage = self._usage or self._estimate_usage(text)
+        return ChatAnswer(text, reason, usage, self._model, calls, self._keep_content(text, calls))
+
+    def _keep_content(self, text: str, calls: Sequence[RequestedToolCall]) -> ProviderContent | None:
+        """Return the message as the provider wants it back; None if none of its tool calls has extra content."""
+        extras = [draft.extra for draft in self._drafts]
+        if not any(extras):
+            return None
+        message = _build_message(ChatMessage(MessageRole.ASSISTANT, text, calls), self._model_id)
+        for shown, extra in zip(message["tool_calls"], extras, strict=True):
+            if extra:
+                shown["extra_content"] = extra
+        return ProviderContent(self._model_id, (message,))
 
     def _take_choice(self, choice: object) -> str:
         if not isinstance(choice, dict) or choice.get("index", 0) not in {0, None}:
@@ -187,7 +207,7 @@ class ChatAnswerParser:
             return ""
         text = _read_content(delta.get("content"))
         self._texts.append(text)
-        self._refusals.append(_read_text(delta.get("refusal")))
+        self._refusals.append(read_text(delta.get("refusal")))
         calls = delta.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
             if isinstance(call, dict):
@@ -201,9 +221,10 @@ class ChatAnswerParser:
         """
         function = piece.get("function")
         function = function if isinstance(function, dict) else {}
-        draft = self._find_draft(piece, _read_text(function.get("name")))
-        draft.id = draft.id or _read_text(piece.get("id"))
-        draft.name = draft.name or _read_text(function.get("name"))
+        draft = self._find_draft(piece, read_text(function.get("name")))
+        draft.id = draft.id or read_text(piece.get("id"))
+        draft.name = draft.name or read_text(function.get("name"))
+        draft.extra = piece.get("extra_content") or draft.extra
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             draft.text += arguments
@@ -238,107 +259,28 @@ def _complete_tool_calls(drafts: list[_ToolCallDraft]) -> tuple[RequestedToolCal
     for number, draft in enumerate(drafts):
         call_id = draft.id if draft.id and draft.id not in ids else f"call{number:05}"
         ids.add(call_id)
-        arguments, problem = _read_arguments(draft)
+        arguments, problem = provider_json.read_tool_arguments(draft.text, draft.value)
         calls.append(RequestedToolCall(call_id, draft.name, arguments, problem))
     return tuple(calls)
-
-
-def _read_arguments(draft: _ToolCallDraft) -> tuple[Mapping[str, Any] | None, str]:
-    """Return the arguments of a tool call and an empty text; or None and the problem, if they are no JSON object.
-
-    Null and an empty text count as no arguments.
-    """
-    value = draft.value
-    if draft.text.strip():
-        try:
-            value = decoding.decode(draft.text)
-        except (ValueError, RecursionError):
-            return None, "The arguments are not valid JSON"
-    if value is None:
-        return {}, ""
-    if isinstance(value, dict):
-        return value, ""
-    return None, "The arguments are no JSON object"
-
-
-def _read_text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _read_content(value: object) -> str:
     """Return the text of a content, which is a text or a list of parts."""
     if isinstance(value, list):
-        return "".join(_read_text(part.get("text")) for part in value if isinstance(part, dict))
-    return _read_text(value)
+        return "".join(read_text(part.get("text")) for part in value if isinstance(part, dict))
+    return read_text(value)
 
 
 def _read_usage(value: object) -> TokenUsage | None:
     if not isinstance(value, dict):
         return None
-    read, written = _read_count(value, "prompt_tokens"), _read_count(value, "completion_tokens")
+    read, written = read_count(value, "prompt_tokens"), read_count(value, "completion_tokens")
     if not read and not written:
         return None  # Servers without a count send zeros.
     prompt, completion = value.get("prompt_tokens_details"), value.get("completion_tokens_details")
     return TokenUsage(
         read,
         written,
-        cache_read_tokens=min(_read_count(prompt, "cached_tokens"), read),
-        reasoning_tokens=min(_read_count(completion, "reasoning_tokens"), written),
-    )
-
-
-def _read_count(value: object, name: str) -> int:
-    count = value.get(name) if isinstance(value, dict) else None
-    return max(count, 0) if isinstance(count, int) else 0
-
-
-def read_model_names(body: bytes) -> list[str]:
-    """Return the names in a list of models; empty for any other body."""
-    try:
-        value = decoding.decode(body)
-    except (ValueError, RecursionError):
-        return []
-    listed = value.get("data", value.get("models")) if isinstance(value, dict) else value
-    rows = listed if isinstance(listed, list) else []
-    names = [_read_text(row.get("id") or row.get("name")) for row in rows if isinstance(row, dict)]
-    return [name for name in names if name]
-
-
-# ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_error_message(body: bytes) -> str:
-    """Return the message of an error as JSON, up to 500 characters; empty for other bodies, which may be
-    internal pages.
-    """
-    try:
-        value = decoding.decode(body)
-    except (ValueError, RecursionError):
-        return ""
-    value = value[0] if isinstance(value, list) and value else value
-    error = value.get("error", value) if isinstance(value, dict) else None
-    return _quote_error(error)
-
-
-def build_stream_failure(error: object) -> ModelCallFailed:
-    """Return the failure of an error that arrives in the middle of an answer."""
-    said = _quote_error(error)
-    message = (
-        f"The provider ended the answer with an error: {said}" if said else "The provider ended the answer"
-    )
-    return ModelCallFailed(message, code="model-interrupted", retryable=True, can_fall_back=True)
-
-
-def _quote_error(error: object) -> str:
-    """Return up to 500 characters of an error, or of its `message` or `detail`, on one line; empty for
-    anything else.
-    """
-    if isinstance(error, dict):
-        error = error.get("message") or error.get("detail")
-    return " ".join(error.split())[:MAX_QUOTED_CHARACTERS] if isinstance(error, str) else ""
-
-
-def _build_invalid_answer(what: str) -> ModelCallFailed:
-    return ModelCallFailed(
-        f"The provider sent {what}", code="model-invalid-answer", retryable=True, can_fall_back=True
+        cache_read_tokens=min(read_count(prompt, "cached_tokens"), read),
+        reasoning_tokens=min(read_count(completion, "reasoning_tokens"), written),
     )

@@ -31,6 +31,9 @@ class ModelFault(Enum):
     HUGE = "an answer of more than 10 MB"
     REDIRECT = "a redirect to another path of the same server"
     REPEATS_KEY = "the key in the text of an error"
+    OVERLOADED = "529"
+    OVERLOADED_LATE = "an error in the middle of an answer of Anthropic's protocol"
+    NO_CREDIT = "429 of an account without credit"
     NO_STREAM = "one document in place of a stream"
 
 
@@ -80,6 +83,23 @@ class ModelServer:
         await response.write(b"data: [DONE]\n\n")
         return response
 
+    async def answer_message(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request in the protocol of Anthropic by the next line of the script."""
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        self.requests.append(await request.json())
+        self.on_request()
+        line = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        refusal = _build_refusal(line.fault, request)
+        if refusal is not None:
+            return refusal
+        self.billed.append(request.headers.get("idempotency-key", ""))
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for event in _list_message_events(line):
+            data = json.dumps(event).encode()
+            await response.write(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data))
+        return response
+
     async def _iterate_events(self, line: ScriptedAnswer) -> AsyncIterator[dict[str, Any]]:
         text = "x" * 100_000 if line.fault is ModelFault.HUGE else line.text
         half = len(text) // 2
@@ -101,6 +121,38 @@ class ModelServer:
 
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+
+
+def _list_message_events(line: ScriptedAnswer) -> list[dict[str, Any]]:
+    """Return the events of an answer in the protocol of Anthropic."""
+    usage = {"input_tokens": 100, "output_tokens": 1}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "scripted-1", "content": []}
+    blocks: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"type": "text", "text": ""}, {"type": "text_delta", "text": line.text}),
+        *(
+            (
+                {"type": "tool_use", "id": f"toolu_{number}", "name": call["name"], "input": {}},
+                {"type": "input_json_delta", "partial_json": call["arguments"]},
+            )
+            for number, call in enumerate(line.tool_calls)
+        ),
+    ]
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": {**message, "usage": usage}}]
+    for index, (block, delta) in enumerate(blocks):
+        events += [
+            {"type": "content_block_start", "index": index, "content_block": block},
+            {"type": "content_block_delta", "index": index, "delta": delta},
+            {"type": "content_block_stop", "index": index},
+        ]
+        if line.fault is ModelFault.OVERLOADED_LATE:
+            error = {"type": "overloaded_error", "message": "Overloaded"}
+            return [*events, {"type": "error", "error": error}]
+    end = {"stop_reason": "tool_use" if line.tool_calls else "end_turn", "stop_sequence": None}
+    return [
+        *events,
+        {"type": "message_delta", "delta": end, "usage": {"output_tokens": 20}},
+        {"type": "message_stop"},
+    ]
 
 
 def _build_chunk(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
@@ -127,6 +179,10 @@ def _build_refusal(fault: ModelFault | None, request: web.Request) -> web.Respon
     match fault:
         case ModelFault.RATE_LIMITED:
             return _build_error(429, "Rate limit reached", {"retry-after": "7"})
+        case ModelFault.OVERLOADED:
+            return _build_error(529, "Overloaded", {"retry-after": "3"})
+        case ModelFault.NO_CREDIT:
+            return _build_error(429, "You exceeded your current quota", code="insufficient_quota")
         case ModelFault.SERVER_ERROR:
             return web.Response(status=500, text="<html>internal page</html>")
         case ModelFault.KEY_REFUSED:
@@ -140,8 +196,11 @@ def _build_refusal(fault: ModelFault | None, request: web.Request) -> web.Respon
     return None
 
 
-def _build_error(status: int, message: str, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.json_response({"error": {"message": message}}, status=status, headers=headers)
+def _build_error(
+    status: int, message: str, headers: Mapping[str, str] | None = None, code: str | None = None
+) -> web.Response:
+    body = {"error": {"message": message, "code": code}}
+    return web.json_response(body, status=status, headers=headers)
 
 
 @asynccontextmanager
@@ -150,6 +209,7 @@ async def serve_models(*script: ScriptedAnswer) -> AsyncGenerator[ModelServer]:
     served = ModelServer(list(script) or [ScriptedAnswer()])
     app = web.Application(client_max_size=20_000_000)
     app.router.add_post("/v1/chat/completions", served.answer)
+    app.router.add_post("/v1/messages", served.answer_message)
     app.router.add_get("/v1/models", _list_models)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()

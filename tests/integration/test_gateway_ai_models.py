@@ -134,6 +134,20 @@ async def test_the_data_source_of_a_model_is_a_provider_that_its_author_may_use(
     assert refused.json()["error"]["details"][0]["code"] == "wrong-data-source"
 
 
+async def test_a_model_has_the_protocol_of_its_data_source(people: OrganizationUsers) -> None:
+    settings = {"baseUrl": "https://api.anthropic.com/v1", "provider": "anthropic"}
+    source = {"name": "Anthropic", "type": "ai-provider", "settings": settings, "secrets": {"key": KEY}}
+    source_id = (await people.owner.api.post(SOURCES, json=source)).json()["dataSourceId"]
+    model_id = await create_model(people.owner, source_id)
+    assert (await get_model(people.owner, model_id))["provider"] == "anthropic"
+    body = {"name": "Other", "vendorModelId": "m", "dataSourceId": source_id, "provider": "openai-compatible"}
+    refused = await people.owner.api.post(MODELS, json=body)
+    assert refused.json()["error"]["details"][0]["code"] == "wrong-provider"
+    moved = {"dataSourceId": await create_provider(people.owner)}
+    refused = await people.owner.api.put(f"{MODELS}/{model_id}", json=moved)
+    assert refused.json()["error"]["details"][0]["code"] == "wrong-provider"
+
+
 async def test_a_model_is_seen_and_used_by_its_owner_until_it_is_shared(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -16,6 +16,7 @@ from engine.model_calls import (
     MessageRole,
     ModelCallFailed,
     ModelProvider,
+    RequestedToolCall,
     TokenUsage,
 )
 from engine.model_prices import ModelPrice, compute_cost, show_cost
@@ -32,15 +33,23 @@ REQUEST = ChatRequest((ChatMessage(MessageRole.USER, "How is Oslo?"),), max_toke
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
 
 
-def model_at(url: str, *, follows_schemas: bool = False, key_header: str = "") -> ModelConnection:
+def model_at(
+    url: str,
+    *,
+    follows_schemas: bool = False,
+    calls_tools: bool = False,
+    key_header: str = "",
+    provider: ModelProvider = ModelProvider.OPENAI_COMPATIBLE,
+) -> ModelConnection:
     return ModelConnection(
         "model_1",
-        ModelProvider.OPENAI_COMPATIBLE,
+        provider,
         "scripted-1",
         url,
         KEY,
         key_header,
         follows_schemas=follows_schemas,
+        calls_tools=calls_tools,
     )
 
 
@@ -75,6 +84,8 @@ async def test_the_key_has_the_header_of_its_data_source() -> None:
     [
         (ModelFault.RATE_LIMITED, "model-rate-limited", True, True),
         (ModelFault.SERVER_ERROR, "model-unavailable", True, True),
+        (ModelFault.OVERLOADED, "model-unavailable", True, True),
+        (ModelFault.NO_CREDIT, "model-credit-exhausted", False, True),
         (ModelFault.KEY_REFUSED, "model-key-refused", False, True),
         (ModelFault.CONTEXT_TOO_LONG, "model-request-refused", False, False),
         (ModelFault.CUT, "model-unavailable", True, True),
@@ -92,6 +103,58 @@ async def test_a_fault_is_a_failure_with_its_consequence(
     assert (failure.code, failure.retryable, failure.can_fall_back) == (code, retryable, can_fall_back)
     assert "internal page" not in failure.message
     assert len(served.requests) == 1
+
+
+async def test_anthropic_is_asked_in_its_own_protocol() -> None:
+    call = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+    script = ScriptedAnswer(tool_calls=[call]), ScriptedAnswer(fault=ModelFault.OVERLOADED_LATE)
+    async with serve_models(*script) as served, open_model_client() as client:
+        model = model_at(served.url, provider=ModelProvider.ANTHROPIC)
+        answer = await client.complete(model, REQUEST, idempotency_key="exec:llm:")
+        with pytest.raises(ModelCallFailed, match="Overloaded") as failed:
+            await client.complete(model, REQUEST, idempotency_key="k")
+        assert await client.list_models(model) == ["scripted-1", "scripted-2"]
+    assert (answer.text, answer.usage) == ("Cold.", TokenUsage(100, 20))
+    assert answer.tool_calls == (RequestedToolCall("toolu_0", "get_weather", {"city": "Oslo"}),)
+    assert served.headers[0]["x-api-key"] == KEY
+    assert served.headers[0]["anthropic-version"] == "2023-06-01"
+    assert "authorization" not in served.headers[0]
+    assert (failed.value.code, failed.value.retryable) == ("model-unavailable", True)
+
+
+async def test_a_model_that_calls_tools_answers_by_a_schema_through_one() -> None:
+    call = {"name": "give_answer", "arguments": '{"city": "Oslo"}'}
+    request = ChatRequest(REQUEST.messages, 50, output_schema=SCHEMA)
+    async with serve_models(ScriptedAnswer(tool_calls=[call])) as served, open_model_client() as client:
+        answers = [
+            await client.complete(
+                model_at(served.url, calls_tools=True, provider=provider), request, idempotency_key="k"
+            )
+            for provider in (ModelProvider.OPENAI_COMPATIBLE, ModelProvider.ANTHROPIC)
+        ]
+    for answer in answers:
+        assert (answer.text, answer.finish_reason) == ('{"city":"Oslo"}', FinishReason.STOP)
+        assert answer.tool_calls == ()
+    assert served.requests[0]["tools"][0]["function"]["parameters"] == SCHEMA
+    assert served.requests[1]["tool_choice"] == {"type": "tool", "name": "give_answer"}
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ("7", 7),
+        ("0.5", 0.5),
+        ("-1", 0),
+        ("Sun, 29 Nov 2026 10:00:30 GMT", 30),
+        ("999999", 86_400),
+        ("nan", None),
+        ("soon", None),
+        ("", None),
+    ],
+)
+def test_the_time_to_wait_is_read_from_seconds_or_a_date(given: str, seconds: float | None) -> None:
+    headers = {"retry-after": given, "date": "Sun, 29 Nov 2026 10:00:00 GMT"}
+    assert model_client.build_status_failure(429, headers, b"").retry_after_seconds == seconds
 
 
 async def test_a_rate_limit_says_when_calls_are_accepted_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,15 +16,18 @@ from engine.model_calls import (
     FinishReason,
     MessageRole,
     ModelCallFailed,
+    ModelProvider,
     RequestedToolCall,
     TokenUsage,
     ToolDescription,
 )
-from nodes.ai import openai_chat
+from nodes.ai import openai_chat, provider_json
 from nodes.ai.event_stream import EventStreamParser
-from nodes.ai.openai_chat import ChatAnswerParser
+from nodes.ai.model_connection import ModelConnection
 
-FOLDER = Path(__file__).parent / "model_answers"
+FOLDER = Path(__file__).parent / "model_answers/openai"
+MODEL = ModelConnection("model_1", ModelProvider.OPENAI_COMPATIBLE, "m")
+FOLLOWER = msgspec.structs.replace(MODEL, follows_schemas=True)
 REQUEST = ChatRequest((ChatMessage(MessageRole.USER, "How is Oslo?"),), max_tokens=100)
 OSLO = {"city": "Oslo"}
 ESTIMATED = TokenUsage(4, 1, is_estimated=True)
@@ -34,7 +38,7 @@ def parse_file(name: str) -> ChatAnswer:
 
 
 def parse_answer(stream: bytes, piece_bytes: int = 7) -> ChatAnswer:
-    events, answer = EventStreamParser(), ChatAnswerParser(REQUEST)
+    events, answer = EventStreamParser(), openai_chat.ChatAnswerParser(MODEL, REQUEST)
     pieces = [stream[at : at + piece_bytes] for at in range(0, len(stream), piece_bytes)]
     for data in [data for piece in pieces for data in events.feed(piece)] + events.finish():
         answer.feed(data)
@@ -89,6 +93,19 @@ def test_calls_without_an_id_of_their_own_get_one_of_nine_characters(name: str) 
     assert second.id.isalnum()
 
 
+def test_signed_thoughts_go_back_to_the_model_that_signed_them_alone() -> None:
+    answer = parse_file("signed_thoughts")
+    message = ChatMessage(
+        MessageRole.ASSISTANT, answer.text, answer.tool_calls, provider_content=answer.provider_content
+    )
+    request = ChatRequest((message,), 100)
+    (own,) = openai_chat.build_body(MODEL, request)["messages"]
+    (other,) = openai_chat.build_body(msgspec.structs.replace(MODEL, id="model_2"), request)["messages"]
+    signed = own["tool_calls"][0].pop("extra_content")
+    assert signed == {"google": {"thought_signature": "EpwC"}}
+    assert own == other
+
+
 def test_an_answer_that_ignores_the_tools_is_a_text() -> None:
     answer = parse_file("tools_ignored")
     assert (answer.tool_calls, answer.finish_reason) == ((), FinishReason.STOP)
@@ -138,7 +155,7 @@ def test_a_request_is_streamed_and_its_tools_always_have_parameters() -> None:
     request = ChatRequest(
         REQUEST.messages, 100, temperature=0.5, tools=(ToolDescription("now", "The time.", {}),)
     )
-    assert openai_chat.build_body("m", request, has_native_schemas=True) == {
+    assert openai_chat.build_body(FOLLOWER, request) == {
         "model": "m",
         "messages": [{"role": "user", "content": "How is Oslo?"}],
         "max_tokens": 100,
@@ -160,18 +177,20 @@ def test_a_request_is_streamed_and_its_tools_always_have_parameters() -> None:
 
 def test_a_schema_is_passed_on_only_to_a_model_that_follows_it() -> None:
     request = ChatRequest(REQUEST.messages, 100, output_schema={"type": "object"})
-    native = openai_chat.build_body("m", request, has_native_schemas=True)
+    native = openai_chat.build_body(FOLLOWER, request)
     assert native["response_format"]["json_schema"]["schema"] == {"type": "object"}
-    assert "response_format" not in openai_chat.build_body("m", request, has_native_schemas=False)
+    assert "response_format" not in openai_chat.build_body(MODEL, request)
 
 
 def test_a_field_that_a_server_refuses_by_name_is_replaced() -> None:
-    body = openai_chat.build_body("m", REQUEST, has_native_schemas=False)
+    body = openai_chat.build_body(MODEL, REQUEST)
     refusal = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     adapted = openai_chat.adapt_body(body, refusal)
     assert adapted is not None
     assert ("max_tokens" in adapted, adapted["max_completion_tokens"]) == (False, 100)
     assert openai_chat.adapt_body(adapted, refusal) is None
+    warm = openai_chat.build_body(MODEL, msgspec.structs.replace(REQUEST, temperature=0))
+    assert openai_chat.adapt_body(warm, "'temperature' does not support 0 with this model") == body
     assert openai_chat.adapt_body(body, "Unknown model") is None
 
 
@@ -187,4 +206,4 @@ def test_a_field_that_a_server_refuses_by_name_is_replaced() -> None:
     ],
 )
 def test_errors_of_providers_are_quoted_in_part_and_pages_never(body: bytes, message: str) -> None:
-    assert openai_chat.read_error_message(body) == message
+    assert provider_json.read_error(body)[0] == message

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class AiModels(Resource):
     """Methods of `client.ai_models`."""
 
-    def create(self, *, name: str, vendor_model_id: str, data_source_id: str, type: Literal['self-hosted', 'third-party'] | None = None, provider: Literal['openai-compatible'] | None = None, context_length: int | None = None, max_output_tokens: int | None = None, price: Any = None, is_shared: bool | None = None, idempotency_key: str | None = None) -> t.NewModel:
+    def create(self, *, name: str, vendor_model_id: str, data_source_id: str, type: Literal['self-hosted', 'third-party'] | None = None, provider: Literal['anthropic', 'openai-compatible'] | None = None, context_length: int | None = None, max_output_tokens: int | None = None, price: Any = None, is_shared: bool | None = None, idempotency_key: str | None = None) -> t.NewModel:
         """Register a model of a provider."""
         return cast("t.NewModel", self._client.request("POST", "/api/v1/ai/models", fields={"name": name, "vendorModelId": vendor_model_id, "dataSourceId": data_source_id, "type": type, "provider": provider, "contextLength": context_length, "maxOutputTokens": max_output_tokens, "price": price, "isShared": is_shared}, idempotency_key=idempotency_key, is_keyed=True))
 

@@ -348,7 +348,7 @@ OverlapPolicy = Literal['allow', 'queue', 'skip']
 PolicyType = Literal['always-on', 'idle-shutdown', 'on-demand', 'scheduled-window']
 
 
-RegisteredProvider = Literal['openai-compatible']
+RegisteredProvider = Literal['anthropic', 'openai-compatible']
 
 
 SkipReason = Literal['concurrency-limit', 'missed', 'overlap', 'queue-full']

@@ -1,0 +1,110 @@
+"""JSON of providers, of which nothing is sure: readers that ignore other forms, and failures that quote errors."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from engine.model_calls import ModelCallFailed
+from json_text import decoding
+
+MAX_QUOTED_CHARACTERS: Final = 500
+
+
+def read_text(value: object) -> str:
+    """Return a text; empty for any other value."""
+    return value if isinstance(value, str) else ""
+
+
+def read_count(value: object, name: str) -> int:
+    """Return a number of an object; 0 for a missing, negative or other value."""
+    count = value.get(name) if isinstance(value, dict) else None
+    return max(count, 0) if isinstance(count, int) else 0
+
+
+def read_event(data: bytes) -> dict[str, Any]:
+    """Return the object in the data of an event; raises `ModelCallFailed` for anything else."""
+    try:
+        event = decoding.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise build_invalid_answer("an event that is not JSON") from error
+    if not isinstance(event, dict):
+        raise build_invalid_answer("an event that is no object")
+    return event
+
+
+def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any] | None, str]:
+    """Return the arguments of a tool call and an empty text; or None and the problem, if they are no JSON object.
+
+    `value` has them where `text` is empty. Null and an empty text count as no arguments.
+    """
+    if text.strip():
+        try:
+            value = decoding.decode(text)
+        except (ValueError, RecursionError):
+            return None, "The arguments are not valid JSON"
+    if value is None:
+        return {}, ""
+    if isinstance(value, dict):
+        return value, ""
+    return None, "The arguments are no JSON object"
+
+
+def read_model_names(body: bytes) -> list[str]:
+    """Return the names in a list of models; empty for any other body."""
+    try:
+        value = decoding.decode(body)
+    except (ValueError, RecursionError):
+        return []
+    listed = value.get("data", value.get("models")) if isinstance(value, dict) else value
+    rows = listed if isinstance(listed, list) else []
+    names = [read_text(row.get("id") or row.get("name")) for row in rows if isinstance(row, dict)]
+    return [name for name in names if name]
+
+
+# ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_error(body: bytes) -> tuple[str, str]:
+    """Return the message of an error as JSON, up to 500 characters, and its code or type.
+
+    Both are empty for other bodies, which may be internal pages.
+    """
+    try:
+        value = decoding.decode(body)
+    except (ValueError, RecursionError):
+        return "", ""
+    value = value[0] if isinstance(value, list) and value else value
+    error = value.get("error", value) if isinstance(value, dict) else None
+    code = read_text(error.get("code")) or read_text(error.get("type")) if isinstance(error, dict) else ""
+    return quote_error(error), code
+
+
+def build_interruption(error: object) -> ModelCallFailed:
+    """Return the failure of an error that arrives in the middle of an answer."""
+    said = quote_error(error)
+    message = (
+        f"The provider ended the answer with an error: {said}" if said else "The provider ended the answer"
+    )
+    return ModelCallFailed(message, code="model-interrupted", retryable=True, can_fall_back=True)
+
+
+def build_broken_answer() -> ModelCallFailed:
+    """Return the failure of a stream that has ended before the answer has."""
+    message = "The model's answer broke off before its end"
+    return ModelCallFailed(message, code="model-interrupted", retryable=True, can_fall_back=True)
+
+
+def build_invalid_answer(what: str) -> ModelCallFailed:
+    """Return the failure of an answer that can't be read."""
+    return ModelCallFailed(
+        f"The provider sent {what}", code="model-invalid-answer", retryable=True, can_fall_back=True
+    )
+
+
+def quote_error(error: object) -> str:
+    """Return up to 500 characters of an error, or of its `message` or `detail`, on one line; empty for
+    anything else.
+    """
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail")
+    return " ".join(error.split())[:MAX_QUOTED_CHARACTERS] if isinstance(error, str) else ""
