@@ -101,7 +101,8 @@ class ToolEnvironment:
 SCHEMATHESIS = ToolEnvironment("schemathesis")
 PYTHON_CLIENT = ToolEnvironment("python_client")
 TYPESCRIPT_CLIENTS = ToolEnvironment("typescript_clients")
-ALL = (SCHEMATHESIS, PYTHON_CLIENT, TYPESCRIPT_CLIENTS)
+PROVIDER_TYPES = ToolEnvironment("provider_types")
+ALL = (SCHEMATHESIS, PYTHON_CLIENT, TYPESCRIPT_CLIENTS, PROVIDER_TYPES)
 
 
 def _node(folder: Path) -> Path:
