@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +28,7 @@ SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages"})
 def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
     """Return the documents of the node types of a Python file with a worker, or of a JSON or YAML file.
 
-    A Python file is executed. Raises `CommandError`, and the file's own errors.
+    A Python file is executed. Raises `CommandError`.
     """
     if file.suffix == ".py":
         return [one.document for worker in load_workers(file) for one in worker.definitions]
@@ -42,7 +43,7 @@ def read_documents(file: Path) -> Sequence[Mapping[str, Any]]:
 def load_workers(file: Path) -> Sequence[Worker]:
     """Execute a Python file and return the workers that it defines at its top level, at least one.
 
-    Raises `CommandError` without any, and the file's own errors.
+    Raises `CommandError` without any, and for an error of the file.
     """
     from pilotflame_sdk import Worker
 
@@ -54,11 +55,32 @@ def load_workers(file: Path) -> Sequence[Worker]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     sys.path.insert(0, str(file.parent.resolve()))
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CommandError(_describe_error(file, error)) from error
     workers = [one for one in vars(module).values() if isinstance(one, Worker)]
     if not workers:
         raise CommandError(f"{file} has no worker: assign `worker = Worker(...)` at its top level")
     return workers
+
+
+def _describe_error(file: Path, error: Exception) -> str:
+    """Return the text for an error of a worker's file, with the innermost line of the code beside it."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return (
+            f"{file} needs the module {error.name}, which {sys.executable} does not have: install it there. Or use the"
+            f" Python of the worker: `worker.register()` adds the node types, and `python {file}` runs the worker"
+        )
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
+    folder = file.resolve().parent
+    own = [
+        f"{one.filename}, line {one.lineno}"
+        for one in traceback.extract_tb(error.__traceback__)
+        if Path(one.filename).is_relative_to(folder) and not SKIPPED.intersection(Path(one.filename).parts)
+    ]
+    return f"{own[-1] if own else file}: {type(error).__name__}: {error}"
 
 
 def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from itertools import pairwise
@@ -125,6 +126,22 @@ def test_node_types_of_a_worker_are_added_and_deleted(shell: CommandShell) -> No
     assert shell.json("nodes", "get", "acme/resize")["version"] == "1.2.0"
     nothing = shell.file("nothing.py", "x = 1")
     assert "has no worker" in shell.run("nodes", "apply", nothing).stderr
+
+
+def test_an_error_of_a_workers_file_names_its_line(shell: CommandShell) -> None:
+    for text, said in (
+        (
+            "import pandas_of_nobody",
+            r"needs the module pandas_of_nobody, which \S+ does not have: install it there",
+        ),
+        ("def f(:", r"wrong\.py, line 1: SyntaxError"),
+        (WORKER.format(version="1.2", text="Two."), r"wrong\.py, line 15: ValueError: '1.2' is no version"),
+    ):
+        for command in (("nodes", "apply"), ("workers", "run")):
+            refused = shell.run(*command, shell.file("wrong.py", text))
+            assert refused.returncode == 2
+            assert re.search(said, refused.stderr), refused.stderr
+            assert len(refused.stderr.splitlines()) == 1
 
 
 def test_many_runs_are_cancelled_at_once_after_a_question(shell: CommandShell) -> None:
