@@ -123,6 +123,8 @@ def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema],
 def accept_templates(schema: JsonSchema) -> dict[str, Json]:
     """Return a schema that accepts a text with `{{` for any property and item without `x-constant`.
 
+    Also within `anyOf`, `allOf`, `then` and `else`; not within `oneOf`, where it could fit several schemas.
+
     The original schema moves into an `else`, whose errors are reported as if it stood alone.
     """
     changed = dict(schema)
@@ -131,6 +133,10 @@ def accept_templates(schema: JsonSchema) -> dict[str, Json]:
             changed[keyword] = {name: _allow_template(each) for name, each in inner.items()}
         elif keyword in {"items", "additionalProperties"}:
             changed[keyword] = _allow_template(inner)
+        elif keyword in {"then", "else"} and isinstance(inner, dict):
+            changed[keyword] = accept_templates(inner)
+        elif keyword in {"allOf", "anyOf"} and isinstance(inner, list):
+            changed[keyword] = [accept_templates(each) if isinstance(each, dict) else each for each in inner]
     return changed
 
 

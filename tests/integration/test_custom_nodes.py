@@ -152,6 +152,15 @@ async def test_validation_reads_the_document(people: OrganizationUsers) -> None:
     changed = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=custom_graph(config))
     assert changed.status_code == 200, changed.text
     assert (await validate(people.owner, workflow_id))["errors"] == []
+    # Also inside of alternatives, such as those of an optional class.
+    size = {"type": "object", "properties": {"width": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"size": {"anyOf": [size, {"type": "null"}]}}}
+    await add_type(people.owner, type="acme/crop", config=schema)
+    for width, count in (("{{ data.width }}", 0), ("wide", 1)):
+        graph = custom_graph({"size": {"width": width}}, type_name="acme/crop")
+        changed = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=graph)
+        assert changed.status_code == 200, changed.text
+        assert len((await validate(people.owner, workflow_id))["errors"]) == count
 
     # A wrong port and a misspelled type have fixes, also where the type was added after the workflow.
     wrong = custom_graph(type_name="acme/resise")

@@ -349,6 +349,7 @@ def test_a_problem_never_shows_a_value() -> None:
         ("filter", {"items": "{{ data.rows }}", "condition": CONDITION}),
         ("http-request", {"url": "u", "method": "{{ data.method }}", "followRedirects": "{{ data.follow }}"}),
         ("http-request", {"url": "u", "headers": {"x": "a {{ data.x }}"}, "query": {"q": "{{ data.q }}"}}),
+        ("http-request", {"url": "u", "method": "{{ data.method }}", "waitForCallback": True}),
         ("aggregate", {"groupBy": ["{{ data.by }}"], "aggregations": [{**SUM, "function": "{{ data.f }}"}]}),
         ("aggregate", {"aggregations": "{{ data.aggregations }}"}),
         (
