@@ -21,6 +21,8 @@ from gateway.http.connection_budget import ConnectionBudget, ConnectionPhase
 from models import ids
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.http.errors import ApiError
     from gateway.http.proxies import TrustedProxies
 
@@ -65,11 +67,21 @@ class ConnectionBounds:
 class RequestHolding:
     """Share of the limits that one request occupies until it is released."""
 
-    __slots__ = ("_bounds", "_is_released", "body", "client", "refusal")
+    __slots__ = (
+        "_bounds",
+        "_has_left",
+        "_is_released",
+        "_on_disconnect",
+        "body",
+        "client",
+        "refusal",
+    )
 
     def __init__(self, bounds: ConnectionBounds, client: str, body: ByteHolding) -> None:
         self._bounds = bounds
         self._is_released = False
+        self._has_left = False
+        self._on_disconnect: Callable[[], None] | None = None
         self.client = client
         self.body = body
         self.refusal: ApiError | None = None
@@ -78,6 +90,20 @@ class RequestHolding:
             bounds.requests[client] += 1
             if bounds.requests[client] > bounds.max_requests_per_client:
                 self.refusal = errors.busy("Too many concurrent requests of this address")
+
+    def call_on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` as soon as the client leaves before its answer; at once if it has left already."""
+        if self._has_left:
+            callback()
+        else:
+            self._on_disconnect = callback
+
+    def disconnect(self) -> None:
+        """Note that the client has left before its answer, and call the callback for that."""
+        self._has_left = True
+        if self._on_disconnect is not None:
+            self._on_disconnect()
+            self._on_disconnect = None
 
     def release(self) -> None:
         """Free the request's slot of its client, and the bytes of its body in the budget; repeated calls
@@ -314,6 +340,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_checking()
         self.gathering.closed()
+        if self._is_served:
+            cast("dict[str, Any]", self.cycle.scope)["holding"].disconnect()
         for cycle, _ in self.pipeline:  # these requests are never started
             cast("dict[str, Any]", cycle.scope)["holding"].release()
         self.pipeline.clear()

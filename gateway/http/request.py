@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -153,6 +153,12 @@ class GatewayRequest(StarletteRequest):
     def send_with_answer(self, name: str, value: str) -> None:
         """Add a header to the answer, whether it is a success or an error."""
         self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
+
+    def call_on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` as soon as the client leaves before its answer; at once if it has left already."""
+        holding: RequestHolding | None = self.scope.get("holding")
+        if holding is not None:
+            holding.call_on_disconnect(callback)
 
     def release_body(self) -> None:
         """Release the body's bytes from the memory budget early, when nothing refers to it and the answer

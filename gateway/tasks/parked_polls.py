@@ -59,6 +59,10 @@ class ParkedPoll:
         self.answer.set_result(answer)
         return True
 
+    def leave(self) -> None:
+        """End the poll without tasks, because its client has disconnected."""
+        self.resolve(EMPTY_ANSWER)
+
     async def wait_for_look(self) -> None:
         """Wait until the gateway has looked for tasks for the new poll once; raises the error of that look."""
         if self.looked is not None:

@@ -6,10 +6,10 @@ So the claims of one gateway never compete for the same tasks. A parked poll cos
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+ClientWatch: TypeAlias = Callable[[Callable[[], None]], None]
+"""Function that calls its argument as soon as the client of a poll disconnects."""
 MAX_PARKED: Final = 20_000
 LOOK_TOGETHER_SECONDS: Final = 0.025
 """Time for which the first look of polls waits for others, while no task waits for them."""
@@ -58,15 +60,21 @@ class PollService:
         """Ids of the organizations with open polls at this gateway."""
         return list(self._polls)
 
-    async def wait(self, poll: TaskPoll, seconds: float) -> PollAnswer:
-        """Return tasks or cancellations for a worker as soon as there are any; nothing after the time.
+    async def wait(
+        self, poll: TaskPoll, seconds: float, call_on_disconnect: ClientWatch | None = None
+    ) -> PollAnswer:
+        """Return tasks or cancellations for a worker as soon as there are any; nothing after the time, and
+        nothing once its client has left: tasks for a dead worker would wait for the end of their leases.
 
         Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
         """
         if self._is_closed or self._parked >= MAX_PARKED:
             raise errors.not_ready("Too many workers wait here, or this gateway is stopping: try again")
         await self._listen()
-        answer = await self._wait(ParkedPoll(poll), seconds)
+        parked = ParkedPoll(poll)
+        if call_on_disconnect is not None:
+            call_on_disconnect(parked.leave)
+        answer = await self._wait(parked, seconds)
         if answer.is_stopped:
             raise errors.conflict("worker-stopped", "The worker has said that it stops: start with a new id")
         return answer

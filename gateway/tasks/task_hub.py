@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from execution.organization_catalogs import OrganizationCatalogs
     from gateway.executions.acceptance import PodNotifier
     from gateway.tasks.parked_polls import PollAnswer
-    from gateway.tasks.poll_service import PollService
+    from gateway.tasks.poll_service import ClientWatch, PollService
     from gateway.tasks.worker_presence import WorkerDescription
     from journal.tasks.task_items import ItemResult, WorkerReport
     from journal.tasks.task_polls import TaskPoll
@@ -74,14 +74,22 @@ class TaskHub:
 
         return PollService(self._broker, self.tasks)
 
-    async def wait(self, poll: TaskPoll, worker: WorkerDescription, seconds: float) -> PollAnswer:
+    async def wait(
+        self,
+        poll: TaskPoll,
+        worker: WorkerDescription,
+        seconds: float,
+        call_on_disconnect: ClientWatch | None = None,
+    ) -> PollAnswer:
         """Return tasks or cancellations for a worker as soon as there are any; an empty answer after `seconds`.
+
+        A worker that disconnects meanwhile gets no tasks.
 
         Raises a 409 error for a stopped worker, and 503 while 20,000 polls wait or the gateway stops.
         """
         self._keep_active()
         await self.presence.note(worker)
-        return await self._polls.wait(poll, seconds)
+        return await self._polls.wait(poll, seconds, call_on_disconnect)
 
     # ── reports ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -237,7 +237,7 @@ async def claim(request: GatewayRequest) -> JsonResponse:
         pools=body.pools,
     )
     seconds = body.wait * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
-    answer = await request.gateway.task_hub.wait(poll, worker, seconds)
+    answer = await request.gateway.task_hub.wait(poll, worker, seconds, request.call_on_disconnect)
     return _answer(answer, await _find_traceparents(request.gateway.database, answer))
 
 

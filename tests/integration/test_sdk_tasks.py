@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker, Workflow
 
 from tests.custom_types import RESIZE
 from tests.integration.command_shell import KEY, CommandShell, open_shell
+from tests.integration.task_workers import TaskWorkerClient
 from tests.integration.worker_runs import put_workflow, run_worker, serving, wait_until
 
 WORKER = """
@@ -176,6 +178,27 @@ def test_the_tasks_of_a_killed_worker_end_in_another_one(
     keys, *_ = zip(*begun(), strict=True)
     assert len(set(keys)) == 1
     assert outputs["work"] == {"begun": int(begun()[1][2])}
+
+
+async def test_a_worker_that_has_left_gets_no_task(client: Client, shell: CommandShell) -> None:
+    document = {**RESIZE, "type": "acme/left"}
+    shell.output("nodes", "apply", shell.file("left.json", json.dumps(document)))
+    url, headers = shell.given["PILOTFLAME_URL"], {"X-API-Key": KEY}
+    types = {"acme/left": RESIZE["version"]}
+    async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False) as api:
+        gone, heir = TaskWorkerClient(api, types), TaskWorkerClient(api, types)
+        # More free slots: it would be served first.
+        poll = asyncio.create_task(gone.claim(limit=50, wait=30))
+        await asyncio.to_thread(
+            wait_until, lambda: any(one["id"] == gone.id for one in client.workers.iterate())
+        )
+        poll.cancel()
+        await asyncio.wait([poll])
+        run = await asyncio.to_thread(client.start, put_workflow(client, "acme/left", {"image": "a.png"}))
+        (task,) = await heir.claim()
+        assert client.tasks.get(task["id"])["unacknowledged"] == 0
+        assert await heir.complete(task) == "ok"
+        await asyncio.to_thread(run.wait, 30)
 
 
 def test_a_terminated_worker_gives_its_tasks_back(
