@@ -35,6 +35,7 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from engine.values import Json
     from journal.explanations.run_facts import RunFacts, UnsettledNode
+    from journal.explanations.task_facts import TaskFact
     from models.worker_presence import WorkerPresence
 
 SWEEP_TIME: Final = timedelta(seconds=2)
@@ -341,10 +342,7 @@ def _task_blocker(node: UnsettledNode) -> Blocker:
         return Blocker(BlockerCode.AWAITING_TASK, text, node.started_at, details=where)
     where |= {"attempt": task.attempt, "task": task.id, "state": task.state.value}
     if task.is_held:
-        text = f"{node.label} is performed by worker {task.worker_id}"
-        if task.silent_seconds is not None and task.until is not None:
-            silence = f"which has not reported for {task.silent_seconds:.0f} s"
-            text = f"{text}, {silence}: another one may have it at {task.until:%H:%M:%S}"
+        text = f"{node.label} is performed by worker {task.worker_id}, {_report_text(task)}"
     elif task.unserved is not None:
         text = f"{node.label}: {task.unserved}"
     elif task.state is TaskState.LIMITED:
@@ -363,6 +361,19 @@ def _task_blocker(node: UnsettledNode) -> Blocker:
         actions=[SuggestedRequest("GET", f"/api/v1/tasks/{task.id}", READ_SCOPE)],
         details=where,
     )
+
+
+def _report_text(task: TaskFact) -> str:
+    """Return when the worker of a held task has last reported, and when another one may have the task instead."""
+    if task.reported_seconds is None:
+        reported = "which has not confirmed the claim yet"
+    elif task.is_silent:
+        reported = f"which has not reported for {task.reported_seconds:.0f} s"
+    else:
+        reported = f"which has reported {task.reported_seconds:.0f} s ago"
+    if task.until is None:
+        return reported
+    return f"{reported}: without a report, another one may have it at {task.until:%H:%M:%S}"
 
 
 def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:

@@ -38,8 +38,10 @@ class TaskFact:
     claimed_at: datetime | None
     until: datetime | None
     """End of the lease, or time of the next attempt."""
-    silent_seconds: float | None
-    """Time since the last report of its worker, if that is late; None for others."""
+    reported_seconds: float | None
+    """Time since the last report of its worker; None without a report since the claim, and for others."""
+    is_silent: bool
+    """Whether more than half of its lease has passed without a report."""
     unserved: str | None
     """Why no worker performs it; None if one does or can."""
 
@@ -75,19 +77,24 @@ async def read_tasks(
             worker_id=row.worker_id,
             claimed_at=row.claimed_at,
             until=row.due_at or row.lease_until,
-            silent_seconds=_find_silence(row, now),
+            reported_seconds=None if silence is None else silence.total_seconds(),
+            is_silent=silence is not None and silence > _lease(row) / 2,
             unserved=None
             if row.state in HELD_STATES
             else task_service.find_service(workers, row.type, row.version, row.pool, now).explanation,
         )
         for row in rows
+        for silence in [_find_silence(row, now)]
     }
 
 
-def _find_silence(row: Row[Any], now: datetime) -> float | None:
-    """Return the seconds since the last report about a held task, once more than half of its lease is over."""
+def _find_silence(row: Row[Any], now: datetime) -> timedelta | None:
+    """Return the time since the last report of a held task; None if its worker has not reported it since the claim."""
     if row.state not in HELD_STATES or row.lease_until is None or not row.is_acknowledged:
         return None
-    lease = timedelta(microseconds=row.lease_microseconds)
-    silence = now - (row.lease_until - lease)
-    return silence.total_seconds() if silence > lease / 2 else None
+    silence: timedelta = now - (row.lease_until - _lease(row))
+    return max(silence, timedelta())
+
+
+def _lease(row: Row[Any]) -> timedelta:
+    return timedelta(microseconds=row.lease_microseconds)
