@@ -117,6 +117,8 @@ def _read_operation(path: str, method: str, found: Schema, schemas: Schema) -> A
     resource, name = method_name(found["operationId"])
     parameters = [*found.get("parameters", ())]
     body = _json_schema(found.get("requestBody"))
+    if body is not None and _is_empty(_resolved(body, schemas)):
+        body = None
     fields = None if body is None else _body_fields(_with_choices(_resolved(body, schemas), schemas))
     answer = next(
         (_json_schema(one) for status, one in found["responses"].items() if status in {"200", "201"}), None
@@ -162,6 +164,11 @@ def _resolved(schema: Schema, schemas: Schema) -> Schema:
     while "$ref" in schema:
         schema = schemas[str(schema["$ref"]).rpartition("/")[2]]
     return schema
+
+
+def _is_empty(schema: Schema) -> bool:
+    """Return whether a schema allows no object with any field."""
+    return not schema.get("properties") and schema.get("additionalProperties") is False
 
 
 def _with_choices(value: Any, schemas: Schema) -> Any:  # noqa: ANN401 - any part of a schema

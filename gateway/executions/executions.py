@@ -42,7 +42,7 @@ from gateway.http.parameters import (
 )
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent, location
-from gateway.http.wire import WireStruct
+from gateway.http.wire import StrictWire, WireStruct, read_json
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from models import ids
 from models.execution_status import ExecutionStatus
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from starlette.types import ASGIApp
 
+    from engine.values import Json
     from gateway.executions.large_outputs import ShownOutputs
     from journal.store import ExecutionKey
     from models.execution import Execution
@@ -177,6 +178,10 @@ class EndRequestResult(WireStruct):
 
     execution_id: str
     status: ExecutionStatus
+
+
+class ResumeRequest(StrictWire):
+    """Body of a resume: none, or an empty object."""
 
 
 class ResumeResult(WireStruct):
@@ -428,6 +433,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     An execution is resumed once. After that, resume the newest execution of its line, which `details` names. The
     definition is that of the failed execution: to run the mended workflow, or to see a plan first, replay it.
     """
+    _refuse_fields(await read_json(request))
     caller, gateway = request.caller, request.gateway
     failed = await _find_key(request)
     idempotency_key = request.idempotency_key(None, workflow_id=failed.execution_id)
@@ -451,6 +457,20 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     gateway.acceptances.follow(concurrency_key)
     log.info("execution resumed", execution_id=new_id, resumed_from=failed.execution_id)
     return JsonResponse(resumed, status=201, headers=headers)
+
+
+def _refuse_fields(body: Json) -> None:
+    """Raise a 422 error for a body of a resume with any field: those of a replay would otherwise have no effect."""
+    if body is None or body == {}:
+        return
+    names = list(body)[: limits.FINDINGS] if isinstance(body, dict) else ["body"]
+    hint = (
+        "a resume takes no fields, since it continues the failed run as it was; to choose its definition, its"
+        " input, or the nodes that run again, send them with POST /api/v1/executions/{id}/replay"
+    )
+    raise errors.invalid(
+        [errors.problem(name[:64], "unknown-field", f"{name[:64]}: {hint}") for name in names]
+    )
 
 
 # ── shared helpers ──────────────────────────────────────────────────────────────────────────────────────────

@@ -318,6 +318,7 @@ ROUTES: Final[Sequence[Route]] = (
         "/api/v1/executions/{id}/resume",
         EXECUTE,
         executions.resume,
+        body=executions.ResumeRequest,
         answer=executions.ResumeResult,
         status=201,
         docs=OperationDoc(

@@ -1432,7 +1432,12 @@ async def test_a_resumed_run_starts_from_the_committed_results_of_the_failed_one
     failed_id = await create_failed_run(
         harness, people.owner, await people.owner.create(settings={"timeout": 60}, **GRAPH)
     )
-    response = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")
+    meant_for_replay = {"definition": "current", "from": ["a"]}
+    refused = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume", json=meant_for_replay)
+    assert_refused(refused, 422, "validation-failed")
+    assert [one["path"] for one in refused.json()["error"]["details"]] == ["definition", "from"]
+    assert "/replay" in refused.text
+    response = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume", json={})
     assert response.status_code == 201
     resumed_id = response.json()["executionId"]
     assert response.json() == {"executionId": resumed_id, "resumedFrom": failed_id}
