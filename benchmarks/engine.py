@@ -11,6 +11,7 @@ from statistics import median
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from engine.agent_steps import AgentStep
 from engine.conditions import compile_condition
 from engine.expressions import compile_template, compile_value
 from engine.graph import ParsedGraph
@@ -97,6 +98,9 @@ class DiscardingJournal:
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
         """Forget an attempt."""
+
+    def record_step(self, step: AgentStep) -> None:
+        """Forget a step."""
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
         """Forget metadata."""

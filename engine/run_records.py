@@ -20,6 +20,7 @@ from engine.values import InvalidJson
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from engine.agent_steps import AgentStep
     from engine.graph import GraphNode
     from engine.values import Json
 
@@ -210,6 +211,9 @@ class RunJournalWriter(Protocol):
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
         """Add an attempt to the next commit; the caller records the state of its node after it."""
+
+    def record_step(self, step: AgentStep) -> None:
+        """Add the new state of a step of an agent to the next commit, where it replaces earlier states."""
 
     def log(self, line: LogLine) -> None:
         """Add a log line to the next commit."""

@@ -13,6 +13,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from engine.agent_steps import AgentStep
 from engine.run_records import NodeSpan
 from journal.store import ClaimedRun, RunWrite
 from models.loss_limits import MAX_ISOLATION_LOSSES
@@ -33,6 +34,7 @@ MAX_WAIT_SECONDS: Final = 25.0
 MAX_RECORD_BYTES: Final = 80_000_000
 """A run commits once it has 10 MB to record, or a single output of up to 50 MB; Base64 adds a third."""
 SPANS_PER_PAGE: Final = 200
+STEPS_PER_PAGE: Final = 100
 MAX_FILTER_CHARACTERS: Final = 65_536
 
 LeaseSeconds = Annotated[float, msgspec.Meta(gt=0, le=MAX_LEASE_SECONDS)]
@@ -195,6 +197,20 @@ class SpansResponse(msgspec.Struct, frozen=True):
     """Page of spans; another page may follow a full one."""
 
     spans: Sequence[NodeSpan]
+
+
+class StepsRequest(msgspec.Struct, frozen=True):
+    """Read a page of the recorded steps of the agents of one run that have not ended."""
+
+    execution_id: str
+    after: int = 0
+    """Sequence number of the last step of the previous page."""
+
+
+class StepsResponse(msgspec.Struct, frozen=True):
+    """Page of steps in the order of their sequence numbers; another page may follow a full one."""
+
+    steps: Sequence[AgentStep]
 
 
 class LogPositions(msgspec.Struct, frozen=True):

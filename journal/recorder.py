@@ -48,6 +48,7 @@ from models.timestamps import HOST_TIME
 from telemetry import instruments
 
 if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
     from engine.values import Json
     from journal.blobs.large_values import LargeValues
     from journal.store import ExecutionKey, RunStore
@@ -180,7 +181,11 @@ def percent_of(share: float) -> int:
 
 
 def _count_rows(write: RunWrite) -> int:
-    return 1 + len(write.spans) + len(write.attempts) + len(write.logs) + len(write.metadata)
+    return (
+        1
+        + sum(len(records) for records in (write.spans, write.attempts, write.steps, write.logs))
+        + len(write.metadata)
+    )
 
 
 def _count_node(span: NodeSpan) -> None:
@@ -270,6 +275,12 @@ class RunJournal:
             instruments.counter("node_retries_total").inc()
         self._write.attempts.append(attempt)
 
+    def record_step(self, step: AgentStep) -> None:
+        """Add the new state of a step of an agent to the next commit; an ended one is progress of the run."""
+        self._write.steps.append(step)
+        if step.ended_at is not None:
+            self._write.has_new_result = True
+
     def log(self, line: LogLine) -> None:
         """Add a log line to the next commit."""
         self._write.logs.append(line)
@@ -333,8 +344,9 @@ class RunJournal:
 
     @property
     def is_dirty(self) -> bool:
-        """Whether spans, log lines or metadata wait for the next commit."""
-        return bool(self._write.spans or self._write.logs or self._write.metadata)
+        """Whether spans, steps, log lines or metadata wait for the next commit."""
+        write = self._write
+        return bool(write.spans or write.steps or write.logs or write.metadata)
 
     @property
     def is_committing(self) -> bool:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
 from journal.blobs.blob_storage import BlobOwner
+from models.agent_step import AgentStepRow
 from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.blocked_interval import BlockedInterval
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
@@ -47,6 +48,13 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
         (
             *(col(AttemptRow.execution_id), col(AttemptRow.node_id)),
             *(col(AttemptRow.iteration), col(AttemptRow.attempt)),
+        ),
+    ),
+    (
+        AgentStepRow,
+        (
+            *(col(AgentStepRow.execution_id), col(AgentStepRow.node_id)),
+            *(col(AgentStepRow.iteration), col(AgentStepRow.number)),
         ),
     ),
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),

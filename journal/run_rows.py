@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.model_calls import ModelCallRecord, sum_cost
 from engine.run_errors import FailureCause
 from engine.run_records import NodeSpan, RunError, SpanStatus
 from engine.task_node import NewTask
@@ -80,6 +82,16 @@ ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.start
     if column not in {*ATTEMPT_KEY, "shard", "id", "started_at"}
 )
 """SQL assignments with which a newer row of the same attempt replaces the older one."""
+STEP_COLUMNS = (
+    *("execution_id", "node_id", "iteration", "number", "shard", "id", "sequence", "kind", "name", "status"),
+    *("attempt", "losses", "effect", "call_id", "key", "request_hash", "arguments", "result", "model_calls"),
+    *("cost", "started_at", "ended_at"),
+)
+STEP_KEY = ("execution_id", "node_id", "iteration", "number")
+STEP_CHANGES = ", ".join(
+    f"{column} = excluded.{column}" for column in STEP_COLUMNS if column not in {*STEP_KEY, "shard", "id"}
+)
+"""SQL assignments with which a newer row of the same step replaces the older one."""
 LOG_COLUMNS = ("execution_id", "sequence", "shard", "id", "level", "message", "node_id", "created_at")
 
 MICROSECONDS = 1_000_000
@@ -189,6 +201,49 @@ def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
         )
         for (write, one), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
     ]
+
+
+def step_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
+    """Return one row per step of agents, its last recorded state, with the values of `STEP_COLUMNS`."""
+    newest = [
+        (write, step)
+        for write in batch
+        for step in {(step.node_id, step.iteration, step.number): step for step in write.steps}.values()
+    ]
+    return [
+        (
+            *(write.execution_id, step.node_id, step.iteration, step.number, write.shard, step_id),
+            *(step.sequence, step.kind.value, step.name, step.status.value, step.attempt, step.losses),
+            *(step.effect, step.call_id, step.key, step.request_hash),
+            _to_text(step.arguments),
+            _to_text(step.result),
+            msgspec.json.encode(step.model_calls).decode() if step.model_calls else None,
+            sum_cost(step.model_calls) if step.model_calls else None,
+            to_microseconds(step.started_at),
+            _to_microseconds(step.ended_at),
+        )
+        for (write, step), step_id in zip(newest, ids.new_ids("step", len(newest)), strict=True)
+    ]
+
+
+def decode_step(row: Sequence[Any]) -> AgentStep:
+    """Return the step in a row with the columns `STEP_COLUMNS`; times are microseconds since 1970 there."""
+    (_, node_id, iteration, number, _, _, sequence, kind, name, status, attempt, losses, *rest) = row
+    effect, call_id, key, request_hash, arguments, result, model_calls, _, started_at, ended_at = rest
+    return AgentStep(
+        *(node_id, iteration, number, sequence, StepKind(kind), name, StepStatus(status)),
+        started_at=from_microseconds(started_at),
+        ended_at=_to_moment(ended_at),
+        attempt=attempt,
+        losses=losses,
+        effect=effect,
+        call_id=call_id,
+        key=key,
+        request_hash=request_hash,
+        arguments=_to_bytes(arguments),
+        result=_to_bytes(result),
+        model_calls=decoding.decode(model_calls, tuple[ModelCallRecord, ...]) if model_calls else (),
+    )
 
 
 def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:

@@ -16,6 +16,7 @@ from typing import Annotated, Final, NamedTuple, Protocol
 
 import msgspec
 
+from engine.agent_steps import AgentStep
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
 from journal.explanations.blockers import BlockerCode
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
@@ -302,6 +303,8 @@ class RunWrite(msgspec.Struct):
     """Organization whose task workers are notified; empty if it has no new or cancelled tasks."""
     attempts: list[AttemptSpan] = []
     """Attempts, each with a span of its node; the last record of an attempt counts."""
+    steps: list[AgentStep] = []
+    """Steps of agents; the last record of a step counts."""
     clock_moved: int | None = None
     """`HOST_TIME.moved` when its deadlines were computed in this process; None: they follow no clock."""
 
@@ -423,6 +426,13 @@ class RunStore(Protocol):
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return the recorded spans of runs by execution id, ordered by sequence number; an empty list for a
         run without.
+        """
+
+    async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
+        """Return the recorded steps of agents that have not ended, by execution id, in the order of their
+        numbers.
+
+        Runs without such steps are left out.
         """
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from execution.pod_api import (
     MAX_CLAIM,
     MAX_WRITES,
     SPANS_PER_PAGE,
+    STEPS_PER_PAGE,
     ClaimRequest,
     ClaimResponse,
     CountResponse,
@@ -28,6 +29,8 @@ from execution.pod_api import (
     RunsRequest,
     SpansRequest,
     SpansResponse,
+    StepsRequest,
+    StepsResponse,
     SuspectsRequest,
     SuspectsResponse,
 )
@@ -44,6 +47,7 @@ from journal.store import (
 from models.errors import PartialCommit
 
 if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
     from engine.run_records import NodeSpan
     from runner.gateway_client import GatewayClient
 
@@ -142,6 +146,22 @@ class RemoteRunStore:
             if len(page) < SPANS_PER_PAGE:
                 return found
 
+    async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
+        """Return the steps of unfinished agents, read run by run and page by page; see `RunStore.steps`."""
+        found = {key.execution_id: await self._read_steps(key.execution_id) for key in keys}
+        return {execution_id: steps for execution_id, steps in found.items() if steps}
+
+    async def _read_steps(self, execution_id: str) -> list[AgentStep]:
+        """Return all steps of the unfinished agents of a run, in the order of their numbers."""
+        found: list[AgentStep] = []
+        while True:
+            after = found[-1].sequence if found else 0
+            request = StepsRequest(execution_id, after)
+            page = (await self._gateway.call("/steps", request, StepsResponse)).steps
+            found.extend(page)
+            if len(page) < STEPS_PER_PAGE:
+                return sorted(found, key=lambda step: step.number)
+
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return the last log position of each run; see `RunStore.last_log_lines`."""
         return dict((await self._gateway.call("/log-ends", _runs_request(keys), LogPositions)).last_lines)
@@ -196,7 +216,7 @@ def _split_batch(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
     part: list[RunWrite] = []
     size = 0
     for write in batch:
-        written = len(msgspec.json.encode(write)) if write.spans else 0
+        written = len(msgspec.json.encode(write)) if write.spans or write.steps else 0
         if part and (size + written > MAX_CALL_BYTES or len(part) == MAX_WRITES):
             yield part
             part, size = [], 0

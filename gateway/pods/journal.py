@@ -30,6 +30,8 @@ from execution.pod_api import (
     ServerDatabaseAddress,
     SpansRequest,
     SpansResponse,
+    StepsRequest,
+    StepsResponse,
     SuspectsRequest,
     SuspectsResponse,
     WorkPollRequest,
@@ -274,6 +276,13 @@ async def spans(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
         # The pod releases the run, and one of the present version takes it when it has replaced this one.
         raise errors.not_ready("A replay needs pods of the present version")
     return JsonResponse(SpansResponse(found))
+
+
+async def steps(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Answer with a page of the steps of agents of a run that the pod holds; empty for other runs."""
+    call = await decode_call(request, StepsRequest)
+    found = await lease_checks.read_steps(request.gateway.database, holder, call.execution_id, call.after)
+    return JsonResponse(StepsResponse(found))
 
 
 async def log_ends(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from sqlalchemy import bindparam, func, literal_column, select, update
+from sqlalchemy import and_, bindparam, func, literal_column, select, update
 from sqlmodel import col
 
 from engine.services import RunCaller
-from execution.pod_api import SPANS_PER_PAGE, NodeAnswerRecord
+from execution.pod_api import SPANS_PER_PAGE, STEPS_PER_PAGE, NodeAnswerRecord
 from gateway.http.errors import ApiError
-from journal.run_rows import SPAN_COLUMNS, decode_span
+from journal.run_rows import SPAN_COLUMNS, STEP_COLUMNS, decode_span, decode_step
+from models.agent_step import AgentStepRow
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
 from models.execution import Execution, LogRow, SpanRow, WaitAnswer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.agent_steps import AgentStep
     from engine.run_records import NodeSpan
     from models.database import Database
 
@@ -206,6 +208,42 @@ async def read_spans(
     )
     async with database.read() as connection:
         return [decode_span(row) for row in await connection.execute(statement)]
+
+
+async def read_steps(
+    database: Database, holder: LeaseHolder, execution_id: str, after: int
+) -> list[AgentStep]:
+    """Return a page of the steps of a run's unfinished agents with sequence numbers above `after`, in order.
+
+    A page has `STEPS_PER_PAGE`. Empty if the pod doesn't hold the run.
+    """
+    columns: list[ColumnElement[Any]] = [
+        literal_column(f"execution_step.{column}") for column in STEP_COLUMNS
+    ]
+    statement = (
+        select(*columns)
+        .select_from(AgentStepRow)
+        .join(Execution, col(Execution.id) == col(AgentStepRow.execution_id))
+        .outerjoin(
+            SpanRow,
+            and_(
+                col(SpanRow.execution_id) == col(AgentStepRow.execution_id),
+                col(SpanRow.node_id) == col(AgentStepRow.node_id),
+                col(SpanRow.iteration) == col(AgentStepRow.iteration),
+            ),
+        )
+        .where(
+            col(AgentStepRow.execution_id) == execution_id,
+            col(AgentStepRow.shard) == holder.shard,
+            col(AgentStepRow.sequence) > after,
+            col(SpanRow.ended_at).is_(None),
+            *held_conditions(holder),
+        )
+        .order_by(col(AgentStepRow.sequence))
+        .limit(STEPS_PER_PAGE)
+    )
+    async with database.read() as connection:
+        return [decode_step(row) for row in await connection.execute(statement)]
 
 
 async def read_log_ends(

@@ -28,6 +28,7 @@ from nodes.custom_types import TYPE_PATTERN, VERSION_PATTERN
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from engine.agent_steps import AgentStep
     from engine.run_records import NodeSpan
     from execution.pod_api import ExpectEventRequest
     from journal.store import RunWrite
@@ -53,6 +54,8 @@ def require_storable(write: RunWrite) -> None:
     try:
         for span in write.spans:
             _check_span(span)
+        for step in write.steps:
+            _check_step(step)
     except (InvalidJson, InvalidBlobReference, msgspec.DecodeError) as error:
         raise _refuse_write(f"A value can't be stored: {error}") from error
     if any(moment.tzinfo is None for moment in _iterate_moments(write)):
@@ -110,6 +113,15 @@ def _check_span(span: NodeSpan) -> None:
             raise _refuse_write("The execution of a span is not a valid ID")
 
 
+def _check_step(step: AgentStep) -> None:
+    texts = (step.node_id, step.iteration, step.name, step.call_id, step.request_hash, step.effect or "")
+    if not all(is_storable_text(text) for text in texts) or len(step.key) > MAX_TASK_CHARACTERS:
+        raise _refuse_write("A step has a text that can't be stored")
+    for text in (step.arguments, step.result):
+        if text is not None:
+            values.decode_json(text)
+
+
 def _check_model_calls(raw: bytes | None) -> None:
     if raw is not None:
         from engine.model_calls import ModelCallRecord  # noqa: PLC0415 - loaded with the first call of a model
@@ -142,6 +154,8 @@ def _iterate_moments(write: RunWrite) -> Iterator[datetime]:
     moments = [write.due_at, *(line.created_at for line in write.logs)]
     for attempt in write.attempts:
         moments += [attempt.started_at, attempt.ended_at, attempt.next_attempt_at]
+    for step in write.steps:
+        moments += [step.started_at, step.ended_at]
     for span in write.spans:
         moments += [span.started_at, span.ended_at, span.wake_at]
     yield from (moment for moment in moments if moment is not None)

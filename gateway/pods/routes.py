@@ -41,6 +41,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/promote", journal.promote),
     PodRoute("POST", "/definitions", journal.definitions),
     PodRoute("POST", "/spans", journal.spans),
+    PodRoute("POST", "/steps", journal.steps),
     PodRoute("POST", "/log-ends", journal.log_ends),
     PodRoute("POST", "/answers", journal.answers),
     PodRoute("PUT", "/blobs/{id}/{sub}", node_services.put_blob),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import asyncpg
 import msgspec
 
+from engine.agent_steps import AgentStep
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
@@ -36,6 +37,9 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
+    STEP_CHANGES,
+    STEP_COLUMNS,
+    STEP_KEY,
     TASK_COLUMNS,
     TASK_INSERT_COLUMNS,
     approval_rows,
@@ -45,10 +49,12 @@ from journal.run_rows import (
     cancelled_task_rows,
     decode_claim,
     decode_span,
+    decode_step,
     log_rows,
     metadata_rows,
     release_target_sql,
     span_rows,
+    step_rows,
     task_rows,
     task_values_sql,
 )
@@ -211,8 +217,8 @@ class PostgreSQLStore:
     ) -> frozenset[str]:
         attempts, blocked = attempt_rows(batch), blocked_rows(batch)
         metadata, asked = metadata_rows(batch), approval_rows(batch)
-        tasks, cancelled = task_rows(batch), cancelled_task_rows(batch)
-        has_more = bool(metadata or asked or tasks or cancelled)
+        tasks, cancelled, steps = task_rows(batch), cancelled_task_rows(batch), step_rows(batch)
+        has_more = bool(metadata or asked or tasks or cancelled or steps)
         rows = await self._fetch(
             statements[bool(attempts), bool(blocked), has_more],
             *transpose_rows(map(_run_write_row, batch), len(_WRITE_TYPES)),
@@ -225,6 +231,7 @@ class PostgreSQLStore:
             *(transpose_rows(asked, len(_APPROVAL_TYPES)) if has_more else ()),
             *(transpose_rows(tasks, len(_TASK_TYPES)) if has_more else ()),
             *(transpose_rows(cancelled, len(_APPROVAL_TYPES)) if has_more else ()),
+            *(transpose_rows(steps, len(_STEP_TYPES)) if has_more else ()),
         )
         return frozenset(row[0] for row in rows)
 
@@ -270,6 +277,13 @@ class PostgreSQLStore:
         found: dict[str, list[NodeSpan]] = {key.execution_id: [] for key in asked}
         for row in await self._fetch(_SPANS, *transpose_rows(asked, 2)):
             found[row[0]].append(decode_span(row))
+        return found
+
+    async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
+        """Return the steps of agents that have not ended, by execution id; see `RunStore.steps`."""
+        found: dict[str, list[AgentStep]] = {}
+        for row in await self._fetch(_STEPS, *transpose_rows(keys, 2)):
+            found.setdefault(row[0], []).append(decode_step(row))
         return found
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
@@ -629,14 +643,24 @@ _NEW_METADATA = """
         SELECT gone.execution_id, gone.node_id, gone.iteration
         FROM unnest({cancelled}) AS gone (execution_id, node_id, iteration)
         JOIN held ON held.id = gone.execution_id)
+), new_step AS (
+    INSERT INTO execution_step ({step_columns})
+    SELECT written.* FROM unnest({steps}) AS written ({step_columns})
+    JOIN held ON held.id = written.execution_id
+    ON CONFLICT ({step_key}) DO UPDATE SET {step_changes}
 )
 """
-"""Only in statements for batches with runs whose nodes have set metadata, ask people by mail or have tasks."""
+"""Only in statements for batches with runs whose nodes have set metadata, ask people by mail, have tasks or steps."""
 _APPROVAL_TYPES = ("text", "text", "text")
 _TASK_TYPES = (
     *("text", "text", "text", "text", "text", "text", "text", "text", "text", "text", "text", "text"),
     *("integer", "bigint", "bigint", "smallint", "bigint", "bigint", "boolean", "text", "integer", "text"),
     *("bigint", "boolean", "boolean"),
+)
+_STEP_TYPES = (
+    *("text", "text", "text", "integer", "smallint", "text", "integer", "text", "text", "text"),
+    *("integer", "integer", "text", "text", "text", "text", "text", "text", "text"),
+    *("bigint", "bigint", "bigint"),
 )
 # A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
 # answer.
@@ -708,11 +732,16 @@ def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool, bool]
         first_metadata = first_blocked + (len(_BLOCKED_TYPES) if has_blocked else 0)
         first_approval = first_metadata + len(_METADATA_TYPES)
         first_task = first_approval + len(_APPROVAL_TYPES)
+        first_cancelled = first_task + len(_TASK_TYPES)
         metadata = _NEW_METADATA.format(
             types=unnest_sql(first_metadata, _METADATA_TYPES),
             approvals=unnest_sql(first_approval, _APPROVAL_TYPES),
             tasks=unnest_sql(first_task, _TASK_TYPES),
-            cancelled=unnest_sql(first_task + len(_TASK_TYPES), _APPROVAL_TYPES),
+            cancelled=unnest_sql(first_cancelled, _APPROVAL_TYPES),
+            steps=unnest_sql(first_cancelled + len(_APPROVAL_TYPES), _STEP_TYPES),
+            step_columns=", ".join(STEP_COLUMNS),
+            step_key=", ".join(STEP_KEY),
+            step_changes=STEP_CHANGES,
             task_columns=", ".join(TASK_INSERT_COLUMNS),
             given_columns=", ".join(TASK_COLUMNS),
             task_values=task_values_sql("given", "held", NOW, "true", "false"),
@@ -788,6 +817,13 @@ _SPANS = f"""
 SELECT {", ".join(f"found.{column}" for column in SPAN_COLUMNS)} FROM {_ASKED} (execution_id, shard),
     {looked_up_sql("span", "execution_id", "shard")} AS found
 ORDER BY found.execution_id, found.sequence
+"""
+_STEPS = f"""
+SELECT {", ".join(f"step.{column}" for column in STEP_COLUMNS)} FROM {_ASKED} (execution_id, shard),
+    {looked_up_sql("execution_step", "execution_id", "shard")} AS step
+    LEFT JOIN span USING ({", ".join(SPAN_KEY)})
+WHERE span.ended_at IS NULL
+ORDER BY step.number
 """
 _LAST_LOG_LINES = f"""
 SELECT asked.execution_id, max(found.sequence) FROM {_ASKED} (execution_id, shard),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from engine.agent_steps import AgentStep
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS
@@ -30,6 +31,9 @@ from journal.run_rows import (
     SPAN_COLUMNS,
     SPAN_FIXED_COLUMNS,
     SPAN_KEY,
+    STEP_CHANGES,
+    STEP_COLUMNS,
+    STEP_KEY,
     TASK_COLUMNS,
     TASK_INSERT_COLUMNS,
     approval_rows,
@@ -39,10 +43,12 @@ from journal.run_rows import (
     cancelled_task_rows,
     decode_claim,
     decode_span,
+    decode_step,
     log_rows,
     metadata_rows,
     release_target_sql,
     span_rows,
+    step_rows,
     task_rows,
     task_values_sql,
 )
@@ -151,6 +157,10 @@ class SQLiteStore:
         run from them.
         """
         return await self._reader.run(lambda connection: _read_spans(connection, keys))
+
+    async def steps(self, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
+        """Return the steps of agents that have not ended, by execution id; see `RunStore.steps`."""
+        return await self._reader.run(lambda connection: _read_steps(connection, keys))
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return the highest sequence number of each run's log; runs without a log are left out."""
@@ -516,6 +526,10 @@ _UPSERT_ATTEMPTS = (
     f"INSERT INTO attempt_span ({', '.join(ATTEMPT_COLUMNS)}) VALUES ({', '.join('?' * len(ATTEMPT_COLUMNS))})"
     f" ON CONFLICT ({', '.join(ATTEMPT_KEY)}) DO UPDATE SET {ATTEMPT_CHANGES}"
 )
+_UPSERT_STEPS = (
+    f"INSERT INTO execution_step ({', '.join(STEP_COLUMNS)}) VALUES ({', '.join('?' * len(STEP_COLUMNS))})"
+    f" ON CONFLICT ({', '.join(STEP_KEY)}) DO UPDATE SET {STEP_CHANGES}"
+)
 _INSERT_LOGS = (
     f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
 )
@@ -581,6 +595,7 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
     held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
     connection.executemany(_UPSERT_SPANS, span_rows(held))
     connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
+    connection.executemany(_UPSERT_STEPS, step_rows(held))
     connection.executemany(_INSERT_LOGS, log_rows(held))
     for execution_id, node_id, iteration in approval_rows(held):
         connection.execute(_INSERT_APPROVAL, (execution_id, node_id, iteration, now))
@@ -664,6 +679,19 @@ def _read_spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) ->
     return {
         key.execution_id: [decode_span(row) for row in connection.execute(statement, key)] for key in keys
     }
+
+
+def _read_steps(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[AgentStep]]:
+    statement = (
+        f"SELECT {', '.join(f'step.{column}' for column in STEP_COLUMNS)} FROM execution_step AS step"
+        f" LEFT JOIN span USING ({', '.join(SPAN_KEY)})"
+        " WHERE step.execution_id = ? AND step.shard = ? AND span.ended_at IS NULL"
+        " ORDER BY step.number"
+    )
+    found = {
+        key.execution_id: [decode_step(row) for row in connection.execute(statement, key)] for key in keys
+    }
+    return {execution_id: steps for execution_id, steps in found.items() if steps}
 
 
 def _last_log_lines(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, int]:

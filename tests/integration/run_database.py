@@ -42,6 +42,7 @@ TABLES = (
         "execution_data",
         "span",
         "attempt_span",
+        "execution_step",
         "log_line",
         "wait_answer",
         "blocked_interval",

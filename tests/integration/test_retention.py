@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from engine.agent_steps import AgentStep, StepKind, StepStatus
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus, SpanStatus
 from journal import run_deletion
 from journal.blobs.blob_storage import BlobLost, BlobOwner
@@ -32,7 +33,7 @@ from tests.integration.run_database import (
 NOW = datetime.now(UTC)
 DAY = 86_400_000_000
 PATIENCE_SECONDS = 60.0
-RECORDS = ("execution", "execution_data", "span", "attempt_span", "log_line", "wait_answer")
+RECORDS = ("execution", "execution_data", "span", "attempt_span", "execution_step", "log_line", "wait_answer")
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
@@ -67,7 +68,8 @@ async def create_ended_run(
     ]
     logs = [LogLine("info", "said", None, 9, NOW)]
     attempts = [AttemptSpan("n0", "", "set", "", 1, SpanStatus.FAILED, 8, NOW)]
-    done = write(run, end=RunStatus.COMPLETED, spans=spans, logs=logs, attempts=attempts)
+    steps = [AgentStep("n0", "", 0, 7, StepKind.MODEL, "echo", StepStatus.COMPLETED, NOW, NOW)]
+    done = write(run, end=RunStatus.COMPLETED, spans=spans, logs=logs, attempts=attempts, steps=steps)
     await run_database.store.record([done])
     await run_database.query(
         "INSERT INTO wait_answer (execution_id, node_id, iteration, shard, payload, created_at)"

@@ -888,6 +888,7 @@ class HeldRun:
             "/give-back": {"held": []},
             "/definitions": {"hashes": [self.definition_hash]},
             "/spans": {"execution_id": execution_id},
+            "/steps": {"execution_id": execution_id},
             "/log-ends": {"execution_ids": [execution_id]},
             "/answers": {"execution_ids": [execution_id]},
             "/executions/{id}/data-sources": {"source_id": self.source_id},
@@ -937,6 +938,7 @@ NOTHING: Mapping[str, Mapping[str, Any]] = {
     "/promote": {"count": 0},
     "/definitions": {"texts": {}},
     "/spans": {"spans": []},
+    "/steps": {"steps": []},
     "/log-ends": {"last_lines": {}},
     "/answers": {"answers": []},
 }
@@ -975,6 +977,14 @@ async def hold(pods: DeployedPods) -> HeldRun:
             "span",
             "node_id, iteration, id, sequence, label, type, status, attempt",
             "'greet', '', 'span_1', 8, 'greet', 'set', 'running', 1",
+        ),
+        (
+            "execution_step",
+            (
+                "node_id, iteration, number, id, sequence, kind, name, status, attempt, losses, call_id, key,"
+                " request_hash, started_at"
+            ),
+            "'greet', '', 0, 'step_1', 9, 'model', 'echo', 'started', 1, 0, '', '', '', 1",
         ),
     ):
         await run_database.query(
@@ -1021,7 +1031,7 @@ async def test_only_the_pod_that_holds_a_run_reads_or_changes_it(pods: DeployedP
     assert own.pop("/executions/{id}/runs").json()["error"]["code"] == "workflow-not-found"
     assert {path: response.status_code for path, response in own.items() if response.status_code >= 300} == {}
     assert await pods.run_database.count("attempt_span") == 1
-    for path in ("/record", "/renew", "/definitions", "/spans", "/log-ends", "/answers"):
+    for path in ("/record", "/renew", "/definitions", "/spans", "/steps", "/log-ends", "/answers"):
         assert own[path].json() != NOTHING[path]
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
     model = msgspec.json.decode(own["/executions/{id}/models"].content, type=ModelConnection)

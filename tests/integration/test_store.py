@@ -21,6 +21,8 @@ import msgspec
 import pytest
 from sqlalchemy import make_url
 
+from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.model_calls import ModelCallRecord, TokenUsage
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
 from journal.group_commit import GroupCommit
 from journal.postgresql.postgresql_store import SESSION_SETTINGS
@@ -685,6 +687,40 @@ async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_it
     )
     assert await run_database.store.record([late]) == frozenset()
     assert await run_database.count("attempt_span") == 2
+
+
+async def test_steps_of_an_unfinished_agent_are_read_back(run_database: RunDatabase) -> None:
+    def step(number: int, status: StepStatus, sequence: int, **more: Any) -> AgentStep:  # noqa: ANN401 - the other fields
+        kind = StepKind.TOOL if number else StepKind.MODEL
+        return AgentStep("pay", "", number, sequence, kind, "look", status, started_at=NOW, **more)
+
+    one = await run_database.claimed()
+    asked = step(0, StepStatus.STARTED, 2, request_hash="ab")
+    begun = write(one, spans=[make_span("pay", SpanStatus.RUNNING, 1)], steps=[asked])
+    assert await run_database.store.record([begun]) == {one.execution_id}
+    assert await run_database.store.steps([key_of(one)]) == {one.execution_id: [asked]}
+    (before,) = await run_database.query("SELECT id, cost FROM execution_step")
+    assert before["cost"] is None
+    calls = (ModelCallRecord("first", "", TokenUsage(100, 20), 7), ModelCallRecord("first", error="timeout"))
+    answered = step(
+        0, StepStatus.COMPLETED, 3, ended_at=NOW, result='{"text":"ä"}'.encode(), model_calls=calls
+    )
+    tool = step(
+        *(1, StepStatus.STARTED, 4), effect="write", call_id="call_0", key="exec:pay:0:1", arguments=b"{}"
+    )
+    await run_database.store.record([write(one, steps=[asked, answered, tool])])
+    found = await run_database.store.steps([key_of(one), ExecutionKey("exec_none", 1)])
+    assert found == {one.execution_id: [answered, tool]}
+    rows = await run_database.query("SELECT id, cost FROM execution_step ORDER BY number")
+    assert [(rows[0]["id"], rows[0]["cost"]), rows[1]["cost"]] == [(before["id"], 7), None]
+    # A finished agent needs its steps no longer, and a worker that has lost the run adds none.
+    await run_database.store.record([write(one, spans=[make_span("pay", SpanStatus.COMPLETED, 5)])])
+    assert await run_database.store.steps([key_of(one)]) == {}
+    await run_database.expire(one)
+    await run_database.store.sweep(10)
+    late = write(one, steps=[step(2, StepStatus.STARTED, 6)])
+    assert await run_database.store.record([late]) == frozenset()
+    assert await run_database.count("execution_step") == 2
 
 
 async def test_log_lines_are_kept_once(run_database: RunDatabase) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import msgspec.structs
 
+from engine.agent_steps import AgentStep
 from engine.graph import Definition, ParsedGraph
 from engine.node_api import EffectRule, FieldCompilation, NodeCall, NodeEffect, NodeType, RunNode, TimerWait
 from engine.node_key import PART_BYTES
@@ -156,13 +157,14 @@ class InMemoryJournal:
         self.commits = 0
         self.metadata: dict[str, str] = {}
         self.attempts: dict[tuple[str, str, int], AttemptSpan] = {}
+        self.steps: dict[tuple[str, str, int], AgentStep] = {}
         self.done: list[float] = []
         """The part of the run that was done after each step of it."""
         self.is_held = True
         self.may_commit = asyncio.Event()
         self.may_commit.set()
         self.is_committing = asyncio.Event()
-        self._told: list[NodeSpan | AttemptSpan | LogLine] = []
+        self._told: list[NodeSpan | AttemptSpan | AgentStep | LogLine] = []
 
     def record(self, span: NodeSpan) -> None:
         self._told.append(span)
@@ -172,6 +174,9 @@ class InMemoryJournal:
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
         self._told.append(attempt)
+
+    def record_step(self, step: AgentStep) -> None:
+        self._told.append(step)
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:
         self.metadata.update(metadata)
@@ -198,6 +203,8 @@ class InMemoryJournal:
                 self.rows[one.node_id, one.iteration] = one
             elif isinstance(one, AttemptSpan):
                 self.attempts[one.node_id, one.iteration, one.attempt] = one
+            elif isinstance(one, AgentStep):
+                self.steps[one.node_id, one.iteration, one.number] = one
             else:
                 self.lines.append(one)
 

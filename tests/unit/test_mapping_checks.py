@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.agent_steps import AgentStep
 from engine.findings import GraphFinding
 from engine.graph import ParsedGraph
 from engine.mapping_checks import MAX_EXPLAINED
@@ -470,6 +471,8 @@ class SpanJournal:
     def log(self, line: LogLine) -> None: ...
 
     def record_attempt(self, attempt: AttemptSpan) -> None: ...
+
+    def record_step(self, step: AgentStep) -> None: ...
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None: ...
 

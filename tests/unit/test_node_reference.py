@@ -16,6 +16,7 @@ import pytest
 
 from docs import node_reference
 from docs.node_reference import STEP
+from engine.agent_steps import AgentStep
 from engine.graph import ParsedGraph
 from engine.program import WorkflowProgram
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
@@ -67,6 +68,9 @@ class ExampleJournal:
         """Leave it."""
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
+        """Leave it."""
+
+    def record_step(self, step: AgentStep) -> None:
         """Leave it."""
 
     def set_metadata(self, metadata: Mapping[str, str]) -> None:

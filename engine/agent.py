@@ -1,0 +1,452 @@
+"""Decisions of an agent: its next action follows from its task and its recorded steps alone.
+
+There is no clock, no chance and no I/O here, so that a worker that continues the agent of another one decides the same.
+The steps are those of one node in the order of their numbers: each answer of a model, followed by the tool calls that
+it asks for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import sha256
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
+
+from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.model_calls import (
+    ChatMessage,
+    ChatRequest,
+    FinishReason,
+    MessageRole,
+    RequestedToolCall,
+    ToolDescription,
+    estimate_input_tokens,
+)
+from engine.node_api import NodeEffect
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.values import Json
+
+MAX_LOSSES: Final = 3
+"""Attempts at one answer that may be lost with their workers; each may have been billed."""
+MAX_REPAIRS: Final = 2
+MAX_ERRORS_IN_A_ROW: Final = 3
+MAX_EQUAL_CALLS: Final = 3
+MAX_CONVERSATION_BYTES: Final = 2_000_000
+MAX_QUOTED_CHARACTERS: Final = 500
+MAX_ITERATIONS: Final = 100
+UNKNOWN_PRICE_CODE: Final = "unknown-price"
+LIMIT_CODE: Final = "agent-limit"
+
+
+class StopReason(StrEnum):
+    """Reason why an agent has ended."""
+
+    FINISHED = "finished"
+    """The model has answered without asking for a tool."""
+    LENGTH = "length"
+    """The last answer has reached its maximum length."""
+    REFUSAL = "refusal"
+    MAX_ITERATIONS = "max-iterations"
+    MAX_TOOL_CALLS = "max-tool-calls"
+    MAX_TOKENS = "max-tokens"
+    MAX_COST = "max-cost"
+    MAX_CONTEXT = "max-context"
+    """The conversation has reached its maximum size."""
+    TOOL_ERRORS = "tool-errors"
+    """A tool has failed three times in a row."""
+    LOOP = "loop"
+    """The model has made the same call three times with the same result."""
+
+
+_INCOMPLETE: Final[Mapping[FinishReason, StopReason]] = {
+    FinishReason.LENGTH: StopReason.LENGTH,
+    FinishReason.REFUSAL: StopReason.REFUSAL,
+}
+
+
+class StoredAnswer(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """Answer of a model as its step stores it."""
+
+    text: str
+    finish_reason: FinishReason = FinishReason.STOP
+    tool_calls: Sequence[RequestedToolCall] = ()
+    """Empty for an answer in which no tool could be called."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentTool:
+    """Tool of an agent."""
+
+    description: ToolDescription
+    effect: NodeEffect
+    find_problems: Callable[[Mapping[str, Any]], Sequence[str]] = lambda _arguments: ()
+    """Returns the problems of arguments, for the model; empty for valid ones."""
+    is_repeated: bool = True
+    """Whether a write with an unknown outcome is repeated under its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLimits:
+    """Limits of one agent."""
+
+    max_iterations: int = 10
+    """Maximum number of answers that may ask for tools."""
+    max_tool_calls: int = 30
+    max_tokens: int | None = None
+    """Maximum of all input and output tokens together."""
+    max_cost: int | None = None
+    """Nano-dollars."""
+    parallel_tools: int = 4
+    """Maximum number of reading tools at the same time."""
+    fails_at_limit: bool = False
+    """Whether the node fails at a limit; otherwise the model gives a last answer without tools."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentTask:
+    """Task of an agent: everything that its decisions depend on besides its steps."""
+
+    messages: Sequence[ChatMessage]
+    """Beginning of the conversation."""
+    tools: Mapping[str, AgentTool] = field(default_factory=dict)
+    limits: AgentLimits = field(default_factory=AgentLimits)
+    max_answer_tokens: int = 1000
+    temperature: float | None = None
+    output_schema: Mapping[str, Any] | None = None
+    read_answer: Callable[[str], tuple[Json, Sequence[str]]] = lambda text: (text, ())
+    """Returns the value of a final answer and its problems by the schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallModel:
+    """Ask the model, as the step `number`."""
+
+    number: int
+    request: ChatRequest
+    attempt: int = 1
+    losses: int = 0
+
+    def hash_request(self, model_ids: Sequence[str]) -> str:
+        """Return the SHA-256 of the request and the models, in hexadecimal; equal requests have equal hashes."""
+        return sha256(msgspec.json.encode([model_ids, self.request], order="sorted")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class CallTools:
+    """Do recorded tool calls at the same time: several reads, or one write."""
+
+    steps: Sequence[AgentStep]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """End with an answer."""
+
+    text: str
+    value: Json
+    """Value by the schema; None without one and for an incomplete answer."""
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Fail the node."""
+
+    code: str
+    message: str
+
+
+AgentAction: TypeAlias = "CallModel | CallTools | Finish | Fail"
+
+
+def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
+    """Return the next action of an agent with these recorded steps."""
+    pending = [step for step in steps if step.kind is StepKind.TOOL and step.ended_at is None]
+    if pending:
+        return CallTools(_choose_together(pending, task.limits.parallel_tools))
+    last = next((step for step in reversed(steps) if step.kind is StepKind.MODEL), None)
+    if last is None:
+        return _ask(task, steps, 0)
+    if last.status is not StepStatus.COMPLETED:
+        return _ask_again(task, steps, last)
+    answer = read_stored_answer(last)
+    if answer.tool_calls:
+        return _continue(task, steps)
+    return _conclude(task, steps, answer)
+
+
+def plan_tool_calls(
+    task: AgentTask, answer: StoredAnswer, earlier: Sequence[AgentStep], model_step: AgentStep, key: str
+) -> list[AgentStep]:
+    """Return the steps of the tool calls in an answer, to be recorded together with it.
+
+    `key` is the idempotency key of the node, to which each step adds its number. Sequence numbers are 0. Calls of
+    unknown tools, with invalid arguments or beyond the limit are failed at once.
+    """
+    done = sum(step.kind is StepKind.TOOL for step in earlier)
+    planned = []
+    for index, call in enumerate(answer.tool_calls):
+        tool = task.tools.get(call.name)
+        problem = _find_call_problem(task, call, done + index)
+        number = model_step.number + 1 + index
+        moment = model_step.ended_at or model_step.started_at
+        step = AgentStep(
+            *(model_step.node_id, model_step.iteration, number, 0, StepKind.TOOL, call.name),
+            StepStatus.STARTED,
+            started_at=moment,
+            effect=None if tool is None else tool.effect.value,
+            call_id=call.id,
+            key=f"{key}:{number}",
+            arguments=msgspec.json.encode(call.arguments),
+        )
+        planned.append(step if problem is None else fail_tool_step(step, *problem, moment))
+    return planned
+
+
+def fail_tool_step(step: AgentStep, error: str, hint: str, moment: datetime) -> AgentStep:
+    """Return a tool call that has failed; the model gets the error and the hint."""
+    text = msgspec.json.encode({"error": error, "hint": hint}).decode()
+    return msgspec.structs.replace(
+        step, status=StepStatus.FAILED, result=msgspec.json.encode(text), ended_at=moment
+    )
+
+
+def read_stored_answer(step: AgentStep) -> StoredAnswer:
+    """Return the answer of a completed step of a model."""
+    return decoding.decode(step.result or b"", StoredAnswer)
+
+
+def read_tool_result(step: AgentStep) -> str:
+    """Return the text that the model gets from a tool call that has ended."""
+    return decoding.decode(step.result or b'""', str)
+
+
+def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[ChatMessage]:
+    """Return the messages so far: the task, each complete answer, and the results of its tool calls."""
+    messages = list(task.messages)
+    for step in steps:
+        if step.ended_at is None or (step.kind is StepKind.MODEL and step.status is not StepStatus.COMPLETED):
+            continue
+        if step.kind is StepKind.TOOL:
+            messages.append(ChatMessage(MessageRole.TOOL, read_tool_result(step), tool_call_id=step.call_id))
+            continue
+        answer = read_stored_answer(step)
+        messages.append(ChatMessage(MessageRole.ASSISTANT, answer.text, tool_calls=answer.tool_calls))
+    return messages
+
+
+# ── tools ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _choose_together(pending: Sequence[AgentStep], parallel_tools: int) -> Sequence[AgentStep]:
+    """Return the first write alone, or the reads before it; the order of the model is kept."""
+    reads = list(takewhile(lambda step: step.effect != NodeEffect.WRITE, pending))
+    return reads[:parallel_tools] or pending[:1]
+
+
+def _find_call_problem(task: AgentTask, call: RequestedToolCall, earlier: int) -> tuple[str, str] | None:
+    """Return the error of a tool call and a hint, both for the model; None for a call that can be done."""
+    tool = task.tools.get(call.name)
+    if tool is None:
+        return f"There is no tool {call.name!r}", f"The tools are: {', '.join(task.tools)}"
+    if earlier >= task.limits.max_tool_calls:
+        return "The limit of tool calls is reached", "Answer with what you know"
+    if call.arguments is None:
+        return f"The arguments are no JSON object: {call.problem}", "Call it again with valid JSON"
+    problems = tool.find_problems(call.arguments)
+    if problems:
+        return f"The arguments are invalid: {'; '.join(problems)}", "Call it again with valid arguments"
+    return None
+
+
+# ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ask(task: AgentTask, steps: Sequence[AgentStep], number: int) -> AgentAction:
+    """Ask for a further answer with tools, or for the last one if a limit is reached."""
+    messages = build_conversation(task, steps)
+    tools = tuple(tool.description for tool in task.tools.values())
+    request = _build_request(task, messages, tools)
+    limit = _find_limit(task, steps, request)
+    if limit is None:
+        return CallModel(number, request)
+    return _end_at_limit(task, steps, limit, number)
+
+
+def _continue(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
+    return _ask(task, steps, steps[-1].number + 1)
+
+
+def _ask_again(task: AgentTask, steps: Sequence[AgentStep], last: AgentStep) -> AgentAction:
+    """Repeat the request of a step without an answer, unless too many attempts were lost with their workers."""
+    is_lost = last.status is StepStatus.STARTED
+    losses = last.losses + is_lost
+    if losses >= MAX_LOSSES:
+        return Fail(
+            "lost-attempt",
+            f"{losses} workers were lost while they waited for the same answer, and each may have been billed",
+        )
+    before = [step for step in steps if step.number < last.number]
+    action = decide_next(task, before)
+    if not isinstance(action, CallModel):
+        return action
+    spent = [*before, msgspec.structs.replace(last, losses=losses)]
+    if losses and not _has_budget(task, spent, action.request, answers=1):
+        return _end_without_asking(task, before, _name_budget(task, spent, 1))
+    return CallModel(action.number, action.request, last.attempt + 1, losses)
+
+
+def _build_request(
+    task: AgentTask, messages: Sequence[ChatMessage], tools: Sequence[ToolDescription]
+) -> ChatRequest:
+    """Return a request; the schema of the answer is passed only to a model that can't call tools instead."""
+    return ChatRequest(
+        messages,
+        max_tokens=task.max_answer_tokens,
+        temperature=task.temperature,
+        output_schema=None if tools else task.output_schema,
+        tools=tools,
+    )
+
+
+def _conclude(task: AgentTask, steps: Sequence[AgentStep], answer: StoredAnswer) -> AgentAction:
+    """End with a final answer, or let the model correct one that doesn't fit the schema."""
+    reason = _find_stop_reason(task, steps)
+    if answer.finish_reason in _INCOMPLETE:
+        return Finish(answer.text, None, _INCOMPLETE[answer.finish_reason])
+    if task.output_schema is None:
+        return Finish(answer.text, None, reason)
+    value, problems = task.read_answer(answer.text)
+    if not problems:
+        return Finish(answer.text, value, reason)
+    repairs = len(_final_answers(steps)) - 1
+    if repairs >= MAX_REPAIRS:
+        quoted = answer.text[:MAX_QUOTED_CHARACTERS]
+        wrong = f"The answer doesn't fit the schema after {MAX_REPAIRS} corrections: {problems[0]}"
+        return Fail("invalid-answer", f"{wrong}. It was: {quoted}")
+    wish = (
+        "Your answer doesn't fit the JSON Schema. Answer again with the whole corrected JSON value alone.\n"
+    )
+    correction = ChatMessage(MessageRole.USER, wish + "\n".join(f"- {problem}" for problem in problems))
+    request = _build_request(task, [*build_conversation(task, steps), correction], ())
+    if not _has_budget(task, steps, request, answers=1):
+        return Fail(LIMIT_CODE, f"The budget doesn't suffice to correct an answer: {problems[0]}")
+    return CallModel(steps[-1].number + 1, request)
+
+
+def _final_answers(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
+    """Return the answers at the end that asked for no tool: one, and its corrections."""
+    return list(
+        takewhile(
+            lambda step: step.kind is StepKind.MODEL and not read_stored_answer(step).tool_calls,
+            reversed(steps),
+        )
+    )
+
+
+# ── limits ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _end_at_limit(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason, number: int) -> AgentAction:
+    """Ask for a last answer without tools, fail, or end with the last text if nothing may be spent any more."""
+    if task.limits.fails_at_limit or not steps:
+        return _end_without_asking(task, steps, limit)
+    wish = ChatMessage(
+        MessageRole.USER, f"Answer now with what you know, without tools: a limit is reached ({limit.value})."
+    )
+    request = _build_request(task, [*build_conversation(task, steps), wish], ())
+    if limit is StopReason.MAX_CONTEXT or not _has_budget(task, steps, request, answers=1):
+        return _end_without_asking(task, steps, limit)
+    return CallModel(number, request)
+
+
+def _end_without_asking(task: AgentTask, steps: Sequence[AgentStep], limit: StopReason) -> AgentAction:
+    """Fail at a limit, or end with the text of the last answer; without an answer the node fails in any case."""
+    texts = [read_stored_answer(step).text for step in steps if step.kind is StepKind.MODEL]
+    if task.limits.fails_at_limit or not texts:
+        return Fail(LIMIT_CODE, f"The agent has reached a limit: {limit.value}")
+    return Finish(texts[-1], None, limit)
+
+
+def _find_stop_reason(task: AgentTask, steps: Sequence[AgentStep]) -> StopReason:
+    """Return why the final answer was asked for: the limit before it, or none."""
+    before = steps[: len(steps) - len(_final_answers(steps))]
+    if not before:
+        return StopReason.FINISHED
+    tools = tuple(tool.description for tool in task.tools.values())
+    request = _build_request(task, build_conversation(task, before), tools)
+    return _find_limit(task, before, request) or StopReason.FINISHED
+
+
+def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest) -> StopReason | None:
+    """Return the limit that a further answer with tools would exceed; None if it may be asked for.
+
+    The budget has to suffice for that answer and a last one.
+    """
+    limits = task.limits
+    answers = [step for step in steps if step.kind is StepKind.MODEL]
+    calls = [step for step in steps if step.kind is StepKind.TOOL]
+    if (brake := _find_brake(calls)) is not None:
+        return brake
+    if len(answers) >= limits.max_iterations:
+        return StopReason.MAX_ITERATIONS
+    if calls and len(calls) >= limits.max_tool_calls:
+        return StopReason.MAX_TOOL_CALLS
+    if sum(len(message.content) for message in request.messages) > MAX_CONVERSATION_BYTES:
+        return StopReason.MAX_CONTEXT
+    if not _has_budget(task, steps, request, answers=2):
+        return _name_budget(task, steps, 2)
+    return None
+
+
+def _name_budget(task: AgentTask, steps: Sequence[AgentStep], answers: int) -> StopReason:
+    """Return which part of the budget doesn't suffice for so many answers."""
+    return StopReason.MAX_COST if _spends_too_much(task, steps, answers) else StopReason.MAX_TOKENS
+
+
+def _find_brake(calls: Sequence[AgentStep]) -> StopReason | None:
+    """Return why an agent that repeats itself is stopped; None if it makes progress."""
+    last = calls[-MAX_ERRORS_IN_A_ROW:]
+    if (
+        len(last) == MAX_ERRORS_IN_A_ROW
+        and len({call.name for call in last}) == 1
+        and all(call.status is StepStatus.FAILED for call in last)
+    ):
+        return StopReason.TOOL_ERRORS
+    equal = Counter((call.name, call.arguments, call.result) for call in calls)
+    return StopReason.LOOP if any(count >= MAX_EQUAL_CALLS for count in equal.values()) else None
+
+
+def _has_budget(task: AgentTask, steps: Sequence[AgentStep], request: ChatRequest, *, answers: int) -> bool:
+    """Return whether tokens and cost suffice for so many answers to a request; unanswered attempts count too."""
+    if _spends_too_much(task, steps, answers):
+        return False
+    if task.limits.max_tokens is None:
+        return True
+    needed = estimate_input_tokens(request) + request.max_tokens
+    lost = sum(step.losses for step in steps) * needed
+    return count_tokens(steps) + lost + answers * needed <= task.limits.max_tokens
+
+
+def _spends_too_much(task: AgentTask, steps: Sequence[AgentStep], answers: int) -> bool:
+    """Return whether the cost of so many answers, each as dear as the dearest so far, may exceed the budget."""
+    if task.limits.max_cost is None:
+        return False
+    costs = [call.cost or 0 for step in steps for call in step.model_calls]
+    lost = sum(step.losses for step in steps)
+    return sum(costs) + (answers + lost) * max(costs, default=0) > task.limits.max_cost
+
+
+def count_tokens(steps: Sequence[AgentStep]) -> int:
+    """Return the input and output tokens of all recorded answers."""
+    used = [call.usage for step in steps for call in step.model_calls if call.usage is not None]
+    return sum(usage.input_tokens + usage.output_tokens for usage in used)
