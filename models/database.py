@@ -13,10 +13,9 @@ import random
 import sqlite3
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeAlias, TypeVar
@@ -270,67 +269,17 @@ class _SqliteWriteTransactions:
 
 
 def _create_sqlite_engine(url: URL, writes: _SqliteWriteTransactions) -> tuple[AsyncEngine, GuardConnection]:
-    durable_folders.make_folder(Path(url.database or "").parent, 0o777)
+    from models import sqlite_driver  # noqa: PLC0415 - not loaded where there is no SQLite
+
+    path = url.database or ""
+    durable_folders.make_folder(Path(path).parent, 0o777)
     engine = create_async_engine(
         url,
-        module=_build_sqlite_driver(),
-        connect_args={"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False},
+        module=sqlite_driver.build_driver(),
+        async_creator=partial(sqlite_driver.open_connection, path, busy_seconds=SQLITE_BUSY_SECONDS),
     )
-    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", writes.begin)
     return engine, nullcontext
-
-
-@cache
-def _build_sqlite_driver() -> object:
-    """Return the driver of SQLite, which executes a statement by one call to the thread of its connection.
-
-    aiosqlite makes four calls: for a cursor, the statement, its rows, and the end of the cursor. Each takes longer than
-    most statements, since the threads wait for each other's turns of the interpreter.
-    """
-    import aiosqlite  # noqa: PLC0415 - not loaded where there is no SQLite
-    from sqlalchemy.dialects.sqlite import aiosqlite as adapter  # noqa: PLC0415 - see above
-
-    def execute(cursor: sqlite3.Cursor, operation: str, parameters: Any) -> Sequence[Any]:  # noqa: ANN401 - any values
-        cursor.execute(operation, parameters or ())
-        return cursor.fetchall() if cursor.description else ()
-
-    class SqliteCursor(adapter.AsyncAdapt_aiosqlite_cursor):
-        """Cursor whose rows are read by the call that executes the statement."""
-
-        __slots__ = ()
-
-        def _make_new_cursor(self, connection: Any) -> Any:  # noqa: ANN401 - the driver's own types
-            # Opening a cursor takes no time, and connections are opened for use in any thread.
-            return aiosqlite.Cursor(connection, connection._conn.cursor())  # noqa: SLF001 - see above
-
-        def _aenter_cursor(self, cursor: Any) -> Any:  # noqa: ANN401 - the driver's own types
-            return cursor
-
-        async def _execute_async(self, operation: Any, parameters: Any) -> None:  # noqa: ANN401 - the driver's own
-            async with self._adapt_connection._execute_mutex:  # noqa: SLF001 - as the class above does
-                # The adapter's types hide the cursor of sqlite3, and aiosqlite has no public call for a function.
-                cursor, thread = self._cursor._cursor, self._connection  # type: ignore[attr-defined]  # noqa: SLF001 - see above
-                rows = await thread._execute(execute, cursor, operation, parameters)  # noqa: SLF001 - see above
-                self._rows = deque(rows)
-
-        async def _async_soft_close(self) -> None:
-            """Do nothing: all rows are read already."""
-
-        def close(self) -> None:
-            # The statement has ended with its last row, or still runs for a caller that was canceled.
-            self._rows.clear()
-
-    class SqliteConnection(adapter.AsyncAdapt_aiosqlite_connection):
-        __slots__ = ()
-        _cursor_cls = SqliteCursor
-
-    class SqliteDriver(adapter.AsyncAdapt_aiosqlite_dbapi):
-        def connect(self, *arg: Any, **kw: Any) -> SqliteConnection:  # noqa: ANN401 - the arguments of SQLite
-            opened = super().connect(*arg, **kw)
-            return SqliteConnection(self, opened._connection)  # noqa: SLF001 - as the class above does
-
-    return SqliteDriver(aiosqlite, sqlite3)
 
 
 def _create_postgresql_engine(url: URL) -> tuple[AsyncEngine, GuardConnection]:
@@ -379,18 +328,6 @@ def _ping_rested_connections(engine: AsyncEngine) -> None:
     # SQLAlchemy has no hook for the ping of its pool.
     dialect.do_ping = ping_after_rest  # type: ignore[method-assign, assignment]
     event.listen(engine.sync_engine, "checkin", note_use)
-
-
-def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection
-    """Set the pragmas of a new SQLite connection: write-ahead log, full durability, foreign keys, a cache of 8 MB."""
-    # The driver's own BEGIN is late and deferred; `_SqliteWriteTransactions` begins transactions instead.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    # A search through ten thousand workflows takes three times as long if its pages don't stay in memory (8
-    # MB).
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -8000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
 
 
 class WriteLockBreaker:

@@ -15,7 +15,8 @@ import pytest
 ROOT: Final = Path(__file__).parents[1]
 MONITORING: Final[Any] = getattr(sys, "monitoring", None)
 """Events of the interpreter; Python 3.11 has none."""
-NOT_OF_THE_PRODUCT: Final = ("tests/", "benchmarks/", "docs/", ".venv/")
+NOT_OF_THE_PRODUCT: Final = ("tests/", "benchmarks/", "docs/", ".venv/", "models/sqlite_driver.py")
+"""Beginnings of paths; the driver's classes are called by SQLAlchemy alone, as those of aiosqlite are."""
 
 
 class FileWalk:

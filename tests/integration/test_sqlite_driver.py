@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from models.database import Database, parse_url
 
 LONG = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000000) SELECT count(*) FROM n"
 SOON_SECONDS = 0.05
+LONG_SECONDS = 30.0
 
 
 @pytest.fixture
@@ -75,3 +78,39 @@ async def test_a_canceled_caller_leaves_a_usable_pool(database: Database) -> Non
         await reading
     for _ in range(3):
         assert await read("SELECT count(*) FROM item") == 0
+
+
+async def test_a_canceled_reader_leaves_no_connection_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[sqlite3.Connection] = []
+    loop, is_opening, may_open = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    connect: Any = sqlite3.connect
+
+    def connect_late(path: str, **options: object) -> sqlite3.Connection:
+        loop.call_soon_threadsafe(is_opening.set)
+        may_open.wait(LONG_SECONDS)
+        opened.append(connect(path, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", connect_late)
+    database = Database(parse_url(f"sqlite:///{tmp_path / 'driver.db'}"))
+    reader = asyncio.create_task(database.ping())
+    await is_opening.wait()
+    reader.cancel()
+    await asyncio.wait([reader])
+    may_open.set()
+    async with asyncio.timeout(LONG_SECONDS):
+        while not opened or is_open(opened[0]):  # noqa: ASYNC110 - the thread sets no event after the end
+            await asyncio.sleep(SOON_SECONDS)
+    await database.ping()
+    await database.close()
+
+
+def is_open(connection: sqlite3.Connection) -> bool:
+    """Return whether a connection accepts statements."""
+    try:
+        connection.execute("SELECT 1")
+    except sqlite3.ProgrammingError:
+        return False
+    return True
