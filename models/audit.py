@@ -56,6 +56,9 @@ class AuditAction(StrEnum):
     TRIGGER_TOKEN_SET = "trigger-token.set"  # noqa: S105 - the name of an action
     DEAD_LETTERS_PURGED = "dead-letters.purged"
     DEAD_LETTERS_REDRIVEN = "dead-letters.redriven"
+    DEAD_LETTERS_MUTED = "dead-letters.muted"
+    DEAD_LETTERS_UNMUTED = "dead-letters.unmuted"
+    DEAD_LETTERS_REPLAYED = "dead-letters.replayed"
     DELIVERIES_REDRIVEN = "deliveries.redriven"
     TRIGGER_TOKEN_REVOKED = "trigger-token.revoked"  # noqa: S105 - the name of an action
     SIGNING_SECRET_SET = "signing-secret.set"  # noqa: S105 - the name of an action

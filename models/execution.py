@@ -49,6 +49,7 @@ Suspects of a deployment keep its target, and are recognized by their losses.
 """
 LIVE_CONDITION = "status IN ('pending', 'running', 'waiting')"
 UNSUCCESSFUL_CONDITION = "status IN ('failed', 'stopped', 'cancelled')"
+UNSETTLED_CONDITION = "status = 'failed' AND settled_at IS NULL"
 """Conditions of the indexes of lists by status. SQLite uses them only for queries that repeat the condition.
 
 Completed runs, the most, have no such index: a list finds them by time alone.
@@ -148,6 +149,12 @@ class Execution(SQLModel, table=True):
             "ended_at",
             postgresql_where=text("completion_action IS NOT NULL AND ended_at IS NOT NULL"),
             sqlite_where=text("completion_action IS NOT NULL AND ended_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_execution_unsettled",
+            *("organization_id", "created_at", "id"),
+            postgresql_where=text(UNSETTLED_CONDITION),
+            sqlite_where=text(UNSETTLED_CONDITION),
         ),
         *(
             Index(
@@ -259,6 +266,11 @@ class Execution(SQLModel, table=True):
     started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    settled_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Time at which a list redrove or purged it, for a failed run; None for others.
+
+    It follows the redrive key, which decides, and keeps lists of dead letters from reading settled runs.
+    """
 
 
 class ExecutionData(SQLModel, table=True):

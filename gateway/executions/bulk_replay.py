@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-class BulkReplayRequest(StrictWire):
-    """Body of a bulk replay; the choices hold for each execution."""
+class ReplayOptions(StrictWire, kw_only=True):
+    """Choices of a replay of several executions, which hold for each of them."""
 
-    filter: BulkFilter
     definition: Literal["original", "current"] = ORIGINAL
     refresh: Annotated[list[Literal["read"]], Meta(max_length=1)] = field(default_factory=list)
     confirm: NodeIds = field(default_factory=list)
@@ -53,6 +52,12 @@ class BulkReplayRequest(StrictWire):
             confirmed=frozenset(self.confirm),
             failed_only=self.failed_only,
         )
+
+
+class BulkReplayRequest(ReplayOptions, kw_only=True):
+    """Body of a bulk replay; the choices hold for each execution."""
+
+    filter: BulkFilter
 
 
 class RefusedReplay(WireStruct):
@@ -109,7 +114,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
             body.limit,
         )
         if body.dry_run:
-            return JsonResponse(_show(found, await _replay_all(request, found, body), is_dry_run=True))
+            return JsonResponse(await replay_all(request, found, body))
         for workflow_id, runs in by_workflow.items():
             await gateway.backlog.require_capacity(caller.organization_id, workflow_id, runs)
         chosen = await bulk_actions.begin_retry(
@@ -121,23 +126,24 @@ async def replay(request: GatewayRequest) -> JsonResponse:
             action=AuditAction.EXECUTIONS_REPLAYED,
         )
         headers = {} if chosen == found else idempotency.REPLAYED
-    outcome = await _replay_all(request, chosen, body)
-    log.info("executions replayed", executions=len(outcome.replayed), matched=chosen.matched)
-    return JsonResponse(_show(chosen, outcome, is_dry_run=False), headers=headers)
+    return JsonResponse(await replay_all(request, chosen, body), headers=headers)
 
 
-async def _replay_all(
-    request: GatewayRequest, chosen: ChosenExecutions, body: BulkReplayRequest
-) -> _BulkOutcome:
+async def replay_all(
+    request: GatewayRequest, chosen: ChosenExecutions, body: ReplayOptions
+) -> BulkReplayResult:
+    """Replay chosen executions one after the other, or only plan them in a dry run; return counts and refusals."""
     outcome = _BulkOutcome()
     for execution_id in chosen.execution_ids:
         new_id = ids.derive_id("exec", execution_id, chosen.operation_id)
         await _replay_one(request, ExecutionKey(execution_id, request.caller.shard), new_id, body, outcome)
-    return outcome
+    if not body.dry_run:
+        log.info("executions replayed", executions=len(outcome.replayed), matched=chosen.matched)
+    return _show(chosen, outcome, is_dry_run=body.dry_run)
 
 
 async def _replay_one(
-    request: GatewayRequest, key: ExecutionKey, new_id: str, body: BulkReplayRequest, outcome: _BulkOutcome
+    request: GatewayRequest, key: ExecutionKey, new_id: str, body: ReplayOptions, outcome: _BulkOutcome
 ) -> None:
     try:
         planned = await request.gateway.replays.plan(key, request.caller, body.choice())

@@ -39,6 +39,12 @@ EXAMINED_FOR_REDRIVE: Final = 100_000
 """Failed executions, or deliveries, that a redrive or purge for an organization examines, the oldest first."""
 GROUPED_DEAD_LETTERS: Final = 1_000
 """Newest dead letters that are grouped by cause."""
+EXPLAINED_GROUPS: Final = 20
+"""Groups of dead letters, the newest, for which later runs are counted."""
+RUNS_AFTER_GROUP: Final = 100
+"""Newest runs of a workflow among which those that completed after a group of dead letters are counted."""
+MUTE_SECONDS: Final = 366 * 86_400
+MUTE_REASON_LENGTH: Final = 500
 QUERY_FIELDS: Final = 50
 """Parameters in a query string."""
 SEARCH_LENGTH: Final = 200

@@ -15,14 +15,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
-from sqlalchemy import and_, literal_column, or_, select
+from sqlalchemy import and_, func, literal_column, or_, select, update
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_TAKEN_UP
-from gateway.http import idempotency, keyset
+from gateway.http import idempotency, keyset, limits
 from gateway.http.keyset import KeysetBounds, PageCursor
 from gateway.ingest import delivery_rows
-from models.execution import Execution, Idempotency
+from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
 from models.execution_visibility import visibility_condition
 from models.ingest import INTAKE_KINDS, Delivery
@@ -49,12 +49,6 @@ _VARIABLE: Final = re.compile(
 )
 """Parts of an error message that differ between errors with one cause: quoted texts, ids and numbers."""
 # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
-_UNSUCCESSFUL: Final = col(Execution.status).in_(
-    [
-        literal_column(f"'{one}'")
-        for one in (ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED)
-    ]
-)
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
 
 
@@ -77,6 +71,7 @@ class FailedRun:
     shard: int
     workflow_id: str
     trigger_type: str
+    definition_hash: str
     error: Mapping[str, Any] | None
     completed_nodes: int
     total_nodes: int
@@ -91,6 +86,14 @@ class DeliveryKey:
     id: str
     workflow_id: str | None
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowHead:
+    """Name and revision of a workflow."""
+
+    name: str
+    revision: int
 
 
 _COLUMNS: Final = [getattr(Execution, field.name) for field in fields(FailedRun)]
@@ -114,6 +117,10 @@ class DeadLetterFilter:
     trigger_type: str | None = None
     group: str | None = None
     """Fingerprint of the error."""
+    only_groups: frozenset[str] | None = None
+    """Fingerprints of which one must match; None: any."""
+    without_groups: frozenset[str] = frozenset()
+    """Fingerprints that are left out."""
     since: datetime | None = None
     until: datetime | None = None
     """Times of acceptance: `since` is inclusive, `until` is exclusive."""
@@ -121,6 +128,17 @@ class DeadLetterFilter:
     """Only these; empty: all."""
     owner_id: str | None = None
     """Only runs of workflows of this user."""
+
+    def allows_cause(self, failed: FailedRun) -> bool:
+        """Return whether a failed run has a wanted error; it is only read if the filter names groups."""
+        if self.group is None and self.only_groups is None and not self.without_groups:
+            return True
+        fingerprint = describe_cause(failed).fingerprint
+        return (
+            (self.group is None or fingerprint == self.group)
+            and (self.only_groups is None or fingerprint in self.only_groups)
+            and fingerprint not in self.without_groups
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +180,20 @@ async def find_dead_letters(
     failed runs as `examined` are read at most, so there may be fewer although others follow.
     """
     statement = select(*_COLUMNS).where(*_build_failure_conditions(caller, wanted))
-
-    def matches(failed: FailedRun) -> bool:
-        return wanted.group is None or describe_cause(failed).fingerprint == wanted.group
-
     source = _RowSource(FailedRun, statement, col(Execution.created_at), col(Execution.id))
-    return await _find_open(connection, caller, source, bounds, matches, examined)
+    return await _find_open(connection, caller, source, bounds, wanted.allows_cause, examined)
+
+
+async def mark_settled(connection: AsyncConnection, execution_ids: Sequence[str], now: datetime) -> None:
+    """Mark failed runs as redriven or purged, so that lists no longer read them.
+
+    Their redrive keys decide: a run without the mark is left out all the same.
+    """
+    for start in range(0, len(execution_ids), BATCH):
+        some = execution_ids[start : start + BATCH]
+        await connection.execute(
+            update(Execution).where(col(Execution.id).in_(some), _FAILED).values(settled_at=now)
+        )
 
 
 async def find_deliveries(
@@ -196,17 +222,49 @@ async def find_deliveries(
 
 async def read_workflow_names(connection: AsyncConnection, workflow_ids: Iterable[str]) -> dict[str, str]:
     """Return the names of workflows by id, deleted ones included; missing ones are omitted."""
+    found = await read_workflow_heads(connection, workflow_ids)
+    return {workflow_id: head.name for workflow_id, head in found.items()}
+
+
+async def read_workflow_heads(
+    connection: AsyncConnection, workflow_ids: Iterable[str]
+) -> dict[str, WorkflowHead]:
+    """Return names and revisions of workflows by id, deleted ones included; missing ones are omitted."""
     wanted = sorted(set(workflow_ids))
     if not wanted:
         return {}
-    statement = select(col(Workflow.id), col(Workflow.name)).where(col(Workflow.id).in_(wanted))
-    return {row.id: row.name for row in await connection.execute(statement)}
+    statement = select(col(Workflow.id), col(Workflow.name), col(Workflow.revision)).where(
+        col(Workflow.id).in_(wanted)
+    )
+    return {row.id: WorkflowHead(row.name, row.revision) for row in await connection.execute(statement)}
+
+
+async def count_completed_since(
+    connection: AsyncConnection, workflow_id: str, definition_hash: str, since: datetime
+) -> int:
+    """Return the number of runs with a definition that were accepted after `since` and have completed.
+
+    Only the newest 100 runs of the workflow are looked at.
+    """
+    newest = (
+        select(col(ExecutionData.execution_id))
+        .where(col(ExecutionData.workflow_id) == workflow_id, col(ExecutionData.created_at) > since)
+        .order_by(col(ExecutionData.created_at).desc())
+        .limit(limits.RUNS_AFTER_GROUP)
+    )
+    statement = select(func.count()).where(
+        col(Execution.id).in_(newest),
+        col(Execution.status) == ExecutionStatus.COMPLETED,
+        col(Execution.definition_hash) == definition_hash,
+        col(Execution.is_private).is_(False),
+    )
+    return await connection.scalar(statement) or 0
 
 
 def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
     yield col(Execution.organization_id) == caller.organization_id
-    yield _UNSUCCESSFUL
     yield _FAILED
+    yield col(Execution.settled_at).is_(None)
     yield col(Execution.trigger_type).in_(INTAKE_KINDS)
     yield col(Execution.parent_id).is_(None)
     yield col(Execution.is_private).is_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -14,7 +15,7 @@ from gateway.http.parameters import LIMIT, OFFSET, PageBounds
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
-from gateway.ingest import delivery_rows, redrive_runs
+from gateway.ingest import dead_letter_rows, delivery_rows, redrive_runs
 from gateway.ingest.deliveries import counted
 from gateway.workflows import editing
 from journal.store import AcceptanceResult, IdempotencyKey
@@ -108,6 +109,8 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     done = await redrive_runs.redrive_each(
         request.path_params["id"], [] if body.dry_run else list(found), again
     )
+    if not body.dry_run:
+        await settle_runs(request, list(found), done)
     return JsonResponse(counted(count, done))
 
 
@@ -155,6 +158,7 @@ async def purge_runs(request: GatewayRequest, failed: Sequence[Execution | Faile
             await idempotency.reserve_key(
                 connection, idempotency_key, shard=one.shard, resource_id=PURGED, now=now
             )
+        await dead_letter_rows.mark_settled(connection, [one.id for one in failed], now)
         await audit_log.record_change(
             connection,
             request.caller,
@@ -165,6 +169,17 @@ async def purge_runs(request: GatewayRequest, failed: Sequence[Execution | Faile
         )
 
     await request.gateway.database.transaction(settle)
+
+
+async def settle_runs(
+    request: GatewayRequest, execution_ids: Sequence[str], done: redrive_runs.RedriveResult
+) -> None:
+    """Mark the failed runs of a redrive as settled, but those that were refused."""
+    settled = [one for one in execution_ids if one not in done.errors]
+    if settled:
+        await request.gateway.database.transaction(
+            partial(dead_letter_rows.mark_settled, execution_ids=settled, now=request.gateway.clock())
+        )
 
 
 def shape(failed: Execution | FailedRun, given: str | None, outputs: ShownOutputs) -> DeadLetter:

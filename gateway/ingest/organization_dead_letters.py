@@ -1,25 +1,31 @@
-"""Dead letters of a whole organization: list, groups by cause, redrive and purge."""
+"""Dead letters of a whole organization: list, redrive, replay and purge."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
+from gateway.executions import bulk_replay
+from gateway.executions.bulk_actions import ChosenExecutions
+from gateway.executions.bulk_replay import ReplayOptions
+from gateway.executions.replay_planning import CURRENT
 from gateway.http import errors, idempotency, limits
 from gateway.http.keyset import AFTER, KeysetBounds, PageCursor
 from gateway.http.parameters import LIMIT, FlagParameter, TextParameter, TimeParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
+from gateway.http.wire import StrictWire, WireStruct, decode_body
 from gateway.ingest import dead_letter_rows, dead_letters, delivery_rows, redrive_runs
-from gateway.ingest.dead_letter_rows import DeadLetterFilter, ErrorCause, FailedRun
+from gateway.ingest.dead_letter_rows import DeadLetterFilter, FailedRun
 from gateway.ingest.dead_letters import DeadLetter, PurgeResult
 from gateway.ingest.deliveries import counted
 from journal.store import AcceptanceResult
+from models import ids
 from models.audit import AuditAction
 
 WORKFLOW: Final = TextParameter("workflow_id", "Only dead letters of this workflow.")
@@ -29,7 +35,6 @@ SINCE: Final = TimeParameter("since", "Only runs accepted from this time on.")
 UNTIL: Final = TimeParameter("until", "Only runs accepted before this time.")
 OLDEST_FIRST: Final = FlagParameter("oldest_first", "Begin with the oldest instead of the newest.")
 LISTED: Final = (WORKFLOW, KIND, GROUP, SINCE, UNTIL, OLDEST_FIRST, LIMIT, AFTER)
-GROUPED: Final = (WORKFLOW, KIND, SINCE, UNTIL)
 FIRST_PAGE: Final = PageCursor()
 
 
@@ -54,34 +59,6 @@ class OrganizationDeadLetterList(WireStruct):
     next: str | None
     """Cursor of the next page; null on the last page."""
     dead_letters: Sequence[OrganizationDeadLetter]
-
-
-class DeadLetterGroup(WireStruct):
-    """Dead letters with the same workflow, node, code and kind of message."""
-
-    id: str
-    workflow_id: str
-    workflow_name: str
-    node_id: str | None
-    code: str
-    message: str
-    """Message of the newest one; the others may differ in numbers, ids and quoted texts."""
-    count: int
-    first_at: Instant
-    last_at: Instant
-    """Times of acceptance of the oldest and the newest."""
-    newest_execution_id: str
-
-
-class DeadLetterGroups(WireStruct):
-    """Groups of the dead letters of the organization, the one with the newest failure first."""
-
-    count: int
-    """Number of dead letters in all groups."""
-    count_is_lower_bound: bool
-    """Whether there may be older ones: the newest 1,000 are grouped, of at most 2,000 failed runs."""
-    oldest_at: Instant | None
-    groups: Sequence[DeadLetterGroup]
 
 
 class DeadLetterSelection(StrictWire):
@@ -122,14 +99,11 @@ class SelectDeadLetters(StrictWire):
     """Only count the dead letters, without a change."""
 
 
-@dataclass(slots=True)
-class _GroupedRuns:
-    """Group while it is collected, the newest run first."""
+class ReplayDeadLetters(ReplayOptions, kw_only=True):
+    """Selection of dead letters to replay, the oldest first, with the choices for each of them."""
 
-    cause: ErrorCause
-    newest: FailedRun
-    oldest: FailedRun
-    count: int = 0
+    filter: DeadLetterSelection
+    definition: Literal["original", "current"] = CURRENT
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -178,37 +152,6 @@ async def index(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(OrganizationDeadLetterList(limit=bounds.limit, next=next_cursor, dead_letters=shown))
 
 
-async def groups(request: GatewayRequest) -> JsonResponse:
-    """Group the dead letters of the organization by workflow, node, code and kind of message.
-
-    The newest 1,000 that the caller may see are grouped.
-    """
-    query = request.query
-    wanted = DeadLetterFilter(
-        workflow_id=query[WORKFLOW], trigger_type=query[KIND], since=query[SINCE], until=query[UNTIL]
-    )
-    bounds = KeysetBounds(limits.GROUPED_DEAD_LETTERS, is_descending=True, cursor=FIRST_PAGE)
-    async with request.gateway.database.read() as connection:
-        found = await dead_letter_rows.find_dead_letters(
-            connection, request.caller, wanted, bounds, examined=limits.EXAMINED_DEAD_LETTERS
-        )
-        names = await dead_letter_rows.read_workflow_names(
-            connection, [failed.workflow_id for failed in found.rows]
-        )
-    collected = _collect(found.rows)
-    return JsonResponse(
-        DeadLetterGroups(
-            count=len(found.rows),
-            count_is_lower_bound=found.last_examined is not None,
-            oldest_at=instant(found.rows[-1].created_at) if found.rows else None,
-            groups=[
-                _show_group(group, names.get(group.newest.workflow_id, group.newest.workflow_id))
-                for group in collected
-            ],
-        )
-    )
-
-
 async def redrive(request: GatewayRequest) -> JsonResponse:
     """Run the present workflows again on the input of the organization's dead letters, the oldest first.
 
@@ -234,7 +177,31 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
             list(found),
         )
     done = await redrive_runs.redrive_all([] if body.dry_run else list(found), again)
+    if not body.dry_run:
+        await dead_letters.settle_runs(request, list(found), done)
     return JsonResponse(counted(matched, done))
+
+
+async def replay(request: GatewayRequest) -> JsonResponse:
+    """Replay the organization's dead letters, the oldest first: results are reused up to the node that failed.
+
+    At most 200 at a time; `remaining` counts others, up to 2,000 in all. With `dryRun`, they are only
+    planned. One whose plan needs a confirmation that `confirm` does not give is listed in `refused`, and stays.
+    """
+    body = await decode_body(request, ReplayDeadLetters)
+    matched, failed = await _choose(request, body, body.filter.wanted())
+    chosen = ChosenExecutions(ids.new_id("bulk"), matched, [one.id for one in failed])
+    if failed and not body.dry_run:
+        for workflow_id, runs in Counter(one.workflow_id for one in failed).items():
+            await request.gateway.backlog.require_capacity(request.caller.organization_id, workflow_id, runs)
+        await redrive_runs.record_redrive(
+            request.gateway.database,
+            request.caller,
+            AuditAction.DEAD_LETTERS_REPLAYED,
+            _name_subject(request, body),
+            chosen.execution_ids,
+        )
+    return JsonResponse(await bulk_replay.replay_all(request, chosen, body))
 
 
 async def purge(request: GatewayRequest) -> JsonResponse:
@@ -254,7 +221,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 
 
 async def _choose(
-    request: GatewayRequest, body: SelectDeadLetters, wanted: DeadLetterFilter
+    request: GatewayRequest, body: SelectDeadLetters | ReplayDeadLetters, wanted: DeadLetterFilter
 ) -> tuple[int, Sequence[FailedRun]]:
     """Return the number of dead letters that match and the caller may see, at most 2,000, and the oldest of
     these, up to the body's limit.
@@ -270,35 +237,6 @@ async def _choose(
     return len(found.rows), found.rows[: body.limit]
 
 
-def _name_subject(request: GatewayRequest, body: SelectDeadLetters) -> str:
+def _name_subject(request: GatewayRequest, body: SelectDeadLetters | ReplayDeadLetters) -> str:
     """Return the subject of the audit entry: the id of the filter's workflow, or of the organization."""
     return body.filter.workflow_id or request.caller.organization_id
-
-
-def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
-    """Return groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest, and
-    so are groups.
-    """
-    collected: dict[str, _GroupedRuns] = {}
-    for failed in rows:
-        cause = dead_letter_rows.describe_cause(failed)
-        group = collected.setdefault(cause.fingerprint, _GroupedRuns(cause, failed, failed))
-        group.oldest = failed
-        group.count += 1
-    return list(collected.values())
-
-
-def _show_group(group: _GroupedRuns, name: str) -> DeadLetterGroup:
-    """Return a group of dead letters as the API shows it; `name` is that of its workflow."""
-    return DeadLetterGroup(
-        id=group.cause.fingerprint,
-        workflow_id=group.newest.workflow_id,
-        workflow_name=name,
-        node_id=group.cause.node_id,
-        code=group.cause.code,
-        message=group.cause.message,
-        count=group.count,
-        first_at=instant(group.oldest.created_at),
-        last_at=instant(group.newest.created_at),
-        newest_execution_id=group.newest.id,
-    )

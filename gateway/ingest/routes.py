@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+from gateway.executions import bulk_replay
 from gateway.http.endpoint import AccessRule
 from gateway.http.operation_docs import (
     ALLOW,
@@ -27,6 +28,7 @@ from gateway.http.refusals import JSON_CODES
 from gateway.http.route import EXECUTE, KEYS, READ, WRITE, Route
 from gateway.http.sender import TOKEN
 from gateway.ingest import (
+    dead_letter_groups,
     dead_letters,
     deliveries,
     email_trigger,
@@ -249,9 +251,26 @@ ROUTES: Final[Sequence[Route]] = (
         "GET",
         "/api/v1/dead-letters/groups",
         READ,
-        organization_dead_letters.groups,
-        answer=organization_dead_letters.DeadLetterGroups,
-        query=organization_dead_letters.GROUPED,
+        dead_letter_groups.index,
+        answer=dead_letter_groups.DeadLetterGroups,
+        query=dead_letter_groups.GROUPED,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/dead-letters/groups/{id}/mute",
+        WRITE,
+        dead_letter_groups.mute,
+        body=dead_letter_groups.MuteRequest,
+        answer=dead_letter_groups.MuteShape,
+        docs=OperationDoc(refusals=("not-owner",)),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/dead-letters/groups/{id}/mute",
+        WRITE,
+        dead_letter_groups.unmute,
+        status=204,
+        docs=OperationDoc(refusals=("not-owner",)),
     ),
     Route(
         "POST",
@@ -260,6 +279,15 @@ ROUTES: Final[Sequence[Route]] = (
         organization_dead_letters.redrive,
         body=organization_dead_letters.SelectDeadLetters,
         answer=deliveries.DeliveryRedriveResults,
+    ),
+    Route(
+        "POST",
+        "/api/v1/dead-letters/replay",
+        EXECUTE,
+        organization_dead_letters.replay,
+        body=organization_dead_letters.ReplayDeadLetters,
+        answer=bulk_replay.BulkReplayResult,
+        docs=OperationDoc(refusals=("queue-full",)),
     ),
     Route(
         "POST",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -126,6 +126,14 @@ async def find_workflow_row(
     statement = select(Workflow).where(col(Workflow.id) == workflow_id, is_readable_by(caller))
     row = (await connection.execute(statement)).mappings().first()
     return None if row is None else Workflow(**stored_workflow.move_foreign_settings({**row}))
+
+
+async def find_readable_ids(
+    connection: AsyncConnection, workflow_ids: Collection[str], caller: ApiCaller
+) -> frozenset[str]:
+    """Return those of the ids that are workflows which the caller may read."""
+    statement = select(col(Workflow.id)).where(col(Workflow.id).in_(workflow_ids), is_readable_by(caller))
+    return frozenset(await connection.scalars(statement))
 
 
 def _build_workflow(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:

@@ -391,6 +391,20 @@ async def create_delivery(cast: AccessCast, is_public: bool) -> str:  # noqa: FB
     return delivery_id
 
 
+async def create_dead_letter_group(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await create_queue_workflow(cast, is_public)
+    sent = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/enqueue", json={"message": 1})
+    failed = update(Execution).where(col(Execution.id) == sent.json()["executionId"])
+
+    async def fail(connection: AsyncConnection) -> None:
+        await connection.execute(failed.values(status=ExecutionStatus.FAILED))
+
+    await cast.harness.gateway.database.transaction(fail)
+    listed = await cast.owner.api.get(f"/api/v1/dead-letters/groups?workflow_id={workflow_id}")
+    group_id: str = listed.json()["groups"][0]["id"]
+    return group_id
+
+
 async def create_invitation(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
     admin = await cast.harness.client(cast.keys[CallerKind.ADMIN, USERS])
     made = await admin.post("/api/v1/auth/invitations", json={"email": "ada@example.com"})
@@ -504,6 +518,7 @@ MADE: Sequence[Make] = (
         create_email_workflow,
         create_template,
         create_delivery,
+        create_dead_letter_group,
         create_node_type,
         create_task,
         create_open_task,
@@ -515,6 +530,8 @@ MADE: Sequence[Make] = (
 )
 WORKFLOW = "/api/v1/workflows/{id}"
 EXECUTION = "/api/v1/executions/{id}"
+GROUP = "/api/v1/dead-letters/groups/{id}"
+MUTE = {"reason": "Known", "expiresInSeconds": 86_400}
 NOTHING = sha256(b"").hexdigest()
 MODELS = "/api/v1/ai/models"
 MODEL = {"name": "Small", "vendorModelId": "m", "dataSourceId": "ds_absent"}
@@ -701,7 +718,10 @@ ROWS = [
     AccessRow("POST", "/api/v1/deliveries/redrive", EXECUTE, OWN, body={"filter": {"outcome": "rejected"}}),
     AccessRow("GET", "/api/v1/dead-letters", READ, OWN),
     AccessRow("GET", "/api/v1/dead-letters/groups", READ, OWN),
+    AccessRow("PUT", f"{GROUP}/mute", WRITE, WRITERS, create_dead_letter_group, MUTE),
+    AccessRow("DELETE", f"{GROUP}/mute", WRITE, WRITERS, create_dead_letter_group, status=204),
     AccessRow("POST", "/api/v1/dead-letters/redrive", EXECUTE, OWN, body={"filter": {}}),
+    AccessRow("POST", "/api/v1/dead-letters/replay", EXECUTE, OWN, body={"filter": {}}),
     AccessRow("POST", "/api/v1/dead-letters/purge", EXECUTE, OWN, body={"filter": {}}),
     AccessRow("GET", "/api/v1/deliveries/{id}", READ, READERS, create_delivery),
     AccessRow("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, create_delivery, status=201),

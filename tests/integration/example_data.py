@@ -25,7 +25,7 @@ from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
 from tests.task_rows import held_by, make_task_row
 
 Json = TypeVar("Json")
-_EXAMPLE_ID = re.compile(r"[a-zA-Z]+[_-][a-zA-Z0-9_-]+")
+_EXAMPLE_ID = re.compile(r"[a-zA-Z]+[_-][a-zA-Z0-9_-]+|\b[0-9a-f]{16}\b")
 
 STEP = {"nodeId": "set", "config": {"values": {"a": 1}}}
 NODES = [
@@ -78,6 +78,9 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     ]
     await _send(people, "POST", f"workflows/{queue}/enqueue", {"message": 1})
     deliveries = await _send(people, "GET", f"workflows/{queue}/deliveries", None)
+    letter = await _send(people, "POST", f"workflows/{queue}/enqueue", {"message": 2})
+    await _fail(harness, letter["executionId"])
+    groups = await _send(people, "GET", "dead-letters/groups", None)
     event = await _send(people, "POST", "workflows/events", {"event_type": "user.created"})
     mail_token = await _send(people, "POST", f"workflows/{mails}/trigger-token", {})
     invitation = await _send(people, "POST", "auth/invitations", {"email": "invited@example.com"})
@@ -88,11 +91,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await _send(people, "PUT", f"workflows/{workflow_id}/status", {"status": "draft"})
     answer_for_pods(harness)
     started = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
-    failed = update(Execution).where(col(Execution.id) == started["executionId"])
-    error = {"code": "node-error", "message": "No", "nodeId": "start", "attempt": 1}
-    await harness.gateway.database.transaction(
-        lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
-    )
+    await _fail(harness, started["executionId"])
     span_id = ids.new_id("span")
     span = SpanRow(
         execution_id=started["executionId"],
@@ -134,6 +133,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "wf_queue": queue,
         "wf_mails": mails,
         "wf_events": events,
+        "5f0b3a1c9d2e4f68": groups["groups"][0]["id"],
         "dlv_abc123": deliveries["deliveries"][0]["id"],
         "event_abc123": event["event_id"],
         "invitation_abc123": invitation["id"],
@@ -149,6 +149,15 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "user_456": admin.user.id,
         "user_789": people.owner.user.id,
     }
+
+
+async def _fail(harness: GatewayHarness, execution_id: str) -> None:
+    """End a run with an error of its first node."""
+    failed = update(Execution).where(col(Execution.id) == execution_id)
+    error = {"code": "node-error", "message": "No", "nodeId": "start", "attempt": 1}
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
+    )
 
 
 async def _create_task(harness: GatewayHarness, execution_id: str) -> str:

@@ -121,6 +121,7 @@ WITHOUT_OBJECTS = {
     "POST /api/v1/ai/models": "a language model, on no page",
     "PUT /api/v1/ai/models/{id}": "a language model, on no page",
     "POST /api/v1/workflows/{id}/connections": "the texts of a connection of a workflow",
+    "PUT /api/v1/dead-letters/groups/{id}/mute": "the reason of a mute, with the runs",
     "POST /api/v1/executions/{id}/replay": "ids and the hash of a plan",
     "POST /api/v1/workflows/{id}/trigger": "tags and metadata as in execute, and needs pods",
     "POST /api/v1/workflows/from-template": "the texts of a workflow, by the same checks",
@@ -143,6 +144,7 @@ WITHOUT_OBJECTS = {
         "workflows/{id}/deliveries/redrive",
         "deliveries/redrive",
         "dead-letters/redrive",
+        "dead-letters/replay",
         "dead-letters/purge",
         "workflows/{id}/dead-letters/redrive",
         "workflows/{id}/dead-letters/purge",
@@ -286,6 +288,12 @@ async def _make_runs(visit: HostileVisit) -> None:
     await start("failed")
     await start("asking")
     await fail_with(visit.harness, visit.names["failed"], HOSTILE)
+    groups = (await api.get("/api/v1/dead-letters/groups")).json()["groups"]
+    muted = await api.put(
+        f"/api/v1/dead-letters/groups/{groups[0]['id']}/mute",
+        json={"reason": HOSTILE, "expiresInSeconds": 86_400},
+    )
+    assert muted.is_success, muted.text
     question = {
         "title": HOSTILE,
         "description": HOSTILE,
@@ -314,6 +322,7 @@ PATHS = (
     "/dashboard/approvals",
     "/dashboard/deliveries",
     "/dashboard/dead-letters",
+    "/dashboard/dead-letters?muted=true",
     "/dashboard/schedule",
     "/dashboard/sources",
     "/dashboard/keys",
@@ -331,7 +340,7 @@ SHOWS_HOSTILE = {
     "/dashboard/runs",
     "/dashboard/approvals",
     "/dashboard/deliveries",
-    "/dashboard/dead-letters",
+    "/dashboard/dead-letters?muted=true",
     "/dashboard/sources",
     "/dashboard/keys",
     "/dashboard/workflows/{id}",

@@ -12,6 +12,7 @@ from sqlmodel import col
 
 from gateway.http import limits
 from gateway.ingest import dead_letter_rows
+from models.dead_letter_mute import DeadLetterMute
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from tests.integration.browser import serve_gateway
@@ -19,6 +20,7 @@ from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers,
 from tests.integration.test_gateway_deliveries import enqueue, get_json
 from tests.integration.test_gateway_enqueue import WORKFLOWS, create_active_workflow
 from tests.integration.test_live_hints import next_hint, open_stream
+from tests.integration.test_waiting_runs import serve_worker, wait_until_ended
 
 DELIVERIES = "/api/v1/deliveries"
 DEAD_LETTERS = "/api/v1/dead-letters"
@@ -251,6 +253,135 @@ async def test_dead_letters_behind_many_that_were_redriven_are_redriven_too(
     assert (first["matched"], first["redriven"], first["remaining"]) == (7, 5, 2)
     rest = (await people.owner.api.post(f"{DEAD_LETTERS}/redrive", json=every)).json()
     assert (rest["matched"], rest["redriven"], rest["remaining"]) == (2, 2, 0)
+
+
+async def test_lists_show_dead_letters_behind_more_settled_ones_than_they_examine(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "EXAMINED_DEAD_LETTERS", 2)
+    monkeypatch.setattr(dead_letter_rows, "BATCH", 2)
+    workflow_id = await create_active_workflow(people.owner)
+    runs = [await enqueue(people.owner, workflow_id, number) for number in range(9)]
+    await fail_alike(harness, runs, "Broken")
+    oldest, one_by_one, together, purged = runs[0], runs[1:3], runs[3:6], runs[6:]
+    path = f"{WORKFLOWS}/{workflow_id}/dead-letters"
+    for address, body in (
+        (f"{path}/redrive", {"executionIds": one_by_one}),
+        (f"{DEAD_LETTERS}/redrive", {"filter": {"executionIds": together}}),
+        (f"{path}/purge", {"executionIds": purged}),
+    ):
+        assert (await people.owner.api.post(address, json=body)).is_success
+    groups = await get_json(people.owner, f"{DEAD_LETTERS}/groups")
+    assert (groups["count"], groups["countIsLowerBound"]) == (1, False)
+    assert groups["groups"][0]["newestExecutionId"] == oldest
+    listed = await get_json(people.owner, DEAD_LETTERS)
+    assert ([one["executionId"] for one in listed["deadLetters"]], listed["next"]) == ([oldest], None)
+
+
+async def test_a_redrive_that_is_refused_leaves_its_dead_letters_in_the_list(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner)
+    await fail_alike(harness, [await enqueue(people.owner, workflow_id)], "Broken")
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    refused = (await people.owner.api.post(f"{DEAD_LETTERS}/redrive", json={"filter": {}})).json()
+    assert (refused["redriven"], refused["failed"]) == (0, 1)
+    assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 1
+
+
+async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner)
+    await fail_alike(harness, [await enqueue(people.owner, workflow_id) for _ in range(2)], "Known")
+    await fail_alike(harness, [await enqueue(people.owner, workflow_id)], "Open", node_id="read")
+    api = people.owner.api
+    known, open_group = sorted(
+        (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["groups"], key=lambda one: -one["count"]
+    )
+    path = f"{DEAD_LETTERS}/groups/{known['id']}/mute"
+    day = {"expiresInSeconds": 86_400}
+    for wrong in ({"reason": " "}, {"reason": "x" * 501}, {"expiresInSeconds": 10**9}, {"ends": 1}):
+        body = {"reason": "Known", **day, **wrong}
+        assert_refused(await api.put(path, json=body), 422, "validation-failed")
+    unknown = await api.put(f"{DEAD_LETTERS}/groups/0000/mute", json={"reason": "Known", **day})
+    assert_refused(unknown, 404, "not-found")
+    for reason in ("Known", "The partner is closed"):
+        assert (await api.put(path, json={"reason": reason, **day})).status_code == 200
+
+    listed = await get_json(people.owner, f"{DEAD_LETTERS}/groups")
+    assert (listed["count"], listed["mutedGroups"]) == (1, 1)
+    assert [one["id"] for one in listed["groups"]] == [open_group["id"]]
+    muted = await get_json(people.owner, f"{DEAD_LETTERS}/groups?muted=true")
+    assert [(one["id"], one["count"]) for one in muted["groups"]] == [(known["id"], 2)]
+    mute = muted["groups"][0]["mute"]
+    assert (mute["reason"], mute["mutedBy"]) == ("The partner is closed", people.owner.user.id)
+    assert (await get_json(people.colleague, f"{DEAD_LETTERS}/groups"))["mutedGroups"] == 0
+    # The dead letters stay: their list and a redrive are not about groups.
+    assert len((await get_json(people.owner, DEAD_LETTERS))["deadLetters"]) == 3
+
+    assert (await api.delete(path)).status_code == 204
+    assert (await api.delete(path)).status_code == 204
+    assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 3
+    trail = await get_json(people.admin, f"/api/v1/audit?objectId={workflow_id}")
+    actions = [one["action"] for one in trail["entries"]]
+    assert (actions.count("dead-letters.muted"), actions.count("dead-letters.unmuted")) == (2, 1)
+
+    assert (await api.put(path, json={"reason": "Known", **day})).status_code == 200
+
+    async def end_all(connection: AsyncConnection) -> None:
+        await connection.execute(update(DeadLetterMute).values(ends_at=harness.gateway.clock()))
+
+    await harness.gateway.database.transaction(end_all)
+    assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 3
+
+
+async def test_a_group_says_whether_its_workflow_was_mended_and_is_replayed_after_its_plan(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner = people.owner
+
+    def graph(text: str) -> dict[str, Any]:
+        nodes: list[dict[str, Any]] = [
+            {"id": "start", "nodeId": "queue-trigger", "label": "Start"},
+            {"id": "first", "nodeId": "set", "label": "First", "config": {"values": {"n": 1}}},
+            {"id": "last", "nodeId": "template", "label": "Last", "config": {"text": text}},
+        ]
+        edges = [{"source": "start", "target": "first"}, {"source": "first", "target": "last"}]
+        return {"nodes": nodes, "connections": edges}
+
+    workflow_id = await create_active_workflow(owner, **graph("{{ data.missing }}"))
+
+    async def show_group() -> dict[str, Any]:
+        [group] = (await get_json(owner, f"{DEAD_LETTERS}/groups"))["groups"]
+        return {name: group[name] for name in ("count", "definitions", "isCurrent", "completedSince")}
+
+    async with serve_worker(harness):
+        for run in [await enqueue(owner, workflow_id) for _ in range(3)]:
+            await wait_until_ended(owner, run)
+        assert await show_group() == {"count": 3, "definitions": 1, "isCurrent": True, "completedSince": None}
+        mended = await owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=graph("{{ data.n }}"))
+        assert mended.status_code == 200, mended.text
+        harness.gateway.workflows.forget(owner.user.organization_id, workflow_id)
+        await wait_until_ended(owner, await enqueue(owner, workflow_id))
+        assert await show_group() == {"count": 3, "definitions": 1, "isCurrent": False, "completedSince": 1}
+
+        body: dict[str, Any] = {"filter": {"workflowId": workflow_id}}
+        path = f"{DEAD_LETTERS}/replay"
+        plan = (await owner.api.post(path, json={**body, "dryRun": True})).json()
+        assert (plan["matched"], plan["affected"], plan["newExecutionIds"]) == (3, 0, [])
+        assert plan["counts"] == {"reuse": 6, "rerun": 3, "maybe": 0, "ask": 0}
+        foreign = (await people.stranger.api.post(path, json=body)).json()
+        assert (foreign["matched"], foreign["affected"]) == (0, 0)
+        first = (await owner.api.post(path, json={**body, "limit": 1})).json()
+        assert (first["matched"], first["affected"], first["remaining"]) == (3, 1, 2)
+        rest = (await owner.api.post(path, json=body)).json()
+        assert (rest["matched"], rest["affected"], rest["remaining"]) == (2, 2, 0)
+        for run in [*first["newExecutionIds"], *rest["newExecutionIds"]]:
+            assert (await wait_until_ended(owner, run))["status"] == "completed"
+    assert (await get_json(owner, f"{DEAD_LETTERS}/groups"))["count"] == 0
+    trail = await get_json(people.admin, "/api/v1/audit?action=dead-letters.replayed")
+    assert trail["count"] == 2
 
 
 async def test_a_stream_hints_that_something_was_delivered(

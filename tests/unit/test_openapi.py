@@ -79,6 +79,7 @@ for bodies, leave out limited data, report refusals inside their answer, or neve
 """
 TOLD_OF_EACH = {
     bulk_replay.replay: CodeDefinition("gateway.executions.bulk_replay", "_replay_one"),
+    organization_dead_letters.replay: CodeDefinition("gateway.executions.bulk_replay", "_replay_one"),
     deliveries.redrive_many: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_delivery"),
     deliveries.redrive_all: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_delivery"),
     dead_letters.redrive: CodeDefinition("gateway.ingest.redrive_runs", "RunRedriver.redrive_dead_letter"),

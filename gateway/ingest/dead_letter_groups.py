@@ -1,0 +1,326 @@
+"""Groups of dead letters with one cause: their facts, and mutes, by which lists leave a group out for a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+
+from gateway.access import audit_log
+from gateway.http import errors, limits, text_rules
+from gateway.http.keyset import KeysetBounds
+from gateway.http.parameters import FlagParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
+from gateway.ingest import dead_letter_rows
+from gateway.ingest.dead_letter_rows import DeadLetterFilter, ErrorCause, FailedRun
+from gateway.ingest.organization_dead_letters import FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
+from gateway.workflows import editing, workflow_rows
+from models import dead_letter_mute
+from models.audit import AuditAction
+from models.dead_letter_mute import DeadLetterMute
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.workflow import Workflow
+
+MUTED: Final = FlagParameter("muted", "Only muted groups, in place of the others.")
+GROUPED: Final = (WORKFLOW, KIND, SINCE, UNTIL, MUTED)
+
+
+class MuteShape(WireStruct):
+    """Mute of a group: until it ends, lists of groups leave the group out."""
+
+    reason: str
+    muted_by: str
+    """Id of the user."""
+    muted_at: Instant
+    ends_at: Instant
+
+
+class DeadLetterGroup(WireStruct):
+    """Dead letters with the same workflow, node, code and kind of message."""
+
+    id: str
+    workflow_id: str
+    workflow_name: str
+    node_id: str | None
+    code: str
+    message: str
+    """Message of the newest one; the others may differ in numbers, ids and quoted texts."""
+    count: int
+    first_at: Instant
+    last_at: Instant
+    """Times of acceptance of the oldest and the newest."""
+    newest_execution_id: str
+    definitions: int
+    """Number of different definitions that failed: nodes, connections and settings."""
+    is_current: bool | None
+    """Whether the newest failed with the workflow as it is now; null for a deleted workflow, and for groups
+    behind the first 20.
+    """
+    completed_since: int | None
+    """Runs of the workflow as it is now that were accepted after the newest failure and have completed, among
+    its newest 100 runs; null unless `isCurrent` is false.
+    """
+    mute: MuteShape | None
+
+
+class DeadLetterGroups(WireStruct):
+    """Groups of the dead letters of the organization, the one with the newest failure first."""
+
+    count: int
+    """Number of dead letters in all listed groups."""
+    count_is_lower_bound: bool
+    """Whether there may be older ones: the newest 1,000 are grouped, of at most 2,000 failed runs."""
+    oldest_at: Instant | None
+    muted_groups: int
+    """Number of mutes that have not ended; their groups are listed with `muted=true`."""
+    groups: Sequence[DeadLetterGroup]
+
+
+class MuteRequest(StrictWire):
+    """Body with which a group is muted: a reason for others to read, and the time until its end."""
+
+    reason: Annotated[str, text_rules.is_allowed_text(limits.MUTE_REASON_LENGTH, min_length=1)]
+    expires_in_seconds: Annotated[int, msgspec.Meta(ge=60, le=limits.MUTE_SECONDS)]
+
+
+@dataclass(slots=True)
+class _GroupedRuns:
+    """Group while it is collected, the newest run first."""
+
+    cause: ErrorCause
+    newest: FailedRun
+    oldest: FailedRun
+    count: int = 0
+    definitions: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupFacts:
+    """Comparison of a group with its workflow as it is now."""
+
+    is_current: bool | None = None
+    completed_since: int | None = None
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """Group the dead letters of the organization by workflow, node, code and kind of message.
+
+    The newest 1,000 that the caller may see are grouped. Muted groups are left out, or listed alone with
+    `muted=true`.
+    """
+    query, caller, gateway = request.query, request.caller, request.gateway
+    bounds = KeysetBounds(limits.GROUPED_DEAD_LETTERS, is_descending=True, cursor=FIRST_PAGE)
+    async with gateway.database.read() as connection:
+        mutes = await _read_visible_mutes(connection, request)
+        wanted = DeadLetterFilter(
+            workflow_id=query[WORKFLOW],
+            trigger_type=query[KIND],
+            since=query[SINCE],
+            until=query[UNTIL],
+            only_groups=frozenset(mutes) if query[MUTED] else None,
+            without_groups=frozenset() if query[MUTED] else frozenset(mutes),
+        )
+        found = await dead_letter_rows.find_dead_letters(
+            connection, caller, wanted, bounds, examined=limits.EXAMINED_DEAD_LETTERS
+        )
+        heads = await dead_letter_rows.read_workflow_heads(
+            connection, [failed.workflow_id for failed in found.rows]
+        )
+    collected = _collect(found.rows)
+    facts = await _compare_with_present(request, collected[: limits.EXPLAINED_GROUPS], heads)
+    return JsonResponse(
+        DeadLetterGroups(
+            count=len(found.rows),
+            count_is_lower_bound=found.last_examined is not None,
+            oldest_at=instant(found.rows[-1].created_at) if found.rows else None,
+            muted_groups=len(mutes),
+            groups=[
+                _show_group(
+                    group,
+                    heads[group.newest.workflow_id].name,
+                    facts.get(group.cause.fingerprint, _GroupFacts()),
+                    mutes.get(group.cause.fingerprint),
+                )
+                for group in collected
+            ],
+        )
+    )
+
+
+async def mute(request: GatewayRequest) -> JsonResponse:
+    """Leave a group of dead letters out of the lists of groups until a time, with a reason.
+
+    Only the owner of the workflow and admins may. The dead letters stay, and are listed with `muted=true`; an
+    earlier mute of the group is replaced.
+    """
+    body = await decode_body(request, MuteRequest)
+    now, problems = request.gateway.clock(), ProblemCollector()
+    reason = text_rules.check_line(body.reason, "reason", problems, max_length=limits.MUTE_REASON_LENGTH)
+    problems.raise_any()
+    workflow = await _find_workflow(request)
+    muted = DeadLetterMute(
+        organization_id=request.caller.organization_id,
+        group_id=request.path_params["id"],
+        shard=request.caller.shard,
+        workflow_id=workflow.id,
+        reason=reason,
+        muted_by=request.caller.user_id,
+        muted_at=now,
+        ends_at=now + timedelta(seconds=body.expires_in_seconds),
+    )
+
+    async def store(connection: AsyncConnection) -> None:
+        await dead_letter_mute.put_mute(connection, muted)
+        await audit_log.record_change(
+            connection,
+            request.caller,
+            AuditAction.DEAD_LETTERS_MUTED,
+            workflow.id,
+            before=None,
+            after=muted.group_id,
+        )
+
+    await request.gateway.database.transaction(store)
+    return JsonResponse(_show_mute(muted))
+
+
+async def unmute(request: GatewayRequest) -> NoContent:
+    """End the mute of a group of dead letters; nothing happens if it has ended.
+
+    Only the owner of the workflow and admins may.
+    """
+    workflow = await _find_workflow(request)
+    group_id = request.path_params["id"]
+
+    async def end(connection: AsyncConnection) -> None:
+        if await dead_letter_mute.end_mute(connection, request.caller.organization_id, group_id):
+            await audit_log.record_change(
+                connection,
+                request.caller,
+                AuditAction.DEAD_LETTERS_UNMUTED,
+                workflow.id,
+                before=group_id,
+                after=None,
+            )
+
+    await request.gateway.database.transaction(end)
+    return NoContent()
+
+
+async def _read_visible_mutes(
+    connection: AsyncConnection, request: GatewayRequest
+) -> Mapping[str, DeadLetterMute]:
+    """Return the mutes in force of workflows that the caller may read, by the ids of their groups."""
+    caller = request.caller
+    mutes = await dead_letter_mute.read_mutes(connection, caller.organization_id, request.gateway.clock())
+    if not mutes:
+        return mutes
+    readable = await workflow_rows.find_readable_ids(
+        connection, {one.workflow_id for one in mutes.values()}, caller
+    )
+    return {group_id: one for group_id, one in mutes.items() if one.workflow_id in readable}
+
+
+async def _find_workflow(request: GatewayRequest) -> Workflow:
+    """Return the workflow of the group in the path: of its mute, else of its newest dead letter.
+
+    Raises a 404 error for a group that is neither muted nor among the newest 2,000 failed runs that the
+    caller may see, and 403 unless the caller may change the workflow.
+    """
+    caller, group_id = request.caller, request.path_params["id"]
+    async with request.gateway.database.read() as connection:
+        mutes = await _read_visible_mutes(connection, request)
+        workflow_id = mutes[group_id].workflow_id if group_id in mutes else None
+        if workflow_id is None:
+            found = await dead_letter_rows.find_dead_letters(
+                connection,
+                caller,
+                DeadLetterFilter(group=group_id),
+                KeysetBounds(1, is_descending=True, cursor=FIRST_PAGE),
+                examined=limits.EXAMINED_DEAD_LETTERS,
+            )
+            workflow_id = found.rows[0].workflow_id if found.rows else None
+        workflow = workflow_id and await workflow_rows.find_workflow_row(connection, workflow_id, caller)
+    if not workflow:
+        raise errors.not_found("group of dead letters")
+    editing.require_writer(caller, workflow)
+    return workflow
+
+
+async def _compare_with_present(
+    request: GatewayRequest,
+    groups: Sequence[_GroupedRuns],
+    heads: Mapping[str, dead_letter_rows.WorkflowHead],
+) -> Mapping[str, _GroupFacts]:
+    """Return for each group whether its workflow was changed since, and how many runs have completed since."""
+    revisions = {group.newest.workflow_id: heads[group.newest.workflow_id].revision for group in groups}
+    workflows = await request.gateway.workflows.load_several(request.caller.organization_id, revisions)
+    facts: dict[str, _GroupFacts] = {}
+    async with request.gateway.database.read() as connection:
+        for group in groups:
+            workflow = workflows.get(group.newest.workflow_id)
+            if workflow is None:
+                continue
+            if workflow.definition_hash == group.newest.definition_hash:
+                facts[group.cause.fingerprint] = _GroupFacts(is_current=True)
+                continue
+            completed = await dead_letter_rows.count_completed_since(
+                connection, workflow.id, workflow.definition_hash, group.newest.created_at
+            )
+            facts[group.cause.fingerprint] = _GroupFacts(is_current=False, completed_since=completed)
+    return facts
+
+
+def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
+    """Return groups of failed runs with the same cause; `rows` are ordered from the newest to the oldest, and
+    so are groups.
+    """
+    collected: dict[str, _GroupedRuns] = {}
+    for failed in rows:
+        cause = dead_letter_rows.describe_cause(failed)
+        group = collected.setdefault(cause.fingerprint, _GroupedRuns(cause, failed, failed))
+        group.oldest = failed
+        group.count += 1
+        group.definitions.add(failed.definition_hash)
+    return list(collected.values())
+
+
+def _show_group(
+    group: _GroupedRuns, name: str, facts: _GroupFacts, muted: DeadLetterMute | None
+) -> DeadLetterGroup:
+    """Return a group of dead letters as the API shows it; `name` is that of its workflow."""
+    return DeadLetterGroup(
+        id=group.cause.fingerprint,
+        workflow_id=group.newest.workflow_id,
+        workflow_name=name,
+        node_id=group.cause.node_id,
+        code=group.cause.code,
+        message=group.cause.message,
+        count=group.count,
+        first_at=instant(group.oldest.created_at),
+        last_at=instant(group.newest.created_at),
+        newest_execution_id=group.newest.id,
+        definitions=len(group.definitions),
+        is_current=facts.is_current,
+        completed_since=facts.completed_since,
+        mute=None if muted is None else _show_mute(muted),
+    )
+
+
+def _show_mute(muted: DeadLetterMute) -> MuteShape:
+    """Return a mute as the API shows it."""
+    return MuteShape(
+        reason=muted.reason,
+        muted_by=muted.muted_by,
+        muted_at=instant(muted.muted_at),
+        ends_at=instant(muted.ends_at),
+    )

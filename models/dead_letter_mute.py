@@ -1,0 +1,60 @@
+"""Mutes: groups of dead letters that lists leave out until a time, with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Column, SmallInteger, Text, delete, insert, select
+from sqlmodel import Field, SQLModel, col
+
+from models.column_types import TimestampColumn
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+class DeadLetterMute(SQLModel, table=True):
+    """Mute of one group of dead letters."""
+
+    __tablename__ = "dead_letter_mute"
+
+    organization_id: str = Field(primary_key=True, foreign_key="organization.id")
+    group_id: str = Field(primary_key=True)
+    """Fingerprint of the workflow and the error."""
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    workflow_id: str
+    reason: str = Field(sa_column=Column(Text, nullable=False))
+    muted_by: str
+    """Id of the user."""
+    muted_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    ends_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+
+
+async def put_mute(connection: AsyncConnection, mute: DeadLetterMute) -> None:
+    """Insert a mute in place of an earlier one of its group, and delete those of the organization that have ended."""
+    of_organization = col(DeadLetterMute.organization_id) == mute.organization_id
+    is_over = (col(DeadLetterMute.ends_at) <= mute.muted_at) | (col(DeadLetterMute.group_id) == mute.group_id)
+    await connection.execute(delete(DeadLetterMute).where(of_organization, is_over))
+    await connection.execute(insert(DeadLetterMute).values(mute.model_dump()))
+
+
+async def end_mute(connection: AsyncConnection, organization_id: str, group_id: str) -> bool:
+    """Delete the mute of a group; return whether there was one."""
+    statement = delete(DeadLetterMute).where(
+        col(DeadLetterMute.organization_id) == organization_id, col(DeadLetterMute.group_id) == group_id
+    )
+    return (await connection.execute(statement)).rowcount > 0
+
+
+async def read_mutes(
+    connection: AsyncConnection, organization_id: str, now: datetime
+) -> Mapping[str, DeadLetterMute]:
+    """Return the mutes of an organization that have not ended, by the ids of their groups."""
+    statement = select(DeadLetterMute).where(
+        col(DeadLetterMute.organization_id) == organization_id, col(DeadLetterMute.ends_at) > now
+    )
+    return {
+        row["group_id"]: DeadLetterMute(**row) for row in (await connection.execute(statement)).mappings()
+    }
