@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,16 @@ def build_worker(slots: int) -> Worker:
     return worker
 
 
-async def serve(workers: int, slots: int) -> None:
-    await asyncio.gather(*(build_worker(slots).serve() for _ in range(workers)))
+async def serve(count: int, slots: int) -> None:
+    """Serve until SIGTERM; the workers drain, since an open poll that is cut may hold tasks of the next measurement."""
+    workers = [build_worker(slots) for _ in range(count)]
+
+    def stop() -> None:
+        for worker in workers:
+            worker.stop()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    await asyncio.gather(*(worker.serve() for worker in workers))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 STEPS: Final = 3
 RUNS: Final = 1_000
 STARTERS: Final = 16
+WORKERS: Final = 2
+SLOTS: Final = 50
+"""Workers of the runs with three steps, and the tasks that each performs at once."""
 PATIENCE_SECONDS: Final = 300.0
 
 
@@ -48,7 +51,7 @@ async def measure_tasks(api: BenchmarkApi, database_url: str, workers: int, slot
     try:
         first = await connection.fetchval("SELECT max(id) FROM task WHERE state = 'completed'") or ""
         with run_workers(api, workers, slots):
-            await _wait_until_none(connection, "SELECT count(*) FROM task WHERE ended_at IS NULL")
+            await _wait_for(connection, "SELECT count(*) = 0 FROM task WHERE ended_at IS NULL")
         row = await connection.fetchrow(
             "SELECT count(*), max(ended_at) - min(started_at) FROM task WHERE id > $1", first
         )
@@ -72,9 +75,11 @@ async def measure_runs(api: BenchmarkApi, database_url: str, workflow_id: str) -
         own.close()
 
     try:
-        with run_workers(api, 2, 50):
+        known = await connection.fetchval("SELECT count(*) FROM task_worker")
+        with run_workers(api, WORKERS, SLOTS):
+            await _wait_for(connection, "SELECT count(*) >= $1 FROM task_worker", known + WORKERS)
             await asyncio.gather(*(start() for _ in range(STARTERS)))
-            await _wait_until_none(connection, "SELECT count(*) FROM execution WHERE ended_at IS NULL")
+            await _wait_for(connection, "SELECT count(*) = 0 FROM execution WHERE ended_at IS NULL")
         row = await connection.fetchrow(
             "SELECT count(*) FILTER (WHERE status = 'completed'), max(ended_at) - min(created_at)"
             " FROM execution WHERE workflow_id = $1",
@@ -97,7 +102,7 @@ def chain_of_steps() -> dict[str, Any]:
     }
 
 
-async def _wait_until_none(connection: asyncpg.Connection, statement: str) -> None:
+async def _wait_for(connection: asyncpg.Connection, condition: str, *values: object) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while await connection.fetchval(statement):  # noqa: ASYNC110 - commits of other processes
+        while not await connection.fetchval(condition, *values):  # noqa: ASYNC110 - commits of other processes
             await asyncio.sleep(0.25)
