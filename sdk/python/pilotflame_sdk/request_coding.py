@@ -122,22 +122,27 @@ def decode_answer(response: httpx2.Response, url: str, *, is_binary: bool = Fals
 
     Raises `APIError` for a status from 400 on, and `TransportError` for a body that is no JSON.
     """
-    if response.status_code >= ERROR:
-        raise build_error(response.status_code, response.reason_phrase, _json_or_none(response))
-    if is_binary:
+    if is_binary and response.status_code < ERROR:
         return response.content
-    if response.status_code == NO_CONTENT:
+    return decode_body(response.status_code, response.reason_phrase, response.content, url)
+
+
+def decode_body(status: int, reason: str, body: bytes, url: str) -> Any:  # noqa: ANN401 - JSON
+    """Return the JSON of an answer's body, None for 204; raises the same errors as `decode_answer`."""
+    if status >= ERROR:
+        raise build_error(status, reason, _json_or_none(body))
+    if status == NO_CONTENT:
         return None
     try:
-        return json_coding.loads(response.content)
+        return json_coding.loads(body)
     except ValueError as error:
         raise TransportError(f"The server at {url} is not Pilotflame") from error
 
 
-def _json_or_none(response: httpx2.Response) -> object:
+def _json_or_none(body: bytes) -> object:
     """Return the JSON of an answer's body; None if it is malformed."""
     try:
-        return json_coding.loads(response.content)
+        return json_coding.loads(body)
     except ValueError:
         return None
 

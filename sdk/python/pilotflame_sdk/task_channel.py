@@ -11,14 +11,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 from pilotflame_sdk.errors import APIError, PilotflameError, TransportError
 from pilotflame_sdk.held_tasks import FINAL_KINDS, HeldTask, HeldTasks
-from pilotflame_sdk.retries import RetryPolicy
 from pilotflame_sdk.tasks import plain_text
-from pilotflame_sdk.transport import Transport
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from pilotflame_sdk.transport import Transport
+    from pilotflame_sdk.worker_connection import WorkerConnection
+
+    TaskServer: TypeAlias = Transport | WorkerConnection
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +47,7 @@ class TaskChannel:
 
     def __init__(
         self,
-        server: Callable[[float], Transport],
+        server: Callable[[float], TaskServer],
         worker: Mapping[str, str],
         types: Sequence[Mapping[str, str]],
         pools: Sequence[str],
@@ -101,7 +107,7 @@ class TaskChannel:
         self._held.wake()
         self._threads[2].join(1.0)
 
-    def _connect(self, retry_seconds: float = 0.0) -> Transport:
+    def _connect(self, retry_seconds: float = 0.0) -> TaskServer:
         """Return a connection: by default one whose requests the channel repeats by itself."""
         return self._server(retry_seconds)
 
@@ -133,7 +139,7 @@ class TaskChannel:
                 else:
                     self._claim(server, 0)
 
-    def _claim(self, server: Transport, count: int) -> None:
+    def _claim(self, server: TaskServer, count: int) -> None:
         """Claim up to `count` tasks; the request is repeated under one id until it is answered.
 
         With 0, the poll only learns which tasks are cancelled. A refusal that no repetition helps stops the
@@ -201,7 +207,7 @@ class TaskChannel:
                     pause = min(pause * 2, LONGEST_PAUSE)
 
     def _report_safely(
-        self, server: Transport, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
+        self, server: TaskServer, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
     ) -> bool:
         """Send a report like `_report`. An unexpected error gives the items up: without this thread, all leases end."""
         try:
@@ -213,7 +219,7 @@ class TaskChannel:
             return True
 
     def _report(
-        self, server: Transport, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
+        self, server: TaskServer, items: Sequence[Mapping[str, Any]], ids: Sequence[str], claimed: str | None
     ) -> bool:
         """Send a report; return whether the server has answered it, with success or a refusal."""
         begun = time.monotonic()
@@ -277,8 +283,3 @@ class TaskChannel:
             # Keyed: it may be repeated, since the same output replaces itself.
             server.request("PUT", path, json=output, headers=headers, wait=60.0, is_keyed=True)
         return {"$blob": {}}
-
-
-def connect(url: str, api_key: str, retry_seconds: float) -> Transport:
-    """Return a connection whose requests are repeated for a time; 0 sends each once."""
-    return Transport(url, api_key, retry=RetryPolicy(seconds=retry_seconds))

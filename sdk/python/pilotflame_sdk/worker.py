@@ -22,11 +22,12 @@ from pilotflame_sdk.errors import Conflict
 from pilotflame_sdk.held_tasks import HeldTask, HeldTasks
 from pilotflame_sdk.node_definitions import NodeDefinition, choose_definition, define_node, retry_rule
 from pilotflame_sdk.profiles import ServerAddress, find_server
-from pilotflame_sdk.task_channel import TaskChannel, connect
+from pilotflame_sdk.task_channel import TaskChannel
 from pilotflame_sdk.task_execution import RELEASE, TaskExecutor
 from pilotflame_sdk.tasks import TaskLogHandler
 from pilotflame_sdk.transport import Transport
 from pilotflame_sdk.version import VERSION
+from pilotflame_sdk.worker_connection import connect
 
 log = logging.getLogger(__name__)
 
