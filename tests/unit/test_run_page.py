@@ -1,0 +1,48 @@
+"""Page of a run: its answers belong together, also while the run moves."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from gateway.dashboard.page_request import PageRequest
+from gateway.dashboard.pages import run as run_page
+
+
+class EndingRun:
+    """API of a run whose only node, and the run with it, completes while the page asks for them."""
+
+    def __init__(self) -> None:
+        self._has_ended = False
+
+    async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Answer any of the questions that the page asks; the run ends before its summary is answered."""
+        path: str = scope["path"]
+        if path.endswith("/graph"):
+            body: dict[str, Any] = {"states": [self._state()], "previousExecutionId": None}
+        elif "/spans/" in path:
+            body = {"outputData": "done" if self._has_ended else None}
+        elif path.endswith("/why"):
+            body = {"blockers": []}
+        else:
+            await asyncio.sleep(0)  # questions that are asked together are answered before it ends
+            self._has_ended = True
+            body = {"status": "completed", "workflowId": "wf_1", "createdAt": "2026-11-28T02:30:00Z"}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": msgspec.json.encode(body)})
+
+    def _state(self) -> dict[str, Any]:
+        status = "completed" if self._has_ended else "running"
+        return {"nodeId": "report", "nodeType": "set", "status": status, "iterations": []}
+
+
+async def test_the_page_of_a_run_that_ends_meanwhile_shows_the_end_of_its_nodes_too() -> None:
+    scope = {"type": "http", "path_params": {"id": "exec_1"}, "query_string": b"", "headers": []}
+    shown = await run_page.load(PageRequest(scope, EndingRun(), datetime.now(UTC)))
+    assert shown["run"]["status"] == "completed"
+    assert [state["status"] for state in shown["graph"]["states"]] == ["completed"]
+    assert shown["span"]["outputData"] == "done"
