@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,22 @@ from tests.integration.gateway_harness import GatewayHarness
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_SECONDS = 30.0
 """Longer than any page takes on a busy machine: an expression that is never true must not hold up all tests."""
+LOADED = "document.readyState === 'complete'"
+"""Condition under which the scripts of a page have run."""
+LEAVE = "globalThis.isLeft = true"
+ARRIVED = f"!globalThis.isLeft && {LOADED}"
+"""Condition under which a page after the one that was marked by `LEAVE` is loaded."""
+SERVER_ERROR = -32_000
+"""Code of the protocol for an expression whose page was left, or is not there yet."""
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+
+
+class DocumentGoneError(Exception):
+    """The browser has left the page in which a script was evaluated."""
+
+
+class ScriptError(Exception):
+    """A script has raised an exception, such as one about a property of an element that the page lacks."""
 
 
 class BrowserPage:
@@ -36,12 +52,17 @@ class BrowserPage:
         """URLs of all requests."""
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-        """Call a method of the protocol; notes the events that arrive before its result."""
+        """Call a method of the protocol; notes the events that arrive before its result.
+
+        Raises `DocumentGoneError` if a script was evaluated while the browser left its page.
+        """
         self._count += 1
         await self._socket.send_json({"id": self._count, "method": method, "params": parameters})
         async for message in self._socket:
             answer = json.loads(message.data)
             if answer.get("id") == self._count:
+                if method == "Runtime.evaluate" and answer.get("error", {}).get("code") == SERVER_ERROR:
+                    raise DocumentGoneError(answer["error"]["message"])
                 assert "error" not in answer, answer
                 result: dict[str, Any] = answer["result"]
                 return result
@@ -49,40 +70,87 @@ class BrowserPage:
         raise ConnectionError("the browser has closed the page")
 
     async def evaluate(self, expression: str) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the value of an expression in the page, awaited if it is a promise."""
+        """Return the value of an expression in the page, awaited if it is a promise.
+
+        About an element that a click or an update brings, ask `wait_for`, `text` or `value` instead: they wait
+        for it. Raises `ScriptError`.
+        """
         found = await self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
-        assert "exceptionDetails" not in found, found
+        if "exceptionDetails" in found:
+            raise ScriptError(f"{expression}: {found}")
         return found["result"].get("value")
 
     async def wait_for(self, expression: str) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the value of an expression as soon as it is true."""
-        async with asyncio.timeout(WAIT_SECONDS):
-            while not (value := await self.evaluate(expression)):  # noqa: ASYNC110 - a page sets no event of ours
-                await asyncio.sleep(0.02)
-        return value
+        """Return the value of an expression as soon as it is true.
+
+        An exception counts as false, such as one about an element that is not there yet. If the browser leaves
+        the page, the next one is asked.
+        """
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                value = await self.evaluate(expression)
+            except (DocumentGoneError, ScriptError) as error:
+                value, problem = None, str(error)
+            else:
+                problem = f"it is {value!r}"
+            if value:
+                return value
+            assert time.monotonic() < deadline, f"{expression}: {problem}"
+            await asyncio.sleep(0.02)
+
+    async def text(self, selector: str) -> str:
+        """Return the text of an element as soon as the page is loaded and has it."""
+        return str(await self._of_element(selector, "element.textContent"))
+
+    async def value(self, selector: str) -> str:
+        """Return the value of a field as soon as the page is loaded and has it."""
+        return str(await self._of_element(selector, "element.value"))
+
+    async def count(self, selector: str) -> int:
+        """Return the number of elements as soon as the page is loaded."""
+        (found,) = await self.wait_for(f"{LOADED} && [document.querySelectorAll({selector!r}).length]")
+        return int(found)
 
     async def fill(self, selector: str, text: str) -> None:
         """Type a text into a field, also one that React controls."""
-        await self.wait_for(f"document.querySelector({selector!r}) !== null")
-        await self.evaluate(
-            f"((field, set) => {{ set.call(field, {text!r});"
-            f" field.dispatchEvent(new Event('input', {{bubbles: true}})) }})"
-            f"(document.querySelector({selector!r}),"
-            " Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set)"
+        await self._of_element(
+            selector,
+            "(Object.getOwnPropertyDescriptor(Object.getPrototypeOf(element), 'value')"
+            f".set.call(element, {json.dumps(text)}), element.dispatchEvent(new Event('input', {{bubbles: true}})))",
         )
 
     async def click(self, selector: str) -> None:
-        """Click an element as soon as it is there."""
-        await self.wait_for(f"document.querySelector({selector!r}) !== null")
-        await self.evaluate(f"document.querySelector({selector!r}).click()")
+        """Click an element as soon as the page is loaded, so that its scripts see the click, and has it."""
+        await self._of_element(selector, "element.click()")
 
-    async def open(self, url: str, ready: str) -> None:
-        """Open a page, until an expression about it is true."""
-        await self.call("Page.navigate", url=url)
-        await self.wait_for(f"location.href.startsWith({url!r}) && document.readyState === 'complete'")
+    async def follow(self, selector: str) -> None:
+        """Click an element that leads to another page, until that page is loaded.
+
+        The page before often satisfies the condition that a test would wait for, so that the next question
+        would be answered by either page.
+        """
+        await self.evaluate(LEAVE)
+        await self.click(selector)
+        await self.wait_for(ARRIVED)
+
+    async def open(self, url: str, ready: str = "true") -> None:
+        """Open a page, until it is loaded and an expression about it is true."""
+        await self.evaluate(LEAVE)
+        answer = await self.call("Page.navigate", url=url)
+        if "loaderId" in answer:  # absent if the fragment alone has changed: the page stays
+            await self.wait_for(ARRIVED)
+        await self.wait_for(f"location.href.startsWith({url!r}) && {LOADED}")
         await self.wait_for(ready)
+
+    async def _of_element(self, selector: str, expression: str) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the value of an expression about `element`, once the page is loaded and has one."""
+        (value,) = await self.wait_for(
+            f"{LOADED} && (element => element && [{expression}])(document.querySelector({selector!r}))"
+        )
+        return value
 
     def _note(self, event: dict[str, Any]) -> None:
         parameters = event["params"]

@@ -75,8 +75,6 @@ NOTE_SHIFTS = (
     " if (!one.hadRecentInput) globalThis.shift += one.value }).observe({type: 'layout-shift', buffered: true})"
 )
 """Script that adds up the shifts of the layout of each page."""
-LOADED = "document.readyState === 'complete'"
-"""Condition under which the scripts of a page have run."""
 
 
 @dataclass(frozen=True)
@@ -177,13 +175,13 @@ async def open_visit(postgres: PostgresServer, folder: Path) -> AsyncIterator[Da
             await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
         orders_id = await people.owner.create(**ORDERS)
         execution_id = await run_to_its_end(harness, folder, people, orders_id)
-        await page.open(f"{url}/sign-in?next=%2Fdashboard%2Fruns", "document.querySelector('#key') !== null")
+        await page.open(f"{url}/sign-in?next=%2Fdashboard%2Fruns")
         await page.fill("#key", "sk-wrong")
         await page.click("button[type=submit]")
         await page.wait_for("!document.querySelector('#problem').hidden")
         page.problems.clear()  # the browser logs the answer 401
         await page.fill("#key", people.owner.key)
-        await page.click("button[type=submit]")
+        await page.follow("button[type=submit]")
         await page.wait_for(
             "location.pathname === '/dashboard/runs' && document.querySelector('h1') !== null"
         )

@@ -10,8 +10,8 @@ from sqlalchemy import select
 
 from models.execution import WaitAnswer
 from tests.integration import input_waits
-from tests.integration.browser import needs_chromium
-from tests.integration.dashboard_visit import HOSTILE, LOADED, DashboardVisit, open_visit
+from tests.integration.browser import LOADED, needs_chromium
+from tests.integration.dashboard_visit import HOSTILE, DashboardVisit, open_visit
 from tests.integration.gateway_harness import GRAPH
 from tests.services import PostgresServer
 
@@ -93,7 +93,7 @@ async def test_empty_pages_and_refusals_have_no_violation_of_accessibility(visit
     await visit.sign_in_as(visit.people.owner.key)
     for path in ("/dashboard/audit", "/dashboard/runs?after=nonsense"):
         await visit.show(path)
-        assert await visit.page.evaluate("document.querySelector('h1').textContent") != ""
+        assert await visit.page.text("h1") != ""
         assert await visit.find_violations() == [], path
     assert not [one for one in visit.take_problems() if "400 (Bad Request)" not in one]
 
@@ -101,28 +101,25 @@ async def test_empty_pages_and_refusals_have_no_violation_of_accessibility(visit
 async def test_a_run_shows_its_error_first_and_each_node_by_its_address(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs/{execution_id}")
     page = visit.page
-    assert "Write the order: POST https://orders.invalid/" in await page.evaluate(
-        "document.querySelector('.banner h2').textContent"
-    )
+    assert "Write the order: POST https://orders.invalid/" in await page.text(".banner h2")
     above = "document.querySelector('.banner').compareDocumentPosition(document.querySelector('.row')) & 4"
     assert await page.evaluate(above)
     selected = "document.querySelector('.row[aria-current]').id"
-    assert await page.evaluate(selected) == "node-write"
+    assert await page.wait_for(selected) == "node-write"
     rows = await page.evaluate(
         "[...document.querySelectorAll('a.row .cut:first-child')].map(one => one.textContent)"
     )
     assert rows[:4] == ["Order message", "For each line", "Reserve stock", "Above 5,000 €?"]
-    assert await page.evaluate("document.querySelectorAll('#node-reserve .iterations rect').length") == 12
-    await page.click("#node-reserve")
-    is_shown = f"document.querySelector('.row[aria-current]') && {selected} === 'node-reserve'"
-    await page.wait_for(f"{LOADED} && {is_shown}")
+    assert await page.count("#node-reserve .iterations rect") == 12
+    await page.follow("#node-reserve")
+    assert await page.wait_for(selected) == "node-reserve"
     assert await page.evaluate("location.search") == "?node=reserve"
     await visit.press("n")
-    assert await page.evaluate("document.activeElement.id") == "node-write"
+    await page.wait_for("document.activeElement.id === 'node-write'")
     await visit.press("]")
     await page.wait_for(f"{LOADED} && location.search.includes('tab=config')")
     await visit.show("/dashboard/runs/{execution_id}?node=reserve&iteration=3&tab=output")
-    assert "sku-3" in await page.evaluate("document.querySelector('#inspector pre').textContent")
+    assert "sku-3" in await page.text("#inspector pre")
 
 
 async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_plan(
@@ -131,63 +128,54 @@ async def test_a_failed_run_is_resumed_after_a_question_and_replayed_after_its_p
     await visit.show("/dashboard/runs/{execution_id}")
     await visit.page.click("form[data-request$='/resume'] button")
     await visit.page.wait_for("document.querySelector('#confirm').open")
-    await visit.page.click("[data-confirms]")
-    await visit.page.wait_for(
-        f"location.pathname.startsWith('/dashboard/runs/exec_') && !location.pathname.endsWith('{visit.execution_id}')"
-        " && document.querySelector('h1') !== null"
-    )
-    assert visit.execution_id in await visit.page.evaluate("document.querySelector('.facts').textContent")
+    await visit.page.follow("[data-confirms]")
+    assert not (await visit.page.evaluate("location.pathname")).endswith(visit.execution_id)
+    assert visit.execution_id in await visit.page.text(".facts")
 
     await visit.show("/dashboard/runs/{execution_id}")
-    await visit.page.click("a[href$='/replay']")
-    await visit.page.wait_for(f"{LOADED} && document.querySelector('#plan') !== null")
-    plan = await visit.page.evaluate("document.querySelector('main').textContent")
+    await visit.page.follow("a[href$='/replay']")
+    await visit.page.wait_for("document.querySelector('#plan') !== null")
+    plan = await visit.page.text("main")
     assert "Reserve stock" in plan
     assert "Reused" in plan
     assert "writes" in plan
     await visit.page.click("input[name=again]")  # it was resumed before
-    await visit.page.click("main form button[type=submit]")
-    await visit.page.wait_for(
-        f"/runs.exec_/.test(location.pathname) && !location.pathname.includes('{visit.execution_id}')"
-        " && document.querySelector('.facts') !== null"
-    )
-    assert f"replays {visit.execution_id}" in await visit.page.evaluate(
-        "document.querySelector('.facts').textContent"
-    )
+    await visit.page.follow("main form button[type=submit]")
+    assert visit.execution_id not in await visit.page.evaluate("location.pathname")
+    assert f"replays {visit.execution_id}" in await visit.page.text(".facts")
 
 
 async def test_texts_of_users_never_become_elements(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs")
     texts = await visit.page.evaluate("[...document.querySelectorAll('td a')].map(one => one.textContent)")
     assert HOSTILE in texts
-    assert await visit.page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+    assert await visit.page.count("main img, main script") == 0
 
 
 async def test_keys_move_and_open(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs")
     await visit.press("j", "j", "k")
-    focused = "document.activeElement.closest('tr')?.rowIndex"
-    assert await visit.page.evaluate(focused) == 1
+    await visit.page.wait_for("document.activeElement.closest('tr')?.rowIndex === 1")
     await visit.press("?")
     await visit.page.wait_for("document.querySelector('#keys').open")
     await visit.page.evaluate("document.querySelector('#keys').close()")
     await visit.press("c")
     await visit.page.wait_for("document.querySelector('#curl').open")
-    commands = await visit.page.evaluate("document.querySelector('#curl pre').textContent")
+    commands = await visit.page.text("#curl pre")
     assert "/api/v1/executions" in commands
     assert visit.people.owner.key not in commands
     await visit.page.evaluate("document.querySelector('#curl').close()")
     await visit.press("/")
-    assert await visit.page.evaluate("document.activeElement.id") == "search"
+    await visit.page.wait_for("document.activeElement.id === 'search'")
 
 
 async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs")
     await visit.page.wait_for("document.querySelector('.live').dataset.state === 'live'")
-    count = await visit.page.evaluate("document.querySelectorAll('tbody tr').length")
+    count = await visit.page.count("tbody tr")
     await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
     await visit.page.wait_for("document.querySelector('[data-shows-new]')?.textContent === 'Show 1 new'")
-    assert await visit.page.evaluate("document.querySelectorAll('tbody tr').length") == count
+    assert await visit.page.count("tbody tr") == count
     await visit.press(".")
     await visit.page.wait_for(f"document.querySelectorAll('tbody tr').length === {count + 1}")
     assert await visit.page.evaluate("document.querySelector('[data-shows-new]') === null")
@@ -221,44 +209,42 @@ async def test_a_foreign_policy_cannot_make_html(visit: DashboardVisit) -> None:
 
 async def test_arrows_follow_the_edges_of_a_graph(visit: DashboardVisit) -> None:
     await visit.show("/dashboard/runs/{execution_id}?view=map")
-    focused = "document.activeElement.dataset.card"
-    await visit.page.wait_for(LOADED)
+
+    async def wait_for_focus(*cards: str) -> None:
+        await visit.page.wait_for(f"{[*cards]}.includes(document.activeElement.dataset.card)")
+
     await visit.page.evaluate("document.querySelector('[data-card=start]').focus()")
     await visit.press("ArrowRight")
-    assert await visit.page.evaluate(focused) == "lines"
+    await wait_for_focus("lines")
     await visit.press("ArrowRight", "ArrowDown", "ArrowRight")
-    assert await visit.page.evaluate(focused) in {"write", "small"}
+    await wait_for_focus("write", "small")
     await visit.press("ArrowLeft")
-    assert await visit.page.evaluate(focused) == "large"
+    await wait_for_focus("large")
     in_order = "[...document.querySelectorAll('[data-card][tabindex=\"0\"]')].map(one => one.dataset.card)"
     assert await visit.page.evaluate(in_order) == ["large"], "one card is in the tab order"
     await visit.page.evaluate(
         "document.activeElement.dispatchEvent(new MouseEvent('click', {bubbles: true}))"
     )
     await visit.page.wait_for(f"{LOADED} && location.search.includes('node=large')")
-    assert await visit.page.evaluate("document.querySelector('#node').textContent") == "Above 5,000 €?"
+    assert await visit.page.text("#node") == "Above 5,000 €?"
 
 
 async def test_a_node_is_mended_on_the_page_of_its_workflow(visit: DashboardVisit) -> None:
     owner = visit.people.owner
     workflow_id = await owner.create(name="To mend", status="active", **GRAPH)
-    await visit.page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step", LOADED)
-    await visit.page.evaluate("document.querySelector('#config').value = '{\"values\": {\"b\": 2}'")
+    await visit.page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step")
+    await visit.page.fill("#config", '{"values": {"b": 2}')
     await visit.page.click("#node form button[type=submit]")
     await visit.page.wait_for(
         "document.querySelector('#config').validationMessage.startsWith('This is no JSON')"
     )
-    text = '{"values": {"b": 2}, "mode": "replace"}'
-    await visit.page.evaluate(f"document.querySelector('#config').value = '{text}'")
-    await visit.page.evaluate(
-        "document.querySelector('#config').dispatchEvent(new Event('input', {bubbles: true}))"
-    )
+    await visit.page.fill("#config", '{"values": {"b": 2}, "mode": "replace"}')
     await visit.page.click("#node form button[type=submit]")
     await visit.page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
     (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
     assert step["config"] == {"values": {"b": 2}, "mode": "replace"}
     await visit.page.wait_for("document.querySelector('#config').dataset.before.includes('replace')")
-    await visit.page.evaluate("document.querySelector('#config').value = '{\"values\": {\"b\": 3}}'")
+    await visit.page.fill("#config", '{"values": {"b": 3}}')
     await visit.page.click("#node form button[type=submit]")
     await visit.page.wait_for("!document.querySelector('#config').dataset.before.includes('replace')")
     (step,) = [node for node in (await owner.workflow(workflow_id))["nodes"] if node["id"] == "step"]
@@ -268,22 +254,20 @@ async def test_a_node_is_mended_on_the_page_of_its_workflow(visit: DashboardVisi
 async def test_a_map_is_zoomed_by_buttons_and_keys_and_keeps_its_size(visit: DashboardVisit) -> None:
     page = visit.page
     await visit.show("/dashboard/runs/{execution_id}?view=map")
-    await page.wait_for(LOADED)
     width = "Number(document.querySelector('[data-map] svg').getAttribute('width'))"
     whole = await page.evaluate(width)
     await page.click("[data-zoom=in]")
-    assert await page.evaluate(width) == round(whole * 1.25)
-    assert await page.evaluate("document.querySelector('[data-zoom=whole]').textContent") == "125 %"
+    await page.wait_for(f"{width} === {round(whole * 1.25)}")
+    assert await page.text("[data-zoom=whole]") == "125 %"
     await page.evaluate("document.querySelector('[data-card]').focus()")
     await visit.press("-", "-")
-    assert await page.evaluate(width) == round(whole * 0.85)
+    await page.wait_for(f"{width} === {round(whole * 0.85)}")
     await visit.show("/dashboard/runs/{execution_id}?view=map&node=lines")
-    await page.wait_for(f"{LOADED} && {width} === {round(whole * 0.85)}")
+    await page.wait_for(f"{width} === {round(whole * 0.85)}")
     await page.click("[data-zoom=fit]")
-    shown = "document.querySelector('[data-map]').clientWidth"
-    assert await page.evaluate(width) <= await page.evaluate(shown)
+    await page.wait_for(f"{width} <= document.querySelector('[data-map]').clientWidth")
     await page.click("[data-zoom=whole]")
-    assert await page.evaluate(width) == whole
+    await page.wait_for(f"{width} === {whole}")
     assert not visit.take_problems()
 
 
@@ -292,13 +276,10 @@ async def test_two_changes_of_a_node_are_merged_by_path(visit: DashboardVisit) -
     workflow_id = await owner.create(name="Changed twice", status="active", **GRAPH)
     path = f"/api/v1/workflows/{workflow_id}/nodes/step"
     await owner.api.put(path, json={"config": {"values": {"a": 1, "b": 1, "c": 1}}})
-    await page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step", LOADED)
+    await page.open(f"{visit.url}/dashboard/workflows/{workflow_id}?node=step")
 
     async def save(values: dict[str, int]) -> None:
-        await page.evaluate(f"document.querySelector('#config').value = '{json.dumps({'values': values})}'")
-        await page.evaluate(
-            "document.querySelector('#config').dispatchEvent(new Event('input', {bubbles: true}))"
-        )
+        await page.fill("#config", json.dumps({"values": values}))
         await page.click("#node form button[type=submit]")
 
     async def read_values() -> object:
@@ -319,7 +300,7 @@ async def test_two_changes_of_a_node_are_merged_by_path(visit: DashboardVisit) -
     assert await read_values() == {"a": 3, "b": 3, "c": 1}, "nothing is overwritten before the choice"
     rows = "[...document.querySelectorAll('[data-merge] tbody tr')].map(one => one.cells[0].textContent)"
     assert sorted(await page.evaluate(rows)) == ["values.a", "values.b", "values.c"]
-    assert await page.evaluate("document.querySelectorAll('[data-merge] input').length") == 2
+    assert await page.count("[data-merge] input") == 2
     assert await visit.find_violations() == []
     await page.click("[data-side=theirs]")
     await page.click("[data-merges]")

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from gateway.dashboard.graph_map import WINDOW
-from tests.integration.browser import needs_chromium
-from tests.integration.dashboard_visit import LOADED, DashboardVisit, open_visit
+from tests.integration.browser import LOADED, needs_chromium
+from tests.integration.dashboard_visit import DashboardVisit, open_visit
 from tests.integration.test_waiting_runs import execute_workflow, serve_worker, wait_until_ended
 from tests.services import PostgresServer
 
 pytestmark = needs_chromium
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+RUN_BUTTON = "form[data-request$='/execute'] button[type=submit]"
 MAX_REQUESTS = 8
 MAX_BYTES = 30_000
 USABLE_SECONDS = 10
@@ -36,23 +37,11 @@ async def visit(
         yield visit
 
 
-async def write(visit: DashboardVisit, selector: str, text: str) -> None:
-    """Write a text into a text area."""
-    field = f"document.querySelector({selector!r})"
-    await visit.page.wait_for(f"{LOADED} && {field} !== null")
-    await visit.page.evaluate(
-        f"{field}.value = {json.dumps(text)}; {field}.dispatchEvent(new Event('input', {{bubbles: true}})); 0"
-    )
-
-
-async def until_run_shows(visit: DashboardVisit, state: str, *, other_than: str = "") -> str:
-    """Wait until the page of a run shows its end, and return the id of the run."""
-    page = visit.page
-    await page.wait_for(
-        f"{LOADED} && /runs.exec_\\w+$/.test(location.pathname) && !location.pathname.endsWith('{other_than or '-'}')"
-        f" && document.querySelector('.pill').textContent === {state!r}"
-    )
-    run_id: str = await page.evaluate("location.pathname.split('/').at(-1)")
+async def start_run(visit: DashboardVisit, button: str, state: str) -> str:
+    """Click a button that starts a run, wait until its page shows its end, and return the id of the run."""
+    await visit.page.follow(button)
+    await visit.page.wait_for(f"document.querySelector('.pill').textContent === {state!r}")
+    run_id: str = await visit.page.wait_for("location.pathname.match(/runs.(exec_\\w+)$/)?.[1]")
     return run_id
 
 
@@ -66,28 +55,26 @@ async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
     count = sum(1 for _ in csv.DictReader(penguins.splitlines()))
 
     await visit.show("/dashboard/workflows")
-    await page.click(f"a[href$='{workflow_id}']")
-    await write(visit, "#in-csv", penguins)
-    await page.click("form[data-request$='/execute'] button[type=submit]")
-    good = await until_run_shows(visit, "Completed")
-    assert await page.evaluate("document.querySelectorAll('a.row .good').length") == 5
-    await page.click("#node-report")
-    await page.wait_for(f"{LOADED} && document.querySelector('#node')?.textContent === 'Report'")
-    report = await page.evaluate("document.querySelector('#inspector pre').textContent")
+    await page.follow(f"a[href$='{workflow_id}']")
+    await page.fill("#in-csv", penguins)
+    good = await start_run(visit, RUN_BUTTON, "Completed")
+    assert await page.count("a.row .good") == 5
+    await page.follow("#node-report")
+    assert await page.text("#node") == "Report"
+    report = await page.text("#inspector pre")
     assert "Adelie on Torgersen" in report
     assert str(count - 2) in report, "two penguins were not weighed"
 
     await visit.show(f"/dashboard/workflows/{workflow_id}?node=groups&input=last")
-    config = await page.evaluate("document.querySelector('#config').value")
+    config = await page.value("#config")
     assert "mean_mass_g" in config
-    await write(visit, "#config", config.replace('"{{ data.items }}"', '"{{ data.birds }}"'))
+    await page.fill("#config", config.replace('"{{ data.items }}"', '"{{ data.birds }}"'))
     await page.click("#node form button[type=submit]")
     await page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
-    assert await page.evaluate("document.querySelector('#in-csv').value.length") > 1_000, "the last input"
-    await page.click("form[data-request$='/execute'] button[type=submit]")
-    bad = await until_run_shows(visit, "Failed", other_than=good)
+    assert len(await page.value("#in-csv")) > 1_000, "the last input"
+    bad = await start_run(visit, RUN_BUTTON, "Failed")
 
-    why = await page.evaluate("document.querySelector('main').textContent")
+    why = await page.text("main")
     assert "Species by island: " in why
     assert "data.birds" in why
     assert "Its config has changed since it last went well" in why
@@ -95,19 +82,18 @@ async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
     at = changes.index("Config · items")
     assert changes[at + 1 : at + 3] == ['- "{{ data.items }}"', '+ "{{ data.birds }}"']
 
-    await page.click(".banner a.main")
-    await page.wait_for(f"{LOADED} && document.querySelector('#config')?.value.includes('data.birds')")
-    await write(visit, "#config", config)
+    await page.follow(".banner a.main")
+    assert "data.birds" in await page.value("#config")
+    await page.fill("#config", config)
     await page.click("#node form button[type=submit]")
     await page.wait_for("document.querySelector('#toast').textContent.startsWith('Saved')")
-    await page.click("#node a[href$='/replay']")
-    await page.wait_for(f"{LOADED} && document.querySelector('#plan') !== null")
-    plan = await page.evaluate("document.querySelector('main').textContent")
+    await page.follow("#node a[href$='/replay']")
+    await page.wait_for("document.querySelector('#plan') !== null")
+    plan = await page.text("main")
     assert "Nothing is written to the outside" in plan
     assert "Reused" in plan
-    await page.click("main form button[type=submit]")
-    mended = await until_run_shows(visit, "Completed", other_than=bad)
-    assert bad in await page.evaluate("document.querySelector('.facts').textContent")
+    mended = await start_run(visit, "main form button[type=submit]", "Completed")
+    assert bad in await page.text(".facts")
     outputs = (await owner.api.get(f"/api/v1/executions/{mended}")).json()["outputs"]
     assert (
         outputs["report"] == (await owner.api.get(f"/api/v1/executions/{good}")).json()["outputs"]["report"]
@@ -149,11 +135,10 @@ async def test_the_page_of_a_hundred_nodes_loads_few_files_and_shifts_nothing(vi
 async def test_two_thousand_nodes_are_folded_and_walked_around_one(visit: DashboardVisit) -> None:
     run = await run_tree(visit, 2_000)
     await visit.show(f"/dashboard/runs/{run}")
-    rows = await visit.page.evaluate("document.querySelectorAll('a.row').length")
+    rows = await visit.page.count("a.row")
     assert rows <= 300
-    await visit.page.click("a.row[href*='open=']")
-    await visit.page.wait_for(f"{LOADED} && location.search.includes('open=')")
-    assert await visit.page.evaluate("document.querySelectorAll('a.row').length") > rows
+    await visit.page.follow("a.row[href*='open=']")
+    assert await visit.page.count("a.row") > rows
 
     await visit.show(f"/dashboard/runs/{run}?view=map")
     cards = "document.querySelectorAll('[data-card]').length"
@@ -167,7 +152,7 @@ async def test_two_thousand_nodes_are_folded_and_walked_around_one(visit: Dashbo
     for kind in ("mousePressed", "mouseReleased"):
         await visit.page.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
     await visit.page.wait_for(f"{LOADED} && location.search.includes('at=') && {cards} > 0")
-    assert "around Start" not in await visit.page.evaluate("document.querySelector('.overview').textContent")
+    assert "around Start" not in await visit.page.text(".overview")
     spent = await visit.page.evaluate("performance.getEntriesByType('navigation')[0].domComplete")
     assert spent < USABLE_SECONDS * 1_000
     assert not visit.take_problems()

@@ -14,7 +14,6 @@ from gateway import routes
 from gateway.openapi import openapi_document
 from tests.integration import input_waits
 from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
-from tests.integration.dashboard_visit import LOADED
 from tests.integration.gateway_harness import GatewayHarness, UserClient, create_gateway
 from tests.integration.test_dashboard import fail_with
 from tests.integration.test_waiting_runs import serve_worker, wait_until_ended
@@ -351,15 +350,13 @@ SHOWS_HOSTILE = {
 
 async def test_no_page_makes_markup_of_a_text(visit: HostileVisit) -> None:
     page = visit.page
-    await page.open(f"{visit.url}/sign-in", f"{LOADED} && document.querySelector('#key') !== null")
+    await page.open(f"{visit.url}/sign-in")
     await page.fill("#key", visit.admin.key)
-    await page.click("button[type=submit]")
-    await page.wait_for(f"{LOADED} && location.pathname.startsWith('/dashboard')")
+    await page.follow("button[type=submit]")
+    await page.wait_for("location.pathname.startsWith('/dashboard')")
     others = [f"/dashboard/workflows/{one}?node=step" for one in visit.workflows]
     for path in (*PATHS, *others):
-        await page.open(
-            visit.url + path.format(**visit.names), f"{LOADED} && document.querySelector('h1') !== null"
-        )
+        await page.open(visit.url + path.format(**visit.names), "document.querySelector('h1') !== null")
         assert await page.evaluate(MARKUP) == 0, path
         refusals = [one for one in page.problems if '"source": "network"' in one]
         assert page.problems == refusals, path  # such as a plan of a run that has not ended

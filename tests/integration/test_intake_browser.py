@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import pytest
 from models import access_store
 from models.access import Organization, UserRole
 from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
-from tests.integration.dashboard_visit import AXE, LOADED, RUN_AXE
+from tests.integration.dashboard_visit import AXE, RUN_AXE
 from tests.integration.gateway_harness import STEP, GatewayHarness, OrganizationUsers, create_gateway
 from tests.integration.test_approvals import ask, make_link
 from tests.integration.test_gateway_deliveries import enqueue
@@ -81,9 +82,8 @@ class IntakeVisit:
     async def show(self, path: str) -> None:
         path = path.format(**self.names)
         # A change of the fragment alone would not load the page.
-        await self.page.call("Page.navigate", url="about:blank")
-        await self.page.wait_for("location.href === 'about:blank'")
-        await self.page.open(self.url + path, f"{LOADED} && document.querySelector('h1') !== null")
+        await self.page.open("about:blank")
+        await self.page.open(self.url + path, "document.querySelector('h1') !== null")
 
     async def sign_in(self, key: str) -> None:
         await self.show("/sign-in")
@@ -142,7 +142,7 @@ async def require_accessible(visit: IntakeVisit, path: str) -> None:
         await visit.look(width, scheme)
         assert await visit.page.evaluate(RUN_AXE) == [], (path, width, scheme)
         assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
-    assert await visit.page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+    assert await visit.page.count("main img, main script") == 0
     refusals = ("400 (Bad Request)", "404 (Not Found)")
     problems = [one for one in visit.page.problems if not any(refusal in one for refusal in refusals)]
     assert problems == []
@@ -179,7 +179,7 @@ async def test_a_mail_of_sendgrid_appears_on_the_open_page_of_its_trigger(visit:
         "Waiting for the first delivery…"
     )
     # The first mail is not signed by a known key; the page says so while it stays open.
-    address = await page.evaluate("document.querySelector('#url').textContent")
+    address = await page.text("#url")
     sender = await visit.harness.client()
     mail = send_grid.mail(1)
     path = address.removeprefix(visit.url)
@@ -188,10 +188,7 @@ async def test_a_mail_of_sendgrid_appears_on_the_open_page_of_its_trigger(visit:
     await page.wait_for("document.querySelector('.banner.failed') !== null")
     # What is typed stays while the page updates itself.
     public_key = send_grid.public_key
-    await page.evaluate(
-        f"(field => {{ field.value = {public_key!r}; field.dispatchEvent(new Event('input', {{bubbles: true}}));"
-        " field.blur() })(document.querySelector('#public-key'))"
-    )
+    await page.fill("#public-key", public_key)
     await page.click("form[data-request^='PUT'] button[type=submit]")
     await page.wait_for(
         "document.querySelectorAll('.steps .no.done').length >= 3"
@@ -200,9 +197,9 @@ async def test_a_mail_of_sendgrid_appears_on_the_open_page_of_its_trigger(visit:
     await page.evaluate("window.isSamePage = true")
     accepted = await post_until_accepted(sender, path, send_grid.mail(2))
     await page.wait_for("document.querySelector('.title .pill').innerText.trim() === 'Receiving'")
-    assert await page.evaluate("document.querySelector('.banner.failed') === null")
+    await page.wait_for("document.querySelector('.banner.failed') === null")
     run = accepted.json()["executionId"]
-    assert await page.evaluate(f"document.querySelector('a[href$=\"{run}\"]') !== null")
+    await page.wait_for(f"document.querySelector('a[href$=\"{run}\"]') !== null")
     assert await page.evaluate("window.isSamePage === true")
     page.problems.clear()
 
@@ -224,9 +221,9 @@ async def test_a_test_message_is_sent_from_the_page_and_arrives_beside_it(visit:
     await visit.show(f"/dashboard/workflows/{workflow_id}/trigger")
     await page.click("form[data-request$='/enqueue'] button[type=submit]")
     await page.wait_for("document.querySelector('.title .pill').innerText.trim() === 'Receiving'")
-    await page.evaluate("document.querySelector('#message').value = 'no JSON'")
+    await page.fill("#message", "no JSON")
     await page.click("form[data-request$='/enqueue'] button[type=submit]")
-    assert "no JSON" in await page.evaluate("document.querySelector('#message').validationMessage")
+    await page.wait_for("document.querySelector('#message').validationMessage.includes('no JSON')")
     assert page.problems == []
 
 
@@ -241,12 +238,12 @@ async def test_dead_letters_are_redriven_after_their_number_is_typed(visit: Inta
     field, button = "details.confirm[open] .input", "details.confirm[open] button[type=submit]"
     await page.fill(field, "3")
     await page.click(button)
-    assert await page.evaluate(f"!document.querySelector({field!r}).checkValidity()")
+    await page.wait_for(f"!document.querySelector({field!r}).checkValidity()")
     await page.fill(field, "2")
     await page.click("details.confirm[open] [data-first]")
     await page.click(button)
     await page.wait_for("document.querySelector('.empty') !== null")
-    assert "2 redriven" in await page.evaluate("document.querySelector('#toast').textContent")
+    await page.wait_for("document.querySelector('#toast').textContent.includes('2 redriven')")
     assert page.problems == []
 
 
@@ -259,7 +256,7 @@ async def test_dead_letters_are_redriven_at_a_pace_after_the_first_and_stopped(v
     await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
     await page.click("details.confirm > summary")
     await page.fill("details.confirm[open] .input", "9")
-    await page.evaluate("document.querySelector('details.confirm[open] [data-rate]').value = '2'")
+    await page.wait_for("document.querySelector('details.confirm[open] [data-rate]').value = '2'")
     await page.click("details.confirm[open] button[type=submit]")
     said = "document.querySelector('[data-progress-text]').textContent"
     await page.wait_for(f"{said}.includes('it runs')")
@@ -331,17 +328,17 @@ async def test_an_invitation_is_accepted_and_signs_in(visit: IntakeVisit) -> Non
     await visit.look(390, "light")
     await visit.show(f"/invitation{made['url'].partition('/invitation')[2]}")
     await page.wait_for("!document.querySelector('#invitation button').disabled")
-    assert "a viewer" in await page.evaluate("document.querySelector('#terms').textContent")
+    assert "a viewer" in await page.text("#terms")
     await page.fill("#name", HOSTILE)
     await page.click("#invitation button")
     await page.wait_for("!document.querySelector('#accepted').hidden")
-    assert (await page.evaluate("document.querySelector('#new-key').textContent")).startswith("sk-")
+    assert (await page.text("#new-key")).startswith("sk-")
     assert await page.evaluate("location.hash") == ""
-    await page.click("#accepted a.button")
-    await page.wait_for(f"location.pathname === '/dashboard/overview' && {LOADED}")
+    await page.follow("#accepted a.button")
+    assert await page.evaluate("location.pathname") == "/dashboard/overview"
     await visit.show("/dashboard/keys")
     assert HOSTILE in await page.evaluate("document.body.textContent")
-    assert await page.evaluate("document.querySelectorAll('img').length") == 0
+    assert await page.count("img") == 0
     assert page.problems == []
 
 
@@ -361,9 +358,9 @@ async def test_an_approval_by_link_takes_one_answer_on_a_phone(visit: IntakeVisi
             "[...document.querySelectorAll('button')].map(one => one.getBoundingClientRect().height)"
         )
         assert min(heights) >= 44
-        assert await page.evaluate("document.querySelectorAll('nav, script').length") == 0
-        await page.click("button[value=yes]")
-        await page.wait_for(f"{LOADED} && document.querySelector('button') === null")
+        assert await page.count("nav, script") == 0
+        await page.follow("button[value=yes]")
+        await page.wait_for("document.querySelector('button') === null")
         await wait_until_ended(visit.people.owner, execution_id)
     span = (await visit.people.owner.api.get(f"/api/v1/executions/{execution_id}/spans/ask")).json()
     assert span["port"] == "yes"
@@ -408,14 +405,19 @@ async def test_a_revoked_key_ends_the_session_of_an_open_page(visit: IntakeVisit
     await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
     key_id = (await person.api.get("/api/v1/auth/whoami")).json()["keyId"]
     assert (await visit.people.admin.api.delete(f"/api/v1/auth/keys/{key_id}")).status_code == 204
-    # Within a second of the revocation, a change makes the page load itself again without a session.
-    for number in range(300):
-        await enqueue(visit.people.admin, visit.names["queue"], number)
-        if await page.evaluate("location.pathname === '/sign-in'"):
-            break
-        await asyncio.sleep(0.1)
-    await page.wait_for("location.pathname === '/sign-in' && location.search.includes('deliveries')")
+    # A change makes the page load itself again, once the revocation is known: without a session.
+    changing = asyncio.create_task(_enqueue_again_and_again(visit))
+    try:
+        await page.wait_for("location.pathname === '/sign-in' && location.search.includes('deliveries')")
+    finally:
+        changing.cancel()
     page.problems.clear()
+
+
+async def _enqueue_again_and_again(visit: IntakeVisit) -> None:
+    for number in itertools.count():
+        await enqueue(visit.people.admin, visit.names["queue"], number)
+        await asyncio.sleep(0.1)
 
 
 async def find_organization(visit: IntakeVisit) -> Organization:
