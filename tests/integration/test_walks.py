@@ -15,7 +15,7 @@ import pytest
 from messages.broker import ChangedExecutions, Notification
 from telemetry import instruments
 from tests.cluster.cluster_harness import open_fake_cluster
-from tests.file_walks import FileWalk, record_walk
+from tests.file_walks import record_walk
 from tests.integration.deployers import run_test_deployer
 from tests.integration.gateway_harness import EDGE, STEP, TRIGGER, OrganizationUsers, create_gateway
 from tests.integration.mail_harness import MailHarness, run_mail_harness
@@ -31,8 +31,9 @@ GRAPH: Final[dict[str, Any]] = {
     "nodes": [TRIGGER, STEP, LAST],
     "connections": [EDGE, {"sourceNodeId": "step", "targetNodeId": "last"}],
 }
-MAILS: Final = ("sg_parsed_basic", "sg_raw_mime", "sg_raw_mime_lf")
-"""The first fills caches."""
+MAILS: Final = ("sg_parsed_basic", "sg_raw_mime", "sg_raw_mime_lf", "sg_parsed_latin1")
+"""Mails that are sent one after another."""
+ATTEMPTS: Final = 8
 
 
 @pytest.fixture
@@ -80,20 +81,20 @@ async def ended(mails: MailHarness) -> AsyncIterator[asyncio.Queue[str]]:
         yield queue
 
 
-async def shortest_walk(attempt: Callable[[], Awaitable[None]], attempts: int = 4) -> FileWalk:
-    """Return the shortest of a few walks: the first fills caches, and any may find one that has just expired."""
-    walks = []
-    for _ in range(attempts):
+async def assert_walks(
+    attempt: Callable[[], Awaitable[None]], *, through: str, at_most: int, attempts: int = ATTEMPTS
+) -> None:
+    """Check that one of some walks passes a file, which shows that it is whole, and few files in all.
+
+    The first fills caches, and on a busy machine each later one may find some that have expired.
+    """
+    for last in range(1, attempts + 1):
         with record_walk() as walk:
             await attempt()
-        walks.append(walk)
-    return min(walks, key=lambda walk: len(walk.files))
-
-
-def assert_walks(walk: FileWalk, *, through: str, at_most: int) -> None:
-    """Check that a walk passes a file, which shows that it is whole, and few files in all."""
+        assert through in walk.files, walk
+        if len(walk.files) <= at_most or last == attempts:
+            break
     print(walk)  # noqa: T201 - asked for with `pytest -s`
-    assert through in walk.files, walk
     assert len(walk.files) <= at_most, walk
 
 
@@ -112,7 +113,7 @@ async def test_an_execution_walks_through_few_files(
         answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
         await wait_for_end(ended, answer.json()["executionId"])
 
-    assert_walks(await shortest_walk(execute), through="nodes/library/set.py", at_most=50)
+    await assert_walks(execute, through="nodes/library/set.py", at_most=50)
 
 
 async def test_a_mail_of_sendgrid_walks_through_few_files(
@@ -127,8 +128,7 @@ async def test_a_mail_of_sendgrid_walks_through_few_files(
         assert answer.status_code == 201, answer.text
         await wait_for_end(ended, answer.json()["executionId"])
 
-    await send()
-    assert_walks(await shortest_walk(send, 2), through="nodes/library/email_trigger.py", at_most=65)
+    await assert_walks(send, through="nodes/library/email_trigger.py", at_most=65, attempts=len(MAILS))
 
 
 async def test_a_deploy_walks_through_few_files(
@@ -140,11 +140,11 @@ async def test_a_deploy_walks_through_few_files(
             mails.harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=QUIET_SECONDS
         ),
     ):
-        workflow_ids = iter([await people.owner.create(**GRAPH) for _ in range(4)])
+        workflow_ids = iter([await people.owner.create(**GRAPH) for _ in range(ATTEMPTS)])
 
         async def deploy() -> None:
             path = f"/api/v1/workflows/{next(workflow_ids)}/deploy"
             answer = await people.owner.api.post(path, json={})
             assert answer.json()["deploymentStatus"] == "running", answer.text
 
-        assert_walks(await shortest_walk(deploy), through="workers/cluster/manifests.py", at_most=60)
+        await assert_walks(deploy, through="workers/cluster/manifests.py", at_most=60)
