@@ -32,7 +32,7 @@ from models.access import User, UserRole
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.workflow import Workflow, WorkflowGraph, WorkflowStatus, is_readable_by
-from telemetry import tracing
+from telemetry import run_origin
 
 if TYPE_CHECKING:
     from sqlalchemy import Row, Select
@@ -69,6 +69,8 @@ class ParentRun(NamedTuple):
     """The topmost ancestor of the run."""
     depth: int
     is_private: bool
+    origin_of_child: str | None
+    """Request and span of the run that it starts, as in `telemetry.run_origin`."""
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -168,6 +170,7 @@ class ChildRunStarter:
             "parent_id": literal(caller.execution_id),
             "root_id": literal(parent.root_id),
             "depth": literal(parent.depth + 1),
+            "trace_origin": literal(parent.origin_of_child, Text()),
             "completion_action": literal(completion.requested_actions({}, answering=answering), Text()),
         }
 
@@ -246,7 +249,7 @@ class ChildRunStarter:
                 {} if is_last else workflow.settings, answering=answering
             ),
             is_private=parent.is_private,
-            trace_origin=None if tracing.tracer is None else tracing.current_origin(),
+            trace_origin=parent.origin_of_child,
         )
         async with self._hold_capacity(parent.root_id):
             (accepted,) = await self._store.accept([child])
@@ -380,10 +383,12 @@ async def _child_exists(connection: AsyncConnection, caller: RunCaller, child_id
 
 async def _read_parent(connection: AsyncConnection, caller: RunCaller) -> ParentRun:
     statement = select(
-        col(Execution.shard), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)
+        *(col(Execution.shard), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)),
+        *(col(Execution.token), col(Execution.trace_origin)),
     ).where(col(Execution.id) == caller.execution_id)
-    shard, root_id, depth, is_private = (await connection.execute(statement)).one()
-    return ParentRun(shard, root_id or caller.execution_id, depth, is_private)
+    shard, root_id, depth, is_private, token, origin = (await connection.execute(statement)).one()
+    own = run_origin.origin_of_child(caller.execution_id, token, origin)
+    return ParentRun(shard, root_id or caller.execution_id, depth, is_private, own)
 
 
 async def _read_caller(connection: AsyncConnection, caller: RunCaller, shard: int) -> access.ApiCaller:

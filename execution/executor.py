@@ -32,7 +32,7 @@ from messages import wakeups
 from messages.broker import GRANT_SECONDS, NO_GRANTS, BrokerUnavailable, DirectMessage, Notification
 from models.errors import DatabaseUnavailable
 from models.ids import turn_of_workflow
-from telemetry import log_context, tracing
+from telemetry import log_context, run_origin, tracing
 
 if TYPE_CHECKING:
     from engine.program import WorkflowProgram
@@ -569,10 +569,9 @@ class RunExecutor:
         """
         trace: run_traces.SegmentTrace | None = None
         result: tuple[str, str | None] = UNKNOWN_STATUS, UNKNOWN_STATUS
-        log_context.fields.set({"execution_id": run.execution_id})
+        log_context.fields.set(run_origin.log_fields(run.execution_id, run.trace_origin))
         if tracing.tracer is not None:
             trace = run_traces.begin_segment(tracing.tracer, run, self._store.clock.now())
-            log_context.fields.set({"execution_id": run.execution_id, "trace_id": trace.run.trace_id})
             journal.on_durable = trace.add_committed
         try:
             outcome = await self._finish(run, program, recovered, journal, control)

@@ -12,6 +12,7 @@ import structlog
 
 from engine.run_records import SETTLED_STATUSES, SpanStatus
 from models import ids
+from telemetry import log_context
 
 if TYPE_CHECKING:
     from engine.run_records import AttemptSpan, NodeSpan, RunError
@@ -26,6 +27,8 @@ _CODE: Final = re.compile(r"[a-z][a-z0-9-]{0,63}")
 def begin_segment(tracer: Tracer, run: ClaimedRun, now: datetime) -> SegmentTrace:
     """Begin the trace segment of a run that was just claimed, and return it; only the first claim has the
     time of acceptance.
+
+    Log lines of the current task carry the id of the trace from now on.
     """
     accepted_at = (ids.time_of(run.execution_id) or run.started_at) if run.token == 1 else None
     trace = tracer.begin_segment(
@@ -37,6 +40,7 @@ def begin_segment(tracer: Tracer, run: ClaimedRun, now: datetime) -> SegmentTrac
         started_at=run.started_at,
         claimed_at=run.claimed_at or now,
     )
+    log_context.fields.set({**log_context.fields.get(log_context.EMPTY), "trace_id": trace.trace_id})
     return SegmentTrace(trace)
 
 

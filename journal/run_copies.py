@@ -42,7 +42,7 @@ from models.execution import (
     SpanRow,
 )
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
-from telemetry import tracing
+from telemetry import run_origin
 
 if TYPE_CHECKING:
     from sqlalchemy import Insert, Select
@@ -295,7 +295,7 @@ def _new_execution(
         "channel": literal(""),
         "created_at": now,
         "updated_at": now,
-        "trace_origin": literal(None if tracing.tracer is None else tracing.current_origin(), Text()),
+        "trace_origin": literal(run_origin.current_origin(), Text()),
         **{name: null() for name in _NOT_YET},
         **also,
     }

@@ -97,7 +97,7 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     labels: Sequence[tuple[str, str]] = ()
     """Tags and metadata, as in `journal.run_labels`."""
     trace_origin: str | None = None
-    """Span that starts the run, as in `telemetry.tracing.encode_origin`; None without traces."""
+    """Request and span that start the run, as in `telemetry.run_origin`; None without both."""
     worker: str = ""
     """Worker that the run is assigned to: it is inserted as if claimed. Empty: it is pending."""
 
@@ -255,7 +255,7 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     log_level: str | None = None
     """Log level of its workflow, which the gateway tells pods."""
     trace_origin: str | None = None
-    """Span that started it; None without traces."""
+    """Request and span that started it, as in `telemetry.run_origin`; None without both."""
 
 
 @dataclass(frozen=True, slots=True)

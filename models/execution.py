@@ -255,7 +255,7 @@ class Execution(SQLModel, table=True):
     completion_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Progress of external completion actions, for display; None before the first attempt."""
     trace_origin: str | None = None
-    """Span that started it, as in `telemetry.tracing.encode_origin`; None without traces."""
+    """Request and span that started it, as in `telemetry.run_origin`; None without both."""
     is_private: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
     )

@@ -97,9 +97,9 @@ def encode_origin(context: TraceContext, *, is_awaited: bool) -> str:
 def decode_origin(origin: str | None) -> tuple[TraceContext | None, bool]:
     """Return the span that started a run, None without a valid one, and whether it is the run's parent.
 
-    `origin` is the stored text of `encode_origin`, or None.
+    `origin` is the stored text of `encode_origin`, with other fields behind it or instead of it, or None.
     """
-    kind, _, text = (origin or "").partition("=")
+    kind, _, text = (origin or "").partition(" ")[0].partition("=")
     caller = parse_traceparent(text)
     return caller, caller is not None and kind == "parent"
 
@@ -329,7 +329,7 @@ class Tracer:
         """
         caller, is_child = decode_origin(origin)
         trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
-        segment_id = derive_id(SPAN_BYTES, "segment", execution_id, token)
+        segment_id = _segment_id(execution_id, token)
         trace = RunTrace(self, execution_id, workflow_id, trace_id, segment_id, is_sampled, claimed_at)
         current.set(trace)
         if is_sampled and accepted_at is not None:
@@ -365,6 +365,12 @@ class Tracer:
         trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
         return TraceContext(trace_id, _node_span_id(execution_id, node_id, iteration, attempt), is_sampled)
 
+    def segment_context(self, execution_id: str, origin: str | None, token: int) -> TraceContext:
+        """Return the trace context of one claim of a run, in any process."""
+        caller, is_child = decode_origin(origin)
+        trace_id, is_sampled = self.trace_of(execution_id, caller, is_child=is_child)
+        return TraceContext(trace_id, _segment_id(execution_id, token), is_sampled)
+
     def run_attributes(self, execution_id: str, workflow_id: str) -> dict[str, str | int]:
         """Return the attributes that all spans of a run share: its id, its workflow's id, and those of messaging."""
         return {
@@ -396,6 +402,11 @@ class Tracer:
 
 def _node_span_id(execution_id: str, node_id: str, iteration: str, attempt: int) -> str:
     return derive_id(SPAN_BYTES, "node", execution_id, node_id, iteration, attempt)
+
+
+def _segment_id(execution_id: str, token: int) -> str:
+    """Return the id of the span of one claim of a run."""
+    return derive_id(SPAN_BYTES, "segment", execution_id, token)
 
 
 def _start_id(execution_id: str) -> str:

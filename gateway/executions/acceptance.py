@@ -28,7 +28,7 @@ from models import ids
 from models.errors import DatabaseUnavailable
 from models.execution import Idempotency
 from models.workflow import WorkflowStatus
-from telemetry import instruments, tracing
+from telemetry import instruments, run_origin
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -482,7 +482,7 @@ class WorkflowRunAcceptor:
                 assigned_deployment_id=run.assigned_deployment_id,
                 is_private=run.is_private,
                 labels=run.labels,
-                trace_origin=None if tracing.tracer is None else tracing.current_origin(),
+                trace_origin=run_origin.current_origin(),
             )
         )
         if accepted.verdict is AcceptanceVerdict.FULL:

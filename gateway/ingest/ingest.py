@@ -28,7 +28,7 @@ from journal.waits import completion
 from models import ids
 from models.ingest import Delivery, DeliveryOutcome
 from models.workflow import WorkflowStatus
-from telemetry import tracing
+from telemetry import run_origin
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -168,7 +168,7 @@ class RequestIngestor:
             delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
             is_read=message.is_read,
             labels=_choose_labels(workflow, message),
-            trace_origin=None if tracing.tracer is None else tracing.current_origin(),
+            trace_origin=run_origin.current_origin(),
         )
 
     async def ingest_request(

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import random
 from functools import partial
 
@@ -77,7 +78,8 @@ async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
     retry: Json = {"maxAttempts": 2, "backoff": 2, "jitter": 0}
     retrying = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge", retry=retry)))
     with ledger.refusing("charge", status=503):
-        runs = [await client.execute(workflow) for workflow in (waiting, retrying)]
+        requests = [await client.execute_once(workflow) for workflow in (waiting, retrying)]
+        runs = [request.json()["executionId"] for request in requests]
         for run in runs:
             await wait_until(partial(client.has_status, run, "waiting"))
     for process in deployment.processes:
@@ -89,3 +91,13 @@ async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
     (first,), (second,) = ledger.of("before"), ledger.of("after")
     assert second.arrived_at - first.arrived_at >= 2
     assert len(ledger.of("charge")) == 2
+    for run, request in zip(runs, requests, strict=True):
+        (line,) = await wait_until(partial(logged_ends, deployment, run), what="the end is logged")
+        assert line["request_id"] == request.headers["X-Request-Id"], "it outlives claims too"
+
+
+def logged_ends(deployment: SystemUnderTest, execution_id: str) -> list[dict[str, str]]:
+    """Return the log lines of the end of a run."""
+    lines = [line for process in deployment.processes for line in process.log().splitlines()]
+    decoded = [json.loads(line) for line in lines if '"execution left"' in line and execution_id in line]
+    return [line for line in decoded if line["status"] == "completed"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from telemetry import tracing
+from telemetry import log_context, run_origin, tracing
 from telemetry.trace_export import TracingUnavailable, run_tracer
 from telemetry.trace_settings import TraceSettings
 from telemetry.tracing import FinishedSpan, TraceContext, Tracer
@@ -77,3 +77,31 @@ async def test_an_address_without_the_extra_is_refused_with_its_name(monkeypatch
 
 def _refuse(span: FinishedSpan) -> None:
     raise AssertionError(span)
+
+
+async def test_a_run_keeps_its_request_with_and_without_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_origin.current_origin() is None, "a schedule starts it"
+    log_context.fields.set({"request_id": "req_1"})
+    untraced = run_origin.current_origin()
+    assert run_origin.find_request_id(untraced) == "req_1"
+    assert tracing.decode_origin(untraced) == (None, False)
+    assert run_origin.origin_of_child("exec_1", 1, untraced) == untraced
+
+    monkeypatch.setattr(tracing, "tracer", Tracer(_refuse))
+    trace = Tracer(_refuse).begin_request([(b"traceparent", f"00-{TRACE}-{SPAN}-01".encode())])
+    tracing.mark_awaited()
+    origin = run_origin.current_origin()
+    assert run_origin.find_request_id(origin) == "req_1"
+    assert tracing.decode_origin(origin) == (trace.context, True)
+
+    of_child = run_origin.origin_of_child("exec_1", 3, origin)
+    assert run_origin.find_request_id(of_child) == "req_1"
+    segment, is_parent = tracing.decode_origin(of_child)
+    assert segment is not None
+    assert (segment.trace_id, is_parent) == (TRACE, False)
+
+
+def test_origins_of_runs_of_earlier_versions_are_read() -> None:
+    origin = f"parent=00-{TRACE}-{SPAN}-01"
+    assert tracing.decode_origin(origin) == (TraceContext(TRACE, SPAN, is_sampled=True), True)
+    assert run_origin.find_request_id(origin) is None
