@@ -1,7 +1,10 @@
-"""The storm of the system tests, again and again: `python -m benchmarks soak --hours 1 [--one-process]`.
+"""Load and every fault at random, minute after minute: `python -m benchmarks soak --hours 1 [--one-process]`.
 
-After each storm of a minute `GET /admin/drift` examines the stores and must find nothing, and so must `pilotflame
-doctor` at the end. Exit code 1: an execution was lost, doubled or stuck, or there is a finding.
+Each minute is a storm of the system tests. Its faults, those of the matrix (`benchmarks.faults`) and of the storm, are
+dealt like cards, so that each kind comes again and again. The first three quarters of the time have processes of their
+own on PostgreSQL and Redis, the last quarter has `pilotflame dev` on SQLite. After each minute `GET /admin/drift`
+examines the stores and must find nothing, and so must `pilotflame doctor` at the end of each part. Exit code 1: an
+execution was lost, doubled or stuck, or there is a finding; 2: the run could not be made.
 """
 
 from __future__ import annotations
@@ -13,26 +16,40 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import islice
 from pathlib import Path
-from typing import Final
+from random import Random
+from typing import TYPE_CHECKING, Final
 
-from benchmarks.faults.fault_cells import LEASE_SECONDS, PROCESS_NAMES, SWEEP_SECONDS
-from tests import preloads, services
+from benchmarks.faults import fault_cells, fault_run
+from benchmarks.faults.fault_cells import LEASE_SECONDS, SWEEP_SECONDS
+from benchmarks.faults.fault_run import CompilerMissing
+from benchmarks.faults.faulty_system import FaultySystem, Stage
 from tests.command_runs import COMMAND
-from tests.preloads import ShiftedClock
-from tests.system import harness, ledger, storm
+from tests.system import ledger, storm
 from tests.system.client import RetryingClient
-from tests.system.harness import SystemUnderTest
-from tests.system.storm import StormPlan
+from tests.system.storm import StormPlan, StormReport, StormStrike
+
+if TYPE_CHECKING:
+    from benchmarks.faults.faulty_system import FaultCell
+    from tests.system.harness import SystemUnderTest
 
 STORM_SECONDS: Final = 60
+FAULTS_PER_STORM: Final = {Stage.MANY: 14, Stage.DEV: 4}
+"""Faults of each minute: processes that are restarted take most of it on a busy machine."""
+PAUSE_SECONDS: Final = LEASE_SECONDS + SWEEP_SECONDS + 1
+STAGE_ENDS: Final = {Stage.MANY: 0.75, Stage.DEV: 1.0}
+"""Deployments in their order, each with the share of the time after which it begins no further storm."""
+SLOW_DISK: Final = ("disk", "slow")
 SHOWN_LINES: Final = 30
 RETRY_SECONDS: Final = 1.0
-"""Pause before an unanswered request is repeated.
+LONGEST_RETRY_SECONDS: Final = 10.0
+"""Pauses before an unanswered request is repeated.
 
 Faster clients keep this process from serving the links that a gateway needs for its start.
 """
@@ -41,8 +58,6 @@ SETTINGS: Final = {
     # Values that the doctor takes for generated ones; the server lives for the run alone.
     "BOOTSTRAP_API_KEY": API_KEY,
     "SECRET_KEY": "k3J9x-Qw7_zLm2Pv8RtYc1Bn5Dg4Hf6S",
-    "LEASE_SECONDS": f"{LEASE_SECONDS:g}",
-    "SWEEP_SECONDS": f"{SWEEP_SECONDS:g}",
 }
 
 
@@ -50,7 +65,7 @@ SETTINGS: Final = {
 class SoakRequest:
     """Parsed command line."""
 
-    minutes: int
+    minutes: float
     runs_per_second: int
     seed: int
     is_one_process: bool
@@ -62,38 +77,110 @@ class FindingAfterLoad(Exception):
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # as for Ctrl-C: everything that was started ends
-    asyncio.run(_soak(_parse_request()))
+    try:
+        asyncio.run(_soak(_parse_request()))
+    except CompilerMissing as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
 
 
 async def _soak(request: SoakRequest) -> None:
-    """Run one storm after another on the same deployment; stop at the first broken guarantee."""
-    began_at, ended = time.monotonic(), 0
+    """Run the deployments one after another; stop at the first broken guarantee."""
+    ends = {Stage.DEV: 1.0} if request.is_one_process else STAGE_ENDS
+    reports: list[StormReport] = []
+    began_at = time.monotonic()
+    for stage, share in ends.items():
+        reports += await _soak_stage(request, stage, began_at, share)
+    print(_summarize(reports, (time.monotonic() - began_at) / 60), flush=True)
+
+
+async def _soak_stage(request: SoakRequest, stage: Stage, began_at: float, share: float) -> list[StormReport]:
+    """Run one storm after another on the same deployment, until a share of the time since `began_at` is over."""
+    until = began_at + 60 * request.minutes * share
+    reports: list[StormReport] = []
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotflame-soak-")))
-        deployment = await _run_deployment(request, folder, stack)
-        stack.push(partial(_show_logs, deployment))
-        minutes = 0.0
-        for seed in count(request.seed):
-            report = await _run_storm(request, seed, deployment)
-            ended += report.ended.total()
-            await _require_no_finding(deployment)
+        opened = fault_run.open_dev if stage is Stage.DEV else fault_run.open_many
+        system = await stack.enter_async_context(opened(folder, None, **SETTINGS))
+        stack.push(partial(_show_logs, system.deployment))
+        chance = Random(request.seed)
+        faults = list_faults(system, stage, chance)
+        deck = deal_endlessly(faults, chance)
+        while not reports or time.monotonic() < until:
+            seed = request.seed + len(reports)
+            drawn = list(islice(deck, FAULTS_PER_STORM[stage]))
+            reports.append(await _run_storm(request, seed, system, drawn))
+            await _require_no_finding(system.deployment)
             minutes = (time.monotonic() - began_at) / 60
             print(
-                f"minute {minutes:.0f} of {request.minutes}, seed {seed}",
-                f"{report.ended.total()} runs ended once each",
-                ", ".join(f"{count} {status}" for status, count in report.ended.most_common()),
-                f"{report.repeated_effects} of {report.calls} calls repeated, all for a reason",
-                f"longest {report.longest_seconds:.1f} s",
-                "0 findings of the doctor",
-                sep="; ",
+                _describe(reports[-1], f"minute {minutes:.0f} of {request.minutes:g}, seed {seed}"),
                 flush=True,
             )
-            if minutes >= request.minutes:
-                break
-        await _require_clean(deployment)
-    print(
-        f"{minutes:.0f} minutes of load and faults: {ended:,} runs ended once each; pilotflame doctor: 0 findings"
+        await _require_clean(system.deployment)
+        if never := {fault.name for fault in faults} - {*_count_strikes(reports)}:
+            print(f"faults for which {stage} had no time: {', '.join(sorted(never))}", flush=True)
+    return reports
+
+
+def list_faults(system: FaultySystem, stage: Stage, chance: Random) -> list[StormStrike]:
+    """Return the faults of the matrix that can strike a deployment, and those of a storm."""
+    cells = [
+        StormStrike(
+            f"{cell.row} {cell.column}", partial(cell.strike, system), _part(cell, stage), cell.witness_shift
+        )
+        for cell in fault_cells.list_cells()
+        # The disk of the processes is PostgreSQL's, and that has a row of its own for a full one.
+        if cell.stage is stage or (stage is Stage.MANY and cell.place == SLOW_DISK)
+    ]
+    return [*cells, *storm.list_strikes(system.deployment, chance, PAUSE_SECONDS)]
+
+
+def _part(cell: FaultCell, stage: Stage) -> str:
+    """Return the part that no other fault may strike meanwhile."""
+    return "PostgreSQL" if cell.place == SLOW_DISK and stage is Stage.MANY else cell.row
+
+
+def deal_endlessly(faults: Sequence[StormStrike], chance: Random) -> Iterator[StormStrike]:
+    """Yield all faults in random order, then all in another, and so on."""
+    while True:
+        yield from chance.sample(faults, k=len(faults))
+
+
+def _describe(report: StormReport, heading: str) -> str:
+    """Return the line of one storm."""
+    return "; ".join(
+        [
+            heading,
+            f"{report.ended.total()} runs ended once each",
+            ", ".join(f"{count} {status}" for status, count in report.ended.most_common()),
+            f"{report.repeated_effects} of {report.calls} calls repeated, all for a reason",
+            f"longest {report.longest_seconds:.1f} s",
+            f"{report.strikes.total()} faults ({_format_counts(report.strikes)})",
+            "0 findings of the doctor",
+        ]
     )
+
+
+def _summarize(reports: Sequence[StormReport], minutes: float) -> str:
+    """Return the last line: the figures of all storms."""
+    strikes = _count_strikes(reports)
+    return "; ".join(
+        [
+            f"{minutes:.0f} minutes of load and faults",
+            f"{sum(report.ended.total() for report in reports):,} runs ended once each",
+            f"{sum(report.crashed for report in reports)} of them as crashed, by several faults in a row",
+            f"{strikes.total():,} faults of {len(strikes)} kinds ({_format_counts(strikes)})",
+            "pilotflame doctor: 0 findings",
+        ]
+    )
+
+
+def _count_strikes(reports: Sequence[StormReport]) -> Counter[str]:
+    return sum((report.strikes for report in reports), start=Counter())
+
+
+def _format_counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" if count > 1 else name for name, count in sorted(counts.items()))
 
 
 def _show_logs(deployment: SystemUnderTest, failure: type[BaseException] | None, *_: object) -> None:
@@ -105,36 +192,21 @@ def _show_logs(deployment: SystemUnderTest, failure: type[BaseException] | None,
         print(f"{process.name}, which {state}:", *process.log().splitlines()[-SHOWN_LINES:], sep="\n")
 
 
-async def _run_deployment(request: SoakRequest, folder: Path, stack: AsyncExitStack) -> SystemUnderTest:
-    if request.is_one_process:
-        return await stack.enter_async_context(harness.run_one_process(folder, **SETTINGS))
-    postgres = stack.enter_context(services.run_postgres(services.DURABLE))
-    redis = stack.enter_context(services.run_redis())
-    # With clocks that could be moved, each process is executed anew, as a supervisor does it, and not forked.
-    library = preloads.compile_library(preloads.SHIFTED_CLOCK)
-    clocks = (
-        {name: ShiftedClock(library, folder / f"{name}.clock") for name in PROCESS_NAMES} if library else {}
+async def _run_storm(
+    request: SoakRequest, seed: int, system: FaultySystem, faults: Sequence[StormStrike]
+) -> StormReport:
+    """Run a storm with these faults."""
+    plan = StormPlan(
+        runs=request.runs_per_second * STORM_SECONDS, seconds=STORM_SECONDS, seed=seed, strikes=faults
     )
-    for clock in clocks.values():
-        clock.set(0)
-    return await stack.enter_async_context(
-        harness.run_many_processes(folder, postgres, redis, clocks, **SETTINGS)
-    )
-
-
-async def _run_storm(request: SoakRequest, seed: int, deployment: SystemUnderTest) -> storm.StormReport:
-    one = StormPlan(
-        runs=request.runs_per_second * STORM_SECONDS,
-        seconds=STORM_SECONDS,
-        seed=seed,
-        pause_seconds=LEASE_SECONDS + SWEEP_SECONDS + 1,
-    )
-    client = RetryingClient(deployment.url, key=API_KEY)
-    client.retry_seconds = RETRY_SECONDS
+    system.deployment.faults.clear()  # those of earlier storms: nothing of theirs runs any more
+    client = RetryingClient(system.deployment.url, key=API_KEY)
+    client.retry_seconds, client.longest_retry_seconds = RETRY_SECONDS, LONGEST_RETRY_SECONDS
     try:
         # A ledger for each, so that memory doesn't grow with the minutes.
         async with ledger.run_ledger() as effects:
-            return await storm.run_storm(one, deployment, client, effects)
+            system.ledger = effects
+            return await storm.run_storm(plan, system.deployment, client, effects)
     finally:
         await client.close()
 
@@ -167,13 +239,13 @@ async def _require_clean(deployment: SystemUnderTest) -> None:
 
 def _parse_request() -> SoakRequest:
     parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=__doc__)
-    parser.add_argument("--minutes", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=10, help="default: %(default)s")
     parser.add_argument("--hours", type=float, help="in place of --minutes")
-    parser.add_argument("--runs-per-second", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--runs-per-second", type=int, default=6, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="of the first storm; each later one adds 1")
     parser.add_argument("--one-process", action="store_true", help="`pilotflame dev`, on SQLite")
     given = parser.parse_args()
-    minutes = given.minutes if given.hours is None else round(given.hours * 60)
+    minutes = given.minutes if given.hours is None else given.hours * 60
     return SoakRequest(minutes, given.runs_per_second, given.seed, given.one_process)
 
 

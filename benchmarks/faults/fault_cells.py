@@ -80,7 +80,7 @@ def _kill(target: Target, seconds: float = 0.0) -> Strike:
         await _wait_for_work(system, target(system))
         target(system).kill()
         await asyncio.sleep(seconds)  # the machine is gone for so long
-        target(system).start()
+        target(system).ensure_started()
 
     return strike
 
@@ -99,7 +99,7 @@ def _restart(target: Target) -> Strike:
         await _wait_for_work(system, target(system))
         target(system).terminate()
         await target(system).exit_code()
-        target(system).start()
+        target(system).ensure_started()
 
     return strike
 
@@ -293,7 +293,7 @@ async def _slow_disk(system: FaultySystem) -> None:
 async def _kill_often(system: FaultySystem) -> None:
     for _ in range(3):
         _gateway(system).kill()
-        _gateway(system).start()
+        _gateway(system).ensure_started()
         await wait_until(lambda: _gateway(system).is_at_work)
         await asyncio.sleep(1)
 

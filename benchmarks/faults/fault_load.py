@@ -161,7 +161,7 @@ async def create_workflows(client: RetryingClient, ledger: EffectLedger) -> Sequ
 def open_client(url: str) -> RetryingClient:
     """Return a client with patience for every fault."""
     client = RetryingClient(url, PATIENCE_SECONDS, API_KEY)
-    client.retry_seconds = RETRY_SECONDS
+    client.retry_seconds = client.longest_retry_seconds = RETRY_SECONDS
     return client
 
 

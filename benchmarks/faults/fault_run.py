@@ -193,26 +193,32 @@ async def is_lively(client: RetryingClient) -> bool:
 
 
 @asynccontextmanager
-async def open_many(folder: Path, without: str | None) -> AsyncIterator[FaultySystem]:
-    """Run gateway, two workers and a scheduler on PostgreSQL and Redis of their own."""
+async def open_many(folder: Path, without: str | None = None, **settings: str) -> AsyncIterator[FaultySystem]:
+    """Run gateway, two workers and a scheduler on PostgreSQL and Redis of their own.
+
+    Raises `CompilerMissing`.
+    """
     disk = _open_disk(folder / "postgres-disk")
+    _share_with_postgres(disk.file)
     with (
         services.run_postgres(services.DURABLE, disk.environment) as postgres,
         services.run_redis() as redis,
     ):
         clocks = {name: _open_clock(folder / f"{name}.clock", without) for name in PROCESS_NAMES}
-        async with harness.run_many_processes(folder, postgres, redis, clocks, **SETTINGS) as deployment:
+        async with harness.run_many_processes(
+            folder, postgres, redis, clocks, **SETTINGS, **settings
+        ) as deployment:
             yield FaultySystem(deployment, clocks, disk, redis.folder)
 
 
 @asynccontextmanager
-async def open_dev(folder: Path, without: str | None) -> AsyncIterator[FaultySystem]:
-    """Run `pilotflame dev` on SQLite."""
+async def open_dev(folder: Path, without: str | None = None, **settings: str) -> AsyncIterator[FaultySystem]:
+    """Run `pilotflame dev` on SQLite. Raises `CompilerMissing`."""
     disk = _open_disk(folder / "dev-disk")
     clock = _open_clock(folder / "dev.clock", without)
     libraries = f"{clock.environment['LD_PRELOAD']}:{disk.environment['LD_PRELOAD']}"
     preload = {**clock.environment, **disk.environment, "LD_PRELOAD": libraries}
-    async with harness.run_one_process(folder, preload, **SETTINGS) as deployment:
+    async with harness.run_one_process(folder, preload, **SETTINGS, **settings) as deployment:
         yield FaultySystem(deployment, {"dev": clock}, disk)
 
 
@@ -263,10 +269,14 @@ def _open_clock(file: Path, without: str | None) -> ShiftedClock:
 def _open_disk(file: Path) -> FaultyDisk:
     disk = FaultyDisk(_compile(preloads.FAULTY_DISK), file)
     disk.mend()
+    return disk
+
+
+def _share_with_postgres(file: Path) -> None:
+    """Let the user of PostgreSQL read a file."""
     file.chmod(0o644)
     for folder in list(file.parents)[:2]:
-        folder.chmod(0o755)  # PostgreSQL has a user of its own
-    return disk
+        folder.chmod(0o755)
 
 
 def _compile(source: Path) -> Path:

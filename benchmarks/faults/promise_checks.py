@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.faults import fault_load
 from models.execution_status import TERMINAL_STATUSES
-from tests.system.consistency_checks import ExecutionAccount
+from tests.system.consistency_checks import ClockMove, ExecutionAccount
 from tests.system.journal_records import NoteKind
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ async def judge(
     require_executions(result, runs)
     rows = await deployment.records.fetch("SELECT id, status FROM execution") if ids else []
     stored = dict(rows)
-    notes = correct_times(await deployment.records.notes(ids), began_at, cell.witness_shift)
+    clock_move = ClockMove(began_at, cell.witness_shift)
+    notes = clock_move.correct_times(await deployment.records.notes(ids))
     judge_ends(result, runs, stored, notes)
     _judge_requests(result, load)
     account = ExecutionAccount(
@@ -134,20 +135,6 @@ def require_executions(result: CellResult, runs: Sequence[LoadRun]) -> None:
     """Judge a cell without executions as broken: it shows nothing about the other promises."""
     if not runs:
         result.breaches["P5"].append("no execution was accepted")
-
-
-def correct_times(notes: Sequence[WitnessNote], began_at: float, shift: float) -> Sequence[WitnessNote]:
-    """Return notes by the true clock, in their order, where the clock was moved by `shift` seconds for a while.
-
-    A shift of an hour is far longer than a cell, so the time of a note tells whether it was made meanwhile.
-    """
-    if not shift:
-        return notes
-    true_notes = [
-        replace(note, noted_at=note.noted_at - shift) if note.noted_at < began_at + shift / 2 else note
-        for note in notes
-    ]
-    return sorted(true_notes, key=lambda note: note.noted_at)
 
 
 def judge_ends(

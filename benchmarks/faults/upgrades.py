@@ -102,4 +102,4 @@ async def restart_with(process: SystemProcess, code: Path | None) -> None:
     process.environment = own if code is None else {**own, **code_environment(code)}
     process.terminate()
     await process.exit_code()
-    process.start()
+    process.ensure_started()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class RetryingClient:
         self.patience_seconds = patience_seconds
         self.retry_seconds = POLL_SECONDS
         """Pause before an unanswered request is repeated."""
+        self.longest_retry_seconds = 2.0
+        """Length up to which pauses double, each shortened at random.
+
+        Hundreds of clients that all repeat at once would keep this process from the links of the gateway.
+        """
         self.ended: dict[str, ExecutionEnd] = {}
         """First observed end of each execution."""
         self._gateways = [
@@ -77,6 +83,7 @@ class RetryingClient:
     ) -> httpx2.Response:
         """Send a request until it is answered by anything but 503, or patience is at an end."""
         deadline = time.monotonic() + self.patience_seconds
+        pause_seconds = self.retry_seconds
         while True:
             try:
                 response = await self.send(method, path, body, key=key)
@@ -86,7 +93,9 @@ class RetryingClient:
             else:
                 if response.status_code != httpx2.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
                     return response
-            await asyncio.sleep(self.retry_seconds)
+            await asyncio.sleep(pause_seconds)
+            longest = min(2 * pause_seconds, max(self.longest_retry_seconds, self.retry_seconds))
+            pause_seconds = random.uniform(longest / 2, longest)
 
     async def create(self, workflow: Mapping[str, Json]) -> str:
         """Create a workflow and return its id."""

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -36,12 +36,17 @@ async def assert_consistent(
     expected: Mapping[str, str],
     *,
     within: float = PATIENCE_SECONDS,
+    clock_move: ClockMove | None = None,
 ) -> None:
-    """Check that executions end, once and in the expected states, and that the ledger agrees with the journal."""
+    """Check that executions end, once and in the expected states, and that the ledger agrees with the journal.
+
+    `clock_move` is the move of the clock by which the database noted the ends and results, if there was one.
+    """
     ends = await asyncio.gather(*(client.end(execution_id, within) for execution_id in expected))
     for (execution_id, status), ended in zip(expected.items(), ends, strict=True):
         assert ended.status == status, (execution_id, ended)
-    notes = await deployment.records.notes(expected)
+    noted_by_clock = await deployment.records.notes(expected)
+    notes = noted_by_clock if clock_move is None else clock_move.correct_times(noted_by_clock)
     results = await deployment.records.results(expected)
     abandoned = {execution_id for process in deployment.processes for execution_id in process.abandoned()}
     account = ExecutionAccount(notes, results, ledger.effects(), deployment.faults, abandoned)
@@ -50,6 +55,28 @@ async def assert_consistent(
     told = {execution_id: client.ended[execution_id].status for execution_id in expected}
     noted = {note.execution_id: note.status for note in notes if note.kind is NoteKind.ENDED}
     assert noted == told
+
+
+@dataclass(frozen=True, slots=True)
+class ClockMove:
+    """Move of the clock of the database by a fault, for a while."""
+
+    began_at: float
+    """Unix time at which the load began."""
+    seconds: float
+    """Shift of the clock; 0: it was not moved. It is far longer than the load."""
+
+    def correct_times(self, notes: Sequence[WitnessNote]) -> Sequence[WitnessNote]:
+        """Return notes with the times of the true clock, in their order. Its time tells when a note was made."""
+        if not self.seconds:
+            return notes
+        true_notes = [
+            replace(note, noted_at=note.noted_at - self.seconds)
+            if note.noted_at < self.began_at + self.seconds / 2
+            else note
+            for note in notes
+        ]
+        return sorted(true_notes, key=lambda note: note.noted_at)
 
 
 @dataclass(frozen=True)
@@ -91,11 +118,11 @@ class ExecutionAccount:
                 others = _changed_keys(earlier.carried, call.carried)
                 yield f"{name} was repeated with another key ({call.key}) or body, of {others}"
             if first.execution_id not in self.abandoned and not any(
-                fault.lies_between(earlier.arrived_at, call.arrived_at) for fault in self.faults
+                fault.lies_between(earlier.unread_since, call.arrived_at) for fault in self.faults
             ):
                 yield f"{name} was repeated without a reason: {earlier.arrived_at}, then {call.arrived_at}"
         for call in calls:
-            after_seconds = call.arrived_at - committed_at if committed_at else 0
+            after_seconds = call.unread_since - committed_at if committed_at else 0
             if committed_at and after_seconds > CLOCK_SECONDS and not self._is_late(call, committed_at):
                 yield f"{name} was repeated {after_seconds:.3f} s after its result was committed"
         result = results[first.node_id]

@@ -109,8 +109,7 @@ class SystemUnderTest:
                 lambda: not all(process.is_alive for process in self.processes), within=float("inf")
             )
             for process in self.processes:
-                if not process.is_alive:
-                    process.start()
+                process.ensure_started()
 
     @contextmanager
     def noted_fault(self, name: str) -> Iterator[None]:
@@ -237,8 +236,7 @@ async def _take_down(server: services.TestedServer) -> AsyncIterator[None]:
 
 def _is_starting(process: SystemProcess) -> bool:
     """Return whether a process is starting. A process that was told to end, and only now ends, is restarted."""
-    if not process.is_alive:
-        process.start()
+    process.ensure_started()
     return process.is_at_work
 
 

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 PATIENCE_SECONDS = 60.0
+BEAT_SECONDS = 0.05
+STALL_SECONDS = 0.5
+BACKLOG_SECONDS = 1.0
+"""Time after a stall within which the requests that waited are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,9 @@ class LedgerCall:
     port: int
     """Port of the sender's end of the connection."""
     arrived_at: float
-    """Unix time."""
+    """Unix time at which it was read."""
+    unread_since: float = 0.0
+    """Unix time since which it may have waited to be read, while this process was too busy."""
 
     @property
     def is_effect(self) -> bool:
@@ -86,6 +92,8 @@ class EffectLedger:
         self._refused: dict[str, int] = {}
         self._on_arrival: dict[str, Callable[[LedgerCall], None]] = {}
         self._awaited: dict[int, asyncio.Future[LedgerCall]] = {}
+        self._stalls: list[tuple[float, float]] = []
+        """Beginnings and ends, in Unix time, of each time in which this process read nothing."""
 
     # ── nodes that call it ──────────────────────────────────────────────────────────────────────────────────
 
@@ -112,8 +120,26 @@ class EffectLedger:
         effects: dict[tuple[str, str], list[LedgerCall]] = defaultdict(list)
         for call in self.calls:
             if call.is_effect:
-                effects[call.execution_id, call.node_id].append(call)
+                since = self._unread_since(call.arrived_at)
+                effects[call.execution_id, call.node_id].append(replace(call, unread_since=since))
         return effects
+
+    def _unread_since(self, arrived_at: float) -> float:
+        for began_at, ended_at in reversed(self._stalls):
+            if ended_at + BACKLOG_SECONDS < arrived_at:
+                break
+            arrived_at = min(arrived_at, began_at)
+        return arrived_at
+
+    async def note_stalls(self) -> None:
+        """Note each time in which the event loop of this process stands still, until the task is canceled."""
+        before = time.time()
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            now = time.time()
+            if now - before > STALL_SECONDS:
+                self._stalls.append((before, now))
+            before = now
 
     def of(self, node_id: str) -> list[LedgerCall]:
         """Return the effects of one node."""
@@ -198,9 +224,11 @@ async def run_ledger() -> AsyncIterator[EffectLedger]:
         app.router.add_route("*", "/{execution_id}/{node_id}", ledger.handle)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
+        stalls = asyncio.create_task(ledger.note_stalls())
         try:
             await web.SockSite(runner, listening).start()
             yield ledger
         finally:
+            stalls.cancel()
             await stop_accepting(listening.fileno())
             await runner.cleanup()

@@ -20,6 +20,7 @@ from tests.system.wait_conditions import wait_until
 
 SHUTDOWN_SECONDS = 60.0
 """Within this time of SIGTERM a process has ended."""
+CONNECT_SECONDS = 0.2
 UNREAD_SECONDS = 0.5
 """Delay until the test reads a request that a process sent before it died."""
 
@@ -97,6 +98,11 @@ class SystemProcess:
             COMMAND, self._arguments, self.environment, (self._log, self._log), self._folder
         )
 
+    def ensure_started(self) -> None:
+        """Start it unless it lives, such as after a supervisor was faster."""
+        if not self.is_alive:
+            self.start()
+
     def _loaded_anew(self) -> subprocess.Popen[bytes]:
         typed = ["setpriv", "--pdeathsig=KILL", str(COMMAND), *self._arguments]
         with self._log.open("ab") as sink:
@@ -116,6 +122,7 @@ class SystemProcess:
 
     def pause(self) -> None:
         """Pause the process unnoticed with SIGSTOP; return once it is stopped."""
+        self._end_pause()  # of another fault, if two strike at once
         self._pause = InjectedFault(f"{self.name} paused", time.time(), float("inf"))
         self._note(self._pause)
         family = self._family()
@@ -226,4 +233,6 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _is_listening(port: int) -> bool:
     with socket.socket() as client:
+        # While a process neither accepts nor refuses, a connection would hold up this event loop for a minute.
+        client.settimeout(CONNECT_SECONDS)
         return client.connect_ex(("127.0.0.1", port)) == 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from redis.asyncio import Redis
 
 from tests.system import consistency_checks, workflow_shapes
+from tests.system.consistency_checks import ClockMove
 from tests.system.harness import LEASE_SECONDS, ManyProcesses, OneProcess
 from tests.system.wait_conditions import act_after, wait_until
 
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from tests.system.ledger import EffectLedger
     from tests.system.processes import SystemProcess
     from tests.system.proxy import FaultyProxy
-
-Strike = Callable[[], Awaitable[None]]
 
 PATIENCE_SECONDS = 180.0
 SLEEP_SECONDS = 1.5 * LEASE_SECONDS
@@ -42,6 +42,21 @@ class StormPlan:
     """Number of faults of each kind."""
     pause_seconds: float = SLEEP_SECONDS
     """Duration of a worker's pause: longer than its lease."""
+    strikes: Sequence[StormStrike] | None = None
+    """Faults; None: those of `list_strikes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StormStrike:
+    """One fault of a storm."""
+
+    name: str
+    perform: Callable[[], Awaitable[None]]
+    """Performs the fault, and returns when it is over."""
+    part: str = ""
+    """Part that one fault at a time may strike: a stopped server can't be stopped again. Empty: any number."""
+    witness_shift: float = 0.0
+    """Seconds by which it moves the clock with which the database notes commits, as in SQLite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,8 @@ class StormReport:
     """Figures of a storm."""
 
     ended: Counter[str]
+    strikes: Counter[str]
+    """Number of faults by name."""
     crashed: int
     """Runs that ended as crashed after too many lost workers in a row."""
     repeated_effects: int
@@ -73,12 +90,14 @@ async def run_storm(
     storm: StormPlan, deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> StormReport:
     """Run a storm on a deployment; fails unless every guarantee was kept to every client."""
-    chance = Random(storm.seed)
+    chance, began_at = Random(storm.seed), time.time()
     ledger.delay_seconds = 0.1
     client.patience_seconds = PATIENCE_SECONDS
     kinds = await _create_workflows(client, ledger)
     drawn = chance.choices(kinds, [kind.weight for kind in kinds], k=storm.runs)
-    strikes = _list_strikes(deployment, chance, storm.pause_seconds) * storm.rounds
+    given = storm.strikes
+    strikes = [*(list_strikes(deployment, chance, storm.pause_seconds) if given is None else given)]
+    strikes *= storm.rounds
     chance.shuffle(strikes)
     with ledger.refusing("decline"):
         async with deployment.supervised():
@@ -91,11 +110,19 @@ async def run_storm(
             expected = {life.execution_id: life.expected for life in lives}
             calm_seconds = time.monotonic() - calm_since
             await consistency_checks.assert_consistent(
-                deployment, client, ledger, expected, within=PATIENCE_SECONDS
+                deployment,
+                client,
+                ledger,
+                expected,
+                within=PATIENCE_SECONDS,
+                clock_move=ClockMove(
+                    began_at, min((strike.witness_shift for strike in strikes), default=0.0)
+                ),
             )
     assert len(expected) == storm.runs
     return StormReport(
         ended=Counter(expected.values()),
+        strikes=Counter(strike.name for strike in strikes),
         crashed=sum(life.is_crashed for life in lives),
         repeated_effects=consistency_checks.count_repeated(ledger.effects()).total(),
         calls=len(ledger.calls),
@@ -158,10 +185,13 @@ async def _run_to_end(
 # ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _strike_all(strikes: Sequence[Strike], storm: StormPlan, chance: Random) -> None:
-    async def strike_at(moment: float, strike: Strike) -> None:
+async def _strike_all(strikes: Sequence[StormStrike], storm: StormPlan, chance: Random) -> None:
+    part_is_up: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def strike_at(moment: float, strike: StormStrike) -> None:
         await asyncio.sleep(moment)
-        await strike()
+        async with part_is_up[strike.part] if strike.part else nullcontext():
+            await strike.perform()
 
     async with asyncio.TaskGroup() as group:
         for number, strike in enumerate(strikes):
@@ -170,48 +200,49 @@ async def _strike_all(strikes: Sequence[Strike], storm: StormPlan, chance: Rando
             group.create_task(strike_at(moment, strike))
 
 
-def _list_strikes(deployment: SystemUnderTest, chance: Random, pause_seconds: float) -> list[Strike]:
+def list_strikes(deployment: SystemUnderTest, chance: Random, pause_seconds: float) -> list[StormStrike]:
+    """Return the faults of a storm on a deployment; pauses of workers last `pause_seconds`."""
     if isinstance(deployment, ManyProcesses):
         return _strikes_on_many_processes(deployment, chance, pause_seconds)
     assert isinstance(deployment, OneProcess)
     return _strikes_on_one_process(deployment, chance)
 
 
-def _strikes_on_one_process(deployment: OneProcess, chance: Random) -> list[Strike]:
+def _strikes_on_one_process(deployment: OneProcess, chance: Random) -> list[StormStrike]:
     dev = deployment.gateway
 
     async def lock_database() -> None:
         with deployment.database_locked():
             await asyncio.sleep(chance.uniform(0, LEASE_SECONDS / 2))
 
-    # Two of the faults that cost a run its lease: with one process they may follow each other closely.
-    return [*[lambda: _kill(dev)] * 2, lambda: _terminate(dev), lock_database]
+    return [
+        # Two of the faults that cost a run its lease: with one process they may follow each other closely.
+        *[StormStrike("dev killed", lambda: _kill(dev))] * 2,
+        StormStrike("dev restarted", lambda: _terminate(dev)),
+        StormStrike("dev cut off", lock_database, "dev cut off"),
+    ]
 
 
 def _strikes_on_many_processes(
     deployment: ManyProcesses, chance: Random, pause_seconds: float
-) -> list[Strike]:
-    # A stopped server can't be stopped again.
-    database_is_up, redis_is_up = asyncio.Lock(), asyncio.Lock()
-
+) -> list[StormStrike]:
     def a_worker() -> SystemProcess:
         return chance.choice(deployment.workers)
 
     async def crash_database() -> None:
-        async with database_is_up, deployment.database_down():
+        async with deployment.database_down():
             await asyncio.sleep(chance.uniform(0, OUTAGE_SECONDS))
 
     async def crash_redis() -> None:
-        async with redis_is_up, deployment.redis_down():
+        async with deployment.redis_down():
             await asyncio.sleep(chance.uniform(0, OUTAGE_SECONDS))
 
     async def pause_redis() -> None:
-        async with redis_is_up:
-            with deployment.redis_paused():
-                await asyncio.sleep(chance.uniform(0, SLEEP_SECONDS))
+        with deployment.redis_paused():
+            await asyncio.sleep(chance.uniform(0, SLEEP_SECONDS))
 
     async def flush_redis() -> None:
-        async with redis_is_up, Redis.from_url(deployment.redis.url) as server:
+        async with Redis.from_url(deployment.redis.url) as server:
             await server.flushall()
 
     async def lose_answers(way: FaultyProxy) -> None:
@@ -220,16 +251,18 @@ def _strikes_on_many_processes(
 
     ways = deployment.ways
     return [
-        *[lambda: _kill(a_worker())] * 4,
-        *[lambda: _pause(a_worker(), pause_seconds)] * 3,
-        *[lambda: _terminate(a_worker())] * 2,
-        *[lambda: _kill(deployment.gateway)] * 2,
-        lambda: _kill(deployment.scheduler),
-        *[crash_database, crash_redis, pause_redis],
-        *[flush_redis] * 2,
-        *[lambda: lose_answers(ways.gateway_to_database)] * 2,
-        *[lambda: lose_answers(ways.worker_to_database)] * 2,
-        lambda: lose_answers(ways.gateway_to_redis),
+        *[StormStrike("worker killed", lambda: _kill(a_worker()))] * 4,
+        *[StormStrike("worker frozen", lambda: _pause(a_worker(), pause_seconds))] * 3,
+        *[StormStrike("worker restarted", lambda: _terminate(a_worker()))] * 2,
+        *[StormStrike("gateway killed", lambda: _kill(deployment.gateway))] * 2,
+        StormStrike("scheduler killed", lambda: _kill(deployment.scheduler)),
+        StormStrike("PostgreSQL killed", crash_database, "PostgreSQL"),
+        StormStrike("Redis killed", crash_redis, "Redis"),
+        StormStrike("Redis frozen", pause_redis, "Redis"),
+        *[StormStrike("Redis flushed", flush_redis, "Redis")] * 2,
+        *[StormStrike("gateway without answers", lambda: lose_answers(ways.gateway_to_database))] * 2,
+        *[StormStrike("worker without answers", lambda: lose_answers(ways.worker_to_database))] * 2,
+        StormStrike("gateway without answers", lambda: lose_answers(ways.gateway_to_redis)),
     ]
 
 

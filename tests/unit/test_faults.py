@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import runpy
 from datetime import date
+from itertools import islice
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import soak
 from benchmarks.faults import __main__ as command
 from benchmarks.faults import fault_cells, matrix_view, promise_checks
 from benchmarks.faults.fault_run import MUTATIONS
@@ -15,7 +18,9 @@ from benchmarks.faults.faulty_system import COLUMNS, ROWS, STAGES
 from benchmarks.faults.matrix_view import MatrixView, RunConditions
 from benchmarks.faults.promise_checks import CellResult
 from journal.postgresql import postgresql_store
+from tests.system.consistency_checks import ClockMove
 from tests.system.journal_records import NoteKind, WitnessNote
+from tests.system.storm import StormStrike
 from workers.settings import WorkerSettings
 
 
@@ -95,12 +100,10 @@ def test_notes_of_a_moved_clock_are_judged_by_the_true_time() -> None:
         WitnessNote(NoteKind.SETTLED, "exec", "before", "completed", began_at + 1),
         WitnessNote(NoteKind.SETTLED, "exec", "after", "completed", began_at + 9),
     ]
-    found = [
-        (note.node_id, note.noted_at - began_at)
-        for note in promise_checks.correct_times(notes, began_at, shift)
-    ]
+    moved = ClockMove(began_at, shift).correct_times(notes)
+    found = [(note.node_id, note.noted_at - began_at) for note in moved]
     assert found == [("before", 1), ("during", 5), ("after", 9)]
-    assert promise_checks.correct_times(notes, began_at, 0) == notes
+    assert ClockMove(began_at, 0).correct_times(notes) == notes
 
 
 def test_a_cell_without_accepted_executions_proves_nothing() -> None:
@@ -119,3 +122,15 @@ def test_a_published_table_is_that_of_the_whole_matrix(monkeypatch: pytest.Monke
 def test_lease_and_sweep_are_the_defaults_of_the_product() -> None:
     assert WorkerSettings.model_fields["sweep_seconds"].default == fault_cells.SWEEP_SECONDS
     assert WorkerSettings.model_fields["lease_seconds"].default == fault_cells.LEASE_SECONDS
+
+
+def test_a_soak_deals_every_fault_before_it_repeats_one() -> None:
+    faults = [StormStrike(str(number), _do_nothing) for number in range(9)]
+    dealt = [fault.name for fault in islice(soak.deal_endlessly(faults, Random(1)), 27)]
+    turns = [dealt[:9], dealt[9:18], dealt[18:]]
+    assert all({*turn} == {fault.name for fault in faults} for turn in turns)
+    assert turns[0] != turns[1]
+
+
+async def _do_nothing() -> None:
+    pass
