@@ -16,6 +16,7 @@ class DriftClass(StrEnum):
 
     LEASE_EXPIRED = "lease-expired"
     PENDING_UNCLAIMED = "pending-unclaimed"
+    SLOT_UNUSED = "slot-unused"
     SCHEDULE_OVERDUE = "schedule-overdue"
     WAIT_OVERDUE = "wait-overdue"
     DEFERRED_OVERDUE = "deferred-overdue"
@@ -95,6 +96,7 @@ FIXES: Final[Mapping[DriftClass, DriftFix]] = {
         "reclaim-leases", "returns runs of lost workers to the queue", is_safe=True
     ),
     DriftClass.PENDING_UNCLAIMED: DriftFix("wake-workers", "wakes all workers", is_safe=True),
+    DriftClass.SLOT_UNUSED: DriftFix("admit-waiting-runs", "gives free slots to waiting runs", is_safe=True),
     DriftClass.SCHEDULE_OVERDUE: DriftFix(
         "start-due-schedules", "starts the runs of due schedules", is_safe=True
     ),

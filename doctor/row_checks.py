@@ -13,8 +13,9 @@ from sqlalchemy import ColumnElement, Select, SQLColumnExpression, func, literal
 from sqlmodel import col
 
 from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
+from journal import concurrency_limits
 from journal.deployments import wakes
-from journal.worker_presence import ABSENT_SECONDS
+from journal.presence_reports import ABSENT_SECONDS
 from models.database_time import DatabaseTime
 from models.execution import SHARED_TARGET, Execution
 from models.execution_status import ExecutionStatus
@@ -106,6 +107,13 @@ _CHECKS: Final = (
             col(Execution.target) == SHARED_TARGET,
             col(Execution.rank) < before(OVERDUE_SECONDS),
         ),
+    ),
+    RowCheck(
+        DriftClass.SLOT_UNUSED,
+        "execution",
+        "The run waits for a slot of its concurrency limit, and one is free.",
+        "waitsSince",
+        concurrency_limits.idle_slots_statement().where(col(Execution.updated_at) < before(OVERDUE_SECONDS)),
     ),
     RowCheck(
         DriftClass.WAIT_OVERDUE,

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import ColumnElement, Select, func, or_, select, text
+from sqlalchemy import ColumnElement, Select, func, literal, or_, select, text
 from sqlmodel import col
 
 from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
@@ -16,10 +16,11 @@ from journal import audit_chain
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobOwner
 from journal.blobs.orphan_blobs import MIN_AGE_HOURS, find_unused
-from journal.worker_presence import ABSENT_SECONDS, program_version
+from journal.presence_reports import ABSENT_SECONDS, program_version
 from models import schema_migration
 from models.database_time import read_database_time
 from models.execution import Execution, Leadership, SpanRow
+from models.process_presence import ProcessPresence
 from models.worker_presence import WorkerPresence
 from models.worker_processes import ALL_IN_ONE_OWNER
 
@@ -61,7 +62,7 @@ async def check_tables(database: Database) -> Sequence[DriftFinding]:
 
 
 async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return findings about an absent scheduler leader, absent workers, and workers of another version.
+    """Return findings about an absent scheduler leader, absent workers, and processes of another version.
 
     On PostgreSQL also about invalid indexes and a clock that differs by over 2 seconds from this host's.
     """
@@ -130,20 +131,26 @@ async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def _check_versions(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    """Return a finding for each present worker of another version than this program's, at most 100."""
+    """Return a finding for each present process of another version than this program's, at most 100 of workers
+    and of others.
+    """
     own = program_version()
-    differing = select(col(WorkerPresence.owner), col(WorkerPresence.version)).where(
+    workers = select(literal("worker"), col(WorkerPresence.owner), col(WorkerPresence.version)).where(
         *_are_present(), or_(col(WorkerPresence.version) != own, col(WorkerPresence.version).is_(None))
     )
+    others = select(
+        col(ProcessPresence.role), col(ProcessPresence.owner), col(ProcessPresence.version)
+    ).where(col(ProcessPresence.seen_at) > before(ABSENT_SECONDS), col(ProcessPresence.version) != own)
     return [
         DriftFinding(
             DriftClass.VERSIONS_DIFFER,
             DriftSubject("process", owner),
-            f"The worker runs version {version or 'before 0.2'}, and this program is version {own}.",
-            {"worker": version, "here": own},
+            f"The {role} runs version {version or 'before 0.2'}, and this program is version {own}.",
+            {role: version, "here": own},
             remedy="Finish the upgrade, or roll it back: restart the processes of the other version.",
         )
-        for owner, version in (await connection.execute(differing.limit(SHOWN_ROWS))).all()
+        for statement in (workers, others)
+        for role, owner, version in (await connection.execute(statement.limit(SHOWN_ROWS))).all()
     ]
 
 

@@ -52,7 +52,7 @@ from gateway.tasks.task_hub import TaskHub
 from gateway.workflows.callback_checks import CallbackChecker
 from gateway.workflows.editing import WorkflowEditor
 from gateway.workflows.workflow_cache import WorkflowCache
-from journal import clock_sync
+from journal import clock_sync, process_presence
 from journal.blobs.blob_store import BlobStore
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
@@ -156,6 +156,7 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
         broker = await brokers.connect_broker(settings.broker_url, seal=seal)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
+        await stack.enter_async_context(process_presence.report_process(database, "gateway"))
         yield await stack.enter_async_context(assemble_state(settings, database, store, broker))
 
 

@@ -309,3 +309,25 @@ def waiting_keys_statement(after: str) -> Select[Any]:
     return select(found.c.key, live.label("live"), next_limit.scalar_subquery().label("runs")).where(
         found.c.key.is_not(None)
     )
+
+
+def idle_slots_statement() -> Select[Any]:
+    """Return the statement that selects the next waiting run of each key with a free slot, of up to 200 keys.
+
+    Each row has the run's `id` and `organization_id`, and the time `since` which it waits.
+    """
+    keys = waiting_keys_statement("").subquery("keys")
+    following = (
+        select(col(Execution.id))
+        .where(col(Execution.concurrency_key) == keys.c.key, _IS_WAITING)
+        .order_by(*_ORDER)
+        .limit(1)
+        .scalar_subquery()
+    )
+    idle = select(following.label("id")).where(keys.c.live < keys.c.runs).subquery("idle")
+    columns: tuple[Any, ...] = (
+        col(Execution.id),
+        col(Execution.organization_id),
+        col(Execution.updated_at).label("since"),
+    )
+    return select(*columns).join(idle, idle.c.id == col(Execution.id))

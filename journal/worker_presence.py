@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import cache, partial
-from importlib import metadata
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import structlog
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
+from journal.presence_reports import FORGET_MICROSECONDS, program_version, report_regularly
 from models.database_time import DatabaseTime
-from models.errors import DatabaseUnavailable
 from models.worker_presence import WorkerPresence
 
 if TYPE_CHECKING:
@@ -23,39 +20,19 @@ if TYPE_CHECKING:
 
     from models.database import Database
 
-log = structlog.get_logger()
 
-REPORT_SECONDS: Final = 5.0
-ABSENT_SECONDS: Final = 15.0
-"""Time without a report after which a worker counts as gone."""
-FORGET_MICROSECONDS: Final = 86_400_000_000
-"""Age of the last report after which a row is deleted, unless it is the newest of all."""
-
-
-@asynccontextmanager
-async def report_presence(
+def report_presence(
     database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
-) -> AsyncIterator[None]:
+) -> AbstractAsyncContextManager[None]:
     """Report a worker as present every five seconds while the context lasts, and its end after it.
 
     `held_runs` returns the number of its runs. An unreachable database is no error.
     """
-    task = asyncio.create_task(_report_forever(database, owner, concurrency, held_runs))
-    try:
-        yield
-    finally:
-        task.cancel()
-        try:
-            async with asyncio.timeout(REPORT_SECONDS):
-                await database.transaction(partial(end_presence, owner=owner))
-        except (DatabaseUnavailable, TimeoutError) as error:
-            log.debug("end of worker not reported", error=str(error))
-
-
-@cache
-def program_version() -> str:
-    """Return the version of the installed package."""
-    return metadata.version("pilotflame")
+    return report_regularly(
+        database,
+        lambda: partial(store_presence, owner=owner, concurrency=concurrency, held_runs=held_runs()),
+        partial(end_presence, owner=owner),
+    )
 
 
 async def store_presence(
@@ -105,19 +82,3 @@ async def forget_absent_workers(database: Database) -> None:
         )
 
     await database.transaction(work)
-
-
-async def _report_forever(
-    database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
-) -> None:
-    """Report the worker every five seconds until it is canceled; failures are logged."""
-    while True:
-        try:
-            await database.transaction(
-                partial(store_presence, owner=owner, concurrency=concurrency, held_runs=held_runs())
-            )
-        except DatabaseUnavailable as error:
-            log.debug("worker not reported", error=str(error))
-        except Exception:
-            log.exception("worker not reported")
-        await asyncio.sleep(REPORT_SECONDS)

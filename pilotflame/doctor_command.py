@@ -256,6 +256,10 @@ async def _wake_workers(stores: _OpenStores, _found: Sequence[DriftFinding]) -> 
     await wakeups.wake_workers(stores.broker)
 
 
+async def _admit_waiting(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await recovery.admit_waiting(stores.database, stores.broker)
+
+
 async def _start_schedules(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
     await ScheduleRunner(stores.database, stores.broker, catalogs.load_catalog()).start_due()
 
@@ -290,6 +294,7 @@ async def _delete_deployments(stores: _OpenStores, found: Sequence[DriftFinding]
 _FIXES: Final[Mapping[str, _Fix]] = {
     "reclaim-leases": _reclaim_leases,
     "wake-workers": _wake_workers,
+    "admit-waiting-runs": _admit_waiting,
     "start-due-schedules": _start_schedules,
     "promote-due-runs": _promote_runs,
     "wake-deployments": _wake_deployments,

@@ -21,7 +21,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from concurrency import heartbeat
 from execution import abandoned_runs, due_runs
 from execution.event_matching import EventMatcher
-from journal import audit_chain, clock_sync, worker_presence
+from journal import audit_chain, clock_sync, process_presence, worker_presence
 from journal.store import JournalStore
 from journal.store_factory import open_store
 from messages import broker as brokers
@@ -92,6 +92,9 @@ def list_duties(
         PeriodicDuty(
             "forget absent workers", 3_600, partial(worker_presence.forget_absent_workers, database)
         ),
+        PeriodicDuty(
+            "forget absent processes", 3_600, partial(process_presence.forget_absent_processes, database)
+        ),
         PeriodicDuty("forget expired throttles", 60, partial(retention.forget_past_paces, database)),
         PeriodicDuty(
             "delete old deliveries", 3_600, partial(retention.forget_deliveries, settings, database)
@@ -159,6 +162,7 @@ async def _serve(settings: SchedulerSettings) -> None:
         is_leading = await stack.enter_async_context(_run_leadership(settings, database))
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=is_leading))
         led = [_while_leading(is_leading, duty) for duty in list_duties(settings, database, store, broker)]
+        await stack.enter_async_context(process_presence.report_process(database, "scheduler"))
         await stack.enter_async_context(run_duties(led))
         log.info("scheduler ready")
         await stop.wait()

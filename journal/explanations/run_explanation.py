@@ -21,7 +21,7 @@ from journal.explanations.blockers import (
     code_of_wait,
 )
 from journal.held_runs import UNTIL_RESUMED
-from journal.worker_presence import ABSENT_SECONDS
+from journal.presence_reports import ABSENT_SECONDS
 from models.execution import (
     DELAYED_TARGET,
     ISOLATED_UNPARSED_TARGET,

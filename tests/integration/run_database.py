@@ -51,6 +51,7 @@ TABLES = (
         "approval_link",
         "approval_vote",
         "worker_presence",
+        "process_presence",
         "throttle",
         "idempotency",
         "definition",

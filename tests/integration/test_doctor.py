@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from doctor.findings import FIXES, DriftClass
 from doctor.setting_checks import ServerFacts
 from gateway.access import audit_log
 from gateway.access.audit_log import ServerOperator
-from journal import audit_chain
+from journal import audit_chain, process_presence
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.blob_store_factory import open_blobs
 from journal.blobs.orphan_blobs import MIN_AGE_HOURS
-from journal.worker_presence import program_version
+from journal.presence_reports import program_version
 from models import ids
 from models.access import Organization
 from models.audit import AuditAction
@@ -35,6 +36,7 @@ from models.settings import ServerSettings
 from pilotflame import doctor_command
 from pilotflame.doctor_command import DoctorExit, DoctorRequest, DoctorResult
 from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
+from tests.system.wait_conditions import wait_until
 from workers.cluster.driver import ObservedDeployment, ObservedPod
 
 LONG_AGO = 1_000_000
@@ -119,6 +121,17 @@ async def make_overdue_wait(runs: RunDatabase, place: OwnedWorkflow) -> str:
     return key.execution_id
 
 
+async def make_unused_slot(runs: RunDatabase, place: OwnedWorkflow) -> str:
+    """Two runs wait for the slot of a limit that none holds; the first of them is next."""
+    keys = [await runs.accept(place) for _ in range(2)]
+    await runs.query(
+        "UPDATE execution SET target = 'limited', concurrency_key = 'key', concurrency_limit = 1,"
+        " updated_at = :at, rank = :at",
+        at=LONG_AGO,
+    )
+    return keys[0].execution_id
+
+
 async def make_overdue_schedule(runs: RunDatabase, place: OwnedWorkflow) -> str:
     long_ago = datetime(2026, 1, 1, tzinfo=UTC)
     row = Schedule(
@@ -145,6 +158,7 @@ async def make_overdue_schedule(runs: RunDatabase, place: OwnedWorkflow) -> str:
     [
         (make_expired_lease, DriftClass.LEASE_EXPIRED),
         (make_overdue_wait, DriftClass.WAIT_OVERDUE),
+        (make_unused_slot, DriftClass.SLOT_UNUSED),
     ],
 )
 async def test_overdue_rows_are_found_and_mended(
@@ -189,6 +203,30 @@ async def test_absent_processes_are_found(examine: Callable[..., Any], runs: Run
     report = (await examine()).report
     assert classes(report) == {DriftClass.NO_LEADER, DriftClass.NO_WORKER}
     assert all(finding.remedy for finding in report.findings)
+
+
+async def test_a_slot_that_a_run_holds_is_not_unused(examine: Callable[..., Any], runs: RunDatabase) -> None:
+    place = await runs.workflow()
+    await make_unused_slot(runs, place)
+    key = await runs.accept(place)
+    await runs.query(
+        "UPDATE execution SET concurrency_key = 'key', concurrency_limit = 1 WHERE id = :id",
+        id=key.execution_id,
+    )
+    assert (await examine()).exit_code is DoctorExit.CLEAN
+
+
+async def test_other_processes_of_another_version_are_found(
+    examine: Callable[..., Any], runs: RunDatabase
+) -> None:
+    async with process_presence.report_process(runs.database, "gateway"):
+        await wait_until(partial(runs.query, "SELECT owner FROM process_presence"))
+        assert (await examine()).exit_code is DoctorExit.CLEAN
+        await runs.query("UPDATE process_presence SET version = '0.0.1'")
+        (finding,) = (await examine()).report.findings
+        assert finding.drift_class is DriftClass.VERSIONS_DIFFER
+        assert finding.evidence == {"gateway": "0.0.1", "here": program_version()}
+    assert (await examine()).exit_code is DoctorExit.CLEAN
 
 
 @pytest.mark.parametrize("version", ["0.0.1", None])

@@ -78,6 +78,17 @@ class SimulatedDriver:
         pass
 
 
+async def test_a_change_that_was_not_applied_is_given_to_the_deployer(
+    examine: Examine, runs: RunDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = await runs.workflow()
+    await add_deployment(runs, place, replicas=1, observed_generation=0, started_by_hand_at=datetime.now(UTC))
+    asked = _simulate_cluster(monkeypatch, None)
+    assert classes((await examine()).report) == {DriftClass.CHANGE_NOT_APPLIED}
+    assert (await examine(DriftClass.CHANGE_NOT_APPLIED)).fixed == {DriftClass.CHANGE_NOT_APPLIED: 1}
+    assert asked == [place.workflow_id]
+
+
 async def test_a_due_schedule_is_decided(examine: Examine, runs: RunDatabase) -> None:
     place = await runs.workflow()
     config = '{"intervalSeconds":3600}'

@@ -19,8 +19,8 @@ from structlog.testing import capture_logs
 from journal.deployments import wakes
 from journal.explanations import run_explanation, run_facts
 from journal.explanations.blockers import Explanation
+from journal.presence_reports import ABSENT_SECONDS
 from journal.store import ClaimQuery
-from journal.worker_presence import ABSENT_SECONDS
 from models import ids
 from models.access import ApiCaller, KeyScope, UserRole
 from models.deployment import Deployment, ObservedState

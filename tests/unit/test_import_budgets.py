@@ -19,8 +19,8 @@ PACKAGES = frozenset(
 BUDGETS = {
     "gateway": (("gateway.settings", "gateway.main"), 486, 400),
     "worker": (("workers.settings", "workers.main"), 235, 330),
-    "scheduler": (("scheduler.settings", "scheduler.main"), 164, 345),
-    "deployer": (("workers.deployer.settings", "workers.deployer.main"), 95, 325),
+    "scheduler": (("scheduler.settings", "scheduler.main"), 170, 345),
+    "deployer": (("workers.deployer.settings", "workers.deployer.main"), 100, 325),
     "runner": (("runner.settings", "runner.main"), 145, 250),
     "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 560, 420),
 }

@@ -13,7 +13,7 @@ import structlog
 import uvloop
 
 from concurrency import gc_tuning, heartbeat
-from journal import clock_sync
+from journal import clock_sync, process_presence
 from journal.store_factory import open_store
 from messages import broker as brokers
 from models import database as databases
@@ -59,6 +59,7 @@ async def _serve(settings: DeployerSettings) -> None:
         stack.push_async_callback(store.close)
         broker = await brokers.connect_broker(settings.broker_url)
         stack.push_async_callback(broker.close)
+        await stack.enter_async_context(process_presence.report_process(database, "deployer"))
         to_cluster = partial(open_driver, settings)
         await stack.enter_async_context(
             run_deployer(settings, database, store, broker, to_cluster, command=runner_command(settings))

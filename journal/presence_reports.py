@@ -1,0 +1,68 @@
+"""Reports of a process that it lives, at an interval, for as long as it does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import structlog
+
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+    Report: TypeAlias = Callable[[AsyncConnection], Awaitable[None]]
+    """Statement of a transaction."""
+
+log = structlog.get_logger()
+
+REPORT_SECONDS: Final = 5.0
+ABSENT_SECONDS: Final = 15.0
+"""Time without a report after which a process counts as gone."""
+FORGET_MICROSECONDS: Final = 86_400_000_000
+"""Age of the last report after which a row is deleted."""
+
+
+@cache
+def program_version() -> str:
+    """Return the version of the installed package."""
+    return metadata.version("pilotflame")
+
+
+@asynccontextmanager
+async def report_regularly(
+    database: Database, report: Callable[[], Report], report_end: Report
+) -> AsyncIterator[None]:
+    """Perform a report every five seconds while the context lasts, and another one after it.
+
+    `report` returns the statement of the next report. An unreachable database is no error.
+    """
+    task = asyncio.create_task(_report_forever(database, report))
+    try:
+        yield
+    finally:
+        task.cancel()
+        try:
+            async with asyncio.timeout(REPORT_SECONDS):
+                await database.transaction(report_end)
+        except (DatabaseUnavailable, TimeoutError) as error:
+            log.debug("end of process not reported", error=str(error))
+
+
+async def _report_forever(database: Database, report: Callable[[], Report]) -> None:
+    """Report the process every five seconds until it is canceled; failures are logged."""
+    while True:
+        try:
+            await database.transaction(report())
+        except DatabaseUnavailable as error:
+            log.debug("process not reported", error=str(error))
+        except Exception:
+            log.exception("process not reported")
+        await asyncio.sleep(REPORT_SECONDS)

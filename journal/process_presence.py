@@ -1,0 +1,59 @@
+"""Presence of gateways, schedulers and deployers: each process stores at an interval that it lives, and its version."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from sqlalchemy import delete
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from journal.presence_reports import FORGET_MICROSECONDS, program_version, report_regularly
+from models.database_time import DatabaseTime
+from models.process_presence import ProcessPresence
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+
+def report_process(database: Database, role: str) -> AbstractAsyncContextManager[None]:
+    """Report this process as present, with its role, such as `gateway`, for as long as the context lasts."""
+    owner = f"{role}:{uuid4().hex}"
+    return report_regularly(
+        database,
+        lambda: partial(store_process, owner=owner, role=role),
+        partial(forget_process, owner=owner),
+    )
+
+
+async def store_process(connection: AsyncConnection, *, owner: str, role: str) -> None:
+    """Insert or renew the row of a living process."""
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(ProcessPresence).values(
+        owner=owner, role=role, version=program_version(), seen_at=DatabaseTime()
+    )
+    await connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[col(ProcessPresence.owner)], set_={"seen_at": statement.excluded.seen_at}
+        )
+    )
+
+
+async def forget_process(connection: AsyncConnection, *, owner: str) -> None:
+    """Delete the row of a process that ends."""
+    await connection.execute(delete(ProcessPresence).where(col(ProcessPresence.owner) == owner))
+
+
+async def forget_absent_processes(database: Database) -> None:
+    """Delete processes that have not reported for a day; raises `DatabaseUnavailable`."""
+
+    async def work(connection: AsyncConnection) -> None:
+        is_old = col(ProcessPresence.seen_at) < DatabaseTime() - FORGET_MICROSECONDS
+        await connection.execute(delete(ProcessPresence).where(is_old))
+
+    await database.transaction(work)
