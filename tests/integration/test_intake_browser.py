@@ -291,6 +291,53 @@ async def test_a_first_redrive_that_fails_ends_the_others(visit: IntakeVisit) ->
     assert page.problems == []
 
 
+async def test_a_group_is_replayed_after_its_plan_and_another_is_muted(visit: IntakeVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    graph = graph_of("queue-trigger", {})
+    step = {**STEP, "nodeId": "template", "config": {"text": "{{ data.missing }}"}}
+    workflow_id = await owner.create(**{**graph, "nodes": [graph["nodes"][0], step]})
+    await visit.sign_in(owner.key)
+    async with serve_worker(visit.harness):
+        for run in [await enqueue(owner, workflow_id, number) for number in range(3)]:
+            await wait_until_ended(owner, run)
+        await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+        assert "The workflow is as it was" in await page.evaluate(
+            "document.querySelector('main').textContent"
+        )
+        step["config"] = {"text": "mended"}
+        mended = await owner.api.put(f"{WORKFLOWS}/{workflow_id}/nodes/step", json={"config": step["config"]})
+        assert mended.status_code == 200, mended.text
+        await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+        assert "was changed since" in await page.text("main")
+        await page.follow("a[href$='plan=1#plan']")
+        plan = await page.text("#plan")
+        assert "3 results are reused, 3 nodes run" in " ".join(plan.split())
+        await page.evaluate(f"{AXE}; 0")
+        assert await page.evaluate(RUN_AXE) == []
+        await page.fill("#plan .input", "3")
+        await page.click("#plan button[type=submit]")
+        await page.wait_for("document.querySelector('.empty') !== null")
+        await page.wait_for("document.querySelector('#toast').textContent.startsWith('3 of 3 replayed')")
+
+    runs = [await enqueue(owner, workflow_id, number) for number in range(2)]
+    await fail_alike(visit.harness, runs, "Known", node_id="step")
+    await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+    await page.wait_for("document.querySelector('#mute-reason').closest('details').open = true")
+    await page.fill("#mute-reason", HOSTILE)
+    await page.click("form[data-request$='/mute'] button[type=submit]")
+    await page.wait_for("document.querySelector('a.chip[href$=\"muted=true\"]') !== null")
+    await page.wait_for("document.querySelector('#mute-reason') === null")
+    await visit.show("/dashboard/dead-letters?muted=true")
+    assert HOSTILE in await page.text("main")
+    await page.evaluate(f"{AXE}; 0")
+    assert await page.evaluate(RUN_AXE) == []
+    await page.follow("main form[data-request^=DELETE] button")
+    await page.wait_for("location.search === '' && document.querySelector('#mute-reason') !== null")
+    assert page.problems == []
+    every = {"filter": {"workflowId": workflow_id}}
+    assert (await owner.api.post("/api/v1/dead-letters/purge", json=every)).json()["purged"] == 2
+
+
 async def test_the_navigation_counts_dead_letters_for_each_visitor(visit: IntakeVisit) -> None:
     page = visit.page
     await visit.sign_in(visit.people.admin.key)

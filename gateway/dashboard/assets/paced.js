@@ -1,4 +1,4 @@
-// Redrive of many dead letters at a pace: the first one alone if wanted, then some each second, with progress and a stop.
+// Redrive or replay of many dead letters at a pace: the first one alone if wanted, then some each second, with progress and a stop.
 // It goes on while the page is open; what is left stays in the list.
 const post = async (address, body) => {
   const answer = await fetch(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
@@ -21,20 +21,24 @@ export async function run(form, root) {
   const address = root + form.dataset.request.split(" ")[1];
   const sends = JSON.parse(form.dataset.sends);
   const [bar, said, stop] = ["progress", "[data-progress-text]", "[data-stops]"].map((one) => form.querySelector(one));
+  const { done: word } = form.querySelector("[data-progress]").dataset;
+  const confirm = [...form.querySelectorAll("[name=confirm]:checked")].map((box) => box.value);
   const each = Number(form.querySelector("[data-rate]").value);
   let isStopped = false;
   let [done, failed] = [0, 0];
-  const count = () => `${done} of ${bar.max} redriven, ${failed} refused`;
+  const count = () => `${done} of ${bar.max} ${word}, ${failed} refused`;
   const show = (more = "") => {
     bar.value = done + failed;
     said.textContent = count() + more;
   };
   const take = async (limit) => {
-    const answer = await post(address, { ...sends, limit });
-    done += answer.redriven;
-    failed += answer.failed;
+    const answer = await post(address, { ...sends, ...(confirm.length && { confirm }), limit });
+    // A redrive and a replay count alike by other names.
+    const started = answer.redriven ?? answer.affected;
+    done += started;
+    failed += answer.failed ?? answer.refused.length;
     show();
-    return answer;
+    return { started, ids: answer.newExecutionIds ?? answer.executionIds, remaining: answer.remaining };
   };
   form.dataset.changed = "";
   form.querySelector("[data-progress]").hidden = false;
@@ -42,17 +46,17 @@ export async function run(form, root) {
   stop.onclick = () => { isStopped = true; };
   try {
     if (form.querySelector("[data-first]").checked) {
-      const { executionIds } = await take(1);
+      const { ids } = await take(1);
       show(": it runs");
-      if (!executionIds.length || !(await endsWell(root, executionIds[0]))) {
-        return "The first one did not complete: nothing else was redriven";
+      if (!ids.length || !(await endsWell(root, ids[0]))) {
+        return `The first one did not complete: nothing else was ${word}`;
       }
     }
     while (!isStopped) {
       const started = performance.now();
       const answer = await take(each);
-      if (!answer.redriven || !answer.remaining) break;
-      if (each < 1_000) await new Promise((resolve) => { setTimeout(resolve, Math.max(1_000 - (performance.now() - started), 0)); });
+      if (!answer.started || !answer.remaining) break;
+      if (each < 200) await new Promise((resolve) => { setTimeout(resolve, Math.max(1_000 - (performance.now() - started), 0)); });
     }
     return count() + (isStopped ? ". Stopped: the others stay here" : "");
   } catch (problem) {

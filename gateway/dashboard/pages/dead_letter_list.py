@@ -1,4 +1,4 @@
-"""Dead letters of all workflows, grouped by cause: samples, redrive with the count typed, and discard."""
+"""Dead letters of all workflows, grouped by cause: samples, replay after its plan, redrive, mute and discard."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from urllib.parse import urlencode
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.http.errors import ApiError
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 SHOWN_ROWS: Final = 5
+PLANNED: Final = 50
+"""Dead letters of a group that a plan is made for, the oldest."""
 NODE_TYPES: Final = 100
 SAMPLE_CHARACTERS: Final = 90
 PATH: Final = "/dashboard/dead-letters"
@@ -31,15 +34,17 @@ KINDS: Final = (
 async def load(page: PageRequest) -> PageData:
     """Ask the API for the groups of dead letters, and for five samples, workflow and node types of the open group.
 
-    Without groups, the others are None. Raises `ApiError`.
+    With `plan` in the query, also for the plans of its replay, and of that of its newest run. Without groups,
+    the others are None. Raises `ApiError`.
     """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
-    groups = await page.get("/api/v1/dead-letters/groups", **filters)
+    groups = await page.get("/api/v1/dead-letters/groups", **filters, muted=given.get("muted"))
     shown = _open_group(groups["groups"], given.get("group"))
     if shown is None:
-        return {"groups": groups, "rows": None, "workflow": None, "types": None}
-    rows, workflow, types = await asyncio.gather(
+        return {"groups": groups, **dict.fromkeys(("rows", "workflow", "types", "plan", "newest"))}
+    is_planned = bool(given.get("plan"))
+    rows, workflow, types, plan, newest = await asyncio.gather(
         page.get(
             "/api/v1/dead-letters",
             workflow_id=shown["workflowId"],
@@ -49,8 +54,34 @@ async def load(page: PageRequest) -> PageData:
         ),
         page.get_if_present(f"/api/v1/workflows/{shown['workflowId']}"),
         page.get("/api/v1/workflow-nodes", limit=NODE_TYPES),
+        page.plan_if_allowed("/api/v1/dead-letters/replay", filter=_select_group(shown), limit=PLANNED)
+        if is_planned
+        else asyncio.sleep(0),
+        _plan_newest(page, shown) if is_planned else asyncio.sleep(0),
     )
-    return {"groups": groups, "rows": rows, "workflow": workflow, "types": types}
+    return {
+        "groups": groups,
+        "rows": rows,
+        "workflow": workflow,
+        "types": types,
+        "plan": plan,
+        "newest": newest,
+    }
+
+
+async def _plan_newest(page: PageRequest, group: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the plan of a replay of the newest run of a group by the workflow as it is now; None if it is refused."""
+    path = f"/api/v1/executions/{group['newestExecutionId']}/replay"
+    try:
+        return await page.plan_if_allowed(path, definition="current")
+    except ApiError:
+        # A workflow with errors, or a run that was taken up meanwhile: the plan of the group says so.
+        return None
+
+
+def _select_group(group: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the filter of the API that selects the dead letters of a group."""
+    return {"workflowId": group["workflowId"], "group": group["id"]}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -60,6 +91,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     A redrive is a new attempt to process dead letters.
     """
     listed, rows = data["groups"], data["rows"]
+    labels = {node["id"]: node.get("label") for node in (data["workflow"] or {}).get("nodes", ())}
+    muted = "true" if frame.query.get("muted") == "true" else ""
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     shown = _open_group(listed["groups"], frame.query.get("group"))
     return {
@@ -72,21 +105,24 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             {
                 **group,
                 "is_open": group is shown,
-                "address": list_address(frame, PATH, {**filters, "group": group["id"]}),
+                "selection": _select_group(group),
+                "address": list_address(frame, PATH, {**filters, "muted": muted, "group": group["id"]}),
             }
             for group in listed["groups"]
         ],
         "rows": () if rows is None else rows["deadLetters"],
         "more": ""
         if shown is None or rows is None or not rows["next"]
-        else list_address(frame, PATH, {**filters, "group": shown["id"], "after": rows["next"]}),
+        else list_address(
+            frame, PATH, {**filters, "muted": muted, "group": shown["id"], "after": rows["next"]}
+        ),
         "first": "" if not frame.query.get("after") else list_address(frame, PATH, filters),
         "writes": list_writes(data["workflow"], data["types"]),
         "kinds": [
             (
                 label,
                 list_address(frame, PATH, {**filters, "trigger_type": kind}),
-                filters.get("trigger_type", "") == kind,
+                not muted and filters.get("trigger_type", "") == kind,
             )
             for kind, label in KINDS
         ],
@@ -94,7 +130,12 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "export_query": f"?{urlencode(filters)}" if filters else "",
         "may_run": frame.may("workflows:execute"),
         "may_discard": frame.may("workflows:write"),
-        "labels": {node["id"]: node.get("label") for node in (data["workflow"] or {}).get("nodes", ())},
+        "labels": labels,
+        "is_muted": bool(muted),
+        "muted_groups": listed["mutedGroups"],
+        "muted_address": list_address(frame, PATH, {"muted": "true"}),
+        "plan": describe_plan(data["plan"], data["newest"], labels),
+        "user_id": frame.visitor["userId"] if frame.visitor else "",
         "sample_characters": SAMPLE_CHARACTERS,
     }
 
@@ -103,6 +144,30 @@ def _open_group(groups: Sequence[Mapping[str, Any]], group_id: str | None) -> Ma
     """Return the group with an id, else the first one; None without groups."""
     named = (group for group in groups if group["id"] == group_id)
     return next(named, groups[0] if groups else None)
+
+
+def describe_plan(
+    plan: Mapping[str, Any] | None, newest: Mapping[str, Any] | None, labels: Mapping[str, str | None]
+) -> Mapping[str, Any] | None:
+    """Return the plan of a group's replay for the page: counts of nodes, and the nodes that run in the newest.
+
+    `newest` is the plan of the newest run, None if there is none. None without a plan.
+    """
+    if plan is None:
+        return None
+    nodes = [] if newest is None else [one for one in newest["nodes"] if one["decision"] != "reuse"]
+    unconfirmed = dict.fromkeys(node for one in plan["refused"] for node in one["nodeIds"])
+    counts = plan["counts"]
+    return {
+        "matched": plan["matched"],
+        "planned": len(plan["executionIds"]) + len(plan["refused"]),
+        "reused": counts["reuse"],
+        "runs": counts["rerun"] + counts["maybe"] + counts["ask"],
+        "nodes": [(labels.get(one["nodeId"]) or one["nodeId"], one["effect"] == "write") for one in nodes],
+        "seconds": None if newest is None else newest["predictedSeconds"],
+        "unconfirmed": [(node, labels.get(node) or node) for node in unconfirmed],
+        "refused": sorted({one["code"] for one in plan["refused"] if not one["nodeIds"]}),
+    }
 
 
 def list_writes(workflow: Mapping[str, Any] | None, types: Mapping[str, Any] | None) -> Sequence[str]:
