@@ -143,6 +143,8 @@ class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults
     finish_reason: FinishReason | None = None
     error: str = ""
     """Code of the failure of a call without an answer."""
+    wait_milliseconds: int | None = None
+    """Time for which the node waits after this call, since its provider has asked for it; None without a wait."""
     text: str | None = None
     """Text of an answer that the model was asked to correct; None for others."""
 
@@ -187,11 +189,9 @@ class ModelCallFailed(NodeError):
         can_fall_back: bool,
         retry_after_seconds: float | None = None,
     ) -> None:
-        super().__init__(message, code=code, retryable=retryable)
+        super().__init__(message, code=code, retryable=retryable, retry_after_seconds=retry_after_seconds)
         self.can_fall_back = can_fall_back
         """Whether another model may be asked: not for requests that any model would refuse."""
-        self.retry_after_seconds = retry_after_seconds
-        """Time after which the provider accepts calls again; None if it named none."""
 
     def with_message(self, message: str) -> Self:
         """Return a copy of this failure with another message."""

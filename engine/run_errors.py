@@ -33,7 +33,7 @@ class NodeError(Exception):
     """Failure of a node; `retryable` says whether another attempt may succeed.
 
     `request` is the HTTP request that failed, `cause` the error inside a sub-workflow that made the node
-    fail.
+    fail. `retry_after_seconds` is the time after which another attempt may succeed; None if it is unknown.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class NodeError(Exception):
         retryable: bool = False,
         request: HttpRequestName | None = None,
         cause: FailureCause | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -51,6 +52,7 @@ class NodeError(Exception):
         self.retryable = retryable
         self.request = request
         self.cause = cause
+        self.retry_after_seconds = retry_after_seconds
 
 
 class LeaseLost(Exception):

@@ -32,6 +32,8 @@ MAX_KEPT_TEXT_BYTES: Final = 16_384
 WEBHOOK: Final = "webhook"
 """Kind of the trigger whose output may be as large as a body that the gateway accepts."""
 MAX_ROUND_SECONDS: Final = 60.0
+MAX_PROVIDER_WAITS: Final = 20
+"""Waits of one node for the time that a provider has named; later failures of this kind are like others."""
 """Maximum delay before a run is resumed at a failed node. The delay begins at a second and doubles."""
 
 
@@ -185,20 +187,25 @@ class RunProgress:
 
         Attempts are grouped in rounds. With `retryOnFailure`, the run is resumed at a node that has used up
         one round, after up to a minute; the round follows from the number of the next attempt, which is then
-        changed. At-most-once nodes are repeated only after known failures.
+        changed. At-most-once nodes are repeated only after known failures. Waits for the time that a provider of
+        language models has named count as no attempts.
         """
         node = visit.program.node
+        waits = sum(record.wait_milliseconds is not None for record in visit.model_calls)
+        if error.retryable and error.retry_after_seconds is not None and waits <= MAX_PROVIDER_WAITS:
+            return error.retry_after_seconds
         is_known = error.retryable and error.code not in run_records.UNKNOWN_OUTCOMES
         if visit.is_at_most_once and not is_known:
             return None
         has_rounds = self._settings.retry_on_failure and visit.frame.is_fatal() and not visit.has_error_edge
         attempts = node.retry.max_attempts
-        rounds, attempt = divmod(visit.attempt - 1, attempts) if has_rounds else (0, visit.attempt - 1)
+        spent = visit.attempt - 1 - waits
+        rounds, attempt = divmod(spent, attempts) if has_rounds else (0, spent)
         if error.retryable and attempt + 1 < attempts:
             return node.retry.delay_seconds(attempt + 1, random.random())  # noqa: S311 - jitter
         if not has_rounds or rounds >= self._settings.max_retries:
             return None
-        visit.attempt = (rounds + 1) * attempts
+        visit.attempt = (rounds + 1) * attempts + waits
         return min(2.0**rounds, MAX_ROUND_SECONDS)
 
     def give_up(self, visit: NodeVisit, reason: RunError) -> None:

@@ -246,6 +246,13 @@ class ModelRequest(msgspec.Struct, frozen=True):
     model_id: Annotated[str, msgspec.Meta(max_length=64)]
 
 
+class ModelBlockRequest(msgspec.Struct, frozen=True):
+    """Note that the provider of a language model accepts no calls for a time, as it has told this pod."""
+
+    model_id: Annotated[str, msgspec.Meta(max_length=64)]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
 class StartRunRequest(msgspec.Struct, frozen=True):
     """Start a sub-workflow run for a node of a run that this pod holds; idempotent."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import or_, select, update
 from sqlmodel import col
 
 from engine.model_calls import ModelProvider
@@ -17,8 +19,13 @@ from models.errors import DatabaseUnavailable
 from nodes.ai.model_connection import ModelConnection
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from models.database import Database
     from nodes.connections.data_source import ConnectionSource, ConnectionSources
+
+
+MAX_BLOCKED_SECONDS: Final = 86_400.0
 
 
 class StoredModels:
@@ -48,13 +55,39 @@ class StoredModels:
             raise NodeError(message, code="model-not-found")
         return await self.connect(AiModel(**row))
 
+    async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
+        """Store the time until which the provider of a model accepts no calls, unless a later one is stored.
+
+        Nothing is stored while the database is unavailable: the next call is refused by the provider again.
+        """
+        until = self._database.clock.now() + timedelta(seconds=min(seconds, MAX_BLOCKED_SECONDS))
+        statement = (
+            update(AiModel)
+            .where(
+                col(AiModel.id) == model_id,
+                is_usable_by(caller.organization_id, caller.user_id),
+                or_(col(AiModel.blocked_until).is_(None), col(AiModel.blocked_until) < until),
+            )
+            .values(blocked_until=until)
+        )
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(statement)
+
+        with suppress(DatabaseUnavailable):
+            await self._database.transaction(work)
+
     async def connect(self, model: AiModel) -> ModelConnection:
         """Return a model with address and key of its data source, which is used with the rights of the model's owner.
 
         Raises `NodeError`.
         """
         owner = RunCaller(model.organization_id, model.owner_id, "", "", "")
-        return build_connection(model, await self._sources.find(owner, model.data_source_id))
+        found = build_connection(model, await self._sources.find(owner, model.data_source_id))
+        if model.blocked_until is None:
+            return found
+        seconds = (model.blocked_until - self._database.clock.now()).total_seconds()
+        return msgspec.structs.replace(found, blocked_seconds=max(seconds, 0.0))
 
 
 def build_connection(model: AiModel, source: ConnectionSource) -> ModelConnection:

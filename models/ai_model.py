@@ -41,6 +41,8 @@ class AiModel(SQLModel, table=True):
     capabilities: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Abilities that the last test has seen; None before the first test."""
     tested_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    blocked_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Time until which its provider accepts no calls, as it has said; None if it never has."""
     revision: int = 1
     """Number that increases with every change."""
     is_shared: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, unquote
@@ -20,6 +20,7 @@ from execution.pod_api import (
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    ModelBlockRequest,
     ModelRequest,
     SignatureRequest,
     SignatureResponse,
@@ -99,6 +100,12 @@ class RemoteModels:
         except (DatabaseUnavailable, CallRefused) as error:
             message = "The model could not be looked up just now"
             raise NodeError(message, code="model-unavailable", retryable=True) from error
+
+    async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
+        """Tell the gateway that a provider accepts no calls for some seconds; nothing happens if it can't be told."""
+        path = f"/executions/{caller.execution_id}/models/blocked"
+        with suppress(DatabaseUnavailable, CallRefused):
+            await self._gateway.call(path, ModelBlockRequest(model_id, seconds), dict[str, Any])
 
 
 class RemoteRunStarter:

@@ -81,6 +81,9 @@ class NoModels:
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
         raise NodeError(f"There is no model {model_id!r} that this run may use", code="model-not-found")
 
+    async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
+        """Do nothing: the built-in model has no provider."""
+
 
 class ModelCallList(ModelCallLog):
     """Log of model calls in memory."""

@@ -10,7 +10,7 @@ import msgspec
 from gateway.ai_models import model_editing, model_rows, model_shapes
 from gateway.ai_models.model_shapes import CapabilitiesShape, CreateModel, ModelShape, UpdateModel
 from gateway.http import read_only
-from gateway.http.parameters import LIMIT, OFFSET, sorted_by
+from gateway.http.parameters import LIMIT, OFFSET, FlagParameter, sorted_by
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import WireStruct, body_of, read_json
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SORT = sorted_by(model_rows.SORTABLE)
 LISTED = (LIMIT, OFFSET, SORT)
+FORCE = FlagParameter("force", "Do it even if workflows name the model.")
 
 
 class ModelList(WireStruct):
@@ -81,7 +82,8 @@ async def create(request: GatewayRequest) -> JsonResponse:
 async def update(request: GatewayRequest) -> JsonResponse:
     """Change a model; absent fields do not change.
 
-    Only its owner and admins may.
+    Only its owner and admins may. A model that workflows name is replaced by another one, or taken from the
+    organization, with `force` alone.
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateModel)
@@ -90,12 +92,17 @@ async def update(request: GatewayRequest) -> JsonResponse:
         read_only.require_same(value, UpdateModel, lambda: _as_json(before))
         return model_shapes.apply_changes(before, body)
 
-    return _answer(await model_editing.edit(request.gateway.database, request.requested_object, change))
+    return _answer(
+        await model_editing.edit(
+            request.gateway.database, request.requested_object, change, is_forced=request.query[FORCE]
+        )
+    )
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a model; nodes that name it fail from then on."""
-    await model_editing.delete(request.gateway.database, request.requested_object)
+    """Delete a model; with `force`, even if workflows name it, whose runs then fail."""
+    requested, is_forced = request.requested_object, request.query[FORCE]
+    await model_editing.delete(request.gateway.database, requested, is_forced=is_forced)
     return NoContent()
 
 

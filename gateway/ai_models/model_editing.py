@@ -92,11 +92,12 @@ async def create(
     return JsonResponse(shown, status=201, headers=entity_tag(model))
 
 
-async def edit(database: Database, requested: RequestedObject, change: Change) -> AiModel:
+async def edit(database: Database, requested: RequestedObject, change: Change, *, is_forced: bool) -> AiModel:
     """Apply `change` to the requested model, and return the stored result.
 
     Raises 404, 403, 412 if `If-Match` names another revision, 409 for a taken name or a concurrent edit, and the
-    errors of `change`; then nothing is written.
+    errors of `change`; then nothing is written. A model that workflows use is replaced by another one, or taken from
+    the organization, only if `is_forced`; else 409.
     """
     done: AiModel | None = None
 
@@ -114,6 +115,8 @@ async def edit(database: Database, requested: RequestedObject, change: Change) -
         after.revision, after.updated_at = before.revision + 1, database.clock.now()
         if after.data_source_id != before.data_source_id:
             await _require_provider(connection, after, requested.caller, before.provider)
+        if not is_forced and _changes_for_users(before, after):
+            await _require_unused(connection, before, requested.caller)
         if not await model_rows.save(connection, before, after):
             raise errors.conflict(
                 "edit-conflict", "Another request changed this model at the same time: try again"
@@ -131,11 +134,11 @@ async def edit(database: Database, requested: RequestedObject, change: Change) -
     return after
 
 
-async def delete(database: Database, requested: RequestedObject) -> None:
+async def delete(database: Database, requested: RequestedObject, *, is_forced: bool) -> None:
     """Delete the requested model, with an audit entry.
 
-    Raises 404 if it is missing or invisible, 403 unless the caller is its owner or an admin, and 412 if
-    `If-Match` names another revision.
+    Raises 404 if it is missing or invisible, 403 unless the caller is its owner or an admin, 412 if
+    `If-Match` names another revision, and 409 if workflows use it, unless `is_forced`.
     """
     is_done = False
 
@@ -146,6 +149,8 @@ async def delete(database: Database, requested: RequestedObject) -> None:
         before = await find_readable(connection, requested)
         preconditions.require_owner(requested.caller, before.owner_id, what="model")
         preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="model")
+        if not is_forced:
+            await _require_unused(connection, before, requested.caller)
         await model_rows.remove(connection, before)
         await _record(connection, requested.caller, AuditAction.MODEL_DELETED, before, None)
         is_done = True
@@ -162,7 +167,9 @@ def entity_tag(model: AiModel) -> dict[str, str]:
 def content_hash(model: AiModel) -> str:
     """Return the SHA-256 of all content of a model that clients or tests set, in hexadecimal."""
     return fingerprint(
-        msgspec.to_builtins(model.model_dump(exclude={"id", "revision", "created_at", "updated_at"}))
+        msgspec.to_builtins(
+            model.model_dump(exclude={"id", "blocked_until", "revision", "created_at", "updated_at"})
+        )
     )
 
 
@@ -170,6 +177,27 @@ def name_taken(error: ModelNameTaken) -> ApiError:
     """Return the 409 error for a name that another model of the organization has."""
     message = f"The organization has another model with the name {error.args[0]!r}"
     return errors.conflict("model-name-taken", message)
+
+
+def _changes_for_users(before: AiModel, after: AiModel) -> bool:
+    """Return whether workflows that name a model get another one, or may lose it."""
+    is_other = (after.vendor_model_id, after.data_source_id) != (
+        before.vendor_model_id,
+        before.data_source_id,
+    )
+    return is_other or (before.is_shared and not after.is_shared)
+
+
+async def _require_unused(connection: AsyncConnection, model: AiModel, caller: ApiCaller) -> None:
+    """Raise a 409 error if workflows name the model; its details list those that the caller may read."""
+    if not await data_source_rows.is_named(connection, model.organization_id, model.id):
+        return
+    named_by = await data_source_rows.naming(connection, model.id, caller, limits.FINDINGS)
+    raise errors.conflict(
+        "model-in-use",
+        "Workflows use this model (details lists those that you may read): remove it there, or use ?force=true",
+        details=[errors.problem(f"workflows.{one}", "model-in-use", name) for one, name in named_by],
+    )
 
 
 async def _require_provider(

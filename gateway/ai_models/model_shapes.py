@@ -64,7 +64,7 @@ class CreateModel(StrictWire):
     """Model to register."""
 
     read_only: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("id", "organizationId", "ownerId", "createdAt", "updatedAt"), ""),
+        **dict.fromkeys(("id", "blockedUntil", "organizationId", "ownerId", "createdAt", "updatedAt"), ""),
         **dict.fromkeys(("capabilities", "testedAt"), "POST /api/v1/ai/models/:id/test"),
     }
 
@@ -117,6 +117,8 @@ class ModelShape(WireStruct):
     capabilities: CapabilitiesShape | None
     """Null before the first test."""
     tested_at: Instant | None
+    blocked_until: Instant | None
+    """Time until which the provider accepts no calls, as it has said; null or past if it accepts them."""
     is_shared: bool
     organization_id: str
     owner_id: str
@@ -186,6 +188,7 @@ def show_model(model: AiModel) -> ModelShape:
         price=None if price is None else msgspec.convert(price, PriceShape),
         capabilities=None if seen is None else msgspec.convert(seen, CapabilitiesShape),
         tested_at=None if model.tested_at is None else instant(model.tested_at),
+        blocked_until=None if model.blocked_until is None else instant(model.blocked_until),
         is_shared=model.is_shared,
         organization_id=model.organization_id,
         owner_id=model.owner_id,

@@ -216,9 +216,9 @@ async def _record(
 
 async def _require_unused(connection: AsyncConnection, source: DataSource, caller: ApiCaller) -> None:
     """Raise a 409 error if workflows name the data source; its details list those that the caller may read."""
-    if not await data_source_rows.is_named(connection, source):
+    if not await data_source_rows.is_named(connection, source.organization_id, source.id):
         return
-    named_by = await data_source_rows.naming(connection, source, caller, limits.FINDINGS)
+    named_by = await data_source_rows.naming(connection, source.id, caller, limits.FINDINGS)
     raise ApiError(
         409,
         "data-source-in-use",

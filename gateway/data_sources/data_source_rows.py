@@ -185,17 +185,20 @@ async def remove(connection: AsyncConnection, source: DataSource) -> None:
     await connection.execute(delete(DataSource).where(col(DataSource.id) == source.id))
 
 
-async def is_named(connection: AsyncConnection, source: DataSource) -> bool:
-    """Return whether a workflow of the organization refers to a data source by its id."""
-    return await connection.scalar(_select_referring_workflows(source).limit(1)) is not None
+async def is_named(connection: AsyncConnection, organization_id: str, object_id: str) -> bool:
+    """Return whether a workflow of the organization refers to a data source or model by its id."""
+    statement = _select_referring_workflows(organization_id, object_id)
+    return await connection.scalar(statement.limit(1)) is not None
 
 
 async def naming(
-    connection: AsyncConnection, source: DataSource, caller: ApiCaller, limit: int
+    connection: AsyncConnection, object_id: str, caller: ApiCaller, limit: int
 ) -> list[tuple[str, str]]:
-    """Return ids and names of at most `limit` workflows that refer to a data source and that the caller may read."""
+    """Return ids and names of at most `limit` workflows that refer to a data source or model and that the caller
+    may read.
+    """
     statement = (
-        _select_referring_workflows(source)
+        _select_referring_workflows(caller.organization_id, object_id)
         .where(workflow_readable_by(caller))
         .order_by(col(Workflow.id))
         .limit(limit)
@@ -203,8 +206,8 @@ async def naming(
     return [(row.id, row.name) for row in await connection.execute(statement)]
 
 
-def _select_referring_workflows(source: DataSource) -> Any:  # noqa: ANN401 - a statement with these columns
-    """Return the query of workflows whose graph contains the id of a data source as a text.
+def _select_referring_workflows(organization_id: str, object_id: str) -> Any:  # noqa: ANN401 - a statement with these columns
+    """Return the query of workflows whose graph contains the id of a data source or model as a text.
 
     The graph counts, since stored scopes are computed on request only.
     """
@@ -213,8 +216,8 @@ def _select_referring_workflows(source: DataSource) -> Any:  # noqa: ANN401 - a 
         select(col(Workflow.id), col(Workflow.name))
         .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
         .where(
-            col(Workflow.organization_id) == source.organization_id,
+            col(Workflow.organization_id) == organization_id,
             col(Workflow.deleted_at).is_(None),
-            nodes.contains(f'"{source.id}"', autoescape=True),
+            nodes.contains(f'"{object_id}"', autoescape=True),
         )
     )

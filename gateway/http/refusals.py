@@ -147,6 +147,11 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
         409,
         "Workflows use the data source; `details` lists those that the caller may see. `force=true` deletes it anyway.",
     ),
+    "model-in-use": ErrorCode(
+        409,
+        "Workflows use the language model; `details` lists those that the caller may see. `force=true` deletes it, "
+        "replaces it or takes it from its users anyway.",
+    ),
     "model-name-taken": ErrorCode(409, "The organization has another model of this name."),
     "too-many-models": ErrorCode(409, "The organization has the maximum number of models."),
     "data-source-name-taken": ErrorCode(409, "The owner has another data source of this name."),

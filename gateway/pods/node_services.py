@@ -28,6 +28,7 @@ from execution.pod_api import (
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    ModelBlockRequest,
     ModelRequest,
     SignatureRequest,
     SignatureResponse,
@@ -118,6 +119,17 @@ async def find_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespon
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translate_errors():
         return JsonResponse(await request.gateway.pod_services.models.find(caller, call.model_id))
+
+
+async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Store the time for which the provider of a model accepts no calls, if the user of the path's run may use it.
+
+    Raises 409 `lease-lost`.
+    """
+    call = await decode_call(request, ModelBlockRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    await request.gateway.pod_services.models.block(caller, call.model_id, call.seconds)
+    return JsonResponse({})
 
 
 async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -48,6 +48,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("GET", "/blobs/{id}/{sub}", node_services.get_blob),
     PodRoute("POST", "/executions/{id}/data-sources", node_services.open_data_source),
     PodRoute("POST", "/executions/{id}/models", node_services.find_model),
+    PodRoute("POST", "/executions/{id}/models/blocked", node_services.block_model),
     PodRoute("POST", "/executions/{id}/runs", node_services.start_run),
     PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),
     PodRoute("POST", "/executions/{id}/event-waits", node_services.expect_event),

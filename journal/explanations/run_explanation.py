@@ -291,8 +291,12 @@ def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
         case BlockerCode.AWAITING_TASK:
             return _task_blocker(node)
         case BlockerCode.RETRY_AT | BlockerCode.TIMER:
-            is_retry = code is BlockerCode.RETRY_AT
-            text = "has failed and is tried again" if is_retry else "waits for a time"
+            text = "waits for a time"
+            if code is BlockerCode.RETRY_AT:
+                text = "has failed and is tried again"
+                where = {**where, "error": node.error_code}
+            if node.error_code == "model-rate-limited":
+                text = "waits until the provider of its language model accepts calls again"
             return Blocker(code, f"{node.label} {text}", node.started_at, until=node.wake_at, details=where)
         case _:
             return _running_blocker(facts, node)

@@ -68,6 +68,8 @@ class UnsettledNode:
     """Kind and request of the answer for which it waits; None for another wait."""
     task: TaskFact | None = None
     """Open task for whose end it waits."""
+    error_code: str | None = None
+    """Code of the failure after which it retries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +338,7 @@ async def _read_unsettled_nodes(
         select(
             *(col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label), col(SpanRow.status)),
             *(col(SpanRow.attempt), col(SpanRow.started_at), col(SpanRow.wake_at), col(SpanRow.awaits)),
+            col(SpanRow.error),
         )
         .where(
             col(SpanRow.execution_id) == run.id,
@@ -362,6 +365,7 @@ async def _read_unsettled_nodes(
             *(row.attempt, row.started_at, row.wake_at),
             waits[row.node_id, row.iteration],
             tasks.get((row.node_id, row.iteration)),
+            decoding.decode(row.error)["code"] if row.error else None,
         )
         for row in rows
     ]

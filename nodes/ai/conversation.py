@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -102,23 +103,47 @@ def _note_answer(call: NodeCall, turn: _Turn) -> None:
 async def _ask_first(call: NodeCall, model_ids: Sequence[str], request: ChatRequest) -> _Turn:
     """Return the answer of the first model that answers; raises the failure of the last one.
 
-    Another model is asked only if it may do better: not after a refusal of the request itself.
+    Another model is asked only if it may do better: not after a refusal of the request itself. If no model answers,
+    the node waits for the first of those whose providers have named a time.
     """
+    failures: list[ModelCallFailed] = []
     for number, model_id in enumerate(model_ids):
         # Unique for each call, lest a gateway repeat the answer or failure of another one.
         key = f"{call.idempotency_key}:{len(call.model_calls.recorded)}:{call.attempt}"
         try:
             reply = await call.services.models.complete(call.caller, model_id, request, idempotency_key=key)
         except ModelCallFailed as failure:
-            call.model_calls.add(ModelCallRecord(model_id, error=failure.code))
+            failures.append(failure.with_message(f"{model_id}: {failure.message}"))
             if number + 1 == len(model_ids) or not failure.can_fall_back:
-                raise failure.with_message(f"{model_id}: {failure.message}") from failure
+                raised = _choose_failure(failures)
+                wait = raised.retry_after_seconds if raised.retryable else None
+                milliseconds = None if wait is None else ceil(wait * 1000)
+                call.model_calls.add(
+                    ModelCallRecord(model_id, error=failure.code, wait_milliseconds=milliseconds)
+                )
+                raise raised from failure
+            call.model_calls.add(ModelCallRecord(model_id, error=failure.code))
             call.log("warning", f"{model_id}: {failure.message}: {model_ids[number + 1]} is asked instead")
             continue
         answer = reply.answer
         record = ModelCallRecord(model_id, answer.model, answer.usage, reply.cost, answer.finish_reason)
         return _Turn(answer.text, record)
     raise NodeError("The node names no model", code="missing-config")
+
+
+def _choose_failure(failures: Sequence[ModelCallFailed]) -> ModelCallFailed:
+    """Return the failure of a node: that with the shortest wait, or else the last.
+
+    After a refusal of the request itself, no wait helps.
+    """
+    waits = [
+        (failure.retry_after_seconds, number)
+        for number, failure in enumerate(failures)
+        if failure.retryable and failure.retry_after_seconds is not None
+    ]
+    if not waits or not failures[-1].can_fall_back:
+        return failures[-1]
+    return failures[min(waits)[1]]
 
 
 def _ask_for_correction(request: ChatRequest, text: str, problems: Sequence[str]) -> ChatRequest:

@@ -45,7 +45,7 @@ MAX_ERROR_BYTES: Final = 65_536
 MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 ANSWER_TOOL: Final = "give_answer"
 """Tool with the schema of an answer, for models that call tools and know no schemas."""
-_RATE_LIMITED: Final = 429
+_TOO_MANY_REQUESTS: Final = 429
 _PAYMENT_REQUIRED: Final = 402
 _NO_CREDIT: Final = frozenset({"insufficient_quota", "billing_error"})
 """Codes of errors that no waiting mends: the account has no credit left."""
@@ -265,6 +265,7 @@ async def _read_answer(stream: OutboundStream, answer: AnswerParser) -> ChatAnsw
 # ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
 
 REFUSED: Final = "model-request-refused"
+RATE_LIMITED: Final = "model-rate-limited"
 
 
 async def _read_error(stream: OutboundStream) -> bytes:
@@ -295,10 +296,10 @@ def build_status_failure(status: int, headers: Mapping[str, str], body: bytes) -
         )
     if status == _PAYMENT_REQUIRED or error_code in _NO_CREDIT:
         return ModelCallFailed(message, code="model-credit-exhausted", retryable=False, can_fall_back=True)
-    if status == _RATE_LIMITED:
+    if status == _TOO_MANY_REQUESTS:
         return ModelCallFailed(
             message,
-            code="model-rate-limited",
+            code=RATE_LIMITED,
             retryable=True,
             can_fall_back=True,
             retry_after_seconds=_read_retry_after(headers),

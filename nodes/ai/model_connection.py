@@ -38,6 +38,8 @@ class ModelConnection(msgspec.Struct, frozen=True):
     """Whether a test has shown that the model calls tools."""
     max_output_tokens: int | None = None
     price: ModelPrice | None = None
+    blocked_seconds: float = 0.0
+    """Time until its provider accepts calls again, as it has said after an earlier one."""
 
     def __repr__(self) -> str:
         return f"ModelConnection({self.id!r}, provider={self.provider.value!r})"
@@ -65,3 +67,6 @@ class ModelConnections(Protocol):
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model; raises `NodeError` `model-not-found` if it is missing or not permitted."""
+
+    async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
+        """Note that the provider of a model accepts no calls for some seconds; failures to do so are ignored."""

@@ -32,6 +32,10 @@ PriceOption = Annotated[
 ]
 
 
+FORCED = {"force": "true"}
+ForceOption = Annotated[bool, Option("--force", help="Even if workflows name it.")]
+
+
 @app.command("list")
 def list_models(
     limit: LimitOption = 100, every: AllOption = False, output: FormatOption = OutputFormat.TABLE
@@ -74,6 +78,7 @@ def update_model(
     shared: Annotated[
         bool | None, Option("--shared/--private", help="Let the whole organization use it, or not.")
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Change a model; what is not given stays."""
     body = {
@@ -82,14 +87,14 @@ def update_model(
         "isShared": shared,
     }
     changes = {field: value for field, value in body.items() if value is not None}
-    connect().request("PUT", f"{MODELS}/{find_model(model)}", json=changes)
+    connect().request("PUT", f"{MODELS}/{find_model(model)}", json=changes, query=FORCED if force else None)
 
 
 @app.command("delete")
-def delete_model(model: ModelArgument, yes: YesOption = False) -> None:
-    """Delete a model; nodes that name it fail from then on."""
+def delete_model(model: ModelArgument, force: ForceOption = False, yes: YesOption = False) -> None:
+    """Delete a model."""
     confirm(f"Delete the model {model}?", is_confirmed=yes)
-    connect().request("DELETE", f"{MODELS}/{find_model(model)}")
+    connect().request("DELETE", f"{MODELS}/{find_model(model)}", query=FORCED if force else None)
 
 
 @app.command("test")

@@ -37,6 +37,9 @@ class ServedModels:
             price=self._price,
         )
 
+    async def block(self, caller: RunCaller, model_id: str, seconds: float) -> None:
+        """Remember nothing: each answer of a server is asked for."""
+
 
 def open_served_models(urls: Mapping[str, str], price: ModelPrice | None = PRICE) -> LazyModels:
     """Return the service of nodes that calls these models on this machine."""

@@ -44,6 +44,8 @@ class ScriptedAnswer:
     text: str = "Cold."
     fault: ModelFault | None = None
     tool_calls: Sequence[Mapping[str, Any]] = ()
+    retry_after: str = "7"
+    """Header of a rate limit."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ class ModelServer:
         self.requests.append(await request.json())
         self.on_request()
         line = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        refusal = _build_refusal(line.fault, request)
+        refusal = _build_refusal(line, request)
         if refusal is not None:
             return refusal
         if line.fault is ModelFault.SLOW_FIRST_BYTE:
@@ -89,7 +91,7 @@ class ModelServer:
         self.requests.append(await request.json())
         self.on_request()
         line = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        refusal = _build_refusal(line.fault, request)
+        refusal = _build_refusal(line, request)
         if refusal is not None:
             return refusal
         self.billed.append(request.headers.get("idempotency-key", ""))
@@ -174,11 +176,11 @@ def _build_document(line: ScriptedAnswer) -> dict[str, Any]:
     return {"model": "scripted-1", "choices": [choice], "usage": USAGE}
 
 
-def _build_refusal(fault: ModelFault | None, request: web.Request) -> web.Response | None:
+def _build_refusal(line: ScriptedAnswer, request: web.Request) -> web.Response | None:
     key = request.headers.get("authorization", "")
-    match fault:
+    match line.fault:
         case ModelFault.RATE_LIMITED:
-            return _build_error(429, "Rate limit reached", {"retry-after": "7"})
+            return _build_error(429, "Rate limit reached", {"retry-after": line.retry_after})
         case ModelFault.OVERLOADED:
             return _build_error(529, "Overloaded", {"retry-after": "3"})
         case ModelFault.NO_CREDIT:

@@ -80,6 +80,7 @@ async def test_a_model_is_registered_listed_changed_and_deleted(people: Organiza
         "price": {**PRICE, "cacheRead": None, "cacheWrite": None},
         "capabilities": None,
         "testedAt": None,
+        "blockedUntil": None,
         "isShared": False,
         "organizationId": people.owner.user.organization_id,
         "ownerId": people.owner.user.id,
@@ -172,6 +173,31 @@ async def test_a_model_is_seen_and_used_by_its_owner_until_it_is_shared(
     )
     with pytest.raises(NodeError):
         await models.find(caller_of(people.stranger), model_id)
+
+
+async def test_a_model_that_workflows_name_is_taken_from_them_only_by_force(
+    people: OrganizationUsers,
+) -> None:
+    model_id = await create_model(people.owner, await create_provider(people.owner), isShared=True)
+    config = {"model": "echo", "prompt": "Hi", "fallbackModelIds": [model_id]}
+    workflow_id = await people.owner.create(
+        nodes=[{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "llm", "config": config}],
+        connections=[{"source": "start", "target": "ask"}],
+    )
+    path = f"{MODELS}/{model_id}"
+    for response in (
+        await people.owner.api.delete(path),
+        await people.owner.api.put(path, json={"vendorModelId": "scripted-2"}),
+        await people.owner.api.put(path, json={"isShared": False}),
+    ):
+        assert_refused(response, 409, "model-in-use")
+        (problem,) = response.json()["error"]["details"]
+        assert problem["path"] == f"workflows.{workflow_id}"
+    renamed = await people.owner.api.put(path, json={"name": "Tiny", "price": PRICE})
+    assert renamed.status_code == 200
+    forced = await people.owner.api.put(f"{path}?force=true", json={"vendorModelId": "scripted-2"})
+    assert forced.json()["vendorModelId"] == "scripted-2"
+    assert (await people.owner.api.delete(f"{path}?force=true")).status_code == 204
 
 
 async def test_names_are_unique_and_creation_is_idempotent(people: OrganizationUsers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -44,15 +45,26 @@ async def serve_worker(harness: GatewayHarness, url: str) -> AsyncIterator[None]
 
 async def ask_model(person: UserClient, model_id: str) -> tuple[str, dict[str, Any]]:
     """Run a workflow that asks a model; return the execution with its spans and log as text, and its progress."""
-    workflow_id = await person.create(
+    execution_id = await execute_workflow(person, await create_question(person, model_id))
+    return execution_id, await wait_until_ended(person, execution_id)
+
+
+async def wait_until_waiting(person: UserClient, execution_id: str) -> None:
+    path = f"/api/v1/executions/{execution_id}/progress?wait=0"
+    while (shown := (await person.api.get(path)).json())["status"] != "waiting":
+        assert shown["status"] in {"pending", "running"}, shown
+        await asyncio.sleep(0.02)
+
+
+async def create_question(person: UserClient, model_id: str) -> str:
+    """Create a workflow that asks a model, and return its id."""
+    return await person.create(
         nodes=[
             {"id": "start", "nodeId": "manual"},
             {"id": "ask", "nodeId": "llm", "config": {"model": model_id, "prompt": "How is Oslo?"}},
         ],
         connections=[{"source": "start", "target": "ask"}],
     )
-    execution_id = await execute_workflow(person, workflow_id)
-    return execution_id, await wait_until_ended(person, execution_id)
 
 
 async def test_usage_and_cost_are_shown_and_the_key_is_not(
@@ -77,6 +89,38 @@ async def test_usage_and_cost_are_shown_and_the_key_is_not(
     assert KEY not in "".join((shown.text, spans.text, listed.text, *capfd.readouterr()))
 
 
+async def test_a_run_waits_for_a_rate_limit_and_names_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    limited = ScriptedAnswer(fault=ModelFault.RATE_LIMITED, retry_after="3600")
+    async with serve_models(limited, ScriptedAnswer()) as served, serve_worker(harness, served.url):
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        workflow_id = await create_question(people.owner, model_id)
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        await wait_until_waiting(people.owner, execution_id)
+        assert len(served.requests) == 1
+        # Another run asks nothing, since the model is known to be blocked.
+        other_id = await execute_workflow(people.owner, workflow_id)
+        await wait_until_waiting(people.owner, other_id)
+        assert len(served.requests) == 1
+        why = (await people.owner.api.get(f"/api/v1/executions/{execution_id}/why")).json()
+        model = (await people.owner.api.get(f"{MODELS}/{model_id}")).json()
+    (blocker,) = why["blockers"]
+    assert (blocker["code"], blocker["details"]["error"]) == ("retry-at", "model-rate-limited")
+    assert "until the provider of its language model accepts calls again" in blocker["message"]
+    assert blocker["until"][:16] == model["blockedUntil"][:16]
+
+
+async def test_a_short_rate_limit_is_waited_out_without_spending_attempts(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    limits = [ScriptedAnswer(fault=ModelFault.RATE_LIMITED, retry_after="0.2")] * 3
+    async with serve_models(*limits, ScriptedAnswer()) as served, serve_worker(harness, served.url):
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        _, ended = await ask_model(people.owner, model_id)
+    assert (ended["status"], ended["outputs"]["ask"]["response"]) == ("completed", "Cold."), ended["error"]
+
+
 async def test_a_failed_call_hides_the_key_and_counts_nothing(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -96,7 +140,8 @@ async def test_a_run_may_call_a_model_as_long_as_its_user_may(
     async with serve_models() as served, serve_worker(harness, served.url):
         model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
         for is_shared, status in ((False, "failed"), (True, "completed"), (False, "failed")):
-            await people.owner.api.put(f"{MODELS}/{model_id}", json={"isShared": is_shared})
+            path = f"{MODELS}/{model_id}?force=true"
+            await people.owner.api.put(path, json={"isShared": is_shared})
             _, ended = await ask_model(people.colleague, model_id)
             assert ended["status"] == status
     assert ended["error"]["cause"]["code"] == "model-not-found"

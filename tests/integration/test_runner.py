@@ -893,6 +893,7 @@ class HeldRun:
             "/answers": {"execution_ids": [execution_id]},
             "/executions/{id}/data-sources": {"source_id": self.source_id},
             "/executions/{id}/models": {"model_id": self.model_id},
+            "/executions/{id}/models/blocked": {"model_id": self.model_id, "seconds": 60},
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
             "/executions/{id}/approval-links": {"places": [["greet", ""]]},

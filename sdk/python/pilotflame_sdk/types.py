@@ -1462,6 +1462,7 @@ class Model(TypedDict):
     price: Price | None
     capabilities: Capabilities | None
     testedAt: str | None
+    blockedUntil: str | None
     isShared: bool
     organizationId: str
     ownerId: str
