@@ -50,7 +50,7 @@ class TaskShape(WireStruct):
     iteration: str
     """Turn of the enclosing loops; empty outside of loops."""
     attempt: int
-    """Number of the present attempt, or of the next one."""
+    """Number of the present attempt, of the next one, or of the last one of a failed task."""
     max_attempts: int
     """Attempts that may fail; lost ones are counted apart."""
     failures: int
@@ -229,7 +229,9 @@ def _fields(row: Row[Any]) -> dict[str, Any]:
         "workflow_id": row.workflow_id,
         "node_id": row.node_id,
         "iteration": row.iteration,
-        "attempt": row.failures + row.losses + 1,
+        "attempt": (row.failures + row.losses or 1)
+        if state is TaskState.FAILED
+        else row.failures + row.losses + 1,
         "max_attempts": row.max_attempts,
         "failures": row.failures,
         "losses": row.losses,

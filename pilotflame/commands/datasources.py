@@ -43,7 +43,7 @@ def list_sources(
     output: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """List the data sources that the key may use."""
-    found = connect().iterate("/api/v1/datasources", "datasources", {"type": kind})
+    found = connect().iterate("/api/v1/datasources", "dataSources", {"type": kind})
     show_list(take(found, limit, all_items=every), output, COLUMNS)
 
 

@@ -121,8 +121,9 @@ def print_outcome(run: Run, output: OutputChoice, connections: Sequence[Mapping[
     """
     _print_outputs(run, output, connections)
     if run.status != "completed":
-        reason = f": {run.error['message']} ({run.error['code']})" if run.error else ""
-        remark(f"{run.id} {run.status}{reason}")
+        from pilotflame_sdk import RunFailed
+
+        remark(str(RunFailed(run.id, run.status, run.error)) if run.error else f"{run.id} {run.status}")
         raise typer.Exit(exit_codes.RUN_FAILED)
 
 

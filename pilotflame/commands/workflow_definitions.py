@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,12 +148,15 @@ def name_files(
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Yield a path in the folder, such as `my-flow.yaml`, for each document, from its `name` in lower case.
 
-    Other characters than ASCII letters and digits become hyphens, so that every name is safe as a file name;
-    equal results are numbered from 2 on. Writes nothing.
+    Letters lose their accents, and other characters than ASCII letters and digits become hyphens, so that every name
+    is safe as a file name; equal results are numbered from 2 on. Writes nothing.
     """
     taken: set[str] = set()
     for document in documents:
-        readable = re.sub(r"[^a-z0-9]+", "-", str(document["name"]).lower())[:FILE_NAME_LENGTH].strip("-")
+        plain = (
+            unicodedata.normalize("NFKD", str(document["name"])).encode("ascii", "ignore").decode().lower()
+        )
+        readable = re.sub(r"[^a-z0-9]+", "-", plain)[:FILE_NAME_LENGTH].strip("-")
         name, number = readable or "workflow", 1
         while name in taken:
             number += 1

@@ -191,7 +191,7 @@ def test_a_run_that_fails_ends_with_5_and_says_why(shell: CommandShell) -> None:
     done = command_runs.run("run", "Failing", given=shell.given)
     assert done.returncode == 5
     assert "failed: " in done.stderr
-    assert "(node-error)" in done.stderr
+    assert "(address-not-allowed, node ask)" in done.stderr
 
 
 def test_logs_prints_lines_of_nodes_without_terminal_controls(shell: CommandShell) -> None:

@@ -98,19 +98,19 @@ def test_exported_files_apply_without_a_change_and_name_their_data_sources(shell
         "config": {"dataSource": "@orders-db", "query": "SELECT 1"},
     }
     definition = {
-        "name": "Exported",
+        "name": "Éxported",
         "nodes": [{"id": "start", "type": "manual"}, query],
         "connections": [{"source": "start", "target": "query"}],
     }
     source = shell.file("source/exported.json", json.dumps(definition))
     shell.output("apply", "-f", source)
     out = shell.folder / "out"
-    assert shell.output("export", "Exported", "-d", str(out)) == f"{out}/exported.yaml"
+    assert shell.output("export", "Éxported", "-d", str(out)) == f"{out}/exported.yaml"
     written = yaml.safe_load((out / "exported.yaml").read_text())
     assert written["nodes"][1]["config"]["dataSource"] == "@orders-db"
     assert written["connections"] == [{"source": "start", "target": "query"}]
     assert shell.run("diff", "-f", str(out), "--exit-code").returncode == 0
-    assert yaml.safe_load(shell.output("export", "Exported")) == written
+    assert yaml.safe_load(shell.output("export", "Éxported")) == written
 
 
 @pytest.mark.parametrize(

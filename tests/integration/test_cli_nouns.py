@@ -6,13 +6,16 @@ import json
 import re
 import stat
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_group
 
+from pilotflame import cli
 from tests import command_runs
 from tests.integration.command_shell import KEY, CommandShell, open_shell
 
@@ -57,6 +60,19 @@ def test_lists_have_four_formats(shell: CommandShell) -> None:
     assert shell.json("workflows", "get", "Asking")["id"] == found["id"]
     assert shell.output("workflows", "get", "Asking", "-o", "name") == found["id"]
     assert "Asking" in shell.output("workflows", "get", found["id"], "-o", "table")
+
+
+def test_every_noun_is_listed(shell: CommandShell) -> None:
+    groups = {
+        noun: get_group(import_module(f"pilotflame.commands.{cli.PLACES[noun].module}").app)
+        for noun in cli.NOUNS
+    }
+    nouns = [noun for noun, group in groups.items() if "list" in group.commands]
+    assert len(nouns) > 15
+    for noun in nouns:
+        listed = shell.json(noun, "list", "-o", "json")
+        assert isinstance(listed, list), noun
+        assert len(shell.output(noun, "list").splitlines()) == len(listed) + 1, noun
 
 
 def test_a_run_is_started_answered_watched_cancelled_and_stopped(shell: CommandShell) -> None:

@@ -147,7 +147,8 @@ async def test_a_failed_attempt_is_tried_again_by_the_rules_of_its_type(
     await worker.send(task, "fail", error=error, retry={"afterSeconds": 0})
     ended = await wait_until_ended(people.owner, execution_id)
     assert ended["error"]["cause"]["code"] == "no-such-image"
-    assert (await show_task(people.owner, task["id"]))["failures"] == 3
+    shown = await show_task(people.owner, task["id"])
+    assert (shown["failures"], shown["attempt"]) == (3, 3)
 
     # `retry: false` is final at the first attempt.
     execution_id = await start(people)

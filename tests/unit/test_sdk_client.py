@@ -187,11 +187,9 @@ def test_run_raises_the_error_of_a_failed_run() -> None:
     outcome = {"executionId": "exec_1", "status": "failed", "outputs": {}, "error": error}
     with pytest.raises(RunFailed) as caught:
         ScriptedServer(httpx2.Response(200, json=outcome)).client().run("wf_1")
-    assert (caught.value.code, caught.value.node_id, caught.value.execution_id) == (
-        "node-error",
-        "ask",
-        "exec_1",
-    )
+    failed = caught.value
+    assert (failed.code, failed.node_id, failed.execution_id) == ("x", "ask", "exec_1")
+    assert str(failed) == "exec_1 failed: No (x, node ask)"
 
 
 # ── profiles ────────────────────────────────────────────────────────────────────────────────────────────────

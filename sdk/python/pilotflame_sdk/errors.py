@@ -48,7 +48,8 @@ class APIError(PilotflameError):
         """Id by which the operator of the server finds the request in its log."""
 
     def __str__(self) -> str:
-        details = [_detail_text(one) for one in self.details]
+        # Refusals of one field often say the same twice.
+        details = [text for text in map(_detail_text, self.details) if text != self.message]
         return "; ".join([f"{self.message} ({self.code})", *details])
 
 
@@ -89,11 +90,13 @@ class RunFailed(RunError):
         self.status = status
         self.error = error
         """Error of the execution as the API has it; None for a run that was stopped or cancelled."""
-        self.code: str = found.get("code") or status
+        self.code: str = cause.get("code") or found.get("code") or status
+        """Code of the failed node's error, such as that of a `TaskError`; else of the run's, else its status."""
         self.message: str = found.get("message") or f"The run is {status}"
         self.node_id: str | None = cause.get("nodeId") or found.get("nodeId")
         """Node that failed."""
-        super().__init__(f"{execution_id} {status}: {self.message} ({self.code})", execution_id)
+        place = "" if self.node_id is None else f", node {self.node_id}"
+        super().__init__(f"{execution_id} {status}: {self.message} ({self.code}{place})", execution_id)
 
 
 class RunTimeout(RunError):
@@ -161,4 +164,4 @@ def build_error(status: int, reason: str, body: object) -> APIError:
 def _detail_text(detail: Mapping[str, Any]) -> str:
     """Return the path and message of one detail of an error, or the message alone."""
     path, message = detail.get("path"), detail.get("message") or detail.get("code") or ""
-    return f"{path}: {message}" if path else str(message)
+    return f"{path}: {message}" if path and not str(message).startswith(path) else str(message)
