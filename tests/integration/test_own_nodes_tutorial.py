@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,8 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from docs.tables import ROOT
+from tests import databases
 from tests.command_runs import COMMAND
-from tests.integration.command_shell import CommandShell, open_shell
+from tests.integration.command_shell import CommandShell, open_server_shell, open_shell
+from tests.services import PostgresServer
 
 PAGE = (ROOT / "docs/own-nodes-tutorial.md").read_text()
 PANDAS = '''
@@ -56,9 +59,18 @@ def read_blocks(kind: str) -> list[str]:
     return blocks
 
 
-@pytest.fixture
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
-    with open_shell(tmp_path_factory.mktemp("shell")) as shell:
+@pytest.fixture(params=["dev on SQLite", "production on PostgreSQL"])
+def shell(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, free_tcp_port: int
+) -> Iterator[CommandShell]:
+    folder = tmp_path_factory.mktemp("shell")
+    if request.param.startswith("dev"):
+        opened = open_shell(folder)
+    else:
+        postgres: PostgresServer = request.getfixturevalue("postgres")
+        database_url = asyncio.run(databases.create_database(postgres, "tutorial"))
+        opened = open_server_shell(folder, database_url, free_tcp_port)
+    with opened as shell:
         yield shell
 
 
