@@ -64,6 +64,8 @@ _FAILED_STATES: Final = frozenset({ObservedState.FAILED, ObservedState.OUTDATED}
 class Deployment(SQLModel, table=True):
     """Deployment of a workflow, present or past. Runs for its pods have the workflow's id as their target."""
 
+    __table_args__ = (Index("ix_deployment_organization", "organization_id", "workflow_id"),)
+
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     organization_id: str
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))

@@ -38,10 +38,12 @@ from scheduler import (
     recovery,
     retention,
     row_metrics,
+    run_hours,
     unused_definitions,
 )
 from scheduler.leadership import RENEWALS_PER_LEASE, LeaderElection
 from scheduler.row_metrics import RowMetrics
+from scheduler.run_hours import RunHourCounter
 from scheduler.schedules import ScheduleRunner
 from scheduler.settings import SchedulerSettings
 from telemetry import instruments
@@ -72,6 +74,7 @@ def list_duties(
     schedules = ScheduleRunner(database, broker, catalogs.load_catalog())
     awaited = EventMatcher(database, broker)
     counter = RowMetrics(database)
+    hours = RunHourCounter(database)
     return (
         PeriodicDuty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
         PeriodicDuty("reset schedules ahead", 60, schedules.set_back),
@@ -124,6 +127,7 @@ def list_duties(
         ),
         PeriodicDuty("chain audit entries", 10, partial(audit_chain.chain_entries, database)),
         PeriodicDuty("count rows", row_metrics.COUNT_SECONDS, counter.count_rows),
+        PeriodicDuty("count runs by hour", run_hours.COUNT_SECONDS, hours.count_runs),
         PeriodicDuty("deliver events", settings.sweep_seconds, awaited.deliver_undelivered),
         PeriodicDuty("forget event waits", 600, awaited.delete_expired),
         PeriodicDuty(

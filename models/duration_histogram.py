@@ -1,0 +1,62 @@
+"""Histograms of durations that a database fills, and estimates of percentiles from their counts.
+
+The buckets are logarithmic, four to a doubling, so that an estimate differs from the exact value by 10 % at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final, TypeAlias
+
+from sqlalchemy import ColumnElement, case, literal_column
+
+Histogram: TypeAlias = "Mapping[str, int]"
+"""Number of durations by bucket; the keys are decimal numbers as text, since it is stored as JSON."""
+
+BUCKETS_PER_DOUBLING: Final = 4
+HALF_BUCKET: Final = 2.0 ** (1 / (2 * BUCKETS_PER_DOUBLING))
+"""Factor from the least duration of a bucket to its middle."""
+_BOUNDS: Final = [round(1_000 * 2 ** (number / BUCKETS_PER_DOUBLING)) for number in range(128)]
+"""Largest durations of the buckets but the last, in microseconds: 1 ms to about 41 days."""
+
+
+def bucket_of(microseconds: ColumnElement[int]) -> ColumnElement[int]:
+    """Return the SQL expression of a duration's bucket: a binary search of seven comparisons."""
+    return _search(microseconds, 0, len(_BOUNDS))
+
+
+def _search(microseconds: ColumnElement[int], first: int, last: int) -> ColumnElement[int]:
+    """Return the SQL expression of a duration's bucket, which is one of `first` to `last`."""
+    if first == last:
+        return literal_column(str(first))
+    middle = (first + last) // 2
+    return case(
+        (microseconds <= literal_column(str(_BOUNDS[middle])), _search(microseconds, first, middle)),
+        else_=_search(microseconds, middle + 1, last),
+    )
+
+
+def merge_histograms(histograms: Iterable[Histogram]) -> dict[str, int]:
+    """Return the sum of histograms."""
+    total: dict[str, int] = {}
+    for one in histograms:
+        for bucket, count in one.items():
+            total[bucket] = total.get(bucket, 0) + count
+    return total
+
+
+def estimate_quantile(histogram: Histogram, percent: int) -> int | None:
+    """Return a percentile of the durations in whole milliseconds, within 10 %; None for an empty histogram."""
+    left = -(-sum(histogram.values()) * percent // 100)
+    for bucket in sorted(map(int, histogram)):
+        left -= histogram[str(bucket)]
+        if left <= 0:
+            return _middle_ms(bucket)
+    return None
+
+
+def _middle_ms(bucket: int) -> int:
+    """Return the duration in the middle of a bucket in whole milliseconds: 0 for the first."""
+    if bucket == 0:
+        return 0
+    return round(_BOUNDS[bucket - 1] * HALF_BUCKET / 1_000)

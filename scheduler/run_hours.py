@@ -1,0 +1,110 @@
+"""Duty that keeps the hourly counts of runs, from which the dashboard draws its charts."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+from journal import run_hours
+from journal.run_hours import HOUR
+from models.database_time import read_database_time
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from models.database import Database
+    from models.run_hour import RunHour
+
+COUNT_SECONDS: Final = 5.0
+REST_FACTOR: Final = 20
+"""A turn is followed by a rest of this many times its length, so that counts take 5 % of the time at most."""
+TURN_SECONDS: Final = 2.0
+"""Time after which a turn counts no further hour; the others follow in the next turns."""
+SETTLING_TIME: Final = timedelta(minutes=1)
+"""Time after the end of an hour until which runs may still be stored that were accepted within it."""
+
+
+class RunHourCounter:
+    """Counter of the runs of the last 24 hours by hour.
+
+    A turn counts the present hour, and those of whose runs some have ended since they were counted.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._rest_until = 0.0
+        self._first: datetime | None = None
+        """Earliest hour that is kept."""
+        self._unfinished: dict[datetime, int] = {}
+        """Unfinished runs of each hour at its last count."""
+        self._counted_at: dict[datetime, datetime] = {}
+        self._written: dict[datetime, int] = {}
+        """Hash of the rows that were written last, by hour."""
+
+    async def count_runs(self) -> None:
+        """Count the hours that have changed, and store their counts; does nothing while it rests.
+
+        Raises `DatabaseUnavailable`.
+        """
+        begun_at = time.monotonic()
+        if begun_at < self._rest_until:
+            return
+        try:
+            async with self._database.read() as connection:
+                now = await read_database_time(connection)
+                unfinished = await run_hours.count_unfinished(connection, run_hours.first_hour(now))
+            await self._forget_hours(run_hours.first_hour(now))
+            for starts_at in self._list_changed(now, unfinished):
+                if time.monotonic() - begun_at > TURN_SECONDS:
+                    break
+                await self._count_hour(starts_at)
+                self._unfinished[starts_at] = unfinished.get(starts_at, 0)
+                self._counted_at[starts_at] = now
+        finally:
+            ended_at = time.monotonic()
+            self._rest_until = ended_at + REST_FACTOR * (ended_at - begun_at)
+
+    def _list_changed(self, now: datetime, unfinished: dict[datetime, int]) -> Iterable[datetime]:
+        """Return the hours to count: the present one, then others that have changed, those counted longest ago
+        first.
+        """
+        present = run_hours.hour_of(now)
+        earlier = [present - number * HOUR for number in range(1, run_hours.HOURS)]
+        never = run_hours.first_hour(now)
+        changed = [
+            hour
+            for hour in earlier
+            if self._counted_at.get(hour, never) < hour + HOUR + SETTLING_TIME
+            or self._unfinished[hour] != unfinished.get(hour, 0)
+        ]
+        return [
+            present,
+            *sorted(changed, key=lambda hour: (self._counted_at.get(hour, never), -hour.timestamp())),
+        ]
+
+    async def _count_hour(self, starts_at: datetime) -> None:
+        """Count the runs of an hour, and write the counts if they differ from those written last."""
+        async with self._database.read() as connection:
+            rows = await run_hours.count_hour(connection, starts_at)
+        digest = _hash_rows(rows)
+        if self._written.get(starts_at) != digest:
+            await self._database.transaction(
+                lambda connection: run_hours.replace_hour(connection, starts_at, rows)
+            )
+            self._written[starts_at] = digest
+
+    async def _forget_hours(self, first: datetime) -> None:
+        """Delete the counts of hours that statistics no longer show, once for each hour."""
+        if first == self._first:
+            return
+        await self._database.transaction(lambda connection: run_hours.delete_hours(connection, first))
+        self._first = first
+        for remembered in (self._unfinished, self._counted_at, self._written):
+            for hour in [hour for hour in remembered if hour < first]:
+                del remembered[hour]
+
+
+def _hash_rows(rows: Iterable[RunHour]) -> int:
+    return hash(tuple(sorted(repr(row) for row in rows)))
