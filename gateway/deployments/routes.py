@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.deployments import deployments, discover, lifecycle, trigger
+from gateway.deployments import (
+    deployment_list,
+    deployments,
+    discover,
+    lifecycle,
+    trigger,
+    workflow_activity,
+)
 from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewRequest
 from gateway.http.operation_docs import (
     COLD_START,
@@ -24,6 +31,15 @@ from gateway.http.route import EXECUTE, READ, WRITE, Route
 TRIGGER = "/api/v1/workflows/{id}/trigger"
 
 ROUTES: Final[Sequence[Route]] = (
+    Route("GET", "/api/v1/deployments", READ, deployment_list.index, answer=deployment_list.DeploymentList),
+    Route(
+        "GET",
+        "/api/v1/workflows/activity",
+        READ,
+        workflow_activity.index,
+        query=workflow_activity.LISTED,
+        answer=workflow_activity.WorkflowActivityList,
+    ),
     Route(
         "GET",
         "/api/v1/workflows/discover",

@@ -18,6 +18,7 @@ from gateway.executions import (
     node_tests,
     replay,
     run_graphs,
+    run_statistics,
     span_comparison,
 )
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape, SpanDetailsShape
@@ -87,6 +88,13 @@ ROUTES: Final[Sequence[Route]] = (
         executions.index,
         query=executions.LISTED,
         answer=executions.ExecutionList,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/statistics",
+        READ,
+        run_statistics.show,
+        answer=run_statistics.RunStatistics,
     ),
     Route(
         "POST",

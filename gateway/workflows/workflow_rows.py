@@ -163,7 +163,7 @@ async def list_workflows(
 
     Templates are left out; rows have no graph.
     """
-    conditions = [is_listed_for(caller), *_build_conditions(caller, wanted)]
+    conditions = list_conditions(caller, wanted)
     sorting = (order, _tie_order(order))
     # Only ids are sorted and skipped: PostgreSQL would sort whole rows, on disk if there are many.
     shown = (
@@ -182,8 +182,13 @@ async def list_workflows(
         return rows[0].total, rows
     if len(rows) < part.limit and (rows or part.offset == 0):
         return part.offset + len(rows), rows
-    count = await connection.scalar(select(func.count()).select_from(Workflow).where(*conditions))
-    return count or 0, rows
+    return await count_workflows(connection, caller, wanted), rows
+
+
+async def count_workflows(connection: AsyncConnection, caller: ApiCaller, wanted: WorkflowFilter) -> int:
+    """Return the number of workflows that the caller may read and that match, without templates."""
+    statement = select(func.count()).select_from(Workflow).where(*list_conditions(caller, wanted))
+    return await connection.scalar(statement) or 0
 
 
 def _total_column(wanted: WorkflowFilter) -> ColumnElement[Any]:
@@ -203,6 +208,11 @@ def _tie_order(order: ColumnElement[Any]) -> ColumnElement[Any]:
     """
     is_descending = isinstance(order, UnaryExpression) and order.modifier is operators.desc_op
     return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
+
+
+def list_conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Sequence[ColumnElement[bool]]:
+    """Return the SQL conditions of a list: workflows that the caller may read and that match, without templates."""
+    return [is_listed_for(caller), *_build_conditions(caller, wanted)]
 
 
 def _build_conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnElement[bool]]:

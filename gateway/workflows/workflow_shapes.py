@@ -337,22 +337,28 @@ def _merge_keys(
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:
-    """Return a workflow as the API shows it in lists, without its graph."""
+def summary_fields(workflow: Workflow | Listed) -> dict[str, Any]:
+    """Return the fields of `WorkflowSummary` for a row, to build a shape that adds others."""
     return {
         "id": workflow.id,
         "name": workflow.name,
         "description": workflow.description,
-        "status": workflow.status,
+        "status": WorkflowStatus(workflow.status),
         "version": workflow.version,
         "tags": list(workflow.tags),
-        "organizationId": workflow.organization_id,
-        "ownerId": workflow.owner_id,
-        "isPublic": workflow.is_public,
-        "isTemplate": workflow.is_template,
-        "createdAt": instant(workflow.created_at),
-        "updatedAt": instant(workflow.updated_at),
+        "organization_id": workflow.organization_id,
+        "owner_id": workflow.owner_id,
+        "is_public": workflow.is_public,
+        "is_template": workflow.is_template,
+        "created_at": instant(workflow.created_at),
+        "updated_at": instant(workflow.updated_at),
     }
+
+
+def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:
+    """Return a workflow as the API shows it in lists, without its graph."""
+    shown: dict[str, Json] = msgspec.to_builtins(WorkflowSummary(**summary_fields(workflow)))
+    return shown
 
 
 def show_workflow(stored: StoredWorkflow) -> dict[str, Json]:

@@ -194,6 +194,10 @@ class Deployments(Resource):
         """Yield every item of `lifecycle_history`, page by page."""
         return self._client.iterate(f"/api/v1/workflows/{self._quote(workflow_id)}/lifecycle/history", "decisions", {})
 
+    def list(self) -> t.DeploymentList:
+        """List the deployments of the workflows that the caller may read, with their next starts and stops."""
+        return cast("t.DeploymentList", self._client.request("GET", "/api/v1/deployments"))
+
     def logs(self, workflow_id: str, *, limit: int | None = None) -> t.PodLog:
         """Show the last log lines of a workflow's pods themselves; logs of runs are part of their executions."""
         return cast("t.PodLog", self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/logs", query={"limit": limit}))
@@ -357,6 +361,10 @@ class Executions(Resource):
     def start(self, workflow_id: str, *, definition: Any = None, trigger_inputs: Mapping[str, Any] | None = None, inputs: Mapping[str, Any] | None = None, up_to: str | None = None, pinned: Mapping[str, Any] | None = None, callback_url: str | None = None, tags: Sequence[str] | None = None, metadata: Mapping[str, str | int | float | bool] | None = None, idempotency_key: str | None = None) -> t.ExecuteResult:
         """Run a workflow; the answer is sent when the run is committed."""
         return cast("t.ExecuteResult", self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/execute", fields={"definition": definition, "triggerInputs": trigger_inputs, "inputs": inputs, "upTo": up_to, "pinned": pinned, "callbackUrl": callback_url, "tags": tags, "metadata": metadata}, idempotency_key=idempotency_key, is_keyed=True))
+
+    def statistics(self) -> t.RunStatistics:
+        """Count the organization's runs of 24 hours by hour and status, with the median and the 95th percentile of their times."""
+        return cast("t.RunStatistics", self._client.request("GET", "/api/v1/executions/statistics"))
 
     def stop(self, execution_id: str) -> t.EndRequestResult:
         """Stop an execution: running nodes finish, and no other node starts. An ended execution does not change."""
@@ -649,6 +657,14 @@ class Workers(Resource):
 
 class Workflows(Resource):
     """Methods of `client.workflows`."""
+
+    def activity(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None, limit: int | None = None, offset: int | None = None) -> t.WorkflowActivityList:
+        """List the workflows that the caller may read with pods, newest runs and counts of 24 hours, the worst first."""
+        return cast("t.WorkflowActivityList", self._client.request("GET", "/api/v1/workflows/activity", query={"status": status, "tag": tag, "search": search, "limit": limit, "offset": offset}))
+
+    def iterate_activity(self, *, status: Literal['draft', 'active', 'paused', 'archived'] | None = None, tag: str | None = None, search: str | None = None) -> Iterator[Any]:
+        """Yield every item of `activity`, page by page."""
+        return self._client.iterate("/api/v1/workflows/activity", "workflows", {"status": status, "tag": tag, "search": search})
 
     def add_node(self, workflow_id: str, *, id: str | None = None, node_id: str | None = None, type: str | None = None, node_type: str | None = None, version: str | None = None, node_version: str | None = None, label: str | None = None, position: Any = None, config: Mapping[str, Any] | None = None, input_mappings: Mapping[str, Any] | None = None, pass_through_values: Mapping[str, str] | None = None, retry: Any = None, timeout: float | None = None, at_most_once: bool | None = None) -> t.NodeAnswer:
         """Add a node to a workflow; without a position it is placed beside the others."""

@@ -60,6 +60,7 @@ __all__ = [
     "DeliveryRedriveResults",
     "DeployResult",
     "Deployment",
+    "DeploymentList",
     "DeploymentStatus",
     "DiscoveredWorkflow",
     "DriftClass",
@@ -118,6 +119,7 @@ __all__ = [
     "Lifecycle",
     "LifecycleAction",
     "LifecycleReason",
+    "ListedDeployment",
     "ListedSchedule",
     "Log",
     "LogLevel",
@@ -138,6 +140,7 @@ __all__ = [
     "NewSigningSecret",
     "NewTriggerToken",
     "NewWorkflow",
+    "NewestRun",
     "NextEvent",
     "NodeAnswer",
     "NodeConnection",
@@ -190,9 +193,12 @@ __all__ = [
     "ResolvedNode",
     "ResumeResult",
     "Retry",
+    "RunCounts",
     "RunExplanation",
     "RunGraph",
     "RunGraphNode",
+    "RunHour",
+    "RunStatistics",
     "Sample",
     "SampleList",
     "Schedule",
@@ -237,6 +243,7 @@ __all__ = [
     "TransitionKind",
     "Trigger",
     "TriggerEndpoints",
+    "TriggerKind",
     "TriggerResult",
     "TriggerStatus",
     "TriggerToken",
@@ -255,11 +262,14 @@ __all__ = [
     "Window",
     "WorkerCounts",
     "Workflow",
+    "WorkflowActivity",
+    "WorkflowActivityList",
     "WorkflowDiff",
     "WorkflowDocument",
     "WorkflowExplanation",
     "WorkflowGuest",
     "WorkflowGuests",
+    "WorkflowHour",
     "WorkflowList",
     "WorkflowSchedule",
     "WorkflowScopes",
@@ -368,6 +378,9 @@ TaskState = Literal['cancel_requested', 'cancelled', 'completed', 'delayed', 'fa
 
 
 TransitionKind = Literal['start', 'stop']
+
+
+TriggerKind = Literal['email', 'event', 'queue', 'schedule', 'webhook']
 
 
 TriggerStatus = Literal['cancelled', 'completed', 'failed', 'pending', 'running', 'started', 'stopped']
@@ -870,6 +883,14 @@ class Deployment(TypedDict):
     drainUntil: str | None
     observedAt: str | None
     updatedAt: str | None
+
+
+class DeploymentList(TypedDict):
+    """Deployments of an organization, at most 500, in the order of the ids of their workflows."""
+
+    asOf: str
+    isComplete: bool
+    deployments: List[ListedDeployment]
 
 
 class DiscoveredWorkflow(TypedDict):
@@ -1381,6 +1402,25 @@ class Lifecycle(TypedDict):
     usage: Usage | None
 
 
+class ListedDeployment(TypedDict):
+    """Deployment of a workflow in a list."""
+
+    workflowId: str
+    workflowName: str
+    deploymentStatus: DeploymentStatus
+    stoppedReason: StoppedReason | None
+    reason: str | None
+    reasonCode: str | None
+    startFailures: int
+    replicas: int
+    readyReplicas: int
+    observedAt: str | None
+    policyType: PolicyType
+    lastActivityAt: str | None
+    nextTransition: TransitionKind | None
+    nextTransitionAt: str | None
+
+
 class ListedSchedule(TypedDict):
     """Schedule of a workflow in a list."""
 
@@ -1572,6 +1612,15 @@ class NewWorkflow(_NewWorkflowAlways, total=False):
     """Id of a created workflow."""
 
     warnings: List[ErrorDetail]
+
+
+class NewestRun(TypedDict):
+    """Newest run of a workflow that is not private."""
+
+    id: str
+    status: ExecutionStatus
+    createdAt: str
+    endedAt: str | None
 
 
 class NextEvent(TypedDict):
@@ -2115,6 +2164,21 @@ class Retry(TypedDict, total=False):
     jitter: float | None
 
 
+class RunCounts(TypedDict):
+    """Counts of the runs that were accepted within a time, by their present status, and their times."""
+
+    accepted: int
+    unfinished: int
+    completed: int
+    failed: int
+    stopped: int
+    cancelled: int
+    runP50Ms: int | None
+    runP95Ms: int | None
+    wakeP50Ms: int | None
+    wakeP95Ms: int | None
+
+
 class RunExplanation(TypedDict):
     """Reasons why a run does not move, its history, and its time by cause."""
 
@@ -2160,6 +2224,31 @@ class RunGraphNode(_RunGraphNodeAlways, total=False):
     """Node of the definition that ran."""
 
     config: Dict[str, Any]
+
+
+class RunHour(TypedDict):
+    """Counts of the runs that were accepted within one hour."""
+
+    accepted: int
+    unfinished: int
+    completed: int
+    failed: int
+    stopped: int
+    cancelled: int
+    runP50Ms: int | None
+    runP95Ms: int | None
+    wakeP50Ms: int | None
+    wakeP95Ms: int | None
+    startsAt: str
+
+
+class RunStatistics(TypedDict):
+    """Counts of an organization's runs over 24 hours, the present one included."""
+
+    since: str
+    asOf: str
+    total: RunCounts
+    hours: List[RunHour]
 
 
 class Sample(TypedDict):
@@ -2828,6 +2917,44 @@ class Workflow(_WorkflowAlways, total=False):
     warnings: List[ErrorDetail]
 
 
+class WorkflowActivity(TypedDict):
+    """Workflow with its pods, its newest run, and the counts of its runs over 24 hours."""
+
+    id: str
+    name: str
+    description: str
+    status: WorkflowStatus
+    version: int
+    tags: List[str]
+    organizationId: str
+    ownerId: str
+    isPublic: bool
+    isTemplate: bool
+    createdAt: str
+    updatedAt: str
+    triggers: List[TriggerKind]
+    deploymentStatus: DeploymentStatus
+    reason: str | None
+    newestRun: NewestRun | None
+    accepted: int
+    unfinished: int
+    completed: int
+    failed: int
+    runP50Ms: int | None
+    runP95Ms: int | None
+    hours: List[WorkflowHour]
+
+
+class WorkflowActivityList(TypedDict):
+    """Page of the list; `count` is the number of all workflows that match."""
+
+    count: int
+    limit: int
+    offset: int
+    since: str
+    workflows: List[WorkflowActivity]
+
+
 class WorkflowDiff(TypedDict):
     """Differences between a workflow now and as the request describes it."""
 
@@ -2882,6 +3009,13 @@ class WorkflowGuests(TypedDict):
 
     workflowId: str
     sharedWith: List[WorkflowGuest]
+
+
+class WorkflowHour(TypedDict):
+    """Runs of a workflow that were accepted within one hour."""
+
+    accepted: int
+    failed: int
 
 
 class WorkflowList(TypedDict):

@@ -1,0 +1,247 @@
+"""Counts of runs by hour, the list of workflows with the worst first, and the list of deployments."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import delete, insert, update
+from sqlmodel import col
+
+from gateway.deployments import deployment_list, workflow_activity
+from gateway.executions import run_statistics
+from gateway.http.parameters import PageBounds
+from gateway.workflows.workflow_rows import WorkflowFilter
+from journal import run_hours
+from models.access import ApiCaller, KeyScope, UserRole
+from models.blocked_interval import BlockedInterval
+from models.deployment import ObservedState
+from models.execution import Execution
+from models.run_hour import ALL_WORKFLOWS, RunHour
+from scheduler.run_hours import RunHourCounter
+from tests.integration.deployed_workflows import deploy_with_pod, run
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.query_plans import explain_statement
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+SECOND = timedelta(seconds=1)
+HOUR = timedelta(hours=1)
+
+
+async def get_json(person: UserClient, path: str) -> Any:  # noqa: ANN401 - any JSON value
+    response = await person.api.get(path)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def count_runs(harness: GatewayHarness) -> datetime:
+    """Count all runs as the scheduler does, and return the begin of the present hour."""
+    await RunHourCounter(harness.gateway.database).count_runs()
+    return run_hours.hour_of(harness.gateway.clock())
+
+
+async def insert_row(harness: GatewayHarness, row: BlockedInterval | RunHour) -> None:
+    statement = insert(type(row)).values(row.model_dump())
+    await harness.gateway.database.transaction(lambda connection: connection.execute(statement))
+
+
+async def end_run(
+    harness: GatewayHarness,
+    person: UserClient,
+    workflow_id: str,
+    status: str,
+    accepted_at: datetime,
+    *,
+    seconds: float = 1,
+) -> str:
+    """Insert a run that took some seconds from its start to its end."""
+    return await run(
+        harness,
+        person,
+        workflow_id,
+        target="shared",
+        status=status,
+        created_at=accepted_at,
+        started_at=accepted_at + SECOND,
+        ended_at=accepted_at + SECOND + timedelta(seconds=seconds),
+    )
+
+
+async def test_runs_count_in_the_hour_of_their_acceptance_by_their_present_status(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    present = run_hours.hour_of(harness.gateway.clock())
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    for seconds in (0.1, 0.2, 0.2, 10):
+        await end_run(harness, people.owner, workflow_id, "completed", present - 2 * HOUR, seconds=seconds)
+    await end_run(harness, people.owner, workflow_id, "failed", present, seconds=0.2)
+    await end_run(harness, people.owner, workflow_id, "cancelled", present)
+    await end_run(harness, people.owner, workflow_id, "completed", present - 24 * HOUR)
+    pending = await run(harness, people.owner, workflow_id, created_at=present - HOUR)
+    # The hour may end during the test.
+    present = await count_runs(harness)
+
+    shown = await get_json(people.colleague, "/api/v1/executions/statistics")
+    assert len(shown["hours"]) == 24
+    assert shown["hours"][0]["startsAt"] == shown["since"]
+    total = shown["total"]
+    assert {name: total[name] for name in ("accepted", "unfinished", "completed", "failed", "cancelled")} == {
+        "accepted": 7,
+        "unfinished": 1,
+        "completed": 4,
+        "failed": 1,
+        "cancelled": 1,
+    }
+    assert total["runP50Ms"] == pytest.approx(200, rel=0.1)
+    assert total["runP95Ms"] == pytest.approx(10_000, rel=0.1)
+    assert total["wakeP50Ms"] is None
+    [busiest] = [hour for hour in shown["hours"] if hour["completed"]]
+    assert (busiest["accepted"], busiest["completed"], busiest["failed"]) == (4, 4, 0)
+    strange = await get_json(people.stranger, "/api/v1/executions/statistics")
+    assert strange["total"]["accepted"] == 0
+
+    async def count_until_ended() -> None:
+        while True:
+            await counter.count_runs()
+            counted = (await get_json(people.owner, "/api/v1/executions/statistics"))["total"]
+            if (counted["unfinished"], counted["failed"]) == (0, 2):
+                return
+            await asyncio.sleep(0.05)
+
+    counter = RunHourCounter(harness.gateway.database)
+    await counter.count_runs()
+    ended = {"status": "failed", "started_at": present - HOUR, "ended_at": present - HOUR}
+    await harness.gateway.database.transaction(
+        lambda connection: connection.execute(
+            update(Execution).where(col(Execution.id) == pending).values(ended)
+        )
+    )
+    await asyncio.wait_for(count_until_ended(), 60)
+
+
+async def test_waits_for_pods_have_percentiles(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    present = run_hours.hour_of(harness.gateway.clock())
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    for seconds, code in ((2, "waking"), (8, "waking"), (500, "window-closed")):
+        execution_id = await end_run(harness, people.owner, workflow_id, "completed", present)
+        interval = BlockedInterval(
+            execution_id=execution_id,
+            started_at=present,
+            shard=people.owner.user.shard,
+            organization_id=people.owner.user.organization_id,
+            code=code,
+            ended_at=present + timedelta(seconds=seconds),
+        )
+        await insert_row(harness, interval)
+    await count_runs(harness)
+    total = (await get_json(people.owner, "/api/v1/executions/statistics"))["total"]
+    assert total["wakeP50Ms"] == pytest.approx(2_000, rel=0.1)
+    assert total["wakeP95Ms"] == pytest.approx(8_000, rel=0.1)
+
+
+async def test_the_worst_workflows_come_first(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    now = harness.gateway.clock()
+    names = ("quiet", "busy", "waiting", "failed once", "failed lately", "stuck")
+    by_name = {name: await people.owner.create(name=name, status="active", **GRAPH) for name in names}
+    hidden = await people.admin.create(name="hidden", status="active", **GRAPH)
+    await end_run(harness, people.owner, by_name["failed once"], "failed", now - 5 * HOUR)
+    last = await end_run(harness, people.owner, by_name["failed lately"], "failed", now - 2 * HOUR, seconds=4)
+    await end_run(harness, people.owner, by_name["failed lately"], "completed", now - 5 * HOUR, seconds=4)
+    await run(harness, people.owner, by_name["waiting"], created_at=now - 3 * HOUR)
+    await end_run(harness, people.owner, by_name["busy"], "completed", now - 2 * HOUR)
+    await end_run(harness, people.admin, hidden, "failed", now)
+    await deploy_with_pod(
+        harness,
+        people.owner,
+        by_name["stuck"],
+        observed=ObservedState.FAILED,
+        observed_reason="the image can't be pulled",
+        generation=1,
+    )
+    await deploy_with_pod(harness, people.owner, by_name["busy"])
+    await count_runs(harness)
+
+    listed = await get_json(people.owner, "/api/v1/workflows/activity")
+    assert [one["name"] for one in listed["workflows"]] == list(reversed(names))
+    assert listed["count"] == len(names)
+    stuck, lately, *_ = listed["workflows"]
+    assert (stuck["deploymentStatus"], stuck["reason"]) == ("failed", "the image can't be pulled")
+    assert (lately["accepted"], lately["failed"], lately["completed"]) == (2, 1, 1)
+    assert lately["runP95Ms"] == pytest.approx(4_000, rel=0.1)
+    assert (lately["newestRun"]["id"], lately["newestRun"]["status"]) == (last, "failed")
+    assert [hour["failed"] for hour in lately["hours"]].count(1) == 1
+    page = await get_json(people.owner, "/api/v1/workflows/activity?limit=2&offset=1&search=failed")
+    assert [one["name"] for one in page["workflows"]] == ["failed once"]
+    assert page["count"] == 2
+    assert (await get_json(people.admin, "/api/v1/workflows/activity"))["count"] == len(names) + 1
+    assert (await get_json(people.stranger, "/api/v1/workflows/activity"))["workflows"] == []
+
+
+async def test_deployments_are_listed_with_their_next_transitions(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(name="Mails", status="active", **GRAPH)
+    hidden = await people.admin.create(status="active", **GRAPH)
+    active_at = harness.gateway.clock() - timedelta(minutes=10)
+    await deploy_with_pod(harness, people.owner, workflow_id, last_activity_at=active_at)
+    await deploy_with_pod(harness, people.admin, hidden)
+    listed = await get_json(people.owner, "/api/v1/deployments")
+    [shown] = listed["deployments"]
+    assert listed["isComplete"] is True
+    assert (shown["workflowId"], shown["workflowName"]) == (workflow_id, "Mails")
+    assert (shown["deploymentStatus"], shown["nextTransition"]) == ("running", "stop")
+    lifecycle = await get_json(people.owner, f"/api/v1/workflows/{workflow_id}/lifecycle")
+    assert shown["nextTransitionAt"] == lifecycle["nextTransitionAt"]
+    assert len((await get_json(people.admin, "/api/v1/deployments"))["deployments"]) == 2
+    assert (await get_json(people.stranger, "/api/v1/deployments"))["deployments"] == []
+
+
+async def test_counts_of_past_hours_are_deleted(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    long_ago = run_hours.hour_of(harness.gateway.clock()) - 48 * HOUR
+    database = harness.gateway.database
+    await insert_row(
+        harness,
+        RunHour(organization_id=people.owner.user.organization_id, workflow_id="", starts_at=long_ago),
+    )
+    await count_runs(harness)
+    old = delete(RunHour).where(col(RunHour.starts_at) == long_ago)
+    assert (await database.transaction(lambda connection: connection.execute(old))).rowcount == 0
+
+
+async def test_counts_and_lists_are_read_by_indexes(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    since = harness.gateway.clock() - 24 * HOUR
+    user = people.owner.user
+    caller = ApiCaller(
+        key_id="key",
+        user_id=user.id,
+        organization_id=user.organization_id,
+        shard=user.shard,
+        role=UserRole.ADMIN,
+        scopes=frozenset(KeyScope),
+    )
+    everything = WorkflowFilter(None, None, None)
+    of_organization = [user.organization_id]
+    statements = {
+        "ix_execution_data_organization": run_hours.runs_statement(of_organization, since),
+        "blocked_interval": run_hours.wakes_statement(of_organization, since),
+        "ix_execution_live": run_hours.unfinished_statement(of_organization, since),
+        "run_hour": run_statistics.hours_statement(user.organization_id, [ALL_WORKFLOWS], since),
+        "ix_workflow_listed_by": workflow_activity.page_statement(
+            caller, everything, PageBounds(50, 0), since
+        ),
+        "ix_execution_data_workflow": workflow_activity.newest_runs_statement(["one", "other"]),
+        "ix_deployment_organization": deployment_list.deployments_statement(caller),
+    }
+    for index, statement in statements.items():
+        plan = await explain_statement(harness.gateway.database, statement)
+        assert index in plan
+        for table in ("execution", "execution_data", "blocked_interval", "run_hour", "workflow"):
+            assert f"SCAN {table}'" not in plan
+            assert f"Seq Scan on {table} " not in plan
