@@ -15,6 +15,9 @@ SECOND_MS: Final = 1_000
 MINUTE_MS: Final = 60_000
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 86_400_000
+LEAST_PERCENT: Final = 0.1
+WHOLE_PERCENT: Final = 10
+"""Share from which on percents have no digit behind the point."""
 MAX_LINES: Final = 200
 MAX_CHARACTERS: Final = 20_000
 MAX_VALUE_CHARACTERS: Final = 400
@@ -62,6 +65,17 @@ STATES: Final[Mapping[str, StateLook]] = {
     "rejected": StateLook("bad", "failed", "Rejected"),
     "shed": StateLook("bad", "failed", "Shed"),
 }
+POD_STATES: Final[Mapping[str, StateLook]] = {
+    "running": StateLook("lit", "awake", "Awake"),
+    "starting": StateLook("lit", "waking", "Waking"),
+    "deploying": StateLook("lit", "waking", "Waking"),
+    "stopping": StateLook("", "draining", "Draining"),
+    "undeploying": StateLook("", "draining", "Draining"),
+    "stopped": StateLook("", "asleep", "Asleep"),
+    "failed": StateLook("bad", "failed", "Start failed"),
+    "unknown": StateLook("warn", "alert", "Unknown"),
+    "not-deployed": StateLook("off", "none", "Not deployed"),
+}
 TRIGGER_ICONS: Final[Mapping[str, str]] = {
     "manual": "hand",
     "http": "http",
@@ -81,6 +95,24 @@ def look_of(state: str | None) -> StateLook:
     """
     name = state or "not-reached"
     return STATES.get(name) or StateLook("", "none", name.replace("-", " ").capitalize())
+
+
+def look_of_pod(status: str) -> StateLook:
+    """Return tone, icon and word for the pods of a deployment by its status; an unknown one by its own name."""
+    return POD_STATES.get(status) or look_of(status)
+
+
+def show_share(count: int, whole: int) -> str:
+    """Return a share in percent, below 10 with one digit, such as `0.4 %`; `<0.1 %` for a small one.
+
+    So a single failure among thousands is never shown as none.
+    """
+    percent = 100 * count / whole if whole else 0
+    if not count:
+        return "0 %"
+    if percent < LEAST_PERCENT:
+        return f"<{LEAST_PERCENT} %"
+    return f"{percent:.1f} %".replace(".0 ", " ") if percent < WHOLE_PERCENT else f"{percent:.0f} %"
 
 
 def icon_of_trigger(kind: str) -> str:

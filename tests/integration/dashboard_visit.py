@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scheduler.run_hours import RunHourCounter
 from tests.integration.browser import BrowserPage, open_page, serve_gateway
+from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.services import PostgresServer
 from workers.main import run_worker
@@ -175,6 +177,8 @@ async def open_visit(postgres: PostgresServer, folder: Path) -> AsyncIterator[Da
             await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
         orders_id = await people.owner.create(**ORDERS)
         execution_id = await run_to_its_end(harness, folder, people, orders_id)
+        await deploy_with_pod(harness, people.owner, orders_id)
+        await RunHourCounter(harness.gateway.database).count_runs()
         await page.open(f"{url}/sign-in?next=%2Fdashboard%2Fruns")
         await page.fill("#key", "sk-wrong")
         await page.click("button[type=submit]")

@@ -19,9 +19,12 @@ from gateway.dashboard.page import POLICY
 from gateway.drift import recent_observations
 from models import ids
 from models.access import UserRole
+from models.deployment import ObservedState
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
+from scheduler.run_hours import RunHourCounter
 from tests.integration import input_waits
+from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.services import PostgresServer
 
@@ -312,19 +315,38 @@ async def test_findings_of_drift_wait_for_a_second_observation_once(
     assert len(waits) == 2, "organizations have observations of their own"
 
 
-async def test_the_overview_groups_failures_and_lists_open_approvals(
+async def test_the_overview_says_what_needs_a_person_and_groups_failures(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await people.owner.create(name="Broken", status="active", **GRAPH)
-    for _ in range(2):
-        started = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()
-        await fail_execution(harness, started["executionId"])
-    page = await (await sign_in(harness, people.owner.key)).get("/dashboard/overview")
-    assert page.status_code == 200, page.text
-    assert "No worker is present" in page.text
-    assert "Broken, start" in page.text
-    assert f'status=failed&amp;workflow_id={workflow_id}">2</a>' in page.text
+    queue = [{"id": "start", "nodeId": "queue-trigger", "label": "Message"}, GRAPH["nodes"][-1]]
+    connections = [{"sourceNodeId": "start", "targetNodeId": queue[-1]["id"]}]
+    workflow_id = await people.owner.create(
+        name="Broken", status="active", nodes=queue, connections=connections
+    )
+    for number in range(2):
+        body = {"message": number}
+        started = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/enqueue", json=body)
+        await fail_execution(harness, started.json()["executionId"])
+    stuck = await people.owner.create(name="Mails", status="active", **GRAPH)
+    observed = {"observed": ObservedState.FAILED, "observed_reason": "No such image", "start_failures": 3}
+    await deploy_with_pod(harness, people.owner, stuck, **observed)
+    idle = await people.owner.create(name="Payments", status="active", **GRAPH)
+    await deploy_with_pod(harness, people.owner, idle)
+    await RunHourCounter(harness.gateway.database).count_runs()
     browser = await sign_in(harness, people.owner.key)
+    page = await browser.get("/dashboard/overview")
+    assert page.status_code == 200, page.text
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page.text))
+    for sentence in (
+        *("No worker is present.", "2 runs of Broken failed at “start” since", "The disk is full"),
+        *("wake. No such image", "3 tries", "2 dead letters: 2 of Broken"),
+        *("2 runs", "0 completed · 2 failed", "1 awake", "1 start failed", "Payments stops · idle since"),
+    ):
+        assert sentence in text
+    assert f'status=failed&amp;workflow_id={workflow_id}">2</a>' in page.text
+    assert page.text.count('<rect class="bad"') == 1, "all failures are of one hour"
+    rows = re.findall(r'<tr id="(\w+)"', (await browser.get("/dashboard/workflows")).text)
+    assert rows == [stuck, workflow_id, idle], "the worst first"
     assert (await browser.get("/dashboard")).headers["Location"] == "dashboard/overview"
 
 

@@ -24,22 +24,25 @@ function clock() {
   return `${new Date().toISOString().slice(11, 19)} UTC`;
 }
 
-// Rows of a list never move under the pointer: new ones wait behind a button.
-function holdNewRows(page) {
-  const shown = document.querySelector("tbody[data-newest]");
-  const loaded = page.querySelector("tbody[data-newest]");
+// Rows of a list never move under the pointer: new ones, or another order, wait behind a button.
+function holdRows(page) {
+  const list = "tbody[data-newest], tbody[data-ranked]";
+  const shown = document.querySelector(list);
+  const loaded = page.querySelector(list);
   if (!shown || !loaded) return;
   const known = new Set([...shown.rows].map((row) => row.id));
   const added = [...loaded.rows].filter((row) => !known.has(row.id));
-  if (!added.length) return;
   const byId = new Map([...loaded.rows].map((row) => [row.id, row]));
+  const kept = [...shown.rows].map((row) => row.id).filter((id) => byId.has(id));
+  const isSorted = [...loaded.rows].filter((row) => known.has(row.id)).every((row, number) => row.id === kept[number]);
+  if (!added.length && isSorted) return;
   loaded.replaceChildren(...[...shown.rows].map((row) => byId.get(row.id) ?? row.cloneNode(true)));
   const button = page.createElement("button");
   button.type = "button";
   button.id = "new-rows";
   button.className = "button small";
   button.dataset.showsNew = "";
-  button.textContent = `Show ${added.length} new`;
+  button.textContent = added.length && loaded.matches("[data-newest]") ? `Show ${added.length} new` : "Sort again";
   page.querySelector(".title").append(button);
 }
 
@@ -60,7 +63,7 @@ export async function reload({ takesNewRows = true } = {}) {
     if (answer.ok) {
       tag = answer.headers.get("ETag") ?? "";
       const page = new DOMParser().parseFromString(policy.createHTML(await answer.text()), "text/html");
-      if (!takesNewRows) holdNewRows(page);
+      if (!takesNewRows) holdRows(page);
       const { Idiomorph } = await morphing;
       Idiomorph.morph(document.querySelector("main"), page.querySelector("main"), {
         ignoreActiveValue: true,

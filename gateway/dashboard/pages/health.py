@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.page import Page, PageData, PageFrame
-from gateway.dashboard.pages.overview import DRIFT_SECONDS
+from gateway.dashboard.pages.overview import RECENT_SECONDS
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -19,7 +19,7 @@ async def load(page: PageRequest) -> PageData:
     Drift is a contradiction between stores. Raises `ApiError`.
     """
     drift, why = await asyncio.gather(
-        page.get_recent("/api/v1/admin/drift", seconds=DRIFT_SECONDS), page.get("/api/v1/why")
+        page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS), page.get("/api/v1/why")
     )
     return {"drift": drift, "why": why}
 

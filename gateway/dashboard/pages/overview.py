@@ -1,12 +1,15 @@
-"""Overview: problems that need a person, reasons of waits, failures of a day by cause, and the next schedules."""
+"""Overview: problems that need a person, charts of a day, reasons of waits, failures by cause, and pods."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from gateway.dashboard.formats import POD_STATES, StateLook, look_of_pod, parse_instant, show_count
+from gateway.dashboard.hour_charts import draw_bars, draw_lines, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
 from models.timestamps import format_timestamp
 
@@ -17,71 +20,187 @@ DAY: Final = timedelta(days=1)
 NAMED_WORKFLOWS: Final = 100
 GROUPED_FAILURES: Final = 100
 """Number of the newest failed runs that are grouped."""
-DRIFT_SECONDS: Final = 10.0
-"""Time for which the findings of drift are shown again: an open page loads itself up to four times a second."""
+RECENT_SECONDS: Final = 10.0
+"""Time for which drift and dead letters are shown again: an open page loads itself up to four times a second."""
+URGENT_TIME: Final = timedelta(hours=1)
+"""Time for which a failure counts as one that goes on."""
+SHOWN_NEEDS: Final = 3
+"""Number of failures and of deployments that need a person at most; the page lists others below."""
 SHOWN_SCHEDULES: Final = 5
+SHOWN_NEXT: Final = 8
 PATH: Final = "/dashboard/overview"
 NEEDS_PERSON: Final = frozenset({"change", "escalate"})
 """Kinds of reasons that do not end by themselves."""
+SHOWN_ELSEWHERE: Final = frozenset({"no-worker", "deployment-failed"})
+"""Codes of reasons that other lines of the page explain."""
+RUNS: Final = "node-running"
+WAITS: Final[Mapping[str, tuple[str, str]]] = {
+    "queued-behind": ("for a worker", ""),
+    "waiting-for-slot": ("for a free slot", ""),
+    "waking": ("for a pod", "lit"),
+    "draining": ("for their pod to move", "lit"),
+    "window-closed": ("for their window", "warn"),
+    "retry-at": ("for the next attempt", "warn"),
+    "timer": ("for a time", "warn"),
+    "awaiting-event": ("for an event", "warn"),
+    "awaiting-task": ("for a worker of a node type", "warn"),
+    "awaiting-callback": ("for a callback", "warn"),
+    "worker-lost": ("for another worker", "bad"),
+    "cancel-requested": ("for their end", ""),
+}
+"""Words behind a number of runs, and their tone, by the code of the reason."""
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for reasons, drift, workflow counts and names, and the runs of the last 24 hours with 100
-    failures.
+    """Ask the API for reasons, statistics of 24 hours, deployments, dead letters, 100 failed runs, drift, and the
+    next five schedules.
 
-    Also for the next five schedules. Drift is None unless the visitor is an admin. Raises `ApiError`.
+    Drift is None unless the visitor is an admin. Raises `ApiError`.
     """
     # Whole minutes, so that an unchanged page keeps its tag for a minute.
     since = format_timestamp((page.now - DAY).replace(second=0, microsecond=0))
-    why, drift, stats, failed, completed, started, schedules = await asyncio.gather(
+    why, drift, dead, statistics, deployments, failed, schedules = await asyncio.gather(
         page.get("/api/v1/why"),
-        page.get_recent("/api/v1/admin/drift", seconds=DRIFT_SECONDS),
-        page.get("/api/v1/workflows/stats"),
+        page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS),
+        page.get_recent("/api/v1/dead-letters/groups", seconds=RECENT_SECONDS),
+        page.get("/api/v1/executions/statistics"),
+        page.get("/api/v1/deployments"),
         page.get("/api/v1/executions", status="failed", since=since, after="start", limit=GROUPED_FAILURES),
-        page.get("/api/v1/executions", status="completed", since=since, after="start", limit=1),
-        page.get("/api/v1/executions", since=since, after="start", limit=1),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )
     # Names are needed for failures alone.
     names = failed["executions"] and await page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS)
+    # The time of these answers would change the tag of an unchanged page.
+    for answer in (statistics, deployments):
+        answer.pop("asOf")
     return {
         "why": why,
         "drift": drift,
-        "stats": stats,
+        "dead": dead,
+        "statistics": statistics,
+        "deployments": deployments,
         "workflows": names or {"workflows": ()},
         "failed": failed,
-        "completed": completed,
-        "started": started,
         "schedules": schedules,
     }
 
 
-def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:  # noqa: ARG001 - the signature of views
-    """Return the template values: problems, counts of the last 24 hours, reasons of waits, and failures by cause."""
+def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
+    """Return the template values: problems, charts, reasons of waits, failures by cause, and pods."""
     reasons = data["why"]["reasons"]
     findings = [] if data["drift"] is None else data["drift"]["findings"]
+    names = {one["id"]: one["name"] for one in data["workflows"]["workflows"]}
+    hours = data["statistics"]["hours"]
+    failures = group_failures(data["failed"]["executions"])
+    deployments = data["deployments"]["deployments"]
+    needs = {
+        "workers": [] if data["why"]["workers"]["present"] else [True],
+        "findings": [finding for finding in findings if finding["severity"] == "critical"],
+        "failing": [group for group in failures if is_recent(group["last"], frame.now)][:SHOWN_NEEDS],
+        "stuck": [one for one in deployments if one["deploymentStatus"] == "failed"][:SHOWN_NEEDS],
+        "dead": [data["dead"]] if data["dead"] and data["dead"]["count"] else [],
+        "reasons": [
+            one for one in reasons if one["kind"] in NEEDS_PERSON and one["code"] not in SHOWN_ELSEWHERE
+        ],
+    }
     return {
         "title": "Overview",
         "crumbs": (("Overview", ""),),
-        "needs": [reason for reason in reasons if reason["kind"] in NEEDS_PERSON],
-        "waits": [reason for reason in reasons if reason["kind"] not in NEEDS_PERSON],
-        "findings": [finding for finding in findings if finding["severity"] == "critical"],
-        "workers": data["why"]["workers"],
-        "stats": data["stats"],
-        "counts": [
-            ("runs in 24 h", show_bounded(data["started"]), ""),
-            ("completed", show_bounded(data["completed"]), "completed"),
-            ("failed", show_bounded(data["failed"]), "failed"),
-        ],
-        "failures": group_failures(data["failed"]["executions"]),
-        "names": {one["id"]: one["name"] for one in data["workflows"]["workflows"]},
-        "schedules": [one for one in data["schedules"]["schedules"] if one["isActive"] and one["nextRuns"]],
+        "today": f"{frame.now:%a} {frame.now.day} {frame.now:%b %Y}, {frame.now:%H:%M} UTC",
+        "needs": needs,
+        "need_count": sum(map(len, needs.values())),
+        "dead_workflows": count_by_workflow(data["dead"]),
+        "waits": list_waits(reasons),
+        "running": sum(one["count"] for one in reasons if one["code"] == RUNS),
+        "total": data["statistics"]["total"],
+        "accepted": draw_bars([hour["accepted"] for hour in hours]),
+        "ended": draw_bars(
+            [hour["accepted"] - hour["unfinished"] for hour in hours], [hour["failed"] for hour in hours]
+        ),
+        "wake_lines": draw_lines(hours, "wakeP50Ms", "wakeP95Ms"),
+        "run_lines": draw_lines(hours, "runP50Ms", "runP95Ms"),
+        "hour_labels": label_hours(hours),
+        "failures": failures,
+        "names": names,
+        "pods": count_pods(deployments),
+        "upcoming": list_upcoming(deployments, data["schedules"]["schedules"]),
     }
 
 
-def show_bounded(listed: Mapping[str, Any]) -> str:
-    """Return the count of a list as text, such as `10,000+` where only a lower bound is known."""
-    return f"{listed['count']:,}" + ("+" if listed.get("countIsLowerBound") else "")
+def is_recent(text: str, now: datetime) -> bool:
+    """Return whether a time in an API answer is within the last hour."""
+    at = parse_instant(text)
+    return at is not None and at > now - URGENT_TIME
+
+
+def count_by_workflow(dead: Mapping[str, Any] | None) -> str:
+    """Return the dead letters of the three workflows with most, such as `11 of Customer sync, 3 of Mails`."""
+    counts: Counter[str] = Counter()
+    for group in (dead or {"groups": ()})["groups"]:
+        counts[group["workflowName"]] += group["count"]
+    shown = [f"{show_count(count)} of {name}" for name, count in counts.most_common(SHOWN_NEEDS)]
+    return ", ".join(shown) + (" and others" if len(counts) > SHOWN_NEEDS else "")
+
+
+def list_waits(reasons: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the reasons of waits that end by themselves, most frequent first, with words and a tone each."""
+    found = []
+    for one in reasons:
+        if one["kind"] not in NEEDS_PERSON and one["code"] != RUNS:
+            words, tone = WAITS.get(one["code"], (one["code"].replace("-", " "), ""))
+            found.append({**one, "words": words, "tone": tone})
+    return found
+
+
+def count_pods(deployments: Sequence[Mapping[str, Any]]) -> Sequence[tuple[int, StateLook]]:
+    """Return the number of deployments of each state that there is, with its look."""
+    counts = Counter(look_of_pod(one["deploymentStatus"]) for one in deployments)
+    order = list(dict.fromkeys(POD_STATES.values()))
+    return [(counts[look], look) for look in order if counts[look]]
+
+
+def list_upcoming(
+    deployments: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, str]]:
+    """Return the next eight starts and stops of pods and scheduled runs in order of time: time, workflow, verb
+    and cause.
+    """
+    found = [
+        {
+            "at": one["nextTransitionAt"],
+            "workflowId": one["workflowId"],
+            "name": one["workflowName"],
+            "verb": "starts" if one["nextTransition"] == "start" else "stops",
+            "cause": describe_cause(one),
+        }
+        for one in deployments
+        if one["nextTransitionAt"] is not None
+    ]
+    found += [
+        {
+            "at": one["nextRuns"][0]["startsAt"],
+            "workflowId": one["workflowId"],
+            "name": one["workflowName"],
+            "verb": "runs",
+            "cause": "by its schedule",
+        }
+        for one in schedules
+        if one["isActive"] and one["nextRuns"]
+    ]
+    return sorted(found, key=lambda one: (one["at"], one["name"]))[:SHOWN_NEXT]
+
+
+def describe_cause(deployment: Mapping[str, Any]) -> str:
+    """Return the cause of a deployment's next start or stop, by its policy; empty if there is none to tell."""
+    is_start = deployment["nextTransition"] == "start"
+    match deployment["policyType"]:
+        case "scheduled-window":
+            return "its window opens" if is_start else "its window closes"
+        case "idle-shutdown" | "on-demand" if not is_start:
+            since = parse_instant(deployment["lastActivityAt"])
+            return "" if since is None else f"idle since {since:%H:%M}"
+        case _:
+            return ""
 
 
 def group_failures(runs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

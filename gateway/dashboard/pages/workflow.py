@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.form_fields import list_inputs
-from gateway.dashboard.formats import show_duration, show_whole_json
+from gateway.dashboard.formats import show_duration, show_share, show_whole_json
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 
@@ -169,14 +169,6 @@ def describe_figures(figures: Mapping[str, Any]) -> str:
     if figures["failed"]:
         parts.append(f"{show_share(figures['failed'], figures['ended'])} failed")
     return " · ".join(parts)
-
-
-def show_share(count: int, whole: int) -> str:
-    """Return a share in whole percent, such as `4 %`; `under 1 %` for a small one, so that it is never shown
-    as nothing.
-    """
-    percent = 100 * count / whole if whole else 0
-    return f"{percent:.0f} %" if percent >= 1 or not count else "under 1 %"
 
 
 def _given_input(data: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value

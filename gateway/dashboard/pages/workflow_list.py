@@ -1,4 +1,4 @@
-"""List of workflows."""
+"""List of workflows with their pods, newest runs and the counts of a day, the worst first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
+from gateway.dashboard.formats import look_of, look_of_pod, show_count, show_share
+from gateway.dashboard.hour_charts import SPARK_HEIGHT, draw_bars
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
@@ -22,35 +24,38 @@ STATES: Final = (
     ("draft", "Draft"),
     ("archived", "Archived"),
 )
+TRIGGERS: Final[Mapping[str, str]] = {
+    "queue": "Queue",
+    "email": "Mail",
+    "event": "Event",
+    "schedule": "Schedule",
+    "webhook": "Webhook",
+}
+BY_HAND: Final = ("manual", "Manual")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for 50 workflows, their number by status, and the 50 newest failed runs; raises `ApiError`."""
+    """Ask the API for 50 workflows with their activity, and for their number by status; raises `ApiError`."""
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
-    workflows, stats, failed = await asyncio.gather(
-        page.get(
-            "/api/v1/workflows", **filters, limit=LIMIT, offset=given.get("offset"), sort="updatedAt:desc"
-        ),
+    workflows, stats = await asyncio.gather(
+        page.get("/api/v1/workflows/activity", **filters, limit=LIMIT, offset=given.get("offset")),
         page.get("/api/v1/workflows/stats"),
-        page.get("/api/v1/executions", status="failed", after="start", limit=LIMIT),
     )
-    return {"workflows": workflows, "stats": stats, "failed": failed}
+    return {"workflows": workflows, "stats": stats}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: the workflows, each with its last of the newest failures, and the filters."""
+    """Return the template values: the workflows with state, bars and shares, and the filters."""
     listed = data["workflows"]
     filters = {name: frame.query[name] for name in FILTERS if frame.query.get(name)}
     shown = listed["offset"] + len(listed["workflows"])
-    failures: dict[str, Mapping[str, Any]] = {}
-    for run in data["failed"]["executions"]:
-        failures.setdefault(run["workflowId"], run)
     return {
         "title": "Workflows",
         "crumbs": (("Workflows", ""),),
-        "workflows": [{**one, "failure": failures.get(one["id"])} for one in listed["workflows"]],
+        "workflows": [describe_workflow(one) for one in listed["workflows"]],
         "count": listed["count"],
+        "shown": shown,
         "states": [
             (
                 label,
@@ -64,6 +69,33 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "next": list_address(frame, PATH, {**filters, "offset": str(shown)})
         if shown < listed["count"]
         else "",
+    }
+
+
+def describe_workflow(workflow: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a workflow with its trigger, the looks of its pods and of its state, its bars, and its share of
+    failures.
+
+    The state is the worse of pods and newest run: pods that can't start keep runs waiting.
+    """
+    run = workflow["newestRun"]
+    cannot_start = workflow["deploymentStatus"] == "failed"
+    ended = workflow["completed"] + workflow["failed"]
+    kinds = workflow["triggers"]
+    return {
+        **workflow,
+        "trigger": (kinds[0], TRIGGERS[kinds[0]]) if kinds else BY_HAND,
+        "pod": look_of_pod(workflow["deploymentStatus"]),
+        "state": None if run is None else look_of(run["status"]),
+        "cannot_start": cannot_start,
+        "needs_person": cannot_start or (run is not None and run["status"] == "failed"),
+        "bars": draw_bars(
+            [hour["accepted"] for hour in workflow["hours"]],
+            [hour["failed"] for hour in workflow["hours"]],
+            height=SPARK_HEIGHT,
+        ),
+        "bars_say": f"{show_count(workflow['accepted'])} runs in 24 hours, {show_count(workflow['failed'])} failed",
+        "share": show_share(workflow["failed"], ended) if ended else "",
     }
 
 

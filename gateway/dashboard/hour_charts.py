@@ -1,0 +1,86 @@
+"""Charts of 24 hours as shapes for an SVG: bars with failures at their foot, and lines of two percentiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gateway.dashboard.formats import parse_instant
+
+STEP: Final = 10
+"""Width of an hour."""
+BAR: Final = 8
+HEIGHT: Final = 44
+SPARK_HEIGHT: Final = 22
+LEAST: Final = 2
+"""Height of the smallest bar that is not zero, so that one failure among thousands is seen."""
+LABELED_HOURS: Final = (0, 6, 12, 18)
+
+Hour = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ChartBar:
+    """Bar of an hour, from its top to the foot of the chart, or to the failures at its foot."""
+
+    x: int
+    y: int
+    height: int
+    failed: int = 0
+    """Height of the failures at its foot."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantileLines:
+    """Lines of the median and the 95th percentile as paths of an SVG, empty without any value."""
+
+    median: str
+    high: str
+
+
+def draw_bars(
+    wholes: Sequence[int], failures: Sequence[int] = (), *, height: int = HEIGHT
+) -> Sequence[ChartBar]:
+    """Return a bar for each hour: a number of runs, with the failed ones among them at its foot.
+
+    Hours without runs have a line at the foot.
+    """
+    largest = max(wholes, default=0)
+    bars = []
+    for number, (whole, bad) in enumerate(zip(wholes, failures or [0] * len(wholes), strict=True)):
+        red = _scale(bad, largest, height)
+        rest = min(_scale(whole - bad, largest, height), height - red)
+        if not red and not rest:
+            bars.append(ChartBar(number * STEP, height - 1, 1))
+        else:
+            bars.append(ChartBar(number * STEP, height - red - rest, rest, red))
+    return bars
+
+
+def _scale(count: int, largest: int, height: int) -> int:
+    return max(round(height * count / largest), LEAST) if count else 0
+
+
+def draw_lines(hours: Sequence[Hour], median: str, high: str) -> QuantileLines:
+    """Return the lines of two percentiles of the hours, on one scale; hours without values are gaps."""
+    largest = max((hour[high] or 0 for hour in hours), default=0)
+    return QuantileLines(*(_draw_line([hour[name] for hour in hours], largest) for name in (median, high)))
+
+
+def _draw_line(values: Sequence[int | None], largest: int) -> str:
+    """Return values as a path: level within an hour, so that an hour between two gaps is seen."""
+    parts: list[str] = []
+    for number, value in enumerate(values):
+        if value is None:
+            continue
+        is_behind_gap = number == 0 or values[number - 1] is None
+        y = HEIGHT - 2 - round((HEIGHT - 4) * value / largest) if largest else HEIGHT - 2
+        parts.append(f"{'M' if is_behind_gap else 'L'}{number * STEP} {y}h{BAR}")
+    return "".join(parts)
+
+
+def label_hours(hours: Sequence[Hour]) -> Sequence[str]:
+    """Return the labels below a chart: the time of day of every sixth hour in UTC, and `now`."""
+    times = [parse_instant(hours[number]["startsAt"]) for number in LABELED_HOURS if number < len(hours)]
+    return [*(f"{at:%H:%M}" for at in times if at is not None), "now"]

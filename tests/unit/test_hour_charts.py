@@ -1,0 +1,34 @@
+"""Charts of hours: bars on one scale with failures at their foot, and lines with gaps."""
+
+from __future__ import annotations
+
+from gateway.dashboard.formats import show_share
+from gateway.dashboard.hour_charts import ChartBar, draw_bars, draw_lines, label_hours
+
+
+def test_bars_have_one_scale_and_failures_at_their_foot() -> None:
+    busy, half, empty = draw_bars([1_000, 500, 0], [1, 500, 0])
+    assert (busy.y, busy.height, busy.failed) == (0, 42, 2), "one failure among a thousand is seen"
+    assert (half.y, half.height, half.failed) == (22, 0, 22)
+    assert empty == ChartBar(20, 43, 1)
+    assert {bar.height for bar in draw_bars([0, 0])} == {1}
+
+
+def test_lines_have_gaps_where_no_run_has_a_time() -> None:
+    times = [(10, 100), (None, None), (50, 100), (100, 100)]
+    hours = [{"p50": low, "p95": high} for low, high in times]
+    lines = draw_lines(hours, "p50", "p95")
+    assert lines.high == "M0 2h8M20 2h8L30 2h8"
+    assert lines.median.startswith("M0 38h8M20 22h8")
+    assert draw_lines(hours[1:2], "p50", "p95").high == ""
+
+
+def test_every_sixth_hour_has_a_label() -> None:
+    hours = [{"startsAt": f"2026-11-28T{number:02}:00:00Z"} for number in range(24)]
+    assert label_hours(hours) == ["00:00", "06:00", "12:00", "18:00", "now"]
+
+
+def test_a_share_is_never_shown_as_none_by_rounding() -> None:
+    shares = [(0, 9), (1, 100_000), (4, 1_000), (1, 20), (97, 1_000), (2, 3), (0, 0)]
+    shown = [show_share(*one) for one in shares]
+    assert shown == ["0 %", "<0.1 %", "0.4 %", "5 %", "9.7 %", "67 %", "0 %"]
