@@ -308,7 +308,7 @@ DeliveryOutcome = Literal['accepted', 'deferred', 'duplicate', 'rejected', 'shed
 DeploymentStatus = Literal['deploying', 'failed', 'not-deployed', 'running', 'starting', 'stopped', 'stopping', 'undeploying', 'unknown']
 
 
-DriftClass = Literal['asleep-against-window', 'audit-chain-broken', 'awake-against-policy', 'blob-without-row', 'change-not-applied', 'clock-skew', 'deferred-overdue', 'deployment-without-workflow', 'invalid-index', 'lease-expired', 'manifest-differs', 'migration-behind', 'no-leader', 'no-worker', 'pending-unclaimed', 'replicas-differ', 'row-without-blob', 'schedule-overdue', 'status-differs', 'unsafe-setting', 'versions-differ', 'wait-overdue', 'workflow-without-deployment']
+DriftClass = Literal['asleep-against-window', 'audit-chain-broken', 'awake-against-policy', 'blob-without-row', 'change-not-applied', 'clock-skew', 'deferred-overdue', 'deployment-without-workflow', 'invalid-index', 'lease-expired', 'manifest-differs', 'migration-behind', 'no-leader', 'no-worker', 'pending-unclaimed', 'replicas-differ', 'row-without-blob', 'schedule-overdue', 'slot-unused', 'status-differs', 'unsafe-setting', 'versions-differ', 'wait-overdue', 'workflow-without-deployment']
 
 
 DriftSeverity = Literal['critical', 'warning']
