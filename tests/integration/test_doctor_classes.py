@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ from sqlalchemy import text
 
 from doctor.findings import FIXES, DriftClass
 from journal.blobs.blob_reference import BlobReference
+from messages import broker as brokers
 from messages import wakeups
 from models.database import is_sqlite
 from models.settings import ServerSettings
@@ -24,6 +26,7 @@ from tests.integration.test_doctor import add_deployment, add_worker, classes, m
 from workers.cluster.driver import ObservedDeployment
 
 Examine: TypeAlias = Callable[..., Awaitable[DoctorResult]]
+PATIENCE_SECONDS = 60.0
 LONG_AGO = 1_000_000
 """A time in 1970, in microseconds."""
 
@@ -76,6 +79,31 @@ class SimulatedDriver:
 
     async def close(self) -> None:
         pass
+
+
+async def test_workers_are_woken_for_a_run_that_none_has_claimed(examine: Examine, runs: RunDatabase) -> None:
+    if is_sqlite(runs.url):
+        pytest.skip("the only worker of SQLite is in the process of the gateway, and looks by itself")
+    key = await runs.accept(await runs.workflow())
+    await runs.query("UPDATE execution SET updated_at = :at, rank = :at", at=LONG_AGO)
+    woken = asyncio.Event()
+    worker = await brokers.connect_broker(runs.url.render_as_string(hide_password=False))
+    worker.start_worker(lambda _shard: woken.set())
+    try:
+        (finding,) = (await examine()).report.findings
+        assert (finding.drift_class, finding.subject.id) == (
+            DriftClass.PENDING_UNCLAIMED,
+            key.execution_id,
+        )
+        woken.clear()
+        assert (await examine(DriftClass.PENDING_UNCLAIMED)).fixed == {DriftClass.PENDING_UNCLAIMED: 1}
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await woken.wait()
+        assert [run.execution_id for run in await runs.claim()] == [key.execution_id]
+        assert (await examine()).exit_code is DoctorExit.CLEAN
+    finally:
+        await worker.stop_worker()
+        await worker.close()
 
 
 async def test_a_change_that_was_not_applied_is_given_to_the_deployer(
