@@ -76,9 +76,10 @@ class FindingAfterLoad(Exception):
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # as for Ctrl-C: everything that was started ends
     try:
         asyncio.run(_soak(_parse_request()))
+    except asyncio.CancelledError:
+        sys.exit(2)
     except CompilerMissing as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
@@ -86,6 +87,9 @@ def main() -> None:
 
 async def _soak(request: SoakRequest) -> None:
     """Run the deployments one after another; stop at the first broken guarantee."""
+    soak = asyncio.current_task()
+    assert soak is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, soak.cancel)  # ends all that was started
     ends = {Stage.DEV: 1.0} if request.is_one_process else STAGE_ENDS
     reports: list[StormReport] = []
     began_at = time.monotonic()

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, Protocol
 from zoneinfo import ZoneInfoNotFoundError
 
+from sqlalchemy import select
+from sqlmodel import col
+
 from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
 from journal.deployments import activity, wakes
-from models.deployment import ObservedState
+from models.database_time import DatabaseTime
+from models.deployment import Deployment, ObservedState
 from models.lifecycle_policy import LifecycleAction
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.deployments.activity import DeploymentActivity
-    from models.deployment import Deployment
 
 UNAPPLIED_TIME: Final = timedelta(seconds=60)
 """Time after which a change of the desired state must have been applied, and its effect observed."""
+UNDEPLOYING_MICROSECONDS: Final = 600_000_000
+"""Time that the pods of a deleted deployment may take to end."""
 _SETTLED_STATES: Final = frozenset(
     {ObservedState.ABSENT, ObservedState.STOPPED, ObservedState.RUNNING, ObservedState.UNKNOWN}
 )
@@ -58,6 +63,18 @@ async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentAc
             return found
 
 
+async def read_undeploying(connection: AsyncConnection) -> frozenset[str]:
+    """Return the ids of workflows whose objects are being deleted since less than ten minutes: their pods may
+    still end.
+    """
+    statement = select(col(Deployment.workflow_id)).where(
+        col(Deployment.is_deployed).is_(False),
+        col(Deployment.observed) != ObservedState.ABSENT,
+        col(Deployment.updated_at) > DatabaseTime() - UNDEPLOYING_MICROSECONDS,
+    )
+    return frozenset(await connection.scalars(statement))
+
+
 def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[DriftFinding]:
     """Yield at most one finding per deployment: its lifecycle policy is not kept, or a change is not applied.
 
@@ -69,11 +86,14 @@ def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[Dri
 
 
 def compare_cluster(
-    deployments: Sequence[DeploymentActivity], listed: Sequence[ClusterDeployment]
+    deployments: Sequence[DeploymentActivity],
+    listed: Sequence[ClusterDeployment],
+    undeploying: Collection[str] = frozenset(),
 ) -> Iterator[DriftFinding]:
     """Yield findings about deployments that the cluster lacks, has with other replicas, or has without a row.
 
-    Deployments with a recent (under 60 seconds) or unapplied change are compared only for the last kind.
+    Deployments with a recent (under 60 seconds) or unapplied change are compared only for the last kind, and
+    those of the workflows `undeploying` not at all. A listed deployment that doesn't exist has other objects.
     """
     in_cluster = {one.workflow_id: one for one in listed if one.exists}
     for seen in deployments:
@@ -83,12 +103,15 @@ def compare_cluster(
         if finding := _compare_deployment(deployment, in_cluster.get(deployment.workflow_id)):
             yield finding
     wanted_ids = {seen.deployment.workflow_id for seen in deployments}
-    for workflow_id in sorted(in_cluster.keys() - wanted_ids):
+    by_id = {one.workflow_id: one for one in listed}
+    for workflow_id in sorted(by_id.keys() - wanted_ids - {*undeploying}):
         yield DriftFinding(
             DriftClass.DEPLOYMENT_WITHOUT_WORKFLOW,
             DriftSubject("deployment", workflow_id),
-            "The cluster has objects of a workflow that is not deployed.",
-            {"replicas": in_cluster[workflow_id].replicas},
+            "The cluster has objects of a workflow that is not deployed."
+            if by_id[workflow_id].exists
+            else "The cluster has a Secret, a Service or another object of a workflow that is not deployed.",
+            {"replicas": by_id[workflow_id].replicas},
         )
 
 

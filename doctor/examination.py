@@ -151,6 +151,7 @@ async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
                     connection, organization_id=audit.organization_id, newest=audit.newest
                 )
             deployments = await deployment_checks.read_deployments(connection)
+            undeploying = await deployment_checks.read_undeploying(connection)
     except DatabaseUnavailable:
         seen.stores["database"] = StoreState.UNREACHABLE
         return
@@ -163,7 +164,7 @@ async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
         seen.stores["cluster"] = StoreState.UNREACHABLE
         return
     seen.stores["cluster"] = StoreState.OK
-    seen.findings += deployment_checks.compare_cluster(deployments, listed)
+    seen.findings += deployment_checks.compare_cluster(deployments, listed, undeploying)
 
 
 async def _observe_broker(stores: ExaminedStores, seen: _Observation) -> None:

@@ -44,7 +44,7 @@ from nodes import catalog as catalogs
 from pilotflame.command_error import CommandError
 from scheduler import lifecycle_policies, recovery
 from scheduler.schedules import ScheduleRunner
-from workers.cluster.driver import ClusterError
+from workers.cluster.driver import ClusterError, ObservedDeployment
 from workers.deployer import main as deployer
 from workers.deployer.settings import DeployerSettings
 
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from journal.store import JournalStore
     from messages.broker import Broker
     from models.settings import ServerSettings
-    from workers.cluster.driver import ClusterDriver, ObservedDeployment
+    from workers.cluster.driver import ClusterDriver
 
 
 class DoctorExit(IntEnum):
@@ -230,15 +230,16 @@ async def _open_driver() -> ClusterDriver | None:
 def _cluster_lister(
     driver: ClusterDriver | None,
 ) -> Callable[[], Awaitable[Sequence[ObservedDeployment]]]:
-    """Return a function that lists the deployments of a cluster; it raises `ClusterUnreadable` without a
-    driver or answer.
+    """Return a function that lists the deployments of a cluster, and workflows with other objects as deployments
+    that don't exist; it raises `ClusterUnreadable` without a driver or answer.
     """
 
     async def list_deployments() -> Sequence[ObservedDeployment]:
         if driver is None:
             raise ClusterUnreadable
         try:
-            return await driver.list()
+            left = [ObservedDeployment(one, exists=False) for one in await driver.list_leftovers()]
+            return [*await driver.list(), *left]
         except ClusterError as error:
             raise ClusterUnreadable from error
 

@@ -215,6 +215,21 @@ async def test_foreign_objects_in_the_namespace_are_left_alone(fake_cluster: Fak
     assert list_objects(api) == [("Service", "theirs")]
 
 
+async def test_objects_whose_deployment_was_deleted_by_hand_are_listed_and_deleted(
+    fake_cluster: Fake,
+) -> None:
+    cluster, api = fake_cluster
+    desired = await cluster.start()
+    assert await cluster.driver.list_leftovers() == ()
+    name = names.workflow_name(desired.workflow_id)
+    api.store.delete(KINDS["deployments"], NAMESPACE, name, {"propagationPolicy": "Background"})
+    await cluster.until(desired.workflow_id, lambda observed: not observed.exists and not observed.pods)
+    assert await cluster.driver.list_leftovers() == (desired.workflow_id,)
+    await cluster.until_true(lambda: cluster.driver.delete(desired.workflow_id))
+    assert await cluster.driver.list_leftovers() == ()
+    assert list_objects(api) == []
+
+
 # ── an API server that is slow, busy, or away ─────────────────────────────────────────────────────────────────
 
 

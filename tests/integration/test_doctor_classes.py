@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import copy
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +19,7 @@ from journal.blobs.blob_reference import BlobReference
 from messages import broker as brokers
 from messages import wakeups
 from models.database import is_sqlite
+from models.deployment import ObservedState
 from models.settings import ServerSettings
 from pilotflame import doctor_command
 from pilotflame.doctor_command import DoctorExit, DoctorRequest, DoctorResult
@@ -65,16 +67,21 @@ def examine(runs: RunDatabase, tmp_path: Path) -> Examine:
 
 
 class SimulatedDriver:
-    """Cluster with deployments that somebody else has made."""
+    """Cluster with deployments that somebody else has made, and with `leftovers` of other workflows."""
 
-    def __init__(self, *deployments: ObservedDeployment) -> None:
+    def __init__(self, *deployments: ObservedDeployment, leftovers: tuple[str, ...] = ()) -> None:
         self.deployments = list(deployments)
+        self.leftovers = leftovers
 
     async def list(self) -> list[ObservedDeployment]:
         return self.deployments
 
+    async def list_leftovers(self) -> tuple[str, ...]:
+        return self.leftovers
+
     async def delete(self, workflow_id: str) -> bool:
         self.deployments = [one for one in self.deployments if one.workflow_id != workflow_id]
+        self.leftovers = tuple(one for one in self.leftovers if one != workflow_id)
         return True
 
     async def close(self) -> None:
@@ -247,11 +254,19 @@ async def test_a_deployment_that_the_cluster_has_otherwise_is_given_to_the_deplo
     assert FIXES[drift_class].id == "reconcile"
 
 
+@pytest.mark.parametrize(
+    "driver",
+    [
+        SimulatedDriver(ObservedDeployment("wf_gone", exists=True, replicas=1)),
+        SimulatedDriver(leftovers=("wf_gone",)),
+    ],
+    ids=["deployment", "service or secret"],
+)
 async def test_objects_without_a_workflow_are_deleted_on_request(
-    examine: Examine, runs: RunDatabase, monkeypatch: pytest.MonkeyPatch
+    examine: Examine, runs: RunDatabase, monkeypatch: pytest.MonkeyPatch, driver: SimulatedDriver
 ) -> None:
     assert runs.url
-    _simulate_cluster(monkeypatch, SimulatedDriver(ObservedDeployment("wf_gone", exists=True, replicas=1)))
+    _simulate_cluster(monkeypatch, copy(driver))
     assert classes((await examine(looks_into_cluster=True)).report) == {
         DriftClass.DEPLOYMENT_WITHOUT_WORKFLOW
     }
@@ -260,6 +275,21 @@ async def test_objects_without_a_workflow_are_deleted_on_request(
         {DriftClass.DEPLOYMENT_WITHOUT_WORKFLOW: 1},
         DoctorExit.CLEAN,
     )
+
+
+async def test_pods_that_end_after_an_undeploy_are_no_finding_for_ten_minutes(
+    examine: Examine, runs: RunDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = await runs.workflow()
+    await add_deployment(runs, place, replicas=0, is_deployed=False, observed=ObservedState.STOPPING)
+    ending = ObservedDeployment(place.workflow_id, exists=True, replicas=0)
+    _simulate_cluster(monkeypatch, SimulatedDriver(ending))
+    assert classes((await examine(looks_into_cluster=True)).report) == {
+        DriftClass.DEPLOYMENT_WITHOUT_WORKFLOW
+    }
+    now = round(time.time() * 1_000_000)
+    await runs.query("UPDATE deployment SET updated_at = :now", now=now)
+    assert (await examine(looks_into_cluster=True)).exit_code is DoctorExit.CLEAN
 
 
 async def test_a_cluster_that_does_not_answer_is_never_clean(

@@ -247,6 +247,11 @@ class ClusterDriver(Protocol):
         Raises `ClusterError`.
         """
 
+    async def list_leftovers(self) -> tuple[str, ...]:
+        """Return the ids of workflows with other objects in the cluster and without a deployment, as after the
+        deletion of one by hand. Raises `ClusterError`.
+        """
+
     async def delete(self, workflow_id: str) -> bool:
         """Stop the pods and delete all objects of a deployment; return True once none is left. Raises
         `ClusterError`.

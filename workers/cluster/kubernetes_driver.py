@@ -235,6 +235,18 @@ class KubernetesDriver:
             if (workflow_id := workflow_id_of(one)) is not None
         )
 
+    async def list_leftovers(self) -> tuple[str, ...]:
+        """Return the ids of workflows with a Service, Secret or other object and without a Deployment, in order.
+
+        Raises `ClusterError`.
+        """
+        left: set[str] = set()
+        for kind in _COLLECTIONS:  # the Deployments last, so that a deploy meanwhile leaves nothing over
+            items, _ = await self._api.list(_object_path(self._layout, kind), _MANAGED_SELECTOR)
+            found = {workflow_id for one in items if (workflow_id := workflow_id_of(one)) is not None}
+            left = left - found if kind == "Deployment" else left | found
+        return tuple(sorted(left))
+
     async def _list_objects(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
         """Return the Deployments and pods of a workflow, from the cache of the watch while that is open.
 

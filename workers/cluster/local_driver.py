@@ -169,6 +169,10 @@ class LocalDriver:
         every = (deployment.observe for deployment in self._deployments.values())
         return tuple(observed for observed in every if observed.exists)
 
+    async def list_leftovers(self) -> tuple[str, ...]:
+        """Return no workflow: local deployments consist of their pods and a folder."""
+        return ()
+
     async def delete(self, workflow_id: str) -> bool:
         """Stop the pods, wait up to five seconds for their end, and remove the deployment; return whether it
         is gone.
