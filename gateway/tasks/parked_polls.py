@@ -37,14 +37,13 @@ class ParkedPoll:
     """Open poll of a worker."""
 
     poll: TaskPoll
+    seconds: float
+    """Time for which it waits for tasks, after the gateway has looked for some once."""
     since: float = field(default_factory=monotonic)
     answer: asyncio.Future[PollAnswer] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-    looked: asyncio.Future[None] | None = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-    """Done after the first look; None after the poll has seen that."""
+    _timer: asyncio.TimerHandle | None = None
 
     @property
     def is_over(self) -> bool:
@@ -53,34 +52,31 @@ class ParkedPoll:
 
     def resolve(self, answer: PollAnswer) -> bool:
         """Answer the poll of a task worker; return False, without effect, if it is over already."""
-        self.end_look()
         if self.answer.done():
             return False
         self.answer.set_result(answer)
         return True
 
     def leave(self) -> None:
-        """End the poll without tasks, because its client has disconnected."""
+        """End the poll without tasks: its time is over, or its client has disconnected."""
         self.resolve(EMPTY_ANSWER)
 
-    async def wait_for_look(self) -> None:
-        """Wait until the gateway has looked for tasks for the new poll once; raises the error of that look."""
-        if self.looked is not None:
-            await self.looked
-            self.looked = None
+    def begin_waiting(self) -> None:
+        """Let the time of the poll begin, since the first look for its tasks has ended."""
+        if self._timer is None and not self.answer.done():
+            self._timer = asyncio.get_running_loop().call_later(self.seconds, self.leave)
 
-    def end_look(self, error: Exception | None = None) -> None:
-        """Note that the first look for tasks has ended: the poll waits on, or (with an error) fails.
+    def fail(self, error: Exception) -> None:
+        """Fail the poll with the error of its first look, unless it is over."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # without a caller, the event loop must not log it as never retrieved
 
-        Does nothing after the first call.
-        """
-        if self.looked is None or self.looked.done():
-            return
-        if error is None:
-            self.looked.set_result(None)
-        else:
-            self.looked.set_exception(error)
-            self.looked.exception()  # without a caller, the event loop must not log it as never retrieved
+    def close(self) -> None:
+        """End the poll and its timer, because its caller no longer waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.answer.cancel()
 
     @property
     def order(self) -> tuple[int, float]:

@@ -29,8 +29,8 @@ log = structlog.get_logger()
 ClientWatch: TypeAlias = Callable[[Callable[[], None]], None]
 """Function that calls its argument as soon as the client of a poll disconnects."""
 MAX_PARKED: Final = 20_000
-LOOK_TOGETHER_SECONDS: Final = 0.025
-"""Time for which the first look of polls waits for others, while no task waits for them."""
+LOOK_TOGETHER_SECONDS: Final = 0.1
+"""Time for which the first look of polls waits for others, while no task waits for them; a new task ends it."""
 WATCH_SECONDS: Final = 300.0
 """Time after which a watch is set again; the broker forgets it later."""
 TOLD_SECONDS: Final = 5.0
@@ -71,10 +71,10 @@ class PollService:
         if self._is_closed or self._parked >= MAX_PARKED:
             raise errors.not_ready("Too many workers wait here, or this gateway is stopping: try again")
         await self._listen()
-        parked = ParkedPoll(poll)
+        parked = ParkedPoll(poll, seconds)
         if call_on_disconnect is not None:
             call_on_disconnect(parked.leave)
-        answer = await self._wait(parked, seconds)
+        answer = await self._wait(parked)
         if answer.is_stopped:
             raise errors.conflict("worker-stopped", "The worker has said that it stops: start with a new id")
         return answer
@@ -90,8 +90,8 @@ class PollService:
         if not self._listening.done():
             await asyncio.shield(self._listening)
 
-    async def _wait(self, parked: ParkedPoll, seconds: float) -> PollAnswer:
-        """Park a poll until it is answered or its time, in seconds, is over; then the answer is empty.
+    async def _wait(self, parked: ParkedPoll) -> PollAnswer:
+        """Park a poll until it is answered or its time is over; then the answer is empty.
 
         A poll that may have tasks is served at once; polls of a quiet organization are looked at together a
         moment later.
@@ -108,15 +108,10 @@ class PollService:
             elif polls.delay is None:
                 loop = asyncio.get_running_loop()
                 polls.delay = loop.call_later(LOOK_TOGETHER_SECONDS, self._start, organization_id, polls)
-            await parked.wait_for_look()
-            async with asyncio.timeout(seconds):
-                return await parked.answer
-        except TimeoutError:
-            is_answered = parked.answer.done() and not parked.answer.cancelled()
-            return parked.answer.result() if is_answered else EMPTY_ANSWER
+            return await parked.answer
         finally:
             self._parked -= 1
-            parked.answer.cancel()
+            parked.close()
             polls.discard(parked)
             self._forget(organization_id, polls)
 
@@ -233,13 +228,15 @@ class PollService:
             self._tell(polls, news)
         except Exception as error:
             for one in new:
-                one.end_look(error)
+                one.fail(error)
             raise
         polls.await_tasks(new)
-        for one in new:
-            one.end_look()
         polls.is_quiet = is_watched and not news.queues and not polls.is_wanted
-        await self._claim_all(organization_id, polls, news.queues)
+        try:
+            await self._claim_all(organization_id, polls, news.queues)
+        finally:
+            for one in new:
+                one.begin_waiting()  # only now, so that also a poll that does not wait gets tasks
 
     async def _look(
         self, organization_id: str, polls: OrganizationPolls, new: Sequence[ParkedPoll]

@@ -375,6 +375,16 @@ async def test_concurrency_limits_the_tasks_of_a_key(people: OrganizationUsers) 
     assert second["input"]["body"]["customer"] == "a"
 
 
+async def test_a_poll_that_does_not_wait_gets_the_tasks_that_are_ready(people: OrganizationUsers) -> None:
+    await add_type(people)
+    worker = TaskWorkerClient(people.owner.api)
+    assert await worker.claim(wait=0) == []
+    execution_id = await start(people)
+    await wait_for_tasks(people.owner, 1)
+    (task,) = await worker.claim(wait=0)
+    assert task["executionId"] == execution_id
+
+
 async def test_many_tasks_of_one_run_are_answered_together(people: OrganizationUsers) -> None:
     await add_type(people)
     graph = {
