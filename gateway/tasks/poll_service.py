@@ -244,17 +244,16 @@ class PollService:
         """Read what is new for an organization's polls: queues with tasks, cancellations, leaving workers,
         repeated claims.
 
-        Tasks that wait for a free concurrency key are admitted first, if a change may have freed one.
+        If a change may have freed a concurrency key, tasks that wait for one are admitted first, and read too.
         """
-        if polls.admits:
-            polls.admits = False
-            if limited := await self._tasks.upkeep.limited_keys(organization_id):
-                await self._tasks.upkeep.admit(limited)
+        admits, polls.admits = polls.admits, False
         asked = polls.all if polls.has_leaving else new
         polls.has_leaving = False
-        return await self._tasks.claims.look(
-            organization_id, [one.poll for one in new], [one.poll.worker_id for one in asked]
-        )
+        new_polls, worker_ids = [one.poll for one in new], [one.poll.worker_id for one in asked]
+        news = await self._tasks.claims.look(organization_id, new_polls, worker_ids)
+        if admits and news.limited_keys and await self._tasks.upkeep.admit(news.limited_keys):
+            news = await self._tasks.claims.look(organization_id, new_polls, worker_ids)
+        return news
 
     def _tell(self, polls: OrganizationPolls, news: OrganizationNews) -> None:
         """Answer polls with cancellations, drains, and the tasks of earlier polls with the same request."""

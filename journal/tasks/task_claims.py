@@ -10,6 +10,7 @@ from sqlalchemy import text
 from journal.tasks import task_leases
 from journal.tasks.task_polls import CLAIMED_COLUMNS, Claim, ClaimedTask, OrganizationNews, TaskPoll
 from journal.tasks.task_sql import DIALECTS, POSTGRESQL, is_in, list_sql, read_list, texts
+from journal.tasks.task_upkeep import LIMITED_KEYS
 from journal.tasks.task_worker_marks import LEAVING_CONDITION
 from models.task_states import HELD_CONDITION
 
@@ -139,7 +140,9 @@ _READY_QUEUES: Final = (
 
 
 def _news_statement(dialect: str) -> TextClause:
-    """Return the one statement that reads queues with tasks, cancellations, leaving workers and repeated claims."""
+    """Return the one statement that reads queues with tasks, cancellations, leaving workers, repeated claims,
+    and concurrency keys with waiting tasks.
+    """
     parts = (
         _READY_QUEUES,
         (
@@ -156,6 +159,7 @@ def _news_statement(dialect: str) -> TextClause:
             f" AND {is_in(dialect, 'worker_id', 'pollers')} AND {is_in(dialect, 'claim_id', 'requests')}"
             f" AND {HELD_CONDITION} AND state = 'leased'"
         ),
+        LIMITED_KEYS,
     )
     return text("SELECT " + ", ".join(list_sql(dialect, part) for part in parts))
 
@@ -183,9 +187,11 @@ async def _read_news(
         "workers": texts(connection, worker_ids),
         "pollers": texts(connection, [poll.worker_id for poll in polls]),
         "requests": texts(connection, [poll.request_id for poll in polls]),
+        "first_key": f"{organization_id} ",
+        "last_key": f"{organization_id}!",
     }
     (row,) = await connection.execute(_NEWS[connection.dialect.name], values)
-    queues, cancelling, leaving, repeated = map(read_list, row)
+    queues, cancelling, leaving, repeated, limited_keys = map(read_list, row)
     pairs = [one.split(" ") for one in cancelling]
     marks = [one.split(" ") for one in leaving]
     return OrganizationNews(
@@ -193,6 +199,7 @@ async def _read_news(
         leaving={worker_id: mark == "stops" for worker_id, mark in marks},
         cancelling=[(worker_id, task_id) for worker_id, task_id in pairs],
         queues=queues,
+        limited_keys=limited_keys,
     )
 
 

@@ -91,6 +91,8 @@ class OrganizationNews(msgspec.Struct):
     """Worker and task of each requested cancellation."""
     queues: list[str]
     """Queues with tasks to claim."""
+    limited_keys: list[str]
+    """Concurrency keys with tasks that wait for a place."""
 
 
 class Claim(msgspec.Struct):

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from models.database import Database
 
 ADMITTED_TOGETHER: Final = 500
+LIMITED_KEYS: Final = (
+    "WITH RECURSIVE found (key, place) AS ("
+    " SELECT (SELECT min(concurrency_key) FROM task WHERE state = 'limited'"
+    " AND concurrency_key > :first_key AND concurrency_key < :last_key), 1"
+    " UNION ALL SELECT (SELECT min(concurrency_key) FROM task WHERE state = 'limited'"
+    " AND concurrency_key > found.key AND concurrency_key < :last_key), place + 1"
+    " FROM found WHERE found.key IS NOT NULL AND place < 200)"
+    " SELECT key AS value FROM found WHERE key IS NOT NULL"
+)
+"""Query of the concurrency keys with waiting tasks, between two keys; one index probe for each."""
 
 
 class TaskUpkeep:
@@ -87,21 +97,10 @@ class TaskUpkeep:
             ready |= await self._database.transaction(partial(_admit, key=key))
         return ready
 
-    async def limited_keys(self, organization_id: str = "") -> list[str]:
-        """Return concurrency keys with waiting tasks, of all organizations or of one."""
-        first = f"{organization_id} " if organization_id else ""
-        last = f"{organization_id}!" if organization_id else "~"
-        statement = text(
-            "WITH RECURSIVE found (key, place) AS ("
-            " SELECT (SELECT min(concurrency_key) FROM task WHERE state = 'limited'"
-            " AND concurrency_key > :first AND concurrency_key < :last), 1"
-            " UNION ALL SELECT (SELECT min(concurrency_key) FROM task WHERE state = 'limited'"
-            " AND concurrency_key > found.key AND concurrency_key < :last), place + 1"
-            " FROM found WHERE found.key IS NOT NULL AND place < 200)"
-            " SELECT key FROM found WHERE key IS NOT NULL"
-        )
+    async def limited_keys(self) -> list[str]:
+        """Return concurrency keys with waiting tasks, of all organizations."""
         async with self._database.read() as connection:
-            return list(await connection.scalars(statement, {"first": first, "last": last}))
+            return list(await connection.scalars(text(LIMITED_KEYS), {"first_key": "", "last_key": "~"}))
 
 
 async def _admit(connection: AsyncConnection, *, key: str) -> set[str]:
