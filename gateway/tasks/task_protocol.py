@@ -45,6 +45,7 @@ JITTER: Final = 0.2
 """Share by which the wait of a poll is longer or shorter, so that workers don't poll in step."""
 MAX_PROGRESS_BYTES: Final = 4_096
 MAX_CHECKPOINT_BYTES: Final = 65_536
+MAX_LOG_CHARACTERS: Final = 1_000_000
 MAX_OUTPUT_BYTES: Final = RunLimits.max_output_bytes
 """Largest output that a run may have; the setting of its executor may be smaller."""
 _CODE: Final = re.compile(r"[^a-z0-9]+")
@@ -159,7 +160,7 @@ class ReportItem(StrictWire):
     retry: bool | RetryDelay | None = None
     """`fail`: false for a final failure, or a delay in place of that of the node type."""
     lines: Annotated[list[LogLineInput], Meta(max_length=10_000)] = field(default_factory=list)
-    """`log`: up to 1 MB."""
+    """`log`: up to 1,000,000 characters."""
 
 
 class ReportTasks(StrictWire):
@@ -368,7 +369,7 @@ def _item(one: ReportItem) -> ItemKind | ItemError:
             case "release":
                 return Release(one.id, one.lease)
             case "log":
-                return LogLines(one.id, one.lease, [_line(line) for line in one.lines])
+                return _log_lines(one)
     except InvalidJson as error:
         return ItemError(code=error.code, message=error.message)
 
@@ -415,6 +416,14 @@ def _failure(one: ReportItem) -> ItemKind:
     code = _CODE.sub("-", fault.code.lower()).strip("-")[:64] or "task-failed"
     delay = round(one.retry.after_seconds * 1_000_000) if isinstance(one.retry, RetryDelay) else None
     return Failure(one.id, one.lease, code, fault.message, is_final=one.retry is False, delay=delay)
+
+
+def _log_lines(one: ReportItem) -> ItemKind | ItemError:
+    """Return log lines, or an error for over 1,000,000 characters together."""
+    if sum(len(line.message) for line in one.lines) > MAX_LOG_CHARACTERS:
+        message = f"The lines of one item have at most {MAX_LOG_CHARACTERS:,} characters"
+        return ItemError(code="log-too-large", message=message)
+    return LogLines(one.id, one.lease, [_line(line) for line in one.lines])
 
 
 def _line(line: LogLineInput) -> LogText:

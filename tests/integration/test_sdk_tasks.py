@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import httpx2
 import pytest
 from pilotflame_sdk import Client, RunFailed, Task, TaskCancelled, TaskError, Worker, Workflow
 
+from docs.tables import ROOT
 from tests.custom_types import RESIZE
 from tests.integration.command_shell import KEY, CommandShell, open_shell
 from tests.integration.task_workers import TaskWorkerClient
@@ -199,6 +202,26 @@ async def test_a_worker_that_has_left_gets_no_task(client: Client, shell: Comman
         assert client.tasks.get(task["id"])["unacknowledged"] == 0
         assert await heir.complete(task) == "ok"
         await asyncio.to_thread(run.wait, 30)
+
+
+def test_a_worker_says_in_one_line_why_it_does_not_serve(
+    client: Client, shell: CommandShell, tmp_path: Path, free_tcp_port: int
+) -> None:
+    file = shell.file("killed_worker.py", WORKER)
+    environment = {**shell.given, "PYTHONPATH": str(ROOT / "sdk/python")}
+    reader = client.keys.create(name="reader", scopes=["workflows:read"])["key"]
+    for key, said in (("sk-wrong", "unauthorized"), (reader, "scope-required")):
+        given = {**environment, "PILOTFLAME_API_KEY": key}
+        ended = subprocess.run([sys.executable, file], env=given, capture_output=True, text=True, check=False)
+        assert (ended.returncode, "Traceback" in ended.stderr) == (4, False), ended.stderr
+        assert said in ended.stderr.splitlines()[-1]
+    log = tmp_path / "log"
+    away = {**environment, "PILOTFLAME_URL": f"http://127.0.0.1:{free_tcp_port}"}
+    with log.open("w") as sink, subprocess.Popen([sys.executable, file], env=away, stderr=sink) as worker:
+        try:
+            wait_until(lambda: "claims wait for the server" in log.read_text())
+        finally:
+            worker.kill()
 
 
 def test_a_terminated_worker_gives_its_tasks_back(

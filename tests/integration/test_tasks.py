@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from gateway.tasks import task_protocol
 from gateway.tasks.parked_polls import SERVED_TOGETHER
 from gateway.tasks.poll_service import PollService
 from journal.tasks.task_claims import TaskClaims
@@ -192,6 +193,9 @@ async def test_log_lines_above_the_maximum_are_dropped_and_counted(
     for name in ("a", "b"):
         lines = [{"level": "info", "message": f"{name}{number}"} for number in range(3)]
         assert (await worker.send(task, "log", lines=lines))["status"] == "ok"
+    monkeypatch.setattr(task_protocol, "MAX_LOG_CHARACTERS", 1_000)
+    long = await worker.send(task, "log", lines=[{"message": "x" * 600}] * 2)
+    assert (long["status"], long["error"]["code"]) == ("refused", "log-too-large")
     assert await worker.complete(task) == "ok"
     await wait_until_ended(people.owner, execution_id)
     logs = (await get_json(people.owner, f"/{execution_id}/logs"))["logs"]

@@ -18,7 +18,13 @@ from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
-from pilotflame_sdk.errors import Conflict
+from pilotflame_sdk.errors import (
+    ConfigurationError,
+    Conflict,
+    LoginRequired,
+    PilotflameError,
+    ScopeRequired,
+)
 from pilotflame_sdk.held_tasks import HeldTask, HeldTasks
 from pilotflame_sdk.node_definitions import NodeDefinition, choose_definition, define_node, retry_rule
 from pilotflame_sdk.profiles import ServerAddress, find_server
@@ -33,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BLOCKED_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 5.0
 CLAIM_END_SECONDS: Final = 45.0
@@ -144,9 +151,14 @@ class Worker:
     def run(self) -> None:
         """Serve tasks until SIGTERM or SIGINT, then drain: running functions may end within the grace.
 
-        Blocks. Raises `APIError` if the server refuses the worker, and `ValueError` without a node.
+        Blocks. Ends the program with a line on standard error if the server refuses the worker, or its address or key
+        is missing: `SystemExit` with the exit codes of the command line. Raises `ValueError` without a node.
         """
-        asyncio.run(self._run_until_signal())
+        try:
+            asyncio.run(self._run_until_signal())
+        except PilotflameError as error:
+            sys.stderr.write(f"worker {self.name}: {error}\n")
+            sys.exit(_exit_code(error))
 
     async def _run_until_signal(self) -> None:
         loop = asyncio.get_running_loop()
@@ -187,6 +199,8 @@ class Worker:
             partial(connect, url, key), self._identity(), self._types(), self.pools, held, start_tasks
         )
         executor = TaskExecutor(self.slots, self._loop, channel, held.finish)
+        # The handler below would silence warnings in programs that have not set up logging.
+        logging.basicConfig(format=LOG_FORMAT)
         handler = TaskLogHandler(logging.INFO)
         logging.getLogger().addHandler(handler)
         watch = _LoopWatch(self._loop)
@@ -242,6 +256,13 @@ class Worker:
 
     def _types(self) -> list[Mapping[str, str]]:
         return [{"type": one.type, "version": one.version} for one in self.definitions]
+
+
+def _exit_code(error: PilotflameError) -> int:
+    """Return 4 for a missing or refused key, 2 for other wrong settings, and 1 for other refusals."""
+    if isinstance(error, (LoginRequired, ScopeRequired)):
+        return 4
+    return 2 if isinstance(error, ConfigurationError) else 1
 
 
 class _LoopWatch:
