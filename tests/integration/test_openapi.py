@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,7 @@ def _check_answer(said: dict[str, Any], response: httpx2.Response) -> None:
     ((media_type, content),) = said["content"].items()
     assert response.headers["Content-Type"].partition(";")[0] == media_type
     if media_type == "application/json":
-        schema = {**content["schema"], "components": _close_schema(DOCUMENT["components"])}
+        schema = {**content["schema"], "components": _closed_components()}
         jsonschema_rs.Draft202012Validator(schema, validate_formats=True).validate(response.json())
 
 
@@ -293,6 +294,11 @@ def _close_schema(value: Any) -> Any:  # noqa: ANN401 - any JSON value
         return value
     closed = {key: _close_schema(item) for key, item in value.items()}
     return closed | ({"additionalProperties": False} if isinstance(value.get("properties"), dict) else {})
+
+
+@cache
+def _closed_components() -> Any:  # noqa: ANN401 - any JSON value
+    return _close_schema(DOCUMENT["components"])
 
 
 # ── arbitrary requests ──────────────────────────────────────────────────────────────────────────────────────
@@ -344,7 +350,7 @@ async def claim_at_once(
     hub: TaskHub,
     poll: TaskPoll,
     worker: WorkerDescription,
-    seconds: float,  # noqa: ARG001 - the method's signature
+    *_more: object,
 ) -> PollAnswer:
     return await CLAIM(hub, poll, worker, 0)
 
