@@ -64,6 +64,7 @@ from runner import main as pod_services
 from runner.remote_store import RemoteRunStore
 from runner.settings import RunnerSettings
 from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
+from telemetry.tracing import TraceContext, encode_origin
 from tests import command_runs
 from tests.custom_types import custom_type
 from tests.http_receiver import HttpReceiver, run_receiver
@@ -76,6 +77,7 @@ from tests.integration.run_database import (
     open_run_database,
 )
 from tests.integration.test_child_runs import create_runnable
+from tests.otlp_receiver import run_otlp_receiver
 from tests.preloads import ShiftedClock
 from tests.services import reserve_port
 
@@ -1231,3 +1233,45 @@ async def test_a_pod_with_refused_polls_asks_again_after_a_pause() -> None:
         await news.close()
         await calls.close()
     assert asked_at[1] - asked_at[0] >= REFUSED_SECONDS
+
+
+# ── traces and logs ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ON_POSTGRES
+async def test_a_run_in_a_pod_continues_the_trace_of_its_request_and_names_the_request(
+    pods: DeployedPods,
+) -> None:
+    context = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", is_sampled=True)
+    async with run_otlp_receiver() as collector:
+        pods.start(OTLP_URL=collector.url)
+        awaited, queued = [
+            await pods.accept(
+                SIMPLE,
+                trace_origin=f"{encode_origin(context, is_awaited=is_awaited)} request=req_{is_awaited}",
+            )
+            for is_awaited in (True, False)
+        ]
+        for key in (awaited, queued):
+            await pods.reaches(key, "completed")
+
+        def has_arrived(key: ExecutionKey) -> bool:
+            return {span.name for span in collector.of_run(key.execution_id)} >= {
+                *("run accepted", "run segment", "manual", "set")
+            }
+
+        await wait_until(lambda: has_arrived(awaited) and has_arrived(queued))
+    of_awaited, of_queued = (collector.of_run(key.execution_id) for key in (awaited, queued))
+    assert {span.process for span in of_awaited} == {"pilotflame-pod"}
+    (child,) = [span for span in of_awaited if span.name == "run accepted"]
+    assert {span.trace_id for span in of_awaited} == {context.trace_id}
+    assert (child.parent_id, child.links) == (context.span_id, ())
+    (linked,) = [span for span in of_queued if span.name == "run accepted"]
+    assert {span.trace_id for span in of_queued} == {linked.trace_id} != {context.trace_id}
+    assert (linked.parent_id, linked.links) == ("", ((context.trace_id, context.span_id),))
+
+    lines = [json.loads(line) for line in (pods.folder / "pod-1.log").read_text().splitlines()]
+    ends = {line["execution_id"]: line for line in lines if line["event"] == "execution left"}
+    for key, span, request_id in ((awaited, child, "req_True"), (queued, linked, "req_False")):
+        line = ends[key.execution_id]
+        assert (line["request_id"], line["trace_id"]) == (request_id, span.trace_id)
