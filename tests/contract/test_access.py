@@ -835,7 +835,7 @@ SAMPLE = [NAMED[number] for number in {id(row.expected): number for number, row 
 """A row for each expectation."""
 
 
-# ── the world ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── the gateway ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")

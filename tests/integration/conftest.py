@@ -15,7 +15,7 @@ async def harness(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on each kind of database, that of one file of tests."""
-    async with create_gateway(request.param, postgres, tmp_path_factory.mktemp("world")) as harness:
+    async with create_gateway(request.param, postgres, tmp_path_factory.mktemp("gateway")) as harness:
         yield harness
 
 

@@ -116,7 +116,7 @@ class GatewayHarness:
         return UserClient(user, await self.client(key), key)
 
     async def with_settings(self, **changes: Any) -> GatewayHarness:  # noqa: ANN401 - values of settings
-        """Return this world behind a gateway with other settings, which are not checked."""
+        """Return the same database behind a gateway with other settings, which are not checked."""
         changed = replace(self.gateway, settings=self.gateway.settings.model_copy(update=changes))
         app = create_app(lambda: nullcontext(changed))
         await self._clients.enter_async_context(app.router.lifespan_context(app))

@@ -1,4 +1,4 @@
-"""Another gateway beside that of a `World`, with settings or a broker of its own."""
+"""Another gateway beside that of a `GatewayHarness`, with settings or a broker of its own."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 @asynccontextmanager
 async def run_mail_harness(harness: GatewayHarness) -> AsyncIterator[MailHarness]:
-    """Run it on the database of a world."""
+    """Run it on the database of a harness."""
     here, sns, now = harness.gateway, FakeSns(), [datetime.now(UTC)]
     broker = await brokers.connect_broker(None)
 

@@ -1,4 +1,6 @@
-"""A second gateway beside that of a `World`, as behind a load balancer: another process in all that it remembers."""
+"""Second gateway beside that of a `GatewayHarness`, as behind a load balancer: another process in all that it
+remembers.
+"""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class SimulatedCluster:
 
 @asynccontextmanager
 async def run_simulated_cluster(harness: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
-    """Run a cluster for the deployments of a world."""
+    """Run a cluster for the deployments of a harness."""
     async with listen_for_pods(harness) as url:
         cluster = SimulatedCluster(harness.gateway.database, url)
         running = asyncio.create_task(cluster.run())

@@ -61,7 +61,7 @@ CURED_SECONDS = 5.0
 async def harness(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
-    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as harness:
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("gateway")) as harness:
         yield harness
 
 

@@ -47,7 +47,7 @@ async def harness(
     driver: str, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on one kind of database for each driver: neither knows the other."""
-    async with create_gateway(DATABASES[driver], postgres, tmp_path_factory.mktemp("world")) as harness:
+    async with create_gateway(DATABASES[driver], postgres, tmp_path_factory.mktemp("gateway")) as harness:
         yield harness
 
 

@@ -134,7 +134,7 @@ async def harness(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on one database, since cluster requests don't depend on the database."""
-    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as harness:
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("gateway")) as harness:
         yield harness
 
 

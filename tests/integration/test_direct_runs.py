@@ -114,7 +114,7 @@ class AssigningGateway:
 
 
 @dataclass
-class DirectWorld:
+class DirectRunHarness:
     """A gateway and a worker, with brokers of their own or a common one."""
 
     run_database: RunDatabase
@@ -161,15 +161,15 @@ class DirectWorld:
 
 
 @pytest.fixture(params=["local", "redis"])
-async def world(
+async def harness(
     request: pytest.FixtureRequest, run_database: RunDatabase, redis_server: RedisServer
-) -> AsyncIterator[DirectWorld]:
-    async with open_world(run_database, redis_server.url if request.param == "redis" else None) as world:
-        yield world
+) -> AsyncIterator[DirectRunHarness]:
+    async with open_harness(run_database, redis_server.url if request.param == "redis" else None) as harness:
+        yield harness
 
 
 @asynccontextmanager
-async def open_world(run_database: RunDatabase, redis_url: str | None) -> AsyncIterator[DirectWorld]:
+async def open_harness(run_database: RunDatabase, redis_url: str | None) -> AsyncIterator[DirectRunHarness]:
     seal = MessageSeal(SECRET, (), DatabaseClock())
     async with AsyncExitStack() as stack:
         worker = await connect_broker(redis_url, channel=uuid4().hex, seal=seal)
@@ -178,127 +178,129 @@ async def open_world(run_database: RunDatabase, redis_url: str | None) -> AsyncI
         stack.push_async_callback(broker.close)
         gateway = AssigningGateway(run_database, broker)
         await gateway.assigner.start()
-        world = DirectWorld(run_database, gateway, worker, stack)
-        stack.callback(world.go_on.set)
-        yield world
+        harness = DirectRunHarness(run_database, gateway, worker, stack)
+        stack.callback(harness.go_on.set)
+        yield harness
 
 
-ON_ONE = pytest.mark.parametrize(("migrated_database", "world"), [("on_sqlite", "local")], indirect=True)
+ON_ONE = pytest.mark.parametrize(("migrated_database", "harness"), [("on_sqlite", "local")], indirect=True)
 """For tests that depend on neither database nor broker."""
 
 
-async def test_an_assigned_run_is_inserted_as_claimed_and_ends_without_a_claim(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    await world.start()
-    first = await world.gateway.accept(place)
+async def test_an_assigned_run_is_inserted_as_claimed_and_ends_without_a_claim(
+    harness: DirectRunHarness,
+) -> None:
+    place = await harness.run_database.workflow()
+    await harness.start()
+    first = await harness.gateway.accept(place)
     assert not first.worker
-    await world.wait_for(first, status="completed")
-    await world.gateway.accept_direct(place)
-    claims = world.claims
-    runs = [await world.gateway.accept(place) for _ in range(20)]
-    assert {run.worker for run in runs} == {world.worker.channel}
+    await harness.wait_for(first, status="completed")
+    await harness.gateway.accept_direct(place)
+    claims = harness.claims
+    runs = [await harness.gateway.accept(place) for _ in range(20)]
+    assert {run.worker for run in runs} == {harness.worker.channel}
     for run in runs:
-        row = await world.wait_for(run, status="completed")
+        row = await harness.wait_for(run, status="completed")
         assert (row["token"], row["attempt"], row["is_fresh"]) == (1, 1, False)
         assert row["started_at"] == row["created_at"]
         assert row["deadline_at"] - row["started_at"] == 3600 * 1_000_000
-    assert world.claims <= claims + 1, "one wakeup of the first run may come late, and finds nothing"
+    assert harness.claims <= claims + 1, "one wakeup of the first run may come late, and finds nothing"
 
 
-async def test_a_run_without_a_listening_worker_is_pending_at_once(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    world.gateway.assigner._handle_notification(SlotGrant("gone", 0, 10))  # noqa: SLF001 - as a dead worker's last grant
-    run = await world.gateway.accept(place)
+async def test_a_run_without_a_listening_worker_is_pending_at_once(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
+    harness.gateway.assigner._handle_notification(SlotGrant("gone", 0, 10))  # noqa: SLF001 - as a dead worker's last grant
+    run = await harness.gateway.accept(place)
     assert run.worker == "gone"
-    row = await world.wait_for(run, status="pending")
+    row = await harness.wait_for(run, status="pending")
     assert (row["attempt"], row["lease_owner"], row["token"]) == (0, None, 2)
-    await world.gateway.assigner.drain()
-    assert world.gateway.wakeups == 1
-    assert not (await world.gateway.accept(place)).worker
-    await world.start()
-    await world.wait_for(run, status="completed")
+    await harness.gateway.assigner.drain()
+    assert harness.gateway.wakeups == 1
+    assert not (await harness.gateway.accept(place)).worker
+    await harness.start()
+    await harness.wait_for(run, status="completed")
 
 
 async def test_a_lost_message_costs_the_first_lease(
-    world: DirectWorld, monkeypatch: pytest.MonkeyPatch
+    harness: DirectRunHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = await world.run_database.workflow()
+    place = await harness.run_database.workflow()
 
     async def lose(_worker: str, _message: DirectRuns) -> bool:
         return True
 
-    monkeypatch.setattr(world.gateway.broker, "send_direct", lose)
-    world.gateway.assigner._handle_notification(SlotGrant("deaf", 0, 10))  # noqa: SLF001 - as a message
-    run = await world.gateway.accept(place)
-    await world.gateway.assigner.drain()
-    row = await world.row(run)
+    monkeypatch.setattr(harness.gateway.broker, "send_direct", lose)
+    harness.gateway.assigner._handle_notification(SlotGrant("deaf", 0, 10))  # noqa: SLF001 - as a message
+    run = await harness.gateway.accept(place)
+    await harness.gateway.assigner.drain()
+    row = await harness.row(run)
     assert (row["status"], row["lease_owner"]) == ("running", "deaf")
     assert row["lease_until"] - row["created_at"] == 5_000_000
-    await world.run_database.query("UPDATE execution SET lease_until = 1")
-    await world.start(sweep_seconds=0.05)
-    row = await world.wait_for(run, status="completed")
+    await harness.run_database.query("UPDATE execution SET lease_until = 1")
+    await harness.start(sweep_seconds=0.05)
+    row = await harness.wait_for(run, status="completed")
     assert row["token"] > 2
 
 
-async def test_slots_are_granted_only_while_no_run_waits(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    executor = await world.start(concurrency=4)
-    await world.wait_for(await world.gateway.accept_direct(place), status="completed")
+async def test_slots_are_granted_only_while_no_run_waits(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
+    executor = await harness.start(concurrency=4)
+    await harness.wait_for(await harness.gateway.accept_direct(place), status="completed")
     held: list[RunAcceptance] = []
     while executor.count_held_runs() < 4:
-        held.append(await world.gateway.accept(place, HELD))
+        held.append(await harness.gateway.accept(place, HELD))
         await asyncio.sleep(0.01)
     # Runs of earlier grants are taken beyond the limit; then nothing is granted until no run waits.
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while (waiting := await world.gateway.accept(place)).worker:
+        while (waiting := await harness.gateway.accept(place)).worker:
             held.append(waiting)
             await asyncio.sleep(0.05)
     await asyncio.sleep(2.2)  # the slots of all earlier grants have expired
-    later = [await world.gateway.accept(place) for _ in range(3)]
+    later = [await harness.gateway.accept(place) for _ in range(3)]
     assert not any(run.worker for run in later)
-    world.go_on.set()
+    harness.go_on.set()
     for run in (*held, waiting, *later):
-        await world.wait_for(run, status="completed")
-    await world.gateway.accept_direct(place)
+        await harness.wait_for(run, status="completed")
+    await harness.gateway.accept_direct(place)
 
 
 @pytest.mark.parametrize("reason", ["late", "draining", "trial"])
 @ON_ONE
 async def test_a_worker_makes_pending_the_runs_that_it_may_not_begin(
-    world: DirectWorld, reason: str, monkeypatch: pytest.MonkeyPatch
+    harness: DirectRunHarness, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = await world.run_database.workflow()
-    executor = await world.start()
-    await world.gateway.accept_direct(place)
+    place = await harness.run_database.workflow()
+    executor = await harness.start()
+    await harness.gateway.accept_direct(place)
     monkeypatch.setattr(executors, "MAX_DIRECT_AGE_SECONDS", -1.0 if reason == "late" else 60.0)
     if reason == "draining":
         monkeypatch.setattr(executor, "_is_draining", True)
     elif reason == "trial":
         executor._isolation._is_open.clear()  # noqa: SLF001 - as during a trial
-    run = await world.gateway.accept(place)
+    run = await harness.gateway.accept(place)
     assert run.worker
-    row = await world.wait_for(run, lease_owner=None)
+    row = await harness.wait_for(run, lease_owner=None)
     assert row["token"] > 1
     if reason == "trial":
         executor._isolation._is_open.set()  # noqa: SLF001 - its end
     if reason != "draining":
-        await world.wait_for(run, status="completed")
+        await harness.wait_for(run, status="completed")
 
 
 @ON_ONE
-async def test_a_repeated_message_begins_nothing(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    executor = await world.start()
+async def test_a_repeated_message_begins_nothing(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
+    executor = await harness.start()
     sent: list[DirectRuns] = []
-    send = world.gateway.broker.send_direct
+    send = harness.gateway.broker.send_direct
 
     async def note_and_send(worker: str, message: DirectRuns) -> bool:
         sent.append(message)
         return await send(worker, message)
 
-    world.gateway.broker.send_direct = note_and_send  # type: ignore[method-assign]
-    run = await world.gateway.accept_direct(place)
-    await world.wait_for(run, status="completed")
+    harness.gateway.broker.send_direct = note_and_send  # type: ignore[method-assign]
+    run = await harness.gateway.accept_direct(place)
+    await harness.wait_for(run, status="completed")
     executor._on_direct(sent[-1])  # noqa: SLF001 - as a message
     assert not executor.count_held_runs()
     unreadable = msgspec.structs.replace(
@@ -309,9 +311,9 @@ async def test_a_repeated_message_begins_nothing(world: DirectWorld) -> None:
 
 
 @ON_ONE
-async def test_runs_that_are_large_or_wait_for_something_are_claimed(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    assigner = world.gateway.assigner
+async def test_runs_that_are_large_or_wait_for_something_are_claimed(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
+    assigner = harness.gateway.assigner
     assigner._handle_notification(SlotGrant("worker", 0, 1_000))  # noqa: SLF001 - as a message
     large = place.run(trigger=json.dumps({"body": "x" * run_assignment.MAX_DIRECT_CHARACTERS}))
     others = [place.run(concurrency_key="key"), place.run(assigned_deployment_id="wf"), large]
@@ -323,38 +325,40 @@ async def test_runs_that_are_large_or_wait_for_something_are_claimed(world: Dire
 
 
 @ON_ONE
-async def test_messages_have_a_limited_size(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    await world.start()
-    await world.gateway.accept_direct(place)
-    await world.gateway.assigner.drain()
+async def test_messages_have_a_limited_size(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
+    await harness.start()
+    await harness.gateway.accept_direct(place)
+    await harness.gateway.assigner.drain()
     sent: list[DirectRuns] = []
-    send = world.gateway.broker.send_direct
+    send = harness.gateway.broker.send_direct
 
     async def note_and_send(worker: str, message: DirectRuns) -> bool:
         sent.append(message)
         return await send(worker, message)
 
-    world.gateway.broker.send_direct = note_and_send  # type: ignore[method-assign]
+    harness.gateway.broker.send_direct = note_and_send  # type: ignore[method-assign]
     trigger = json.dumps({"body": {"text": "x" * 6_000}})
-    runs = world.gateway.assigner.assign(
+    runs = harness.gateway.assigner.assign(
         [place.run(definition=QUICK, total_nodes=2, trigger=trigger) for _ in range(5)]
     )
-    world.gateway.assigner.send(runs, await world.run_database.store.accept(runs))
+    harness.gateway.assigner.send(runs, await harness.run_database.store.accept(runs))
     for run in runs:
         assert run.worker
-        await world.wait_for(run, status="completed", token=1)
+        await harness.wait_for(run, status="completed", token=1)
     assert [len(json.loads(bytes(message.content))) for message in sent] == [2, 2, 1]
 
 
-async def test_the_runs_of_an_inbound_request_are_all_assigned_or_all_claimed(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    assigner, store = world.gateway.assigner, world.run_database.store
-    await world.start()
-    await world.gateway.accept_direct(place)
+async def test_the_runs_of_an_inbound_request_are_all_assigned_or_all_claimed(
+    harness: DirectRunHarness,
+) -> None:
+    place = await harness.run_database.workflow()
+    assigner, store = harness.gateway.assigner, harness.run_database.store
+    await harness.start()
+    await harness.gateway.accept_direct(place)
 
     def arrival(count: int) -> InboundRequest:
-        fields = {"definition": QUICK, "total_nodes": 2, "channel": world.gateway.broker.channel}
+        fields = {"definition": QUICK, "total_nodes": 2, "channel": harness.gateway.broker.channel}
         return place.inbound(*(place.run(**fields) for _ in range(count)))
 
     for count, is_direct in ((3, True), (60, False)):
@@ -362,17 +366,17 @@ async def test_the_runs_of_an_inbound_request_are_all_assigned_or_all_claimed(wo
         assert [bool(run.worker) for run in request.runs] == [is_direct] * count
         (answer,) = await store.ingest([request])
         assigner.send(request.runs, answer.runs)
-        await world.gateway.broker.wake_workers()
+        await harness.gateway.broker.wake_workers()
         for run in request.runs:
-            row = await world.wait_for(run, status="completed")
+            row = await harness.wait_for(run, status="completed")
             assert row["token"] == 1
             assert (row["started_at"] == row["created_at"]) == is_direct
 
 
 @ON_ONE
-async def test_slots_of_runs_that_were_refused_or_lost_are_used_again(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    assigner = world.gateway.assigner
+async def test_slots_of_runs_that_were_refused_or_lost_are_used_again(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
+    assigner = harness.gateway.assigner
 
     def assign(count: int) -> list[RunAcceptance]:
         return [run for run in assigner.assign([place.run() for _ in range(count)]) if run.worker]
@@ -394,18 +398,18 @@ async def test_slots_of_runs_that_were_refused_or_lost_are_used_again(world: Dir
     assert not assign(1), "the grant has expired"
 
 
-async def test_an_assigned_run_that_lasts_keeps_its_lease(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
-    await world.start(lease_seconds=30)
-    run = await world.gateway.accept_direct(place, HELD)
+async def test_an_assigned_run_that_lasts_keeps_its_lease(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
+    await harness.start(lease_seconds=30)
+    run = await harness.gateway.accept_direct(place, HELD)
     begun_at = time.monotonic()
-    row = await world.row(run)
+    row = await harness.row(run)
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while (await world.row(run))["lease_until"] == row["lease_until"]:  # noqa: ASYNC110 - rows send no events
+        while (await harness.row(run))["lease_until"] == row["lease_until"]:  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.1)
     assert time.monotonic() - begun_at < 5
-    world.go_on.set()
-    row = await world.wait_for(run, status="completed")
+    harness.go_on.set()
+    row = await harness.wait_for(run, status="completed")
     assert row["token"] == 1
 
 
@@ -425,13 +429,13 @@ async def test_only_runs_that_no_other_process_has_claimed_since_are_returned(
 
 
 @ON_ONE
-async def test_a_worker_without_direct_runs_claims_all(world: DirectWorld) -> None:
-    place = await world.run_database.workflow()
+async def test_a_worker_without_direct_runs_claims_all(harness: DirectRunHarness) -> None:
+    place = await harness.run_database.workflow()
     grants: list[object] = []
-    await world.gateway.broker.listen(grants.append, subject=SLOT_GRANTS)
-    await world.start(direct_runs=False)
+    await harness.gateway.broker.listen(grants.append, subject=SLOT_GRANTS)
+    await harness.start(direct_runs=False)
     for _ in range(3):
-        run = await world.gateway.accept(place)
+        run = await harness.gateway.accept(place)
         assert not run.worker
-        await world.wait_for(run, status="completed")
+        await harness.wait_for(run, status="completed")
     assert not grants

@@ -196,7 +196,7 @@ class WorkerStarter:
     """Factory of workers on a database; leases and sweep intervals are long by default."""
 
     def __init__(self, run_database: RunDatabase, stack: AsyncExitStack) -> None:
-        self._world = run_database
+        self._run_database = run_database
         self._stack = stack
         self.stage = NodeStage()
 
@@ -207,7 +207,7 @@ class WorkerStarter:
         broker: Broker | None = None,
         **settings: Any,  # noqa: ANN401 - a field of WorkerSettings
     ) -> WorkerUnderTest:
-        store = store or await self._world.another_store()
+        store = store or await self._run_database.another_store()
         broker = broker or DeafBroker(channel=uuid4().hex)
         self._stack.push_async_callback(broker.close)
         defaults = {"lease_seconds": LONG_SECONDS, "sweep_seconds": LONG_SECONDS, "commit_seconds": 0.02}
@@ -230,11 +230,13 @@ class WorkerStarter:
             owned_workflow.run(definition=chain_definition(*types, **configs), total_nodes=len(types) + 1)
             for _ in range(count)
         ]
-        await self._world.store.accept(runs)
+        await self._run_database.store.accept(runs)
         return [run.execution_id for run in runs]
 
     async def statuses(self) -> Counter[str]:
-        rows = await self._world.query("SELECT status, count(*) AS count FROM execution GROUP BY status")
+        rows = await self._run_database.query(
+            "SELECT status, count(*) AS count FROM execution GROUP BY status"
+        )
         return Counter({row["status"]: row["count"] for row in rows})
 
     async def are_all(self, status: str) -> bool:

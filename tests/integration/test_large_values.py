@@ -129,14 +129,14 @@ class LargeValueWorkers:
     def __init__(
         self, run_database: RunDatabase, counting_folder: CountingFolder, stack: AsyncExitStack
     ) -> None:
-        self._world = run_database
+        self._run_database = run_database
         self._folder = counting_folder
         self._stack = stack
         self.stage = RunStage()
 
     async def start(self) -> RunExecutor:
         executor = RunExecutor(
-            await self._world.another_store(),
+            await self._run_database.another_store(),
             LocalBroker(channel=uuid4().hex),
             build_catalog(effect=self.stage.effect),
             NodeServices(http=NoNetwork()),

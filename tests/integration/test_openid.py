@@ -66,7 +66,7 @@ async def gateway(harness: GatewayHarness, openid: OpenIdServer) -> AsyncIterato
     sign_in = openid_sign_in.build_openid_sign_in(changed.gateway.settings, harness.gateway.database)
     assert sign_in is not None
     changed.app.state.gateway = replace(changed.gateway, openid=sign_in)
-    yield GatewayHarness(changed.app, changed.app.state.gateway, changed._clients)  # noqa: SLF001 - the same world
+    yield GatewayHarness(changed.app, changed.app.state.gateway, changed._clients)  # noqa: SLF001 - the same clients
     await sign_in.provider.close()
 
 

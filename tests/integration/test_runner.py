@@ -117,7 +117,7 @@ class InterruptibleGateway:
     port = 0
 
     def __init__(self, run_database: RunDatabase, folder: Path) -> None:
-        self._world = run_database
+        self._run_database = run_database
         self._settings = GatewaySettings(
             data_dir=folder,
             database_url=run_database.url.render_as_string(hide_password=False),
@@ -133,7 +133,10 @@ class InterruptibleGateway:
     async def start(self) -> None:
         """Listen, again at the same address."""
         parts = state.assemble_state(
-            self._settings, self._world.database, self._world.store, LocalBroker(channel="gateway")
+            self._settings,
+            self._run_database.database,
+            self._run_database.store,
+            LocalBroker(channel="gateway"),
         )
         self.state = await self._running.enter_async_context(parts)
         listener = socket.create_server(("127.0.0.1", self.port))

@@ -1259,7 +1259,7 @@ class AnswerLosingProxy:
 
 @dataclass
 class LosingStore:
-    """A world on PostgreSQL, and a store behind a proxy."""
+    """A database of PostgreSQL, and a store behind a proxy."""
 
     run_database: RunDatabase
     proxy: AnswerLosingProxy

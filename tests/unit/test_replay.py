@@ -38,7 +38,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @dataclass
-class World:
+class NodeRecorder:
     """Node types that note their calls."""
 
     calls: list[str] = field(default_factory=list)
@@ -250,13 +250,13 @@ def test_a_replay_of_an_unchanged_definition_and_input_runs_nothing_again(
 ) -> None:
     async def check() -> None:
         drawing, options = graph
-        world = World()
-        past = await run_first(compile_drawing(drawing, world.kinds, options), trigger)
-        world.calls.clear()
+        recorder = NodeRecorder()
+        past = await run_first(compile_drawing(drawing, recorder.kinds, options), trigger)
+        recorder.calls.clear()
         plan = plan_of(past)
         assert set(decisions(plan).values()) == {"reuse"}
         ended, notebook = await run_again(past, plan)
-        assert (ended, world.calls) == (RunOutcome(RunStatus.COMPLETED), [])
+        assert (ended, recorder.calls) == (RunOutcome(RunStatus.COMPLETED), [])
         statuses = {span.node_id: span.status for span in past.spans}
         assert {node_id: span.status for node_id, span in notebook.spans.items()} == statuses
 
@@ -284,9 +284,9 @@ def test_an_edit_reruns_exactly_the_nodes_with_changed_keys(
         after[edited] = {**options[edited], "inputMappings": {"more": "trigger"}}
 
     async def check() -> None:
-        world = World()
-        past = await run_first(compile_drawing(drawing, world.kinds, options), trigger)
-        program = compile_drawing(drawing, world.kinds, after)
+        recorder = NodeRecorder()
+        past = await run_first(compile_drawing(drawing, recorder.kinds, options), trigger)
+        program = compile_drawing(drawing, recorder.kinds, after)
         wanted = await run_first(program, trigger if new_trigger is None else new_trigger)
         before = {span.node_id: decode_key(span.hashes) for span in past.spans}
         changed = {
@@ -294,25 +294,25 @@ def test_an_edit_reruns_exactly_the_nodes_with_changed_keys(
             for span in wanted.spans
             if span.status is SpanStatus.COMPLETED and decode_key(span.hashes) != before.get(span.node_id)
         } - {"start"}
-        world.calls.clear()
-        world.keys.clear()
+        recorder.calls.clear()
+        recorder.keys.clear()
         writes = frozenset(name for name in options if name.startswith("pay"))
         plan = plan_of(past, program, new_trigger, confirmed=writes)
         ended, notebook = await run_again(past, plan, program, new_trigger)
         assert ended == RunOutcome(RunStatus.COMPLETED)
-        assert sorted(world.calls) == sorted(changed)
+        assert sorted(recorder.calls) == sorted(changed)
         assert {span.node_id: span.output for span in wanted.spans} == {
             node_id: span.output for node_id, span in notebook.spans.items()
         }
         # A write that is repeated has a new key, and one that isn't has none.
-        assert all(key.startswith(LATER) for key in world.keys)
+        assert all(key.startswith(LATER) for key in recorder.keys)
         # What isn't confirmed is asked for or refused, and never runs.
-        world.calls.clear()
+        recorder.calls.clear()
         careful = plan_of(past, program, new_trigger)
         if not careful.unconfirmed:
             await run_again(past, careful, program, new_trigger)
         done = {span.node_id for span in past.spans if span.port is not None}
-        assert not {name for name in world.calls if name.startswith("pay")} & done
+        assert not {name for name in recorder.calls if name.startswith("pay")} & done
 
     asyncio.run(check())
 
@@ -334,59 +334,59 @@ def test_an_edit_reruns_exactly_the_nodes_with_changed_keys(
 async def test_a_failed_write_runs_again_under_its_old_key_unless_nothing_can_have_happened(
     error: str, decision: str, key: str
 ) -> None:
-    world = World(broken={"pay"}, error=error)
-    past = await run_first(compile_drawing("start > pay > add", world.kinds))
-    world.broken.clear()
-    world.keys.clear()
+    recorder = NodeRecorder(broken={"pay"}, error=error)
+    past = await run_first(compile_drawing("start > pay > add", recorder.kinds))
+    recorder.broken.clear()
+    recorder.keys.clear()
     plan = plan_of(past)
     assert decisions(plan) == {"start": "reuse", "pay": decision, "add": "rerun"}
     ended, _ = await run_again(past, plan)
-    assert (ended, world.keys) == (RunOutcome(RunStatus.COMPLETED), [f"{key}:pay:0"])
+    assert (ended, recorder.keys) == (RunOutcome(RunStatus.COMPLETED), [f"{key}:pay:0"])
 
 
 async def test_a_failed_write_with_an_unknown_end_and_another_request_needs_a_confirmation() -> None:
-    world = World(broken={"pay"}, error="timed-out")
-    past = await run_first(compile_drawing("start > pay", world.kinds, {"pay": {"config": {"by": 1}}}))
-    changed = compile_drawing("start > pay", world.kinds, {"pay": {"config": {"by": 2}}})
+    recorder = NodeRecorder(broken={"pay"}, error="timed-out")
+    past = await run_first(compile_drawing("start > pay", recorder.kinds, {"pay": {"config": {"by": 1}}}))
+    changed = compile_drawing("start > pay", recorder.kinds, {"pay": {"config": {"by": 2}}})
     plan = plan_of(past, changed)
     assert plan.unconfirmed == ("pay",)
     assert reasons(plan, "pay") == ["failed", "config-changed", "write-needs-confirm"]
     allowed = plan_of(past, changed, confirmed=frozenset({"pay"}))
     assert allowed.digest() == plan.digest()
-    world.broken.clear()
-    world.keys.clear()
+    recorder.broken.clear()
+    recorder.keys.clear()
     await run_again(past, allowed, changed)
-    assert world.keys == [f"{LATER}:pay:0"]
+    assert recorder.keys == [f"{LATER}:pay:0"]
 
 
 async def test_a_mended_graph_goes_on_behind_the_last_good_node() -> None:
-    world = World(broken={"add2"})
+    recorder = NodeRecorder(broken={"add2"})
     drawing = "start > pay > add1 > add2 > pay2"
-    past = await run_first(compile_drawing(drawing, world.kinds))
-    world.broken.clear()
-    world.calls.clear()
-    mended = compile_drawing(drawing, world.kinds, {"add2": {"config": {"by": 7}}})
+    past = await run_first(compile_drawing(drawing, recorder.kinds))
+    recorder.broken.clear()
+    recorder.calls.clear()
+    mended = compile_drawing(drawing, recorder.kinds, {"add2": {"config": {"by": 7}}})
     plan = plan_of(past, mended)
     assert decisions(plan) == {
         "start": "reuse", "pay": "reuse", "add1": "reuse", "add2": "rerun", "pay2": "rerun",
     }  # fmt: skip
     ended, notebook = await run_again(past, plan, mended)
-    assert (ended, world.calls) == (RunOutcome(RunStatus.COMPLETED), ["add2", "pay2"])
+    assert (ended, recorder.calls) == (RunOutcome(RunStatus.COMPLETED), ["add2", "pay2"])
     reused = {node_id: span.reused_from for node_id, span in notebook.spans.items()}
     assert reused == {"start": EARLIER, "pay": EARLIER, "add1": EARLIER, "add2": None, "pay2": None}
 
 
 async def test_a_write_behind_a_maybe_is_reused_or_refused_at_run_time() -> None:
-    world = World()
+    recorder = NodeRecorder()
     drawing = "start > add > parity > pay"
-    past = await run_first(compile_drawing(drawing, world.kinds))
+    past = await run_first(compile_drawing(drawing, recorder.kinds))
     for by, ended_as in ((2, RunStatus.COMPLETED), (1, RunStatus.FAILED)):
-        world.keys.clear()
-        changed = compile_drawing(drawing, world.kinds, {"add": {"config": {"by": by}}})
+        recorder.keys.clear()
+        changed = compile_drawing(drawing, recorder.kinds, {"add": {"config": {"by": by}}})
         plan = plan_of(past, changed)
         assert decisions(plan) == {"start": "reuse", "add": "rerun", "parity": "maybe", "pay": "maybe"}
         ended, notebook = await run_again(past, plan, changed)
-        assert (ended.status, world.keys) == (ended_as, [])
+        assert (ended.status, recorder.keys) == (ended_as, [])
         if ended.status is RunStatus.FAILED:
             assert notebook.spans["pay"].error is not None
             assert notebook.spans["pay"].error.code == "write-needs-confirm"
@@ -394,25 +394,25 @@ async def test_a_write_behind_a_maybe_is_reused_or_refused_at_run_time() -> None
 
 
 async def test_parallel_branches_that_refer_to_everything_are_reused_unless_one_of_them_changes() -> None:
-    world = World(broken={"add3"})
+    recorder = NodeRecorder(broken={"add3"})
     drawing = "start > pay1 > add1 > add3; start > pay2 > add2 > add3"
     whole: dict[str, Json] = {"config": {"by": "{{ nodes }}"}}
     options = dict.fromkeys(("pay1", "add1", "pay2", "add2"), whole)
-    past = await run_first(compile_drawing(drawing, world.kinds, options))
-    world.broken.clear()
+    past = await run_first(compile_drawing(drawing, recorder.kinds, options))
+    recorder.broken.clear()
     plan = decisions(plan_of(past))
     assert plan == {**dict.fromkeys(("start", *options), "reuse"), "add3": "rerun"}
-    edited = compile_drawing(drawing, world.kinds, {**options, "add1": {"config": {"by": 5}}})
+    edited = compile_drawing(drawing, recorder.kinds, {**options, "add1": {"config": {"by": 5}}})
     changed = decisions(plan_of(past, edited))
     assert changed["add1"] == "rerun"
     assert {changed["pay2"], changed["add2"]}.isdisjoint({"reuse"})
 
 
 async def test_a_candidate_that_is_no_longer_reached_is_skipped() -> None:
-    world = World()
+    recorder = NodeRecorder()
     drawing = "start > add > branch; branch > pay; branch:other > add2"
-    past = await run_first(compile_drawing(drawing, world.kinds))
-    changed = compile_drawing(drawing, world.kinds, {"add": {"config": {"by": 1}}})
+    past = await run_first(compile_drawing(drawing, recorder.kinds))
+    changed = compile_drawing(drawing, recorder.kinds, {"add": {"config": {"by": 1}}})
     plan = plan_of(past, changed)
     ended, notebook = await run_again(past, plan, changed)
     assert ended == RunOutcome(RunStatus.COMPLETED)
@@ -420,8 +420,8 @@ async def test_a_candidate_that_is_no_longer_reached_is_skipped() -> None:
 
 
 async def test_results_without_a_complete_key_are_not_reused() -> None:
-    world = World()
-    past = await run_first(compile_drawing("start > add > pay", world.kinds))
+    recorder = NodeRecorder()
+    past = await run_first(compile_drawing("start > add > pay", recorder.kinds))
     old = [replace(span, hashes=(span.hashes or b"")[:128]) for span in past.spans]
     plan = plan_of(PastRun(past.program, past.trigger, old))
     assert decisions(plan) == {"start": "rerun", "add": "rerun", "pay": "ask"}
@@ -429,42 +429,42 @@ async def test_results_without_a_complete_key_are_not_reused() -> None:
 
 
 async def test_a_forced_node_runs_again_and_those_behind_it_only_with_another_input() -> None:
-    world = World()
-    past = await run_first(compile_drawing("start > add > parity > add2", world.kinds))
-    world.calls.clear()
+    recorder = NodeRecorder()
+    past = await run_first(compile_drawing("start > add > parity > add2", recorder.kinds))
+    recorder.calls.clear()
     plan = plan_of(past, forced=frozenset({"add"}))
     assert decisions(plan) == {"start": "reuse", "add": "rerun", "parity": "maybe", "add2": "maybe"}
     await run_again(past, plan)
-    assert world.calls == ["add"]
+    assert recorder.calls == ["add"]
 
 
 @pytest.mark.parametrize(
     "drawing", ["start > read > add", "start > loop; loop:continue > read; loop:done > add"]
 )
 async def test_nodes_that_read_run_again_only_where_that_is_asked_for(drawing: str) -> None:
-    world = World()
-    past = await run_first(compile_drawing(drawing, world.kinds))
+    recorder = NodeRecorder()
+    past = await run_first(compile_drawing(drawing, recorder.kinds))
     assert set(decisions(plan_of(past)).values()) == {"reuse"}
-    world.calls.clear()
+    recorder.calls.clear()
     plan = plan_of(past, refreshes_reads=True)
     assert (decisions(plan)["read"], decisions(plan)["add"]) == ("rerun", "maybe")
     assert reasons(plan, "read") == ["refreshed"]
     ended, notebook = await run_again(past, plan)
     assert ended == RunOutcome(RunStatus.COMPLETED)
-    assert {call.partition(".")[0] for call in world.calls} == {"read"} | {"loop"} & set(decisions(plan))
+    assert {call.partition(".")[0] for call in recorder.calls} == {"read"} | {"loop"} & set(decisions(plan))
     assert notebook.spans["add"].reused_from == EARLIER, "what was read is the same"
 
 
 async def test_a_refreshed_loop_asks_for_the_writes_in_it() -> None:
-    world = World()
-    past = await run_first(compile_drawing("start > loop; loop:continue > read > pay", world.kinds))
+    recorder = NodeRecorder()
+    past = await run_first(compile_drawing("start > loop; loop:continue > read > pay", recorder.kinds))
     assert plan_of(past).unconfirmed == ()
     assert plan_of(past, refreshes_reads=True).unconfirmed == ("pay",)
 
 
 async def test_a_changed_data_source_or_code_is_a_reason() -> None:
-    world = World()
-    past = await run_first(compile_drawing("start > add", world.kinds))
+    recorder = NodeRecorder()
+    past = await run_first(compile_drawing("start > add", recorder.kinds))
     used = [
         replace(span, hashes=(span.hashes or b"") + b'[["ds_1",1]]') if span.node_id == "add" else span
         for span in past.spans
@@ -472,16 +472,16 @@ async def test_a_changed_data_source_or_code_is_a_reason() -> None:
     assert decisions(plan_of(PastRun(past.program, past.trigger, used)))["add"] == "reuse"
     newer = [replace(span, hashes=(span.hashes or b"").replace(b",1]", b",2]")) for span in used]
     assert reasons(plan_of(PastRun(past.program, past.trigger, newer)), "add") == ["source-changed"]
-    kinds = {**world.kinds, "add": pure_node(world.add, code=b"new")}
+    kinds = {**recorder.kinds, "add": pure_node(recorder.add, code=b"new")}
     assert reasons(plan_of(past, compile_drawing("start > add", kinds)), "add") == ["implementation-changed"]
 
 
 async def test_reasons_name_the_changed_parts() -> None:
-    world = World()
+    recorder = NodeRecorder()
     options: dict[str, dict[str, Json]] = {"add": {"config": {"by": {"a": [1, 2], "b": 3}}}}
-    past = await run_first(compile_drawing("start > add > pay", world.kinds, options), {"x": 1, "y": 2})
+    past = await run_first(compile_drawing("start > add > pay", recorder.kinds, options), {"x": 1, "y": 2})
     edited: dict[str, dict[str, Json]] = {"add": {"config": {"by": {"a": [1, 5], "c": 3}}}}
-    plan = plan_of(past, compile_drawing("start > add > pay > add2", world.kinds, edited))
+    plan = plan_of(past, compile_drawing("start > add > pay > add2", recorder.kinds, edited))
     (reason,) = plan.nodes[1].reasons
     assert (reason.code, reason.paths) == ("config-changed", ("by.b", "by.c", "by.a.1"))
     assert reasons(plan, "add2") == ["new-node"]
@@ -490,7 +490,7 @@ async def test_reasons_name_the_changed_parts() -> None:
     assert [(reason.code, reason.paths) for reason in other.nodes[1].reasons] == [
         ("input-changed", ("data.y",))
     ]
-    lacking = plan_of(past, compile_drawing("start > pay", world.kinds))
+    lacking = plan_of(past, compile_drawing("start > pay", recorder.kinds))
     assert lacking.removed == ("add",)
     assert "removed-node" in reasons(lacking, "pay")
 
@@ -501,41 +501,41 @@ LOOP = "start > loop; loop:continue > pay > add; loop:done > add2"
 
 
 async def test_a_failed_loop_runs_its_failed_iterations_alone() -> None:
-    world = World(broken={"add.1"})
-    past = await run_first(compile_drawing(LOOP, world.kinds))
-    world.broken.clear()
-    world.calls.clear()
+    recorder = NodeRecorder(broken={"add.1"})
+    past = await run_first(compile_drawing(LOOP, recorder.kinds))
+    recorder.broken.clear()
+    recorder.calls.clear()
     plan = plan_of(past)
     (loop,) = [node for node in plan.nodes if node.node_id == "loop"]
     assert (loop.decision, loop.failed_only, plan.unconfirmed) == (ReplayDecision.RERUN, True, ())
     ended, notebook = await run_again(past, plan)
     assert ended == RunOutcome(RunStatus.COMPLETED)
-    assert {"pay.0", "pay.1"}.isdisjoint(world.calls)
-    assert "add.1" in world.calls
+    assert {"pay.0", "pay.1"}.isdisjoint(recorder.calls)
+    assert "add.1" in recorder.calls
     assert cast("dict[str, Json]", notebook.output("loop"))["count"] == 3
 
 
 async def test_a_loop_with_a_mended_body_keeps_its_good_iterations_if_asked_to() -> None:
-    world = World(broken={"add.2"})
-    past = await run_first(compile_drawing(LOOP, world.kinds))
-    world.broken.clear()
-    mended = compile_drawing(LOOP, world.kinds, {"add": {"config": {"by": 5}}})
+    recorder = NodeRecorder(broken={"add.2"})
+    past = await run_first(compile_drawing(LOOP, recorder.kinds))
+    recorder.broken.clear()
+    mended = compile_drawing(LOOP, recorder.kinds, {"add": {"config": {"by": 5}}})
     whole = plan_of(past, mended)
     assert whole.unconfirmed == ("pay",)  # every iteration would run again
     assert reasons(whole, "loop") == ["failed", "config-changed"]
-    world.calls.clear()
+    recorder.calls.clear()
     plan = plan_of(past, mended, failed_only=True)
     assert plan.unconfirmed == ()
     ended, _ = await run_again(past, plan, mended)
     assert ended == RunOutcome(RunStatus.COMPLETED)
-    assert world.calls == ["loop", "add.2", "add2"]
+    assert recorder.calls == ["loop", "add.2", "add2"]
 
 
 async def test_a_completed_loop_is_reused_unless_its_body_has_changed() -> None:
-    world = World()
-    past = await run_first(compile_drawing(LOOP, world.kinds))
+    recorder = NodeRecorder()
+    past = await run_first(compile_drawing(LOOP, recorder.kinds))
     assert set(decisions(plan_of(past)).values()) == {"reuse"}
-    changed = compile_drawing(LOOP, world.kinds, {"add": {"config": {"by": 5}}})
+    changed = compile_drawing(LOOP, recorder.kinds, {"add": {"config": {"by": 5}}})
     plan = plan_of(past, changed)
     assert (decisions(plan)["loop"], plan.unconfirmed) == ("rerun", ("pay",))
     behind = plan_of(past, forced=frozenset({"start"}))
@@ -543,38 +543,38 @@ async def test_a_completed_loop_is_reused_unless_its_body_has_changed() -> None:
 
 
 async def test_a_forced_node_of_a_loop_runs_again_with_its_loop() -> None:
-    world = World()
-    past = await run_first(compile_drawing(LOOP, world.kinds))
+    recorder = NodeRecorder()
+    past = await run_first(compile_drawing(LOOP, recorder.kinds))
     plan = plan_of(past, forced=frozenset({"add"}))
     assert decisions(plan) == {
         "start": "reuse", "loop": "rerun", "pay": "ask", "add": "rerun", "add2": "maybe",
     }  # fmt: skip
     assert reasons(plan, "loop") == ["forced"]
-    world.calls.clear()
+    recorder.calls.clear()
     ended, _ = await run_again(past, plan_of(past, forced=frozenset({"add"}), confirmed=frozenset({"pay"})))
     assert ended == RunOutcome(RunStatus.COMPLETED)
-    assert {"add.0", "add.1", "add.2", "pay.0", "pay.1", "pay.2"} <= set(world.calls)
+    assert {"add.0", "add.1", "add.2", "pay.0", "pay.1", "pay.2"} <= set(recorder.calls)
 
 
 async def test_a_forced_node_of_a_failed_loop_runs_again_in_its_failed_iterations() -> None:
-    world = World(broken={"add.1"})
-    past = await run_first(compile_drawing(LOOP, world.kinds))
-    world.broken.clear()
-    world.calls.clear()
+    recorder = NodeRecorder(broken={"add.1"})
+    past = await run_first(compile_drawing(LOOP, recorder.kinds))
+    recorder.broken.clear()
+    recorder.calls.clear()
     plan = plan_of(past, forced=frozenset({"add"}))
     assert (reasons(plan, "loop"), plan.unconfirmed) == (["forced", "failed"], ())
     ended, _ = await run_again(past, plan)
     assert ended == RunOutcome(RunStatus.COMPLETED)
-    assert {"pay.0", "pay.1"}.isdisjoint(world.calls)
+    assert {"pay.0", "pay.1"}.isdisjoint(recorder.calls)
 
 
 async def test_a_write_that_moves_into_a_loop_or_out_of_it_is_asked_about() -> None:
-    world = World()
+    recorder = NodeRecorder()
     outside = "start > pay > loop; loop:continue > add; loop:done > add2"
     inside = "start > loop; loop:continue > pay > add; loop:done > add2"
     for before, after in ((outside, inside), (inside, outside)):
-        past = await run_first(compile_drawing(before, world.kinds))
-        moved = compile_drawing(after, world.kinds)
+        past = await run_first(compile_drawing(before, recorder.kinds))
+        moved = compile_drawing(after, recorder.kinds)
         assert plan_of(past, moved).unconfirmed == ("pay",)
         assert plan_of(past, moved, failed_only=True).unconfirmed == ("pay",)
         allowed = plan_of(past, moved, confirmed=frozenset({"pay"}))
@@ -586,8 +586,8 @@ async def test_a_write_that_moves_into_a_loop_or_out_of_it_is_asked_about() -> N
 
 
 def test_a_second_attempt_proves_nothing_about_the_first() -> None:
-    world = World(broken={"pay"}, error="http-409")
-    past = asyncio.run(run_first(compile_drawing("start > pay", world.kinds)))
+    recorder = NodeRecorder(broken={"pay"}, error="http-409")
+    past = asyncio.run(run_first(compile_drawing("start > pay", recorder.kinds)))
     (span,) = [span for span in past.spans if span.node_id == "pay"]
     assert not may_have_happened(span)
     assert may_have_happened(replace(span, attempt=2))

@@ -64,7 +64,7 @@ def claim(task: TaskRow, now: int) -> str:
     return task.lease
 
 
-class World:
+class TaskSimulation:
     """Task, the leases that its workers believe to have, and the answers that its node has got."""
 
     def __init__(self, task: TaskRow) -> None:
@@ -140,10 +140,10 @@ def test_every_interleaving_ends_in_one_answer_at_most(
     max_attempts: int,
     is_at_most_once: bool,  # noqa: FBT001 - drawn by hypothesis
 ) -> None:
-    world = World(make_task(max_attempts=max_attempts, is_at_most_once=is_at_most_once))
+    simulation = TaskSimulation(make_task(max_attempts=max_attempts, is_at_most_once=is_at_most_once))
     for step in steps:
-        world.step(step)
-        world.check()
+        simulation.step(step)
+        simulation.check()
 
 
 @settings(max_examples=100, deadline=None)
@@ -152,16 +152,16 @@ def test_every_interleaving_ends_in_one_answer_at_most(
 )
 def test_a_task_whose_workers_never_complete_it_ends(steps: list[str | int], max_attempts: int) -> None:
     """Releases alone cost nothing; every other way to lose an attempt is counted."""
-    world = World(make_task(max_attempts=max_attempts))
+    simulation = TaskSimulation(make_task(max_attempts=max_attempts))
     cycle = [step for step in steps if step != "release"] or [40]
     for _ in range(60):
-        world.step("claim")
+        simulation.step("claim")
         for step in cycle:
-            world.step(step)
-            world.check()
-        world.step(200)
-        world.step(200)
-    assert world.task.state == TaskState.FAILED
+            simulation.step(step)
+            simulation.check()
+        simulation.step(200)
+        simulation.step(200)
+    assert simulation.task.state == TaskState.FAILED
 
 
 @pytest.mark.parametrize("state", [*UNBEGUN_STATES])
