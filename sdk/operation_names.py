@@ -85,6 +85,7 @@ METHODS: Final = {
     "deploymentsUndeploy": "deployments.undeploy",
     "discoverIndex": "deployments.discover",
     "driftShow": "server.drift",
+    "server_healthShow": "server.health_details",
     "email_triggerReceive": "triggers.send_mail",
     "enqueueEnqueue": "queue.send",
     "enqueue_batchEnqueue": "queue.send_batch",

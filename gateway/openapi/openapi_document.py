@@ -102,7 +102,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
         "Executions": ("executions", "inputs", "run_graphs", "span_comparison"),
         "Bulk": ("bulk", "bulk_replay"),
         "Explanations": ("run_explanations", "workflow_explanations", "organization_explanations"),
-        "Server": ("health", "drift", "document"),
+        "Server": ("health", "drift", "server_health", "document"),
     }.items()
     for module in modules
 }

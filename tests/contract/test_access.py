@@ -609,6 +609,7 @@ ROWS = [
     AccessRow("POST", "/api/v1/auth/invitations", USERS, ADMINS, body={"email": "<address>"}, status=201),
     AccessRow("DELETE", "/api/v1/auth/invitations/{id}", USERS, TOKEN_HOLDERS, create_invitation, status=204),
     AccessRow("GET", "/api/v1/admin/drift", USERS, ADMINS),
+    AccessRow("GET", "/api/v1/admin/health", USERS, ADMINS),
     AccessRow("GET", "/api/v1/intake-samples", USERS, ADMINS),
     AccessRow("GET", "/api/v1/datasources", READ_SOURCES, OWN),
     AccessRow("POST", "/api/v1/datasources", WRITE_SOURCES, OWN, body=TOKEN, status=201),

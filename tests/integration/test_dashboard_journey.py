@@ -62,7 +62,7 @@ async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
     await page.follow("#node-report")
     assert await page.text("#node") == "Report"
     report = await page.text("#inspector pre")
-    assert "Adelie on Torgersen" in report
+    assert "\nAdelie on Torgersen" in report, "lines are shown as lines"
     assert str(count - 2) in report, "two penguins were not weighed"
 
     await visit.show(f"/dashboard/workflows/{workflow_id}?node=groups&input=last")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import insert, update
@@ -10,10 +11,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from execution import due_runs
-from journal import concurrency_limits, worker_presence
+from journal import concurrency_limits, process_presence, worker_presence
 from models.execution import Execution
+from models.schema_migration import HEAD_REVISION
 from models.workflow import WorkflowShare
-from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 
 
 async def start(person: UserClient, workflow_id: str) -> str:
@@ -165,3 +173,40 @@ async def test_counts_cover_every_unfinished_run_of_the_organization_alone(
         assert reason["oldestSince"] is not None
         assert not reason["countIsLowerBound"]
     assert (await why(people.stranger, ""))["reasons"] == []
+
+
+async def test_an_admin_sees_processes_and_sizes_of_the_database(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    path, owner = "/api/v1/admin/health", "worker:health/1"
+    database = harness.gateway.database
+
+    async def report(connection: AsyncConnection) -> None:
+        await worker_presence.store_presence(connection, owner=owner, concurrency=5, held_runs=2)
+
+    async def show_worker() -> list[dict[str, Any]]:
+        health = (await people.admin.api.get(path)).json()
+        return [one for one in health["processes"] if one["name"] == owner]
+
+    await database.transaction(report)
+    await database.transaction(
+        partial(process_presence.store_process, owner="gateway:health", role="gateway")
+    )
+    health = (await people.admin.api.get(path)).json()
+    gateway = health["processes"][0]
+    assert (gateway["role"], gateway["version"], gateway["isPresent"]) == ("gateway", health["version"], True)
+    [worker] = await show_worker()
+    assert (worker["role"], worker["version"], worker["isPresent"]) == ("worker", health["version"], True)
+    assert (worker["heldRuns"], worker["concurrency"]) == (2, 5)
+    sizes = [one["bytes"] for one in health["database"]["tables"]]
+    names = {one["name"] for one in health["database"]["tables"]}
+    assert health["database"]["revision"] == HEAD_REVISION
+    assert health["database"]["bytes"] > 0
+    assert sizes == sorted(sizes, reverse=True)
+    assert ("execution" in names) is (health["database"]["kind"] == "postgresql")
+    assert health["brokerLatencyMs"] is not None
+    # A worker that has ended in order is no process of the server any more.
+    await database.transaction(partial(worker_presence.end_presence, owner=owner))
+    await database.transaction(partial(process_presence.forget_process, owner="gateway:health"))
+    assert await show_worker() == []
+    assert_refused(await people.owner.api.get(path), 403, "admin-required")

@@ -38,6 +38,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "title": "Keys and users",
         "crumbs": (("Keys and users", ""),),
         "keys": [{**key, "state": _state_of(key, frame)} for key in keys],
+        "key_names": {key["id"]: key["name"] or f"{key['prefix']}…" for key in keys},
         "may_change_keys": frame.may("keys:write"),
         "sessions": data["sessions"]["sessions"],
         "users": None if users is None else users["users"],

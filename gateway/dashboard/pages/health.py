@@ -1,4 +1,4 @@
-"""Health of the server: findings of drift, workers, and the reasons for which runs wait."""
+"""Health of the server: findings of drift, processes, database, and the reasons for which runs wait."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from gateway.dashboard.pages.overview import RECENT_SECONDS
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
+HEALTH_SECONDS: Final = 5.0
+"""Age up to which processes and sizes are shown again, while hints of runs update the page."""
+NO_HEALTH: Final[Mapping[str, Any]] = {"database": {"tables": ()}}
+
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for reasons why runs wait and for the workers; for drift, None unless the visitor is an admin.
+    """Ask the API for reasons why runs wait and for the workers; also for drift, processes and the database.
 
-    Drift is a contradiction between stores. Raises `ApiError`.
+    These are None unless the visitor is an admin. Drift is a contradiction between stores. Raises `ApiError`.
     """
-    drift, why = await asyncio.gather(
-        page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS), page.get("/api/v1/why")
+    drift, why, health = await asyncio.gather(
+        page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS),
+        page.get("/api/v1/why"),
+        page.get_recent("/api/v1/admin/health", seconds=HEALTH_SECONDS),
     )
-    return {"drift": drift, "why": why}
+    return {"drift": drift, "why": why, "health": health}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -31,6 +37,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "title": "Health",
         "crumbs": (("Health", ""),),
         "drift": drift,
+        "health": data["health"],
+        "largest": max(
+            (one["bytes"] for one in (data["health"] or NO_HEALTH)["database"]["tables"]), default=1
+        ),
         "workers": why["workers"],
         "reasons": why["reasons"],
         "unknown": why["unknown"],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from gateway.dashboard.formats import show_age, show_value
+from gateway.dashboard.formats import MAX_CHARACTERS, show_age, show_value
 
 if TYPE_CHECKING:
     from gateway.dashboard.page import PageData, PageFrame
@@ -19,6 +19,8 @@ MAX_ITERATION_LINKS: Final = 24
 """Iterations of a node that have links; of more, there is a field for the number."""
 FIRST_STATES: Final = ("failed", "retrying", "waiting", "running")
 """States of the node that is selected first, the most urgent first."""
+UNFINISHED: Final = frozenset({"retrying", "waiting", "running"})
+"""States of nodes without an output yet."""
 PARTS: Final = (
     ("definition", "Config"),
     ("input", "Input"),
@@ -83,14 +85,16 @@ def choose_iteration(state: State, query: Mapping[str, str]) -> str:
 def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str, Any]) -> str:
     """Return the tab that the query names, else a default by the state of the selected node.
 
-    That is `diff` for a failed node if an earlier good run exists, else its `input`; `output` for other
-    nodes, and `config` for one without a state.
+    That is `diff` for a failed node if an earlier good run exists, else its `input`; also `input` for a node
+    that runs or waits, `output` for other ones, and `config` for one without a state.
     """
     wanted = query.get("tab", "")
     if wanted in TABS:
         return wanted
     if state is None:
         return "config"
+    if state["status"] in UNFINISHED:
+        return "input"
     if state["status"] != "failed":
         return "output"
     return "diff" if graph["previousExecutionId"] else "input"
@@ -133,8 +137,23 @@ def view_node(
             (one["id"], f"{one['status']}, {show_age(one['createdAt'], frame.now)}")
             for one in (data["others"] or {}).get("executions", ())
         ],
+        "output_texts": list_texts((span or {}).get("outputData")) if tab == "output" else (),
         "lost_paths": (span or {}).get("unresolved") or (),
     }
+
+
+def list_texts(output: Any) -> Sequence[tuple[str, str]]:  # noqa: ANN401 - any JSON value
+    """Return names and texts of the fields of an output with several lines, at most 20,000 characters of each.
+
+    JSON has them in one line, in which people can't read a report. Empty for other outputs.
+    """
+    if not isinstance(output, dict):
+        return ()
+    return [
+        (name, value[:MAX_CHARACTERS])
+        for name, value in output.items()
+        if isinstance(value, str) and "\n" in value.strip()
+    ]
 
 
 def _link_iterations(state: State | None, address: Callable[..., str]) -> Sequence[IterationLink]:

@@ -538,6 +538,10 @@ class Server(Resource):
         """Report that the server is alive."""
         return cast("t.HealthStatus", self._client.request("GET", "/healthz"))
 
+    def health_details(self) -> t.ServerHealth:
+        """Show the processes of the server with their versions and loads, and latency and sizes of its database."""
+        return cast("t.ServerHealth", self._client.request("GET", "/api/v1/admin/health"))
+
     def ready(self) -> t.HealthStatus:
         """Report whether the server can serve requests."""
         return cast("t.HealthStatus", self._client.request("GET", "/readyz"))

@@ -46,6 +46,7 @@ __all__ = [
     "DataSourceShareResult",
     "DataSourceTest",
     "DataSourceType",
+    "DatabaseHealth",
     "DeadLetter",
     "DeadLetterGroup",
     "DeadLetterGroups",
@@ -206,6 +207,9 @@ __all__ = [
     "SchedulePolicy",
     "ScheduleTick",
     "ScheduleTimeline",
+    "SchedulerLead",
+    "ServerHealth",
+    "ServerProcess",
     "Session",
     "SessionList",
     "ShareResult",
@@ -224,6 +228,7 @@ __all__ = [
     "StoppedReason",
     "StoreState",
     "SuggestedRequest",
+    "TableSize",
     "Task",
     "TaskConcurrencyDocument",
     "TaskDetails",
@@ -720,6 +725,16 @@ class DataSourceTest(TypedDict):
     ok: bool
     message: str
     durationMs: int
+
+
+class DatabaseHealth(TypedDict):
+    """Database as this gateway sees it."""
+
+    kind: Literal['postgresql', 'sqlite']
+    latencyMs: float
+    revision: str
+    bytes: int
+    tables: List[TableSize]
 
 
 class DeadLetter(TypedDict):
@@ -2325,6 +2340,38 @@ class ScheduleTimeline(TypedDict):
     clockChanges: List[TimelineClockChange]
 
 
+class SchedulerLead(TypedDict):
+    """Lead of the scheduler that does the duties of which there is one."""
+
+    name: str
+    isHeld: bool
+    leaseUntil: str
+
+
+class ServerHealth(TypedDict):
+    """Processes of the server, its database and its broker."""
+
+    asOf: str
+    version: str
+    processes: List[ServerProcess]
+    lead: SchedulerLead | None
+    database: DatabaseHealth
+    brokerLatencyMs: float | None
+
+
+class ServerProcess(TypedDict):
+    """Process of the server, by its reports."""
+
+    role: str
+    name: str
+    version: str | None
+    isPresent: bool
+    startedAt: str | None
+    seenAt: str
+    heldRuns: int | None
+    concurrency: int | None
+
+
 class Session(TypedDict):
     """Session of a browser, which stands for an API key and ends with it."""
 
@@ -2515,6 +2562,14 @@ class SuggestedRequest(TypedDict):
     method: str
     path: str
     scope: str
+
+
+class TableSize(TypedDict):
+    """Size of a table with its indexes."""
+
+    name: str
+    bytes: int
+    rows: int | None
 
 
 class Task(TypedDict):

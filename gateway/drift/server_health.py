@@ -1,0 +1,225 @@
+"""Endpoint about the processes of the server and the sizes of its database, for its administrators."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, Literal
+
+from sqlalchemy import select, text
+from sqlmodel import col
+
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, WireStruct, instant
+from journal.presence_reports import ABSENT_SECONDS, program_version
+from messages.broker import BrokerUnavailable
+from models.database import is_sqlite
+from models.execution import Leadership
+from models.process_presence import ProcessPresence
+from models.worker_presence import WorkerPresence
+from models.worker_processes import ALL_IN_ONE_OWNER
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+SHOWN_PROCESSES: Final = 100
+"""Workers, and other processes, that are listed: those that reported last."""
+SHOWN_TABLES: Final = 20
+_POSTGRESQL_TABLES: Final = text(
+    "SELECT c.relname AS name, pg_total_relation_size(c.oid) AS bytes, c.reltuples AS rows FROM pg_class c"
+    " JOIN pg_namespace n ON n.oid = c.relnamespace"
+    " WHERE n.nspname = current_schema() AND c.relkind = 'r' ORDER BY 2 DESC"
+)
+_SQLITE_BYTES: Final = text("SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()")
+
+
+class ServerProcess(WireStruct):
+    """Process of the server, by its reports."""
+
+    role: str
+    """`gateway`, `scheduler`, `deployer`, `worker`, or `all-in-one` for the workers of `pilotflame dev`."""
+    name: str
+    version: str | None
+    """Null for a worker of before 0.2."""
+    is_present: bool
+    """Whether it has reported within the last 15 seconds."""
+    started_at: Instant | None
+    """Null for other roles than workers."""
+    seen_at: Instant
+    """Last report."""
+    held_runs: int | None
+    concurrency: int | None
+    """Runs that a worker holds, and holds at most; null for other roles."""
+
+
+class SchedulerLead(WireStruct):
+    """Lead of the scheduler that does the duties of which there is one."""
+
+    name: str
+    is_held: bool
+    lease_until: Instant
+
+
+class TableSize(WireStruct):
+    """Size of a table with its indexes."""
+
+    name: str
+    bytes: int
+    rows: int | None
+    """Estimate of the database; null before its first analysis."""
+
+
+class DatabaseHealth(WireStruct):
+    """Database as this gateway sees it."""
+
+    kind: Literal["postgresql", "sqlite"]
+    latency_ms: float
+    revision: str
+    """Revision of its tables, by the last migration."""
+    bytes: int
+    tables: Sequence[TableSize]
+    """The 20 largest; empty with SQLite, which does not keep sizes of tables."""
+
+
+class ServerHealth(WireStruct):
+    """Processes of the server, its database and its broker."""
+
+    as_of: Instant
+    version: str
+    processes: Sequence[ServerProcess]
+    """Processes that reported within a day and have not ended in order, at most 100 workers and 100 others."""
+    lead: SchedulerLead | None
+    """Null if no scheduler ever led, as in a server of one process."""
+    database: DatabaseHealth
+    broker_latency_ms: float | None
+    """Null if the broker does not answer."""
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show the processes of the server with their versions and loads, and latency and sizes of its database."""
+    gateway = request.gateway
+    now = gateway.clock()
+    begun = time.perf_counter()
+    await gateway.database.ping()
+    latency_ms = _milliseconds_since(begun)
+    async with gateway.database.read() as connection:
+        processes = [*await _list_processes(connection, now), *await _list_workers(connection, now)]
+        lead = await _find_lead(connection, now)
+        database = await _measure_database(connection, gateway.database, latency_ms)
+    return JsonResponse(
+        ServerHealth(
+            as_of=instant(now),
+            version=program_version(),
+            processes=processes,
+            lead=lead,
+            database=database,
+            broker_latency_ms=await _ping_broker(request),
+        )
+    )
+
+
+def _milliseconds_since(begun: float) -> float:
+    """Return the milliseconds since a time of the performance counter, with two digits."""
+    return round((time.perf_counter() - begun) * 1_000, 2)
+
+
+def _is_present(seen_at: datetime, now: datetime) -> bool:
+    """Return whether a process with its last report at `seen_at` counts as present."""
+    return seen_at > now - timedelta(seconds=ABSENT_SECONDS)
+
+
+async def _find_lead(connection: AsyncConnection, now: datetime) -> SchedulerLead | None:
+    """Return the scheduler that leads or led last; None if none ever did."""
+    row = (await connection.execute(select(Leadership).limit(1))).mappings().first()
+    if row is None:
+        return None
+    leader = Leadership(**row)
+    return SchedulerLead(
+        name=leader.owner, is_held=leader.lease_until > now, lease_until=instant(leader.lease_until)
+    )
+
+
+async def _list_processes(connection: AsyncConnection, now: datetime) -> Sequence[ServerProcess]:
+    """Return gateways, schedulers and deployers, the newest report of each role first."""
+    statement = (
+        select(ProcessPresence)
+        .order_by(col(ProcessPresence.role), col(ProcessPresence.seen_at).desc())
+        .limit(SHOWN_PROCESSES)
+    )
+    rows = [ProcessPresence(**row) for row in (await connection.execute(statement)).mappings()]
+    return [
+        ServerProcess(
+            role=one.role,
+            name=one.owner,
+            version=one.version,
+            is_present=_is_present(one.seen_at, now),
+            started_at=None,
+            seen_at=instant(one.seen_at),
+            held_runs=None,
+            concurrency=None,
+        )
+        for one in rows
+    ]
+
+
+async def _list_workers(connection: AsyncConnection, now: datetime) -> Sequence[ServerProcess]:
+    """Return the workers that reported last, the newest report first; those that ended in order are left out."""
+    statement = (
+        select(WorkerPresence)
+        .where(col(WorkerPresence.ended_at).is_(None))
+        .order_by(col(WorkerPresence.seen_at).desc())
+        .limit(SHOWN_PROCESSES)
+    )
+    rows = [WorkerPresence(**row) for row in (await connection.execute(statement)).mappings()]
+    return [
+        ServerProcess(
+            role="all-in-one" if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker",
+            name=one.owner,
+            version=one.version,
+            is_present=_is_present(one.seen_at, now),
+            started_at=instant(one.started_at),
+            seen_at=instant(one.seen_at),
+            held_runs=one.held_runs,
+            concurrency=one.concurrency,
+        )
+        for one in rows
+    ]
+
+
+async def _measure_database(
+    connection: AsyncConnection, database: Database, latency_ms: float
+) -> DatabaseHealth:
+    """Return kind, revision and sizes of the database; of PostgreSQL, those of its tables."""
+    revision = await connection.scalar(text("SELECT version_num FROM alembic_version"))
+    if is_sqlite(database.url):
+        size = await connection.scalar(_SQLITE_BYTES) or 0
+        return DatabaseHealth(
+            kind="sqlite", latency_ms=latency_ms, revision=str(revision), bytes=size, tables=[]
+        )
+    rows = (await connection.execute(_POSTGRESQL_TABLES)).all()
+    return DatabaseHealth(
+        kind="postgresql",
+        latency_ms=latency_ms,
+        revision=str(revision),
+        bytes=sum(row.bytes for row in rows),
+        tables=[
+            TableSize(name=row.name, bytes=row.bytes, rows=None if row.rows < 0 else int(row.rows))
+            for row in rows[:SHOWN_TABLES]
+        ],
+    )
+
+
+async def _ping_broker(request: GatewayRequest) -> float | None:
+    """Return the latency of the broker in milliseconds; None if it does not answer."""
+    begun = time.perf_counter()
+    try:
+        await request.gateway.broker.ping()
+    except BrokerUnavailable:
+        return None
+    return _milliseconds_since(begun)
