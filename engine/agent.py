@@ -23,6 +23,7 @@ from engine.model_calls import (
     ChatRequest,
     FinishReason,
     MessageRole,
+    ProviderContent,
     RequestedToolCall,
     ToolDescription,
     estimate_input_tokens,
@@ -80,6 +81,8 @@ class StoredAnswer(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tr
     finish_reason: FinishReason = FinishReason.STOP
     tool_calls: Sequence[RequestedToolCall] = ()
     """Empty for an answer in which no tool could be called."""
+    provider_content: ProviderContent | None = None
+    """Content in the form of its provider, which it gets back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +243,14 @@ def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[Chat
             messages.append(ChatMessage(MessageRole.TOOL, read_tool_result(step), tool_call_id=step.call_id))
             continue
         answer = read_stored_answer(step)
-        messages.append(ChatMessage(MessageRole.ASSISTANT, answer.text, tool_calls=answer.tool_calls))
+        messages.append(
+            ChatMessage(
+                MessageRole.ASSISTANT,
+                answer.text,
+                tool_calls=answer.tool_calls,
+                provider_content=answer.provider_content,
+            )
+        )
     return messages
 
 

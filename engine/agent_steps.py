@@ -1,4 +1,4 @@
-"""Steps of agents in the journal: each answer of a model and each tool call, with what a continuation needs."""
+"""Steps of agents in the journal: each answer of a model and each tool call, complete for a continuation."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
+from engine.agent_wiring import TARGET_CONFIG, TOOL_TYPE, target_of
 from engine.conditions import compile_condition
 from engine.expressions import (
     ExpressionError,
@@ -341,19 +342,27 @@ def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[Resourc
     """
     found: list[ResourceReference] = []
     types: dict[tuple[str, str | None], NodeType | None] = {}
-    for node in graph.nodes:
+    for node, prefix in _with_tool_targets(graph.nodes):
         key = (node.type, node.version)
         if key not in types:
             types[key] = _find_node_type(catalog, *key)
         node_type = types[key]
         if node_type is not None:
             for path, schema, value in _iterate_named_ids(
-                "", dict(node_type.config_schema), dict(node.config)
+                prefix, dict(node_type.config_schema), dict(node.config)
             ):
                 kind, _, action = str(schema[RESOURCE_KEYWORD]).partition(":")
                 source_types = cast("Sequence[str]", schema.get(SOURCE_TYPES, ()))
                 found.append(ResourceReference(kind, value, node.id, path, action, source_types))
     return found
+
+
+def _with_tool_targets(nodes: Sequence[GraphNode]) -> Iterator[tuple[GraphNode, str]]:
+    """Yield the nodes, and the targets of tools, each with the path of its config in that of its node."""
+    for node in nodes:
+        yield node, ""
+        if node.type == TOOL_TYPE and (target := target_of(node)) is not None:
+            yield target, TARGET_CONFIG
 
 
 def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None) -> NodeType | None:

@@ -17,7 +17,7 @@ from engine.values import MAX_DEPTH, InvalidJson, Json, count_values, decode_jso
 ExpressionScope: TypeAlias = Mapping[str, Json]
 """Values by root; see `ROOTS`."""
 
-ROOTS: Final = ("data", "trigger", "nodes", "item", "index", "execution", "approval")
+ROOTS: Final = ("data", "trigger", "nodes", "item", "index", "execution", "approval", "args")
 MAX_PATH_LENGTH: Final = 1_000
 MAX_PATH_STEPS: Final = 50
 MAX_ALTERNATIVES: Final = 20

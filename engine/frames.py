@@ -22,6 +22,7 @@ from engine.node_api import CONTINUE, ERROR, NodeResult
 from engine.run_records import SETTLED_STATUSES
 
 if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
     from engine.graph import GraphEdge, GraphSection, ParsedGraph
     from engine.model_calls import ModelCallRecord
     from engine.program import NodeProgram
@@ -189,6 +190,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Share of the run's progress counted for the iterations of a loop so far."""
     model_calls: list[ModelCallRecord] = []
     """Calls of language models so far, in all attempts."""
+    steps: list[AgentStep] = []
+    """Steps of an agent, of all attempts."""
     task: bytes | None = None
     """JSON of the task that the record of its wait creates."""
 
@@ -202,7 +205,8 @@ class NodeVisit(msgspec.Struct, eq=False):
 
     @property
     def is_at_most_once(self) -> bool:
-        return self.program.node.at_most_once and self.is_write
+        """Whether an attempt with an unknown outcome fails the node; an agent fails that tool call alone."""
+        return self.program.node.at_most_once and self.is_write and self.program.agent is None
 
     def note_sources_in_loops(self) -> None:
         """Add the data sources that the node has used to those of all enclosing loops, whose keys depend on them."""

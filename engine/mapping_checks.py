@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, shapes
+from engine.agent_wiring import TOOL_TYPE, remove_providers
 from engine.approval_links import APPROVAL_TYPE
 from engine.config_places import ExpressionPlace, NodeExpressions, NodeSection
 from engine.dataflow import DataFlow, OutputSamples
@@ -62,6 +63,8 @@ def check_paths(drawn: InspectedGraph, samples: OutputSamples) -> Iterator[Graph
     """
     if len(drawn.graph.order) < len(drawn.graph.nodes):
         return
+    # What agents are served by is no input of theirs, and reads the values of the run when it is called.
+    drawn = replace(drawn, graph=remove_providers(drawn.graph))
     reads = any(reading.mappings or reading.config for reading in drawn.readings.values())
     if not reads and not any(node.pass_through_values for node in drawn.graph.nodes):
         return
@@ -160,6 +163,14 @@ class _PathChecker:
                 shape = _EXECUTION_SHAPE
             case "nodes":
                 return self._explain_node_path(node, path)
+            case "args":
+                return (
+                    None
+                    if node.type == TOOL_TYPE
+                    else _UnresolvedPath(
+                        path.text, "is no argument", "Only the target of a tool has arguments."
+                    )
+                )
             case "approval":
                 return self._explain_approval(path)
             case root:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import msgspec
 
 if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
     from engine.conditions import CompiledCondition
     from engine.expressions import ValueTemplate
     from engine.model_calls import ModelCallRecord
@@ -295,7 +296,12 @@ class LoopRequest(NodeDirective):
     """True if an item whose iteration fails is listed with its error; False if the loop fails with it."""
 
 
-NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest"
+@dataclass(frozen=True, slots=True)
+class StepPause(NodeDirective):
+    """Interruption between two steps: the node is called again, here or by another worker, and continues there."""
+
+
+NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest | StepPause"
 
 
 class ModelCallLog:
@@ -314,6 +320,69 @@ class ModelCallLog:
 
 
 NO_MODEL_CALLS: Final = ModelCallLog()
+
+
+class AgentSteps:
+    """Steps of an agent; this one, of a node without steps, forgets them."""
+
+    @property
+    def recorded(self) -> Sequence[AgentStep]:
+        """Steps in the order of their numbers, also of earlier attempts and other processes."""
+        return ()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the node should stop before its next step."""
+        return False
+
+    def now(self) -> datetime:
+        """Return the time for a step, by the clock of the run."""
+        raise NotImplementedError
+
+    def record(self, step: AgentStep) -> None:
+        """Add a step, or its new state, to the next commit."""
+
+    async def commit(self) -> None:
+        """Make everything recorded durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallableTool:
+    """Tool that an agent may call."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Json]
+    """JSON Schema of the arguments."""
+    effect: NodeEffect
+    is_repeated: bool = True
+    """Whether a write with an unknown outcome is repeated under its key."""
+
+
+class AgentTools:
+    """Providers of an agent; this one, of other nodes, has none."""
+
+    @property
+    def callable_tools(self) -> Sequence[CallableTool]:
+        """Connected tools, in the order of their connections."""
+        return ()
+
+    def render_model_config(self) -> Mapping[str, Json]:
+        """Return the config of the node at the port `ai`; empty without one."""
+        return {}
+
+    async def perform(
+        self,
+        name: str,
+        arguments: Mapping[str, Json],  # noqa: ARG002 - for its subclass
+        key: str,  # noqa: ARG002 - as above
+    ) -> tuple[str, Sequence[ModelCallRecord]]:
+        """Do a tool call; return its result for the model, and the calls of models that it has made."""
+        raise LookupError(name)
+
+
+NO_STEPS: Final = AgentSteps()
+NO_TOOLS: Final = AgentTools()
 
 
 def _ignore_metadata(_metadata: Mapping[str, str]) -> None:
@@ -349,6 +418,8 @@ class NodeCall(msgspec.Struct, frozen=True):
     """Whether a node fails if required data is missing."""
     model_calls: ModelCallLog = NO_MODEL_CALLS
     """Calls of language models that this node has made, in all attempts."""
+    steps: AgentSteps = NO_STEPS
+    tools: AgentTools = NO_TOOLS
     set_metadata: Callable[[Mapping[str, str]], None] = _ignore_metadata
     """`set_metadata({key: value})` sets metadata of the execution, by which lists find it."""
 

@@ -12,15 +12,16 @@ from engine import node_key, values
 from engine.expressions import MISSING, ExpressionError, ValueTemplate, compile_path
 from engine.frames import NodeVisit
 from engine.joins import JoinMode
-from engine.node_api import ModelCallLog, NodeCall
+from engine.node_api import NO_MODEL_CALLS, ModelCallLog, NodeCall
 from engine.program import EVERY_NODE
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_records import SpanStatus
 from json_text import decoding
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from engine.agent_steps import AgentStep
     from engine.expressions import ExpressionPath
     from engine.frames import SectionFrame
     from engine.model_calls import ModelCallRecord
@@ -35,8 +36,17 @@ class NodeInputs:
     """Preparation of the nodes of one run."""
 
     def __init__(
-        self, program: WorkflowProgram, caller: RunCaller, services: NodeServices, recorder: SpanRecorder
+        self,
+        program: WorkflowProgram,
+        caller: RunCaller,
+        services: NodeServices,
+        recorder: SpanRecorder,
+        steps: Sequence[AgentStep] = (),
+        is_interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`steps` are those of agents in earlier attempts; `is_interrupted` asks agents to pause."""
+        self._steps = steps
+        self._is_interrupted = is_interrupted
         self._program = program
         self._nodes = program.nodes
         self._is_strict = program.graph.settings.strict_mappings
@@ -72,12 +82,20 @@ class NodeInputs:
             self._recorder.clock.now(),
             unresolved=unresolved,
         )
+        if program.agent is not None:
+            self._restore_steps(visit)
         recorded = frame.recorded.get(node_id)
         if recorded is not None:
             _resume_visit(visit, recorded)
         elif frame.candidates:
             visit.candidate = frame.candidates.get(node_id)
         return visit
+
+    def _restore_steps(self, visit: NodeVisit) -> None:
+        """Give an agent the steps of earlier attempts, with their costs."""
+        place = visit.node_id, visit.frame.iteration
+        visit.steps = [step for step in self._steps if (step.node_id, step.iteration) == place]
+        visit.model_calls = [call for step in visit.steps for call in step.model_calls]
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
         """Return the visit of a node whose input could not be prepared, to record its failure: without input,
@@ -144,7 +162,7 @@ class NodeInputs:
         if program.outside:
             visit.hashes += self._digest_reads(frame, program, scope)
         node_id, log = program.node.id, self._recorder.log
-        return NodeCall(
+        call = NodeCall(
             config=visit.config,
             data=visit.data,
             scope=scope,
@@ -161,8 +179,16 @@ class NodeInputs:
             services=self._services,
             is_strict=self._is_strict,
             set_metadata=self._recorder.set_metadata,
-            **({"model_calls": VisitModelCalls(visit, self._recorder)} if program.node_type.is_paid else {}),
+            model_calls=VisitModelCalls(visit, self._recorder)
+            if program.node_type.is_paid
+            else NO_MODEL_CALLS,
         )
+        if program.agent is None:
+            return call
+        from engine.tool_calls import VisitSteps, VisitTools  # noqa: PLC0415 - loaded by runs with agents
+
+        steps = VisitSteps(visit, self._recorder, self._is_interrupted)
+        return structs.replace(call, steps=steps, tools=VisitTools(program.agent, call))
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
         """Return the fields `caller` and `idempotency_key` of a call, for a visit whose idempotency keys name
@@ -326,12 +352,12 @@ def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
         visit.attempt, visit.hashes = recorded.attempt, recorded.hashes
         visit.unresolved = list(recorded.unresolved)
         return
-    # A resumed loop continues with its items, so it is no new attempt.
-    is_loop = visit.program.node_type.loops
-    visit.attempt = recorded.attempt if is_loop else recorded.attempt + 1
-    if recorded.status is SpanStatus.RUNNING and not is_loop:
+    # A resumed loop continues with its items, and an agent with its steps: that is no new attempt.
+    continues = visit.program.node_type.loops or visit.program.agent is not None
+    visit.attempt = recorded.attempt if continues else recorded.attempt + 1
+    if recorded.status is SpanStatus.RUNNING and not continues:
         visit.lost = recorded
-    if recorded.model_calls is not None:
+    if recorded.model_calls is not None and visit.program.agent is None:
         from engine.model_calls import ModelCallRecord  # noqa: PLC0415 - loaded by runs that call models
 
         visit.model_calls = decoding.decode(recorded.model_calls, list[ModelCallRecord])

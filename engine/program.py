@@ -8,7 +8,7 @@ from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Final, Self
 
-from engine import task_node
+from engine import agent_wiring, task_node
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
     Expression,
@@ -20,7 +20,7 @@ from engine.expressions import (
     list_paths,
     literal_template,
 )
-from engine.graph import GraphSection, divide_graph
+from engine.graph import GraphSection, RetryPolicy, divide_graph
 from engine.joins import JoinConfig, JoinMode
 from engine.node_api import (
     CONTINUE,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 EVERY_NODE: Final = ""
+TOOL_RETRY_SECONDS: Final = 1.0
 STRICT: Final = "settings.strictMappings"
 OUTER_ROOTS: Final = ("trigger", "nodes", "execution", "approval")
 """Roots whose values are the same for all iterations of a loop."""
@@ -87,6 +88,46 @@ class NodeProgram:
     defaults: Mapping[str, Json] = field(default_factory=dict)
     """Fields of the config that the definition lacks, for a recorded config of an older release."""
     is_pinned: bool = False
+    agent: AgentProgram | None = None
+    """Model and tools of an agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolProgram:
+    """Compiled tool of an agent."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Json]
+    """JSON Schema of the arguments."""
+    program: NodeProgram
+    """Node that does the call; its config reads the arguments as `args`."""
+    run: RunNode
+    max_result_bytes: int
+    is_repeated: bool
+    """Whether a write with an unknown outcome is repeated under its key."""
+
+    @property
+    def effect(self) -> NodeEffect:
+        return self.program.effect
+
+
+@dataclass(frozen=True, slots=True)
+class AgentProgram:
+    """Providers of one agent."""
+
+    tools: Mapping[str, ToolProgram] = field(default_factory=dict)
+    """Tools by name."""
+    model_config: ValueTemplate | None = None
+    """Config of the node at the port `ai`; None without one."""
+
+    @property
+    def paths(self) -> tuple[ExpressionPath, ...]:
+        """Paths by which providers read values of the run, except their data and arguments."""
+        found = [path for tool in self.tools.values() for path in tool.program.config.paths]
+        found += [path for tool in self.tools.values() for path in tool.program.outside]
+        found += self.model_config.paths if self.model_config is not None else ()
+        return tuple({path.text: path for path in found if path.root not in {"data", "args"}}.values())
 
 
 @dataclass(frozen=True)
@@ -104,6 +145,8 @@ class WorkflowProgram:
     """Nodes whose implementation returns at once, so that they need no task."""
     repeatable: frozenset[str]
     """Other nodes without effects; a call that takes too long may be repeated in a thread."""
+    has_agents: bool = False
+    """Whether a run of it may have steps of agents."""
 
     @classmethod
     def compile(
@@ -115,8 +158,13 @@ class WorkflowProgram:
         validation refuses.
         """
         try:
-            graph = prune_graph(graph, catalog)
+            drawn = prune_graph(graph, catalog)
+            graph = agent_wiring.remove_providers(drawn)
             nodes = {node.id: _compile_pinned_or_node(node, graph, catalog) for node in graph.nodes}
+            for node in agent_wiring.list_agents(graph.nodes):
+                if node.id not in graph.pinned:
+                    agent = _compile_agent(node, drawn, catalog, implementation)
+                    nodes[node.id] = _complete_agent(nodes[node.id], agent)
             run = {
                 node.type
                 for node in graph.nodes
@@ -148,6 +196,7 @@ class WorkflowProgram:
             root=root,
             nodes={**nodes, **_complete_keys(nodes, root, graph)},
             runs=runs,
+            has_agents=any(program.agent is not None for program in nodes.values()),
             inline=frozenset(node_id for node_id, run in runs.items() if not iscoroutinefunction(run)),
             repeatable=frozenset(
                 node_id
@@ -358,6 +407,82 @@ def _divide_config(
 
 def _without_fields(item: Json, name: str) -> Json:
     return {key: value for key, value in item.items() if key != name} if isinstance(item, dict) else item
+
+
+def _compile_agent(
+    agent: GraphNode,
+    graph: ParsedGraph,
+    catalog: NodeTypeLookup,
+    implementation: Callable[[str], RunNode],
+) -> AgentProgram:
+    """Compile the providers that are wired to an agent in `graph`.
+
+    Raises `LookupError` for an unknown type, and `ExpressionError`.
+    """
+    tools: dict[str, ToolProgram] = {}
+    model_config: ValueTemplate | None = None
+    for edge in graph.inbound[agent.id]:
+        provider = graph.by_id[edge.source]
+        if edge.target_port == agent_wiring.PORT_OF_MODELS:
+            config = catalog.with_defaults(catalog.get(provider.type, provider.version), provider.config)
+            model_config = compile_template(config)
+        elif edge.target_port == agent_wiring.PORT_OF_TOOLS:
+            tool = _compile_tool(provider, agent, catalog, implementation)
+            tools[tool.name] = tool
+    return AgentProgram(tools, model_config)
+
+
+def _complete_agent(program: NodeProgram, agent: AgentProgram) -> NodeProgram:
+    """Return the program of an agent with its providers: its effect is that of its tools, and its key has them."""
+    is_write = any(tool.effect is NodeEffect.WRITE for tool in agent.tools.values())
+    parts: list[Json] = [
+        [tool.name, tool.program.static_hashes.hex(), tool.program.implementation.hex()]
+        for tool in agent.tools.values()
+    ]
+    model = None if agent.model_config is None else agent.model_config.source
+    paths = {path.text: path for path in (*program.outside, *agent.paths)}
+    names = [path.steps[0][0] if path.steps else None for path in paths.values() if path.root == "nodes"]
+    return replace(
+        program,
+        agent=agent,
+        effect=NodeEffect.WRITE if is_write else NodeEffect.READ,
+        is_write=is_write,
+        implementation=digest_part([program.implementation.hex(), parts, model]),
+        outside=tuple(paths.values()),
+        late_nodes=tuple(dict.fromkeys([*program.late_nodes, *(name or "" for name in names)])),
+    )
+
+
+def _compile_tool(
+    tool: GraphNode,
+    agent: GraphNode,
+    catalog: NodeTypeLookup,
+    implementation: Callable[[str], RunNode],
+) -> ToolProgram:
+    config = catalog.with_defaults(catalog.get(tool.type, tool.version), tool.config)
+    target = agent_wiring.target_of(tool)
+    if target is None:
+        raise LookupError(f"The tool {tool.id!r} has no target")
+    target = replace(
+        target,
+        timeout_seconds=_number(config, "timeout", 60.0),
+        retry=RetryPolicy(int(_number(config, "maxAttempts", 1)), TOOL_RETRY_SECONDS),
+    )
+    parameters = config.get("parameters")
+    return ToolProgram(
+        name=str(config.get("name", tool.id)),
+        description=str(config.get("description", "")),
+        parameters=parameters if isinstance(parameters, dict) else {},
+        program=compile_node(target, catalog),
+        run=implementation(target.type),
+        max_result_bytes=int(_number(config, "maxResultBytes", 16_000)),
+        is_repeated=config.get("onUnknown") != "fail" and not agent.at_most_once,
+    )
+
+
+def _number(config: Mapping[str, Json], name: str, default: float) -> float:
+    value = config.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
 def compile_mapping(source: Json) -> ValueTemplate | Expression:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from engine import answer_payloads, run_records, values
 from engine.frames import NodeVisit, SectionFrame, SleepingNode, WakeAction
 from engine.loops import LoopScheduler
-from engine.node_api import ERROR, OUTPUT, AnswerWait, NodeDirective, NodeOutcome, NodeResult, TimerWait
+from engine.node_api import (
+    ERROR,
+    OUTPUT,
+    AnswerWait,
+    LoopRequest,
+    NodeDirective,
+    NodeOutcome,
+    NodeResult,
+    TimerWait,
+)
 from engine.run_errors import NodeError
 from engine.run_records import EXPIRED_CODE, NodeSpan, RunError, SpanStatus, to_node_error
 from engine.values import InvalidJson
@@ -88,7 +97,7 @@ class RunProgress:
                 self._begin_wait(visit, outcome)
             elif isinstance(outcome, AnswerWait):
                 self._begin_answer_wait(visit, outcome)
-            else:
+            elif isinstance(outcome, LoopRequest):
                 self._node_inputs.check_resolved(visit)
                 self._loops.begin(visit, outcome)
         except (InvalidJson, NodeError) as error:

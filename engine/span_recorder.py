@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
+    from engine.agent_steps import AgentStep
     from engine.frames import NodeVisit, SectionFrame
     from engine.graph import GraphNode
     from engine.run_clock import RunClock
@@ -347,6 +348,14 @@ class SpanRecorder:
             message = f"The nodes of a run set at most {MAX_METADATA_KEYS} keys of metadata"
             raise NodeError(message, code="too-many-keys")
         self._journal.set_metadata({key: make_storable(value) for key, value in metadata.items()})
+
+    def record_step(self, step: AgentStep) -> AgentStep:
+        """Record the state of a step of an agent under the next sequence number; return the step with it."""
+        self._sequence += 1
+        self._pending_bytes += len(step.result or b"") + len(step.arguments or b"")
+        step = structs.replace(step, sequence=self._sequence)
+        self._journal.record_step(step)
+        return step
 
     def log(self, level: str, message: str, node_id: str) -> None:
         """Write a line to the log of the run, unless its level is below the run's.

@@ -9,7 +9,9 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from engine import inline_secrets, mapping_checks, name_suggestions
+from engine import agent_checks, inline_secrets, mapping_checks, name_suggestions
+from engine.agent_steps import AGENT_TYPE
+from engine.agent_wiring import PROVIDER_PORTS, list_providers
 from engine.config_places import ExpressionReader, NodeExpressions, ScriptChecker
 from engine.dataflow import OutputSamples
 from engine.findings import (
@@ -82,6 +84,7 @@ def _inspect_graph(
     types = {node.id: node_type for node, node_type in known}
     loops = {node_id for node_id, node_type in types.items() if node_type.loops}
     bodies = find_bodies(graph, loops)
+    used_types = {node_type.type for node_type in types.values()}
     for finding in (
         *_duplicate_findings(graph),
         *_trigger_findings(graph, types),
@@ -89,6 +92,7 @@ def _inspect_graph(
         *_cycle_finding(graph, loops),
         *_overlap_findings(graph, bodies),
         *_find_disconnected_nodes(graph, types),
+        *(agent_checks.find_problems(graph, types, catalog) if AGENT_TYPE in used_types else ()),
     ):
         findings.add(finding)
     reader, scripts = ExpressionReader(), ScriptChecker()
@@ -138,7 +142,7 @@ def _look_up(
             findings.add(_unknown_type_finding(node, found))
             continue
         known.append((node, found))
-        if not found.runnable:
+        if not found.runnable and node.id not in list_providers(graph):
             findings.add(_not_runnable_finding(node))
     return known
 
@@ -324,16 +328,12 @@ def _overlap_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphF
             yield GraphFinding(FindingType.LOOPS_TOO_DEEP, message, suggestion, node_id)
 
 
-PORT_OF_MODELS = "ai"
-"""Port of an agent whose nodes provide a model, and take no input for that."""
-
-
 def _find_disconnected_nodes(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
     for node in graph.nodes:
         node_type = types.get(node.id)
         if graph.inbound[node.id] or (node_type and node_type.is_trigger):
             continue
-        if any(edge.target_port == PORT_OF_MODELS for edge in graph.outbound[node.id]):
+        if any(edge.target_port in PROVIDER_PORTS for edge in graph.outbound[node.id]):
             continue
         if node_type and not node_type.inputs:
             if not graph.outbound[node.id]:

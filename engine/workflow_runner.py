@@ -23,7 +23,7 @@ from concurrency.offload import BudgetExceeded
 from engine import approval_links, node_key, run_records
 from engine.expressions import ExpressionError
 from engine.frames import NodeVisit, SectionFrame, WakeAction, Worklist
-from engine.node_api import NodeCall, NodeOutcome
+from engine.node_api import NodeCall, NodeOutcome, StepPause
 from engine.node_inputs import NodeInputs
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_limits import RunLimits
@@ -47,6 +47,7 @@ from engine.values import InvalidJson
 from telemetry import log_context
 
 if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
     from engine.graph import GraphNode, ParsedGraph
     from engine.program import WorkflowProgram
     from engine.run_clock import RunClock
@@ -79,6 +80,8 @@ class RunStart(msgspec.Struct, frozen=True):
     attempt: int = 1
     recorded: Sequence[NodeSpan] = ()
     """Spans of earlier attempts; settled nodes are not run again."""
+    steps: Sequence[AgentStep] = ()
+    """Steps of agents that have not ended."""
     sequence: int = 0
     """Highest sequence number in the journal."""
     log_level: str | None = None
@@ -135,7 +138,9 @@ class WorkflowRunner:
             log_level=start.log_level,
         )
         self._worklist = worklist = Worklist()
-        self._node_inputs = node_inputs = NodeInputs(program, start.caller, services, recorder)
+        self._node_inputs = node_inputs = NodeInputs(
+            program, start.caller, services, recorder, start.steps, self._is_interrupted
+        )
         recorded = _group_by_iteration(start.recorded)
         self._root = SectionFrame(
             program.root,
@@ -243,6 +248,10 @@ class WorkflowRunner:
         loops = [loop.visit for frame in self._root.with_inner_iterations() for loop in frame.loops]
         for visit in (*self._interrupted, *loops):
             self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
+
+    def _is_interrupted(self) -> bool:
+        """Return whether agents pause before their next step: the run has failed, or was asked to stop."""
+        return self._progress.failure is not None or self._control.request is not None
 
     # ── nodes ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -461,7 +470,18 @@ class WorkflowRunner:
             self._progress.fail(visit, to_node_error(error))
         else:
             self._finish_task(task)
-            self._progress.apply_outcome(visit, outcome)
+            if isinstance(outcome, StepPause):
+                self._pause_node(visit)
+            else:
+                self._progress.apply_outcome(visit, outcome)
+
+    def _pause_node(self, visit: NodeVisit) -> None:
+        """Queue a node again that has stopped between two steps, or record it as cancelled with its frame."""
+        if visit.frame.is_broken_off:
+            self._progress.record_cancelled(visit)
+            return
+        self._interrupted.append(visit)
+        self._worklist.ready.appendleft((visit.frame, visit.node_id))
 
     async def _limit_time(
         self, node: GraphNode, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]

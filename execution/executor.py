@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from models.ids import turn_of_workflow
 from telemetry import log_context, run_origin, tracing
 
 if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
     from engine.program import WorkflowProgram
     from engine.services import NodeServices
     from execution.settings import ExecutionSettings
@@ -96,8 +97,10 @@ class RecoveredState:
     """Journal of the earlier attempts at a run."""
 
     spans: Sequence[NodeSpan] = ()
+    steps: Sequence[AgentStep] = ()
+    """Steps of agents that have not ended."""
     last_sequence: int = 0
-    """Number of the last span or log line; both share one sequence."""
+    """Number of the last span, step or log line; they share one sequence."""
     wait_answers: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
     """Wait answers of nodes, by node id and iteration."""
 
@@ -377,7 +380,10 @@ class RunExecutor:
         Raises `DatabaseUnavailable`.
         """
         programs = await self._programs.load(claimed)
-        recovered_states = await self._recover_states([run for run in claimed if run.has_journal])
+        recovered_states = await self._recover_states(
+            [run for run in claimed if run.has_journal],
+            {run.execution_id for run in claimed if _has_agents(programs[definition_key(run)])},
+        )
         for run, lease in zip(claimed, leases, strict=True):
             recovered = recovered_states.get(run.execution_id, RecoveredState())
             settled = [
@@ -412,22 +418,31 @@ class RunExecutor:
         owner = BlobOwner(run.organization_id, run.key_id)
         return LargeValues(self._blobs, owner, self._settings.max_row_output_bytes)
 
-    async def _recover_states(self, begun: Sequence[ClaimedRun]) -> dict[str, RecoveredState]:
+    async def _recover_states(
+        self, begun: Sequence[ClaimedRun], with_agents: Collection[str]
+    ) -> dict[str, RecoveredState]:
         """Return spans, last log line and wait answers of runs that earlier attempts have recorded, by
         execution id.
+
+        `with_agents` are the runs that may have steps of agents.
         """
         if not begun:
             return {}
         keys = [ExecutionKey(run.execution_id, run.shard) for run in begun]
         spans = await self._store.spans(keys)
         last_lines = await self._store.last_log_lines(keys)
+        stepped = [key for key in keys if key.execution_id in with_agents]
+        steps = await self._store.steps(stepped) if stepped else {}
         answers = await self._group_answers(
             [key for key, run in zip(keys, begun, strict=True) if run.wait_answer_count]
         )
         return {
             execution_id: RecoveredState(
                 spans[execution_id],
-                max([last_lines.get(execution_id, 0), *(span.sequence for span in spans[execution_id])]),
+                steps.get(execution_id, ()),
+                _last_sequence(
+                    last_lines.get(execution_id, 0), spans[execution_id], steps.get(execution_id, ())
+                ),
                 answers.get(execution_id, {}),
             )
             for execution_id, _ in keys
@@ -628,6 +643,7 @@ class RunExecutor:
             started_at=run.started_at,
             attempt=run.attempt,
             recorded=recorded,
+            steps=recovered.steps,
             sequence=recovered.last_sequence,
             log_level=run.log_level or self._hooks.log_levels.get(run.workflow_id),
             wait_answers=recovered.wait_answers,
@@ -766,3 +782,13 @@ class RunExecutor:
             log.debug("background work not completed", error=str(error))
         except Exception:
             log.exception("background work failed")
+
+
+def _has_agents(program: WorkflowProgram | InvalidDefinition) -> bool:
+    return not isinstance(program, InvalidDefinition) and program.has_agents
+
+
+def _last_sequence(last_line: int, spans: Sequence[NodeSpan], steps: Sequence[AgentStep]) -> int:
+    """Return the highest recorded sequence number of a run."""
+    numbers = [*(span.sequence for span in spans), *(step.sequence for step in steps)]
+    return max([last_line, *numbers])

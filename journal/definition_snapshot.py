@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
+from engine.agent_wiring import count_nodes_that_run
 from engine.graph import ParsedGraph, RunSettings
 from engine.node_api import UnknownNodeType
 from engine.node_lookup import NodeTypeLookup
@@ -125,7 +126,7 @@ def load_workflow(
         definition_hash=sha256(text).hexdigest(),
         validation=check_graph(row.nodes, row.connections, catalog),
         trigger=find_trigger(row.nodes, catalog),
-        total_nodes=len(row.nodes),
+        total_nodes=count_nodes_that_run(row.nodes, row.connections),
         is_deployed=is_deployed,
     )
 

@@ -31,6 +31,7 @@ from journal import run_labels, unparsed_mail
 from journal.waits import completion
 from json_text import decoding
 from models import ids
+from models.agent_step import AgentStepRow
 from models.database_time import DatabaseTime
 from models.execution import (
     LIMITED_TARGET,
@@ -143,6 +144,7 @@ async def insert_copy(
         ]
         await connection.execute(_new_span(failed, new_id, _RESUMED), copies)
         await _copy_attempts(connection, failed, new_id)
+    await _copy_steps(connection, failed, new_id)
 
 
 async def insert_replay(
@@ -245,6 +247,45 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     )
     changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text())}
     await connection.execute(_copy_rows("attempt_span", changes, condition), copies)
+
+
+async def _copy_steps(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
+    """Copy the steps of agents that have no result, so that they continue; their cost stays with the run that
+    had it.
+    """
+    is_settled = (
+        select(col(SpanRow.node_id))
+        .where(
+            col(SpanRow.execution_id) == col(AgentStepRow.execution_id),
+            col(SpanRow.node_id) == col(AgentStepRow.node_id),
+            col(SpanRow.iteration) == col(AgentStepRow.iteration),
+            _SETTLED,
+        )
+        .exists()
+    )
+    of_run = and_(
+        col(AgentStepRow.execution_id) == failed.execution_id, col(AgentStepRow.shard) == failed.shard
+    )
+    place = (col(AgentStepRow.node_id), col(AgentStepRow.iteration), col(AgentStepRow.number))
+    copies = [
+        {"new_id": ids.new_id("step"), "of_node": row[0], "of_iteration": row[1], "of_number": row[2]}
+        for row in await connection.execute(select(*place).where(of_run, ~is_settled))
+    ]
+    if not copies:
+        return
+    condition = and_(
+        of_run,
+        col(AgentStepRow.node_id) == bindparam("of_node"),
+        col(AgentStepRow.iteration) == bindparam("of_iteration"),
+        col(AgentStepRow.number) == bindparam("of_number"),
+    )
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "execution_id": literal(new_id),
+        "id": bindparam("new_id", type_=Text()),
+        "model_calls": null(),
+        "cost": null(),
+    }
+    await connection.execute(_copy_rows("execution_step", changes, condition), copies)
 
 
 async def _completion_action(

@@ -6,15 +6,18 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import cast
 
+from engine.agent_steps import AgentStep
 from engine.graph import GraphNode
 from engine.model_calls import ModelCallRecord
 from engine.node_api import (
+    AgentSteps,
     AnswerWait,
     LoopRequest,
     ModelCallLog,
     NodeCall,
     NodeOutcome,
     NodeResult,
+    StepPause,
     TimerWait,
 )
 from engine.program import compile_node
@@ -99,6 +102,23 @@ class ModelCallList(ModelCallLog):
         self._records.append(record)
 
 
+class AgentStepList(AgentSteps):
+    """Steps of an agent in memory."""
+
+    def __init__(self) -> None:
+        self._steps: list[AgentStep] = []
+
+    @property
+    def recorded(self) -> Sequence[AgentStep]:
+        return tuple(self._steps)
+
+    def now(self) -> datetime:
+        return NOW
+
+    def record(self, step: AgentStep) -> None:
+        self._steps[step.number : step.number + 1] = [step]
+
+
 class OpenThrottle:
     """Throttle that never delays, and records its calls."""
 
@@ -123,7 +143,7 @@ class CallRecord:
 
     @property
     def output(self) -> Json:
-        assert not isinstance(self.outcome, AnswerWait | LoopRequest)
+        assert not isinstance(self.outcome, AnswerWait | LoopRequest | StepPause)
         return self.outcome.output if isinstance(self.outcome, NodeResult | TimerWait) else self.outcome
 
     @property
@@ -182,6 +202,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
             services=services if data_sources is None else replace(services, data_sources=data_sources),
             is_strict=is_strict,
             model_calls=ModelCallList(),
+            steps=AgentStepList(),
         )
     )
     called.outcome = await outcome if inspect.isawaitable(outcome) else outcome

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, pruning
+from engine.agent_wiring import remove_providers
 from engine.findings import FindingType, ValidationResult
 from engine.graph import ParsedGraph, find_bodies
 from engine.node_api import INPUT, OUTPUT
@@ -169,7 +170,7 @@ def _with_definition(
         definition=text.decode(),
         definition_hash=sha256(text).hexdigest(),
         validation=_filter_findings(find_errors(graph, catalog), piece),
-        total_nodes=len(graph.nodes),
+        total_nodes=len(remove_providers(graph).nodes),
     )
 
 

@@ -75,6 +75,10 @@ def build_body(model: ModelConnection, request: ChatRequest) -> dict[str, Any]:
             }
             for tool in request.tools
         ]
+    elif called := dict.fromkeys(call.name for message in request.messages for call in message.tool_calls):
+        # The protocol refuses calls and results without their tools: these are named, and can't be called.
+        body["tools"] = [{"name": name, "input_schema": {"type": "object"}} for name in called]
+        body["tool_choice"] = {"type": "none"}
     if request.forced_tool:
         body["tool_choice"] = {"type": "tool", "name": request.forced_tool}
     elif request.tools:

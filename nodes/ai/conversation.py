@@ -6,7 +6,7 @@ waiting for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Final
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from engine.model_calls import (
+    ChatAnswer,
     ChatMessage,
     ChatRequest,
     FinishReason,
@@ -71,7 +72,12 @@ async def ask_models(
             record = recorded.pop(0)
             turn = _Turn(record.text or "", record, is_recorded=True)
         else:
-            turn = await _ask_first(call, model_ids, request)
+            # Unique for each call, lest a gateway repeat the answer or failure of another one.
+            key = f"{call.idempotency_key}:{len(call.model_calls.recorded)}:{call.attempt}"
+            answered, new = await ask_first(
+                call, model_ids, request, key=key, note_failure=call.model_calls.add
+            )
+            turn = _Turn(answered.text, new)
         reason = turn.record.finish_reason or FinishReason.STOP
         if schema is None or reason in INCOMPLETE:
             _note_answer(call, turn)
@@ -100,34 +106,41 @@ def _note_answer(call: NodeCall, turn: _Turn) -> None:
         call.model_calls.add(turn.record)
 
 
-async def _ask_first(call: NodeCall, model_ids: Sequence[str], request: ChatRequest) -> _Turn:
-    """Return the answer of the first model that answers; raises the failure of the last one.
+async def ask_first(
+    call: NodeCall,
+    model_ids: Sequence[str],
+    request: ChatRequest,
+    *,
+    key: str,
+    note_failure: Callable[[ModelCallRecord], None],
+) -> tuple[ChatAnswer, ModelCallRecord]:
+    """Return the answer of the first model that answers, with its record; raises the failure of the last one.
 
     Another model is asked only if it may do better: not after a refusal of the request itself. If no model answers,
-    the node waits for the first of those whose providers have named a time.
+    the node waits for the first of those whose providers have named a time. `key` is the idempotency key of the first
+    call; those of others add their number.
     """
     failures: list[ModelCallFailed] = []
     for number, model_id in enumerate(model_ids):
-        # Unique for each call, lest a gateway repeat the answer or failure of another one.
-        key = f"{call.idempotency_key}:{len(call.model_calls.recorded)}:{call.attempt}"
+        own_key = f"{key}:{number}" if number else key
         try:
-            reply = await call.services.models.complete(call.caller, model_id, request, idempotency_key=key)
+            reply = await call.services.models.complete(
+                call.caller, model_id, request, idempotency_key=own_key
+            )
         except ModelCallFailed as failure:
             failures.append(failure.with_message(f"{model_id}: {failure.message}"))
             if number + 1 == len(model_ids) or not failure.can_fall_back:
                 raised = _choose_failure(failures)
                 wait = raised.retry_after_seconds if raised.retryable else None
                 milliseconds = None if wait is None else ceil(wait * 1000)
-                call.model_calls.add(
-                    ModelCallRecord(model_id, error=failure.code, wait_milliseconds=milliseconds)
-                )
+                note_failure(ModelCallRecord(model_id, error=failure.code, wait_milliseconds=milliseconds))
                 raise raised from failure
-            call.model_calls.add(ModelCallRecord(model_id, error=failure.code))
+            note_failure(ModelCallRecord(model_id, error=failure.code))
             call.log("warning", f"{model_id}: {failure.message}: {model_ids[number + 1]} is asked instead")
             continue
         answer = reply.answer
         record = ModelCallRecord(model_id, answer.model, answer.usage, reply.cost, answer.finish_reason)
-        return _Turn(answer.text, record)
+        return answer, record
     raise NodeError("The node names no model", code="missing-config")
 
 

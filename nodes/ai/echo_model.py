@@ -15,6 +15,7 @@ from engine.model_calls import (
     ChatRequest,
     FinishReason,
     MessageRole,
+    RequestedToolCall,
     TokenUsage,
     estimate_input_tokens,
     estimate_tokens,
@@ -32,6 +33,12 @@ def answer_request(request: ChatRequest) -> ChatAnswer:
     """Return the answer to a request: the last message of the user, cut to the maximum length."""
     asked = [message.content for message in request.messages if message.role is MessageRole.USER]
     question = asked[0] if asked and request.output_schema is not None else asked[-1] if asked else ""
+    if (call := _choose_tool(request, question)) is not None:
+        usage = TokenUsage(estimate_input_tokens(request), estimate_tokens(call.name))
+        return ChatAnswer("", FinishReason.TOOL_CALLS, usage, ECHO_MODEL_ID, [call])
+    results = [message.content for message in request.messages if message.role is MessageRole.TOOL]
+    if results and request.output_schema is None:
+        question = results[-1]
     if request.output_schema is not None:
         value = build_sample(request.output_schema, question)
         text, reason = msgspec.json.encode(value).decode(), FinishReason.STOP
@@ -40,6 +47,17 @@ def answer_request(request: ChatRequest) -> ChatAnswer:
         reason = FinishReason.STOP if text == question else FinishReason.LENGTH
     usage = TokenUsage(estimate_input_tokens(request), estimate_tokens(text))
     return ChatAnswer(text, reason, usage, ECHO_MODEL_ID)
+
+
+def _choose_tool(request: ChatRequest, question: str) -> RequestedToolCall | None:
+    """Return a call of the first tool that the question names and that was not called yet; None without one."""
+    called = {call.name for message in request.messages for call in message.tool_calls}
+    for tool in request.tools:
+        if tool.name in question and tool.name not in called:
+            arguments = build_sample(tool.parameters, question)
+            given = arguments if isinstance(arguments, dict) else {}
+            return RequestedToolCall(f"call_{len(called)}", tool.name, given)
+    return None
 
 
 def build_sample(schema: Mapping[str, Any], text: str, depth: int = 0) -> Json:

@@ -37,15 +37,20 @@ def read_answer(text: str, schema: Mapping[str, Any]) -> StructuredAnswer:
         value = decoding.decode(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return StructuredAnswer(None, ("The answer is not valid JSON",))
+    return StructuredAnswer(value, find_problems(value, schema))
+
+
+def find_problems(value: Json, schema: Mapping[str, Any]) -> Sequence[str]:
+    """Return up to five problems of a value by a schema; raises `NodeError` for a schema that can't be used."""
     try:
         validator = custom_types.build_strict_validator(schema)
     except ValueError as error:
-        message = f"The schema of the answer can't be used: {str(error)[:MAX_PROBLEM_CHARACTERS]}"
+        message = f"The schema can't be used: {str(error)[:MAX_PROBLEM_CHARACTERS]}"
         raise NodeError(message, code="invalid-schema") from error
     problems = []
     for found in validator.iter_errors(value):
-        place = ".".join(map(str, found.instance_path)) or "the answer"
+        place = ".".join(map(str, found.instance_path)) or "the value"
         problems.append(f"{place}: {found.message[:MAX_PROBLEM_CHARACTERS]}")
         if len(problems) == MAX_PROBLEMS:
             break
-    return StructuredAnswer(value, tuple(problems))
+    return tuple(problems)

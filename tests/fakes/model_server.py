@@ -58,6 +58,10 @@ class ModelServer:
     headers: list[Mapping[str, str]] = field(default_factory=list)
     billed: list[str] = field(default_factory=list)
     """Idempotency keys of the answers that a customer would pay for, in order."""
+    effects: list[str] = field(default_factory=list)
+    """Idempotency keys of the effects of tools: a request with a key that was seen before has none."""
+    repeated: int = 0
+    """Number of such repeated requests."""
     released: asyncio.Event = field(default_factory=asyncio.Event)
     on_request: Callable[[], None] = lambda: None
 
@@ -101,6 +105,19 @@ class ModelServer:
             data = json.dumps(event).encode()
             await response.write(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data))
         return response
+
+    async def affect(self, request: web.Request) -> web.Response:
+        """Do the effect of a tool, once for each key."""
+        key = request.headers["Idempotency-Key"]
+        if key in self.effects:
+            self.repeated += 1
+        else:
+            self.effects.append(key)
+        return web.json_response({"done": len(self.effects)})
+
+    async def tell(self, request: web.Request) -> web.Response:
+        """Answer a tool that only reads."""
+        return web.json_response({"city": request.query.get("city"), "degrees": -3})
 
     async def _iterate_events(self, line: ScriptedAnswer) -> AsyncIterator[dict[str, Any]]:
         text = "x" * 100_000 if line.fault is ModelFault.HUGE else line.text
@@ -213,6 +230,8 @@ async def serve_models(*script: ScriptedAnswer) -> AsyncGenerator[ModelServer]:
     app.router.add_post("/v1/chat/completions", served.answer)
     app.router.add_post("/v1/messages", served.answer_message)
     app.router.add_get("/v1/models", _list_models)
+    app.router.add_post("/v1/effects", served.affect)
+    app.router.add_get("/v1/facts", served.tell)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

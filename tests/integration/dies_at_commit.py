@@ -16,8 +16,8 @@ from journal.store_factory import open_store
 from messages.local_broker import LocalBroker
 from models.database import parse_url
 from nodes import catalog
-from tests.fakes.model_lookup import open_served_models
-from tests.node_calls import NoNetwork
+from nodes.outbound_http import OutboundClient, OutboundPolicy
+from tests.fakes.model_lookup import LOOPBACK, open_served_models
 from workers.settings import WorkerSettings
 
 
@@ -39,7 +39,10 @@ async def main(url: str, folder: str, model_url: str, last_commit: str) -> None:
         return held
 
     store.record = record_or_die  # type: ignore[method-assign]  # replaced for the test
-    services = NodeServices(http=NoNetwork(), models=open_served_models({"first": model_url}))
+    services = NodeServices(
+        http=OutboundClient(OutboundPolicy(allowed_networks=LOOPBACK)),
+        models=open_served_models({"first": model_url}),
+    )
     executor = RunExecutor(store, LocalBroker(channel="dies"), catalog.load_catalog(), services, settings)
     await executor.start()
     await asyncio.Event().wait()

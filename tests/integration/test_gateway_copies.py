@@ -50,7 +50,7 @@ THIRD_SOURCE = {
     "config": {"dataSource": "ds_001", "query": "SELECT 3"},
 }
 MODEL = {"id": "model", "nodeId": "llm", "config": {"model": "model_001"}}
-AGENT = {"id": "agent", "nodeId": "agent", "config": {"model": "model_001", "prompt": "Be brief."}}
+TOOL = {"id": "tool", "nodeId": "tool", "config": {"name": "t", "description": "Says it."}}
 CALL = {
     "id": "call",
     "nodeId": "http-request",
@@ -388,7 +388,7 @@ async def test_unreadable_workflows_cannot_be_copied(residents: OrganizationUser
 
 
 async def test_an_import_first_lists_references_to_resolve(people: OrganizationUsers) -> None:
-    whole = {**WHOLE, "nodes": [*WHOLE["nodes"], AGENT]}
+    whole = {**WHOLE, "nodes": [*WHOLE["nodes"], TOOL]}
     document = await export_workflow(people.owner, await people.owner.create(**whole))
     before = (await people.stranger.api.get(WORKFLOWS)).json()["count"]
     response = await post(people.stranger, "/import", {"document": document})
@@ -399,7 +399,7 @@ async def test_an_import_first_lists_references_to_resolve(people: OrganizationU
     assert plan["references"] == document["references"]
     assert plan["findings"]["errors"] == []
     warnings = {(finding["type"], finding["nodeId"]) for finding in plan["findings"]["warnings"]}
-    assert ("not-runnable", "agent") in warnings
+    assert ("not-runnable", "tool") in warnings
     assert "workflowId" not in plan
     assert (await people.stranger.api.get(WORKFLOWS)).json()["count"] == before
 

@@ -356,7 +356,7 @@ async def test_an_impossible_test_run_is_refused(people: OrganizationUsers) -> N
             set_node("twin", a=1),
             set_node("twin", a=2),
             UNFINISHED,
-            {"id": "agent", "nodeId": "agent"},
+            {"id": "tool", "nodeId": "tool"},
         ],
         connections=[],
     )
@@ -365,8 +365,8 @@ async def test_an_impossible_test_run_is_refused(people: OrganizationUsers) -> N
     assert error_details(await request_node_test(people.owner, workflow_id, "later")) == [
         ("nodes.later", "invalid-config")
     ]
-    assert ("nodes.agent", "not-runnable") in error_details(
-        await request_node_test(people.owner, workflow_id, "agent")
+    assert ("nodes.tool", "not-runnable") in error_details(
+        await request_node_test(people.owner, workflow_id, "tool")
     )
     given = {"nodes": {"start": 1, "later": 2, "lateer": 3}}
     found = error_details(await request_node_test(people.owner, workflow_id, "later", **given))

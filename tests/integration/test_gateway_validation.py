@@ -110,15 +110,16 @@ async def test_every_finding_has_a_message_a_place_and_a_suggestion_and_some_a_f
     assert (await validate_workflow(people.owner, workflow_id))["valid"]
 
 
+TOOL = {"id": "tool", "nodeId": "tool", "config": {"name": "t", "description": "d"}}
+
+
 async def test_a_node_without_implementation_keeps_a_workflow_from_becoming_active(
     people: OrganizationUsers,
 ) -> None:
-    agent = {"id": "agent", "nodeId": "agent", "config": {"prompt": "Be brief."}}
-    workflow_id = await people.owner.create(
-        nodes=[TRIGGER, agent], connections=[{"sourceNodeId": "start", "targetNodeId": "agent"}]
-    )
+    workflow_id = await people.owner.create(nodes=[TRIGGER, TOOL], connections=[])
     found = await validate_workflow(people.owner, workflow_id)
-    assert (found["valid"], [warning["type"] for warning in found["warnings"]]) == (True, ["not-runnable"])
+    assert found["valid"]
+    assert "not-runnable" in [warning["type"] for warning in found["warnings"]]
     path = f"/api/v1/workflows/{workflow_id}/status"
     response = await people.owner.api.put(path, json={"status": "active"})
     assert_refused(response, 422, "validation-failed")
@@ -374,7 +375,7 @@ TRIGGERS = [
         ("search=csv", ["csv-format", "csv-parse", "file-parse"]),
         ("search=LANGUAGE+MODEL", ["agent", "classifier", "extract", "llm"]),
         ("category=triggers", TRIGGERS),
-        ("category=ai&search=http", ["tool"]),
+        ("category=ai&search=node+of+the+catalog", ["tool"]),
         ("type=set", ["set"]),
         ("type=se", []),
         ("category=triggers&limit=1&offset=1", TRIGGERS[1:2]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -158,3 +160,104 @@ async def test_a_run_that_loses_two_workers_pays_for_two_answers_at_most(
         assert row["status"] == "completed", row["error"]
         calls = await read_calls(run_database, key)
         assert len(served.billed) <= len(calls) + died
+
+
+# ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+TURNS = [
+    (("look", "Oslo"), ("look", "Rome")),
+    (("send", "Oslo"), ("look", "Bonn")),
+    (("send", "Rome"), ("send", "Bonn")),
+    (("look", "Kyiv"), ("send", "Kyiv")),
+    (("look", "Riga"), ("send", "Riga")),
+    (("look", "Bern"), ("look", "Graz"), ("look", "Genf")),
+]
+EFFECTS = 5
+STEPS = len(TURNS) + 1 + sum(map(len, TURNS))
+KILLS_IN_TURN = [3, -3, 4, -4, 5]
+"""Kills of the processes one after another: each is killed behind, or before, its commit of that number. The first is
+the announcement of the agent, and the next ones are those of its steps. Every commit is covered in memory.
+"""
+RANDOM_KILLS = int(os.environ.get("PILOTFLAME_TEST_AGENT_KILLS", "3"))
+
+
+def build_agent(url: str) -> str:
+    """Return the definition of an agent of twenty steps, with tools at a URL."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    look = {"url": f"{url}/facts?city={{{{ args.city }}}}"}
+    send = {"url": f"{url}/effects", "method": "POST", "body": {"city": "{{ args.city }}"}}
+    tools = [
+        {
+            "id": name,
+            "type": "tool",
+            "config": {
+                "name": name,
+                "description": name,
+                "parameters": parameters,
+                "target": {"node": {"type": "http-request", "config": config}},
+            },
+        }
+        for name, config in (("look", look), ("send", send))
+    ]
+    agent = {"model": "first", "prompt": "Report.", "effects": ["read", "write"]}
+    edges = [
+        {"id": name, "source": name, "target": "agent", "targetPort": "tools"} for name in ("look", "send")
+    ]
+    return json.dumps(
+        {
+            "nodes": [
+                {"id": "start", "type": "manual"},
+                {"id": "agent", "type": "agent", "config": agent},
+                *tools,
+            ],
+            "connections": [{"id": "1", "source": "start", "target": "agent"}, *edges],
+            "settings": {},
+        }
+    )
+
+
+class FollowedTurns:
+    """Script that answers by the number of answers so far, so that a repeated request is answered alike."""
+
+    def __init__(self, served: ModelServer) -> None:
+        self._served = served
+        served.on_request = self.choose
+
+    def choose(self) -> None:
+        messages = self._served.requests[-1]["messages"]
+        done = sum(message["role"] == "assistant" for message in messages)
+        calls = TURNS[done] if done < len(TURNS) else ()
+        wanted = [{"name": name, "arguments": json.dumps({"city": city})} for name, city in calls]
+        self._served.script = [ScriptedAnswer("" if calls else "Reported.", tool_calls=wanted)]
+
+
+@pytest.mark.timeout(600)
+async def test_an_agent_of_twenty_steps_survives_its_workers(
+    run_database: RunDatabase,
+    migrated_database: MigratedDatabase,
+    owned_workflow: OwnedWorkflow,
+    tmp_path: Path,
+) -> None:
+    chance = random.Random()
+    seed = chance.randrange(1_000_000)
+    chance.seed(seed)
+    kills = [*KILLS_IN_TURN, *(chance.choice([3, 4, -4, 5, -5, 6]) for _ in range(RANDOM_KILLS))]
+    async with serve_models() as served:
+        FollowedTurns(served)
+        key = await run_database.accept(owned_workflow, definition=build_agent(served.url))
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, kills)
+        row = await run_database.row(key.execution_id)
+        assert row["status"] == "completed", (row["error"], seed)
+        steps = await run_database.query(
+            "SELECT kind, status, losses, key FROM execution_step WHERE execution_id = :id ORDER BY number",
+            id=key.execution_id,
+        )
+        assert len(steps) == STEPS
+        assert {step["status"] for step in steps} == {"completed"}
+        answers = [step for step in steps if step["kind"] == "model"]
+        assert len(answers) == len(TURNS) + 1
+        assert len(answers) <= len(served.billed) <= len(answers) + died, seed
+        assert len(set(served.billed)) == len(served.billed), "each attempt has a key of its own"
+        assert sum(step["losses"] for step in answers) <= died
+        assert len(served.effects) == EFFECTS, "the keys of tools are those of their steps"
+        assert len(await read_calls(run_database, key)) == len(answers)

@@ -63,7 +63,7 @@ def calls(*names: str, city: Json = "Oslo") -> StoredAnswer:
 
 @dataclass
 class Simulation:
-    """Agent whose model and tools answer at once."""
+    """Agent with a model and tools that answer at once."""
 
     task: AgentTask
     answer: Callable[[ChatRequest], StoredAnswer]

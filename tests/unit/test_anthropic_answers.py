@@ -172,6 +172,14 @@ def test_a_request_has_system_tools_and_cache_in_their_places() -> None:
     assert anthropic_messages.adapt_body(body, "prompt is too long") is None
 
 
+def test_tools_that_were_called_are_named_in_a_request_without_tools() -> None:
+    called = ChatMessage(MessageRole.ASSISTANT, "", [RequestedToolCall("toolu_a1", "get_weather", {})])
+    told = ChatMessage(MessageRole.TOOL, "Cold.", tool_call_id="toolu_a1")
+    body = anthropic_messages.build_body(MODEL, ChatRequest((*REQUEST.messages, called, told), 100))
+    assert body["tools"] == [{"name": "get_weather", "input_schema": {"type": "object"}}]
+    assert body["tool_choice"] == {"type": "none"}
+
+
 def test_a_schema_is_passed_on_only_to_a_model_that_follows_it() -> None:
     request = msgspec.structs.replace(REQUEST, output_schema={"type": "object"})
     follower = msgspec.structs.replace(MODEL, follows_schemas=True)

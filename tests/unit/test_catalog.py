@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 CATALOG = catalog.load_catalog()
 EVERY_TYPE = pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
-DRAWN_ONLY = {"agent", "tool"}
+DRAWN_ONLY = {"tool"}
 LENT = {"tool"}
 """Node types that are connected to an agent, which calls them: they have no input ports."""
 

@@ -278,12 +278,58 @@ def test_a_type_that_cannot_run_is_an_error_of_its_own() -> None:
     assert "Replace it" in error.suggestion
 
 
+def make_tool(node_type: str, name: str = "t", **config: Json) -> dict[str, Json]:
+    """Return a tool with a node of this type as its target."""
+    target: Json = {"node": {"type": node_type, "config": config}}
+    return {"id": name, "type": "tool", "config": {"name": name, "description": "d", "target": target}}
+
+
+TOOL = make_tool("http-request", "tool", url="https://a.b/{{ args.city }}")
+
+
+def check_agent(*tools: dict[str, Json], **config: Json) -> ValidationResult:
+    """Validate an agent with tools."""
+    agent: dict[str, Json] = {
+        "id": "agent",
+        "type": "agent",
+        "config": {"prompt": "hello", "model": "echo", **config},
+    }
+    edges = [parse_edge(str(tool["id"]), "agent", targetPort="tools") for tool in tools]
+    return check([START, agent, *tools], [parse_edge("start", "agent"), *edges])
+
+
+def test_an_agent_and_its_tools_are_checked() -> None:
+    post = make_tool("http-request", url="https://a.b", method="POST")
+    cases: list[tuple[list[dict[str, Json]], dict[str, Json], list[tuple[str, str]]]] = [
+        ([TOOL], {}, []),
+        ([post], {}, [("invalid-config", "t")]),
+        ([post], {"effects": ["read", "write"]}, []),
+        ([TOOL, {**TOOL, "id": "other"}], {}, [("invalid-config", "other")]),
+        ([make_tool("loop", items=[])], {}, [("invalid-config", "t")]),
+        ([make_tool("human-input", message="Well?")], {}, [("invalid-config", "t")]),
+        ([make_tool("nothing")], {}, [("unknown-node-type", "t")]),
+        ([make_tool("http-request", url="https://a.b", methd="GET")], {}, [("invalid-config", "t")]),
+        ([SET | {"id": "tool"}], {}, [("invalid-port", "tool")]),
+    ]
+    for tools, config, errors in cases:
+        found = check_agent(*tools, **config)
+        assert [(error.type.value, error.node_id) for error in found.errors] == errors, (tools, found.errors)
+    agent: dict[str, Json] = {"id": "agent", "type": "agent", "config": {"prompt": "x"}}
+    without_model = check([START, agent], [parse_edge("start", "agent")])
+    assert [(one.type.value, one.node_id) for one in without_model.warnings] == [("missing-config", "agent")]
+
+
+def test_arguments_are_known_only_in_the_target_of_a_tool() -> None:
+    step = SET | {"config": {"values": {"city": "{{ args.city }}"}}}
+    (warning,) = check([START, step], [parse_edge("start", "set")]).warnings
+    assert (warning.type, warning.node_id) == ("unresolved-mapping", "set")
+
+
 def test_a_node_without_implementation_is_a_warning_in_a_draft() -> None:
-    agent: dict[str, Json] = {"id": "agent", "type": "agent", "config": {"prompt": "hello"}}
-    drawn = make_graph([START, agent], [parse_edge("start", "agent")])
+    drawn = make_graph([START, SET, TOOL], [parse_edge("start", "set")])
     validation = validate_graph(drawn, CATALOG, is_draft=True)
     assert validation.is_valid
-    assert [warning.type for warning in validation.warnings] == ["not-runnable"]
+    assert {warning.type for warning in validation.warnings} == {"not-runnable", "disconnected-node"}
     assert not validate_graph(drawn, CATALOG).is_valid
 
 
@@ -292,15 +338,14 @@ def test_a_language_model_and_tools_are_connected_to_an_agent() -> None:
         START,
         {"id": "agent", "type": "agent", "config": {"prompt": "hello"}},
         {"id": "model", "type": "llm", "config": {"model": "model_001"}},
-        {"id": "tool", "type": "tool", "config": {"name": "t", "description": "d", "url": "https://a.b"}},
+        TOOL,
     ]
     edges = [
         parse_edge("start", "agent"),
         parse_edge("model", "agent", targetPort="ai"),
         parse_edge("tool", "agent", targetPort="tools"),
     ]
-    assert {error.type for error in check(nodes, edges).errors} == {"not-runnable"}
-    assert check(nodes, edges).warnings == ()
+    assert check(nodes, edges) == ValidationResult()
     alone = [(warning.type, warning.node_id) for warning in check(nodes, edges[:2]).warnings]
     assert alone == [("disconnected-node", "tool")]
 

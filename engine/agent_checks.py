@@ -1,0 +1,122 @@
+"""Checks of agents: their models and tools, and the effects that they may have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+from engine.agent_wiring import (
+    PORT_OF_MODELS,
+    PORT_OF_TOOLS,
+    PROVIDER_PORTS,
+    TOOL_TYPE,
+    TYPES_THAT_WAIT,
+    list_agents,
+    target_of,
+)
+from engine.findings import FindingType, GraphFinding
+from engine.node_api import NodeEffect, UnknownNodeType
+
+if TYPE_CHECKING:
+    from engine.graph import GraphEdge, GraphNode, ParsedGraph
+    from engine.node_api import NodeType
+    from engine.node_lookup import NodeTypeLookup
+
+MODEL_TYPE: Final = "llm"
+EFFECTS_BY_DEFAULT: Final = ("read",)
+
+
+def find_problems(
+    graph: ParsedGraph, types: Mapping[str, NodeType], catalog: NodeTypeLookup
+) -> Iterator[GraphFinding]:
+    """Yield the problems of the agents of a graph, and of the nodes at their ports `ai` and `tools`."""
+    for agent in list_agents(graph.nodes):
+        if agent.id in types:
+            yield from _check_agent(agent, graph, types, catalog)
+
+
+def _check_agent(
+    agent: GraphNode, graph: ParsedGraph, types: Mapping[str, NodeType], catalog: NodeTypeLookup
+) -> Iterator[GraphFinding]:
+    edges = [edge for edge in graph.inbound[agent.id] if edge.target_port in PROVIDER_PORTS]
+    models = [edge for edge in edges if edge.target_port == PORT_OF_MODELS]
+    if not models and not agent.config.get("model"):
+        message = f'Node "{agent.label}" (agent) has no language model'
+        suggestion = "Connect an llm to its port ai, or set model in its config."
+        yield GraphFinding(FindingType.MISSING_CONFIG, message, suggestion, agent.id)
+    for extra in models[1:]:
+        message = f'Node "{agent.label}" (agent) has a second language model'
+        yield GraphFinding(
+            FindingType.INVALID_PORT, message, "Connect one, with fallbackModelIds.", agent.id, extra.id
+        )
+    names: dict[str, str] = {}
+    for edge in edges:
+        provider = graph.by_id[edge.source]
+        yield from _check_provider(provider, edge, graph)
+        if edge.target_port == PORT_OF_TOOLS and provider.type == TOOL_TYPE and provider.id in types:
+            yield from _check_tool(provider, agent, catalog)
+            name = str(provider.config.get("name"))
+            if name in names:
+                message = f"Two tools of the agent {agent.label!r} have the name {name!r}"
+                suggestion = "Give each a name of its own."
+                yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id)
+            names[name] = provider.id
+
+
+def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) -> Iterator[GraphFinding]:
+    """Yield the problems of a node at such a port: its type, and connections that it would ignore."""
+    wanted = MODEL_TYPE if edge.target_port == PORT_OF_MODELS else TOOL_TYPE
+    if provider.type != wanted:
+        message = (
+            f'Node "{provider.label}" ({provider.type}) can\'t be connected to the port {edge.target_port}'
+        )
+        suggestion = f"Connect a node of the type {wanted}."
+        yield GraphFinding(FindingType.INVALID_PORT, message, suggestion, provider.id, edge.id)
+    ignored = [
+        *graph.inbound[provider.id],
+        *(one for one in graph.outbound[provider.id] if one.target_port not in PROVIDER_PORTS),
+    ]
+    for one in ignored:
+        message = f'Node "{provider.label}" ({provider.type}) serves an agent, and does not run by itself'
+        suggestion = f"Remove connection {one.id}, or use another node."
+        yield GraphFinding(FindingType.INVALID_PORT, message, suggestion, provider.id, one.id)
+
+
+def _check_tool(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> Iterator[GraphFinding]:
+    """Yield the problems of a tool's target: its type and config, and an effect that its agent may not have."""
+    target = target_of(tool)
+    if target is None:
+        return  # the schema of the node reports it
+    try:
+        node_type = catalog.get(target.type, target.version)
+    except UnknownNodeType as error:
+        suggestion = "Choose a type and version from the catalog."
+        yield GraphFinding(FindingType.UNKNOWN_NODE_TYPE, error.message, suggestion, tool.id)
+        return
+    if not _can_be_called(node_type):
+        message = (
+            f'Tool "{tool.label}": the type {target.type} can\'t be a tool: it waits, loops or starts runs'
+        )
+        suggestion = "Use a node that returns its result at once."
+        yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, tool.id)
+        return
+    for problem in catalog.config_problems(node_type, target.config):
+        kind = FindingType.MISSING_CONFIG if problem.keyword == "required" else FindingType.INVALID_CONFIG
+        message = f'Tool "{tool.label}" ({target.type}): {problem.path}: {problem.message}'
+        yield GraphFinding(kind, message, "See the schema of the node type.", tool.id)
+    allowed = agent.config.get("effects", list(EFFECTS_BY_DEFAULT))
+    effect = node_type.effect.of(catalog.with_defaults(node_type, target.config))
+    if effect is NodeEffect.WRITE and isinstance(allowed, list) and effect.value not in allowed:
+        message = f'Tool "{tool.label}" writes, and the agent "{agent.label}" may only read'
+        suggestion = 'Add "write" to effects in the config of the agent, or remove the tool.'
+        yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, tool.id)
+
+
+def _can_be_called(node_type: NodeType) -> bool:
+    """Return whether a node of this type returns its result at once, so that an agent can call it."""
+    return (
+        node_type.runnable
+        and not (node_type.is_trigger or node_type.loops or node_type.joins)
+        and node_type.task is None
+        and node_type.type not in TYPES_THAT_WAIT
+    )

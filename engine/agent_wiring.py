@@ -1,0 +1,70 @@
+"""Wiring of agents: the nodes at their ports for models and tools serve them, and never run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from engine.agent_steps import AGENT_TYPE
+from engine.graph import GraphNode, ParsedGraph
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+PORT_OF_MODELS: Final = "ai"
+PORT_OF_TOOLS: Final = "tools"
+PROVIDER_PORTS: Final = frozenset({PORT_OF_MODELS, PORT_OF_TOOLS})
+TOOL_TYPE: Final = "tool"
+TARGET_CONFIG: Final = "target.node.config"
+"""Path of the target's config in the config of a tool."""
+TYPES_THAT_WAIT: Final = frozenset(
+    {"agent", "human-input", "sub-workflow", "tool", "wait", "wait-for-event", "webhook-response"}
+)
+"""Types that can't be the target of a tool: an agent goes on with the result at once."""
+
+
+def list_providers(graph: ParsedGraph) -> frozenset[str]:
+    """Return the ids of the nodes that provide a model or a tool: an edge leads from them to such a port."""
+    return frozenset(edge.source for edge in graph.edges if edge.target_port in PROVIDER_PORTS)
+
+
+def remove_providers(graph: ParsedGraph) -> ParsedGraph:
+    """Return a graph without the nodes that provide models and tools, and without their edges."""
+    providers = list_providers(graph)
+    if not providers:
+        return graph
+    return replace(
+        graph,
+        nodes=[node for node in graph.nodes if node.id not in providers],
+        edges=[edge for edge in graph.edges if edge.source not in providers and edge.target not in providers],
+    )
+
+
+def count_nodes_that_run(
+    nodes: Sequence[Mapping[str, Json]], connections: Sequence[Mapping[str, Json]]
+) -> int:
+    """Return the number of stored nodes without those that only serve agents."""
+    providers = {one.get("source") for one in connections if one.get("targetPort") in PROVIDER_PORTS}
+    return sum(node.get("id") not in providers for node in nodes)
+
+
+def target_of(tool: GraphNode) -> GraphNode | None:
+    """Return the node that does the calls of a `tool` node, with its id; None if the config names none."""
+    target = tool.config.get("target")
+    node = target.get("node") if isinstance(target, dict) else None
+    if not isinstance(node, dict) or not isinstance(node.get("type"), str):
+        return None
+    config, version = node.get("config"), node.get("version")
+    return GraphNode(
+        id=tool.id,
+        type=str(node["type"]),
+        version=version if isinstance(version, str) else None,
+        label=tool.label,
+        config=config if isinstance(config, dict) else {},
+    )
+
+
+def list_agents(nodes: Sequence[GraphNode]) -> list[GraphNode]:
+    """Return the agents among nodes."""
+    return [node for node in nodes if node.type == AGENT_TYPE]

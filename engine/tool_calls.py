@@ -1,0 +1,186 @@
+"""Tool calls and steps of one agent: how its node reaches the journal and the nodes that do the calls."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import msgspec
+
+from concurrency import offload
+from engine import run_records, values
+from engine.node_api import (
+    AgentSteps,
+    AgentTools,
+    CallableTool,
+    ModelCallLog,
+    NodeDirective,
+    NodeEffect,
+    NodeResult,
+)
+from engine.run_errors import LeaseLost, NodeError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from datetime import datetime
+
+    from engine.agent_steps import AgentStep
+    from engine.frames import NodeVisit
+    from engine.model_calls import ModelCallRecord
+    from engine.node_api import NodeCall, NodeOutcome
+    from engine.program import AgentProgram, ToolProgram
+    from engine.span_recorder import SpanRecorder
+    from engine.values import Json
+
+CUT_NOTE: Final = "\n[… {left} of {size} bytes left out …]\n"
+
+
+class VisitSteps(AgentSteps):
+    """Steps of one agent in the journal of its run."""
+
+    def __init__(self, visit: NodeVisit, recorder: SpanRecorder, is_interrupted: Callable[[], bool]) -> None:
+        self._visit = visit
+        self._recorder = recorder
+        self._is_interrupted = is_interrupted
+
+    @property
+    def recorded(self) -> Sequence[AgentStep]:
+        return tuple(self._visit.steps)
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self._is_interrupted() or self._visit.frame.is_broken_off
+
+    def now(self) -> datetime:
+        return self._recorder.clock.now()
+
+    def record(self, step: AgentStep) -> None:
+        """Add a step, or its new state, to the next commit; the costs of ended steps are those of the node."""
+        step = self._recorder.record_step(step)
+        steps = self._visit.steps
+        if step.number == len(steps):
+            steps.append(step)
+        else:
+            steps[step.number] = step
+        self._visit.model_calls = [call for one in steps for call in one.model_calls]
+
+    async def commit(self) -> None:
+        """Commit the records. If the lease is lost, it waits for the runner, which cancels the node then."""
+        try:
+            await self._recorder.commit()
+        except LeaseLost:
+            # The runner itself has to find out: its next commit is refused too.
+            self._recorder.has_uncommitted_write = True
+            await asyncio.Event().wait()
+
+
+class ToolModelCalls(ModelCallLog):
+    """Calls of language models by one tool call, which its step records."""
+
+    def __init__(self) -> None:
+        self._records: list[ModelCallRecord] = []
+
+    @property
+    def recorded(self) -> Sequence[ModelCallRecord]:
+        return tuple(self._records)
+
+    def add(self, record: ModelCallRecord) -> None:
+        self._records.append(record)
+
+
+class VisitTools(AgentTools):
+    """Tools of one agent in its run."""
+
+    def __init__(self, agent: AgentProgram, call: NodeCall) -> None:
+        """`call` is that of the agent; its tools read the same values of the run."""
+        self._agent = agent
+        self._call = call
+
+    @property
+    def callable_tools(self) -> Sequence[CallableTool]:
+        return [
+            CallableTool(tool.name, tool.description, tool.parameters, tool.effect, tool.is_repeated)
+            for tool in self._agent.tools.values()
+        ]
+
+    def render_model_config(self) -> Mapping[str, Json]:
+        """Return the config of the node at the port `ai`; empty without one. Raises `ExpressionError`."""
+        if self._agent.model_config is None:
+            return {}
+        return cast(
+            "Mapping[str, Json]", self._agent.model_config.render(self._call.scope, self._call.unresolved)
+        )
+
+    async def perform(
+        self, name: str, arguments: Mapping[str, Json], key: str
+    ) -> tuple[str, Sequence[ModelCallRecord]]:
+        """Do a call by its node, and return its result as a text for the model, with the models that it has called.
+
+        A failure is repeated by the tool's own policy if it may be. Raises `NodeError`.
+        """
+        tool = self._agent.tools[name]
+        if tool.program.missing is not None:
+            raise NodeError(f"The tool needs configuration: {tool.program.missing}", code="missing-config")
+        calls = ToolModelCalls()
+        scope: dict[str, Json] = {**self._call.scope, "args": dict(arguments)}
+        unresolved: list[str] = []
+        rendered = cast("Mapping[str, Json]", tool.program.config.render(scope, unresolved))
+        call = msgspec.structs.replace(
+            self._call,
+            config=rendered,
+            data=dict(arguments),
+            scope=scope,
+            conditions=tool.program.conditions,
+            values=tool.program.values,
+            unresolved=unresolved,
+            idempotency_key=key,
+            model_calls=calls,
+        )
+        outcome = await _call_with_retries(tool, call)
+        if isinstance(outcome, NodeResult):
+            outcome = outcome.output
+        if isinstance(outcome, NodeDirective):
+            raise NodeError("A tool can't wait or loop", code="not-a-tool")
+        return cut_text(values.value_as_text(outcome), tool.max_result_bytes), calls.recorded
+
+
+async def _call_with_retries(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
+    """Return the outcome of a tool's node after up to its number of attempts; raises `NodeError` of the last one."""
+    node = tool.program.node
+    for attempt in range(1, node.retry.max_attempts + 1):
+        try:
+            async with asyncio.timeout(node.timeout_seconds):
+                return await _call_once(tool, msgspec.structs.replace(call, attempt=attempt))
+        except TimeoutError as error:
+            failure: NodeError = run_records.node_timed_out(node)
+            if attempt == node.retry.max_attempts:
+                raise failure from error
+        except NodeError as error:
+            if not error.retryable or attempt == node.retry.max_attempts:
+                raise
+        except Exception as error:
+            raise run_records.to_node_error(error) from error
+        await asyncio.sleep(node.retry.delay_seconds(attempt, 0))
+    raise AssertionError("there is at least one attempt")
+
+
+async def _call_once(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
+    """Call a tool's node; one that only computes leaves the loop to others when it takes long."""
+    run = tool.run
+    if not inspect.iscoroutinefunction(run):
+        return await offload.run_in_thread(cast("Callable[[NodeCall], NodeOutcome]", run), call)
+    if tool.effect is NodeEffect.PURE:
+        return await offload.run_coroutine(lambda: cast("Coroutine[Any, Any, NodeOutcome]", run(call)))
+    return await cast("Coroutine[Any, Any, NodeOutcome]", run(call))
+
+
+def cut_text(text: str, max_bytes: int) -> str:
+    """Return a text of at most so many bytes, and a note in place of the middle of a longer one."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= max_bytes:
+        return encoded.decode()
+    half = max_bytes // 2
+    note = CUT_NOTE.format(left=len(encoded) - 2 * half, size=len(encoded))
+    return encoded[:half].decode(errors="ignore") + note + encoded[-half:].decode(errors="ignore")

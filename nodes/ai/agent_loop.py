@@ -1,0 +1,157 @@
+"""Loop of an agent: does each action that `engine.agent` decides, and records it before and after.
+
+Two commits belong to an answer: before its request, together with the results of the reads before, and after it,
+together with the tool calls that it asks for. The result of a write is committed alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine import agent
+from engine.agent import CallModel, CallTools, Fail, Finish, StoredAnswer
+from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.model_calls import ModelCallFailed
+from engine.node_api import NodeEffect, StepPause
+from engine.run_errors import NodeError
+from json_text import decoding
+from nodes.ai import conversation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.agent import AgentTask
+    from engine.model_calls import ModelCallRecord
+    from engine.node_api import NodeCall
+
+UNKNOWN_HINT = "It may have been done, and is not done again: tell the user"
+ERROR_HINT = "Call it in another way, or answer without it"
+
+
+async def run_agent(call: NodeCall, task: AgentTask, model_ids: Sequence[str]) -> Finish | StepPause:
+    """Do the actions of an agent from its recorded steps on, until it ends or the run is interrupted.
+
+    Raises `NodeError` if it fails, and if no model answers.
+    """
+    begun_here: set[int] = set()
+    while True:
+        action = agent.decide_next(task, call.steps.recorded)
+        match action:
+            case Finish():
+                return action
+            case Fail():
+                raise NodeError(action.message, code=action.code)
+            case _ if call.steps.is_interrupted:
+                await call.steps.commit()
+                return StepPause()
+            case CallModel():
+                begun_here |= await _ask_model(call, task, model_ids, action)
+            case CallTools():
+                await _perform_tools(call, task, action.steps, begun_here)
+
+
+async def _ask_model(
+    call: NodeCall, task: AgentTask, model_ids: Sequence[str], action: CallModel
+) -> set[int]:
+    """Ask the models, and commit the answer with its tool calls; return the numbers of these.
+
+    Raises the failure of the last model, which is recorded, so that another attempt of the node asks again.
+    """
+    number = action.number
+    begun = AgentStep(
+        *(call.node_id, call.iteration, number, 0, StepKind.MODEL, model_ids[0], StepStatus.STARTED),
+        started_at=call.steps.now(),
+        attempt=action.attempt,
+        losses=action.losses,
+        request_hash=action.hash_request(model_ids),
+        model_calls=_earlier_calls(call, number),
+    )
+    before = call.steps.recorded[:number]
+    call.steps.record(begun)
+    await call.steps.commit()
+    failures: list[ModelCallRecord] = []
+    # Unique for each attempt, lest a gateway repeat the failure of another one.
+    key = f"{call.idempotency_key}:{number}:{action.attempt}"
+    try:
+        answer, record = await conversation.ask_first(
+            call, model_ids, action.request, key=key, note_failure=failures.append
+        )
+    except ModelCallFailed:
+        made = (*begun.model_calls, *failures)
+        failed = msgspec.structs.replace(
+            begun, status=StepStatus.FAILED, ended_at=call.steps.now(), model_calls=made
+        )
+        call.steps.record(failed)
+        raise
+    may_call = bool(action.request.tools)
+    stored = StoredAnswer(
+        answer.text,
+        answer.finish_reason,
+        answer.tool_calls if may_call else (),
+        answer.provider_content if may_call or not answer.tool_calls else None,
+    )
+    answered = msgspec.structs.replace(
+        begun,
+        name=record.model_id,
+        status=StepStatus.COMPLETED,
+        ended_at=call.steps.now(),
+        result=msgspec.json.encode(stored),
+        model_calls=(*begun.model_calls, *failures, record),
+    )
+    call.steps.record(answered)
+    key = f"{call.caller.execution_id}:{call.node_id}:{call.iteration or 0}"
+    planned = agent.plan_tool_calls(task, stored, before, answered, key)
+    for step in planned:
+        call.steps.record(step)
+    await call.steps.commit()
+    return {step.number for step in planned}
+
+
+def _earlier_calls(call: NodeCall, number: int) -> Sequence[ModelCallRecord]:
+    """Return the calls of earlier attempts at a step, which stay part of its cost."""
+    recorded = call.steps.recorded
+    return recorded[number].model_calls if number < len(recorded) else ()
+
+
+async def _perform_tools(
+    call: NodeCall, task: AgentTask, steps: Sequence[AgentStep], begun_here: set[int]
+) -> None:
+    """Do tool calls at the same time, and record their results; that of a write is committed at once."""
+    if len(steps) > 1:
+        async with asyncio.TaskGroup() as group:
+            for step in steps:
+                group.create_task(_perform_tool(call, step))
+        return
+    (step,) = steps
+    is_write = step.effect == NodeEffect.WRITE
+    if is_write and step.number not in begun_here and not task.tools[step.name].is_repeated:
+        error = "The worker was lost during this call, and its outcome is unknown"
+        call.steps.record(agent.fail_tool_step(step, error, UNKNOWN_HINT, call.steps.now()))
+    else:
+        await _perform_tool(call, step)
+    if is_write:
+        await call.steps.commit()
+
+
+async def _perform_tool(call: NodeCall, step: AgentStep) -> None:
+    """Do one tool call, and record its result; an error is a result for the model."""
+    arguments = decoding.decode(step.arguments or b"{}", dict)
+    try:
+        text, model_calls = await call.tools.perform(step.name, arguments, step.key)
+    except NodeError as error:
+        hint = UNKNOWN_HINT if error.code == "timeout" and step.effect == NodeEffect.WRITE else ERROR_HINT
+        call.steps.record(
+            agent.fail_tool_step(step, f"{error.code}: {error.message}", hint, call.steps.now())
+        )
+        return
+    done = msgspec.structs.replace(
+        step,
+        status=StepStatus.COMPLETED,
+        ended_at=call.steps.now(),
+        result=msgspec.json.encode(text),
+        model_calls=model_calls,
+    )
+    call.steps.record(done)

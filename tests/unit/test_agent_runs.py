@@ -1,0 +1,393 @@
+"""Runs of agents with their tools: through every death of a worker, with costs counted outside."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.agent_steps import AgentStep, StepStatus
+from engine.graph import ParsedGraph
+from engine.model_calls import (
+    ChatAnswer,
+    ChatRequest,
+    FinishReason,
+    MessageRole,
+    ModelCallFailed,
+    ModelReply,
+    RequestedToolCall,
+    TokenUsage,
+)
+from engine.program import WorkflowProgram
+from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
+from engine.services import ControlRequest, NodeServices, RunCaller
+from engine.values import Json
+from nodes.catalog import load_catalog
+from tests.unit.run_harness import InMemoryJournal, SimulatedWorker, require_error, wait_soon
+
+pytestmark = pytest.mark.anyio
+
+LOOK: dict[str, Json] = {
+    "name": "look",
+    "description": "The weather of a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "target": {"node": {"type": "http-request", "config": {"url": "https://a.example/{{ args.city }}"}}},
+}
+SEND: dict[str, Json] = {
+    **LOOK,
+    "name": "send",
+    "description": "Sends a report.",
+    "target": {
+        "node": {
+            "type": "http-request",
+            "config": {
+                "url": "https://b.example/{{ trigger.team }}",
+                "method": "POST",
+                "body": {"to": "{{ args.city }}", "by": "{{ data.team }}"},
+            },
+        }
+    },
+}
+AGENT: dict[str, Json] = {"prompt": "Report to {{ data.team }}.", "effects": ["read", "write"]}
+TRIGGER: Json = {"team": "north"}
+
+
+def compile_agent(
+    *, edit: Callable[[dict[str, Json]], None] = lambda _: None, **agent: Json
+) -> WorkflowProgram:
+    send = json.loads(json.dumps(SEND))
+    edit(send)
+    stored: dict[str, Json] = {
+        "nodes": [
+            {"id": "start", "type": "manual"},
+            {"id": "agent", "type": "agent", "config": {**AGENT, **agent}},
+            {"id": "model", "type": "llm", "config": {"model": "first", "system": "Be short."}},
+            {"id": "look", "type": "tool", "config": LOOK},
+            {"id": "send", "type": "tool", "config": send},
+        ],
+        "connections": [
+            {"id": "1", "source": "start", "target": "agent"},
+            {"id": "2", "source": "model", "target": "agent", "targetPort": "ai"},
+            {"id": "3", "source": "look", "target": "agent", "targetPort": "tools"},
+            {"id": "4", "source": "send", "target": "agent", "targetPort": "tools"},
+        ],
+    }
+    catalog = load_catalog()
+    return WorkflowProgram.compile(ParsedGraph.from_stored(stored), catalog, catalog.implementation)
+
+
+def turn(*calls: tuple[str, str]) -> list[RequestedToolCall]:
+    return [RequestedToolCall(f"c{index}", name, {"city": city}) for index, (name, city) in enumerate(calls)]
+
+
+TURNS = [
+    turn(("look", "Oslo"), ("look", "Rome")),
+    turn(("send", "Oslo"), ("look", "Bonn"), ("send", "Rome")),
+    turn(("look", "Kyiv")),
+    turn(("send", "Kyiv")),
+    turn(("look", "Riga"), ("send", "Riga")),
+]
+STEPS = 1 + len(TURNS) + sum(map(len, TURNS))
+
+
+@dataclass
+class ScriptedModel:
+    """Model that follows the turns of a script by the length of the conversation, and bills each answer."""
+
+    turns: Sequence[Sequence[RequestedToolCall]] = field(default_factory=lambda: TURNS)
+    billed: list[str] = field(default_factory=list)
+    requests: list[ChatRequest] = field(default_factory=list)
+    failures: int = 0
+    on_request: Callable[[], None] = lambda: None
+
+    async def complete(
+        self,
+        caller: RunCaller,  # noqa: ARG002 - the protocol's parameters
+        model_id: str,  # noqa: ARG002 - as above
+        request: ChatRequest,
+        *,
+        idempotency_key: str,
+    ) -> ModelReply:
+        self.requests.append(request)
+        self.on_request()
+        if self.failures:
+            self.failures -= 1
+            raise ModelCallFailed("busy", code="model-busy", retryable=True, can_fall_back=True)
+        self.billed.append(idempotency_key)
+        await asyncio.sleep(0)
+        done = sum(message.role is MessageRole.ASSISTANT for message in request.messages)
+        calls = self.turns[done] if done < len(self.turns) and request.tools else ()
+        reason = FinishReason.TOOL_CALLS if calls else FinishReason.STOP
+        text = "" if calls else "Reported."
+        return ModelReply(ChatAnswer(text, reason, TokenUsage(100, 20), "first-1", calls), 1_000)
+
+
+@dataclass
+class Answer:
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    body: bytes = b"{}"
+    url: str = ""
+
+
+@dataclass
+class Outside:
+    """Servers of the tools; they do an effect once for each key."""
+
+    effects: list[str] = field(default_factory=list)
+    bodies: list[Json] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
+    broken: bool = False
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout_seconds: float,  # noqa: ARG002 - the protocol's parameters
+        follow_redirects: bool = True,  # noqa: ARG002 - as above
+    ) -> Answer:
+        self.urls.append(url)
+        await asyncio.sleep(0)
+        if self.broken:
+            return Answer(500)
+        key = {name.lower(): value for name, value in headers.items()}.get("idempotency-key")
+        if method == "POST":
+            assert key is not None
+            if key not in self.effects:
+                self.effects.append(key)
+                self.bodies.append(json.loads(body or b""))
+        return Answer(body=json.dumps({"at": url}).encode())
+
+
+class DyingJournal(InMemoryJournal):
+    """Journal of a worker that dies before (negative) or after a commit, and stops there."""
+
+    def __init__(self, spans: Sequence[NodeSpan], steps: Sequence[AgentStep], last: int) -> None:
+        super().__init__(spans)
+        self.steps = {(step.node_id, step.iteration, step.number): step for step in steps}
+        self.died = asyncio.Event()
+        self._last = last
+
+    async def commit(self) -> None:
+        if self.commits + 1 == -self._last:
+            self.died.set()
+            await asyncio.Event().wait()
+        await super().commit()
+        if self._last and self.commits == self._last:
+            self.died.set()
+            await asyncio.Event().wait()
+
+
+@dataclass
+class World:
+    """All that outlives a worker."""
+
+    program: WorkflowProgram = field(default_factory=compile_agent)
+    model: ScriptedModel = field(default_factory=ScriptedModel)
+    outside: Outside = field(default_factory=Outside)
+    spans: list[NodeSpan] = field(default_factory=list)
+    steps: list[AgentStep] = field(default_factory=list)
+    died: int = 0
+
+    def worker(self, last: int = 0) -> SimulatedWorker:
+        services = NodeServices(http=self.outside, models=self.model)
+        worker = SimulatedWorker(self.program, TRIGGER, recorded=self.spans, services=services)
+        worker.notebook = DyingJournal(self.spans, self.steps, last)
+        numbers = [0, *(span.sequence for span in self.spans), *(step.sequence for step in self.steps)]
+        worker.start = msgspec.structs.replace(
+            worker.start, steps=sorted(self.steps, key=lambda step: step.number), sequence=max(numbers)
+        )
+        return worker
+
+    def keep(self, journal: InMemoryJournal) -> None:
+        self.spans, self.steps = list(journal.rows.values()), list(journal.steps.values())
+
+    async def work(self, last: int = 0) -> RunOutcome | None:
+        """Work until the end, or until the worker dies at a commit; return the outcome, None for a death."""
+        worker = self.worker(last)
+        journal = worker.notebook
+        assert isinstance(journal, DyingJournal)
+        task = worker.begin()
+        death = asyncio.create_task(journal.died.wait())
+        await asyncio.wait([task, death], return_when=asyncio.FIRST_COMPLETED, timeout=20)
+        if death.done():
+            self.died += 1
+            # A dead process records nothing more.
+            journal.is_held = False
+            task.cancel()
+            await asyncio.wait([task])
+            self.keep(journal)
+            return None
+        death.cancel()
+        self.keep(journal)
+        return task.result()
+
+    @property
+    def output(self) -> dict[str, Any]:
+        (span,) = [span for span in self.spans if span.node_id == "agent"]
+        found = json.loads(span.output or b"null")
+        assert isinstance(found, dict), span.error
+        return found
+
+
+async def count_commits() -> int:
+    world = World()
+    worker = world.worker()
+    assert (await worker.work()).status is RunStatus.COMPLETED
+    return worker.notebook.commits
+
+
+async def test_an_agent_calls_its_tools_and_answers() -> None:
+    world = World()
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    output = world.output
+    assert (output["response"], output["stopReason"], output["toolCalls"]) == ("Reported.", "finished", 9)
+    assert output["cost"] == "0.000006"
+    assert output["usage"]["inputTokens"] == 600
+    assert len(output["steps"]) == len(world.steps) == STEPS
+    assert [span.node_id for span in world.spans] == ["start", "agent"], "providers never run"
+    first = world.model.requests[0]
+    assert [(one.role.value, one.content) for one in first.messages] == [
+        ("system", "Be short."),
+        ("user", "Report to north."),
+    ]
+    assert [tool.name for tool in first.tools] == ["look", "send"]
+    assert world.outside.bodies == [{"to": city, "by": "north"} for city in ("Oslo", "Rome", "Kyiv", "Riga")]
+    assert world.outside.urls[:3] == [
+        "https://a.example/Oslo",
+        "https://a.example/Rome",
+        "https://b.example/north",
+    ]
+    assert world.outside.effects[0] == "exec_2:agent:0:4"
+
+
+async def test_a_turn_costs_two_commits_and_each_write_one_more() -> None:
+    writes = sum(call.name == "send" for calls in TURNS for call in calls)
+    # Besides, one before the agent begins and one with its result.
+    assert await count_commits() == 2 * (len(TURNS) + 1) + writes + 2
+
+
+async def test_a_death_at_any_commit_costs_at_most_one_answer_and_repeats_no_effect() -> None:
+    for last in range(1, await count_commits() + 1):
+        for kill in (-last, last):
+            world = World()
+            assert await world.work(kill) is None, kill
+            assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+            recorded = len(TURNS) + 1
+            assert recorded <= len(world.model.billed) <= recorded + world.died, kill
+            assert len(set(world.model.billed)) == len(world.model.billed), (
+                "each request has a key of its own"
+            )
+            assert len(world.outside.effects) == 4, kill
+            assert world.output["response"] == "Reported."
+            assert world.output["lostAttempts"] <= 1
+            assert len(world.steps) == STEPS
+
+
+@pytest.mark.parametrize("kills", [[3] * 30, [-3, 3] * 15, [2, 5, -4] * 10])
+async def test_many_deaths_in_one_run_cost_one_answer_each_at_most(kills: list[int]) -> None:
+    world = World()
+    for kill in kills:
+        if await world.work(kill) is not None:
+            break
+    else:
+        assert (await world.work()) is not None
+    assert world.output["response"] == "Reported."
+    assert world.died >= 5
+    assert len(TURNS) + 1 <= len(world.model.billed) <= len(TURNS) + 1 + world.died
+    assert len(world.outside.effects) == 4
+
+
+async def test_three_lost_answers_fail_the_agent() -> None:
+    world = World()
+    for _ in range(3):
+        assert await world.work(-3) is None
+    ended = await world.work()
+    assert ended is not None
+    error = require_error(ended)
+    assert error.cause is not None
+    assert error.cause.code == "lost-attempt"
+    assert len(world.model.billed) == 3
+
+
+async def test_a_write_with_an_unknown_outcome_is_told_to_the_model_if_it_must_not_be_repeated() -> None:
+    def fail_if_unknown(tool: dict[str, Json]) -> None:
+        tool["onUnknown"] = "fail"
+
+    world = World(compile_agent(edit=fail_if_unknown), ScriptedModel([turn(("send", "Oslo"))]))
+    assert await world.work(-4) is None  # before the result of the write is durable
+    assert len(world.outside.effects) == 1
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.outside.urls) == 1
+    (sent,) = [step for step in world.steps if step.name == "send"]
+    assert sent.status is StepStatus.FAILED
+    assert "outcome is unknown" in world.model.requests[-1].messages[-1].content
+
+
+async def test_errors_of_tools_go_to_the_model() -> None:
+    world = World(model=ScriptedModel([turn(("look", "Oslo")), turn(("fly", "Oslo"))]))
+    world.outside.broken = True
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    told = [json.loads(one["content"]) for one in world.output["messages"] if one["role"] == "tool"]
+    assert "500" in told[0]["error"]
+    assert told[1]["error"] == "There is no tool 'fly'"
+    assert all(one["hint"] for one in told)
+
+
+async def test_a_writing_tool_is_not_offered_to_an_agent_that_may_only_read() -> None:
+    world = World(compile_agent(effects=["read"]))
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert [tool.name for tool in world.model.requests[0].tools] == ["look"]
+    assert world.outside.effects == []
+
+
+async def test_a_failed_answer_is_asked_for_again_by_the_retry_of_the_node() -> None:
+    world = World(model=ScriptedModel(failures=1))
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.FAILED
+    # A resumed run continues with the steps of the failed one.
+    world.spans = [span for span in world.spans if span.status is SpanStatus.COMPLETED]
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert [step.attempt for step in world.steps][:2] == [2, 1]
+    assert world.output["lostAttempts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (ControlRequest.STOP, RunStatus.STOPPED),
+        (ControlRequest.HAND_OFF, RunStatus.RELEASED),
+        (ControlRequest.CANCEL, RunStatus.CANCELLED),
+    ],
+)
+async def test_an_agent_leaves_between_two_steps(request_: ControlRequest, status: RunStatus) -> None:
+    world = World()
+    worker = world.worker()
+    asked = asyncio.Event()
+
+    def ask() -> None:
+        if len(world.model.requests) == 2:
+            asked.set()
+            worker.control.ask(request_)
+
+    world.model.on_request = ask
+    task = worker.begin()
+    await wait_soon(asked)
+    assert (await task).status is status
+    world.keep(worker.notebook)
+    assert len(world.model.requests) == 2
+    if request_ is not ControlRequest.CANCEL:
+        assert all(step.ended_at for step in world.steps if step.kind == "model")
+    if request_ is ControlRequest.HAND_OFF:
+        assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+        assert len(world.model.billed) == len(TURNS) + 1
+        assert len(world.outside.effects) == 4
