@@ -23,7 +23,7 @@ USES = """
 from typing import Literal
 
 import acme_nodes as n
-from pilotflame_sdk import NodeConfig, Workflow
+from pilotflame_sdk import NodeConfig, Workflow, WorkflowExpression
 
 with Workflow("Thumbnails", status="active") as w:
     start = w.trigger(n.webhook())
@@ -34,6 +34,11 @@ with Workflow("Thumbnails", status="active") as w:
 kind: NodeConfig[Literal["output", "too-small", "error"]] = n.acme_resize(image="a.png")
 plain = w.add(NodeConfig("acme/resize", {"image": start.data["a.png"] | None}), after=start)
 w.connect(plain.port("too-small"), small)
+found: n.AcmeResizeOutput = small.data
+size: n.AcmeResizeOutputSize = found.size
+wide: WorkflowExpression = size.width
+answer: n.HttpRequestOutput = w.add(n.http_request(url=f"{small.data.url}?{wide}", method="PUT")).data
+w.add(n.log(message=answer.status))
 """
 MISUSES = {
     'n.acme_resize(image="a.png", width="wide")': "arg-type",
@@ -43,6 +48,8 @@ MISUSES = {
     'n.switch(cases=[{"prot": "big"}])': "typeddict",
     'small.port("to-small")': "arg-type",
     "w.trigger(n.log(message='x'))": "arg-type",
+    "wrong: n.HttpRequestOutput = small.data": "assignment",
+    "wrong_size: n.AcmeResizeOutputSize = small.data.url": "assignment",
 }
 
 
@@ -55,13 +62,19 @@ def describe_types() -> list[dict[str, Any]]:
     ]
     odd = {name: {"type": "integer", "description": HOSTILE} for name in ODD_FIELDS}
     nested = {"type": "object", "additionalProperties": False, "properties": odd, "required": ["from"]}
+    size = {"type": "object", "properties": {"width": {"type": "integer"}, **odd}}
     properties = {
         "image": {"type": "string", "description": "File to scale."},
         "width": {"type": "integer", "default": 1200},
     }
     return [
         *(one for one in found if one["runnable"]),
-        new_type("acme/resize", {"properties": properties, "required": ["image"]}, ["output", "too-small"]),
+        {
+            **new_type(
+                "acme/resize", {"properties": properties, "required": ["image"]}, ["output", "too-small"]
+            ),
+            "output": {"schema": {"type": "object", "properties": {"url": {"type": "string"}, "size": size}}},
+        },
         new_type("acme/a-b", {"properties": {"one": nested, "Two": nested, **odd}}),
         new_type("acme-a/b", {"properties": {"choice": {"enum": [1, None, "x", HOSTILE]}, "o_ne": nested}}),
     ]

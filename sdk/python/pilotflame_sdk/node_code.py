@@ -5,6 +5,7 @@ The same catalog gives the same text.
 
 from __future__ import annotations
 
+import keyword
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,8 @@ class _NodeWriter:
             for name in ordered
         )
         signature = f"(\n    *,\n{parameters})" if parameters else "()"
-        kind = f"{self._kind()}[{self._ports()}]"
+        output = self._output()
+        kind = f"{self._kind()}[{self._ports()}{', ' if output else ''}{output}]"
         fields = ", ".join(f"{name!r}: {arguments[name]}" for name in ordered)
         outputs = None if self._has_free_ports() else tuple(self.node_type["ports"]["outputs"])
         return (
@@ -107,6 +109,32 @@ class _NodeWriter:
     def _ports(self) -> str:
         ports = [*self.node_type["ports"]["outputs"], "error"]
         return "str" if self._has_free_ports() else f"Literal[{', '.join(map(repr, ports))}]"
+
+    def _output(self) -> str:
+        """Return the class of the node's output with its known fields, after adding it; empty without a schema."""
+        schema = self.node_type.get("output", {}).get("schema") or {}
+        return self._add_output_class(schema, "Output") if schema.get("properties") else ""
+
+    def _add_output_class(self, schema: Mapping[str, Any], place: str) -> str:
+        """Add the class of an expression for an object with these fields, and return its name."""
+        name = self._free_class(place)
+        fields = ""
+        for key, one in schema["properties"].items():
+            # Others are reached by an index.
+            if (
+                not key.isidentifier()
+                or key.startswith("_")
+                or keyword.iskeyword(key)
+                or key in RESERVED_CLASSES
+            ):
+                continue
+            is_object = isinstance(one, dict) and one.get("type") == "object" and one.get("properties")
+            below = f"{place}{python_code.class_name(key)}"
+            fields += (
+                f"    {key}: {self._add_output_class(one, below) if is_object else 'WorkflowExpression'}\n"
+            )
+        self.classes.append(f"\n\nclass {name}(WorkflowExpression):\n    __slots__ = ()\n{fields}")
+        return name
 
     def _docstring(self, arguments: Mapping[str, str]) -> str:
         properties: Mapping[str, Any] = self.node_type["config"].get("properties", {})
@@ -165,12 +193,7 @@ class _NodeWriter:
 
     def _add_class(self, schema: Mapping[str, Any], place: str) -> str:
         """Add the class of an object with these fields alone, and return its name."""
-        wanted = f"{python_code.class_name(self.function)}{place}"
-        name, number = wanted, 1
-        while name in self.class_names:
-            number += 1
-            name = f"{wanted}{number}"
-        self.class_names.add(name)
+        name = self._free_class(place)
         required = set(schema.get("required", ()))
         fields = {
             key: self._annotation(one, f"{place}{python_code.class_name(key)}")
@@ -179,6 +202,16 @@ class _NodeWriter:
         always = {key: one for key, one in fields.items() if key in required}
         optional = {key: one for key, one in fields.items() if key not in required}
         self.classes.append(python_code.write_typed_dict(name, always, optional))
+        return name
+
+    def _free_class(self, place: str) -> str:
+        """Return the name of a class for a place in the node type that no other class has, and take it."""
+        wanted = f"{python_code.class_name(self.function)}{place}"
+        name, number = wanted, 1
+        while name in self.class_names:
+            number += 1
+            name = f"{wanted}{number}"
+        self.class_names.add(name)
         return name
 
 

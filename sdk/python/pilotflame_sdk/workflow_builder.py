@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
 
 from pilotflame_sdk.workflow_expressions import WorkflowExpression, render_expressions
 
@@ -13,8 +13,22 @@ if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault
 
     Port = TypeVarWithDefault("Port", bound=str, default=str)
+    Output_co = TypeVarWithDefault(
+        "Output_co", bound=WorkflowExpression, default=WorkflowExpression, covariant=True
+    )
+
+    class _TypedNode(Generic[Port, Output_co]):
+        pass
 else:
     Port = TypeVar("Port", bound=str)
+    Output_co = TypeVar("Output_co", bound=WorkflowExpression, covariant=True)
+
+    class _TypedNode:
+        """Base that accepts type arguments at run time, where type variables have no defaults before Python 3.13."""
+
+        def __class_getitem__(cls, _arguments: object) -> type:
+            return cls
+
 
 OUTPUT: Final = "output"
 INPUT: Final = "input"
@@ -24,7 +38,7 @@ ERROR: Final = "error"
 Status = Literal["draft", "active", "paused", "archived"]
 
 
-class NodeConfig(Generic[Port]):
+class NodeConfig(_TypedNode[Port, Output_co]):
     """Node type with its config; `Workflow.add` makes it a node.
 
     The functions that `pilotflame pull` writes return it. None leaves a field of the config out.
@@ -48,14 +62,14 @@ class NodeConfig(Generic[Port]):
         return f"<{type(self).__name__} {self.type}>"
 
 
-class TriggerConfig(NodeConfig[Port]):
+class TriggerConfig(NodeConfig[Port, Output_co]):
     """Type of a trigger with its config; `Workflow.trigger` makes it a node."""
 
 
 class NodePort:
     """Output port of a node of a workflow, from which other nodes continue."""
 
-    def __init__(self, node: WorkflowNode[Any], name: str) -> None:
+    def __init__(self, node: WorkflowNode[Any, Any], name: str) -> None:
         self.node = node
         self.name = name
 
@@ -63,10 +77,10 @@ class NodePort:
         return f"<NodePort {self.name} of {self.node.id}>"
 
 
-class WorkflowNode(Generic[Port]):
+class WorkflowNode(_TypedNode[Port, Output_co]):
     """Node of a workflow."""
 
-    def __init__(self, node_id: str, config: NodeConfig[Port], fields: Mapping[str, Any]) -> None:
+    def __init__(self, node_id: str, config: NodeConfig[Port, Output_co], fields: Mapping[str, Any]) -> None:
         self.id = node_id
         self.config = config
         self._fields = {name: value for name, value in fields.items() if value is not None}
@@ -75,10 +89,12 @@ class WorkflowNode(Generic[Port]):
         return f"<WorkflowNode {self.id} {self.config.type}>"
 
     @property
-    def data(self) -> WorkflowExpression:
+    def data(self) -> Output_co:
         """Output of the node: `node.data.body.file` becomes a path in the config of another node."""
         is_trigger = isinstance(self.config, TriggerConfig)
-        return WorkflowExpression("trigger") if is_trigger else WorkflowExpression("nodes")[self.id]
+        found = WorkflowExpression("trigger") if is_trigger else WorkflowExpression("nodes")[self.id]
+        # The class of the output only says which fields there are.
+        return cast("Output_co", found)
 
     def port(self, name: Port | Literal["error"]) -> NodePort:
         """Return an output port; raises `ValueError` for a port that the node type does not have."""
@@ -108,7 +124,7 @@ class WorkflowNode(Generic[Port]):
         return found
 
 
-Source = WorkflowNode[Any] | NodePort
+Source = WorkflowNode[Any, Any] | NodePort
 """Start of a connection: a port, or a node by its port `output`."""
 
 
@@ -136,7 +152,7 @@ class Workflow:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
-        self.nodes: dict[str, WorkflowNode[Any]] = {}
+        self.nodes: dict[str, WorkflowNode[Any, Any]] = {}
         self._connections: list[dict[str, str]] = []
         self._fields = {
             "description": description,
@@ -157,11 +173,11 @@ class Workflow:
 
     def trigger(
         self,
-        config: TriggerConfig[Port],
+        config: TriggerConfig[Port, Output_co],
         *,
         id: str | None = None,  # noqa: A002 - the name of the API
         label: str | None = None,
-    ) -> WorkflowNode[Port]:
+    ) -> WorkflowNode[Port, Output_co]:
         """Add a trigger node to the workflow, and return it; its output is the `data` of the returned node.
 
         An `id` of None is made from the type; a `label` of None is left out. Raises `ValueError` for an id
@@ -171,7 +187,7 @@ class Workflow:
 
     def add(  # noqa: PLR0913 - a parameter for each field of a node
         self,
-        config: NodeConfig[Port],
+        config: NodeConfig[Port, Output_co],
         *,
         after: Source | Sequence[Source] | Mapping[str, Source] | None = None,
         id: str | None = None,  # noqa: A002 - the name of the API
@@ -181,7 +197,7 @@ class Workflow:
         retry: int | Mapping[str, Any] | None = None,
         timeout: float | None = None,
         at_most_once: bool | None = None,
-    ) -> WorkflowNode[Port]:
+    ) -> WorkflowNode[Port, Output_co]:
         """Add a node behind one or several others; a mapping names the input port for each of them.
 
         `retry` is the most attempts, or an object with `maxAttempts`, `backoff`, `maxDelay` and `jitter`. Raises
@@ -203,7 +219,7 @@ class Workflow:
             self.connect(source, placed, port=port)
         return placed
 
-    def connect(self, source: Source, target: WorkflowNode[Any], *, port: str = INPUT) -> None:
+    def connect(self, source: Source, target: WorkflowNode[Any, Any], *, port: str = INPUT) -> None:
         """Add a connection to the input port of a node; raises `ValueError` for nodes of another workflow."""
         found = source if isinstance(source, NodePort) else source.default_port()
         self._require_own(found)
@@ -224,8 +240,8 @@ class Workflow:
         return found
 
     def _place(
-        self, config: NodeConfig[Port], node_id: str | None, fields: Mapping[str, Any]
-    ) -> WorkflowNode[Port]:
+        self, config: NodeConfig[Port, Output_co], node_id: str | None, fields: Mapping[str, Any]
+    ) -> WorkflowNode[Port, Output_co]:
         if node_id is not None and node_id in self.nodes:
             raise ValueError(f"Two nodes have the id {node_id!r}")
         placed = WorkflowNode(node_id or self._free_id(config.type), config, fields)
