@@ -54,6 +54,12 @@ UNSETTLED_CONDITION = "status = 'failed' AND settled_at IS NULL"
 
 Completed runs, the most, have no such index: a list finds them by time alone.
 """
+AWAITS_INPUT_CONDITION = 'awaits LIKE \'%"kind":"input"%\''
+"""Condition of the index of nodes that wait for input of a person.
+
+It leaves the status out, whose every change would otherwise write to all indexes of spans in PostgreSQL; a node
+that ends no longer awaits anything.
+"""
 PRIORITY_MICROSECONDS = 60_000_000
 """Time by which one step of priority makes a run count as accepted earlier."""
 
@@ -300,6 +306,15 @@ class SpanRow(SQLModel, table=True):
     """Span of one node in one run."""
 
     __tablename__ = "span"
+    __table_args__ = (
+        Index(
+            "ix_span_input",
+            "shard",
+            "execution_id",
+            postgresql_where=text(AWAITS_INPUT_CONDITION),
+            sqlite_where=text(AWAITS_INPUT_CONDITION),
+        ),
+    )
 
     execution_id: str = Field(primary_key=True)
     node_id: str = Field(primary_key=True)

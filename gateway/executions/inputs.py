@@ -130,7 +130,7 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         approver = await find_approver(connection, caller)
         found = await node_answers.list_organization_waits(
-            connection, visibility_condition(caller), at_most=limits.PENDING_INPUTS
+            connection, visibility_condition(caller), shard=caller.shard, at_most=limits.PENDING_INPUTS
         )
         mails = await approvals.read_requests(connection, [one.execution_id for one in found])
     assigned = [

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from sqlalchemy import BigInteger, and_, insert, literal_column, select, text, type_coerce, update
+from sqlalchemy import BigInteger, and_, insert, select, text, type_coerce, update
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
@@ -21,7 +21,7 @@ from engine.run_records import SpanStatus
 from journal import blocked_intervals
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import LIVE_CONDITION, Execution, SpanRow, WaitAnswer
+from models.execution import AWAITS_INPUT_CONDITION, Execution, SpanRow, WaitAnswer
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.workflow import Workflow
 
@@ -230,42 +230,13 @@ class OrganizationWait:
 
 
 async def list_organization_waits(
-    connection: AsyncConnection, visible: ColumnElement[bool], *, at_most: int
+    connection: AsyncConnection, visible: ColumnElement[bool], *, shard: int, at_most: int
 ) -> list[OrganizationWait]:
-    """Return up to `at_most` nodes that wait for input of a person, in runs that satisfy a condition, newest
-    runs first.
+    """Return up to `at_most` nodes that wait for input of a person, in runs of a shard that satisfy a condition,
+    newest runs first.
     """
-    answered = select(col(WaitAnswer.node_id)).where(
-        col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
-        col(WaitAnswer.node_id) == col(SpanRow.node_id),
-        col(WaitAnswer.iteration) == col(SpanRow.iteration),
-    )
-    same_run = and_(
-        col(SpanRow.execution_id) == col(Execution.id), col(SpanRow.shard) == col(Execution.shard)
-    )
-    statement: Select[*tuple[Any, ...]] = (
-        select(
-            *(col(Execution.id), col(Execution.workflow_id), col(Execution.user_id)),
-            *(col(Execution.trigger_type), col(Workflow.name).label("workflow_name")),
-            *(col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label)),
-            *(col(SpanRow.awaits), col(SpanRow.started_at), col(SpanRow.wake_at)),
-        )
-        .join(SpanRow, same_run)
-        .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
-        .where(
-            visible,
-            # By the index of live runs, for which both databases need the condition in its words.
-            text(f"execution.{LIVE_CONDITION}"),
-            col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
-            col(SpanRow.status) == SpanStatus.WAITING.value,
-            col(SpanRow.awaits).like('%"kind":"input"%'),
-            ~answered.correlate(SpanRow).exists(),
-        )
-        .order_by(col(Execution.created_at).desc(), col(Execution.id).desc(), col(SpanRow.sequence))
-        .limit(at_most)
-    )
     found: list[OrganizationWait] = []
-    for row in await connection.execute(statement):
+    for row in await connection.execute(organization_waits_statement(visible, shard).limit(at_most)):
         awaits = decoding.decode(row.awaits)
         if awaits["kind"] == AnswerSource.INPUT:
             place = (row.node_id, row.iteration, row.label)
@@ -273,6 +244,51 @@ async def list_organization_waits(
             run = (row.id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type)
             found.append(OrganizationWait(*run, node))
     return found
+
+
+def organization_waits_statement(visible: ColumnElement[bool], shard: int) -> Select[*tuple[Any, ...]]:
+    """Return the statement of the nodes of a shard that wait for input of a person, by their own index.
+
+    Ordered by the ids of their runs, which have the order of time, the newest first. Without the index, each
+    waiting run would be joined with its spans, whatever it waits for.
+    """
+    asked = (
+        select(
+            *(col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label)),
+            *(col(SpanRow.sequence), col(SpanRow.awaits), col(SpanRow.started_at), col(SpanRow.wake_at)),
+        )
+        .where(
+            col(SpanRow.shard) == shard,
+            # Both databases need the condition of the index in its words.
+            text(f"span.{AWAITS_INPUT_CONDITION}"),
+            col(SpanRow.status) == SpanStatus.WAITING.value,
+        )
+        .cte("asked")
+        # Without statistics, PostgreSQL would begin with the waiting runs.
+        .prefix_with("MATERIALIZED")
+    )
+    answered = select(col(WaitAnswer.node_id)).where(
+        col(WaitAnswer.execution_id) == asked.c.execution_id,
+        col(WaitAnswer.node_id) == asked.c.node_id,
+        col(WaitAnswer.iteration) == asked.c.iteration,
+    )
+    return (
+        select(
+            *(col(Execution.id), col(Execution.workflow_id), col(Execution.user_id)),
+            *(col(Execution.trigger_type), col(Workflow.name).label("workflow_name")),
+            *(asked.c.node_id, asked.c.iteration, asked.c.label),
+            *(asked.c.awaits, asked.c.started_at, asked.c.wake_at),
+        )
+        .select_from(asked)
+        .join(Execution, col(Execution.id) == asked.c.execution_id)
+        .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
+        .where(
+            visible,
+            col(Execution.status) == ExecutionStatus.WAITING.value,
+            ~answered.correlate(asked).exists(),
+        )
+        .order_by(asked.c.execution_id.desc(), asked.c.sequence)
+    )
 
 
 async def _receive_answer(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlmodel import col
 
 from engine.node_api import AnswerSource
 from engine.run_records import NodeSpan, RunStatus, SpanStatus
@@ -15,8 +16,10 @@ from journal.store import ClaimedRun, ExecutionKey
 from journal.waits import node_answers
 from journal.waits.node_answers import AnswerReception, AnswerResult
 from models.database import Database
+from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from tests.integration import input_waits
+from tests.integration.query_plans import explain_statement
 from tests.integration.run_database import (
     MigratedDatabase,
     RunDatabase,
@@ -191,3 +194,14 @@ async def test_a_run_that_shares_its_places_waits_for_one_when_it_is_woken(run_d
     row = await run_database.row(key.execution_id)
     assert (row["status"], row["target"]) == ("pending", "limited")
     assert await run_database.claim() == []
+
+
+async def test_open_questions_of_an_organization_are_found_without_its_other_waiting_runs(
+    run_database: RunDatabase,
+) -> None:
+    visible = col(Execution.organization_id) == "org_1"
+    statement = node_answers.organization_waits_statement(visible, 1).limit(10)
+    plan = await explain_statement(run_database.database, statement)
+    assert "ix_span_input" in plan
+    assert "span_pkey" not in plan
+    assert "autoindex_span" not in plan
