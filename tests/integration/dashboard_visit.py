@@ -65,6 +65,8 @@ ORDERS: dict[str, Any] = {
         {"sourceNodeId": "small", "targetNodeId": "confirm"},
     ],
 }
+PHONE_WIDTH = 500
+"""Narrower windows are those of phones."""
 AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text()
 RUN_AXE = (
     "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations"
@@ -102,21 +104,11 @@ class DashboardVisit:
 
     async def look(self, width: int, scheme: str) -> None:
         """Set the width of the window and the color scheme."""
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        await self.page.call("Emulation.setDeviceMetricsOverride", **size)
-        media = [{"name": "prefers-color-scheme", "value": scheme}]
-        await self.page.call("Emulation.setEmulatedMedia", features=media)
+        await look(self.page, width, scheme)
 
     async def find_violations(self) -> list[str]:
-        """Return the violations of accessibility in both color schemes, on a wide and a narrow window."""
-        await self.page.evaluate(f"{AXE}; 0")
-        found = []
-        for width in (1280, 320):
-            for scheme, rules in (("light", RUN_AXE), ("dark", RUN_CONTRAST)):
-                await self.look(width, scheme)
-                found += [f"{width} {scheme}: {one}" for one in await self.page.evaluate(rules)]
-        await self.look(1280, "light")
-        return found
+        """Return the violations of accessibility on the shown page, as the function of this name."""
+        return await find_violations(self.page)
 
     def take_problems(self) -> list[str]:
         """Return the problems that the browser has logged since the last call, without answers 403 and 404."""
@@ -142,6 +134,31 @@ class DashboardVisit:
                 "Input.dispatchKeyEvent", type="keyDown", key=key, text=key if len(key) == 1 else ""
             )
             await self.page.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+
+async def look(page: BrowserPage, width: int, scheme: str) -> None:
+    """Set the width of the window and the color scheme."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < PHONE_WIDTH}
+    await page.call("Emulation.setDeviceMetricsOverride", **size)
+    media = [{"name": "prefers-color-scheme", "value": scheme}]
+    await page.call("Emulation.setEmulatedMedia", features=media)
+
+
+async def find_violations(page: BrowserPage) -> list[str]:
+    """Return the violations of accessibility in both color schemes, on a wide and a narrow window, and the
+    windows that are too narrow for the page.
+    """
+    await page.evaluate(f"{AXE}; 0")
+    found = []
+    for width in (1280, 320):
+        for scheme, rules in (("light", RUN_AXE), ("dark", RUN_CONTRAST)):
+            await look(page, width, scheme)
+            found += [f"{width} {scheme}: {one}" for one in await page.evaluate(rules)]
+            shown = await page.evaluate("document.documentElement.scrollWidth")
+            if shown > width:
+                found.append(f"{width} {scheme}: the page is {shown} pixels wide")
+    await look(page, 1280, "light")
+    return found
 
 
 async def run_to_its_end(

@@ -16,7 +16,7 @@ import pytest
 from models import access_store
 from models.access import Organization, UserRole
 from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
-from tests.integration.dashboard_visit import AXE, RUN_AXE
+from tests.integration.dashboard_visit import AXE, RUN_AXE, find_violations, look
 from tests.integration.gateway_harness import STEP, GatewayHarness, OrganizationUsers, create_gateway
 from tests.integration.test_approvals import ask, make_link
 from tests.integration.test_gateway_deliveries import enqueue
@@ -92,12 +92,6 @@ class IntakeVisit:
         options = f"{{method: 'POST', headers: {{'Content-Type': 'application/json'}}, body: {body!r}}}"
         assert await self.page.evaluate(f"fetch('/session', {options}).then(answer => answer.status)") == 201
 
-    async def look(self, width: int, scheme: str) -> None:
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-        await self.page.call("Emulation.setDeviceMetricsOverride", **size)
-        media = [{"name": "prefers-color-scheme", "value": scheme}]
-        await self.page.call("Emulation.setEmulatedMedia", features=media)
-
 
 def graph_of(trigger: str, config: dict[str, Any]) -> dict[str, Any]:
     return {
@@ -137,11 +131,7 @@ async def require_accessible(visit: IntakeVisit, path: str) -> None:
     """Check that a page has no violation, fits, and breaks no policy, in both schemes and at two widths."""
     visit.page.problems.clear()
     await visit.show(path)
-    await visit.page.evaluate(f"{AXE}; 0")
-    for width, scheme in ((1280, "light"), (1280, "dark"), (320, "light"), (320, "dark")):
-        await visit.look(width, scheme)
-        assert await visit.page.evaluate(RUN_AXE) == [], (path, width, scheme)
-        assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+    assert await find_violations(visit.page) == [], path
     assert await visit.page.count("main img, main script") == 0
     refusals = ("400 (Bad Request)", "404 (Not Found)")
     problems = [one for one in visit.page.problems if not any(refusal in one for refusal in refusals)]
@@ -172,7 +162,7 @@ async def test_a_mail_of_sendgrid_appears_on_the_open_page_of_its_trigger(visit:
     page, send_grid = visit.page, SendGrid()
     workflow_id = await visit.people.owner.create(**graph_of("email-trigger", {}))
     await visit.sign_in(visit.people.owner.key)
-    await visit.look(1280, "light")
+    await look(visit.page, 1280, "light")
     await visit.show(f"/dashboard/workflows/{workflow_id}/trigger")
     await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
     assert await page.evaluate("document.querySelector('.title .pill').innerText.trim()") == (
@@ -341,7 +331,7 @@ async def test_a_group_is_replayed_after_its_plan_and_another_is_muted(visit: In
 async def test_the_navigation_counts_dead_letters_for_each_visitor(visit: IntakeVisit) -> None:
     page = visit.page
     await visit.sign_in(visit.people.admin.key)
-    await visit.look(1280, "light")
+    await look(visit.page, 1280, "light")
     count = (await visit.people.admin.api.get("/api/v1/dead-letters/groups")).json()["count"]
     assert count > 0
     await visit.show("/dashboard/deliveries")
@@ -372,7 +362,7 @@ async def test_an_invitation_is_accepted_and_signs_in(visit: IntakeVisit) -> Non
     page = visit.page
     made = await invite(visit.people.admin, email="new@example.com", role="viewer")
     await page.call("Network.clearBrowserCookies")
-    await visit.look(390, "light")
+    await look(visit.page, 390, "light")
     await visit.show(f"/invitation{made['url'].partition('/invitation')[2]}")
     await page.wait_for("!document.querySelector('#invitation button').disabled")
     assert "a viewer" in await page.text("#terms")
@@ -398,7 +388,7 @@ async def test_an_approval_by_link_takes_one_answer_on_a_phone(visit: IntakeVisi
         await visit.show(link.path)
         await page.evaluate(f"{AXE}; 0")
         for width, scheme in ((390, "light"), (390, "dark"), (320, "light")):
-            await visit.look(width, scheme)
+            await look(visit.page, width, scheme)
             assert await page.evaluate(RUN_AXE) == []
             assert await page.evaluate("document.documentElement.scrollWidth") <= width
         heights = await page.evaluate(
@@ -421,7 +411,7 @@ async def test_a_viewer_sees_the_pages_and_cannot_act(visit: IntakeVisit) -> Non
         assert (await visit.people.admin.api.put(path, json={"isPublic": True})).status_code == 200
     viewer = await visit.harness.person(await find_organization(visit), UserRole.VIEWER)
     await visit.sign_in(viewer.key)
-    await visit.look(1280, "light")
+    await look(visit.page, 1280, "light")
     for path in (
         "/dashboard/deliveries",
         "/dashboard/dead-letters",
