@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import random
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, Final
 from uuid import uuid4
+
+from pilotflame_sdk.task_channel import POLL_SECONDS
 
 from benchmarks import processes, task_steps, usage
 from benchmarks.http1 import BenchmarkApi, KeptConnection
@@ -22,7 +25,10 @@ TASKS: Final = 3_000
 STARTERS: Final = 16
 PACE_PER_SECOND: Final = 10
 PACED_RUNS: Final = 100
-IDLE_POLLS: Final = 2_000
+IDLE_POLLS: Final = 5_000
+OPENING_SECONDS: Final = 20.0
+SETTLE_SECONDS: Final = 60.0
+"""Time in which every idle poll has been renewed once."""
 IDLE_SECONDS: Final = 15.0
 TYPE: Final = "bench/step"
 
@@ -190,36 +196,42 @@ def _seconds(moment: str) -> float:
 
 
 async def _measure_idle(server: ServerUnderTest) -> dict[str, float]:
-    """Return the share of a core and the memory of the gateway for open polls without a task."""
+    """Return the share of a core and the memory that the gateway takes for open polls without a task, in addition to
+    those without polls.
+    """
     gateway = {"gateway": server.process_ids["gateway"]}
+    at_rest = await _measure_cores(gateway)
     memory = usage.memory_megabytes(gateway)["gateway"]
-    connections = await _open_all(server.api, IDLE_POLLS)
-    polls = [
-        asyncio.create_task(_repeat_poll(connection, server.api, number))
-        for number, connection in enumerate(connections)
-    ]
-    await asyncio.sleep(IDLE_SECONDS)
-    before, began = usage.cpu_seconds(gateway)["gateway"], perf_counter()
-    await asyncio.sleep(IDLE_SECONDS)
-    spent = (usage.cpu_seconds(gateway)["gateway"] - before) / (perf_counter() - began)
+    polls = []
+    for number in range(IDLE_POLLS):
+        polls.append(asyncio.create_task(_repeat_poll(server.api, number)))
+        await asyncio.sleep(OPENING_SECONDS / IDLE_POLLS)
+    await asyncio.sleep(SETTLE_SECONDS)
+    spent = await _measure_cores(gateway)
     grown = usage.memory_megabytes(gateway)["gateway"] - memory
+    if any(poll.done() for poll in polls):
+        raise ValueError("a poll has failed: the limits of connections may be too low")
     for poll in polls:
         poll.cancel()
     await asyncio.gather(*polls, return_exceptions=True)
     return {
         "idle_polls": IDLE_POLLS,
-        "idle_cores_for_10000": spent * 10_000 / IDLE_POLLS,
+        "idle_cores_for_10000": (spent - at_rest) * 10_000 / IDLE_POLLS,
         "idle_kb_per_poll": grown * 1_000 / IDLE_POLLS,
     }
 
 
-async def _open_all(api: BenchmarkApi, count: int) -> Sequence[KeptConnection]:
-    return [await KeptConnection.open(api.port) for _ in range(count)]
+async def _measure_cores(process_ids: Mapping[str, int]) -> float:
+    """Return the cores that processes use on average for `IDLE_SECONDS`."""
+    before, began = sum(usage.cpu_seconds(process_ids).values()), perf_counter()
+    await asyncio.sleep(IDLE_SECONDS)
+    return (sum(usage.cpu_seconds(process_ids).values()) - before) / (perf_counter() - began)
 
 
-async def _repeat_poll(connection: KeptConnection, api: BenchmarkApi, number: int) -> None:
-    try:
+async def _repeat_poll(api: BenchmarkApi, number: int) -> None:
+    """Repeat a poll as a worker of the SDK does; the first one is shorter, so that they begin at different times."""
+    wait = random.uniform(1, POLL_SECONDS)
+    async with _connection(api) as connection:
         while True:
-            await _post(connection, api, "/tasks/claim", _poll(f"w_idle_{number}", 1, 30))
-    finally:
-        connection.close()
+            await _post(connection, api, "/tasks/claim", _poll(f"w_idle_{number}", 1, wait))
+            wait = POLL_SECONDS

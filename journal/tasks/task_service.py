@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 PRESENT_TIME: Final = timedelta(seconds=100)
-"""Age of the last poll of a worker up to which it counts as present: three polls of 30 seconds."""
+"""Age of the last poll of a worker up to which it counts as present: a poll of up to 54 seconds, and its
+repetition."""
 MAX_WORKERS: Final = 1_000
 SHOWN_VERSIONS: Final = 3
 

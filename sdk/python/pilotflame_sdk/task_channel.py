@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS: Final = 30
+POLL_SECONDS: Final = 45
+"""Time of a claim without tasks, which the server changes by up to a fifth: proxies cut a request after 60 seconds."""
+CONTROL_SECONDS: Final = 10
+"""Time of a poll while every slot is taken, which only cancels tasks."""
 INLINE_BYTES: Final = 256_000
 """Larger outputs are sent apart from reports."""
 MAX_CLAIM: Final = 100
@@ -150,7 +153,7 @@ class TaskChannel:
             "worker": self._worker,
             "requestId": request_id,
             "max": count,
-            "wait": POLL_SECONDS if count else POLL_SECONDS // 3,
+            "wait": POLL_SECONDS if count else CONTROL_SECONDS,
             "types": self._types,
             "pools": self._pools,
         }

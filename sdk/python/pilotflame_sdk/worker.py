@@ -42,7 +42,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BLOCKED_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 5.0
-CLAIM_END_SECONDS: Final = 45.0
+CLAIM_END_SECONDS: Final = 60.0
+"""Time in which an open poll ends, also at a server that does not know that the worker stops."""
 DRAIN_LOOK_SECONDS: Final = 0.2
 
 
