@@ -914,12 +914,12 @@ async def create_keys(
     return keys
 
 
-WRITTEN_LATER = frozenset({"delivery", "intake_sample"})
+WRITTEN_LATER = frozenset({"delivery", "intake_sample", "process_presence"})
 CHANGED_LATER = frozenset({"last_used_at", "delivered_at"})
 
 
 async def read_all_rows(harness: GatewayHarness) -> dict[str, list[str]]:
-    """Return all rows of all tables, except those written later: last use of keys, and audit of refusals and
+    """Return all rows of all tables, except those written later: last use of keys, presence, and audit of refusals and
     events.
     """
     statements = {}

@@ -147,4 +147,5 @@ async def test_a_deploy_walks_through_few_files(
             answer = await people.owner.api.post(path, json={})
             assert answer.json()["deploymentStatus"] == "running", answer.text
 
-        await assert_walks(deploy, through="workers/cluster/manifests.py", at_most=60)
+        # Two of these files report the presence of the gateway, which may be due meanwhile.
+        await assert_walks(deploy, through="workers/cluster/manifests.py", at_most=62)
