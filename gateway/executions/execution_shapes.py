@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
 
 from engine import node_key
+from engine.agent_steps import StepKind, StepStatus
 from engine.node_api import CONTINUE
 from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
@@ -21,6 +22,7 @@ from models.execution_label import TAG_KEY
 from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
     from gateway.executions.execution_rows import ExecutionRecord, Recorded
     from gateway.executions.large_outputs import ShownOutputs
     from gateway.executions.span_details import SpanDetails
@@ -201,6 +203,34 @@ class SpanDetailsShape(SpanShape, kw_only=True):
     """Log lines of the node, the first 1,000."""
     previous_duration_ms: int | None
     """Duration of the same node in the last run of the workflow before this one in which it completed."""
+    steps: Sequence[StepShape] | UnsetType = UNSET
+    """Steps of an agent so far, the first 1,000; absent for other nodes."""
+
+
+class StepShape(WireStruct):
+    """Step of an agent: an answer of a model, or a tool call."""
+
+    number: int
+    """Position among the steps of the node, from 0."""
+    kind: Annotated[str, Meta(extra_json_schema={"enum": [*StepKind]})]
+    name: str
+    """Id of the model, or name of the tool."""
+    status: Annotated[str, Meta(extra_json_schema={"enum": [*StepStatus]})]
+    """`started` until its outcome is recorded. A failed tool call has its error as `result`, which the model gets."""
+    attempt: int
+    lost_attempts: int
+    """Attempts with an unknown outcome, since their worker was lost."""
+    effect: str | None
+    """Effect of a tool; null for a model, and for a tool that the agent doesn't have."""
+    arguments: Raw | None
+    """Arguments of a tool call."""
+    result: Raw | None
+    """Answer of a model as an object with `text`, `finishReason` and `toolCalls`, or the text of a tool."""
+    started_at: Instant
+    ended_at: Instant | None
+    duration_ms: int | None
+    usage: ModelUsageShape | UnsetType = UNSET
+    """Tokens and cost of the language models that the step has called; absent without a call."""
 
 
 class LogShape(WireStruct):
@@ -326,6 +356,25 @@ def show_span_details(
         previous_duration_ms=None
         if previous is None
         else _count_milliseconds(previous.started_at, previous.ended_at),
+        steps=UNSET if details.steps is None else [_show_step(step) for step in details.steps],
+    )
+
+
+def _show_step(step: AgentStep) -> StepShape:
+    return StepShape(
+        number=step.number,
+        kind=step.kind,
+        name=step.name,
+        status=step.status,
+        attempt=step.attempt,
+        lost_attempts=step.losses,
+        effect=step.effect,
+        arguments=None if step.arguments is None else Raw(step.arguments),
+        result=None if step.result is None else Raw(step.result),
+        started_at=instant(step.started_at),
+        ended_at=optional_instant(step.ended_at),
+        duration_ms=_count_milliseconds(step.started_at, step.ended_at),
+        usage=model_usage.sum_records(step.model_calls) if step.model_calls else UNSET,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine.model_calls import ModelCallRecord, sum_cost, sum_usage
 from engine.model_prices import show_cost
@@ -28,7 +28,11 @@ class ModelUsageShape(WireStruct):
 
 def show_usage(texts: Iterable[str]) -> ModelUsageShape:
     """Return the usage of spans by the JSON of their calls."""
-    records = [record for text in texts for record in decoding.decode(text, list[ModelCallRecord])]
+    return sum_records([record for text in texts for record in decoding.decode(text, list[ModelCallRecord])])
+
+
+def sum_records(records: Sequence[ModelCallRecord]) -> ModelUsageShape:
+    """Return the usage of calls of language models together."""
     total = sum_usage(records)
     return ModelUsageShape(
         calls=sum(record.usage is not None for record in records),

@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 from msgspec import Raw
-from sqlalchemy import and_, select
+from sqlalchemy import and_, literal_column, select
 from sqlmodel import col
 
 from engine import inline_secrets
+from engine.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode
 from engine.program import compile_node
 from engine.run_records import SpanStatus
 from gateway.executions import execution_rows
+from journal.run_rows import STEP_COLUMNS, decode_step
 from json_text import decoding
+from models.agent_step import AgentStepRow
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
 from models.workflow import Definition
 from nodes import custom_types
 
 if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.agent_steps import AgentStep
     from engine.program import NodeProgram
     from engine.values import Json
     from gateway.executions.execution_rows import Recorded
@@ -35,6 +40,7 @@ BLOB: Final = "$blob"
 """Key of a reference to a blob; no config has it."""
 LOG_LINES: Final = 1_000
 ATTEMPTS: Final = 1_000
+STEPS: Final = 1_000
 EARLIER_RUNS: Final = 20
 """Runs of the workflow before this one among which the previous duration is looked for."""
 _encode = msgspec.json.Encoder().encode
@@ -55,6 +61,8 @@ class SpanDetails:
     logs: Sequence[Recorded]
     previous: Recorded | None
     """Start and end of the same node in the run of the workflow before."""
+    steps: Sequence[AgentStep] | None
+    """Steps of an agent; None for other nodes."""
 
 
 async def read_span(
@@ -107,7 +115,29 @@ async def read_span(
         await execution_rows.list_attempts(connection, key, span.node_id, span.iteration, ATTEMPTS),
         (await connection.execute(lines)).all(),
         await _find_previous(connection, key, row.workflow_id, row.created_at, span),
+        await _list_steps(connection, key, span) if span.type == AGENT_TYPE else None,
     )
+
+
+async def _list_steps(connection: AsyncConnection, key: ExecutionKey, span: Recorded) -> Sequence[AgentStep]:
+    """Return the first 1,000 steps of an agent in the order of their numbers."""
+    # Raw columns as they are stored, since `decode_step` reads those.
+    columns: list[ColumnElement[Any]] = [
+        literal_column(f"execution_step.{column}") for column in STEP_COLUMNS
+    ]
+    statement = (
+        select(*columns)
+        .select_from(AgentStepRow)
+        .where(
+            col(AgentStepRow.execution_id) == key.execution_id,
+            col(AgentStepRow.shard) == key.shard,
+            col(AgentStepRow.node_id) == span.node_id,
+            col(AgentStepRow.iteration) == span.iteration,
+        )
+        .order_by(col(AgentStepRow.number))
+        .limit(STEPS)
+    )
+    return [decode_step(row) for row in await connection.execute(statement)]
 
 
 async def _find_previous(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -146,3 +147,57 @@ async def test_a_run_may_call_a_model_as_long_as_its_user_may(
             assert ended["status"] == status
     assert ended["error"]["cause"]["code"] == "model-not-found"
     assert len(served.billed) == 1
+
+
+def find_call(city: str) -> ScriptedAnswer:
+    return ScriptedAnswer("", tool_calls=[{"name": "find", "arguments": f'{{"city": "{city}"}}'}])
+
+
+async def test_the_steps_of_an_agent_are_shown_with_their_costs_and_a_resumed_run_continues_them(
+    harness: GatewayHarness, people: OrganizationUsers, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target = {"node": {"type": "set", "config": {"values": {"city": "{{ args.city }}", "degrees": -3}}}}
+    tool = {"name": "find", "description": "Finds a city.", "target": target}
+    broken = ScriptedAnswer(fault=ModelFault.SERVER_ERROR)
+    async with (
+        serve_models(find_call("Oslo"), broken, ScriptedAnswer()) as served,
+        serve_worker(harness, served.url),
+    ):
+        model_id = await create_model(
+            people.owner, await create_provider(people.owner, served.url), price=PRICE
+        )
+        workflow_id = await people.owner.create(
+            nodes=[
+                {"id": "start", "nodeId": "manual"},
+                {"id": "agent", "nodeId": "agent", "config": {"model": model_id, "prompt": "How is Oslo?"}},
+                {"id": "find", "nodeId": "tool", "config": tool},
+            ],
+            connections=[
+                {"source": "start", "target": "agent"},
+                {"source": "find", "target": "agent", "targetPort": "tools"},
+            ],
+        )
+        failed_id = await execute_workflow(people.owner, workflow_id)
+        assert (await wait_until_ended(people.owner, failed_id))["status"] == "failed"
+        failed = await people.owner.api.get(f"/api/v1/executions/{failed_id}/spans/agent")
+        resumed = await people.owner.api.post(f"/api/v1/executions/{failed_id}/resume", json={})
+        resumed_id = resumed.json()["executionId"]
+        ended = await wait_until_ended(people.owner, resumed_id)
+    assert (ended["status"], ended["totalNodes"]) == ("completed", 2), ended["error"]
+    assert ended["outputs"]["agent"]["response"] == "Cold."
+    assert len(served.billed) == 2, "the first answer is not paid again"
+    answer, call, missing = failed.json()["steps"]
+    assert (answer["kind"], answer["status"], answer["usage"]) == ("model", "completed", USED)
+    assert answer["result"]["toolCalls"][0]["name"] == "find"
+    assert (call["kind"], call["name"], call["effect"], call["arguments"]) == (
+        *("tool", "find", "pure"),
+        {"city": "Oslo"},
+    )
+    assert call["result"] == '{"city":"Oslo","degrees":-3}'
+    assert (missing["status"], missing["result"], missing["attempt"]) == ("failed", None, 1)
+    span = await people.owner.api.get(f"/api/v1/executions/{resumed_id}/spans/agent")
+    assert [step["status"] for step in span.json()["steps"]] == ["completed"] * 3
+    assert (span.json()["steps"][2]["attempt"], span.json()["usage"]) == (2, USED), "its own answer alone"
+    start = await people.owner.api.get(f"/api/v1/executions/{resumed_id}/spans/start")
+    assert "steps" not in start.json()
+    assert KEY not in "".join((failed.text, span.text, json.dumps(ended), *capfd.readouterr()))

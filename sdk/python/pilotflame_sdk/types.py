@@ -224,6 +224,7 @@ __all__ = [
     "SpanKind",
     "SpanList",
     "StartResult",
+    "Step",
     "StopResult",
     "StoppedReason",
     "StoreState",
@@ -2525,6 +2526,7 @@ class SpanDetails(_SpanDetailsAlways, total=False):
     """Span with everything that is known about it."""
 
     usage: ModelUsage
+    steps: List[Step]
 
 
 class SpanList(TypedDict):
@@ -2547,6 +2549,27 @@ class StartResult(_StartResultAlways, total=False):
 
     reason: str
     warnings: List[ErrorDetail]
+
+
+class _StepAlways(TypedDict):
+    number: int
+    kind: Literal['model', 'tool']
+    name: str
+    status: Literal['started', 'completed', 'failed']
+    attempt: int
+    lostAttempts: int
+    effect: str | None
+    arguments: Any
+    result: Any
+    startedAt: str
+    endedAt: str | None
+    durationMs: int | None
+
+
+class Step(_StepAlways, total=False):
+    """Step of an agent: an answer of a model, or a tool call."""
+
+    usage: ModelUsage
 
 
 class StopResult(TypedDict):
