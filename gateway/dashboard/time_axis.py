@@ -120,9 +120,11 @@ class TimeAxis:
         length = _to_milliseconds(first.end - first.start)
         ticks = [AxisTick(0.0, 0)]
         step = _round_step(length * TICK_SHARE / first.width) if first.width else 0
+        # The length of a fold is written around its middle, and is wider than the fold.
+        margin = TICK_SHARE if len(self.pieces) > 1 else TICK_SHARE / 2
         for number in range(1, length // step + 1 if step else 1):
             x = first.percent(start + timedelta(milliseconds=number * step))
-            if x <= first.width - TICK_SHARE / 2:
+            if x <= first.width - margin:
                 ticks.append(AxisTick(round(x, 2), number * step))
         return ticks
 

@@ -15,12 +15,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from models import ids
 from models.access import Organization, User
 from models.deployment import LifecycleDecision
+from models.execution import Leadership
+from models.run_hour import RunHour
+from scheduler.run_hours import RunHourCounter
 from tests import databases
 from tests.integration.browser import BrowserPage, open_page, serve_gateway
 from tests.integration.deployed_workflows import mark_running
@@ -121,12 +124,12 @@ PICTURES: Final = (
     Picture("replay", "/dashboard/runs/{failed}/replay?definition=original", 760),
     Picture("approvals", "/dashboard/approvals", 420),
     Picture("deliveries", "/dashboard/deliveries", 420),
-    Picture("dead-letters", "/dashboard/dead-letters", 520),
+    Picture("dead-letters", "/dashboard/dead-letters?plan=1", 880),
     Picture("schedule", "/dashboard/schedule", 360),
     Picture("sources", "/dashboard/sources", 360),
     Picture("keys", "/dashboard/keys", 620),
     Picture("audit", "/dashboard/audit", 620),
-    Picture("health", "/dashboard/health", 620),
+    Picture("health", "/dashboard/health", 860),
 )
 
 
@@ -143,6 +146,7 @@ async def main() -> None:
             await _name_people(harness, user)
             async with serve_worker(harness):
                 names = await _create_samples(harness, user)
+                await _fill_day(harness)
                 await _sign_in(page, address, user.key)
                 for picture in PICTURES:
                     await _take(page, address, picture, names)
@@ -209,6 +213,34 @@ async def _create_samples(harness: GatewayHarness, user: UserClient) -> Mapping[
         "asking": asking,
         "stock": await _deploy_sample(harness, user),
     }
+
+
+async def _fill_day(harness: GatewayHarness) -> None:
+    """Count the runs of this hour as the scheduler does, and repeat their counts for the hours of a day."""
+    database = harness.gateway.database
+    await RunHourCounter(database).count_runs()
+
+    async def fill(connection: AsyncConnection) -> None:
+        counted = [dict(row) for row in (await connection.execute(select(RunHour))).mappings()]
+        earlier = [
+            {
+                **row,
+                "starts_at": row["starts_at"] - timedelta(hours=back),
+                "accepted": row["accepted"] * share,
+                "completed": (row["accepted"] - row["failed"]) * share + (share % 3) * row["failed"],
+                "failed": 0 if share % 3 else row["failed"],
+                "run_times": {bucket: number * share for bucket, number in row["run_times"].items()},
+            }
+            for row in counted
+            for back in range(1, 24)
+            for share in (3 + 5 * back % 7 + 4 * (back % 24 in range(9, 19)),)
+        ]
+        await connection.execute(insert(RunHour).values(earlier))
+        until = harness.gateway.clock() + timedelta(hours=1)
+        lead = {"name": "scheduler", "owner": ids.new_id("scheduler"), "epoch": 1, "lease_until": until}
+        await connection.execute(insert(Leadership).values(lead))
+
+    await database.transaction(fill)
 
 
 async def _deploy_sample(harness: GatewayHarness, user: UserClient) -> str:

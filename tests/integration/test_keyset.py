@@ -230,7 +230,7 @@ INDEXES: Mapping[str, str] = {
     "/api/v1/deliveries?limit=3": "ix_delivery_organization",
     "/api/v1/deliveries?outcome=rejected": "ix_delivery_outcome",
     f"/api/v1/deliveries?workflow_id={many_runs.workflow_id(0)}": "ix_delivery_workflow",
-    "/api/v1/dead-letters": "ix_execution_unsuccessful",
+    "/api/v1/dead-letters": "ix_execution_unsettled",
 }
 
 
