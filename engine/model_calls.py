@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import msgspec
 
@@ -130,6 +130,63 @@ class ChatAnswer(msgspec.Struct, frozen=True):
     """Content that the message in the next request repeats; None if text and tool calls are all."""
 
 
+class ModelBudget(
+    msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, forbid_unknown_fields=True
+):
+    """Limits of what the calls of a node or a run may cost together; None: no limit."""
+
+    max_cost: (
+        Annotated[
+            str,
+            msgspec.Meta(
+                pattern=r"^[0-9]{1,9}([.][0-9]{1,9})?$",
+                description="US dollars as a decimal text such as `0.5`. The called models need a price.",
+            ),
+        ]
+        | None
+    ) = None
+    max_tokens: (
+        Annotated[
+            int,
+            msgspec.Meta(ge=1, le=1_000_000_000, description="Tokens of input and output together."),
+        ]
+        | None
+    ) = None
+
+
+class NodeSpending(msgspec.Struct, frozen=True):
+    """Node on whose account a model is called."""
+
+    node: str
+    """Node and iteration, whose calls share the budget."""
+    budget: ModelBudget | None = None
+
+
+class ModelReservation(msgspec.Struct, frozen=True):
+    """The most that a call may cost."""
+
+    key: Annotated[str, msgspec.Meta(max_length=500)]
+    """Idempotency key of the call; a second reservation with it changes nothing."""
+    node: Annotated[str, msgspec.Meta(max_length=300)]
+    """Node and iteration, whose calls share the budget."""
+    model_id: Annotated[str, msgspec.Meta(max_length=64)]
+    tokens: Annotated[int, msgspec.Meta(ge=0)]
+    cost: Annotated[int, msgspec.Meta(ge=0)] | None
+    """Nano-dollars; None if the price is unknown."""
+    budget: ModelBudget | None
+    """Budget of the node; None without one."""
+
+
+class ModelSettlement(msgspec.Struct, frozen=True):
+    """Usage and cost of a call that has been answered."""
+
+    key: Annotated[str, msgspec.Meta(max_length=500)]
+    node: Annotated[str, msgspec.Meta(max_length=300)]
+    model_id: Annotated[str, msgspec.Meta(max_length=64)]
+    usage: TokenUsage
+    cost: Annotated[int, msgspec.Meta(ge=0)] | None
+
+
 class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """Record of one call in the journal: what it has cost, and what a repetition of the node continues with."""
 
@@ -188,10 +245,13 @@ class ModelCallFailed(NodeError):
         retryable: bool,
         can_fall_back: bool,
         retry_after_seconds: float | None = None,
+        may_be_billed: bool = False,
     ) -> None:
         super().__init__(message, code=code, retryable=retryable, retry_after_seconds=retry_after_seconds)
         self.can_fall_back = can_fall_back
         """Whether another model may be asked: not for requests that any model would refuse."""
+        self.may_be_billed = may_be_billed
+        """Whether the provider may have begun to answer."""
 
     def with_message(self, message: str) -> Self:
         """Return a copy of this failure with another message."""
@@ -201,6 +261,7 @@ class ModelCallFailed(NodeError):
             retryable=self.retryable,
             can_fall_back=self.can_fall_back,
             retry_after_seconds=self.retry_after_seconds,
+            may_be_billed=self.may_be_billed,
         )
 
 

@@ -20,7 +20,7 @@ import msgspec
 from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
-    from engine.model_calls import ChatRequest, ModelReply
+    from engine.model_calls import ChatRequest, ModelReply, NodeSpending
     from engine.values import Json
 
 
@@ -318,11 +318,20 @@ class ModelService(Protocol):
     """Language models, restricted to those that the caller may use."""
 
     async def complete(
-        self, caller: RunCaller, model_id: str, request: ChatRequest, *, idempotency_key: str
+        self,
+        caller: RunCaller,
+        model_id: str,
+        request: ChatRequest,
+        *,
+        idempotency_key: str,
+        spending: NodeSpending,
     ) -> ModelReply:
         """Ask a model once, and return its complete answer with its cost.
 
-        Raises `ModelCallFailed` if it has not answered, and other `NodeError`s before anything is sent.
+        The most that the call may cost is reserved before in the budgets of the node and of the run. A key of a
+        call must not be used for another one, nor for a repetition of it. Raises `ModelCallFailed` if the model has
+        not answered, and other `NodeError`s before anything is sent: `model-budget-exceeded` if a budget doesn't
+        suffice.
         """
 
 

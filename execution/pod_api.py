@@ -14,6 +14,7 @@ from typing import Annotated, Final
 import msgspec
 
 from engine.agent_steps import AgentStep
+from engine.model_calls import ModelReservation, ModelSettlement
 from engine.run_records import NodeSpan
 from journal.store import ClaimedRun, RunWrite
 from models.loss_limits import MAX_ISOLATION_LOSSES
@@ -251,6 +252,24 @@ class ModelBlockRequest(msgspec.Struct, frozen=True):
 
     model_id: Annotated[str, msgspec.Meta(max_length=64)]
     seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class ModelReserveRequest(msgspec.Struct, frozen=True):
+    """Reserve what a call of a language model may cost, for a run that this pod holds; idempotent."""
+
+    reservation: ModelReservation
+
+
+class ModelSettleRequest(msgspec.Struct, frozen=True):
+    """Settle a call of a language model that has been answered; idempotent."""
+
+    settlement: ModelSettlement
+
+
+class ModelReleaseRequest(msgspec.Struct, frozen=True):
+    """Remove the reservation of a call of a language model that its provider has refused; idempotent."""
+
+    key: Annotated[str, msgspec.Meta(max_length=500)]
 
 
 class StartRunRequest(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from engine.model_calls import ModelProvider
 from engine.model_prices import ModelPrice
 from engine.run_errors import NodeError
 from engine.services import RunCaller
+from execution.stored_model_ledger import StoredModelLedger
 from models.ai_model import AiModel, is_usable_by
 from models.errors import DatabaseUnavailable
 from nodes.ai.model_connection import ModelConnection
@@ -34,6 +35,7 @@ class StoredModels:
     def __init__(self, database: Database, sources: ConnectionSources) -> None:
         self._database = database
         self._sources = sources
+        self.ledger = StoredModelLedger(database)
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model that a run may use, with the key of its provider.

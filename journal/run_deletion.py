@@ -20,6 +20,7 @@ from models.approval import ApprovalLink, ApprovalRequest, ApprovalVote
 from models.blocked_interval import BlockedInterval
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
 from models.execution_label import ExecutionLabel
+from models.model_spending import ModelCharge
 from models.task import Task
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
         ExecutionLabel,
         (col(ExecutionLabel.execution_id), col(ExecutionLabel.key), col(ExecutionLabel.value)),
     ),
+    (ModelCharge, (col(ModelCharge.execution_id), col(ModelCharge.key))),
     (BlockedInterval, (col(BlockedInterval.execution_id), col(BlockedInterval.started_at))),
 )
 """Tables with records of an execution, and their keys."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from engine.model_calls import ChatRequest, ModelReply
+    from engine.model_calls import ChatRequest, ModelReply, NodeSpending
     from engine.services import RunCaller
     from nodes.ai.model_caller import ModelCaller
     from nodes.ai.model_connection import ModelConnections
@@ -30,14 +30,22 @@ class LazyModels:
         self._caller: ModelCaller | None = None
 
     async def complete(
-        self, caller: RunCaller, model_id: str, request: ChatRequest, *, idempotency_key: str
+        self,
+        caller: RunCaller,
+        model_id: str,
+        request: ChatRequest,
+        *,
+        idempotency_key: str,
+        spending: NodeSpending,
     ) -> ModelReply:
         """Ask a model once, as `ModelCaller` does; raises `NodeError`."""
         if self._caller is None:
             from nodes.ai.model_caller import ModelCaller  # noqa: PLC0415 - see the module
 
             self._caller = ModelCaller(self._open_connections(), self._networks, self._hosts)
-        return await self._caller.complete(caller, model_id, request, idempotency_key=idempotency_key)
+        return await self._caller.complete(
+            caller, model_id, request, idempotency_key=idempotency_key, spending=spending
+        )
 
     async def close(self) -> None:
         """Close the connections to providers, if there are any."""

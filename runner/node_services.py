@@ -21,7 +21,10 @@ from execution.pod_api import (
     ExpectEventRequest,
     ExpectEventResponse,
     ModelBlockRequest,
+    ModelReleaseRequest,
     ModelRequest,
+    ModelReserveRequest,
+    ModelSettleRequest,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -38,6 +41,7 @@ from runner.gateway_client import CallRefused
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from engine.model_calls import ModelReservation, ModelSettlement
     from engine.services import EventWaitRequest, RunCaller
     from engine.values import Json
     from nodes.ai.model_connection import ModelConnection
@@ -84,11 +88,40 @@ class RemoteDataSources:
         return ConnectionSource(**found)
 
 
+class RemoteModelLedger:
+    """Implements `nodes.ai.model_ledger.ModelLedger`."""
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+
+    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> None:
+        """Reserve what a call may cost; raises `NodeError`, which may be retried if the gateway doesn't answer."""
+        path = f"/executions/{caller.execution_id}/models/reserve"
+        try:
+            await self._gateway.call(path, ModelReserveRequest(reservation), dict[str, Any])
+        except (DatabaseUnavailable, CallRefused) as error:
+            message = "The budget could not be read just now"
+            raise NodeError(message, code="model-unavailable", retryable=True) from error
+
+    async def settle(self, caller: RunCaller, settlement: ModelSettlement) -> None:
+        """Settle a call; the reservation stays if the gateway doesn't answer."""
+        path = f"/executions/{caller.execution_id}/models/settle"
+        with suppress(DatabaseUnavailable, CallRefused):
+            await self._gateway.call(path, ModelSettleRequest(settlement), dict[str, Any])
+
+    async def release(self, caller: RunCaller, key: str) -> None:
+        """Remove a reservation; it stays if the gateway doesn't answer."""
+        path = f"/executions/{caller.execution_id}/models/release"
+        with suppress(DatabaseUnavailable, CallRefused):
+            await self._gateway.call(path, ModelReleaseRequest(key), dict[str, Any])
+
+
 class RemoteModels:
     """Lookup of language models, with the keys of their providers."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
+        self.ledger = RemoteModelLedger(gateway)
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model as the gateway sends it; raises `NodeError`."""

@@ -41,6 +41,7 @@ from nodes import catalog
 from nodes.ai.model_connection import ModelConnection
 from nodes.catalog import NodeCatalog
 from nodes.lazy_models import LazyModels
+from tests.fakes.model_ledger import MemoryLedger
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
@@ -80,6 +81,8 @@ class NoNetwork:
 
 class NoModels:
     """Lookup of models for nodes that call the built-in one alone."""
+
+    ledger = MemoryLedger()
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
         raise NodeError(f"There is no model {model_id!r} that this run may use", code="model-not-found")

@@ -29,7 +29,10 @@ from execution.pod_api import (
     ExpectEventRequest,
     ExpectEventResponse,
     ModelBlockRequest,
+    ModelReleaseRequest,
     ModelRequest,
+    ModelReserveRequest,
+    ModelSettleRequest,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -129,6 +132,34 @@ async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespo
     call = await decode_call(request, ModelBlockRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.block(caller, call.model_id, call.seconds)
+    return JsonResponse({})
+
+
+async def reserve_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Reserve what a call of a model may cost in the budgets of the path's run.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, ModelReserveRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _translate_errors():
+        await request.gateway.pod_services.models.ledger.reserve(caller, call.reservation)
+    return JsonResponse({})
+
+
+async def settle_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Store usage and cost of a call of a model by the path's run; raises 409 `lease-lost`."""
+    call = await decode_call(request, ModelSettleRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    await request.gateway.pod_services.models.ledger.settle(caller, call.settlement)
+    return JsonResponse({})
+
+
+async def release_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Remove a reservation of the path's run; raises 409 `lease-lost`."""
+    call = await decode_call(request, ModelReleaseRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    await request.gateway.pod_services.models.ledger.release(caller, call.key)
     return JsonResponse({})
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from msgspec import Meta
 
 from engine.expressions import ExpressionError, compile_template
+from engine.model_calls import ModelBudget
 from gateway.http import limits, text_rules
 from gateway.http.wire import StrictWire
 from gateway.workflows import callback_checks
@@ -67,6 +68,8 @@ class KnownSettings(StrictWire):
     """Limit of runs at once; absent: no limit."""
     on_failure: FailureSettings | None = None
     """Notification about failed runs: a workflow to run, or a URL to call."""
+    ai_budget: ModelBudget | None = None
+    """Budget for calls of language models in a run and its sub-workflows together, reserved before each call."""
     resources: ResourceSettings | None = None
     """Processor and memory of each pod of the deployed workflow."""
     metadata: (

@@ -296,4 +296,4 @@ def build_stream_failure(error: object) -> ModelCallFailed:
             )
         case _:
             return failure
-    return ModelCallFailed(failure.message, code=code, retryable=True, can_fall_back=True)
+    return ModelCallFailed(failure.message, code=code, retryable=True, can_fall_back=True, may_be_billed=True)

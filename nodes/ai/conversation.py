@@ -19,8 +19,10 @@ from engine.model_calls import (
     ChatRequest,
     FinishReason,
     MessageRole,
+    ModelBudget,
     ModelCallFailed,
     ModelCallRecord,
+    NodeSpending,
 )
 from engine.run_errors import NodeError
 from nodes.ai import structured_answers
@@ -66,7 +68,7 @@ async def ask_models(
     recorded = [record for record in call.model_calls.recorded if record.text is not None]
     # A conversation without a fitting answer is over: another attempt of the node begins a new one.
     recorded = recorded[len(recorded) - len(recorded) % (max_repairs + 1) :]
-    schema = request.output_schema
+    schema, budget = request.output_schema, _read_budget(call)
     for repairs in range(max_repairs + 1):
         if recorded:
             record = recorded.pop(0)
@@ -75,7 +77,7 @@ async def ask_models(
             # Unique for each call, lest a gateway repeat the answer or failure of another one.
             key = f"{call.idempotency_key}:{len(call.model_calls.recorded)}:{call.attempt}"
             answered, new = await ask_first(
-                call, model_ids, request, key=key, note_failure=call.model_calls.add
+                call, model_ids, request, key=key, note_failure=call.model_calls.add, budget=budget
             )
             turn = _Turn(answered.text, new)
         reason = turn.record.finish_reason or FinishReason.STOP
@@ -113,19 +115,21 @@ async def ask_first(
     *,
     key: str,
     note_failure: Callable[[ModelCallRecord], None],
+    budget: ModelBudget | None = None,
 ) -> tuple[ChatAnswer, ModelCallRecord]:
     """Return the answer of the first model that answers, with its record; raises the failure of the last one.
 
     Another model is asked only if it may do better: not after a refusal of the request itself. If no model answers,
     the node waits for the first of those whose providers have named a time. `key` is the idempotency key of the first
-    call; those of others add their number.
+    call; those of others add their number. The calls of the node with a `budget` never cost more.
     """
     failures: list[ModelCallFailed] = []
+    spending = NodeSpending(f"{call.node_id}:{call.iteration}", budget)
     for number, model_id in enumerate(model_ids):
         own_key = f"{key}:{number}" if number else key
         try:
             reply = await call.services.models.complete(
-                call.caller, model_id, request, idempotency_key=own_key
+                call.caller, model_id, request, idempotency_key=own_key, spending=spending
             )
         except ModelCallFailed as failure:
             failures.append(failure.with_message(f"{model_id}: {failure.message}"))
@@ -142,6 +146,17 @@ async def ask_first(
         record = ModelCallRecord(model_id, answer.model, answer.usage, reply.cost, answer.finish_reason)
         return answer, record
     raise NodeError("The node names no model", code="missing-config")
+
+
+def _read_budget(call: NodeCall) -> ModelBudget | None:
+    """Return `budget` of the config; raises `NodeError` for another form."""
+    given = call.config.get("budget")
+    if given is None:
+        return None
+    try:
+        return msgspec.convert(given, ModelBudget)
+    except msgspec.ValidationError as error:
+        raise NodeError(f"`budget` is invalid: {error}", code="invalid-config") from error
 
 
 def _choose_failure(failures: Sequence[ModelCallFailed]) -> ModelCallFailed:

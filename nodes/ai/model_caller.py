@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from engine.model_calls import ChatRequest, ModelCallFailed, ModelReply
+from engine.model_calls import (
+    ChatRequest,
+    ModelCallFailed,
+    ModelReply,
+    ModelReservation,
+    ModelSettlement,
+    NodeSpending,
+    TokenUsage,
+    estimate_input_tokens,
+)
 from engine.model_prices import compute_cost
 from nodes.ai.model_client import RATE_LIMITED, ModelClient, open_model_outbound
-from nodes.ai.model_connection import ECHO_MODEL, ECHO_MODEL_ID, ModelConnections
+from nodes.ai.model_connection import ECHO_MODEL, ECHO_MODEL_ID, ModelConnection, ModelConnections
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from engine.services import RunCaller
     from nodes.outbound_http import IpNetwork
+
+OVERHEAD_TOKENS: Final = 100
+"""Tokens of a request beside its texts: markers of messages, and words that ask for a schema."""
 
 
 class ModelCaller:
@@ -30,32 +42,68 @@ class ModelCaller:
         self._client = ModelClient(self._outbound)
 
     async def complete(
-        self, caller: RunCaller, model_id: str, request: ChatRequest, *, idempotency_key: str
+        self,
+        caller: RunCaller,
+        model_id: str,
+        request: ChatRequest,
+        *,
+        idempotency_key: str,
+        spending: NodeSpending,
     ) -> ModelReply:
         """Ask a model once, and return its answer with its cost, which is None without a price.
 
-        A model is not called before the time that its provider has named after an earlier call. Raises
-        `ModelCallFailed`, and `NodeError` for a model that the caller may not use.
+        The most that it may cost is reserved before. The reservation becomes the real cost with the answer, it ends
+        if the provider refuses the call, and it stays if nobody knows whether the provider bills the call. A model is
+        not called before the time that its provider has named after an earlier call. Raises `ModelCallFailed`, and
+        `NodeError` for a model that the caller may not use and a budget that doesn't suffice.
         """
-        model = ECHO_MODEL if model_id == ECHO_MODEL_ID else await self._connections.find(caller, model_id)
+        if model_id == ECHO_MODEL_ID:
+            answer = await self._client.complete(ECHO_MODEL, request, idempotency_key=idempotency_key)
+            return ModelReply(answer, 0)
+        model = await self._connections.find(caller, model_id)
         if model.max_output_tokens is not None and model.max_output_tokens < request.max_tokens:
             request = msgspec.structs.replace(request, max_tokens=model.max_output_tokens)
-        if model.blocked_seconds > 0:
-            raise ModelCallFailed(
-                f"The provider accepts calls again in {ceil(model.blocked_seconds):,} s",
-                code=RATE_LIMITED,
-                retryable=True,
-                can_fall_back=True,
-                retry_after_seconds=model.blocked_seconds,
-            )
+        _require_unblocked(model)
+        ledger = self._connections.ledger
+        await ledger.reserve(caller, _build_reservation(model, request, idempotency_key, spending))
         try:
             answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
         except ModelCallFailed as failure:
+            if not failure.may_be_billed:
+                await ledger.release(caller, idempotency_key)
             if failure.code == RATE_LIMITED and failure.retry_after_seconds:
                 await self._connections.block(caller, model_id, failure.retry_after_seconds)
             raise
-        return ModelReply(answer, None if model.price is None else compute_cost(answer.usage, model.price))
+        cost = None if model.price is None else compute_cost(answer.usage, model.price)
+        settlement = ModelSettlement(idempotency_key, spending.node, model_id, answer.usage, cost)
+        await ledger.settle(caller, settlement)
+        return ModelReply(answer, cost)
 
     async def close(self) -> None:
         """Close the connections to providers."""
         await self._outbound.close()
+
+
+def _require_unblocked(model: ModelConnection) -> None:
+    """Raise the failure of a rate limit if the provider accepts no calls yet."""
+    if model.blocked_seconds > 0:
+        raise ModelCallFailed(
+            f"The provider accepts calls again in {ceil(model.blocked_seconds):,} s",
+            code=RATE_LIMITED,
+            retryable=True,
+            can_fall_back=True,
+            retry_after_seconds=model.blocked_seconds,
+        )
+
+
+def _build_reservation(
+    model: ModelConnection, request: ChatRequest, key: str, spending: NodeSpending
+) -> ModelReservation:
+    """Return the most that a call may cost: all of its input, none of it from a cache, and the longest answer."""
+    usage = TokenUsage(estimate_input_tokens(request) + OVERHEAD_TOKENS, request.max_tokens)
+    cost = None
+    if model.price is not None:
+        is_written = msgspec.structs.replace(usage, cache_write_tokens=usage.input_tokens)
+        cost = max(compute_cost(usage, model.price), compute_cost(is_written, model.price))
+    tokens = usage.input_tokens + usage.output_tokens
+    return ModelReservation(key, spending.node, model.id, tokens, cost, spending.budget)

@@ -32,6 +32,7 @@ from nodes.outbound_http import (
     OutboundClient,
     OutboundError,
     OutboundPolicy,
+    OutboundRefusalCode,
     OutboundRefused,
     OutboundUnavailable,
 )
@@ -257,7 +258,7 @@ async def _read_answer(stream: OutboundStream, answer: AnswerParser) -> ChatAnsw
     except EventTooLarge as error:
         message = "The provider sent an event that is too large"
         raise ModelCallFailed(
-            message, code="model-invalid-answer", retryable=False, can_fall_back=True
+            message, code="model-invalid-answer", retryable=False, can_fall_back=True, may_be_billed=True
         ) from error
     return answer.finish()
 
@@ -341,6 +342,7 @@ def _build_transport_failure(error: OutboundError) -> ModelCallFailed:
                 code="model-unavailable",
                 retryable=True,
                 can_fall_back=True,
+                may_be_billed=True,
             )
         case OutboundRefused():
             return ModelCallFailed(
@@ -348,5 +350,8 @@ def _build_transport_failure(error: OutboundError) -> ModelCallFailed:
                 code=error.code.value,
                 retryable=False,
                 can_fall_back=True,
+                may_be_billed=error.code is OutboundRefusalCode.RESPONSE_TOO_LARGE,
             )
-    return ModelCallFailed(str(error), code="model-unavailable", retryable=True, can_fall_back=True)
+    return ModelCallFailed(
+        str(error), code="model-unavailable", retryable=True, can_fall_back=True, may_be_billed=True
+    )

@@ -13,6 +13,7 @@ from engine.model_prices import ModelPrice
 if TYPE_CHECKING:
     from engine.services import RunCaller
     from engine.values import Json
+    from nodes.ai.model_ledger import ModelLedger
 
 ECHO_MODEL_ID = "echo"
 """Id of the built-in model that answers with the question."""
@@ -63,7 +64,11 @@ ECHO_MODEL = ModelConnection(ECHO_MODEL_ID, ModelProvider.ECHO, price=ModelPrice
 
 
 class ModelConnections(Protocol):
-    """Lookup of models that a caller may use."""
+    """Lookup of models that a caller may use, and ledger of their calls."""
+
+    @property
+    def ledger(self) -> ModelLedger:
+        """Ledger of the calls."""
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model; raises `NodeError` `model-not-found` if it is missing or not permitted."""

@@ -85,19 +85,27 @@ def build_interruption(error: object) -> ModelCallFailed:
     message = (
         f"The provider ended the answer with an error: {said}" if said else "The provider ended the answer"
     )
-    return ModelCallFailed(message, code="model-interrupted", retryable=True, can_fall_back=True)
+    return ModelCallFailed(
+        message, code="model-interrupted", retryable=True, can_fall_back=True, may_be_billed=True
+    )
 
 
 def build_broken_answer() -> ModelCallFailed:
     """Return the failure of a stream that has ended before the answer has."""
     message = "The model's answer broke off before its end"
-    return ModelCallFailed(message, code="model-interrupted", retryable=True, can_fall_back=True)
+    return ModelCallFailed(
+        message, code="model-interrupted", retryable=True, can_fall_back=True, may_be_billed=True
+    )
 
 
 def build_invalid_answer(what: str) -> ModelCallFailed:
     """Return the failure of an answer that can't be read."""
     return ModelCallFailed(
-        f"The provider sent {what}", code="model-invalid-answer", retryable=True, can_fall_back=True
+        f"The provider sent {what}",
+        code="model-invalid-answer",
+        retryable=True,
+        can_fall_back=True,
+        may_be_billed=True,
     )
 
 

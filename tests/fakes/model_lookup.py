@@ -11,6 +11,7 @@ from engine.run_errors import NodeError
 from engine.services import RunCaller
 from nodes.ai.model_connection import ModelConnection
 from nodes.lazy_models import LazyModels
+from tests.fakes.model_ledger import MemoryLedger
 from tests.fakes.model_server import KEY
 
 PRICE = ModelPrice("1", "10")
@@ -23,6 +24,7 @@ class ServedModels:
     def __init__(self, urls: Mapping[str, str], price: ModelPrice | None = PRICE) -> None:
         self._urls = urls
         self._price = price
+        self.ledger = MemoryLedger()
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
         if model_id not in self._urls:

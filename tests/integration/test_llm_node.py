@@ -9,7 +9,8 @@ import pytest
 from engine.model_prices import ModelPrice
 from engine.run_errors import NodeError
 from engine.values import Json
-from tests.fakes.model_lookup import PRICE, open_served_models
+from nodes.lazy_models import LazyModels
+from tests.fakes.model_lookup import LOOPBACK, PRICE, ServedModels, open_served_models
 from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
 from tests.node_calls import CallRecord, call
 
@@ -144,3 +145,36 @@ async def test_wrong_configs_fail_with_their_reason(config: dict[str, Json], cod
         with pytest.raises(NodeError) as failed:
             await ask({"first": served.url}, PRICE, **config)
     assert (failed.value.code, failed.value.retryable) == (code, False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_kept"),
+    [(ModelFault.CUT, True), (ModelFault.RATE_LIMITED, False), (ModelFault.CONTEXT_TOO_LONG, False)],
+)
+async def test_the_reservation_of_a_call_that_may_be_billed_stands(
+    fault: ModelFault, *, is_kept: bool
+) -> None:
+    async with serve_models(ScriptedAnswer(fault=fault)) as served:
+        lookup = ServedModels({"first": served.url})
+        models = LazyModels(lambda: lookup, LOOPBACK, ())
+        with pytest.raises(NodeError):
+            await call("llm", {"model": "first", "prompt": "Hi", "maxTokens": 50}, None, models=models)
+        await models.close()
+    kept = list(lookup.ledger.reserved.values())
+    assert len(kept) == is_kept
+    if is_kept:
+        # All of the input and the longest answer, at the price of the model.
+        assert (kept[0].tokens, kept[0].cost) == (1 + 100 + 50, 101 * 1_000 + 50 * 10_000)
+
+
+async def test_an_answer_settles_its_reservation() -> None:
+    async with serve_models() as served:
+        lookup = ServedModels({"first": served.url})
+        models = LazyModels(lambda: lookup, LOOPBACK, ())
+        budget: Json = {"maxCost": "1", "maxTokens": 1000}
+        config: dict[str, Json] = {"model": "first", "prompt": "Hi", "budget": budget}
+        await call("llm", config, None, models=models)
+        await models.close()
+    ((key, settled),) = lookup.ledger.settled.items()
+    assert (settled.cost, settled.node, lookup.ledger.reserved) == (100 * 1_000 + 20 * 10_000, "node:", {})
+    assert served.billed == [key]

@@ -90,6 +90,24 @@ async def test_usage_and_cost_are_shown_and_the_key_is_not(
     assert KEY not in "".join((shown.text, spans.text, listed.text, *capfd.readouterr()))
 
 
+async def test_a_call_that_may_exceed_the_budget_of_its_run_is_not_made(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with serve_models() as served, serve_worker(harness, served.url):
+        provider_id = await create_provider(people.owner, served.url)
+        model_id = await create_model(people.owner, provider_id, price=PRICE)
+        workflow_id = await create_question(people.owner, model_id)
+        path = f"/api/v1/workflows/{workflow_id}"
+        await people.owner.api.put(path, json={"settings": {"aiBudget": {"maxCost": "0.001"}}})
+        refused = await execute_workflow(people.owner, workflow_id)
+        ended = await wait_until_ended(people.owner, refused)
+        assert (ended["status"], served.requests) == ("failed", [])
+        assert ended["error"]["cause"]["code"] == "model-budget-exceeded"
+        await people.owner.api.put(path, json={"settings": {"aiBudget": {"maxCost": "0.003"}}})
+        answered = await wait_until_ended(people.owner, await execute_workflow(people.owner, workflow_id))
+    assert (answered["status"], len(served.requests)) == ("completed", 1), answered["error"]
+
+
 async def test_a_run_waits_for_a_rate_limit_and_names_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -899,6 +899,15 @@ class HeldRun:
             "/executions/{id}/data-sources": {"source_id": self.source_id},
             "/executions/{id}/models": {"model_id": self.model_id},
             "/executions/{id}/models/blocked": {"model_id": self.model_id, "seconds": 60},
+            "/executions/{id}/models/reserve": {
+                "reservation": {"key": "k", "node": "greet:", "model_id": self.model_id}
+                | {"tokens": 10, "cost": 5, "budget": {"maxCost": "1"}}
+            },
+            "/executions/{id}/models/settle": {
+                "settlement": {"key": "k", "node": "greet:", "model_id": self.model_id}
+                | {"usage": {"inputTokens": 5, "outputTokens": 5}, "cost": 3}
+            },
+            "/executions/{id}/models/release": {"key": "k"},
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
             "/executions/{id}/approval-links": {"places": [["greet", ""]]},
@@ -1128,7 +1137,10 @@ async def test_a_pod_learns_the_database_time_from_gateway_answers(pods: Deploye
 
 
 @ON_SQLITE
-async def test_no_route_takes_anything_but_a_valid_token(pods: DeployedPods) -> None:
+async def test_no_route_takes_anything_but_a_valid_token(
+    pods: DeployedPods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 1_000)
     held = await hold(pods)
     before = await read_all_tables(pods.run_database, held)
     person = "sk-00" + "a" * 52

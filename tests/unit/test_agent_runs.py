@@ -20,6 +20,7 @@ from engine.model_calls import (
     MessageRole,
     ModelCallFailed,
     ModelReply,
+    NodeSpending,
     RequestedToolCall,
     TokenUsage,
 )
@@ -112,6 +113,7 @@ class ScriptedModel:
         request: ChatRequest,
         *,
         idempotency_key: str,
+        spending: NodeSpending,  # noqa: ARG002 - as above
     ) -> ModelReply:
         self.requests.append(request)
         self.on_request()

@@ -1,0 +1,251 @@
+"""Ledger of calls of language models in the database, with the budgets of nodes and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import structlog
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from concurrency.ttl_cache import TTLCache
+from engine.model_calls import ModelBudget
+from engine.model_prices import show_cost
+from engine.run_errors import NodeError
+from execution.retry import until_available
+from journal.concurrency_limits import advisory_lock_id
+from json_text import decoding
+from models import ids
+from models.errors import DatabaseUnavailable
+from models.execution import Execution
+from models.model_spending import ModelCharge, ModelCost
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.model_calls import ModelReservation, ModelSettlement
+    from engine.services import RunCaller
+    from models.database import Database
+
+log = structlog.get_logger()
+
+MAX_CACHED_BUDGETS: Final = 1_000
+CACHE_SECONDS: Final = 3_600.0
+"""A run keeps its settings, so its budget never changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunBudget:
+    """Budget of a run, which its sub-workflows share."""
+
+    root_id: str
+    budget: ModelBudget | None
+
+
+class StoredModelLedger:
+    """Implements `nodes.ai.model_ledger.ModelLedger`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._budgets: TTLCache[str, RunBudget] = TTLCache(CACHE_SECONDS, MAX_CACHED_BUDGETS)
+
+    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> None:
+        """Reserve the most that a call may cost, in one transaction that counts all charges of the budgets.
+
+        Calls of one run reserve one after another. Waits while the database is unavailable. Raises `NodeError`
+        `model-budget-exceeded` and `model-price-unknown`.
+        """
+        run = await until_available(lambda: self._find_run_budget(caller))
+        budgets = [budget for budget in (reservation.budget, run.budget) if budget is not None]
+        if not budgets:
+            return
+        if reservation.cost is None and any(budget.max_cost is not None for budget in budgets):
+            message = f"{reservation.model_id}: a budget with maxCost needs the price of the model"
+            raise NodeError(message, code="model-price-unknown")
+
+        async def work(connection: AsyncConnection) -> None:
+            if connection.dialect.name == "postgresql":
+                # A statement of its own, so that the next one sees the commit of the previous holder.
+                lock = advisory_lock_id(f"model budget {run.root_id}")
+                await connection.execute(select(func.pg_advisory_xact_lock(lock)))
+            others = col(ModelCharge.key) != reservation.key
+            of_run = (col(ModelCharge.root_id) == run.root_id, others)
+            of_node = (
+                col(ModelCharge.execution_id) == caller.execution_id,
+                col(ModelCharge.node) == reservation.node,
+                others,
+            )
+            await _require_rest(connection, reservation, "node", reservation.budget, of_node)
+            await _require_rest(connection, reservation, "run", run.budget, of_run)
+            charge = self._build_charge(caller, run, reservation.key, reservation.node)
+            charge |= {"tokens": reservation.tokens, "cost": reservation.cost, "is_settled": False}
+            await connection.execute(_insert(connection, ModelCharge).values(charge).on_conflict_do_nothing())
+
+        locks = f"model budget {run.root_id}"
+        await until_available(lambda: self._database.transaction(work, locks=locks))
+
+    async def settle(self, caller: RunCaller, settlement: ModelSettlement) -> None:
+        """Replace a reservation with the real cost, and add it to the month, in one transaction.
+
+        A charge that is settled already stays. If the database is unavailable, the reservation stays, which costs at
+        least as much: the answer is worth more than the exact sum.
+        """
+        usage = settlement.usage
+
+        async def work(connection: AsyncConnection) -> None:
+            charge = self._build_charge(caller, run, settlement.key, settlement.node)
+            values = {
+                "tokens": usage.input_tokens + usage.output_tokens,
+                "cost": settlement.cost,
+                "is_settled": True,
+            }
+            statement = (
+                _insert(connection, ModelCharge)
+                .values({**charge, **values})
+                .on_conflict_do_update(
+                    index_elements=["execution_id", "key"],
+                    set_=values,
+                    where=col(ModelCharge.is_settled).is_(False),
+                )
+                .returning(col(ModelCharge.key))
+            )
+            if await connection.scalar(statement) is not None:
+                await _add_to_month(connection, caller, settlement, charge["created_at"])
+
+        try:
+            run = await self._find_run_budget(caller)
+            await self._database.transaction(work)
+        except DatabaseUnavailable as error:
+            log.warning("model charge not settled", execution_id=caller.execution_id, error=str(error))
+
+    async def release(self, caller: RunCaller, key: str) -> None:
+        """Remove a reservation; it stays if the database is unavailable."""
+        statement = delete(ModelCharge).where(
+            col(ModelCharge.execution_id) == caller.execution_id,
+            col(ModelCharge.key) == key,
+            col(ModelCharge.is_settled).is_(False),
+        )
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(statement)
+
+        try:
+            await self._database.transaction(work)
+        except DatabaseUnavailable as error:
+            log.warning("model charge not released", execution_id=caller.execution_id, error=str(error))
+
+    def _build_charge(self, caller: RunCaller, run: RunBudget, key: str, node: str) -> dict[str, Any]:
+        return {
+            "execution_id": caller.execution_id,
+            "key": key,
+            "shard": ids.shard_of(caller.organization_id),
+            "root_id": run.root_id,
+            "node": node,
+            "created_at": self._database.clock.now(),
+        }
+
+    async def _find_run_budget(self, caller: RunCaller) -> RunBudget:
+        """Return the budget of a run or of the one at the root of its sub-workflows, by its pinned settings.
+
+        Raises `DatabaseUnavailable`.
+        """
+        found = self._budgets.get(caller.execution_id)
+        if found is not None:
+            return found
+        async with self._database.read() as connection:
+            root_id = await connection.scalar(
+                select(func.coalesce(col(Execution.root_id), col(Execution.id))).where(
+                    col(Execution.id) == caller.execution_id
+                )
+            )
+            body = await connection.scalar(
+                select(col(Definition.body))
+                .join(Execution, col(Execution.definition_hash) == col(Definition.hash))
+                .where(
+                    col(Execution.id) == root_id,
+                    col(Definition.organization_id) == col(Execution.organization_id),
+                )
+            )
+        run = RunBudget(root_id or caller.execution_id, _read_budget(body))
+        self._budgets.put(caller.execution_id, run)
+        return run
+
+
+def _read_budget(body: str | None) -> ModelBudget | None:
+    """Return the budget in the settings of a definition; None without one."""
+    definition = {} if body is None else decoding.decode(body)
+    settings = definition.get("settings") if isinstance(definition, dict) else None
+    stored = settings.get("aiBudget") if isinstance(settings, dict) else None
+    return msgspec.convert(stored, ModelBudget) if isinstance(stored, Mapping) else None
+
+
+async def _require_rest(
+    connection: AsyncConnection,
+    reservation: ModelReservation,
+    owner: str,
+    budget: ModelBudget | None,
+    charges: tuple[ColumnElement[bool], ...],
+) -> None:
+    """Raise a `NodeError` unless a budget suffices for a call beside the charges, reserved and settled ones."""
+    if budget is None:
+        return
+    tokens = func.sum(col(ModelCharge.tokens))
+    cost = func.sum(col(ModelCharge.cost))
+    sums = (await connection.execute(select(tokens, cost).where(*charges))).one()
+    spent_tokens, spent_cost = (int(amount or 0) for amount in sums)
+    problem = ""
+    if budget.max_tokens is not None and spent_tokens + reservation.tokens > budget.max_tokens:
+        problem = (
+            f"the call may need {reservation.tokens:,} tokens, and {spent_tokens:,} of {budget.max_tokens:,}"
+        )
+    if budget.max_cost is not None and reservation.cost is not None:
+        limit = int(Decimal(budget.max_cost).scaleb(9))
+        if spent_cost + reservation.cost > limit:
+            may, spent = show_cost(reservation.cost), show_cost(spent_cost)
+            problem = f"the call may cost ${may}, and ${spent} of ${budget.max_cost}"
+    if problem:
+        message = f"The budget of the {owner} doesn't suffice: {problem} are spent or reserved"
+        raise NodeError(message, code="model-budget-exceeded")
+
+
+async def _add_to_month(
+    connection: AsyncConnection, caller: RunCaller, settlement: ModelSettlement, at: datetime
+) -> None:
+    """Add a settled call to the sums of its month."""
+    usage, is_priced = settlement.usage, settlement.cost is not None
+    sums = {
+        "calls": 1,
+        "unpriced_calls": 0 if is_priced else 1,
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cost": settlement.cost or 0,
+    }
+    row = {
+        "organization_id": caller.organization_id,
+        "month": at.year * 100 + at.month,
+        "workflow_id": caller.workflow_id,
+        "model_id": settlement.model_id,
+        "shard": ids.shard_of(caller.organization_id),
+    }
+    columns = ModelCost.__table__.c  # type: ignore[attr-defined]  # SQLModel doesn't declare it
+    await connection.execute(
+        _insert(connection, ModelCost)
+        .values({**row, **sums})
+        .on_conflict_do_update(
+            index_elements=["organization_id", "month", "workflow_id", "model_id"],
+            set_={name: columns[name] + amount for name, amount in sums.items()},
+        )
+    )
+
+
+def _insert(connection: AsyncConnection, table: type[Any]) -> Any:  # noqa: ANN401 - of the dialect
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    return insert(table)

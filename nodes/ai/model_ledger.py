@@ -1,0 +1,26 @@
+"""Ledger of calls of language models: their maximum cost is reserved before each call, the real one settled after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from engine.model_calls import ModelReservation, ModelSettlement
+    from engine.services import RunCaller
+
+
+class ModelLedger(Protocol):
+    """Ledger of the calls of an organization."""
+
+    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> None:
+        """Reserve the most that a call may cost, durably, in the budgets of its node and of its run.
+
+        Nothing is stored for a call without a budget. Raises `NodeError` `model-budget-exceeded` if one doesn't
+        suffice, and `model-price-unknown` if one limits the cost and the price is unknown.
+        """
+
+    async def settle(self, caller: RunCaller, settlement: ModelSettlement) -> None:
+        """Replace a reservation with the real cost, and add that to the costs of the month, once for each key."""
+
+    async def release(self, caller: RunCaller, key: str) -> None:
+        """Remove the reservation of a call that costs nothing, since the provider has refused it."""

@@ -1,0 +1,25 @@
+"""Ledger of calls of models in memory."""
+
+from __future__ import annotations
+
+from engine.model_calls import ModelReservation, ModelSettlement
+from engine.services import RunCaller
+
+
+class MemoryLedger:
+    """Ledger without budgets."""
+
+    def __init__(self) -> None:
+        self.reserved: dict[str, ModelReservation] = {}
+        """Calls whose reservation stands."""
+        self.settled: dict[str, ModelSettlement] = {}
+
+    async def reserve(self, _caller: RunCaller, reservation: ModelReservation) -> None:
+        self.reserved[reservation.key] = reservation
+
+    async def settle(self, _caller: RunCaller, settlement: ModelSettlement) -> None:
+        del self.reserved[settlement.key]
+        self.settled[settlement.key] = settlement
+
+    async def release(self, _caller: RunCaller, key: str) -> None:
+        del self.reserved[key]

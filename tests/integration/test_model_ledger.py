@@ -1,0 +1,148 @@
+"""Budgets of language models in both databases: reserved before each call, settled after it, and never passed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from engine.model_calls import ModelBudget, ModelReservation, ModelSettlement, TokenUsage
+from engine.run_errors import NodeError
+from engine.services import RunCaller
+from execution.stored_model_ledger import StoredModelLedger
+from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
+
+pytestmark = pytest.mark.anyio
+
+CENT = 10_000_000
+"""Nano-dollars."""
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
+
+
+@pytest.fixture
+async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
+    return await run_database.workflow()
+
+
+async def accept_run(
+    run_database: RunDatabase, owned: OwnedWorkflow, budget: dict[str, Any] | None, root_id: str | None = None
+) -> RunCaller:
+    """Accept a run with a budget, in a sub-workflow of another one if a root is given."""
+    settings = {} if budget is None else {"aiBudget": budget}
+    definition = {"nodes": [{"id": "start", "type": "manual"}], "connections": [], "settings": settings}
+    key = await run_database.accept(owned, definition=json.dumps(definition))
+    if root_id is not None:
+        await run_database.query(
+            "UPDATE execution SET root_id = :root WHERE id = :id", root=root_id, id=key.execution_id
+        )
+    organization = owned.organization.id
+    workflow = (await run_database.row(key.execution_id))["workflow_id"]
+    return RunCaller(organization, owned.user_id, workflow, key.execution_id, key.execution_id)
+
+
+def call(
+    key: str, cost: int | None, *, tokens: int = 100, node: str = "ask:", budget: ModelBudget | None = None
+) -> ModelReservation:
+    return ModelReservation(key, node, "model_1", tokens, cost, budget)
+
+
+def answer(key: str, cost: int | None) -> ModelSettlement:
+    return ModelSettlement(key, "ask:", "model_1", TokenUsage(40, 10), cost)
+
+
+async def require_exceeded(ledger: StoredModelLedger, caller: RunCaller, refused: ModelReservation) -> str:
+    with pytest.raises(NodeError) as failed:
+        await ledger.reserve(caller, refused)
+    assert (failed.value.code, failed.value.retryable) == ("model-budget-exceeded", False)
+    return failed.value.message
+
+
+async def test_a_reservation_counts_until_the_real_cost_replaces_it(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    ledger = StoredModelLedger(run_database.database)
+    caller = await accept_run(run_database, owned_workflow, {"maxCost": "0.10"})
+    await ledger.reserve(caller, call("1", 6 * CENT))
+    message = await require_exceeded(ledger, caller, call("2", 5 * CENT))
+    assert message.endswith("the call may cost $0.05, and $0.06 of $0.10 are spent or reserved")
+    await ledger.reserve(caller, call("1", 6 * CENT))
+    await ledger.settle(caller, answer("1", 1 * CENT))
+    await ledger.reserve(caller, call("2", 5 * CENT))
+    await ledger.reserve(caller, call("3", 4 * CENT))
+    await require_exceeded(ledger, caller, call("4", 1))
+    await ledger.release(caller, "3")
+    await ledger.release(caller, "1")
+    await ledger.reserve(caller, call("4", 4 * CENT))
+
+
+async def test_the_reservation_of_a_killed_process_stands(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    caller = await accept_run(run_database, owned_workflow, {"maxTokens": 250})
+    await StoredModelLedger(run_database.database).reserve(caller, call("exec:ask::0:1", None))
+    # Another process continues the run with the next attempt; the first call may have been billed.
+    successor = StoredModelLedger(run_database.database)
+    await successor.reserve(caller, call("exec:ask::0:2", None))
+    await successor.settle(caller, answer("exec:ask::0:2", None))
+    await successor.reserve(caller, call("exec:ask::1:2", None))
+    await require_exceeded(successor, caller, call("exec:ask::2:2", None, tokens=1))
+
+
+async def test_concurrent_calls_never_pass_the_budget_of_their_run(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    root = await accept_run(run_database, owned_workflow, {"maxCost": "0.05"})
+    child = await accept_run(run_database, owned_workflow, {"maxCost": "100"}, root.execution_id)
+    ledgers = [StoredModelLedger(run_database.database) for _ in range(2)]
+    results = await asyncio.gather(
+        *(
+            ledgers[number % 2].reserve((root, child)[number % 2], call(str(number), 1 * CENT))
+            for number in range(12)
+        ),
+        return_exceptions=True,
+    )
+    assert sum(result is None for result in results) == 5
+    assert {getattr(result, "code", None) for result in results} == {None, "model-budget-exceeded"}
+
+
+async def test_a_node_has_a_budget_of_its_own(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    ledger, budget = StoredModelLedger(run_database.database), ModelBudget("0.03", 1_000)
+    caller = await accept_run(run_database, owned_workflow, None)
+    await ledger.reserve(caller, call("1", 2 * CENT, budget=budget))
+    assert "of the node" in await require_exceeded(ledger, caller, call("2", 2 * CENT, budget=budget))
+    await ledger.reserve(caller, call("3", 2 * CENT, node="ask:1", budget=budget))
+    with pytest.raises(NodeError) as failed:
+        await ledger.reserve(caller, call("4", None, budget=budget))
+    assert failed.value.code == "model-price-unknown"
+
+
+async def test_the_costs_of_a_month_count_each_answer_once(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    ledger = StoredModelLedger(run_database.database)
+    caller = await accept_run(run_database, owned_workflow, {"maxCost": "1"})
+    await ledger.reserve(caller, call("1", 5 * CENT))
+    for key, cost in (("1", 2 * CENT), ("1", 2 * CENT), ("2", 1 * CENT), ("3", None)):
+        await ledger.settle(caller, answer(key, cost))
+    (row,) = await run_database.query(
+        "SELECT * FROM model_cost WHERE workflow_id = :id", id=caller.workflow_id
+    )
+    assert (row["organization_id"], row["model_id"]) == (caller.organization_id, "model_1")
+    assert (row["calls"], row["unpriced_calls"], row["cost"]) == (3, 1, 3 * CENT)
+    assert (row["input_tokens"], row["output_tokens"]) == (120, 30)
