@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.ai_models import ai_models
+from gateway.ai_models import ai_models, model_costs
 from gateway.ai_models.model_shapes import CreateModel, ModelShape, UpdateModel
 from gateway.http.operation_docs import CREATES, EDITS, IF_MATCH, TAGGED, OperationDoc
 from gateway.http.route import Route
@@ -68,6 +68,16 @@ ROUTES: Final[Sequence[Route]] = (
     ),
 )
 
+COSTS: Final[Sequence[Route]] = (
+    Route(
+        "GET",
+        "/api/v1/ai/costs",
+        KeyScope.MODELS_READ,
+        model_costs.index,
+        query=(model_costs.MONTH,),
+        answer=model_costs.ModelCostList,
+    ),
+)
 ALIASES: Final[Sequence[Route]] = tuple(
     replace(route, path=route.path.replace("/ai/models", "/models")) for route in ROUTES
 )

@@ -32,6 +32,15 @@ PriceOption = Annotated[
 ]
 
 
+COST_COLUMNS = {
+    "Workflow": "workflowName",
+    "Id": "workflowId",
+    "Model": "modelId",
+    "Calls": "calls",
+    "Input tokens": "inputTokens",
+    "Output tokens": "outputTokens",
+    "Dollars": "cost",
+}
 FORCED = {"force": "true"}
 ForceOption = Annotated[bool, Option("--force", help="Even if workflows name it.")]
 
@@ -104,6 +113,17 @@ def call_model(model: ModelArgument, output: FormatOption = OutputFormat.JSON) -
     show_object(result, output)
     if not result["ok"]:
         raise typer.Exit(exit_codes.REFUSED)
+
+
+@app.command("costs")
+def list_costs(
+    month: Annotated[str | None, Option(help="Calendar month, such as 2026-11.")] = None,
+    output: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """List the costs of a month by workflow and model, the highest first."""
+    query = {} if month is None else {"month": month}
+    found = connect().request("GET", "/api/v1/ai/costs", query=query)
+    show_list(found["costs"], output, COST_COLUMNS, key="workflowId")
 
 
 def find_model(id_or_name: str) -> str:

@@ -622,6 +622,7 @@ ROWS = [
     change_row("DELETE", "/share/{subId}", status=204),
     change_row("PUT", "/visibility", {"isPublic": True}),
     AccessRow("GET", MODELS, KeyScope.MODELS_READ, OWN),
+    AccessRow("GET", "/api/v1/ai/costs", KeyScope.MODELS_READ, OWN),
     AccessRow("POST", MODELS, KeyScope.MODELS_WRITE, MODEL_MAKERS, body=MODEL),
     AccessRow("GET", f"{MODELS}/{{id}}", KeyScope.MODELS_READ, MODEL_USERS, create_ai_model),
     AccessRow(

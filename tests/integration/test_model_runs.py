@@ -13,7 +13,7 @@ import pytest
 
 from messages.local_broker import LocalBroker
 from tests.fakes.model_server import KEY, ModelFault, ScriptedAnswer, serve_models
-from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from tests.integration.test_gateway_ai_models import MODELS, PRICE, create_model, create_provider
 from tests.integration.test_waiting_runs import execute_workflow, wait_until_ended
 from workers.main import run_worker
@@ -86,6 +86,14 @@ async def test_usage_and_cost_are_shown_and_the_key_is_not(
     }
     listed = await people.owner.api.get("/api/v1/executions")
     assert "usage" not in listed.json()["executions"][0]
+    for person, costs in ((people.owner, ["0.000065"]), (people.admin, ["0.000065"]), (people.colleague, [])):
+        month = (await person.api.get("/api/v1/ai/costs")).json()
+        assert [(row["modelId"], row["calls"], row["cost"]) for row in month["costs"]] == [
+            (model_id, 1, cost) for cost in costs
+        ]
+    past = (await people.owner.api.get("/api/v1/ai/costs?month=2020-01")).json()
+    assert past == {"month": "2020-01", "cost": "0", "costs": []}
+    assert_refused(await people.owner.api.get("/api/v1/ai/costs?month=2020-13"), 400, "invalid-query")
     assert served.headers[0]["authorization"].endswith(KEY)
     assert KEY not in "".join((shown.text, spans.text, listed.text, *capfd.readouterr()))
 

@@ -415,6 +415,14 @@ class AsyncKeys(AsyncResource):
         await self._client.request("DELETE", f"/api/v1/auth/keys/{self._quote(key_id)}")
 
 
+class AsyncModelCosts(AsyncResource):
+    """Methods of `client.model_costs`."""
+
+    async def list(self, *, month: str | None = None) -> t.ModelCostList:
+        """List the costs of language models in a month by workflow and model: those of the workflows that you may read."""
+        return cast("t.ModelCostList", await self._client.request("GET", "/api/v1/ai/costs", query={"month": month}))
+
+
 class AsyncNodeTypes(AsyncResource):
     """Methods of `client.node_types`."""
 
@@ -856,6 +864,7 @@ class AsyncResourceClient(AsyncTransport):
         self.executions = AsyncExecutions(self)
         self.invitations = AsyncInvitations(self)
         self.keys = AsyncKeys(self)
+        self.model_costs = AsyncModelCosts(self)
         self.node_types = AsyncNodeTypes(self)
         self.queue = AsyncQueue(self)
         self.schedules = AsyncSchedules(self)

@@ -415,6 +415,14 @@ class Keys(Resource):
         self._client.request("DELETE", f"/api/v1/auth/keys/{self._quote(key_id)}")
 
 
+class ModelCosts(Resource):
+    """Methods of `client.model_costs`."""
+
+    def list(self, *, month: str | None = None) -> t.ModelCostList:
+        """List the costs of language models in a month by workflow and model: those of the workflows that you may read."""
+        return cast("t.ModelCostList", self._client.request("GET", "/api/v1/ai/costs", query={"month": month}))
+
+
 class NodeTypes(Resource):
     """Methods of `client.node_types`."""
 
@@ -856,6 +864,7 @@ class ResourceClient(Transport):
         self.executions = Executions(self)
         self.invitations = Invitations(self)
         self.keys = Keys(self)
+        self.model_costs = ModelCosts(self)
         self.node_types = NodeTypes(self)
         self.queue = Queue(self)
         self.schedules = Schedules(self)

@@ -130,6 +130,8 @@ __all__ = [
     "MappingsAnswer",
     "MisfirePolicy",
     "Model",
+    "ModelCost",
+    "ModelCostList",
     "ModelList",
     "ModelTest",
     "ModelType",
@@ -1524,6 +1526,27 @@ class Model(TypedDict):
     ownerId: str
     createdAt: str
     updatedAt: str
+
+
+class ModelCost(TypedDict):
+    """Answered calls of one model by one workflow in a month."""
+
+    workflowId: str
+    workflowName: str | None
+    modelId: str
+    calls: int
+    unpricedCalls: int
+    inputTokens: int
+    outputTokens: int
+    cost: str
+
+
+class ModelCostList(TypedDict):
+    """Costs of a month, the highest first."""
+
+    month: str
+    cost: str
+    costs: List[ModelCost]
 
 
 class ModelList(TypedDict):
