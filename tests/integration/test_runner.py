@@ -67,6 +67,7 @@ from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
 from telemetry.tracing import TraceContext, encode_origin
 from tests import command_runs
 from tests.custom_types import custom_type
+from tests.fakes.model_server import ScriptedAnswer, serve_models
 from tests.http_receiver import HttpReceiver, run_receiver
 from tests.integration.gateway_harness import SECRET
 from tests.integration.run_database import (
@@ -358,9 +359,8 @@ async def create_bearer_source(pods: DeployedPods) -> str:
     return await create_source(pods, "http-bearer", {}, {"token": "a secret"})
 
 
-async def create_model(pods: DeployedPods) -> str:
+async def create_model(pods: DeployedPods, base_url: str = "https://api.example.com/v1") -> str:
     """Create a language model of the runs' owner with its provider, and return its id."""
-    base_url = "https://api.example.com/v1"
     source_id = await create_source(pods, "ai-provider", {"baseUrl": base_url}, {"key": "a key"})
     model_id, now, organization = ids.new_id("model"), datetime.now(UTC), pods.owned_workflow.organization
     model = AiModel(
@@ -716,6 +716,28 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
     assert "large" in {span["node_id"] for span in spans}
     assert await pods.run_database.count("throttle") == 1
     assert (await pods.run_database.row(key.execution_id))["progress"] == 99
+
+
+async def test_a_node_in_a_pod_calls_a_model_within_the_budget_of_its_run(pods: DeployedPods) -> None:
+    async with serve_models(ScriptedAnswer()) as served:
+        model_id = await create_model(pods, served.url)
+        ask = {"id": "ask", "type": "llm", "config": {"model": model_id, "prompt": "How is Oslo?"}}
+        definition = json.loads(chain_definition(ask, {**ask, "id": "again"}))
+        # Enough for one answer and the reservation of the next one, not for two reservations.
+        definition["settings"] = {"aiBudget": {"maxTokens": 1_250}}
+        key = await pods.accept(json.dumps(definition))
+        pods.start()
+        await pods.reaches(key, "completed")
+        definition["settings"] = {"aiBudget": {"maxTokens": 1_150}}
+        refused = await pods.accept(json.dumps(definition))
+        await pods.reaches(refused, "failed")
+    assert len(served.requests) == 3
+    assert served.headers[0]["authorization"] == "Bearer a key"
+    charges = await pods.run_database.query(
+        "SELECT tokens, is_settled FROM model_charge WHERE execution_id = :id", id=key.execution_id
+    )
+    assert [(charge["tokens"], bool(charge["is_settled"])) for charge in charges] == [(120, True)] * 2
+    assert "model-budget-exceeded" in str((await pods.run_database.row(refused.execution_id))["error"])
 
 
 async def test_a_callback_ends_the_wait_of_a_node_whose_pod_was_killed_in_its_request(
