@@ -21,14 +21,12 @@ Hour = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class ChartBar:
-    """Bar of an hour, from its top to the foot of the chart, or to the failures at its foot."""
+class BarPaths:
+    """Bars as two paths of an SVG, which are far shorter than a shape for each bar."""
 
-    x: int
-    y: int
-    height: int
-    failed: int = 0
-    """Height of the failures at its foot."""
+    bars: str
+    failed: str
+    """Failures at the foot of the bars; empty without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +37,25 @@ class QuantileLines:
     high: str
 
 
-def draw_bars(
-    wholes: Sequence[int], failures: Sequence[int] = (), *, height: int = HEIGHT
-) -> Sequence[ChartBar]:
+def draw_bars(wholes: Sequence[int], failures: Sequence[int] = (), *, height: int = HEIGHT) -> BarPaths:
     """Return a bar for each hour: a number of runs, with the failed ones among them at its foot.
 
     Hours without runs have a line at the foot.
     """
     largest = max(wholes, default=0)
-    bars = []
+    bars, reds = [], []
     for number, (whole, bad) in enumerate(zip(wholes, failures or [0] * len(wholes), strict=True)):
         red = _scale(bad, largest, height)
-        rest = min(_scale(whole - bad, largest, height), height - red)
-        if not red and not rest:
-            bars.append(ChartBar(number * STEP, height - 1, 1))
-        else:
-            bars.append(ChartBar(number * STEP, height - red - rest, rest, red))
-    return bars
+        rest = min(_scale(whole - bad, largest, height), height - red) or (0 if red else 1)
+        if rest:
+            bars.append(_draw_bar(number, height - red - rest, rest))
+        if red:
+            reds.append(_draw_bar(number, height - red, red))
+    return BarPaths("".join(bars), "".join(reds))
+
+
+def _draw_bar(number: int, y: int, height: int) -> str:
+    return f"M{number * STEP} {y}h{BAR}v{height}h-{BAR}z"
 
 
 def _scale(count: int, largest: int, height: int) -> int:

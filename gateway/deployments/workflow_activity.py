@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from gateway.executions.run_statistics import CountedHour
     from gateway.http.parameters import PageBounds
     from gateway.workflows.workflow_rows import Listed
     from models.access import ApiCaller
@@ -256,7 +257,7 @@ def newest_runs_statement(workflow_ids: Sequence[str]) -> Select[*tuple[Any, ...
 
 def _show_workflow(
     row: Listed,
-    hours: Sequence[RunHour | None],
+    hours: Sequence[CountedHour | None],
     triggers: Sequence[TriggerKind],
     deployment: Deployment | None,
     newest_run: NewestRun | None,

@@ -344,7 +344,7 @@ async def test_the_overview_says_what_needs_a_person_and_groups_failures(
     ):
         assert sentence in text
     assert f'status=failed&amp;workflow_id={workflow_id}">2</a>' in page.text
-    assert page.text.count('<rect class="bad"') == 1, "all failures are of one hour"
+    assert page.text.count('<path class="bad"') == 1
     rows = re.findall(r'<tr id="(\w+)"', (await browser.get("/dashboard/workflows")).text)
     assert rows == [stuck, workflow_id, idle], "the worst first"
     assert (await browser.get("/dashboard")).headers["Location"] == "dashboard/overview"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from gateway.dashboard.formats import show_share
-from gateway.dashboard.hour_charts import ChartBar, draw_bars, draw_lines, label_hours
+from gateway.dashboard.hour_charts import draw_bars, draw_lines, label_hours
 
 
 def test_bars_have_one_scale_and_failures_at_their_foot() -> None:
-    busy, half, empty = draw_bars([1_000, 500, 0], [1, 500, 0])
-    assert (busy.y, busy.height, busy.failed) == (0, 42, 2), "one failure among a thousand is seen"
-    assert (half.y, half.height, half.failed) == (22, 0, 22)
-    assert empty == ChartBar(20, 43, 1)
-    assert {bar.height for bar in draw_bars([0, 0])} == {1}
+    drawn = draw_bars([1_000, 500, 0], [1, 500, 0])
+    assert drawn.failed == "M0 42h8v2h-8zM10 22h8v22h-8z", "one failure among a thousand is seen"
+    assert drawn.bars == "M0 0h8v42h-8zM20 43h8v1h-8z"
+    assert draw_bars([0, 0]).bars == "M0 43h8v1h-8zM10 43h8v1h-8z"
+    assert draw_bars([0, 0]).failed == ""
 
 
 def test_lines_have_gaps_where_no_run_has_a_time() -> None:
