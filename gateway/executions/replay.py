@@ -16,7 +16,7 @@ from gateway.executions.replay_planning import ORIGINAL, ReplayChoice
 from gateway.http import errors, idempotency, limits
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import StrictWire, WireStruct, body_of, read_json
-from gateway.workflows.graph_shapes import GraphId
+from gateway.workflows.graph_shapes import GRAPH_ID_PATTERN
 from journal.store import AcceptanceVerdict
 from models import ids
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-NodeIds = Annotated[list[GraphId], Meta(max_length=limits.NODES)]
+NodeIds = Annotated[list[Annotated[str, Meta(pattern=GRAPH_ID_PATTERN)]], Meta(max_length=limits.NODES)]
 _SEPARATOR = " "
 
 
