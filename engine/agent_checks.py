@@ -47,7 +47,7 @@ def _check_agent(
     for extra in models[1:]:
         message = f'Node "{agent.label}" (agent) has a second language model'
         yield GraphFinding(
-            FindingType.INVALID_PORT, message, "Connect one, with fallbackModelIds.", agent.id, extra.id
+            FindingType.INVALID_CONFIG, message, "Connect one, with fallbackModelIds.", agent.id, extra.id
         )
     names: dict[str, str] = {}
     for edge in edges:
@@ -71,7 +71,7 @@ def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) ->
             f'Node "{provider.label}" ({provider.type}) can\'t be connected to the port {edge.target_port}'
         )
         suggestion = f"Connect a node of the type {wanted}."
-        yield GraphFinding(FindingType.INVALID_PORT, message, suggestion, provider.id, edge.id)
+        yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id, edge.id)
     ignored = [
         *graph.inbound[provider.id],
         *(one for one in graph.outbound[provider.id] if one.target_port not in PROVIDER_PORTS),
@@ -79,7 +79,7 @@ def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) ->
     for one in ignored:
         message = f'Node "{provider.label}" ({provider.type}) serves an agent, and does not run by itself'
         suggestion = f"Remove connection {one.id}, or use another node."
-        yield GraphFinding(FindingType.INVALID_PORT, message, suggestion, provider.id, one.id)
+        yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id, one.id)
 
 
 def _check_tool(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> Iterator[GraphFinding]:
