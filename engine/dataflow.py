@@ -97,10 +97,10 @@ class DataFlow:
         self._outputs[node.id] = output
 
     def node_shape(self, node_id: str) -> ValueShape:
-        """Return the shape of a node's value under the root `nodes`: its output, or (behind a connected port
-        `error`) its error.
+        """Return the shape of a node's value under the root `nodes`: its output, in a union with its error if its
+        port `error` is connected.
 
-        The node must have been left.
+        Raises `KeyError` if `leave` was not called for the node.
         """
         if any(edge.source_port == ERROR for edge in self._graph.outbound[node_id]):
             return shapes.union_shapes([self._outputs[node_id], self._error_shape(node_id)])

@@ -90,7 +90,7 @@ def _inspect_graph(
         *_trigger_findings(graph, types),
         *_connection_findings(graph, types),
         *_cycle_finding(graph, loops),
-        *_overlap_findings(graph, bodies),
+        *_loop_body_findings(graph, bodies),
         *_find_disconnected_nodes(graph, types),
         *(agent_checks.find_problems(graph, types, catalog) if AGENT_TYPE in used_types else ()),
     ):
@@ -303,8 +303,8 @@ def _find_loop_back_edge(around: Sequence[GraphEdge], loops: Collection[str]) ->
     return next((edge for edge in around if edge.target in entered), None)
 
 
-def _overlap_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphFinding]:
-    """Yield findings for loop bodies that overlap, or are nested too deeply."""
+def _loop_body_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphFinding]:
+    """Yield findings for connections that lead into a loop body from outside, and for loops nested too deeply."""
     by_id = graph.by_id
     for edge in bodies.crossing:
         target = by_id[edge.target]

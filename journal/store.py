@@ -454,10 +454,10 @@ class RunStore(Protocol):
         """
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Make all running runs of a process pending, except those in `held`; return their number.
+        """Make the running runs of a process pending, except those in `held`; return their number.
 
-        Runs with a request to stop or cancel end instead. The claims do not count as attempts. Locked rows
-        keep their leases until these end.
+        Runs with a request to stop or cancel end instead, and count too. The claims do not count as
+        attempts. Locked rows keep their leases until these end.
         """
 
     async def for_thread(self) -> RunStore:

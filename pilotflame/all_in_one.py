@@ -256,10 +256,12 @@ def _build_greeting(address: str, key: str | None) -> str:
 
 
 async def _build_sign_in_link(database: Database, gateway: GatewayState, address: str) -> str:
-    """Return a line with a link that signs a browser of this machine in, once and within ten minutes.
+    """Return a line with a link that signs a browser of this machine in with the first admin's key, once and
+    within ten minutes.
 
-    The code is in the fragment, which browsers don't send, so it is in no log of requests. Empty without a
-    dashboard or an operator's key, and for other hosts.
+    Only this process knows the code. It is in the fragment, which browsers don't send, so it is in no log of
+    requests. Empty if the dashboard is off, no admin of the first organization has a valid key, or `address` is
+    no loopback address.
     """
     if gateway.settings.dashboard == "off" or not is_loopback_host(urlsplit(address).hostname or ""):
         return ""

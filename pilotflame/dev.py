@@ -56,7 +56,7 @@ def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
 
 
 def _is_new(settings: ServerSettings) -> bool:
-    """Return whether the default database in the data folder does not exist yet."""
+    """Return whether the server uses the default database in the data folder, and it does not exist yet."""
     return (
         data_dir.holds_database(settings)
         and not Path(settings.database_url.removeprefix("sqlite:///")).exists()

@@ -31,7 +31,7 @@ class FormField:
 def list_fields(schema: Mapping[str, Any] | None) -> Sequence[FormField]:
     """Return a form field for each property of an object's JSON Schema, in its order; empty for None.
 
-    A property with text choices is a `choice`; other types than text, number and boolean become `json`.
+    A property with text choices is a `choice`; other types than text, integer, number and boolean become `json`.
     """
     properties = (schema or {}).get("properties", {})
     required = (schema or {}).get("required", [])

@@ -154,9 +154,11 @@ def _plan_changed_run(
     catalog: NodeCatalog,
     now: datetime,
 ) -> RunRequest:
-    """Return the run of another graph or of a part of one (`piece`); neither is saved.
+    """Return the run of another graph, or of a part of one (`piece`), with `inputs` for its trigger.
 
-    A None `override` means the workflow's own graph. Raises a 422 error for an invalid graph.
+    Nothing is saved. A None `override` means the workflow's own graph. The run contains the findings of its
+    validation. Raises a 422 error for invalid fields of nodes and connections, for unknown nodes in `piece`, and
+    for too large pinned outputs.
     """
     if override is None:
         nodes, connections = test_runs.select_graph(workflow)

@@ -115,7 +115,10 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def query(self) -> QueryString:
-        """Query string, which is read parameter by parameter."""
+        """Query string, split into its parameters; `query[PARAMETER]` converts and checks a declared one.
+
+        Raises a 400 error for too many parameters.
+        """
         return QueryString(self.scope["query_string"], self._parameters)
 
     def idempotency_key(self, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:

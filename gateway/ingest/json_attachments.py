@@ -61,8 +61,9 @@ class JsonAttachment:
 
 
 def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
-    """Return attachments with decoded contents; raises a 422 error for invalid base64 and over the limit of
-    attachments.
+    """Return attachments with decoded contents, None without one.
+
+    Raises a 422 error for invalid base64 and for too many attachments.
     """
     if len(attachments) > DEFAULT_LIMITS.max_attachments:
         most = f"A mail may have at most {DEFAULT_LIMITS.max_attachments:,} attachments"

@@ -77,7 +77,7 @@ class NewTriggerToken(WireStruct):
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show the addresses for senders, without the token."""
+    """Show a workflow's URLs for senders, with the token masked, and its valid tokens by their last characters."""
     workflow_id = request.path_params["id"]
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)

@@ -184,7 +184,8 @@ async def configure(request: GatewayRequest) -> JsonResponse:
     """Merge values into a node's config; null removes a key.
 
     A body with `config`, or with `label` alone, may change the label too. With `config` it may also change
-    the position, version, retry, timeout and `atMostOnce`. Any other body is the config itself.
+    the position, version, retry, timeout and `atMostOnce`. A body in the form of a listed node
+    changes its label and position. Any other body is the config itself.
     """
     body = _wrap_config(await read_json(request))
     changes = body_of(request, body, NodeChanges)

@@ -282,9 +282,10 @@ def _idempotency_sql(table: str) -> str:
 
 
 def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_label: int) -> str:
-    """Return SQL that inserts the runs of the table `winner`: their labels, data, and executions.
+    """Return SQL for common table expressions that insert the runs of the table `winner`: labels, data, executions.
 
-    `status`, `target`, `due_at` and `since` are SQL expressions for runs without an assigned worker. Labels
+    `target` (possible executors), `due_at` (end of a delay) and `since` (start of the wait in the queue) are SQL
+    expressions for each run; `status` is one for runs without an assigned worker, as others are running. Labels
     begin at the parameter number `first_label`.
     """
     return f"""label AS (

@@ -350,9 +350,9 @@ class PostgreSQLStore:
         return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, OUT_OF_MEMORY_ERROR, counts))
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Make all running runs of a process pending, except those in `held`; return their number.
+        """Make the running runs of a process pending, except those in `held`; return their number.
 
-        Runs with a request to stop or cancel end instead. The claims do not count as attempts.
+        Runs with a request to stop or cancel end instead, and count too. The claims do not count as attempts.
         """
         return len(await self._fetch(_RELEASE, owner, list(held)))
 

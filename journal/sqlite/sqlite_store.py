@@ -197,9 +197,9 @@ class SQLiteStore:
         )
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Make all running runs of a process pending, except those in `held`; return their number.
+        """Make the running runs of a process pending, except those in `held`; return their number.
 
-        Runs with a request to stop or cancel end instead. The claims do not count as attempts.
+        Runs with a request to stop or cancel end instead, and count too. The claims do not count as attempts.
         """
         return await self._writer.run(lambda connection: _release(connection, owner, held))
 

@@ -39,7 +39,7 @@ class TaskUpkeep:
         self._database = database
 
     async def sweep(self, limit: int = 200) -> TaskEffects:
-        """Move up to `limit` tasks whose time has come: ended leases, deadlines, delays.
+        """Move up to `limit` tasks whose time has come: ends of leases, deadlines, delays and start timeouts.
 
         Returns the effects to announce. Raises `DatabaseUnavailable`.
         """

@@ -50,7 +50,7 @@ class RaggedRowAction(StrEnum):
 async def parse_csv(call: NodeCall) -> Json:
     config = call.config
     text = config_fields.read_text(config, "text").removeprefix(BYTE_ORDER_MARK)
-    columns, records = _read_columns(config, _read_records(text, _detect_delimiter(config, text)))
+    columns, records = _read_columns(config, _read_records(text, _choose_delimiter(config, text)))
     infers = config_fields.read_choice(config, "types", CsvTypes) is CsvTypes.INFER
     pads = config_fields.read_choice(config, "onRaggedRow", RaggedRowAction) is RaggedRowAction.PAD
     maximum_rows = config_fields.read_number(config, "maxRows", minimum=1, maximum=MAXIMUM_ROWS)
@@ -66,8 +66,11 @@ async def parse_csv(call: NodeCall) -> Json:
     return {"rows": rows, "columns": list(columns), "count": len(rows)}
 
 
-def _detect_delimiter(config: Mapping[str, Json], text: str) -> str:
-    """Return the delimiter of a config; for `auto`, the one of four that divides the first line into most fields."""
+def _choose_delimiter(config: Mapping[str, Json], text: str) -> str:
+    """Return the delimiter of a config; for `auto`, that of four which divides the first filled line most.
+
+    Raises `NodeError` for more than one character, a quote and a line end.
+    """
     delimiter = config_fields.read_text(config, "delimiter")
     if delimiter == "auto":
         head = text[:HEAD_CHARACTERS]

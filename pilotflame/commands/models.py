@@ -55,7 +55,7 @@ def list_models(
 
 @app.command("get")
 def get_model(model: ModelArgument, output: FormatOption = OutputFormat.JSON) -> None:
-    """Print a model."""
+    """Print a language model with its provider, prices and last test."""
     show_object(connect().request("GET", f"{MODELS}/{find_model(model)}"), output)
 
 

@@ -619,7 +619,7 @@ class AsyncTriggers(AsyncResource):
     """Methods of `client.triggers`."""
 
     async def inbound_address(self, workflow_id: str) -> t.InboundAddress:
-        """Show the addresses for senders, without the token."""
+        """Show a workflow's URLs for senders, with the token masked, and its valid tokens by their last characters."""
         return cast("t.InboundAddress", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/inbound-address"))
 
     async def replace_token(self, workflow_id: str, *, overlap_seconds: int | None = None) -> t.NewTriggerToken:
