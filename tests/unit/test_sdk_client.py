@@ -234,6 +234,8 @@ def test_the_key_of_a_profile_is_never_sent_to_another_address(monkeypatch: pyte
         (lambda _path: find_server(), "Set PILOTFLAME_API_KEY"),
         (lambda _path: find_server("file:///etc/passwd", "sk"), "must begin with http"),
         (lambda _path: find_server("http://", "sk"), "not be 'http:"),
+        (lambda _path: find_server("http://flows.test:port", "sk"), "not be 'http://flows.test:port'"),
+        (lambda _path: find_server("http://[::1", "sk"), "not be"),
         (lambda _path: find_server(api_key="sk ü"), "visible ASCII"),
         (lambda _path: find_server(profile="nowhere"), "There is no profile 'nowhere'"),
         (lambda path: (path.parent.mkdir(), path.write_text("[1]"), find_server()), "pilotflame login"),

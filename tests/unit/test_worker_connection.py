@@ -20,6 +20,9 @@ CHUNKED = b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n8\r\n{"n": 4}\r
 REFUSED = (
     b'HTTP/1.1 409 Conflict\r\ncontent-length: 50\r\n\r\n{"error":{"code":"worker-stopped","message":"no"}}'
 )
+TOO_LARGE = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 2\r\n\r\n{}"
+LARGE = "a" * 16_000_000
+"""More than the buffers of a connection hold."""
 
 
 class ScriptedServer:
@@ -82,6 +85,48 @@ def test_refusals_and_lost_answers_are_errors_and_leave_the_connection_usable() 
         with pytest.raises(TransportError, match="is not Pilotflame"):
             connection.request("POST", "/claim", json={})
     with pytest.raises(TransportError, match="No Pilotflame server answers"):
+        connection.request("POST", "/claim", json={})
+
+
+def test_a_refusal_that_comes_before_the_end_of_the_request_is_no_lost_answer() -> None:
+    with (
+        serving([TOO_LARGE], [KEPT + b'{"n": 1}']) as server,
+        WorkerConnection(server.url, "sk-1") as connection,
+    ):
+        with pytest.raises(APIError) as refused:
+            connection.request("POST", "/report", json={"output": LARGE})
+        assert refused.value.status == 413
+        assert connection.request("POST", "/report", json={}) == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://[2001:db8::1]", ("2001:db8::1", 80)),
+        ("https://[2001:db8::1]/base", ("2001:db8::1", 443)),
+        ("http://[::1]:8000", ("::1", 8000)),
+    ],
+)
+def test_the_address_of_a_url_is_connected(
+    monkeypatch: pytest.MonkeyPatch, url: str, address: tuple[str, int]
+) -> None:
+    connected = []
+
+    def refuse(given: tuple[str, int], *_: object) -> None:
+        connected.append(given)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(TransportError), WorkerConnection(url, "sk-1") as connection:
+        connection.request("POST", "/claim", json={})
+    assert connected == [address]
+
+
+def test_a_name_that_no_host_can_have_is_a_server_that_does_not_answer() -> None:
+    with (
+        pytest.raises(TransportError, match="No Pilotflame server answers"),
+        WorkerConnection(f"http://{'a' * 64}.example", "sk-1") as connection,
+    ):
         connection.request("POST", "/claim", json={})
 
 

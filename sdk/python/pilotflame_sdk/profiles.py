@@ -111,9 +111,10 @@ def find_server(
     if stored is not None and (url is None or url.rstrip("/") == stored.url.rstrip("/")):
         url, api_key = url or stored.url, api_key or stored.api_key
     url = (url or DEFAULT_URL).rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigurationError(f"PILOTFLAME_URL must begin with http:// or https://, not be {url!r}")
+    if not _is_server_url(url):
+        raise ConfigurationError(
+            f"PILOTFLAME_URL must begin with http:// or https:// and a host, not be {url!r}"
+        )
     if not api_key:
         raise LoginRequired(
             "Set PILOTFLAME_API_KEY to an API key of the server, or store one with `pilotflame login`"
@@ -121,6 +122,16 @@ def find_server(
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ConfigurationError("PILOTFLAME_API_KEY may contain only visible ASCII characters")
     return ServerAddress(url, api_key)
+
+
+def _is_server_url(url: str) -> bool:
+    """Return whether a URL has a host, and a port only from 0 to 65535."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # it is parsed only here
+    except ValueError:
+        return False
+    return parts.scheme in {"http", "https"} and bool(parts.hostname)
 
 
 def _find_profile(name: str | None) -> ServerAddress | None:

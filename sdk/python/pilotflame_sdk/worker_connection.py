@@ -6,7 +6,14 @@ Every task needs two requests, so their cost bounds the tasks per second of a wo
 from __future__ import annotations
 
 import select
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import (
+    HTTP_PORT,
+    HTTPS_PORT,
+    HTTPConnection,
+    HTTPException,
+    HTTPResponse,
+    HTTPSConnection,
+)
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -53,7 +60,9 @@ class WorkerConnection:
         headers = {"Host": parts.netloc, **request_coding.default_headers(api_key)}
         self._headers = _encode_headers(headers)
         self._is_encrypted = parts.scheme == "https"
-        self._host, self._port = parts.hostname or "", parts.port
+        self._host = parts.hostname or ""
+        # Without a port, `http.client` would take the end of an IPv6 address for one.
+        self._port = parts.port or (HTTPS_PORT if self._is_encrypted else HTTP_PORT)
         self._http: HTTPConnection | None = None
 
     def __enter__(self) -> Self:
@@ -77,7 +86,7 @@ class WorkerConnection:
         request = request_coding.build_request(method, path, **parts)
         try:
             response, body = self._send(request)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, UnicodeError) as error:  # `UnicodeError` is that of a host's name
             self.close()
             raise request_coding.unreachable(self._url, error) from error
         except BaseException:
@@ -86,19 +95,27 @@ class WorkerConnection:
         return request_coding.decode_body(response.status, response.reason, body, self._url)
 
     def _send(self, request: ApiRequest) -> tuple[HTTPResponse, bytes]:
-        """Send a request in one packet, and return the answer with its body; raises `OSError` and `HTTPException`."""
+        """Send a request in one packet, and return the answer with its body.
+
+        Raises `OSError`, `HTTPException`, and `UnicodeError` for a name of a host that can't be looked up.
+        """
         socket = self._open(request.timeout)
         body = request.body or b""
         own = {**request.headers, "Content-Length": str(len(body))}
         head = f"{request.method} {self._prefix}{request.path} HTTP/1.1\r\n".encode("ascii")
-        socket.sendall(b"%b%b%b\r\n%b" % (head, self._headers, _encode_headers(own), body))
+        is_refused_early = False
+        try:
+            socket.sendall(b"%b%b%b\r\n%b" % (head, self._headers, _encode_headers(own), body))
+        except ConnectionError:
+            # A server or proxy may answer a large body with a refusal before it has read all of it.
+            is_refused_early = True
         response = HTTPResponse(socket, method=request.method)
         try:
             response.begin()
             answer = response.read()
         finally:
             response.close()
-        if response.will_close:
+        if response.will_close or is_refused_early:
             self.close()
         return response, answer
 
