@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import pkgutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,34 +16,14 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import SQLModel
 
-from models import (  # noqa: F401 - their tables must be known to the metadata
-    access,
-    approval,
-    audit,
-    blocked_interval,
-    broker_rows,
-    browser_session,
-    data_source,
-    deployment,
-    deployment_token,
-    drift_fix_count,
-    event_wait,
-    execution,
-    execution_label,
-    ingest,
-    process_presence,
-    schedule,
-    schema_migration,
-    schema_support,
-    signing_secrets,
-    user_identity,
-    worker_presence,
-    workflow,
-    workflow_triggers,
-)
+import models
+from models import schema_migration
 from models.database import RETRIES, Database, parse_url
 from models.schema_migration import NewerDatabase, OutdatedDatabase
 from tests.services import PostgresServer
+
+for module in pkgutil.iter_modules(models.__path__, "models."):
+    importlib.import_module(module.name)  # its tables must be known to the metadata
 
 
 @pytest.fixture(params=["SQLite", "PostgreSQL"])
