@@ -39,6 +39,7 @@ from models import database as databases
 from models.access import Organization
 from models.audit import AuditAction
 from models.database import Database
+from models.deployment import Deployment
 from models.drift_fix_count import DriftFixCount
 from nodes import catalog as catalogs
 from pilotflame.command_error import CommandError
@@ -287,8 +288,15 @@ async def _reconcile(stores: _OpenStores, found: Sequence[DriftFinding]) -> None
 
 
 async def _delete_deployments(stores: _OpenStores, found: Sequence[DriftFinding]) -> None:
-    if stores.driver is not None:
-        for finding in found:
+    """Delete the objects of workflows that are not deployed; spare one that was deployed since it was found."""
+    if stores.driver is None:
+        return
+    for finding in found:
+        async with stores.database.read() as connection:
+            is_deployed = await connection.scalar(
+                select(col(Deployment.is_deployed)).where(col(Deployment.workflow_id) == finding.subject.id)
+            )
+        if not is_deployed:
             await stores.driver.delete(finding.subject.id)
 
 

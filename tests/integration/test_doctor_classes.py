@@ -277,6 +277,28 @@ async def test_objects_without_a_workflow_are_deleted_on_request(
     )
 
 
+async def test_a_workflow_that_is_deployed_before_the_fix_keeps_its_objects(
+    examine: Examine, runs: RunDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = await runs.workflow()
+    await add_deployment(runs, place, replicas=1, is_deployed=False)
+    driver = SimulatedDriver(
+        ObservedDeployment("wf_0", exists=True, replicas=1),
+        ObservedDeployment(place.workflow_id, exists=True, replicas=1),
+    )
+    _simulate_cluster(monkeypatch, driver)
+    delete = driver.delete
+
+    async def deploy_meanwhile(workflow_id: str) -> bool:
+        """Delete the objects of `wf_0`, which are found first, while somebody deploys the other workflow."""
+        await runs.query("UPDATE deployment SET is_deployed = true")
+        return await delete(workflow_id)
+
+    monkeypatch.setattr(driver, "delete", deploy_meanwhile)
+    await examine(DriftClass.DEPLOYMENT_WITHOUT_WORKFLOW, looks_into_cluster=True)
+    assert [one.workflow_id for one in driver.deployments] == [place.workflow_id]
+
+
 async def test_pods_that_end_after_an_undeploy_are_no_finding_for_ten_minutes(
     examine: Examine, runs: RunDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
