@@ -124,10 +124,20 @@ class VisitTools(AgentTools):
         if tool.program.missing is not None:
             raise NodeError(f"The tool needs configuration: {tool.program.missing}", code="missing-config")
         calls = ToolModelCalls()
+        try:
+            outcome = await _call_with_retries(tool, self._build_call(tool, arguments, key, calls))
+            return _show_outcome(outcome, tool.max_result_bytes), calls.recorded
+        except Exception as error:
+            raise run_records.to_node_error(error) from error
+
+    def _build_call(
+        self, tool: ToolProgram, arguments: Mapping[str, Json], key: str, calls: ToolModelCalls
+    ) -> NodeCall:
+        """Return the call of a tool's node with its rendered config; raises `ExpressionError`."""
         scope: dict[str, Json] = {**self._call.scope, "args": dict(arguments)}
         unresolved: list[str] = []
         rendered = cast("Mapping[str, Json]", tool.program.config.render(scope, unresolved))
-        call = msgspec.structs.replace(
+        return msgspec.structs.replace(
             self._call,
             config=rendered,
             data=dict(arguments),
@@ -138,27 +148,25 @@ class VisitTools(AgentTools):
             idempotency_key=key,
             model_calls=calls,
         )
-        outcome = await _call_with_retries(tool, call)
-        if isinstance(outcome, NodeResult):
-            outcome = outcome.output
-        if isinstance(outcome, NodeDirective):
-            raise NodeError("A tool can't wait or loop", code="not-a-tool")
-        return cut_text(values.value_as_text(outcome), tool.max_result_bytes), calls.recorded
 
 
 async def _call_with_retries(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
-    """Return the outcome of a tool's node after up to its number of attempts; raises `NodeError` of the last one."""
+    """Return the outcome of a tool's node after up to its number of attempts; raises `NodeError` of the last one.
+
+    A write that must not be repeated gets another attempt only after a failure that surely had no effect.
+    """
     node = tool.program.node
+    is_sure_needed = tool.effect is NodeEffect.WRITE and not tool.is_repeated
     for attempt in range(1, node.retry.max_attempts + 1):
         try:
             async with asyncio.timeout(node.timeout_seconds):
                 return await _call_once(tool, msgspec.structs.replace(call, attempt=attempt))
         except TimeoutError as error:
-            failure: NodeError = run_records.node_timed_out(node)
-            if attempt == node.retry.max_attempts:
-                raise failure from error
+            if attempt == node.retry.max_attempts or is_sure_needed:
+                raise run_records.node_timed_out(node) from error
         except NodeError as error:
-            if not error.retryable or attempt == node.retry.max_attempts:
+            is_unsure = is_sure_needed and error.code in run_records.UNKNOWN_OUTCOMES
+            if not error.retryable or is_unsure or attempt == node.retry.max_attempts:
                 raise
         except Exception as error:
             raise run_records.to_node_error(error) from error
@@ -174,6 +182,15 @@ async def _call_once(tool: ToolProgram, call: NodeCall) -> NodeOutcome:
     if tool.effect is NodeEffect.PURE:
         return await offload.run_coroutine(lambda: cast("Coroutine[Any, Any, NodeOutcome]", run(call)))
     return await cast("Coroutine[Any, Any, NodeOutcome]", run(call))
+
+
+def _show_outcome(outcome: NodeOutcome, max_bytes: int) -> str:
+    """Return the output of a tool's node as a text for the model; raises `NodeError` for a wait or a loop."""
+    if isinstance(outcome, NodeResult):
+        outcome = outcome.output
+    if isinstance(outcome, NodeDirective):
+        raise NodeError("A tool can't wait or loop", code="not-a-tool")
+    return cut_text(values.value_as_text(outcome), max_bytes)
 
 
 def cut_text(text: str, max_bytes: int) -> str:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MAX_HASHES_BYTES = 1_024
 MAX_NODE_CHARACTERS = 200
 MAX_TASK_CHARACTERS = 500
+MAX_CALL_ID_CHARACTERS = 100_000
+"""Some gateways to models put signed thoughts into the ids of tool calls."""
 MAX_TASK_SECONDS = 604_800
 MAX_TASK_COUNT = 10_000
 MAX_TASK_INPUT_BYTES = 1 << 30
@@ -114,8 +116,13 @@ def _check_span(span: NodeSpan) -> None:
 
 
 def _check_step(step: AgentStep) -> None:
-    texts = (step.node_id, step.iteration, step.name, step.call_id, step.request_hash, step.effect or "")
-    if not all(is_storable_text(text) for text in texts) or len(step.key) > MAX_TASK_CHARACTERS:
+    texts = (step.node_id, step.iteration, step.request_hash, step.effect or "")
+    lengths = (
+        *((step.name, MAX_TASK_CHARACTERS), (step.key, MAX_TASK_CHARACTERS)),
+        (step.call_id, MAX_CALL_ID_CHARACTERS),
+    )
+    is_valid = all(len(text) <= limit and "\0" not in text for text, limit in lengths)
+    if not is_valid or not all(is_storable_text(text) for text in texts):
         raise _refuse_write("A step has a text that can't be stored")
     for text in (step.arguments, step.result):
         if text is not None:

@@ -14,9 +14,9 @@ import msgspec
 from engine import agent
 from engine.agent import CallModel, CallTools, Fail, Finish, StoredAnswer
 from engine.agent_steps import AgentStep, StepKind, StepStatus
-from engine.model_calls import ModelCallFailed
 from engine.node_api import NodeEffect, StepPause
 from engine.run_errors import NodeError
+from engine.run_records import UNKNOWN_OUTCOMES
 from json_text import decoding
 from nodes.ai import conversation
 
@@ -79,7 +79,8 @@ async def _ask_model(
         answer, record = await conversation.ask_first(
             call, model_ids, action.request, key=key, note_failure=failures.append
         )
-    except ModelCallFailed:
+    except NodeError:
+        # No worker is lost: a budget, a missing model and a failed call all leave the request unanswered.
         made = (*begun.model_calls, *failures)
         failed = msgspec.structs.replace(
             begun, status=StepStatus.FAILED, ended_at=call.steps.now(), model_calls=made
@@ -123,26 +124,35 @@ async def _perform_tools(
     if len(steps) > 1:
         async with asyncio.TaskGroup() as group:
             for step in steps:
-                group.create_task(_perform_tool(call, step))
+                group.create_task(_perform_tool(call, task, step))
         return
     (step,) = steps
     is_write = step.effect == NodeEffect.WRITE
-    if is_write and step.number not in begun_here and not task.tools[step.name].is_repeated:
+    tool = task.tools.get(step.name)
+    if is_write and step.number not in begun_here and not (tool is None or tool.is_repeated):
         error = "The worker was lost during this call, and its outcome is unknown"
         call.steps.record(agent.fail_tool_step(step, error, UNKNOWN_HINT, call.steps.now()))
     else:
-        await _perform_tool(call, step)
+        await _perform_tool(call, task, step)
     if is_write:
         await call.steps.commit()
 
 
-async def _perform_tool(call: NodeCall, step: AgentStep) -> None:
-    """Do one tool call, and record its result; an error is a result for the model."""
+async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> None:
+    """Do one tool call, and record its result; an error is a result for the model.
+
+    A resumed run may have lost a tool, or the permission for it, since the call was recorded.
+    """
+    if step.name not in task.tools:
+        error = f"There is no tool {step.name!r} any more"
+        call.steps.record(agent.fail_tool_step(step, error, ERROR_HINT, call.steps.now()))
+        return
     arguments = decoding.decode(step.arguments or b"{}", dict)
     try:
         text, model_calls = await call.tools.perform(step.name, arguments, step.key)
     except NodeError as error:
-        hint = UNKNOWN_HINT if error.code == "timeout" and step.effect == NodeEffect.WRITE else ERROR_HINT
+        is_unknown = error.code in UNKNOWN_OUTCOMES and step.effect == NodeEffect.WRITE
+        hint = UNKNOWN_HINT if is_unknown else ERROR_HINT
         call.steps.record(
             agent.fail_tool_step(step, f"{error.code}: {error.message}", hint, call.steps.now())
         )

@@ -8,11 +8,18 @@ from engine.model_calls import ModelCallFailed
 from json_text import decoding
 
 MAX_QUOTED_CHARACTERS: Final = 500
+MAX_NAME_CHARACTERS: Final = 200
+"""Maximum length of the name of a called tool; a longer one is none of a real tool."""
 
 
 def read_text(value: object) -> str:
     """Return a text; empty for any other value."""
     return value if isinstance(value, str) else ""
+
+
+def read_name(value: object) -> str:
+    """Return the name or id of a tool call; NUL, which databases don't store, is replaced."""
+    return read_text(value).replace("\0", "\ufffd")
 
 
 def read_count(value: object, name: str) -> int:

@@ -25,6 +25,7 @@ from engine.model_calls import (
     TokenUsage,
 )
 from engine.program import WorkflowProgram
+from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.services import ControlRequest, NodeServices, RunCaller
 from engine.values import Json
@@ -104,6 +105,8 @@ class ScriptedModel:
     billed: list[str] = field(default_factory=list)
     requests: list[ChatRequest] = field(default_factory=list)
     failures: int = 0
+    refusals: int = 0
+    """Requests that the budget refuses."""
     on_request: Callable[[], None] = lambda: None
 
     async def complete(
@@ -120,6 +123,9 @@ class ScriptedModel:
         if self.failures:
             self.failures -= 1
             raise ModelCallFailed("busy", code="model-busy", retryable=True, can_fall_back=True)
+        if self.refusals:
+            self.refusals -= 1
+            raise NodeError("The budget doesn't suffice", code="model-budget-exceeded")
         self.billed.append(idempotency_key)
         await asyncio.sleep(0)
         done = sum(message.role is MessageRole.ASSISTANT for message in request.messages)
@@ -145,6 +151,7 @@ class Outside:
     bodies: list[Json] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
     broken: bool = False
+    delay_seconds: float = 0.0
 
     async def request(
         self,
@@ -157,7 +164,7 @@ class Outside:
         follow_redirects: bool = True,  # noqa: ARG002 - as above
     ) -> Answer:
         self.urls.append(url)
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.delay_seconds)
         if self.broken:
             return Answer(500)
         key = {name.lower(): value for name, value in headers.items()}.get("idempotency-key")
@@ -393,3 +400,52 @@ async def test_an_agent_leaves_between_two_steps(request_: ControlRequest, statu
         assert await world.work() == RunOutcome(RunStatus.COMPLETED)
         assert len(world.model.billed) == len(TURNS) + 1
         assert len(world.outside.effects) == 4
+
+
+async def test_a_write_with_an_unknown_outcome_gets_no_further_attempt_if_it_must_not_be_repeated() -> None:
+    def limit(tool: dict[str, Json]) -> None:
+        tool.update(onUnknown="fail", maxAttempts=3, timeout=0.05)
+
+    world = World(compile_agent(edit=limit), ScriptedModel([turn(("send", "Oslo"))]))
+    world.outside.delay_seconds = 30.0
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.outside.urls) == 1
+    told = json.loads(world.model.requests[-1].messages[-1].content)
+    assert told["error"].startswith("timeout: ")
+    assert "may have been done" in told["hint"]
+
+
+async def test_a_config_of_a_tool_that_can_not_be_rendered_is_an_error_for_the_model() -> None:
+    def spoil(tool: dict[str, Json]) -> None:
+        config: Json = {"url": "https://b.example", "method": "POST", "body": "{{ args.city }}" * 300}
+        tool["target"] = {"node": {"type": "http-request", "config": config}}
+
+    program = compile_agent(edit=spoil)
+    long = "x" * 100_000
+    world = World(program, ScriptedModel([turn(("send", long), ("send", long))]))
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    told = [json.loads(one["content"]) for one in world.output["messages"] if one["role"] == "tool"]
+    assert [one["error"].partition(":")[0] for one in told] == ["expression-error"] * 2
+
+
+async def test_a_refused_reservation_is_no_lost_answer() -> None:
+    world = World(model=ScriptedModel(refusals=4))
+    for _ in range(4):
+        ended = await world.work()
+        assert ended is not None
+        error = require_error(ended)
+        assert error.cause is not None
+        assert error.cause.code == "model-budget-exceeded"
+        world.spans = [span for span in world.spans if span.status is SpanStatus.COMPLETED]
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.output["lostAttempts"] == 0
+
+
+async def test_a_recorded_call_of_a_tool_that_is_gone_is_not_done() -> None:
+    world = World(model=ScriptedModel([turn(("send", "Oslo"))]))
+    assert await world.work(3) is None  # the call is recorded, and not done
+    assert world.outside.effects == []
+    world.program = compile_agent(edit=lambda tool: tool.update(name="post"))
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.effects == []
+    assert "no tool 'send' any more" in world.model.requests[-1].messages[-1].content

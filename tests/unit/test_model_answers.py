@@ -207,3 +207,12 @@ def test_a_field_that_a_server_refuses_by_name_is_replaced() -> None:
 )
 def test_errors_of_providers_are_quoted_in_part_and_pages_never(body: bytes, message: str) -> None:
     assert provider_json.read_error(body)[0] == message
+
+
+def test_names_of_tool_calls_can_be_stored() -> None:
+    call = {"id": "a\0b", "function": {"name": "look\0" + "x" * 1_000, "arguments": "{}"}}
+    choice = {"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}
+    parser = openai_chat.ChatAnswerParser(MODEL, REQUEST)
+    parser.feed(msgspec.json.encode({"choices": [choice]}))
+    (found,) = parser.finish().tool_calls
+    assert (found.id, found.name[:6], len(found.name)) == ("a\ufffdb", "look\ufffdx", 200)
