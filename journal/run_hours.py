@@ -146,7 +146,8 @@ def runs_statement(organization_ids: Sequence[str], starts_at: datetime) -> Sele
     """Return the statement that counts the runs of an hour by workflow, status and time from start to end.
 
     It follows the index of lists: a child of a run has an id with the time of its parent, so ids alone don't
-    tell the hour.
+    tell the hour. Private runs, such as node tests, don't count: few may see them, and they say nothing about a
+    workflow's work.
     """
     started_at = type_coerce(col(Execution.started_at), BigInteger)
     bucket = case((started_at.is_not(None), _bucket_of(started_at, col(Execution.ended_at))))
@@ -158,7 +159,7 @@ def runs_statement(organization_ids: Sequence[str], starts_at: datetime) -> Sele
         )
         .select_from(ExecutionData)
         .join(Execution, col(Execution.id) == col(ExecutionData.execution_id))
-        .where(*_is_within(organization_ids, starts_at))
+        .where(*_is_within(organization_ids, starts_at), col(Execution.is_private) == literal_column("false"))
         .group_by(text("1, 2, 3, 4"))
     )
 

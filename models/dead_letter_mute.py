@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, SmallInteger, Text, delete, insert, select
+from sqlalchemy import Column, SmallInteger, Text, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Field, SQLModel, col
 
 from models.column_types import TimestampColumn
@@ -35,9 +36,14 @@ class DeadLetterMute(SQLModel, table=True):
 async def put_mute(connection: AsyncConnection, mute: DeadLetterMute) -> None:
     """Insert a mute in place of an earlier one of its group, and delete those of the organization that have ended."""
     of_organization = col(DeadLetterMute.organization_id) == mute.organization_id
-    is_over = (col(DeadLetterMute.ends_at) <= mute.muted_at) | (col(DeadLetterMute.group_id) == mute.group_id)
+    is_over = (col(DeadLetterMute.ends_at) <= mute.muted_at) & (col(DeadLetterMute.group_id) != mute.group_id)
     await connection.execute(delete(DeadLetterMute).where(of_organization, is_over))
-    await connection.execute(insert(DeadLetterMute).values(mute.model_dump()))
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    # One statement: of two requests at once, each would delete nothing, and the second insert would fail.
+    statement = dialect.insert(DeadLetterMute).values(mute.model_dump())
+    key = {"organization_id", "group_id"}
+    changes = {name: statement.excluded[name] for name in DeadLetterMute.model_fields if name not in key}
+    await connection.execute(statement.on_conflict_do_update(index_elements=sorted(key), set_=changes))
 
 
 async def end_mute(connection: AsyncConnection, organization_id: str, group_id: str) -> bool:

@@ -22,6 +22,8 @@ REST_FACTOR: Final = 20
 """A turn is followed by a rest of this many times its length, so that counts take 5 % of the time at most."""
 TURN_SECONDS: Final = 2.0
 """Time after which a turn counts no further hour; the others follow in the next turns."""
+LEAST_HOURS: Final = 2
+"""Hours that each turn counts, however long they take: the present one and another, so that none is never counted."""
 SETTLING_TIME: Final = timedelta(minutes=1)
 """Time after the end of an hour until which runs may still be stored that were accepted within it."""
 
@@ -56,8 +58,8 @@ class RunHourCounter:
                 now = await read_database_time(connection)
                 unfinished = await run_hours.count_unfinished(connection, run_hours.first_hour(now))
             await self._forget_hours(run_hours.first_hour(now))
-            for starts_at in self._list_changed(now, unfinished):
-                if time.monotonic() - begun_at > TURN_SECONDS:
+            for number, starts_at in enumerate(self._list_changed(now, unfinished)):
+                if number >= LEAST_HOURS and time.monotonic() - begun_at > TURN_SECONDS:
                     break
                 await self._count_hour(starts_at)
                 self._unfinished[starts_at] = unfinished.get(starts_at, 0)

@@ -67,8 +67,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
     """Count the organization's runs of 24 hours by hour and status, with the median and the 95th percentile of
     their times.
 
-    A run counts in the hour of its acceptance. All runs of the organization count, whoever may see them. The
-    counts are a few seconds old, on a server with thousands of runs per minute up to a few minutes.
+    A run counts in the hour of its acceptance. All runs of the organization count, whoever may see them, but
+    private ones, such as node tests. The counts are a few seconds old, on a server with thousands of runs per
+    minute up to a few minutes.
     """
     now = request.gateway.clock()
     async with request.gateway.database.read() as connection:

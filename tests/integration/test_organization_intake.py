@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from typing import Any
 
@@ -334,6 +335,18 @@ async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
 
     await harness.gateway.database.transaction(end_all)
     assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 3
+
+
+async def test_a_group_that_is_muted_by_many_requests_at_once_is_muted(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner)
+    await fail_alike(harness, [await enqueue(people.owner, workflow_id)], "Known")
+    [group] = (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["groups"]
+    path, body = f"{DEAD_LETTERS}/groups/{group['id']}/mute", {"reason": "Known", "expiresInSeconds": 60}
+    answers = await asyncio.gather(*(people.owner.api.put(path, json=body) for _ in range(10)))
+    assert [answer.status_code for answer in answers] == [200] * 10
+    assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["mutedGroups"] == 1
 
 
 async def test_a_group_says_whether_its_workflow_was_mended_and_is_replayed_after_its_plan(

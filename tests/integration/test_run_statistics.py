@@ -20,6 +20,7 @@ from models.blocked_interval import BlockedInterval
 from models.deployment import ObservedState
 from models.execution import Execution
 from models.run_hour import ALL_WORKFLOWS, RunHour
+from scheduler import run_hours as duty
 from scheduler.run_hours import RunHourCounter
 from tests.integration.deployed_workflows import deploy_with_pod, run
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
@@ -121,6 +122,33 @@ async def test_runs_count_in_the_hour_of_their_acceptance_by_their_present_statu
         )
     )
     await asyncio.wait_for(count_until_ended(), 60)
+
+
+async def test_slow_counts_reach_every_hour_in_time(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duty, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(duty, "REST_FACTOR", 0)
+    present = run_hours.hour_of(harness.gateway.clock())
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    for number in (0, 1, 22):
+        await end_run(harness, people.owner, workflow_id, "completed", present - number * HOUR)
+    counter = RunHourCounter(harness.gateway.database)
+    for _ in range(run_hours.HOURS):
+        await counter.count_runs()
+    total = (await get_json(people.owner, "/api/v1/executions/statistics"))["total"]
+    assert (total["accepted"], total["completed"]) == (3, 3)
+
+
+async def test_private_runs_do_not_count(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    await run(harness, people.owner, workflow_id, status="failed", is_private=True)
+    await run(harness, people.owner, workflow_id)
+    await count_runs(harness)
+    total = (await get_json(people.owner, "/api/v1/executions/statistics"))["total"]
+    assert (total["accepted"], total["failed"], total["unfinished"]) == (1, 0, 1)
+    [shown] = (await get_json(people.owner, "/api/v1/workflows/activity"))["workflows"]
+    assert (shown["accepted"], shown["failed"]) == (1, 0)
 
 
 async def test_waits_for_pods_have_percentiles(harness: GatewayHarness, people: OrganizationUsers) -> None:
