@@ -62,7 +62,7 @@ INPUT: Final = '{"triggerInputs": {"name": "world"}}'
 WELCOME: Final = """
 Pilotflame runs on {address}
 
-Your API key (shown only once):
+{sign_in}Your API key (shown only once):
   {key}
 
 Create a workflow, execute it, and wait for its result:
@@ -175,8 +175,8 @@ async def _run(
         )
         app = gateways.create_app(lambda: nullcontext(gateway))
         # Written through the log, so that it follows earlier log lines.
-        lines.put(_build_greeting(_format_address(listener), key).encode())
-        lines.put((await _build_sign_in_link(database, gateway, _format_address(listener))).encode())
+        sign_in = await _build_sign_in_link(database, gateway, _format_address(listener))
+        lines.put(_build_greeting(_format_address(listener), sign_in, key).encode())
         if key is not None and example is not None:
             # The socket listens already, so the request waits until the server answers.
             reached_at = _to_local_url(_format_address(listener))
@@ -249,10 +249,14 @@ def _format_address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _build_greeting(address: str, key: str | None) -> str:
+def _build_greeting(address: str, sign_in: str, key: str | None) -> str:
+    """Return the text with which a started server greets: first the link to the dashboard, which newcomers need,
+    then a new key with an example for a terminal.
+    """
     if key is None:
-        return f"Pilotflame runs on {address}\n"
-    return WELCOME.format(address=address, key=key, example=EXAMPLE, input=INPUT)
+        return f"Pilotflame runs on {address}\n{sign_in}"
+    link = f"{sign_in}\n" if sign_in else ""
+    return WELCOME.format(address=address, sign_in=link, key=key, example=EXAMPLE, input=INPUT)
 
 
 async def _build_sign_in_link(database: Database, gateway: GatewayState, address: str) -> str:

@@ -76,6 +76,28 @@ POD_STATES: Final[Mapping[str, StateLook]] = {
     "unknown": StateLook("warn", "alert", "Unknown"),
     "not-deployed": StateLook("off", "none", "Not deployed"),
 }
+WAITS: Final[Mapping[str, tuple[str, str]]] = {
+    "queued-behind": ("for a worker", ""),
+    "no-worker": ("for a worker to be present", "bad"),
+    "waiting-for-slot": ("for a free slot", ""),
+    "waking": ("for a pod", "lit"),
+    "draining": ("for the pod to move", "lit"),
+    "window-closed": ("for the window to open", "warn"),
+    "stopped-manually": ("for a start by hand", "warn"),
+    "workflow-paused": ("for the workflow to be active", "warn"),
+    "deployment-failed": ("for its pods, which fail to start", "bad"),
+    "retry-at": ("for the next attempt", "warn"),
+    "timer": ("for a time", "warn"),
+    "awaiting-event": ("for an event", "warn"),
+    "awaiting-input": ("for an answer of a person", "warn"),
+    "awaiting-task": ("for a worker of a node type", "warn"),
+    "awaiting-callback": ("for a callback", "warn"),
+    "worker-lost": ("for another worker", "bad"),
+    "node-running": ("for another run", "warn"),
+    "cancel-requested": ("for the end", ""),
+    "broker-down": ("for Redis", "bad"),
+}
+"""Words behind "waiting" or a number of runs, and their tone, by the code of the reason."""
 TRIGGER_ICONS: Final[Mapping[str, str]] = {
     "manual": "hand",
     "http": "http",
@@ -100,6 +122,11 @@ def look_of(state: str | None) -> StateLook:
 def look_of_pod(status: str) -> StateLook:
     """Return tone, icon and word for the pods of a deployment by its status; an unknown one by its own name."""
     return POD_STATES.get(status) or look_of(status)
+
+
+def look_of_wait(code: str) -> tuple[str, str]:
+    """Return the words for a wait by the code of its reason, such as `for an event`, and their tone."""
+    return WAITS.get(code) or (code.replace("-", " "), "")
 
 
 def show_share(count: int, whole: int) -> str:

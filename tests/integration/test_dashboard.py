@@ -19,6 +19,7 @@ from gateway.dashboard.page import POLICY
 from gateway.drift import recent_observations
 from models import ids
 from models.access import UserRole
+from models.blocked_interval import BlockedInterval
 from models.deployment import ObservedState
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
@@ -404,6 +405,19 @@ async def test_a_question_is_shown_with_its_form_to_permitted_users(
     assert page.text.count('data-in="data"') == len(fields)
     assert 'value="approve">Yes, write</button>' in page.text
     assert "<img" not in page.text
+    interval = BlockedInterval(
+        execution_id=started["executionId"],
+        started_at=harness.gateway.clock(),
+        shard=people.owner.user.shard,
+        organization_id=people.owner.user.organization_id,
+        code="awaiting-input",
+    )
+    await database.transaction(
+        lambda connection: connection.execute(insert(BlockedInterval).values(interval.model_dump()))
+    )
+    overview = (await (await sign_in(harness, people.owner.key)).get("/dashboard/overview")).text
+    assert "<b>1 question waits for an answer</b>" in overview
+    assert "No other run waits" in overview
     colleague = await (await sign_in(harness, people.colleague.key)).get("/dashboard/approvals")
     assert "No question waits for you" in colleague.text
 

@@ -61,6 +61,7 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
         key, lines = first.says(rf"({KEY}).*wait for its result:\n(.*progress[^\n]*)\n").groups()
         shown = subprocess.run(["bash", "-euc", lines], capture_output=True, text=True, check=True).stdout
         assert "Hello, world!" in shown
+        assert first.log().index("/sign-in#code=") < first.log().index(key), "newcomers need the link first"
         assert first.stop() == 0
     with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "second.log") as second:
         assert get_whoami(second.says(ADDRESS)[1], key).json()["role"] == "admin"

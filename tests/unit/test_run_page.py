@@ -11,6 +11,12 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.dashboard.page_request import PageRequest
 from gateway.dashboard.pages import run as run_page
+from journal.explanations.blockers import BlockerCode
+
+NO_WAITS = frozenset(
+    {BlockerCode.NONE, BlockerCode.PARENTS, BlockerCode.BRANCH_NOT_TAKEN, BlockerCode.PARALLELISM}
+)
+"""Codes of nodes alone, for which no run waits."""
 
 
 class EndingRun:
@@ -46,3 +52,12 @@ async def test_the_page_of_a_run_that_ends_meanwhile_shows_the_end_of_its_nodes_
     assert shown["run"]["status"] == "completed"
     assert [state["status"] for state in shown["graph"]["states"]] == ["completed"]
     assert shown["span"]["outputData"] == "done"
+
+
+def test_the_parts_of_a_runs_time_have_words_and_no_codes() -> None:
+    waiting = {code.value: 1.0 for code in BlockerCode if code not in NO_WAITS}
+    timing = {"queued": 1.0, "waking": 0.0, "running": 2.0, "waitingFor": waiting}
+    words = [part[0] for part in run_page.show_shares(timing)]
+    assert words[0] == "work"
+    assert "waiting for an answer of a person" in words
+    assert all(word.startswith("waiting for ") for word in words if word not in {"work", "in the queue"})

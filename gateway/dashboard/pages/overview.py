@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.dashboard.formats import POD_STATES, StateLook, look_of_pod, parse_instant, show_count
+from gateway.dashboard.formats import (
+    POD_STATES,
+    StateLook,
+    look_of_pod,
+    look_of_wait,
+    parse_instant,
+    show_count,
+)
 from gateway.dashboard.hour_charts import draw_bars, draw_lines, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
 from models.timestamps import format_timestamp
@@ -34,21 +41,6 @@ NEEDS_PERSON: Final = frozenset({"change", "escalate"})
 SHOWN_ELSEWHERE: Final = frozenset({"no-worker", "deployment-failed"})
 """Codes of reasons that other lines of the page explain."""
 RUNS: Final = "node-running"
-WAITS: Final[Mapping[str, tuple[str, str]]] = {
-    "queued-behind": ("for a worker", ""),
-    "waiting-for-slot": ("for a free slot", ""),
-    "waking": ("for a pod", "lit"),
-    "draining": ("for their pod to move", "lit"),
-    "window-closed": ("for their window", "warn"),
-    "retry-at": ("for the next attempt", "warn"),
-    "timer": ("for a time", "warn"),
-    "awaiting-event": ("for an event", "warn"),
-    "awaiting-task": ("for a worker of a node type", "warn"),
-    "awaiting-callback": ("for a callback", "warn"),
-    "worker-lost": ("for another worker", "bad"),
-    "cancel-requested": ("for their end", ""),
-}
-"""Words behind a number of runs, and their tone, by the code of the reason."""
 
 
 async def load(page: PageRequest) -> PageData:
@@ -111,6 +103,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "need_count": sum(map(len, needs.values())),
         "dead_workflows": count_by_workflow(data["dead"]),
         "waits": list_waits(reasons),
+        "needs_waits": any(one["kind"] in NEEDS_PERSON for one in reasons),
         "running": sum(one["count"] for one in reasons if one["code"] == RUNS),
         "total": data["statistics"]["total"],
         "accepted": draw_bars([hour["accepted"] for hour in hours]),
@@ -147,7 +140,7 @@ def list_waits(reasons: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, An
     found = []
     for one in reasons:
         if one["kind"] not in NEEDS_PERSON and one["code"] != RUNS:
-            words, tone = WAITS.get(one["code"], (one["code"].replace("-", " "), ""))
+            words, tone = look_of_wait(one["code"])
             found.append({**one, "words": words, "tone": tone})
     return found
 

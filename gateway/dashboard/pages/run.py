@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
-from gateway.dashboard.formats import milliseconds_between
+from gateway.dashboard.formats import look_of_wait, milliseconds_between
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
 from gateway.dashboard.pages import run_node
@@ -196,7 +196,9 @@ def show_shares(timing: Mapping[str, Any] | None) -> Sequence[tuple[str, str, in
     if not timing:
         return ()
     parts = [(word, tone, timing.get(name) or 0) for name, word, tone in WORDS_OF_TIME]
-    parts += [(f"waiting: {code}", "warn", seconds) for code, seconds in timing["waitingFor"].items()]
+    parts += [
+        (f"waiting {look_of_wait(code)[0]}", "warn", time) for code, time in timing["waitingFor"].items()
+    ]
     whole = sum(seconds for _, _, seconds in parts)
     shares, start = [], 0
     for word, tone, seconds in sorted(parts, key=lambda part: -part[2]):
