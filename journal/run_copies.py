@@ -79,8 +79,9 @@ _RESUMED: Final[Mapping[str, SQLColumnExpression[Any]]] = {
 _NOT_YET: Final = (
     *("due_at", "lease_owner", "lease_until", "deadline_at"),
     *("request", "error", "started_at", "ended_at", "completion_due_at", "completion_outcome"),
+    "settled_at",
 )
-"""Columns of an execution that are empty until its first claim."""
+"""Columns of an execution that are empty until its first claim, or until it has failed."""
 
 
 @dataclass(frozen=True, slots=True)

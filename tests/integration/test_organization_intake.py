@@ -337,6 +337,22 @@ async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
     assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 3
 
 
+@pytest.mark.parametrize("way", ["resume", "replay"])
+async def test_a_run_that_continues_a_purged_one_and_fails_is_a_dead_letter_of_its_own(
+    harness: GatewayHarness, people: OrganizationUsers, way: str
+) -> None:
+    api, workflow_id = people.owner.api, await create_active_workflow(people.owner)
+    failed = await enqueue(people.owner, workflow_id)
+    await fail_alike(harness, [failed], "Broken")
+    assert (await api.post(f"{DEAD_LETTERS}/purge", json={"filter": {}})).json()["purged"] == 1
+    continued = await api.post(f"/api/v1/executions/{failed}/{way}", json={})
+    assert continued.status_code == 201, continued.text
+    new_id = continued.json()["executionId"]
+    await fail_alike(harness, [new_id], "Broken")
+    listed = (await get_json(people.owner, DEAD_LETTERS))["deadLetters"]
+    assert [one["executionId"] for one in listed] == [new_id]
+
+
 async def test_a_group_that_is_muted_by_many_requests_at_once_is_muted(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
