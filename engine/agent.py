@@ -27,6 +27,7 @@ from engine.model_calls import (
     RequestedToolCall,
     ToolDescription,
     estimate_input_tokens,
+    measure_calls,
 )
 from engine.node_api import NodeEffect
 from json_text import decoding
@@ -411,7 +412,8 @@ def _find_limit(task: AgentTask, steps: Sequence[AgentStep], request: ChatReques
         return StopReason.MAX_ITERATIONS
     if calls and len(calls) >= limits.max_tool_calls:
         return StopReason.MAX_TOOL_CALLS
-    if sum(len(message.content) for message in request.messages) > MAX_CONVERSATION_BYTES:
+    sizes = (len(message.content) + measure_calls(message) for message in request.messages)
+    if sum(sizes) > MAX_CONVERSATION_BYTES:
         return StopReason.MAX_CONTEXT
     if not _has_budget(task, steps, request, answers=2):
         return _name_budget(task, steps, 2)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 
 from engine.run_errors import NodeError
-
-if TYPE_CHECKING:
-    from engine.values import Json
 
 
 class ModelProvider(StrEnum):
@@ -270,9 +267,16 @@ def estimate_tokens(text: str) -> int:
     return -(-len(text.encode(errors="surrogatepass")) // 3)
 
 
+def measure_calls(message: ChatMessage) -> int:
+    """Return the bytes of a message beside its text: tool calls, or content in the form of a provider."""
+    parts = [part for part in (message.tool_calls, message.provider_content) if part]
+    return max((len(msgspec.json.encode(part)) for part in parts), default=0)
+
+
 def estimate_input_tokens(request: ChatRequest) -> int:
-    """Return an upper estimate of the input tokens of a request: messages, tools and schema."""
-    parts: list[Json] = [message.content for message in request.messages]
-    sizes = sum(estimate_tokens(str(part)) for part in parts)
+    """Return an upper estimate of the input tokens of a request: messages with their tool calls, tools and schema."""
+    sizes = sum(
+        estimate_tokens(message.content) + -(-measure_calls(message) // 3) for message in request.messages
+    )
     schemas = [request.output_schema, *(msgspec.to_builtins(tool) for tool in request.tools)]
     return sizes + sum(-(-len(msgspec.json.encode(schema)) // 3) for schema in schemas if schema)

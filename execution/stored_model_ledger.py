@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
-from sqlalchemy import delete, func, select
+from sqlalchemy import and_, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
@@ -43,11 +43,12 @@ CACHE_SECONDS: Final = 3_600.0
 
 
 @dataclass(frozen=True, slots=True)
-class RunBudget:
-    """Budget of a run, which its sub-workflows share."""
+class RunBudgets:
+    """Budgets of a run and of the runs above it, whose sub-workflows share them."""
 
     root_id: str
-    budget: ModelBudget | None
+    budgets: Mapping[str, ModelBudget]
+    """By execution id, only of runs with a budget."""
 
 
 class StoredModelLedger:
@@ -55,7 +56,7 @@ class StoredModelLedger:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._budgets: TTLCache[str, RunBudget] = TTLCache(CACHE_SECONDS, MAX_CACHED_BUDGETS)
+        self._budgets: TTLCache[str, RunBudgets] = TTLCache(CACHE_SECONDS, MAX_CACHED_BUDGETS)
 
     async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> None:
         """Reserve the most that a call may cost, in one transaction that counts all charges of the budgets.
@@ -63,8 +64,8 @@ class StoredModelLedger:
         Calls of one run reserve one after another. Waits while the database is unavailable. Raises `NodeError`
         `model-budget-exceeded` and `model-price-unknown`.
         """
-        run = await until_available(lambda: self._find_run_budget(caller))
-        budgets = [budget for budget in (reservation.budget, run.budget) if budget is not None]
+        run = await until_available(lambda: self._find_run_budgets(caller))
+        budgets = [*run.budgets.values(), *([] if reservation.budget is None else [reservation.budget])]
         if not budgets:
             return
         if reservation.cost is None and any(budget.max_cost is not None for budget in budgets):
@@ -77,14 +78,19 @@ class StoredModelLedger:
                 lock = advisory_lock_id(f"model budget {run.root_id}")
                 await connection.execute(select(func.pg_advisory_xact_lock(lock)))
             others = col(ModelCharge.key) != reservation.key
-            of_run = (col(ModelCharge.root_id) == run.root_id, others)
+            of_root = (col(ModelCharge.root_id) == run.root_id, others)
             of_node = (
                 col(ModelCharge.execution_id) == caller.execution_id,
                 col(ModelCharge.node) == reservation.node,
                 others,
             )
             await _require_rest(connection, reservation, "node", reservation.budget, of_node)
-            await _require_rest(connection, reservation, "run", run.budget, of_run)
+            for execution_id, budget in run.budgets.items():
+                owner = "run" if execution_id == caller.execution_id else f"run {execution_id}"
+                charges: tuple[ColumnElement[bool], ...] = of_root
+                if execution_id != run.root_id:
+                    charges += (_is_of_run_or_below(execution_id, run.root_id),)
+                await _require_rest(connection, reservation, owner, budget, charges)
             charge = self._build_charge(caller, run, reservation.key, reservation.node)
             charge |= {"tokens": reservation.tokens, "cost": reservation.cost, "is_settled": False}
             await connection.execute(_insert(connection, ModelCharge).values(charge).on_conflict_do_nothing())
@@ -121,7 +127,7 @@ class StoredModelLedger:
                 await _add_to_month(connection, caller, settlement, charge["created_at"])
 
         try:
-            run = await self._find_run_budget(caller)
+            run = await self._find_run_budgets(caller)
             await self._database.transaction(work)
         except DatabaseUnavailable as error:
             log.warning("model charge not settled", execution_id=caller.execution_id, error=str(error))
@@ -142,7 +148,7 @@ class StoredModelLedger:
         except DatabaseUnavailable as error:
             log.warning("model charge not released", execution_id=caller.execution_id, error=str(error))
 
-    def _build_charge(self, caller: RunCaller, run: RunBudget, key: str, node: str) -> dict[str, Any]:
+    def _build_charge(self, caller: RunCaller, run: RunBudgets, key: str, node: str) -> dict[str, Any]:
         return {
             "execution_id": caller.execution_id,
             "key": key,
@@ -152,31 +158,44 @@ class StoredModelLedger:
             "created_at": self._database.clock.now(),
         }
 
-    async def _find_run_budget(self, caller: RunCaller) -> RunBudget:
-        """Return the budget of a run or of the one at the root of its sub-workflows, by its pinned settings.
+    async def _find_run_budgets(self, caller: RunCaller) -> RunBudgets:
+        """Return the budgets of a run and of the runs above it, by their pinned settings.
 
         Raises `DatabaseUnavailable`.
         """
         found = self._budgets.get(caller.execution_id)
         if found is not None:
             return found
+        columns = (
+            *(col(Execution.id), col(Execution.parent_id), col(Execution.root_id)),
+            *(col(Execution.organization_id), col(Execution.definition_hash)),
+        )
+        run = select(*columns).where(col(Execution.id) == caller.execution_id).cte("line", recursive=True)
+        line = run.union(select(*columns).join(run, col(Execution.id) == run.c.parent_id))
+        statement = select(line.c.id, line.c.root_id, col(Definition.body)).join(
+            Definition,
+            and_(
+                col(Definition.hash) == line.c.definition_hash,
+                col(Definition.organization_id) == line.c.organization_id,
+            ),
+            isouter=True,
+        )
         async with self._database.read() as connection:
-            root_id = await connection.scalar(
-                select(func.coalesce(col(Execution.root_id), col(Execution.id))).where(
-                    col(Execution.id) == caller.execution_id
-                )
-            )
-            body = await connection.scalar(
-                select(col(Definition.body))
-                .join(Execution, col(Execution.definition_hash) == col(Definition.hash))
-                .where(
-                    col(Execution.id) == root_id,
-                    col(Definition.organization_id) == col(Execution.organization_id),
-                )
-            )
-        run = RunBudget(root_id or caller.execution_id, _read_budget(body))
-        self._budgets.put(caller.execution_id, run)
-        return run
+            rows = (await connection.execute(statement)).all()
+        roots = [row.root_id for row in rows if row.id == caller.execution_id and row.root_id is not None]
+        read = {row.id: _read_budget(row.body) for row in rows}
+        budgets = {execution_id: budget for execution_id, budget in read.items() if budget is not None}
+        result = RunBudgets(roots[0] if roots else caller.execution_id, budgets)
+        self._budgets.put(caller.execution_id, result)
+        return result
+
+
+def _is_of_run_or_below(execution_id: str, root_id: str) -> ColumnElement[bool]:
+    """Return the SQL condition for the charges of a run and of the runs that it has started."""
+    run = select(col(Execution.id)).where(col(Execution.id) == execution_id).cte("below", recursive=True)
+    children = select(col(Execution.id)).join(run, col(Execution.parent_id) == run.c.id)
+    below = run.union(children.where(col(Execution.root_id) == root_id))
+    return col(ModelCharge.execution_id).in_(select(below.c.id))
 
 
 def _read_budget(body: str | None) -> ModelBudget | None:

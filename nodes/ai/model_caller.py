@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
+from secrets import token_hex
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -65,17 +66,19 @@ class ModelCaller:
             request = msgspec.structs.replace(request, max_tokens=model.max_output_tokens)
         _require_unblocked(model)
         ledger = self._connections.ledger
-        await ledger.reserve(caller, _build_reservation(model, request, idempotency_key, spending))
+        # A tool of an agent repeats a call under its key after a kill, and both calls are charged.
+        charge_key = f"{idempotency_key}#{token_hex(4)}"
+        await ledger.reserve(caller, _build_reservation(model, request, charge_key, spending))
         try:
             answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
         except ModelCallFailed as failure:
             if not failure.may_be_billed:
-                await ledger.release(caller, idempotency_key)
+                await ledger.release(caller, charge_key)
             if failure.code == RATE_LIMITED and failure.retry_after_seconds:
                 await self._connections.block(caller, model_id, failure.retry_after_seconds)
             raise
         cost = None if model.price is None else compute_cost(answer.usage, model.price)
-        settlement = ModelSettlement(idempotency_key, spending.node, model_id, answer.usage, cost)
+        settlement = ModelSettlement(charge_key, spending.node, model_id, answer.usage, cost)
         await ledger.settle(caller, settlement)
         return ModelReply(answer, cost)
 

@@ -175,6 +175,17 @@ async def test_an_answer_settles_its_reservation() -> None:
         config: dict[str, Json] = {"model": "first", "prompt": "Hi", "budget": budget}
         await call("llm", config, None, models=models)
         await models.close()
-    ((key, settled),) = lookup.ledger.settled.items()
+    (settled,) = lookup.ledger.settled.values()
     assert (settled.cost, settled.node, lookup.ledger.reserved) == (100 * 1_000 + 20 * 10_000, "node:", {})
-    assert served.billed == [key]
+    assert settled.key.startswith(served.billed[0])
+
+
+async def test_a_call_that_is_repeated_under_its_key_is_charged_again() -> None:
+    async with serve_models() as served:
+        lookup = ServedModels({"first": served.url})
+        models = LazyModels(lambda: lookup, LOOPBACK, ())
+        for _ in range(2):
+            await call("llm", {"model": "first", "prompt": "Hi"}, None, models=models)
+        await models.close()
+    assert len(set(served.billed)) == 1
+    assert len(lookup.ledger.settled) == 2

@@ -39,15 +39,24 @@ async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
 
 
 async def accept_run(
-    run_database: RunDatabase, owned: OwnedWorkflow, budget: dict[str, Any] | None, root_id: str | None = None
+    run_database: RunDatabase,
+    owned: OwnedWorkflow,
+    budget: dict[str, Any] | None,
+    root_id: str | None = None,
+    parent_id: str | None = None,
 ) -> RunCaller:
-    """Accept a run with a budget, in a sub-workflow of another one if a root is given."""
+    """Accept a run with a budget, in a sub-workflow of another one if a root is given, and of its parent if not of
+    the root.
+    """
     settings = {} if budget is None else {"aiBudget": budget}
     definition = {"nodes": [{"id": "start", "type": "manual"}], "connections": [], "settings": settings}
     key = await run_database.accept(owned, definition=json.dumps(definition))
     if root_id is not None:
         await run_database.query(
-            "UPDATE execution SET root_id = :root WHERE id = :id", root=root_id, id=key.execution_id
+            "UPDATE execution SET root_id = :root, parent_id = :parent WHERE id = :id",
+            root=root_id,
+            parent=parent_id or root_id,
+            id=key.execution_id,
         )
     organization = owned.organization.id
     workflow = (await run_database.row(key.execution_id))["workflow_id"]
@@ -117,6 +126,23 @@ async def test_concurrent_calls_never_pass_the_budget_of_their_run(
     )
     assert sum(result is None for result in results) == 5
     assert {getattr(result, "code", None) for result in results} == {None, "model-budget-exceeded"}
+
+
+async def test_a_sub_workflow_keeps_its_own_budget_and_those_above_it(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    ledger = StoredModelLedger(run_database.database)
+    root = await accept_run(run_database, owned_workflow, {"maxCost": "0.05"})
+    child = await accept_run(run_database, owned_workflow, {"maxCost": "0.03"}, root.execution_id)
+    below = (root.execution_id, child.execution_id)
+    grandchild = await accept_run(run_database, owned_workflow, None, *below)
+    await ledger.reserve(grandchild, call("1", 2 * CENT))
+    await ledger.reserve(child, call("2", 1 * CENT))
+    message = await require_exceeded(ledger, grandchild, call("3", 1))
+    assert f"The budget of the run {child.execution_id} " in message
+    assert "The budget of the run doesn't" in await require_exceeded(ledger, child, call("4", 1))
+    await ledger.reserve(root, call("5", 2 * CENT))
+    await require_exceeded(ledger, root, call("6", 1))
 
 
 async def test_a_node_has_a_budget_of_its_own(

@@ -34,6 +34,7 @@ from engine.model_calls import (
     RequestedToolCall,
     TokenUsage,
     ToolDescription,
+    estimate_input_tokens,
 )
 from engine.node_api import NodeEffect
 from engine.values import Json
@@ -381,3 +382,16 @@ def test_any_model_is_answered_and_ends_within_its_limits(
                 assert not open_calls, "a tool call without a result"
             open_calls += [call.id for call in message.tool_calls]
         assert not open_calls
+
+
+def test_arguments_of_tool_calls_count_as_input_and_as_conversation() -> None:
+    plain = ChatRequest([QUESTION], max_tokens=1)
+    long = RequestedToolCall("call_1", "look", {"city": "x" * 3_000})
+    asked = msgspec.structs.replace(
+        plain, messages=[QUESTION, ChatMessage(MessageRole.ASSISTANT, "", [long])]
+    )
+    assert estimate_input_tokens(asked) >= estimate_input_tokens(plain) + 1_000
+    huge = "x" * (agent.MAX_CONVERSATION_BYTES + 1)
+    ended = Simulation(TASK, script(calls("look", city=huge))).run()
+    assert isinstance(ended, Finish)
+    assert ended.stop_reason is StopReason.MAX_CONTEXT
