@@ -7,7 +7,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -245,6 +246,27 @@ async def test_lost_answers_neither_lose_nor_repeat_a_task(server: TaskServerDou
     assert sorted(done) == sorted(f"t{number}" for number in range(20))
     named = {task for report in server.reports for task in report["held"]}
     assert named == {f"t{number}" for number in range(20)}
+
+
+async def test_answers_of_others_are_no_answers(
+    server: TaskServerDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy may answer with a status of its own, such as 200 and `{"status": "maintenance"}`."""
+    worker, answer, replaced = new_worker(server), server.answer, Counter[str]()
+
+    @worker.node("acme/work", "1.0.0")
+    def work() -> str:
+        return "done"
+
+    def answer_others_first(path: str, body: Any, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON
+        replaced[path] += 1
+        return {"status": "maintenance"} if replaced[path] == 1 else answer(path, body, headers)
+
+    monkeypatch.setattr(server, "answer", answer_others_first)
+    server.add("t")
+    async with serving(worker):
+        report = await asyncio.to_thread(server.end, "t")
+    assert (report["kind"], report["output"]) == ("complete", "done")
 
 
 async def test_a_drain_waits_for_running_functions_and_gives_back_the_rest(server: TaskServerDouble) -> None:

@@ -159,7 +159,7 @@ class TaskChannel:
         }
         while not self._closing.is_set():
             try:
-                answer = server.request("POST", "/api/v1/tasks/claim", json=body, wait=POLL_SECONDS * 1.2)
+                answer = _send(server, "claim", body, "tasks", wait=POLL_SECONDS * 1.2)
             except TransportError as error:
                 log.warning("claims wait for the server: %s", error)
             except APIError as error:
@@ -228,7 +228,7 @@ class TaskChannel:
         begun = time.monotonic()
         body = {"worker": self._worker["id"], "claimed": claimed, "held": ids, "items": items}
         try:
-            answer = server.request("POST", "/api/v1/tasks/report", json=body)
+            answer = _send(server, "report", body, "results")
         except TransportError as error:
             log.warning("reports wait for the server: %s", error)
             return False
@@ -286,3 +286,16 @@ class TaskChannel:
             # Keyed: it may be repeated, since the same output replaces itself.
             server.request("PUT", path, json=output, headers=headers, wait=60.0, is_keyed=True)
         return {"$blob": {}}
+
+
+def _send(
+    server: TaskServer, action: str, body: Mapping[str, Any], list_field: str, *, wait: float = 0.0
+) -> Mapping[str, Any]:
+    """Send a claim or report and return its answer, which has a list in `list_field`.
+
+    Raises `APIError`, and `TransportError` also for other JSON: that of a proxy, for example, during maintenance.
+    """
+    answer = server.request("POST", f"/api/v1/tasks/{action}", json=body, wait=wait)
+    if not (isinstance(answer, dict) and isinstance(answer.get(list_field), list)):
+        raise TransportError(f"The answer to the {action} is not that of Pilotflame")
+    return answer
