@@ -68,9 +68,9 @@ class PollService:
 
         Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
         """
-        if self._is_closed or self._parked >= MAX_PARKED:
-            raise errors.not_ready("Too many workers wait here, or this gateway is stopping: try again")
+        self._require_place()
         await self._listen()
+        self._require_place()  # nothing would end a poll that is parked after `release`
         parked = ParkedPoll(poll, seconds)
         if call_on_disconnect is not None:
             call_on_disconnect(parked.leave)
@@ -78,6 +78,11 @@ class PollService:
         if answer.is_stopped:
             raise errors.conflict("worker-stopped", "The worker has said that it stops: start with a new id")
         return answer
+
+    def _require_place(self) -> None:
+        """Raise 503 while too many workers wait, or the gateway stops."""
+        if self._is_closed or self._parked >= MAX_PARKED:
+            raise errors.not_ready("Too many workers wait here, or this gateway is stopping: try again")
 
     async def _listen(self) -> None:
         """Subscribe this gateway to notifications of tasks, at the first poll only: most gateways have no

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from gateway.http.errors import ApiError
 from gateway.tasks import task_protocol
 from gateway.tasks.parked_polls import SERVED_TOGETHER
 from gateway.tasks.poll_service import PollService
 from journal.tasks.task_claims import TaskClaims
 from journal.tasks.task_polls import Claim, ClaimedTask, TaskPoll
 from journal.tasks.task_store import TaskStore
+from tests.command_runs import PATIENCE_SECONDS
 from tests.custom_types import custom_graph, custom_type
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from tests.integration.task_workers import TASKS, TaskWorkerClient
@@ -564,4 +566,26 @@ async def test_one_task_for_many_polls_is_one_claim(
     assert claims == [SERVED_TOGETHER]
     hub.release()
     assert [len(tasks) for tasks in await asyncio.gather(*waiting)] == [0] * len(waiting)
+    await hub.close()
+
+
+async def test_a_poll_that_meets_the_end_of_its_gateway_is_refused(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_listen = asyncio.Event(), asyncio.Event()
+
+    async def listen(*_: object, **__: object) -> None:
+        begun.set()
+        await may_listen.wait()
+
+    gateway = harness.gateway
+    monkeypatch.setattr(gateway.broker, "listen", listen)
+    hub = PollService(gateway.broker, TaskStore(gateway.database))
+    poll = asyncio.create_task(_claim_apart(hub, people.owner.user.organization_id, 1))
+    await begun.wait()
+    hub.release()
+    may_listen.set()
+    with pytest.raises(ApiError, match="stopping"):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await poll
     await hub.close()
