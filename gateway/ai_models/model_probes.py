@@ -85,8 +85,15 @@ class ModelProber:
         return ModelProbe(is_ok, message, milliseconds, found)
 
     async def store(self, model: AiModel, capabilities: CapabilitiesShape) -> None:
-        """Store the abilities that a test has seen, unless the model has been changed since."""
-        values = {"capabilities": msgspec.to_builtins(capabilities), "tested_at": self._database.clock.now()}
+        """Store the abilities that a test has seen, unless the model has been changed since.
+
+        Its answers show that the provider accepts calls again, whatever time it has named before.
+        """
+        values = {
+            "capabilities": msgspec.to_builtins(capabilities),
+            "tested_at": self._database.clock.now(),
+            "blocked_until": None,
+        }
 
         async def work(connection: AsyncConnection) -> None:
             await connection.execute(

@@ -169,7 +169,7 @@ def apply_changes(before: AiModel, body: UpdateModel) -> AiModel:
         given["price"] = _build_price(given["price"])
     changed = AiModel(**{**before.model_dump(), **given})
     if (changed.vendor_model_id, changed.data_source_id) != (before.vendor_model_id, before.data_source_id):
-        changed.capabilities = changed.tested_at = None
+        changed.capabilities = changed.tested_at = changed.blocked_until = None
     return changed
 
 

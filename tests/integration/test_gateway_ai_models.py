@@ -232,6 +232,24 @@ async def test_a_test_stores_what_a_model_can_do_until_it_becomes_another(
     assert changed.json()["capabilities"] is None
 
 
+@pytest.mark.parametrize("mend", ["a test", "another model"])
+async def test_a_rate_limit_ends_with_a_successful_test_and_with_another_model(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, mend: str
+) -> None:
+    allow_loopback(harness, monkeypatch)
+    async with serve_models() as served:
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        await stored_models(harness).block(caller_of(people.owner), model_id, 86_400)
+        assert (await get_model(people.owner, model_id))["blockedUntil"] is not None
+        if mend == "a test":
+            tested = (await people.owner.api.post(f"{MODELS}/{model_id}/test")).json()
+            assert tested["ok"], tested
+        else:
+            await people.owner.api.put(f"{MODELS}/{model_id}", json={"vendorModelId": "scripted-2"})
+    assert (await get_model(people.owner, model_id))["blockedUntil"] is None
+    assert (await stored_models(harness).find(caller_of(people.owner), model_id)).blocked_seconds == 0
+
+
 async def test_a_test_believes_answers_and_not_statuses(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
