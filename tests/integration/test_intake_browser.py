@@ -12,9 +12,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import delete
+from sqlmodel import col
 
 from models import access_store
 from models.access import Organization, UserRole
+from models.execution import ExecutionData
 from tests.integration.browser import BrowserPage, needs_chromium, open_page, serve_gateway
 from tests.integration.dashboard_visit import AXE, RUN_AXE, find_violations, look
 from tests.integration.gateway_harness import STEP, GatewayHarness, OrganizationUsers, create_gateway
@@ -259,6 +262,26 @@ async def test_dead_letters_are_redriven_at_a_pace_after_the_first_and_stopped(v
         await page.wait_for("document.querySelector('#toast').textContent.includes('redriven')")
     left = (await visit.people.owner.api.get(path)).json()["deadLetters"]
     assert 0 < len(left) < 7
+    assert page.problems == []
+
+
+async def test_a_refused_dead_letter_counts_once_and_holds_up_no_other(visit: IntakeVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(**graph_of("queue-trigger", {}))
+    runs = [await enqueue(owner, workflow_id, number) for number in range(5)]
+    await fail_alike(visit.harness, runs, "Broken", node_id="step")
+    lost = delete(ExecutionData).where(col(ExecutionData.execution_id) == runs[0])
+    await visit.harness.gateway.database.transaction(lambda connection: connection.execute(lost))
+    await visit.sign_in(owner.key)
+    await visit.show(f"/dashboard/dead-letters?workflow_id={workflow_id}")
+    await page.click("details.confirm > summary")
+    await page.fill("details.confirm[open] .input", "5")
+    await page.wait_for("document.querySelector('details.confirm[open] [data-rate]').value = '2'")
+    await page.click("details.confirm[open] [data-first]")
+    await page.click("details.confirm[open] button[type=submit]")
+    await page.wait_for("document.querySelector('#toast').textContent.includes('4 of 5 redriven, 1 refused')")
+    every = {"filter": {"workflowId": workflow_id}}
+    assert (await owner.api.post("/api/v1/dead-letters/purge", json=every)).json()["purged"] == 1
     assert page.problems == []
 
 

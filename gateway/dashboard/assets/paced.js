@@ -1,5 +1,6 @@
 // Redrive or replay of many dead letters at a pace: the first one alone if wanted, then some each second, with progress and a stop.
 // It goes on while the page is open; what is left stays in the list.
+const AT_ONCE = 200;
 const post = async (address, body) => {
   const answer = await fetch(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
   const value = await answer.json();
@@ -25,18 +26,20 @@ export async function run(form, root) {
   const confirm = [...form.querySelectorAll("[name=confirm]:checked")].map((box) => box.value);
   const each = Number(form.querySelector("[data-rate]").value);
   let isStopped = false;
-  let [done, failed] = [0, 0];
-  const count = () => `${done} of ${bar.max} ${word}, ${failed} refused`;
+  let done = 0;
+  const refused = new Set();
+  const count = () => `${done} of ${bar.max} ${word}, ${refused.size} refused`;
   const show = (more = "") => {
-    bar.value = done + failed;
+    bar.value = done + refused.size;
     said.textContent = count() + more;
   };
   const take = async (limit) => {
-    const answer = await post(address, { ...sends, ...(confirm.length && { confirm }), limit });
+    // Refused ones stay in the list, the oldest first: each step meets them again before others.
+    const answer = await post(address, { ...sends, ...(confirm.length && { confirm }), limit: Math.min(limit + refused.size, AT_ONCE) });
     // A redrive and a replay count alike by other names.
     const started = answer.redriven ?? answer.affected;
     done += started;
-    failed += answer.failed ?? answer.refused.length;
+    for (const id of answer.errors ? Object.keys(answer.errors) : answer.refused.map((one) => one.executionId)) refused.add(id);
     show();
     return { started, ids: answer.newExecutionIds ?? answer.executionIds, remaining: answer.remaining };
   };
