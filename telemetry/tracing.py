@@ -85,6 +85,9 @@ def derive_id(size: int, *parts: str | int) -> str:
     return blake2b("\0".join(map(str, parts)).encode(), digest_size=size).hexdigest()
 
 
+_ORIGIN_KINDS: Final = frozenset({"parent", "link"})
+
+
 def encode_origin(context: TraceContext, *, is_awaited: bool) -> str:
     """Return the text that a run's row stores about the span that started it.
 
@@ -100,7 +103,8 @@ def decode_origin(origin: str | None) -> tuple[TraceContext | None, bool]:
     `origin` is the stored text of `encode_origin`, with other fields behind it or instead of it, or None.
     """
     kind, _, text = (origin or "").partition(" ")[0].partition("=")
-    caller = parse_traceparent(text)
+    # The id of a request is the choice of its client, and may look like a span.
+    caller = parse_traceparent(text) if kind in _ORIGIN_KINDS else None
     return caller, caller is not None and kind == "parent"
 
 

@@ -85,6 +85,7 @@ async def test_a_run_keeps_its_request_with_and_without_traces(monkeypatch: pyte
     untraced = run_origin.current_origin()
     assert run_origin.find_request_id(untraced) == "req_1"
     assert tracing.decode_origin(untraced) == (None, False)
+    assert tracing.decode_origin(f"request=00-{TRACE}-{SPAN}-01") == (None, False), "an id is no span"
     assert run_origin.origin_of_child("exec_1", 1, untraced) == untraced
 
     monkeypatch.setattr(tracing, "tracer", Tracer(_refuse))
