@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeAlias
 
 import msgspec
 
 from engine.run_errors import NodeError
+
+TokenCount: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
+"""Tokens of one call. Counts that a provider makes up, or a pod, must not exceed the columns of databases."""
+Nanodollars: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**17)]
 
 
 class ModelProvider(StrEnum):
@@ -105,11 +109,11 @@ class ChatRequest(msgspec.Struct, frozen=True):
 class TokenUsage(msgspec.Struct, frozen=True, rename="camel"):
     """Tokens of a call. Those of caches and of reasoning are parts of the totals."""
 
-    input_tokens: int
-    output_tokens: int
-    cache_read_tokens: int = 0
-    cache_write_tokens: int = 0
-    reasoning_tokens: int = 0
+    input_tokens: TokenCount
+    output_tokens: TokenCount
+    cache_read_tokens: TokenCount = 0
+    cache_write_tokens: TokenCount = 0
+    reasoning_tokens: TokenCount = 0
     is_estimated: bool = False
     """Whether the provider has reported nothing, so that the totals are estimated from the texts."""
 
@@ -167,8 +171,8 @@ class ModelReservation(msgspec.Struct, frozen=True):
     node: Annotated[str, msgspec.Meta(max_length=300)]
     """Node and iteration, whose calls share the budget."""
     model_id: Annotated[str, msgspec.Meta(max_length=64)]
-    tokens: Annotated[int, msgspec.Meta(ge=0)]
-    cost: Annotated[int, msgspec.Meta(ge=0)] | None
+    tokens: TokenCount
+    cost: Nanodollars | None
     """Nano-dollars; None if the price is unknown."""
     budget: ModelBudget | None
     """Budget of the node; None without one."""
@@ -181,7 +185,7 @@ class ModelSettlement(msgspec.Struct, frozen=True):
     node: Annotated[str, msgspec.Meta(max_length=300)]
     model_id: Annotated[str, msgspec.Meta(max_length=64)]
     usage: TokenUsage
-    cost: Annotated[int, msgspec.Meta(ge=0)] | None
+    cost: Nanodollars | None
 
 
 class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -192,7 +196,7 @@ class ModelCallRecord(msgspec.Struct, frozen=True, rename="camel", omit_defaults
     """Model that the provider has named."""
     usage: TokenUsage | None = None
     """None if there is no answer."""
-    cost: int | None = None
+    cost: Nanodollars | None = None
     """Nano-dollars; None if the price is unknown."""
     finish_reason: FinishReason | None = None
     error: str = ""

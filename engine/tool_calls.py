@@ -194,8 +194,11 @@ def _show_outcome(outcome: NodeOutcome, max_bytes: int) -> str:
 
 
 def cut_text(text: str, max_bytes: int) -> str:
-    """Return a text of at most so many bytes, and a note in place of the middle of a longer one."""
-    encoded = text.encode(errors="replace")
+    """Return a text of at most so many bytes, and a note in place of the middle of a longer one.
+
+    NUL, which databases don't store, is replaced.
+    """
+    encoded = text.replace("\0", "\ufffd").encode(errors="replace")
     if len(encoded) <= max_bytes:
         return encoded.decode()
     half = max_bytes // 2

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MAX_HASHES_BYTES = 1_024
 MAX_NODE_CHARACTERS = 200
 MAX_TASK_CHARACTERS = 500
+MAX_STEP_NUMBER = 1_000_000_000
 MAX_CALL_ID_CHARACTERS = 100_000
 """Some gateways to models put signed thoughts into the ids of tool calls."""
 MAX_TASK_SECONDS = 604_800
@@ -121,6 +122,9 @@ def _check_step(step: AgentStep) -> None:
         *((step.name, MAX_TASK_CHARACTERS), (step.key, MAX_TASK_CHARACTERS)),
         (step.call_id, MAX_CALL_ID_CHARACTERS),
     )
+    numbers = (step.number, step.attempt, step.losses)
+    if not all(0 <= number <= MAX_STEP_NUMBER for number in numbers):
+        raise _refuse_write("A step has a number that can't be stored")
     is_valid = all(len(text) <= limit and "\0" not in text for text, limit in lengths)
     if not is_valid or not all(is_storable_text(text) for text in texts):
         raise _refuse_write("A step has a text that can't be stored")

@@ -21,7 +21,7 @@ from engine.model_calls import (
     estimate_tokens,
 )
 from nodes.ai import provider_json
-from nodes.ai.provider_json import MAX_NAME_CHARACTERS, read_count, read_name, read_text
+from nodes.ai.provider_json import MAX_NAME_CHARACTERS, read_count, read_text
 
 if TYPE_CHECKING:
     from nodes.ai.model_connection import ModelConnection
@@ -241,8 +241,8 @@ class ChatAnswerParser:
             block = draft.block
             if block.get("type") == "tool_use":
                 arguments, problem = provider_json.read_tool_arguments(draft.json, block.get("input"))
-                call_id = read_name(block.get("id")) or f"call{len(calls):05}"
-                name = read_name(block.get("name"))[:MAX_NAME_CHARACTERS]
+                call_id = read_text(block.get("id")) or f"call{len(calls):05}"
+                name = read_text(block.get("name"))[:MAX_NAME_CHARACTERS]
                 calls.append(RequestedToolCall(call_id, name, arguments, problem))
         return calls
 

@@ -25,7 +25,7 @@ from engine.model_calls import (
     estimate_tokens,
 )
 from nodes.ai import provider_json
-from nodes.ai.provider_json import MAX_NAME_CHARACTERS, read_count, read_name, read_text
+from nodes.ai.provider_json import MAX_NAME_CHARACTERS, read_count, read_text
 
 if TYPE_CHECKING:
     from nodes.ai.model_connection import ModelConnection
@@ -222,8 +222,8 @@ class ChatAnswerParser:
         function = piece.get("function")
         function = function if isinstance(function, dict) else {}
         draft = self._find_draft(piece, read_text(function.get("name")))
-        draft.id = draft.id or read_name(piece.get("id"))
-        draft.name = draft.name or read_name(function.get("name"))[:MAX_NAME_CHARACTERS]
+        draft.id = draft.id or read_text(piece.get("id"))
+        draft.name = draft.name or read_text(function.get("name"))[:MAX_NAME_CHARACTERS]
         draft.extra = piece.get("extra_content") or draft.extra
         arguments = function.get("arguments")
         if isinstance(arguments, str):

@@ -8,6 +8,9 @@ from engine.model_calls import ModelCallFailed
 from json_text import decoding
 
 MAX_QUOTED_CHARACTERS: Final = 500
+ESCAPED_NUL: Final = b"\\u0000"
+MAX_COUNT: Final = 30_000_000
+"""Maximum of one count of tokens; a call has up to three of them as its input."""
 MAX_NAME_CHARACTERS: Final = 200
 """Maximum length of the name of a called tool; a longer one is none of a real tool."""
 
@@ -17,21 +20,29 @@ def read_text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def read_name(value: object) -> str:
-    """Return the name or id of a tool call; NUL, which databases don't store, is replaced."""
-    return read_text(value).replace("\0", "\ufffd")
+def replace_nul(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Return a JSON value with U+FFFD in place of NUL, which databases don't store; raises `RecursionError`."""
+    if isinstance(value, str):
+        return value.replace("\0", "\ufffd")
+    if isinstance(value, list):
+        return [replace_nul(one) for one in value]
+    if isinstance(value, dict):
+        return {replace_nul(name): replace_nul(one) for name, one in value.items()}
+    return value
 
 
 def read_count(value: object, name: str) -> int:
-    """Return a number of an object; 0 for a missing, negative or other value."""
+    """Return a number of tokens of an object, up to `MAX_COUNT`; 0 for a missing, negative or other value."""
     count = value.get(name) if isinstance(value, dict) else None
-    return max(count, 0) if isinstance(count, int) else 0
+    return min(max(count, 0), MAX_COUNT) if isinstance(count, int) else 0
 
 
 def read_event(data: bytes) -> dict[str, Any]:
     """Return the object in the data of an event; raises `ModelCallFailed` for anything else."""
     try:
         event = decoding.decode(data)
+        if ESCAPED_NUL in data:
+            event = replace_nul(event)
     except (ValueError, RecursionError) as error:
         raise build_invalid_answer("an event that is not JSON") from error
     if not isinstance(event, dict):
@@ -47,6 +58,8 @@ def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any]
     if text.strip():
         try:
             value = decoding.decode(text)
+            if ESCAPED_NUL.decode() in text:
+                value = replace_nul(value)
         except (ValueError, RecursionError):
             return None, "The arguments are not valid JSON"
     if value is None:

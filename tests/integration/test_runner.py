@@ -1237,6 +1237,29 @@ async def test_a_value_that_a_row_could_not_return_unchanged_is_refused(pods: De
     assert await read_all_tables(pods.run_database, held) == before
 
 
+@ON_POSTGRES
+async def test_a_charge_or_a_step_that_no_column_holds_is_refused(pods: DeployedPods) -> None:
+    held = await hold(pods)
+    lines = {line.path: line for line in routes.TABLE}
+    for path, name, value in (
+        ("reserve", "tokens", 2**63),
+        ("settle", "cost", 2**63),
+        ("settle", "usage", {"inputTokens": -5, "outputTokens": 5}),
+        ("settle", "usage", {"inputTokens": 2**63, "outputTokens": 5}),
+    ):
+        line = lines[f"/executions/{{id}}/models/{path}"]
+        ((kind, fields),) = held.body(line.path).items()
+        response = await held.ask(line, pods.token, body={kind: {**fields, name: value}})
+        assert response.status_code == 422, (path, name, response.text)
+    step = {"node_id": "greet", "iteration": "", "number": 0, "sequence": 9, "kind": "model", "name": "m"}
+    step |= {"status": "completed", "started_at": "2026-01-01T00:00:00Z"}
+    lease = {"execution_id": held.run.execution_id, "shard": held.run.shard, "token": held.run.token}
+    for spoilt in ({"number": 2**40}, {"losses": 2**40}, {"name": "a" * 1_000}):
+        body = {"writes": [{**lease, "steps": [{**step, **spoilt}]}]}
+        response = await held.ask(lines["/record"], pods.token, body=body)
+        assert response.status_code == 422, (spoilt, response.text)
+
+
 async def test_a_pod_with_refused_polls_asks_again_after_a_pause() -> None:
     """As by a gateway of another version, or by another server at its address."""
     asked_at: list[float] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -209,10 +210,24 @@ def test_errors_of_providers_are_quoted_in_part_and_pages_never(body: bytes, mes
     assert provider_json.read_error(body)[0] == message
 
 
-def test_names_of_tool_calls_can_be_stored() -> None:
-    call = {"id": "a\0b", "function": {"name": "look\0" + "x" * 1_000, "arguments": "{}"}}
-    choice = {"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}
+def test_answers_and_tool_calls_can_be_stored() -> None:
+    arguments = json.dumps({"city": "Os\0lo"})
+    call = {"id": "a\0b", "function": {"name": "look\0" + "x" * 1_000, "arguments": arguments}}
+    choice = {"message": {"content": "N\0L", "tool_calls": [call]}, "finish_reason": "tool_calls"}
     parser = openai_chat.ChatAnswerParser(MODEL, REQUEST)
     parser.feed(msgspec.json.encode({"choices": [choice]}))
-    (found,) = parser.finish().tool_calls
+    answer = parser.finish()
+    (found,) = answer.tool_calls
+    assert (answer.text, found.arguments) == ("N\ufffdL", {"city": "Os\ufffdlo"})
     assert (found.id, found.name[:6], len(found.name)) == ("a\ufffdb", "look\ufffdx", 200)
+
+
+def test_counts_of_tokens_can_be_stored() -> None:
+    parser = openai_chat.ChatAnswerParser(MODEL, REQUEST)
+    usage = {"prompt_tokens": 10**30, "completion_tokens": 10**30}
+    choice = {"message": {"content": "Hi"}, "finish_reason": "stop"}
+    parser.feed(
+        msgspec.json.encode({"choices": [choice]})[:-1] + b',"usage":' + json.dumps(usage).encode() + b"}"
+    )
+    found = parser.finish().usage
+    assert msgspec.convert(msgspec.to_builtins(found), TokenUsage) == found
