@@ -116,7 +116,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "failures": failures,
         "names": names,
         "pods": count_pods(deployments),
-        "upcoming": list_upcoming(deployments, data["schedules"]["schedules"]),
+        "upcoming": list_upcoming(deployments, data["schedules"]["schedules"], frame.now),
     }
 
 
@@ -153,10 +153,10 @@ def count_pods(deployments: Sequence[Mapping[str, Any]]) -> Sequence[tuple[int, 
 
 
 def list_upcoming(
-    deployments: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]]
+    deployments: Sequence[Mapping[str, Any]], schedules: Sequence[Mapping[str, Any]], now: datetime
 ) -> Sequence[Mapping[str, str]]:
-    """Return the next eight starts and stops of pods and scheduled runs in order of time: time, workflow, verb
-    and cause.
+    """Return the next eight starts and stops of pods and scheduled runs in order of time: time, day, workflow,
+    verb and cause; the day is empty for those of today.
     """
     found = [
         {
@@ -180,7 +180,14 @@ def list_upcoming(
         for one in schedules
         if one["isActive"] and one["nextRuns"]
     ]
-    return sorted(found, key=lambda one: (one["at"], one["name"]))[:SHOWN_NEXT]
+    shown = sorted(found, key=lambda one: (one["at"], one["name"]))[:SHOWN_NEXT]
+    return [{**one, "day": name_day(one["at"], now)} for one in shown]
+
+
+def name_day(text: str, now: datetime) -> str:
+    """Return the day of a time in an API answer in UTC, such as `Mon 30 Nov`; empty for that of `now`."""
+    at = parse_instant(text)
+    return "" if at is None or at.date() == now.date() else f"{at:%a} {at.day} {at:%b}"
 
 
 def describe_cause(deployment: Mapping[str, Any]) -> str:
