@@ -47,6 +47,8 @@ TABLES = (
         "wait_answer",
         "blocked_interval",
         "execution_label",
+        "model_charge",
+        "model_cost",
         "approval_request",
         "approval_link",
         "approval_vote",
