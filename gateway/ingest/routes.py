@@ -256,7 +256,7 @@ ROUTES: Final[Sequence[Route]] = (
         query=dead_letter_groups.GROUPED,
     ),
     Route(
-        "PUT",
+        "POST",
         "/api/v1/dead-letters/groups/{id}/mute",
         WRITE,
         dead_letter_groups.mute,

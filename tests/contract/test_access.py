@@ -722,7 +722,7 @@ ROWS = [
     AccessRow("POST", "/api/v1/deliveries/redrive", EXECUTE, OWN, body={"filter": {"outcome": "rejected"}}),
     AccessRow("GET", "/api/v1/dead-letters", READ, OWN),
     AccessRow("GET", "/api/v1/dead-letters/groups", READ, OWN),
-    AccessRow("PUT", f"{GROUP}/mute", WRITE, WRITERS, create_dead_letter_group, MUTE),
+    AccessRow("POST", f"{GROUP}/mute", WRITE, WRITERS, create_dead_letter_group, MUTE),
     AccessRow("DELETE", f"{GROUP}/mute", WRITE, WRITERS, create_dead_letter_group, status=204),
     AccessRow("POST", "/api/v1/dead-letters/redrive", EXECUTE, OWN, body={"filter": {}}),
     AccessRow("POST", "/api/v1/dead-letters/replay", EXECUTE, OWN, body={"filter": {}}),

@@ -120,7 +120,7 @@ WITHOUT_OBJECTS = {
     "POST /api/v1/ai/models": "a language model, on no page",
     "PUT /api/v1/ai/models/{id}": "a language model, on no page",
     "POST /api/v1/workflows/{id}/connections": "the texts of a connection of a workflow",
-    "PUT /api/v1/dead-letters/groups/{id}/mute": "the reason of a mute, with the runs",
+    "POST /api/v1/dead-letters/groups/{id}/mute": "the reason of a mute, with the runs",
     "POST /api/v1/executions/{id}/replay": "ids and the hash of a plan",
     "POST /api/v1/workflows/{id}/trigger": "tags and metadata as in execute, and needs pods",
     "POST /api/v1/workflows/from-template": "the texts of a workflow, by the same checks",
@@ -288,7 +288,7 @@ async def _make_runs(visit: HostileVisit) -> None:
     await start("asking")
     await fail_with(visit.harness, visit.names["failed"], HOSTILE)
     groups = (await api.get("/api/v1/dead-letters/groups")).json()["groups"]
-    muted = await api.put(
+    muted = await api.post(
         f"/api/v1/dead-letters/groups/{groups[0]['id']}/mute",
         json={"reason": HOSTILE, "expiresInSeconds": 86_400},
     )

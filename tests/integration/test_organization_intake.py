@@ -304,11 +304,11 @@ async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
     day = {"expiresInSeconds": 86_400}
     for wrong in ({"reason": " "}, {"reason": "x" * 501}, {"expiresInSeconds": 10**9}, {"ends": 1}):
         body = {"reason": "Known", **day, **wrong}
-        assert_refused(await api.put(path, json=body), 422, "validation-failed")
-    unknown = await api.put(f"{DEAD_LETTERS}/groups/0000/mute", json={"reason": "Known", **day})
+        assert_refused(await api.post(path, json=body), 422, "validation-failed")
+    unknown = await api.post(f"{DEAD_LETTERS}/groups/0000/mute", json={"reason": "Known", **day})
     assert_refused(unknown, 404, "not-found")
     for reason in ("Known", "The partner is closed"):
-        assert (await api.put(path, json={"reason": reason, **day})).status_code == 200
+        assert (await api.post(path, json={"reason": reason, **day})).status_code == 200
 
     listed = await get_json(people.owner, f"{DEAD_LETTERS}/groups")
     assert (listed["count"], listed["mutedGroups"]) == (1, 1)
@@ -328,7 +328,7 @@ async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
     actions = [one["action"] for one in trail["entries"]]
     assert (actions.count("dead-letters.muted"), actions.count("dead-letters.unmuted")) == (2, 1)
 
-    assert (await api.put(path, json={"reason": "Known", **day})).status_code == 200
+    assert (await api.post(path, json={"reason": "Known", **day})).status_code == 200
 
     async def end_all(connection: AsyncConnection) -> None:
         await connection.execute(update(DeadLetterMute).values(ends_at=harness.gateway.clock()))
@@ -360,7 +360,7 @@ async def test_a_group_that_is_muted_by_many_requests_at_once_is_muted(
     await fail_alike(harness, [await enqueue(people.owner, workflow_id)], "Known")
     [group] = (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["groups"]
     path, body = f"{DEAD_LETTERS}/groups/{group['id']}/mute", {"reason": "Known", "expiresInSeconds": 60}
-    answers = await asyncio.gather(*(people.owner.api.put(path, json=body) for _ in range(10)))
+    answers = await asyncio.gather(*(people.owner.api.post(path, json=body) for _ in range(10)))
     assert [answer.status_code for answer in answers] == [200] * 10
     assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["mutedGroups"] == 1
 

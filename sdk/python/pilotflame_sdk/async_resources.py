@@ -480,7 +480,7 @@ class AsyncQueue(AsyncResource):
 
     async def mute_dead_letter_group(self, group_id: str, *, reason: str, expires_in_seconds: int) -> t.Mute:
         """Leave a group of dead letters out of the lists of groups until a time, with a reason."""
-        return cast("t.Mute", await self._client.request("PUT", f"/api/v1/dead-letters/groups/{self._quote(group_id)}/mute", fields={"reason": reason, "expiresInSeconds": expires_in_seconds}))
+        return cast("t.Mute", await self._client.request("POST", f"/api/v1/dead-letters/groups/{self._quote(group_id)}/mute", fields={"reason": reason, "expiresInSeconds": expires_in_seconds}))
 
     async def purge_all_dead_letters(self, *, filter: Any, limit: int | None = None, dry_run: bool | None = None) -> t.PurgeResult:
         """Take dead letters of the organization off the list for good, so that none can be redriven."""
