@@ -90,13 +90,14 @@ def deadline_columns() -> Sequence[DeadlineColumn]:
     None for all.
     """
     # Clocks are rarely set: no process loads these tables for that alone when it starts.
+    from models.ai_model import AiModel  # noqa: PLC0415 - see above
     from models.invitation import Invitation  # noqa: PLC0415 - see above
     from models.task import Task  # noqa: PLC0415 - see above
 
     is_open = col(Invitation.accepted_at).is_(None) & col(Invitation.revoked_at).is_(None)
     # Ended tasks have no time of these.
     of_tasks = [(Task, name, None) for name in ("lease_until", "deadline_at", "due_at", "check_at")]
-    return [*_COLUMNS, *of_tasks, (Invitation, "expires_at", is_open)]
+    return [*_COLUMNS, *of_tasks, (Invitation, "expires_at", is_open), (AiModel, "blocked_until", None)]
 
 
 async def follow_host_clock(database: Database) -> None:
