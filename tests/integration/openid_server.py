@@ -23,7 +23,7 @@ from joserfc.jwk import ECKey, OctKey, RSAKey
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from gateway.access.openid_provider import challenge_of
 
@@ -173,14 +173,20 @@ def _encode(part: bytes) -> str:
 
 @asynccontextmanager
 async def serve_openid() -> AsyncIterator[OpenIdServer]:
-    """Serve a provider on a port of its own."""
-    openid = OpenIdServer()
-    config = uvicorn.Config(openid.app(), host="127.0.0.1", port=0, log_config=None, lifespan="off")
+    """Serve a provider whose issuer no other one has: a port is used again, and identities stay in the database."""
+    openid, realm = OpenIdServer(), f"/{secrets.token_hex(8)}"
+    config = uvicorn.Config(
+        Starlette(routes=[Mount(realm, openid.app())]),
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        lifespan="off",
+    )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - it sets no event
         await asyncio.sleep(0.01)
-    openid.issuer = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    openid.issuer = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}{realm}"
     try:
         yield openid
     finally:
