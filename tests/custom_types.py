@@ -35,7 +35,7 @@ def custom_graph(
     type_name: str = "acme/resize",
     **fields: Any,  # noqa: ANN401 - any JSON value
 ) -> dict[str, Any]:
-    """Return a graph whose second node has a custom type."""
+    """Return a graph with a second node of a custom type."""
     node = {"id": "work", "nodeId": type_name, "config": config or {"image": "a.png"}, **fields}
     return {
         "nodes": [{"id": "start", "nodeId": "manual"}, node],

@@ -28,7 +28,7 @@ def string_of(unit: bytes, length: int) -> bytes:
 
 
 def list_with_duplicate_key(item: bytes, length: int) -> bytes:
-    """Return a list whose last item has a duplicate key."""
+    """Return a list with a duplicate key in its last item."""
     return list_of(item, length - 20)[:-1] + b',{"a":1,"a":2}]'
 
 

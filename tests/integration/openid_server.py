@@ -173,7 +173,7 @@ def _encode(part: bytes) -> str:
 
 @asynccontextmanager
 async def serve_openid() -> AsyncIterator[OpenIdServer]:
-    """Serve a provider whose issuer no other one has: a port is used again, and identities stay in the database."""
+    """Serve a provider with an issuer of its own: ports are used again, and identities stay in the database."""
     openid, realm = OpenIdServer(), f"/{secrets.token_hex(8)}"
     config = uvicorn.Config(
         Starlette(routes=[Mount(realm, openid.app())]),

@@ -43,7 +43,7 @@ def calling(receiver: HttpReceiver, **config: Any) -> dict[str, Any]:  # noqa: A
 
 @asynccontextmanager
 async def serve_calls(harness: GatewayHarness) -> AsyncIterator[HttpReceiver]:
-    """Run a worker whose nodes reach a receiver on this machine."""
+    """Run a worker with nodes that reach a receiver on this machine."""
     async with (
         run_receiver() as receiver,
         serve_worker(harness, public_url=PUBLIC_URL, outbound_allowed_networks=("127.0.0.1/32",)),

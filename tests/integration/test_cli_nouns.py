@@ -23,7 +23,7 @@ CHOICES = [{"port": "yes", "label": "Yes"}, {"port": "no", "label": "No"}]
 
 
 def chain(name: str, *nodes: dict[str, Any], **others: object) -> dict[str, Any]:
-    """Return a workflow whose nodes follow each other."""
+    """Return a workflow of nodes that follow each other."""
     ids = [node["id"] for node in nodes]
     edges = [{"source": one, "target": other} for one, other in pairwise(ids)]
     return {"name": name, "nodes": list(nodes), "connections": edges, **others}

@@ -155,7 +155,7 @@ WITHOUT_OBJECTS = {
 
 @dataclass(frozen=True)
 class HostileVisit:
-    """Browser of an admin whose organization has hostile texts everywhere."""
+    """Browser of an admin of an organization with hostile texts everywhere."""
 
     harness: GatewayHarness
     admin: UserClient
@@ -192,7 +192,7 @@ def list_texts(
 
 
 def list_operations() -> Iterator[tuple[str, Sequence[FieldPath]]]:
-    """Yield the operations whose JSON body has texts, with their paths."""
+    """Yield the operations with texts in the JSON body, with their paths."""
     for path, operations in DOCUMENT["paths"].items():
         for method, operation in operations.items():
             content = operation.get("requestBody", {}).get("content", {}) if method != "parameters" else {}

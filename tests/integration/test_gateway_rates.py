@@ -109,7 +109,7 @@ async def test_gateways_share_their_buckets(
 
 
 class BrokerWithoutTokens(LocalBroker):
-    """Broker whose token buckets are empty."""
+    """Broker with empty token buckets."""
 
     async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:  # noqa: ARG002 - the broker's own
         raise BrokerUnavailable("Redis is away")

@@ -70,7 +70,7 @@ async def receiver() -> AsyncIterator[HttpReceiver]:
 
 
 def asking_graph(receiver: HttpReceiver) -> dict[str, Any]:
-    """Return a graph whose runs last until they are answered."""
+    """Return a graph for runs that last until they are answered."""
     asking = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
     return {"nodes": [{"id": "start", "nodeId": "manual"}, asking], "connections": [EDGE]}
 
@@ -115,7 +115,7 @@ async def set_policy(person: UserClient, workflow_id: str, policy: dict[str, Any
 
 
 def closed_policy() -> dict[str, Any]:
-    """Return a policy whose only window opens in three days."""
+    """Return a policy with one window, which opens in three days."""
     day = (datetime.now(UTC) + timedelta(days=3)).isoweekday() % 7
     window = {"days": [day], "startTime": "09:00", "endTime": "10:00"}
     return {"type": "scheduled-window", "schedule": {"timezone": "UTC", "windows": [window]}}

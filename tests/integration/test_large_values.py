@@ -161,7 +161,7 @@ async def workers(
 async def accept(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, *types: str, text: str = ""
 ) -> ExecutionKey:
-    """Accept a run of a chain whose trigger outputs `text`."""
+    """Accept a run of a chain with `text` as output of its trigger."""
     nodes = [
         {"id": "start", "type": "manual"},
         *({"id": kind, "type": kind} for kind in types),

@@ -33,7 +33,7 @@ USED = {
 
 @asynccontextmanager
 async def serve_worker(harness: GatewayHarness, url: str) -> AsyncIterator[None]:
-    """Run a worker whose operator allows the models at a URL."""
+    """Run a worker that may call the models at a URL."""
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     host = url.removeprefix("http://").removesuffix("/v1")

@@ -87,7 +87,7 @@ def random_flow(count: int, seed: int) -> Graph:
 
 
 def random_tangle(count: int, edges: int) -> Graph:
-    """Return a graph without cycles whose edges connect random nodes."""
+    """Return a graph without cycles, with edges between random nodes."""
     chance = random.Random(1)
     pairs = (sorted(chance.sample(range(count), 2)) for _ in range(edges))
     return [f"n{number}" for number in range(count)], [(f"n{low}", f"n{high}") for low, high in pairs]

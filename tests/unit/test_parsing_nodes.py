@@ -687,7 +687,7 @@ async def test_two_cells_in_far_corners_take_no_room() -> None:
 
 
 def falsify_size(file: str) -> str:
-    """Return a workbook whose directory claims that its first sheet is small."""
+    """Return a workbook with a directory that claims a small first sheet."""
     raw = bytearray(base64.b64decode(file))
     at = raw.rindex(b"xl/one.xml") - 46
     raw[at + 24 : at + 28] = (100).to_bytes(4, "little")
