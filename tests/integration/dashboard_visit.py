@@ -76,9 +76,11 @@ RUN_CONTRAST = RUN_AXE.replace("{resultTypes", "{runOnly: ['color-contrast'], re
 """The rule that depends on the color scheme."""
 NOTE_SHIFTS = (
     "globalThis.shift = 0; new PerformanceObserver(list => { for (const one of list.getEntries())"
-    " if (!one.hadRecentInput) globalThis.shift += one.value }).observe({type: 'layout-shift', buffered: true})"
+    " if (!one.hadRecentInput && !one.sources.every(({node}) => node?.parentElement?.querySelector("
+    "':scope > time[data-age], :scope > span > time[data-age]'))) globalThis.shift += one.value })"
+    ".observe({type: 'layout-shift', buffered: true})"
 )
-"""Script that adds up the shifts of the layout of each page."""
+"""Script that adds up the shifts of the layout of each page, but for words behind an age that has grown."""
 
 
 @dataclass(frozen=True)
