@@ -172,10 +172,9 @@ async def test_the_backlog_of_one_organization_delays_neither_others_nor_urgent_
         await flood(run_database, flooded, rank=f"{microseconds_from_now(0)} + n")
         await gateway.broker.wake_workers()
         await wait_until_begun(run_database, 100)
-        # Slots that were granted before the backlog are used up; while runs wait, no others are granted.
-        while (await gateway.accept(flooded, QUICK)).worker:
+        # Slots that were granted before the backlog are used up, so that this run has to wait in it.
+        while (patient := await gateway.accept(flooded, QUICK, priority=-100)).worker:
             pass
-        patient = await gateway.accept(flooded, QUICK, priority=-100)
         urgent = await gateway.accept(flooded, QUICK, priority=100)
         accepted = [urgent, await gateway.accept(neighbour, QUICK), await gateway.accept(other, QUICK)]
         overtaken = [await count_overtaking(run_database, flooded, one.execution_id) for one in accepted]

@@ -269,7 +269,8 @@ class PatchedStore:
 async def test_a_run_goes_from_its_row_to_its_outputs(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    worker = await workers.start(broker=await brokers.connect_broker(None))
+    # An outcome is published with a run that one commit begins and ends.
+    worker = await workers.start(broker=await brokers.connect_broker(None), commit_seconds=LONG_SECONDS)
     notifications: list[Notification] = []
     await worker.broker.listen(notifications.append)
     definition = {
