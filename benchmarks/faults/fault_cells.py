@@ -256,9 +256,11 @@ async def _fill_postgres(system: FaultySystem) -> None:
 
 
 def _start_again(system: FaultySystem) -> None:
+    """Start PostgreSQL, which has given up or is about to."""
     server = system.many.postgres
-    if not server.is_alive:
-        server.start()
+    if server.is_alive:
+        server.kill()
+    server.start()
 
 
 async def _restart_postgres(system: FaultySystem) -> None:
