@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import asyncpg
 
-from models.circuit_breaker import CircuitBreaker
+from concurrency.shielded_opening import open_shielded
+from models.circuit_breaker import BUSY_SECONDS, CircuitBreaker
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -119,7 +120,19 @@ def guard_server(address: str) -> GuardedCall:
 
 
 async def _open_session(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session with settings and timeouts; if a pooler refuses settings, without them, which is noted."""
+    """Open a session with settings and timeouts; if a pooler refuses settings, without them, which is noted.
+
+    A canceled caller leaves the session to be terminated as soon as it is open.
+    """
+    return await open_shielded(_log_in(address, settings, options), _terminate)
+
+
+def _terminate(connection: Any) -> None:  # noqa: ANN401 - asyncpg's own
+    """Close a session at once."""
+    connection.terminate()
+
+
+async def _log_in(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
     options["connection_class"] = MonitoredConnection
     try:
         return await asyncpg.connect(
@@ -139,7 +152,7 @@ async def _probe_server(address: str) -> None:
     Raises `OSError` and `TimeoutError` without an answer.
     """
     try:
-        connection = await _open_session(address, {}, {})
+        connection = await _open_session(address, {}, {"timeout": BUSY_SECONDS})
     except asyncpg.PostgresError:
         return
     try:

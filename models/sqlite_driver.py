@@ -6,7 +6,6 @@ most statements, since the threads wait for each other's turns of the interprete
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from typing import Any
 
 import aiosqlite
 from sqlalchemy.dialects.sqlite import aiosqlite as adapter
+
+from concurrency.shielded_opening import open_shielded
 
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -8000")
 """Write-ahead log, full durability, foreign keys, and a cache of 8 MB.
@@ -33,12 +34,7 @@ async def open_connection(path: str, *, busy_seconds: float) -> aiosqlite.Connec
     """
     connection = aiosqlite.Connection(partial(_connect, path, busy_seconds), ROWS_PER_FETCH)
     connection._thread.daemon = True  # noqa: SLF001 - as SQLAlchemy does for connections that it opens
-    opening = asyncio.ensure_future(connection)
-    try:
-        return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        opening.add_done_callback(_discard)
-        raise
+    return await open_shielded(connection, aiosqlite.Connection.stop)
 
 
 def _connect(path: str, busy_seconds: float) -> sqlite3.Connection:
@@ -52,12 +48,6 @@ def _connect(path: str, busy_seconds: float) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def _discard(opening: asyncio.Future[aiosqlite.Connection]) -> None:
-    """Close the connection of an opening that nobody waits for any more."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().stop()
 
 
 @cache
