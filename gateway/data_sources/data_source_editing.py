@@ -152,7 +152,7 @@ class DataSourceEditor:
         """Delete the requested data source, with a record in the audit trail.
 
         Raises 404, 403 unless the caller owns it or is an admin, 412 if `If-Match` names another revision,
-        and 409 if workflows use it, unless `is_forced`.
+        and 409 if workflows or language models use it, unless `is_forced`.
         """
         is_done = False
 
@@ -215,15 +215,27 @@ async def _record(
 
 
 async def _require_unused(connection: AsyncConnection, source: DataSource, caller: ApiCaller) -> None:
-    """Raise a 409 error if workflows name the data source; its details list those that the caller may read."""
-    if not await data_source_rows.is_named(connection, source.organization_id, source.id):
+    """Raise a 409 error if workflows or language models name the data source.
+
+    Its details list those that the caller may read.
+    """
+    is_used_by_models = await data_source_rows.has_models(connection, source.id)
+    if not (
+        is_used_by_models or await data_source_rows.is_named(connection, source.organization_id, source.id)
+    ):
         return
-    named_by = await data_source_rows.naming(connection, source.id, caller, limits.FINDINGS)
+    models = await data_source_rows.list_models(connection, source.id, caller, limits.FINDINGS)
+    workflows = await data_source_rows.naming(connection, source.id, caller, limits.FINDINGS)
+    users = "Language models" if is_used_by_models else "Workflows"
+    named = [
+        *((f"models.{model_id}", name) for model_id, name in models),
+        *((f"workflows.{workflow_id}", name) for workflow_id, name in workflows),
+    ]
     raise ApiError(
         409,
         "data-source-in-use",
-        "Workflows use this data source (details lists those that you may read): remove it there, or use ?force=true",
-        details=[errors.problem(f"workflows.{one}", "data-source-in-use", name) for one, name in named_by],
+        f"{users} use this data source (details lists those that you may read): remove it there, or use ?force=true",
+        details=[errors.problem(path, "data-source-in-use", name) for path, name in named],
     )
 
 

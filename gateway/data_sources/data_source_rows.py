@@ -11,6 +11,8 @@ from sqlalchemy import Text, delete, func, insert, select, type_coerce, update
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col
 
+from models.ai_model import AiModel
+from models.ai_model import is_readable_by as model_readable_by
 from models.data_source import DataSource, DataSourceShare, is_readable_by, is_writable_by
 from models.workflow import Workflow, WorkflowGraph
 from models.workflow import is_readable_by as workflow_readable_by
@@ -201,6 +203,25 @@ async def naming(
         _select_referring_workflows(caller.organization_id, object_id)
         .where(workflow_readable_by(caller))
         .order_by(col(Workflow.id))
+        .limit(limit)
+    )
+    return [(row.id, row.name) for row in await connection.execute(statement)]
+
+
+async def has_models(connection: AsyncConnection, source_id: str) -> bool:
+    """Return whether a language model has its address and key from a data source."""
+    statement = select(col(AiModel.id)).where(col(AiModel.data_source_id) == source_id)
+    return await connection.scalar(statement.limit(1)) is not None
+
+
+async def list_models(
+    connection: AsyncConnection, source_id: str, caller: ApiCaller, limit: int
+) -> list[tuple[str, str]]:
+    """Return ids and names of at most `limit` language models of a data source that the caller may use."""
+    statement = (
+        select(col(AiModel.id), col(AiModel.name))
+        .where(col(AiModel.data_source_id) == source_id, model_readable_by(caller))
+        .order_by(col(AiModel.id))
         .limit(limit)
     )
     return [(row.id, row.name) for row in await connection.execute(statement)]

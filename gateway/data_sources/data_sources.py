@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 TYPE = ChoiceParameter("type", "Only data sources of this type.", DataSourceType)
 SORT = sorted_by(data_source_rows.SORTABLE)
 LISTED = (TYPE, LIMIT, OFFSET, SORT)
-FORCE = FlagParameter("force", "Delete it even if workflows name it; their runs then fail.")
+FORCE = FlagParameter(
+    "force", "Delete it even if workflows or language models name it; their runs then fail."
+)
 
 
 class DataSourceList(WireStruct):
@@ -168,7 +170,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a data source with its secrets; with `force`, even if workflows name it."""
+    """Delete a data source with its secrets; with `force`, even if workflows or models name it."""
     await request.gateway.data_source_editor.delete(request.requested_object, is_forced=request.query[FORCE])
     return NoContent()
 

@@ -145,7 +145,8 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "edit-conflict": ErrorCode(409, "Another request changed the object at the same time: try again."),
     "data-source-in-use": ErrorCode(
         409,
-        "Workflows use the data source; `details` lists those that the caller may see. `force=true` deletes it anyway.",
+        "Workflows or language models use the data source; `details` lists those that the caller may see."
+        " `force=true` deletes it anyway.",
     ),
     "model-in-use": ErrorCode(
         409,

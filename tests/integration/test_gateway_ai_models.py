@@ -200,6 +200,20 @@ async def test_a_model_that_workflows_name_is_taken_from_them_only_by_force(
     assert (await people.owner.api.delete(f"{path}?force=true")).status_code == 204
 
 
+async def test_a_data_source_of_models_is_deleted_only_by_force(people: OrganizationUsers) -> None:
+    source_id = await create_provider(people.owner)
+    hidden = await create_model(people.admin, source_id, name="Hidden")
+    path = f"{SOURCES}/{source_id}"
+    refused = await people.owner.api.delete(path)
+    assert_refused(refused, 409, "data-source-in-use")
+    assert refused.json()["error"].get("details", []) == []
+    model_id = await create_model(people.owner, source_id)
+    (problem,) = (await people.owner.api.delete(path)).json()["error"]["details"]
+    assert (problem["path"], problem["message"]) == (f"models.{model_id}", "Small")
+    assert (await people.owner.api.delete(f"{path}?force=true")).status_code == 204
+    assert (await people.admin.api.get(f"{MODELS}/{hidden}")).status_code == 200
+
+
 async def test_names_are_unique_and_creation_is_idempotent(people: OrganizationUsers) -> None:
     source_id = await create_provider(people.owner)
     body = {"name": "Small", "vendorModelId": "m", "dataSourceId": source_id}

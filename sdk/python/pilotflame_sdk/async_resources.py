@@ -79,7 +79,7 @@ class AsyncDatasources(AsyncResource):
         return cast("t.NewDataSource", await self._client.request("POST", "/api/v1/datasources", fields={"name": name, "type": type, "settings": settings, "secrets": secrets}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def delete(self, datasource_id: str, *, force: bool | None = None) -> None:
-        """Delete a data source with its secrets; with `force`, even if workflows name it."""
+        """Delete a data source with its secrets; with `force`, even if workflows or models name it."""
         await self._client.request("DELETE", f"/api/v1/datasources/{self._quote(datasource_id)}", query={"force": force})
 
     async def get(self, datasource_id: str) -> t.DataSource:

@@ -79,7 +79,7 @@ class Datasources(Resource):
         return cast("t.NewDataSource", self._client.request("POST", "/api/v1/datasources", fields={"name": name, "type": type, "settings": settings, "secrets": secrets}, idempotency_key=idempotency_key, is_keyed=True))
 
     def delete(self, datasource_id: str, *, force: bool | None = None) -> None:
-        """Delete a data source with its secrets; with `force`, even if workflows name it."""
+        """Delete a data source with its secrets; with `force`, even if workflows or models name it."""
         self._client.request("DELETE", f"/api/v1/datasources/{self._quote(datasource_id)}", query={"force": force})
 
     def get(self, datasource_id: str) -> t.DataSource:
