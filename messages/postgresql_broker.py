@@ -18,6 +18,7 @@ import asyncpg
 import msgspec
 import structlog
 
+from concurrency.shielded_opening import open_shielded
 from json_text import decoding
 from messages import deployer_messages, mail_parser_wakeup, worker_wakeup
 from messages.broker import (
@@ -318,7 +319,7 @@ class PostgresqlBroker:
         is_lost = False
         while True:
             try:
-                connection = await asyncpg.connect(
+                connection = await _open_session(
                     self._url, timeout=ANSWER_SECONDS, command_timeout=ANSWER_SECONDS
                 )
                 try:
@@ -434,10 +435,16 @@ async def connect(url: str, *, channel: str) -> PostgresqlBroker:
         max_size=CONNECTIONS,
         timeout=ANSWER_SECONDS,
         command_timeout=ANSWER_SECONDS,
+        connect=_open_session,
         # Lost writes do no harm: a crash empties these tables in any case.
         server_settings={"application_name": "pilotflame", "synchronous_commit": "off"},
     )
     return PostgresqlBroker(address, pool, channel=channel)
+
+
+async def _open_session(dsn: str | None = None, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+    """Open a session with options of `asyncpg.connect`; if the caller is canceled, it closes once it is open."""
+    return await open_shielded(asyncpg.connect(dsn, **options), lambda opened: opened.terminate())
 
 
 def _channel_name(channel: str) -> str:

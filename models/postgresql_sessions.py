@@ -124,12 +124,7 @@ async def _open_session(address: str, settings: Mapping[str, str], options: dict
 
     A canceled caller leaves the session to be terminated as soon as it is open.
     """
-    return await open_shielded(_log_in(address, settings, options), _terminate)
-
-
-def _terminate(connection: Any) -> None:  # noqa: ANN401 - asyncpg's own
-    """Close a session at once."""
-    connection.terminate()
+    return await open_shielded(_log_in(address, settings, options), lambda opened: opened.terminate())
 
 
 async def _log_in(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
