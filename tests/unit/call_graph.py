@@ -48,6 +48,7 @@ class CallGraph:
 
     def __init__(self) -> None:
         self._called: dict[CodeDefinition, Sequence[CodeDefinition]] = {}
+        self._named: dict[CodeDefinition, frozenset[str]] = {}
 
     @cached_property
     def modules(self) -> Mapping[str, SourceModule]:
@@ -71,8 +72,13 @@ class CallGraph:
         """Return the codes of the refusals that a call of `start` may lead to."""
         return {code for thing in self.reached(start) for code in self.codes_of(thing)}
 
-    def codes_of(self, thing: CodeDefinition) -> Iterator[str]:
+    def codes_of(self, thing: CodeDefinition) -> frozenset[str]:
         """Return the codes that a function itself names; `module.function` for one that it computes."""
+        if thing not in self._named:
+            self._named[thing] = frozenset(self._find_codes(thing))
+        return self._named[thing]
+
+    def _find_codes(self, thing: CodeDefinition) -> Iterator[str]:
         for node in ast.walk(self.modules[thing.module].functions[thing.path]):
             if not isinstance(node, ast.Call):
                 continue

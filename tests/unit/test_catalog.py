@@ -12,12 +12,12 @@ from engine.node_api import OF_EACH, FieldCompilation, NodeEffect, NodeType
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import InvalidCatalogEntry, NodeCatalog, UnknownNodeType
+from tests.each_case import check_each
 from tests.node_calls import call
 
 pytestmark = pytest.mark.anyio
 
 CATALOG = catalog.load_catalog()
-EVERY_TYPE = pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
 DRAWN_ONLY = {"tool"}
 LENT = {"tool"}
 """Node types that are connected to an agent, which calls them: they have no input ports."""
@@ -49,7 +49,7 @@ def run(call):
 """
 
 
-@EVERY_TYPE
+@check_each(CATALOG.node_types.items())
 def test_an_entry_is_complete(node_type: NodeType) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", node_type.type)
     assert re.fullmatch(r"\d+\.\d+\.\d+", node_type.version)
@@ -61,7 +61,7 @@ def test_an_entry_is_complete(node_type: NodeType) -> None:
     assert {*node_type.resources} == {"cpu", "memory"}
 
 
-@EVERY_TYPE
+@check_each(CATALOG.node_types.items())
 def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
     schema = node_type.config_schema
     jsonschema_rs.meta.validate(dict(schema))
@@ -76,7 +76,7 @@ def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
     assert {place.partition(OF_EACH)[0] for place in node_type.compiled} <= set(properties)
 
 
-@EVERY_TYPE
+@check_each(CATALOG.node_types.items())
 def test_the_defaults_and_the_examples_satisfy_the_schema(node_type: NodeType) -> None:
     for example in node_type.examples:
         config = example["config"]
@@ -84,7 +84,7 @@ def test_the_defaults_and_the_examples_satisfy_the_schema(node_type: NodeType) -
         assert CATALOG.config_problems(node_type, CATALOG.with_defaults(node_type, config)) == []
 
 
-@EVERY_TYPE
+@check_each(CATALOG.node_types.items())
 def test_the_output_of_every_example_fits_the_schema_of_the_output(node_type: NodeType) -> None:
     output = node_type.output
     jsonschema_rs.meta.validate(dict(output.schema))
@@ -95,14 +95,14 @@ def test_the_output_of_every_example_fits_the_schema_of_the_output(node_type: No
     assert bool(output.schema) != output.keeps_input, "what it gives is its own, or it is what arrived"
 
 
-@EVERY_TYPE
+@check_each(CATALOG.node_types.items())
 def test_every_type_that_runs_has_an_implementation(node_type: NodeType) -> None:
     assert node_type.runnable == (node_type.type not in DRAWN_ONLY)
     if node_type.runnable:
         assert callable(CATALOG.implementation(node_type.type))
 
 
-@EVERY_TYPE
+@check_each(CATALOG.node_types.items())
 def test_every_node_takes_an_input_unless_it_starts_a_graph_or_is_lent_to_an_agent(
     node_type: NodeType,
 ) -> None:

@@ -9,9 +9,10 @@ from gateway import routes
 from gateway.http.errors import ApiError
 from gateway.http.parameters import LIMIT, OFFSET, QueryParameter, TextParameter
 from gateway.http.request import QueryString
+from tests.each_case import check_each
 
 PARAMETERS = [
-    pytest.param(parameter, id=f"{line.method} {line.path} {parameter.name}")
+    (f"{line.method} {line.path} {parameter.name}", parameter)
     for line in routes.TABLE
     for parameter in line.query
 ]
@@ -50,7 +51,7 @@ def refused_values(parameter: QueryParameter[Any]) -> list[str]:
     return ["nothing of the kind"]
 
 
-@pytest.mark.parametrize("parameter", PARAMETERS)
+@check_each(PARAMETERS)
 def test_a_parameter_accepts_exactly_the_values_of_its_schema(parameter: QueryParameter[Any]) -> None:
     for value in allowed_values(parameter):
         read(parameter, value)
@@ -61,7 +62,7 @@ def test_a_parameter_accepts_exactly_the_values_of_its_schema(parameter: QueryPa
         assert error.value.details[0]["path"] == parameter.name
 
 
-@pytest.mark.parametrize("parameter", PARAMETERS)
+@check_each(PARAMETERS)
 def test_an_empty_parameter_is_an_absent_one(parameter: QueryParameter[Any]) -> None:
     absent = read(parameter)
     assert str(read(parameter, "")) == str(absent)

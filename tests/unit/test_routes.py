@@ -7,12 +7,13 @@ from gateway.http.edge import PathRouter
 from gateway.http.endpoint import AccessRule, answer_unrouted
 from gateway.http.route import Route
 from models.access import KeyScope
+from tests.each_case import check_each
 
 ROUTER = PathRouter(routes.endpoints(routes.TABLE), default=answer_unrouted)
-LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
+LINES = [(f"{line.method} {line.path}", line) for line in routes.TABLE]
 
 
-@pytest.mark.parametrize("line", LINES)
+@check_each(LINES)
 def test_every_route_has_an_access_rule(line: Route) -> None:
     assert isinstance(line.access, KeyScope | AccessRule)
 
@@ -55,7 +56,7 @@ def test_no_line_stands_there_twice() -> None:
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.parametrize("line", LINES)
+@check_each(LINES)
 def test_no_path_is_hidden_by_one_above_it(line: Route) -> None:
     taken = ROUTER.match(line.path)
     assert taken is not None

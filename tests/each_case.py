@@ -1,0 +1,39 @@
+"""One test for many cheap cases: starting and reporting a test costs several times as much as such a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+AnyCase = TypeVar("AnyCase")
+
+
+def check_each(
+    cases: Iterable[tuple[str, AnyCase]],
+) -> Callable[[Callable[[AnyCase], None]], Callable[[], None]]:
+    """Turn a check of one case into a test of all named cases.
+
+    The test goes on after a failure, and fails with an exception group of all failures, each noted with the
+    name of its case.
+    """
+    named = list(cases)
+    assert named, "a test without a case proves nothing"
+
+    def of_all(check: Callable[[AnyCase], None]) -> Callable[[], None]:
+        def test() -> None:
+            failures: list[Exception] = []
+            for name, case in named:
+                try:
+                    check(case)
+                except Exception as failure:  # noqa: BLE001 - reported together at the end
+                    failure.add_note(f"case: {name}")
+                    failures.append(failure)
+            if failures:
+                raise ExceptionGroup(f"{len(failures)} of {len(named)} cases", failures)
+
+        # Not `functools.wraps`: through `__wrapped__`, pytest would take the case for a fixture.
+        test.__name__, test.__qualname__ = check.__name__, check.__qualname__
+        test.__module__, test.__doc__ = check.__module__, check.__doc__
+        return test
+
+    return of_all
