@@ -106,6 +106,7 @@ METHODS: Final = {
     "executionsShow": "executions.get",
     "executionsSpan": "executions.span",
     "executionsSpans": "executions.spans",
+    "executionsSteps": "executions.steps",
     "executionsStop": "executions.stop",
     "graphBuild": "workflows.build",
     "graphLayout": "workflows.layout",

@@ -210,8 +210,13 @@ class SpanDetailsShape(SpanShape, kw_only=True):
 class StepShape(WireStruct):
     """Step of an agent: an answer of a model, or a tool call."""
 
+    node_id: str
+    iteration: str
+    """Iteration of a loop; empty outside of loops."""
     number: int
     """Position among the steps of the node, from 0."""
+    sequence: int
+    """Number of its newest state among the records of the run."""
     kind: Annotated[str, Meta(extra_json_schema={"enum": [*StepKind]})]
     name: str
     """Id of the model, or name of the tool."""
@@ -356,13 +361,17 @@ def show_span_details(
         previous_duration_ms=None
         if previous is None
         else _count_milliseconds(previous.started_at, previous.ended_at),
-        steps=UNSET if details.steps is None else [_show_step(step) for step in details.steps],
+        steps=UNSET if details.steps is None else [show_step(step) for step in details.steps],
     )
 
 
-def _show_step(step: AgentStep) -> StepShape:
+def show_step(step: AgentStep) -> StepShape:
+    """Return a step of an agent as the API shows it."""
     return StepShape(
+        node_id=step.node_id,
+        iteration=step.iteration,
         number=step.number,
+        sequence=step.sequence,
         kind=step.kind,
         name=step.name,
         status=step.status,

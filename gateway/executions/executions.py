@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from concurrency import offload
 from gateway.executions import (
+    agent_step_rows,
     execution_pages,
     execution_rows,
     execution_shapes,
@@ -21,9 +22,10 @@ from gateway.executions import (
     run_labels,
     span_details,
 )
+from gateway.executions.agent_step_rows import StepFilter
 from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.execution_rows import ExecutionFilter, ShownSpanStatus
-from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape
+from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape, StepShape
 from gateway.executions.run_labels import MetadataParameter
 from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.downloads import BlobDownload
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from gateway.executions.large_outputs import ShownOutputs
+    from gateway.executions.live_events import EventSource
     from journal.store import ExecutionKey
     from models.execution import Execution
 
@@ -121,10 +124,15 @@ ITERATION = TextParameter(
 SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
 FOLLOW = FlagParameter(
     "follow",
-    "Answer with server-sent events: the lines so far, then each further one, until the execution has ended. The"
+    "Answer with server-sent events: the records so far, then each further one, until the execution has ended. The"
     " header `Accept: text/event-stream` has the same meaning, unless JSON is accepted too.",
 )
 LOGS = (LEVEL, FOLLOW, RECORDS, OFFSET)
+STEPS_OF = TextParameter("node_id", "Only steps of this agent.")
+ITERATION_OF_STEPS = TextParameter(
+    "iteration", "Only steps in this iteration of a loop, such as `3`.", max_length=200
+)
+STEPS = (STEPS_OF, ITERATION_OF_STEPS, FOLLOW, RECORDS, OFFSET)
 
 
 class ExecutionList(KeysetPage, kw_only=True):
@@ -152,6 +160,15 @@ class LogList(WireStruct):
     limit: int
     offset: int
     logs: Sequence[LogShape]
+
+
+class StepList(WireStruct):
+    """Page of the steps of a run's agents; `count` is the total."""
+
+    count: int
+    limit: int
+    offset: int
+    steps: Sequence[StepShape]
 
 
 class StreamedEvent(WireStruct):
@@ -322,14 +339,30 @@ async def logs(request: GatewayRequest) -> JsonResponse | ASGIApp:
     """
     query = request.query
     part, levels = query.page(RECORDS), query[LEVEL]
-    accepted = request.headers.get("accept", "")
-    if query[FOLLOW] or (EVENT_STREAM in accepted and JSON not in accepted):
-        return await _follow(request, levels)
+    if _wants_events(request):
+        return await _follow(request, live_events.LogLines(frozenset(levels)))
     key = await _find_key(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.list_logs(connection, key, part, levels=levels)
     shown = [execution_shapes.show_log(row) for row in rows]
     return JsonResponse(LogList(count=count, limit=part.limit, offset=part.offset, logs=shown))
+
+
+async def steps(request: GatewayRequest) -> JsonResponse | ASGIApp:
+    """List the steps of the agents of an execution by node, iteration and number, or follow them.
+
+    With `follow=true` each state of a step is an event with an id: send the last one as `Last-Event-ID`, and the
+    stream continues behind it. The end of the execution has the id `end`; a client that sends it gets 204.
+    """
+    query = request.query
+    part, wanted = query.page(RECORDS), StepFilter(query[STEPS_OF], query[ITERATION_OF_STEPS])
+    if _wants_events(request):
+        return await _follow(request, live_events.AgentSteps(wanted))
+    key = await _find_key(request)
+    async with request.gateway.database.read() as connection:
+        count, found = await agent_step_rows.list_steps(connection, key, wanted, part)
+    shown = [execution_shapes.show_step(step) for step in found]
+    return JsonResponse(StepList(count=count, limit=part.limit, offset=part.offset, steps=shown))
 
 
 async def events(request: GatewayRequest) -> ASGIApp:
@@ -338,12 +371,17 @@ async def events(request: GatewayRequest) -> ASGIApp:
     Each span and log line has an id: send the last one as `Last-Event-ID`, and the stream continues behind
     it. A client that sends the id `end` gets 204, which ends its reconnections.
     """
-    return await _follow(request, None)
+    return await _follow(request, live_events.RunRecords(request.gateway.large_outputs))
 
 
-async def _follow(request: GatewayRequest, levels: Collection[str] | None) -> ASGIApp:
-    """Return the event stream of the path's execution: all records, or with `levels` log lines of these alone
-    (all if empty).
+def _wants_events(request: GatewayRequest) -> bool:
+    """Return whether a list is requested as a stream: by `follow`, or by an `Accept` of events without JSON."""
+    accepted = request.headers.get("accept", "")
+    return request.query[FOLLOW] or (EVENT_STREAM in accepted and JSON not in accepted)
+
+
+async def _follow(request: GatewayRequest, source: EventSource) -> ASGIApp:
+    """Return the event stream of a source of the path's execution.
 
     `Last-Event-ID` is the number after which it begins; `end` is answered with 204. Raises a 400 error for an
     invalid `Last-Event-ID`, 404, and 503 if 500 streams are open.
@@ -355,8 +393,7 @@ async def _follow(request: GatewayRequest, levels: Collection[str] | None) -> AS
     if not (last_seen.isascii() and last_seen.isdecimal() and len(last_seen) <= MAX_SEQUENCE_DIGITS):
         message = "Last-Event-ID must be the id of an event of this stream"
         raise ApiError(400, "invalid-last-event-id", message)
-    after, live = min(int(last_seen), MAX_SEQUENCE), request.gateway.live_events
-    return live.stream(key, after) if levels is None else live.stream_log(key, after, levels)
+    return request.gateway.live_events.stream(key, min(int(last_seen), MAX_SEQUENCE), source)
 
 
 async def blob(request: GatewayRequest) -> BlobDownload:

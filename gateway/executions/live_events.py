@@ -1,19 +1,20 @@
 """Server-sent events of a run: its committed records, in order, after each commit.
 
-The id of a span or log line is its sequence number, so a client continues behind the last one that it has
-seen. The end of the run has the id `end`; a client that sends it gets 204, which ends its reconnections.
+The id of a span, log line or step of an agent is its sequence number, so a client continues behind the last
+one that it has seen. The end of the run has the id `end`; a client that sends it gets 204, which ends its
+reconnections.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import msgspec
 
-from gateway.executions import execution_rows, execution_shapes
+from gateway.executions import agent_step_rows, execution_rows, execution_shapes
 from gateway.http import errors, limits
 from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
@@ -22,8 +23,10 @@ from models.execution_status import TERMINAL_STATUSES
 from telemetry import instruments
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
     from starlette.types import Receive, Scope, Send
 
+    from gateway.executions.agent_step_rows import StepFilter
     from gateway.executions.execution_rows import Recorded, RunChanges
     from gateway.executions.large_outputs import LargeOutputs
     from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub, ExecutionWaiter
@@ -62,21 +65,13 @@ class LiveEvents:
         """Number of open streams."""
         self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
 
-    def stream(self, key: ExecutionKey, after: int) -> RunEventStream:
-        """Return the stream of a run's spans, log lines and progress with sequence numbers above `after`.
+    def stream(self, key: ExecutionKey, after: int, source: EventSource) -> RunEventStream:
+        """Return the stream of a run's records with sequence numbers above `after` from a source.
 
         Raises a 503 error if 500 streams are open.
         """
         self._require_room()
-        return RunEventStream(self, key, after)
-
-    def stream_log(self, key: ExecutionKey, after: int, levels: Collection[str]) -> RunEventStream:
-        """Return the stream of a run's log lines above `after`, of the given levels; empty means all levels.
-
-        Raises a 503 error if 500 streams are open.
-        """
-        self._require_room()
-        return RunEventStream(self, key, after, LogSelection(frozenset(levels)))
+        return RunEventStream(self, key, after, source)
 
     def _require_room(self) -> None:
         if self.open >= limits.EVENT_STREAMS:
@@ -108,28 +103,93 @@ class LiveEvents:
         return [found.get(key.execution_id) for key in batch]
 
 
+RecordEvent: TypeAlias = "tuple[int, str, WireStruct]"
+"""Sequence number, name and shape of a record."""
+
+
 @dataclass(frozen=True, slots=True)
-class LogSelection:
-    """Log lines alone, without spans and progress."""
+class EventBatch:
+    """Records of a run in the order of their sequence numbers."""
+
+    events: Sequence[RecordEvent]
+    last: int
+    """Sequence number behind which the next batch begins."""
+    is_all: bool
+    """Whether no further record is stored."""
+
+
+class EventSource(Protocol):
+    """Records of a run that one kind of stream sends."""
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether the stream also sends the progress of the run."""
+
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+        """Return up to `EVENTS_AT_ONCE` records with sequence numbers above `after`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecords:
+    """All spans and log lines, and the progress of the run."""
+
+    large_outputs: LargeOutputs
+    has_progress: bool = True
+
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+        """Return the next spans and log lines."""
+        changes = await execution_rows.read_changes(connection, key, after, at_most=EVENTS_AT_ONCE)
+        outputs = self.large_outputs.explain(key.execution_id)
+        spans = ((row.sequence, "span", execution_shapes.show_span(row, outputs)) for row in changes.spans)
+        return _merge([*spans, *_show_lines(changes.logs)], changes, after)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLines:
+    """Log lines alone."""
 
     levels: frozenset[str]
     """Empty: all levels."""
+    has_progress: bool = False
 
-    def has(self, row: Recorded) -> bool:
-        return not self.levels or row.level in self.levels
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+        """Return the lines of the wanted levels among the next records."""
+        changes = await execution_rows.read_changes(connection, key, after, at_most=EVENTS_AT_ONCE)
+        lines = (row for row in changes.logs if not self.levels or row.level in self.levels)
+        return _merge(list(_show_lines(lines)), changes, after)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSteps:
+    """Steps of agents alone, each in its newest state."""
+
+    wanted: StepFilter
+    has_progress: bool = False
+
+    async def read(self, connection: AsyncConnection, key: ExecutionKey, after: int) -> EventBatch:
+        """Return the next steps that have changed."""
+        steps = await agent_step_rows.read_changed_steps(connection, key, self.wanted, after, EVENTS_AT_ONCE)
+        events = [(step.sequence, "step", execution_shapes.show_step(step)) for step in steps]
+        last = steps[-1].sequence if steps else after
+        return EventBatch(events, last, is_all=len(steps) < EVENTS_AT_ONCE)
+
+
+def _show_lines(rows: Iterable[Recorded]) -> Iterable[RecordEvent]:
+    return ((row.sequence, "log", execution_shapes.show_log(row)) for row in rows)
+
+
+def _merge(events: Sequence[RecordEvent], changes: RunChanges, after: int) -> EventBatch:
+    """Return events in their order as a batch that ends with the last record of `changes`."""
+    last = max((row.sequence for row in (*changes.spans, *changes.logs)), default=after)
+    return EventBatch(sorted(events, key=lambda event: event[0]), last, changes.is_all)
 
 
 class RunEventStream:
     """Event stream of one client, as an ASGI response."""
 
-    def __init__(
-        self, live: LiveEvents, key: ExecutionKey, after: int, selection: LogSelection | None = None
-    ) -> None:
-        """Create a stream of records above `after`.
-
-        With a `selection`, only of its log lines and the end of the run.
-        """
-        self._selection = selection
+    def __init__(self, live: LiveEvents, key: ExecutionKey, after: int, source: EventSource) -> None:
+        """Create a stream of the records above `after` of a source, and of the end of the run."""
+        self._source = source
         self._live = live
         self._key = key
         self._after = after
@@ -192,34 +252,18 @@ class RunEventStream:
         if shown is not None and shown.updated_at == head.updated_at:
             return
         has_moved = shown is None or shown.status != head.status or shown.progress != head.progress
-        if head.status not in TERMINAL_STATUSES and has_moved and self._selection is None:
+        if head.status not in TERMINAL_STATUSES and has_moved and self._source.has_progress:
             await self._send(send, _encode_event("execution", execution_shapes.show_head(head)))
         is_all = False
         while not is_all:
             async with self._live.database.read() as connection:
-                changes = await execution_rows.read_changes(
-                    connection, self._key, self._after, at_most=EVENTS_AT_ONCE
-                )
-            is_all = changes.is_all
-            await self._send(send, b"".join(self._events(changes)))
+                batch = await self._source.read(connection, self._key, self._after)
+            is_all, self._after = batch.is_all, batch.last
+            encoded = (_encode_event(name, shape, str(sequence)) for sequence, name, shape in batch.events)
+            await self._send(send, b"".join(encoded))
         self._shown = head
         if head.status in TERMINAL_STATUSES:
             await self._send(send, _encode_event("execution", execution_shapes.show_head(head), END))
-
-    def _events(self, changes: RunChanges) -> list[bytes]:
-        """Return the new records as encoded events in their order, without lines of other levels; note the
-        last number as sent.
-        """
-        outputs = self._live.large_outputs.explain(self._key.execution_id)
-        spans = [(row.sequence, "span", execution_shapes.show_span(row, outputs)) for row in changes.spans]
-        lines = [(row.sequence, "log", execution_shapes.show_log(row)) for row in changes.logs]
-        in_order = sorted([*spans, *lines], key=lambda event: event[0])
-        if in_order:
-            self._after = in_order[-1][0]
-        if (selection := self._selection) is not None:
-            shown = {row.sequence for row in changes.logs if selection.has(row)}
-            in_order = [event for event in in_order if event[0] in shown]
-        return [_encode_event(name, shape, str(sequence)) for sequence, name, shape in in_order]
 
     async def _keep_alive(self, send: Send) -> None:
         if asyncio.get_running_loop().time() - self._sent_at >= KEEP_ALIVE_SECONDS:

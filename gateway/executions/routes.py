@@ -214,6 +214,19 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "GET",
+        "/api/v1/executions/{id}/steps",
+        READ,
+        executions.steps,
+        query=executions.STEPS,
+        answer=executions.StepList,
+        docs=OperationDoc(
+            takes=(LAST_EVENT_ID,),
+            also={204: OtherSuccess("The client already received the end of this stream.")},
+            refusals=("invalid-last-event-id",),
+        ),
+    ),
+    Route(
+        "GET",
         "/api/v1/executions/{id}/blobs/{sha256}",
         READ,
         executions.blob,

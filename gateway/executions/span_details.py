@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 from msgspec import Raw
-from sqlalchemy import and_, literal_column, select
+from sqlalchemy import and_, select
 from sqlmodel import col
 
 from engine import inline_secrets
@@ -17,16 +17,13 @@ from engine.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode
 from engine.program import compile_node
 from engine.run_records import SpanStatus
-from gateway.executions import execution_rows
-from journal.run_rows import STEP_COLUMNS, decode_step
+from gateway.executions import agent_step_rows, execution_rows
 from json_text import decoding
-from models.agent_step import AgentStepRow
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
 from models.workflow import Definition
 from nodes import custom_types
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.agent_steps import AgentStep
@@ -115,29 +112,10 @@ async def read_span(
         await execution_rows.list_attempts(connection, key, span.node_id, span.iteration, ATTEMPTS),
         (await connection.execute(lines)).all(),
         await _find_previous(connection, key, row.workflow_id, row.created_at, span),
-        await _list_steps(connection, key, span) if span.type == AGENT_TYPE else None,
+        await agent_step_rows.read_steps(connection, key, span.node_id, span.iteration, STEPS)
+        if span.type == AGENT_TYPE
+        else None,
     )
-
-
-async def _list_steps(connection: AsyncConnection, key: ExecutionKey, span: Recorded) -> Sequence[AgentStep]:
-    """Return the first 1,000 steps of an agent in the order of their numbers."""
-    # Raw columns as they are stored, since `decode_step` reads those.
-    columns: list[ColumnElement[Any]] = [
-        literal_column(f"execution_step.{column}") for column in STEP_COLUMNS
-    ]
-    statement = (
-        select(*columns)
-        .select_from(AgentStepRow)
-        .where(
-            col(AgentStepRow.execution_id) == key.execution_id,
-            col(AgentStepRow.shard) == key.shard,
-            col(AgentStepRow.node_id) == span.node_id,
-            col(AgentStepRow.iteration) == span.iteration,
-        )
-        .order_by(col(AgentStepRow.number))
-        .limit(STEPS)
-    )
-    return [decode_step(row) for row in await connection.execute(statement)]
 
 
 async def _find_previous(

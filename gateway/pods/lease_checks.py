@@ -15,8 +15,9 @@ from sqlmodel import col
 
 from engine.services import RunCaller
 from execution.pod_api import SPANS_PER_PAGE, STEPS_PER_PAGE, NodeAnswerRecord
+from gateway.executions.agent_step_rows import select_steps
 from gateway.http.errors import ApiError
-from journal.run_rows import SPAN_COLUMNS, STEP_COLUMNS, decode_span, decode_step
+from journal.run_rows import SPAN_COLUMNS, decode_span, decode_step
 from models.agent_step import AgentStepRow
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
@@ -217,12 +218,8 @@ async def read_steps(
 
     A page has `STEPS_PER_PAGE`. Empty if the pod doesn't hold the run.
     """
-    columns: list[ColumnElement[Any]] = [
-        literal_column(f"execution_step.{column}") for column in STEP_COLUMNS
-    ]
     statement = (
-        select(*columns)
-        .select_from(AgentStepRow)
+        select_steps()
         .join(Execution, col(Execution.id) == col(AgentStepRow.execution_id))
         .outerjoin(
             SpanRow,

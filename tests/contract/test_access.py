@@ -815,6 +815,7 @@ ROWS = [
     run_row("GET", "/spans/{sub}/diff"),
     run_row("GET", "/graph"),
     run_row("GET", "/logs"),
+    run_row("GET", "/steps"),
     run_row("GET", "/blobs/{sha256}"),
     run_row("GET", "/events"),
     AccessRow(

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 from starlette.applications import Starlette
 
+from engine.agent_steps import AgentStep, StepKind, StepStatus
 from engine.run_errors import FailureCause
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
 from gateway import state
@@ -92,7 +93,7 @@ class ClaimedTestRun:
 
     async def write(
         self,
-        *records: NodeSpan | AttemptSpan | LogLine,
+        *records: NodeSpan | AttemptSpan | LogLine | AgentStep,
         end: RunStatus | None = None,
         error: RunError | None = None,
         is_told: bool = True,
@@ -113,6 +114,7 @@ class ClaimedTestRun:
             end=end,
             error=error,
             attempts=attempts,
+            steps=[record for record in records if isinstance(record, AgentStep)],
         )
         assert await self.gateway.store.record([write]) == {claimed.execution_id}
         if is_told:
@@ -154,6 +156,11 @@ class ClaimedTestRun:
             ended_at=NOW + timedelta(milliseconds=250) if has_ended else None,
             **{"port": "output" if status is SpanStatus.COMPLETED else None, **fields},
         )
+
+    def step(self, node_id: str, number: int, status: StepStatus, **fields: Any) -> AgentStep:  # noqa: ANN401 - the other fields
+        self.sequence += 1
+        kind, name = (StepKind.TOOL, "look") if number % 2 else (StepKind.MODEL, "echo")
+        return AgentStep(node_id, "", number, self.sequence, kind, name, status, started_at=NOW, **fields)
 
     def line(self, level: str, message: str) -> LogLine:
         self.sequence += 1
@@ -735,6 +742,7 @@ async def test_logs_are_listed_in_order_and_by_level(
 
 PATHS = [
     ("GET", ""), ("GET", "/progress?wait=0"), ("GET", "/spans"), ("GET", "/logs"), ("GET", "/events"),
+    ("GET", "/steps"), ("GET", "/steps?follow=true"),
     ("GET", "/pending-inputs"), ("GET", f"/blobs/{64 * '0'}"),
     ("POST", "/stop"), ("POST", "/cancel"), ("POST", "/resume"),
 ]  # fmt: skip
@@ -1249,6 +1257,44 @@ async def test_a_log_is_followed_to_the_end_of_its_run(
     text = (await people.owner.api.get(f"{path}&level=debug")).text
     assert (text.count("event: log"), text.count("two"), text.count("id: end")) == (1, 1, 1)
     assert (await people.owner.api.get(path, headers={"Last-Event-ID": "end"})).status_code == 204
+
+
+async def test_steps_of_agents_are_listed_and_followed_to_the_end_of_their_run(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_events, "EVENTS_AT_ONCE", 2)
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(harness, execution_id)
+    asked = run.step("step", 0, StepStatus.STARTED)
+    await run.write(run.span("step", SpanStatus.RUNNING), asked, run.line("info", "no step"))
+    path = f"{EXECUTIONS}/{execution_id}/steps"
+    headers = {"X-API-Key": people.owner.key, "Accept": "text/event-stream"}
+    followed = EventStreamClient(harness.app, path, headers)
+    first = await followed.next()
+    assert (first.name, first.id, first.data["status"]) == ("step", str(asked.sequence), "started")
+    answer = json.dumps({"text": "<b>ä", "finishReason": "tool-calls"}).encode()
+    await run.write(
+        run.step("step", 0, StepStatus.COMPLETED, ended_at=NOW, result=answer),
+        run.step("step", 1, StepStatus.STARTED, arguments=b'{"city":"Oslo"}', effect="read"),
+        run.step("other", 0, StepStatus.STARTED),
+    )
+    answered, called, other = [await followed.next() for _ in range(3)]
+    assert (answered.data["number"], answered.data["result"]["text"]) == (0, "<b>ä")
+    assert (called.data["kind"], called.data["arguments"]) == ("tool", {"city": "Oslo"})
+    assert other.data["nodeId"] == "other"
+    reconnected = EventStreamClient(harness.app, path, headers | {"Last-Event-ID": str(answered.id)})
+    assert [(await reconnected.next()).data for _ in range(2)] == [called.data, other.data]
+    last = run.step("step", 1, StepStatus.COMPLETED, ended_at=NOW, result=b'"cold"')
+    await run.write(last, run.span("step"), end=RunStatus.COMPLETED)
+    for stream in (followed, reconnected):
+        done, end = await stream.rest()
+        assert (done.id, done.data["result"]) == (str(last.sequence), "cold")
+        assert (end.name, end.id, end.data["status"]) == ("execution", "end", "completed")
+    assert (await people.owner.api.get(path, headers=headers | {"Last-Event-ID": "end"})).status_code == 204
+    listed = await get_json(people.owner, f"/{execution_id}/steps?node_id=step&iteration=&limit=1&offset=1")
+    assert (listed["count"], listed["steps"]) == (2, [done.data])
+    text = (await people.owner.api.get(f"{path}?follow=true&node_id=other")).text
+    assert (text.count("event: step"), text.count("id: end")) == (1, 1)
 
 
 async def test_a_reconnecting_client_continues_after_its_last_event(

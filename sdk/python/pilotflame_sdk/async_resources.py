@@ -366,6 +366,14 @@ class AsyncExecutions(AsyncResource):
         """Count the organization's runs of 24 hours by hour and status, with the median and the 95th percentile of their times."""
         return cast("t.RunStatistics", await self._client.request("GET", "/api/v1/executions/statistics"))
 
+    async def steps(self, execution_id: str, *, node_id: str | None = None, iteration: str | None = None, follow: bool | None = None, limit: int | None = None, offset: int | None = None) -> t.StepList:
+        """List the steps of the agents of an execution by node, iteration and number, or follow them."""
+        return cast("t.StepList", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/steps", query={"node_id": node_id, "iteration": iteration, "follow": follow, "limit": limit, "offset": offset}))
+
+    def iterate_steps(self, execution_id: str, *, node_id: str | None = None, iteration: str | None = None, follow: bool | None = None) -> AsyncIterator[Any]:
+        """Yield every item of `steps`, page by page."""
+        return self._client.iterate(f"/api/v1/executions/{self._quote(execution_id)}/steps", "steps", {"node_id": node_id, "iteration": iteration, "follow": follow})
+
     async def stop(self, execution_id: str) -> t.EndRequestResult:
         """Stop an execution: running nodes finish, and no other node starts. An ended execution does not change."""
         return cast("t.EndRequestResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/stop"))

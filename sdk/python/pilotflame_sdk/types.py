@@ -227,6 +227,7 @@ __all__ = [
     "SpanList",
     "StartResult",
     "Step",
+    "StepList",
     "StopResult",
     "StoppedReason",
     "StoreState",
@@ -2575,7 +2576,10 @@ class StartResult(_StartResultAlways, total=False):
 
 
 class _StepAlways(TypedDict):
+    nodeId: str
+    iteration: str
     number: int
+    sequence: int
     kind: Literal['model', 'tool']
     name: str
     status: Literal['started', 'completed', 'failed']
@@ -2593,6 +2597,15 @@ class Step(_StepAlways, total=False):
     """Step of an agent: an answer of a model, or a tool call."""
 
     usage: ModelUsage
+
+
+class StepList(TypedDict):
+    """Page of the steps of a run's agents; `count` is the total."""
+
+    count: int
+    limit: int
+    offset: int
+    steps: List[Step]
 
 
 class StopResult(TypedDict):

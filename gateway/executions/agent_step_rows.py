@@ -1,0 +1,85 @@
+"""Queries of the recorded steps of agents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import func, literal_column, select
+from sqlmodel import col
+
+from journal.run_rows import STEP_COLUMNS, decode_step
+from models.agent_step import AgentStepRow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.agent_steps import AgentStep
+    from gateway.http.parameters import PageBounds
+    from journal.store import ExecutionKey
+
+
+@dataclass(frozen=True, slots=True)
+class StepFilter:
+    """Agents of a run whose steps are read; None: all."""
+
+    node_id: str | None = None
+    iteration: str | None = None
+
+
+async def list_steps(
+    connection: AsyncConnection, key: ExecutionKey, wanted: StepFilter, part: PageBounds
+) -> tuple[int, Sequence[AgentStep]]:
+    """Return the number of matching steps of a run, and the page `part` of them by node, iteration and number."""
+    conditions = list(_build_conditions(key, wanted))
+    count = await connection.scalar(select(func.count()).select_from(AgentStepRow).where(*conditions))
+    order = (col(AgentStepRow.node_id), col(AgentStepRow.iteration), col(AgentStepRow.number))
+    statement = select_steps().where(*conditions).order_by(*order).limit(part.limit).offset(part.offset)
+    return count or 0, [decode_step(row) for row in await connection.execute(statement)]
+
+
+async def read_steps(
+    connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, at_most: int
+) -> Sequence[AgentStep]:
+    """Return the first `at_most` steps of one agent in the order of their numbers."""
+    statement = (
+        select_steps()
+        .where(*_build_conditions(key, StepFilter(node_id, iteration)))
+        .order_by(col(AgentStepRow.number))
+        .limit(at_most)
+    )
+    return [decode_step(row) for row in await connection.execute(statement)]
+
+
+async def read_changed_steps(
+    connection: AsyncConnection, key: ExecutionKey, wanted: StepFilter, after: int, at_most: int
+) -> Sequence[AgentStep]:
+    """Return the first `at_most` matching steps whose state has a sequence number above `after`, in its order."""
+    statement = (
+        select_steps()
+        .where(*_build_conditions(key, wanted), col(AgentStepRow.sequence) > after)
+        .order_by(col(AgentStepRow.sequence))
+        .limit(at_most)
+    )
+    return [decode_step(row) for row in await connection.execute(statement)]
+
+
+def select_steps() -> Select[*tuple[Any, ...]]:
+    """Return a statement of the raw columns as they are stored, since `decode_step` reads those."""
+    columns: list[ColumnElement[Any]] = [
+        literal_column(f"execution_step.{column}") for column in STEP_COLUMNS
+    ]
+    return select(*columns).select_from(AgentStepRow)
+
+
+def _build_conditions(key: ExecutionKey, wanted: StepFilter) -> Iterable[ColumnElement[bool]]:
+    yield col(AgentStepRow.execution_id) == key.execution_id
+    yield col(AgentStepRow.shard) == key.shard
+    if wanted.node_id is not None:
+        yield col(AgentStepRow.node_id) == wanted.node_id
+    if wanted.iteration is not None:
+        yield col(AgentStepRow.iteration) == wanted.iteration
