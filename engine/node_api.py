@@ -273,7 +273,7 @@ class AnswerSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AnswerWait(NodeDirective):
-    """Wait for an answer, with which the node completes; it occupies no worker."""
+    """Wait for an answer, with which the node completes; it occupies no worker, or for a second at most."""
 
     kind: AnswerSource
     request: Json

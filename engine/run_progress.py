@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -41,6 +42,8 @@ MAX_KEPT_TEXT_BYTES: Final = 16_384
 WEBHOOK: Final = "webhook"
 """Kind of the trigger whose output may be as large as a body that the gateway accepts."""
 MAX_ROUND_SECONDS: Final = 60.0
+MAX_HOLD_SECONDS: Final = 1.0
+"""Longest time for which a run keeps its worker after it has created a task: many tasks take less."""
 MAX_PROVIDER_WAITS: Final = 20
 """Waits of one node for the time that a provider has named; later failures of this kind are like others."""
 """Maximum delay before a run is resumed at a failed node. The delay begins at a second and doubles."""
@@ -366,6 +369,8 @@ class RunProgress:
         if visit.is_write or outcome.task:
             # A worker gets the task only after its commit.
             self._recorder.has_uncommitted_write = True
+        if outcome.task:
+            self._worklist.held_until = time.monotonic() + MAX_HOLD_SECONDS
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
     def apply_early_answer(self, visit: NodeVisit) -> bool:

@@ -388,9 +388,16 @@ class RunControl:
     def __init__(self) -> None:
         self.request: ControlRequest | None = None
         self.changed = asyncio.Event()
+        self.has_new_answers = False
+        """Whether an answer was stored for a node since the run has last read its answers."""
 
     def ask(self, request: ControlRequest) -> None:
         """Set a request to the run and wake the waiters of `changed`; ignored if one at least as strong is set."""
         if self.request is None or request > self.request:
             self.request = request
             self.changed.set()
+
+    def announce_answer(self) -> None:
+        """Let the run read the answers to its nodes now, because a new one is stored."""
+        self.has_new_answers = True
+        self.changed.set()

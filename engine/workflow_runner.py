@@ -91,6 +91,8 @@ class RunStart(msgspec.Struct, frozen=True):
     """Returns the current wait answers, or None if they are unavailable; answers may arrive while other nodes
     run.
     """
+    may_hold: Callable[[], bool] | None = None
+    """Returns whether the run may keep its worker while it waits for the answer to a new task; None: never."""
 
 
 async def run_workflow(
@@ -126,6 +128,7 @@ class WorkflowRunner:
         self._clock = start.clock
         self._deadline = start.clock.monotonic_of(start.deadline)
         self._listen = start.read_wait_answers
+        self._may_hold = start.may_hold
         self._answers_read_at = time.monotonic()
         self._control = control
         self._interrupted: list[NodeVisit] = []
@@ -211,13 +214,22 @@ class WorkflowRunner:
             return RunOutcome(RunStatus.COMPLETED)
         if request is ControlRequest.HAND_OFF:
             return RunOutcome(RunStatus.RELEASED)
-        if is_idle:
+        if is_idle and not self._is_held():
             wakes_at = worklist.next_wake
             if wakes_at is None:
                 return RunOutcome(RunStatus.WAITING)
             if wakes_at - time.monotonic() > SHORT_WAIT_SECONDS:
                 return RunOutcome(RunStatus.WAITING, due_at=self._clock.moment_of(wakes_at))
         return self._timeout_error()
+
+    def _is_held(self) -> bool:
+        """Return whether the run keeps its worker for a moment, though it only waits: a new task may end soon.
+
+        That saves the release and the next claim of the run.
+        """
+        return (
+            self._may_hold is not None and time.monotonic() < self._worklist.held_until and self._may_hold()
+        )
 
     def _timeout_error(self) -> RunOutcome | None:
         """Return the outcome of a run that has exceeded its timeout; None before."""
@@ -548,6 +560,8 @@ class WorkflowRunner:
         if self._recorder.has_uncommitted_write:
             await self._recorder.commit()
         until = self._deadline
+        if time.monotonic() < self._worklist.held_until:
+            until = min(until, self._worklist.held_until)
         if self._may_start():
             until = min(until, self._worklist.next_wake or until)
         # At most a second: the lease is checked by the clock, and no event announces its end.
@@ -584,15 +598,21 @@ class WorkflowRunner:
                 self._progress.wake(sleeper)
 
     async def _read_new_answers(self, *, is_due: bool) -> bool:
-        """Read and apply new wait answers every two seconds, and (`is_due`) before a wait for an answer expires.
+        """Read and apply new wait answers once one is announced, every two seconds, and (`is_due`) before a wait
+        for an answer expires.
 
         Return False if the answers can't be read now, so that no wait may expire.
         """
         awaits = any(sleeper.then is WakeAction.EXPIRED for sleeper in self._worklist.sleeping.values())
-        is_time = is_due or time.monotonic() > self._answers_read_at + ANSWER_POLL_SECONDS
+        is_time = (
+            is_due
+            or self._control.has_new_answers
+            or time.monotonic() > self._answers_read_at + ANSWER_POLL_SECONDS
+        )
         if self._listen is None or not awaits or not is_time:
             return True
         self._answers_read_at = time.monotonic()
+        self._control.has_new_answers = False  # before the read: a later answer must be read again
         wait_answers = await self._listen()
         if wait_answers is None:
             return False

@@ -501,6 +501,18 @@ class RunExecutor:
         finally:
             self._claims_in_progress -= 1
 
+    def _may_hold_waiting_run(self) -> bool:
+        """Return whether a run may stay here while it waits for a new task: over half of the slots are free, and
+        no run waits for one.
+        """
+        return (
+            self._settings.holds_waiting_runs
+            and not self._is_draining
+            and not self._is_behind
+            and self._isolation.is_open
+            and 2 * len(self._active) < self._settings.concurrency
+        )
+
     def _count_free_slots(self) -> int:
         """Return the number of slots that gateways may fill; 0 while runs wait to be claimed, on trial, and
         while draining.
@@ -648,6 +660,7 @@ class RunExecutor:
             log_level=run.log_level or self._hooks.log_levels.get(run.workflow_id),
             wait_answers=recovered.wait_answers,
             read_wait_answers=partial(self._read_answers, run, journal),
+            may_hold=None if run.concurrency_key is not None else self._may_hold_waiting_run,
         )
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
@@ -673,9 +686,14 @@ class RunExecutor:
     # ── requests and notifications ────────────────────────────────────────────────────────────────────
 
     def _on_notification(self, notification: Notification) -> None:
-        """Pass a request to stop or cancel a run of this process to the run; other notifications are ignored."""
+        """Pass a request to stop or cancel a run of this process, or the news of an answer, to the run; other
+        notifications are ignored.
+        """
         if not isinstance(notification, DirectMessage):
             return
+        for execution_id in wakeups.parse_answered_runs(notification):
+            if (answered := self._active.get(execution_id)) is not None:
+                answered.control.announce_answer()
         active = self._active.get(notification.message.get("execution_id", ""))
         if active is not None:
             self._on_request(active.lease, notification.message.get("request", ""))

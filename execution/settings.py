@@ -127,6 +127,13 @@ class ExecutionSettings(TraceSettings):
         return False
 
     @property
+    def holds_waiting_runs(self) -> bool:
+        """Whether runs may stay for up to a second while they wait for a new task; False unless a subclass says
+        otherwise.
+        """
+        return False
+
+    @property
     def limits(self) -> RunLimits:
         """Limits of a single run: bytes of an output, log lines, items of a loop, and iterations in total."""
         return RunLimits(

@@ -27,6 +27,8 @@ async def move_due_tasks(database: Database, tasks: TaskUpkeep, broker: Broker) 
         await concurrency_limits.admit_waiting_runs(database, key)
     if effects.woken:
         await wakeups.wake_workers(broker)
+    if effects.answered:
+        await wakeups.notify_answered_runs(broker, effects.answered)
     changed = effects.ready_organizations | effects.cancelling_organizations
     if effects.freed_keys:
         changed |= await tasks.admit(sorted(effects.freed_keys))

@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 TAKEN_RUNS: Final = "taken"
 """Subject of direct messages about claimed runs."""
+ANSWERED_RUNS: Final = "answered"
+"""Subject of direct messages about runs with new answers."""
 
 
 async def wake_workers(broker: RunBroker) -> None:
@@ -97,6 +99,36 @@ async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
 def parse_taken_runs(notification: Notification) -> Sequence[str]:
     """Return the ids of the claimed executions in a message of `notify_taken_runs`; empty for other notifications."""
     return notification.message.get(TAKEN_RUNS, "").split() if isinstance(notification, DirectMessage) else ()
+
+
+class AnsweredRun(Protocol):
+    """Run that got an answer to a node while a process held it."""
+
+    @property
+    def execution_id(self) -> str: ...
+
+    @property
+    def lease_owner(self) -> str:
+        """Channel of the process that holds the run."""
+
+
+async def notify_answered_runs(broker: Broker, runs: Iterable[AnsweredRun]) -> None:
+    """Send each process the ids of the runs that it holds and that have new answers, in one message; an
+    unavailable broker is ignored.
+
+    If a message is lost, the run reads its answers when it is released, after a second.
+    """
+    by_owner: dict[str, list[str]] = {}
+    for run in runs:
+        by_owner.setdefault(run.lease_owner, []).append(run.execution_id)
+    with suppress(BrokerUnavailable):
+        for owner, execution_ids in by_owner.items():
+            await broker.send(owner, {ANSWERED_RUNS: " ".join(execution_ids)})
+
+
+def parse_answered_runs(message: DirectMessage) -> Sequence[str]:
+    """Return the ids of the runs in a message of `notify_answered_runs`; empty for other messages."""
+    return message.message.get(ANSWERED_RUNS, "").split()
 
 
 async def notify_end_request(

@@ -46,5 +46,9 @@ class WorkerSettings(ExecutionSettings, ServerSettings):
         return self.direct_runs
 
     @property
+    def holds_waiting_runs(self) -> bool:
+        return True
+
+    @property
     def seconds_between_sweeps(self) -> float:
         return self.sweep_seconds

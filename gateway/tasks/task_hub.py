@@ -145,12 +145,15 @@ class TaskHub:
     # ── effects of a transaction ────────────────────────────────────────────────────────────────────────────
 
     async def follow(self, effects: TaskEffects) -> None:
-        """After a commit, wake runs with answers, admit tasks of freed concurrency keys, and notify task workers.
+        """After a commit, wake or notify runs with answers, admit tasks of freed concurrency keys, and notify
+        task workers.
 
         A sweep makes up for a lost call. Raises `DatabaseUnavailable` and `LockWaitTimeout`.
         """
         if effects.woken:
             await self._wake_runs(effects)
+        if effects.answered:
+            await wakeups.notify_answered_runs(self._broker, effects.answered)
         changed = effects.ready_organizations | effects.cancelling_organizations
         if effects.freed_keys:
             changed |= await self.tasks.upkeep.admit(sorted(effects.freed_keys))

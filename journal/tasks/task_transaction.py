@@ -18,6 +18,7 @@ from journal.tasks.task_moves import CHANGING_COLUMNS, ROW_COLUMNS, TaskRow
 from journal.tasks.task_sql import DIALECTS, NOW, POSTGRESQL, RowsParameter, is_in, is_in_query, texts
 from json_text import decoding
 from models import ids
+from models.execution import SHARED_TARGET
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.task_states import HELD_CONDITION, TaskState
 from models.timestamps import HOST_TIME
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 MAX_LINE_CHARACTERS: Final = 8_192
-_RUN_COLUMNS: Final = "id, shard, status, concurrency_key, target"
+_RUN_COLUMNS: Final = "id, shard, status, concurrency_key, target, lease_owner"
 _ALIVE: Final = frozenset({ExecutionStatus.PENDING, ExecutionStatus.WAITING})
 """Statuses in which no process numbers the log lines of a run."""
 _encode = msgspec.json.Encoder().encode
@@ -42,11 +43,21 @@ class WokenRun:
     target: str
 
 
+@dataclass(frozen=True, slots=True)
+class HeldRun:
+    """Run that has got an answer while a shared worker held it."""
+
+    execution_id: str
+    lease_owner: str
+    """Channel of the worker."""
+
+
 @dataclass(slots=True)
 class TaskEffects:
     """Consequences of a transaction on tasks, for messages after its commit."""
 
     woken: list[WokenRun] = field(default_factory=list)
+    answered: list[HeldRun] = field(default_factory=list)
     ready_organizations: set[str] = field(default_factory=set)
     """Organizations with tasks that can be claimed since."""
     cancelling_organizations: set[str] = field(default_factory=set)
@@ -75,6 +86,7 @@ class LockedRun:
     status: str
     concurrency_key: str | None
     target: str
+    lease_owner: str | None
     answers: int = 0
 
     @property
@@ -197,10 +209,17 @@ class TaskTransaction:
         return self.effects
 
     def _answer_values(self) -> dict[str, object]:
-        """Return the parameters of the statement that stores the answers, and note the waiting runs that they wake."""
+        """Return the parameters of the statement that stores the answers, and note the waiting runs that they
+        wake, and the workers that hold the others.
+        """
         answered = [run for run in self.runs.values() if run.answers]
         woken = [run for run in answered if run.status == ExecutionStatus.WAITING]
         self.effects.woken += [WokenRun(run.execution_id, run.concurrency_key, run.target) for run in woken]
+        self.effects.answered += [
+            HeldRun(run.execution_id, run.lease_owner)
+            for run in answered
+            if run.lease_owner is not None and run.target == SHARED_TARGET
+        ]
         rows = [(run.execution_id, run.shard, run.answers) for run in answered]
         return {
             **_ANSWERS.values(self._connection, self._answers),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from engine import run_progress, workflow_runner
 from gateway.http.errors import ApiError
 from gateway.tasks import task_protocol
 from gateway.tasks.parked_polls import SERVED_TOGETHER
@@ -33,7 +34,7 @@ SECOND = 1_000_000
 
 @pytest.fixture(autouse=True)
 async def executor(harness: GatewayHarness) -> AsyncIterator[None]:
-    async with serve_worker(harness):
+    async with serve_worker(harness, harness.gateway.broker):
         yield
 
 
@@ -107,6 +108,34 @@ async def test_a_worker_performs_the_task_of_a_node(people: OrganizationUsers) -
     assert_refused(await people.stranger.api.get(f"{TASKS}/{task['id']}"), 404, "not-found")
     workers = (await people.owner.api.get("/api/v1/workers")).json()["workers"]
     assert [(one["id"], one["present"], one["tasks"]) for one in workers] == [(worker.id, True, 0)]
+
+
+async def test_a_run_keeps_its_worker_for_tasks_that_end_at_once(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_progress, "MAX_HOLD_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(workflow_runner, "ANSWER_POLL_SECONDS", PATIENCE_SECONDS)  # a notification is needed
+    await add_type(people)
+    graph = custom_graph()
+    graph["nodes"].append({**graph["nodes"][-1], "id": "second"})
+    graph["connections"].append({"source": "work", "target": "second"})
+    execution_id = await start(people, graph)
+    worker = TaskWorkerClient(people.owner.api)
+    for node_id in ("work", "second"):
+        (task,) = await worker.claim()
+        assert task["nodeId"] == node_id
+        assert (await worker.send(task, "log", lines=[{"level": "info", "message": node_id}]))[
+            "status"
+        ] == "ok"
+        assert await worker.complete(task) == "ok"
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["status"] == "completed"
+    logs = (await get_json(people.owner, f"/{execution_id}/logs"))["logs"]
+    assert [line["message"] for line in logs] == ["work", "second"]
+    statement = text("SELECT token FROM execution WHERE id = :execution_id")
+    async with harness.gateway.database.read() as connection:
+        claims = await connection.scalar(statement, {"execution_id": execution_id})
+    assert claims == 1, "a released run is claimed again"
 
 
 async def test_the_same_request_gets_the_same_tasks(people: OrganizationUsers) -> None:

@@ -18,6 +18,7 @@ from engine.run_records import NodeSpan, SpanStatus
 from engine.services import RunCaller
 from execution.child_runs import ChildRunStarter
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
+from messages.broker import Broker
 from messages.local_broker import LocalBroker
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES
@@ -60,15 +61,20 @@ def sub_workflow_graph(workflow_id: str, **config: Any) -> dict[str, Any]:  # no
 
 
 @asynccontextmanager
-async def serve_worker(harness: GatewayHarness, **settings: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a field of WorkerSettings
-    """Run a worker that executes the runs found by its sweeps."""
+async def serve_worker(
+    harness: GatewayHarness,
+    broker: Broker | None = None,
+    /,
+    **settings: Any,  # noqa: ANN401 - a field of WorkerSettings
+) -> AsyncIterator[None]:
+    """Run a worker that executes the runs found by its sweeps; with the gateway's broker, as in one process."""
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})
-    broker = LocalBroker(channel=uuid4().hex)
-    async with run_worker(of_worker, gateway.store, broker, gateway.database):
+    own = LocalBroker(channel=uuid4().hex)
+    async with run_worker(of_worker, gateway.store, broker or own, gateway.database):
         yield
-    await broker.close()
+    await own.close()
 
 
 async def get_json(person: UserClient, path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec.structs
 import pytest
 
+from engine import run_progress
 from engine.node_api import AnswerSource, AnswerWait, NodeCall, NodeResult
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
@@ -17,6 +18,7 @@ from engine.services import ControlRequest
 from engine.values import Json, encode_json
 from tests.unit.run_harness import (
     FAST_RETRY,
+    PATIENCE_SECONDS,
     InMemoryJournal,
     SimulatedWorker,
     compile_drawing,
@@ -86,6 +88,46 @@ async def test_a_waiting_node_occupies_no_worker_until_its_answer() -> None:
         )
     )
     assert again.commits == 0
+
+
+TASK_GRAPH = "start > work > echo"
+
+
+def request_task(_call: NodeCall) -> AnswerWait:
+    return AnswerWait(AnswerSource.TASK, {}, task=b"{}")
+
+
+async def test_a_run_keeps_its_worker_for_the_answer_to_a_new_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_progress, "MAX_HOLD_SECONDS", PATIENCE_SECONDS)
+    worker = SimulatedWorker(compile_drawing(TASK_GRAPH, {"work": pure_node(request_task)}))
+    answers: dict[tuple[str, str], bytes] = {}
+
+    async def read_answers() -> Mapping[tuple[str, str], bytes]:
+        return answers
+
+    worker.start = msgspec.structs.replace(
+        worker.start, may_hold=lambda: True, read_wait_answers=read_answers
+    )
+    running = worker.begin()
+    await wait_soon(worker.notebook.is_committing)
+    answers["work", ""] = YES
+    worker.control.announce_answer()
+    assert await running == RunOutcome(RunStatus.COMPLETED)
+    assert worker.notebook.output("echo") == {"said": "yes"}
+
+
+async def test_a_run_leaves_its_worker_unless_its_task_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = compile_drawing(TASK_GRAPH, {"work": pure_node(request_task)})
+    monkeypatch.setattr(run_progress, "MAX_HOLD_SECONDS", 3_600.0)
+    assert await SimulatedWorker(graph).work() == RunOutcome(RunStatus.WAITING)
+    busy = SimulatedWorker(graph)
+    busy.start = msgspec.structs.replace(busy.start, may_hold=lambda: False)
+    assert await busy.work() == RunOutcome(RunStatus.WAITING)
+    monkeypatch.setattr(run_progress, "MAX_HOLD_SECONDS", 0.01)
+    free = SimulatedWorker(graph)
+    free.start = msgspec.structs.replace(free.start, may_hold=lambda: True)
+    assert await free.work() == RunOutcome(RunStatus.WAITING)
+    assert free.notebook.status("work") is SpanStatus.WAITING
 
 
 @pytest.mark.parametrize("settings", [{}, {"atMostOnce": True}], ids=["repeatable", "at most once"])
