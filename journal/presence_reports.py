@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import structlog
 
 from models.errors import DatabaseUnavailable
+from telemetry.loop_lag import LoopLagMeter
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -26,6 +28,7 @@ log = structlog.get_logger()
 REPORT_SECONDS: Final = 5.0
 ABSENT_SECONDS: Final = 15.0
 """Time without a report after which a process counts as gone."""
+LONGEST_HOST_NAME: Final = 255
 FORGET_MICROSECONDS: Final = 86_400_000_000
 """Age of the last report after which a row is deleted."""
 
@@ -36,19 +39,31 @@ def program_version() -> str:
     return metadata.version("pilotflame")
 
 
+@cache
+def host_name() -> str:
+    """Return the name of the machine or container, cut to 255 characters."""
+    return socket.gethostname()[:LONGEST_HOST_NAME]
+
+
 @asynccontextmanager
 async def report_regularly(
-    database: Database, report: Callable[[], Report], report_end: Report
+    database: Database, report: Callable[[int], Report], report_end: Report
 ) -> AsyncIterator[None]:
     """Perform a report every five seconds while the context lasts, and another one after it.
 
-    `report` returns the statement of the next report. An unreachable database is no error.
+    `report` returns the statement of the next report from the delay of the event loop in milliseconds. An
+    unreachable database is no error.
     """
-    task = asyncio.create_task(_report_forever(database, report))
+    meter = LoopLagMeter()
+    tasks = (
+        asyncio.create_task(meter.measure_forever()),
+        asyncio.create_task(_report_forever(database, report, meter)),
+    )
     try:
         yield
     finally:
-        task.cancel()
+        for task in tasks:
+            task.cancel()
         try:
             async with asyncio.timeout(REPORT_SECONDS):
                 await database.transaction(report_end)
@@ -56,11 +71,11 @@ async def report_regularly(
             log.debug("end of process not reported", error=str(error))
 
 
-async def _report_forever(database: Database, report: Callable[[], Report]) -> None:
+async def _report_forever(database: Database, report: Callable[[int], Report], meter: LoopLagMeter) -> None:
     """Report the process every five seconds until it is canceled; failures are logged."""
     while True:
         try:
-            await database.transaction(report())
+            await database.transaction(report(round(meter.seconds * 1_000)))
         except DatabaseUnavailable as error:
             log.debug("process not reported", error=str(error))
         except Exception:

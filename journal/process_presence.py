@@ -11,7 +11,7 @@ from sqlalchemy import delete
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from journal.presence_reports import FORGET_MICROSECONDS, program_version, report_regularly
+from journal.presence_reports import FORGET_MICROSECONDS, host_name, program_version, report_regularly
 from models.database_time import DatabaseTime
 from models.process_presence import ProcessPresence
 
@@ -26,20 +26,27 @@ def report_process(database: Database, role: str) -> AbstractAsyncContextManager
     owner = f"{role}:{uuid4().hex}"
     return report_regularly(
         database,
-        lambda: partial(store_process, owner=owner, role=role),
+        lambda lag_ms: partial(store_process, owner=owner, role=role, loop_lag_ms=lag_ms),
         partial(forget_process, owner=owner),
     )
 
 
-async def store_process(connection: AsyncConnection, *, owner: str, role: str) -> None:
+async def store_process(connection: AsyncConnection, *, owner: str, role: str, loop_lag_ms: int = 0) -> None:
     """Insert or renew the row of a living process."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(ProcessPresence).values(
-        owner=owner, role=role, version=program_version(), seen_at=DatabaseTime()
+        owner=owner,
+        role=role,
+        version=program_version(),
+        host=host_name(),
+        loop_lag_ms=loop_lag_ms,
+        started_at=DatabaseTime(),
+        seen_at=DatabaseTime(),
     )
     await connection.execute(
         statement.on_conflict_do_update(
-            index_elements=[col(ProcessPresence.owner)], set_={"seen_at": statement.excluded.seen_at}
+            index_elements=[col(ProcessPresence.owner)],
+            set_={"seen_at": statement.excluded.seen_at, "loop_lag_ms": statement.excluded.loop_lag_ms},
         )
     )
 

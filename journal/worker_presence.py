@@ -11,7 +11,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from journal.presence_reports import FORGET_MICROSECONDS, program_version, report_regularly
+from journal.presence_reports import FORGET_MICROSECONDS, host_name, program_version, report_regularly
 from models.database_time import DatabaseTime
 from models.worker_presence import WorkerPresence
 
@@ -30,16 +30,22 @@ def report_presence(
     """
     return report_regularly(
         database,
-        lambda: partial(store_presence, owner=owner, concurrency=concurrency, held_runs=held_runs()),
+        lambda lag_ms: partial(
+            store_presence,
+            owner=owner,
+            concurrency=concurrency,
+            held_runs=held_runs(),
+            loop_lag_ms=lag_ms,
+        ),
         partial(end_presence, owner=owner),
     )
 
 
 async def store_presence(
-    connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int
+    connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int, loop_lag_ms: int = 0
 ) -> None:
     """Insert or renew the row of a living worker process, with its number of slots (at its first report) and
-    of held runs.
+    of held runs. `loop_lag_ms` is the delay of its event loop.
     """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(WorkerPresence).values(
@@ -49,11 +55,17 @@ async def store_presence(
         started_at=DatabaseTime(),
         seen_at=DatabaseTime(),
         version=program_version(),
+        host=host_name(),
+        loop_lag_ms=loop_lag_ms,
     )
     await connection.execute(
         statement.on_conflict_do_update(
             index_elements=[col(WorkerPresence.owner)],
-            set_={"seen_at": statement.excluded.seen_at, "held_runs": statement.excluded.held_runs},
+            set_={
+                "seen_at": statement.excluded.seen_at,
+                "held_runs": statement.excluded.held_runs,
+                "loop_lag_ms": statement.excluded.loop_lag_ms,
+            },
         )
     )
 

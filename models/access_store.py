@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
@@ -207,9 +207,19 @@ async def list_users(
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+_OLDEST_ORGANIZATION: Final = (
+    select(col(Organization.id)).order_by(col(Organization.created_at), col(Organization.id)).limit(1)
+)
+
+
+async def is_operator_organization(connection: AsyncConnection, organization_id: str) -> bool:
+    """Return whether an organization is the operator's: the oldest, which the first start has made."""
+    return await connection.scalar(_OLDEST_ORGANIZATION) == organization_id
+
+
 async def find_operator_key(connection: AsyncConnection, now: datetime) -> ApiKey | None:
     """Return the oldest valid key of an admin of the oldest organization; None without one."""
-    oldest = select(col(Organization.id)).order_by(col(Organization.created_at)).limit(1).scalar_subquery()
+    oldest = _OLDEST_ORGANIZATION.scalar_subquery()
     statement = (
         select(ApiKey)
         .join(User, col(User.id) == col(ApiKey.user_id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import Column
+from sqlalchemy import Column, Integer, text
 from sqlmodel import Field, SQLModel
 
 from models.column_types import TimestampColumn
@@ -21,4 +21,10 @@ class ProcessPresence(SQLModel, table=True):
     """Command that it runs: `gateway`, `scheduler` or `deployer`."""
     version: str
     """Version of the program."""
+    host: str | None = None
+    """Name of its machine or container; None for a process of before 0.2."""
+    loop_lag_ms: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
+    """Longest delay of a timer of its event loop in the ten seconds before its last report."""
+    started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Time of its first report; None for a process of before 0.2."""
     seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import Column
+from sqlalchemy import Column, Integer, text
 from sqlmodel import Field, SQLModel
 
 from models.column_types import TimestampColumn
@@ -26,3 +26,7 @@ class WorkerPresence(SQLModel, table=True):
     """Time of an orderly end; None for a process that runs, or died."""
     version: str | None = None
     """Version of the program; None for one of before 0.2."""
+    host: str | None = None
+    """Name of its machine or container; None for a worker of before 0.2."""
+    loop_lag_ms: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
+    """Longest delay of a timer of its event loop in the ten seconds before its last report."""

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
-from typing import Final
 
 import structlog
 
 from telemetry import instruments
 
 log = structlog.get_logger()
-
-LAG_INTERVAL_SECONDS: Final = 1.0
-LAG_SAMPLES: Final = 10
 
 
 @asynccontextmanager
@@ -33,6 +27,7 @@ async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
     from prometheus_client import start_http_server  # noqa: PLC0415 - loads a web server
 
     from telemetry import exposition  # noqa: PLC0415 - loads the client of Prometheus
+    from telemetry.loop_lag import LoopLagMeter  # noqa: PLC0415 - for processes with a port alone
 
     exposition.register()
     instruments.expose()
@@ -44,7 +39,8 @@ async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
         yield
         return
     log.info("metrics served", address=address, port=server.server_port)
-    lag = asyncio.create_task(_measure_lag())
+    shown = instruments.gauge("event_loop_lag_seconds")
+    lag = asyncio.create_task(LoopLagMeter().measure_forever(shown.set))
     try:
         yield
     finally:
@@ -52,17 +48,3 @@ async def serve_metrics(address: str, port: int | None) -> AsyncIterator[None]:
         await asyncio.to_thread(server.shutdown)
         server.server_close()
         thread.join()
-
-
-async def _measure_lag() -> None:
-    """Measure forever, once a second, how much later than requested a timer of the event loop fires.
-
-    The metric shows the maximum of the last 10 samples, in seconds.
-    """
-    lags: deque[float] = deque(maxlen=LAG_SAMPLES)
-    shown = instruments.gauge("event_loop_lag_seconds")
-    while True:
-        asked_at = time.monotonic()
-        await asyncio.sleep(LAG_INTERVAL_SECONDS)
-        lags.append(max(time.monotonic() - asked_at - LAG_INTERVAL_SECONDS, 0.0))
-        shown.set(max(lags))

@@ -1,4 +1,4 @@
-"""Endpoint about the processes of the server and the sizes of its database, for its administrators."""
+"""Endpoint about the processes of the server and its database; their totals are for the operator alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, Literal
 
+from msgspec import structs
 from sqlalchemy import select, text
 from sqlmodel import col
 
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, WireStruct, instant
+from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.presence_reports import ABSENT_SECONDS, program_version
 from messages.broker import BrokerUnavailable
+from models import access_store
 from models.database import is_sqlite
 from models.execution import Leadership
 from models.process_presence import ProcessPresence
@@ -45,14 +47,18 @@ class ServerProcess(WireStruct):
     role: str
     """`gateway`, `scheduler`, `deployer`, `worker`, or `all-in-one` for the workers of `pilotflame dev`."""
     name: str
+    host: str | None
+    """Name of its machine or container; null for a process of before 0.2."""
     version: str | None
     """Null for a worker of before 0.2."""
     is_present: bool
     """Whether it has reported within the last 15 seconds."""
     started_at: Instant | None
-    """Null for other roles than workers."""
+    """Null for a process of before 0.2."""
     seen_at: Instant
     """Last report."""
+    loop_lag_ms: int
+    """Longest delay of a timer of its event loop in the ten seconds before the last report."""
     held_runs: int | None
     concurrency: int | None
     """Runs that a worker holds, and holds at most; null for other roles."""
@@ -61,7 +67,8 @@ class ServerProcess(WireStruct):
 class SchedulerLead(WireStruct):
     """Lead of the scheduler that does the duties of which there is one."""
 
-    name: str
+    name: str | None
+    """Null unless `isOperator`."""
     is_held: bool
     lease_until: Instant
 
@@ -82,18 +89,23 @@ class DatabaseHealth(WireStruct):
     latency_ms: float
     revision: str
     """Revision of its tables, by the last migration."""
-    bytes: int
+    bytes: int | None
+    """Null unless `isOperator`."""
     tables: Sequence[TableSize]
-    """The 20 largest; empty with SQLite, which does not keep sizes of tables."""
+    """The 20 largest; empty unless `isOperator`, and with SQLite, which does not keep sizes of tables."""
 
 
 class ServerHealth(WireStruct):
     """Processes of the server, its database and its broker."""
 
     as_of: Instant
+    is_operator: bool
+    """Whether the organization is the operator's, which the first start of the server has made."""
     version: str
     processes: Sequence[ServerProcess]
-    """Processes that reported within a day and have not ended in order, at most 100 workers and 100 others."""
+    """Processes that reported within a day and have not ended in order, at most 100 workers and 100 others.
+    Empty unless `isOperator`.
+    """
     lead: SchedulerLead | None
     """Null if no scheduler ever led, as in a server of one process."""
     database: DatabaseHealth
@@ -102,23 +114,33 @@ class ServerHealth(WireStruct):
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show the processes of the server with their versions and loads, and latency and sizes of its database."""
+    """Show the processes of the server with their versions and loads, and latency and sizes of its database.
+
+    Processes and sizes add up the work of all organizations, so they are shown to admins of the operator's
+    organization alone. Others see whether database, broker and scheduler answer.
+    """
     gateway = request.gateway
     now = gateway.clock()
     begun = time.perf_counter()
     await gateway.database.ping()
     latency_ms = _milliseconds_since(begun)
     async with gateway.database.read() as connection:
-        processes = [*await _list_processes(connection, now), *await _list_workers(connection, now)]
+        is_operator = await access_store.is_operator_organization(connection, request.caller.organization_id)
+        processes = (
+            [*await _list_processes(connection, now), *await _list_workers(connection, now)]
+            if is_operator
+            else []
+        )
         lead = await _find_lead(connection, now)
         database = await _measure_database(connection, gateway.database, latency_ms)
     return JsonResponse(
         ServerHealth(
             as_of=instant(now),
+            is_operator=is_operator,
             version=program_version(),
             processes=processes,
-            lead=lead,
-            database=database,
+            lead=lead if lead is None or is_operator else structs.replace(lead, name=None),
+            database=database if is_operator else structs.replace(database, bytes=None, tables=()),
             broker_latency_ms=await _ping_broker(request),
         )
     )
@@ -157,10 +179,12 @@ async def _list_processes(connection: AsyncConnection, now: datetime) -> Sequenc
         ServerProcess(
             role=one.role,
             name=one.owner,
+            host=one.host,
             version=one.version,
             is_present=_is_present(one.seen_at, now),
-            started_at=None,
+            started_at=optional_instant(one.started_at),
             seen_at=instant(one.seen_at),
+            loop_lag_ms=one.loop_lag_ms,
             held_runs=None,
             concurrency=None,
         )
@@ -181,10 +205,12 @@ async def _list_workers(connection: AsyncConnection, now: datetime) -> Sequence[
         ServerProcess(
             role="all-in-one" if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker",
             name=one.owner,
+            host=one.host,
             version=one.version,
             is_present=_is_present(one.seen_at, now),
             started_at=instant(one.started_at),
             seen_at=instant(one.seen_at),
+            loop_lag_ms=one.loop_lag_ms,
             held_runs=one.held_runs,
             concurrency=one.concurrency,
         )

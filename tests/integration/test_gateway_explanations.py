@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from sqlmodel import col
 
 from execution import due_runs
 from journal import concurrency_limits, process_presence, worker_presence
+from models.access import Organization
 from models.execution import Execution
 from models.schema_migration import HEAD_REVISION
 from models.workflow import WorkflowShare
@@ -182,12 +184,22 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     database = harness.gateway.database
 
     async def report(connection: AsyncConnection) -> None:
-        await worker_presence.store_presence(connection, owner=owner, concurrency=5, held_runs=2)
+        await worker_presence.store_presence(
+            connection, owner=owner, concurrency=5, held_runs=2, loop_lag_ms=1_250
+        )
+
+    async def make_operator(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(Organization)
+            .where(col(Organization.id) == people.admin.user.organization_id)
+            .values(created_at=datetime(2000, 1, 1, tzinfo=UTC))
+        )
 
     async def show_worker() -> list[dict[str, Any]]:
         health = (await people.admin.api.get(path)).json()
         return [one for one in health["processes"] if one["name"] == owner]
 
+    await database.transaction(make_operator)
     await database.transaction(report)
     await database.transaction(
         partial(process_presence.store_process, owner="gateway:health", role="gateway")
@@ -198,6 +210,9 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     [worker] = await show_worker()
     assert (worker["role"], worker["version"], worker["isPresent"]) == ("worker", health["version"], True)
     assert (worker["heldRuns"], worker["concurrency"]) == (2, 5)
+    assert (worker["host"], worker["loopLagMs"]) == (socket.gethostname(), 1_250)
+    assert (gateway["host"], gateway["loopLagMs"]) == (socket.gethostname(), 0)
+    assert gateway["startedAt"] is not None
     sizes = [one["bytes"] for one in health["database"]["tables"]]
     names = {one["name"] for one in health["database"]["tables"]}
     assert health["database"]["revision"] == HEAD_REVISION
@@ -205,6 +220,11 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     assert sizes == sorted(sizes, reverse=True)
     assert ("execution" in names) is (health["database"]["kind"] == "postgresql")
     assert health["brokerLatencyMs"] is not None
+    # The work of all organizations is in processes and sizes: admins of others see neither.
+    elsewhere = (await people.stranger.api.get(path)).json()
+    assert (elsewhere["isOperator"], elsewhere["processes"]) == (False, [])
+    assert (elsewhere["database"]["bytes"], elsewhere["database"]["tables"]) == (None, [])
+    assert elsewhere["database"]["revision"] == HEAD_REVISION
     # A worker that has ended in order is no process of the server any more.
     await database.transaction(partial(worker_presence.end_presence, owner=owner))
     await database.transaction(partial(process_presence.forget_process, owner="gateway:health"))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 HEALTH_SECONDS: Final = 5.0
 """Age up to which processes and sizes are shown again, while hints of runs update the page."""
+SLOW_LOOP_MS: Final = 1_000
+"""Delay of an event loop from which requests visibly wait; the shipped alert has the same bound."""
 NO_HEALTH: Final[Mapping[str, Any]] = {"database": {"tables": ()}}
 
 
@@ -38,6 +40,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "crumbs": (("Health", ""),),
         "drift": drift,
         "health": data["health"],
+        "slow_loop_ms": SLOW_LOOP_MS,
         "largest": max(
             (one["bytes"] for one in (data["health"] or NO_HEALTH)["database"]["tables"]), default=1
         ),

@@ -737,7 +737,7 @@ class DatabaseHealth(TypedDict):
     kind: Literal['postgresql', 'sqlite']
     latencyMs: float
     revision: str
-    bytes: int
+    bytes: int | None
     tables: List[TableSize]
 
 
@@ -2368,7 +2368,7 @@ class ScheduleTimeline(TypedDict):
 class SchedulerLead(TypedDict):
     """Lead of the scheduler that does the duties of which there is one."""
 
-    name: str
+    name: str | None
     isHeld: bool
     leaseUntil: str
 
@@ -2377,6 +2377,7 @@ class ServerHealth(TypedDict):
     """Processes of the server, its database and its broker."""
 
     asOf: str
+    isOperator: bool
     version: str
     processes: List[ServerProcess]
     lead: SchedulerLead | None
@@ -2389,10 +2390,12 @@ class ServerProcess(TypedDict):
 
     role: str
     name: str
+    host: str | None
     version: str | None
     isPresent: bool
     startedAt: str | None
     seenAt: str
+    loopLagMs: int
     heldRuns: int | None
     concurrency: int | None
 

@@ -1,0 +1,33 @@
+"""Delay of an event loop: how much later than requested its timers fire."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+LAG_INTERVAL_SECONDS: Final = 1.0
+LAG_SAMPLES: Final = 10
+
+
+class LoopLagMeter:
+    """Longest delay of a timer of one second among its last ten firings."""
+
+    def __init__(self) -> None:
+        """Create a meter that has measured nothing."""
+        self._lags: deque[float] = deque(maxlen=LAG_SAMPLES)
+
+    @property
+    def seconds(self) -> float:
+        """Longest delay of the last ten samples in seconds; 0 before the first."""
+        return max(self._lags, default=0.0)
+
+    async def measure_forever(self, on_sample: Callable[[float], None] = lambda _: None) -> None:
+        """Take a sample each second until the task is canceled, and call `on_sample` with the longest of the last."""
+        while True:
+            asked_at = time.monotonic()
+            await asyncio.sleep(LAG_INTERVAL_SECONDS)
+            self._lags.append(max(time.monotonic() - asked_at - LAG_INTERVAL_SECONDS, 0.0))
+            on_sample(self.seconds)
