@@ -7,23 +7,52 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pilotflame import commands
 from pilotflame.command import main
 
 LOADED = (
     "alembic.command",
     "gateway.main",
     "pilotflame.accounts",
+    "pilotflame.all_in_one",
     "pilotflame.cli",
     "pilotflame.dev",
     "runner.main",
     "scheduler.main",
     "workers.main",
+    "workers.deployer.main",
+    # Modules that the processes and commands load when they first need them.
+    *(module.name for module in pkgutil.iter_modules(commands.__path__, f"{commands.__name__}.")),
+    "aiohttp",
+    "cryptography.hazmat.primitives.ciphers.aead",
+    "cryptography.hazmat.primitives.kdf.hkdf",
+    "encodings.idna",
+    "httpcore2",
+    "httpx2",
+    "jsonschema_rs",
+    "journal.postgresql.postgresql_store",
+    "journal.sqlite.sqlite_store",
+    "messages.local_broker",
+    "messages.redis_broker",
+    "models.postgresql_sessions",
+    "models.sqlite_driver",
+    "opentelemetry.sdk.metrics",
+    "pilotflame.live_view",
+    "pilotflame_sdk.client",
+    "pilotflame_sdk.profiles",
+    "pilotflame_sdk.server_events",
+    "pilotflame_sdk.workflow_files",
+    "telemetry.exposition",
+    "uvicorn.lifespan.on",
+    "yaml",
+    "tests.frozen_heap",
 )
 SET_PARENT_DEATH_SIGNAL = 1
 
