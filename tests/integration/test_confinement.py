@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -177,6 +178,7 @@ print(ctypes.CDLL(None).prctl({get_dumpable}, 0, 0, 0, 0))
 
 
 async def test_the_interpreter_of_code_can_start_no_process() -> None:
+    before = interpreters()  # those of other tests that are about to end
     runner = CodeRunner(CodeBackend.MONTY, limit=1)
     try:
         for _ in range(3):
@@ -184,12 +186,20 @@ async def test_the_interpreter_of_code_can_start_no_process() -> None:
                 CALLER, "1 + 1", {}, timeout_seconds=5, max_memory_bytes=1 << 26, print_line=lambda *_: None
             )
             assert output == 2
-        (interpreter,) = (
-            each for each in psutil.Process().children(recursive=True) if each.name() == "monty"
-        )
+        (interpreter,) = interpreters() - before
         assert max_processes(interpreter) == ["0", "0"]
     finally:
         await runner.close()
+
+
+def interpreters() -> set[psutil.Process]:
+    """Return the interpreters of code below this process."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "monty":
+                found.add(process)
+    return found
 
 
 def max_processes(process: psutil.Process) -> list[str]:

@@ -11,15 +11,18 @@ async def test_a_pending_run_is_cancelled_at_once_and_never_begins(
 ) -> None:
     workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
     one, other = deployment.workers
+    assigned = []
     with one.paused(), other.paused():
-        run = await client.execute(workflow)
+        # Slots that the workers granted before they were paused are good for moments, and a run in one is running.
+        while (await client.progress(run := await client.execute(workflow)))["status"] != "pending":
+            assigned.append(run)
         assert (await client.ask(run, "cancel")).json()["status"] == "cancelled"
         assert (await client.end(run)).status == "cancelled"
-        later = await client.execute(workflow)
+        others = [*assigned, await client.execute(workflow)]
     await consistency_checks.assert_consistent(
-        deployment, client, ledger, {later: "completed", run: "cancelled"}
+        deployment, client, ledger, {**dict.fromkeys(others, "completed"), run: "cancelled"}
     )
-    assert [call.execution_id for call in ledger.of("charge")] == [later]
+    assert run not in {call.execution_id for call in ledger.of("charge")}
 
 
 async def test_a_running_run_is_cancelled_in_the_middle_of_a_node(
