@@ -175,7 +175,13 @@ async def _start(request: GatewayRequest, key: ExecutionKey, new_id: str, planne
     gateway, caller = request.gateway, request.caller
     await gateway.database.transaction(
         partial(
-            replay_runs.start_replay, source=key, new_id=new_id, caller=caller, planned=planned, again=False
+            replay_runs.start_replay,
+            source=key,
+            new_id=new_id,
+            caller=caller,
+            planned=planned,
+            now=gateway.clock(),
+            again=False,
         )
     )
     gateway.access.allow(new_id, caller)

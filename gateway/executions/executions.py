@@ -483,7 +483,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
             )
             if bound != new_id:
                 return bound, None
-        return new_id, await resume_runs.resume_execution(connection, failed, new_id, caller)
+        return new_id, await resume_runs.resume_execution(connection, failed, new_id, caller, now)
 
     begun_id, concurrency_key = await gateway.database.transaction(insert)
     headers = location(gateway.settings, begun_id)

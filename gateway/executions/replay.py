@@ -172,7 +172,7 @@ async def _start(
             )
             if bound != answer:
                 return bound
-        await replay_runs.start_replay(connection, key, new_id, caller, planned, again=again)
+        await replay_runs.start_replay(connection, key, new_id, caller, planned, now=now, again=again)
         return answer
 
     begun = await gateway.database.transaction(insert)

@@ -21,6 +21,8 @@ from models.execution import Execution, SpanRow
 from models.workflow import Definition
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy import Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -36,6 +38,7 @@ async def start_replay(
     caller: ApiCaller,
     planned: PlannedReplay,
     *,
+    now: datetime,
     again: bool,
 ) -> None:
     """Insert the execution `new_id` as a replay of `source` by a plan; nothing changes if it exists already.
@@ -50,6 +53,7 @@ async def start_replay(
         return  # an earlier attempt was committed, but its answer was lost
     if not again:
         await resume_runs.require_not_taken_up(connection, source)
+    await resume_runs.settle_dead_letter(connection, ended, source, new_id, now)
     await _store_definition(connection, source, caller, planned)
     inner = await _find_inner_spans(connection, source, planned)
     copy = replay_planning.replay_copy(planned, inner)

@@ -9,14 +9,17 @@ from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from gateway.executions import acceptance
-from gateway.http import errors
+from gateway.http import errors, idempotency
 from journal import run_copies
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.execution_visibility import visibility_condition
+from models.ingest import INTAKE_KINDS
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy import Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -42,7 +45,7 @@ IS_TAKEN_UP: Final = or_(
 
 
 async def resume_execution(
-    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller, now: datetime
 ) -> str | None:
     """Insert the execution `new_id` as a copy of a failed one, with its committed results.
 
@@ -58,6 +61,7 @@ async def resume_execution(
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
         return concurrency_key  # an earlier attempt was committed, but its answer was lost
     await require_not_taken_up(connection, failed)
+    await settle_dead_letter(connection, earlier, failed, new_id, now)
     await run_copies.insert_copy(
         connection, failed, new_id, caller.user_id, trigger_type=earlier.trigger_type
     )
@@ -73,6 +77,7 @@ async def lock_ended(connection: AsyncConnection, ended: ExecutionKey, caller: A
     statement: Select[*tuple[Any, ...]] = (
         select(
             *(col(Execution.status), col(Execution.trigger_type), col(Execution.concurrency_key)),
+            col(Execution.workflow_id),
             *(col(Workflow.status).label("workflow_status"), col(Workflow.deleted_at)),
         )
         .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
@@ -97,6 +102,19 @@ def require_open(found: Row[Any]) -> None:
     if found.deleted_at is not None:
         raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
     acceptance.require_open(WorkflowStatus(found.workflow_status))
+
+
+async def settle_dead_letter(
+    connection: AsyncConnection, ended: Row[Any], source: ExecutionKey, new_id: str, now: datetime
+) -> None:
+    """Use up the redrive key of a dead letter, so that a redrive that has read it starts no second run.
+
+    `new_id` is its successor. Other executions have no such key.
+    """
+    if ended.status != ExecutionStatus.FAILED or ended.trigger_type not in INTAKE_KINDS:
+        return
+    key = idempotency.redrive_key(ended.workflow_id, source.execution_id)
+    await idempotency.reserve_key(connection, key, shard=source.shard, resource_id=new_id, now=now)
 
 
 async def require_not_taken_up(connection: AsyncConnection, ended: ExecutionKey) -> None:

@@ -13,6 +13,7 @@ from sqlmodel import col
 
 from gateway.http import limits
 from gateway.ingest import dead_letter_rows
+from gateway.ingest.redrive_runs import RunRedriver
 from models.dead_letter_mute import DeadLetterMute
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -288,6 +289,27 @@ async def test_a_redrive_that_is_refused_leaves_its_dead_letters_in_the_list(
     refused = (await people.owner.api.post(f"{DEAD_LETTERS}/redrive", json={"filter": {}})).json()
     assert (refused["redriven"], refused["failed"]) == (0, 1)
     assert (await get_json(people.owner, f"{DEAD_LETTERS}/groups"))["count"] == 1
+
+
+@pytest.mark.parametrize("repair", ["resume", "replay"])
+async def test_a_dead_letter_that_is_taken_up_during_a_redrive_runs_once(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, repair: str
+) -> None:
+    api, workflow_id = people.owner.api, await create_active_workflow(people.owner)
+    failed_id = await enqueue(people.owner, workflow_id)
+    await fail_alike(harness, [failed_id], "Broken")
+    redrive_dead_letter = RunRedriver.redrive_dead_letter
+
+    async def take_up_first(redriver: RunRedriver, *given: Any) -> Any:  # noqa: ANN401 - passed on
+        assert (await api.post(f"/api/v1/executions/{failed_id}/{repair}", json={})).status_code == 201
+        return await redrive_dead_letter(redriver, *given)
+
+    monkeypatch.setattr(RunRedriver, "redrive_dead_letter", take_up_first)
+    redriven = (await api.post(f"{DEAD_LETTERS}/redrive", json={"filter": {}})).json()
+    assert (redriven["matched"], redriven["redriven"], redriven["failed"]) == (1, 0, 0)
+    executions = await get_json(people.owner, f"/api/v1/executions?workflow_id={workflow_id}")
+    assert len(executions["executions"]) == 2
+    assert (await get_json(people.owner, DEAD_LETTERS))["deadLetters"] == []
 
 
 async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
