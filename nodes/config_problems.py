@@ -32,6 +32,19 @@ MAX_PATTERN_BYTES = 262_144
 
 TEMPLATE_SCHEMA: JsonSchema = {"type": "string", "pattern": r"\{\{"}
 
+_TEMPLATE_INSIDE = "template-inside"
+_HAS_TEMPLATE: JsonSchema = {"$ref": f"#/$defs/{_TEMPLATE_INSIDE}"}
+_TEMPLATE_DEFINITIONS: JsonSchema = {
+    _TEMPLATE_INSIDE: {
+        "anyOf": [
+            dict(TEMPLATE_SCHEMA),
+            {"type": "array", "contains": dict(_HAS_TEMPLATE)},
+            {"type": "object", "not": {"additionalProperties": {"not": dict(_HAS_TEMPLATE)}}},
+        ]
+    }
+}
+"""Definition of a value that is or contains a text with `{{`."""
+
 TYPE_DESCRIPTIONS = {
     "string": "a text",
     "number": "a number",
@@ -87,9 +100,8 @@ def build_validator(node_type: NodeType) -> Draft202012Validator:
     if node_type.task is not None:
         # The schema is that of a user: its patterns must not backtrack.
         limits = {"offline": True, "pattern_options": linear_patterns()}
-    return Draft202012Validator(
-        accept_templates(schema), validate_formats=True, formats=format_checks(), **limits
-    )
+    accepting = {"$defs": _TEMPLATE_DEFINITIONS, **accept_templates(schema)}
+    return Draft202012Validator(accepting, validate_formats=True, formats=format_checks(), **limits)
 
 
 def format_checks() -> dict[str, Callable[[str], bool]]:
@@ -123,7 +135,8 @@ def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema],
 def accept_templates(schema: JsonSchema) -> dict[str, Json]:
     """Return a schema that accepts a text with `{{` for any property and item without `x-constant`.
 
-    Also within `anyOf`, `allOf`, `then` and `else`; not within `oneOf`, where it could fit several schemas.
+    Also within `anyOf`, `allOf`, `then`, `else` and `oneOf`. A value with an expression may fit several schemas of
+    `oneOf`, since only the rendered one shows which; the schema refers to `_TEMPLATE_DEFINITIONS` then.
 
     The original schema moves into an `else`, whose errors are reported as if it stood alone.
     """
@@ -136,8 +149,21 @@ def accept_templates(schema: JsonSchema) -> dict[str, Json]:
         elif keyword in {"then", "else"} and isinstance(inner, dict):
             changed[keyword] = accept_templates(inner)
         elif keyword in {"allOf", "anyOf"} and isinstance(inner, list):
-            changed[keyword] = [accept_templates(each) if isinstance(each, dict) else each for each in inner]
+            changed[keyword] = _accept_in_each(inner)
+    if isinstance(alternatives := schema.get("oneOf"), list):
+        del changed["oneOf"]
+        # The strict alternatives are the unchanged ones: they are for values without an expression.
+        choice: dict[str, Json] = {
+            "if": dict(_HAS_TEMPLATE),
+            "then": {"anyOf": _accept_in_each(alternatives)},
+            "else": {"oneOf": alternatives},
+        }
+        changed["allOf"] = [*cast("list[Json]", changed.get("allOf", [])), choice]
     return changed
+
+
+def _accept_in_each(schemas: Sequence[Json]) -> list[Json]:
+    return [accept_templates(each) if isinstance(each, dict) else each for each in schemas]
 
 
 def _allow_template(schema: Json) -> Json:

@@ -162,6 +162,24 @@ async def test_validation_reads_the_document(people: OrganizationUsers) -> None:
         assert changed.status_code == 200, changed.text
         assert len((await validate(people.owner, workflow_id))["errors"]) == count
 
+    # An expression in `oneOf` may fit several schemas before it is rendered; other values fit exactly one.
+    by_name = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+    by_size = {"type": "object", "required": ["width"], "properties": {"width": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"size": {"oneOf": [by_name, by_size]}}}
+    await add_type(people.owner, type="acme/fit", config=schema)
+    for given, count in (
+        ({"width": "{{ data.width }}"}, 0),
+        ({"width": "{{ data.width }}", "name": "{{ data.name }}"}, 0),
+        ({"width": ["{{ data.width }}"]}, 1),
+        ({"width": 3}, 0),
+        ({"width": "wide"}, 1),
+        ({"width": 3, "name": "A4"}, 1),
+    ):
+        graph = custom_graph({"size": given}, type_name="acme/fit")
+        changed = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=graph)
+        assert changed.status_code == 200, changed.text
+        assert len((await validate(people.owner, workflow_id))["errors"]) == count, given
+
     # A wrong port and a misspelled type have fixes, also where the type was added after the workflow.
     wrong = custom_graph(type_name="acme/resise")
     assert "did you mean acme/resize?" in str(
