@@ -1,6 +1,4 @@
-"""Command processes, forked from one that has loaded the command, since most of a start's time is loading
-code.
-"""
+"""Processes that are forked from one that has loaded the command, since most of a start's time is loading code."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import pkgutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pilotflame import commands
@@ -60,29 +58,13 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.forks", *LOADED])
 
 
-class ForkedCommand:
-    """A command in a process and a session of its own, with those methods of `subprocess.Popen` that tests need."""
+class ForkedProcess:
+    """A function in a process and a session of its own, with those methods of `subprocess.Popen` that tests need."""
 
-    def __init__(
-        self,
-        command: Path,
-        arguments: Sequence[str],
-        given: Mapping[str, str],
-        outputs: tuple[Path, Path],
-        folder: Path | None = None,
-        source: Path | None = None,
-    ) -> None:
-        """Start the process. Its output is appended to two files, or to one that is named twice.
-
-        `source` is the file of its standard input.
-        """
-        typed = [str(command), *arguments]
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        """Start the process, which dies with the tests. Function and arguments must be picklable."""
         # A daemon: else the tests would wait for it in the end.
-        self._process = _context.Process(
-            target=_run_forked,
-            args=(typed, dict(given), outputs, folder or Path.cwd(), source or Path(os.devnull)),
-            daemon=True,
-        )
+        self._process = _context.Process(target=_run_forked, args=(function, arguments), daemon=True)
         self._process.start()
 
     @property
@@ -110,11 +92,37 @@ class ForkedCommand:
         self.send_signal(signal.SIGKILL)
 
 
-def _run_forked(
-    typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path, source: Path
-) -> None:
+class ForkedCommand(ForkedProcess):
+    """The `pilotflame` command in a process of its own."""
+
+    def __init__(
+        self,
+        command: Path,
+        arguments: Sequence[str],
+        given: Mapping[str, str],
+        outputs: tuple[Path, Path],
+        folder: Path | None = None,
+        source: Path | None = None,
+    ) -> None:
+        """Start the process. Its output is appended to two files, or to one that is named twice.
+
+        `source` is the file of its standard input.
+        """
+        typed = [str(command), *arguments]
+        super().__init__(
+            _run_command, typed, dict(given), outputs, folder or Path.cwd(), source or Path(os.devnull)
+        )
+
+
+def _run_forked(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.setsid()  # Ctrl-C ends the tests, and they end the processes
+    function(*arguments)
+
+
+def _run_command(
+    typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path, source: Path
+) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,20 +20,24 @@ from tests.fakes.model_lookup import LOOPBACK, open_served_models
 from workers.settings import WorkerSettings
 
 
-async def main(url: str, folder: str, model_url: str, last_commit: str) -> None:
-    """Execute runs; die before commit N with `last_commit` `-N`, and after it with `N`."""
+def execute_runs(url: str, folder: Path, model_url: str, last_commit: int) -> None:
+    """Execute runs; die before commit N with `last_commit` `-N`, and after it with `N`; with 0 never."""
+    asyncio.run(_execute_runs(url, folder, model_url, last_commit))
+
+
+async def _execute_runs(url: str, folder: Path, model_url: str, last_commit: int) -> None:
     store = await open_store(parse_url(url))
-    settings = WorkerSettings(data_dir=Path(folder), commit_seconds=0.02)
-    record, limit = store.record, int(last_commit)
+    settings = WorkerSettings(data_dir=folder, commit_seconds=0.02)
+    record = store.record
     commits = 0
 
     async def record_or_die(batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         nonlocal commits
         commits += 1
-        if commits == -limit:
+        if commits == -last_commit:
             os.kill(os.getpid(), signal.SIGKILL)
         held = await record(batch, owner=owner)
-        if commits == limit:
+        if commits == last_commit:
             os.kill(os.getpid(), signal.SIGKILL)
         return held
 
@@ -46,7 +49,3 @@ async def main(url: str, folder: str, model_url: str, last_commit: str) -> None:
     executor = RunExecutor(store, LocalBroker(channel="dies"), catalog.load_catalog(), services, settings)
     await executor.start()
     await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +20,14 @@ from tests.node_calls import NoNetwork
 from workers.settings import WorkerSettings
 
 
-async def main(url: str, folder: str) -> None:
+def execute_runs(url: str, folder: Path) -> None:
+    """Execute runs until an output is in the blob storage."""
+    asyncio.run(_execute_runs(url, folder))
+
+
+async def _execute_runs(url: str, folder: Path) -> None:
     store = await open_store(parse_url(url))
-    settings = WorkerSettings(data_dir=Path(folder), commit_seconds=0.02)
+    settings = WorkerSettings(data_dir=folder, commit_seconds=0.02)
     record = store.record
 
     async def record_or_die(batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
@@ -39,7 +43,3 @@ async def main(url: str, folder: str) -> None:
     )
     await executor.start()
     await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))

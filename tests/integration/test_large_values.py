@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -36,6 +35,8 @@ from journal.recorder import RunJournal, RunLease, RunRecorder
 from journal.store import ClaimedRun, ExecutionKey
 from messages.local_broker import LocalBroker
 from models.database import Database, parse_url
+from tests.forks import ForkedProcess
+from tests.integration import dies_before_commit
 from tests.integration.large_outputs import build_catalog
 from tests.integration.run_database import (
     MigratedDatabase,
@@ -49,7 +50,6 @@ from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
 MEGABYTE = 1_000_000
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -266,15 +266,8 @@ async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_an
     tmp_path: Path,
 ) -> None:
     key = await accept(run_database, owned_workflow, "unlike", "length")
-    program = [
-        sys.executable,
-        "-m",
-        "tests.integration.dies_before_commit",
-        migrated_database.url,
-        str(tmp_path),
-    ]
-    process = await asyncio.create_subprocess_exec(*program, cwd=ROOT)
-    assert await asyncio.wait_for(process.wait(), PATIENCE_SECONDS) == -signal.SIGKILL
+    process = ForkedProcess(dies_before_commit.execute_runs, migrated_database.url, tmp_path)
+    assert await asyncio.to_thread(process.wait, PATIENCE_SECONDS) == -signal.SIGKILL
     await run_database.query("UPDATE execution SET lease_until = 1")
     await run_database.store.sweep(10)
     await workers.start()

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import pytest
 
 from journal.store import ExecutionKey
 from tests.fakes.model_server import ModelServer, ScriptedAnswer, serve_models
-from tests.file_walks import ROOT
+from tests.forks import ForkedProcess
+from tests.integration import dies_at_commit
 from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
 
 pytestmark = pytest.mark.anyio
@@ -72,11 +72,8 @@ class SpoiledOnce:
         self._served.script = [RIGHT if is_correction else WRONG]
 
 
-async def work(
-    database: MigratedDatabase, folder: Path, served: ModelServer, last_commit: int
-) -> asyncio.subprocess.Process:
-    program = [sys.executable, "-m", "tests.integration.dies_at_commit", database.url, str(folder)]
-    return await asyncio.create_subprocess_exec(*program, served.url, str(last_commit), cwd=ROOT)
+def work(database: MigratedDatabase, folder: Path, served: ModelServer, last_commit: int) -> ForkedProcess:
+    return ForkedProcess(dies_at_commit.execute_runs, database.url, folder, served.url, last_commit)
 
 
 async def run_killed(
@@ -90,23 +87,23 @@ async def run_killed(
     """Work on a run with a process for each kill, then with one that lives to the end; return the number of kills."""
     died = 0
     for last_commit in kills:
-        process = await work(migrated_database, folder, served, last_commit)
-        while process.returncode is None and not await has_ended(run_database, key):  # noqa: ASYNC110 - of another process
+        process = work(migrated_database, folder, served, last_commit)
+        while process.poll() is None and not await has_ended(run_database, key):  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.05)
-        if process.returncode is None:
+        if process.poll() is None:
             process.kill()
-            await process.wait()
+            process.wait()
             return died
-        assert process.returncode == -signal.SIGKILL
+        assert process.poll() == -signal.SIGKILL
         died += 1
         await run_database.query("UPDATE execution SET lease_until = 1 WHERE status = 'running'")
         await run_database.store.sweep(10)
-    process = await work(migrated_database, folder, served, 0)
+    process = work(migrated_database, folder, served, 0)
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await has_ended(run_database, key):  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.05)
     process.kill()
-    await process.wait()
+    process.wait()
     return died
 
 
