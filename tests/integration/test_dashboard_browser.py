@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 from sqlalchemy import select
 
+from engine.agent import StoredAnswer
+from engine.agent_steps import StepStatus
+from engine.model_calls import FinishReason, ModelCallRecord, RequestedToolCall, TokenUsage
+from engine.run_records import RunStatus, SpanStatus
 from models.execution import WaitAnswer
 from tests.integration import input_waits
 from tests.integration.browser import LOADED, needs_chromium
 from tests.integration.dashboard_visit import HOSTILE, DashboardVisit, open_visit
-from tests.integration.gateway_harness import GRAPH
+from tests.integration.gateway_harness import GRAPH, TRIGGER
+from tests.integration.test_gateway_executions import NOW, claim_run, execute_workflow
 from tests.services import PostgresServer
 
 pytestmark = needs_chromium
@@ -139,6 +145,46 @@ async def test_texts_of_users_never_become_elements(visit: DashboardVisit) -> No
     texts = await visit.page.evaluate("[...document.querySelectorAll('td a')].map(one => one.textContent)")
     assert HOSTILE in texts
     assert await visit.page.count("main img, main script") == 0
+
+
+async def test_an_agent_shows_its_turns_as_they_are_recorded(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    agent = {"id": "agent", "nodeId": "agent", "config": {"model": "echo", "prompt": "How is Oslo?"}}
+    edge = {"source": TRIGGER["id"], "target": "agent"}
+    workflow_id = await owner.create(name="Agent", nodes=[TRIGGER, agent], connections=[edge])
+    execution_id = await execute_workflow(owner, workflow_id)
+    run = await claim_run(visit.harness, execution_id)
+    begun = msgspec.structs.replace(run.span("agent", SpanStatus.RUNNING), type="agent")
+    await run.write(run.span("start"), begun, run.step("agent", 0, StepStatus.STARTED))
+    await visit.show(f"/dashboard/runs/{execution_id}?node=agent")
+    await page.wait_for("document.querySelector('[data-turn=\"1\"]') !== null")
+    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+
+    calls = [RequestedToolCall("call_0", HOSTILE, {"city": HOSTILE})]
+    answer = msgspec.json.encode(StoredAnswer(HOSTILE, FinishReason.TOOL_CALLS, calls))
+    record = ModelCallRecord("model_1", "small", TokenUsage(1_200, 30), 65_000)
+    fields = {"arguments": msgspec.json.encode({"city": HOSTILE}), "effect": "write"}
+    asked = run.step("agent", 0, StepStatus.COMPLETED, ended_at=NOW, result=answer, model_calls=[record])
+    failed = run.step("agent", 1, StepStatus.FAILED, ended_at=NOW, result=b'"{\\"error\\":1}"', **fields)
+    await run.write(asked, msgspec.structs.replace(failed, name=HOSTILE))
+    await page.wait_for("document.querySelector('[data-call=\"1\"]') !== null")
+    turn = await page.text("[data-turn='1']")
+    assert "asked for tools" in turn
+    assert "1,200 in, 30 out · $0.000065" in turn
+    assert turn.count(HOSTILE) == 3, "the answer, the name of the tool and its argument"
+    assert (await page.text("[data-call='1'] pre:last-child")).split() == ["{", '"error":', "1", "}"]
+
+    last = run.step("agent", 2, StepStatus.COMPLETED, ended_at=NOW, result=b'{"text":"Cold."}')
+    ended = run.span("agent", output={"response": "Cold.", "stopReason": "loop"})
+    await run.write(last, msgspec.structs.replace(ended, type="agent"), end=RunStatus.COMPLETED)
+    await page.wait_for("document.querySelector('[data-end]') !== null")
+    assert "same call three times" in await page.text("[data-end]")
+    assert "answered without a tool" in await page.text("[data-turn='2']")
+    assert await page.count("main img, main script") == 0
+    assert await visit.find_violations() == []
+    await visit.press("]")
+    await page.wait_for(f"{LOADED} && location.search.includes('tab=input')")
+    assert not visit.take_problems()
 
 
 async def test_keys_move_and_open(visit: DashboardVisit) -> None:

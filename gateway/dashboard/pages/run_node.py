@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from engine.agent_steps import AGENT_TYPE
 from gateway.dashboard.formats import MAX_CHARACTERS, show_age, show_value
+from gateway.dashboard.pages import agent_turns
 
 if TYPE_CHECKING:
     from gateway.dashboard.page import PageData, PageFrame
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 State: TypeAlias = Mapping[str, Any]
 
+STEPS: Final = "steps"
+"""Tab of the turns of an agent, which other nodes lack."""
 TABS: Final = {"input": "Input", "output": "Output", "config": "Config", "logs": "Logs", "diff": "Diff"}
 MAX_ITERATION_LINKS: Final = 24
 """Iterations of a node that have links; of more, there is a field for the number."""
@@ -85,19 +89,26 @@ def choose_iteration(state: State, query: Mapping[str, str]) -> str:
 def choose_tab(query: Mapping[str, str], state: State | None, graph: Mapping[str, Any]) -> str:
     """Return the tab that the query names, else a default by the state of the selected node.
 
-    That is `diff` for a failed node if an earlier good run exists, else its `input`; also `input` for a node
-    that runs or waits, `output` for other ones, and `config` for one without a state.
+    That is `steps` for an agent; `diff` for a failed node if an earlier good run exists, else its `input`;
+    also `input` for a node that runs or waits, `output` for other ones, and `config` for one without a state.
     """
     wanted = query.get("tab", "")
-    if wanted in TABS:
+    if wanted in _list_tabs(state):
         return wanted
     if state is None:
         return "config"
+    if state["nodeType"] == AGENT_TYPE:
+        return STEPS
     if state["status"] in UNFINISHED:
         return "input"
     if state["status"] != "failed":
         return "output"
     return "diff" if graph["previousExecutionId"] else "input"
+
+
+def _list_tabs(state: State | None) -> Mapping[str, str]:
+    """Return the names and labels of the tabs of a node."""
+    return {STEPS: "Steps", **TABS} if state and state["nodeType"] == AGENT_TYPE else TABS
 
 
 def view_node(
@@ -119,7 +130,8 @@ def view_node(
     defined = next((node for node in graph["nodes"] if row is not None and node["id"] == row.id), None)
     return {
         "tab": tab,
-        "tabs": [(name, label, address(tab=name)) for name, label in TABS.items()],
+        "tabs": [(name, label, address(tab=name)) for name, label in _list_tabs(state).items()],
+        "agent": agent_turns.view_agent(span),
         "span": span,
         "defined_config": (defined or {}).get("config"),
         "iteration": iteration,

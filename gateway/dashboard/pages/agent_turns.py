@@ -1,0 +1,139 @@
+"""Turns of an agent on the page of its run: each answer of its model, with the tool calls that it asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from engine.agent import StopReason
+from engine.agent_steps import StepKind
+from engine.model_calls import FinishReason
+from gateway.dashboard.formats import show_json
+from json_text import decoding
+
+Step: TypeAlias = Mapping[str, Any]
+
+SHOWN_TURNS: Final = 30
+"""Newest turns that are shown."""
+SHOWN_CHARACTERS: Final = 4_000
+"""Maximum length of each shown text."""
+REASONS: Final[Mapping[str, str]] = {
+    FinishReason.STOP: "answered without a tool",
+    FinishReason.LENGTH: "was cut at its maximum length",
+    FinishReason.TOOL_CALLS: "asked for tools",
+    FinishReason.REFUSAL: "refused to answer",
+    FinishReason.OTHER: "ended for a reason that the provider doesn't name",
+}
+"""Decision of a model in each of its answers, by the reason for which the answer ended."""
+ENDS: Final[Mapping[str, str]] = {
+    StopReason.FINISHED: "It ended with the answer of its model.",
+    StopReason.LENGTH: "It ended with an answer that was cut at its maximum length.",
+    StopReason.REFUSAL: "It ended since the model refused to answer.",
+    StopReason.MAX_ITERATIONS: "It ended at the limit of answers that may ask for tools.",
+    StopReason.MAX_TOOL_CALLS: "It ended at the limit of tool calls.",
+    StopReason.MAX_TOKENS: "It ended at the limit of tokens of its budget.",
+    StopReason.MAX_COST: "It ended at the limit of cost of its budget.",
+    StopReason.MAX_CONTEXT: "It ended at the maximum size of a conversation.",
+    StopReason.TOOL_ERRORS: "It ended since a tool had failed three times in a row.",
+    StopReason.LOOP: "It ended since the model had made the same call three times with the same result.",
+}
+"""Sentences for the reasons why an agent has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallView:
+    """Tool call: its step, its state, and its arguments and result as texts."""
+
+    step: Step
+    state: str
+    arguments: str
+    result: str
+    """Empty without a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentTurn:
+    """Answer of a model, and the tool calls that it asked for."""
+
+    number: int
+    """Position among the turns, from 1."""
+    step: Step
+    state: str
+    reason: str
+    """Decision of the model in words; empty without an answer."""
+    text: str
+    calls: list[ToolCallView] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentView:
+    """Turns of one agent."""
+
+    turns: Sequence[AgentTurn]
+    hidden_turns: int
+    """Number of earlier turns that are not shown."""
+    end: str
+    """Sentence that says why the agent has ended; empty while it works, and if it failed."""
+    lost_attempts: int
+
+
+def view_agent(span: Mapping[str, Any] | None) -> AgentView | None:
+    """Return the turns of the agent in a span with `steps`; None for other nodes."""
+    if span is None or "steps" not in span:
+        return None
+    turns: list[AgentTurn] = []
+    for step in span["steps"]:
+        if step["kind"] == StepKind.MODEL:
+            turns.append(_view_turn(step, len(turns) + 1))
+        elif turns:
+            turns[-1].calls.append(_view_call(step))
+    output = span["outputData"]
+    reason = output.get("stopReason") if isinstance(output, dict) else None
+    return AgentView(
+        turns[-SHOWN_TURNS:],
+        max(len(turns) - SHOWN_TURNS, 0),
+        ENDS.get(reason, "") if isinstance(reason, str) else "",
+        sum(step["lostAttempts"] for step in span["steps"]),
+    )
+
+
+def _view_turn(step: Step, number: int) -> AgentTurn:
+    answer = step["result"] or {}
+    return AgentTurn(
+        number,
+        step,
+        _name_state(step),
+        REASONS.get(answer.get("finishReason", FinishReason.STOP), "") if answer else "",
+        _cut(answer.get("text", "")),
+    )
+
+
+def _view_call(step: Step) -> ToolCallView:
+    arguments, result = step["arguments"], step["result"]
+    return ToolCallView(
+        step,
+        _name_state(step),
+        "" if arguments is None else _cut(show_json(arguments)),
+        _show_result(result) if isinstance(result, str) else "",
+    )
+
+
+def _name_state(step: Step) -> str:
+    """Return the state of a step in the words of nodes."""
+    return "running" if step["status"] == "started" else str(step["status"])
+
+
+def _show_result(text: str) -> str:
+    """Return the text of a tool, indented if it is JSON."""
+    try:
+        value = decoding.decode(text)
+    except ValueError:
+        return _cut(text)
+    return _cut(show_json(value)) if isinstance(value, dict | list) else _cut(text)
+
+
+def _cut(text: str) -> str:
+    """Return at most 4,000 characters of a text, and the number of those left out."""
+    left = len(text) - SHOWN_CHARACTERS
+    return text if left <= 0 else f"{text[:SHOWN_CHARACTERS]}\n… {left:,} more characters"
