@@ -142,7 +142,8 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
     ),
     BlockerCode.NODE_RUNNING: BlockerRule(
         BlockerKind.WAIT,
-        "A node is at work. `p95` is the time that 95 % of its recent executions took; `by` lists sub-workflow runs.",
+        "A node is at work. `p95` is the time that 95 % of its recent executions took; `by` lists sub-workflow runs,"
+        " and `steps` the model or the tools that an agent waits for.",
         "Wait. If it takes much longer than `p95`, look at the logs of the run.",
     ),
     BlockerCode.CANCEL_REQUESTED: BlockerRule(

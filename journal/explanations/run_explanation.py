@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
+from engine.agent_steps import StepKind
 from engine.run_records import SpanStatus
 from journal.explanations import deployment_blockers
 from journal.explanations.blockers import (
@@ -34,7 +35,7 @@ from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from journal.explanations.run_facts import RunFacts, UnsettledNode
+    from journal.explanations.run_facts import OpenStep, RunFacts, UnsettledNode
     from journal.explanations.task_facts import TaskFact
     from models.worker_presence import WorkerPresence
 
@@ -394,9 +395,12 @@ def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
         end = node.started_at + timedelta(seconds=median(durations))
         if end > facts.now:
             estimate = EndEstimate(end, _median_basis(durations))
+    text = "waits for a sub-workflow" if children else "is at work"
+    if node.open_steps:
+        text = _describe_steps(node.open_steps)
     return Blocker(
         BlockerCode.NODE_RUNNING,
-        f"{node.label} waits for a sub-workflow" if children else f"{node.label} is at work",
+        f"{node.label} {text}",
         node.started_at,
         until=node.wake_at,
         by=[
@@ -409,8 +413,26 @@ def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
             "iteration": node.iteration,
             "attempt": node.attempt,
             "p95": None if p95 is None else round(p95, 3),
+            **({"steps": [_show_step(step) for step in node.open_steps]} if node.open_steps else {}),
         },
     )
+
+
+def _describe_steps(steps: Sequence[OpenStep]) -> str:
+    """Return for which step an agent waits: the answer of a model, or the results of tools."""
+    if steps[0].kind is StepKind.MODEL:
+        return f"waits for the answer of the model {steps[0].name}"
+    names = sorted({step.name for step in steps})
+    return f"waits for the {'tool' if len(names) == 1 else 'tools'} {', '.join(names)}"
+
+
+def _show_step(step: OpenStep) -> Json:
+    return {
+        "number": step.number,
+        "kind": step.kind.value,
+        "name": step.name,
+        "since": _format_moment(step.since),
+    }
 
 
 # ── running ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Boolean, and_, case, func, literal_column, or_, select, text
 from sqlmodel import col
 
+from engine.agent_steps import AGENT_TYPE, StepKind, StepStatus
 from engine.node_api import AnswerSource
 from engine.run_records import SpanStatus
 from journal import concurrency_limits, run_rows
 from journal.deployments import activity
 from json_text import decoding
+from models.agent_step import AgentStepRow
 from models.blocked_interval import BlockedInterval
 from models.database_time import DatabaseTime
 from models.deployment import LifecycleDecision
@@ -54,6 +56,17 @@ SPECIAL_TARGETS: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class OpenStep:
+    """Step of an agent that has begun and not ended."""
+
+    number: int
+    kind: StepKind
+    name: str
+    """Id of the model that is asked, or name of the tool."""
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class UnsettledNode:
     """Node of a run that is at work, waits or retries."""
 
@@ -70,6 +83,8 @@ class UnsettledNode:
     """Open task for whose end it waits."""
     error_code: str | None = None
     """Code of the failure after which it retries."""
+    open_steps: Sequence[OpenStep] = ()
+    """Steps of an agent that have begun and not ended, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +353,7 @@ async def _read_unsettled_nodes(
         select(
             *(col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label), col(SpanRow.status)),
             *(col(SpanRow.attempt), col(SpanRow.started_at), col(SpanRow.wake_at), col(SpanRow.awaits)),
-            col(SpanRow.error),
+            *(col(SpanRow.error), col(SpanRow.type)),
         )
         .where(
             col(SpanRow.execution_id) == run.id,
@@ -359,6 +374,8 @@ async def _read_unsettled_nodes(
         from journal.explanations import task_facts  # noqa: PLC0415 - loaded where tasks are explained
 
         tasks = await task_facts.read_tasks(connection, run, now)
+    has_agents = any(row.type == AGENT_TYPE and row.status == SpanStatus.RUNNING for row in rows)
+    steps = await _read_open_steps(connection, run) if has_agents else {}
     return [
         UnsettledNode(
             *(row.node_id, row.iteration, row.label, SpanStatus(row.status)),
@@ -366,9 +383,35 @@ async def _read_unsettled_nodes(
             waits[row.node_id, row.iteration],
             tasks.get((row.node_id, row.iteration)),
             decoding.decode(row.error)["code"] if row.error else None,
+            steps.get((row.node_id, row.iteration), ()),
         )
         for row in rows
     ]
+
+
+async def _read_open_steps(
+    connection: AsyncConnection, run: Execution
+) -> Mapping[tuple[str, str], Sequence[OpenStep]]:
+    """Return the steps of a run's agents that have begun and not ended, at most 50, by node and iteration."""
+    statement = (
+        select(
+            *(col(AgentStepRow.node_id), col(AgentStepRow.iteration), col(AgentStepRow.number)),
+            *(col(AgentStepRow.kind), col(AgentStepRow.name), col(AgentStepRow.started_at)),
+        )
+        .where(
+            col(AgentStepRow.execution_id) == run.id,
+            col(AgentStepRow.shard) == run.shard,
+            col(AgentStepRow.status) == StepStatus.STARTED.value,
+            col(AgentStepRow.ended_at).is_(None),
+        )
+        .order_by(col(AgentStepRow.node_id), col(AgentStepRow.iteration), col(AgentStepRow.number))
+        .limit(MAX_NODES)
+    )
+    found: dict[tuple[str, str], list[OpenStep]] = {}
+    for row in await connection.execute(statement):
+        step = OpenStep(row.number, StepKind(row.kind), row.name, row.started_at)
+        found.setdefault((row.node_id, row.iteration), []).append(step)
+    return found
 
 
 async def _read_children(

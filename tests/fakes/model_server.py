@@ -62,6 +62,8 @@ class ModelServer:
     """Idempotency keys of the effects of tools: a request with a key that was seen before has none."""
     repeated: int = 0
     """Number of such repeated requests."""
+    connections: list[asyncio.BaseTransport] = field(default_factory=list)
+    """Connection of each request."""
     released: asyncio.Event = field(default_factory=asyncio.Event)
     on_request: Callable[[], None] = lambda: None
 
@@ -69,6 +71,8 @@ class ModelServer:
         """Answer a chat completion by the next line of the script."""
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.requests.append(await request.json())
+        if request.transport is not None:
+            self.connections.append(request.transport)
         self.on_request()
         line = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         refusal = _build_refusal(line, request)

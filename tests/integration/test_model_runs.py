@@ -227,3 +227,32 @@ async def test_the_steps_of_an_agent_are_shown_with_their_costs_and_a_resumed_ru
     start = await people.owner.api.get(f"/api/v1/executions/{resumed_id}/spans/start")
     assert "steps" not in start.json()
     assert KEY not in "".join((failed.text, span.text, json.dumps(ended), *capfd.readouterr()))
+
+
+async def test_why_names_the_model_that_an_agent_waits_for_and_a_cancel_closes_its_connection(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    stalled = ScriptedAnswer(fault=ModelFault.STALL)
+    async with serve_models(stalled) as served, serve_worker(harness, served.url):
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        workflow_id = await people.owner.create(
+            nodes=[
+                {"id": "start", "nodeId": "manual"},
+                {"id": "agent", "nodeId": "agent", "config": {"model": model_id, "prompt": "How is Oslo?"}},
+            ],
+            connections=[{"source": "start", "target": "agent"}],
+        )
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        while not served.connections:  # noqa: ASYNC110 - of another task
+            await asyncio.sleep(0.02)
+        why = (await people.owner.api.get(f"/api/v1/executions/{execution_id}/why")).json()
+        assert not served.connections[0].is_closing()
+        await people.owner.api.post(f"/api/v1/executions/{execution_id}/cancel")
+        ended = await wait_until_ended(people.owner, execution_id)
+        while not served.connections[0].is_closing():  # noqa: ASYNC110 - of another task
+            await asyncio.sleep(0.02)
+        assert not served.released.is_set(), "the provider was still writing"
+    (blocker,) = why["blockers"]
+    assert (blocker["code"], blocker["details"]["steps"][0]["name"]) == ("node-running", model_id)
+    assert blocker["message"].endswith(f"waits for the answer of the model {model_id}")
+    assert (ended["status"], len(served.requests)) == ("cancelled", 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from engine.agent_steps import StepKind
 from engine.graph import ParsedGraph
 from engine.run_records import SpanStatus
 from journal.deployments.activity import DeploymentActivity
@@ -18,6 +19,7 @@ from journal.explanations.run_explanation import explain_run
 from journal.explanations.run_facts import (
     ChildRun,
     LastDecision,
+    OpenStep,
     RecentDurations,
     RunFacts,
     SlotFacts,
@@ -29,6 +31,7 @@ from journal.held_runs import UNTIL_RESUMED
 from models.blocked_interval import BlockedInterval
 from models.deployment import Deployment, build_situation
 from models.execution import Execution
+from models.timestamps import format_timestamp
 from models.worker_presence import WorkerPresence
 
 NOW = datetime(2026, 3, 4, 12, tzinfo=UTC)
@@ -359,6 +362,23 @@ def test_a_node_waits_for_its_parents_its_branch_or_a_place(
     explained = explain_node(known, ROUTED, settled, node_id, triggers=["start"], eager=[])
     assert explained.primary is code
     assert details is None or dict(explained.blockers[0].details) == details
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "words"),
+    [
+        (StepKind.MODEL, ["model_a"], "Step waits for the answer of the model model_a"),
+        (StepKind.TOOL, ["find"], "Step waits for the tool find"),
+        (StepKind.TOOL, ["look", "find", "look"], "Step waits for the tools find, look"),
+    ],
+)
+def test_an_agent_names_the_steps_that_it_waits_for(kind: StepKind, names: list[str], words: str) -> None:
+    steps = [OpenStep(number, kind, name, NOW) for number, name in enumerate(names)]
+    (blocker,) = explain_run(running(node(SpanStatus.RUNNING, open_steps=steps))).blockers
+    assert (blocker.code, blocker.message) == (BlockerCode.NODE_RUNNING, words)
+    shown = blocker.details["steps"]
+    assert isinstance(shown, list)
+    assert shown[0] == {"number": 0, "kind": kind.value, "name": names[0], "since": format_timestamp(NOW)}
 
 
 def test_a_ready_node_shares_the_blockers_of_its_run() -> None:
