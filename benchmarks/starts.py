@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import psutil
+
 from benchmarks import processes, usage
 from benchmarks.http1 import BenchmarkApi
 from benchmarks.processes import ProcessEnded
@@ -26,8 +28,12 @@ IMPORTS: Mapping[str, Sequence[str]] = {
     "dev": ("pilotflame.cli", "pilotflame.dev", "pilotflame.all_in_one"),
 }
 """Modules that each command loads before it serves, besides those of the command itself."""
-READY_LINES: Mapping[str, str] = {"worker": "worker ready", "scheduler": "scheduler ready"}
-"""Events in the log of processes that listen on no port."""
+READY_LINES: Mapping[str, str] = {
+    "worker": "worker ready",
+    "scheduler": "scheduler ready",
+    "server": "scheduler ready",
+}
+"""Events in the log of processes that listen on no port, and of the child that a server starts last."""
 ROUNDS = 9
 STARTS = 3
 REST_SECONDS = 5.0
@@ -76,7 +82,21 @@ async def _measure_processes(database_url: str, redis_url: str, folder: Path) ->
         "PILOTFLAME_SECRET_KEY": secrets.token_urlsafe(48),
     }
     subprocess.run(["pilotflame", "migrate"], env=variables, check=True, stdout=subprocess.DEVNULL)  # noqa: ASYNC221 - nothing else is under way
-    return await _measure_starts(("gateway", "worker", "scheduler"), api, variables, folder)
+    figures = await _measure_starts(("gateway", "worker", "scheduler", "server"), api, variables, folder)
+    return figures | await _measure_children(api, variables, folder)
+
+
+async def _measure_children(
+    api: BenchmarkApi, variables: Mapping[str, str], folder: Path
+) -> dict[str, float]:
+    """Measure the memory of each child of `pilotflame server` after a rest."""
+    processes.log_file("server", folder).unlink(missing_ok=True)
+    with processes.run_commands({"server": ["pilotflame", "server"]}, variables, folder) as running:
+        await _wait_until_ready("server", api, running, folder)
+        await asyncio.sleep(REST_SECONDS)
+        children = psutil.Process(running["server"].pid).children()
+        ids = {child.name().removeprefix("pf-"): child.pid for child in children}
+        return {f"server_{name}_memory_mb": size for name, size in usage.memory_megabytes(ids).items()}
 
 
 async def _measure_dev(folder: Path) -> dict[str, float]:

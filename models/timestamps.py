@@ -115,9 +115,13 @@ class HostTime:
     """Microseconds since 1970: read from the wall clock once, then counted by a clock that nobody can set."""
 
     def __init__(self) -> None:
-        self._offset = _wall_microseconds() - _counter_microseconds()
         self.moved = 0
         """Microseconds by which this time was moved so far. Two times are comparable if it was the same for both."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Read the wall clock again, in a process that another one has forked, perhaps long after its own start."""
+        self._offset, self.moved = _wall_microseconds() - _counter_microseconds(), 0
 
     def microseconds(self) -> int:
         """Return this host's time in microseconds since 1970, which follows no change of the wall clock by itself."""

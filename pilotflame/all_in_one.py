@@ -40,7 +40,7 @@ from models.workflow_names import POD_OWNER_PREFIX
 from pilotflame import data_dir
 from pilotflame.command_error import CommandError
 from pilotflame.dev import begin_migration
-from pilotflame.log_lines import LogLineWriter
+from pilotflame.log_lines import LineWriter
 from scheduler.main import list_duties, run_duties
 from scheduler.settings import SchedulerSettings
 from telemetry.exporter import serve_metrics
@@ -116,7 +116,7 @@ def run_all_roles(
     roles: RoleSettings,
     listener: socket.socket,
     migration: subprocess.Popen[bytes] | None,
-    lines: LogLineWriter,
+    lines: LineWriter,
     example: ExampleWorkflow | None,
 ) -> None:
     """Run all roles in this process until a stop signal, on a database that `migration` may still be creating.
@@ -131,7 +131,7 @@ async def _run(
     roles: RoleSettings,
     listener: socket.socket,
     migration: subprocess.Popen[bytes] | None,
-    lines: LogLineWriter,
+    lines: LineWriter,
     example: ExampleWorkflow | None,
 ) -> None:
     """Run all roles until a stop signal, and close them in the reverse order of their start; raises `CommandError`."""
@@ -276,7 +276,7 @@ async def _build_sign_in_link(database: Database, gateway: GatewayState, address
     return f"Open the dashboard:\n  {address}/sign-in#code={gateway.sign_in.issue_code(key.id)}\n"
 
 
-async def _offer_example(lines: LogLineWriter, url: str, key: str, example: ExampleWorkflow) -> None:
+async def _offer_example(lines: LineWriter, url: str, key: str, example: ExampleWorkflow) -> None:
     """Load the example workflow through the API, and print the command that runs it; print nothing if loading fails."""
     if await asyncio.to_thread(_load, example, url, key):
         lines.put(_command_of(example, url, key).encode())

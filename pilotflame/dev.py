@@ -13,7 +13,7 @@ from typing import Any, Final
 from models.settings import ServerSettings
 from pilotflame import data_dir
 from pilotflame.command_error import CommandError
-from pilotflame.log_lines import LogLineWriter
+from pilotflame.log_lines import LineWriter
 
 SHUTDOWN_SECONDS: Final = 3
 """Seconds to wait for open requests; handing off runs comes after it, and the whole stop takes 20 s at most."""
@@ -21,7 +21,7 @@ SHUTDOWN_SECONDS: Final = 3
 
 def serve(
     given: dict[str, Any],
-    lines: LogLineWriter,
+    lines: LineWriter,
     example: Mapping[str, Any] | None = None,
     example_inputs: Path | None = None,
 ) -> None:

@@ -10,6 +10,7 @@ import atexit
 import json
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -43,6 +44,7 @@ with _block_import("rich"):
 
 from telemetry import log_context  # noqa: E402 - after the block above, so that structlog always loads without rich
 
+STANDARD_OUTPUT: Final = 1
 MAX_WAITING_LINES: Final = 10_000
 MAX_LINES_PER_WRITE: Final = 500
 WRITE_EVERY_SECONDS: Final = 0.01
@@ -63,6 +65,16 @@ class LineRenderer(Protocol):
     """Renderer of an event as a line; the only processor of structlog."""
 
     def __call__(self, logger: object, level: str, fields: Fields, /) -> bytes: ...
+
+
+class LineWriter(Protocol):
+    """Writer of log lines, which never blocks its caller."""
+
+    def put(self, line: bytes) -> None:
+        """Write a line, now or soon, or drop it while the reader takes none."""
+
+    def close(self) -> None:
+        """Write the lines that wait, as far as the reader takes them."""
 
 
 # ── rendering ─────────────────────────────────────────────────────────────────────────────────────
@@ -238,10 +250,34 @@ class LogLineWriter:
                 return  # The reader has closed its end, which is no reason to stop the process.
 
 
+class UnthreadedLineWriter:
+    """Writer for a process that forks, and therefore has no thread: a line that would block is dropped."""
+
+    def __init__(self, descriptor: int = STANDARD_OUTPUT) -> None:
+        self._descriptor = descriptor
+
+    def put(self, line: bytes) -> None:
+        """Write a line at once, as far as the descriptor accepts it without blocking."""
+        waiter = select.poll()
+        waiter.register(self._descriptor, select.POLLOUT)
+        # A pipe that is writable has room for `PIPE_BUF` bytes, and takes more only by waiting for its reader.
+        while line and waiter.poll(0):
+            try:
+                line = line[os.write(self._descriptor, line[: select.PIPE_BUF]) :]
+            except OSError:
+                return
+
+    # structlog calls the method that is named for the level.
+    debug = info = warning = error = critical = put
+
+    def close(self) -> None:
+        """Do nothing: no line waits."""
+
+
 class _LoggingHandler(logging.Handler):
     """Handler for records that libraries log through Python's own logging."""
 
-    def __init__(self, lines: LogLineWriter, render: LineRenderer) -> None:
+    def __init__(self, lines: LineWriter, render: LineRenderer) -> None:
         super().__init__()
         self._lines = lines
         self._render = render
@@ -256,19 +292,19 @@ class _LoggingHandler(logging.Handler):
             self.handleError(record)
 
 
-def configure_logging(level: str, render: LineRenderer, *, descriptor: int = 1) -> LogLineWriter:
-    """Send all logging to the file descriptor, and return its writer.
+def configure_logging(level: str, render: LineRenderer, lines: LineWriter | None = None) -> LineWriter:
+    """Send all logging to a writer, by default a `LogLineWriter` to standard output, and return the writer.
 
     The project's own logs are sent from `level` up, warnings of libraries always. Loggers are created at
     first use and filtered then: calls below the level cost next to nothing.
     """
-    lines = LogLineWriter(descriptor, render)
+    writer = lines or LogLineWriter(STANDARD_OUTPUT, render)
     structlog.configure(
         processors=[render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: lines,
+        logger_factory=lambda *_: writer,
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(handlers=[_LoggingHandler(lines, render)], level=logging.WARNING, force=True)
-    atexit.register(lines.close)
-    return lines
+    logging.basicConfig(handlers=[_LoggingHandler(writer, render)], level=logging.WARNING, force=True)
+    atexit.register(writer.close)
+    return writer

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bridge.settings import BridgeSettings
     from bridge.smtp_settings import SmtpListenerSettings
     from models.settings import ServerSettings
-    from pilotflame.log_lines import LineRenderer, LogLineWriter
+    from pilotflame.log_lines import LineRenderer, LineWriter
     from pilotflame.worker_parent import ChildDeath
     from runner.settings import RunnerSettings
 
@@ -36,28 +36,32 @@ def prepare_process() -> None:
     gc_tuning.tune_at_start()
 
 
-def begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
+def begin(
+    settings: ServerSettings, render: LineRenderer | None = None, lines: LineWriter | None = None
+) -> LineWriter:
     """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log.
 
-    Return the writer of log lines. `render` is JSON by default. Raises `CommandError` for an invalid Redis
-    URL.
+    Return the writer of log lines: `lines`, by default one with a thread. `render` is JSON by default. Raises
+    `CommandError` for an invalid Redis URL.
     """
     from nodes.sandbox.children import confinement
 
     confinement.hide_process()  # The environment contains the server's secret.
     if settings.redis_url and not settings.redis_url.startswith(REDIS_SCHEMES):
         raise CommandError("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
-    return begin_log(settings, render)
+    return begin_log(settings, render, lines)
 
 
-def begin_log(settings: LoggedSettings, render: LineRenderer | None = None) -> LogLineWriter:
+def begin_log(
+    settings: LoggedSettings, render: LineRenderer | None = None, lines: LineWriter | None = None
+) -> LineWriter:
     """Configure the log, warn of unknown settings, and exit with 0 on SIGTERM and SIGINT from now on.
 
-    Return the writer of log lines. `render` is JSON by default.
+    Return the writer of log lines: `lines`, by default one with a thread. `render` is JSON by default.
     """
     from pilotflame import log_lines, unknown_variables
 
-    lines = log_lines.configure_logging(settings.log_level, render or log_lines.as_json)
+    writer = log_lines.configure_logging(settings.log_level, render or log_lines.as_json, lines)
     import structlog  # Imported after `log_lines`, which keeps structlog from loading rich.
 
     log = structlog.get_logger()
@@ -66,7 +70,7 @@ def begin_log(settings: LoggedSettings, render: LineRenderer | None = None) -> L
     for number in (signal.SIGTERM, signal.SIGINT):
         # Applies during startup, and when Uvicorn repeats the signal that has stopped it.
         signal.signal(number, _exit)
-    return lines
+    return writer
 
 
 def _exit(*_: object) -> NoReturn:
@@ -161,21 +165,47 @@ def run_server(*, has_deployer: bool) -> NoReturn:
     """Run gateway, worker and scheduler, and with `has_deployer` a deployer, as children of this process
     until a stop signal.
 
-    Children that end are started again. Exit with 0 if every child did, else 1.
+    This process loads the modules of its children and forks them, so that they share this memory and start at
+    once. It has no thread and no connection, since a fork would copy those halfway. Children that end are
+    started again. Exit with 0 if every child did, else 1.
     """
     from gateway.settings import GatewaySettings
+    from pilotflame.log_lines import UnthreadedLineWriter
 
     settings = GatewaySettings()
-    begin(settings)
+    begin(settings, lines=UnthreadedLineWriter())
     settings.check_for_production()
     from pilotflame import supervisor
 
     names = [*("gateway", "worker", "scheduler"), *(["deployer"] if has_deployer else [])]
-    with supervisor.open_listener(settings.host, settings.port) as listener:
-        if has_deployer:
-            port = listener.getsockname()[1]
-            os.environ.setdefault("PILOTFLAME_RUNNER_GATEWAY_URL", f"http://127.0.0.1:{port}")
-        sys.exit(supervisor.Supervisor(names, listener).run())
+    listener = supervisor.open_listener(settings.host, settings.port)
+    if has_deployer:
+        port = listener.getsockname()[1]
+        os.environ.setdefault("PILOTFLAME_RUNNER_GATEWAY_URL", f"http://127.0.0.1:{port}")
+    _load_processes(settings)
+    ended = supervisor.Supervisor(names, listener).run()
+    if isinstance(ended, str):
+        PROCESSES[ended]()
+        sys.exit(0)
+    sys.exit(ended)
+
+
+def _load_processes(settings: ServerSettings) -> None:
+    """Load the modules of the processes that every server runs, and what each of them would build from them."""
+    import importlib
+
+    broker = "redis_broker" if settings.redis_url else "postgresql_broker"
+    for name in (
+        *("gateway.main", "workers.main", "scheduler.main"),
+        *(f"messages.{broker}", "journal.postgresql.postgresql_store", "psutil"),
+    ):
+        importlib.import_module(name)
+    from sqlalchemy.orm import configure_mappers
+
+    from nodes import catalog
+
+    catalog.load_catalog()
+    configure_mappers()
 
 
 PROCESSES: Final[dict[str, Callable[[], None]]] = {

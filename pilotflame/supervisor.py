@@ -1,16 +1,16 @@
 """Command `pilotflame server`: gateway, worker and scheduler of one machine as children of one process.
 
-It restarts a child that ends, and stops them in order. It listens for the gateway, so that connections wait while the
-gateway restarts, and a second server on the same port is refused at once.
+It forks them after it has loaded their modules, restarts a child that ends, and stops them in order. It listens for the
+gateway, so that connections wait while the gateway restarts, and a second server on the same port is refused at once.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from typing import Final
 
 import structlog
 
+from models.timestamps import HOST_TIME
 from pilotflame.command_error import REFUSED, CommandError
 
 FIRST_PAUSE_SECONDS: Final = 0.25
@@ -33,6 +34,8 @@ STOP_ORDER: Final = ("deployer", "gateway", "worker", "scheduler")
 LISTEN_VARIABLE: Final = "PILOTFLAME_LISTEN_FD"
 SET_PARENT_DEATH_SIGNAL: Final = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
+SET_NAME: Final = 15
+"""PR_SET_NAME of prctl(2): the name that `ps -o comm` and `top` show, of up to 15 bytes."""
 KILLED: Final = 128
 """Offset of exit codes for signals, as in shells."""
 
@@ -51,88 +54,101 @@ def next_pause(pause_seconds: float, lived_seconds: float) -> float:
 
 @dataclass
 class SupervisedChild:
-    """A process that is restarted when it ends."""
+    """A forked process that is restarted when it ends."""
 
     name: str
-    listener: socket.socket | None = None
-    process: subprocess.Popen[bytes] | None = None
+    pid: int | None = None
+    """None while it does not run."""
     started_at: float = 0.0
     pause_seconds: float = 0.0
     restart_at: float = 0.0
     starts: int = 0
 
-    def start(self) -> None:
-        """Start the process; it gets SIGTERM if this process dies."""
-        environment = dict(os.environ)
-        passed: list[int] = []
-        if self.listener is not None:
-            passed = [self.listener.fileno()]
-            environment[LISTEN_VARIABLE] = str(passed[0])
-        parent = os.getpid()
-
-        def prepare() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
-                if os.getppid() != parent:
-                    os._exit(KILLED + signal.SIGTERM)
-
-        self.process = subprocess.Popen(  # noqa: S603 - this program itself
-            [sys.executable, "-m", "pilotflame", self.name],
-            env=environment,
-            pass_fds=passed,
-            preexec_fn=prepare,  # noqa: PLW1509 - no other thread holds locks that it needs
-            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which stops its children in order.
-        )
+    def note_start(self, pid: int) -> None:
+        """Note that the process was started."""
+        self.pid = pid
         self.started_at = time.monotonic()
         self.starts += 1
-        log.info("process started", process=self.name, pid=self.process.pid)
+        log.info("process started", process=self.name, pid=pid)
 
-    def note_end(self) -> int | None:
-        """Return the exit code of a process that has ended, once, and plan its restart; None while it runs or
+    def reap(self, options: int = os.WNOHANG) -> int | None:
+        """Return the exit code of a process that has ended, once: negative for a signal. None while it runs or
         after that.
         """
-        code = None if self.process is None else self.process.poll()
-        if code is None:
+        if self.pid is None:
             return None
+        reaped, status = os.waitpid(self.pid, options)
+        if reaped == 0:
+            return None
+        self.pid = None
+        return os.waitstatus_to_exitcode(status)
+
+    def plan_restart(self) -> None:
+        """Set the time of the next start, after the process has ended."""
         now = time.monotonic()
-        self.process = None
         self.pause_seconds = next_pause(self.pause_seconds, now - self.started_at)
         self.restart_at = now + self.pause_seconds
-        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process if it runs; it is not reaped yet, so its id belongs to no other process."""
+        if self.pid is not None:
+            os.kill(self.pid, number)
 
 
 class Supervisor:
     """Children of a server, in the order of their stop."""
 
     def __init__(self, names: Sequence[str], listener: socket.socket) -> None:
-        self._children = [
-            SupervisedChild(name, listener if name == "gateway" else None)
-            for name in STOP_ORDER
-            if name in names
-        ]
+        """The gateway inherits the socket `listener`."""
+        self._listener = listener
+        self._children = [SupervisedChild(name) for name in STOP_ORDER if name in names]
 
-    def run(self) -> int:
+    def run(self) -> int | str:
         """Run the children until a stop signal, and restart those that end.
 
         Return the exit code: 0 if every child ended with 0 after the signal, else 1. No child outlives the
-        call.
+        call. It also returns in each child, with the name of the process that the caller has to run.
         """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
+        gc.collect()
+        gc.freeze()  # Otherwise a garbage collection in a child would copy the shared pages.
         try:
-            for child in reversed(self._children):
-                child.start()
+            for child in reversed([*self._children]):
+                if not self._fork(child):
+                    return child.name
             return self._keep_running()
         finally:
             self._kill()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def _keep_running(self) -> int:
+    def _fork(self, child: SupervisedChild) -> bool:
+        """Start a child; return True in this process, and False in the child.
+
+        The child gets SIGTERM if this process dies. It forgets the others, and all sockets but that of the
+        gateway.
+        """
+        parent = os.getpid()
+        if pid := os.fork():
+            child.note_start(pid)
+            return True
+        self._children = []  # They are not children of this process.
+        os.setsid()  # Ctrl-C reaches the supervisor alone, which stops its children in order.
+        _follow_parent(parent, child.name)
+        HOST_TIME.restart()
+        if child.name == "gateway":
+            os.environ[LISTEN_VARIABLE] = str(self._listener.detach())
+        else:
+            self._listener.close()
+        return False
+
+    def _keep_running(self) -> int | str:
+        """Restart children until a stop signal; return as `run`."""
         while True:
             if self._wait(self._seconds_to_restart()) in STOP_SIGNALS:
                 return self._stop()
             for child in self._children:
-                if (code := child.note_end()) is not None:
+                if (code := child.reap()) is not None:
+                    child.plan_restart()
                     if code == REFUSED and child.starts == 1:
                         # Its own message says what is wrong, and nothing changes until the user does.
                         log.error("process refused to start", process=child.name)
@@ -141,11 +157,11 @@ class Supervisor:
                     log.warning(
                         "process ended", process=child.name, code=code, restart_seconds=child.pause_seconds
                     )
-                if child.process is None and child.restart_at <= time.monotonic():
-                    child.start()
+                if child.pid is None and child.restart_at <= time.monotonic() and not self._fork(child):
+                    return child.name
 
     def _seconds_to_restart(self) -> float:
-        due = [child.restart_at for child in self._children if child.process is None]
+        due = [child.restart_at for child in self._children if child.pid is None]
         return max(min(due) - time.monotonic(), 0.01) if due else LONGEST_PAUSE_SECONDS
 
     def _stop(self) -> int:
@@ -157,38 +173,45 @@ class Supervisor:
         log.info("server stops")
         code = 0
         for child in self._children:
-            if (process := child.process) is None:
-                continue
-            process.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + STOP_SECONDS
-            while process.poll() is None:
+            is_running = child.pid is not None
+            while is_running and (ended := child.reap()) is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    process.kill()
+                    child.send_signal(signal.SIGKILL)
                 if self._wait(max(left, 0.1)) in STOP_SIGNALS:
                     self._signal_all(signal.SIGTERM)
-            child.process = None
-            if process.returncode != 0:
+            if is_running and ended != 0:
                 code = code or 1
-                log.warning("process ended", process=child.name, code=process.returncode)
+                log.warning("process ended", process=child.name, code=ended)
         return code
 
     def _signal_all(self, number: signal.Signals) -> None:
         for child in self._children:
-            if child.process is not None:
-                child.process.send_signal(number)
+            child.send_signal(number)
 
     def _kill(self) -> None:
         """Kill all children that still run, also after an error of this process, and wait for their end."""
         self._signal_all(signal.SIGKILL)
         for child in self._children:
-            if child.process is not None:
-                child.process.wait()
+            child.reap(options=0)
 
     def _wait(self, seconds: float) -> int | None:
         """Return the number of the next stop signal or SIGCHLD; None if none arrives within `seconds`."""
         arrived = signal.sigtimedwait({*STOP_SIGNALS, signal.SIGCHLD}, seconds)
         return None if arrived is None else arrived.si_signo
+
+
+def _follow_parent(parent: int, name: str) -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies, and name it; exit if that has died."""
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    library.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+    library.prctl(SET_NAME, f"pf-{name}".encode(), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(KILLED + signal.SIGTERM)
 
 
 def open_listener(host: str, port: int) -> socket.socket:

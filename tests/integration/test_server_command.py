@@ -25,12 +25,8 @@ REFUSED = 2
 
 def child_ids(server: RunningCommand) -> dict[str, int]:
     """Return the process ids of the running children, by name."""
-    found = {}
-    for child in psutil.Process(server.process.pid).children():
-        command = child.cmdline()
-        if command[1:3] == ["-m", "pilotflame"]:
-            found[command[3]] = child.pid
-    return found
+    children = {child.name(): child.pid for child in psutil.Process(server.process.pid).children()}
+    return {name.removeprefix("pf-"): pid for name, pid in children.items() if name.startswith("pf-")}
 
 
 async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly_stop(
@@ -73,6 +69,8 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             await asyncio.to_thread(server.says, "scheduler ready")
             first = child_ids(server)
             assert set(first) == set(CHILDREN)
+            # A fork copies no other thread, so locks that one holds would stay locked in the child.
+            assert psutil.Process(server.process.pid).num_threads() == 1
 
             second = await asyncio.to_thread(partial(command_runs.run, "server", given=given))
             assert second.returncode == REFUSED

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from models import ids
-from models.timestamps import DRIFT, HOST_TIME, DatabaseClock
+from models.timestamps import DRIFT, HOST_TIME, DatabaseClock, HostTime
 
 NOON = datetime(2030, 1, 15, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -86,3 +86,11 @@ def test_the_time_of_the_host_is_moved_only_when_it_is_told_to() -> None:
         assert DatabaseClock().now() - datetime.now(UTC) > 23 * 3600 * SECOND
     finally:
         HOST_TIME.move(-86_400_000_000)
+
+
+def test_a_forked_process_reads_the_wall_clock_again() -> None:
+    """Its parent may have started before the clock was set, and counts its time from then."""
+    clock = HostTime()
+    clock.move(86_400_000_000)
+    clock.restart()
+    assert (clock.step() == pytest.approx(0, abs=1_000_000), clock.moved) == (True, 0)

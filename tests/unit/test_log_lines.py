@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -8,7 +9,15 @@ from enum import StrEnum
 
 import pytest
 
-from pilotflame.log_lines import HIDDEN, MAX_TEXT, MAX_WAITING_LINES, LogLineWriter, as_json, as_text
+from pilotflame.log_lines import (
+    HIDDEN,
+    MAX_TEXT,
+    MAX_WAITING_LINES,
+    LogLineWriter,
+    UnthreadedLineWriter,
+    as_json,
+    as_text,
+)
 
 ESCAPE = "\x1b[2J\r\n\x9b"
 
@@ -146,6 +155,23 @@ def test_a_sink_that_is_gone_stops_nothing() -> None:
     lines.put(b"nobody reads this\n")
     lines.close()
     os.close(writer)
+
+
+def test_a_writer_without_a_thread_writes_at_once_and_drops_lines_for_a_stuck_sink() -> None:
+    with open_pipe() as (reader, writer):
+        lines = UnthreadedLineWriter(writer)
+        long_line = b"x" * 20_000 + b"\n"
+        lines.put(long_line)
+        assert os.read(reader, 1_000_000) == long_line
+        for _ in range(1_000):
+            lines.put(long_line)
+        assert os.read(reader, 1_000_000).startswith(long_line)
+        os.set_blocking(reader, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.read(reader, 1_000_000)
+        lines.put(b"heard again\n")
+        assert os.read(reader, 1_000_000) == b"heard again\n"
 
 
 PROGRAM = """
