@@ -17,6 +17,7 @@ from docs import (
     settings_reference,
     workflow_settings_reference,
 )
+from doctor.alert_notices import NOTICES
 from gateway.http import limits
 from gateway.http.refusals import ERROR_CODES
 from journal.explanations.blockers import BLOCKER_RULES
@@ -68,6 +69,15 @@ def build_blockers_table() -> str:
     return "\n".join(["| code | kind | meaning | remedy |", "| --- | --- | --- | --- |", *rows])
 
 
+def build_alerts_table() -> str:
+    """Return a table with a row for each alert: its urgency, meaning and remedy."""
+    rows = [
+        _settings_row(f"`Pilotflame{notice.name}`", notice.severity, notice.summary, notice.remedy)
+        for notice in NOTICES.values()
+    ]
+    return "\n".join(["| alert | severity | meaning | remedy |", "| --- | --- | --- | --- |", *rows])
+
+
 def build_metrics_tables() -> str:
     """Return a table of metric families for each subject."""
     parts = []
@@ -113,7 +123,9 @@ def build_documents() -> dict[Path, str]:
     command_line = ROOT / "docs/command-line.md"
     return {
         **monitoring_files.build_files(),
-        metrics: replace_table(metrics.read_text(), "metrics", build_metrics_tables()),
+        metrics: replace_tables(
+            metrics.read_text(), {"alerts": build_alerts_table(), "metrics": build_metrics_tables()}
+        ),
         why: replace_table(why.read_text(), "blockers", build_blockers_table()),
         command_line: replace_table(
             command_line.read_text(), "commands", command_reference.build_commands_table()

@@ -5,34 +5,30 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, and_, func, literal_column, select, type_coerce
+from sqlalchemy import and_, func, literal_column, select
 from sqlmodel import col
 
 from doctor import row_checks
 from doctor.findings import DriftClass
-from journal.deployments import wakes
+from journal import queue_delays
 from journal.explanations import run_counts
 from journal.explanations.blockers import BlockerCode
-from models.database_time import DatabaseTime
 from models.deployment import Deployment
 from models.drift_fix_count import DriftFixCount
-from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, Execution
+from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.ingest import INTAKE_KINDS
-from models.schedule import Schedule
 from telemetry import instruments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Row, Select
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from doctor.findings import DriftFinding
     from models.database import Database
 
 COUNT_SECONDS: Final = 15.0
-MILLION: Final = 1_000_000
 MAX_DEAD_LETTERS: Final = 10_000
 _STATUS_OF: Final = {
     BlockerCode.NODE_RUNNING: ExecutionStatus.RUNNING,
@@ -74,11 +70,11 @@ class RowMetrics:
         async with self._database.read_snapshot() as connection:
             counts = await run_counts.count_runs(connection)
             oldest = {
-                "shared": await _oldest_pending(connection, col(Execution.target) == SHARED_TARGET),
-                "pod": await _oldest_pending(connection, col(Execution.target) > SHARED_TARGET),
+                "shared": await queue_delays.read_oldest_pending(connection, queue_delays.SHARED),
+                "pod": await queue_delays.read_oldest_pending(connection, queue_delays.OF_PODS),
             }
-            lag = await connection.scalar(select(_lag_statement()))
-            overdue = await connection.scalar(select(_overdue_statement()))
+            lag = await queue_delays.read_schedule_lag(connection)
+            overdue = await queue_delays.read_deferred_delay(connection)
             dead_letters = await connection.scalar(select(_dead_letters_statement()))
             drift = await row_checks.find_overdue_rows(connection)
             deployments = (await connection.execute(_deployments_statement())).all()
@@ -87,8 +83,8 @@ class RowMetrics:
         _set_runs(counts)
         for target, seconds in oldest.items():
             instruments.gauge("pending_oldest_seconds", target).set(seconds)
-        instruments.gauge("schedule_lag_seconds").set((lag or 0) / MILLION)
-        instruments.gauge("deferred_oldest_overdue_seconds").set((overdue or 0) / MILLION)
+        instruments.gauge("schedule_lag_seconds").set(lag)
+        instruments.gauge("deferred_oldest_overdue_seconds").set(overdue)
         instruments.gauge("dead_letters").set(dead_letters or 0)
         _set_drift(drift)
         self._count_fixes(fixed)
@@ -148,35 +144,6 @@ def _set_drift(findings: Sequence[DriftFinding]) -> None:
     for drift_class in DriftClass:
         number = sum(finding.drift_class is drift_class for finding in findings)
         instruments.gauge("drift", drift_class.value).set(number)
-
-
-async def _oldest_pending(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
-    """Return for how many seconds the oldest pending run of some targets could be claimed; 0 without one.
-
-    Up to 10,000 runs are looked at, and runs without a slot or with a delay left out.
-    """
-    some = (
-        select(col(Execution.updated_at).label("at"))
-        .where(wakes.IS_PENDING, of_target, col(Execution.target).not_in([LIMITED_TARGET, DELAYED_TARGET]))
-        .limit(run_counts.MAX_COUNTED)
-        .subquery()
-    )
-    age = await connection.scalar(select(DatabaseTime() - type_coerce(func.min(some.c.at), BigInteger)))
-    return max(age or 0, 0) / MILLION
-
-
-def _lag_statement() -> ColumnElement[int]:
-    due_at = type_coerce(func.min(col(Schedule.due_at)), BigInteger)
-    return select(DatabaseTime() - due_at).where(col(Schedule.due_at) <= DatabaseTime()).scalar_subquery()
-
-
-def _overdue_statement() -> ColumnElement[int]:
-    is_waiting = col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'")
-    return (
-        select(DatabaseTime() - type_coerce(func.min(col(Execution.due_at)), BigInteger))
-        .where(is_waiting, col(Execution.due_at) <= DatabaseTime())
-        .scalar_subquery()
-    )
 
 
 def _dead_letters_statement() -> ColumnElement[int]:

@@ -8,6 +8,7 @@ from typing import Final, Literal
 import yaml
 
 from deploy.monitoring import queries
+from doctor.alert_notices import NOTICES
 from doctor.findings import DriftClass
 
 INTAKE_OBJECTIVE: Final = 0.999
@@ -36,7 +37,7 @@ class AlertRule:
     expression: str
     lasting: str
     """Time for which the expression must hold."""
-    severity: Literal["page", "ticket"]
+    severity: str
     summary: str
     remedy: str
 
@@ -63,6 +64,12 @@ def build_rules() -> str:
     return head + yaml.safe_dump(groups, sort_keys=False, width=1_000)
 
 
+def _rule(name: str, expression: str, lasting: str) -> AlertRule:
+    """Return the rule of an alert with the severity and texts of its notice."""
+    notice = NOTICES[name]
+    return AlertRule(name, expression, lasting, notice.severity.value, notice.summary, notice.remedy)
+
+
 def _drift(drift: DriftClass) -> str:
     return f"max({queries.gauge('drift', **{'class': drift.value})}) > 0"
 
@@ -70,53 +77,15 @@ def _drift(drift: DriftClass) -> str:
 def _outages() -> list[AlertRule]:
     leader = queries.gauge("leader")
     return [
-        AlertRule(
-            "AcceptedRunsNotClaimed",
-            _drift(DriftClass.PENDING_UNCLAIMED),
-            "5m",
-            "page",
-            "Accepted executions stand still although workers have free places.",
-            "Run `pilotflame doctor`, then `pilotflame doctor --fix pending-unclaimed`.",
-        ),
-        AlertRule(
-            "NoWorker",
-            f"absent({queries.gauge('runs_held')})",
-            "1m",
-            "page",
-            "No worker answers Prometheus: executions are accepted and not run.",
-            "Start workers, and look into the log of those that ended.",
-        ),
-        AlertRule(
-            "NoLeader",
-            f"(sum({leader}) or vector(0)) < 1",
-            "1m",
-            "page",
-            "No scheduler leads: schedules, timers and lifecycle policies stand still.",
-            "Start a scheduler; if one runs, its log says why it does not lead.",
-        ),
-        AlertRule(
-            "TwoLeaders",
-            f"sum({leader}) > 1",
-            "2m",
-            "ticket",
-            "Two schedulers believe that they lead. Their actions are harmless twice.",
-            "Look for a scheduler that is frozen or cut off from the database, and restart it.",
-        ),
-        AlertRule(
-            "VersionsDiffer",
-            f"count(count by (version) ({queries.gauge('build_info')})) > 1",
-            "2h",
-            "ticket",
-            "Processes of different versions have run side by side for two hours.",
-            "Finish the upgrade or roll it back; `pilotflame doctor` names the processes.",
-        ),
-        AlertRule(
+        _rule("AcceptedRunsNotClaimed", _drift(DriftClass.PENDING_UNCLAIMED), "5m"),
+        _rule("NoWorker", f"absent({queries.gauge('runs_held')})", "1m"),
+        _rule("NoLeader", f"(sum({leader}) or vector(0)) < 1", "1m"),
+        _rule("TwoLeaders", f"sum({leader}) > 1", "2m"),
+        _rule("VersionsDiffer", f"count(count by (version) ({queries.gauge('build_info')})) > 1", "2h"),
+        _rule(
             "EventLoopBlocked",
             f"max by (job, instance) ({queries.gauge('event_loop_lag_seconds')}) > 1",
             "5m",
-            "ticket",
-            "The event loop of a process is held for over a second at a time.",
-            "Give the process more CPU, or lower PILOTFLAME_CONCURRENCY.",
         ),
     ]
 
@@ -125,46 +94,11 @@ def _queues() -> list[AlertRule]:
     oldest = f"max({queries.gauge('pending_oldest_seconds')})"
     workers = f"count({queries.gauge('runs_held')}) > 0"
     return [
-        AlertRule(
-            "OldestPendingOneMinute",
-            f"{oldest} > 60 and on () {workers}",
-            "2m",
-            "ticket",
-            "An execution has been ready for over a minute, and workers live.",
-            "Look at `runs_held` and the CPU of the workers; add workers.",
-        ),
-        AlertRule(
-            "OldestPendingFiveMinutes",
-            f"{oldest} > 300",
-            "1m",
-            "page",
-            "An execution has been ready for over five minutes.",
-            "`GET /why` counts the reasons; add workers if they are busy.",
-        ),
-        AlertRule(
-            "SchedulesLate",
-            f"max({queries.gauge('schedule_lag_seconds')}) > 120",
-            "2m",
-            "ticket",
-            "A schedule has been due for over two minutes.",
-            "Look into the log of the leading scheduler; `pilotflame doctor --fix schedule-overdue` starts the runs.",
-        ),
-        AlertRule(
-            "DeferredRunsLate",
-            f"max({queries.gauge('deferred_oldest_overdue_seconds')}) > 120",
-            "2m",
-            "ticket",
-            "A waiting execution has been due for over two minutes.",
-            "`pilotflame doctor --fix deferred-overdue` wakes the deployments with due runs.",
-        ),
-        AlertRule(
-            "DeadLettersGrow",
-            f"delta({queries.gauge('dead_letters')}[1h]) > 0",
-            "1h",
-            "ticket",
-            "Executions of inbound requests have failed for hours.",
-            "`GET /dead-letters` lists them; redrive them after the cause is mended.",
-        ),
+        _rule("OldestPendingOneMinute", f"{oldest} > 60 and on () {workers}", "2m"),
+        _rule("OldestPendingFiveMinutes", f"{oldest} > 300", "1m"),
+        _rule("SchedulesLate", f"max({queries.gauge('schedule_lag_seconds')}) > 120", "2m"),
+        _rule("DeferredRunsLate", f"max({queries.gauge('deferred_oldest_overdue_seconds')}) > 120", "2m"),
+        _rule("DeadLettersGrow", f"delta({queries.gauge('dead_letters')}[1h]) > 0", "1h"),
     ]
 
 
@@ -214,41 +148,13 @@ def _slow_share(window: str) -> str:
 def _work() -> list[AlertRule]:
     lost = queries.rate("leases_lost_total", "15m")
     return [
-        AlertRule(
-            "LeasesLost",
-            f"{lost} / {queries.rate('claims_total', '15m')} > 0.01",
-            "5m",
-            "ticket",
-            "Workers lose the leases of over 1 % of the executions that they claim.",
-            "Workers are frozen, short of CPU, or cut off from the database for longer than a lease.",
-        ),
-        AlertRule(
-            "CommitsSlow",
-            f"{queries.quantile(0.99, 'commit_seconds', '10m')} > 1",
-            "10m",
-            "ticket",
-            "One commit of a hundred takes over a second.",
-            "Look at the disk and the locks of the database.",
-        ),
+        _rule("LeasesLost", f"{lost} / {queries.rate('claims_total', '15m')} > 0.01", "5m"),
+        _rule("CommitsSlow", f"{queries.quantile(0.99, 'commit_seconds', '10m')} > 1", "10m"),
     ]
 
 
 def _sleep() -> list[AlertRule]:
     return [
-        AlertRule(
-            "AsleepAgainstWindow",
-            _drift(DriftClass.ASLEEP_AGAINST_WINDOW),
-            "5m",
-            "page",
-            "A window has opened, and its deployment has not started within five minutes.",
-            "`GET /workflows/{id}/why` names the reason; the log of the deployer has the details.",
-        ),
-        AlertRule(
-            "AwakeAgainstPolicy",
-            _drift(DriftClass.AWAKE_AGAINST_POLICY),
-            "1h",
-            "ticket",
-            "A deployment has run for an hour that its policy stops: it costs money.",
-            "`pilotflame doctor --fix awake-against-policy` applies the lifecycle policies.",
-        ),
+        _rule("AsleepAgainstWindow", _drift(DriftClass.ASLEEP_AGAINST_WINDOW), "5m"),
+        _rule("AwakeAgainstPolicy", _drift(DriftClass.AWAKE_AGAINST_POLICY), "1h"),
     ]

@@ -11,6 +11,9 @@ from msgspec import structs
 from sqlalchemy import select, text
 from sqlmodel import col
 
+from doctor import alert_states
+from doctor.alert_notices import AlertSeverity
+from doctor.alert_states import AlertState, ProcessFacts
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 SHOWN_PROCESSES: Final = 100
 """Workers, and other processes, that are listed: those that reported last."""
 SHOWN_TABLES: Final = 20
+ALL_IN_ONE: Final = "all-in-one"
 _POSTGRESQL_TABLES: Final = text(
     "SELECT c.relname AS name, pg_total_relation_size(c.oid) AS bytes, c.reltuples AS rows FROM pg_class c"
     " JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -82,6 +86,17 @@ class TableSize(WireStruct):
     """Estimate of the database; null before its first analysis."""
 
 
+class ServerAlert(WireStruct):
+    """Alert of the shipped rules, as the stores show it now."""
+
+    name: str
+    severity: AlertSeverity
+    state: AlertState
+    """`firing`, `quiet`, or `unknown`: it needs rates, which Prometheus alone has."""
+    summary: str
+    remedy: str
+
+
 class DatabaseHealth(WireStruct):
     """Database as this gateway sees it."""
 
@@ -106,6 +121,8 @@ class ServerHealth(WireStruct):
     """Processes that reported within a day and have not ended in order, at most 100 workers and 100 others.
     Empty unless `isOperator`.
     """
+    alerts: Sequence[ServerAlert]
+    """Alerts of all organizations' work, firing ones first; empty unless `isOperator`."""
     lead: SchedulerLead | None
     """Null if no scheduler ever led, as in a server of one process."""
     database: DatabaseHealth
@@ -132,6 +149,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             else []
         )
         lead = await _find_lead(connection, now)
+        alerts = await _list_alerts(connection, processes, lead) if is_operator else []
         database = await _measure_database(connection, gateway.database, latency_ms)
     return JsonResponse(
         ServerHealth(
@@ -139,11 +157,37 @@ async def show(request: GatewayRequest) -> JsonResponse:
             is_operator=is_operator,
             version=program_version(),
             processes=processes,
+            alerts=alerts,
             lead=lead if lead is None or is_operator else structs.replace(lead, name=None),
             database=database if is_operator else structs.replace(database, bytes=None, tables=()),
             broker_latency_ms=await _ping_broker(request),
         )
     )
+
+
+async def _list_alerts(
+    connection: AsyncConnection, processes: Sequence[ServerProcess], lead: SchedulerLead | None
+) -> Sequence[ServerAlert]:
+    """Return the alerts with their states; in a server of one process, that process leads."""
+    present = [one for one in processes if one.is_present]
+    is_alone = lead is None and any(one.role == ALL_IN_ONE for one in present)
+    facts = ProcessFacts(
+        has_worker=any(one.concurrency is not None for one in present),
+        has_leader=is_alone or (lead is not None and lead.is_held),
+        versions=frozenset(one.version for one in present),
+        longest_loop_lag_ms=max((one.loop_lag_ms for one in present), default=0),
+    )
+    alerts = alert_states.evaluate(facts, await alert_states.read_queue_facts(connection))
+    return [
+        ServerAlert(
+            name=alert.notice.name,
+            severity=alert.notice.severity,
+            state=alert.state,
+            summary=alert.notice.summary,
+            remedy=alert.notice.remedy,
+        )
+        for alert in alerts
+    ]
 
 
 def _milliseconds_since(begun: float) -> float:
@@ -203,7 +247,7 @@ async def _list_workers(connection: AsyncConnection, now: datetime) -> Sequence[
     rows = [WorkerPresence(**row) for row in (await connection.execute(statement)).mappings()]
     return [
         ServerProcess(
-            role="all-in-one" if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker",
+            role=ALL_IN_ONE if one.owner.startswith(ALL_IN_ONE_OWNER) else "worker",
             name=one.owner,
             host=one.host,
             version=one.version,

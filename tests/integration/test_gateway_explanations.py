@@ -213,6 +213,12 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     assert (worker["host"], worker["loopLagMs"]) == (socket.gethostname(), 1_250)
     assert (gateway["host"], gateway["loopLagMs"]) == (socket.gethostname(), 0)
     assert gateway["startedAt"] is not None
+    states = {one["name"]: one["state"] for one in health["alerts"]}
+    assert (states["EventLoopBlocked"], states["NoWorker"], states["CommitsSlow"]) == (
+        "firing",
+        "quiet",
+        "unknown",
+    )
     sizes = [one["bytes"] for one in health["database"]["tables"]]
     names = {one["name"] for one in health["database"]["tables"]}
     assert health["database"]["revision"] == HEAD_REVISION
@@ -222,7 +228,7 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     assert health["brokerLatencyMs"] is not None
     # The work of all organizations is in processes and sizes: admins of others see neither.
     elsewhere = (await people.stranger.api.get(path)).json()
-    assert (elsewhere["isOperator"], elsewhere["processes"]) == (False, [])
+    assert (elsewhere["isOperator"], elsewhere["processes"], elsewhere["alerts"]) == (False, [], [])
     assert (elsewhere["database"]["bytes"], elsewhere["database"]["tables"]) == (None, [])
     assert elsewhere["database"]["revision"] == HEAD_REVISION
     # A worker that has ended in order is no process of the server any more.

@@ -35,11 +35,15 @@ async def load(page: PageRequest) -> PageData:
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: findings, stores, workers, and reasons why runs don't move."""
     drift, why = data["drift"], data["why"]
+    alerts = [] if data["health"] is None else data["health"]["alerts"]
     return {
         "title": "Health",
         "crumbs": (("Health", ""),),
         "drift": drift,
         "health": data["health"],
+        "firing_alerts": [one for one in alerts if one["state"] == "firing"],
+        "quiet_alerts": sum(one["state"] == "quiet" for one in alerts),
+        "unknown_alerts": sum(one["state"] == "unknown" for one in alerts),
         "slow_loop_ms": SLOW_LOOP_MS,
         "largest": max(
             (one["bytes"] for one in (data["health"] or NO_HEALTH)["database"]["tables"]), default=1

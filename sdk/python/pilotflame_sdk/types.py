@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any, Dict, List, Literal, TypedDict, Union
 
 __all__ = [
+    "AlertSeverity",
+    "AlertState",
     "AppliedChange",
     "ApplyAction",
     "ApplyResult",
@@ -210,6 +212,7 @@ __all__ = [
     "ScheduleTick",
     "ScheduleTimeline",
     "SchedulerLead",
+    "ServerAlert",
     "ServerHealth",
     "ServerProcess",
     "Session",
@@ -291,6 +294,12 @@ __all__ = [
     "WorkflowVersion",
     "WrongMessage",
 ]
+
+
+AlertSeverity = Literal['page', 'ticket']
+
+
+AlertState = Literal['firing', 'quiet', 'unknown']
 
 
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
@@ -2373,6 +2382,16 @@ class SchedulerLead(TypedDict):
     leaseUntil: str
 
 
+class ServerAlert(TypedDict):
+    """Alert of the shipped rules, as the stores show it now."""
+
+    name: str
+    severity: AlertSeverity
+    state: AlertState
+    summary: str
+    remedy: str
+
+
 class ServerHealth(TypedDict):
     """Processes of the server, its database and its broker."""
 
@@ -2380,6 +2399,7 @@ class ServerHealth(TypedDict):
     isOperator: bool
     version: str
     processes: List[ServerProcess]
+    alerts: List[ServerAlert]
     lead: SchedulerLead | None
     database: DatabaseHealth
     brokerLatencyMs: float | None

@@ -1,0 +1,64 @@
+"""Delays of the queue: for how long ready runs, schedules and waiting runs have been due."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import BigInteger, func, literal_column, select, type_coerce
+from sqlmodel import col
+
+from journal.deployments import wakes
+from journal.explanations import run_counts
+from models.database_time import DatabaseTime
+from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, Execution
+from models.execution_status import ExecutionStatus
+from models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+MILLION: Final = 1_000_000
+SHARED: Final = col(Execution.target) == SHARED_TARGET
+"""Runs that any worker may claim."""
+OF_PODS: Final = col(Execution.target) > SHARED_TARGET
+"""Runs that pods of a deployment alone may claim."""
+
+
+async def read_oldest_pending(connection: AsyncConnection, of_target: ColumnElement[bool]) -> float:
+    """Return for how many seconds the oldest pending run of some targets could be claimed; 0 without one.
+
+    Up to 10,000 runs are looked at, and runs without a slot or with a delay left out.
+    """
+    some = (
+        select(col(Execution.updated_at).label("at"))
+        .where(wakes.IS_PENDING, of_target, col(Execution.target).not_in([LIMITED_TARGET, DELAYED_TARGET]))
+        .limit(run_counts.MAX_COUNTED)
+        .subquery()
+    )
+    return await _read_seconds(
+        connection, select(DatabaseTime() - type_coerce(func.min(some.c.at), BigInteger))
+    )
+
+
+async def read_schedule_lag(connection: AsyncConnection) -> float:
+    """Return for how many seconds the schedule is due that is longest due; 0 if none is."""
+    due_at = type_coerce(func.min(col(Schedule.due_at)), BigInteger)
+    return await _read_seconds(
+        connection, select(DatabaseTime() - due_at).where(col(Schedule.due_at) <= DatabaseTime())
+    )
+
+
+async def read_deferred_delay(connection: AsyncConnection) -> float:
+    """Return since how many seconds the waiting run is due that is longest due; 0 if none is."""
+    is_waiting = col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'")
+    due_at = type_coerce(func.min(col(Execution.due_at)), BigInteger)
+    return await _read_seconds(
+        connection,
+        select(DatabaseTime() - due_at).where(is_waiting, col(Execution.due_at) <= DatabaseTime()),
+    )
+
+
+async def _read_seconds(connection: AsyncConnection, microseconds: Select[int]) -> float:
+    """Return the seconds of a statement for microseconds; 0 for NULL and for a time ahead."""
+    return max(await connection.scalar(microseconds) or 0, 0) / MILLION
