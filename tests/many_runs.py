@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 WORKFLOWS: Final = 200
 RECORDS: Final = 200_000
 """Deliveries, events and audit entries each."""
+HOURS: Final = 24
+"""Hours, up to the present one, with counts of the runs of each workflow and of all."""
+HOUR_MICROSECONDS: Final = 3_600_000_000
 ORDER_KEY: Final = "order"
 """Key of the metadata that every run has, with its own number as the value."""
 CUSTOMER_KEY: Final = "customer"
@@ -98,6 +102,14 @@ INSERT INTO audit_entry (id, organization_id, shard, user_id, key_id, action, ob
     created_at)
 SELECT 'audit' || {suffix}, '{organization}', {shard}, '{user}', 'million', 'workflow.updated',
     {workflow}, '{hash}', '{hash}', {created} FROM {numbers} WHERE number < {records}
+""",
+    """
+INSERT INTO run_hour (organization_id, workflow_id, starts_at, accepted, completed, failed, stopped, cancelled,
+    run_times, wake_times)
+SELECT '{organization}', CASE number % ({workflows} + 1) WHEN {workflows} THEN '' ELSE 'wf_million_' ||
+    (number % ({workflows} + 1)) END, {hour} - CAST(number / ({workflows} + 1) AS bigint) * 3600000000,
+    100, 94, 3, 1, 1, '{{"26":80,"31":17}}', '{{"44":2}}'
+FROM {numbers} WHERE number < ({workflows} + 1) * {hours}
 """,
 )
 _WORKFLOWS: Final = (
@@ -199,6 +211,8 @@ def _statements(owner: RunOwner, runs: int, dialect: Mapping[str, str]) -> Seque
         "workflow": _WORKFLOW.format(workflows=WORKFLOWS),
         "workflows": WORKFLOWS,
         "records": RECORDS,
+        "hours": HOURS,
+        "hour": time.time_ns() // 1_000 // HOUR_MICROSECONDS * HOUR_MICROSECONDS,
         "first": FIRST_MICROSECOND,
         "error": _ERROR,
         "hash": "0" * 64,

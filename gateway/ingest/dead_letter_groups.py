@@ -18,7 +18,12 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
 from gateway.ingest import dead_letter_rows
-from gateway.ingest.dead_letter_rows import DeadLetterFilter, ErrorCause, FailedRun
+from gateway.ingest.dead_letter_rows import (
+    CompletedRunsFilter,
+    DeadLetterFilter,
+    ErrorCause,
+    FailedRun,
+)
 from gateway.ingest.organization_dead_letters import FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
 from gateway.workflows import editing, workflow_rows
 from models import dead_letter_mute
@@ -265,19 +270,21 @@ async def _compare_with_present(
     revisions = {group.newest.workflow_id: heads[group.newest.workflow_id].revision for group in groups}
     workflows = await request.gateway.workflows.load_several(request.caller.organization_id, revisions)
     facts: dict[str, _GroupFacts] = {}
-    async with request.gateway.database.read() as connection:
-        for group in groups:
-            workflow = workflows.get(group.newest.workflow_id)
-            if workflow is None:
-                continue
-            if workflow.definition_hash == group.newest.definition_hash:
-                facts[group.cause.fingerprint] = _GroupFacts(is_current=True)
-                continue
-            completed = await dead_letter_rows.count_completed_since(
-                connection, workflow.id, workflow.definition_hash, group.newest.created_at
+    earlier: dict[str, CompletedRunsFilter] = {}
+    for group in groups:
+        workflow = workflows.get(group.newest.workflow_id)
+        if workflow is None:
+            continue
+        if workflow.definition_hash == group.newest.definition_hash:
+            facts[group.cause.fingerprint] = _GroupFacts(is_current=True)
+        else:
+            earlier[group.cause.fingerprint] = CompletedRunsFilter(
+                workflow.id, workflow.definition_hash, group.newest.created_at
             )
-            facts[group.cause.fingerprint] = _GroupFacts(is_current=False, completed_since=completed)
-    return facts
+    async with request.gateway.database.read() as connection:
+        counts = await dead_letter_rows.count_completed_since(connection, [*earlier.values()])
+    completed = zip(earlier, counts, strict=True)
+    return facts | {key: _GroupFacts(is_current=False, completed_since=count) for key, count in completed}
 
 
 def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:

@@ -10,12 +10,13 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import lru_cache
 from hashlib import sha256
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
-from sqlalchemy import and_, func, literal_column, or_, select, update
+from sqlalchemy import Text, column, func, literal, literal_column, select, union_all, update
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import col
 
 from gateway.executions.resume_runs import IS_TAKEN_UP
@@ -43,6 +44,7 @@ BATCH: Final = 500
 FIRST_BATCH_PAGES: Final = 4
 """Number of pages that the first batch could fill."""
 FINGERPRINT_LENGTH: Final = 16
+FINGERPRINTS: Final = 2_000
 MESSAGE_LENGTH: Final = 200
 _VARIABLE: Final = re.compile(
     r"\"[^\"]*\"|'[^']*'|“[^”]*”|\b[0-9a-fA-F-]{12,}\b|\b\w+_[0-9A-Za-z]{10,}\b|\d+"
@@ -94,6 +96,15 @@ class WorkflowHead:
 
     name: str
     revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedRunsFilter:
+    """Runs of a workflow with one definition that were accepted after a time."""
+
+    workflow_id: str
+    definition_hash: str
+    since: datetime
 
 
 _COLUMNS: Final = [getattr(Execution, field.name) for field in fields(FailedRun)]
@@ -161,9 +172,16 @@ def describe_cause(execution: FailedRun) -> ErrorCause:
     cause: Mapping[str, Any] = error.get("cause") or error
     node_id = cause.get("nodeId") or error.get("nodeId")
     code, message = str(cause.get("code", "unknown")), str(cause.get("message", ""))
-    normal = _VARIABLE.sub("…", message[:MESSAGE_LENGTH])
-    text = msgspec.json.encode([execution.workflow_id, node_id, code, normal])
-    return ErrorCause(node_id, code, message, sha256(text).hexdigest()[:FINGERPRINT_LENGTH])
+    return ErrorCause(
+        node_id, code, message, _fingerprint(execution.workflow_id, node_id, code, message[:MESSAGE_LENGTH])
+    )
+
+
+@lru_cache(FINGERPRINTS)
+def _fingerprint(workflow_id: str, node_id: str | None, code: str, message: str) -> str:
+    """Return the fingerprint of an error; most of thousands of runs have failed with the same few errors."""
+    text = msgspec.json.encode([workflow_id, node_id, code, _VARIABLE.sub("…", message)])
+    return sha256(text).hexdigest()[:FINGERPRINT_LENGTH]
 
 
 async def find_dead_letters(
@@ -240,25 +258,42 @@ async def read_workflow_heads(
 
 
 async def count_completed_since(
-    connection: AsyncConnection, workflow_id: str, definition_hash: str, since: datetime
-) -> int:
-    """Return the number of runs with a definition that were accepted after `since` and have completed.
+    connection: AsyncConnection, wanted: Sequence[CompletedRunsFilter]
+) -> Sequence[int]:
+    """Return for each filter the number of runs with its definition that were accepted later and have completed.
 
-    Only the newest 100 runs of the workflow are looked at.
+    Only the newest 100 runs of the workflow are looked at. All are counted by one statement.
     """
+    if not wanted:
+        return []
+    counts = [
+        select(literal(number).label("number"), _count_completed(one).label("completed"))
+        for number, one in enumerate(wanted)
+    ]
+    found = {row.number: row.completed for row in await connection.execute(union_all(*counts))}
+    return [found[number] for number in range(len(wanted))]
+
+
+def _count_completed(wanted: CompletedRunsFilter) -> ColumnElement[int]:
     newest = (
         select(col(ExecutionData.execution_id))
-        .where(col(ExecutionData.workflow_id) == workflow_id, col(ExecutionData.created_at) > since)
+        .where(
+            col(ExecutionData.workflow_id) == wanted.workflow_id,
+            col(ExecutionData.created_at) > wanted.since,
+        )
         .order_by(col(ExecutionData.created_at).desc())
         .limit(limits.RUNS_AFTER_GROUP)
     )
-    statement = select(func.count()).where(
-        col(Execution.id).in_(newest),
-        col(Execution.status) == ExecutionStatus.COMPLETED,
-        col(Execution.definition_hash) == definition_hash,
-        col(Execution.is_private).is_(False),
+    return (
+        select(func.count())
+        .where(
+            col(Execution.id).in_(newest),
+            col(Execution.status) == ExecutionStatus.COMPLETED,
+            col(Execution.definition_hash) == wanted.definition_hash,
+            col(Execution.is_private).is_(False),
+        )
+        .scalar_subquery()
     )
-    return await connection.scalar(statement) or 0
 
 
 def _build_failure_conditions(caller: ApiCaller, wanted: DeadLetterFilter) -> Iterable[ColumnElement[bool]]:
@@ -354,15 +389,28 @@ async def _find_settled(
     connection: AsyncConnection, caller: ApiCaller, rows: Sequence[Row]
 ) -> frozenset[str]:
     """Return the ids of the rows that were redriven by a list, or purged: their redrive key is used."""
-    by_workflow = sorted(rows, key=lambda row: str(row.workflow_id))
-    used = [
-        and_(
-            col(Idempotency.scope) == idempotency.redrive_key(workflow_id, "").scope,
-            col(Idempotency.key).in_([row.id for row in of_workflow]),
-        )
-        for workflow_id, of_workflow in groupby(by_workflow, key=lambda row: str(row.workflow_id))
-    ]
-    if not used:
+    if not rows:
         return frozenset()
-    statement = select(col(Idempotency.key)).where(col(Idempotency.shard) == caller.shard, or_(*used))
+    scope_of = {row.workflow_id: idempotency.redrive_key(str(row.workflow_id), "").scope for row in rows}
+    pairs = [(scope_of[row.workflow_id], row.id) for row in rows]
+    scope, key = _list_pairs(pairs, is_sqlite=connection.dialect.name == "sqlite")
+    statement = select(col(Idempotency.key)).where(
+        col(Idempotency.shard) == caller.shard, col(Idempotency.scope) == scope, col(Idempotency.key) == key
+    )
     return frozenset(await connection.scalars(statement))
+
+
+def _list_pairs(
+    pairs: Sequence[tuple[str, str]], *, is_sqlite: bool
+) -> tuple[ColumnElement[str], ColumnElement[str]]:
+    """Return the two columns of a table of pairs of texts, which one parameter or two carry.
+
+    So one statement, prepared once, looks all pairs up by their index. A condition with hundreds of
+    alternatives is planned anew each time, which takes longer than to run it.
+    """
+    if is_sqlite:
+        listed = func.json_each(msgspec.json.encode(pairs).decode()).table_valued("value")
+        return func.json_extract(listed.c.value, "$[0]"), func.json_extract(listed.c.value, "$[1]")
+    columns = [literal(list(texts), ARRAY(Text)) for texts in zip(*pairs, strict=True)]
+    listed = func.unnest(*columns).table_valued(column("scope", Text), column("key", Text)).render_derived()
+    return listed.c.scope, listed.c.key
