@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from concurrency import gc_tuning
 from telemetry import exposition, instruments
@@ -36,8 +37,14 @@ settings.register_profile("suite", settings.get_profile("search"), derandomize=T
 settings.load_profile("suite")
 
 
-def pytest_configure() -> None:
-    """Put temporary folders into memory if it has space, so that databases never wait for a slow disk."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Put temporary folders into memory if it has space, so that databases never wait for a slow disk.
+
+    Examples of the suite take no constants from the source: they would depend on the modules that a process
+    has loaded, so on the tests that run with it, and finding them takes each process a second.
+    """
+    if config.getoption("hypothesis_profile") is None:
+        pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda _path: False)
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
