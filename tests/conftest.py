@@ -15,20 +15,30 @@ from tests import preloads, services
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
 SLOWEST_FILES = (
-    "test_storm.py",
-    "test_generated_clients.py",
-    "test_dev.py",
     "test_openapi.py",
     "test_worker_faults.py",
-    "test_hostile.py",
-    "test_task_faults.py",
     "test_intake_browser.py",
+    "test_task_faults.py",
+    "test_generated_clients.py",
+    "test_clocks.py",
+    "test_hostile.py",
+    "test_access.py",
+    "test_broker_faults.py",
     "test_dashboard_browser.py",
+    "test_storm.py",
+    "test_kill.py",
+    "test_approvals.py",
+    "test_upgrade.py",
+    "test_bridge.py",
+    "test_cli_nouns.py",
+    "test_migrations.py",
+    "test_model_kills.py",
+    "test_dev.py",
     "test_guide.py",
     "test_wheel.py",
     "test_readme.py",
 )
-"""Files whose tests take longest together, in the order in which they start."""
+"""Files whose tests take longest together, in the order in which they start, so that waiting ones run beside others."""
 
 # An example's duration depends on the load of the machine. Examples are the same each time, so that a failure
 # is reproducible everywhere; `--hypothesis-profile=search` generates others.
