@@ -34,6 +34,7 @@ from gateway.workflows.workflow_shapes import (
     UpdateWorkflow,
 )
 from models.audit import AuditAction
+from nodes.ai.model_connection import ECHO_MODEL_ID
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -59,7 +60,7 @@ class UseTemplate(StrictWire):
     """Replacement id for each data source or model of the template; null leaves the field empty.
 
     By default, references of the organization's own templates are kept, and those of shipped ones are left
-    empty.
+    empty, except for the built-in model `echo`.
     """
 
 
@@ -206,14 +207,15 @@ async def _find_template(
     """Return the template that a body names, and the replacements of its references.
 
     Those are None if the body names none; for a template that ships with the server, references without a
-    replacement are emptied (None). Raises a 404 error.
+    replacement are emptied (None), and the built-in model is kept. Raises a 404 error.
     """
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:
         catalog = request.gateway.catalog
         stored = common.stored(request.caller, catalog, request.gateway.clock())
         named = workflow_documents.references(stored, catalog)
-        return stored, {one.id: None for one in named} | (body.references or {})
+        kept = {one.id: ECHO_MODEL_ID if one.id == ECHO_MODEL_ID else None for one in named}
+        return stored, kept | (body.references or {})
     async with request.gateway.database.read() as connection:
         template = await workflow_rows.find_workflow(connection, body.template_id, request.caller)
     if template is None or not template.workflow.is_template:

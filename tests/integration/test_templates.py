@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests import smtp_server
+from tests.fakes.model_server import serve_models
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from workers.main import run_worker
 from workers.settings import WorkerSettings
@@ -25,6 +27,8 @@ SHIPPED = (
     "wf_tmpl_approval-before-write",
     "wf_tmpl_csv-report",
     "wf_tmpl_daily-etl",
+    "wf_tmpl_mail-triage",
+    "wf_tmpl_research-agent",
     "wf_tmpl_webhook-to-database",
 )
 
@@ -117,7 +121,7 @@ async def test_they_stand_behind_the_templates_of_the_organisation_page_by_page(
     workflow_id = await people.admin.create(name="Ours")
     await people.admin.api.post(f"/api/v1/workflows/{workflow_id}/save-as-template")
     names: list[str] = []
-    for offset in range(0, 8, 2):
+    for offset in range(0, 10, 2):
         page = (await people.owner.api.get(f"/api/v1/workflows/templates?limit=2&offset={offset}")).json()
         assert page["count"] == len(SHIPPED) + 1
         names += [one["name"] for one in page["templates"]]
@@ -182,7 +186,7 @@ async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
     harness: GatewayHarness, person: UserClient
 ) -> None:
     workflow_id = await use_template(
-        person, SHIPPED[4], {"target": await create_sqlite_source(person, "orders.db")}
+        person, SHIPPED[6], {"target": await create_sqlite_source(person, "orders.db")}
     )
     orders = json.loads((DATA / "orders.json").read_text())
     written = (await run_to_outputs(person, workflow_id, {"orders": orders}))["store"]["written"]
@@ -256,6 +260,89 @@ async def test_a_price_is_written_when_somebody_has_approved_it(
     stored = dict(connection.execute("SELECT product, approved_by FROM price"))
     connection.close()
     assert stored == {"Pencil": None} | ({"Piano": person.user.id} if choice == "approve" else {})
+
+
+@pytest.mark.parametrize(
+    ("subject", "text", "choice"),
+    [
+        ("Where is my order?", "It was to arrive on Friday.", "send"),
+        ("A refund", "The invoice is wrong.", "discard"),
+        ("Our newsletter", "Buy more!", ""),
+    ],
+)
+async def test_a_mail_is_sorted_and_answered_when_somebody_has_approved_the_draft(
+    person: UserClient, subject: str, text: str, choice: str
+) -> None:
+    mail = {"from": "ada@example.com", "to": "help@example.org", "subject": subject, "body_text": text}
+    async with smtp_server.serve_smtp(tls="none") as server:
+        settings = {"host": "127.0.0.1", "port": server.port, "tls": "none"}
+        source = {"name": f"Mail {subject}", "type": "smtp", "settings": settings}
+        mails = (await person.api.post("/api/v1/datasources", json=source)).json()["dataSourceId"]
+        workflow_id = await use_template(person, SHIPPED[4], {"mail": mails})
+        execution_id = await start_run(person, workflow_id, mail)
+        if choice:
+            asked = await wait_for_input(person, execution_id)
+            assert text in asked["description"], "the model `echo` repeats the mail"
+            answer = {"nodeId": asked["nodeId"], "choice": choice}
+            response = await person.api.post(f"/api/v1/executions/{execution_id}/input", json=answer)
+            assert response.status_code == 200, response.text
+        found = await wait_for_outputs(person, execution_id)
+    assert [sent.recipients for sent in server.received] == (
+        [["ada@example.com"]] if choice == "send" else []
+    )
+    assert ("ignored" in found, "discarded" in found) == (not choice, choice == "discard")
+
+
+async def test_the_research_agent_reads_a_table_and_a_page(
+    harness: GatewayHarness, person: UserClient
+) -> None:
+    shutil.copy(DATA / "invoices.db", organization_folder(harness, person) / "research.db")
+    source_id = await create_sqlite_source(person, "research.db")
+    async with serve_models() as served:
+        workflow_id = await use_template(person, SHIPPED[5], {"source": source_id})
+        workflow = await person.workflow(workflow_id)
+        (page,) = [node for node in workflow["nodes"] if node["id"] == "page"]
+        target = {
+            "type": "http-request",
+            "config": {"url": f"{served.url}/facts?city={{{{ args.country }}}}"},
+        }
+        config = {"config": {**page["config"], "target": {"node": target}}}
+        answer = await person.api.put(f"/api/v1/workflows/{workflow_id}/nodes/page", json=config)
+        assert answer.status_code == 200, answer.text
+        question = {"question": "What did we earn in Germany?"}
+        found = (await run_to_outputs(person, workflow_id, question))["research"]
+    assert [(step["name"], step["status"]) for step in found["steps"]] == [
+        *[("echo", "completed"), ("query_revenue", "completed")],
+        *[("echo", "completed"), ("read_page", "completed"), ("echo", "completed")],
+    ]
+    table, page_text = [one["content"] for one in found["messages"] if one["role"] == "tool"]
+    rows = json.loads(table)["rows"]
+    connection = sqlite3.connect(DATA / "invoices.db")
+    (count,) = connection.execute("SELECT count(*) FROM invoice WHERE billing_country = 'Germany'").fetchone()
+    connection.close()
+    assert (sum(row["invoices"] for row in rows), len(rows)) == (count, len({row["year"] for row in rows}))
+    assert json.loads(page_text)["body"] == {"city": "Germany", "degrees": -3}
+    assert (found["response"], found["stopReason"], found["cost"]) == (page_text, "finished", "0")
+
+
+async def test_a_template_with_models_takes_one_by_its_reference(people: OrganizationUsers) -> None:
+    provider = {
+        "name": "Models",
+        "type": "ai-provider",
+        "settings": {"baseUrl": "http://127.0.0.1:9/v1"},
+    }
+    made = await people.owner.api.post("/api/v1/datasources", json=provider)
+    model = {"name": "Small", "vendorModelId": "small", "dataSourceId": made.json()["dataSourceId"]}
+    model_id = (await people.owner.api.post("/api/v1/ai/models", json=model)).json()["modelId"]
+    for template in ("wf_tmpl_mail-triage", "wf_tmpl_research-agent"):
+        named: dict[str, set[str]] = {}
+        for references in ({}, {"echo": model_id}):
+            body = {"templateId": template, "references": references}
+            response = await people.owner.api.post("/api/v1/workflows/from-template", json=body)
+            workflow = await people.owner.workflow(response.json()["workflowId"])
+            models = {node["config"]["model"] for node in workflow["nodes"] if "model" in node["config"]}
+            named["own" if references else "built-in"] = models
+        assert named == {"built-in": {"echo"}, "own": {model_id}}
 
 
 async def wait_for_input(person: UserClient, execution_id: str) -> dict[str, Any]:
