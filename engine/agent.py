@@ -44,9 +44,20 @@ MAX_ERRORS_IN_A_ROW: Final = 3
 MAX_EQUAL_CALLS: Final = 3
 MAX_CONVERSATION_BYTES: Final = 2_000_000
 MAX_QUOTED_CHARACTERS: Final = 500
+MAX_APPROVED_BYTES: Final = 16_384
+"""Maximum size of the arguments of a call that a person approves, who has to see all of them."""
 MAX_ITERATIONS: Final = 100
 UNKNOWN_PRICE_CODE: Final = "unknown-price"
 LIMIT_CODE: Final = "agent-limit"
+
+
+class ApprovalPolicy(StrEnum):
+    """Calls of a tool that a person has to approve."""
+
+    NEVER = "never"
+    WRITES = "writes"
+    """Calls of a tool with the effect `write`."""
+    ALWAYS = "always"
 
 
 class StopReason(StrEnum):
@@ -96,6 +107,22 @@ class AgentTool:
     """Returns the problems of arguments, for the model; empty for valid ones."""
     is_repeated: bool = True
     """Whether a write with an unknown outcome is repeated under its key."""
+    approval: ApprovalPolicy = ApprovalPolicy.NEVER
+    fingerprint: str = ""
+    """Digest of the fixed part of the tool, which an approval covers too."""
+
+    @property
+    def needs_approval(self) -> bool:
+        if self.approval is ApprovalPolicy.WRITES:
+            return self.effect is NodeEffect.WRITE
+        return self.approval is ApprovalPolicy.ALWAYS
+
+    def hash_call(self, step: AgentStep) -> str:
+        """Return the SHA-256 that binds an approval to a call: its key, tool and arguments; empty if it needs none."""
+        if not self.needs_approval:
+            return ""
+        parts = [step.key, step.name, (step.arguments or b"").decode(), self.fingerprint]
+        return sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +153,10 @@ class AgentTask:
     max_answer_tokens: int = 1000
     temperature: float | None = None
     output_schema: Mapping[str, Any] | None = None
+    approvers: Mapping[str, Json] = field(default_factory=dict)
+    """Fields of the questions whether a tool may be called: `assignees`, `approvals` and others."""
+    approval_seconds: float = 604_800.0
+    """Time after which such a question expires, and the call is refused."""
     read_answer: Callable[[str], tuple[Json, Sequence[str]]] = lambda text: (text, ())
     """Returns the value of a final answer and its problems by the schema."""
 
@@ -152,6 +183,13 @@ class CallTools:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitApprovals:
+    """Wait until people have decided about recorded tool calls."""
+
+    steps: Sequence[AgentStep]
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """End with an answer."""
 
@@ -169,14 +207,17 @@ class Fail:
     message: str
 
 
-AgentAction: TypeAlias = "CallModel | CallTools | Finish | Fail"
+AgentAction: TypeAlias = "CallModel | CallTools | AwaitApprovals | Finish | Fail"
 
 
 def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
     """Return the next action of an agent with these recorded steps."""
-    pending = [step for step in steps if step.kind is StepKind.TOOL and step.ended_at is None]
+    pending = list_pending_calls(steps)
     if pending:
-        return CallTools(_choose_together(pending, task.limits.parallel_tools))
+        allowed = list(takewhile(lambda step: step.status is not StepStatus.WAITING, pending))
+        if allowed:
+            return CallTools(_choose_together(allowed, task.limits.parallel_tools))
+        return AwaitApprovals([step for step in pending if step.status is StepStatus.WAITING])
     last = next((step for step in reversed(steps) if step.kind is StepKind.MODEL), None)
     if last is None:
         return _ask(task, steps, 0)
@@ -194,7 +235,8 @@ def plan_tool_calls(
     """Return the steps of the tool calls in an answer, to be recorded together with it.
 
     `key` is the idempotency key of the node, to which each step adds its number. Sequence numbers are 0. Calls of
-    unknown tools, with invalid arguments or beyond the limit are failed at once.
+    unknown tools, with invalid arguments or beyond the limit are failed at once, and those that a person has to
+    approve wait.
     """
     done = sum(step.kind is StepKind.TOOL for step in earlier)
     planned = []
@@ -212,8 +254,23 @@ def plan_tool_calls(
             key=f"{key}:{number}",
             arguments=msgspec.json.encode(call.arguments),
         )
-        planned.append(step if problem is None else fail_tool_step(step, *problem, moment))
+        if problem is not None or tool is None:
+            planned.append(fail_tool_step(step, *(problem or ("", "")), moment))
+        else:
+            planned.append(require_approval(step, tool))
     return planned
+
+
+def require_approval(step: AgentStep, tool: AgentTool) -> AgentStep:
+    """Return a tool call that waits for an approval if it needs one, and is to be done otherwise."""
+    digest = tool.hash_call(step)
+    status = StepStatus.WAITING if digest else StepStatus.STARTED
+    return msgspec.structs.replace(step, status=status, request_hash=digest)
+
+
+def list_pending_calls(steps: Sequence[AgentStep]) -> Sequence[AgentStep]:
+    """Return the recorded tool calls without a result, in the order of the model."""
+    return [step for step in steps if step.kind is StepKind.TOOL and step.ended_at is None]
 
 
 def fail_tool_step(step: AgentStep, error: str, hint: str, moment: datetime) -> AgentStep:
@@ -276,6 +333,8 @@ def _find_call_problem(task: AgentTask, call: RequestedToolCall, earlier: int) -
     problems = tool.find_problems(call.arguments)
     if problems:
         return f"The arguments are invalid: {'; '.join(problems)}", "Call it again with valid arguments"
+    if tool.needs_approval and len(msgspec.json.encode(call.arguments)) > MAX_APPROVED_BYTES:
+        return "The arguments are too long for a person who has to approve them", "Call it with shorter ones"
     return None
 
 

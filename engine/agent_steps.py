@@ -27,6 +27,8 @@ class StepStatus(StrEnum):
 
     STARTED = "started"
     """Recorded before it is done; its outcome is unknown if the worker was lost."""
+    WAITING = "waiting"
+    """Tool call that a person has to approve; it has not begun."""
     COMPLETED = "completed"
     FAILED = "failed"
     """For a model: no answer yet, it is asked again. For a tool: the model gets the error."""
@@ -57,7 +59,7 @@ class AgentStep(msgspec.Struct, frozen=True):
     key: str = ""
     """Idempotency key of a tool call, the same in all attempts."""
     request_hash: str = ""
-    """SHA-256 of the request to a model, in hexadecimal."""
+    """SHA-256 in hexadecimal: of the request to a model, or of a tool call that needs an approval."""
     arguments: bytes | None = None
     """JSON of the arguments of a tool call."""
     result: bytes | None = None

@@ -192,6 +192,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Calls of language models so far, in all attempts."""
     steps: list[AgentStep] = []
     """Steps of an agent, of all attempts."""
+    has_fresh_answers: bool = False
+    """Whether the answers to an agent were read after the time of its wait."""
     task: bytes | None = None
     """JSON of the task that the record of its wait creates."""
 
@@ -228,6 +230,12 @@ class WakeAction(Enum):
     DONE = "done"
     TRIED_AGAIN = "tried again"
     EXPIRED = "expired"
+    ASKED = "asked"
+    """An agent is called again, with the answers to the questions of its steps."""
+
+    @property
+    def awaits_answer(self) -> bool:
+        return self in {WakeAction.EXPIRED, WakeAction.ASKED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +250,8 @@ class SleepingNode:
     """Output at the end of a timer wait."""
     expired: NodeResult | None = None
     """Result of the node without an answer; None if it fails then."""
+    places: frozenset[tuple[str, str]] = frozenset()
+    """Node id and iteration of each question of an agent."""
 
 
 @dataclass(slots=True, eq=False)

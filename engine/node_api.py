@@ -301,7 +301,17 @@ class StepPause(NodeDirective):
     """Interruption between two steps: the node is called again, here or by another worker, and continues there."""
 
 
-NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest | StepPause"
+@dataclass(frozen=True, slots=True)
+class StepWait(NodeDirective):
+    """Wait of an agent for answers to the questions of its steps; the node is called again with each of them."""
+
+    places: frozenset[tuple[str, str]]
+    """Node id and iteration under which each question is recorded."""
+    until: datetime
+    """Time at which the first question expires."""
+
+
+NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest | StepPause | StepWait"
 
 
 class ModelCallLog:
@@ -320,6 +330,15 @@ class ModelCallLog:
 
 
 NO_MODEL_CALLS: Final = ModelCallLog()
+
+
+@dataclass(frozen=True, slots=True)
+class CallDecision:
+    """Decision of people about one tool call."""
+
+    is_approved: bool
+    reason: str = ""
+    """Reason of a denial, for the model."""
 
 
 class AgentSteps:
@@ -345,6 +364,29 @@ class AgentSteps:
     async def commit(self) -> None:
         """Make everything recorded durable."""
 
+    @property
+    def may_expire(self) -> bool:
+        """Whether the decisions are so fresh that a question without one has expired at its time."""
+        return False
+
+    def place_of(self, step: AgentStep) -> tuple[str, str]:
+        """Return node id and iteration under which the question about a tool call is recorded."""
+        raise NotImplementedError
+
+    def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
+        """Add the question whether a tool may be called to the next commit.
+
+        `approvers` are fields of a question to people, such as `assignees`.
+        """
+        raise NotImplementedError
+
+    def find_decision(self, step: AgentStep) -> CallDecision | None:  # noqa: ARG002 - for its subclass
+        """Return the decision about a tool call; None while there is none."""
+        return None
+
+    def close_question(self, step: AgentStep) -> None:
+        """Record that the question about a tool call is decided or has expired."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallableTool:
@@ -357,6 +399,10 @@ class CallableTool:
     effect: NodeEffect
     is_repeated: bool = True
     """Whether a write with an unknown outcome is repeated under its key."""
+    approval: str | None = None
+    """Calls that a person has to approve, in place of the agent's rule; None without a rule of its own."""
+    fingerprint: str = ""
+    """Digest of the fixed part of the tool."""
 
 
 class AgentTools:

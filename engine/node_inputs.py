@@ -43,9 +43,14 @@ class NodeInputs:
         recorder: SpanRecorder,
         steps: Sequence[AgentStep] = (),
         is_interrupted: Callable[[], bool] = lambda: False,
+        find_answer: Callable[[tuple[str, str]], bytes | None] = lambda _place: None,
     ) -> None:
-        """`steps` are those of agents in earlier attempts; `is_interrupted` asks agents to pause."""
+        """`steps` are those of agents in earlier attempts; `is_interrupted` asks agents to pause.
+
+        `find_answer` returns the stored answer to the question at a node and an iteration.
+        """
         self._steps = steps
+        self._find_answer = find_answer
         self._is_interrupted = is_interrupted
         self._program = program
         self._nodes = program.nodes
@@ -187,7 +192,7 @@ class NodeInputs:
             return call
         from engine.tool_calls import VisitSteps, VisitTools  # noqa: PLC0415 - loaded by runs with agents
 
-        steps = VisitSteps(visit, self._recorder, self._is_interrupted)
+        steps = VisitSteps(visit, self._recorder, self._is_interrupted, self._find_answer)
         return structs.replace(call, steps=steps, tools=VisitTools(program.agent, call))
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class ToolProgram:
     max_result_bytes: int
     is_repeated: bool
     """Whether a write with an unknown outcome is repeated under its key."""
+    approval: str | None = None
+    """Calls that a person has to approve, in place of the agent's rule."""
 
     @property
     def effect(self) -> NodeEffect:
@@ -477,12 +479,18 @@ def _compile_tool(
         run=implementation(target.type),
         max_result_bytes=int(_number(config, "maxResultBytes", 16_000)),
         is_repeated=config.get("onUnknown") != "fail" and not agent.at_most_once,
+        approval=_optional_text(config, "approval"),
     )
 
 
 def _number(config: Mapping[str, Json], name: str, default: float) -> float:
     value = config.get(name)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else default
+
+
+def _optional_text(config: Mapping[str, Json], name: str) -> str | None:
+    value = config.get(name)
+    return value if isinstance(value, str) else None
 
 
 def compile_mapping(source: Json) -> ValueTemplate | Expression:

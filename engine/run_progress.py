@@ -20,6 +20,7 @@ from engine.node_api import (
     NodeDirective,
     NodeOutcome,
     NodeResult,
+    StepWait,
     TimerWait,
 )
 from engine.run_errors import NodeError
@@ -100,6 +101,8 @@ class RunProgress:
                 self._begin_wait(visit, outcome)
             elif isinstance(outcome, AnswerWait):
                 self._begin_answer_wait(visit, outcome)
+            elif isinstance(outcome, StepWait):
+                self._sleep(visit, outcome.until, WakeAction.ASKED, places=outcome.places)
             elif isinstance(outcome, LoopRequest):
                 self._node_inputs.check_resolved(visit)
                 self._loops.begin(visit, outcome)
@@ -224,10 +227,12 @@ class RunProgress:
         """Fail a node permanently: its error leaves by a connected error port, or fails its frame."""
         frame = visit.frame
         if visit.has_error_edge and not frame.is_broken_off:
+            self.withdraw_questions(visit)
             output, text = run_records.error_output(reason, visit.data, self._max_output_bytes)
             digest = sha256(text).digest()
             self._settle(visit, SpanStatus.FAILED, ERROR, output, text, digest, reason)
             return
+        self.withdraw_questions(visit)
         self._recorder.record_node(
             visit, SpanStatus.FAILED, ended_at=self._recorder.clock.now(), error=reason
         )
@@ -236,6 +241,14 @@ class RunProgress:
             self._recorder.has_uncommitted_write = True
         self._fail_frame(frame, reason)
         self._on_node_settled(frame)
+
+    def withdraw_questions(self, visit: NodeVisit) -> None:
+        """Record the open questions of an agent that has ended as canceled, so that nobody answers them in vain."""
+        if visit.program.agent is None:
+            return
+        from engine.tool_calls import withdraw_questions  # noqa: PLC0415 - loaded by runs with agents
+
+        withdraw_questions(visit, self._recorder)
 
     def _fail_frame(self, frame: SectionFrame, reason: RunError) -> None:
         """Note the first failure of a frame: it fails the run, or cancels the iteration of a loop."""
@@ -249,6 +262,7 @@ class RunProgress:
 
     def record_cancelled(self, visit: NodeVisit) -> None:
         """Record a node in a cancelled frame as cancelled, which may end the frame."""
+        self.withdraw_questions(visit)
         self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._recorder.clock.now())
         self._on_node_settled(visit.frame)
 
@@ -373,6 +387,14 @@ class RunProgress:
             self._worklist.held_until = time.monotonic() + MAX_HOLD_SECONDS
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
+    def find_answer_at(self, place: tuple[str, str]) -> bytes | None:
+        """Return the stored answer to the question at a node and an iteration; None if there is none yet."""
+        return self._wait_answers.get(place)
+
+    def is_any_answered(self, sleeper: SleepingNode) -> bool:
+        """Return whether a question of an agent that sleeps has an answer."""
+        return not sleeper.places.isdisjoint(self._wait_answers)
+
     def apply_early_answer(self, visit: NodeVisit) -> bool:
         """Complete a node that has got its answer before it began to wait, in an attempt that was cut off.
 
@@ -454,7 +476,8 @@ class RunProgress:
         *,
         output: bytes | None = None,
         expired: NodeResult | None = None,
+        places: frozenset[tuple[str, str]] = frozenset(),
     ) -> None:
         """Let a node sleep until a time (None: until an answer), and then take an action."""
         wakes_at = None if wake_at is None else self._recorder.clock.monotonic_of(wake_at)
-        self._worklist.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired)
+        self._worklist.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired, places)

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from engine import node_key
 from engine import run_limits as engine_limits
+from engine.agent_wiring import TOOL_TYPE
 from engine.run_errors import NodeError
 from engine.run_records import (
     LOG_LEVELS,
@@ -356,6 +357,39 @@ class SpanRecorder:
         step = structs.replace(step, sequence=self._sequence)
         self._journal.record_step(step)
         return step
+
+    def record_question(
+        self,
+        node: GraphNode,
+        iteration: str,
+        status: SpanStatus,
+        started_at: datetime,
+        *,
+        port: str | None = None,
+        output: bytes | None = None,
+        expires_at: datetime | None = None,
+        awaits: bytes | None = None,
+    ) -> None:
+        """Record the state of the question whether an agent may call a tool, as a span of the node of that tool."""
+        self._sequence += 1
+        self._pending_bytes += len(awaits or b"")
+        is_open = status is SpanStatus.WAITING
+        self._journal.record(
+            NodeSpan(
+                node_id=node.id,
+                label=node.label,
+                type=TOOL_TYPE,
+                status=status,
+                sequence=self._sequence,
+                started_at=started_at,
+                ended_at=None if is_open else self.clock.now(),
+                iteration=iteration,
+                port=port,
+                output=output,
+                wake_at=expires_at,
+                awaits=awaits,
+            )
+        )
 
     def log(self, level: str, message: str, node_id: str) -> None:
         """Write a line to the log of the run, unless its level is below the run's.

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from concurrency import offload
-from engine import run_records, values
+from engine import answer_payloads, call_approvals, run_records, values
+from engine.agent_steps import StepStatus
 from engine.node_api import (
     AgentSteps,
     AgentTools,
     CallableTool,
+    CallDecision,
     ModelCallLog,
     NodeDirective,
     NodeEffect,
     NodeResult,
 )
 from engine.run_errors import LeaseLost, NodeError
+from engine.run_records import SpanStatus
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -40,10 +43,17 @@ CUT_NOTE: Final = "\n[… {left} of {size} bytes left out …]\n"
 class VisitSteps(AgentSteps):
     """Steps of one agent in the journal of its run."""
 
-    def __init__(self, visit: NodeVisit, recorder: SpanRecorder, is_interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        visit: NodeVisit,
+        recorder: SpanRecorder,
+        is_interrupted: Callable[[], bool],
+        find_answer: Callable[[tuple[str, str]], bytes | None],
+    ) -> None:
         self._visit = visit
         self._recorder = recorder
         self._is_interrupted = is_interrupted
+        self._find_answer = find_answer
 
     @property
     def recorded(self) -> Sequence[AgentStep]:
@@ -66,6 +76,41 @@ class VisitSteps(AgentSteps):
             steps[step.number] = step
         self._visit.model_calls = [call for one in steps for call in one.model_calls]
 
+    @property
+    def may_expire(self) -> bool:
+        return self._visit.has_fresh_answers
+
+    def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
+        tool = self._find_tool(step)
+        label = self._visit.program.node.label
+        question = call_approvals.encode_question(step, label, tool.description, approvers)
+        self._recorder.record_question(
+            *(tool.program.node, self.place_of(step)[1], SpanStatus.WAITING, step.started_at),
+            expires_at=expires_at,
+            awaits=values.encode_json(question),
+        )
+
+    def find_decision(self, step: AgentStep) -> CallDecision | None:
+        payload = self._find_answer(self.place_of(step))
+        return None if payload is None else call_approvals.read_decision(payload)
+
+    def close_question(self, step: AgentStep) -> None:
+        place = self.place_of(step)
+        payload = self._find_answer(place)
+        result = None if payload is None else answer_payloads.decode_answer(payload)
+        self._recorder.record_question(
+            *(self._find_tool(step).program.node, place[1], SpanStatus.COMPLETED, step.started_at),
+            port=call_approvals.EXPIRED if result is None else result.port,
+            output=None if result is None else values.encode_json(result.output),
+        )
+
+    def _find_tool(self, step: AgentStep) -> ToolProgram:
+        agent = cast("AgentProgram", self._visit.program.agent)
+        return agent.tools[step.name]
+
+    def place_of(self, step: AgentStep) -> tuple[str, str]:
+        return self._find_tool(step).program.node.id, call_approvals.name_iteration(step)
+
     async def commit(self) -> None:
         """Commit the records. If the lease is lost, it waits for the runner, which cancels the node then."""
         try:
@@ -74,6 +119,16 @@ class VisitSteps(AgentSteps):
             # The runner itself has to find out: its next commit is refused too.
             self._recorder.has_uncommitted_write = True
             await asyncio.Event().wait()
+
+
+def withdraw_questions(visit: NodeVisit, recorder: SpanRecorder) -> None:
+    """Record the open questions about tool calls of an agent as canceled."""
+    agent = cast("AgentProgram", visit.program.agent)
+    for step in visit.steps:
+        if step.status is StepStatus.WAITING and step.name in agent.tools:
+            node = agent.tools[step.name].program.node
+            iteration = call_approvals.name_iteration(step)
+            recorder.record_question(node, iteration, SpanStatus.CANCELLED, step.started_at)
 
 
 class ToolModelCalls(ModelCallLog):
@@ -101,7 +156,10 @@ class VisitTools(AgentTools):
     @property
     def callable_tools(self) -> Sequence[CallableTool]:
         return [
-            CallableTool(tool.name, tool.description, tool.parameters, tool.effect, tool.is_repeated)
+            CallableTool(
+                *(tool.name, tool.description, tool.parameters, tool.effect, tool.is_repeated, tool.approval),
+                fingerprint=tool.program.static_hashes.hex(),
+            )
             for tool in self._agent.tools.values()
         ]
 

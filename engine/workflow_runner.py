@@ -142,7 +142,9 @@ class WorkflowRunner:
         )
         self._worklist = worklist = Worklist()
         self._node_inputs = node_inputs = NodeInputs(
-            program, start.caller, services, recorder, start.steps, self._is_interrupted
+            *(program, start.caller, services, recorder, start.steps),
+            self._is_interrupted,
+            self._find_answer_at,
         )
         recorded = _group_by_iteration(start.recorded)
         self._root = SectionFrame(
@@ -260,6 +262,10 @@ class WorkflowRunner:
         loops = [loop.visit for frame in self._root.with_inner_iterations() for loop in frame.loops]
         for visit in (*self._interrupted, *loops):
             self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
+
+    def _find_answer_at(self, place: tuple[str, str]) -> bytes | None:
+        """Return the stored answer to the question at a node and an iteration; None without one."""
+        return self._progress.find_answer_at(place)
 
     def _is_interrupted(self) -> bool:
         """Return whether agents pause before their next step: the run has failed, or was asked to stop."""
@@ -582,17 +588,18 @@ class WorkflowRunner:
             for sleeper in sleeping.values()
             if sleeper.wakes_at is not None and sleeper.wakes_at <= now
         ]
-        if not await self._read_new_answers(
-            is_due=any(sleeper.then is WakeAction.EXPIRED for sleeper in due)
-        ):
-            due = [sleeper for sleeper in due if sleeper.then is not WakeAction.EXPIRED]
-        for sleeper in due:
+        if not await self._read_new_answers(is_due=any(sleeper.then.awaits_answer for sleeper in due)):
+            due = [sleeper for sleeper in due if not sleeper.then.awaits_answer]
+        answered = [sleeper for sleeper in sleeping.values() if self._progress.is_any_answered(sleeper)]
+        for sleeper in (*due, *answered):
             if not self._may_start():
                 return
-            # An earlier node of this loop may have cancelled this node.
-            if sleeping.pop(sleeper.visit, None) is None:
+            # An earlier node of this loop may have cancelled this node, and it may be in both lists.
+            if sleeping.get(sleeper.visit) is not sleeper:
                 continue
-            if sleeper.then is WakeAction.TRIED_AGAIN:
+            del sleeping[sleeper.visit]
+            if sleeper.then in {WakeAction.TRIED_AGAIN, WakeAction.ASKED}:
+                sleeper.visit.has_fresh_answers = sleeper.then is WakeAction.ASKED
                 await self._begin(sleeper.visit)
             else:
                 self._progress.wake(sleeper)
@@ -603,7 +610,7 @@ class WorkflowRunner:
 
         Return False if the answers can't be read now, so that no wait may expire.
         """
-        awaits = any(sleeper.then is WakeAction.EXPIRED for sleeper in self._worklist.sleeping.values())
+        awaits = any(sleeper.then.awaits_answer for sleeper in self._worklist.sleeping.values())
         is_time = (
             is_due
             or self._control.has_new_answers

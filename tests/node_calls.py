@@ -18,6 +18,7 @@ from engine.node_api import (
     NodeOutcome,
     NodeResult,
     StepPause,
+    StepWait,
     TimerWait,
 )
 from engine.program import compile_node
@@ -146,7 +147,7 @@ class CallRecord:
 
     @property
     def output(self) -> Json:
-        assert not isinstance(self.outcome, AnswerWait | LoopRequest | StepPause)
+        assert not isinstance(self.outcome, AnswerWait | LoopRequest | StepPause | StepWait)
         return self.outcome.output if isinstance(self.outcome, NodeResult | TimerWait) else self.outcome
 
     @property

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency import offload
-from engine.values import fingerprint
+from engine.values import Json, fingerprint
 from gateway.access import audit_log
 from gateway.executions import acceptance, input_checks
 from gateway.http import errors, idempotency, limits
@@ -58,6 +58,18 @@ class QuestionMails(WireStruct):
     """Error of the last attempt, if it failed."""
 
 
+class AwaitedToolCall(WireStruct):
+    """Tool call of an agent that waits for an approval."""
+
+    agent_id: str
+    """Node id of the agent."""
+    tool: str
+    arguments: Mapping[str, Any]
+    """Exact arguments of the call; other ones are another question."""
+    hash: str
+    """SHA-256 of the call in hexadecimal, to which an answer is bound."""
+
+
 class PendingInput(WireStruct):
     """Node that waits for a person."""
 
@@ -79,6 +91,8 @@ class PendingInput(WireStruct):
     expires_at: Instant | None
     mails: QuestionMails | None
     """Mails about the question; null if its node sends none."""
+    tool_call: AwaitedToolCall | None
+    """Tool call of an agent that the question is about; null for other questions."""
 
 
 class PendingInputs(WireStruct):
@@ -381,4 +395,18 @@ def _show_wait(one: WaitingNode, mails: ApprovalRequest | None) -> PendingInput:
         else QuestionMails(
             rounds=mails.round, next_at=optional_instant(mails.due_at), last_error=mails.error
         ),
+        tool_call=_show_tool_call(one.request.get("toolCall")),
+    )
+
+
+def _show_tool_call(asked: Json) -> AwaitedToolCall | None:
+    """Return the tool call in the request of a question; None for a question without one."""
+    if not isinstance(asked, dict):
+        return None
+    arguments = asked.get("arguments")
+    return AwaitedToolCall(
+        agent_id=str(asked.get("agentId", "")),
+        tool=str(asked.get("tool", "")),
+        arguments=arguments if isinstance(arguments, dict) else {},
+        hash=str(asked.get("hash", "")),
     )

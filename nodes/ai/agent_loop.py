@@ -7,14 +7,15 @@ together with the tool calls that it asks for. The result of a write is committe
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine import agent
-from engine.agent import CallModel, CallTools, Fail, Finish, StoredAnswer
+from engine.agent import AwaitApprovals, CallModel, CallTools, Fail, Finish, StoredAnswer
 from engine.agent_steps import AgentStep, StepKind, StepStatus
-from engine.node_api import NodeEffect, StepPause
+from engine.node_api import NodeEffect, StepPause, StepWait
 from engine.run_errors import NodeError
 from engine.run_records import UNKNOWN_OUTCOMES
 from json_text import decoding
@@ -29,15 +30,22 @@ if TYPE_CHECKING:
 
 UNKNOWN_HINT = "It may have been done, and is not done again: tell the user"
 ERROR_HINT = "Call it in another way, or answer without it"
+DENIED_HINT = "Do not call it again in the same way: answer without it, or ask for something else"
 
 
-async def run_agent(call: NodeCall, task: AgentTask, model_ids: Sequence[str]) -> Finish | StepPause:
-    """Do the actions of an agent from its recorded steps on, until it ends or the run is interrupted.
+async def run_agent(
+    call: NodeCall, task: AgentTask, model_ids: Sequence[str]
+) -> Finish | StepPause | StepWait:
+    """Do the actions of an agent from its recorded steps on, until it ends, waits or the run is interrupted.
 
     Raises `NodeError` if it fails, and if no model answers.
     """
     begun_here: set[int] = set()
+    _review_calls(call, task)
+    may_expire = call.steps.may_expire
     while True:
+        begun_here |= await _apply_decisions(call, task, may_expire=may_expire)
+        may_expire = False
         action = agent.decide_next(task, call.steps.recorded)
         match action:
             case Finish():
@@ -47,6 +55,9 @@ async def run_agent(call: NodeCall, task: AgentTask, model_ids: Sequence[str]) -
             case _ if call.steps.is_interrupted:
                 await call.steps.commit()
                 return StepPause()
+            case AwaitApprovals():
+                await call.steps.commit()
+                return _wait_for_decisions(call, task, action.steps)
             case CallModel():
                 begun_here |= await _ask_model(call, task, model_ids, action)
             case CallTools():
@@ -106,9 +117,75 @@ async def _ask_model(
     key = f"{call.caller.execution_id}:{call.node_id}:{call.iteration or 0}"
     planned = agent.plan_tool_calls(task, stored, before, answered, key)
     for step in planned:
-        call.steps.record(step)
+        _record_call(call, task, step)
     await call.steps.commit()
-    return {step.number for step in planned}
+    return {step.number for step in planned if step.status is StepStatus.STARTED}
+
+
+# ── approvals ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _record_call(call: NodeCall, task: AgentTask, step: AgentStep) -> None:
+    """Record a tool call, with the question about it if it waits for an approval."""
+    call.steps.record(step)
+    if step.status is StepStatus.WAITING:
+        call.steps.ask(step, task.approvers, step.started_at + timedelta(seconds=task.approval_seconds))
+
+
+def _review_calls(call: NodeCall, task: AgentTask) -> None:
+    """Let recorded calls wait for another approval if theirs was for another call.
+
+    A resumed run may have another definition, in which the tool does something else or needs an approval now.
+    """
+    for step in agent.list_pending_calls(call.steps.recorded):
+        tool = task.tools.get(step.name)
+        if tool is None:
+            if step.status is StepStatus.WAITING:
+                call.steps.record(msgspec.structs.replace(step, status=StepStatus.STARTED))
+            continue
+        is_same = tool.hash_call(step) == step.request_hash
+        reviewed = step if is_same else agent.require_approval(step, tool)
+        if not is_same or (step.status is StepStatus.WAITING and call.steps.find_decision(step) is None):
+            _record_call(call, task, reviewed)
+
+
+async def _apply_decisions(call: NodeCall, task: AgentTask, *, may_expire: bool) -> set[int]:
+    """Record the decisions about waiting calls, and return the numbers of the approved ones, which may begin.
+
+    Calls that were denied go back to the model as errors, and so do those without a decision at their time if
+    `may_expire`: then the decisions were read after it.
+    """
+    approved: set[int] = set()
+    waiting = [
+        step
+        for step in agent.list_pending_calls(call.steps.recorded)
+        if step.status is StepStatus.WAITING and step.name in task.tools
+    ]
+    for step in waiting:
+        decision = call.steps.find_decision(step)
+        now = call.steps.now()
+        if decision is not None and decision.is_approved:
+            call.steps.record(msgspec.structs.replace(step, status=StepStatus.STARTED))
+            approved.add(step.number)
+        elif decision is not None:
+            error = f"A person has denied this call: {decision.reason or 'no reason given'}"
+            call.steps.record(agent.fail_tool_step(step, error, DENIED_HINT, now))
+        elif may_expire and now >= step.started_at + timedelta(seconds=task.approval_seconds):
+            error = "Nobody has approved this call in time"
+            call.steps.record(agent.fail_tool_step(step, error, DENIED_HINT, now))
+        else:
+            continue
+        call.steps.close_question(step)
+    if approved:
+        # A call whose end is unknown later has to be known as begun.
+        await call.steps.commit()
+    return approved
+
+
+def _wait_for_decisions(call: NodeCall, task: AgentTask, steps: Sequence[AgentStep]) -> StepWait:
+    """Return the wait for the decisions about calls, which ends with the first one that expires."""
+    places = frozenset(call.steps.place_of(step) for step in steps)
+    return StepWait(places, min(step.started_at for step in steps) + timedelta(seconds=task.approval_seconds))
 
 
 def _earlier_calls(call: NodeCall, number: int) -> Sequence[ModelCallRecord]:

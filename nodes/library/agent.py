@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from engine import agent
-from engine.agent import AgentLimits, AgentTask, AgentTool
+from engine.agent import AgentLimits, AgentTask, AgentTool, ApprovalPolicy
 from engine.agent_steps import StepKind
 from engine.model_calls import ChatMessage, MessageRole, ToolDescription, sum_cost, sum_usage
 from engine.model_prices import show_cost
@@ -20,14 +20,16 @@ from nodes.ai import agent_loop, structured_answers
 
 if TYPE_CHECKING:
     from engine.agent import Finish
-    from engine.node_api import NodeCall, StepPause
+    from engine.node_api import NodeCall, StepPause, StepWait
     from engine.values import Json
 
 NANOS_PER_DOLLAR = 1_000_000_000
+APPROVAL_SECONDS = 604_800
+LONGEST_APPROVAL_SECONDS = 31_536_000
 ANSWER_RULE = "When you are done, answer with a JSON value alone that fits this JSON Schema:"
 
 
-async def run(call: NodeCall) -> Json | StepPause:
+async def run(call: NodeCall) -> Json | StepPause | StepWait:
     config = call.config
     model = call.tools.render_model_config()
     task = _build_task(call, config, model)
@@ -56,6 +58,7 @@ def _build_task(call: NodeCall, config: Mapping[str, Json], model: Mapping[str, 
     if schema is not None and tools:
         rules.append(f"{ANSWER_RULE}\n{msgspec.json.encode(schema).decode()}")
     system = [ChatMessage(MessageRole.SYSTEM, "\n\n".join(rules))] if rules else []
+    approvers = cast("Mapping[str, Json]", config.get("approvers") or {})
     temperature = config.get("temperature", model.get("temperature"))
     return AgentTask(
         messages=[*system, ChatMessage(MessageRole.USER, config_fields.read_text(config, "prompt"))],
@@ -64,6 +67,13 @@ def _build_task(call: NodeCall, config: Mapping[str, Json], model: Mapping[str, 
         max_answer_tokens=int(config_fields.read_number(config, "maxTokens", minimum=1, maximum=1_000_000)),
         temperature=float(temperature) if isinstance(temperature, int | float) else None,
         output_schema=schema,
+        approvers=approvers,
+        approval_seconds=config_fields.read_number(
+            {"expiresInSeconds": APPROVAL_SECONDS, **approvers},
+            "expiresInSeconds",
+            minimum=1,
+            maximum=LONGEST_APPROVAL_SECONDS,
+        ),
         read_answer=lambda text: _read_answer(text, schema or {}),
     )
 
@@ -83,6 +93,8 @@ def _select_tools(call: NodeCall, config: Mapping[str, Json]) -> dict[str, Agent
             tool.effect,
             _build_checker(tool.parameters),
             tool.is_repeated,
+            ApprovalPolicy(str(tool.approval or config["approval"])),
+            tool.fingerprint,
         )
         for tool in call.tools.callable_tools
         if tool.effect.value in allowed and (not isinstance(enabled, list) or tool.name in enabled)

@@ -6,14 +6,16 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from engine.services import NodeServices
-from execution.executor import RunExecutor
+from execution.executor import ExecutorHooks, RunExecutor
 from journal.store import RunWrite
 from journal.store_factory import open_store
+from journal.waits import node_answers
 from messages.local_broker import LocalBroker
-from models.database import parse_url
+from models.database import Database, parse_url
 from nodes import catalog
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from tests.fakes.model_lookup import LOOPBACK, open_served_models
@@ -46,6 +48,8 @@ async def _execute_runs(url: str, folder: Path, model_url: str, last_commit: int
         http=OutboundClient(OutboundPolicy(allowed_networks=LOOPBACK)),
         models=open_served_models({"first": model_url}),
     )
-    executor = RunExecutor(store, LocalBroker(channel="dies"), catalog.load_catalog(), services, settings)
+    hooks = ExecutorHooks(answers=partial(node_answers.read_answers, Database(parse_url(url))))
+    broker = LocalBroker(channel="dies")
+    executor = RunExecutor(store, broker, catalog.load_catalog(), services, settings, hooks=hooks)
     await executor.start()
     await asyncio.Event().wait()

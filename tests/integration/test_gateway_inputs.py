@@ -63,6 +63,22 @@ def error_paths(response: httpx2.Response) -> list[str]:
     return [detail["path"] for detail in response.json()["error"]["details"]]
 
 
+async def test_a_question_about_a_tool_call_shows_its_exact_arguments(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await start_waiting_run(people.owner)
+    asked = {"agentId": "agent", "tool": "send", "arguments": {"to": "a@b.example"}, "hash": "0" * 64}
+    request = {**input_waits.REQUEST, "toolCall": asked}
+    place = ("send", "3-0000000000000000")
+    await input_waits.wait_for_input(harness.gateway.database, execution_id, *place, request=request)
+    (shown,) = await get_pending(people.owner, execution_id)
+    assert shown["toolCall"] == asked
+    body: dict[str, Json] = {**YES, "nodeId": place[0], "iteration": "3-1111111111111111"}
+    assert_refused(await answer(people.owner, execution_id, body), 409, "no-input-pending")
+    answered = await answer(people.owner, execution_id, {**body, "iteration": place[1]})
+    assert answered.status_code == 200, answered.text
+
+
 async def test_a_question_is_shown_answered_once_and_passed_to_the_run(
     harness: GatewayHarness, people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
@@ -78,6 +94,7 @@ async def test_a_question_is_shown_answered_once_and_passed_to_the_run(
         "choices": input_waits.REQUEST["choices"],
         "assignees": [],
         "approvals": 1,
+        "toolCall": None,
         "mails": None,
     }
     response = await answer(people.owner, waiting_execution_id)

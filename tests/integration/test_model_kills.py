@@ -7,13 +7,17 @@ import json
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from journal.store import ExecutionKey
+from journal.waits import approvals, node_answers
+from journal.waits.approvals import ApprovalDecision
 from tests.fakes.model_server import ModelServer, ScriptedAnswer, serve_models
 from tests.forks import ForkedProcess
 from tests.integration import dies_at_commit
@@ -178,7 +182,7 @@ the announcement of the agent, and the next ones are those of its steps. Every c
 RANDOM_KILLS = int(os.environ.get("PILOTFLAME_TEST_AGENT_KILLS", "3"))
 
 
-def build_agent(url: str) -> str:
+def build_agent(url: str, approval: str = "never") -> str:
     """Return the definition of an agent of twenty steps, with tools at a URL."""
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     look = {"url": f"{url}/facts?city={{{{ args.city }}}}"}
@@ -196,7 +200,7 @@ def build_agent(url: str) -> str:
         }
         for name, config in (("look", look), ("send", send))
     ]
-    agent = {"model": "first", "prompt": "Report.", "effects": ["read", "write"]}
+    agent = {"model": "first", "prompt": "Report.", "effects": ["read", "write"], "approval": approval}
     edges = [
         {"id": name, "source": name, "target": "agent", "targetPort": "tools"} for name in ("look", "send")
     ]
@@ -216,14 +220,14 @@ def build_agent(url: str) -> str:
 class FollowedTurns:
     """Script that answers by the number of answers so far, so that a repeated request is answered alike."""
 
-    def __init__(self, served: ModelServer) -> None:
-        self._served = served
+    def __init__(self, served: ModelServer, turns: Sequence[Sequence[tuple[str, str]]] = TURNS) -> None:
+        self._served, self._turns = served, turns
         served.on_request = self.choose
 
     def choose(self) -> None:
         messages = self._served.requests[-1]["messages"]
         done = sum(message["role"] == "assistant" for message in messages)
-        calls = TURNS[done] if done < len(TURNS) else ()
+        calls = self._turns[done] if done < len(self._turns) else ()
         wanted = [{"name": name, "arguments": json.dumps({"city": city})} for name, city in calls]
         self._served.script = [ScriptedAnswer("" if calls else "Reported.", tool_calls=wanted)]
 
@@ -258,3 +262,55 @@ async def test_an_agent_of_twenty_steps_survives_its_workers(
         assert sum(step["losses"] for step in answers) <= died
         assert len(served.effects) == EFFECTS, "the keys of tools are those of their steps"
         assert len(await read_calls(run_database, key)) == len(answers)
+
+
+async def approve(run_database: RunDatabase, key: ExecutionKey) -> str:
+    """Approve the one call that waits; return the iteration of the question."""
+    async with run_database.database.read() as connection:
+        (asked,) = await node_answers.list_input_waits(connection, key)
+    decision = ApprovalDecision("user_1", "user_1", "approve", None, datetime.now(UTC))
+
+    async def work(connection: AsyncConnection) -> None:
+        given = await approvals.record_decision(connection, key, asked, decision)
+        assert given.answer.is_woken
+
+    await run_database.database.transaction(work)
+    return asked.iteration
+
+
+@pytest.mark.timeout(300)
+async def test_an_approved_call_is_done_once_through_kills_before_and_after_the_vote(
+    run_database: RunDatabase,
+    migrated_database: MigratedDatabase,
+    owned_workflow: OwnedWorkflow,
+    tmp_path: Path,
+) -> None:
+    async with serve_models() as served:
+        FollowedTurns(served, [(("look", "Oslo"), ("send", "Oslo"))])
+        key = await run_database.accept(owned_workflow, definition=build_agent(served.url, "writes"))
+        # Behind the commit of the answer, which asks the question.
+        process = work(migrated_database, tmp_path, served, 3)
+        while process.poll() is None:  # noqa: ASYNC110 - of another process, which this loop serves
+            await asyncio.sleep(0.05)
+        assert process.poll() == -signal.SIGKILL
+        await run_database.query("UPDATE execution SET lease_until = 1 WHERE status = 'running'")
+        await run_database.store.sweep(10)
+        process = work(migrated_database, tmp_path, served, 0)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (await run_database.row(key.execution_id))["status"] != "waiting":  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(0.05)
+        process.kill()
+        process.wait()
+        assert not served.effects
+        iteration = await approve(run_database, key)
+        # Behind the commit that applies the vote, and before the one with the result of the call.
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, [2, -2])
+        assert died == 2
+        row = await run_database.row(key.execution_id)
+        assert row["status"] == "completed", row["error"]
+        assert len(served.effects) == 1
+        spans = await run_database.query(
+            "SELECT iteration, status, port FROM span WHERE execution_id = :id AND node_id = 'send'",
+            id=key.execution_id,
+        )
+        assert spans == [{"iteration": iteration, "status": "completed", "port": "approve"}]

@@ -86,8 +86,10 @@ class Simulation:
                     self.groups.append([step.name for step in action.steps])
                     for step in action.steps:
                         self.do(step)
-                case _:
+                case Finish() | Fail():
                     return action
+                case _:
+                    raise AssertionError("No tool of this agent needs an approval")
         raise AssertionError("The agent does not end")
 
     def ask(self, action: CallModel) -> None:

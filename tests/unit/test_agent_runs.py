@@ -55,12 +55,16 @@ SEND: dict[str, Json] = {
         }
     },
 }
-AGENT: dict[str, Json] = {"prompt": "Report to {{ data.team }}.", "effects": ["read", "write"]}
+AGENT: dict[str, Json] = {
+    "prompt": "Report to {{ data.team }}.",
+    "effects": ["read", "write"],
+    "approval": "never",
+}
 TRIGGER: Json = {"team": "north"}
 
 
 def compile_agent(
-    *, edit: Callable[[dict[str, Json]], None] = lambda _: None, **agent: Json
+    edit: Callable[[dict[str, Json]], None] = lambda _: None, /, **agent: Json
 ) -> WorkflowProgram:
     send = json.loads(json.dumps(SEND))
     edit(send)
@@ -204,11 +208,15 @@ class World:
     outside: Outside = field(default_factory=Outside)
     spans: list[NodeSpan] = field(default_factory=list)
     steps: list[AgentStep] = field(default_factory=list)
+    answers: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    """Answers to the questions about tool calls."""
     died: int = 0
 
     def worker(self, last: int = 0) -> SimulatedWorker:
         services = NodeServices(http=self.outside, models=self.model)
-        worker = SimulatedWorker(self.program, TRIGGER, recorded=self.spans, services=services)
+        worker = SimulatedWorker(
+            self.program, TRIGGER, recorded=self.spans, services=services, wait_answers=dict(self.answers)
+        )
         worker.notebook = DyingJournal(self.spans, self.steps, last)
         numbers = [0, *(span.sequence for span in self.spans), *(step.sequence for step in self.steps)]
         worker.start = msgspec.structs.replace(
@@ -331,7 +339,7 @@ async def test_a_write_with_an_unknown_outcome_is_told_to_the_model_if_it_must_n
     def fail_if_unknown(tool: dict[str, Json]) -> None:
         tool["onUnknown"] = "fail"
 
-    world = World(compile_agent(edit=fail_if_unknown), ScriptedModel([turn(("send", "Oslo"))]))
+    world = World(compile_agent(fail_if_unknown), ScriptedModel([turn(("send", "Oslo"))]))
     assert await world.work(-4) is None  # before the result of the write is durable
     assert len(world.outside.effects) == 1
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
@@ -406,7 +414,7 @@ async def test_a_write_with_an_unknown_outcome_gets_no_further_attempt_if_it_mus
     def limit(tool: dict[str, Json]) -> None:
         tool.update(onUnknown="fail", maxAttempts=3, timeout=0.05)
 
-    world = World(compile_agent(edit=limit), ScriptedModel([turn(("send", "Oslo"))]))
+    world = World(compile_agent(limit), ScriptedModel([turn(("send", "Oslo"))]))
     world.outside.delay_seconds = 30.0
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert len(world.outside.urls) == 1
@@ -420,7 +428,7 @@ async def test_a_config_of_a_tool_that_can_not_be_rendered_is_an_error_for_the_m
         config: Json = {"url": "https://b.example", "method": "POST", "body": "{{ args.city }}" * 300}
         tool["target"] = {"node": {"type": "http-request", "config": config}}
 
-    program = compile_agent(edit=spoil)
+    program = compile_agent(spoil)
     long = "x" * 100_000
     world = World(program, ScriptedModel([turn(("send", long), ("send", long))]))
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
@@ -445,7 +453,7 @@ async def test_a_recorded_call_of_a_tool_that_is_gone_is_not_done() -> None:
     world = World(model=ScriptedModel([turn(("send", "Oslo"))]))
     assert await world.work(3) is None  # the call is recorded, and not done
     assert world.outside.effects == []
-    world.program = compile_agent(edit=lambda tool: tool.update(name="post"))
+    world.program = compile_agent(lambda tool: tool.update(name="post"))
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert world.outside.effects == []
     assert "no tool 'send' any more" in world.model.requests[-1].messages[-1].content

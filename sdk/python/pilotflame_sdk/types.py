@@ -20,6 +20,7 @@ __all__ = [
     "AuditAction",
     "AuditEntry",
     "AuditEntryList",
+    "AwaitedToolCall",
     "AwakeSpan",
     "BatchResult",
     "BlockedInterval",
@@ -447,6 +448,7 @@ class AssignedInput(TypedDict):
     requestedAt: str | None
     expiresAt: str | None
     mails: QuestionMails | None
+    toolCall: AwaitedToolCall | None
     executionId: str
     workflowId: str
     workflowName: str
@@ -493,6 +495,15 @@ class AuditEntryList(_AuditEntryListAlways, total=False):
 
     next: str | None
     countIsLowerBound: bool
+
+
+class AwaitedToolCall(TypedDict):
+    """Tool call of an agent that waits for an approval."""
+
+    agentId: str
+    tool: str
+    arguments: Dict[str, Any]
+    hash: str
 
 
 class AwakeSpan(TypedDict):
@@ -1987,6 +1998,7 @@ class PendingInput(TypedDict):
     requestedAt: str | None
     expiresAt: str | None
     mails: QuestionMails | None
+    toolCall: AwaitedToolCall | None
 
 
 class PendingInputs(TypedDict):
@@ -2605,7 +2617,7 @@ class _StepAlways(TypedDict):
     sequence: int
     kind: Literal['model', 'tool']
     name: str
-    status: Literal['started', 'completed', 'failed']
+    status: Literal['started', 'waiting', 'completed', 'failed']
     attempt: int
     lostAttempts: int
     effect: str | None

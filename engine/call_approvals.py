@@ -1,0 +1,95 @@
+"""Questions to people whether an agent may call a tool, with exactly the recorded arguments.
+
+A question is recorded under the node of the tool, in place of an iteration under the number and the hash of the call.
+So an answer, a vote or a link belongs to these arguments alone, and other arguments are another question.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from engine import answer_payloads
+from engine.node_api import AnswerSource, AnswerWait, CallDecision
+from engine.run_errors import NodeError
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from engine.agent_steps import AgentStep
+    from engine.values import Json
+
+APPROVE: Final = "approve"
+DENY: Final = "deny"
+EXPIRED: Final = "expired"
+APPROVER_FIELDS: Final = ("assignees", "approvals", "allowSelf", "remindAfterSeconds", "notify")
+MAX_TITLE: Final = 200
+MAX_REASON: Final = 1_000
+HASH_CHARACTERS: Final = 16
+_HIDDEN_CATEGORIES: Final = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
+"""Unicode categories of characters that change how others are shown, or that can't be seen."""
+
+
+def name_iteration(step: AgentStep) -> str:
+    """Return the iteration under which the question about a tool call is recorded: its number and hash."""
+    prefix = f"{step.iteration}-" if step.iteration else ""
+    return f"{prefix}{step.number}-{step.request_hash[:HASH_CHARACTERS]}"
+
+
+def encode_question(
+    step: AgentStep, agent_label: str, description: str, approvers: Mapping[str, Json]
+) -> Json:
+    """Return the stored form of the question about a tool call, with its tool and its exact arguments.
+
+    `description` is that of the tool; `approvers` holds the fields of a question that say who may answer.
+    """
+    arguments = decoding.decode(step.arguments or b"{}", dict)
+    request: dict[str, Json] = {
+        "title": f"Let {agent_label} call {step.name}?"[:MAX_TITLE],
+        "description": f"{description}\n\n{show_arguments(arguments)}",
+        "choices": [{"port": APPROVE, "label": "Approve"}, {"port": DENY, "label": "Deny"}],
+        "schema": {
+            "type": ["object", "null"],
+            "properties": {
+                "reason": {
+                    "type": "string",
+                    "maxLength": MAX_REASON,
+                    "description": "Reason of a denial, which the model gets.",
+                }
+            },
+            "additionalProperties": False,
+        },
+        "toolCall": {
+            "agentId": step.node_id,
+            "tool": step.name,
+            "arguments": arguments,
+            "hash": step.request_hash,
+        },
+        **{name: approvers[name] for name in APPROVER_FIELDS if name in approvers},
+    }
+    return answer_payloads.encode_wait(AnswerWait(AnswerSource.INPUT, request))
+
+
+def show_arguments(arguments: Mapping[str, Json]) -> str:
+    """Return arguments as indented JSON; characters that are invisible or reorder others are escaped."""
+    text = msgspec.json.format(msgspec.json.encode(arguments), indent=2).decode()
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in _HIDDEN_CATEGORIES
+        else f"\\u{{{ord(character):x}}}"
+        for character in text
+    )
+
+
+def read_decision(payload: bytes) -> CallDecision:
+    """Return the decision in a stored answer to a question; anything but an approval is a denial."""
+    try:
+        answer = answer_payloads.decode_answer(payload)
+    except NodeError as error:
+        return CallDecision(is_approved=False, reason=error.message)
+    output = answer.output if isinstance(answer.output, dict) else {}
+    data = output.get("data")
+    reason = data.get("reason") if isinstance(data, dict) else None
+    return CallDecision(is_approved=answer.port == APPROVE, reason=reason if isinstance(reason, str) else "")

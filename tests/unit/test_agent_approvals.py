@@ -1,0 +1,213 @@
+"""Approvals of the tool calls of agents: bound to the exact call, through every death of a worker."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine import call_approvals
+from engine.agent_steps import StepStatus
+from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
+from engine.values import Json
+from tests.unit.test_agent_runs import TURNS, ScriptedModel, World, compile_agent, turn
+
+pytestmark = pytest.mark.anyio
+
+EFFECTS = 4
+
+
+def build_world(*turns: Any, **agent: Json) -> World:  # noqa: ANN401 - turns of the script
+    return World(compile_agent(lambda _: None, approval="writes", **agent), ScriptedModel(turns or TURNS))
+
+
+def list_questions(world: World) -> list[NodeSpan]:
+    return [span for span in world.spans if span.status is SpanStatus.WAITING and span.awaits is not None]
+
+
+def read_request(span: NodeSpan) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(span.awaits or b"{}")["request"]
+    return found
+
+
+def decide(world: World, choice: str = "approve", reason: str | None = None) -> int:
+    """Answer all open questions, as the journal stores answers; return their number."""
+    asked = list_questions(world)
+    for span in asked:
+        data = None if reason is None else {"reason": reason}
+        answer = {"output": {"data": data, "choice": choice, "by": "user_1"}, "port": choice}
+        world.answers[span.node_id, span.iteration] = json.dumps(answer).encode()
+    return len(asked)
+
+
+async def work_to_the_end(world: World) -> None:
+    """Work, and approve each question, until the run has completed."""
+    for _ in range(20):
+        ended = await world.work()
+        if ended == RunOutcome(RunStatus.COMPLETED):
+            return
+        assert ended is not None
+        assert ended.status is RunStatus.WAITING
+        assert decide(world)
+    raise AssertionError("the run does not end")
+
+
+async def test_a_write_waits_for_the_approval_of_its_exact_arguments() -> None:
+    world = build_world(turn(("look", "Oslo"), ("send", "Oslo"), ("send", "Rome")))
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert ended.due_at is not None
+    assert world.outside.effects == []
+    assert len(world.outside.urls) == 1, "the read before the writes is done meanwhile"
+    first, second = list_questions(world)
+    request = read_request(first)
+    assert request["title"] == "Let agent call send?"
+    assert '"city": "Oslo"' in request["description"]
+    assert request["toolCall"]["tool"] == "send"
+    assert request["toolCall"]["arguments"] == {"city": "Oslo"}
+    assert first.node_id == second.node_id == "send"
+    assert read_request(second)["toolCall"]["arguments"] == {"city": "Rome"}
+    assert first.iteration != second.iteration
+    assert decide(world) == 2
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.bodies == [{"to": "Oslo", "by": "north"}, {"to": "Rome", "by": "north"}]
+    assert list_questions(world) == []
+    closed = [span for span in world.spans if span.node_id == "send"]
+    assert {(span.status, span.port) for span in closed} == {(SpanStatus.COMPLETED, "approve")}
+
+
+async def test_the_first_of_two_writes_is_done_before_the_second_is_approved() -> None:
+    world = build_world(turn(("send", "Oslo"), ("send", "Rome")))
+    await world.work()
+    first, second = list_questions(world)
+    decide(world)
+    late = world.answers.pop((second.node_id, second.iteration))
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert [body["to"] for body in world.outside.bodies if isinstance(body, dict)] == ["Oslo"]
+    assert [span.iteration for span in list_questions(world)] == [second.iteration]
+    world.answers[second.node_id, second.iteration] = late
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.outside.effects) == 2
+    assert first.iteration != second.iteration
+
+
+async def test_a_denial_goes_to_the_model_with_its_reason() -> None:
+    world = build_world(turn(("send", "Oslo")))
+    await world.work()
+    decide(world, "deny", "Oslo is closed")
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.effects == []
+    told = json.loads(world.model.requests[-1].messages[-1].content)
+    assert told["error"] == "A person has denied this call: Oslo is closed"
+
+
+async def test_other_arguments_need_another_approval() -> None:
+    world = build_world(turn(("send", "Oslo")), turn(("send", "Oslo")), turn(("send", "Rome")))
+    places = set()
+    for _ in range(3):
+        ended = await world.work()
+        assert ended is not None
+        assert ended.status is RunStatus.WAITING
+        places |= {span.iteration for span in list_questions(world)}
+        assert decide(world) == 1
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(places) == len(world.outside.effects) == 3
+
+
+async def test_an_approval_does_not_hold_for_a_recorded_call_that_was_changed() -> None:
+    world = build_world(turn(("send", "Oslo")))
+    await world.work()
+    decide(world)
+    world.steps = [
+        msgspec.structs.replace(step, arguments=b'{"city":"Rome"}') if step.name == "send" else step
+        for step in world.steps
+    ]
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert world.outside.effects == []
+
+
+async def test_a_changed_tool_needs_another_approval() -> None:
+    def redirect(tool: dict[str, Json]) -> None:
+        tool["target"] = {
+            "node": {"type": "http-request", "config": {"url": "https://c.example/x", "method": "POST"}}
+        }
+
+    world = build_world(turn(("send", "Oslo")))
+    await world.work()
+    decide(world)
+    world.program = compile_agent(redirect, approval="writes")
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert world.outside.effects == []
+    assert decide(world)
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert "https://c.example/x" in world.outside.urls
+
+
+async def test_a_call_that_nobody_approves_in_time_is_refused() -> None:
+    world = build_world(turn(("send", "Oslo")), approvers={"expiresInSeconds": 3600})
+    await world.work()
+    (question,) = list_questions(world)
+    (asked,) = [step for step in world.steps if step.status is StepStatus.WAITING]
+    assert question.wake_at == asked.started_at + timedelta(hours=1)
+    hours = timedelta(hours=2)
+    world.steps = [msgspec.structs.replace(step, started_at=step.started_at - hours) for step in world.steps]
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.effects == []
+    assert "in time" in world.model.requests[-1].messages[-1].content
+    (closed,) = [span for span in world.spans if span.node_id == "send"]
+    assert (closed.status, closed.port) == (SpanStatus.COMPLETED, "expired")
+
+
+async def test_a_tool_may_have_a_rule_of_its_own() -> None:
+    free = compile_agent(lambda tool: tool.update(approval="never"), approval="always")
+    world = World(free, ScriptedModel([turn(("send", "Oslo"), ("look", "Rome"))]))
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert len(world.outside.effects) == 1
+    assert [span.node_id for span in list_questions(world)] == ["look"]
+
+
+async def test_arguments_that_nobody_could_read_are_not_asked_about() -> None:
+    world = build_world(turn(("send", "x" * 20_000)))
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.effects == []
+    assert "too long" in world.model.requests[-1].messages[-1].content
+
+
+async def test_a_death_at_any_commit_repeats_no_approved_effect_and_no_question() -> None:
+    whole = build_world()
+    await work_to_the_end(whole)
+    asked = {span.iteration for span in whole.spans if span.node_id == "send"}
+    for last in range(1, 9):
+        for kill in (-last, last):
+            world = build_world()
+            # A worker dies in every stretch of the work: before the vote and after it.
+            for _ in range(40):
+                ended = await world.work(kill)
+                if ended == RunOutcome(RunStatus.COMPLETED):
+                    break
+                if ended is not None and ended.status is RunStatus.WAITING:
+                    decide(world)
+                elif await world.work() == RunOutcome(RunStatus.COMPLETED):
+                    break
+                else:
+                    decide(world)
+            assert world.output["response"] == "Reported.", kill
+            assert len(world.outside.effects) == EFFECTS, kill
+            assert {span.iteration for span in world.spans if span.node_id == "send"} == asked, kill
+
+
+def test_invisible_characters_of_arguments_are_shown() -> None:
+    shown = call_approvals.show_arguments({"to": "a\u202eb\u200bc", "å": "ø"})
+    assert shown == '{\n  "to": "a\\u{202e}b\\u{200b}c",\n  "å": "ø"\n}'
