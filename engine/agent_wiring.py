@@ -19,7 +19,10 @@ TOOL_TYPE: Final = "tool"
 TARGET_CONFIG: Final = "target.node.config"
 """Path of the target's config in the config of a tool."""
 TYPES_THAT_WAIT: Final = frozenset(
-    {"agent", "human-input", "sub-workflow", "tool", "wait", "wait-for-event", "webhook-response"}
+    {
+        *("agent", "human-input", "sub-workflow", "tool", "wait", "wait-for-event"),
+        *("wait-for-signal", "webhook-response"),
+    }
 )
 """Types that can't be the target of a tool: an agent goes on with the result at once."""
 

@@ -269,6 +269,8 @@ class AnswerSource(StrEnum):
     """A worker of the organization."""
     CALLBACK = "callback"
     """A request to the callback URL that the node has sent."""
+    SIGNAL = "signal"
+    """A signal to the run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,6 +275,22 @@ class EventWaitRequest(msgspec.Struct, frozen=True):
     timeout_seconds: float | None = None
 
 
+class SignalRequest(msgspec.Struct, frozen=True):
+    """Signal that a node waits for."""
+
+    name: str
+    timeout_seconds: float | None = None
+
+
+class SignalExpectation(msgspec.Struct, frozen=True):
+    """State of a node that waits for a signal."""
+
+    expires_at: datetime | None = None
+    """End of the wait (aware, UTC); None without one, or with an answer."""
+    answer: bytes | None = None
+    """Stored answer of the node, as in `engine.answer_payloads`; None while it waits."""
+
+
 class ApprovalLinkService(Protocol):
     """Links that answer questions of a run without an account."""
 
@@ -311,6 +327,18 @@ class EventWaitService(Protocol):
         without one.
 
         Look-back and timeout count from when the node was first reached, also in repeated calls.
+        """
+
+
+class SignalWaitService(Protocol):
+    """Signals to the run of a node."""
+
+    async def expect(
+        self, caller: RunCaller, wanted: SignalRequest, *, node_id: str, iteration: str
+    ) -> SignalExpectation:
+        """Let the earliest unread signal of a name, or else the next one, answer the node.
+
+        The timeout counts from when the node was first reached, also in repeated calls.
         """
 
 
@@ -362,6 +390,7 @@ class NodeServices:
     runs: SubRunService = field(default_factory=_missing_service("Sub-workflows"))
     throttle: ThrottleService = field(default_factory=_missing_service("Shared rate limits"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))
+    signals: SignalWaitService = field(default_factory=_missing_service("Signals"))
     models: ModelService = field(default_factory=_missing_service("Language models"))
     approvals: ApprovalLinkService = field(default_factory=_missing_service("Links of approvals"))
     callbacks: CallbackService = field(default_factory=_missing_service("Callbacks"))

@@ -347,6 +347,15 @@ class ExpectEventResponse(msgspec.Struct, frozen=True):
     expires_at: datetime | None
 
 
+class ExpectSignalRequest(msgspec.Struct, frozen=True):
+    """Register a node of a run that this pod holds as waiting for a signal; idempotent."""
+
+    node_id: Annotated[str, msgspec.Meta(max_length=64)]
+    iteration: Annotated[str, msgspec.Meta(max_length=200)]
+    name: Annotated[str, msgspec.Meta(max_length=64)]
+    timeout_seconds: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] | None
+
+
 class ThrottleRequest(msgspec.Struct, frozen=True):
     """Reserve the next slot of a shared rate limit."""
 

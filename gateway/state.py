@@ -30,6 +30,7 @@ from gateway.executions.live_hints import LiveHints
 from gateway.executions.long_poll import ExecutionAccess, ExecutionPollHub
 from gateway.executions.replay_planning import ReplayPlanner
 from gateway.executions.request_limits import BacklogLimits, RunRateLimiter
+from gateway.executions.signal_schemas import SignalSchemas
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import FailedAttempts, PasswordAttempts
 from gateway.http.sender import SenderAuthenticator
@@ -122,6 +123,7 @@ class GatewayState:
     probes: DataSourceProber
     model_prober: ModelProber
     forms: FormChecker
+    signal_schemas: SignalSchemas
     pod_services: PodApiServices
     task_hub: TaskHub
     pod_logs: PodLogReader
@@ -263,6 +265,7 @@ async def assemble_state(
                 probes=probes,
                 model_prober=ModelProber(database, opened_services.models, probes, settings),
                 forms=forms,
+                signal_schemas=SignalSchemas(database, forms),
                 pod_services=opened_services,
                 task_hub=task_hub,
                 pod_logs=pod_logs,

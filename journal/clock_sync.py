@@ -26,6 +26,7 @@ from models.errors import DatabaseUnavailable
 from models.event_wait import EventWait
 from models.execution import Execution, Idempotency, Leadership, SpanRow, ThrottleRow
 from models.execution_status import ExecutionStatus
+from models.signal import SignalWait
 from models.timestamps import HOST_TIME
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ _COLUMNS: Final[tuple[DeadlineColumn, ...]] = (
     (Execution, "completion_due_at", None),
     (SpanRow, "wake_at", _IS_SLEEPING),
     (EventWait, "expires_at", None),
+    (SignalWait, "expires_at", None),
     (ThrottleRow, "next_at", None),
     (Idempotency, "expires_at", None),
     (Leadership, "lease_until", None),

@@ -38,6 +38,7 @@ from runner.node_services import (
     RemoteEventWaits,
     RemoteModels,
     RemoteRunStarter,
+    RemoteSignalWaits,
     RemoteThrottle,
 )
 from runner.orphan_watch import wait_orphaned
@@ -171,6 +172,7 @@ async def run_executor(
         runs=RemoteRunStarter(gateway),
         throttle=RemoteThrottle(gateway),
         events=RemoteEventWaits(gateway),
+        signals=RemoteSignalWaits(gateway),
         models=models,
         approvals=RemoteApprovalLinks(gateway),
         callbacks=RemoteCallbacks(gateway),

@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from engine.run_errors import NodeError
+from engine.services import SignalExpectation
 from execution.pod_api import (
     ApprovalLinksRequest,
     ApprovalLinksResponse,
@@ -20,6 +21,7 @@ from execution.pod_api import (
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    ExpectSignalRequest,
     ModelBlockRequest,
     ModelReleaseRequest,
     ModelRequest,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.model_calls import ModelReservation, ModelSettlement
-    from engine.services import EventWaitRequest, RunCaller
+    from engine.services import EventWaitRequest, RunCaller, SignalRequest
     from engine.values import Json
     from nodes.ai.model_connection import ModelConnection
     from runner.gateway_client import GatewayClient
@@ -245,6 +247,24 @@ class RemoteEventWaits:
         )
         path = f"/executions/{caller.execution_id}/event-waits"
         return (await until_available(lambda: self._gateway.call(path, call, ExpectEventResponse))).expires_at
+
+
+class RemoteSignalWaits:
+    """Registers signal waits of nodes; implements `engine.services.SignalWaitService`."""
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+
+    async def expect(
+        self, caller: RunCaller, wanted: SignalRequest, *, node_id: str, iteration: str
+    ) -> SignalExpectation:
+        """Register a node as waiting for a signal at the gateway; return the end of the wait, or its answer.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
+        """
+        call = ExpectSignalRequest(node_id, iteration, wanted.name, wanted.timeout_seconds)
+        path = f"/executions/{caller.execution_id}/signal-waits"
+        return await until_available(lambda: self._gateway.call(path, call, SignalExpectation))
 
 
 class RemoteBlobStorage:

@@ -40,6 +40,7 @@ _STATUS_OF: Final = {
     BlockerCode.AWAITING_INPUT: ExecutionStatus.WAITING,
     BlockerCode.AWAITING_TASK: ExecutionStatus.WAITING,
     BlockerCode.AWAITING_CALLBACK: ExecutionStatus.WAITING,
+    BlockerCode.AWAITING_SIGNAL: ExecutionStatus.WAITING,
     BlockerCode.WORKFLOW_PAUSED: ExecutionStatus.WAITING,
     BlockerCode.WINDOW_CLOSED: ExecutionStatus.WAITING,
     BlockerCode.STOPPED_MANUALLY: ExecutionStatus.WAITING,

@@ -120,9 +120,10 @@ def _read_operation(path: str, method: str, found: Schema, schemas: Schema) -> A
     if body is not None and _is_empty(_resolved(body, schemas)):
         body = None
     fields = None if body is None else _body_fields(_with_choices(_resolved(body, schemas), schemas))
-    answer = next(
-        (_json_schema(one) for status, one in found["responses"].items() if status in {"200", "201"}), None
-    )
+    responses = found["responses"]
+    # 202 is the only success of some operations, and an outcome besides 200 or 201 of others.
+    successes = [status for status in responses if status in {"200", "201"}] or ["202"]
+    answer = _json_schema(responses.get(successes[0]))
     is_blob = path.endswith("{sha256}")
     list_field = None if answer is None else _list_field(_resolved(answer, schemas))
     return ApiOperation(

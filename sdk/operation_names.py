@@ -152,6 +152,8 @@ METHODS: Final = {
     "sharingSetVisibility": "workflows.set_visibility",
     "signingReplace": "signing_secret.replace",
     "signingShow": "signing_secret.get",
+    "signalsIndex": "executions.signals",
+    "signalsSend": "executions.signal",
     "span_comparisonCompare": "executions.compare_span",
     "task_decisionsCancel": "tasks.cancel",
     "task_decisionsRetry": "tasks.retry",

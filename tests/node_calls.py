@@ -35,6 +35,8 @@ from engine.services import (
     ModelService,
     NodeServices,
     RunCaller,
+    SignalExpectation,
+    SignalRequest,
     ThrottleService,
 )
 from engine.values import Json
@@ -46,6 +48,20 @@ from tests.fakes.model_ledger import MemoryLedger
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
+
+
+class NoSignalWaits:
+    """Signal waits of nodes that never get a signal."""
+
+    async def expect(
+        self,
+        caller: RunCaller,  # noqa: ARG002 - here and below, the protocol's parameters
+        wanted: SignalRequest,  # noqa: ARG002 - as above
+        *,
+        node_id: str,  # noqa: ARG002 - as above
+        iteration: str,  # noqa: ARG002 - as above
+    ) -> SignalExpectation:
+        return SignalExpectation()
 
 
 class NoEventWaits:

@@ -23,6 +23,7 @@ from execution.executor import ExecutorHooks, RunExecutor
 from execution.message_signer import MessageSigner
 from execution.node_blobs import NodeBlobs
 from execution.shared_throttle import SharedThrottle
+from execution.signal_waits import SignalWaits
 from execution.stored_data_sources import StoredDataSources
 from execution.trials import TrialGate
 from execution.user_code import open_worker_code
@@ -144,6 +145,7 @@ async def run_worker(
         runs=runs,
         throttle=SharedThrottle(database),
         events=EventMatcher(database, broker),
+        signals=SignalWaits(database, broker),
         models=models,
         approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
         callbacks=CallbackUrls(signer, settings.secret, settings.public_url),

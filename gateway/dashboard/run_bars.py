@@ -15,7 +15,7 @@ NodeState: TypeAlias = Mapping[str, Any]
 
 MIN_WIDTH: Final = 0.6
 """Percentage of the axis that the shortest bar takes."""
-WAITING_TYPES: Final = frozenset({"human-input", "wait", "wait-for-event", "sub-workflow"})
+WAITING_TYPES: Final = frozenset({"human-input", "wait", "wait-for-event", "wait-for-signal", "sub-workflow"})
 CONTAINERS: Final = frozenset({"loop"})
 """Types that last as long as the nodes inside of them."""
 MIN_START_SHARE: Final = 2.0

@@ -12,6 +12,7 @@ from concurrency import offload
 from engine import values
 from engine.run_limits import RunLimits
 from engine.values import InvalidJson
+from gateway.executions import answered_runs
 from gateway.http import errors, limits, wire
 from gateway.http.client_address import client_of_scope
 from gateway.http.errors import ApiError
@@ -19,17 +20,14 @@ from gateway.http.parameters import ChoiceParameter, TextParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
-from journal import concurrency_limits
 from journal.waits import callbacks, node_answers
 from journal.waits.callbacks import CallbackPlace
 from journal.waits.node_answers import AnswerReception
-from models.execution import SHARED_TARGET
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from gateway.state import GatewayState
     from journal.waits.callbacks import CallbackReception
 
 log = structlog.get_logger()
@@ -90,7 +88,14 @@ async def receive(request: GatewayRequest) -> JsonResponse:
         raise errors.not_found("execution")
     if received.answer.reception is not AnswerReception.TAKEN:
         raise _refusal_of(received.answer.reception)
-    await _continue_run(request.gateway, received)
+    gateway = request.gateway
+    await answered_runs.continue_run(
+        gateway.database,
+        gateway.acceptances,
+        gateway.pod_services.poll_hub,
+        received.answer,
+        received.target,
+    )
     log.info("callback received", execution_id=place.execution_id, node_id=place.node_id)
     return JsonResponse(
         CallbackReceipt(execution_id=place.execution_id, node_id=place.node_id, status="accepted")
@@ -154,13 +159,3 @@ def _refusal_of(reception: AnswerReception) -> ApiError:
         return errors.conflict("callback-expired", "The node has stopped waiting at its deadline")
     message = "The node does not wait for this callback: it has failed, or its execution has ended"
     return errors.conflict("no-callback-pending", message)
-
-
-async def _continue_run(gateway: GatewayState, received: CallbackReception) -> None:
-    """Wake the processes that continue the run, after the commit; a sweep makes up for a loss."""
-    if received.answer.concurrency_key is not None:
-        await concurrency_limits.admit_waiting_runs(gateway.database, received.answer.concurrency_key)
-    if received.answer.is_woken:
-        gateway.acceptances.wake_workers()
-        if received.target != SHARED_TARGET:
-            await gateway.pod_services.poll_hub.notify_pods([received.target])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from engine.run_errors import NodeError
 from gateway.http import errors, limits
@@ -13,6 +13,9 @@ from nodes.sandbox.form_checks import InvalidSchema
 if TYPE_CHECKING:
     from engine.values import Json
     from nodes.sandbox.form_checks import FormChecker, FormViolation
+
+FORM_ROOT: Final = "data"
+"""First part of the paths of violations."""
 
 
 def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
@@ -44,16 +47,30 @@ async def require_valid_inputs(
     found.raise_any()
 
 
+async def require_valid_value(
+    forms: FormChecker, organization_id: str, schema: Mapping[str, Json], value: Json, name: str
+) -> None:
+    """Raise a 422 error unless a value matches the schema of its node; problems have paths that begin with `name`.
+
+    At most 100 are listed. Raises 503 if the schema could not be checked in time.
+    """
+    found = ProblemCollector()
+    for violation in await _find_violations(forms, organization_id, schema, value, name):
+        path = name + violation.path.removeprefix(FORM_ROOT)
+        found.add(path, violation.keyword, f"{path}: {violation.message}")
+    found.raise_any()
+
+
 async def _find_violations(
-    forms: FormChecker, organization_id: str, schema: Mapping[str, Json], data: Json
+    forms: FormChecker, organization_id: str, schema: Mapping[str, Json], data: Json, name: str = FORM_ROOT
 ) -> Sequence[FormViolation]:
-    """Return up to 100 violations of a schema by an answer; raises a 422 error for an invalid schema, 503 for
-    the time limit.
+    """Return up to 100 violations of a schema by an answer; raises a 422 error of the field `name` for an invalid
+    schema, 503 for the time limit.
     """
     try:
         found = await forms.check(organization_id, schema, data)
     except InvalidSchema as error:
-        problem = errors.problem("data", "invalid-schema", f"data: the node's schema: {error}")
+        problem = errors.problem(name, "invalid-schema", f"{name}: the node's schema: {error}")
         raise errors.invalid([problem]) from error
     except NodeError as error:
         raise errors.not_ready(str(error)) from error

@@ -19,6 +19,7 @@ from gateway.executions import (
     replay,
     run_graphs,
     run_statistics,
+    signals,
     span_comparison,
 )
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape, SpanDetailsShape
@@ -296,6 +297,33 @@ ROUTES: Final[Sequence[Route]] = (
                 *("not-found", "rate-limited", "not-ready", "already-answered"),
                 *("callback-expired", "no-callback-pending", *BODY_CODES),
             )
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/signals",
+        READ,
+        signals.index,
+        query=signals.LISTED,
+        answer=signals.SignalList,
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/{id}/signals",
+        EXECUTE,
+        signals.send,
+        body=signals.SignalBody,
+        answer=signals.SignalReceipt,
+        status=202,
+        docs=OperationDoc(
+            takes=(IDEMPOTENCY_KEY,),
+            sends=(REPLAYED,),
+            refusals=(
+                "invalid-idempotency-key",
+                "idempotency-mismatch",
+                "execution-ended",
+                "too-many-signals",
+            ),
         ),
     ),
     Route(

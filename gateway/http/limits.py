@@ -8,6 +8,7 @@ from typing import Final
 
 from engine.findings import MAX_FINDINGS
 from journal import concurrency_limits
+from journal.waits import signals
 from models import data_source_types
 from senders import sender_event as sender_events
 
@@ -146,6 +147,11 @@ BULK_REPLAYS: Final = 200
 """Executions that one bulk request cancels, retries or deletes."""
 BULK_LISTED: Final = 100
 """Ids of executions that the answer to a bulk request lists."""
+
+SIGNAL_BYTES: Final = 256_000
+"""Bytes of the payload of a signal as JSON."""
+UNREAD_SIGNALS: Final = signals.MAX_UNREAD
+"""Signals of an execution that no node has received."""
 
 CALLBACK_URL_LENGTH: Final = 2_000
 """Characters of a callback URL."""

@@ -181,6 +181,10 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "no-input-pending": ErrorCode(409, "No node with this id waits for input."),
     "callback-expired": ErrorCode(409, "The node has stopped waiting for its callback."),
     "no-callback-pending": ErrorCode(409, "The node does not wait for a callback: it or its run has ended."),
+    "execution-ended": ErrorCode(409, "The execution has ended, and receives no more signals."),
+    "too-many-signals": ErrorCode(
+        409, f"The execution has {limits.UNREAD_SIGNALS:,} signals that no node has received."
+    ),
     "node-type-in-use": ErrorCode(
         409, "Workflows have the node type; `details` lists those that the caller may see."
     ),

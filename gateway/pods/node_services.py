@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from engine.run_errors import NodeError
-from engine.services import EventWaitRequest
+from engine.services import EventWaitRequest, SignalRequest
 from execution.node_blobs import MAX_BLOB_BYTES
 from execution.pod_api import (
     FINAL,
@@ -28,6 +28,7 @@ from execution.pod_api import (
     DataSourceRequest,
     ExpectEventRequest,
     ExpectEventResponse,
+    ExpectSignalRequest,
     ModelBlockRequest,
     ModelReleaseRequest,
     ModelRequest,
@@ -243,6 +244,24 @@ async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResp
             iteration=call.iteration,
         )
     return JsonResponse(ExpectEventResponse(expires_at))
+
+
+async def expect_signal(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Register that a node of the path's run waits for a signal, and answer with the end of the wait.
+
+    An unread signal of the name answers it at once: then the answer is that of the node. Raises 409 `lease-lost`,
+    422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, ExpectSignalRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _translate_errors():
+        expected = await request.gateway.pod_services.signals.expect(
+            caller,
+            SignalRequest(call.name, call.timeout_seconds),
+            node_id=call.node_id,
+            iteration=call.iteration,
+        )
+    return JsonResponse(expected)
 
 
 async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -13,6 +13,7 @@ from execution.child_runs import ChildRunStarter
 from execution.event_matching import EventMatcher
 from execution.message_signer import MessageSigner
 from execution.shared_throttle import SharedThrottle
+from execution.signal_waits import SignalWaits
 from execution.stored_data_sources import StoredDataSources
 from execution.stored_models import StoredModels
 from gateway.pods.pod_authentication import PodAuthenticator
@@ -39,6 +40,7 @@ class PodApiServices:
     runs: ChildRunStarter
     throttle: SharedThrottle
     events: EventMatcher
+    signals: SignalWaits
     approvals: ApprovalLinkUrls
     callbacks: CallbackUrls
     log_levels: Mapping[str, str]
@@ -68,6 +70,7 @@ async def open_pod_services(
             runs=ChildRunStarter(database, store, broker, catalog, settings),
             throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),
+            signals=SignalWaits(database, broker),
             approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
             callbacks=CallbackUrls(MessageSigner(database, vault), settings.secret, settings.public_url),
             log_levels=await stack.enter_async_context(log_levels.follow_log_levels(database)),

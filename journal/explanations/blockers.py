@@ -33,6 +33,7 @@ class BlockerCode(StrEnum):
     AWAITING_INPUT = "awaiting-input"
     AWAITING_TASK = "awaiting-task"
     AWAITING_CALLBACK = "awaiting-callback"
+    AWAITING_SIGNAL = "awaiting-signal"
     WORKER_LOST = "worker-lost"
     NODE_RUNNING = "node-running"
     CANCEL_REQUESTED = "cancel-requested"
@@ -135,6 +136,11 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
         "A node waits for a request to the callback URL that it has sent. `method` and `url` are those of its request.",
         "Look at the system that got the request, or wait until the node fails at `until`.",
     ),
+    BlockerCode.AWAITING_SIGNAL: BlockerRule(
+        BlockerKind.WAIT,
+        "A node waits for a signal with the name in `signal`.",
+        "Send the signal, or wait until the node times out at `until`.",
+    ),
     BlockerCode.WORKER_LOST: BlockerRule(
         BlockerKind.WAIT,
         "The process that executes the run no longer renews its lease. Another one continues at `reclaimAt`.",
@@ -193,6 +199,8 @@ def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
             return BlockerCode.AWAITING_TASK
         case AnswerSource.CALLBACK:
             return BlockerCode.AWAITING_CALLBACK
+        case AnswerSource.SIGNAL:
+            return BlockerCode.AWAITING_SIGNAL
         case _:
             return BlockerCode.NODE_RUNNING
 

@@ -250,6 +250,7 @@ async def _count_waiting(
         BlockerCode.AWAITING_INPUT,
         BlockerCode.AWAITING_TASK,
         BlockerCode.AWAITING_CALLBACK,
+        BlockerCode.AWAITING_SIGNAL,
         BlockerCode.NODE_RUNNING,
     ]
     statements = []

@@ -289,6 +289,18 @@ def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
             )
         case BlockerCode.AWAITING_CALLBACK:
             return _callback_blocker(node, where)
+        case BlockerCode.AWAITING_SIGNAL:
+            name = _request_of(node).get("name")
+            return Blocker(
+                code,
+                f"{node.label} waits for the signal {name}",
+                node.started_at,
+                until=node.wake_at,
+                actions=[
+                    SuggestedRequest("POST", f"/api/v1/executions/{facts.run.id}/signals", EXECUTE_SCOPE)
+                ],
+                details={**where, "signal": name},
+            )
         case BlockerCode.AWAITING_TASK:
             return _task_blocker(node)
         case BlockerCode.RETRY_AT | BlockerCode.TIMER:
@@ -530,6 +542,7 @@ _EVENTS: Final = {
     BlockerCode.AWAITING_EVENT: "timeout",
     BlockerCode.AWAITING_INPUT: "timeout",
     BlockerCode.AWAITING_CALLBACK: "timeout",
+    BlockerCode.AWAITING_SIGNAL: "timeout",
     BlockerCode.BROKER_DOWN: "sweep",
     BlockerCode.DEPLOYMENT_FAILED: "start",
 }

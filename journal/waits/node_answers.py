@@ -39,8 +39,10 @@ MAX_CLOCK_SKEW_MICROSECONDS: Final = 500_000
 """Time before the end of a wait from which input is refused, since the worker that ends it may have a fast
 clock.
 """
-_ENDING_AT_DEADLINE: Final = frozenset({AnswerSource.INPUT, AnswerSource.CALLBACK})
-"""Sources whose answers are refused after the end of the wait: their senders learn the outcome."""
+_ENDING_AT_DEADLINE: Final = frozenset({AnswerSource.INPUT, AnswerSource.CALLBACK, AnswerSource.SIGNAL})
+"""Sources whose answers are refused after the end of the wait: their senders learn the outcome, or another node
+gets the signal.
+"""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -107,7 +109,7 @@ async def store_answer(
     """Store the answer of a node in a transaction, and make its waiting run pending; return the result.
 
     Only the first answer counts: the same one again is taken, another is late. A sub-workflow run, an event, a
-    task or a callback may answer a node before its run waits; input of a person needs a waiting node.
+    task, a callback or a signal may answer a node before its run waits; input of a person needs a waiting node.
     """
     columns = (col(Execution.status), col(Execution.concurrency_key))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()

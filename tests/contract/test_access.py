@@ -447,6 +447,16 @@ async def create_waiting_execution(cast: AccessCast, is_public: bool) -> str:  #
     return execution_id
 
 
+async def create_signalled_execution(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await create_workflow(cast, is_public)
+    node = {"id": "wait", "nodeId": "wait-for-signal", "config": {"name": SIGNAL["name"]}}
+    response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/nodes", json=node)
+    assert response.is_success, response.text
+    response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
+    execution_id: str = response.json()["executionId"]
+    return execution_id
+
+
 async def create_key(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
     response = await cast.owner.api.post("/api/v1/auth/keys", json={"name": "A key"})
     key_id: str = response.json()["id"]
@@ -524,7 +534,14 @@ MADE: Sequence[Make] = (
         create_open_task,
         create_task_worker,
     ),
-    *(create_failed_execution, create_waiting_execution, create_key, create_session, create_data_source),
+    *(
+        create_failed_execution,
+        create_waiting_execution,
+        create_signalled_execution,
+        create_key,
+        create_session,
+        create_data_source,
+    ),
     create_ai_model,
     *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
 )
@@ -576,6 +593,7 @@ NEW = {"name": "Mine", **GRAPH}
 DRY_RUN_ONLY: Mapping[str, Any] = {"dryRun": True}
 DRY_RUN = {"filter": {}, "dryRun": True}
 REPLAY = {"workflowId": "<subscribed>"}
+SIGNAL = {"name": "shipped", "payload": {"parcel": "P-12"}}
 ANSWER = {"nodeId": "approval", "choice": "approve", "data": {}}
 DOCUMENT = {"document": {"format": "pilotflame/workflow", "formatVersion": 1, **NEW}, "references": {}}
 
@@ -826,6 +844,8 @@ ROWS = [
     AccessRow("GET", "/api/v1/why", READ, OWN),
     AccessRow("GET", f"{EXECUTION}/pending-inputs", READ, READERS, create_waiting_execution),
     AccessRow("POST", f"{EXECUTION}/input", EXECUTE, READERS, create_waiting_execution, ANSWER),
+    run_row("GET", "/signals"),
+    AccessRow("POST", f"{EXECUTION}/signals", EXECUTE, READERS, create_signalled_execution, SIGNAL, 202),
     AccessRow("POST", f"{EXECUTION}/callback", None, UNKNOWN_TO_ALL, create_failed_execution),
     run_row("POST", "/stop", scope=EXECUTE),
     run_row("POST", "/cancel", scope=EXECUTE),

@@ -42,6 +42,8 @@ CONNECTIONS = [
     {"source": "start", "target": "node_1"},
     {"id": "conn-abc123", "source": "node_1", "target": "node-xyz123"},
 ]
+WAIT_FOR_SIGNAL = {"id": "wait", "type": "wait-for-signal", "config": {"name": "shipped"}}
+WAIT_CONNECTION = {"source": "start", "target": "wait"}
 
 
 async def create_examples(harness: GatewayHarness, people: OrganizationUsers) -> dict[str, str]:
@@ -116,6 +118,8 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await input_waits.wait_for_input(
         harness.gateway.database, calling.execution_id, calling.node_id, request={}, kind="callback"
     )
+    waiter = await admin.create(nodes=[NODES[0], WAIT_FOR_SIGNAL], connections=[WAIT_CONNECTION])
+    signalled = await _send(people, "POST", f"workflows/{waiter}/execute", {})
     task_id = await _create_task(harness, started["executionId"])
     await _send(
         people, "POST", "tasks/claim", {"worker": {"id": "w_abc123"}, "requestId": "c_0", "max": 0, "wait": 0}
@@ -143,6 +147,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "task_abc123": task_id,
         "exec_xyz789": started["executionId"],
         "exec_asking": waiting["executionId"],
+        "exec_waiting": signalled["executionId"],
         "exec_calling": calling.execution_id,
         "cb-abc123": callbacks.derive_token(harness.gateway.settings.secret, calling),
         "key_abc123": key["id"],

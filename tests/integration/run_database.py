@@ -45,6 +45,8 @@ TABLES = (
         "execution_step",
         "log_line",
         "wait_answer",
+        "signal",
+        "signal_wait",
         "blocked_interval",
         "execution_label",
         "model_charge",

@@ -17,13 +17,13 @@ from engine.run_records import RunOutcome, RunStatus
 from engine.services import NodeServices, RunCaller
 from engine.values import Json, encode_json
 from nodes import catalog
-from tests.node_calls import NOW, NoEventWaits, NoNetwork, call
+from tests.node_calls import NOW, NoEventWaits, NoNetwork, NoSignalWaits, call
 from tests.unit.run_harness import InMemoryJournal, SimulatedWorker, require_error
 
 CATALOG = catalog.load_catalog()
 EXAMPLES = [
     pytest.param(CATALOG.get(kind), example, id=f"{kind}-{number}")
-    for kind in ("loop", "human-input", "sub-workflow", "wait-for-event")
+    for kind in ("loop", "human-input", "sub-workflow", "wait-for-event", "wait-for-signal")
     for number, example in enumerate(CATALOG.get(kind).examples)
 ]
 
@@ -69,7 +69,9 @@ async def run(
 ) -> tuple[RunOutcome, InMemoryJournal, RecordedSubRuns]:
     """Run to the end. Answers to waits arrive as soon as the run waits."""
     runs = RecordedSubRuns()
-    services = replace(NodeServices(http=NoNetwork()), runs=runs, events=NoEventWaits())
+    services = replace(
+        NodeServices(http=NoNetwork()), runs=runs, events=NoEventWaits(), signals=NoSignalWaits()
+    )
     worker = SimulatedWorker(program, data, services=services)
     ended = await worker.work()
     if ended.status is RunStatus.WAITING:

@@ -31,7 +31,7 @@ EXAMPLES = [
     if node_type.runnable
     and node_type.type not in {"http-request", "code", *FILE_NODES, *MAIL_NODES}
     # Those of nodes that the engine completes are run by the engine.
-    and node_type.type not in {"loop", "human-input", "sub-workflow", "wait-for-event"}
+    and node_type.type not in {"loop", "human-input", "sub-workflow", "wait-for-event", "wait-for-signal"}
 ]
 
 

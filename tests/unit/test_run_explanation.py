@@ -194,6 +194,7 @@ CASES: Mapping[str, tuple[RunFacts, BlockerCode]] = {
     "input": (waiting(node(SpanStatus.WAITING, awaits=answer("input"))), BlockerCode.AWAITING_INPUT),
     "task": (waiting(node(SpanStatus.WAITING, awaits=answer("task"))), BlockerCode.AWAITING_TASK),
     "callback": (waiting(node(SpanStatus.WAITING, awaits=answer("callback"))), BlockerCode.AWAITING_CALLBACK),
+    "signal": (waiting(node(SpanStatus.WAITING, awaits=answer("signal"))), BlockerCode.AWAITING_SIGNAL),
     "sub-workflow": (waiting(node(SpanStatus.WAITING, awaits=answer("run"))), BlockerCode.NODE_RUNNING),
     "node at work": (running(node(SpanStatus.RUNNING)), BlockerCode.NODE_RUNNING),
     "no node yet": (running(), BlockerCode.NODE_RUNNING),

@@ -346,6 +346,14 @@ class AsyncExecutions(AsyncResource):
         """Resume a failed execution: start a new one from its committed results."""
         return cast("t.ResumeResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/resume", idempotency_key=idempotency_key, is_keyed=True))
 
+    async def signal(self, execution_id: str, *, name: str, payload: Any = None, idempotency_key: str | None = None) -> t.SignalReceipt:
+        """Send a signal to an execution: the node that has waited longest for its name continues with the payload."""
+        return cast("t.SignalReceipt", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/signals", fields={"name": name, "payload": payload}, idempotency_key=idempotency_key, is_keyed=True))
+
+    async def signals(self, execution_id: str, *, state: Literal['unread', 'delivered'] | None = None, after: int | None = None, limit: int | None = None) -> t.SignalList:
+        """List the signals of an execution in order, also after its end: `state=unread` lists those that no node has received."""
+        return cast("t.SignalList", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/signals", query={"state": state, "after": after, "limit": limit}))
+
     async def span(self, execution_id: str, span_id: str, *, iteration: str | None = None, expand: Sequence[Literal['blobs']] | None = None) -> t.SpanDetails:
         """Show a span: input, rendered config, output, log, attempts, hashes, and the duration in the run before."""
         return cast("t.SpanDetails", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/spans/{self._quote(span_id)}", query={"iteration": iteration, "expand": expand}))

@@ -221,6 +221,10 @@ __all__ = [
     "ShareResult",
     "ShownConnection",
     "ShownNode",
+    "ShownSignal",
+    "SignalList",
+    "SignalReceipt",
+    "SignalState",
     "SigningSecret",
     "SkipReason",
     "SkippedInstant",
@@ -309,7 +313,7 @@ ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'u
 AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
-BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
+BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-signal', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
 
 
 BlockerKind = Literal['change', 'escalate', 'wait']
@@ -379,6 +383,9 @@ PolicyType = Literal['always-on', 'idle-shutdown', 'on-demand', 'scheduled-windo
 
 
 RegisteredProvider = Literal['anthropic', 'openai-compatible']
+
+
+SignalState = Literal['delivered', 'unread']
 
 
 SkipReason = Literal['concurrency-limit', 'missed', 'overlap', 'queue-full']
@@ -2492,6 +2499,40 @@ class ShownNode(_ShownNodeAlways, total=False):
     retry: Retry
     timeout: float
     atMostOnce: bool
+
+
+class ShownSignal(TypedDict):
+    """Signal of an execution."""
+
+    executionId: str
+    number: int
+    name: str
+    state: SignalState
+    nodeId: str | None
+    iteration: str | None
+    payload: Any
+    sentBy: str
+    sentAt: str
+    deliveredAt: str | None
+
+
+class SignalList(TypedDict):
+    """Signals of an execution, in order."""
+
+    count: int
+    next: int | None
+    signals: List[ShownSignal]
+
+
+class SignalReceipt(TypedDict):
+    """Stored signal."""
+
+    executionId: str
+    number: int
+    name: str
+    state: SignalState
+    nodeId: str | None
+    iteration: str | None
 
 
 class SigningSecret(TypedDict):

@@ -1,0 +1,43 @@
+"""Waits of nodes for signals: stored, or answered at once by an unread signal."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from execution.retry import until_available
+from journal import concurrency_limits
+from journal.waits import signals
+from messages import wakeups
+
+if TYPE_CHECKING:
+    from engine.services import RunCaller, SignalExpectation, SignalRequest
+    from messages.broker import Broker
+    from models.database import Database
+
+
+class SignalWaits:
+    """Waits for signals; implements `engine.services.SignalWaitService`."""
+
+    def __init__(self, database: Database, broker: Broker) -> None:
+        self._database = database
+        self._broker = broker
+
+    async def expect(
+        self, caller: RunCaller, wanted: SignalRequest, *, node_id: str, iteration: str
+    ) -> SignalExpectation:
+        """Store that a node waits for a signal, or answer it with the earliest unread one of its name.
+
+        Return the end of the wait or the answer; neither if it waits without a limit or the run is gone. Waits
+        while the database is unavailable.
+        """
+        add = partial(signals.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration)
+        expected, answer = await until_available(
+            lambda: self._database.transaction(add, locks=caller.execution_id)
+        )
+        # Only a process that has lost the lease finds the run waiting here.
+        if answer.concurrency_key is not None:
+            await concurrency_limits.admit_waiting_runs(self._database, answer.concurrency_key)
+        if answer.is_woken:
+            await wakeups.wake_workers(self._broker)
+        return expected

@@ -1,0 +1,27 @@
+"""Continuation of runs whose nodes have got an answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from journal import concurrency_limits
+from models.execution import SHARED_TARGET
+
+if TYPE_CHECKING:
+    from gateway.executions.acceptance import PodNotifier, RunAcceptor
+    from journal.waits.node_answers import AnswerResult
+    from models.database import Database
+
+
+async def continue_run(
+    database: Database, acceptances: RunAcceptor, pods: PodNotifier, answer: AnswerResult, target: str
+) -> None:
+    """Wake the processes that continue a run with this target, after the commit of an answer; a sweep makes up
+    for a loss.
+    """
+    if answer.concurrency_key is not None:
+        await concurrency_limits.admit_waiting_runs(database, answer.concurrency_key)
+    if answer.is_woken:
+        acceptances.wake_workers()
+        if target != SHARED_TARGET:
+            await pods.notify_pods([target])

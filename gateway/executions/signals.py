@@ -1,0 +1,234 @@
+"""Signals: values that clients send to an execution, which its waiting nodes receive in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import structlog
+from msgspec import Meta
+
+from concurrency import offload
+from engine import values
+from gateway.executions import answered_runs
+from gateway.http import errors, idempotency, limits
+from gateway.http.errors import ApiError
+from gateway.http.parameters import ChoiceParameter, IntegerParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, optional_instant, read_json
+from journal.waits import signals
+from journal.waits.signals import NewSignal, SignalVerdict
+from models import ids
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from journal.store import ExecutionKey, IdempotencyKey
+    from journal.waits.signals import SignalResult
+    from models.signal import Signal
+
+log = structlog.get_logger()
+
+MAX_NUMBER: Final = 2_147_483_647
+
+
+class SignalState(StrEnum):
+    """State of a signal."""
+
+    UNREAD = "unread"
+    """No node has received it."""
+    DELIVERED = "delivered"
+    """A node has received it."""
+
+
+STATE: Final = ChoiceParameter("state", "Only signals in this state.", SignalState)
+AFTER: Final = IntegerParameter(
+    "after",
+    "Number after which the list begins: `next` of the page before.",
+    0,
+    minimum=0,
+    maximum=MAX_NUMBER,
+)
+LIMIT: Final = IntegerParameter(
+    "limit",
+    "Maximum number of signals in the answer.",
+    limits.RECORDS_DEFAULT,
+    minimum=1,
+    maximum=limits.RECORDS_MAX,
+)
+LISTED: Final = (STATE, AFTER, LIMIT)
+
+
+class SignalBody(StrictWire):
+    """Signal to an execution."""
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """Name for which a node of the execution waits, now or later."""
+    payload: Any = None
+    """Any JSON value that matches the schema of the node."""
+
+
+class SignalReceipt(WireStruct):
+    """Stored signal."""
+
+    execution_id: str
+    number: int
+    """Place among the signals of the execution, from 1."""
+    name: str
+    state: SignalState
+    """`delivered`: a waiting node has received it. `unread`: the next node that waits for its name gets it, after
+    earlier ones.
+    """
+    node_id: str | None
+    """Node that has received it; null while it is unread."""
+    iteration: str | None
+    """Turn of the loops around this node; empty outside of loops."""
+
+
+class ShownSignal(SignalReceipt, kw_only=True):
+    """Signal of an execution."""
+
+    payload: Any
+    sent_by: str
+    """User who has sent it."""
+    sent_at: Instant
+    delivered_at: Instant | None
+
+
+class SignalList(WireStruct):
+    """Signals of an execution, in order."""
+
+    count: int
+    """Number of signals in this answer."""
+    next: int | None
+    """Value of `after` for the next page; null on the last one."""
+    signals: Sequence[ShownSignal]
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the signals of an execution in order, also after its end: `state=unread` lists those that no node
+    has received.
+    """
+    query = request.query
+    key = await request.gateway.access.key(request.path_params["id"], request.caller)
+    state, limit = query[STATE], query[LIMIT]
+    is_unread = None if state is None else state is SignalState.UNREAD
+    async with request.gateway.database.read() as connection:
+        found = await signals.list_signals(
+            connection, key, after=query[AFTER], at_most=limit + 1, is_unread=is_unread
+        )
+    shown = await offload.run(_show_signals, found[:limit])
+    following = found[limit - 1].number if len(found) > limit else None
+    return JsonResponse(SignalList(count=len(shown), next=following, signals=shown))
+
+
+async def send(request: GatewayRequest) -> JsonResponse:
+    """Send a signal to an execution: the node that has waited longest for its name continues with the payload.
+
+    If none waits, the signal is kept, in order, for the next node that does. It is answered after its commit,
+    and delivered once, also if processes die. A repetition with the same `Idempotency-Key` gets the same signal.
+    """
+    gateway, caller = request.gateway, request.caller
+    key = await gateway.access.key(request.path_params["id"], caller)
+    value = await read_json(request)
+    body = body_of(request, value, SignalBody)
+    idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=key.execution_id)
+    payload = await offload.run(values.encode_json, body.payload)
+    if len(payload) > limits.SIGNAL_BYTES:
+        message = f"The payload has more than {limits.SIGNAL_BYTES:,} bytes: send a reference to its content"
+        raise ApiError(413, "payload-too-large", message)
+    await gateway.signal_schemas.require_valid(key, caller.organization_id, body.name, body.payload)
+    sent = NewSignal(ids.new_id("signal"), body.name, payload, caller.user_id)
+    stored, result = await _store(request, key, sent, idempotency_key)
+    if result is None:
+        return JsonResponse(_receipt(stored), status=202, headers=idempotency.REPLAYED)
+    await answered_runs.continue_run(
+        gateway.database,
+        gateway.acceptances,
+        gateway.pod_services.poll_hub,
+        result.answer,
+        result.target,
+    )
+    log.info("signal received", execution_id=key.execution_id, signal=body.name, state=result.verdict.value)
+    return JsonResponse(_receipt(stored), status=202)
+
+
+async def _store(
+    request: GatewayRequest, key: ExecutionKey, sent: NewSignal, idempotency_key: IdempotencyKey | None
+) -> tuple[Signal, SignalResult | None]:
+    """Store a signal in one transaction, and return it with its result: None if an earlier request with the
+    same key has stored it.
+
+    Raises 404 if the run is gone, 409 if it has ended or has too many unread signals, and 422 if the body of
+    the earlier request differs.
+    """
+    now = request.gateway.clock()
+
+    async def work(connection: AsyncConnection) -> tuple[Signal, SignalResult | None]:
+        if idempotency_key is not None:
+            bound = await idempotency.reserve_key(
+                connection, idempotency_key, shard=key.shard, resource_id=sent.id, now=now
+            )
+            if bound != sent.id:
+                earlier = await signals.find_signal(connection, key, bound)
+                if earlier is None:
+                    raise errors.not_found("execution")
+                return earlier, None
+        result = await signals.store_signal(connection, key, sent)
+        if result is None:
+            raise errors.not_found("execution")
+        if result.signal is None:
+            raise _refusal_of(result)
+        return result.signal, result
+
+    return await request.gateway.database.transaction(work, locks=key.execution_id)
+
+
+def _refusal_of(result: SignalResult) -> ApiError:
+    """Return the 409 error for a signal that was not stored."""
+    if result.verdict is SignalVerdict.ENDED:
+        message = f"The execution has ended as {result.run_status}, and receives no more signals"
+        detail = errors.problem("id", "execution-ended", message)
+        return errors.conflict("execution-ended", message, details=[{**detail, "status": result.run_status}])
+    message = (
+        f"The execution has {limits.UNREAD_SIGNALS:,} signals that no node has received:"
+        " send more once its nodes have received some"
+    )
+    return errors.conflict("too-many-signals", message)
+
+
+def _receipt(signal: Signal) -> SignalReceipt:
+    return SignalReceipt(
+        execution_id=signal.execution_id,
+        number=signal.number,
+        name=signal.name,
+        state=SignalState.UNREAD if signal.node_id is None else SignalState.DELIVERED,
+        node_id=signal.node_id,
+        iteration=signal.iteration,
+    )
+
+
+def _show_signals(found: Sequence[Signal]) -> Sequence[ShownSignal]:
+    """Return signals as the list shows them, with their decoded payloads."""
+    return [
+        ShownSignal(
+            execution_id=one.execution_id,
+            number=one.number,
+            name=one.name,
+            state=SignalState.UNREAD if one.node_id is None else SignalState.DELIVERED,
+            node_id=one.node_id,
+            iteration=one.iteration,
+            payload=_decode_payload(one),
+            sent_by=one.user_id,
+            sent_at=instant(one.created_at),
+            delivered_at=optional_instant(one.delivered_at),
+        )
+        for one in found
+    ]
+
+
+def _decode_payload(signal: Signal) -> Json:
+    return values.restore_json(signal.payload.encode())
