@@ -18,6 +18,7 @@ from pilotflame.commands.arguments import (
     WorkflowArgument,
     YesOption,
     confirm,
+    read_json,
     read_object,
     read_pairs,
 )
@@ -69,6 +70,14 @@ SPANS = {
     "Status": "status",
     "Milliseconds": "durationMs",
     "Error": "error.code",
+}
+SIGNALS = {
+    "Number": "number",
+    "Name": "name",
+    "State": "state",
+    "Node": "nodeId",
+    "Iteration": "iteration",
+    "Sent": "sentAt",
 }
 WorkflowFilter = Annotated[
     str | None, Option("--workflow", help="Id or exact name of a workflow.", show_default="all")
@@ -192,6 +201,38 @@ def stop_runs(executions: ExecutionsArgument) -> None:
     client = connect()
     for one in executions:
         client.executions.stop(one)
+
+
+@app.command("signal")
+def signal_run(
+    execution: ExecutionArgument,
+    name: Annotated[str, Argument(metavar="NAME", help="Name for which a node of the execution waits.")],
+    payload: Annotated[
+        str, Option("--payload", help="Any JSON value, @file, or @- for standard input.")
+    ] = "null",
+    idempotency_key: KeyOption = None,
+    output: FormatOption = OutputFormat.JSON,
+) -> None:
+    """Send a signal to an execution: a node that waits for its name continues with the payload, now or later."""
+    sent = connect().executions.signal(
+        execution, name=name, payload=read_json(payload, "--payload"), idempotency_key=idempotency_key
+    )
+    show_object(dict(sent), output, key="number")
+
+
+@app.command("signals")
+def list_signals(
+    execution: ExecutionArgument,
+    state: Annotated[
+        Literal["unread", "delivered"] | None,
+        Option("--state", help="unread or delivered.", show_default="all"),
+    ] = None,
+    limit: LimitOption = 100,
+    output: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """List the signals of an execution in order, and the nodes that have received them."""
+    found = connect().executions.signals(execution, state=state, limit=limit)["signals"]
+    show_list([dict(one) for one in found], output, SIGNALS, key="number")
 
 
 @app.command("resume")

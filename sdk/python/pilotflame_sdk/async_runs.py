@@ -69,6 +69,24 @@ class AsyncRun(run_states.RunState):
         """Yield the events of the run from its beginning to its end; lost connections are resumed without loss."""
         return self._client.stream(f"{self.path}/events")
 
+    async def signal(
+        self,
+        name: str,
+        payload: Any = None,  # noqa: ANN401 - any JSON value
+        *,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Send a signal to the run; returns after it is stored. Raises `ValidationFailed`, and `Conflict` after the
+        end of the run.
+        """
+        await self._client.request(
+            "POST",
+            f"{self.path}/signals",
+            fields={"name": name, "payload": payload},
+            idempotency_key=idempotency_key,
+            is_keyed=True,
+        )
+
     async def cancel(self) -> None:
         """Ask the run to end at once, as `cancelled`; returns before it has ended."""
         await self._client.request("POST", f"{self.path}/cancel")
