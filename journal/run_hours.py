@@ -29,6 +29,7 @@ from journal.explanations.blockers import BlockerCode
 from models.access import Organization
 from models.blocked_interval import BlockedInterval
 from models.column_types import column_values
+from models.database import share_transaction
 from models.deployment import Deployment
 from models.duration_histogram import bucket_of
 from models.execution import LIVE_CONDITION, Execution, ExecutionData
@@ -103,6 +104,7 @@ async def count_hour(connection: AsyncConnection, starts_at: datetime) -> Sequen
     sums of each organization with runs.
     """
     if connection.dialect.name == "postgresql":
+        await share_transaction(connection)
         await connection.execute(_IN_BACKGROUND)
     found: dict[tuple[str, str], RunHour] = {}
     for organization_ids in await list_organizations(connection):

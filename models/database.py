@@ -53,6 +53,9 @@ OWN_WRITES_SECONDS: Final = 30.0
 """Maximum wait of a writer for other writers of its process."""
 PRIMARY_CODE_BITS: Final = 0xFF
 
+AUTOCOMMIT: Final = "AUTOCOMMIT"
+"""Isolation level of SQLAlchemy without transactions: each statement is one of its own."""
+
 _breakers: dict[str, WriteLockBreaker] = {}
 _guard: Final = threading.Lock()
 
@@ -105,13 +108,15 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Yield a connection for reads until the block ends.
 
-        Each statement sees what was committed before it. Raises `DatabaseUnavailable` for failures in the
-        block too.
+        Each statement sees what was committed before it. In PostgreSQL each is a transaction of its own, which
+        saves two round trips; see `share_transaction`. Raises `DatabaseUnavailable` for failures in the block
+        too.
         """
+        options = {} if self._writes is not None else {"isolation_level": AUTOCOMMIT}
         try:
             with self._guard():
                 async with self.engine.connect() as connection:
-                    yield await connection.execution_options(reads_only=True)
+                    yield await connection.execution_options(reads_only=True, **options)
         except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
             if _translate_failure(error) is None:
                 raise
@@ -185,7 +190,7 @@ class Database:
     ) -> T:
         async with self.engine.connect() as connection:
             if is_statement:
-                await connection.execution_options(isolation_level="AUTOCOMMIT")
+                await connection.execution_options(isolation_level=AUTOCOMMIT)
             try:
                 async with connection.begin():
                     return await work(connection)
@@ -220,6 +225,18 @@ class Database:
         self._under_way.discard(task)
         if not task.cancelled():
             task.exception()  # a caller has it; without one, the event loop must not log it as never retrieved
+
+
+async def share_transaction(connection: AsyncConnection) -> None:
+    """Let the further statements on a connection of `Database.read` share one transaction, with its settings and locks.
+
+    It changes nothing inside a transaction or snapshot, and for SQLite.
+    """
+    if connection.sync_connection is not None and (
+        connection.sync_connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
+    ):
+        await connection.rollback()  # The level can't be changed after a statement, though none is left open.
+        await connection.execution_options(isolation_level="READ COMMITTED")
 
 
 def _translate_failure(error: Exception) -> DatabaseFailure | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import inspect, text
 
-from models.database import Database, is_sqlite
+from models.database import Database, is_sqlite, share_transaction
 from models.errors import LockWaitTimeout
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
         yield
         return
     async with database.read() as guard:
+        await share_transaction(guard)
         await guard.execute(text(f"SELECT set_config('{_IDLE_TIMEOUT}', '{GUARD_MILLISECONDS}', true)"))
         try_lock = text("SELECT pg_try_advisory_xact_lock(710465001)")
         while not await guard.scalar(try_lock):  # noqa: ASYNC110 - the lock is another process's

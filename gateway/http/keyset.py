@@ -23,6 +23,7 @@ from gateway.http.errors import invalid_query
 from gateway.http.parameters import LIMIT, OFFSET, OrderParameter, QueryParameter
 from gateway.http.wire import WireStruct
 from models.column_types import TimestampColumn
+from models.database import share_transaction
 from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ async def follow_indexes(connection: AsyncConnection) -> None:
     of magnitude, and would read and sort a whole table for one page. SQLite follows the indexes by itself.
     """
     if connection.dialect.name == "postgresql":
+        await share_transaction(connection)
         await connection.execute(_FOLLOW_INDEXES)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from models.database import share_transaction
+
 if TYPE_CHECKING:
     from sqlalchemy import CompoundSelect, Select
 
@@ -19,6 +21,7 @@ async def explain_statement(database: Database, statement: Statement) -> str:
         explain = "EXPLAIN QUERY PLAN"
         if connection.dialect.name == "postgresql":
             explain = "EXPLAIN"
+            await share_transaction(connection)
             await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
         rows = await connection.exec_driver_sql(f"{explain} {compiled}")
         return "\n".join(str(row) for row in rows)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from models.database import Database, parse_url
+from models.database import Database, parse_url, share_transaction
 from tests.services import PostgresServer
 
 
@@ -52,3 +52,44 @@ async def test_a_statement_is_committed_by_itself(database: Database) -> None:
     await database.statement(change)
     async with database.read() as connection:
         assert await connection.scalar(text("SELECT count(*) FROM kept")) == 0
+
+
+async def count_rows(connection: AsyncConnection) -> int:
+    return int(await connection.scalar(text("SELECT count(*) FROM seen")) or 0)
+
+
+async def test_reads_need_no_transaction_unless_they_share_settings(database: Database) -> None:
+    async def add(connection: AsyncConnection) -> None:
+        await connection.execute(text("CREATE TABLE IF NOT EXISTS seen AS SELECT 1 AS id"))
+        await connection.execute(text("INSERT INTO seen VALUES (2)"))
+
+    set_locally = text("SELECT set_config('application_name', 'shared', true)")
+    read_setting = text("SELECT current_setting('application_name')")
+    state = text("SELECT xact_start FROM pg_stat_activity WHERE pid = :id")
+    await database.transaction(add)
+    operator = Database(database.url)
+    async with database.read() as connection, operator.read() as other:
+        idle = {"id": await read_process_id(connection)}
+        assert await other.scalar(state, idle) is None, "an open block holds no old row versions"
+        await connection.execute(set_locally)
+        assert await connection.scalar(read_setting) != "shared"
+
+        await share_transaction(connection)
+        await connection.execute(set_locally)
+        await share_transaction(connection)
+        assert await connection.scalar(read_setting) == "shared"
+        assert await other.scalar(state, idle) is not None
+        seen = await count_rows(connection)
+        await database.transaction(add)
+        assert await count_rows(connection) == seen + 1, "each statement sees what was committed before it"
+    async with database.read_snapshot() as connection:
+        seen = await count_rows(connection)
+        await share_transaction(connection)
+        await database.transaction(add)
+        assert await count_rows(connection) == seen
+    async with database.read() as connection:
+        assert await connection.scalar(read_setting) != "shared"
+        idle = {"id": await read_process_id(connection)}
+        async with operator.read() as other:
+            assert await other.scalar(state, idle) is None, "the pool forgets the level of its last user"
+    await operator.close()

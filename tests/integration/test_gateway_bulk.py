@@ -13,6 +13,7 @@ from sqlmodel import SQLModel, col
 from gateway.executions import bulk_actions
 from gateway.http import limits
 from journal.blobs.blob_storage import BlobLost, BlobOwner
+from models.database import share_transaction
 from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
 from models.execution_status import ExecutionStatus
@@ -402,6 +403,7 @@ async def test_retries_are_looked_up_by_an_index(harness: GatewayHarness) -> Non
     is_postgresql = harness.gateway.database.engine.dialect.name == "postgresql"
     async with harness.gateway.database.read() as connection:
         if is_postgresql:
+            await share_transaction(connection)
             await connection.execute(text("SET LOCAL enable_seqscan = off"))
         explain = "EXPLAIN" if is_postgresql else "EXPLAIN QUERY PLAN"
         rows = await connection.execute(
