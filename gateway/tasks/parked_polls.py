@@ -93,6 +93,8 @@ class OrganizationPolls:
 
     def __init__(self) -> None:
         self.all: set[ParkedPoll] = set()
+        self._by_request: dict[tuple[str, str], ParkedPoll] = {}
+        """Open polls by the ids of their worker and request."""
         self._new: list[ParkedPoll] = []
         self._numbers = count()
         self._over = 0
@@ -110,13 +112,23 @@ class OrganizationPolls:
         self.delay: asyncio.TimerHandle | None = None
 
     def add(self, parked: ParkedPoll) -> None:
-        """Add a new poll; it takes part in claims once the gateway has looked for tasks for it."""
+        """Add a new poll; it takes part in claims once the gateway has looked for tasks for it.
+
+        An open poll with the same request ends: its client has lost the connection, and would lose its tasks.
+        """
+        key = parked.poll.worker_id, parked.poll.request_id
+        if (earlier := self._by_request.get(key)) is not None:
+            earlier.leave()
+        self._by_request[key] = parked
         self.all.add(parked)
         self._new.append(parked)
 
     def discard(self, parked: ParkedPoll) -> None:
         """Remove a poll that is over; now and then, drop all that are over from the queues of waiting polls."""
         self.all.discard(parked)
+        key = parked.poll.worker_id, parked.poll.request_id
+        if self._by_request.get(key) is parked:
+            del self._by_request[key]
         self._over += 1
         if self._over > len(self.all) + KEPT_OVER:
             self._over = 0

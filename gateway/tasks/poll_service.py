@@ -156,6 +156,12 @@ class PollService:
             polls.has_leaving = True
             self._start(organization_id, polls)
 
+    def repeat_failed_looks(self) -> None:
+        """Look again for workers that stop, or are asked to, where the look has failed."""
+        for organization_id, polls in list(self._polls.items()):
+            if polls.has_leaving:
+                self._start(organization_id, polls)
+
     async def announce_leaving(self, organization_id: str) -> None:
         """Tell workers of an organization that stop, or are asked to, by their open polls at all gateways."""
         self._tell_leaving(organization_id)
@@ -252,8 +258,27 @@ class PollService:
         If a change may have freed a concurrency key, tasks that wait for one are admitted first, and read too.
         """
         admits, polls.admits = polls.admits, False
-        asked = polls.all if polls.has_leaving else new
-        polls.has_leaving = False
+        has_leaving, polls.has_leaving = polls.has_leaving, False
+        try:
+            return await self._read_news(
+                organization_id, polls.all if has_leaving else new, new, admits=admits
+            )
+        except BaseException:
+            # The next look makes up for this one, which no other notification may follow.
+            polls.admits, polls.has_leaving = polls.admits or admits, polls.has_leaving or has_leaving
+            raise
+
+    async def _read_news(
+        self,
+        organization_id: str,
+        asked: Iterable[ParkedPoll],
+        new: Sequence[ParkedPoll],
+        *,
+        admits: bool,
+    ) -> OrganizationNews:
+        """Read the news of an organization: of the workers of `asked` those that leave, of `new` polls those that
+        repeat a claim. With `admits`, tasks that wait for a concurrency key are admitted first.
+        """
         new_polls, worker_ids = [one.poll for one in new], [one.poll.worker_id for one in asked]
         news = await self._tasks.claims.look(organization_id, new_polls, worker_ids)
         if admits and news.limited_keys and await self._tasks.upkeep.admit(news.limited_keys):
@@ -299,7 +324,7 @@ class PollService:
             try:
                 claim = await self._tasks.claims.claim([one.poll for one in chosen], queues)
                 unwanted = [
-                    task.id
+                    task
                     for one, tasks in zip(chosen, claim.tasks, strict=True)
                     if tasks and not one.resolve(PollAnswer(tasks))
                     for task in tasks

@@ -198,6 +198,7 @@ class TaskHub:
     async def _check(self) -> None:
         """Look once for tasks whose notification was lost, and move tasks whose time has come."""
         await self.presence.flush()
+        self._polls.repeat_failed_looks()
         await self.sweep()
         if organization_ids := sorted(self._polls.organization_ids):
             for organization_id in await self.tasks.claims.changed_organizations(organization_ids):

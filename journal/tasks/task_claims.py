@@ -9,7 +9,16 @@ from sqlalchemy import text
 
 from journal.tasks import task_leases
 from journal.tasks.task_polls import CLAIMED_COLUMNS, Claim, ClaimedTask, OrganizationNews, TaskPoll
-from journal.tasks.task_sql import DIALECTS, POSTGRESQL, is_in, list_sql, read_list, texts
+from journal.tasks.task_sql import (
+    DIALECTS,
+    POSTGRESQL,
+    RowsParameter,
+    is_in,
+    is_in_query,
+    list_sql,
+    read_list,
+    texts,
+)
 from journal.tasks.task_upkeep import LIMITED_KEYS
 from journal.tasks.task_worker_marks import LEAVING_CONDITION
 from models.task_states import HELD_CONDITION
@@ -48,7 +57,26 @@ class TaskClaims:
             if connection.dialect.name == POSTGRESQL:
                 # Each statement is a transaction of its own, since more would only cost time.
                 await connection.execution_options(isolation_level="AUTOCOMMIT")
-            return await _read_news(connection, organization_id, polls, worker_ids)
+            news, repeated = await _read_news(connection, organization_id, polls, worker_ids)
+        if repeated:
+            news.repeated = await self._repeat(repeated)
+        return news
+
+    async def _repeat(self, task_ids: Sequence[str]) -> dict[tuple[str, str], list[ClaimedTask]]:
+        """Return leased tasks by their worker and the id of the claim that leased them, for its repetition.
+
+        Their fence is raised, so that `put_back` of the first answer doesn't free them.
+        """
+
+        async def work(connection: AsyncConnection) -> dict[tuple[str, str], list[ClaimedTask]]:
+            values = {"ids": texts(connection, task_ids)}
+            rows = await connection.execute(_REPEAT[connection.dialect.name], values)
+            found: dict[tuple[str, str], list[ClaimedTask]] = {}
+            for task in sorted((ClaimedTask(*row) for row in rows), key=lambda one: one.id):
+                found.setdefault((task.worker_id, task.claim_id), []).append(task)
+            return found
+
+        return await self._database.transaction(work)
 
     async def claim(self, polls: Sequence[TaskPoll], queues: Sequence[str]) -> Claim:
         """Lease tasks of queues to polls with the same types and pools, at most `limit` to each, in their order.
@@ -92,20 +120,23 @@ class TaskClaims:
         """Free those leased tasks of a claim that make its answers larger than 4 MiB; each answer keeps its
         first task.
         """
-        spilled: list[str] = []
+        spilled: list[ClaimedTask] = []
         for number, tasks in enumerate(claim.tasks):
             claim.tasks[number], rest = _within_bytes(tasks, MAX_CLAIM_BYTES)
-            spilled += [task.id for task in rest]
+            spilled += rest
         if spilled:
             await self.put_back(spilled)
             claim.has_more = True
 
-    async def put_back(self, task_ids: Sequence[str]) -> None:
-        """Free leased tasks of a claim whose answer reaches no worker; that costs no attempt."""
+    async def put_back(self, tasks: Sequence[ClaimedTask]) -> None:
+        """Free leased tasks of a claim whose answer reaches no worker; that costs no attempt.
+
+        Tasks that a repetition of the claim has got meanwhile, at any gateway, stay with their worker.
+        """
+        rows = [(task.id, task.fence) for task in tasks]
 
         async def work(connection: AsyncConnection) -> None:
-            values = {"task_ids": texts(connection, task_ids)}
-            await connection.execute(_PUT_BACK[connection.dialect.name], values)
+            await connection.execute(_PUT_BACK[connection.dialect.name], _UNWANTED.values(connection, rows))
 
         await self._database.transaction(work)
 
@@ -165,10 +196,18 @@ def _news_statement(dialect: str) -> TextClause:
 
 
 _NEWS: Final = {dialect: _news_statement(dialect) for dialect in DIALECTS}
-_REPEATED: Final = {
+
+
+def _locked_ids(dialect: str) -> str:
+    """Return the query that locks leased tasks in the order of their ids, as reports do; SQLite locks the file."""
+    condition = f"{is_in(dialect, 'id', 'ids')} AND state = 'leased' ORDER BY id"
+    return f"SELECT id FROM task WHERE {condition}{' FOR NO KEY UPDATE' if dialect == POSTGRESQL else ''}"
+
+
+_REPEAT: Final = {
     dialect: text(
-        f"SELECT {', '.join(CLAIMED_COLUMNS)} FROM task WHERE {is_in(dialect, 'id', 'ids')} AND state = 'leased'"
-        " ORDER BY id"
+        f"UPDATE task SET fence = fence + 1 WHERE {is_in_query(dialect, 'id', _locked_ids(dialect))}"
+        f" RETURNING {', '.join(CLAIMED_COLUMNS)}"
     )
     for dialect in DIALECTS
 }
@@ -176,11 +215,11 @@ _REPEATED: Final = {
 
 async def _read_news(
     connection: AsyncConnection, organization_id: str, polls: Sequence[TaskPoll], worker_ids: Sequence[str]
-) -> OrganizationNews:
+) -> tuple[OrganizationNews, list[str]]:
     """Return the news of an organization: its queues with tasks and its cancellations, whatever `polls` serve.
 
-    `polls` are those that may repeat an earlier claim, whose tasks are then read by a second statement. Of
-    `worker_ids`, those that leave are returned. Claims nothing.
+    `polls` are those that may repeat an earlier claim, whose tasks are returned by id. Of `worker_ids`, those that
+    leave are in the news. Claims nothing.
     """
     values = {
         "organization_id": organization_id,
@@ -194,25 +233,14 @@ async def _read_news(
     queues, cancelling, leaving, repeated, limited_keys = map(read_list, row)
     pairs = [one.split(" ") for one in cancelling]
     marks = [one.split(" ") for one in leaving]
-    return OrganizationNews(
-        repeated=await _read_repeated(connection, repeated) if repeated else {},
+    news = OrganizationNews(
+        repeated={},
         leaving={worker_id: mark == "stops" for worker_id, mark in marks},
         cancelling=[(worker_id, task_id) for worker_id, task_id in pairs],
         queues=queues,
         limited_keys=limited_keys,
     )
-
-
-async def _read_repeated(
-    connection: AsyncConnection, task_ids: Sequence[str]
-) -> dict[tuple[str, str], list[ClaimedTask]]:
-    """Return leased tasks by their worker and the id of the claim that leased them."""
-    values = {"ids": texts(connection, task_ids)}
-    found: dict[tuple[str, str], list[ClaimedTask]] = {}
-    for row in await connection.execute(_REPEATED[connection.dialect.name], values):
-        task = ClaimedTask(*row)
-        found.setdefault((task.worker_id, task.claim_id), []).append(task)
-    return found
+    return news, repeated
 
 
 def _within_bytes(tasks: Sequence[ClaimedTask], limit: int) -> tuple[list[ClaimedTask], list[ClaimedTask]]:
@@ -224,11 +252,12 @@ def _within_bytes(tasks: Sequence[ClaimedTask], limit: int) -> tuple[list[Claime
     return list(tasks), []
 
 
+_UNWANTED: Final = RowsParameter("unwanted", (("task_id", "text"), ("task_fence", "bigint")))
 _PUT_BACK: Final = {
     dialect: text(
         "UPDATE task SET state = 'ready', lease = NULL, worker_id = NULL, claim_id = NULL, claimed_at = NULL,"
-        " lease_until = NULL, deadline_at = NULL, check_at = NULL"
-        f" WHERE {is_in(dialect, 'id', 'task_ids')} AND state = 'leased'"
+        f" lease_until = NULL, deadline_at = NULL, check_at = NULL FROM {_UNWANTED.sql(dialect)}"
+        " WHERE task.id = unwanted.task_id AND task.fence = unwanted.task_fence AND task.state = 'leased'"
     )
     for dialect in DIALECTS
 }

@@ -35,6 +35,8 @@ class ClaimedTask(msgspec.Struct):
     organization_id: str
     queue_turn: int
     claimed_at: int
+    fence: int
+    """Number of claims and repetitions of claims of the task."""
 
     @property
     def attempt(self) -> int:

@@ -15,8 +15,9 @@ from gateway.tasks import task_protocol
 from gateway.tasks.parked_polls import SERVED_TOGETHER
 from gateway.tasks.poll_service import PollService
 from journal.tasks.task_claims import TaskClaims
-from journal.tasks.task_polls import Claim, ClaimedTask, TaskPoll
+from journal.tasks.task_polls import Claim, ClaimedTask, OrganizationNews, TaskPoll
 from journal.tasks.task_store import TaskStore
+from models.errors import DatabaseUnavailable
 from tests.command_runs import PATIENCE_SECONDS
 from tests.custom_types import custom_graph, custom_type
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
@@ -566,6 +567,73 @@ async def test_claims_of_two_gateways_at_once_share_the_tasks(
     claimed = await asyncio.gather(*claims)
     assert len({task.id for tasks in claimed for task in tasks}) == 12
     await asyncio.gather(*(hub.close() for hub in hubs))
+
+
+async def test_a_claim_repeated_at_another_gateway_keeps_its_tasks(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    await start(people)
+    await wait_for_tasks(people.owner, 1)
+    organization_id = people.owner.user.organization_id
+    poll = TaskPoll(organization_id, "w_1", "r_1", 1, {"acme/resize": "1.2.0"}, frozenset({"default"}))
+    first, second = (TaskStore(harness.gateway.database).claims for _ in range(2))
+
+    async def claim() -> Sequence[ClaimedTask]:
+        news = await first.look(organization_id, [poll], ["w_1"])
+        assert not news.repeated
+        (claimed,) = (await first.claim([poll], news.queues)).tasks
+        return claimed
+
+    # The client has left before the answer: its task is free again.
+    await first.put_back(await claim())
+    again = await claim()
+    # Now the client has repeated its claim at the other gateway before the first one puts the task back.
+    (repeated,) = (await second.look(organization_id, [poll], ["w_1"])).repeated.values()
+    assert [(one.id, one.lease) for one in repeated] == [(one.id, one.lease) for one in again]
+    await first.put_back(again)
+    assert (await show_task(people.owner, again[0].id))["state"] == "leased"
+
+
+async def test_a_repeated_poll_ends_the_open_one_of_a_lost_connection(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    gateway = harness.gateway
+    hub = PollService(gateway.broker, TaskStore(gateway.database))
+    organization_id = people.owner.user.organization_id
+    lost, repeated = (asyncio.create_task(_claim_apart(hub, organization_id, 1)) for _ in range(2))
+    assert await lost == ()
+    await start(people)
+    await wait_for_tasks(people.owner, 1)
+    await hub.announce([organization_id])
+    assert len(await repeated) == 1
+    await hub.close()
+
+
+async def test_a_worker_learns_of_its_stop_though_a_look_fails(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add_type(people)
+    looks, fails = asyncio.Event(), asyncio.Event()
+    look = TaskClaims.look
+
+    async def fail_once(self: TaskClaims, *arguments: Any) -> OrganizationNews:  # noqa: ANN401 - those of `look`
+        if fails.is_set():
+            fails.clear()
+            raise DatabaseUnavailable
+        looks.set()
+        return await look(self, *arguments)
+
+    monkeypatch.setattr(TaskClaims, "look", fail_once)
+    worker = TaskWorkerClient(people.owner.api)
+    poll = asyncio.create_task(worker.api.post(f"{TASKS}/claim", json=worker.poll(wait=30), timeout=60))
+    await looks.wait()
+    fails.set()
+    stopped = await people.owner.api.post(f"{TASKS}/stop", json={"worker": worker.id})
+    assert stopped.status_code == 200, stopped.text
+    assert_refused(await poll, 409, "worker-stopped")
+    assert not fails.is_set()
 
 
 async def test_one_task_for_many_polls_is_one_claim(
