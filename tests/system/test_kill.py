@@ -2,6 +2,9 @@ import asyncio
 import json
 import random
 from functools import partial
+from typing import cast
+
+import httpx2
 
 from engine.values import Json
 from models.loss_limits import MAX_ISOLATION_LOSSES, SUSPECT_LOSSES
@@ -94,6 +97,38 @@ async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
     for run, request in zip(runs, requests, strict=True):
         (line,) = await wait_until(partial(logged_ends, deployment, run), what="the end is logged")
         assert line["request_id"] == request.headers["X-Request-Id"], "it outlives claims too"
+
+
+async def test_a_callback_ends_a_wait_though_every_process_was_killed_before(
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
+) -> None:
+    secret = await client.answer("POST", "/auth/signing-secret")
+    assert secret.status_code in {httpx2.codes.CREATED, httpx2.codes.CONFLICT}, secret.text
+    workflows = []
+    for node_id in ("asked", "asking"):
+        node = ledger.writes(node_id)
+        node["config"] = {**cast("dict[str, Json]", node["config"]), "waitForCallback": True}
+        workflows.append(
+            await client.create(workflow_shapes.chain_workflow(node, ledger.writes(f"{node_id}_after")))
+        )
+    with ledger.holding("asking") as held:
+        waiting, requesting = [await client.execute(workflow) for workflow in workflows]
+        await wait_until(partial(client.has_status, waiting, "waiting"))
+        await held.notify_pods()
+        # One run waits; the other one's request is received, and its wait not recorded.
+        for process in deployment.processes:
+            process.kill()
+    await deployment.revive()
+    for run, node_id in ((waiting, "asked"), (requesting, "asking")):
+        url = json.loads(ledger.of(node_id)[0].body)["callbackUrl"]
+        path = url.partition("/api/v1")[2]
+        answers = [await client.answer("POST", path, {"run": run}) for _ in range(2)]
+        assert [one.status_code for one in answers] == [httpx2.codes.OK] * 2, answers[0].text
+        assert (await client.end(run, within=4 * RECOVERY_SECONDS)).status == "completed"
+        assert len({call.key for call in ledger.of(node_id)}) == 1, "a repeated request has the same key"
+        (after,) = ledger.of(f"{node_id}_after")
+        assert cast("dict[str, Json]", after.carried[node_id])["body"] == {"run": run}
+    assert len(ledger.of("asked")) == 1
 
 
 def logged_ends(deployment: SystemUnderTest, execution_id: str) -> list[dict[str, str]]:
