@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gateway.executions.acceptance import RunAcceptor
     from journal.store import ExecutionKey, IdempotencyKey
     from journal.waits.approvals import DecisionResult
-    from journal.waits.node_answers import WaitingNode
+    from journal.waits.node_answers import OrganizationWait, WaitingNode
     from models.access import ApiCaller
     from models.approval import ApprovalRequest
     from models.database import Database
@@ -144,7 +144,12 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         approver = await find_approver(connection, caller)
         found = await node_answers.list_organization_waits(
-            connection, visibility_condition(caller), shard=caller.shard, at_most=limits.PENDING_INPUTS
+            connection,
+            visibility_condition(caller),
+            lambda one: _is_assigned(one, approver),
+            shard=caller.shard,
+            at_most=limits.PENDING_INPUTS,
+            examined=limits.EXAMINED_QUESTIONS,
         )
         mails = await approvals.read_requests(connection, [one.execution_id for one in found])
     assigned = [
@@ -157,12 +162,16 @@ async def index_assigned(request: GatewayRequest) -> JsonResponse:
             ),
         )
         for one in found
-        if approvals.find_refusal(
-            one.node.request, approver, starter_id=one.user_id, trigger_type=one.trigger_type
-        )
-        is None
     ]
     return JsonResponse(AssignedInputs(count=len(assigned), inputs=assigned))
+
+
+def _is_assigned(wait: OrganizationWait, approver: Approver) -> bool:
+    """Return whether a person may answer a question."""
+    refusal = approvals.find_refusal(
+        wait.node.request, approver, starter_id=wait.user_id, trigger_type=wait.trigger_type
+    )
+    return refusal is None
 
 
 async def index(request: GatewayRequest) -> JsonResponse:

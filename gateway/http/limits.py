@@ -29,6 +29,8 @@ EXECUTION_TAG_LENGTH: Final = 64
 METADATA_KEYS: Final = 20
 """Keys of the metadata of an execution."""
 PENDING_INPUTS: Final = 1_000
+"""Questions in the list of those that a person may answer."""
+EXAMINED_QUESTIONS: Final = 50_000
 """Waiting nodes of an organization that a list of its questions examines."""
 EXAMINED_RUNS: Final = 5_000
 """Executions that a list with `after` examines to count those that match."""

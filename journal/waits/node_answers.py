@@ -6,14 +6,14 @@ wakes a waiting run, and a run that got its answer while running doesn't wait.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from sqlalchemy import BigInteger, and_, insert, select, text, type_coerce, update
+from sqlalchemy import BigInteger, and_, insert, or_, select, text, type_coerce, update
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
@@ -26,7 +26,7 @@ from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.run_errors import FailureCause
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from models.database import Database
 
 BATCH_RUNS: Final = 100
+QUESTIONS_PAGE: Final = 1_000
 MAX_CLOCK_SKEW_MICROSECONDS: Final = 500_000
 """Time before the end of a wait from which input is refused, since the worker that ends it may have a fast
 clock.
@@ -232,26 +233,52 @@ class OrganizationWait:
 
 
 async def list_organization_waits(
-    connection: AsyncConnection, visible: ColumnElement[bool], *, shard: int, at_most: int
+    connection: AsyncConnection,
+    visible: ColumnElement[bool],
+    matches: Callable[[OrganizationWait], bool],
+    *,
+    shard: int,
+    at_most: int,
+    examined: int,
 ) -> list[OrganizationWait]:
-    """Return up to `at_most` nodes that wait for input of a person, in runs of a shard that satisfy a condition,
-    newest runs first.
+    """Return up to `at_most` nodes that wait for input of a person and match, in runs of a shard that satisfy
+    a condition, newest runs first.
+
+    They are read in pages, so that questions which do not match hide no older ones. No page is read once
+    `examined` nodes are.
     """
     found: list[OrganizationWait] = []
-    for row in await connection.execute(organization_waits_statement(visible, shard).limit(at_most)):
-        awaits = decoding.decode(row.awaits)
-        if awaits["kind"] == AnswerSource.INPUT:
-            place = (row.node_id, row.iteration, row.label)
-            node = WaitingNode(*place, awaits["request"], row.started_at, row.wake_at)
-            run = (row.id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type)
-            found.append(OrganizationWait(*run, node))
-    return found
+    behind: tuple[str, int] | None = None
+    for _ in range(0, examined, QUESTIONS_PAGE):
+        statement = organization_waits_statement(visible, shard, behind).limit(QUESTIONS_PAGE)
+        rows = (await connection.execute(statement)).all()
+        for row in rows:
+            wait = _read_organization_wait(row)
+            if wait is not None and matches(wait):
+                found.append(wait)
+        if len(rows) < QUESTIONS_PAGE or len(found) >= at_most:
+            break
+        behind = (rows[-1].id, rows[-1].sequence)
+    return found[:at_most]
 
 
-def organization_waits_statement(visible: ColumnElement[bool], shard: int) -> Select[*tuple[Any, ...]]:
+def _read_organization_wait(row: Row[*tuple[Any, ...]]) -> OrganizationWait | None:
+    """Return the waiting node of a row with its run; None if it waits for something else than a person."""
+    awaits = decoding.decode(row.awaits)
+    if awaits["kind"] != AnswerSource.INPUT:
+        return None
+    place = (row.node_id, row.iteration, row.label)
+    node = WaitingNode(*place, awaits["request"], row.started_at, row.wake_at)
+    return OrganizationWait(row.id, row.workflow_id, row.workflow_name, row.user_id, row.trigger_type, node)
+
+
+def organization_waits_statement(
+    visible: ColumnElement[bool], shard: int, behind: tuple[str, int] | None = None
+) -> Select[*tuple[Any, ...]]:
     """Return the statement of the nodes of a shard that wait for input of a person, by their own index.
 
-    Ordered by the ids of their runs, which have the order of time, the newest first. Without the index, each
+    Ordered by the ids of their runs, which have the order of time, the newest first; `behind` is the run and the
+    sequence number of the last node of the page before. Without the index, each
     waiting run would be joined with its spans, whatever it waits for.
     """
     asked = (
@@ -264,6 +291,7 @@ def organization_waits_statement(visible: ColumnElement[bool], shard: int) -> Se
             # Both databases need the condition of the index in its words.
             text(f"span.{AWAITS_INPUT_CONDITION}"),
             col(SpanRow.status) == SpanStatus.WAITING.value,
+            *_follow(behind),
         )
         .cte("asked")
         # Without statistics, PostgreSQL would begin with the waiting runs.
@@ -278,7 +306,7 @@ def organization_waits_statement(visible: ColumnElement[bool], shard: int) -> Se
         select(
             *(col(Execution.id), col(Execution.workflow_id), col(Execution.user_id)),
             *(col(Execution.trigger_type), col(Workflow.name).label("workflow_name")),
-            *(asked.c.node_id, asked.c.iteration, asked.c.label),
+            *(asked.c.node_id, asked.c.iteration, asked.c.label, asked.c.sequence),
             *(asked.c.awaits, asked.c.started_at, asked.c.wake_at),
         )
         .select_from(asked)
@@ -291,6 +319,15 @@ def organization_waits_statement(visible: ColumnElement[bool], shard: int) -> Se
         )
         .order_by(asked.c.execution_id.desc(), asked.c.sequence)
     )
+
+
+def _follow(behind: tuple[str, int] | None) -> Iterable[ColumnElement[bool]]:
+    """Yield the conditions of nodes after a run and sequence number, in the order of pages; none without them."""
+    if behind is None:
+        return
+    execution_id, sequence = behind
+    yield col(SpanRow.execution_id) <= execution_id
+    yield or_(col(SpanRow.execution_id) < execution_id, col(SpanRow.sequence) > sequence)
 
 
 async def _receive_answer(

@@ -16,7 +16,7 @@ from sqlmodel import col
 
 from gateway.http import failed_attempts
 from journal.store import ExecutionKey
-from journal.waits import approvals
+from journal.waits import approvals, node_answers
 from models.approval import ApprovalLink, ApprovalRequest
 from models.execution import Execution
 from tests import smtp_server
@@ -99,6 +99,17 @@ async def test_only_assignees_answer_and_see_the_question_among_theirs(
         assert run not in await pending(people.colleague)
     trail = (await people.admin.api.get("/api/v1/audit?action=input.answered")).json()["entries"]
     assert [(one["userId"], one["keyId"][:4]) for one in trail] == [(people.colleague.user.id, "key_")]
+
+
+async def test_questions_of_others_hide_no_older_one(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_answers, "QUESTIONS_PAGE", 1)
+    async with serve_worker(harness):
+        oldest = await ask(people, assignees=[people.colleague.user.id])
+        newer = [await ask(people, assignees=["role:admin"]) for _ in range(2)]
+        assert [run for run in await pending(people.colleague) if run == oldest] == [oldest]
+        assert [run for run in await pending(people.admin) if run in newer] == newer[::-1]
 
 
 async def test_the_user_of_a_run_cannot_approve_it(
