@@ -193,6 +193,20 @@ async def find_user(connection: AsyncConnection, organization_id: str, user_id: 
     return User(**row) if row else None
 
 
+async def read_user_names(
+    connection: AsyncConnection, organization_id: str, user_ids: Collection[str]
+) -> dict[str, str]:
+    """Return the names of users of an organization by id, or the mail addresses of those without; missing
+    users are omitted.
+    """
+    if not user_ids:
+        return {}
+    statement = select(col(User.id), col(User.name), col(User.email)).where(
+        col(User.organization_id) == organization_id, col(User.id).in_(sorted(set(user_ids)))
+    )
+    return {row.id: row.name or row.email for row in await connection.execute(statement)}
+
+
 async def list_users(
     connection: AsyncConnection, organization_id: str, *, limit: int, offset: int
 ) -> tuple[int, list[User]]:

@@ -26,7 +26,7 @@ from gateway.ingest.dead_letter_rows import (
 )
 from gateway.ingest.organization_dead_letters import FIRST_PAGE, KIND, SINCE, UNTIL, WORKFLOW
 from gateway.workflows import editing, workflow_rows
-from models import dead_letter_mute
+from models import access_store, dead_letter_mute
 from models.audit import AuditAction
 from models.dead_letter_mute import DeadLetterMute
 
@@ -45,6 +45,8 @@ class MuteShape(WireStruct):
     reason: str
     muted_by: str
     """Id of the user."""
+    muted_by_name: str
+    """Name of the user, or the mail address without one."""
     muted_at: Instant
     ends_at: Instant
 
@@ -137,6 +139,9 @@ async def index(request: GatewayRequest) -> JsonResponse:
         found = await dead_letter_rows.find_dead_letters(
             connection, caller, wanted, bounds, examined=limits.EXAMINED_DEAD_LETTERS
         )
+        names = await access_store.read_user_names(
+            connection, caller.organization_id, {one.muted_by for one in mutes.values()}
+        )
         heads = await dead_letter_rows.read_workflow_heads(
             connection, [failed.workflow_id for failed in found.rows]
         )
@@ -153,7 +158,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
                     group,
                     heads[group.newest.workflow_id].name,
                     facts.get(group.cause.fingerprint, _GroupFacts()),
-                    mutes.get(group.cause.fingerprint),
+                    _show_mute(mutes.get(group.cause.fingerprint), names),
                 )
                 for group in collected
             ],
@@ -183,7 +188,7 @@ async def mute(request: GatewayRequest) -> JsonResponse:
         ends_at=now + timedelta(seconds=body.expires_in_seconds),
     )
 
-    async def store(connection: AsyncConnection) -> None:
+    async def store(connection: AsyncConnection) -> Mapping[str, str]:
         await dead_letter_mute.put_mute(connection, muted)
         await audit_log.record_change(
             connection,
@@ -193,9 +198,12 @@ async def mute(request: GatewayRequest) -> JsonResponse:
             before=None,
             after=muted.group_id,
         )
+        return await access_store.read_user_names(
+            connection, request.caller.organization_id, [muted.muted_by]
+        )
 
-    await request.gateway.database.transaction(store)
-    return JsonResponse(_show_mute(muted))
+    names = await request.gateway.database.transaction(store)
+    return JsonResponse(_show_mute(muted, names))
 
 
 async def unmute(request: GatewayRequest) -> NoContent:
@@ -302,7 +310,7 @@ def _collect(rows: Sequence[FailedRun]) -> Sequence[_GroupedRuns]:
 
 
 def _show_group(
-    group: _GroupedRuns, name: str, facts: _GroupFacts, muted: DeadLetterMute | None
+    group: _GroupedRuns, name: str, facts: _GroupFacts, muted: MuteShape | None
 ) -> DeadLetterGroup:
     """Return a group of dead letters as the API shows it; `name` is that of its workflow."""
     return DeadLetterGroup(
@@ -319,15 +327,18 @@ def _show_group(
         definitions=len(group.definitions),
         is_current=facts.is_current,
         completed_since=facts.completed_since,
-        mute=None if muted is None else _show_mute(muted),
+        mute=muted,
     )
 
 
-def _show_mute(muted: DeadLetterMute) -> MuteShape:
-    """Return a mute as the API shows it."""
+def _show_mute(muted: DeadLetterMute | None, names: Mapping[str, str]) -> MuteShape | None:
+    """Return a mute as the API shows it, with the name of its user among `names`; None without a mute."""
+    if muted is None:
+        return None
     return MuteShape(
         reason=muted.reason,
         muted_by=muted.muted_by,
+        muted_by_name=names.get(muted.muted_by, muted.muted_by),
         muted_at=instant(muted.muted_at),
         ends_at=instant(muted.ends_at),
     )

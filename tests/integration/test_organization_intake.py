@@ -339,6 +339,7 @@ async def test_a_muted_group_leaves_the_list_until_its_end_and_is_listed_apart(
     assert [(one["id"], one["count"]) for one in muted["groups"]] == [(known["id"], 2)]
     mute = muted["groups"][0]["mute"]
     assert (mute["reason"], mute["mutedBy"]) == ("The partner is closed", people.owner.user.id)
+    assert mute["mutedByName"] == (people.owner.user.name or people.owner.user.email)
     assert (await get_json(people.colleague, f"{DEAD_LETTERS}/groups"))["mutedGroups"] == 0
     # The dead letters stay: their list and a redrive are not about groups.
     assert len((await get_json(people.owner, DEAD_LETTERS))["deadLetters"]) == 3

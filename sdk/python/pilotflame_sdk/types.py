@@ -1613,6 +1613,7 @@ class Mute(TypedDict):
 
     reason: str
     mutedBy: str
+    mutedByName: str
     mutedAt: str
     endsAt: str
 
