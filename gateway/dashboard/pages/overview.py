@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DAY: Final = timedelta(days=1)
 NAMED_WORKFLOWS: Final = 100
+NAMED_ALONE: Final = 10
 GROUPED_FAILURES: Final = 100
 """Number of the newest failed runs that are grouped."""
 RECENT_SECONDS: Final = 10.0
@@ -60,8 +61,7 @@ async def load(page: PageRequest) -> PageData:
         page.get("/api/v1/executions", status="failed", since=since, after="start", limit=GROUPED_FAILURES),
         page.get("/api/v1/schedules", limit=SHOWN_SCHEDULES),
     )
-    # Names are needed for failures alone.
-    names = failed["executions"] and await page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS)
+    names = await _load_names(page, failed["executions"])
     # The time of these answers would change the tag of an unchanged page.
     for answer in (statistics, deployments):
         answer.pop("asOf")
@@ -71,17 +71,32 @@ async def load(page: PageRequest) -> PageData:
         "dead": dead,
         "statistics": statistics,
         "deployments": deployments,
-        "workflows": names or {"workflows": ()},
+        "names": names,
         "failed": failed,
         "schedules": schedules,
     }
+
+
+async def _load_names(page: PageRequest, failed: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
+    """Return the names of the workflows of failed runs by id; they are the only ones that the page shows.
+
+    Most are among the first hundred of the list. Of the others, the ten that failed last are asked one by one.
+    """
+    if not failed:
+        return {}
+    listed = await page.get("/api/v1/workflows", limit=NAMED_WORKFLOWS)
+    names = {one["id"]: one["name"] for one in listed["workflows"]}
+    others = dict.fromkeys(run["workflowId"] for run in failed if run["workflowId"] not in names)
+    found = await asyncio.gather(
+        *(page.get_if_present(f"/api/v1/workflows/{one}") for one in [*others][:NAMED_ALONE])
+    )
+    return names | {one["id"]: one["name"] for one in found if one is not None}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: problems, charts, reasons of waits, failures by cause, and pods."""
     reasons = data["why"]["reasons"]
     findings = [] if data["drift"] is None else data["drift"]["findings"]
-    names = {one["id"]: one["name"] for one in data["workflows"]["workflows"]}
     hours = data["statistics"]["hours"]
     failures = group_failures(data["failed"]["executions"])
     deployments = data["deployments"]["deployments"]
@@ -114,7 +129,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "run_lines": draw_lines(hours, "runP50Ms", "runP95Ms"),
         "hour_labels": label_hours(hours),
         "failures": failures,
-        "names": names,
+        "names": data["names"],
         "pods": count_pods(deployments),
         "upcoming": list_upcoming(deployments, data["schedules"]["schedules"], frame.now),
     }
