@@ -139,7 +139,7 @@ def graph_of(trigger: str, **config: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("trigger", "config", "sender", "texts"),
     [
-        ("email-trigger", {}, "", ["mx.sendgrid.net", "/email-trigger</code>", "Public key"]),
+        ("email-trigger", {}, "", ["mx.sendgrid.net", "/email-trigger</code>", "0 of 4 done"]),
         ("email-trigger", {}, "mailgun", ["mxa.mailgun.org", "?format=mime", "HTTP webhook signing key"]),
         ("email-trigger", {}, "ses", ["inbound-smtp.eu-west-1.amazonaws.com", "ARN of the topic"]),
         ("email-trigger", {}, "other", ["message/rfc822", "/mail/"]),
@@ -149,7 +149,7 @@ def graph_of(trigger: str, **config: object) -> dict[str, Any]:
         ("webhook", {"verification": {"provider": "none"}}, "", ["webhook-signature", "Verified as"]),
         ("queue-trigger", {}, "", ["/enqueue-batch", "Send a test message"]),
         ("event-trigger", {"event_type": ["order.*"]}, "", ["order.test", "/api/v1/workflows/events"]),
-        ("schedule-trigger", {"cron": "30 2 * * *"}, "", ["30 2 * * *", "Next runs", "Run it now"]),
+        ("schedule-trigger", {"cron": "30 2 * * *"}, "", ["30 2 * * *", "Next runs", "2 of 3 done"]),
     ],
 )
 async def test_the_page_of_a_trigger_shows_the_texts_to_paste_and_their_places(

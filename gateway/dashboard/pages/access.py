@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.formats import parse_instant
@@ -33,11 +33,16 @@ async def load(page: PageRequest) -> PageData:
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     """Return the template values: keys with their state, sessions, users, and open or expired invitations."""
     users = data["users"]
+    resources = list_resources(data["keys"])
     keys = [] if data["keys"] is None else data["keys"]["keys"]
     return {
         "title": "Keys and users",
         "crumbs": (("Keys and users", ""),),
-        "keys": [{**key, "state": _state_of(key, frame)} for key in keys],
+        "resources": resources,
+        "keys": [
+            {**key, "state": _state_of(key, frame), "rights": list_rights(key["scopes"], resources)}
+            for key in keys
+        ],
         "key_names": {key["id"]: key["name"] or f"{key['prefix']}…" for key in keys},
         "may_change_keys": frame.may("keys:write"),
         "sessions": data["sessions"]["sessions"],
@@ -52,6 +57,18 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         ],
         "scopes": sorted(frame.visitor["scopes"]) if frame.visitor else [],
     }
+
+
+def list_resources(listed: Mapping[str, Any] | None) -> Sequence[str]:
+    """Return the kinds of objects that any listed key has a scope for, in alphabetical order."""
+    keys = () if listed is None else listed["keys"]
+    return sorted({scope.partition(":")[0] for key in keys for scope in key["scopes"]})
+
+
+def list_rights(scopes: Sequence[str], resources: Sequence[str]) -> Sequence[str]:
+    """Return a key's actions on each kind of objects, such as `read, write`; empty without any."""
+    rights = [scope.partition(":") for scope in scopes]
+    return [", ".join(action for kind, _, action in rights if kind == resource) for resource in resources]
 
 
 def _state_of(key: Mapping[str, Any], frame: PageFrame) -> str:
