@@ -54,6 +54,7 @@ TABLE: Sequence[Route] = (
     *deployments_routes.ROUTES,
     *data_sources_routes.ROUTES,
     *ai_models_routes.ROUTES,
+    *ai_models_routes.PROVIDER_KEYS,
     *ai_models_routes.COSTS,
     *ingest_routes.ROUTES,
     *executions_routes.ROUTES,

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.ai_models import ai_models, model_costs
+from gateway.ai_models import ai_models, model_costs, provider_keys
 from gateway.ai_models.model_shapes import CreateModel, ModelShape, UpdateModel
+from gateway.ai_models.provider_keys import CreateProviderKey, ProviderKeyShape, UpdateProviderKey
+from gateway.data_sources.data_sources import NewDataSource
 from gateway.http.operation_docs import CREATES, EDITS, IF_MATCH, TAGGED, OperationDoc
-from gateway.http.route import Route
+from gateway.http.route import READ_SOURCES, WRITE_SOURCES, Route
 from models.access import KeyScope
 
 ROUTES: Final[Sequence[Route]] = (
@@ -65,6 +67,62 @@ ROUTES: Final[Sequence[Route]] = (
         ai_models.test,
         answer=ai_models.ModelTest,
         docs=OperationDoc(refusals=("rate-limited",)),
+    ),
+)
+
+PROVIDER_KEYS: Final[Sequence[Route]] = (
+    Route(
+        "GET",
+        "/api/v1/ai/provider-keys",
+        READ_SOURCES,
+        provider_keys.index,
+        query=provider_keys.LISTED,
+        answer=provider_keys.ProviderKeyList,
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/provider-keys",
+        WRITE_SOURCES,
+        provider_keys.create,
+        body=CreateProviderKey,
+        answer=NewDataSource,
+        status=201,
+        docs=CREATES.refusing("data-source-name-taken", "too-many-data-sources"),
+    ),
+    Route(
+        "GET",
+        "/api/v1/ai/provider-keys/{id}",
+        READ_SOURCES,
+        provider_keys.show,
+        answer=ProviderKeyShape,
+        docs=TAGGED,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/ai/provider-keys/{id}",
+        WRITE_SOURCES,
+        provider_keys.update,
+        body=UpdateProviderKey,
+        answer=ProviderKeyShape,
+        docs=EDITS.refusing("data-source-name-taken"),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/ai/provider-keys/{id}",
+        WRITE_SOURCES,
+        provider_keys.delete,
+        query=(provider_keys.FORCE,),
+        status=204,
+        docs=OperationDoc(
+            takes=(IF_MATCH,), refusals=("not-owner", "precondition-failed", "data-source-in-use")
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/provider-keys/{id}/test",
+        READ_SOURCES,
+        provider_keys.test,
+        answer=provider_keys.ProviderKeyTest,
     ),
 )
 

@@ -239,12 +239,12 @@ async def _require_unused(connection: AsyncConnection, source: DataSource, calle
     )
 
 
-def without_secrets(body: Json, secret: bytes) -> Json:
-    """Return a request body with a keyed hash in place of its `secrets`, for the comparison of repeated requests.
+def without_secrets(body: Json, secret: bytes, field: str = "secrets") -> Json:
+    """Return a request body with a keyed hash in place of its secret `field`, for the comparison of repeated requests.
 
-    So the stored body tells nothing of them. A body without secrets is unchanged.
+    So the stored body tells nothing of it. A body without the field is unchanged.
     """
-    if not isinstance(body, dict) or "secrets" not in body:
+    if not isinstance(body, dict) or field not in body:
         return body
-    hashed = hmac.digest(secret, encode_canonical(body["secrets"]), "sha256")
-    return {**body, "secrets": hashed.hex()}
+    hashed = hmac.digest(secret, encode_canonical(body[field]), "sha256")
+    return {**body, field: hashed.hex()}

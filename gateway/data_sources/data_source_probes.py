@@ -24,7 +24,7 @@ from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from engine.services import ObjectBucket
     from models.data_source import DataSource
@@ -48,6 +48,8 @@ class ProbeResult:
     is_ok: bool
     message: str
     duration_milliseconds: int
+    models: Sequence[str] = ()
+    """Names that a provider of language models lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +81,34 @@ class DataSourceProber:
         """
         self.count_test(source.organization_id)
         began = monotonic()
-        is_ok, message = await self._attempt(source)
+        is_ok, message, models = await self._attempt(source)
         milliseconds = round((monotonic() - began) * 1000)
         log.info(
             "data source tested", data_source_id=source.id, is_ok=is_ok, duration_milliseconds=milliseconds
         )
-        return ProbeResult(is_ok, message, milliseconds)
+        return ProbeResult(is_ok, message, milliseconds, models)
 
-    async def _attempt(self, source: DataSource) -> tuple[bool, str]:
-        """Connect within ten seconds, and return success and a message without secrets and foreign addresses.
+    async def _attempt(self, source: DataSource) -> tuple[bool, str, Sequence[str]]:
+        """Connect within ten seconds, and return success, a message without secrets and foreign addresses, and the
+        models of a provider of language models.
 
         Undecryptable secrets, `NodeError` and the time limit are failures.
         """
         try:
             secrets = decrypt_secrets(self._vault, source)
         except VaultError as error:
-            return False, f"{error}: set its secrets again"
+            return False, f"{error}: set its secrets again", ()
         try:
             async with asyncio.timeout(limits.DATA_SOURCE_TEST_SECONDS):
-                return True, await self._connect(source, secrets)
+                if source.type == DataSourceType.AI_PROVIDER:
+                    names = await self._list_models(source, secrets)
+                    listed = f"The provider lists {len(names):,} models" if names else "The provider answers"
+                    return True, listed, names
+                return True, await self._connect(source, secrets), ()
         except TimeoutError:
-            return False, f"No answer within {limits.DATA_SOURCE_TEST_SECONDS} seconds"
+            return False, f"No answer within {limits.DATA_SOURCE_TEST_SECONDS} seconds", ()
         except NodeError as error:
-            return False, _redact(error.message, source.settings, secrets)
+            return False, _redact(error.message, source.settings, secrets), ()
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
         """Connect to a data source as a node would, and return a message about it; raises `NodeError` if that
@@ -112,8 +119,6 @@ class DataSourceProber:
         """
         from nodes.connections.data_source_connections import DataSourceConnections  # noqa: PLC0415 - most gateways never need the drivers
 
-        if source.type == DataSourceType.AI_PROVIDER:
-            return await self._list_models(source, secrets)
         caller = RunCaller(source.organization_id, source.owner_id, "", "", "")
         policy = ConnectionPolicy(
             allowed_networks=self._settings.outbound_allowed_networks,
@@ -142,8 +147,8 @@ class DataSourceProber:
             await connections.close()
         return "Its secrets can be decrypted; only a workflow tests them"
 
-    async def _list_models(self, source: DataSource, secrets: Mapping[str, str]) -> str:
-        """Return a message with the number of models that a provider lists; raises `NodeError`."""
+    async def _list_models(self, source: DataSource, secrets: Mapping[str, str]) -> Sequence[str]:
+        """Return the names of the models that a provider lists; raises `NodeError`."""
         from nodes.ai import model_client  # noqa: PLC0415 - most gateways never need it
         from nodes.ai.model_connection import build_listing_connection  # noqa: PLC0415 - the same
 
@@ -152,10 +157,9 @@ class DataSourceProber:
         )
         try:
             listing = build_listing_connection(source.settings, secrets)
-            names = await model_client.ModelClient(outbound).list_models(listing)
+            return await model_client.ModelClient(outbound).list_models(listing)
         finally:
             await outbound.close()
-        return f"The provider lists {len(names):,} models" if names else "The provider answers"
 
     def count_test(self, organization_id: str) -> None:
         """Count a test of an organization; raises a 429 error if there were 30 within the last minute.

@@ -139,6 +139,7 @@ MODEL_NAME_LENGTH: Final = 200
 MODEL_TOKENS: Final = 100_000_000
 """Tokens of the context or of an answer of a language model."""
 MODEL_COSTS: Final = 1_000
+LISTED_PROVIDER_MODELS: Final = 1_000
 """Rows of the costs of a month."""
 MODEL_TEST_SECONDS: Final = 60
 """Seconds of the test of a language model."""

@@ -484,7 +484,17 @@ async def create_event(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG00
 
 
 async def create_data_source(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    body = {**TOKEN, "name": uuid4().hex}
+    return await share_new_source(cast, {**TOKEN, "name": uuid4().hex}, is_public=is_public)
+
+
+async def create_provider_key(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    settings = {"baseUrl": "http://127.0.0.1:9/v1"}
+    body = {"name": uuid4().hex, "type": "ai-provider", "settings": settings}
+    return await share_new_source(cast, body, is_public=is_public)
+
+
+async def share_new_source(cast: AccessCast, body: Mapping[str, Any], *, is_public: bool) -> str:
+    """Create a data source of the owner that is shared with the guest, and return its id."""
     response = await cast.owner.api.post("/api/v1/datasources", json=body)
     source_id: str = response.json()["dataSourceId"]
     share = {
@@ -542,7 +552,7 @@ MADE: Sequence[Make] = (
         create_session,
         create_data_source,
     ),
-    create_ai_model,
+    *(create_ai_model, create_provider_key),
     *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
 )
 WORKFLOW = "/api/v1/workflows/{id}"
@@ -551,6 +561,8 @@ GROUP = "/api/v1/dead-letters/groups/{id}"
 MUTE = {"reason": "Known", "expiresInSeconds": 86_400}
 NOTHING = sha256(b"").hexdigest()
 MODELS = "/api/v1/ai/models"
+PROVIDER_KEYS = "/api/v1/ai/provider-keys"
+PROVIDER_KEY = {"name": "A key", "provider": "openai", "apiKey": "a-key"}
 MODEL = {"name": "Small", "vendorModelId": "m", "dataSourceId": "ds_absent"}
 SOURCE = "/api/v1/datasources/{id}"
 TOKEN = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token"}}
@@ -648,6 +660,14 @@ ROWS = [
     ),
     AccessRow("DELETE", f"{MODELS}/{{id}}", KeyScope.MODELS_WRITE, MODEL_OWNERS, create_ai_model, status=204),
     AccessRow("POST", f"{MODELS}/{{id}}/test", KeyScope.MODELS_WRITE, MODEL_USERS, create_ai_model),
+    AccessRow("GET", PROVIDER_KEYS, READ_SOURCES, OWN),
+    AccessRow("POST", PROVIDER_KEYS, WRITE_SOURCES, OWN, body=PROVIDER_KEY, status=201),
+    AccessRow("GET", f"{PROVIDER_KEYS}/{{id}}", READ_SOURCES, READERS, create_provider_key),
+    AccessRow(
+        "PUT", f"{PROVIDER_KEYS}/{{id}}", WRITE_SOURCES, WRITERS, create_provider_key, {"keyHeader": None}
+    ),
+    AccessRow("DELETE", f"{PROVIDER_KEYS}/{{id}}", WRITE_SOURCES, WRITERS, create_provider_key, status=204),
+    AccessRow("POST", f"{PROVIDER_KEYS}/{{id}}/test", READ_SOURCES, READERS, create_provider_key),
     AccessRow("GET", "/api/v1/openapi.json", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
@@ -1024,6 +1044,7 @@ async def test_objects_of_other_organizations_are_not_counted(on_sqlite: AccessC
         "/api/v1/dead-letters/groups": 0,
         "/api/v1/datasources": 0,
         MODELS: 0,
+        PROVIDER_KEYS: 0,
         "/api/v1/workflows": 0,
         "/api/v1/workflows/stats": 0,
         "/api/v1/workflows/activity": 0,

@@ -119,6 +119,8 @@ WITHOUT_OBJECTS = {
     "PUT /api/v1/datasources/{id}": "the texts of a data source",
     "POST /api/v1/ai/models": "a language model, on no page",
     "PUT /api/v1/ai/models/{id}": "a language model, on no page",
+    "POST /api/v1/ai/provider-keys": "the texts of a data source",
+    "PUT /api/v1/ai/provider-keys/{id}": "the texts of a data source",
     "POST /api/v1/workflows/{id}/connections": "the texts of a connection of a workflow",
     "POST /api/v1/dead-letters/groups/{id}/mute": "the reason of a mute, with the runs",
     "POST /api/v1/executions/{id}/replay": "ids and the hash of a plan",

@@ -23,6 +23,7 @@ from tests.integration.gateway_harness import (
 from tests.integration.test_gateway_data_sources import SOURCES
 
 MODELS = "/api/v1/ai/models"
+PROVIDER_KEYS = "/api/v1/ai/provider-keys"
 PRICE = {"input": "0.25", "output": "2"}
 
 
@@ -296,7 +297,72 @@ async def test_a_provider_is_tested_by_its_list_of_models(
         assert "PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS" in refused["message"]
         allow_loopback(harness, monkeypatch)
         tested = (await people.owner.api.post(f"{SOURCES}/{source_id}/test")).json()
-    assert (tested["ok"], tested["message"]) == (True, "The provider lists 2 models")
+        assert (tested["ok"], tested["message"]) == (True, "The provider lists 2 models")
+        listed = (await people.owner.api.post(f"{PROVIDER_KEYS}/{source_id}/test")).json()
+    assert (listed["ok"], len(listed["models"])) == (True, 2)
+
+
+async def test_a_provider_key_is_stored_listed_changed_and_deleted(people: OrganizationUsers) -> None:
+    body = {"name": "Mine", "provider": "openai", "apiKey": KEY}
+    created = await people.owner.api.post(PROVIDER_KEYS, json=body)
+    assert created.status_code == 201, created.text
+    key_id = created.json()["dataSourceId"]
+    path = f"{PROVIDER_KEYS}/{key_id}"
+    shown = await people.owner.api.get(path)
+    found = shown.json()
+    assert KEY not in shown.text
+    expected = {"id": key_id, "provider": "openai", "baseUrl": "https://api.openai.com/v1", "hasKey": True}
+    assert found.items() >= expected.items()
+    source = (await people.owner.api.get(f"{SOURCES}/{key_id}")).json()
+    assert (source["type"], source["settings"]["provider"]) == ("ai-provider", "openai-compatible")
+    listed = (await people.owner.api.get(PROVIDER_KEYS)).json()
+    assert listed == {"count": 1, "limit": 20, "offset": 0, "providerKeys": [found]}
+    assert (await people.owner.api.put(path, json=found)).json() == found
+    moved = {"baseUrl": "https://elsewhere.example.com/v1"}
+    refused = await people.owner.api.put(path, json=moved)
+    assert [problem["path"] for problem in refused.json()["error"]["details"]] == ["apiKey"]
+    changed = (await people.owner.api.put(path, json={**moved, "apiKey": "another-key"})).json()
+    assert (changed["provider"], changed["baseUrl"]) == ("openai-compatible", moved["baseUrl"])
+    model_id = await create_model(people.owner, key_id)
+    assert_refused(await people.owner.api.delete(path), 409, "data-source-in-use")
+    assert (await people.owner.api.delete(f"{MODELS}/{model_id}")).status_code == 204
+    assert (await people.owner.api.delete(path)).status_code == 204
+
+
+async def test_a_data_source_of_another_type_is_no_provider_key(people: OrganizationUsers) -> None:
+    other = {"name": "Key", "type": "http-bearer", "settings": {}, "secrets": {"token": "some-token"}}
+    path = f"{PROVIDER_KEYS}/{(await people.owner.api.post(SOURCES, json=other)).json()['dataSourceId']}"
+    for response in (
+        await people.owner.api.get(path),
+        await people.owner.api.put(path, json={"name": "Mine"}),
+        await people.owner.api.delete(path),
+        await people.owner.api.post(f"{path}/test"),
+    ):
+        assert_refused(response, 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"provider": "openai-compatible"},
+        {"provider": "openai", "baseUrl": "https://elsewhere.example.com/v1"},
+    ],
+)
+async def test_a_provider_key_has_the_address_of_its_provider(
+    people: OrganizationUsers, fields: dict[str, Any]
+) -> None:
+    refused = await people.owner.api.post(PROVIDER_KEYS, json={"name": "Mine", "apiKey": KEY, **fields})
+    assert_refused(refused, 422, "validation-failed")
+    assert [problem["path"] for problem in refused.json()["error"]["details"]] == ["baseUrl"]
+
+
+async def test_a_repeated_creation_with_another_key_is_refused(people: OrganizationUsers) -> None:
+    headers, body = {"Idempotency-Key": "once"}, {"name": "Mine", "provider": "anthropic", "apiKey": KEY}
+    first, again = [await people.owner.api.post(PROVIDER_KEYS, json=body, headers=headers) for _ in range(2)]
+    assert first.json() == again.json()
+    other = {**body, "apiKey": "another-key"}
+    refused = await people.owner.api.post(PROVIDER_KEYS, json=other, headers=headers)
+    assert_refused(refused, 422, "idempotency-mismatch")
 
 
 async def test_another_address_of_a_provider_needs_its_key_again(people: OrganizationUsers) -> None:

@@ -290,6 +290,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
     made = await api.post("/api/v1/datasources", json={**SOURCE, "name": "Of the walk"})
     source = f"/api/v1/datasources/{made.json()['dataSourceId']}"
     model = f"{MODELS}/{await create_model(people.admin)}"
+    provider_key = f"/api/v1/ai/provider-keys/{(await api.get(model)).json()['dataSourceId']}"
     for path in (workflow, source):
         share = {"userId": people.colleague.user.id}
         assert (await api.post(f"{path}/share", json=share)).is_success
@@ -314,6 +315,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
             source: [data_source],
             f"{source}/visibility": [data_source],
             model: [(await api.get(model)).json()],
+            provider_key: [(await api.get(provider_key)).json()],
         }
 
     before = await shown()
@@ -321,6 +323,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
         workflow: f"{WORKFLOWS}/{{id}}",
         source: "/api/v1/datasources/{id}",
         model: f"{MODELS}/{{id}}",
+        provider_key: "/api/v1/ai/provider-keys/{id}",
         "/nodes/step": "/nodes/{sub}",
     }
     named = set(before)

@@ -475,6 +475,38 @@ class AsyncNodeTypes(AsyncResource):
         return cast("t.NodeTypeVersions", await self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}/versions"))
 
 
+class AsyncProviderKeys(AsyncResource):
+    """Methods of `client.provider_keys`."""
+
+    async def create(self, *, name: str, provider: Literal['anthropic', 'gemini', 'groq', 'mistral', 'openai', 'openai-compatible'], api_key: str | None = None, base_url: str | None = None, key_header: str | None = None, idempotency_key: str | None = None) -> t.NewDataSource:
+        """Store a key of a provider of language models, encrypted."""
+        return cast("t.NewDataSource", await self._client.request("POST", "/api/v1/ai/provider-keys", fields={"name": name, "provider": provider, "apiKey": api_key, "baseUrl": base_url, "keyHeader": key_header}, idempotency_key=idempotency_key, is_keyed=True))
+
+    async def delete(self, provider_key_id: str, *, force: bool | None = None) -> None:
+        """Delete a provider key; with `force`, even if models use it, whose calls then fail."""
+        await self._client.request("DELETE", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}", query={"force": force})
+
+    async def get(self, provider_key_id: str) -> t.ProviderKey:
+        """Show a provider key without the key itself."""
+        return cast("t.ProviderKey", await self._client.request("GET", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}"))
+
+    async def list(self, *, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> t.ProviderKeyList:
+        """List the provider keys that the caller may use."""
+        return cast("t.ProviderKeyList", await self._client.request("GET", "/api/v1/ai/provider-keys", query={"limit": limit, "offset": offset, "sort": sort}))
+
+    def iterate(self, *, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> AsyncIterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/ai/provider-keys", "providerKeys", {"sort": sort})
+
+    async def test(self, provider_key_id: str) -> t.ProviderKeyTest:
+        """Test a provider key: list the models of the provider with it, which costs nothing."""
+        return cast("t.ProviderKeyTest", await self._client.request("POST", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}/test"))
+
+    async def update(self, provider_key_id: str, *, name: str | None = None, api_key: str | None = None, base_url: str | None = None, key_header: str | None = None) -> t.ProviderKey:
+        """Change a provider key; absent fields do not change."""
+        return cast("t.ProviderKey", await self._client.request("PUT", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}", fields={"name": name, "apiKey": api_key, "baseUrl": base_url, "keyHeader": key_header}))
+
+
 class AsyncQueue(AsyncResource):
     """Methods of `client.queue`."""
 
@@ -882,6 +914,7 @@ class AsyncResourceClient(AsyncTransport):
         self.keys = AsyncKeys(self)
         self.model_costs = AsyncModelCosts(self)
         self.node_types = AsyncNodeTypes(self)
+        self.provider_keys = AsyncProviderKeys(self)
         self.queue = AsyncQueue(self)
         self.schedules = AsyncSchedules(self)
         self.server = AsyncServer(self)

@@ -475,6 +475,38 @@ class NodeTypes(Resource):
         return cast("t.NodeTypeVersions", self._client.request("GET", f"/api/v1/workflow-nodes/{self._quote(node_type)}/{self._quote(name)}/versions"))
 
 
+class ProviderKeys(Resource):
+    """Methods of `client.provider_keys`."""
+
+    def create(self, *, name: str, provider: Literal['anthropic', 'gemini', 'groq', 'mistral', 'openai', 'openai-compatible'], api_key: str | None = None, base_url: str | None = None, key_header: str | None = None, idempotency_key: str | None = None) -> t.NewDataSource:
+        """Store a key of a provider of language models, encrypted."""
+        return cast("t.NewDataSource", self._client.request("POST", "/api/v1/ai/provider-keys", fields={"name": name, "provider": provider, "apiKey": api_key, "baseUrl": base_url, "keyHeader": key_header}, idempotency_key=idempotency_key, is_keyed=True))
+
+    def delete(self, provider_key_id: str, *, force: bool | None = None) -> None:
+        """Delete a provider key; with `force`, even if models use it, whose calls then fail."""
+        self._client.request("DELETE", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}", query={"force": force})
+
+    def get(self, provider_key_id: str) -> t.ProviderKey:
+        """Show a provider key without the key itself."""
+        return cast("t.ProviderKey", self._client.request("GET", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}"))
+
+    def list(self, *, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> t.ProviderKeyList:
+        """List the provider keys that the caller may use."""
+        return cast("t.ProviderKeyList", self._client.request("GET", "/api/v1/ai/provider-keys", query={"limit": limit, "offset": offset, "sort": sort}))
+
+    def iterate(self, *, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> Iterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/ai/provider-keys", "providerKeys", {"sort": sort})
+
+    def test(self, provider_key_id: str) -> t.ProviderKeyTest:
+        """Test a provider key: list the models of the provider with it, which costs nothing."""
+        return cast("t.ProviderKeyTest", self._client.request("POST", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}/test"))
+
+    def update(self, provider_key_id: str, *, name: str | None = None, api_key: str | None = None, base_url: str | None = None, key_header: str | None = None) -> t.ProviderKey:
+        """Change a provider key; absent fields do not change."""
+        return cast("t.ProviderKey", self._client.request("PUT", f"/api/v1/ai/provider-keys/{self._quote(provider_key_id)}", fields={"name": name, "apiKey": api_key, "baseUrl": base_url, "keyHeader": key_header}))
+
+
 class Queue(Resource):
     """Methods of `client.queue`."""
 
@@ -882,6 +914,7 @@ class ResourceClient(Transport):
         self.keys = Keys(self)
         self.model_costs = ModelCosts(self)
         self.node_types = NodeTypes(self)
+        self.provider_keys = ProviderKeys(self)
         self.queue = Queue(self)
         self.schedules = Schedules(self)
         self.server = Server(self)

@@ -116,6 +116,7 @@ __all__ = [
     "IterationState",
     "Key",
     "KeyList",
+    "KeyProvider",
     "KeyScope",
     "LastDecision",
     "LastRun",
@@ -186,6 +187,9 @@ __all__ = [
     "Ports",
     "Price",
     "Progress",
+    "ProviderKey",
+    "ProviderKeyList",
+    "ProviderKeyTest",
     "PurgeResult",
     "QuestionMails",
     "ReasonCount",
@@ -353,6 +357,9 @@ IngestRoute = Literal['email-trigger', 'enqueue', 'enqueue-batch', 'events', 'ho
 
 
 InvitationState = Literal['accepted', 'expired', 'open', 'revoked']
+
+
+KeyProvider = Literal['anthropic', 'gemini', 'groq', 'mistral', 'openai', 'openai-compatible']
 
 
 KeyScope = Literal['datasources:read', 'datasources:write', 'keys:write', 'models:read', 'models:write', 'nodes:write', 'tasks:work', 'users:write', 'workflows:execute', 'workflows:read', 'workflows:write']
@@ -2115,6 +2122,41 @@ class Progress(TypedDict):
     totalNodes: int
     outputs: Dict[str, Any]
     error: ExecutionError | None
+
+
+class ProviderKey(TypedDict):
+    """Provider key without the key itself."""
+
+    id: str
+    name: str
+    provider: KeyProvider
+    baseUrl: str
+    keyHeader: str | None
+    hasKey: bool
+    keySetAt: str
+    isPublic: bool
+    organizationId: str
+    ownerId: str
+    createdAt: str
+    updatedAt: str
+
+
+class ProviderKeyList(TypedDict):
+    """Page of a list of provider keys; `count` is the total."""
+
+    count: int
+    limit: int
+    offset: int
+    providerKeys: List[ProviderKey]
+
+
+class ProviderKeyTest(TypedDict):
+    """Result of a test with the stored key."""
+
+    ok: bool
+    message: str
+    durationMs: int
+    models: List[str]
 
 
 class PurgeResult(TypedDict):
