@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -11,10 +12,13 @@ from sqlalchemy import or_, select, update
 from sqlmodel import col
 
 from engine.model_calls import ModelProvider
+from engine.model_limits import ModelLimits, share_limits
 from engine.model_prices import ModelPrice
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from execution.stored_model_ledger import StoredModelLedger
+from journal import worker_presence
+from journal.presence_reports import REPORT_SECONDS
 from models.ai_model import AiModel, is_usable_by
 from models.errors import DatabaseUnavailable
 from nodes.ai.model_connection import ModelConnection
@@ -36,6 +40,8 @@ class StoredModels:
         self._database = database
         self._sources = sources
         self.ledger = StoredModelLedger(database)
+        self._workers = 1
+        self._workers_known_until = 0.0
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model that a run may use, with the key of its provider.
@@ -49,8 +55,7 @@ class StoredModels:
             async with self._database.read() as connection:
                 row = (await connection.execute(statement)).mappings().first()
         except DatabaseUnavailable as error:
-            message = "The model could not be looked up just now"
-            raise NodeError(message, code="model-unavailable", retryable=True) from error
+            raise _build_lookup_failure() from error
         if row is None:
             # The same text for absent and for forbidden models: guessing an id reveals nothing.
             message = f"There is no model {model_id!r} that this run may use"
@@ -86,10 +91,31 @@ class StoredModels:
         """
         owner = RunCaller(model.organization_id, model.owner_id, "", "", "")
         found = build_connection(model, await self._sources.find(owner, model.data_source_id))
+        if model.limits is not None:
+            share = share_limits(msgspec.convert(model.limits, ModelLimits), await self._count_workers())
+            found = msgspec.structs.replace(found, limits=share)
         if model.blocked_until is None:
             return found
         seconds = (model.blocked_until - self._database.clock.now()).total_seconds()
         return msgspec.structs.replace(found, blocked_seconds=max(seconds, 0.0))
+
+    async def _count_workers(self) -> int:
+        """Return the number of workers that share the limits of models, at least one, known for five seconds.
+
+        Raises `NodeError` while the database is unavailable.
+        """
+        if monotonic() >= self._workers_known_until:
+            try:
+                async with self._database.read() as connection:
+                    self._workers = await worker_presence.count_present(connection)
+            except DatabaseUnavailable as error:
+                raise _build_lookup_failure() from error
+            self._workers_known_until = monotonic() + REPORT_SECONDS
+        return max(self._workers, 1)
+
+
+def _build_lookup_failure() -> NodeError:
+    return NodeError("The model could not be looked up just now", code="model-unavailable", retryable=True)
 
 
 def build_connection(model: AiModel, source: ConnectionSource) -> ModelConnection:

@@ -28,6 +28,7 @@ log = structlog.get_logger()
 REPORT_SECONDS: Final = 5.0
 ABSENT_SECONDS: Final = 15.0
 """Time without a report after which a process counts as gone."""
+ABSENT_MICROSECONDS: Final = int(ABSENT_SECONDS * 1_000_000)
 LONGEST_HOST_NAME: Final = 255
 FORGET_MICROSECONDS: Final = 86_400_000_000
 """Age of the last report after which a row is deleted."""

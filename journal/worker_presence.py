@@ -11,7 +11,13 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from journal.presence_reports import FORGET_MICROSECONDS, host_name, program_version, report_regularly
+from journal.presence_reports import (
+    ABSENT_MICROSECONDS,
+    FORGET_MICROSECONDS,
+    host_name,
+    program_version,
+    report_regularly,
+)
 from models.database_time import DatabaseTime
 from models.worker_presence import WorkerPresence
 
@@ -77,6 +83,15 @@ async def end_presence(connection: AsyncConnection, *, owner: str) -> None:
         .where(col(WorkerPresence.owner) == owner)
         .values(seen_at=DatabaseTime(), ended_at=DatabaseTime())
     )
+
+
+async def count_present(connection: AsyncConnection) -> int:
+    """Return the number of workers that run, by their reports."""
+    statement = select(func.count()).where(
+        col(WorkerPresence.ended_at).is_(None),
+        col(WorkerPresence.seen_at) > DatabaseTime() - ABSENT_MICROSECONDS,
+    )
+    return await connection.scalar(statement) or 0
 
 
 async def forget_absent_workers(database: Database) -> None:

@@ -38,6 +38,8 @@ class AiModel(SQLModel, table=True):
     max_output_tokens: int | None = None
     price: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Prices in US dollars per million tokens, as decimal texts; None if they are unknown."""
+    limits: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """Limits that the organization sets for all calls, as `engine.model_limits` has them; None without limits."""
     capabilities: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """Abilities that the last test has seen; None before the first test."""
     tested_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.model_calls import ModelProvider
+from engine.model_limits import CallRate, TokenRate
 from engine.model_prices import Price
 from gateway.http import limits, text_rules
 from gateway.http.text_rules import ProblemCollector
@@ -51,6 +52,16 @@ class PriceShape(StrictWire):
     """Price of input that is written to the provider's cache; null for the price of other input."""
 
 
+class LimitsShape(StrictWire):
+    """Limits of all calls of a model by the organization; null: no limit."""
+
+    requests_per_minute: CallRate | None = None
+    tokens_per_minute: TokenRate | None = None
+    """Input and output together."""
+    concurrency: CallRate | None = None
+    """Calls at the same time."""
+
+
 class CapabilitiesShape(WireStruct):
     """Abilities that the last test has seen."""
 
@@ -81,6 +92,8 @@ class CreateModel(StrictWire):
     max_output_tokens: TokenCount | None = None
     price: PriceShape | None = None
     """Null if it is unknown: then costs are null too."""
+    limits: LimitsShape | None = None
+    """Calls that would exceed them wait."""
     is_shared: bool = False
     """True if the whole organization may use it."""
 
@@ -99,6 +112,7 @@ class UpdateModel(StrictWire):
     context_length: TokenCount | msgspec.UnsetType | None = msgspec.UNSET
     max_output_tokens: TokenCount | msgspec.UnsetType | None = msgspec.UNSET
     price: PriceShape | msgspec.UnsetType | None = msgspec.UNSET
+    limits: LimitsShape | msgspec.UnsetType | None = msgspec.UNSET
     is_shared: bool | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -114,6 +128,7 @@ class ModelShape(WireStruct):
     context_length: int | None
     max_output_tokens: int | None
     price: PriceShape | None
+    limits: LimitsShape | None
     capabilities: CapabilitiesShape | None
     """Null before the first test."""
     tested_at: Instant | None
@@ -144,7 +159,8 @@ def build_model(caller: ApiCaller, body: CreateModel, now: datetime) -> AiModel:
         data_source_id=body.data_source_id,
         context_length=body.context_length,
         max_output_tokens=body.max_output_tokens,
-        price=_build_price(body.price),
+        price=_to_stored(body.price),
+        limits=_to_stored(body.limits) or None,
         is_shared=body.is_shared,
         created_at=now,
         updated_at=now,
@@ -166,7 +182,9 @@ def apply_changes(before: AiModel, body: UpdateModel) -> AiModel:
             given[name] = _check_line(given[name], path, problems)
     problems.raise_any()
     if "price" in given:
-        given["price"] = _build_price(given["price"])
+        given["price"] = _to_stored(given["price"])
+    if "limits" in given:
+        given["limits"] = _to_stored(given["limits"]) or None
     changed = AiModel(**{**before.model_dump(), **given})
     if (changed.vendor_model_id, changed.data_source_id) != (before.vendor_model_id, before.data_source_id):
         changed.capabilities = changed.tested_at = changed.blocked_until = None
@@ -175,7 +193,7 @@ def apply_changes(before: AiModel, body: UpdateModel) -> AiModel:
 
 def show_model(model: AiModel) -> ModelShape:
     """Return a model in the form in which the API shows it."""
-    seen, price = model.capabilities, model.price
+    seen, price, limited = model.capabilities, model.price, model.limits
     return ModelShape(
         id=model.id,
         name=model.name,
@@ -186,6 +204,7 @@ def show_model(model: AiModel) -> ModelShape:
         context_length=model.context_length,
         max_output_tokens=model.max_output_tokens,
         price=None if price is None else msgspec.convert(price, PriceShape),
+        limits=None if limited is None else msgspec.convert(limited, LimitsShape),
         capabilities=None if seen is None else msgspec.convert(seen, CapabilitiesShape),
         tested_at=None if model.tested_at is None else instant(model.tested_at),
         blocked_until=None if model.blocked_until is None else instant(model.blocked_until),
@@ -201,9 +220,9 @@ def _check_line(text: str, path: str, problems: ProblemCollector) -> str:
     return text_rules.check_line(text, path, problems, max_length=limits.MODEL_NAME_LENGTH)
 
 
-def _build_price(price: PriceShape | None) -> dict[str, Any] | None:
-    """Return a price as it is stored, without fields of None; None without a price."""
-    if price is None:
+def _to_stored(shape: PriceShape | LimitsShape | None) -> dict[str, Any] | None:
+    """Return prices or limits as they are stored, without fields of None; None without any."""
+    if shape is None:
         return None
-    values: dict[str, Any] = msgspec.to_builtins(price)
+    values: dict[str, Any] = msgspec.to_builtins(shape)
     return {name: value for name, value in values.items() if value is not None}

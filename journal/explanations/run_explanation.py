@@ -310,6 +310,8 @@ def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
                 where = {**where, "error": node.error_code}
             if node.error_code == "model-rate-limited":
                 text = "waits until the provider of its language model accepts calls again"
+            elif node.error_code == "model-limit-reached":
+                text = "waits until the limits of its language model admit the call"
             return Blocker(code, f"{node.label} {text}", node.started_at, until=node.wake_at, details=where)
         case _:
             return _running_blocker(facts, node)

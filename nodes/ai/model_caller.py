@@ -21,11 +21,13 @@ from engine.model_calls import (
 from engine.model_prices import compute_cost
 from nodes.ai.model_client import RATE_LIMITED, ModelClient, open_model_outbound
 from nodes.ai.model_connection import ECHO_MODEL, ECHO_MODEL_ID, ModelConnection, ModelConnections
+from nodes.ai.model_pacing import ModelPacer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from engine.services import RunCaller
+    from nodes.ai.model_pacing import AdmittedCall
     from nodes.outbound_http import IpNetwork
 
 OVERHEAD_TOKENS: Final = 100
@@ -41,6 +43,7 @@ class ModelCaller:
         self._connections = connections
         self._outbound = open_model_outbound(networks, hosts)
         self._client = ModelClient(self._outbound)
+        self._pacer = ModelPacer()
 
     async def complete(
         self,
@@ -55,8 +58,10 @@ class ModelCaller:
 
         The most that it may cost is reserved before. The reservation becomes the real cost with the answer, it ends
         if the provider refuses the call, and it stays if nobody knows whether the provider bills the call. A model is
-        not called before the time that its provider has named after an earlier call. Raises `ModelCallFailed`, and
-        `NodeError` for a model that the caller may not use and a budget that doesn't suffice.
+        not called before the time that its provider has named after an earlier call, and not beyond its limits.
+
+        Raises `ModelCallFailed`, and `NodeError` for a model that the caller may not use and a budget that doesn't
+        suffice.
         """
         if model_id == ECHO_MODEL_ID:
             answer = await self._client.complete(ECHO_MODEL, request, idempotency_key=idempotency_key)
@@ -65,20 +70,34 @@ class ModelCaller:
         if model.max_output_tokens is not None and model.max_output_tokens < request.max_tokens:
             request = msgspec.structs.replace(request, max_tokens=model.max_output_tokens)
         _require_unblocked(model)
-        ledger = self._connections.ledger
         # A tool of an agent repeats a call under its key after a kill, and both calls are charged.
-        charge_key = f"{idempotency_key}#{token_hex(4)}"
-        await ledger.reserve(caller, _build_reservation(model, request, charge_key, spending))
+        reservation = _build_reservation(model, request, f"{idempotency_key}#{token_hex(4)}", spending)
+        async with self._pacer.admit(model, reservation.tokens) as admitted:
+            return await self._call(caller, model, request, idempotency_key, reservation, admitted)
+
+    async def _call(
+        self,
+        caller: RunCaller,
+        model: ModelConnection,
+        request: ChatRequest,
+        idempotency_key: str,
+        reservation: ModelReservation,
+        admitted: AdmittedCall,
+    ) -> ModelReply:
+        """Ask a model whose limits have admitted the call, between its reservation and its settlement."""
+        ledger, charge_key = self._connections.ledger, reservation.key
+        await ledger.reserve(caller, reservation)
         try:
             answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
         except ModelCallFailed as failure:
             if not failure.may_be_billed:
                 await ledger.release(caller, charge_key)
             if failure.code == RATE_LIMITED and failure.retry_after_seconds:
-                await self._connections.block(caller, model_id, failure.retry_after_seconds)
+                await self._connections.block(caller, model.id, failure.retry_after_seconds)
             raise
+        admitted.note_tokens(answer.usage.input_tokens + answer.usage.output_tokens)
         cost = None if model.price is None else compute_cost(answer.usage, model.price)
-        settlement = ModelSettlement(charge_key, spending.node, model_id, answer.usage, cost)
+        settlement = ModelSettlement(charge_key, reservation.node, model.id, answer.usage, cost)
         await ledger.settle(caller, settlement)
         return ModelReply(answer, cost)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from engine.model_calls import ModelProvider
+from engine.model_limits import ModelLimitShare
 from engine.model_prices import ModelPrice
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class ModelConnection(msgspec.Struct, frozen=True):
     """Whether a test has shown that the model calls tools."""
     max_output_tokens: int | None = None
     price: ModelPrice | None = None
+    limits: ModelLimitShare | None = None
+    """Share of this process in the limits of the model; None without limits."""
     blocked_seconds: float = 0.0
     """Time until its provider accepts calls again, as it has said after an earlier one."""
 

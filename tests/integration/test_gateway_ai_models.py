@@ -79,6 +79,7 @@ async def test_a_model_is_registered_listed_changed_and_deleted(people: Organiza
         "contextLength": None,
         "maxOutputTokens": None,
         "price": {**PRICE, "cacheRead": None, "cacheWrite": None},
+        "limits": None,
         "capabilities": None,
         "testedAt": None,
         "blockedUntil": None,
@@ -93,8 +94,10 @@ async def test_a_model_is_registered_listed_changed_and_deleted(people: Organiza
         assert listed == {"count": 1, "limit": 20, "offset": 0, "models": [found]}
     unchanged = await people.owner.api.put(f"{MODELS}/{model_id}", json=found)
     assert (unchanged.status_code, unchanged.json()) == (200, found)
-    changed = await people.owner.api.put(f"{MODELS}/{model_id}", json={"name": "Tiny", "price": None})
+    changes = {"name": "Tiny", "price": None, "limits": {"concurrency": 4}}
+    changed = await people.owner.api.put(f"{MODELS}/{model_id}", json=changes)
     assert (changed.json()["name"], changed.json()["price"]) == ("Tiny", None)
+    assert changed.json()["limits"] == {"requestsPerMinute": None, "tokensPerMinute": None, "concurrency": 4}
     assert (await people.owner.api.delete(f"{MODELS}/{model_id}")).status_code == 204
     assert_refused(await people.owner.api.get(f"{MODELS}/{model_id}"), 404, "not-found")
 
@@ -105,6 +108,7 @@ async def test_a_model_is_registered_listed_changed_and_deleted(people: Organiza
         ({"price": {"input": "a", "output": "1"}}, "price.input"),
         ({"price": {"input": 0.25, "output": "1"}}, "price.input"),
         ({"maxOutputTokens": 0}, "maxOutputTokens"),
+        ({"limits": {"requestsPerMinute": 0}}, "limits.requestsPerMinute"),
         ({"provider": "echo"}, "provider"),
         ({"name": " "}, "name"),
         ({"dataSourceId": "ds_missing"}, "dataSourceId"),

@@ -138,6 +138,24 @@ async def test_a_run_waits_for_a_rate_limit_and_names_it(
     assert blocker["until"][:16] == model["blockedUntil"][:16]
 
 
+async def test_a_run_waits_for_the_limits_of_a_model_and_names_them(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with serve_models() as served, serve_worker(harness, served.url):
+        provider_id = await create_provider(people.owner, served.url)
+        model_id = await create_model(people.owner, provider_id, limits={"requestsPerMinute": 1})
+        _, ended = await ask_model(people.owner, model_id)
+        assert ended["status"] == "completed", ended["error"]
+        execution_id = await execute_workflow(people.owner, await create_question(people.owner, model_id))
+        await wait_until_waiting(people.owner, execution_id)
+        why = (await people.owner.api.get(f"/api/v1/executions/{execution_id}/why")).json()
+        cancelled = await people.owner.api.post(f"/api/v1/executions/{execution_id}/cancel")
+    (blocker,) = why["blockers"]
+    assert (blocker["code"], blocker["details"]["error"]) == ("retry-at", "model-limit-reached")
+    assert "until the limits of its language model admit the call" in blocker["message"]
+    assert (cancelled.status_code, len(served.requests)) == (200, 1)
+
+
 async def test_a_short_rate_limit_is_waited_out_without_spending_attempts(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

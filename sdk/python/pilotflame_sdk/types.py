@@ -124,6 +124,7 @@ __all__ = [
     "Lifecycle",
     "LifecycleAction",
     "LifecycleReason",
+    "Limits",
     "ListedDeployment",
     "ListedSchedule",
     "Log",
@@ -1455,6 +1456,14 @@ class Lifecycle(TypedDict):
     usage: Usage | None
 
 
+class Limits(TypedDict, total=False):
+    """Limits of all calls of a model by the organization; null: no limit."""
+
+    requestsPerMinute: int | None
+    tokensPerMinute: int | None
+    concurrency: int | None
+
+
 class ListedDeployment(TypedDict):
     """Deployment of a workflow in a list."""
 
@@ -1553,6 +1562,7 @@ class Model(TypedDict):
     contextLength: int | None
     maxOutputTokens: int | None
     price: Price | None
+    limits: Limits | None
     capabilities: Capabilities | None
     testedAt: str | None
     blockedUntil: str | None
