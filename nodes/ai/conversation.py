@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_REPAIRS: Final = 2
 MAX_QUOTED_CHARACTERS: Final = 500
+INVALID_ANSWER: Final = "invalid-answer"
+"""Code of an answer that doesn't fit the schema after all corrections."""
 INCOMPLETE: Final = frozenset({FinishReason.LENGTH, FinishReason.REFUSAL})
 """Ends of an answer that is no value of a schema, and that a correction would not mend."""
 
@@ -99,7 +101,7 @@ async def ask_models(
     quoted = turn.text[:MAX_QUOTED_CHARACTERS]
     wrong = f"The answer doesn't fit the schema after {max_repairs} corrections: {answer.problems[0]}"
     message = f"{wrong}. It was: {quoted}"
-    raise NodeError(message, code="invalid-answer")
+    raise NodeError(message, code=INVALID_ANSWER)
 
 
 def _note_answer(call: NodeCall, turn: _Turn) -> None:

@@ -373,7 +373,7 @@ TRIGGERS = [
     ("query", "types"),
     [
         ("search=csv", ["csv-format", "csv-parse", "file-parse"]),
-        ("search=LANGUAGE+MODEL", ["agent", "classifier", "extract", "llm"]),
+        ("search=LANGUAGE+MODEL", ["agent", "ai-gateway", "classifier", "extract", "llm", "llm-router"]),
         ("category=triggers", TRIGGERS),
         ("category=ai&search=node+of+the+catalog", ["tool"]),
         ("type=set", ["set"]),

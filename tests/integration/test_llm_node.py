@@ -189,3 +189,73 @@ async def test_a_call_that_is_repeated_under_its_key_is_charged_again() -> None:
         await models.close()
     assert len(set(served.billed)) == 1
     assert len(lookup.ledger.settled) == 2
+
+
+async def call_served(
+    node_type: str, config: dict[str, Json], *answers: ScriptedAnswer
+) -> tuple[CallRecord, list[dict[str, Any]]]:
+    """Call a node with a scripted model; return the call, and the requests that the model got."""
+    async with serve_models(*answers) as served:
+        models = open_served_models({"first": served.url})
+        try:
+            called = await call(node_type, {"model": "first", **config}, OSLO, models=models)
+        finally:
+            await models.close()
+    return called, served.requests
+
+
+ROUTES: dict[str, Json] = {
+    "prompt": "{{ data.city }}",
+    "routes": [{"port": "north", "description": "Cold places."}, {"port": "south"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("threshold", "answer", "port"),
+    [
+        ({}, '{"port": "north", "reason": "It is cold."}', "north"),
+        ({}, '{"port": "default", "reason": "It is cold."}', "default"),
+        ({"threshold": 0.8}, '{"port": "north", "reason": "It is cold.", "confidence": 0.9}', "north"),
+        ({"threshold": 0.8}, '{"port": "north", "reason": "It is cold.", "confidence": 0.7}', "default"),
+    ],
+)
+async def test_a_router_takes_the_port_that_the_model_has_chosen(
+    threshold: dict[str, Json], answer: str, port: str
+) -> None:
+    called, requests = await call_served("llm-router", {**ROUTES, **threshold}, ScriptedAnswer(answer))
+    assert isinstance(called.output, dict)
+    assert (called.port, called.output["port"], called.output["reason"]) == (port, port, "It is cold.")
+    (schema,) = [each["response_format"]["json_schema"]["schema"] for each in requests]
+    assert schema["properties"]["port"] == {"enum": ["default", "north", "south"]}
+
+
+async def test_a_router_takes_no_port_that_it_does_not_have() -> None:
+    wrong = [ScriptedAnswer('{"port": "east", "reason": "It is there."}')] * 3
+    called, requests = await call_served("llm-router", ROUTES, *wrong)
+    assert isinstance(called.output, dict)
+    assert (called.port, len(requests), called.output["cost"]) == ("default", 3, "0.0009")
+    assert called.output["reason"] == "The model has named no port"
+
+
+async def test_an_incomplete_answer_of_a_router_takes_the_default_port() -> None:
+    called, requests = await call_served("llm-router", ROUTES, ScriptedAnswer(fault=ModelFault.LENGTH))
+    assert (called.port, len(requests)) == ("default", 1)
+
+
+async def test_an_ai_gateway_asks_with_both_prompts_and_counts_all_tokens() -> None:
+    config: dict[str, Json] = {"userPrompt": "How is {{ data.city }}?", "systemPrompt": "Be short."}
+    called, requests = await call_served("ai-gateway", config)
+    output = called.output
+    assert isinstance(output, dict)
+    milliseconds = output.pop("responseTimeMs")
+    assert isinstance(milliseconds, int)
+    assert milliseconds >= 0
+    assert output == {
+        "response": "Cold.",
+        "model": "first",
+        "usage": {"promptTokens": 100, "completionTokens": 20, "totalTokens": 120},
+        "finishReason": "stop",
+        "cost": "0.0003",
+    }
+    assert [message["content"] for message in requests[0]["messages"]] == ["Be short.", "How is Oslo?"]
+    assert (requests[0]["temperature"], requests[0]["max_tokens"]) == (0.7, 1000)
