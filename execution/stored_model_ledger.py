@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -18,6 +18,7 @@ from concurrency.ttl_cache import TTLCache
 from engine.model_calls import ModelBudget
 from engine.model_prices import show_cost
 from engine.run_errors import NodeError
+from execution.deferred_writes import DeferredWrites
 from execution.retry import until_available
 from journal.concurrency_limits import advisory_lock_id
 from json_text import decoding
@@ -51,23 +52,35 @@ class RunBudgets:
     """By execution id, only of runs with a budget."""
 
 
+@dataclass(frozen=True, slots=True)
+class _SettledCall:
+    """Answered call with its charge."""
+
+    caller: RunCaller
+    settlement: ModelSettlement
+    charge: Mapping[str, Any]
+
+
 class StoredModelLedger:
     """Implements `nodes.ai.model_ledger.ModelLedger`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, is_deferring: bool = False) -> None:
+        """With `is_deferring`, costs that no budget counts are stored together about once a second."""
         self._database = database
+        self._deferred = DeferredWrites(self._store_settled) if is_deferring else None
         self._budgets: TTLCache[str, RunBudgets] = TTLCache(CACHE_SECONDS, MAX_CACHED_BUDGETS)
 
-    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> None:
+    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
         """Reserve the most that a call may cost, in one transaction that counts all charges of the budgets.
 
+        Returns whether a budget counts the call; without one, nothing is stored.
         Calls of one run reserve one after another. Waits while the database is unavailable. Raises `NodeError`
         `model-budget-exceeded` and `model-price-unknown`.
         """
         run = await until_available(lambda: self._find_run_budgets(caller))
         budgets = [*run.budgets.values(), *([] if reservation.budget is None else [reservation.budget])]
         if not budgets:
-            return
+            return False
         if reservation.cost is None and any(budget.max_cost is not None for budget in budgets):
             message = f"{reservation.model_id}: a budget with maxCost needs the price of the model"
             raise NodeError(message, code="model-price-unknown")
@@ -97,40 +110,41 @@ class StoredModelLedger:
 
         locks = f"model budget {run.root_id}"
         await until_available(lambda: self._database.transaction(work, locks=locks))
+        return True
 
-    async def settle(self, caller: RunCaller, settlement: ModelSettlement) -> None:
+    async def settle(self, caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:
         """Replace a reservation with the real cost, and add it to the month, in one transaction.
 
         A charge that is settled already stays. If the database is unavailable, the reservation stays, which costs at
-        least as much: the answer is worth more than the exact sum.
+        least as much: the answer is worth more than the exact sum. A call without a reservation counts in no budget,
+        so that its cost may be stored later, with those of others.
         """
-        usage = settlement.usage
-
-        async def work(connection: AsyncConnection) -> None:
-            charge = self._build_charge(caller, run, settlement.key, settlement.node)
-            values = {
-                "tokens": usage.input_tokens + usage.output_tokens,
-                "cost": settlement.cost,
-                "is_settled": True,
-            }
-            statement = (
-                _insert(connection, ModelCharge)
-                .values({**charge, **values})
-                .on_conflict_do_update(
-                    index_elements=["execution_id", "key"],
-                    set_=values,
-                    where=col(ModelCharge.is_settled).is_(False),
-                )
-                .returning(col(ModelCharge.key))
-            )
-            if await connection.scalar(statement) is not None:
-                await _add_to_month(connection, caller, settlement, charge["created_at"])
-
         try:
             run = await self._find_run_budgets(caller)
-            await self._database.transaction(work)
+            charge = self._build_charge(caller, run, settlement.key, settlement.node)
+            settled = _SettledCall(caller, settlement, charge)
+            if self._deferred is not None and not is_reserved:
+                self._deferred.add(settled)
+            else:
+                await self._store_settled([settled])
         except DatabaseUnavailable as error:
             log.warning("model charge not settled", execution_id=caller.execution_id, error=str(error))
+
+    async def close(self) -> None:
+        """Store the costs that wait."""
+        if self._deferred is not None:
+            await self._deferred.close()
+
+    async def _store_settled(self, calls: Sequence[_SettledCall]) -> None:
+        """Store the costs of answered calls in one transaction; raises `DatabaseUnavailable`."""
+        # One order for all processes: each holds the locks of its months until its commit.
+        ordered = sorted(calls, key=_find_month_row)
+
+        async def work(connection: AsyncConnection) -> None:
+            for each in ordered:
+                await _settle(connection, each)
+
+        await self._database.transaction(work)
 
     async def release(self, caller: RunCaller, key: str) -> None:
         """Remove a reservation; it stays if the database is unavailable."""
@@ -233,6 +247,32 @@ async def _require_rest(
     if problem:
         message = f"The budget of the {owner} doesn't suffice: {problem} are spent or reserved"
         raise NodeError(message, code="model-budget-exceeded")
+
+
+async def _settle(connection: AsyncConnection, call: _SettledCall) -> None:
+    """Settle the charge of one call, and add it to its month, unless it is settled already."""
+    settlement, usage = call.settlement, call.settlement.usage
+    values = {
+        "tokens": usage.input_tokens + usage.output_tokens,
+        "cost": settlement.cost,
+        "is_settled": True,
+    }
+    statement = (
+        _insert(connection, ModelCharge)
+        .values({**call.charge, **values})
+        .on_conflict_do_update(
+            index_elements=["execution_id", "key"],
+            set_=values,
+            where=col(ModelCharge.is_settled).is_(False),
+        )
+        .returning(col(ModelCharge.key))
+    )
+    if await connection.scalar(statement) is not None:
+        await _add_to_month(connection, call.caller, settlement, call.charge["created_at"])
+
+
+def _find_month_row(call: _SettledCall) -> tuple[str, str, str]:
+    return call.caller.organization_id, call.caller.workflow_id, call.settlement.model_id
 
 
 async def _add_to_month(

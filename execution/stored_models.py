@@ -36,10 +36,11 @@ MAX_BLOCKED_SECONDS: Final = 86_400.0
 class StoredModels:
     """Models in the database; implements `nodes.ai.model_connection.ModelConnections`."""
 
-    def __init__(self, database: Database, sources: ConnectionSources) -> None:
+    def __init__(self, database: Database, sources: ConnectionSources, *, is_deferring: bool = False) -> None:
+        """With `is_deferring`, costs that no budget counts are stored together about once a second."""
         self._database = database
         self._sources = sources
-        self.ledger = StoredModelLedger(database)
+        self.ledger = StoredModelLedger(database, is_deferring=is_deferring)
         self._workers = 1
         self._workers_known_until = 0.0
 

@@ -96,7 +96,7 @@ class RemoteModelLedger:
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
 
-    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> None:
+    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
         """Reserve what a call may cost; raises `NodeError`, which may be retried if the gateway doesn't answer."""
         path = f"/executions/{caller.execution_id}/models/reserve"
         try:
@@ -104,8 +104,10 @@ class RemoteModelLedger:
         except (DatabaseUnavailable, CallRefused) as error:
             message = "The budget could not be read just now"
             raise NodeError(message, code="model-unavailable", retryable=True) from error
+        # The gateway doesn't say whether a budget counts the call, and a release of nothing does no harm.
+        return True
 
-    async def settle(self, caller: RunCaller, settlement: ModelSettlement) -> None:
+    async def settle(self, caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:  # noqa: ARG002 - the protocol's parameter
         """Settle a call; the reservation stays if the gateway doesn't answer."""
         path = f"/executions/{caller.execution_id}/models/settle"
         with suppress(DatabaseUnavailable, CallRefused):
@@ -116,6 +118,9 @@ class RemoteModelLedger:
         path = f"/executions/{caller.execution_id}/models/release"
         with suppress(DatabaseUnavailable, CallRefused):
             await self._gateway.call(path, ModelReleaseRequest(key), dict[str, Any])
+
+    async def close(self) -> None:
+        """Do nothing: the gateway stores each cost at once."""
 
 
 class RemoteModels:

@@ -212,7 +212,7 @@ async def run_worker(
 def _open_models(database: Database, sources: ConnectionSources) -> ModelConnections:
     from execution.stored_models import StoredModels  # noqa: PLC0415 - loaded with the first call of a model
 
-    return StoredModels(database, sources)
+    return StoredModels(database, sources, is_deferring=True)
 
 
 async def _sweep_unattended_runs(database: Database, store: JournalStore, broker: Broker) -> None:

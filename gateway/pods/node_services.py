@@ -152,7 +152,7 @@ async def settle_model_call(request: GatewayRequest, holder: LeaseHolder) -> Jso
     """Store usage and cost of a call of a model by the path's run; raises 409 `lease-lost`."""
     call = await decode_call(request, ModelSettleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    await request.gateway.pod_services.models.ledger.settle(caller, call.settlement)
+    await request.gateway.pod_services.models.ledger.settle(caller, call.settlement, is_reserved=True)
     return JsonResponse({})
 
 

@@ -86,11 +86,11 @@ class ModelCaller:
     ) -> ModelReply:
         """Ask a model whose limits have admitted the call, between its reservation and its settlement."""
         ledger, charge_key = self._connections.ledger, reservation.key
-        await ledger.reserve(caller, reservation)
+        is_reserved = await ledger.reserve(caller, reservation)
         try:
             answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
         except ModelCallFailed as failure:
-            if not failure.may_be_billed:
+            if is_reserved and not failure.may_be_billed:
                 await ledger.release(caller, charge_key)
             if failure.code == RATE_LIMITED and failure.retry_after_seconds:
                 await self._connections.block(caller, model.id, failure.retry_after_seconds)
@@ -98,12 +98,13 @@ class ModelCaller:
         admitted.note_tokens(answer.usage.input_tokens + answer.usage.output_tokens)
         cost = None if model.price is None else compute_cost(answer.usage, model.price)
         settlement = ModelSettlement(charge_key, reservation.node, model.id, answer.usage, cost)
-        await ledger.settle(caller, settlement)
+        await ledger.settle(caller, settlement, is_reserved=is_reserved)
         return ModelReply(answer, cost)
 
     async def close(self) -> None:
-        """Close the connections to providers."""
+        """Close the connections to providers, and store the costs that are not stored yet."""
         await self._outbound.close()
+        await self._connections.ledger.close()
 
 
 def _require_unblocked(model: ModelConnection) -> None:

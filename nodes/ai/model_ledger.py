@@ -12,15 +12,22 @@ if TYPE_CHECKING:
 class ModelLedger(Protocol):
     """Ledger of the calls of an organization."""
 
-    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> None:
+    async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
         """Reserve the most that a call may cost, durably, in the budgets of its node and of its run.
 
-        Nothing is stored for a call without a budget. Raises `NodeError` `model-budget-exceeded` if one doesn't
-        suffice, and `model-price-unknown` if one limits the cost and the price is unknown.
+        Returns whether a budget counts the call; nothing is stored for a call without one. Raises `NodeError`
+        `model-budget-exceeded` if one doesn't suffice, and `model-price-unknown` if one limits the cost and the price
+        is unknown.
         """
 
-    async def settle(self, caller: RunCaller, settlement: ModelSettlement) -> None:
-        """Replace a reservation with the real cost, and add that to the costs of the month, once for each key."""
+    async def settle(self, caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:
+        """Replace a reservation with the real cost, and add that to the costs of the month, once for each key.
+
+        Without a reservation, the cost may be stored later.
+        """
 
     async def release(self, caller: RunCaller, key: str) -> None:
         """Remove the reservation of a call that costs nothing, since the provider has refused it."""
+
+    async def close(self) -> None:
+        """Store the costs that are not stored yet."""

@@ -14,12 +14,17 @@ class MemoryLedger:
         """Calls whose reservation stands."""
         self.settled: dict[str, ModelSettlement] = {}
 
-    async def reserve(self, _caller: RunCaller, reservation: ModelReservation) -> None:
+    async def reserve(self, _caller: RunCaller, reservation: ModelReservation) -> bool:
         self.reserved[reservation.key] = reservation
+        return True
 
-    async def settle(self, _caller: RunCaller, settlement: ModelSettlement) -> None:
+    async def settle(self, _caller: RunCaller, settlement: ModelSettlement, *, is_reserved: bool) -> None:
+        assert is_reserved
         del self.reserved[settlement.key]
         self.settled[settlement.key] = settlement
 
     async def release(self, _caller: RunCaller, key: str) -> None:
         del self.reserved[key]
+
+    async def close(self) -> None:
+        """Do nothing: everything is stored."""

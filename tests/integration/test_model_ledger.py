@@ -89,7 +89,7 @@ async def test_a_reservation_counts_until_the_real_cost_replaces_it(
     message = await require_exceeded(ledger, caller, call("2", 5 * CENT))
     assert message.endswith("the call may cost $0.05, and $0.06 of $0.10 are spent or reserved")
     await ledger.reserve(caller, call("1", 6 * CENT))
-    await ledger.settle(caller, answer("1", 1 * CENT))
+    await ledger.settle(caller, answer("1", 1 * CENT), is_reserved=True)
     await ledger.reserve(caller, call("2", 5 * CENT))
     await ledger.reserve(caller, call("3", 4 * CENT))
     await require_exceeded(ledger, caller, call("4", 1))
@@ -106,7 +106,7 @@ async def test_the_reservation_of_a_killed_process_stands(
     # Another process continues the run with the next attempt; the first call may have been billed.
     successor = StoredModelLedger(run_database.database)
     await successor.reserve(caller, call("exec:ask::0:2", None))
-    await successor.settle(caller, answer("exec:ask::0:2", None))
+    await successor.settle(caller, answer("exec:ask::0:2", None), is_reserved=True)
     await successor.reserve(caller, call("exec:ask::1:2", None))
     await require_exceeded(successor, caller, call("exec:ask::2:2", None, tokens=1))
 
@@ -124,7 +124,7 @@ async def test_concurrent_calls_never_pass_the_budget_of_their_run(
         ),
         return_exceptions=True,
     )
-    assert sum(result is None for result in results) == 5
+    assert sum(result is True for result in results) == 5
     assert {getattr(result, "code", None) for result in results} == {None, "model-budget-exceeded"}
 
 
@@ -165,10 +165,36 @@ async def test_the_costs_of_a_month_count_each_answer_once(
     caller = await accept_run(run_database, owned_workflow, {"maxCost": "1"})
     await ledger.reserve(caller, call("1", 5 * CENT))
     for key, cost in (("1", 2 * CENT), ("1", 2 * CENT), ("2", 1 * CENT), ("3", None)):
-        await ledger.settle(caller, answer(key, cost))
+        await ledger.settle(caller, answer(key, cost), is_reserved=True)
     (row,) = await run_database.query(
         "SELECT * FROM model_cost WHERE workflow_id = :id", id=caller.workflow_id
     )
     assert (row["organization_id"], row["model_id"]) == (caller.organization_id, "model_1")
     assert (row["calls"], row["unpriced_calls"], row["cost"]) == (3, 1, 3 * CENT)
     assert (row["input_tokens"], row["output_tokens"]) == (120, 30)
+
+
+async def test_costs_that_no_budget_counts_are_stored_together_and_once(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = StoredModelLedger(run_database.database, is_deferring=True)
+    caller = await accept_run(run_database, owned_workflow, None)
+    free, limited = call("1", 5 * CENT), call("2", 5 * CENT, budget=ModelBudget("1"))
+    assert [await ledger.reserve(caller, each) for each in (free, limited)] == [False, True]
+    stored, transaction = [], run_database.database.transaction
+
+    async def count(work: Any, *given: Any, **named: Any) -> Any:  # noqa: ANN401 - as the method has them
+        stored.append(work)
+        return await transaction(work, *given, **named)
+
+    monkeypatch.setattr(run_database.database, "transaction", count)
+    await ledger.settle(caller, answer("2", 2 * CENT), is_reserved=True)
+    assert len(stored) == 1
+    query = "SELECT calls, cost FROM model_cost WHERE workflow_id = :id"
+    (at_once,) = await run_database.query(query, id=caller.workflow_id)
+    assert (at_once["calls"], at_once["cost"]) == (1, 2 * CENT)
+    for key in ("1", "1", "3", "4"):
+        await ledger.settle(caller, answer(key, 1 * CENT), is_reserved=False)
+    await ledger.close()
+    (in_all,) = await run_database.query(query, id=caller.workflow_id)
+    assert (in_all["calls"], in_all["cost"]) == (4, 5 * CENT)
