@@ -18,6 +18,7 @@ from pathlib import Path
 import uvloop
 
 from benchmarks import (
+    agents,
     authoring,
     baseline,
     claims,
@@ -64,6 +65,7 @@ PARTS = (
     "million",
     "dashboard",
     "tasks",
+    "agents",
     "metrics",
 )
 PROGRAMS = ("faults", "fuzz", "soak")
@@ -210,6 +212,10 @@ async def _tasks(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     return await tasks.measure(folder)
 
 
+async def _agents(folder: Path, _options: MeasureOptions) -> dict[str, float]:
+    return await agents.measure(folder)
+
+
 async def _metrics(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     return await metrics_cost.measure(folder)
 
@@ -229,6 +235,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "million": _million,
     "dashboard": _dashboard,
     "tasks": _tasks,
+    "agents": _agents,
     "metrics": _metrics,
 }
 """Parts that are measured once, however often the others are repeated."""
