@@ -214,7 +214,8 @@ class RunProgress:
             return None
         has_rounds = self._settings.retry_on_failure and visit.frame.is_fatal() and not visit.has_error_edge
         attempts = node.retry.max_attempts
-        spent = visit.attempt - 1 - waits
+        # Failures behind the last wait name a time too, and are attempts all the same.
+        spent = visit.attempt - 1 - min(waits, MAX_PROVIDER_WAITS)
         rounds, attempt = divmod(spent, attempts) if has_rounds else (0, spent)
         if error.retryable and attempt + 1 < attempts:
             return node.retry.delay_seconds(attempt + 1, random.random())  # noqa: S311 - jitter

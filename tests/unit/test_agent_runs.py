@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine import run_progress
 from engine.agent_steps import AgentStep, StepStatus
-from engine.graph import ParsedGraph
+from engine.graph import ParsedGraph, RetryPolicy
 from engine.model_calls import (
     ChatAnswer,
     ChatRequest,
@@ -109,6 +110,8 @@ class ScriptedModel:
     billed: list[str] = field(default_factory=list)
     requests: list[ChatRequest] = field(default_factory=list)
     failures: int = 0
+    wait_seconds: float | None = None
+    """Time that a failure names for the next request."""
     refusals: int = 0
     """Requests that the budget refuses."""
     on_request: Callable[[], None] = lambda: None
@@ -126,7 +129,13 @@ class ScriptedModel:
         self.on_request()
         if self.failures:
             self.failures -= 1
-            raise ModelCallFailed("busy", code="model-busy", retryable=True, can_fall_back=True)
+            raise ModelCallFailed(
+                "busy",
+                code="model-busy",
+                retryable=True,
+                can_fall_back=True,
+                retry_after_seconds=self.wait_seconds,
+            )
         if self.refusals:
             self.refusals -= 1
             raise NodeError("The budget doesn't suffice", code="model-budget-exceeded")
@@ -253,6 +262,17 @@ class World:
         found = json.loads(span.output or b"null")
         assert isinstance(found, dict), span.error
         return found
+
+
+async def test_an_agent_waits_for_its_provider_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_progress, "MAX_PROVIDER_WAITS", 2)
+    model = ScriptedModel(failures=1_000, wait_seconds=0.001)
+    world = World(model=model)
+    outcome = await world.work()
+    assert outcome is not None
+    assert outcome.status is RunStatus.FAILED
+    # Two requests that are waited behind, and the attempts of the node.
+    assert len(model.requests) == 2 + RetryPolicy().max_attempts
 
 
 async def count_commits() -> int:
