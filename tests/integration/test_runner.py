@@ -518,7 +518,7 @@ async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(
 
 
 async def test_a_replay_reuses_results_in_a_pod(pods: DeployedPods, receiver: HttpReceiver) -> None:
-    await pods.start().ready()
+    await pods.start(lease_seconds=PATIENCE_SECONDS).ready()
     definition = chain_definition(GREET, call(receiver), {**GREET, "id": "last"})
     first = await pods.accept(definition)
     await pods.reaches(first, "completed")
@@ -568,7 +568,7 @@ async def test_a_started_run_of_unknown_end_is_not_started_again_by_a_replay_in_
     }
     definition = chain_definition(starts)
     first = await pods.accept(definition)
-    pod = await pods.start().ready()
+    pod = await pods.start(lease_seconds=PATIENCE_SECONDS).ready()
     await pods.reaches(first, "completed")
     started = "SELECT id FROM execution WHERE workflow_id = :id"
     (child,) = await pods.run_database.query(started, id=child_id)
@@ -617,7 +617,7 @@ async def test_a_pod_puts_a_suspect_isolated(pods: DeployedPods) -> None:
 
 async def test_a_run_outlasts_a_restart_of_the_gateway(pods: DeployedPods, receiver: HttpReceiver) -> None:
     receiver.may_answer.clear()
-    await pods.start(RUNNER_ORPHAN_SECONDS="10").ready()
+    await pods.start(lease_seconds=PATIENCE_SECONDS, RUNNER_ORPHAN_SECONDS="60").ready()
     key = await pods.accept(chain_definition(call(receiver), GREET))
     await wait_until(lambda: len(receiver.received) == 1)
     await pods.gateway.stop()
