@@ -15,6 +15,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, decode_body
 from models import browser_session
+from models.access import SCOPES_OF_ROLES
 from models.access_store import EmailTaken
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from gateway.access.openid_sign_in import OpenIdSignIn, SignInAttempt
     from gateway.http.session_cookies import SessionCookie
+    from models.access import ApiCaller
 
 log = structlog.get_logger()
 
@@ -74,6 +76,8 @@ async def begin(request: GatewayRequest) -> ASGIApp:
         caller = await request.gateway.sessions.caller(request.scope)
         if caller is None:
             return _fail(request, cookie, "lost")
+        if not _has_all_scopes(caller):
+            return _fail(request, cookie, "scopes")
         links = caller.user_id
     try:
         url, attempt = await openid.begin(
@@ -158,6 +162,8 @@ async def _finish(
         caller = await request.gateway.sessions.caller(request.scope)
         if caller is None or caller.user_id != attempt.links:
             return _fail(request, cookie, "lost")
+        if not _has_all_scopes(caller):
+            return _fail(request, cookie, "scopes")
         await openid.link(claims, caller.organization_id, caller.user_id)
         return RedirectWithCookies(target, forget)
     earlier = cookie.value_of(request.scope)
@@ -166,6 +172,14 @@ async def _finish(
     if replaces is not None:
         request.gateway.sessions.forget(replaces)
     return RedirectWithCookies(target, cookie.header(secret), forget)
+
+
+def _has_all_scopes(caller: ApiCaller) -> bool:
+    """Return whether a session has all scopes of its user's role, as sessions of a connected identity have.
+
+    Else a key of few scopes could gain the others by connecting an account.
+    """
+    return caller.scopes >= SCOPES_OF_ROLES[caller.role]
 
 
 def _require_provider(request: GatewayRequest) -> OpenIdSignIn:
@@ -182,7 +196,7 @@ def _require_provider(request: GatewayRequest) -> OpenIdSignIn:
 def _fail(request: GatewayRequest, cookie: SessionCookie, problem: str) -> RedirectWithCookies:
     """Redirect to the sign-in page, which explains a problem by its name, and remove the cookie of the attempt.
 
-    Names are `lost`, `unavailable`, `refused`, `no-account` and `taken`.
+    Names are `lost`, `unavailable`, `refused`, `no-account`, `scopes` and `taken`.
     """
     location = f"{_root(request)}/sign-in?{urlencode({'problem': problem})}"
     return RedirectWithCookies(location, _attempt_cookie(cookie).header(""))

@@ -20,6 +20,7 @@ PROBLEMS: Final = {
     "no-account": "You have no account here yet. Ask an admin for an invitation to the mail address of your account.",
     "refused": "The sign-in was refused. Try again; if it is refused again, the log of the server has the reason.",
     "lost": "The sign-in took too long, or began in another browser. Try again.",
+    "scopes": "An account gets all rights of your role. Sign in with a key that has them, and connect it then.",
     "taken": "That account belongs to another user of this server.",
     "unavailable": "The account provider can't be reached. Try again in a minute, or sign in with a key.",
 }

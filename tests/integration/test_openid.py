@@ -154,6 +154,19 @@ async def test_a_signed_in_user_connects_an_identity_from_a_page_of_this_server(
     assert (await other.get("/api/v1/auth/whoami")).json()["userId"] == people.admin.user.id
 
 
+async def test_a_key_of_few_scopes_gains_none_by_connecting_an_identity(
+    gateway: GatewayHarness, people: OrganizationUsers
+) -> None:
+    body = {"name": "reader", "scopes": ["workflows:read"]}
+    reader = (await people.admin.api.post("/api/v1/auth/keys", json=body)).json()
+    browser = await gateway.browser()
+    await browser.post("/session", json={"key": reader["key"]})
+    link = "/session/openid?link=1&next=%2Fdashboard%2Fkeys"
+    refused = await browser.get(link, headers={"Sec-Fetch-Site": "same-origin"})
+    assert refused.headers["Location"] == "/sign-in?problem=scopes"
+    assert "all rights of your role" in (await browser.get(refused.headers["Location"])).text
+
+
 async def begin_invitation(browser: httpx2.AsyncClient, code: str) -> str:
     """Accept an invitation with the provider, and return the path that the browser is led to at last."""
     begun = await browser.post("/session/openid", json={"code": code})
