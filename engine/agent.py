@@ -57,6 +57,8 @@ class ApprovalPolicy(StrEnum):
     NEVER = "never"
     WRITES = "writes"
     """Calls of a tool with the effect `write`."""
+    TAINTED = "tainted"
+    """Such calls once a text of outsiders is in the conversation, by the types of the nodes that gave it."""
     ALWAYS = "always"
 
 
@@ -110,16 +112,21 @@ class AgentTool:
     approval: ApprovalPolicy = ApprovalPolicy.NEVER
     fingerprint: str = ""
     """Digest of the fixed part of the tool, which an approval covers too."""
+    is_untrusted: bool = False
+    """Whether its results may hold text of outsiders."""
 
-    @property
-    def needs_approval(self) -> bool:
-        if self.approval is ApprovalPolicy.WRITES:
-            return self.effect is NodeEffect.WRITE
-        return self.approval is ApprovalPolicy.ALWAYS
+    def needs_approval(self, *, is_tainted: bool) -> bool:
+        """Return whether a person has to approve a call; `is_tainted`: a text of outsiders is in the conversation."""
+        if self.approval is ApprovalPolicy.ALWAYS:
+            return True
+        is_asked = self.approval is ApprovalPolicy.WRITES or (
+            self.approval is ApprovalPolicy.TAINTED and is_tainted
+        )
+        return is_asked and self.effect is NodeEffect.WRITE
 
-    def hash_call(self, step: AgentStep) -> str:
+    def hash_call(self, step: AgentStep, *, is_tainted: bool) -> str:
         """Return the SHA-256 that binds an approval to a call: its key, tool and arguments; empty if it needs none."""
-        if not self.needs_approval:
+        if not self.needs_approval(is_tainted=is_tainted):
             return ""
         parts = [step.key, step.name, (step.arguments or b"").decode(), self.fingerprint]
         return sha256(msgspec.json.encode(parts)).hexdigest()
@@ -153,6 +160,8 @@ class AgentTask:
     max_answer_tokens: int = 1000
     temperature: float | None = None
     output_schema: Mapping[str, Any] | None = None
+    is_tainted: bool = False
+    """Whether text of outsiders may be in the first messages."""
     approvers: Mapping[str, Json] = field(default_factory=dict)
     """Fields of the questions whether a tool may be called: `assignees`, `approvals` and others."""
     approval_seconds: float = 604_800.0
@@ -239,10 +248,11 @@ def plan_tool_calls(
     approve wait.
     """
     done = sum(step.kind is StepKind.TOOL for step in earlier)
+    is_tainted = is_conversation_tainted(task, earlier)
     planned = []
     for index, call in enumerate(answer.tool_calls):
         tool = task.tools.get(call.name)
-        problem = _find_call_problem(task, call, done + index)
+        problem = _find_call_problem(task, call, done + index, is_tainted=is_tainted)
         number = model_step.number + 1 + index
         moment = model_step.ended_at or model_step.started_at
         step = AgentStep(
@@ -257,13 +267,21 @@ def plan_tool_calls(
         if problem is not None or tool is None:
             planned.append(fail_tool_step(step, *(problem or ("", "")), moment))
         else:
-            planned.append(require_approval(step, tool))
+            planned.append(require_approval(step, tool, is_tainted=is_tainted))
     return planned
 
 
-def require_approval(step: AgentStep, tool: AgentTool) -> AgentStep:
+def is_conversation_tainted(task: AgentTask, steps: Sequence[AgentStep]) -> bool:
+    """Return whether text of outsiders may be in the conversation: in its beginning, or in the result of a tool."""
+    return task.is_tainted or any(
+        step.kind is StepKind.TOOL and step.name in task.tools and task.tools[step.name].is_untrusted
+        for step in steps
+    )
+
+
+def require_approval(step: AgentStep, tool: AgentTool, *, is_tainted: bool) -> AgentStep:
     """Return a tool call that waits for an approval if it needs one, and is to be done otherwise."""
-    digest = tool.hash_call(step)
+    digest = tool.hash_call(step, is_tainted=is_tainted)
     status = StepStatus.WAITING if digest else StepStatus.STARTED
     return msgspec.structs.replace(step, status=status, request_hash=digest)
 
@@ -321,7 +339,9 @@ def _choose_together(pending: Sequence[AgentStep], parallel_tools: int) -> Seque
     return reads[:parallel_tools] or pending[:1]
 
 
-def _find_call_problem(task: AgentTask, call: RequestedToolCall, earlier: int) -> tuple[str, str] | None:
+def _find_call_problem(
+    task: AgentTask, call: RequestedToolCall, earlier: int, *, is_tainted: bool
+) -> tuple[str, str] | None:
     """Return the error of a tool call and a hint, both for the model; None for a call that can be done."""
     tool = task.tools.get(call.name)
     if tool is None:
@@ -333,7 +353,8 @@ def _find_call_problem(task: AgentTask, call: RequestedToolCall, earlier: int) -
     problems = tool.find_problems(call.arguments)
     if problems:
         return f"The arguments are invalid: {'; '.join(problems)}", "Call it again with valid arguments"
-    if tool.needs_approval and len(msgspec.json.encode(call.arguments)) > MAX_APPROVED_BYTES:
+    needs_approval = tool.needs_approval(is_tainted=is_tainted)
+    if needs_approval and len(msgspec.json.encode(call.arguments)) > MAX_APPROVED_BYTES:
         return "The arguments are too long for a person who has to approve them", "Call it with shorter ones"
     return None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from engine import agent_exposure
 from engine.agent_wiring import (
     PORT_OF_MODELS,
     PORT_OF_TOOLS,
@@ -49,6 +50,7 @@ def _check_agent(
         yield GraphFinding(
             FindingType.INVALID_CONFIG, message, "Connect one, with fallbackModelIds.", agent.id, extra.id
         )
+    yield from _find_exfiltration_path(agent, graph, catalog)
     names: dict[str, str] = {}
     for edge in edges:
         provider = graph.by_id[edge.source]
@@ -61,6 +63,65 @@ def _check_agent(
                 suggestion = "Give each a name of its own."
                 yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id)
             names[name] = provider.id
+
+
+def _find_exfiltration_path(
+    agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup
+) -> Iterator[GraphFinding]:
+    """Yield a warning if an agent reads texts of outsiders and private data, and can send without an approval."""
+    untrusted, private = (
+        agent_exposure.list_untrusted(agent, graph),
+        agent_exposure.list_private(agent, graph),
+    )
+    if not untrusted or not private:
+        return
+    exit_ = next((tool for tool in _list_tools(agent, graph) if _sends_freely(tool, agent, catalog)), None)
+    if exit_ is None:
+        return
+    first, second = _choose_two(untrusted, private)
+    message = (
+        f'The agent "{agent.label}" may be talked into sending data away: "{first.label}" ({first.type}) gives it texts'
+        f' of outsiders, "{second.label}" ({second.type}) private data, and "{exit_.label}" sends without an approval'
+    )
+    suggestion = (
+        'Set approval to "tainted", fix the address in the config of the tool, or remove one of the three.'
+    )
+    yield GraphFinding(FindingType.AGENT_EXFILTRATION_PATH, message, suggestion, agent.id)
+
+
+def _choose_two(untrusted: Sequence[GraphNode], private: Sequence[GraphNode]) -> tuple[GraphNode, GraphNode]:
+    """Return an untrusted and a private source; two different nodes if there are such."""
+    pairs = [(one, other) for one in untrusted for other in private]
+    return next((pair for pair in pairs if pair[0].id != pair[1].id), pairs[0])
+
+
+def _list_tools(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
+    """Return the nodes at the port `tools` of an agent."""
+    edges = [edge for edge in graph.inbound[agent.id] if edge.target_port == PORT_OF_TOOLS]
+    return [graph.by_id[edge.source] for edge in edges]
+
+
+def _sends_freely(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> bool:
+    """Return whether an agent can send data by a tool without an approval.
+
+    The rule `tainted` asks in any case here: the agent reads texts of outsiders.
+    """
+    target = target_of(tool)
+    if target is None:
+        return False
+    try:
+        node_type = catalog.get(target.type, target.version)
+        agent_type = catalog.get(agent.type, agent.version)
+    except UnknownNodeType:
+        return False
+    effect = node_type.effect.of(catalog.with_defaults(node_type, target.config))
+    config = catalog.with_defaults(agent_type, agent.config)
+    allowed = config.get("effects")
+    if effect is NodeEffect.WRITE and isinstance(allowed, list) and effect.value not in allowed:
+        return False
+    rule = tool.config.get("approval") or config.get("approval")
+    is_asked = rule == "always" or (rule in {"writes", "tainted"} and effect is NodeEffect.WRITE)
+    return not is_asked and agent_exposure.can_send(target, node_type, effect)
 
 
 def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) -> Iterator[GraphFinding]:

@@ -35,6 +35,8 @@ class FindingType(StrEnum):
     MISSING_CONFIG = "missing-config"
     UNRESOLVED_MAPPING = "unresolved-mapping"
     INLINE_SECRET = "inline-secret"  # noqa: S105 - the name of a finding
+    AGENT_EXFILTRATION_PATH = "agent-exfiltration-path"
+    """An agent reads texts of outsiders and private data, and can send without an approval."""
     NO_WORKER = "no-worker"
     """No worker of the organization performs the tasks of a custom node now."""
 
@@ -44,6 +46,7 @@ WARNING_TYPES: Final = frozenset({
     FindingType.MISSING_CONFIG,
     FindingType.UNRESOLVED_MAPPING,
     FindingType.INLINE_SECRET,
+    FindingType.AGENT_EXFILTRATION_PATH,
     FindingType.NO_WORKER,
 })  # fmt: skip
 """Types that leave a graph valid."""

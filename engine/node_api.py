@@ -405,6 +405,8 @@ class CallableTool:
     """Calls that a person has to approve, in place of the agent's rule; None without a rule of its own."""
     fingerprint: str = ""
     """Digest of the fixed part of the tool."""
+    is_untrusted: bool = False
+    """Whether its results may hold text of outsiders."""
 
 
 class AgentTools:
@@ -414,6 +416,11 @@ class AgentTools:
     def callable_tools(self) -> Sequence[CallableTool]:
         """Connected tools, in the order of their connections."""
         return ()
+
+    @property
+    def has_tainted_input(self) -> bool:
+        """Whether text of outsiders may be in the prompt."""
+        return False
 
     def render_model_config(self) -> Mapping[str, Json]:
         """Return the config of the node at the port `ai`; empty without one."""

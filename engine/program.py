@@ -108,6 +108,8 @@ class ToolProgram:
     """Whether a write with an unknown outcome is repeated under its key."""
     approval: str | None = None
     """Calls that a person has to approve, in place of the agent's rule."""
+    is_untrusted: bool = False
+    """Whether its results may hold text of outsiders."""
 
     @property
     def effect(self) -> NodeEffect:
@@ -122,6 +124,8 @@ class AgentProgram:
     """Tools by name."""
     model_config: ValueTemplate | None = None
     """Config of the node at the port `ai`; None without one."""
+    has_tainted_input: bool = False
+    """Whether text of outsiders may be in the prompt."""
 
     @property
     def paths(self) -> tuple[ExpressionPath, ...]:
@@ -421,6 +425,8 @@ def _compile_agent(
 
     Raises `LookupError` for an unknown type, and `ExpressionError`.
     """
+    from engine import agent_exposure  # noqa: PLC0415 - loaded by workflows with agents
+
     tools: dict[str, ToolProgram] = {}
     model_config: ValueTemplate | None = None
     for edge in graph.inbound[agent.id]:
@@ -430,8 +436,9 @@ def _compile_agent(
             model_config = compile_template(config)
         elif edge.target_port == agent_wiring.PORT_OF_TOOLS:
             tool = _compile_tool(provider, agent, catalog, implementation)
-            tools[tool.name] = tool
-    return AgentProgram(tools, model_config)
+            is_untrusted = tool.program.node.type in agent_exposure.UNTRUSTED_TYPES
+            tools[tool.name] = replace(tool, is_untrusted=is_untrusted)
+    return AgentProgram(tools, model_config, agent_exposure.has_tainted_input(agent, graph))
 
 
 def _complete_agent(program: NodeProgram, agent: AgentProgram) -> NodeProgram:

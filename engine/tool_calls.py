@@ -159,9 +159,14 @@ class VisitTools(AgentTools):
             CallableTool(
                 *(tool.name, tool.description, tool.parameters, tool.effect, tool.is_repeated, tool.approval),
                 fingerprint=tool.program.static_hashes.hex(),
+                is_untrusted=tool.is_untrusted,
             )
             for tool in self._agent.tools.values()
         ]
+
+    @property
+    def has_tainted_input(self) -> bool:
+        return self._agent.has_tainted_input
 
     def render_model_config(self) -> Mapping[str, Json]:
         """Return the config of the node at the port `ai`; empty without one. Raises `ExpressionError`."""

@@ -137,14 +137,17 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
 
     A resumed run may have another definition, in which the tool does something else or needs an approval now.
     """
-    for step in agent.list_pending_calls(call.steps.recorded):
+    steps = call.steps.recorded
+    answers = [step.number for step in steps if step.kind is StepKind.MODEL]
+    is_tainted = agent.is_conversation_tainted(task, steps[: max(answers, default=0)])
+    for step in agent.list_pending_calls(steps):
         tool = task.tools.get(step.name)
         if tool is None:
             if step.status is StepStatus.WAITING:
                 call.steps.record(msgspec.structs.replace(step, status=StepStatus.STARTED))
             continue
-        is_same = tool.hash_call(step) == step.request_hash
-        reviewed = step if is_same else agent.require_approval(step, tool)
+        is_same = tool.hash_call(step, is_tainted=is_tainted) == step.request_hash
+        reviewed = step if is_same else agent.require_approval(step, tool, is_tainted=is_tainted)
         if not is_same or (step.status is StepStatus.WAITING and call.steps.find_decision(step) is None):
             _record_call(call, task, reviewed)
 

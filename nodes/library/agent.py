@@ -67,6 +67,7 @@ def _build_task(call: NodeCall, config: Mapping[str, Json], model: Mapping[str, 
         max_answer_tokens=int(config_fields.read_number(config, "maxTokens", minimum=1, maximum=1_000_000)),
         temperature=float(temperature) if isinstance(temperature, int | float) else None,
         output_schema=schema,
+        is_tainted=call.tools.has_tainted_input,
         approvers=approvers,
         approval_seconds=config_fields.read_number(
             {"expiresInSeconds": APPROVAL_SECONDS, **approvers},
@@ -95,6 +96,7 @@ def _select_tools(call: NodeCall, config: Mapping[str, Json]) -> dict[str, Agent
             tool.is_repeated,
             ApprovalPolicy(str(tool.approval or config["approval"])),
             tool.fingerprint,
+            tool.is_untrusted,
         )
         for tool in call.tools.callable_tools
         if tool.effect.value in allowed and (not isinstance(enabled, list) or tool.name in enabled)

@@ -9,10 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine import call_approvals
+from engine import agent_exposure, call_approvals
 from engine.agent_steps import StepStatus
+from engine.findings import FindingType
+from engine.graph import ParsedGraph
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
+from engine.validation import validate_graph
 from engine.values import Json
+from nodes.catalog import load_catalog
 from tests.unit.test_agent_runs import TURNS, ScriptedModel, World, compile_agent, turn
 
 pytestmark = pytest.mark.anyio
@@ -178,6 +182,22 @@ async def test_a_tool_may_have_a_rule_of_its_own() -> None:
     assert [span.node_id for span in list_questions(world)] == ["look"]
 
 
+async def test_a_tainted_conversation_needs_an_approval_of_writes() -> None:
+    program = compile_agent(approval="tainted")
+    world = World(
+        program, ScriptedModel([turn(("send", "Oslo")), turn(("look", "Rome")), turn(("send", "Bonn"))])
+    )
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    (asked,) = list_questions(world)
+    assert read_request(asked)["toolCall"]["arguments"] == {"city": "Bonn"}
+    assert len(world.outside.effects) == 1, "no page was read before the first write"
+    assert decide(world)
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.outside.effects) == 2
+
+
 async def test_arguments_that_nobody_could_read_are_not_asked_about() -> None:
     world = build_world(turn(("send", "x" * 20_000)))
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
@@ -211,3 +231,65 @@ async def test_a_death_at_any_commit_repeats_no_approved_effect_and_no_question(
 def test_invisible_characters_of_arguments_are_shown() -> None:
     shown = call_approvals.show_arguments({"to": "a\u202eb\u200bc", "å": "ø"})
     assert shown == '{\n  "to": "a\\u{202e}b\\u{200b}c",\n  "å": "ø"\n}'
+
+
+def find_exfiltration(
+    *, trigger: str = "email-trigger", url: str = "https://a.example", **agent: Json
+) -> list[str]:
+    """Return the messages about exfiltration by an agent that reads mail and a database, and writes to a URL."""
+    source: dict[str, Json] = {"dataSource": "ds_1", "query": "SELECT 1"}
+    post: dict[str, Json] = {"url": url, "method": agent.pop("method", "POST")}
+    tools = {"customers": ("postgresql-source", source), "post": ("http-request", post)}
+    stored: Any = {
+        "nodes": [
+            {"id": "mail", "type": trigger},
+            {"id": "agent", "type": "agent", "config": {"prompt": "p", "model": "echo", **agent}},
+            *(
+                {
+                    "id": name,
+                    "type": "tool",
+                    "config": {
+                        "name": name,
+                        "description": name,
+                        "target": {"node": {"type": kind, "config": config}},
+                    },
+                }
+                for name, (kind, config) in tools.items()
+            ),
+        ],
+        "connections": [
+            {"id": "1", "source": "mail", "target": "agent"},
+            *({"id": name, "source": name, "target": "agent", "targetPort": "tools"} for name in tools),
+        ],
+    }
+    found = validate_graph(ParsedGraph.from_stored(stored), load_catalog())
+    return [one.message for one in found.warnings if one.type is FindingType.AGENT_EXFILTRATION_PATH]
+
+
+def test_a_way_out_of_private_data_is_warned_of_with_its_three_nodes() -> None:
+    (message,) = find_exfiltration(effects=["read", "write"], approval="never")
+    assert all(f'"{name}"' in message for name in ("mail", "customers", "post"))
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        {"effects": ["read", "write"]},
+        {"effects": ["read", "write"], "approval": "tainted"},
+        {"effects": ["read"], "approval": "never"},
+        {"method": "GET", "url": "https://a.example/{{ args.q }}"},
+    ],
+)
+def test_an_approval_and_a_fixed_address_close_the_way_out(agent: dict[str, Any]) -> None:
+    assert find_exfiltration(**agent) == []
+
+
+def test_a_request_to_an_address_of_the_model_is_a_way_out_by_reading() -> None:
+    assert find_exfiltration(method="GET", url="https://{{ args.host }}/x")
+    assert find_exfiltration(method="GET", url="{{ args.url }}")
+
+
+def test_the_types_of_exposure_are_those_of_the_catalog() -> None:
+    catalog = load_catalog()
+    for type_ in agent_exposure.UNTRUSTED_TYPES | agent_exposure.PRIVATE_TYPES:
+        assert catalog.get(type_).type == type_

@@ -1,0 +1,83 @@
+"""Exposure of agents: texts that outsiders write, private data, and ways out, by the types of nodes.
+
+Provenance decides, not contents: a model can be talked into things by any text that it reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from engine.agent_wiring import PORT_OF_TOOLS, target_of
+from engine.node_api import NodeEffect
+
+if TYPE_CHECKING:
+    from engine.graph import GraphNode, ParsedGraph
+    from engine.node_api import NodeType
+
+UNTRUSTED_TYPES: Final = frozenset(
+    {
+        *("email-trigger", "webhook"),
+        *("http-request", "email-parse", "attachment-read", "file-source", "s3-source", "sub-workflow"),
+    }
+)
+"""Types whose output may hold text of outsiders: mails, webhooks, web pages, shared documents, and other workflows."""
+PRIVATE_TYPES: Final = frozenset(
+    {"postgresql-source", "mysql-source", "sqlite-source", "s3-source", "file-source", "sub-workflow"}
+)
+"""Types whose output is data of the organization."""
+_SENDING_TYPES: Final = frozenset({"email-send", "sub-workflow"})
+_HTTP_TYPE: Final = "http-request"
+_FREE_HOST: Final = re.compile(r"^[^/?#]*(?://[^/?#]*)?\{\{[^}]*\bargs\b")
+"""Beginning of a URL whose host comes from the model."""
+
+
+def list_untrusted(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
+    """Return the nodes before an agent, and its tools, whose output may hold text of outsiders."""
+    nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
+    return [node for node in nodes if node.type in UNTRUSTED_TYPES]
+
+
+def has_tainted_input(agent: GraphNode, graph: ParsedGraph) -> bool:
+    """Return whether text of outsiders may be in the first request of an agent: a node before it may give some."""
+    return any(node.type in UNTRUSTED_TYPES for node in _list_ancestors(agent, graph))
+
+
+def list_private(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
+    """Return the nodes before an agent, and its tools, whose output is private data."""
+    nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
+    return [
+        node
+        for node in nodes
+        if node.type in PRIVATE_TYPES or (node.type == _HTTP_TYPE and node.config.get("dataSource"))
+    ]
+
+
+def can_send(target: GraphNode, node_type: NodeType, effect: NodeEffect) -> bool:
+    """Return whether a tool can send data to somebody outside: by a mail, a write, or an address of the model."""
+    if target.type == _HTTP_TYPE:
+        url = target.config.get("url")
+        return effect is NodeEffect.WRITE or (isinstance(url, str) and _FREE_HOST.match(url) is not None)
+    return target.type in _SENDING_TYPES or node_type.task is not None
+
+
+def _list_targets(agent: GraphNode, graph: ParsedGraph) -> Iterator[GraphNode]:
+    """Yield the nodes that do the calls of an agent's tools."""
+    for edge in graph.inbound[agent.id]:
+        if edge.target_port == PORT_OF_TOOLS:
+            target = target_of(graph.by_id[edge.source])
+            if target is not None:
+                yield target
+
+
+def _list_ancestors(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
+    """Return the nodes from which connections lead to an agent, except by its port for tools, the nearest first."""
+    found: dict[str, None] = {}
+    waiting = [edge.source for edge in graph.inbound[agent.id] if edge.target_port != PORT_OF_TOOLS]
+    while waiting:
+        node_id = waiting.pop(0)
+        if node_id not in found and node_id != agent.id:
+            found[node_id] = None
+            waiting += [edge.source for edge in graph.inbound[node_id]]
+    return [graph.by_id[node_id] for node_id in found]
