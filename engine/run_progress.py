@@ -43,11 +43,11 @@ MAX_KEPT_TEXT_BYTES: Final = 16_384
 WEBHOOK: Final = "webhook"
 """Kind of the trigger whose output may be as large as a body that the gateway accepts."""
 MAX_ROUND_SECONDS: Final = 60.0
+"""Maximum delay before a run is resumed at a failed node. The delay begins at a second and doubles."""
 MAX_HOLD_SECONDS: Final = 1.0
 """Longest time for which a run keeps its worker after it has created a task: many tasks take less."""
 MAX_PROVIDER_WAITS: Final = 20
 """Waits of one node for the time that a provider has named; later failures of this kind are like others."""
-"""Maximum delay before a run is resumed at a failed node. The delay begins at a second and doubles."""
 
 
 class RunProgress:
