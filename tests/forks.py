@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pilotflame import commands
@@ -82,8 +83,10 @@ class ForkedProcess:
         return code
 
     def send_signal(self, number: int) -> None:
+        # A process that ends between the two is gone, though no exit code is known yet.
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

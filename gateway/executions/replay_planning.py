@@ -14,7 +14,7 @@ from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
-from engine import name_suggestions
+from engine import agent_wiring, name_suggestions
 from engine.graph import ParsedGraph, RunSettings
 from engine.node_api import CONTINUE
 from engine.node_key import decode_key
@@ -383,7 +383,9 @@ class _Planning:
         """
         if self._program is None:
             self._program = self._compile()
-            self._original = ParsedGraph.from_stored(decoding.decode(self.recorded.definition_text))
+            recorded = ParsedGraph.from_stored(decoding.decode(self.recorded.definition_text))
+            # Models and tools of agents are no nodes of a program either: the keys of the agents have them.
+            self._original = agent_wiring.remove_providers(recorded)
             self._require_known_nodes(self._program.graph)
         row = self.recorded.row
         facts = ReplayFacts(

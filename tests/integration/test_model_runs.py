@@ -274,3 +274,44 @@ async def test_why_names_the_model_that_an_agent_waits_for_and_a_cancel_closes_i
     assert (blocker["code"], blocker["details"]["steps"][0]["name"]) == ("node-running", model_id)
     assert blocker["message"].endswith(f"waits for the answer of the model {model_id}")
     assert (ended["status"], len(served.requests)) == ("cancelled", 1)
+
+
+async def test_a_replay_reuses_an_agent_unless_its_prompt_has_changed(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    target = {"node": {"type": "set", "config": {"values": {"degrees": -3}}}}
+    configs: dict[str, dict[str, Any]] = {
+        "agent": {"prompt": "How is Oslo?"},
+        "model": {},
+        "find": {"name": "find", "description": "Finds a city.", "target": target},
+    }
+    async with (
+        serve_models(find_call("Oslo"), ScriptedAnswer()) as served,
+        serve_worker(harness, served.url),
+    ):
+        model_id = await create_model(people.owner, await create_provider(people.owner, served.url))
+        configs["model"]["model"] = model_id
+        types = {"agent": "agent", "model": "llm", "find": "tool"}
+        workflow_id = await people.owner.create(
+            nodes=[
+                {"id": "start", "nodeId": "manual"},
+                *({"id": name, "nodeId": kind, "config": configs[name]} for name, kind in types.items()),
+            ],
+            connections=[
+                {"source": "start", "target": "agent"},
+                {"source": "model", "target": "agent", "targetPort": "ai"},
+                {"source": "find", "target": "agent", "targetPort": "tools"},
+            ],
+        )
+        first = await execute_workflow(people.owner, workflow_id)
+        assert (await wait_until_ended(people.owner, first))["status"] == "completed"
+        path = f"/api/v1/executions/{first}/replay"
+        again = (await people.owner.api.post(path, json={"definition": "current"})).json()["executionId"]
+        ended = await wait_until_ended(people.owner, again)
+        assert (ended["status"], ended["outputs"]["agent"]["response"]) == ("completed", "Cold.")
+        assert len(served.requests) == 2, "the replay has asked no model"
+        node = f"/api/v1/workflows/{workflow_id}/nodes/agent"
+        await people.owner.api.put(node, json={"config": {"prompt": "How is Rome?"}})
+        plan = (await people.owner.api.post(path, json={"definition": "current", "dryRun": True})).json()
+    (agent,) = [one for one in plan["nodes"] if one["nodeId"] == "agent"]
+    assert agent["decision"] == "rerun"

@@ -67,7 +67,7 @@ from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
 from telemetry.tracing import TraceContext, encode_origin
 from tests import command_runs
 from tests.custom_types import custom_type
-from tests.fakes.model_server import ScriptedAnswer, serve_models
+from tests.fakes.model_server import ModelFault, ScriptedAnswer, serve_models
 from tests.http_receiver import HttpReceiver, run_receiver
 from tests.integration.gateway_harness import SECRET
 from tests.integration.run_database import (
@@ -78,6 +78,7 @@ from tests.integration.run_database import (
     open_run_database,
 )
 from tests.integration.test_child_runs import create_runnable
+from tests.integration.test_model_kills import build_agent
 from tests.otlp_receiver import run_otlp_receiver
 from tests.preloads import ShiftedClock
 from tests.services import reserve_port
@@ -738,6 +739,35 @@ async def test_a_node_in_a_pod_calls_a_model_within_the_budget_of_its_run(pods: 
     )
     assert [(charge["tokens"], bool(charge["is_settled"])) for charge in charges] == [(120, True)] * 2
     assert "model-budget-exceeded" in str((await pods.run_database.row(refused.execution_id))["error"])
+
+
+async def test_an_agent_continues_in_another_pod_behind_its_recorded_steps(pods: DeployedPods) -> None:
+    wanted = [
+        ScriptedAnswer("", tool_calls=[{"name": name, "arguments": '{"city": "Oslo"}'}])
+        for name in ("look", "send")
+    ]
+    stalled = ScriptedAnswer(fault=ModelFault.STALL)
+    async with serve_models(*wanted, stalled, ScriptedAnswer()) as served:
+        model_id = await create_model(pods, served.url)
+        key = await pods.accept(build_agent(served.url).replace('"first"', f'"{model_id}"'))
+        first = await pods.start().ready()
+        await wait_until(lambda: len(served.requests) == 3)
+        first.started.kill()
+        pods.start()
+        await pods.has_swept(lambda: len(served.requests) == 4)
+        await pods.reaches(key, "completed")
+    ended = (await pods.outputs(key))["agent"]
+    assert (ended["response"], ended["stopReason"], ended["lostAttempts"]) == ("Cold.", "finished", 1)
+    assert len(served.requests) == 4, "answers that are recorded are not asked for again"
+    assert (len(served.effects), served.repeated) == (1, 0)
+    steps = await pods.run_database.query(
+        "SELECT name, status, attempt FROM execution_step WHERE execution_id = :id ORDER BY number",
+        id=key.execution_id,
+    )
+    assert [(step["name"], step["status"], step["attempt"]) for step in steps] == [
+        *[(model_id, "completed", 1), ("look", "completed", 1)],
+        *[(model_id, "completed", 1), ("send", "completed", 1), (model_id, "completed", 2)],
+    ]
 
 
 async def test_a_callback_ends_the_wait_of_a_node_whose_pod_was_killed_in_its_request(
