@@ -342,6 +342,16 @@ class SignalWaitService(Protocol):
         """
 
 
+class StateService(Protocol):
+    """State of the run of a node, which clients read."""
+
+    async def publish(self, caller: RunCaller, key: str, value: bytes) -> None:
+        """Store the value (JSON) of a key, in place of an earlier one; may be repeated.
+
+        Raises `NodeError` above the maximum size of a state.
+        """
+
+
 class ModelService(Protocol):
     """Language models, restricted to those that the caller may use."""
 
@@ -391,6 +401,7 @@ class NodeServices:
     throttle: ThrottleService = field(default_factory=_missing_service("Shared rate limits"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))
     signals: SignalWaitService = field(default_factory=_missing_service("Signals"))
+    state: StateService = field(default_factory=_missing_service("States of executions"))
     models: ModelService = field(default_factory=_missing_service("Language models"))
     approvals: ApprovalLinkService = field(default_factory=_missing_service("Links of approvals"))
     callbacks: CallbackService = field(default_factory=_missing_service("Callbacks"))

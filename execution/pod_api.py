@@ -356,6 +356,18 @@ class ExpectSignalRequest(msgspec.Struct, frozen=True):
     timeout_seconds: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] | None
 
 
+class PublishRequest(msgspec.Struct, frozen=True):
+    """Publish a value in the state of a run that this pod holds; idempotent."""
+
+    key: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,39}\Z")]
+    value: bytes
+    """JSON."""
+
+
+class PublishResponse(msgspec.Struct, frozen=True):
+    """Confirmation that the value is stored."""
+
+
 class ThrottleRequest(msgspec.Struct, frozen=True):
     """Reserve the next slot of a shared rate limit."""
 

@@ -21,6 +21,7 @@ from models.blocked_interval import BlockedInterval
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
 from models.execution_label import ExecutionLabel
 from models.model_spending import ModelCharge
+from models.published_value import PublishedValue
 from models.signal import Signal, SignalWait
 from models.task import Task
 
@@ -62,6 +63,7 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
     (Task, (col(Task.execution_id), col(Task.id))),
     (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
+    (PublishedValue, (col(PublishedValue.execution_id), col(PublishedValue.key))),
     (Signal, (col(Signal.execution_id), col(Signal.number))),
     (SignalWait, (col(SignalWait.execution_id), col(SignalWait.node_id), col(SignalWait.iteration))),
     (

@@ -39,6 +39,7 @@ from runner.node_services import (
     RemoteModels,
     RemoteRunStarter,
     RemoteSignalWaits,
+    RemoteState,
     RemoteThrottle,
 )
 from runner.orphan_watch import wait_orphaned
@@ -173,6 +174,7 @@ async def run_executor(
         throttle=RemoteThrottle(gateway),
         events=RemoteEventWaits(gateway),
         signals=RemoteSignalWaits(gateway),
+        state=RemoteState(gateway),
         models=models,
         approvals=RemoteApprovalLinks(gateway),
         callbacks=RemoteCallbacks(gateway),

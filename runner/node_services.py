@@ -27,6 +27,8 @@ from execution.pod_api import (
     ModelRequest,
     ModelReserveRequest,
     ModelSettleRequest,
+    PublishRequest,
+    PublishResponse,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -270,6 +272,20 @@ class RemoteSignalWaits:
         call = ExpectSignalRequest(node_id, iteration, wanted.name, wanted.timeout_seconds)
         path = f"/executions/{caller.execution_id}/signal-waits"
         return await until_available(lambda: self._gateway.call(path, call, SignalExpectation))
+
+
+class RemoteState:
+    """Publishes values in the states of runs; implements `engine.services.StateService`."""
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+
+    async def publish(self, caller: RunCaller, key: str, value: bytes) -> None:
+        """Publish the value (JSON) of a key at the gateway. Raises `NodeError`; waits while the gateway is
+        unavailable.
+        """
+        path, call = f"/executions/{caller.execution_id}/state", PublishRequest(key, value)
+        await until_available(lambda: self._gateway.call(path, call, PublishResponse))
 
 
 class RemoteBlobStorage:

@@ -136,6 +136,7 @@ METHODS: Final = {
     "organization_dead_lettersReplay": "queue.replay_all_dead_letters",
     "organization_dead_lettersRedrive": "queue.redrive_all_dead_letters",
     "organization_explanationsShow": "server.why",
+    "published_stateShow": "executions.state",
     "replayReplay": "executions.replay",
     "run_explanationsShow": "executions.why",
     "run_graphsShow": "executions.graph",

@@ -37,6 +37,7 @@ from engine.services import (
     RunCaller,
     SignalExpectation,
     SignalRequest,
+    StateService,
     ThrottleService,
 )
 from engine.values import Json
@@ -48,6 +49,16 @@ from tests.fakes.model_ledger import MemoryLedger
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
+
+
+class RecordedState:
+    """State of an execution, with the values that nodes have published."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    async def publish(self, caller: RunCaller, key: str, value: bytes) -> None:  # noqa: ARG002 - the protocol's parameter
+        self.values[key] = value
 
 
 class NoSignalWaits:
@@ -178,6 +189,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     *,
     http: HttpClientService | None = None,
     throttle: ThrottleService | None = None,
+    state: StateService | None = None,
     data_sources: DataSourceService | None = None,
     code: CodeService | None = None,
     blobs: BlobService | None = None,
@@ -194,6 +206,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     services = NodeServices(
         http=http or NoNetwork(),
         throttle=throttle or OpenThrottle(),
+        state=state or RecordedState(),
         models=LazyModels(NoModels, (), ()),
     )
     services = services if code is None else replace(services, code=code)

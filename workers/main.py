@@ -24,6 +24,7 @@ from execution.message_signer import MessageSigner
 from execution.node_blobs import NodeBlobs
 from execution.shared_throttle import SharedThrottle
 from execution.signal_waits import SignalWaits
+from execution.state_publisher import StatePublisher
 from execution.stored_data_sources import StoredDataSources
 from execution.trials import TrialGate
 from execution.user_code import open_worker_code
@@ -146,6 +147,7 @@ async def run_worker(
         throttle=SharedThrottle(database),
         events=EventMatcher(database, broker),
         signals=SignalWaits(database, broker),
+        state=StatePublisher(database),
         models=models,
         approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
         callbacks=CallbackUrls(signer, settings.secret, settings.public_url),

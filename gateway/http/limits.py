@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Final
 
 from engine.findings import MAX_FINDINGS
-from journal import concurrency_limits
+from journal import concurrency_limits, run_state
 from journal.waits import signals
 from models import data_source_types
 from senders import sender_event as sender_events
@@ -151,6 +151,8 @@ BULK_REPLAYS: Final = 200
 BULK_LISTED: Final = 100
 """Ids of executions that the answer to a bulk request lists."""
 
+STATE_BYTES: Final = run_state.MAX_STATE_BYTES
+"""Bytes of the keys and values that the nodes of an execution publish, as JSON."""
 SIGNAL_BYTES: Final = 256_000
 """Bytes of the payload of a signal as JSON."""
 UNREAD_SIGNALS: Final = signals.MAX_UNREAD

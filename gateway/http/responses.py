@@ -35,6 +35,19 @@ class JsonResponse:
         await send({"type": "http.response.body", "body": self.body})
 
 
+class NotModified:
+    """Answer 304 without a body, for a client that has the current state."""
+
+    __slots__ = ("headers",)
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.headers = _encode_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        await send({"type": "http.response.start", "status": 304, "headers": self.headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
 class NoContent:
     """Answer 204 without a body."""
 

@@ -34,6 +34,8 @@ from execution.pod_api import (
     ModelRequest,
     ModelReserveRequest,
     ModelSettleRequest,
+    PublishRequest,
+    PublishResponse,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -133,7 +135,7 @@ async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespo
     call = await decode_call(request, ModelBlockRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.block(caller, call.model_id, call.seconds)
-    return JsonResponse({})
+    return JsonResponse(PublishResponse())
 
 
 async def reserve_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
@@ -262,6 +264,19 @@ async def expect_signal(request: GatewayRequest, holder: LeaseHolder) -> JsonRes
             iteration=call.iteration,
         )
     return JsonResponse(expected)
+
+
+async def publish(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Publish a value in the state of the path's run.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, PublishRequest, max_bytes=MAX_RECORD_BYTES)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    record_checks.require_json(call.value)
+    async with _translate_errors():
+        await request.gateway.pod_services.state.publish(caller, call.key, call.value)
+    return JsonResponse({})
 
 
 async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -14,6 +14,7 @@ from execution.event_matching import EventMatcher
 from execution.message_signer import MessageSigner
 from execution.shared_throttle import SharedThrottle
 from execution.signal_waits import SignalWaits
+from execution.state_publisher import StatePublisher
 from execution.stored_data_sources import StoredDataSources
 from execution.stored_models import StoredModels
 from gateway.pods.pod_authentication import PodAuthenticator
@@ -41,6 +42,7 @@ class PodApiServices:
     throttle: SharedThrottle
     events: EventMatcher
     signals: SignalWaits
+    state: StatePublisher
     approvals: ApprovalLinkUrls
     callbacks: CallbackUrls
     log_levels: Mapping[str, str]
@@ -71,6 +73,7 @@ async def open_pod_services(
             throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),
             signals=SignalWaits(database, broker),
+            state=StatePublisher(database),
             approvals=ApprovalLinkUrls(database, settings.secret, settings.public_url),
             callbacks=CallbackUrls(MessageSigner(database, vault), settings.secret, settings.public_url),
             log_levels=await stack.enter_async_context(log_levels.follow_log_levels(database)),

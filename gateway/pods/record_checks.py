@@ -96,6 +96,14 @@ def require_readable(call: ExpectEventRequest) -> None:
         raise _refuse_write(f"The filter is invalid: {error}") from error
 
 
+def require_json(value: bytes) -> None:
+    """Raise a 422 error unless a value of a pod is JSON that the server accepts."""
+    try:
+        values.decode_json(value)
+    except InvalidJson as error:
+        raise _refuse_write(f"The value is invalid: {error}") from error
+
+
 def _check_span(span: NodeSpan) -> None:
     _check_model_calls(span.model_calls)
     for text in (span.input, span.output, span.resolved_config, span.rendered_config):

@@ -55,6 +55,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/executions/{id}/runs", node_services.start_run),
     PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),
     PodRoute("POST", "/executions/{id}/event-waits", node_services.expect_event),
+    PodRoute("POST", "/executions/{id}/state", node_services.publish),
     PodRoute("POST", "/executions/{id}/signal-waits", node_services.expect_signal),
     PodRoute("POST", "/executions/{id}/approval-links", node_services.create_approval_links),
     PodRoute("POST", "/executions/{id}/callback-url", node_services.create_callback_url),

@@ -235,6 +235,25 @@ def list_signals(
     show_list([dict(one) for one in found], output, SIGNALS, key="number")
 
 
+@app.command("state")
+def show_state(
+    execution: ExecutionArgument,
+    key: Annotated[
+        str | None, Option("--key", help="Print only the value of this key.", show_default="all")
+    ] = None,
+    output: FormatOption = OutputFormat.JSON,
+) -> None:
+    """Print the values that the nodes of an execution have published, also after its end."""
+    state = connect().executions.state(execution)
+    if key is None:
+        show_object(dict(state), output, key="executionId")
+        return
+    if key not in state["values"]:
+        known = ", ".join(state["values"]) or "none"
+        raise CommandError(f"{execution} has published no value {key}: its keys are {known}")
+    show_value(state["values"][key], output)
+
+
 @app.command("resume")
 def resume_run(execution: ExecutionArgument, idempotency_key: KeyOption = None) -> None:
     """Continue a failed execution behind its completed nodes, and print the id of the new one."""

@@ -865,6 +865,7 @@ ROWS = [
     AccessRow("GET", f"{EXECUTION}/pending-inputs", READ, READERS, create_waiting_execution),
     AccessRow("POST", f"{EXECUTION}/input", EXECUTE, READERS, create_waiting_execution, ANSWER),
     run_row("GET", "/signals"),
+    run_row("GET", "/state"),
     AccessRow("POST", f"{EXECUTION}/signals", EXECUTE, READERS, create_signalled_execution, SIGNAL, 202),
     AccessRow("POST", f"{EXECUTION}/callback", None, UNKNOWN_TO_ALL, create_failed_execution),
     run_row("POST", "/stop", scope=EXECUTE),

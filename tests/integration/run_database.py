@@ -45,6 +45,7 @@ TABLES = (
         "execution_step",
         "log_line",
         "wait_answer",
+        "published_value",
         "signal",
         "signal_wait",
         "blocked_interval",

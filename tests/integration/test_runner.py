@@ -47,7 +47,8 @@ from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
 from journal.tasks.task_items import Completion, WorkerReport
 from journal.tasks.task_moves import ReportStatus
 from journal.tasks.task_polls import TaskPoll
-from journal.waits import node_answers
+from journal.waits import node_answers, signals
+from journal.waits.signals import NewSignal
 from messages.deployer_messages import DeployerMessage, ReconcileRequest
 from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids, signing_secrets
@@ -687,6 +688,8 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
         throttle,
         {"id": "ask", "type": "human-input", "config": {"title": "May it go out?"}},
         {"id": "paid", "type": "wait-for-event", "config": {"event_type": "order.*", "lookBackSeconds": 60}},
+        {"id": "shipped", "type": "wait-for-signal", "config": {"name": "shipped"}},
+        {"id": "tell", "type": "publish", "config": {"key": "parcel", "value": "{{ data.payload }}"}},
         send,
     )
     paid = EmittedEvent("event_1", "order.paid", "shop", '{"event_type":"order.paid"}')
@@ -694,6 +697,10 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
     first = await pods.start(MAX_ROW_OUTPUT_BYTES="1024").ready()
     key = await pods.accept(definition, trigger=json.dumps({"body": {"text": large}}))
     await pods.reaches(key, "waiting")
+    sent_signal = NewSignal("signal_1", "shipped", b'"P-12"', pods.owned_workflow.user_id)
+    await pods.run_database.database.transaction(
+        lambda connection: signals.store_signal(connection, key, sent_signal)
+    )
     first.started.kill()
     given = await pods.run_database.database.transaction(
         lambda connection: node_answers.store_answer(
@@ -713,6 +720,8 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
     assert sent.headers["authorization"] == "Bearer a secret"
     assert sent.message == {"text": large}
     assert await pods.run_database.count("event_wait") == 0
+    (told,) = await pods.run_database.query("SELECT key, value FROM published_value")
+    assert (told["key"], told["value"]) == ("parcel", '"P-12"')
     spans = await pods.run_database.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
     assert "large" in {span["node_id"] for span in spans}
     assert await pods.run_database.count("throttle") == 1

@@ -35,7 +35,7 @@ from nodes import catalog
 from nodes.lazy_models import LazyModels
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner
-from tests.node_calls import CALLER, NoEventWaits, NoModels, NoSignalWaits, OpenThrottle
+from tests.node_calls import CALLER, NoEventWaits, NoModels, NoSignalWaits, OpenThrottle, RecordedState
 from tests.sample_data import SampleDataSources
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ async def lend_services(node_type: NodeType, folder: Path) -> AsyncIterator[Node
             OpenThrottle(),
             NoEventWaits(),
             NoSignalWaits(),
+            RecordedState(),
             models=LazyModels(NoModels, (), ()),
         )
     finally:

@@ -370,6 +370,10 @@ class Executions(Resource):
         """Run a workflow; the answer is sent when the run is committed."""
         return cast("t.ExecuteResult", self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/execute", fields={"definition": definition, "triggerInputs": trigger_inputs, "inputs": inputs, "upTo": up_to, "pinned": pinned, "callbackUrl": callback_url, "tags": tags, "metadata": metadata}, idempotency_key=idempotency_key, is_keyed=True))
 
+    def state(self, execution_id: str, *, wait: int | None = None) -> t.PublishedState:
+        """Show the state of an execution: the values that its nodes have published so far, also after its end."""
+        return cast("t.PublishedState", self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/state", query={"wait": wait}))
+
     def statistics(self) -> t.RunStatistics:
         """Count the organization's runs of 24 hours by hour and status, with the median and the 95th percentile of their times."""
         return cast("t.RunStatistics", self._client.request("GET", "/api/v1/executions/statistics"))

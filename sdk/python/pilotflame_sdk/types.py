@@ -191,6 +191,7 @@ __all__ = [
     "ProviderKey",
     "ProviderKeyList",
     "ProviderKeyTest",
+    "PublishedState",
     "PurgeResult",
     "QuestionMails",
     "ReasonCount",
@@ -2167,6 +2168,16 @@ class ProviderKeyTest(TypedDict):
     message: str
     durationMs: int
     models: List[str]
+
+
+class PublishedState(TypedDict):
+    """Values that the nodes of an execution have published."""
+
+    executionId: str
+    status: ExecutionStatus
+    revision: int
+    values: Dict[str, Any]
+    updatedAt: str | None
 
 
 class PurgeResult(TypedDict):
