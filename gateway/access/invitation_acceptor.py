@@ -80,17 +80,23 @@ class InvitationAcceptor:
         return found, organization
 
     async def accept(
-        self, one: Invitation, organization: Organization, name: str, *, user_agent: str
+        self,
+        one: Invitation,
+        organization: Organization,
+        name: str,
+        *,
+        user_agent: str,
+        replaces: str | None,
     ) -> NewMember:
         """Create the user of an invitation with a key and a browser session in one transaction, and return them.
 
-        The key has the role's scopes and lasts 365 days. Raises a 401 error if another request was first, and
-        409 if the organization has a user with the address.
+        The key has the role's scopes and lasts 365 days. The session with the hash `replaces` ends. Raises a 401
+        error if another request was first, and 409 if the organization has a user with the address.
         """
         now = self._database.clock.now()
 
         async def make(connection: AsyncConnection) -> NewMember:
-            return await self._make(connection, one, organization, name, user_agent, now)
+            return await self._make(connection, one, organization, name, user_agent, now, replaces)
 
         try:
             return await self._database.transaction(make)
@@ -105,6 +111,7 @@ class InvitationAcceptor:
         name: str,
         user_agent: str,
         now: datetime,
+        replaces: str | None,
     ) -> NewMember:
         """Create user, key and session of an invitation within a transaction, mark it as accepted, and return them.
 
@@ -136,7 +143,7 @@ class InvitationAcceptor:
             scopes=SCOPES_OF_ROLES[role],
         )
         session, secret = await browser_session.create_session(
-            connection, caller, user_agent=user_agent, now=now, replaces=None
+            connection, caller, user_agent=user_agent, now=now, replaces=replaces
         )
         for action, object_id, before, after in (
             (AuditAction.INVITATION_ACCEPTED, one.id, hash_invitation(one), None),

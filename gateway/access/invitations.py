@@ -19,7 +19,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
-from models import invitation
+from models import browser_session, invitation
 from models.access import UserRole
 from models.audit import AuditAction
 from models.invitation import DEFAULT_LIFETIME, CreatedInvitation, Invitation
@@ -182,7 +182,7 @@ async def accept(request: GatewayRequest) -> JsonResponse:
     """Show an invitation, or accept it: make its user, and sign the browser in.
 
     With `dryRun`, it is only shown. The invitation is named by the code of its link; a used, revoked or
-    expired one is refused.
+    expired one is refused. An earlier session of the browser is replaced.
     """
     cookie = sign_in.require_cookie(request)
     cookie.require_same_origin(request.scope)
@@ -203,7 +203,12 @@ async def accept(request: GatewayRequest) -> JsonResponse:
         body.name, "name", problems, max_length=limits.USER_NAME_LENGTH, may_be_empty=True
     )
     problems.raise_any()
-    member = await acceptor.accept(one, organization, name, user_agent=request.headers.get("user-agent", ""))
+    earlier = cookie.value_of(request.scope)
+    replaces = None if earlier is None else browser_session.hash_secret(earlier)
+    user_agent = request.headers.get("user-agent", "")
+    member = await acceptor.accept(one, organization, name, user_agent=user_agent, replaces=replaces)
+    if replaces is not None:
+        request.gateway.sessions.forget(replaces)
     shape = AcceptedInvitation(
         user_id=member.user.id,
         organization_name=organization.name,

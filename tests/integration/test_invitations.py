@@ -13,7 +13,7 @@ from sqlmodel import col
 from models.access import SCOPES_OF_ROLES, UserRole
 from models.invitation import Invitation
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
-from tests.integration.test_gateway_sessions import actions
+from tests.integration.test_gateway_sessions import WHOAMI, actions, sign_in
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -59,6 +59,22 @@ async def test_a_link_makes_a_user_with_a_key_and_a_session(
     assert {"invitation.created", "invitation.accepted", "user.created", "key.created"} <= set(
         await actions(harness, me["organizationId"])
     )
+
+
+async def test_a_link_ends_the_session_that_the_browser_had(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    browser = await sign_in(harness, people.owner.key)
+    earlier = {"Cookie": f"pilotflame-loopback={browser.cookies['pilotflame-loopback']}"}
+    code = code_of(await invite(people.admin))
+    shown = await browser.post("/invitation", json={"code": code, "dryRun": True})
+    assert shown.status_code == 200
+    other = await harness.browser()
+    assert (await other.get(WHOAMI, headers=earlier)).status_code == 200
+    accepted = await browser.post("/invitation", json={"code": code})
+    assert accepted.status_code == 201, accepted.text
+    assert (await browser.get(WHOAMI)).json()["userId"] == accepted.json()["userId"]
+    assert_refused(await other.get(WHOAMI, headers=earlier), 401, "unauthorized")
 
 
 async def test_a_link_used_twice_at_once_makes_one_user(
