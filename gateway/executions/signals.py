@@ -166,8 +166,10 @@ async def _store(
     the earlier request differs.
     """
     now = request.gateway.clock()
+    attempted: SignalResult | None = None
 
     async def work(connection: AsyncConnection) -> tuple[Signal, SignalResult | None]:
+        nonlocal attempted
         if idempotency_key is not None:
             bound = await idempotency.reserve_key(
                 connection, idempotency_key, shard=key.shard, resource_id=sent.id, now=now
@@ -177,7 +179,7 @@ async def _store(
                 if earlier is None:
                     raise errors.not_found("execution")
                 return earlier, None
-        result = await signals.store_signal(connection, key, sent)
+        attempted = result = await signals.store_signal(connection, key, sent, attempted)
         if result is None:
             raise errors.not_found("execution")
         if result.signal is None:

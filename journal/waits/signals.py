@@ -79,17 +79,21 @@ class SignalResult:
 
 
 async def store_signal(
-    connection: AsyncConnection, key: ExecutionKey, sent: NewSignal
+    connection: AsyncConnection, key: ExecutionKey, sent: NewSignal, attempted: SignalResult | None = None
 ) -> SignalResult | None:
     """Store a signal in a transaction, and give it to the node that has waited longest for its name; None if
     the run is gone.
 
-    Without such a node it stays unread, behind earlier signals.
+    Without such a node it stays unread, behind earlier signals. `attempted` is the result of an earlier call whose
+    commit was not confirmed: it is returned if it was committed.
     """
     columns = (col(Execution.status), col(Execution.target))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
     if run is None:
         return None
+    # After the lock, so that it sees a commit in progress.
+    if attempted is not None and await find_signal(connection, key, sent.id) is not None:
+        return attempted
     if run.status in TERMINAL_STATUSES:
         return SignalResult(SignalVerdict.ENDED, run.status, run.target)
     last = select(func.max(col(Signal.number))).where(col(Signal.execution_id) == key.execution_id)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import RunCaller, SignalRequest
@@ -195,6 +196,30 @@ async def test_a_repeated_signal_with_its_idempotency_key_is_stored_once(
     assert [ended["outputs"][node]["payload"] for node in ("wait0", "wait1")] == [1, 2]
     again = await send(people.owner, run, "item", 1, headers=key)
     assert (again.status_code, again.json()["nodeId"]) == (202, "wait0")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "order-8"}])
+async def test_a_signal_whose_commit_was_not_confirmed_is_stored_once(
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: dict[str, str],
+) -> None:
+    run = await execute_workflow(people.owner, await people.owner.create(**waiting_graph("item", "item")))
+    transaction = harness.gateway.database.transaction
+
+    async def confirmed_the_second_time(
+        work: Callable[[AsyncConnection], Awaitable[Any]], *, locks: str
+    ) -> Any:  # noqa: ANN401 - passed on
+        await transaction(work, locks=locks)
+        return await transaction(work, locks=locks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.gateway.database, "transaction", confirmed_the_second_time)
+        answer = await send(people.owner, run, "item", 1, headers=headers)
+    assert (answer.status_code, answer.json()["number"]) == (202, 1)
+    assert "Idempotent-Replayed" not in answer.headers
+    assert [one["number"] for one in await list_signals(people.owner, run)] == [1]
 
 
 async def test_a_signal_near_the_end_of_a_wait_is_kept_for_the_next_node(
