@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
@@ -31,8 +32,6 @@ _HUNDRED = 100
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\Z")
-_PROCESS = ids.new_id("req")[:-8]
-"""Common prefix of this process's request ids; a counter follows, since ids must be unique, not secret."""
 _numbers = count(1)
 _HEADERS = [(b"x-content-type-options", b"nosniff")]
 _NO_STORE = (b"cache-control", b"no-store")
@@ -151,7 +150,16 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.match(value):
             given: bytes = value
             return given.decode()
-    return f"{_PROCESS}{next(_numbers):08x}"
+    return f"{_choose_prefix()}{next(_numbers):08x}"
+
+
+@cache
+def _choose_prefix() -> str:
+    """Return the common prefix of this process's request ids; a counter follows, since ids must be unique, not secret.
+
+    It is chosen at the first request: processes that are forked from one with this module would share it.
+    """
+    return ids.new_id("req")[:-8]
 
 
 class CrossOriginLayer:

@@ -8,6 +8,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
 from pilotflame_sdk import Client
@@ -29,6 +30,12 @@ def child_ids(server: RunningCommand) -> dict[str, int]:
     return {name.removeprefix("pf-"): pid for name, pid in children.items() if name.startswith("pf-")}
 
 
+async def read_request_id(address: str) -> str:
+    """Return the id of a new request."""
+    async with httpx2.AsyncClient(timeout=PATIENCE_SECONDS) as client:
+        return str((await client.get(f"{address}/health")).headers["X-Request-Id"])
+
+
 async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly_stop(
     postgres: services.PostgresServer, tmp_path: Path, free_tcp_port: int
 ) -> None:
@@ -45,7 +52,8 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
         SETTLE_SECONDS="0",
     )
     async with run_receiver() as receiver:
-        client = Client(f"http://127.0.0.1:{free_tcp_port}", KEY)
+        address = f"http://127.0.0.1:{free_tcp_port}"
+        client = Client(address, KEY)
         with command_runs.run_command(
             "server", "--deployer", given=given, log=tmp_path / "server.log"
         ) as server:
@@ -76,6 +84,7 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             assert second.returncode == REFUSED
             assert f"Port {free_tcp_port} of 127.0.0.1 is not available" in second.stderr
 
+            earlier_id = await read_request_id(address)
             for pid in first.values():
                 os.kill(pid, signal.SIGKILL)
             # Connections wait for the restarted gateway.
@@ -88,6 +97,8 @@ async def test_each_killed_child_is_restarted_and_runs_are_kept_until_an_orderly
             again = child_ids(server)
             assert set(again) == set(CHILDREN)
             assert not set(first.values()) & set(again.values())
+            # A counter follows the part that names the gateway, and begins again.
+            assert (await read_request_id(address))[:-8] != earlier_id[:-8]
 
             # The restarted deployer deploys at the address of this server, which it was told by the supervisor.
             path = f"/api/v1/workflows/{workflow_id}"
