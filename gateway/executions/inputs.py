@@ -122,7 +122,7 @@ class InputAnswer(StrictWire):
 
     node_id: Annotated[str, Meta(min_length=1, max_length=64)]
     iteration: Annotated[str, Meta(max_length=limits.LABEL_LENGTH)] | None = None
-    """Required if several iterations of a loop wait."""
+    """Required if several iterations of a loop wait, and for the tool call of an agent."""
     choice: str | None = None
     data: Any = None
 
@@ -308,8 +308,8 @@ async def _find_waiting_node(
 ) -> WaitingNode:
     """Return the waiting node that an answer is for, by node and iteration.
 
-    Raises a 409 error if none waits or it was answered, and 422 if several iterations of a loop wait and the
-    body names none.
+    Raises a 409 error if none waits or it was answered, and 422 if the body names no iteration although several
+    wait, or a tool call of an agent: another call may wait at the same node since the caller has read its arguments.
     """
     waiting = [
         one
@@ -319,6 +319,9 @@ async def _find_waiting_node(
     if len(waiting) > 1:
         iterations = ", ".join(one.iteration for one in waiting[:SHOWN_ITERATIONS])
         message = f"iteration is required: {len(waiting)} iterations of a loop wait, {iterations}"
+        raise errors.invalid([errors.problem("iteration", "required", message)])
+    if waiting and body.iteration is None and "toolCall" in waiting[0].request:
+        message = f"iteration is required: it names the tool call, {waiting[0].iteration}"
         raise errors.invalid([errors.problem("iteration", "required", message)])
     if not waiting:
         is_answered = await node_answers.is_answered(connection, key, body.node_id, body.iteration)

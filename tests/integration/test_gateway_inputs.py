@@ -75,6 +75,9 @@ async def test_a_question_about_a_tool_call_shows_its_exact_arguments(
     assert shown["toolCall"] == asked
     body: dict[str, Json] = {**YES, "nodeId": place[0], "iteration": "3-1111111111111111"}
     assert_refused(await answer(people.owner, execution_id, body), 409, "no-input-pending")
+    # Another call may wait at the same node by now: nobody approves one that they haven't seen.
+    unnamed = await answer(people.owner, execution_id, {**YES, "nodeId": place[0]})
+    assert error_paths(unnamed) == ["iteration"]
     answered = await answer(people.owner, execution_id, {**body, "iteration": place[1]})
     assert answered.status_code == 200, answered.text
 
