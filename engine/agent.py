@@ -272,11 +272,12 @@ def plan_tool_calls(
 
 
 def is_conversation_tainted(task: AgentTask, steps: Sequence[AgentStep]) -> bool:
-    """Return whether text of outsiders may be in the conversation: in its beginning, or in the result of a tool."""
-    return task.is_tainted or any(
-        step.kind is StepKind.TOOL and step.name in task.tools and task.tools[step.name].is_untrusted
-        for step in steps
-    )
+    """Return whether text of outsiders may be in the conversation: in its beginning, or in the result of a tool.
+
+    A tool that a resumed run has lost may have given such a text; calls of a tool that never was have no effect.
+    """
+    names = {step.name for step in steps if step.kind is StepKind.TOOL and step.effect is not None}
+    return task.is_tainted or any(name not in task.tools or task.tools[name].is_untrusted for name in names)
 
 
 def require_approval(step: AgentStep, tool: AgentTool, *, is_tainted: bool) -> AgentStep:

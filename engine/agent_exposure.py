@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from engine.agent_wiring import PORT_OF_TOOLS, target_of
+from engine.agent_wiring import PORT_OF_TOOLS, TOOL_TYPE, target_of
 from engine.node_api import NodeEffect
 
 if TYPE_CHECKING:
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 UNTRUSTED_TYPES: Final = frozenset(
     {
-        *("email-trigger", "webhook"),
+        *("email-trigger", "event-trigger", "queue-trigger", "wait-for-event", "webhook"),
         *("http-request", "email-parse", "attachment-read", "file-source", "s3-source", "sub-workflow"),
     }
 )
-"""Types whose output may hold text of outsiders: mails, webhooks, web pages, shared documents, and other workflows."""
+"""Types whose output may hold text of outsiders: mails, webhooks, messages of queues, events, web pages, shared
+documents, and other workflows."""
 PRIVATE_TYPES: Final = frozenset(
     {"postgresql-source", "mysql-source", "sqlite-source", "s3-source", "file-source", "sub-workflow"}
 )
@@ -72,7 +73,10 @@ def _list_targets(agent: GraphNode, graph: ParsedGraph) -> Iterator[GraphNode]:
 
 
 def _list_ancestors(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
-    """Return the nodes from which connections lead to an agent, except by its port for tools, the nearest first."""
+    """Return the nodes from which connections lead to an agent, except by its port for tools, the nearest first.
+
+    The tools of an earlier agent are among them, as the nodes that do their calls: its answer is made of their results.
+    """
     found: dict[str, None] = {}
     waiting = [edge.source for edge in graph.inbound[agent.id] if edge.target_port != PORT_OF_TOOLS]
     while waiting:
@@ -80,4 +84,5 @@ def _list_ancestors(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
         if node_id not in found and node_id != agent.id:
             found[node_id] = None
             waiting += [edge.source for edge in graph.inbound[node_id]]
-    return [graph.by_id[node_id] for node_id in found]
+    nodes = (graph.by_id[node_id] for node_id in found)
+    return [(target_of(node) or node) if node.type == TOOL_TYPE else node for node in nodes]

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from engine import agent_exposure, call_approvals
+from engine.agent import AgentTask, is_conversation_tainted
 from engine.agent_steps import StepStatus
 from engine.findings import FindingType
 from engine.graph import ParsedGraph
@@ -196,6 +197,39 @@ async def test_a_tainted_conversation_needs_an_approval_of_writes() -> None:
     assert decide(world)
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert len(world.outside.effects) == 2
+
+
+async def test_the_text_of_a_tool_that_is_gone_stays_in_the_conversation() -> None:
+    world = World(compile_agent(), ScriptedModel([turn(("look", "Rome"), ("invented", "Bonn"))]))
+    await world.work()
+    task = AgentTask([])
+    assert is_conversation_tainted(task, world.steps)
+    assert not is_conversation_tainted(task, [step for step in world.steps if step.name != "look"])
+
+
+def test_the_results_of_an_earlier_agent_are_texts_of_outsiders() -> None:
+    def tool(name: str, kind: str) -> dict[str, Any]:
+        config = {"name": name, "description": name, "target": {"node": {"type": kind, "config": {}}}}
+        return {"id": name, "type": "tool", "config": config}
+
+    stored: dict[str, Any] = {
+        "nodes": [
+            {"id": "start", "type": "manual"},
+            *({"id": name, "type": "agent", "config": {"prompt": "p"}} for name in ("reader", "writer")),
+            *(tool("page", "http-request"), tool("table", "postgresql-source")),
+        ],
+        "connections": [
+            {"id": "1", "source": "start", "target": "reader"},
+            {"id": "2", "source": "reader", "target": "writer"},
+            {"id": "3", "source": "page", "target": "reader", "targetPort": "tools"},
+            {"id": "4", "source": "table", "target": "reader", "targetPort": "tools"},
+        ],
+    }
+    graph = ParsedGraph.from_stored(stored)
+    reader, writer = graph.by_id["reader"], graph.by_id["writer"]
+    assert not agent_exposure.has_tainted_input(reader, graph)
+    assert agent_exposure.has_tainted_input(writer, graph)
+    assert [node.id for node in agent_exposure.list_private(writer, graph)] == ["table"]
 
 
 async def test_arguments_that_nobody_could_read_are_not_asked_about() -> None:
