@@ -206,8 +206,8 @@ class RunProgress:
         language models has named count as no attempts.
         """
         node = visit.program.node
-        waits = sum(record.wait_milliseconds is not None for record in visit.model_calls)
-        if error.retryable and error.retry_after_seconds is not None and waits <= MAX_PROVIDER_WAITS:
+        named = sum(record.wait_milliseconds is not None for record in visit.model_calls)
+        if error.retryable and error.retry_after_seconds is not None and named <= MAX_PROVIDER_WAITS:
             return error.retry_after_seconds
         is_known = error.retryable and error.code not in run_records.UNKNOWN_OUTCOMES
         if visit.is_at_most_once and not is_known:
@@ -215,7 +215,8 @@ class RunProgress:
         has_rounds = self._settings.retry_on_failure and visit.frame.is_fatal() and not visit.has_error_edge
         attempts = node.retry.max_attempts
         # Failures behind the last wait name a time too, and are attempts all the same.
-        spent = visit.attempt - 1 - min(waits, MAX_PROVIDER_WAITS)
+        waits = min(named, MAX_PROVIDER_WAITS)
+        spent = visit.attempt - 1 - waits
         rounds, attempt = divmod(spent, attempts) if has_rounds else (0, spent)
         if error.retryable and attempt + 1 < attempts:
             return node.retry.delay_seconds(attempt + 1, random.random())  # noqa: S311 - jitter

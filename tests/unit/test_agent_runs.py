@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -273,6 +273,21 @@ async def test_an_agent_waits_for_its_provider_only_so_often(monkeypatch: pytest
     assert outcome.status is RunStatus.FAILED
     # Two requests that are waited behind, and the attempts of the node.
     assert len(model.requests) == 2 + RetryPolicy().max_attempts
+
+
+async def test_the_rounds_of_a_run_are_counted_right_behind_the_last_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_progress, "MAX_PROVIDER_WAITS", 1)
+    monkeypatch.setattr(run_progress, "MAX_ROUND_SECONDS", 0.001)
+    program = compile_agent()
+    settings = replace(program.graph.settings, retry_on_failure=True, max_retries=3)
+    model = ScriptedModel(failures=1_000, wait_seconds=0.001)
+    world = World(replace(program, graph=replace(program.graph, settings=settings)), model)
+    outcome = await world.work()
+    assert outcome is not None
+    assert outcome.status is RunStatus.FAILED
+    assert len(model.requests) == 1 + 4 * RetryPolicy().max_attempts
 
 
 async def count_commits() -> int:
