@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeAlias
 
@@ -247,12 +247,16 @@ class ModelCallFailed(NodeError):
         can_fall_back: bool,
         retry_after_seconds: float | None = None,
         may_be_billed: bool = False,
+        book_return: Callable[[], float] | None = None,
     ) -> None:
         super().__init__(message, code=code, retryable=retryable, retry_after_seconds=retry_after_seconds)
         self.can_fall_back = can_fall_back
         """Whether another model may be asked: not for requests that any model would refuse."""
         self.may_be_billed = may_be_billed
         """Whether the provider may have begun to answer."""
+        self.book_return = book_return
+        """Books a later attempt, which nobody else is told to make at the same time, and returns the seconds until
+        then; None if attempts have no order. Not called if another model answers."""
 
     def with_message(self, message: str) -> Self:
         """Return a copy of this failure with another message."""
@@ -263,6 +267,7 @@ class ModelCallFailed(NodeError):
             can_fall_back=self.can_fall_back,
             retry_after_seconds=self.retry_after_seconds,
             may_be_billed=self.may_be_billed,
+            book_return=self.book_return,
         )
 
 

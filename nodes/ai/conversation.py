@@ -137,6 +137,8 @@ async def ask_first(
             failures.append(failure.with_message(f"{model_id}: {failure.message}"))
             if number + 1 == len(model_ids) or not failure.can_fall_back:
                 raised = _choose_failure(failures)
+                if raised.book_return is not None:
+                    raised.retry_after_seconds = raised.book_return()
                 wait = raised.retry_after_seconds if raised.retryable else None
                 milliseconds = None if wait is None else ceil(wait * 1000)
                 note_failure(ModelCallRecord(model_id, error=failure.code, wait_milliseconds=milliseconds))

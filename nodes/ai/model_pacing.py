@@ -118,16 +118,20 @@ class _ModelPace:
         self.ended.set()
         self.ended = asyncio.Event()
 
+    def find_return(self, now: float, wait: float) -> float:
+        """Return the wait of a run that comes back, behind those that were told to before."""
+        return min(max(wait, self.booked_until - now), LONGEST_WAIT)
+
     def book(self, share: ModelLimitShare, tokens: int, now: float, wait: float) -> float:
-        """Return the wait of a run that comes back, at a time of its own: behind those that were told to before."""
-        at = max(now + wait, self.booked_until)
+        """Return the wait of a run that comes back, at a time that no other run is told."""
+        wait = self.find_return(now, wait)
         steps = [0.0]
         if share.requests_per_minute is not None:
             steps.append(WINDOW_SECONDS / share.requests_per_minute)
         if share.tokens_per_minute is not None:
             steps.append(WINDOW_SECONDS * tokens / share.tokens_per_minute)
-        self.booked_until = at + max(steps)
-        return min(at - now, LONGEST_WAIT)
+        self.booked_until = now + wait + max(steps)
+        return wait
 
 
 class ModelPacer:
@@ -178,16 +182,39 @@ class ModelPacer:
             if not wait and not is_full:
                 return
             if wait and wait > left:
-                raise _build_failure(pace.book(share, tokens, now, wait))
+                raise self._build_failure(pace, share, tokens, wait)
             if is_full and left <= 0:
                 # Nobody knows when a call ends. Runs that come back at the same time would wait for each other.
                 spread = LONGEST_WAIT_IN_PROCESS * (1 + 2 * random.random())  # noqa: S311 - jitter
-                raise _build_failure(pace.book(share, tokens, now, spread))
+                raise self._build_failure(pace, share, tokens, spread)
             if is_full:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(pace.ended.wait(), left)
             else:
                 await asyncio.sleep(wait)
+
+    def _build_failure(
+        self, pace: _ModelPace, share: ModelLimitShare, tokens: int, wait: float
+    ) -> ModelCallFailed:
+        """Return the failure of a call that isn't admitted, whose run may book its return.
+
+        A run that gets its answer from another model books nothing: times that nobody uses would add up.
+        """
+        refused_at = self._clock()
+        seconds = pace.find_return(refused_at, wait)
+
+        def book_return() -> float:
+            now = self._clock()
+            return pace.book(share, tokens, now, max(wait - (now - refused_at), 0.0))
+
+        return ModelCallFailed(
+            f"The limits of the model admit the call in {ceil(seconds):,} s",
+            code=LIMIT_REACHED,
+            retryable=True,
+            can_fall_back=True,
+            retry_after_seconds=seconds,
+            book_return=book_return,
+        )
 
     def _find_pace(self, model_id: str) -> _ModelPace:
         found = self._paces.get(model_id)
@@ -197,13 +224,3 @@ class ModelPacer:
                 self._paces = {name: pace for name, pace in self._paces.items() if not pace.is_idle(now)}
             found = self._paces[model_id] = _ModelPace()
         return found
-
-
-def _build_failure(seconds: float) -> ModelCallFailed:
-    return ModelCallFailed(
-        f"The limits of the model admit the call in {ceil(seconds):,} s",
-        code=LIMIT_REACHED,
-        retryable=True,
-        can_fall_back=True,
-        retry_after_seconds=seconds,
-    )

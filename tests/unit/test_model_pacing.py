@@ -34,13 +34,14 @@ def limited_model(
 
 
 async def find_wait_seconds(pacer: ModelPacer, model: ModelConnection, tokens: int = 1) -> float:
-    """Return the wait of a call that is not admitted."""
+    """Return the wait of a call that is not admitted, and whose run comes back."""
     with pytest.raises(ModelCallFailed) as refused:
         async with pacer.admit(model, tokens):
             pass
     assert (refused.value.code, refused.value.retryable) == ("model-limit-reached", True)
     assert refused.value.retry_after_seconds is not None
-    return refused.value.retry_after_seconds
+    assert refused.value.book_return is not None
+    return refused.value.book_return()
 
 
 async def test_calls_over_the_rate_wait_and_come_back_one_after_another() -> None:
@@ -54,6 +55,19 @@ async def test_calls_over_the_rate_wait_and_come_back_one_after_another() -> Non
     clock.now = 60.0
     async with pacer.admit(model, 1):
         pass
+
+
+async def test_runs_that_ask_another_model_push_no_run_back() -> None:
+    model, pacer = limited_model(requests=60), ModelPacer(ManualClock())
+    for _ in range(60):
+        async with pacer.admit(model, 1):
+            pass
+    for _ in range(10_000):
+        with pytest.raises(ModelCallFailed) as refused:
+            async with pacer.admit(model, 1):
+                pass
+        assert refused.value.retry_after_seconds == 60.0
+    assert [await find_wait_seconds(pacer, model) for _ in range(2)] == [60.0, 61.0]
 
 
 async def test_the_tokens_that_a_call_has_used_replace_the_estimate() -> None:
