@@ -26,7 +26,10 @@ class DeferredWrites(Generic[T]):
     def __init__(
         self, store: Callable[[Sequence[T]], Awaitable[None]], delay_seconds: float = DELAY_SECONDS
     ) -> None:
-        """`store` stores a batch in one transaction, and may get one again whose commit was not confirmed."""
+        """`store` stores a batch in one transaction, and may get one again whose commit was not confirmed.
+
+        A write that can't be stored at all is dropped, with a warning, lest the others wait for ever.
+        """
         self._store = store
         self._delay = delay_seconds
         self._waiting: list[T] = []
@@ -65,7 +68,24 @@ class DeferredWrites(Generic[T]):
             self._task = None
 
     async def _store_batch(self) -> None:
-        """Store the oldest writes, which leave the queue with their commit."""
+        """Store the oldest writes, which leave the queue with their commit; raises `DatabaseUnavailable`."""
         batch = self._waiting[:MAX_BATCH]
-        await self._store(batch)
-        del self._waiting[: len(batch)]
+        try:
+            await self._store(batch)
+        except DatabaseUnavailable:
+            raise
+        except Exception:  # noqa: BLE001 - of a write that the database refuses
+            await self._store_each(len(batch))
+        else:
+            del self._waiting[: len(batch)]
+
+    async def _store_each(self, count: int) -> None:
+        """Store the oldest writes one by one, and drop those that are refused; raises `DatabaseUnavailable`."""
+        for _ in range(count):
+            try:
+                await self._store(self._waiting[:1])
+            except DatabaseUnavailable:
+                raise
+            except Exception:
+                log.exception("write dropped", reason="the database refuses it")
+            del self._waiting[0]

@@ -31,6 +31,21 @@ async def test_writes_wait_for_an_unavailable_database_and_are_stored_in_order()
     await writes.close()
 
 
+async def test_a_write_that_is_refused_holds_up_no_other() -> None:
+    stored = list[int]()
+
+    async def store(batch: Sequence[int]) -> None:
+        if 1 in batch:
+            raise OverflowError("too large")
+        stored.extend(batch)
+
+    writes = DeferredWrites(store, delay_seconds=3_600.0)
+    for number in range(3):
+        writes.add(number)
+    await writes.close()
+    assert stored == [0, 2]
+
+
 async def test_the_end_of_a_process_stores_what_waits() -> None:
     batches = list[int]()
 
