@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import msgspec
+
+from engine import values
 from engine.model_calls import ModelCallFailed
 from json_text import decoding
 
@@ -11,6 +14,8 @@ MAX_QUOTED_CHARACTERS: Final = 500
 ESCAPED_NUL: Final = b"\\u0000"
 MAX_COUNT: Final = 30_000_000
 """Maximum of one count of tokens; a call has up to three of them as its input."""
+MAX_ARGUMENT_DEPTH: Final = values.MAX_DEPTH - 8
+"""Maximum nesting depth of the arguments of a tool call: outputs and questions about the call nest them deeper."""
 MAX_NAME_CHARACTERS: Final = 200
 """Maximum length of the name of a called tool; a longer one is none of a real tool."""
 
@@ -64,9 +69,13 @@ def read_tool_arguments(text: str, value: object = None) -> tuple[dict[str, Any]
             return None, "The arguments are not valid JSON"
     if value is None:
         return {}, ""
-    if isinstance(value, dict):
-        return value, ""
-    return None, "The arguments are no JSON object"
+    if not isinstance(value, dict):
+        return None, "The arguments are no JSON object"
+    try:
+        values.decode_json(msgspec.json.encode(value), max_depth=MAX_ARGUMENT_DEPTH)
+    except (values.InvalidJson, RecursionError) as error:
+        return None, f"The arguments can't be stored: {error}"
+    return value, ""
 
 
 def read_model_names(body: bytes) -> list[str]:

@@ -231,3 +231,12 @@ def test_counts_of_tokens_can_be_stored() -> None:
     )
     found = parser.finish().usage
     assert msgspec.convert(msgspec.to_builtins(found), TokenUsage) == found
+
+
+@pytest.mark.parametrize("depth", [60, 4_000])
+def test_arguments_that_are_nested_too_deeply_are_refused(depth: int) -> None:
+    nested = f'{{"a":{"[" * depth}{"]" * depth}}}'
+    arguments, problem = provider_json.read_tool_arguments(nested)
+    assert arguments is None
+    assert "can't be stored" in problem
+    assert provider_json.read_tool_arguments('{"a":[[1]]}') == ({"a": [[1]]}, "")

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from engine import values
 from engine.agent import StopReason
 from engine.agent_steps import StepKind
 from engine.model_calls import FinishReason
 from gateway.dashboard.formats import show_json
-from json_text import decoding
 
 Step: TypeAlias = Mapping[str, Any]
 
@@ -125,10 +125,10 @@ def _name_state(step: Step) -> str:
 
 
 def _show_result(text: str) -> str:
-    """Return the text of a tool, indented if it is JSON."""
+    """Return the text of a tool, indented if it is JSON that isn't nested too deeply."""
     try:
-        value = decoding.decode(text)
-    except ValueError:
+        value = values.decode_json(text.encode())
+    except values.InvalidJson:
         return _cut(text)
     return _cut(show_json(value)) if isinstance(value, dict | list) else _cut(text)
 
