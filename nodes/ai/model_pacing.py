@@ -25,6 +25,10 @@ WINDOW_SECONDS: Final = 60.0
 LONGEST_WAIT_IN_PROCESS: Final = 5.0
 LONGEST_WAIT: Final = 86_400.0
 MAX_REMEMBERED_MODELS: Final = 1_000
+ASSUMED_CALL_SECONDS: Final = 5.0
+"""Duration of a call of a model that has answered none yet."""
+AVERAGED_CALLS: Final = 8
+"""Number of recent calls from which the duration of the next ones is estimated."""
 
 
 class RateWindow:
@@ -96,6 +100,8 @@ class _ModelPace:
         self.tokens = RateWindow()
         self.calls = 0
         self.ended = asyncio.Event()
+        self.call_seconds: float | None = None
+        """Moving average of the duration of calls; None before the first end."""
         self.booked_until = 0.0
         """Time for which the last waiting run was told to come back."""
 
@@ -113,8 +119,11 @@ class _ModelPace:
             waits.append(self.tokens.count_wait_seconds(now, tokens, share.tokens_per_minute))
         return max(waits)
 
-    def wake_waiting(self) -> None:
-        """Let the calls that wait in this process look again."""
+    def end_call(self, seconds: float) -> None:
+        """Count the end of a call after some seconds, and let the calls that wait in this process look again."""
+        self.calls -= 1
+        mean = seconds if self.call_seconds is None else self.call_seconds
+        self.call_seconds = mean + (seconds - mean) / AVERAGED_CALLS
         self.ended.set()
         self.ended = asyncio.Event()
 
@@ -130,6 +139,9 @@ class _ModelPace:
             steps.append(WINDOW_SECONDS / share.requests_per_minute)
         if share.tokens_per_minute is not None:
             steps.append(WINDOW_SECONDS * tokens / share.tokens_per_minute)
+        if share.concurrency is not None:
+            seconds = ASSUMED_CALL_SECONDS if self.call_seconds is None else self.call_seconds
+            steps.append(seconds / share.concurrency)
         self.booked_until = now + wait + max(steps)
         return wait
 
@@ -168,8 +180,7 @@ class ModelPacer:
         try:
             yield admitted
         finally:
-            pace.calls -= 1
-            pace.wake_waiting()
+            pace.end_call(self._clock() - now)
 
     async def _wait_for_turn(self, pace: _ModelPace, share: ModelLimitShare, tokens: int) -> None:
         """Wait until a call is admitted; raises `ModelCallFailed` if that takes over five seconds."""
@@ -184,7 +195,7 @@ class ModelPacer:
             if wait and wait > left:
                 raise self._build_failure(pace, share, tokens, wait)
             if is_full and left <= 0:
-                # Nobody knows when a call ends. Runs that come back at the same time would wait for each other.
+                # Nobody knows when a call ends. Each further run comes back later, by the time that a call takes.
                 spread = LONGEST_WAIT_IN_PROCESS * (1 + 2 * random.random())  # noqa: S311 - jitter
                 raise self._build_failure(pace, share, tokens, spread)
             if is_full:

@@ -116,6 +116,16 @@ async def test_a_call_that_finds_no_place_in_time_waits_without_a_slot() -> None
         pass
 
 
+async def test_runs_behind_calls_at_the_same_time_come_back_at_the_rate_of_these_calls() -> None:
+    clock, model = ManualClock(), limited_model(concurrency=2)
+    pacer = ModelPacer(clock, longest_wait_in_process=0.0)
+    async with pacer.admit(model, 1):
+        clock.now += 30.0
+    async with pacer.admit(model, 1), pacer.admit(model, 1):
+        first, *others = [await find_wait_seconds(pacer, model) for _ in range(5)]
+    assert others == pytest.approx([first + 15.0 * number for number in range(1, 5)])
+
+
 def test_processes_share_limits_equally_with_at_least_one_call_each() -> None:
     limits = ModelLimits(requests_per_minute=10, tokens_per_minute=None, concurrency=3)
     assert share_limits(limits, 4) == ModelLimitShare(2.5, None, 1)
