@@ -10,13 +10,12 @@ from engine.agent_wiring import (
     PORT_OF_MODELS,
     PORT_OF_TOOLS,
     PROVIDER_PORTS,
-    TOOL_TYPE,
     TYPES_THAT_WAIT,
     list_agents,
     target_of,
 )
 from engine.findings import FindingType, GraphFinding
-from engine.node_api import NodeEffect, UnknownNodeType
+from engine.node_api import TOOL_TYPE, NodeEffect, UnknownNodeType
 
 if TYPE_CHECKING:
     from engine.graph import GraphEdge, GraphNode, ParsedGraph

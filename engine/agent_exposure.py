@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from engine.agent_wiring import PORT_OF_TOOLS, TOOL_TYPE, target_of
-from engine.node_api import NodeEffect
+from engine.agent_wiring import PORT_OF_TOOLS, target_of
+from engine.node_api import TOOL_TYPE, NodeEffect
 
 if TYPE_CHECKING:
     from engine.graph import GraphNode, ParsedGraph

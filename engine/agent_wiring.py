@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 PORT_OF_MODELS: Final = "ai"
 PORT_OF_TOOLS: Final = "tools"
 PROVIDER_PORTS: Final = frozenset({PORT_OF_MODELS, PORT_OF_TOOLS})
-TOOL_TYPE: Final = "tool"
 TARGET_CONFIG: Final = "target.node.config"
 """Path of the target's config in the config of a tool."""
 TYPES_THAT_WAIT: Final = frozenset(

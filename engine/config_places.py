@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
-from engine.agent_wiring import TARGET_CONFIG, TOOL_TYPE, target_of
+from engine.agent_wiring import TARGET_CONFIG, target_of
 from engine.conditions import compile_condition
 from engine.expressions import (
     ExpressionError,
@@ -26,7 +26,7 @@ from engine.expressions import (
     needed_path,
 )
 from engine.findings import FindingType, GraphFinding
-from engine.node_api import OF_EACH, FieldCompilation, UnknownNodeType
+from engine.node_api import OF_EACH, TOOL_TYPE, FieldCompilation, UnknownNodeType
 from engine.operations import OPERATIONS
 from engine.values import MAX_DEPTH
 

@@ -10,12 +10,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, shapes
-from engine.agent_wiring import TOOL_TYPE, remove_providers
+from engine.agent_wiring import remove_providers
 from engine.approval_links import APPROVAL_TYPE
 from engine.config_places import ExpressionPlace, NodeExpressions, NodeSection
 from engine.dataflow import DataFlow, OutputSamples
 from engine.findings import FindingType, FixAction, GraphFinding, SuggestedFix
-from engine.node_api import CONTINUE
+from engine.node_api import CONTINUE, TOOL_TYPE
 from engine.shapes import SCALAR, UNKNOWN, OtherFields, PathDeadEnd, ValueShape
 
 if TYPE_CHECKING:

@@ -30,6 +30,8 @@ CONTINUE = "continue"
 """Port of a loop: each item leaves by it, to the body."""
 DONE = "done"
 """Port of a loop: the results of all items leave by it."""
+TOOL_TYPE = "tool"
+"""Type of the tools of agents, which never run alone; their spans are questions whether they may be called."""
 OF_EACH = "[]."
 """Separator in `cases[].port` between a list in a config and a field of each of its items."""
 

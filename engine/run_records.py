@@ -13,7 +13,7 @@ from msgspec.structs import astuple
 
 from engine import run_limits, values
 from engine.expressions import ExpressionError
-from engine.node_api import CONTINUE
+from engine.node_api import CONTINUE, TOOL_TYPE
 from engine.run_errors import FailureCause, NodeError
 from engine.values import InvalidJson
 
@@ -134,6 +134,11 @@ class NodeSpan(msgspec.Struct, frozen=True):
         node has by then.
         """
         return self.port == CONTINUE and self.hashes is None
+
+    @property
+    def is_question(self) -> bool:
+        """Whether this is the span of a question about a tool call of an agent: nodes of tools never run."""
+        return self.type == TOOL_TYPE
 
 
 class AttemptSpan(msgspec.Struct, frozen=True):

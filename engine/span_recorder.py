@@ -9,7 +9,7 @@ from msgspec import structs
 
 from engine import node_key
 from engine import run_limits as engine_limits
-from engine.agent_wiring import TOOL_TYPE
+from engine.node_api import TOOL_TYPE
 from engine.run_errors import NodeError
 from engine.run_records import (
     LOG_LEVELS,

@@ -187,6 +187,15 @@ async def test_records_are_durable_after_the_commit_and_waiters_are_notified(
     assert journal_harness.committed == [journal_harness.run.execution_id]
 
 
+async def test_a_question_about_a_tool_call_counts_as_no_node(
+    run_database: RunDatabase, journal_harness: JournalHarness
+) -> None:
+    question = replace(make_span("send", 1), type="tool", iteration="1-0000000000000000")
+    journal_harness.journal.record(question)
+    await journal_harness.journal.commit()
+    assert (await run_database.row(journal_harness.run.execution_id))["completed_nodes"] == 1
+
+
 async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(
     run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
