@@ -111,17 +111,18 @@ class SignalList(WireStruct):
 async def index(request: GatewayRequest) -> JsonResponse:
     """List the signals of an execution in order, also after its end: `state=unread` lists those that no node
     has received.
+
+    A page has at most 10 MB of payloads, thus perhaps fewer signals than `limit`; `next` leads to the others.
     """
     query = request.query
     key = await request.gateway.access.key(request.path_params["id"], request.caller)
-    state, limit = query[STATE], query[LIMIT]
+    state = query[STATE]
     is_unread = None if state is None else state is SignalState.UNREAD
     async with request.gateway.database.read() as connection:
-        found = await signals.list_signals(
-            connection, key, after=query[AFTER], at_most=limit + 1, is_unread=is_unread
+        found, following = await signals.list_signals(
+            connection, key, after=query[AFTER], at_most=query[LIMIT], is_unread=is_unread
         )
-    shown = await offload.run(_show_signals, found[:limit])
-    following = found[limit - 1].number if len(found) > limit else None
+    shown = await offload.run(_show_signals, found)
     return JsonResponse(SignalList(count=len(shown), next=following, signals=shown))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 MAX_UNREAD: Final = 1_000
 """Maximum number of signals of a run that no node has received."""
+PAGE_CHARACTERS: Final = 10_000_000
+"""Characters of the payloads in a page of signals."""
 _encode = msgspec.json.Encoder().encode
 NO_ANSWER: Final = AnswerResult(AnswerReception.UNAWAITED)
 
@@ -174,8 +177,12 @@ async def add_wait(
 
 async def list_signals(
     connection: AsyncConnection, key: ExecutionKey, *, after: int, at_most: int, is_unread: bool | None
-) -> Sequence[Signal]:
-    """Return the next signals of a run behind a number, in order: all, or only unread or delivered ones."""
+) -> tuple[Sequence[Signal], int | None]:
+    """Return the next signals of a run behind a number, in order: all, or only unread or delivered ones; and the
+    number of the last, None if no more follow.
+
+    There are fewer than `at_most` where their payloads would be larger than `PAGE_CHARACTERS`.
+    """
     conditions: list[ColumnElement[bool]] = [
         col(Signal.execution_id) == key.execution_id,
         col(Signal.shard) == key.shard,
@@ -184,8 +191,15 @@ async def list_signals(
     if is_unread is not None:
         delivered_at = col(Signal.delivered_at)
         conditions.append(delivered_at.is_(None) if is_unread else delivered_at.is_not(None))
-    statement = select(Signal).where(*conditions).order_by(col(Signal.number)).limit(at_most)
-    return [Signal(**row) for row in (await connection.execute(statement)).mappings()]
+    # First their sizes: a thousand payloads of the largest size take a gateway's memory.
+    sizes = select(col(Signal.number), func.length(col(Signal.payload))).where(*conditions)
+    found = (await connection.execute(sizes.order_by(col(Signal.number)).limit(at_most + 1))).all()
+    totals = accumulate(size for _, size in found)
+    fitting = sum(total <= PAGE_CHARACTERS for total in totals)
+    numbers = [number for number, _ in found][: min(max(fitting, 1), at_most)]
+    statement = select(Signal).where(*conditions, col(Signal.number).in_(numbers))
+    rows = (await connection.execute(statement.order_by(col(Signal.number)))).mappings().all()
+    return [Signal(**row) for row in rows], numbers[-1] if len(numbers) < len(found) else None
 
 
 async def find_signal(connection: AsyncConnection, key: ExecutionKey, signal_id: str) -> Signal | None:

@@ -79,6 +79,7 @@ SIGNALS = {
     "Iteration": "iteration",
     "Sent": "sentAt",
 }
+SIGNALS_OF_A_PAGE = 1_000
 WorkflowFilter = Annotated[
     str | None, Option("--workflow", help="Id or exact name of a workflow.", show_default="all")
 ]
@@ -231,8 +232,16 @@ def list_signals(
     output: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """List the signals of an execution in order, and the nodes that have received them."""
-    found = connect().executions.signals(execution, state=state, limit=limit)["signals"]
-    show_list([dict(one) for one in found], output, SIGNALS, key="number")
+    client = connect()
+    found: list[dict[str, Any]] = []
+    after: int | None = 0
+    while after is not None and len(found) < limit:
+        page = client.executions.signals(
+            execution, state=state, after=after, limit=min(limit - len(found), SIGNALS_OF_A_PAGE)
+        )
+        found += [dict(one) for one in page["signals"]]
+        after = page["next"]
+    show_list(found, output, SIGNALS, key="number")
 
 
 @app.command("state")

@@ -172,6 +172,16 @@ def test_many_runs_are_cancelled_at_once_after_a_question(shell: CommandShell) -
         assert shell.run("runs", "wait", one).returncode == 5
 
 
+def test_signals_are_sent_and_listed(shell: CommandShell) -> None:
+    wait = {"id": "wait", "type": "wait-for-signal", "config": {"name": "go", "schema": {"type": "integer"}}}
+    shell.apply(chain("Signalled", {"id": "start", "type": "manual"}, wait))
+    run = shell.output("runs", "start", "Signalled")
+    assert shell.json("runs", "signal", run, "go", "--payload", "7")["number"] == 1
+    assert shell.json("runs", "wait", run, "-o", "json")["outputs"]["wait"]["payload"] == 7
+    listed = shell.json("runs", "signals", run, "--state", "delivered", "--limit", "5000", "-o", "json")
+    assert [(one["number"], one["nodeId"]) for one in listed] == [(1, "wait")]
+
+
 def test_messages_and_events_start_runs(shell: CommandShell) -> None:
     sent = shell.output("queue", "send", "Queued", "--message", '{"n": 41}', "--deduplication-id", "a")
     assert sent == shell.output(

@@ -133,6 +133,21 @@ async def test_signals_sent_before_a_node_waits_are_received_in_order(
     assert ([one["number"] for one in page["signals"]], page["next"]) == ([2, 3], 3)
 
 
+async def test_a_page_of_signals_has_few_large_payloads(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await execute_workflow(people.owner, await people.owner.create(**waiting_graph("item")))
+    for text in ("x" * 9, "", "", "x" * 30, ""):
+        await send_accepted(people.owner, run, "item", text)
+    monkeypatch.setattr(signals, "PAGE_CHARACTERS", 20)
+    pages, after = [], 0
+    while after is not None:
+        page = await get_json(people.owner, f"/{run}/signals?limit=3&after={after}")
+        pages.append([one["number"] for one in page["signals"]])
+        after = page["next"]
+    assert pages == [[1, 2, 3], [4], [5]]
+
+
 async def test_each_of_many_concurrent_signals_is_received_once(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
