@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+import pytest
+
 AnyCase = TypeVar("AnyCase")
 
 
@@ -21,15 +23,16 @@ def check_each(
 
     def of_all(check: Callable[[AnyCase], None]) -> Callable[[], None]:
         def test() -> None:
-            failures: list[Exception] = []
+            failures: list[BaseException] = []
             for name, case in named:
                 try:
                     check(case)
-                except Exception as failure:  # noqa: BLE001 - reported together at the end
+                # `pytest.raises` and `pytest.fail` fail by what is no `Exception`.
+                except (Exception, pytest.fail.Exception) as failure:  # noqa: BLE001 - reported together at the end
                     failure.add_note(f"case: {name}")
                     failures.append(failure)
             if failures:
-                raise ExceptionGroup(f"{len(failures)} of {len(named)} cases", failures)
+                raise BaseExceptionGroup(f"{len(failures)} of {len(named)} cases", failures)
 
         # Not `functools.wraps`: through `__wrapped__`, pytest would take the case for a fixture.
         test.__name__, test.__qualname__ = check.__name__, check.__qualname__
