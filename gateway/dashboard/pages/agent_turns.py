@@ -99,13 +99,15 @@ def view_agent(span: Mapping[str, Any] | None) -> AgentView | None:
 
 
 def _view_turn(step: Step, number: int) -> AgentTurn:
-    answer = step["result"] or {}
+    """Return the view of an answer; pods write them, so that a part may be of any type, and is left out then."""
+    answer = step["result"] if isinstance(step["result"], dict) else {}
+    reason, text = answer.get("finishReason", FinishReason.STOP), answer.get("text", "")
     return AgentTurn(
         number,
         step,
         _name_state(step),
-        REASONS.get(answer.get("finishReason", FinishReason.STOP), "") if answer else "",
-        _cut(answer.get("text", "")),
+        REASONS.get(reason, "") if answer and isinstance(reason, str) else "",
+        _cut(text) if isinstance(text, str) else "",
     )
 
 
