@@ -43,6 +43,25 @@ def remove_providers(graph: ParsedGraph) -> ParsedGraph:
     )
 
 
+def find_rewired_agents(before: ParsedGraph, after: ParsedGraph) -> frozenset[str]:
+    """Return the ids of the agents of a graph whose models or tools are not those of an earlier graph."""
+    return frozenset(
+        agent.id
+        for agent in list_agents(after.nodes)
+        if _collect_providers(before, agent.id) != _collect_providers(after, agent.id)
+    )
+
+
+def _collect_providers(graph: ParsedGraph, agent_id: str) -> Sequence[tuple[object, ...]]:
+    """Return the contents of the models and tools of an agent in the order of their edges; none for an unknown id."""
+    edges = [edge for edge in graph.inbound.get(agent_id, ()) if edge.target_port in PROVIDER_PORTS]
+    nodes = [graph.by_id[edge.source] for edge in edges]
+    return [
+        (edge.target_port, node.type, node.version, dict(node.config))
+        for edge, node in zip(edges, nodes, strict=True)
+    ]
+
+
 def count_nodes_that_run(
     nodes: Sequence[Mapping[str, Json]], connections: Sequence[Mapping[str, Json]]
 ) -> int:

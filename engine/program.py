@@ -444,8 +444,12 @@ def _compile_agent(
 def _complete_agent(program: NodeProgram, agent: AgentProgram) -> NodeProgram:
     """Return the program of an agent with its providers: its effect is that of its tools, and its key has them."""
     is_write = any(tool.effect is NodeEffect.WRITE for tool in agent.tools.values())
+    # The model reads names, descriptions, parameters and results, so that its answers depend on them.
     parts: list[Json] = [
-        [tool.name, tool.program.static_hashes.hex(), tool.program.implementation.hex()]
+        [
+            *(tool.name, tool.description, dict(tool.parameters), tool.max_result_bytes),
+            *(tool.program.static_hashes.hex(), tool.program.implementation.hex()),
+        ]
         for tool in agent.tools.values()
     ]
     model = None if agent.model_config is None else agent.model_config.source

@@ -62,7 +62,7 @@ def _implementation_change(facts: ReplayFacts, node_id: str) -> ReplayReason:
     """Return the reason for a changed implementation: for a loop the edited nodes of its body, if there are any."""
     program = facts.program.nodes[node_id]
     if program.body:
-        changed = _find_edited_body_nodes(program, facts.original, facts.program.graph)
+        changed = _find_edited_body_nodes(program, facts.original, facts.program.graph, facts.rewired_agents)
         if changed:
             paths = tuple(f"nodes.{inner}" for inner in sorted(changed))[:MAX_PATHS]
             return ReplayReason(ReplayReasonCode.CONFIG_CHANGED, paths)
@@ -79,9 +79,17 @@ def find_loops_around(program: WorkflowProgram, node_ids: frozenset[str]) -> fro
     return frozenset(loop_id for loop_id, loop in program.nodes.items() if not node_ids.isdisjoint(loop.body))
 
 
-def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> frozenset[str]:
-    """Return the nodes of a loop's body that differ between two definitions, and the nodes of the body behind them."""
-    found = set(_find_edited_body_nodes(loop, original, graph))
+def changed_body_nodes(
+    loop: NodeProgram,
+    original: ParsedGraph,
+    graph: ParsedGraph,
+    rewired_agents: frozenset[str] = frozenset(),
+) -> frozenset[str]:
+    """Return the nodes of a loop's body that differ between two definitions, and the nodes of the body behind them.
+
+    `rewired_agents` differ by their models or tools, which are in neither graph.
+    """
+    found = set(_find_edited_body_nodes(loop, original, graph, rewired_agents))
     left = deque(found)
     while left:
         for edge in graph.outbound[left.popleft()]:
@@ -91,12 +99,15 @@ def changed_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGr
     return frozenset(found)
 
 
-def _find_edited_body_nodes(loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph) -> set[str]:
-    """Return the nodes of a loop's body that are new, or whose content or incoming edges have changed."""
+def _find_edited_body_nodes(
+    loop: NodeProgram, original: ParsedGraph, graph: ParsedGraph, rewired_agents: frozenset[str]
+) -> set[str]:
+    """Return the nodes of a loop's body that are new, or whose content, incoming edges or providers have changed."""
     return {
         inner
         for inner in loop.body
         if (before := original.by_id.get(inner)) is None
+        or inner in rewired_agents
         or _collect_content(before) != _collect_content(graph.by_id[inner])
         or [edge_ends(edge) for edge in original.inbound[inner]]
         != [edge_ends(edge) for edge in graph.inbound[inner]]

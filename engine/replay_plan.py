@@ -121,7 +121,7 @@ class ReplayFacts:
     started_at: datetime
     clock: RunClock
     original: ParsedGraph
-    """Definition of the recorded run."""
+    """Definition of the recorded run, without models and tools of agents."""
     program: WorkflowProgram
     """Definition to run."""
     trigger: Json
@@ -138,6 +138,8 @@ class ReplayFacts:
     """Present revisions of the data sources that recorded nodes have used; deleted ones are absent."""
     expired: frozenset[str] = frozenset()
     """Nodes whose recorded output is no longer kept."""
+    rewired_agents: frozenset[str] = frozenset()
+    """Agents whose models or tools are not those of the recorded run."""
 
 
 @dataclass(frozen=True, slots=True)

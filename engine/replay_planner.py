@@ -409,7 +409,7 @@ class _NodePlanner:
     def _decide_body(self, loop_id: str, loop: NodeReplay) -> None:
         program = self._program.nodes[loop_id]
         changed = (
-            changed_body_nodes(program, self._facts.original, self._graph)
+            changed_body_nodes(program, self._facts.original, self._graph, self._facts.rewired_agents)
             if loop.failed_only
             else frozenset(program.body)
         )

@@ -363,6 +363,7 @@ class _Planning:
         self._clock = clock
         self._program: WorkflowProgram | None = None
         self._original: ParsedGraph | None = None
+        self._rewired_agents: frozenset[str] = frozenset()
 
     @property
     def needs_trigger(self) -> bool:
@@ -386,6 +387,9 @@ class _Planning:
             recorded = ParsedGraph.from_stored(decoding.decode(self.recorded.definition_text))
             # Models and tools of agents are no nodes of a program either: the keys of the agents have them.
             self._original = agent_wiring.remove_providers(recorded)
+            if self._program.has_agents:
+                chosen = ParsedGraph.from_stored(self._chosen.content)
+                self._rewired_agents = agent_wiring.find_rewired_agents(recorded, chosen)
             self._require_known_nodes(self._program.graph)
         row = self.recorded.row
         facts = ReplayFacts(
@@ -404,6 +408,7 @@ class _Planning:
             written_in_failed_iterations=self.recorded.written_in_failed_iterations,
             revisions=self.recorded.revisions,
             expired=self.expired,
+            rewired_agents=self._rewired_agents,
         )
         return plan_replay(facts, self._options)
 
@@ -461,7 +466,9 @@ class _Planning:
             concurrency_limit=limit,
             total_nodes=len(program.graph.nodes),
             dirty={
-                loop_id: changed_body_nodes(program.nodes[loop_id], original, program.graph)
+                loop_id: changed_body_nodes(
+                    program.nodes[loop_id], original, program.graph, self._rewired_agents
+                )
                 for loop_id in kept
             },
             bodies={loop_id: program.nodes[loop_id].body for loop_id in kept},

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine import run_progress
+from engine import agent_wiring, run_progress
 from engine.agent_steps import AgentStep, StepStatus
 from engine.graph import ParsedGraph, RetryPolicy
 from engine.model_calls import (
@@ -26,6 +26,7 @@ from engine.model_calls import (
     TokenUsage,
 )
 from engine.program import WorkflowProgram
+from engine.replay_changes import changed_body_nodes
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.services import ControlRequest, NodeServices, RunCaller
@@ -492,3 +493,43 @@ async def test_a_recorded_call_of_a_tool_that_is_gone_is_not_done() -> None:
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert world.outside.effects == []
     assert "no tool 'send' any more" in world.model.requests[-1].messages[-1].content
+
+
+@pytest.mark.parametrize(
+    "edit", [{"description": "Sends it."}, {"parameters": {"type": "object"}}, {"maxResultBytes": 20_000}]
+)
+def test_the_key_of_an_agent_has_all_that_its_model_reads_of_a_tool(edit: dict[str, Json]) -> None:
+    changed = compile_agent(lambda tool: tool.update(edit)).nodes["agent"]
+    assert changed.implementation != compile_agent().nodes["agent"].implementation
+
+
+def test_an_agent_in_a_loop_is_edited_by_an_edit_of_its_tool() -> None:
+    catalog = load_catalog()
+
+    def draw(tool: Mapping[str, Json]) -> ParsedGraph:
+        ends = [("start", "output", "each", "input"), ("each", "continue", "agent", "input")]
+        ends += [("agent", "output", "last", "input"), ("model", "output", "agent", "ai")]
+        ends += [("tool", "output", "agent", "tools")]
+        names = ("source", "sourcePort", "target", "targetPort")
+        stored: dict[str, Json] = {
+            "nodes": [
+                {"id": "start", "type": "manual"},
+                {"id": "each", "type": "loop", "config": {"items": [1]}},
+                {"id": "agent", "type": "agent", "config": AGENT},
+                {"id": "last", "type": "set", "config": {"values": {}}},
+                {"id": "model", "type": "llm", "config": {"model": "first"}},
+                {"id": "tool", "type": "tool", "config": dict(tool)},
+            ],
+            "connections": [
+                {"id": str(number), **dict(zip(names, one, strict=True))} for number, one in enumerate(ends)
+            ],
+        }
+        return ParsedGraph.from_stored(stored)
+
+    before, after = draw(LOOK), draw({**LOOK, "description": "The weather."})
+    program = WorkflowProgram.compile(after, catalog, catalog.implementation)
+    original = agent_wiring.remove_providers(before)
+    rewired = agent_wiring.find_rewired_agents(before, after)
+    found = changed_body_nodes(program.nodes["each"], original, program.graph, rewired)
+    assert found == {"agent", "last"}
+    assert agent_wiring.find_rewired_agents(before, before) == frozenset()
