@@ -135,7 +135,7 @@ async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespo
     call = await decode_call(request, ModelBlockRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     await request.gateway.pod_services.models.block(caller, call.model_id, call.seconds)
-    return JsonResponse(PublishResponse())
+    return JsonResponse({})
 
 
 async def reserve_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
@@ -276,7 +276,7 @@ async def publish(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     record_checks.require_json(call.value)
     async with _translate_errors():
         await request.gateway.pod_services.state.publish(caller, call.key, call.value)
-    return JsonResponse({})
+    return JsonResponse(PublishResponse())
 
 
 async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
