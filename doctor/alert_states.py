@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from doctor import row_checks
+from doctor import deployment_checks, row_checks
 from doctor.alert_notices import NOTICES, AlertNotice
 from doctor.findings import DriftClass
 from journal import queue_delays
@@ -74,7 +74,10 @@ _RULES: Final[Mapping[str, Callable[[ProcessFacts, QueueFacts], bool]]] = {
 
 async def read_queue_facts(connection: AsyncConnection) -> QueueFacts:
     """Read delays and drift of all organizations."""
-    findings = await row_checks.find_overdue_rows(connection)
+    findings = [
+        *await row_checks.find_overdue_rows(connection),
+        *deployment_checks.check_deployments(await deployment_checks.read_deployments(connection)),
+    ]
     return QueueFacts(
         drift=frozenset(finding.drift_class for finding in findings),
         oldest_pending=max(

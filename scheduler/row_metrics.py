@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import and_, func, literal_column, select
 from sqlmodel import col
 
-from doctor import row_checks
+from doctor import deployment_checks, row_checks
 from doctor.findings import DriftClass
 from journal import queue_delays
 from journal.explanations import run_counts
@@ -77,7 +77,10 @@ class RowMetrics:
             lag = await queue_delays.read_schedule_lag(connection)
             overdue = await queue_delays.read_deferred_delay(connection)
             dead_letters = await connection.scalar(select(_dead_letters_statement()))
-            drift = await row_checks.find_overdue_rows(connection)
+            drift = [
+                *await row_checks.find_overdue_rows(connection),
+                *deployment_checks.check_deployments(await deployment_checks.read_deployments(connection)),
+            ]
             deployments = (await connection.execute(_deployments_statement())).all()
             fixes = select(col(DriftFixCount.drift_class), col(DriftFixCount.fixed))
             fixed = {row.drift_class: row.fixed for row in await connection.execute(fixes)}

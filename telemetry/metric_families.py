@@ -259,7 +259,7 @@ GROUPS: Final[Mapping[str, Sequence[MetricFamily]]] = {
         MetricFamily(
             "drift",
             MetricKind.GAUGE,
-            "Rows that a sweep should have handled, by class of `pilotflame doctor`, up to 20 of each.",
+            "Overdue rows and deployments, by class of `pilotflame doctor`, up to 100 rows of each.",
             "leader",
             {"class": ()},
         ),

@@ -168,12 +168,12 @@ async def show(request: GatewayRequest) -> JsonResponse:
 async def _list_alerts(
     connection: AsyncConnection, processes: Sequence[ServerProcess], lead: SchedulerLead | None
 ) -> Sequence[ServerAlert]:
-    """Return the alerts with their states; in a server of one process, that process leads."""
+    """Return the alerts with their states; a process with all roles does the duties of a leader without a lead."""
     present = [one for one in processes if one.is_present]
-    is_alone = lead is None and any(one.role == ALL_IN_ONE for one in present)
+    has_all_roles = any(one.role == ALL_IN_ONE for one in present)
     facts = ProcessFacts(
         has_worker=any(one.concurrency is not None for one in present),
-        has_leader=is_alone or (lead is not None and lead.is_held),
+        has_leader=has_all_roles or (lead is not None and lead.is_held),
         versions=frozenset(one.version for one in present),
         longest_loop_lag_ms=max((one.loop_lag_ms for one in present), default=0),
     )

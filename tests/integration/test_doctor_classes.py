@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import pytest
 from sqlalchemy import text
 
+from doctor import alert_states
 from doctor.findings import FIXES, DriftClass
 from journal.blobs.blob_reference import BlobReference
 from messages import broker as brokers
@@ -23,6 +24,8 @@ from models.deployment import ObservedState
 from models.settings import ServerSettings
 from pilotflame import doctor_command
 from pilotflame.doctor_command import DoctorExit, DoctorRequest, DoctorResult
+from scheduler.row_metrics import RowMetrics
+from telemetry import instruments
 from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database
 from tests.integration.test_doctor import add_deployment, add_worker, classes, make_overdue_schedule
 from workers.cluster.driver import ObservedDeployment
@@ -168,6 +171,12 @@ async def test_a_deployment_that_sleeps_in_its_window_is_started(examine: Examin
     await add_deployment(runs, place, replicas=0, observed="stopped", stopped_reason="idle")
     await runs.query("UPDATE workflow SET lifecycle = :policy", policy='{"type":"always-on"}')
     assert classes((await examine()).report) == {DriftClass.ASLEEP_AGAINST_WINDOW}
+    async with runs.database.read() as connection:
+        assert (await alert_states.read_queue_facts(connection)).drift == {DriftClass.ASLEEP_AGAINST_WINDOW}
+    await RowMetrics(runs.database).count_rows()
+    shown = instruments.gauge("drift", DriftClass.ASLEEP_AGAINST_WINDOW.value)
+    assert isinstance(shown, instruments.Gauge)
+    assert shown.value == 1
     after = await examine(DriftClass.ASLEEP_AGAINST_WINDOW)
     assert DriftClass.ASLEEP_AGAINST_WINDOW not in classes(after.report)
 

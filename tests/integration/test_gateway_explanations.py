@@ -7,14 +7,14 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy import insert, update
+from sqlalchemy import delete, insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from execution import due_runs
 from journal import concurrency_limits, process_presence, worker_presence
 from models.access import Organization
-from models.execution import Execution
+from models.execution import Execution, Leadership
 from models.schema_migration import HEAD_REVISION
 from models.workflow import WorkflowShare
 from tests.integration.gateway_harness import (
@@ -188,6 +188,15 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
             connection, owner=owner, concurrency=5, held_runs=2, loop_lag_ms=1_250
         )
 
+    async def report_all_roles(connection: AsyncConnection) -> None:
+        ended = {"name": "health", "owner": "a", "epoch": 1, "lease_until": datetime(2000, 1, 1, tzinfo=UTC)}
+        await connection.execute(insert(Leadership).values(ended))
+        await worker_presence.store_presence(connection, owner="dev_health", concurrency=5, held_runs=0)
+
+    async def forget_all_roles(connection: AsyncConnection) -> None:
+        await connection.execute(delete(Leadership).where(col(Leadership.name) == "health"))
+        await worker_presence.end_presence(connection, owner="dev_health")
+
     async def make_operator(connection: AsyncConnection) -> None:
         await connection.execute(
             update(Organization)
@@ -219,6 +228,10 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
         "quiet",
         "unknown",
     )
+    # A server of one process needs no lead, also on the database of one whose scheduler led before.
+    await database.transaction(report_all_roles)
+    states = {one["name"]: one["state"] for one in (await people.admin.api.get(path)).json()["alerts"]}
+    assert states["NoLeader"] == "quiet"
     sizes = [one["bytes"] for one in health["database"]["tables"]]
     names = {one["name"] for one in health["database"]["tables"]}
     assert health["database"]["revision"] == HEAD_REVISION
@@ -233,6 +246,7 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
     assert elsewhere["database"]["revision"] == HEAD_REVISION
     # A worker that has ended in order is no process of the server any more.
     await database.transaction(partial(worker_presence.end_presence, owner=owner))
+    await database.transaction(forget_all_roles)
     await database.transaction(partial(process_presence.forget_process, owner="gateway:health"))
     assert await show_worker() == []
     assert_refused(await people.owner.api.get(path), 403, "admin-required")
