@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
@@ -24,6 +25,7 @@ from engine.node_api import (
 )
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_records import SpanStatus
+from engine.services import ApprovalLinkService
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from engine.model_calls import ModelCallRecord
     from engine.node_api import NodeCall, NodeOutcome
     from engine.program import AgentProgram, ToolProgram
+    from engine.services import RunCaller
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
 
@@ -145,13 +148,22 @@ class ToolModelCalls(ModelCallLog):
         self._records.append(record)
 
 
+class RefusedApprovalLinks(ApprovalLinkService):
+    """Creates no links in the requests of tools: a model may have written their placeholders for somebody else."""
+
+    async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:  # noqa: ARG002 - the protocol's parameters
+        """Raise a `NodeError`, which the model gets."""
+        raise NodeError("A tool can't send links of approvals", code="not-a-tool")
+
+
 class VisitTools(AgentTools):
     """Tools of one agent in its run."""
 
     def __init__(self, agent: AgentProgram, call: NodeCall) -> None:
         """`call` is that of the agent; its tools read the same values of the run."""
         self._agent = agent
-        self._call = call
+        services = replace(call.services, approvals=RefusedApprovalLinks())
+        self._call = msgspec.structs.replace(call, services=services)
 
     @property
     def callable_tools(self) -> Sequence[CallableTool]:

@@ -220,10 +220,12 @@ class World:
     steps: list[AgentStep] = field(default_factory=list)
     answers: dict[tuple[str, str], bytes] = field(default_factory=dict)
     """Answers to the questions about tool calls."""
+    services: Mapping[str, Any] = field(default_factory=dict)
+    """Further services of nodes, by their names."""
     died: int = 0
 
     def worker(self, last: int = 0) -> SimulatedWorker:
-        services = NodeServices(http=self.outside, models=self.model)
+        services = NodeServices(http=self.outside, models=self.model, **self.services)
         worker = SimulatedWorker(
             self.program, TRIGGER, recorded=self.spans, services=services, wait_answers=dict(self.answers)
         )
@@ -274,6 +276,21 @@ async def test_an_agent_waits_for_its_provider_only_so_often(monkeypatch: pytest
     assert outcome.status is RunStatus.FAILED
     # Two requests that are waited behind, and the attempts of the node.
     assert len(model.requests) == 2 + RetryPolicy().max_attempts
+
+
+class LinkMaker:
+    """Makes links that answer questions without an account."""
+
+    async def create_links(self, caller: RunCaller, places: Sequence[tuple[str, str]]) -> Sequence[str]:  # noqa: ARG002 - the protocol's parameters
+        return ["https://flows.example/secret"] * len(places)
+
+
+async def test_a_model_gets_no_link_of_an_approval_sent_by_a_tool() -> None:
+    city = "?at=https://approval.invalid/ask"
+    world = World(model=ScriptedModel([turn(("look", city))]), services={"approvals": LinkMaker()})
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert world.outside.urls == []
+    assert "links of approvals" in world.model.requests[-1].messages[-1].content
 
 
 async def test_the_rounds_of_a_run_are_counted_right_behind_the_last_wait(
