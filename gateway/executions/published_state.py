@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from engine import values
@@ -51,10 +51,10 @@ async def show(request: GatewayRequest) -> JsonResponse | NotModified:
     """
     gateway = request.gateway
     key = await gateway.access.key(request.path_params["id"], request.caller)
-    known = request.headers.get("if-none-match")
+    known = _read_known_tags(request)
     found = await _read_changed(gateway.database, gateway.waiting, key, known, request.query[WAIT])
     tag = _entity_tag(found)
-    if tag == known:
+    if tag in known:
         return NotModified({"ETag": tag})
     shown = PublishedState(
         execution_id=key.execution_id,
@@ -67,14 +67,18 @@ async def show(request: GatewayRequest) -> JsonResponse | NotModified:
 
 
 async def _read_changed(
-    database: Database, waiting: ExecutionPollHub, key: ExecutionKey, known: str | None, wait_seconds: int
+    database: Database,
+    waiting: ExecutionPollHub,
+    key: ExecutionKey,
+    known: Collection[str],
+    wait_seconds: int,
 ) -> RunState:
-    """Return the state of a run once it has another tag than the known one or has ended, or when the time is over.
+    """Return the state of a run once it has another tag than the known ones or has ended, or when the time is over.
 
     Raises 404 if the run is gone, and 503 if 10,000 requests wait here.
     """
     found = await _read(database, key)
-    if wait_seconds == 0 or found.has_ended or _entity_tag(found) != known:
+    if wait_seconds == 0 or found.has_ended or _entity_tag(found) not in known:
         return found
     if waiting.polls >= limits.POLLS_WAITING:
         raise errors.not_ready("Too many requests wait here for executions to change: ask with wait=0")
@@ -92,7 +96,7 @@ async def _wait_for_change(
     database: Database,
     waiting: ExecutionPollHub,
     key: ExecutionKey,
-    known: str | None,
+    known: Collection[str],
     waiter: ExecutionWaiter,
 ) -> RunState:
     """Return the state of a run once it differs from the known one, or when the waiter is over.
@@ -104,7 +108,7 @@ async def _wait_for_change(
         if not waiting.is_watched(key.execution_id):
             await waiting.watch([key.execution_id])
         found = await _read(database, key)
-        if found.has_ended or waiter.is_over or _entity_tag(found) != known:
+        if found.has_ended or waiter.is_over or _entity_tag(found) not in known:
             return found
         await waiter.changed.wait()
 
@@ -115,6 +119,12 @@ async def _read(database: Database, key: ExecutionKey) -> RunState:
     if found is None:
         raise errors.not_found("execution")
     return found
+
+
+def _read_known_tags(request: GatewayRequest) -> Collection[str]:
+    """Return the tags that the client has; proxies that compress answers mark them as weak, by `W/`."""
+    listed = request.headers.get("if-none-match", "").split(",")
+    return {tag.strip().removeprefix("W/") for tag in listed}
 
 
 def _entity_tag(state: RunState) -> str:
