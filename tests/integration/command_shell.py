@@ -65,14 +65,20 @@ def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
 
 
 @contextmanager
-def open_server_shell(folder: Path, database_url: str, port: int) -> Iterator[CommandShell]:
-    """Run the processes of a server in production on a migrated database, and yield a shell that reaches it."""
+def open_server_shell(
+    folder: Path, database_url: str, port: int, redis_url: str | None = None
+) -> Iterator[CommandShell]:
+    """Run the processes of a server in production on a migrated database, and yield a shell that reaches it.
+
+    Without a URL of Redis, PostgreSQL wakes the processes.
+    """
     given = command_environment(
         folder / "data",
         DATABASE_URL=database_url,
         SECRET_KEY="a secret for tests, and long enough to be one",
         BOOTSTRAP_API_KEY=KEY,
         PORT=str(port),
+        **({} if redis_url is None else {"REDIS_URL": redis_url}),
     )
     with command_runs.run_command("server", given=given, log=folder / "log") as server:
         server.says("scheduler ready")

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from docs.tables import ROOT
-from tests import databases
-from tests.command_runs import COMMAND
+from tests import command_runs, databases
+from tests.command_runs import COMMAND, command_environment
 from tests.integration.command_shell import CommandShell, open_server_shell, open_shell
-from tests.services import PostgresServer
+from tests.services import PostgresServer, RedisServer
 
 PAGE = (ROOT / "docs/own-nodes-tutorial.md").read_text()
 PANDAS = '''
@@ -59,17 +59,26 @@ def read_blocks(kind: str) -> list[str]:
     return blocks
 
 
-@pytest.fixture(params=["dev on SQLite", "production on PostgreSQL"])
+@pytest.fixture(
+    params=["dev on SQLite", "dev on PostgreSQL", "production on SQLite", "production on PostgreSQL"]
+)
 def shell(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, free_tcp_port: int
 ) -> Iterator[CommandShell]:
-    folder = tmp_path_factory.mktemp("shell")
-    if request.param.startswith("dev"):
-        opened = open_shell(folder)
-    else:
+    folder, redis_url = tmp_path_factory.mktemp("shell"), None
+    if request.param.endswith("PostgreSQL"):
         postgres: PostgresServer = request.getfixturevalue("postgres")
         database_url = asyncio.run(databases.create_database(postgres, "tutorial"))
-        opened = open_server_shell(folder, database_url, free_tcp_port)
+    else:
+        database_url = f"sqlite:///{folder / 'tutorial.db'}"
+        redis: RedisServer = request.getfixturevalue("redis_server")
+        redis_url = redis.url
+    if request.param.startswith("dev"):
+        opened = open_shell(folder, PILOTFLAME_DATABASE_URL=database_url)
+    else:
+        given = command_environment(folder / "data", DATABASE_URL=database_url)
+        command_runs.run_output("migrate", given=given)
+        opened = open_server_shell(folder, database_url, free_tcp_port, redis_url)
     with opened as shell:
         yield shell
 
