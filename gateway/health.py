@@ -29,10 +29,7 @@ async def alive(request: GatewayRequest) -> JsonResponse:  # noqa: ARG001 - a ha
 
 
 async def ready(request: GatewayRequest) -> JsonResponse:
-    """Report whether the server can serve requests.
-
-    A refusal has one detail for each dependency that doesn't answer.
-    """
+    """Check that the server can serve requests; 503 if its database or broker does not answer."""
     gateway = request.gateway
     checks = {"database": gateway.database.ping(), "broker": gateway.broker.ping()}
     outcomes = await asyncio.gather(

@@ -243,9 +243,10 @@ class RunJournal:
         """Called with the records of each commit."""
 
     def record(self, span: NodeSpan) -> None:
-        """Add the new state of a node to the next commit, where it replaces earlier states.
+        """Add the new state of a node to the next commit, which writes the last state per node and iteration.
 
-        Waits are tracked for the reason of a block, and settled nodes are counted.
+        Waiting and retrying nodes are remembered, so that the run can say what blocks it. Completed, failed and
+        skipped nodes are counted for its progress; cancelled ones are not.
         """
         if self._write.clock_moved != HOST_TIME.moved:
             self._write.follow_clock(HOST_TIME.moved)

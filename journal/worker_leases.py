@@ -20,9 +20,10 @@ _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNIN
 
 
 async def worker_lease_owners(database: Database, name: str) -> frozenset[str]:
-    """Return the processes of a worker that own leases; raises `DatabaseUnavailable`.
+    """Return the lease owner names of the processes of a worker that running executions have.
 
-    A process may hold leases under its name and under `<its name>.reader`; it is returned once.
+    Expired leases and the calling process are included. Owners such as `<process>.reader` are returned as
+    `<process>`. Raises `DatabaseUnavailable`.
     """
     prefix = lease_owner_prefix(name)
     owner = col(Execution.lease_owner)

@@ -170,7 +170,10 @@ def encode_document(document: NodeTypeDocument) -> bytes:
 
 
 def _without_defaults(value: object) -> object:
-    """Return a struct as an object without the fields that have their defaults; other values unchanged."""
+    """Return a struct as a dict without the optional fields that have their defaults; other values unchanged.
+
+    A field that is a struct is treated likewise; structs in lists are left as they are.
+    """
     if not isinstance(value, msgspec.Struct):
         return value
     fields: dict[str, object] = {}
@@ -183,7 +186,10 @@ def _without_defaults(value: object) -> object:
 
 
 def hash_document(text: bytes) -> str:
-    """Return the SHA-256 of a document in its canonical form, in hexadecimal."""
+    """Return the SHA-256 of a text in hexadecimal.
+
+    The text must be canonical JSON already (see `encode_document`): it is hashed unchanged.
+    """
     return sha256(text).hexdigest()
 
 

@@ -257,7 +257,11 @@ class UnthreadedLineWriter:
         self._descriptor = descriptor
 
     def put(self, line: bytes) -> None:
-        """Write a line at once, as far as the descriptor accepts it without blocking."""
+        """Write a line at once, without waiting.
+
+        The part that the descriptor doesn't accept now is dropped, also in the middle of the line; a closed reader is
+        no error.
+        """
         waiter = select.poll()
         waiter.register(self._descriptor, select.POLLOUT)
         # A pipe that is writable has room for `PIPE_BUF` bytes, and takes more only by waiting for its reader.

@@ -41,10 +41,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def end(request: GatewayRequest) -> NoContent:
-    """End a browser session; its next request must sign in again.
-
-    You may end your own sessions, and an admin those of the organization.
-    """
+    """End a browser session, so that its next request must sign in again; 404 for one that you may not end."""
 
     async def delete(connection: AsyncConnection) -> str:
         found = await _require(request, connection)

@@ -109,7 +109,10 @@ def build_report(report: ExaminationReport) -> DriftReport:
 
 
 def _show_finding(finding: DriftFinding) -> DriftFindingShape:
-    """Return a finding as the API shows it, with its fix if there is one."""
+    """Return a finding of drift (a contradiction between database, Redis and processes) as the API shows it.
+
+    Its `fix` is the repair that `pilotflame doctor --fix` makes for this class of drift; None if there is none.
+    """
     fix = FIXES.get(finding.drift_class)
     return DriftFindingShape(
         drift_class=finding.drift_class,

@@ -226,10 +226,11 @@ async def read_rows(
 
 
 async def follow_indexes(connection: AsyncConnection) -> None:
-    """Let the rest of a transaction read lists from their indexes alone, whatever the statistics say.
+    """Turn off table scans, full sorts, hash and merge joins and JIT in PostgreSQL for the rest of a transaction.
 
-    After many inserts, or by an unlucky sample, PostgreSQL estimates the rows of a filter wrongly by orders
-    of magnitude, and would read and sort a whole table for one page. SQLite follows the indexes by itself.
+    Lists are then read in the order of their indexes. After many inserts, or by an unlucky sample, PostgreSQL
+    estimates the rows of a filter wrongly by orders of magnitude, and would read and sort a whole table for one
+    page. SQLite needs nothing and is left alone.
     """
     if connection.dialect.name == "postgresql":
         await share_transaction(connection)

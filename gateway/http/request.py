@@ -81,7 +81,7 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def known_sender(self) -> RequestSender | None:
-        """Sender by key or token, on routes for senders; None without either."""
+        """Sender by key, token or browser session; None for an anonymous request, and on routes not for senders."""
         return self._sender
 
     @property

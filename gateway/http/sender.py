@@ -89,10 +89,10 @@ class SenderAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, scope: Scope) -> RequestSender | None:
-        """Return the sender of a key, of a token in the URL, or of a browser session; None when the request
-        has none.
+        """Return the sender of an API key, of a token in the URL, or of a browser session; None without any of them.
 
-        Raises a 401 error for an invalid one, 403 for a key without the scope, and 429 after too many
+        An invalid or expired session counts as none. Raises a 401 error for an invalid key or token, 403 without the
+        scope to execute workflows or for a change that another site requests by a session, and 429 after too many
         failures of a client.
         """
         if any(name == b"x-api-key" for name, _ in scope["headers"]):

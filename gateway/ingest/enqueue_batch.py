@@ -218,10 +218,10 @@ async def _first_results(
 def _plan_messages(
     messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None, now: datetime
 ) -> tuple[list[PlannedMessage], dict[int, BatchResult]]:
-    """Return the valid messages, and the answers to the invalid ones by their index in the batch.
+    """Split a batch into its valid messages and the answers to the invalid ones, by their index in the batch.
 
-    Each gets an idempotency key: its deduplication id, else one derived from the batch's key `given` and its
-    index, else None.
+    A valid message gets an idempotency key: of its deduplication id, else derived from the batch's key `given` and
+    its index, else None. Starts more than a year after `now` are invalid.
     """
     planned: list[PlannedMessage] = []
     refused: dict[int, BatchResult] = {}

@@ -42,7 +42,10 @@ _decode = decoding.build_decoder(Secrets).decode
 def seal_secrets(
     vault: SecretVault, secrets: Secrets, *, organization_id: str, token_id: str
 ) -> EncryptedText:
-    """Encrypt the secrets of an event token for storage, by provider; the token's id is bound to the ciphertext."""
+    """Encrypt the secrets of an event token, a list for each provider, as one ciphertext for storage.
+
+    The ids of the organization and the token are bound to it: it can't be decrypted for another token.
+    """
     return vault.encrypt(_encode(secrets), organization_id=organization_id, object_id=token_id)
 
 

@@ -35,7 +35,9 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "share": PathParameterDoc("Id of the user.", "user_789"),
     "datasources": PathParameterDoc("Id of the data source.", "ds_001"),
     "models": PathParameterDoc("Id of the model.", "model_001"),
-    "provider-keys": PathParameterDoc("Id of the provider key, which is that of its data source.", "ds_provider"),
+    "provider-keys": PathParameterDoc(
+        "Id of the provider key, which is that of its data source.", "ds_provider"
+    ),
     "workflow-nodes": PathParameterDoc(
         "Node type, or the namespace of a custom one, which its name follows.", "http-request"
     ),

@@ -134,7 +134,10 @@ async def require_resume_line(database: Database, holder: LeaseHolder, key_id: s
 
 
 async def deployed_definition(database: Database, holder: LeaseHolder) -> tuple[str, str] | None:
-    """Return the hash and the text of the deployed definition; None if the workflow was never deployed."""
+    """Return hash and text of the definition that the workflow of a pod was last deployed with; None if it never was.
+
+    Leases are not checked, and an undeployed workflow still has its last definition.
+    """
     statement = (
         select(col(Definition.hash), col(Definition.body))
         .join(

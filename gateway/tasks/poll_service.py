@@ -121,7 +121,11 @@ class PollService:
             self._forget(organization_id, polls)
 
     def _forget(self, organization_id: str, polls: OrganizationPolls) -> None:
-        """Forget an organization without open polls, unless it is being served."""
+        """Forget an organization if it has no open polls left and no look for its tasks is running; otherwise do
+        nothing.
+
+        A delayed look is cancelled.
+        """
         if not polls.all and polls.serving is None:
             if polls.delay is not None:
                 polls.delay.cancel()
@@ -252,10 +256,12 @@ class PollService:
     async def _look(
         self, organization_id: str, polls: OrganizationPolls, new: Sequence[ParkedPoll]
     ) -> OrganizationNews:
-        """Read what is new for an organization's polls: queues with tasks, cancellations, leaving workers,
-        repeated claims.
+        """Read the news for an organization's polls: queues with tasks, requested cancellations, workers that stop,
+        and tasks that an earlier claim of the same request has leased.
 
-        If a change may have freed a concurrency key, tasks that wait for one are admitted first, and read too.
+        Repeated claims are looked for among the polls `new`. If a change may have freed places of a concurrency key,
+        tasks that wait for one are admitted, and the news is read again. After an error, the next look makes up for
+        this one.
         """
         admits, polls.admits = polls.admits, False
         has_leaving, polls.has_leaving = polls.has_leaving, False
@@ -314,10 +320,11 @@ class PollService:
         return new
 
     async def _claim_all(self, organization_id: str, polls: OrganizationPolls, queues: Sequence[str]) -> None:
-        """Claim tasks of these queues for waiting polls, those with most free slots first, until polls or
-        tasks run out.
+        """Claim tasks of these queues for waiting polls, and answer the polls with them; polls with the most free
+        slots come first.
 
-        Tasks of polls that have ended meanwhile are put back.
+        Ends when polls or tasks run out, or other gateways keep the remaining tasks locked. Tasks for polls that have
+        ended meanwhile are put back.
         """
         pauses = list(LOCKED_PAUSES)
         while queues and (chosen := polls.take_fitting(queues)):

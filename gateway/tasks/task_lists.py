@@ -249,7 +249,7 @@ def _fields(row: Row[Any]) -> dict[str, Any]:
 
 
 async def workers(request: GatewayRequest) -> JsonResponse:
-    """List the workers of the organization that have ever polled for tasks, the last seen first."""
+    """List the workers of the organization that have polled for tasks within about a week, the last seen first."""
     caller, page, now = request.caller, request.query.page(), request.gateway.clock()
     is_own = col(TaskWorker.organization_id) == caller.organization_id
     found = (

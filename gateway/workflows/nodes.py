@@ -386,9 +386,10 @@ def _is_summary(body: Mapping[str, Json]) -> bool:
 
 
 def _wrap_config(body: Json) -> Json:
-    """Return the body of a change; a body that is the config itself becomes its `config`.
+    """Wrap the body of a request that changes a node as `{"config": body}`, if the body is the config itself.
 
-    A body with `config`, with `label` alone, or in the form of a listed node is returned unchanged.
+    Returned unchanged are a body with `config`, one with only `label`, one with all required fields of a
+    `NodeSummary`, and one that is no object.
     """
     if not isinstance(body, dict) or "config" in body or body.keys() == {"label"} or _is_summary(body):
         return body

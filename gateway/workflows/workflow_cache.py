@@ -88,9 +88,10 @@ class WorkflowCache:
         return workflow
 
     async def load_for_sender(self, workflow_id: str) -> LoadedWorkflow | None:
-        """Return a workflow for a sender that is verified by its request; None if it does not exist.
+        """Return a workflow for a request that proves its sender itself, such as a signed one; None if it is missing.
 
-        No permission is checked here. It is cached for five seconds.
+        No permission is checked: the caller of this method verifies the request. A workflow that is found is
+        cached for five seconds.
         """
         organization_id = self._organizations.get(workflow_id)
         if organization_id is None:

@@ -20,8 +20,10 @@ _BUCKET_URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\
 
 
 def open_blobs(settings: ServerSettings) -> BlobStore:
-    """Return the blob store that the settings name: a bucket, or else a folder `blobs` in the data folder;
-    raises `InvalidSettings`.
+    """Return the blob store of the settings: a bucket if `blob_url` names one, else the folder `blobs` in `data_dir`.
+
+    Raises `InvalidSettings` for a malformed `blob_url`, and if the extra `s3`, which a bucket needs, is not
+    installed.
     """
     return BlobStore(_open_storage(settings))
 

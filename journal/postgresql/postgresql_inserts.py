@@ -266,10 +266,11 @@ def _definitions_sql(first: int) -> str:
 
 
 def _idempotency_sql(table: str) -> str:
-    """Return SQL that binds the idempotency keys of a table's rows to their ids, unless unexpired rows hold
-    these keys.
+    """Return SQL that stores the idempotency keys of new rows in `idempotency`, with the ids of these rows.
 
-    It returns the ids of rows whose keys were bound; rows without a key are skipped.
+    `table` names the common table expression of the new rows. A key whose entry in `idempotency` has not expired
+    is left alone, an expired one is taken over. The SQL yields the ids of rows that got their keys; rows without
+    a key are skipped.
     """
     return f"""
     INSERT INTO idempotency AS earlier (shard, scope, key, fingerprint, resource_id, expires_at)

@@ -100,10 +100,11 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
     def limit_rows(
         self, max_rows: int, types: LearnedTypes | None = None, columns: Sequence[int] | None = None
     ) -> None:
-        """Let the server send this number of rows from now on, plus 2,000; more ends the connection.
+        """Limit the rows that the server may send from now on to `max_rows` plus 2,000; more ends the connection.
 
-        `columns` are the type ids of the row's columns. If they are known and none is a container (an array,
-        for example), the content of rows is not checked.
+        The counts in rows (of items, for example) are checked before the driver allocates memory by them. `columns`
+        are the type ids of the row's columns; the check is skipped if none of them is a container (such as an array)
+        in `types`, which has no ordinary types. Without `columns`, every row is checked.
         """
         self._left_rows = max_rows + ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE

@@ -116,8 +116,10 @@ def start_options(
 
 
 def print_outcome(run: Run, output: OutputChoice, connections: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Print the outputs of an ended run, as chosen, and exit with 5 unless it completed, after a remark with
-    its error.
+    """Print the outputs of an ended run as `output` chooses, then exit with 5 unless the run has completed.
+
+    Before the exit, a remark shows the run's error, or its status if there is none. `connections` of the graph
+    tell which nodes are the last ones, for `OutputChoice.LAST`.
     """
     _print_outputs(run, output, connections)
     if run.status != "completed":

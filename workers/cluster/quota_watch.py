@@ -162,6 +162,9 @@ class QuotaWatch:
 
 
 def _parse_quantity(text: str) -> float:
-    """Return a quantity such as `500m` or `2Gi` as a number of units; 0 if it is invalid."""
+    """Return a Kubernetes quantity such as `500m` or `2Gi` in base units (0.5, or bytes); 0 if it is unreadable.
+
+    An unknown unit counts as 1.
+    """
     match = _QUANTITY.match(str(text))
     return float(match[1]) * _QUANTITY_UNITS.get(match[2], 1.0) if match is not None else 0.0

@@ -268,7 +268,11 @@ class WatchCache:
                 await self._listed.wait()
 
     async def _take_events(self, collection: WatchedCollection, version: str) -> None:
-        """Apply the events of a watch to a collection until its stream ends, and announce changed workflows."""
+        """Apply the events of a watch to a collection of Deployments or pods until its stream ends.
+
+        Ids of Pilotflame workflows whose objects have changed are passed to the watchers of the cache. The watch
+        begins behind the resource version `version`. Raises `VersionExpired` and the `ClusterError` of the API server.
+        """
 
         def take(event: Manifest) -> None:
             if event["type"] == "BOOKMARK":

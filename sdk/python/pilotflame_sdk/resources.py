@@ -603,7 +603,7 @@ class Server(Resource):
         return cast("t.ServerHealth", self._client.request("GET", "/api/v1/admin/health"))
 
     def ready(self) -> t.HealthStatus:
-        """Report whether the server can serve requests."""
+        """Check that the server can serve requests; 503 if its database or broker does not answer."""
         return cast("t.HealthStatus", self._client.request("GET", "/readyz"))
 
     def whoami(self) -> t.WhoAmI:
@@ -619,7 +619,7 @@ class Sessions(Resource):
     """Methods of `client.sessions`."""
 
     def end(self, session_id: str) -> None:
-        """End a browser session; its next request must sign in again."""
+        """End a browser session, so that its next request must sign in again; 404 for one that you may not end."""
         self._client.request("DELETE", f"/api/v1/auth/sessions/{self._quote(session_id)}")
 
     def get(self, session_id: str) -> t.Session:
@@ -711,7 +711,7 @@ class Workers(Resource):
         return cast("t.TaskWorker", self._client.request("POST", f"/api/v1/workers/{self._quote(worker_id)}/drain"))
 
     def list(self, *, limit: int | None = None, offset: int | None = None) -> t.TaskWorkerList:
-        """List the workers of the organization that have ever polled for tasks, the last seen first."""
+        """List the workers of the organization that have polled for tasks within about a week, the last seen first."""
         return cast("t.TaskWorkerList", self._client.request("GET", "/api/v1/workers", query={"limit": limit, "offset": offset}))
 
     def iterate(self) -> Iterator[Any]:
