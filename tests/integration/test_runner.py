@@ -976,6 +976,9 @@ class HeldRun:
             "/executions/{id}/signatures": {"message_id": "msg_1", "body": "e30="},
             "/executions/{id}/event-waits": {"node_id": "greet", "iteration": "", "event_type": "paid"}
             | {"condition": None, "given": "[]", "look_back_seconds": 0, "timeout_seconds": None},
+            "/executions/{id}/state": {"key": "phase", "value": "e30="},
+            "/executions/{id}/signal-waits": {"node_id": "greet", "iteration": "", "name": "go"}
+            | {"timeout_seconds": None},
             "/executions/{id}/reservations": {
                 "key": "a",
                 "limit": 1,
