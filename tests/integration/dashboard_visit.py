@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -75,12 +76,17 @@ RUN_AXE = (
 RUN_CONTRAST = RUN_AXE.replace("{resultTypes", "{runOnly: ['color-contrast'], resultTypes")
 """The rule that depends on the color scheme."""
 NOTE_SHIFTS = (
-    "globalThis.shift = 0; new PerformanceObserver(list => { for (const one of list.getEntries())"
+    "globalThis.shifts = []; new PerformanceObserver(list => { for (const one of list.getEntries())"
     " if (!one.hadRecentInput && !one.sources.every(({node}) => node?.parentElement?.querySelector("
-    "':scope > time[data-age], :scope > span > time[data-age]'))) globalThis.shift += one.value })"
+    "':scope > time[data-age], :scope > span > time[data-age]'))) globalThis.shifts.push("
+    "[one.value, ...one.sources.map(({node}) => (node?.outerHTML ?? node?.textContent ?? '').slice(0, 80))]) })"
     ".observe({type: 'layout-shift', buffered: true})"
 )
-"""Script that adds up the shifts of the layout of each page, but for words behind an age that has grown."""
+"""Script that notes the shifts of the layout of each page with the parts that have moved, but for words behind an age
+that has grown.
+"""
+MAX_SHIFT = 0.001
+"""Sum of the shifts of a page that nobody sees; one line of text that pushes a page down is twenty times as much."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,11 @@ class DashboardVisit:
     workflow_id: str
     orders_id: str
     execution_id: str
+
+    async def require_still(self) -> None:
+        """Fail if the layout of the page has shifted visibly; the message names what has moved."""
+        shifts = json.loads(await self.page.evaluate("JSON.stringify(globalThis.shifts)"))
+        assert sum(value for value, *_ in shifts) < MAX_SHIFT, shifts
 
     async def show(self, path: str) -> None:
         names = {
