@@ -44,6 +44,12 @@ from gateway.http.operation_docs import (
 from gateway.http.refusals import BODY_CODES
 from gateway.http.route import EXECUTE, READ, WRITE, Route
 
+FOLLOWED: Final = OperationDoc(
+    takes=(LAST_EVENT_ID,),
+    also={204: OtherSuccess("The client already received the end of this stream.")},
+    refusals=("invalid-last-event-id",),
+)
+"""Documentation of operations that answer with server-sent events, always or on request."""
 ROUTES: Final[Sequence[Route]] = (
     Route(
         "POST",
@@ -209,11 +215,7 @@ ROUTES: Final[Sequence[Route]] = (
         executions.logs,
         query=executions.LOGS,
         answer=executions.LogList,
-        docs=OperationDoc(
-            takes=(LAST_EVENT_ID,),
-            also={204: OtherSuccess("The client already received the end of this stream.")},
-            refusals=("invalid-last-event-id",),
-        ),
+        docs=FOLLOWED,
     ),
     Route(
         "GET",
@@ -222,11 +224,7 @@ ROUTES: Final[Sequence[Route]] = (
         executions.steps,
         query=executions.STEPS,
         answer=executions.StepList,
-        docs=OperationDoc(
-            takes=(LAST_EVENT_ID,),
-            also={204: OtherSuccess("The client already received the end of this stream.")},
-            refusals=("invalid-last-event-id",),
-        ),
+        docs=FOLLOWED,
     ),
     Route(
         "GET",
@@ -245,12 +243,7 @@ ROUTES: Final[Sequence[Route]] = (
         READ,
         executions.events,
         answer=executions.StreamedEvent,
-        docs=OperationDoc(
-            takes=(LAST_EVENT_ID,),
-            media_type=EVENT_STREAM,
-            also={204: OtherSuccess("The client already received the end of this stream.")},
-            refusals=("invalid-last-event-id",),
-        ),
+        docs=replace(FOLLOWED, media_type=EVENT_STREAM),
     ),
     Route(
         "GET",
