@@ -19,6 +19,8 @@ LOCK :=
 ARGUMENTS :=
 # Processes of `make test`: three for two processors, since each test waits for most of its time.
 PROCESSES := 3
+# Module that runs the tests. `make test PYTEST=tests.tools.repeated_run`, as in CI, repeats up to three failed ones alone.
+PYTEST := pytest
 
 run: install
 	exec $(bin)/pilotflame dev --example docs/examples/penguins.json
@@ -29,7 +31,7 @@ install: .venv/installed
 # Files keep the order of tests/conftest.py: xdist would start those with the most tests, which are the shortest.
 test: .venv/installed-for-tests
 	$(bin)/python -m tests.tools.environments
-	exec $(bin)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
+	exec $(bin)/python -m $(PYTEST) --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
 
 # The checks run two at a time, because each leaves a processor idle for some of its time. Output is grouped by check.
 check: .venv/installed-for-tests
@@ -37,7 +39,7 @@ check: .venv/installed-for-tests
 		check-units check-types check-style check-imports check-words
 
 check-units: .venv/installed-for-tests
-	$(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/unit
+	$(bin)/python -m $(PYTEST) --quiet --numprocesses 2 --dist worksteal tests/unit
 
 # The SDK supports an older Python than the server.
 check-types: .venv/installed-for-tests

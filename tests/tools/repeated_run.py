@@ -1,0 +1,51 @@
+"""Runs pytest, and repeats up to three failed tests alone: a test must fail twice to fail the run.
+
+``python -m tests.tools.repeated_run ARGUMENTS`` takes the arguments of pytest and ends with its exit code. The tests of
+servers depend on the scheduling of dozens of processes, so one of ten thousand can fail on a machine that stalls. A
+test that passes alone is printed as unsteady, since a race in the product looks the same. More failures than three are
+not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FAILURES = Path(".pytest_cache/v/cache/lastfailed")
+MAX_REPEATED = 3
+
+
+def run_tests(arguments: Sequence[str]) -> int:
+    """Exit code of pytest, and of the repetition if only a few tests failed."""
+    FAILURES.unlink(missing_ok=True)
+    exit_code = _run_pytest(*arguments)
+    failed = sorted(json.loads(FAILURES.read_text())) if FAILURES.exists() else []
+    if exit_code != pytest.ExitCode.TESTS_FAILED or not 0 < len(failed) <= MAX_REPEATED:
+        return exit_code
+    _write("Repeating failed tests, alone:", failed)
+    exit_code = _run_pytest(*arguments, "--last-failed", "--numprocesses", "0")
+    if exit_code == pytest.ExitCode.OK:
+        _write("Unsteady tests, which failed once and passed alone:", failed)
+    return exit_code
+
+
+def _run_pytest(*arguments: str) -> int:
+    """Exit code of pytest in a process of its own, in the folder of this one."""
+    return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
+
+
+def _write(heading: str, tests: Sequence[str]) -> None:
+    sys.stdout.write("\n  ".join((heading, *tests)) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(run_tests(sys.argv[1:]))

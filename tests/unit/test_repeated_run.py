@@ -1,0 +1,64 @@
+"""The repetition of failed tests: which runs pass, and how often each test is run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEST = """
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("number", range({tests}))
+def test_fails(number):
+    runs = Path(f"runs-{{number}}")
+    earlier = len(runs.read_text()) if runs.exists() else 0
+    runs.write_text("x" * (earlier + 1))
+    assert earlier >= {failures}
+
+
+def test_passes():
+    Path("passing").open("a").write("x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("tests", "failures", "exit_code", "runs"),
+    [
+        pytest.param(3, 1, 0, 2, id="failed-once"),
+        pytest.param(1, 2, 1, 2, id="failed-twice"),
+        pytest.param(4, 1, 1, 1, id="too-many"),
+        pytest.param(1, 0, 0, 1, id="passed"),
+    ],
+)
+def test_few_failed_tests_are_repeated_once(
+    tmp_path: Path, tests: int, failures: int, exit_code: int, runs: int
+) -> None:
+    (tmp_path / "test_sample.py").write_text(TEST.format(tests=tests, failures=failures))
+    command = [
+        sys.executable,
+        "-m",
+        "tests.tools.repeated_run",
+        "-p",
+        "no:anyio",
+        "-p",
+        "no:hypothesispytest",
+    ]
+    ended = subprocess.run(
+        [*command, "--rootdir", ".", "test_sample.py"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == exit_code, ended.stdout + ended.stderr
+    assert {len(path.read_text()) for path in tmp_path.glob("runs-*")} == {runs}
+    assert (tmp_path / "passing").read_text() == "x", "a test that passed is not repeated"
+    assert ("Unsteady tests" in ended.stdout) == (exit_code == 0 and failures > 0)
