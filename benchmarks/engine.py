@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.conditions import compile_condition
 from engine.expressions import compile_template, compile_value
 from engine.graph import ParsedGraph

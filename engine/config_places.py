@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
-from engine.agent_wiring import TARGET_CONFIG, target_of
+from engine.agents.agent_wiring import TARGET_CONFIG, target_of
 from engine.conditions import compile_condition
 from engine.expressions import (
     ExpressionError,

@@ -22,7 +22,7 @@ from engine.node_api import CONTINUE, ERROR, NodeResult
 from engine.run_records import SETTLED_STATUSES
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.graph import GraphEdge, GraphSection, ParsedGraph
     from engine.model_calls import ModelCallRecord
     from engine.program import NodeProgram

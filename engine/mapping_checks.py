@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, shapes
-from engine.agent_wiring import remove_providers
+from engine.agents.agent_wiring import remove_providers
 from engine.approval_links import APPROVAL_TYPE
 from engine.config_places import ExpressionPlace, NodeExpressions, NodeSection
 from engine.dataflow import DataFlow, OutputSamples

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import msgspec
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.conditions import CompiledCondition
     from engine.expressions import ValueTemplate
     from engine.model_calls import ModelCallRecord

@@ -21,7 +21,7 @@ from json_text import decoding
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.expressions import ExpressionPath
     from engine.frames import SectionFrame
     from engine.model_calls import ModelCallRecord
@@ -190,7 +190,7 @@ class NodeInputs:
         )
         if program.agent is None:
             return call
-        from engine.tool_calls import VisitSteps, VisitTools  # noqa: PLC0415 - loaded by runs with agents
+        from engine.agents.tool_calls import VisitSteps, VisitTools  # noqa: PLC0415 - loaded by runs with agents
 
         steps = VisitSteps(visit, self._recorder, self._is_interrupted, self._find_answer)
         return structs.replace(call, steps=steps, tools=VisitTools(program.agent, call))

@@ -8,7 +8,8 @@ from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Final, Self
 
-from engine import agent_wiring, task_node
+from engine import task_node
+from engine.agents import agent_wiring
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
     Expression,
@@ -425,7 +426,7 @@ def _compile_agent(
 
     Raises `LookupError` for an unknown type, and `ExpressionError`.
     """
-    from engine import agent_exposure  # noqa: PLC0415 - loaded by workflows with agents
+    from engine.agents import agent_exposure  # noqa: PLC0415 - loaded by workflows with agents
 
     tools: dict[str, ToolProgram] = {}
     model_config: ValueTemplate | None = None

@@ -50,7 +50,7 @@ from engine.unfinished_writes import may_have_happened, was_refused
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.expressions import ExpressionPath
     from engine.program import NodeProgram
     from engine.run_records import AttemptSpan, LogLine

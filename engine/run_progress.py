@@ -248,7 +248,7 @@ class RunProgress:
         """Record the open questions of an agent that has ended as canceled, so that nobody answers them in vain."""
         if visit.program.agent is None:
             return
-        from engine.tool_calls import withdraw_questions  # noqa: PLC0415 - loaded by runs with agents
+        from engine.agents.tool_calls import withdraw_questions  # noqa: PLC0415 - loaded by runs with agents
 
         withdraw_questions(visit, self._recorder)
 

@@ -20,7 +20,7 @@ from engine.values import InvalidJson
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.graph import GraphNode
     from engine.values import Json
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.frames import NodeVisit, SectionFrame
     from engine.graph import GraphNode
     from engine.run_clock import RunClock

@@ -9,9 +9,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from engine import agent_checks, inline_secrets, mapping_checks, name_suggestions
-from engine.agent_steps import AGENT_TYPE
-from engine.agent_wiring import PROVIDER_PORTS, list_providers
+from engine import inline_secrets, mapping_checks, name_suggestions
+from engine.agents import agent_checks
+from engine.agents.agent_steps import AGENT_TYPE
+from engine.agents.agent_wiring import PROVIDER_PORTS, list_providers
 from engine.config_places import ExpressionReader, NodeExpressions, ScriptChecker
 from engine.dataflow import OutputSamples
 from engine.findings import (

@@ -47,7 +47,7 @@ from engine.values import InvalidJson
 from telemetry import log_context
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.graph import GraphNode, ParsedGraph
     from engine.program import WorkflowProgram
     from engine.run_clock import RunClock

@@ -35,7 +35,7 @@ from models.ids import turn_of_workflow
 from telemetry import log_context, run_origin, tracing
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.program import WorkflowProgram
     from engine.services import NodeServices
     from execution.settings import ExecutionSettings

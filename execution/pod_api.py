@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.model_calls import ModelReservation, ModelSettlement
 from engine.run_records import NodeSpan
 from journal.store import ClaimedRun, RunWrite

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from engine.agent_wiring import count_nodes_that_run
+from engine.agents.agent_wiring import count_nodes_that_run
 from engine.graph import ParsedGraph, RunSettings
 from engine.node_api import UnknownNodeType
 from engine.node_lookup import NodeTypeLookup

@@ -48,7 +48,7 @@ from models.timestamps import HOST_TIME
 from telemetry import instruments
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.values import Json
     from journal.blobs.large_values import LargeValues
     from journal.store import ExecutionKey, RunStore

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.model_calls import ModelCallRecord, sum_cost
 from engine.run_errors import FailureCause
 from engine.run_records import NodeSpan, RunError, SpanStatus

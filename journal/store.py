@@ -16,7 +16,7 @@ from typing import Annotated, Final, NamedTuple, Protocol
 
 import msgspec
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
 from journal.explanations.blockers import BlockerCode
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus

@@ -47,7 +47,7 @@ from journal.store import (
 from models.errors import PartialCommit
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.run_records import NodeSpan
     from runner.gateway_client import GatewayClient
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import cast
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.graph import GraphNode
 from engine.model_calls import ModelCallRecord
 from engine.node_api import (

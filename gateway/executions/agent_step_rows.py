@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from gateway.http.parameters import PageBounds
     from journal.store import ExecutionKey
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
 
 from engine import node_key
-from engine.agent_steps import StepKind, StepStatus
+from engine.agents.agent_steps import StepKind, StepStatus
 from engine.node_api import CONTINUE
 from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
@@ -22,7 +22,7 @@ from models.execution_label import TAG_KEY
 from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from gateway.executions.execution_rows import ExecutionRecord, Recorded
     from gateway.executions.large_outputs import ShownOutputs
     from gateway.executions.span_details import SpanDetails

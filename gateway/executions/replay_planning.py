@@ -14,7 +14,8 @@ from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
-from engine import agent_wiring, name_suggestions
+from engine import name_suggestions
+from engine.agents import agent_wiring
 from engine.graph import ParsedGraph, RunSettings
 from engine.node_api import CONTINUE
 from engine.node_key import decode_key

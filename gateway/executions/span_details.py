@@ -13,7 +13,7 @@ from sqlalchemy import and_, select
 from sqlmodel import col
 
 from engine import inline_secrets
-from engine.agent_steps import AGENT_TYPE
+from engine.agents.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode
 from engine.program import compile_node
 from engine.run_records import SpanStatus
@@ -26,7 +26,7 @@ from nodes import custom_types
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.program import NodeProgram
     from engine.values import Json
     from gateway.executions.execution_rows import Recorded

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine import name_suggestions, pruning
-from engine.agent_wiring import remove_providers
+from engine.agents.agent_wiring import remove_providers
 from engine.findings import FindingType, ValidationResult
 from engine.graph import ParsedGraph, find_bodies
 from engine.node_api import INPUT, OUTPUT

@@ -28,7 +28,7 @@ from nodes.custom_types import TYPE_PATTERN, VERSION_PATTERN
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.run_records import NodeSpan
     from execution.pod_api import ExpectEventRequest
     from journal.store import RunWrite

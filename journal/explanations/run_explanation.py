@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from engine.agent_steps import StepKind
+from engine.agents.agent_steps import StepKind
 from engine.run_records import SpanStatus
 from journal.explanations import deployment_blockers
 from journal.explanations.blockers import (

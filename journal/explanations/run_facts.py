@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Boolean, and_, case, func, literal_column, or_, select, text
 from sqlmodel import col
 
-from engine.agent_steps import AGENT_TYPE, StepKind, StepStatus
+from engine.agents.agent_steps import AGENT_TYPE, StepKind, StepStatus
 from engine.node_api import AnswerSource
 from engine.run_records import SpanStatus
 from journal import concurrency_limits, run_rows

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import asyncpg
 import msgspec
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.run_records import NodeSpan, RunStatus
 from journal import run_rows
 from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS

@@ -1,4 +1,4 @@
-"""Loop of an agent: does each action that `engine.agent` decides, and records it before and after.
+"""Loop of an agent: does each action that `engine.agents.agent` decides, and records it before and after.
 
 Two commits belong to an answer: before its request, together with the results of the reads before, and after it,
 together with the tool calls that it asks for. The result of a write is committed alone.
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine import agent
-from engine.agent import AwaitApprovals, CallModel, CallTools, Fail, Finish, StoredAnswer
-from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents import agent
+from engine.agents.agent import AwaitApprovals, CallModel, CallTools, Fail, Finish, StoredAnswer
+from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.node_api import NodeEffect, StepPause, StepWait
 from engine.run_errors import NodeError
 from engine.run_records import UNKNOWN_OUTCOMES
@@ -24,7 +24,7 @@ from nodes.ai import conversation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from engine.agent import AgentTask
+    from engine.agents.agent import AgentTask
     from engine.model_calls import ModelCallRecord
     from engine.node_api import NodeCall
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from engine import agent
-from engine.agent import AgentLimits, AgentTask, AgentTool, ApprovalPolicy
-from engine.agent_steps import StepKind
+from engine.agents import agent
+from engine.agents.agent import AgentLimits, AgentTask, AgentTool, ApprovalPolicy
+from engine.agents.agent_steps import StepKind
 from engine.model_calls import ChatMessage, MessageRole, ToolDescription, sum_cost, sum_usage
 from engine.model_prices import show_cost
 from engine.node_api import NodeEffect
@@ -19,7 +19,7 @@ from nodes import config_fields
 from nodes.ai import agent_loop, structured_answers
 
 if TYPE_CHECKING:
-    from engine.agent import Finish
+    from engine.agents.agent import Finish
     from engine.node_api import NodeCall, StepPause, StepWait
     from engine.values import Json
 

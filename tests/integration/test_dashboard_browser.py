@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from sqlalchemy import select
 
-from engine.agent import StoredAnswer
-from engine.agent_steps import StepStatus
+from engine.agents.agent import StoredAnswer
+from engine.agents.agent_steps import StepStatus
 from engine.model_calls import FinishReason, ModelCallRecord, RequestedToolCall, TokenUsage
 from engine.run_records import RunStatus, SpanStatus
 from models.execution import WaitAnswer

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 from starlette.applications import Starlette
 
-from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.run_errors import FailureCause
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
 from gateway import state

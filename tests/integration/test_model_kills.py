@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from engine.agent import MAX_LOSSES
+from engine.agents.agent import MAX_LOSSES
 from journal.store import ExecutionKey
 from journal.waits import approvals, node_answers
 from journal.waits.approvals import ApprovalDecision

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus, SpanStatus
 from journal import run_deletion
 from journal.blobs.blob_storage import BlobLost, BlobOwner

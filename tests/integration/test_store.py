@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from sqlalchemy import make_url
 
-from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.model_calls import ModelCallRecord, TokenUsage
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
 from journal.group_commit import GroupCommit

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import msgspec.structs
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.graph import Definition, ParsedGraph
 from engine.node_api import EffectRule, FieldCompilation, NodeCall, NodeEffect, NodeType, RunNode, TimerWait
 from engine.node_key import PART_BYTES

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import agent
-from engine.agent import (
+from engine.agents import agent
+from engine.agents.agent import (
     AgentLimits,
     AgentTask,
     AgentTool,
@@ -24,7 +24,7 @@ from engine.agent import (
     StopReason,
     StoredAnswer,
 )
-from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.model_calls import (
     ChatMessage,
     ChatRequest,

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine import agent_exposure, call_approvals
-from engine.agent import AgentTask, is_conversation_tainted
-from engine.agent_steps import StepStatus
+from engine.agents import agent_exposure, call_approvals
+from engine.agents.agent import AgentTask, is_conversation_tainted
+from engine.agents.agent_steps import StepStatus
 from engine.findings import FindingType
 from engine.graph import ParsedGraph
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus

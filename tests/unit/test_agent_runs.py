@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine import agent_wiring, run_progress
-from engine.agent_steps import AgentStep, StepStatus
+from engine import run_progress
+from engine.agents import agent_wiring
+from engine.agents.agent_steps import AgentStep, StepStatus
 from engine.graph import ParsedGraph, RetryPolicy
 from engine.model_calls import (
     ChatAnswer,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.findings import GraphFinding
 from engine.graph import ParsedGraph
 from engine.mapping_checks import MAX_EXPLAINED

@@ -16,7 +16,7 @@ import pytest
 
 from docs import node_reference
 from docs.node_reference import STEP
-from engine.agent_steps import AgentStep
+from engine.agents.agent_steps import AgentStep
 from engine.graph import ParsedGraph
 from engine.program import WorkflowProgram
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus

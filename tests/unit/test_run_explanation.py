@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.agent_steps import StepKind
+from engine.agents.agent_steps import StepKind
 from engine.graph import ParsedGraph
 from engine.run_records import SpanStatus
 from journal.deployments.activity import DeploymentActivity

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from engine import values
-from engine.agent import StopReason
-from engine.agent_steps import StepKind
+from engine.agents.agent import StopReason
+from engine.agents.agent_steps import StepKind
 from engine.model_calls import FinishReason
 from gateway.dashboard.formats import show_json
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from engine.agent_steps import AGENT_TYPE
+from engine.agents.agent_steps import AGENT_TYPE
 from gateway.dashboard.formats import MAX_CHARACTERS, show_age, show_value
 from gateway.dashboard.pages import agent_turns
 

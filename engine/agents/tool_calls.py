@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from concurrency import offload
-from engine import answer_payloads, call_approvals, run_records, values
-from engine.agent_steps import StepStatus
+from engine import answer_payloads, run_records, values
+from engine.agents import call_approvals
+from engine.agents.agent_steps import StepStatus
 from engine.node_api import (
     AgentSteps,
     AgentTools,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
     from datetime import datetime
 
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.frames import NodeVisit
     from engine.model_calls import ModelCallRecord
     from engine.node_api import NodeCall, NodeOutcome

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from engine.agent_wiring import PORT_OF_TOOLS, target_of
+from engine.agents.agent_wiring import PORT_OF_TOOLS, target_of
 from engine.node_api import TOOL_TYPE, NodeEffect
 
 if TYPE_CHECKING:

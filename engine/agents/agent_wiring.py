@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from engine.agent_steps import AGENT_TYPE
+from engine.agents.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode, ParsedGraph
 
 if TYPE_CHECKING:

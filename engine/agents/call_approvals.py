@@ -18,7 +18,7 @@ from engine.run_errors import NodeError
 from json_text import decoding
 
 if TYPE_CHECKING:
-    from engine.agent_steps import AgentStep
+    from engine.agents.agent_steps import AgentStep
     from engine.values import Json
 
 APPROVE: Final = "approve"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
-from engine.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.model_calls import (
     ChatMessage,
     ChatRequest,

@@ -63,6 +63,6 @@ class AgentStep(msgspec.Struct, frozen=True):
     arguments: bytes | None = None
     """JSON of the arguments of a tool call."""
     result: bytes | None = None
-    """JSON: a model's answer as `engine.agent.StoredAnswer`, or the text that the model gets from a tool."""
+    """JSON: a model's answer as `engine.agents.agent.StoredAnswer`, or the text that the model gets from a tool."""
     model_calls: Sequence[ModelCallRecord] = ()
     """Calls of language models in this step, with their costs."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from engine import agent_exposure
-from engine.agent_wiring import (
+from engine.agents import agent_exposure
+from engine.agents.agent_wiring import (
     PORT_OF_MODELS,
     PORT_OF_TOOLS,
     PROVIDER_PORTS,

@@ -1,0 +1,1 @@
+"""Agents: their decisions, recorded steps, tools, and the checks of their wiring."""
