@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
-from engine.agents.agent_wiring import TARGET_CONFIG, target_of
+from engine.agents.agent_wiring import name_target_config, target_of
 from engine.conditions import compile_condition
 from engine.expressions import (
     ExpressionError,
@@ -362,7 +362,7 @@ def _with_tool_targets(nodes: Sequence[GraphNode]) -> Iterator[tuple[GraphNode, 
     for node in nodes:
         yield node, ""
         if node.type == TOOL_TYPE and (target := target_of(node)) is not None:
-            yield target, TARGET_CONFIG
+            yield target, name_target_config(node)
 
 
 def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None) -> NodeType | None:

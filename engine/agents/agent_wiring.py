@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from engine.agents import tool_kinds
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode, ParsedGraph
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 PORT_OF_MODELS: Final = "ai"
 PORT_OF_TOOLS: Final = "tools"
 PROVIDER_PORTS: Final = frozenset({PORT_OF_MODELS, PORT_OF_TOOLS})
-TARGET_CONFIG: Final = "target.node.config"
-"""Path of the target's config in the config of a tool."""
 TYPES_THAT_WAIT: Final = frozenset(
     {
         *("agent", "human-input", "sub-workflow", "tool", "wait", "wait-for-event"),
@@ -72,18 +71,21 @@ def count_nodes_that_run(
 
 def target_of(tool: GraphNode) -> GraphNode | None:
     """Return the node that does the calls of a `tool` node, with its id; None if the config names none."""
-    target = tool.config.get("target")
-    node = target.get("node") if isinstance(target, dict) else None
-    if not isinstance(node, dict) or not isinstance(node.get("type"), str):
+    given = tool.config.get("target")
+    kind = tool_kinds.find_kind(given) if isinstance(given, dict) else None
+    target = kind.build_target(given) if kind is not None and isinstance(given, dict) else None
+    if target is None:
         return None
-    config, version = node.get("config"), node.get("version")
     return GraphNode(
-        id=tool.id,
-        type=str(node["type"]),
-        version=version if isinstance(version, str) else None,
-        label=tool.label,
-        config=config if isinstance(config, dict) else {},
+        id=tool.id, type=target.type, version=target.version, label=tool.label, config=target.config
     )
+
+
+def name_target_config(tool: GraphNode) -> str:
+    """Return the path in the config of a `tool` node that holds the config of its target."""
+    given = tool.config.get("target")
+    kind = tool_kinds.find_kind(given) if isinstance(given, dict) else None
+    return "target" if kind is None else kind.config_path
 
 
 def list_agents(nodes: Sequence[GraphNode]) -> list[GraphNode]:

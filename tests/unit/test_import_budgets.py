@@ -22,7 +22,7 @@ BUDGETS = {
     "worker": (("workers.settings", "workers.main"), 250, 330),
     "scheduler": (("scheduler.settings", "scheduler.main"), 182, 345),
     "deployer": (("workers.deployer.settings", "workers.deployer.main"), 100, 325),
-    "runner": (("runner.settings", "runner.main"), 146, 250),
+    "runner": (("runner.settings", "runner.main"), 147, 250),
     "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 600, 420),
 }
 LIBRARIES_OF_OTHERS = {"aiohttp", "alembic", "cryptography", "kubernetes", "rich", "typer"}

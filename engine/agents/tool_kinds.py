@@ -1,0 +1,60 @@
+"""Kinds of tools: each is a field of `target` in the config of a `tool`, and the node that does the calls.
+
+A node of the catalog does the calls of every kind, so that effects, resources, timeouts, secrets and approvals follow
+from its type. A further kind is one `ToolKind` in `TOOL_KINDS`, its field in the schema of `tool.toml`, and that node
+type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+
+@dataclass(frozen=True, slots=True)
+class ToolTarget:
+    """Node that does the calls of a tool."""
+
+    type: str
+    config: Mapping[str, Json]
+    version: str | None = None
+
+
+BuildTarget: TypeAlias = "Callable[[Mapping[str, Json]], ToolTarget | None]"
+"""Returns the node of a tool, given the value of `target`; None if that doesn't fit, which the schema reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolKind:
+    """Kind of tool."""
+
+    field: str
+    """Field of `target` that names it."""
+    build_target: BuildTarget
+    config_path: str = "target"
+    """Path in the config of the `tool` under which fields of the node's config are found."""
+
+
+def _read_node(target: Mapping[str, Json]) -> ToolTarget | None:
+    """Return a node of the catalog, given by type, version and config."""
+    node = target.get("node")
+    if not isinstance(node, dict) or not isinstance(node.get("type"), str):
+        return None
+    config, version = node.get("config"), node.get("version")
+    return ToolTarget(
+        str(node["type"]),
+        config if isinstance(config, dict) else {},
+        version if isinstance(version, str) else None,
+    )
+
+
+TOOL_KINDS: Final = (ToolKind("node", _read_node, "target.node.config"),)
+
+
+def find_kind(target: Mapping[str, Json]) -> ToolKind | None:
+    """Return the kind of tool that the value of `target` names; None for an unknown one."""
+    return next((kind for kind in TOOL_KINDS if kind.field in target), None)
