@@ -29,7 +29,9 @@ TIMEOUT_CODE: Final = "timeout"
 EXPIRED_CODE: Final = "expired"
 LOST_ATTEMPT_CODE: Final = "lost-attempt"
 NEEDS_CONFIRM_CODE: Final = "write-needs-confirm"
-UNKNOWN_OUTCOMES: Final = frozenset({TIMEOUT_CODE, "timed-out", "interrupted"})
+UNKNOWN_OUTCOMES: Final = frozenset(
+    {TIMEOUT_CODE, "timed-out", "interrupted", "tool-server-failed", "tool-server-invalid-answer"}
+)
 """Codes of errors that leave the outcome of a write unknown."""
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
