@@ -22,6 +22,8 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 RUN_BUTTON = "form[data-request$='/execute'] button[type=submit]"
 MAX_REQUESTS = 8
 MAX_BYTES = 30_000
+SLOW_BYTES = 8_000
+"""Bytes a second of a network on which the page of a hundred nodes arrives in some twenty pieces."""
 USABLE_SECONDS = 10
 """Longer than a large page takes on a busy machine; the benchmark `dashboard` has the budget."""
 
@@ -129,6 +131,24 @@ async def test_the_page_of_a_hundred_nodes_loads_few_files_and_shifts_nothing(vi
         size = "performance.getEntriesByType('navigation')[0].encodedBodySize"
         assert await visit.page.evaluate(size) < MAX_BYTES
         await visit.require_still()
+    assert not visit.take_problems()
+
+
+async def test_a_page_that_arrives_slowly_is_painted_when_it_is_whole(visit: DashboardVisit) -> None:
+    page = visit.page
+    run = await run_tree(visit, 100)
+    path = f"/dashboard/runs/{run}?view=map"
+    await visit.show(path)  # style sheet and icons are in the cache
+    await page.open("about:blank", "location.href === 'about:blank'")
+    slow = {"latency": 20, "downloadThroughput": SLOW_BYTES, "uploadThroughput": SLOW_BYTES}
+    await page.call("Network.emulateNetworkConditions", offline=False, **slow)
+    try:
+        await visit.show(path)
+    finally:
+        fast = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        await page.call("Network.emulateNetworkConditions", offline=False, **fast)
+    await page.wait_for("performance.getEntriesByName('first-contentful-paint').length === 1")
+    assert await page.evaluate("JSON.stringify(globalThis.shifts)") == "[]"
     assert not visit.take_problems()
 
 
