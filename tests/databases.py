@@ -32,3 +32,10 @@ async def create_sqlite_database(file: Path) -> str:
         # The whole database is in this one file: the last connection to close writes the journal into it.
         _files.append(await asyncio.to_thread(file.read_bytes))
     return url
+
+
+async def create_data_folder(folder: Path) -> Path:
+    """Create the data folder of a server with a migrated database, since a migration takes as long as a start."""
+    await asyncio.to_thread(folder.mkdir, mode=0o700)
+    await create_sqlite_database(folder / "pilotflame.db")
+    return folder

@@ -1,5 +1,6 @@
 """Shell for commands, with a running server."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from tests import command_runs
+from tests import command_runs, databases
 from tests.command_runs import command_environment
 
 KEY = "sk-of-the-settings-0123"
@@ -54,9 +55,10 @@ class CommandShell:
 @contextmanager
 def open_shell(folder: Path, **variables: str) -> Iterator[CommandShell]:
     """Run a server, with further variables, and yield a shell that reaches it."""
-    given = command_environment(
-        folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0", METRICS_WORKFLOWS="1000"
-    )
+    data = folder / "data"
+    if "PILOTFLAME_DATABASE_URL" not in variables:
+        asyncio.run(databases.create_data_folder(data))
+    given = command_environment(data, BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0", METRICS_WORKFLOWS="1000")
     log = folder / "log"
     with command_runs.run_command("dev", "--port", "0", given={**given, **variables}, log=log) as dev:
         address = dev.says(r"Pilotflame runs on (\S+)")[1]

@@ -30,13 +30,6 @@ LEASE_SECONDS = 60
 """A run that continues much sooner was reclaimed before its lease expired."""
 
 
-def create_data_folder(folder: Path) -> Path:
-    """Create a data folder with migrated tables, since a migration takes as long as a start."""
-    folder.mkdir(mode=0o700)
-    asyncio.run(databases.create_sqlite_database(folder / "pilotflame.db"))
-    return folder
-
-
 def get_whoami(address: str, key: str) -> httpx2.Response:
     return httpx2.get(f"{address}/api/v1/auth/whoami", headers={"X-API-Key": key}, trust_env=False)
 
@@ -76,7 +69,8 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
 
 
 def test_a_key_of_the_settings_opens_the_first_organisation_and_is_never_printed(tmp_path: Path) -> None:
-    given = command_environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    data = asyncio.run(databases.create_data_folder(tmp_path / "data"))
+    given = command_environment(data, BOOTSTRAP_API_KEY=OUR_KEY)
     with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
         assert get_whoami(dev.says(ADDRESS)[1], OUR_KEY).json()["role"] == "admin"
         assert not re.search(KEY, dev.log())
@@ -85,7 +79,7 @@ def test_a_key_of_the_settings_opens_the_first_organisation_and_is_never_printed
 def test_a_run_survives_a_killed_server_continues_at_once_and_its_poll_gets_the_result(
     tmp_path: Path,
 ) -> None:
-    data = create_data_folder(tmp_path / "data")
+    data = asyncio.run(databases.create_data_folder(tmp_path / "data"))
     own = {"BOOTSTRAP_API_KEY": OUR_KEY, "LEASE_SECONDS": str(LEASE_SECONDS)}
     given = command_environment(data, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32", **own)
     with closing(socket.create_server(("127.0.0.1", 0))) as target:
@@ -114,7 +108,7 @@ def test_a_run_survives_a_killed_server_continues_at_once_and_its_poll_gets_the_
 
 
 def test_a_pod_outlives_a_killed_server_and_makes_no_call_twice(tmp_path: Path) -> None:
-    data = create_data_folder(tmp_path / "data")
+    data = asyncio.run(databases.create_data_folder(tmp_path / "data"))
     given = command_environment(data, BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32")
     with closing(socket.create_server(("127.0.0.1", 0))) as target:
         target.settimeout(command_runs.PATIENCE_SECONDS)
@@ -151,7 +145,8 @@ def test_a_pod_outlives_a_killed_server_and_makes_no_call_twice(tmp_path: Path) 
 
 
 async def test_a_new_version_is_deployed_under_traffic_and_no_trigger_fails(tmp_path: Path) -> None:
-    given = command_environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    data = await databases.create_data_folder(tmp_path / "data")
+    given = command_environment(data, BOOTSTRAP_API_KEY=OUR_KEY)
     with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
         address = dev.says(ADDRESS)[1]
         headers = {"X-API-Key": OUR_KEY}
@@ -232,7 +227,7 @@ async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the
 
 
 def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_path: Path) -> None:
-    given = command_environment(create_data_folder(tmp_path / "data"))
+    given = command_environment(asyncio.run(databases.create_data_folder(tmp_path / "data")))
     traced = {**given, "PYTHONPROFILEIMPORTTIME": "1"}
     with command_runs.run_command("dev", "--port", "0", given=traced, log=tmp_path / "log", anew=True) as dev:
         dev.says(ADDRESS)
@@ -244,7 +239,9 @@ def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_pa
 
 
 def test_it_ends_well_on_ctrl_c_though_a_run_waits_and_somebody_follows_it(tmp_path: Path) -> None:
-    given = command_environment(create_data_folder(tmp_path / "data"), BOOTSTRAP_API_KEY=OUR_KEY)
+    given = command_environment(
+        asyncio.run(databases.create_data_folder(tmp_path / "data")), BOOTSTRAP_API_KEY=OUR_KEY
+    )
     log = {"id": "log", "type": "log", "config": {"message": "now it waits"}}
     wait = {"id": "wait", "type": "wait", "config": {"seconds": 3600}}
     with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "dev.log") as dev:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from docs.tables import ROOT
-from tests import command_runs, databases
-from tests.command_runs import COMMAND, command_environment
+from tests import databases
+from tests.command_runs import COMMAND
 from tests.integration.command_shell import CommandShell, open_server_shell, open_shell
 from tests.services import PostgresServer, RedisServer
 
@@ -70,14 +70,12 @@ def shell(
         postgres: PostgresServer = request.getfixturevalue("postgres")
         database_url = asyncio.run(databases.create_database(postgres, "tutorial"))
     else:
-        database_url = f"sqlite:///{folder / 'tutorial.db'}"
+        database_url = asyncio.run(databases.create_sqlite_database(folder / "tutorial.db"))
         redis: RedisServer = request.getfixturevalue("redis_server")
         redis_url = redis.url
     if request.param.startswith("dev"):
         opened = open_shell(folder, PILOTFLAME_DATABASE_URL=database_url)
     else:
-        given = command_environment(folder / "data", DATABASE_URL=database_url)
-        command_runs.run_output("migrate", given=given)
         opened = open_server_shell(folder, database_url, free_tcp_port, redis_url)
     with opened as shell:
         yield shell

@@ -11,7 +11,7 @@ import pytest
 from pilotflame_sdk import APIError, AsyncClient, Client, NotFound, RunFailed, RunTimeout, ValidationFailed
 
 from sdk import client_generator
-from tests import command_runs
+from tests import command_runs, databases
 from tests.command_runs import command_environment
 
 KEY = "sk-of-the-settings-0123"
@@ -45,7 +45,8 @@ FAILING = {
 @pytest.fixture(scope="module")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
-    given = command_environment(folder / "data", BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0")
+    data = asyncio.run(databases.create_data_folder(folder / "data"))
+    given = command_environment(data, BOOTSTRAP_API_KEY=KEY, METRICS_PORT="0")
     with command_runs.run_command("dev", "--port", "0", given=given, log=folder / "log") as dev:
         yield dev.says(r"Pilotflame runs on (\S+)")[1]
         assert dev.stop() == 0
