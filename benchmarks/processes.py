@@ -108,15 +108,25 @@ def build_environment(
 ) -> dict[str, str]:
     """Return the variables that any of the processes needs; the user's own settings are left out."""
     programs = Path(sys.executable).parent if checkout == PROJECT else checkout / ".venv/bin"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
-    return kept | {
-        "PATH": os.pathsep.join([str(programs), kept.get("PATH", os.defpath)]),
+    return environment_as_installed() | {
+        "PATH": os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)]),
         "PILOTFLAME_DATA_DIR": str(folder / "data"),
         "PILOTFLAME_PORT": str(api.port),
         "PILOTFLAME_PUBLIC_URL": f"http://127.0.0.1:{api.port}",
         "PILOTFLAME_BOOTSTRAP_API_KEY": api.key,
         "PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS": "127.0.0.1/32",
         **{f"PILOTFLAME_{name}": value for name, value in (settings or {}).items()},
+    }
+
+
+def environment_as_installed() -> dict[str, str]:
+    """Return this environment without the user's own settings, and with compiled modules, as wheel and image
+    have them: a variable that keeps Python from writing them would make every start compile a thousand modules.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PILOTFLAME_") and name != "PYTHONDONTWRITEBYTECODE"
     }
 
 

@@ -34,6 +34,8 @@ READY_LINES: Mapping[str, str] = {
     "server": "scheduler ready",
 }
 """Events in the log of processes that listen on no port, and of the child that a server starts last."""
+TUNING = "from concurrency import gc_tuning; gc_tuning.postpone_until_loaded()\n"
+"""First step of every process."""
 ROUNDS = 9
 STARTS = 3
 REST_SECONDS = 5.0
@@ -52,7 +54,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
 def _measure_imports() -> dict[str, float]:
     """Measure all imports in turn, so that they meet the same speed of the machine; the least counts."""
     programs = {"python": "pass"} | {
-        name: f"import pilotflame.command, pilotflame.log_lines, {', '.join(modules)}"
+        name: f"{TUNING}import pilotflame.command, pilotflame.log_lines, {', '.join(modules)}"
         for name, modules in IMPORTS.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -69,7 +71,8 @@ def _measure_imports() -> dict[str, float]:
 
 def _cpu_seconds_of(program: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", program], cwd=processes.PROJECT, check=True)
+    environment = processes.environment_as_installed()
+    subprocess.run([sys.executable, "-c", program], cwd=processes.PROJECT, env=environment, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 

@@ -18,8 +18,7 @@ def main() -> None:
     match sys.argv[1:]:
         case [name] if name in server_processes.PROCESSES:
             with command_error.printed_errors():
-                server_processes.prepare_process()
-                server_processes.PROCESSES[name]()
+                server_processes.run_process(name)
         case _:
             from pilotflame.cli import app
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from concurrency import gc_tuning
 from models.settings import ServerSettings
 from pilotflame import data_dir
 from pilotflame.command_error import CommandError
@@ -30,6 +31,7 @@ def serve(
     The data folder is locked, and a missing secret created. `example` is the definition of a workflow that is
     stored in a new database, with the file of its inputs. Raises `CommandError`.
     """
+    gc_tuning.postpone_until_loaded()
     settings = ServerSettings()
     folder = settings.data_dir
     with data_dir.locked(folder):

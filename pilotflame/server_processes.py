@@ -36,6 +36,15 @@ def prepare_process() -> None:
     gc_tuning.tune_at_start()
 
 
+def run_process(name: str) -> None:
+    """Run the process of `PROCESSES` with this name until it ends."""
+    from concurrency import gc_tuning
+
+    prepare_process()
+    gc_tuning.postpone_until_loaded()
+    PROCESSES[name]()
+
+
 def begin(
     settings: ServerSettings, render: LineRenderer | None = None, lines: LineWriter | None = None
 ) -> LineWriter:

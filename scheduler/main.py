@@ -18,7 +18,7 @@ import uvloop
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
-from concurrency import heartbeat
+from concurrency import gc_tuning, heartbeat
 from execution import abandoned_runs, due_runs
 from execution.event_matching import EventMatcher
 from journal import audit_chain, clock_sync, process_presence, worker_presence
@@ -168,6 +168,7 @@ async def _serve(settings: SchedulerSettings) -> None:
         led = [_while_leading(is_leading, duty) for duty in list_duties(settings, database, store, broker)]
         await stack.enter_async_context(process_presence.report_process(database, "scheduler"))
         await stack.enter_async_context(run_duties(led))
+        gc_tuning.freeze_loaded()
         log.info("scheduler ready")
         await stop.wait()
         log.info("scheduler stops")

@@ -53,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     Examples of the suite take no constants from the source: they would depend on the modules that a process
     has loaded, so on the tests that run with it, and finding them takes each process a second.
     """
+    # Otherwise every server that a test starts compiles a thousand modules, and stores none of them.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if config.getoption("hypothesis_profile") is None:
         pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda _path: False)
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:

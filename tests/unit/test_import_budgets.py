@@ -30,7 +30,10 @@ LIBRARIES_OF_OTHERS = {"aiohttp", "alembic", "cryptography", "kubernetes", "rich
 COMMON = ("models.execution", "journal.store_factory", "messages.wakeups")
 """Modules of every process but the runner. They are loaded once and count for each of these processes."""
 PROGRAM = """
-import importlib, json, os, sys
+import gc, importlib, json, os, sys
+from concurrency import gc_tuning
+gc_tuning.postpone_until_loaded()
+begun = sum(one["collections"] for one in gc.get_stats())
 import pilotflame.command, pilotflame.log_lines
 
 def load(names):
@@ -42,6 +45,8 @@ for process, names in json.loads(sys.argv[1]):
         load(names)
     elif os.fork() == 0:
         load(names)
+        if sum(one["collections"] for one in gc.get_stats()) != begun:
+            sys.exit(f"{process} collected garbage while it loaded")
         print(json.dumps([process, [*sys.modules]]), flush=True)
         os._exit(0)
     elif os.wait()[1]:
