@@ -1,5 +1,5 @@
 """Minimal HTTP/1.1 client for a load generator: persistent connections, one request at a time, bodies with a
-length.
+length or in chunks.
 
 It costs about 25 µs a request. The generator shares the servers' cores, so its time is lost to them.
 """
@@ -13,6 +13,8 @@ from typing import NamedTuple, cast
 
 END_OF_HEAD = b"\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 STATUS = slice(9, 12)
 
 
@@ -43,10 +45,26 @@ def split_message(received: bytes) -> tuple[HttpMessage, bytes] | None:
         return None
     length = LENGTH.search(received, 0, end)
     start = end + len(END_OF_HEAD)
+    if length is None and CHUNKED.search(received, 0, end):
+        if not received.endswith(LAST_CHUNK):
+            return None
+        return HttpMessage(received[:end], _join_chunks(received[start:])), b""
     stop = start + (int(length[1]) if length else 0)
     if len(received) < stop:
         return None
     return HttpMessage(received[:end], received[start:stop]), received[stop:]
+
+
+def _join_chunks(body: bytes) -> bytes:
+    """Return the bytes of a complete body in chunks."""
+    joined = b""
+    while True:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            return joined
+        joined += body[:length]
+        body = body[length + 2 :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,10 @@ PACE_PER_SECOND: Final = 10
 PACED_RUNS: Final = 100
 IDLE_POLLS: Final = 5_000
 OPENING_SECONDS: Final = 20.0
-SETTLE_SECONDS: Final = 60.0
-"""Time in which every idle poll has been renewed once."""
-IDLE_SECONDS: Final = 15.0
+SETTLE_SECONDS: Final = 30.0
+"""Time after which every idle poll has sent a heartbeat."""
+IDLE_SECONDS: Final = 60.0
+"""Time in which every idle poll sends two heartbeats, and a fifth of them are renewed."""
 TYPE: Final = "bench/step"
 
 
@@ -229,7 +230,9 @@ async def _measure_cores(process_ids: Mapping[str, int]) -> float:
 
 
 async def _repeat_poll(api: BenchmarkApi, number: int) -> None:
-    """Repeat a poll as a worker of the SDK does; the first one is shorter, so that they begin at different times."""
+    """Repeat a poll as a worker of the SDK does; the first one is shorter, so that they end at different times, as
+    polls of workers that were started at different times do.
+    """
     wait = random.uniform(1, POLL_SECONDS)
     async with _connection(api) as connection:
         while True:

@@ -31,7 +31,7 @@ from models.database import Database
 from models.encryption import identify_secret
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
+    from sqlalchemy import ColumnElement, Row
 
 
 class EmailTaken(ValueError):
@@ -74,13 +74,25 @@ async def find_keys(database: Database, hashes: Collection[str]) -> dict[str, Fo
 
     Raises `DatabaseUnavailable`.
     """
+    found = await _read_keys(database, col(ApiKey.hash).in_(hashes))
+    return {one.hash: one for one in found}
+
+
+async def find_keys_by_id(database: Database, key_ids: Collection[str]) -> dict[str, FoundKey]:
+    """Return the keys with these ids and their callers, by id, valid or not; unknown ones are omitted.
+
+    Raises `DatabaseUnavailable`.
+    """
+    found = await _read_keys(database, col(ApiKey.id).in_(key_ids))
+    return {one.caller.key_id: one for one in found}
+
+
+async def _read_keys(database: Database, condition: ColumnElement[bool]) -> list[FoundKey]:
     statement = (
-        select(ApiKey, col(User.role))
-        .join(User, col(User.id) == col(ApiKey.user_id))
-        .where(col(ApiKey.hash).in_(hashes))
+        select(ApiKey, col(User.role)).join(User, col(User.id) == col(ApiKey.user_id)).where(condition)
     )
     async with database.read() as connection:
-        return {row.hash: _key_of_row(row) for row in await connection.execute(statement)}
+        return [_key_of_row(row) for row in await connection.execute(statement)]
 
 
 def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:

@@ -163,6 +163,12 @@ class GatewayRequest(StarletteRequest):
         if holding is not None:
             holding.call_on_disconnect(callback)
 
+    def bound_silence(self, seconds: float) -> None:
+        """End the connection if the client does not acknowledge sent bytes for so long, as a dead one."""
+        holding: RequestHolding | None = self.scope.get("holding")
+        if holding is not None:
+            holding.bound_silence(seconds)
+
     def release_body(self) -> None:
         """Release the body's bytes from the memory budget early, when nothing refers to it and the answer
         takes a while.

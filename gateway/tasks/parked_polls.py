@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
 from time import monotonic
@@ -32,30 +32,70 @@ class PollAnswer:
 EMPTY_ANSWER: Final = PollAnswer()
 
 
-@dataclass(slots=True, eq=False)
 class ParkedPoll:
     """Open poll of a worker."""
 
-    poll: TaskPoll
-    seconds: float
-    """Time for which it waits for tasks, after the gateway has looked for some once."""
-    since: float = field(default_factory=monotonic)
-    answer: asyncio.Future[PollAnswer] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
+    __slots__ = (
+        "_changed",
+        "_error",
+        "_is_closed",
+        "_result",
+        "_timer",
+        "has_heartbeats",
+        "key_id",
+        "poll",
+        "seconds",
+        "since",
     )
-    _timer: asyncio.TimerHandle | None = None
+
+    def __init__(
+        self, poll: TaskPoll, seconds: float, *, key_id: str = "", has_heartbeats: bool = False
+    ) -> None:
+        """Create the poll; it waits `seconds` for tasks, after the gateway has looked for some once.
+
+        It ends as soon as the API key is no longer valid. With heartbeats, `wait` also returns, without an answer,
+        whenever one is due.
+        """
+        self.poll = poll
+        self.key_id = key_id
+        self.seconds = seconds
+        self.has_heartbeats = has_heartbeats
+        self.since = monotonic()
+        self._result: PollAnswer | None = None
+        self._error: Exception | None = None
+        self._is_closed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def is_over(self) -> bool:
         """Whether the poll has its answer, or its client has gone."""
-        return self.answer.done()
+        return self._is_closed or self._result is not None or self._error is not None
+
+    async def wait(self) -> PollAnswer | None:
+        """Return the answer as soon as there is one; None as soon as a heartbeat is due.
+
+        Raises the error of the first look for tasks.
+        """
+        await self._changed
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        return self._result
 
     def resolve(self, answer: PollAnswer) -> bool:
         """Answer the poll of a task worker; return False, without effect, if it is over already."""
-        if self.answer.done():
+        if self.is_over:
             return False
-        self.answer.set_result(answer)
+        self._result = answer
+        self.beat()
         return True
+
+    def beat(self) -> None:
+        """Let `wait` return now: a heartbeat is due, or the poll has its answer."""
+        if not self._changed.done():
+            self._changed.set_result(None)
 
     def leave(self) -> None:
         """End the poll without tasks: its time is over, or its client has disconnected."""
@@ -63,20 +103,20 @@ class ParkedPoll:
 
     def begin_waiting(self) -> None:
         """Let the time of the poll begin, since the first look for its tasks has ended."""
-        if self._timer is None and not self.answer.done():
+        if self._timer is None and not self.is_over:
             self._timer = asyncio.get_running_loop().call_later(self.seconds, self.leave)
 
     def fail(self, error: Exception) -> None:
         """Fail the poll with the error of its first look, unless it is over."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
-            self.answer.exception()  # without a caller, the event loop must not log it as never retrieved
+        if not self.is_over:
+            self._error = error
+            self.beat()
 
     def close(self) -> None:
         """End the poll and its timer, because its caller no longer waits."""
+        self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
-        self.answer.cancel()
 
     @property
     def order(self) -> tuple[int, float]:

@@ -15,12 +15,13 @@ import structlog
 
 from gateway.http import errors
 from gateway.tasks.parked_polls import EMPTY_ANSWER, OrganizationPolls, ParkedPoll, PollAnswer
+from gateway.tasks.poll_heartbeats import PollHeartbeats
 from messages.broker import CHANGED_EXECUTIONS, BrokerUnavailable, ChangedExecutions
 from models.errors import DatabaseUnavailable, LockWaitTimeout
 from models.task_states import WORKERS_PREFIX, organization_of_key, watch_key, workers_key
 
 if TYPE_CHECKING:
-    from journal.tasks.task_polls import OrganizationNews, TaskPoll
+    from journal.tasks.task_polls import OrganizationNews
     from journal.tasks.task_store import TaskStore
     from messages.broker import Broker, Notification
 
@@ -52,6 +53,7 @@ class PollService:
         self._watched: dict[str, float] = {}
         """Times at which watches of organizations were set."""
         self._told: dict[str, float] = {}
+        self._heartbeats = PollHeartbeats()
         self._listening: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -60,24 +62,69 @@ class PollService:
         """Ids of the organizations with open polls at this gateway."""
         return list(self._polls)
 
-    async def wait(
-        self, poll: TaskPoll, seconds: float, call_on_disconnect: ClientWatch | None = None
-    ) -> PollAnswer:
+    def key_ids(self) -> set[str]:
+        """Return the ids of the API keys of all open polls."""
+        return {parked.key_id for polls in self._polls.values() for parked in polls.all if parked.key_id}
+
+    def end_polls_of_keys(self, key_ids: Collection[str]) -> None:
+        """End the open polls with these API keys, without tasks."""
+        for polls in self._polls.values():
+            for parked in polls.all:
+                if parked.key_id in key_ids:
+                    parked.leave()
+
+    async def wait(self, parked: ParkedPoll, call_on_disconnect: ClientWatch | None = None) -> PollAnswer:
         """Return tasks or cancellations for a worker as soon as there are any; nothing after the time, and
         nothing once its client has left: tasks for a dead worker would wait for the end of their leases.
 
         Raises 409 for a stopped worker, and 503 while too many workers wait or the gateway stops.
         """
+        await self.open(parked, call_on_disconnect)
+        try:
+            return await self.wait_first(parked) or EMPTY_ANSWER
+        finally:
+            self.close_poll(parked)
+
+    async def open(self, parked: ParkedPoll, call_on_disconnect: ClientWatch | None = None) -> None:
+        """Add a new poll, which is answered from now on; the caller must call `close_poll` for it.
+
+        A poll that may have tasks is served at once; polls of a quiet organization are looked at together a
+        moment later. Raises 503 while too many workers wait or the gateway stops.
+        """
         self._require_place()
         await self._listen()
         self._require_place()  # nothing would end a poll that is parked after `release`
-        parked = ParkedPoll(poll, seconds)
+        organization_id = parked.poll.organization_id
+        polls = self._polls.get(organization_id)
+        if polls is None:
+            polls = self._polls[organization_id] = OrganizationPolls()
+        polls.add(parked)
+        self._parked += 1
         if call_on_disconnect is not None:
             call_on_disconnect(parked.leave)
-        answer = await self._wait(parked)
-        if answer.is_stopped:
+        if not polls.is_quiet:
+            self._start(organization_id, polls)
+        elif polls.delay is None:
+            loop = asyncio.get_running_loop()
+            polls.delay = loop.call_later(LOOK_TOGETHER_SECONDS, self._start, organization_id, polls)
+
+    @staticmethod
+    async def wait_first(parked: ParkedPoll) -> PollAnswer | None:
+        """Return the answer to a poll, None if a heartbeat is due before; raises 409 for a stopped worker."""
+        answer = await parked.wait()
+        if answer is not None and answer.is_stopped:
             raise errors.conflict("worker-stopped", "The worker has said that it stops: start with a new id")
         return answer
+
+    def close_poll(self, parked: ParkedPoll) -> None:
+        """Remove a poll that `open` has added, since its client has the answer or is gone."""
+        organization_id = parked.poll.organization_id
+        self._parked -= 1
+        self._heartbeats.discard(parked)
+        parked.close()
+        if (polls := self._polls.get(organization_id)) is not None:
+            polls.discard(parked)
+            self._forget(organization_id, polls)
 
     def _require_place(self) -> None:
         """Raise 503 while too many workers wait, or the gateway stops."""
@@ -94,31 +141,6 @@ class PollService:
             )
         if not self._listening.done():
             await asyncio.shield(self._listening)
-
-    async def _wait(self, parked: ParkedPoll) -> PollAnswer:
-        """Park a poll until it is answered or its time is over; then the answer is empty.
-
-        A poll that may have tasks is served at once; polls of a quiet organization are looked at together a
-        moment later.
-        """
-        organization_id = parked.poll.organization_id
-        polls = self._polls.get(organization_id)
-        if polls is None:
-            polls = self._polls[organization_id] = OrganizationPolls()
-        polls.add(parked)
-        self._parked += 1
-        try:
-            if not polls.is_quiet:
-                self._start(organization_id, polls)
-            elif polls.delay is None:
-                loop = asyncio.get_running_loop()
-                polls.delay = loop.call_later(LOOK_TOGETHER_SECONDS, self._start, organization_id, polls)
-            return await parked.answer
-        finally:
-            self._parked -= 1
-            parked.close()
-            polls.discard(parked)
-            self._forget(organization_id, polls)
 
     def _forget(self, organization_id: str, polls: OrganizationPolls) -> None:
         """Forget an organization if it has no open polls left and no look for its tasks is running; otherwise do
@@ -251,7 +273,17 @@ class PollService:
             await self._claim_all(organization_id, polls, news.queues)
         finally:
             for one in new:
-                one.begin_waiting()  # only now, so that also a poll that does not wait gets tasks
+                self._begin_waiting(one)
+
+    def _begin_waiting(self, parked: ParkedPoll) -> None:
+        """Let the time and the heartbeats of a poll begin: its first look has neither failed nor found anything.
+
+        Not earlier, so that also a poll that does not wait gets tasks, and no heartbeat precedes a refusal.
+        """
+        if not parked.is_over:
+            parked.begin_waiting()
+            if parked.has_heartbeats:
+                self._heartbeats.add(parked)
 
     async def _look(
         self, organization_id: str, polls: OrganizationPolls, new: Sequence[ParkedPoll]
@@ -351,6 +383,7 @@ class PollService:
     def release(self) -> None:
         """Answer all open polls without tasks and refuse new ones, because the gateway stops."""
         self._is_closed = True
+        self._heartbeats.close()
         for parked in [one for polls in self._polls.values() for one in polls.all]:
             parked.resolve(EMPTY_ANSWER)
 

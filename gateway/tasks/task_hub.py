@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from gateway.tasks.held_polls import HeldPoll
+from gateway.tasks.parked_polls import ParkedPoll
+from gateway.tasks.poll_keys import PollKeyChecker
 from gateway.tasks.worker_presence import WorkerPresence
 from journal import concurrency_limits
 from journal.group_commit import GroupCommit
@@ -60,6 +63,7 @@ class TaskHub:
         self.tasks = tasks
         self._pods = pods
         self.presence = WorkerPresence(database)
+        self._keys = PollKeyChecker(database)
         self._reports: GroupCommit[WorkerReport, list[ItemResult]] = GroupCommit(self._report)
         self._periodic: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -89,7 +93,25 @@ class TaskHub:
         """
         self._keep_active()
         await self.presence.note(worker)
-        return await self._polls.wait(poll, seconds, call_on_disconnect)
+        parked = ParkedPoll(poll, seconds, key_id=worker.key_id)
+        return await self._polls.wait(parked, call_on_disconnect)
+
+    async def hold(
+        self,
+        poll: TaskPoll,
+        worker: WorkerDescription,
+        seconds: float,
+        call_on_disconnect: ClientWatch | None = None,
+    ) -> HeldPoll:
+        """Open a poll with heartbeats, which may wait for minutes, and return it; the caller waits and closes it.
+
+        Raises 503 while 20,000 polls wait or the gateway stops.
+        """
+        self._keep_active()
+        await self.presence.note(worker)
+        parked = ParkedPoll(poll, seconds, key_id=worker.key_id, has_heartbeats=True)
+        await self._polls.open(parked, call_on_disconnect)
+        return HeldPoll(parked, self._polls, self.presence)
 
     # ── reports ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -198,6 +220,7 @@ class TaskHub:
     async def _check(self) -> None:
         """Look once for tasks whose notification was lost, and move tasks whose time has come."""
         await self.presence.flush()
+        await self._keys.end_refused(self._polls)
         self._polls.repeat_failed_looks()
         await self.sweep()
         if organization_ids := sorted(self._polls.organization_ids):

@@ -19,12 +19,14 @@ from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
+from gateway.tasks.held_polls import LOST_SECONDS, HeldPollResponse
 from gateway.tasks.worker_presence import WorkerDescription
 from journal.tasks.task_items import Completion, Failure, Heartbeat, LogLines, Release, WorkerReport
 from journal.tasks.task_moves import ReportStatus
 from journal.tasks.task_polls import TaskPoll
 from journal.tasks.task_transaction import LogText
 from models import timestamps
+from models.errors import DatabaseUnavailable
 from models.task_states import HELD_STATES
 from telemetry import tracing
 
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 
 BLOB: Final = "$blob"
 LEASE_HEADER: Final = "x-task-lease"
-MAX_WAIT_SECONDS: Final = 60
+MAX_WAIT_SECONDS: Final = 300
+MAX_SILENT_SECONDS: Final = 60
+"""Longest wait of a poll without heartbeats, which clients of earlier versions don't expect."""
 NEVER: Final = 2**62
 """Time after all others, in microseconds: the time of the report replaces it."""
 JITTER: Final = 0.2
@@ -82,7 +86,7 @@ class ClaimTasks(StrictWire):
     max: Annotated[int, Meta(ge=0, le=10_000)] = 1
     """Free slots of the worker; an answer has at most 100 tasks."""
     wait: Annotated[float, Meta(ge=0, le=MAX_WAIT_SECONDS)] = 30
-    """Seconds, changed by up to a fifth."""
+    """Seconds, changed by up to a fifth. The answer to a wait over 60 begins with a space every 25 seconds."""
 
 
 class TaskAssignment(WireStruct):
@@ -211,10 +215,11 @@ class StoppedWorker(WireStruct):
 # ── claims ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def claim(request: GatewayRequest) -> JsonResponse:
+async def claim(request: GatewayRequest) -> JsonResponse | HeldPollResponse:
     """Claim tasks for a worker, or wait until there are any. The answer also has cancellations.
 
     A claimed task has a lease of 10 seconds until a report names it. The same `requestId` gives the same tasks.
+    With `wait` over 60, the answer begins after 25 seconds: with status 200, and spaces before its JSON.
     """
     body = await decode_body(request, ClaimTasks)
     caller = request.caller
@@ -238,17 +243,34 @@ async def claim(request: GatewayRequest) -> JsonResponse:
         pools=body.pools,
     )
     seconds = body.wait * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
-    answer = await request.gateway.task_hub.wait(poll, worker, seconds, request.call_on_disconnect)
-    return _answer(answer, await _find_traceparents(request.gateway.database, answer))
+    hub = request.gateway.task_hub
+
+    async def encode(answer: PollAnswer) -> JsonResponse:
+        return _answer(answer, await _find_traceparents(request.gateway.database, answer))
+
+    if body.wait <= MAX_SILENT_SECONDS:
+        return await encode(await hub.wait(poll, worker, seconds, request.call_on_disconnect))
+    held = await hub.hold(poll, worker, seconds, request.call_on_disconnect)
+    answer = await held.wait_first()
+    if answer is not None:
+        return await encode(answer)
+    request.release_body()
+    request.bound_silence(LOST_SECONDS)
+    return HeldPollResponse(held, encode)
 
 
 async def _find_traceparents(database: Database, answer: PollAnswer) -> Mapping[str, str]:
-    """Return the trace contexts of claimed tasks by their ids; empty in a process without traces."""
+    """Return the trace contexts of claimed tasks by their ids; empty in a process without traces, and while
+    the database is away: the tasks are claimed, and must arrive.
+    """
     if tracing.tracer is None:
         return {}
     from gateway.tasks import task_traces  # noqa: PLC0415 - loaded where traces are exported
 
-    return await task_traces.find_traceparents(database, tracing.tracer, [one.id for one in answer.tasks])
+    try:
+        return await task_traces.find_traceparents(database, tracing.tracer, [one.id for one in answer.tasks])
+    except DatabaseUnavailable:
+        return {}
 
 
 def _require_allowed(caller: ApiCaller, types: Sequence[ServedType]) -> None:
@@ -282,7 +304,7 @@ def _answer(answer: PollAnswer, traceparents: Mapping[str, str]) -> JsonResponse
         ClaimedTasks(
             tasks=[_shown(task, traceparents.get(task.id)) for task in answer.tasks],
             cancel=answer.cancelling,
-            drain=answer.is_draining,
+            drain=answer.is_draining or answer.is_stopped,
         )
     )
 

@@ -62,6 +62,10 @@ class WorkerPresence:
         await self._store(worker)
         self._remember(key, content)
 
+    def note_open_poll(self, organization_id: str, worker_id: str) -> None:
+        """Note that the poll of a worker is still open; the next `flush` stores that."""
+        self._seen.add((organization_id, worker_id))
+
     def _remember(self, key: tuple[str, str], content: bytes) -> None:
         """Remember when a worker was stored, and with which content, for the last ones up to a maximum number."""
         self._stored[key] = content, monotonic()

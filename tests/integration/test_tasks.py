@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import httpx2
 import pytest
 from sqlalchemy import text
 
 from engine import run_progress, workflow_runner
 from gateway.http.errors import ApiError
-from gateway.tasks import task_protocol
-from gateway.tasks.parked_polls import SERVED_TOGETHER
+from gateway.tasks import poll_heartbeats, task_protocol
+from gateway.tasks.held_polls import HeldPoll
+from gateway.tasks.parked_polls import SERVED_TOGETHER, ParkedPoll, PollAnswer
 from gateway.tasks.poll_service import PollService
 from journal.tasks.task_claims import TaskClaims
 from journal.tasks.task_polls import Claim, ClaimedTask, OrganizationNews, TaskPoll
@@ -549,7 +551,7 @@ async def _claim_apart(hub: PollService, organization_id: str, number: int) -> S
     poll = TaskPoll(
         organization_id, f"w_{number}", f"r_{number}", 1, {"acme/resize": "1.2.0"}, frozenset({"default"})
     )
-    return (await hub.wait(poll, 10)).tasks
+    return (await hub.wait(ParkedPoll(poll, 10))).tasks
 
 
 async def test_claims_of_two_gateways_at_once_share_the_tasks(
@@ -686,3 +688,103 @@ async def test_a_poll_that_meets_the_end_of_its_gateway_is_refused(
         async with asyncio.timeout(PATIENCE_SECONDS):
             await poll
     await hub.close()
+
+
+class HeldPollRecorder:
+    """Records that polls have sent heartbeats."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(poll_heartbeats, "HEARTBEAT_SECONDS", 0.05)
+        monkeypatch.setattr(poll_heartbeats, "TICK_SECONDS", 0.02)
+        self._beats = asyncio.Semaphore(0)
+        wait_again = HeldPoll.wait_again
+
+        async def record(poll: HeldPoll) -> PollAnswer | None:
+            self._beats.release()
+            return await wait_again(poll)
+
+        monkeypatch.setattr(HeldPoll, "wait_again", record)
+
+    async def wait(self, count: int) -> None:
+        """Wait for so many further heartbeats of all polls."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            for _ in range(count):
+                await self._beats.acquire()
+
+
+def hold_poll(worker: TaskWorkerClient) -> asyncio.Task[httpx2.Response]:
+    """Send a poll that may stay open for minutes."""
+    return asyncio.create_task(
+        worker.api.post(f"{TASKS}/claim", json=worker.poll(wait=300), timeout=PATIENCE_SECONDS)
+    )
+
+
+async def test_a_poll_of_minutes_sends_heartbeats_and_keeps_its_worker_present(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add_type(people)
+    heartbeats, worker = HeldPollRecorder(monkeypatch), TaskWorkerClient(people.owner.api)
+    held = hold_poll(worker)
+    await heartbeats.wait(2)
+    statement = text(
+        "UPDATE task_worker SET last_seen_at = last_seen_at - :passed WHERE organization_id = :organization"
+    )
+    values = {"passed": 3_600 * SECOND, "organization": people.owner.user.organization_id}
+    await harness.gateway.database.transaction(lambda connection: connection.execute(statement, values))
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not (await people.owner.api.get("/api/v1/workers")).json()["workers"][0]["present"]:
+            await heartbeats.wait(1)
+    await start(people)
+    answer = await held
+    assert answer.content.startswith(b"  ")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    (task,) = answer.json()["tasks"]
+    worker.held[task["id"]] = task
+    assert (await worker.send(task, "complete", output={"url": "x"}))["status"] == "ok"
+
+
+async def test_a_poll_with_heartbeats_ends_with_its_worker(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeats, worker = HeldPollRecorder(monkeypatch), TaskWorkerClient(people.owner.api)
+    held = hold_poll(worker)
+    await heartbeats.wait(1)
+    stopped = await people.owner.api.post(f"{TASKS}/stop", json={"worker": worker.id})
+    assert stopped.status_code == 200, stopped.text
+    assert (await held).json() == {"tasks": [], "cancel": [], "drain": True}
+    # A refusal that is known before the first heartbeat has a status of its own.
+    assert_refused(await hold_poll(worker), 409, "worker-stopped")
+
+
+@pytest.mark.parametrize("has_heartbeats", [True, False])
+async def test_the_end_of_a_key_ends_its_polls(
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    has_heartbeats: bool,
+) -> None:
+    await add_type(people)
+    created = await people.owner.api.post(
+        "/api/v1/auth/keys", json={"name": "worker", "scopes": ["tasks:work"]}
+    )
+    assert created.status_code == 201, created.text
+    worker = TaskWorkerClient(await harness.client(created.json()["key"]))
+    wait = 300 if has_heartbeats else 60
+    heartbeats = HeldPollRecorder(monkeypatch)
+    poll = asyncio.create_task(
+        worker.api.post(f"{TASKS}/claim", json=worker.poll(wait=wait), timeout=PATIENCE_SECONDS)
+    )
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not (await people.owner.api.get("/api/v1/workers")).json()["count"]:  # noqa: ASYNC110 - a commit
+            await asyncio.sleep(0.02)
+    if has_heartbeats:
+        await heartbeats.wait(1)
+    revoked = await people.owner.api.delete(f"/api/v1/auth/keys/{created.json()['id']}")
+    assert revoked.status_code == 204, revoked.text
+    ended = await poll
+    assert ended.json() == {"tasks": [], "cancel": [], "drain": False}
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (again := await worker.api.post(f"{TASKS}/claim", json=worker.poll(wait=0.1))).is_success:
+            pass
+    assert_refused(again, 401, "unauthorized")

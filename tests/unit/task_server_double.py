@@ -22,6 +22,9 @@ class TaskServerDouble:
         self.waiting: list[dict[str, Any]] = []
         self.claimed: dict[str, list[dict[str, Any]]] = {}
         """Answered claims by request id."""
+        self.waits: list[float] = []
+        """Waits of all polls, in seconds."""
+        self.longest_wait = 3_600
         self.final: dict[str, list[Mapping[str, Any]]] = {}
         """Final reports by task."""
         self.items: list[Mapping[str, Any]] = []
@@ -76,6 +79,13 @@ class TaskServerDouble:
             if body is not None:
                 self.blobs[path] = body
             return self.blobs[path]
+
+    def refuses_wait(self, path: str, body: Any) -> bool:  # noqa: ANN401 - any JSON
+        """Return whether a poll is longer than this server allows."""
+        if not path.endswith("/claim"):
+            return False
+        self.waits.append(body["wait"])
+        return bool(body["wait"] > self.longest_wait)
 
     def _claim(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         give_up_at = time.monotonic() + min(body["wait"], 20)
@@ -136,6 +146,9 @@ def run_task_server() -> Iterator[TaskServerDouble]:
                 return
             if self.path.endswith("/output") and length > double.largest_output:
                 self._send(413, {"error": {"code": "payload-too-large", "message": "too large"}})
+                return
+            if double.refuses_wait(self.path, body):
+                self._send(422, {"error": {"code": "invalid-request", "message": "too long"}})
                 return
             answer = double.answer(self.path, body, dict(self.headers))
             if double.lose_values > 0 and self.path.endswith(("/input", "/output")):

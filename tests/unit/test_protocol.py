@@ -1,11 +1,13 @@
 """Writes of a connection: head and body of a response go into one packet, no later than in the next loop
-turn.
+turn; and the end of a connection whose client is silent.
 """
 
 import asyncio
+import socket
 from typing import cast
 
-from gateway.http.protocol import MAX_GATHERED_BYTES, BufferedTransport
+from gateway.http.byte_budget import ByteBudget, ByteHolding
+from gateway.http.protocol import MAX_GATHERED_BYTES, BufferedTransport, ConnectionBounds, RequestHolding
 
 
 class RecordedTransport(asyncio.Transport):
@@ -60,3 +62,21 @@ async def test_a_connection_is_closed_after_all_written_data() -> None:
     connection.close()
     assert (wire.packets, wire.is_closed) == ([b"last words"], True)
     await asyncio.sleep(0)
+
+
+async def test_the_system_ends_a_connection_whose_client_is_silent() -> None:
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        transport, _ = await loop.create_connection(asyncio.Protocol, *listener.getsockname())
+        try:
+            holding = RequestHolding(
+                cast("ConnectionBounds", None),  # of a client that is not counted
+                "",
+                ByteHolding(ByteBudget(1, share_bytes=1), "", lambda: None),
+                BufferedTransport(transport, loop, 5.0),
+            )
+            holding.bound_silence(30)
+            option = socket.TCP_USER_TIMEOUT
+            assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, option) == 30_000
+        finally:
+            transport.abort()

@@ -26,6 +26,7 @@ from pilotflame_sdk import (
     Worker,
     run_node,
     schemas,
+    task_channel,
 )
 
 from tests.unit import worker_nodes
@@ -246,6 +247,28 @@ async def test_lost_answers_neither_lose_nor_repeat_a_task(server: TaskServerDou
     assert sorted(done) == sorted(f"t{number}" for number in range(20))
     named = {task for report in server.reports for task in report["held"]}
     assert named == {f"t{number}" for number in range(20)}
+
+
+@pytest.mark.parametrize("is_older", [True, False], ids=["refused-by-an-older-server", "cut-by-a-proxy"])
+async def test_polls_are_short_where_long_ones_fail(
+    server: TaskServerDouble, monkeypatch: pytest.MonkeyPatch, *, is_older: bool
+) -> None:
+    worker = new_worker(server)
+
+    @worker.node("acme/work", "1.0.0")
+    def work() -> str:
+        return "done"
+
+    if is_older:
+        server.longest_wait = 60
+    else:
+        monkeypatch.setattr(task_channel, "CUT_SECONDS", 0.0)  # every failure may be a cut
+        server.lose_answers = 1
+    server.add("t")
+    async with serving(worker):
+        assert (await asyncio.to_thread(server.end, "t"))["kind"] == "complete"
+    assert server.waits[:2] == [task_channel.POLL_SECONDS, task_channel.SHORT_POLL_SECONDS]
+    assert set(server.waits[1:]) == {task_channel.SHORT_POLL_SECONDS}
 
 
 async def test_answers_of_others_are_no_answers(

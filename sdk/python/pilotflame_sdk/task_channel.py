@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from pilotflame_sdk.errors import APIError, PilotflameError, TransportError
 from pilotflame_sdk.held_tasks import FINAL_KINDS, HeldTask, HeldTasks
+from pilotflame_sdk.request_coding import ANSWER_SECONDS
 from pilotflame_sdk.tasks import plain_text
 
 if TYPE_CHECKING:
@@ -28,10 +29,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS: Final = 45
-"""Time of a claim without tasks, which the server changes by up to a fifth: proxies cut a request after 60 seconds."""
-CONTROL_SECONDS: Final = 10
-"""Time of a poll while every slot is taken, which only cancels tasks."""
+POLL_SECONDS: Final = 300
+"""Time of a poll without tasks, which the server changes by up to a fifth. It sends a space every 25 seconds."""
+SHORT_POLL_SECONDS: Final = 45
+"""Time of a poll at older servers, and behind proxies that cut long requests or keep the spaces to themselves."""
+SHORT_POLLS_SECONDS: Final = 3_600.0
+"""Time for which polls stay short after a long one has failed."""
+CUT_SECONDS: Final = 55.0
+"""Age from which a poll that fails may have been cut for its length: proxies allow a request a minute."""
+SILENCE_SECONDS: Final = 60.0
+"""Time without a byte after which a connection is given up."""
 INLINE_BYTES: Final = 256_000
 """Larger outputs are sent apart from reports."""
 MAX_CLAIM: Final = 100
@@ -42,6 +49,8 @@ MAX_REASON: Final = 1_000
 VALUE_RETRY_SECONDS: Final = 30.0
 """Time for which large values are sent or fetched again: a gateway that restarts fails no task."""
 LEASE_HEADER: Final = "X-Task-Lease"
+UNPROCESSABLE: Final = 422
+GATEWAY_TIMEOUT: Final = 504
 TEMPORARY: Final = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -68,6 +77,8 @@ class TaskChannel:
         self._polling = threading.Event()
         self.failure: PilotflameError | None = None
         """Error that no repetition mends, such as a key without the scope."""
+        self._short_until = 0.0
+        """Time until which polls are short, by the monotonic clock."""
         self._threads = [
             threading.Thread(target=run, name=f"pilotflame-{name}", daemon=True)
             for name, run in (
@@ -153,16 +164,22 @@ class TaskChannel:
             "worker": self._worker,
             "requestId": request_id,
             "max": count,
-            "wait": POLL_SECONDS if count else CONTROL_SECONDS,
             "types": self._types,
             "pools": self._pools,
         }
         while not self._closing.is_set():
+            begun = time.monotonic()
+            is_long = begun >= self._short_until
+            body["wait"] = POLL_SECONDS if is_long else SHORT_POLL_SECONDS
             try:
-                answer = _send(server, "claim", body, "tasks", wait=POLL_SECONDS * 1.2)
+                answer = _send(server, "claim", body, "tasks", wait=SILENCE_SECONDS - ANSWER_SECONDS)
             except TransportError as error:
                 log.warning("claims wait for the server: %s", error)
+                self._shorten_polls(is_needed=time.monotonic() - begun >= CUT_SECONDS)
             except APIError as error:
+                self._shorten_polls(is_needed=is_long and error.status in {UNPROCESSABLE, GATEWAY_TIMEOUT})
+                if is_long and error.status == UNPROCESSABLE:  # the server is older than long polls
+                    continue
                 if error.status not in TEMPORARY:
                     self._stop_for(error)
                     return
@@ -174,6 +191,11 @@ class TaskChannel:
                 return
             self._closing.wait(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _shorten_polls(self, *, is_needed: bool) -> None:
+        """Send short polls for an hour if a long one has failed because of its length."""
+        if is_needed:
+            self._short_until = time.monotonic() + SHORT_POLLS_SECONDS
 
     def _take_answer(self, request_id: str, count: int, answer: Mapping[str, Any]) -> None:
         """Start the tasks of an answered claim, ask cancelled ones to stop, and drain if the server says so."""
