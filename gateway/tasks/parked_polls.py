@@ -146,6 +146,10 @@ class OrganizationPolls:
         """Whether a look should follow."""
         self.has_leaving = False
         """Whether workers of old polls may stop or be asked to."""
+        self.likely_queue: str | None = None
+        """Queue of the last claimed task, in which the next one probably is."""
+        self.may_guess = False
+        """Whether a notification has come while no task was known: one in the likely queue is probably new."""
         self.admits = False
         """Whether tasks may wait for free places."""
         self.serving: asyncio.Task[None] | None = None
