@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.agents.agent_steps import AgentStep
     from engine.graph import GraphEdge, GraphSection, ParsedGraph
     from engine.model_calls import ModelCallRecord
+    from engine.node_api import StepWait
     from engine.program import NodeProgram
     from engine.run_records import NodeSpan, RunError
     from engine.values import Json
@@ -194,6 +195,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Steps of an agent, of all attempts."""
     has_fresh_answers: bool = False
     """Whether the answers to an agent were read after the time of its wait."""
+    call_waits: dict[tuple[str, str], StepWait] = {}
+    """Waits of the tool calls of an agent that this worker has recorded, by node id and iteration."""
     task: bytes | None = None
     """JSON of the task that the record of its wait creates."""
 

@@ -134,7 +134,7 @@ class ChatAnswer(msgspec.Struct, frozen=True):
 class ModelBudget(
     msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, forbid_unknown_fields=True
 ):
-    """Limits of what the calls of a node or a run may cost together; None: no limit."""
+    """Limits of the total cost of the calls of a node or a run; None: no limit."""
 
     max_cost: (
         Annotated[

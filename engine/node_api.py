@@ -307,12 +307,14 @@ class StepPause(NodeDirective):
 
 @dataclass(frozen=True, slots=True)
 class StepWait(NodeDirective):
-    """Wait of an agent for answers to the questions of its steps; the node is called again with each of them."""
+    """Wait of an agent for answers to its steps; the node is called again with each of them."""
 
     places: frozenset[tuple[str, str]]
-    """Node id and iteration under which each question is recorded."""
-    until: datetime
-    """Time at which the first question expires."""
+    """Node id and iteration under which each wait is recorded."""
+    until: datetime | None = None
+    """Time at which the first question to a person expires; None without one."""
+    has_new_task: bool = False
+    """Whether it is for a new task, which may end within a second."""
 
 
 NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest | StepPause | StepWait"
@@ -411,6 +413,16 @@ class CallableTool:
     """Whether its results may hold text of outsiders."""
 
 
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """Result of a tool call."""
+
+    text: str
+    """Text for the model."""
+    model_calls: Sequence[ModelCallRecord] = ()
+    """Calls of language models that the tool has made."""
+
+
 class AgentTools:
     """Providers of an agent; this one, of other nodes, has none."""
 
@@ -428,14 +440,9 @@ class AgentTools:
         """Return the config of the node at the port `ai`; empty without one."""
         return {}
 
-    async def perform(
-        self,
-        name: str,
-        arguments: Mapping[str, Json],  # noqa: ARG002 - for its subclass
-        key: str,  # noqa: ARG002 - as above
-    ) -> tuple[str, Sequence[ModelCallRecord]]:
-        """Do a tool call; return its result for the model, and the calls of models that it has made."""
-        raise LookupError(name)
+    async def perform(self, step: AgentStep) -> ToolResult | StepWait:
+        """Do a recorded tool call; return its result, or the wait after which it is done again to get its result."""
+        raise LookupError(step.name)
 
 
 NO_STEPS: Final = AgentSteps()

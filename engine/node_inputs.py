@@ -193,7 +193,7 @@ class NodeInputs:
         from engine.agents.tool_calls import VisitSteps, VisitTools  # noqa: PLC0415 - loaded by runs with agents
 
         steps = VisitSteps(visit, self._recorder, self._is_interrupted, self._find_answer)
-        return structs.replace(call, steps=steps, tools=VisitTools(program.agent, call))
+        return structs.replace(call, steps=steps, tools=VisitTools(program.agent, call, steps))
 
     def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
         """Return the fields `caller` and `idempotency_key` of a call, for a visit whose idempotency keys name

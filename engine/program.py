@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from engine import task_node
 from engine.agents import agent_wiring
+from engine.agents.tool_kinds import SUB_WORKFLOW_TYPE
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
     Expression,
@@ -115,6 +116,12 @@ class ToolProgram:
     @property
     def effect(self) -> NodeEffect:
         return self.program.effect
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether another process gives its result, for which the agent waits without a worker."""
+        node_type = self.program.node_type
+        return node_type.task is not None or node_type.type == SUB_WORKFLOW_TYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,8 +444,7 @@ def _compile_agent(
             model_config = compile_template(config)
         elif edge.target_port == agent_wiring.PORT_OF_TOOLS:
             tool = _compile_tool(provider, agent, catalog, implementation)
-            is_untrusted = tool.program.node.type in agent_exposure.UNTRUSTED_TYPES
-            tools[tool.name] = replace(tool, is_untrusted=is_untrusted)
+            tools[tool.name] = replace(tool, is_untrusted=agent_exposure.is_untrusted(tool.program.node_type))
     return AgentProgram(tools, model_config, agent_exposure.has_tainted_input(agent, graph))
 
 
@@ -477,20 +483,27 @@ def _compile_tool(
     target = agent_wiring.target_of(tool)
     if target is None:
         raise LookupError(f"The tool {tool.id!r} has no target")
+    target_type = catalog.get(target.type, target.version)
+    is_repeated = config.get("onUnknown") != "fail" and not agent.at_most_once
+    is_task = target_type.task is not None
     target = replace(
         target,
-        timeout_seconds=_number(config, "timeout", 60.0),
+        # The rules of a custom type hold for its tasks unless the tool itself has others.
+        timeout_seconds=_number(tool.config if is_task else config, "timeout", 0.0) or None,
         retry=RetryPolicy(int(_number(config, "maxAttempts", 1)), TOOL_RETRY_SECONDS),
+        has_own_retry="maxAttempts" in tool.config,
+        at_most_once=not is_repeated,
     )
+    run = task_node.build_runner(target, target_type, catalog) if is_task else implementation(target.type)
     parameters = config.get("parameters")
     return ToolProgram(
         name=str(config.get("name", tool.id)),
         description=str(config.get("description", "")),
         parameters=parameters if isinstance(parameters, dict) else {},
         program=compile_node(target, catalog),
-        run=implementation(target.type),
+        run=run,
         max_result_bytes=int(_number(config, "maxResultBytes", 16_000)),
-        is_repeated=config.get("onUnknown") != "fail" and not agent.at_most_once,
+        is_repeated=is_repeated,
         approval=_optional_text(config, "approval"),
     )
 

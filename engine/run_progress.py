@@ -102,6 +102,8 @@ class RunProgress:
             elif isinstance(outcome, AnswerWait):
                 self._begin_answer_wait(visit, outcome)
             elif isinstance(outcome, StepWait):
+                if outcome.has_new_task:
+                    self._hold_worker()
                 self._sleep(visit, outcome.until, WakeAction.ASKED, places=outcome.places)
             elif isinstance(outcome, LoopRequest):
                 self._node_inputs.check_resolved(visit)
@@ -229,12 +231,12 @@ class RunProgress:
         """Fail a node permanently: its error leaves by a connected error port, or fails its frame."""
         frame = visit.frame
         if visit.has_error_edge and not frame.is_broken_off:
-            self.withdraw_questions(visit)
+            self.withdraw_waits(visit)
             output, text = run_records.error_output(reason, visit.data, self._max_output_bytes)
             digest = sha256(text).digest()
             self._settle(visit, SpanStatus.FAILED, ERROR, output, text, digest, reason)
             return
-        self.withdraw_questions(visit)
+        self.withdraw_waits(visit)
         self._recorder.record_node(
             visit, SpanStatus.FAILED, ended_at=self._recorder.clock.now(), error=reason
         )
@@ -244,13 +246,13 @@ class RunProgress:
         self._fail_frame(frame, reason)
         self._on_node_settled(frame)
 
-    def withdraw_questions(self, visit: NodeVisit) -> None:
-        """Record the open questions of an agent that has ended as canceled, so that nobody answers them in vain."""
+    def withdraw_waits(self, visit: NodeVisit) -> None:
+        """Record the open waits of an agent that has ended as canceled, so that nobody answers them in vain."""
         if visit.program.agent is None:
             return
-        from engine.agents.tool_calls import withdraw_questions  # noqa: PLC0415 - loaded by runs with agents
+        from engine.agents.tool_calls import withdraw_waits  # noqa: PLC0415 - loaded by runs with agents
 
-        withdraw_questions(visit, self._recorder)
+        withdraw_waits(visit, self._recorder)
 
     def _fail_frame(self, frame: SectionFrame, reason: RunError) -> None:
         """Note the first failure of a frame: it fails the run, or cancels the iteration of a loop."""
@@ -264,7 +266,7 @@ class RunProgress:
 
     def record_cancelled(self, visit: NodeVisit) -> None:
         """Record a node in a cancelled frame as cancelled, which may end the frame."""
-        self.withdraw_questions(visit)
+        self.withdraw_waits(visit)
         self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._recorder.clock.now())
         self._on_node_settled(visit.frame)
 
@@ -386,8 +388,12 @@ class RunProgress:
             # A worker gets the task only after its commit.
             self._recorder.has_uncommitted_write = True
         if outcome.task:
-            self._worklist.held_until = time.monotonic() + MAX_HOLD_SECONDS
+            self._hold_worker()
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
+
+    def _hold_worker(self) -> None:
+        """Let the run keep its worker for a moment: a new task may end soon."""
+        self._worklist.held_until = time.monotonic() + MAX_HOLD_SECONDS
 
     def find_answer_at(self, place: tuple[str, str]) -> bytes | None:
         """Return the stored answer to the question at a node and an iteration; None if there is none yet."""

@@ -138,8 +138,8 @@ class NodeSpan(msgspec.Struct, frozen=True):
         return self.port == CONTINUE and self.hashes is None
 
     @property
-    def is_question(self) -> bool:
-        """Whether this is the span of a question about a tool call of an agent: nodes of tools never run."""
+    def is_tool_wait(self) -> bool:
+        """Whether this is the span of the wait of an agent's tool call: nodes of tools never run by themselves."""
         return self.type == TOOL_TYPE
 
 

@@ -358,7 +358,26 @@ class SpanRecorder:
         self._journal.record_step(step)
         return step
 
-    def record_question(
+    def record_tool_wait(
+        self,
+        node: GraphNode,
+        iteration: str,
+        started_at: datetime,
+        awaits: bytes,
+        *,
+        expires_at: datetime | None = None,
+        task: bytes | None = None,
+    ) -> None:
+        """Record that a tool call of an agent waits, as a span of the node of that tool.
+
+        `awaits` describes it as in `engine.answer_payloads`. The first commit with `task` (JSON) creates that task.
+        """
+        self._pending_bytes += len(awaits) + len(task or b"")
+        status = SpanStatus.WAITING
+        span = self._build_tool_span(node, iteration, status, started_at)
+        self._journal.record(structs.replace(span, wake_at=expires_at, awaits=awaits, task=task))
+
+    def record_tool_wait_end(
         self,
         node: GraphNode,
         iteration: str,
@@ -367,28 +386,23 @@ class SpanRecorder:
         *,
         port: str | None = None,
         output: bytes | None = None,
-        expires_at: datetime | None = None,
-        awaits: bytes | None = None,
+        error: RunError | None = None,
     ) -> None:
-        """Record the state of the question whether an agent may call a tool, as a span of the node of that tool."""
+        """Record the end of the wait of a tool call, with its answer or failure."""
+        self._pending_bytes += len(output or b"")
+        span = self._build_tool_span(node, iteration, status, started_at)
+        ended = structs.replace(span, ended_at=self.clock.now(), port=port, output=output, error=error)
+        self._journal.record(ended)
+
+    def _build_tool_span(
+        self, node: GraphNode, iteration: str, status: SpanStatus, started_at: datetime
+    ) -> NodeSpan:
+        """Return a span of the node of a tool under the next sequence number."""
         self._sequence += 1
-        self._pending_bytes += len(awaits or b"")
-        is_open = status is SpanStatus.WAITING
-        self._journal.record(
-            NodeSpan(
-                node_id=node.id,
-                label=node.label,
-                type=TOOL_TYPE,
-                status=status,
-                sequence=self._sequence,
-                started_at=started_at,
-                ended_at=None if is_open else self.clock.now(),
-                iteration=iteration,
-                port=port,
-                output=output,
-                wake_at=expires_at,
-                awaits=awaits,
-            )
+        return NodeSpan(
+            *(node.id, node.label, TOOL_TYPE, status, self._sequence),
+            started_at=started_at,
+            iteration=iteration,
         )
 
     def log(self, level: str, message: str, node_id: str) -> None:

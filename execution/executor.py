@@ -389,7 +389,7 @@ class RunExecutor:
             settled = [
                 span.node_id
                 for span in recovered.spans
-                if span.status in SETTLED_STATUSES and not span.is_iteration and not span.is_question
+                if span.status in SETTLED_STATUSES and not span.is_iteration and not span.is_tool_wait
             ]
             control = RunControl()
             journal = RunJournal(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from engine.agents.agent_wiring import count_nodes_that_run
-from engine.graph import ParsedGraph, RunSettings
-from engine.node_api import UnknownNodeType
+from engine.agents import agent_wiring
+from engine.graph import GraphNode, ParsedGraph, RunSettings
+from engine.node_api import TOOL_TYPE, UnknownNodeType
 from engine.node_lookup import NodeTypeLookup
 from engine.validation import find_errors
 from engine.values import encode_canonical, encode_json
@@ -35,6 +35,17 @@ class NodeTypeRegistry(NodeTypeLookup, Protocol):
 
     def document(self, node_type: NodeType) -> str | None:
         """Return the JSON text of a custom type; None for a type of the library."""
+
+
+@dataclass(frozen=True, slots=True)
+class CustomTypeUse:
+    """Use of a custom type by a node, or by the target of a tool."""
+
+    node: Mapping[str, Json]
+    """Stored node."""
+    type: str
+    version: str | None
+    """None for the newest version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,7 @@ def load_workflow(
         definition_hash=sha256(text).hexdigest(),
         validation=check_graph(row.nodes, row.connections, catalog),
         trigger=find_trigger(row.nodes, catalog),
-        total_nodes=count_nodes_that_run(row.nodes, row.connections),
+        total_nodes=agent_wiring.count_nodes_that_run(row.nodes, row.connections),
         is_deployed=is_deployed,
     )
 
@@ -157,18 +168,24 @@ def build_definition(
     return definition
 
 
-def has_custom_type(node: Mapping[str, Json]) -> bool:
-    """Return whether the type of a stored node is a custom one: its name has a slash."""
-    return "/" in str(node["type"])
+def list_custom_types(nodes: Sequence[Mapping[str, Json]]) -> Iterator[CustomTypeUse]:
+    """Yield each use of a custom type, whose name has a slash, by stored nodes."""
+    for node in nodes:
+        if "/" in str(node["type"]):
+            version = node.get("version")
+            yield CustomTypeUse(node, str(node["type"]), None if version is None else str(version))
+        elif node["type"] == TOOL_TYPE:
+            target = agent_wiring.target_of(GraphNode.from_stored(node))
+            if target is not None and "/" in target.type:
+                yield CustomTypeUse(node, target.type, target.version)
 
 
 def _pin_custom_types(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeRegistry) -> dict[str, Json]:
     """Return the documents of the custom types of nodes, by type and version; unknown ones are left out."""
     pinned: dict[str, Json] = {}
-    for node in filter(has_custom_type, nodes):
-        version = node.get("version")
+    for use in list_custom_types(nodes):
         try:
-            node_type = catalog.get(str(node["type"]), None if version is None else str(version))
+            node_type = catalog.get(use.type, use.version)
         except UnknownNodeType:
             continue
         document = catalog.document(node_type)

@@ -261,12 +261,12 @@ class RunJournal:
         if span.task is not None:
             self._write.organization_id = self.organization_id
         if span.status in SETTLED_STATUSES:
-            if not span.is_question:
+            if not span.is_tool_wait:
                 _count_node(span)
             self._write.has_new_result = True
             # A node in a loop counts once, at the first iteration in which it settles; the loop counts after
             # all iterations.
-            if not span.is_iteration and not span.is_question:
+            if not span.is_iteration and not span.is_tool_wait:
                 self._settled.add(span.node_id)
 
     def record_attempt(self, attempt: AttemptSpan) -> None:

@@ -154,10 +154,8 @@ def _check_tool(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> I
         yield GraphFinding(FindingType.UNKNOWN_NODE_TYPE, error.message, suggestion, tool.id)
         return
     if not _can_be_called(node_type):
-        message = (
-            f'Tool "{tool.label}": the type {target.type} can\'t be a tool: it waits, loops or starts runs'
-        )
-        suggestion = "Use a node that returns its result at once."
+        message = f'Tool "{tool.label}": the type {target.type} can\'t be a tool: it starts, loops or waits'
+        suggestion = "Use a node that returns a result, a workflow, or a node of your own workers."
         yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, tool.id)
         return
     for problem in catalog.config_problems(node_type, target.config):
@@ -173,10 +171,9 @@ def _check_tool(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> I
 
 
 def _can_be_called(node_type: NodeType) -> bool:
-    """Return whether a node of this type returns its result at once, so that an agent can call it."""
+    """Return whether a node of this type returns a result for one input, so that an agent can call it."""
     return (
         node_type.runnable
         and not (node_type.is_trigger or node_type.loops or node_type.joins)
-        and node_type.task is None
         and node_type.type not in TYPES_THAT_WAIT
     )

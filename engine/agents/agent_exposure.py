@@ -35,7 +35,7 @@ _FREE_HOST: Final = re.compile(r"^[^/?#]*(?://[^/?#]*)?\{\{[^}]*\bargs\b")
 
 
 def list_untrusted(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
-    """Return the nodes before an agent, and its tools, whose output may hold text of outsiders."""
+    """Return the nodes before an agent, and its tools, with outputs that may hold text of outsiders."""
     nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
     return [node for node in nodes if node.type in UNTRUSTED_TYPES]
 
@@ -45,8 +45,13 @@ def has_tainted_input(agent: GraphNode, graph: ParsedGraph) -> bool:
     return any(node.type in UNTRUSTED_TYPES for node in _list_ancestors(agent, graph))
 
 
+def is_untrusted(node_type: NodeType) -> bool:
+    """Return whether the results of a tool may hold text of outsiders, as those of any custom type may."""
+    return node_type.type in UNTRUSTED_TYPES or node_type.task is not None
+
+
 def list_private(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
-    """Return the nodes before an agent, and its tools, whose output is private data."""
+    """Return the nodes before an agent, and its tools, with outputs of private data."""
     nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
     return [
         node

@@ -18,11 +18,11 @@ PORT_OF_TOOLS: Final = "tools"
 PROVIDER_PORTS: Final = frozenset({PORT_OF_MODELS, PORT_OF_TOOLS})
 TYPES_THAT_WAIT: Final = frozenset(
     {
-        *("agent", "human-input", "sub-workflow", "tool", "wait", "wait-for-event"),
+        *("agent", "human-input", "tool", "wait", "wait-for-event"),
         *("wait-for-signal", "webhook-response"),
     }
 )
-"""Types that can't be the target of a tool: an agent goes on with the result at once."""
+"""Types that can't be the target of a tool: they wait for a person, a time or an event."""
 
 
 def list_providers(graph: ParsedGraph) -> frozenset[str]:
@@ -43,7 +43,7 @@ def remove_providers(graph: ParsedGraph) -> ParsedGraph:
 
 
 def find_rewired_agents(before: ParsedGraph, after: ParsedGraph) -> frozenset[str]:
-    """Return the ids of the agents of a graph whose models or tools are not those of an earlier graph."""
+    """Return the ids of the agents of a graph with other models or tools than in an earlier graph."""
     return frozenset(
         agent.id
         for agent in list_agents(after.nodes)

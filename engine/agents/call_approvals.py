@@ -43,7 +43,7 @@ def encode_question(
 ) -> Json:
     """Return the stored form of the question about a tool call, with its tool and its exact arguments.
 
-    `description` is that of the tool; `approvers` holds the fields of a question that say who may answer.
+    `description` is that of the tool; `approvers` holds the fields of a question about the people that may answer.
     """
     arguments = decoding.decode(step.arguments or b"{}", dict)
     request: dict[str, Json] = {

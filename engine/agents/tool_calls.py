@@ -12,21 +12,25 @@ import msgspec
 
 from concurrency import offload
 from engine import answer_payloads, run_records, values
-from engine.agents import call_approvals
+from engine.agents import call_approvals, call_waits
 from engine.agents.agent_steps import StepStatus
 from engine.node_api import (
     AgentSteps,
     AgentTools,
+    AnswerWait,
     CallableTool,
     CallDecision,
     ModelCallLog,
     NodeDirective,
     NodeEffect,
     NodeResult,
+    StepWait,
+    ToolResult,
 )
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_records import SpanStatus
 from engine.services import ApprovalLinkService
+from json_text import decoding
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -88,11 +92,27 @@ class VisitSteps(AgentSteps):
         tool = self._find_tool(step)
         label = self._visit.program.node.label
         question = call_approvals.encode_question(step, label, tool.description, approvers)
-        self._recorder.record_question(
-            *(tool.program.node, self.place_of(step)[1], SpanStatus.WAITING, step.started_at),
+        self._recorder.record_tool_wait(
+            *(tool.program.node, self.place_of(step)[1], step.started_at),
+            values.encode_json(question),
             expires_at=expires_at,
-            awaits=values.encode_json(question),
         )
+
+    def find_call_answer(self, tool: ToolProgram, step: AgentStep) -> bytes | None:
+        """Return the stored answer for which a tool call waits; None if there is none yet."""
+        return self._find_answer(call_waits.find_place(tool, step))
+
+    def begin_wait(self, tool: ToolProgram, step: AgentStep, outcome: AnswerWait) -> StepWait:
+        """Add the wait of a tool call for its result to the next commit."""
+        return call_waits.begin(self._visit, self._recorder, tool, step, outcome)
+
+    def find_wait(self, tool: ToolProgram, step: AgentStep) -> StepWait | None:
+        """Return the wait of a tool call that this process has recorded; None without one."""
+        return self._visit.call_waits.get(call_waits.find_place(tool, step))
+
+    def end_wait(self, tool: ToolProgram, step: AgentStep, payload: bytes) -> NodeResult:
+        """Record the end of the wait of a tool call, and return its result; raises `NodeError` for a failure."""
+        return call_waits.end(self._recorder, tool, step, payload)
 
     def find_decision(self, step: AgentStep) -> CallDecision | None:
         payload = self._find_answer(self.place_of(step))
@@ -102,7 +122,7 @@ class VisitSteps(AgentSteps):
         place = self.place_of(step)
         payload = self._find_answer(place)
         result = None if payload is None else answer_payloads.decode_answer(payload)
-        self._recorder.record_question(
+        self._recorder.record_tool_wait_end(
             *(self._find_tool(step).program.node, place[1], SpanStatus.COMPLETED, step.started_at),
             port=call_approvals.EXPIRED if result is None else result.port,
             output=None if result is None else values.encode_json(result.output),
@@ -125,14 +145,18 @@ class VisitSteps(AgentSteps):
             await asyncio.Event().wait()
 
 
-def withdraw_questions(visit: NodeVisit, recorder: SpanRecorder) -> None:
-    """Record the open questions about tool calls of an agent as canceled."""
+def withdraw_waits(visit: NodeVisit, recorder: SpanRecorder) -> None:
+    """Record the open waits of the tool calls of an agent as canceled: questions about them, and waits for results."""
     agent = cast("AgentProgram", visit.program.agent)
     for step in visit.steps:
-        if step.status is StepStatus.WAITING and step.name in agent.tools:
-            node = agent.tools[step.name].program.node
+        if step.name not in agent.tools:
+            continue
+        tool = agent.tools[step.name]
+        if step.status is StepStatus.WAITING:
             iteration = call_approvals.name_iteration(step)
-            recorder.record_question(node, iteration, SpanStatus.CANCELLED, step.started_at)
+            recorder.record_tool_wait_end(tool.program.node, iteration, SpanStatus.CANCELLED, step.started_at)
+        else:
+            call_waits.withdraw(recorder, tool, step)
 
 
 class ToolModelCalls(ModelCallLog):
@@ -160,9 +184,10 @@ class RefusedApprovalLinks(ApprovalLinkService):
 class VisitTools(AgentTools):
     """Tools of one agent in its run."""
 
-    def __init__(self, agent: AgentProgram, call: NodeCall) -> None:
+    def __init__(self, agent: AgentProgram, call: NodeCall, steps: VisitSteps) -> None:
         """`call` is that of the agent; its tools read the same values of the run."""
         self._agent = agent
+        self._steps = steps
         services = replace(call.services, approvals=RefusedApprovalLinks())
         self._call = msgspec.structs.replace(call, services=services)
 
@@ -170,7 +195,10 @@ class VisitTools(AgentTools):
     def callable_tools(self) -> Sequence[CallableTool]:
         return [
             CallableTool(
-                *(tool.name, tool.description, tool.parameters, tool.effect, tool.is_repeated, tool.approval),
+                *(tool.name, tool.description, tool.parameters, tool.effect),
+                # To begin such a call again finds the same run or task, whatever `onUnknown` says.
+                is_repeated=tool.is_repeated or tool.is_awaited,
+                approval=tool.approval,
                 fingerprint=tool.program.static_hashes.hex(),
                 is_untrusted=tool.is_untrusted,
             )
@@ -189,39 +217,56 @@ class VisitTools(AgentTools):
             "Mapping[str, Json]", self._agent.model_config.render(self._call.scope, self._call.unresolved)
         )
 
-    async def perform(
-        self, name: str, arguments: Mapping[str, Json], key: str
-    ) -> tuple[str, Sequence[ModelCallRecord]]:
-        """Do a call by its node, and return its result as a text for the model, with the models that it has called.
+    async def perform(self, step: AgentStep) -> ToolResult | StepWait:
+        """Do a recorded call by its node, and return its result as a text for the model; or begin to wait for it.
 
         A failure is repeated by the tool's own policy if it may be. Raises `NodeError`.
         """
-        tool = self._agent.tools[name]
+        tool = self._agent.tools[step.name]
         if tool.program.missing is not None:
             raise NodeError(f"The tool needs configuration: {tool.program.missing}", code="missing-config")
-        calls = ToolModelCalls()
         try:
-            outcome = await _call_with_retries(tool, self._build_call(tool, arguments, key, calls))
-            return _show_outcome(outcome, tool.max_result_bytes), calls.recorded
+            if tool.is_awaited:
+                return await self._await_result(tool, step)
+            calls = ToolModelCalls()
+            outcome = await _call_with_retries(tool, self._build_call(tool, step, calls))
+            return ToolResult(_show_outcome(outcome, tool.max_result_bytes), calls.recorded)
         except Exception as error:
             raise run_records.to_node_error(error) from error
 
-    def _build_call(
-        self, tool: ToolProgram, arguments: Mapping[str, Json], key: str, calls: ToolModelCalls
-    ) -> NodeCall:
+    async def _await_result(self, tool: ToolProgram, step: AgentStep) -> ToolResult | StepWait:
+        """Return the result of a call that another process does, or the wait for it, which is begun if it isn't."""
+        payload = self._steps.find_call_answer(tool, step)
+        if payload is not None:
+            result = self._steps.end_wait(tool, step, payload)
+            return ToolResult(_show_outcome(result, tool.max_result_bytes))
+        if (begun := self._steps.find_wait(tool, step)) is not None:
+            return begun
+        call = msgspec.structs.replace(
+            self._build_call(tool, step, ToolModelCalls()),
+            node_id=tool.program.node.id,
+            iteration=call_waits.name_iteration(step),
+        )
+        outcome = await _call_with_retries(tool, call)
+        if isinstance(outcome, AnswerWait):
+            return self._steps.begin_wait(tool, step, outcome)
+        return ToolResult(_show_outcome(outcome, tool.max_result_bytes))
+
+    def _build_call(self, tool: ToolProgram, step: AgentStep, calls: ToolModelCalls) -> NodeCall:
         """Return the call of a tool's node with its rendered config; raises `ExpressionError`."""
-        scope: dict[str, Json] = {**self._call.scope, "args": dict(arguments)}
+        arguments = decoding.decode(step.arguments or b"{}", dict)
+        scope: dict[str, Json] = {**self._call.scope, "args": arguments}
         unresolved: list[str] = []
         rendered = cast("Mapping[str, Json]", tool.program.config.render(scope, unresolved))
         return msgspec.structs.replace(
             self._call,
             config=rendered,
-            data=dict(arguments),
+            data=arguments,
             scope=scope,
             conditions=tool.program.conditions,
             values=tool.program.values,
             unresolved=unresolved,
-            idempotency_key=key,
+            idempotency_key=step.key,
             model_calls=calls,
         )
 

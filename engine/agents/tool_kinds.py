@@ -2,7 +2,7 @@
 
 A node of the catalog does the calls of every kind, so that effects, resources, timeouts, secrets and approvals follow
 from its type. A further kind is one `ToolKind` in `TOOL_KINDS`, its field in the schema of `tool.toml`, and that node
-type.
+type. A node that returns an `AnswerWait` is a tool like others: the agent waits for the answer without a worker.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     from engine.values import Json
+
+ARGUMENTS: Final = "{{ args }}"
+"""Template of all arguments of a call."""
+SUB_WORKFLOW_TYPE: Final = "sub-workflow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,18 @@ def _read_node(target: Mapping[str, Json]) -> ToolTarget | None:
     )
 
 
-TOOL_KINDS: Final = (ToolKind("node", _read_node, "target.node.config"),)
+def _read_workflow(target: Mapping[str, Json]) -> ToolTarget | None:
+    """Return the node that runs another workflow with the arguments as its inputs, and waits for its end."""
+    workflow_id = target.get("workflowId")
+    if not isinstance(workflow_id, str):
+        return None
+    return ToolTarget(SUB_WORKFLOW_TYPE, {"workflowId": workflow_id, "inputs": ARGUMENTS})
+
+
+TOOL_KINDS: Final = (
+    ToolKind("node", _read_node, "target.node.config"),
+    ToolKind("workflowId", _read_workflow),
+)
 
 
 def find_kind(target: Mapping[str, Json]) -> ToolKind | None:

@@ -105,7 +105,7 @@ class ModelProber:
         await self._database.transaction(work)
 
     async def _call(self, model: ModelConnection) -> CapabilitiesShape:
-        """Call a model three times, and return what it can do; raises `NodeError` if it doesn't answer at all."""
+        """Call a model three times, and return its abilities; raises `NodeError` if it doesn't answer at all."""
         from nodes.ai.model_client import ModelClient, open_model_outbound  # noqa: PLC0415 - loaded with the first test
 
         outbound = open_model_outbound(self._settings.outbound_allowed_networks, self._settings.model_hosts)

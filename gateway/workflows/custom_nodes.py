@@ -20,6 +20,7 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, read_json
 from gateway.workflows import catalog as catalog_shapes
+from journal import definition_snapshot
 from models.audit import AuditAction
 from models.custom_node_type import CustomNodeType
 from models.database_time import PresentTime
@@ -367,8 +368,8 @@ async def _require_unused(
         row
         for row in await connection.execute(statement)
         if any(
-            node["type"] == name and (version is None or node.get("version") in {None, version})
-            for node in row.nodes
+            use.type == name and (version is None or use.version in {None, version})
+            for use in definition_snapshot.list_custom_types(row.nodes)
         )
     ]
     if not using:

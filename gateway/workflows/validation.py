@@ -70,16 +70,16 @@ async def _unserved_nodes(
     connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog, now: datetime
 ) -> list[GraphFinding]:
     """Return a warning for each custom node whose tasks no worker performs now; none for types that are unknown."""
-    custom = [node for node in stored.nodes if definition_snapshot.has_custom_type(node)]
+    custom = list(definition_snapshot.list_custom_types(stored.nodes))
     if not custom:
         return []
     from journal.tasks import task_service  # noqa: PLC0415 - loaded with the first custom node
 
     workers = await task_service.read_workers(connection, stored.workflow.organization_id, now)
     found: list[GraphFinding] = []
-    for node in custom:
+    for use in custom:
         try:
-            node_type = catalog.get(str(node["type"]), str(node["version"]) if "version" in node else None)
+            node_type = catalog.get(use.type, use.version)
         except UnknownNodeType:
             continue
         if node_type.task is None:
@@ -87,9 +87,9 @@ async def _unserved_nodes(
         pool = node_type.task.pool
         service = task_service.find_service(workers, node_type.type, node_type.version, pool, now)
         if service.explanation is not None:
-            message = f'Node "{node["label"]}" ({node["type"]}): {service.explanation}'
+            message = f'Node "{use.node["label"]}" ({use.type}): {service.explanation}'
             suggestion = "Start a worker. Its tasks wait until then."
-            found.append(GraphFinding(FindingType.NO_WORKER, message, suggestion, str(node["id"])))
+            found.append(GraphFinding(FindingType.NO_WORKER, message, suggestion, str(use.node["id"])))
     return found
 
 

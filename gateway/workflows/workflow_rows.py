@@ -307,9 +307,9 @@ async def lock_custom_types(
     Raises a 409 error if one was deleted since `catalog` was read.
     """
     used = {
-        (str(node["type"]), str(node["version"]))
-        for node in nodes
-        if definition_snapshot.has_custom_type(node) and "version" in node
+        (use.type, use.version)
+        for use in definition_snapshot.list_custom_types(nodes)
+        if use.version is not None
     }
     wanted = {
         (name, version)

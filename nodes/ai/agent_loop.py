@@ -18,7 +18,6 @@ from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
 from engine.node_api import NodeEffect, StepPause, StepWait
 from engine.run_errors import NodeError
 from engine.run_records import UNKNOWN_OUTCOMES
-from json_text import decoding
 from nodes.ai import conversation
 
 if TYPE_CHECKING:
@@ -61,7 +60,10 @@ async def run_agent(
             case CallModel():
                 begun_here |= await _ask_model(call, task, model_ids, action)
             case CallTools():
-                await _perform_tools(call, task, action.steps, begun_here)
+                waits = await _perform_tools(call, task, action.steps, begun_here)
+                if len(waits) == len(action.steps):
+                    await call.steps.commit()
+                    return _join_waits(waits)
 
 
 async def _ask_model(
@@ -197,51 +199,67 @@ def _earlier_calls(call: NodeCall, number: int) -> Sequence[ModelCallRecord]:
     return recorded[number].model_calls if number < len(recorded) else ()
 
 
+def _join_waits(waits: Sequence[StepWait]) -> StepWait:
+    """Return the wait for the first of several answers."""
+    times = [wait.until for wait in waits if wait.until is not None]
+    return StepWait(
+        frozenset().union(*(wait.places for wait in waits)),
+        min(times, default=None),
+        has_new_task=any(wait.has_new_task for wait in waits),
+    )
+
+
 async def _perform_tools(
     call: NodeCall, task: AgentTask, steps: Sequence[AgentStep], begun_here: set[int]
-) -> None:
-    """Do tool calls at the same time, and record their results; that of a write is committed at once."""
+) -> Sequence[StepWait]:
+    """Do tool calls at the same time, and record their results; that of a write is committed at once.
+
+    Return the waits of those whose results are not there yet.
+    """
     if len(steps) > 1:
         async with asyncio.TaskGroup() as group:
-            for step in steps:
-                group.create_task(_perform_tool(call, task, step))
-        return
+            tasks = [group.create_task(_perform_tool(call, task, step)) for step in steps]
+        return [wait for each in tasks if (wait := each.result()) is not None]
     (step,) = steps
     is_write = step.effect == NodeEffect.WRITE
     tool = task.tools.get(step.name)
     if is_write and step.number not in begun_here and not (tool is None or tool.is_repeated):
         error = "The worker was lost during this call, and its outcome is unknown"
         call.steps.record(agent.fail_tool_step(step, error, UNKNOWN_HINT, call.steps.now()))
-    else:
-        await _perform_tool(call, task, step)
+    elif (wait := await _perform_tool(call, task, step)) is not None:
+        return [wait]
     if is_write:
         await call.steps.commit()
+    return ()
 
 
-async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> None:
+async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> StepWait | None:
     """Do one tool call, and record its result; an error is a result for the model.
 
+    Return the wait for its result if that is not there yet.
     A resumed run may have lost a tool, or the permission for it, since the call was recorded.
     """
     if step.name not in task.tools:
         error = f"There is no tool {step.name!r} any more"
         call.steps.record(agent.fail_tool_step(step, error, ERROR_HINT, call.steps.now()))
-        return
-    arguments = decoding.decode(step.arguments or b"{}", dict)
+        return None
     try:
-        text, model_calls = await call.tools.perform(step.name, arguments, step.key)
+        result = await call.tools.perform(step)
     except NodeError as error:
         is_unknown = error.code in UNKNOWN_OUTCOMES and step.effect == NodeEffect.WRITE
         hint = UNKNOWN_HINT if is_unknown else ERROR_HINT
         call.steps.record(
             agent.fail_tool_step(step, f"{error.code}: {error.message}", hint, call.steps.now())
         )
-        return
+        return None
+    if isinstance(result, StepWait):
+        return result
     done = msgspec.structs.replace(
         step,
         status=StepStatus.COMPLETED,
         ended_at=call.steps.now(),
-        result=msgspec.json.encode(text),
-        model_calls=model_calls,
+        result=msgspec.json.encode(result.text),
+        model_calls=result.model_calls,
     )
     call.steps.record(done)
+    return None

@@ -10,16 +10,23 @@ from functools import partial
 from pathlib import Path
 
 from engine.services import NodeServices
+from execution.child_runs import ChildRunStarter
 from execution.executor import ExecutorHooks, RunExecutor
+from execution.message_signer import MessageSigner
+from journal.blobs.blob_store import BlobStore
+from journal.blobs.folder_storage import FolderBlobStorage
 from journal.store import RunWrite
 from journal.store_factory import open_store
 from journal.waits import node_answers
 from messages.local_broker import LocalBroker
 from models.database import Database, parse_url
+from models.encryption import SecretVault
 from nodes import catalog
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from tests.fakes.model_lookup import LOOPBACK, open_served_models
+from workers.completion_actions import CompletionActions
 from workers.settings import WorkerSettings
+from workers.webhook_delivery import WebhookSender
 
 
 def execute_runs(url: str, folder: Path, model_url: str, last_commit: int) -> None:
@@ -44,12 +51,17 @@ async def _execute_runs(url: str, folder: Path, model_url: str, last_commit: int
         return held
 
     store.record = record_or_die  # type: ignore[method-assign]  # replaced for the test
-    services = NodeServices(
-        http=OutboundClient(OutboundPolicy(allowed_networks=LOOPBACK)),
-        models=open_served_models({"first": model_url}),
+    database, broker, types = Database(parse_url(url)), LocalBroker(channel="dies"), catalog.load_catalog()
+    runs = ChildRunStarter(database, store, broker, types, settings)
+    client = OutboundClient(OutboundPolicy(allowed_networks=LOOPBACK))
+    services = NodeServices(http=client, models=open_served_models({"first": model_url}), runs=runs)
+    webhooks = WebhookSender(
+        MessageSigner(database, SecretVault(b"a secret of more than thirty-two characters")), client
     )
-    hooks = ExecutorHooks(answers=partial(node_answers.read_answers, Database(parse_url(url))))
-    broker = LocalBroker(channel="dies")
-    executor = RunExecutor(store, broker, catalog.load_catalog(), services, settings, hooks=hooks)
+    blobs = BlobStore(FolderBlobStorage(folder))
+    after = CompletionActions(database, store, broker, blobs, webhooks, runs, sweep_seconds=0.1)
+    after.start()
+    hooks = ExecutorHooks(answers=partial(node_answers.read_answers, database), on_left=after.handle_end)
+    executor = RunExecutor(store, broker, types, services, settings, hooks=hooks)
     await executor.start()
     await asyncio.Event().wait()

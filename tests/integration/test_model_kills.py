@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.agents.agent import MAX_LOSSES
+from engine.node_api import AnswerSource
 from journal.store import ExecutionKey
 from journal.waits import approvals, node_answers
 from journal.waits.approvals import ApprovalDecision
+from models.workflow import WorkflowGraph
+from nodes.custom_types import PINNED
+from tests.custom_types import custom_type
 from tests.fakes.model_server import ModelServer, ScriptedAnswer, serve_models
 from tests.forks import ForkedProcess
 from tests.integration import dies_at_commit
@@ -337,3 +342,123 @@ async def test_an_approved_call_is_done_once_through_kills_before_and_after_the_
             id=key.execution_id,
         )
         assert spans == [{"iteration": iteration, "status": "completed", "port": "approve"}]
+
+
+# ── tools that others do ────────────────────────────────────────────────────────────────────────────────────
+
+PAIRS_OF_KILLS = [[3, -4], [4, 5]]
+"""Kills of two processes, as many as an agent survives in any case; every commit is covered in memory."""
+ASKED_TWICE = [(("other", "Oslo"),), (("other", "Rome"),)]
+
+
+def build_caller(target: dict[str, Any], **definition: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Return the definition of an agent with one tool, which another process does."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool = {"name": "other", "description": "other", "parameters": parameters, "target": target}
+    agent = {"model": "first", "prompt": "Report.", "effects": ["read", "write"], "approval": "never"}
+    return json.dumps(
+        {
+            "nodes": [
+                {"id": "start", "type": "manual"},
+                {"id": "agent", "type": "agent", "config": agent},
+                {"id": "other", "type": "tool", "config": tool},
+            ],
+            "connections": [
+                {"id": "1", "source": "start", "target": "agent"},
+                {"id": "2", "source": "other", "target": "agent", "targetPort": "tools"},
+            ],
+            "settings": {},
+            **definition,
+        }
+    )
+
+
+async def check_calls(run_database: RunDatabase, key: ExecutionKey, served: ModelServer, died: int) -> None:
+    """Check that the agent has completed with both calls done, and was billed for few lost answers."""
+    row = await run_database.row(key.execution_id)
+    assert row["status"] == "completed", row["error"]
+    steps = await run_database.query(
+        "SELECT kind, status FROM execution_step WHERE execution_id = :id AND node_id = 'agent'",
+        id=key.execution_id,
+    )
+    assert sorted(step["kind"] for step in steps) == ["model"] * 3 + ["tool"] * 2
+    assert {step["status"] for step in steps} == {"completed"}
+    assert 3 <= len(served.billed) <= 3 + died
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kills", PAIRS_OF_KILLS)
+async def test_a_workflow_that_an_agent_calls_runs_once_through_kills(
+    run_database: RunDatabase, migrated_database: MigratedDatabase, tmp_path: Path, kills: list[int]
+) -> None:
+    async with serve_models() as served:
+        FollowedTurns(served, ASKED_TWICE)
+        parent = await run_database.workflow()
+        child = await run_database.workflow(parent.organization)
+        send = {"url": f"{served.url}/effects", "method": "POST", "body": {"city": "{{ data.body.city }}"}}
+        graph = WorkflowGraph(
+            workflow_id=child.workflow_id,
+            shard=child.organization.shard,
+            nodes=[
+                {"id": "start", "type": "manual"},
+                {"id": "send", "type": "http-request", "config": send},
+            ],
+            connections=[{"id": "1", "source": "start", "target": "send"}],
+        )
+        await run_database.database.transaction(
+            lambda connection: connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
+        )
+        owned = OwnedWorkflow(parent.organization, parent.workflow_id, child.user_id)
+        key = await run_database.accept(owned, definition=build_caller({"workflowId": child.workflow_id}))
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, kills)
+        await check_calls(run_database, key, served, died)
+        assert len(served.effects) == 2
+        children = await run_database.query(
+            "SELECT status FROM execution WHERE parent_id = :id", id=key.execution_id
+        )
+        assert children == [{"status": "completed"}] * 2
+
+
+async def answer_tasks(run_database: RunDatabase, key: ExecutionKey) -> None:
+    """Answer each task of a run, as workers of its type do, until cancelled."""
+    answered: set[str] = set()
+    while True:
+        tasks = await run_database.query(
+            "SELECT id, node_id, iteration FROM task WHERE execution_id = :id", id=key.execution_id
+        )
+        for task in tasks:
+            if task["id"] not in answered:
+                await answer_task(run_database, key, task)
+                answered.add(task["id"])
+        await asyncio.sleep(0.05)
+
+
+async def answer_task(run_database: RunDatabase, key: ExecutionKey, task: dict[str, Any]) -> None:
+    payload = node_answers.encode_output_answer({"task": task["id"]})
+    place = task["node_id"], task["iteration"]
+    await run_database.database.transaction(
+        lambda connection: node_answers.store_answer(
+            connection, key, *place, payload, kind=AnswerSource.TASK
+        ),
+        locks=key.execution_id,
+    )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kills", PAIRS_OF_KILLS)
+async def test_a_task_that_an_agent_calls_is_created_once_through_kills(
+    run_database: RunDatabase, migrated_database: MigratedDatabase, tmp_path: Path, kills: list[int]
+) -> None:
+    document = custom_type(type="acme/other", category="custom", effect={"default": "write"})
+    target = {"node": {"type": "acme/other", "config": {"image": "{{ args.city }}"}}}
+    async with serve_models() as served:
+        FollowedTurns(served, ASKED_TWICE)
+        definition = build_caller(target, **{PINNED: {"acme/other": {"1.2.0": document}}})
+        key = await run_database.accept(await run_database.workflow(), definition=definition)
+        answering = asyncio.create_task(answer_tasks(run_database, key))
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, kills)
+        answering.cancel()
+        await asyncio.wait([answering])
+        await check_calls(run_database, key, served, died)
+        tasks = await run_database.query("SELECT key FROM task WHERE execution_id = :id", id=key.execution_id)
+        assert sorted(task["key"] for task in tasks) == [f"{key.execution_id}:agent:0:{n}" for n in (1, 3)]

@@ -141,6 +141,71 @@ async def test_a_run_keeps_its_worker_for_tasks_that_end_at_once(
     assert claims == 1, "a released run is claimed again"
 
 
+def agent_graph(**agent: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return an agent of the built-in model that calls the node of a custom type once."""
+    image = {"type": "string", "enum": ["a.png", "b.png"]}
+    tool = {
+        "name": "resize",
+        "description": "Scales an image.",
+        "parameters": {"type": "object", "properties": {"image": image}, "required": ["image"]},
+        "target": {"node": {"type": "acme/resize", "config": {"image": "{{ args.image }}"}}},
+    }
+    config = {"model": "echo", "prompt": "resize b.png", "effects": ["read", "write"], "approval": "never"}
+    return {
+        "nodes": [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "agent", "nodeId": "agent", "config": {**config, **agent}},
+            {"id": "resize", "nodeId": "tool", "config": tool},
+        ],
+        "connections": [
+            {"source": "start", "target": "agent"},
+            {"source": "resize", "target": "agent", "targetPort": "tools"},
+        ],
+    }
+
+
+async def test_an_agent_waits_for_the_task_of_its_tool(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await add_type(people)
+    workflow_id = await people.owner.create(**agent_graph())
+    checked = (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/validate")).json()
+    assert [one["type"] for one in checked["warnings"]] == ["no-worker"]
+    assert_refused(
+        await people.owner.api.delete("/api/v1/workflow-nodes/acme/resize"), 409, "node-type-in-use"
+    )
+    execution_id = await execute_workflow(people.owner, workflow_id)
+    (task,) = await TaskWorkerClient(people.owner.api).claim()
+    assert task["config"] == {"image": "b.png", "width": 1200}
+    assert task["input"] == {"image": "b.png"}
+    assert task["idempotencyKey"] == f"{execution_id}:agent:0:1"
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (await get_json(people.owner, f"/{execution_id}"))["status"] != "waiting":  # noqa: ASYNC110 - another process's commit
+            await asyncio.sleep(0.02)
+    explained = await get_json(people.owner, f"/{execution_id}/why")
+    assert "awaiting-task" in [one["code"] for one in explained["blockers"]]
+    await shift(harness, task["id"], 40)
+    worker = TaskWorkerClient(people.owner.api)
+    (again,) = await worker.claim()
+    assert (again["id"], again["idempotencyKey"]) == (task["id"], task["idempotencyKey"])
+    assert await worker.complete(again, {"url": "http://done"}) == "ok"
+    ended = await wait_until_ended(people.owner, execution_id)
+    assert ended["status"] == "completed"
+    output = ended["outputs"]["agent"]
+    assert (output["toolCalls"], output["response"]) == (1, '{"url":"http://done"}')
+
+
+async def test_a_cancelled_agent_cancels_the_task_of_its_tool(people: OrganizationUsers) -> None:
+    await add_type(people)
+    execution_id = await start(people, agent_graph())
+    worker = TaskWorkerClient(people.owner.api)
+    (task,) = await worker.claim()
+    answer = await people.owner.api.post(f"/api/v1/executions/{execution_id}/cancel")
+    assert answer.status_code == 200, answer.text
+    assert (await wait_until_ended(people.owner, execution_id))["status"] == "cancelled"
+    assert (await worker.send(task, "complete", output={"url": "x"}))["status"] == "cancelled"
+
+
 async def test_the_same_request_gets_the_same_tasks(people: OrganizationUsers) -> None:
     await add_type(people)
     await start(people)

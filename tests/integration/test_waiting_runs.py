@@ -324,6 +324,58 @@ async def test_an_awaited_child_is_cancelled_with_its_parent(
             assert (await wait_until_ended(people.owner, one))["status"] == "cancelled"
 
 
+def agent_graph(workflow_id: str) -> dict[str, Any]:
+    """Return an agent of the built-in model that calls a workflow once."""
+    tool = {"name": "ask", "description": "Asks a person.", "target": {"workflowId": workflow_id}}
+    agent = {"model": "echo", "prompt": "ask them", "effects": ["read", "write"], "approval": "never"}
+    return {
+        "nodes": [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "agent", "nodeId": "agent", "config": agent},
+            {"id": "ask", "nodeId": "tool", "config": tool},
+        ],
+        "connections": [
+            {"source": "start", "target": "agent"},
+            {"source": "ask", "target": "agent", "targetPort": "tools"},
+        ],
+    }
+
+
+async def test_an_agent_gets_the_result_of_a_workflow_that_is_its_tool(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    inner = await people.owner.create(**ASKS)
+    async with serve_worker(harness):
+        execution_id = await execute_workflow(people.owner, await people.owner.create(**agent_graph(inner)))
+        (child,) = await wait_for_children(people.owner, execution_id)
+        await wait_for_question(people.owner, child["id"])
+        explained = await get_json(people.owner, f"/{execution_id}/why")
+        assert child["id"] in json.dumps(explained["blockers"])
+        body = {"nodeId": "ask", "choice": "yes", "data": {"how": "well"}}
+        answer = await people.owner.api.post(f"{EXECUTIONS}/{child['id']}/input", json=body)
+        assert answer.status_code == 200, answer.text
+        shown = await wait_until_ended(people.owner, execution_id)
+    assert shown["status"] == "completed", shown
+    output = shown["outputs"]["agent"]
+    assert output["toolCalls"] == 1
+    assert '"went":"well"' in output["response"]
+    assert len(await wait_for_children(people.owner, execution_id)) == 1
+
+
+async def test_a_workflow_that_is_a_tool_is_cancelled_with_its_agent(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    inner = await people.owner.create(**ASKS)
+    async with serve_worker(harness):
+        execution_id = await execute_workflow(people.owner, await people.owner.create(**agent_graph(inner)))
+        (child,) = await wait_for_children(people.owner, execution_id)
+        await wait_for_question(people.owner, child["id"])
+        response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
+        assert response.status_code == 200
+        for one in (execution_id, child["id"]):
+            assert (await wait_until_ended(people.owner, one))["status"] == "cancelled"
+
+
 @ON_ONE
 async def test_a_workflow_that_runs_itself_ends_at_a_limit_that_it_names(
     harness: GatewayHarness, people: OrganizationUsers

@@ -1,0 +1,84 @@
+"""Waits of tool calls for results that another process gives: the end of a sub-workflow run, or of a task.
+
+Such a call is recorded as a wait of the tool's node, in place of an iteration under its number and a digest of its key.
+So the run that is started, the task, and the answer belong to this call alone, and doing it again finds them.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+from engine import answer_payloads, run_records, values
+from engine.agents.agent_steps import StepStatus
+from engine.node_api import AnswerSource, NodeResult, StepWait
+from engine.run_records import SpanStatus
+
+if TYPE_CHECKING:
+    from engine.agents.agent_steps import AgentStep
+    from engine.frames import NodeVisit
+    from engine.node_api import AnswerWait
+    from engine.program import ToolProgram
+    from engine.span_recorder import SpanRecorder
+
+DIGEST_CHARACTERS: Final = 16
+
+
+def name_iteration(step: AgentStep) -> str:
+    """Return the iteration under which the wait of a tool call is recorded: its number and a digest of its key."""
+    prefix = f"{step.iteration}-" if step.iteration else ""
+    return f"{prefix}{step.number}-{sha256(step.key.encode()).hexdigest()[:DIGEST_CHARACTERS]}"
+
+
+def find_place(tool: ToolProgram, step: AgentStep) -> tuple[str, str]:
+    """Return node id and iteration of the wait of a tool call."""
+    return tool.program.node.id, name_iteration(step)
+
+
+def begin(
+    visit: NodeVisit, recorder: SpanRecorder, tool: ToolProgram, step: AgentStep, outcome: AnswerWait
+) -> StepWait:
+    """Record the wait of a tool call once in this process, and return it.
+
+    Recording it again, by another worker, changes nothing: a task is created by the first commit alone.
+    """
+    place = find_place(tool, step)
+    recorder.record_tool_wait(
+        *(tool.program.node, place[1], step.started_at),
+        values.encode_json(answer_payloads.encode_wait(outcome)),
+        expires_at=outcome.expires_at,
+        task=outcome.task or None,
+    )
+    is_task = outcome.kind is AnswerSource.TASK
+    wait = StepWait(frozenset({place}), outcome.expires_at, has_new_task=is_task)
+    visit.call_waits = {**visit.call_waits, place: StepWait(wait.places, wait.until)}
+    return wait
+
+
+def end(recorder: SpanRecorder, tool: ToolProgram, step: AgentStep, payload: bytes) -> NodeResult:
+    """Record the end of the wait of a tool call with the stored answer, and return its result.
+
+    Raises `NodeError` for an answer that is a failure, and `InvalidJson`.
+    """
+    node, iteration = tool.program.node, name_iteration(step)
+    for level, message in answer_payloads.decode_logs(payload):
+        recorder.log(level, message, node.id)
+    try:
+        result = answer_payloads.decode_answer(payload)
+    except Exception as raised:
+        error = run_records.to_node_run_error(run_records.to_node_error(raised), node.id, step.attempt)
+        recorder.record_tool_wait_end(node, iteration, SpanStatus.FAILED, step.started_at, error=error)
+        raise
+    output = values.encode_json(result.output)
+    recorder.record_tool_wait_end(
+        node, iteration, SpanStatus.COMPLETED, step.started_at, port=result.port, output=output
+    )
+    return result
+
+
+def withdraw(recorder: SpanRecorder, tool: ToolProgram, step: AgentStep) -> None:
+    """Record the wait of a tool call as canceled, which cancels its task; a run ends with its parent."""
+    if tool.is_awaited and step.status is StepStatus.STARTED:
+        recorder.record_tool_wait_end(
+            tool.program.node, name_iteration(step), SpanStatus.CANCELLED, step.started_at
+        )
