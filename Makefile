@@ -19,7 +19,7 @@ LOCK :=
 ARGUMENTS :=
 # Processes of `make test`: three for two processors, since each test waits for most of its time.
 PROCESSES := 3
-# Module that runs the tests. `make test PYTEST=tests.tools.repeated_run`, as in CI, repeats up to three failed ones alone.
+# Module that runs the tests. `make test PYTEST=tests.tools.repeated_run`, as in CI, repeats failed ones alone.
 PYTEST := pytest
 
 run: install

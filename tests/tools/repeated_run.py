@@ -1,9 +1,9 @@
-"""Runs pytest, and repeats up to three failed tests alone: a test must fail twice to fail the run.
+"""Runs pytest, and repeats the failed tests of up to three files alone: a test must fail twice to fail the run.
 
 ``python -m tests.tools.repeated_run ARGUMENTS`` takes the arguments of pytest and ends with its exit code. The tests of
 servers depend on the scheduling of dozens of processes, so one of ten thousand can fail on a machine that stalls. A
-test that passes alone is printed as unsteady, since a race in the product looks the same. More failures than three are
-not repeated.
+test that passes alone is printed as unsteady, since a race in the product looks the same. The tests of a file share
+their servers, so that they fail together. Failures in more files are not repeated.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FAILURES = Path(".pytest_cache/v/cache/lastfailed")
-MAX_REPEATED = 3
+MAX_FILES = 3
 
 
 def run_tests(arguments: Sequence[str]) -> int:
-    """Exit code of pytest, and of the repetition if only a few tests failed."""
+    """Exit code of pytest, and of the repetition if tests of only a few files failed."""
     FAILURES.unlink(missing_ok=True)
     exit_code = _run_pytest(*arguments)
     failed = sorted(json.loads(FAILURES.read_text())) if FAILURES.exists() else []
-    if exit_code != pytest.ExitCode.TESTS_FAILED or not 0 < len(failed) <= MAX_REPEATED:
+    files = {test.partition("::")[0] for test in failed}
+    if exit_code != pytest.ExitCode.TESTS_FAILED or not 0 < len(files) <= MAX_FILES:
         return exit_code
     _write("Repeating failed tests, alone:", failed)
     exit_code = _run_pytest(*arguments, "--last-failed", "--numprocesses", "0")

@@ -12,24 +12,22 @@ ROOT = Path(__file__).parents[2]
 TEST = """
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.parametrize("number", range({tests}))
-def test_fails(number):
-    runs = Path(f"runs-{{number}}")
+def test_fails():
+    runs = Path(f"runs-{{Path(__file__).stem}}")
     earlier = len(runs.read_text()) if runs.exists() else 0
     runs.write_text("x" * (earlier + 1))
     assert earlier >= {failures}
 
 
 def test_passes():
-    Path("passing").open("a").write("x")
+    with Path("passing").open("a") as passing:
+        passing.write("x")
 """
 
 
 @pytest.mark.parametrize(
-    ("tests", "failures", "exit_code", "runs"),
+    ("files", "failures", "exit_code", "runs"),
     [
         pytest.param(3, 1, 0, 2, id="failed-once"),
         pytest.param(1, 2, 1, 2, id="failed-twice"),
@@ -37,10 +35,11 @@ def test_passes():
         pytest.param(1, 0, 0, 1, id="passed"),
     ],
 )
-def test_few_failed_tests_are_repeated_once(
-    tmp_path: Path, tests: int, failures: int, exit_code: int, runs: int
+def test_failed_tests_of_few_files_are_repeated_once(
+    tmp_path: Path, files: int, failures: int, exit_code: int, runs: int
 ) -> None:
-    (tmp_path / "test_sample.py").write_text(TEST.format(tests=tests, failures=failures))
+    for number in range(files):
+        (tmp_path / f"test_sample{number}.py").write_text(TEST.format(failures=failures))
     command = [
         sys.executable,
         "-m",
@@ -51,7 +50,7 @@ def test_few_failed_tests_are_repeated_once(
         "no:hypothesispytest",
     ]
     ended = subprocess.run(
-        [*command, "--rootdir", ".", "test_sample.py"],
+        [*command, "--rootdir", ".", "."],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,
@@ -60,5 +59,5 @@ def test_few_failed_tests_are_repeated_once(
     )
     assert ended.returncode == exit_code, ended.stdout + ended.stderr
     assert {len(path.read_text()) for path in tmp_path.glob("runs-*")} == {runs}
-    assert (tmp_path / "passing").read_text() == "x", "a test that passed is not repeated"
+    assert (tmp_path / "passing").read_text() == "x" * files, "a test that passed is not repeated"
     assert ("Unsteady tests" in ended.stdout) == (exit_code == 0 and failures > 0)
