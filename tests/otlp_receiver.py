@@ -29,7 +29,9 @@ class ReceivedSpan:
     links: tuple[tuple[str, str], ...]
     """Trace and span ids."""
     attributes: Mapping[str, Any]
-    seconds: float
+    began_at: float
+    """Unix time, as the end."""
+    ended_at: float
     is_error: bool
 
 
@@ -76,7 +78,8 @@ def _decode(process: str, span: Any) -> ReceivedSpan:  # noqa: ANN401 - a genera
         span.parent_span_id.hex(),
         tuple((link.trace_id.hex(), link.span_id.hex()) for link in span.links),
         _attributes(span.attributes),
-        (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
+        span.start_time_unix_nano / 1e9,
+        span.end_time_unix_nano / 1e9,
         span.status.code == Status.StatusCode.STATUS_CODE_ERROR,
     )
 

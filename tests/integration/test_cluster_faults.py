@@ -53,7 +53,7 @@ from workers.deployer.deployer import Deployer
 from workers.deployer.main import LOCAL_COMMAND
 
 PATIENCE_SECONDS = 60.0
-CURED_SECONDS = 5.0
+CURED_SECONDS = 20.0
 """Limit for a start to continue after the cure, without a real cluster's own share."""
 
 

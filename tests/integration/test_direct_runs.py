@@ -407,7 +407,7 @@ async def test_an_assigned_run_that_lasts_keeps_its_lease(harness: DirectRunHarn
     async with asyncio.timeout(PATIENCE_SECONDS):
         while (await harness.row(run))["lease_until"] == row["lease_until"]:  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.1)
-    assert time.monotonic() - begun_at < 5
+    assert time.monotonic() - begun_at < 25, "the lease of 30 s had not ended"
     harness.go_on.set()
     row = await harness.wait_for(run, status="completed")
     assert row["token"] == 1

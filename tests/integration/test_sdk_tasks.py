@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ async def test_a_cancelled_run_stops_its_function_at_once(client: Client, shell:
     worker = Worker("cancelled", slots=1, url=shell.given["PILOTFLAME_URL"], api_key=KEY)
     started, stopped = threading.Event(), threading.Event()
 
-    @worker.node("acme/endless", "1.0.0")
+    @worker.node("acme/endless", "1.0.0", lease=300)
     def endless(task: Task) -> None:
         started.set()
         try:
@@ -148,10 +147,9 @@ async def test_a_cancelled_run_stops_its_function_at_once(client: Client, shell:
     async with serving(worker):
         run = client.start(put_workflow(client, "acme/endless", {}))
         assert await asyncio.to_thread(started.wait, 30)
-        begun = time.monotonic()
         run.cancel()
-        assert await asyncio.to_thread(stopped.wait, 30)
-        assert time.monotonic() - begun < 5
+        # The next heartbeat is 100 seconds away.
+        assert await asyncio.to_thread(stopped.wait, 60)
         assert (await asyncio.to_thread(run.wait, 30)).status == "cancelled"
 
 
@@ -227,17 +225,16 @@ def test_a_worker_says_in_one_line_why_it_does_not_serve(
 def test_a_terminated_worker_gives_its_tasks_back(
     client: Client, shell: CommandShell, tmp_path: Path
 ) -> None:
-    file = shell.file("killed_worker.py", WORKER.replace("slots=2", "slots=2, grace=0.2"))
+    code = WORKER.replace("acme/slow", "acme/released").replace("lease=10", "lease=300")
+    file = shell.file("killed_worker.py", code.replace("slots=2", "slots=2, grace=0.2"))
     ledger, go = tmp_path / "ledger", tmp_path / "go"
     variables = {"LEDGER": str(ledger), "GO": str(go)}
     shell.output("nodes", "apply", file)
-    run = client.start(put_workflow(client, "acme/slow", {}))
+    run = client.start(put_workflow(client, "acme/released", {}))
     with run_worker(shell, file, **variables) as first:
         wait_until(ledger.exists)
         first.send_signal(signal.SIGTERM)
         assert first.wait(30) == 0
-    begun = time.monotonic()
     go.touch()
     with run_worker(shell, file, **variables):
-        run.result(timeout=30)
-    assert time.monotonic() - begun < 10, "no lease had to end first"
+        run.result(timeout=60)  # the lease would end after five minutes

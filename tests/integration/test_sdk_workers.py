@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def models(config: Models) -> Models:
     return Models(tile=ModelTile(width=config.tile.width * 2, tags=["models"]), scale=config.scale)
 
 
-@worker.node("acme/hang", "1.0.0", process=True)
+@worker.node("acme/hang", "1.0.0", process=True, lease=300)
 def hang(task: Task) -> None:
     with open(os.environ["LEDGER"], "a") as ledger:
         print(os.getpid(), file=ledger, flush=True)
@@ -165,10 +164,8 @@ def test_a_cancelled_process_is_killed(client: Client, variables: dict[str, str]
     ledger = Path(variables["LEDGER"])
     wait_until(lambda: ledger.exists() and ledger.read_text().endswith("\n"))
     process = psutil.Process(int(ledger.read_text()))
-    begun = time.monotonic()
     run.cancel()
-    process.wait(30)
-    assert time.monotonic() - begun < 5
+    process.wait(60)  # the next heartbeat is 100 seconds away
     assert run.wait(30).status == "cancelled"
 
 

@@ -194,18 +194,17 @@ async def test_a_cancelled_or_lost_task_stops_wherever_it_runs(server: TaskServe
     worker.node("acme/hang", "1.0.0", process=True)(worker_nodes.hang)
     kinds = {"thread": "acme/thread", "loop": "acme/loop", "process": "acme/hang"}
     for name, kind in kinds.items():
-        server.add(name, kind)
+        server.add(name, kind, leaseSeconds=300)
     server.add("lost", "acme/thread", leaseSeconds=3)
     async with serving(worker):
         await asyncio.to_thread(server.wait_until, lambda: len(server.reports) > 0 and not server.waiting)
-        begun = time.monotonic()
         server.lost.add("lost")
         with server.changed:
             server.cancel = [*kinds]
             server.changed.notify_all()
         for name in kinds:
+            # The next heartbeat is 100 seconds away.
             assert (await asyncio.to_thread(server.end, name))["kind"] == "release"
-        assert time.monotonic() - begun < 8
         await asyncio.to_thread(server.wait_until, lambda: "lost" in server.final)
     assert (type(seen["thread"]), type(seen["lost"])) == (TaskCancelled, LeaseLost)
 
