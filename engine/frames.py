@@ -193,6 +193,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Calls of language models so far, in all attempts."""
     steps: list[AgentStep] = []
     """Steps of an agent, of all attempts."""
+    nested_steps: dict[tuple[str, str], list[AgentStep]] = {}
+    """Steps of the agents that do its tool calls, by node id and iteration."""
     has_fresh_answers: bool = False
     """Whether the answers to an agent were read after the time of its wait."""
     call_waits: dict[tuple[str, str], StepWait] = {}

@@ -411,6 +411,18 @@ class CallableTool:
     """Digest of the fixed part of the tool."""
     is_untrusted: bool = False
     """Whether its results may hold text of outsiders."""
+    is_agent: bool = False
+    """Whether an agent of its own does the calls, in steps that are recorded too."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRest:
+    """Part of a budget that is left."""
+
+    tokens: int | None = None
+    """None without a limit."""
+    cost: int | None = None
+    """Nano-dollars; None without a limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,9 +452,16 @@ class AgentTools:
         """Return the config of the node at the port `ai`; empty without one."""
         return {}
 
-    async def perform(self, step: AgentStep) -> ToolResult | StepWait:
-        """Do a recorded tool call; return its result, or the wait after which it is done again to get its result."""
+    async def perform(self, step: AgentStep, rest: BudgetRest) -> ToolResult | StepWait | StepPause:  # noqa: ARG002 - for its subclass
+        """Do a recorded tool call; return its result, or the wait or pause after which it is done again to get it.
+
+        An agent that does it spends at most `rest`.
+        """
         raise LookupError(step.name)
+
+    def collect_calls(self, step: AgentStep) -> Sequence[ModelCallRecord]:  # noqa: ARG002 - for its subclass
+        """Return the calls of models that the agent of a tool call has made so far; none for other tools."""
+        return ()
 
 
 NO_STEPS: Final = AgentSteps()

@@ -99,7 +99,10 @@ class NodeInputs:
     def _restore_steps(self, visit: NodeVisit) -> None:
         """Give an agent the steps of earlier attempts, with their costs."""
         place = visit.node_id, visit.frame.iteration
-        visit.steps = [step for step in self._steps if (step.node_id, step.iteration) == place]
+        by_place: dict[tuple[str, str], list[AgentStep]] = {}
+        for step in self._steps:
+            by_place.setdefault((step.node_id, step.iteration), []).append(step)
+        visit.steps, visit.nested_steps = by_place.pop(place, []), by_place
         visit.model_calls = [call for step in visit.steps for call in step.model_calls]
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from engine import task_node
 from engine.agents import agent_wiring
+from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.tool_kinds import SUB_WORKFLOW_TYPE
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
@@ -118,6 +119,12 @@ class ToolProgram:
         return self.program.effect
 
     @property
+    def fingerprint(self) -> str:
+        """Digest of everything that is fixed in it, for an agent with that of its tools."""
+        hashes = self.program.static_hashes
+        return (hashes if self.program.agent is None else hashes + self.program.implementation).hex()
+
+    @property
     def is_awaited(self) -> bool:
         """Whether another process gives its result, for which the agent waits without a worker."""
         node_type = self.program.node_type
@@ -134,6 +141,20 @@ class AgentProgram:
     """Config of the node at the port `ai`; None without one."""
     has_tainted_input: bool = False
     """Whether text of outsiders may be in the prompt."""
+
+    def with_tainted_agents(self) -> Self:
+        """Return a copy in which the agents that do tool calls may be asked with text of outsiders, at all depths."""
+        tools = {
+            name: tool
+            if tool.program.agent is None
+            else replace(tool, program=replace(tool.program, agent=tool.program.agent.with_tainted_input()))
+            for name, tool in self.tools.items()
+        }
+        return replace(self, tools=tools)
+
+    def with_tainted_input(self) -> Self:
+        """Return a copy whose prompt may hold text of outsiders."""
+        return replace(self.with_tainted_agents(), has_tainted_input=True)
 
     @property
     def paths(self) -> tuple[ExpressionPath, ...]:
@@ -428,10 +449,11 @@ def _compile_agent(
     graph: ParsedGraph,
     catalog: NodeTypeLookup,
     implementation: Callable[[str], RunNode],
+    depth: int = 1,
 ) -> AgentProgram:
-    """Compile the providers that are wired to an agent in `graph`.
+    """Compile the providers that are wired to an agent in `graph`; `depth` counts it and the agents above it.
 
-    Raises `LookupError` for an unknown type, and `ExpressionError`.
+    Raises `LookupError` for an unknown type and for agents that nest too deeply, and `ExpressionError`.
     """
     from engine.agents import agent_exposure  # noqa: PLC0415 - loaded by workflows with agents
 
@@ -444,8 +466,19 @@ def _compile_agent(
             model_config = compile_template(config)
         elif edge.target_port == agent_wiring.PORT_OF_TOOLS:
             tool = _compile_tool(provider, agent, catalog, implementation)
-            tools[tool.name] = replace(tool, is_untrusted=agent_exposure.is_untrusted(tool.program.node_type))
-    return AgentProgram(tools, model_config, agent_exposure.has_tainted_input(agent, graph))
+            is_untrusted = agent_exposure.is_untrusted(tool.program.node_type)
+            if tool.program.node.type == AGENT_TYPE:
+                if depth >= agent_wiring.MAX_AGENT_DEPTH:
+                    raise LookupError(
+                        f"Agents nest at most {agent_wiring.MAX_AGENT_DEPTH} deep: {tool.program.node.label}"
+                    )
+                nested = _compile_agent(tool.program.node, graph, catalog, implementation, depth + 1)
+                is_untrusted = any(each.is_untrusted for each in nested.tools.values())
+                tool = replace(tool, program=_complete_agent(tool.program, nested))
+            tools[tool.name] = replace(tool, is_untrusted=is_untrusted)
+    program = AgentProgram(tools, model_config, agent_exposure.has_tainted_input(agent, graph))
+    is_tainted = program.has_tainted_input or any(tool.is_untrusted for tool in tools.values())
+    return program.with_tainted_agents() if is_tainted else program
 
 
 def _complete_agent(program: NodeProgram, agent: AgentProgram) -> NodeProgram:

@@ -29,7 +29,7 @@ from engine.model_calls import (
     estimate_input_tokens,
     measure_calls,
 )
-from engine.node_api import NodeEffect
+from engine.node_api import BudgetRest, NodeEffect
 from json_text import decoding
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class AgentTool:
     """Digest of the fixed part of the tool, which an approval covers too."""
     is_untrusted: bool = False
     """Whether its results may hold text of outsiders."""
+    is_agent: bool = False
+    """Whether an agent does its calls: one at a time, since each may spend all that is left of the budget."""
 
     def needs_approval(self, *, is_tainted: bool) -> bool:
         """Return whether a person has to approve a call; `is_tainted`: a text of outsiders is in the conversation."""
@@ -225,7 +227,7 @@ def decide_next(task: AgentTask, steps: Sequence[AgentStep]) -> AgentAction:
     if pending:
         allowed = list(takewhile(lambda step: step.status is not StepStatus.WAITING, pending))
         if allowed:
-            return CallTools(_choose_together(allowed, task.limits.parallel_tools))
+            return CallTools(_choose_together(task, allowed))
         return AwaitApprovals([step for step in pending if step.status is StepStatus.WAITING])
     last = next((step for step in reversed(steps) if step.kind is StepKind.MODEL), None)
     if last is None:
@@ -334,10 +336,15 @@ def build_conversation(task: AgentTask, steps: Sequence[AgentStep]) -> list[Chat
 # ── tools ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _choose_together(pending: Sequence[AgentStep], parallel_tools: int) -> Sequence[AgentStep]:
-    """Return the first write alone, or the reads before it; the order of the model is kept."""
-    reads = list(takewhile(lambda step: step.effect != NodeEffect.WRITE, pending))
-    return reads[:parallel_tools] or pending[:1]
+def _choose_together(task: AgentTask, pending: Sequence[AgentStep]) -> Sequence[AgentStep]:
+    """Return the first write, or call of an agent, alone, or the reads before it; the order of the model is kept."""
+
+    def may_run_beside_others(step: AgentStep) -> bool:
+        tool = task.tools.get(step.name)
+        return step.effect != NodeEffect.WRITE and not (tool is not None and tool.is_agent)
+
+    reads = list(takewhile(may_run_beside_others, pending))
+    return reads[: task.limits.parallel_tools] or pending[:1]
 
 
 def _find_call_problem(
@@ -537,6 +544,23 @@ def _spends_too_much(task: AgentTask, steps: Sequence[AgentStep], answers: int) 
     costs = [call.cost or 0 for step in steps for call in step.model_calls]
     lost = sum(step.losses for step in steps)
     return sum(costs) + (answers + lost) * max(costs, default=0) > task.limits.max_cost
+
+
+def compute_rest(task: AgentTask, steps: Sequence[AgentStep]) -> BudgetRest:
+    """Return the part of the budget that an agent may spend in one of the tool calls of this one.
+
+    One last answer to the conversation so far has to remain.
+    """
+    limits = task.limits
+    tokens = cost = None
+    if limits.max_tokens is not None:
+        request = _build_request(task, build_conversation(task, steps), ())
+        last = estimate_input_tokens(request) + request.max_tokens
+        tokens = max(limits.max_tokens - count_tokens(steps) - last, 0)
+    if limits.max_cost is not None:
+        costs = [call.cost or 0 for step in steps for call in step.model_calls]
+        cost = max(limits.max_cost - sum(costs) - max(costs, default=0), 0)
+    return BudgetRest(tokens, cost)
 
 
 def count_tokens(steps: Sequence[AgentStep]) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from engine.agents import agent_exposure
+from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import (
+    MAX_AGENT_DEPTH,
     PORT_OF_MODELS,
     PORT_OF_TOOLS,
     PROVIDER_PORTS,
@@ -36,8 +38,13 @@ def find_problems(
 
 
 def _check_agent(
-    agent: GraphNode, graph: ParsedGraph, types: Mapping[str, NodeType], catalog: NodeTypeLookup
+    agent: GraphNode,
+    graph: ParsedGraph,
+    types: Mapping[str, NodeType],
+    catalog: NodeTypeLookup,
+    depth: int = 1,
 ) -> Iterator[GraphFinding]:
+    """Yield the problems of an agent, its providers, and the agents that do its calls; `depth` counts those above."""
     edges = [edge for edge in graph.inbound[agent.id] if edge.target_port in PROVIDER_PORTS]
     models = [edge for edge in edges if edge.target_port == PORT_OF_MODELS]
     if not models and not agent.config.get("model"):
@@ -55,7 +62,15 @@ def _check_agent(
         provider = graph.by_id[edge.source]
         yield from _check_provider(provider, edge, graph)
         if edge.target_port == PORT_OF_TOOLS and provider.type == TOOL_TYPE and provider.id in types:
-            yield from _check_tool(provider, agent, catalog)
+            yield from _check_tool(provider, agent, graph, catalog)
+            nested = target_of(provider)
+            if nested is not None and nested.type == AGENT_TYPE:
+                if depth < MAX_AGENT_DEPTH:
+                    yield from _check_agent(nested, graph, types, catalog, depth + 1)
+                else:
+                    message = f'Tool "{provider.label}": agents nest at most {MAX_AGENT_DEPTH} deep'
+                    suggestion = "Connect its tools to the agent above it."
+                    yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id)
             name = str(provider.config.get("name"))
             if name in names:
                 message = f"Two tools of the agent {agent.label!r} have the name {name!r}"
@@ -74,7 +89,8 @@ def _find_exfiltration_path(
     )
     if not untrusted or not private:
         return
-    exit_ = next((tool for tool in _list_tools(agent, graph) if _sends_freely(tool, agent, catalog)), None)
+    tools = _list_tools(agent, graph)
+    exit_ = next((tool for tool in tools if _sends_freely(tool, agent, graph, catalog)), None)
     if exit_ is None:
         return
     first, second = _choose_two(untrusted, private)
@@ -100,8 +116,10 @@ def _list_tools(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
     return [graph.by_id[edge.source] for edge in edges]
 
 
-def _sends_freely(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> bool:
-    """Return whether an agent can send data by a tool without an approval.
+def _sends_freely(
+    tool: GraphNode, agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, depth: int = 1
+) -> bool:
+    """Return whether an agent can send data by a tool, or an agent that does its calls, without an approval.
 
     The rule `tainted` asks in any case here: the agent reads texts of outsiders.
     """
@@ -113,14 +131,34 @@ def _sends_freely(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) ->
         agent_type = catalog.get(agent.type, agent.version)
     except UnknownNodeType:
         return False
-    effect = node_type.effect.of(catalog.with_defaults(node_type, target.config))
+    effect = _find_effect(target, node_type, graph, catalog)
     config = catalog.with_defaults(agent_type, agent.config)
     allowed = config.get("effects")
     if effect is NodeEffect.WRITE and isinstance(allowed, list) and effect.value not in allowed:
         return False
     rule = tool.config.get("approval") or config.get("approval")
     is_asked = rule == "always" or (rule in {"writes", "tainted"} and effect is NodeEffect.WRITE)
+    if target.type == AGENT_TYPE and not is_asked and depth < MAX_AGENT_DEPTH:
+        tools = _list_tools(target, graph)
+        return any(_sends_freely(each, target, graph, catalog, depth + 1) for each in tools)
     return not is_asked and agent_exposure.can_send(target, node_type, effect)
+
+
+def _find_effect(
+    target: GraphNode, node_type: NodeType, graph: ParsedGraph, catalog: NodeTypeLookup, depth: int = 1
+) -> NodeEffect:
+    """Return the effect of the node that does the calls of a tool; an agent writes if one of its tools does."""
+    if target.type != AGENT_TYPE:
+        return node_type.effect.of(catalog.with_defaults(node_type, target.config))
+    nested = [found for tool in _list_tools(target, graph) if (found := target_of(tool)) is not None]
+    for each in nested if depth < MAX_AGENT_DEPTH else ():
+        try:
+            its_type = catalog.get(each.type, each.version)
+        except UnknownNodeType:
+            continue
+        if _find_effect(each, its_type, graph, catalog, depth + 1) is NodeEffect.WRITE:
+            return NodeEffect.WRITE
+    return NodeEffect.READ
 
 
 def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) -> Iterator[GraphFinding]:
@@ -132,8 +170,10 @@ def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) ->
         )
         suggestion = f"Connect a node of the type {wanted}."
         yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id, edge.id)
+    target = target_of(provider) if provider.type == TOOL_TYPE else None
+    is_agent = target is not None and target.type == AGENT_TYPE
     ignored = [
-        *graph.inbound[provider.id],
+        *(one for one in graph.inbound[provider.id] if not (is_agent and one.target_port in PROVIDER_PORTS)),
         *(one for one in graph.outbound[provider.id] if one.target_port not in PROVIDER_PORTS),
     ]
     for one in ignored:
@@ -142,7 +182,9 @@ def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) ->
         yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, provider.id, one.id)
 
 
-def _check_tool(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> Iterator[GraphFinding]:
+def _check_tool(
+    tool: GraphNode, agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup
+) -> Iterator[GraphFinding]:
     """Yield the problems of a tool's target: its type and config, and an effect that its agent may not have."""
     target = target_of(tool)
     if target is None:
@@ -163,7 +205,7 @@ def _check_tool(tool: GraphNode, agent: GraphNode, catalog: NodeTypeLookup) -> I
         message = f'Tool "{tool.label}" ({target.type}): {problem.path}: {problem.message}'
         yield GraphFinding(kind, message, "See the schema of the node type.", tool.id)
     allowed = agent.config.get("effects", list(EFFECTS_BY_DEFAULT))
-    effect = node_type.effect.of(catalog.with_defaults(node_type, target.config))
+    effect = _find_effect(target, node_type, graph, catalog)
     if effect is NodeEffect.WRITE and isinstance(allowed, list) and effect.value not in allowed:
         message = f'Tool "{tool.label}" writes, and the agent "{agent.label}" may only read'
         suggestion = 'Add "write" to effects in the config of the agent, or remove the tool.'

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from engine.agents.agent_wiring import PORT_OF_TOOLS, target_of
+from engine.agents.agent_steps import AGENT_TYPE
+from engine.agents.agent_wiring import MAX_AGENT_DEPTH, PORT_OF_TOOLS, target_of
 from engine.node_api import TOOL_TYPE, NodeEffect
 
 if TYPE_CHECKING:
@@ -68,13 +69,15 @@ def can_send(target: GraphNode, node_type: NodeType, effect: NodeEffect) -> bool
     return target.type in _SENDING_TYPES or node_type.task is not None
 
 
-def _list_targets(agent: GraphNode, graph: ParsedGraph) -> Iterator[GraphNode]:
-    """Yield the nodes that do the calls of an agent's tools."""
+def _list_targets(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> Iterator[GraphNode]:
+    """Yield the nodes that do the calls of an agent's tools, and of the tools of agents among them."""
     for edge in graph.inbound[agent.id]:
         if edge.target_port == PORT_OF_TOOLS:
             target = target_of(graph.by_id[edge.source])
             if target is not None:
                 yield target
+                if target.type == AGENT_TYPE and depth < MAX_AGENT_DEPTH:
+                    yield from _list_targets(target, graph, depth + 1)
 
 
 def _list_ancestors(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:

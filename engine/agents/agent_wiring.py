@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 PORT_OF_MODELS: Final = "ai"
 PORT_OF_TOOLS: Final = "tools"
 PROVIDER_PORTS: Final = frozenset({PORT_OF_MODELS, PORT_OF_TOOLS})
+MAX_AGENT_DEPTH: Final = 3
+"""Maximum number of agents one inside another, the outermost among them."""
 TYPES_THAT_WAIT: Final = frozenset(
     {
-        *("agent", "human-input", "tool", "wait", "wait-for-event"),
+        *("human-input", "tool", "wait", "wait-for-event"),
         *("wait-for-signal", "webhook-response"),
     }
 )

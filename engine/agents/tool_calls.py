@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
@@ -14,16 +15,19 @@ from concurrency import offload
 from engine import answer_payloads, run_records, values
 from engine.agents import call_approvals, call_waits
 from engine.agents.agent_steps import StepStatus
+from engine.model_prices import show_cost
 from engine.node_api import (
     AgentSteps,
     AgentTools,
     AnswerWait,
+    BudgetRest,
     CallableTool,
     CallDecision,
     ModelCallLog,
     NodeDirective,
     NodeEffect,
     NodeResult,
+    StepPause,
     StepWait,
     ToolResult,
 )
@@ -62,10 +66,36 @@ class VisitSteps(AgentSteps):
         self._recorder = recorder
         self._is_interrupted = is_interrupted
         self._find_answer = find_answer
+        self._agent = cast("AgentProgram", visit.program.agent)
+        self._label = visit.program.node.label
+        self._steps = visit.steps
+        self._root = self
+        self._nested: dict[int, VisitSteps] = {}
+
+    def nest(self, tool: ToolProgram, step: AgentStep) -> VisitSteps:
+        """Return the steps of the agent that does a tool call, of all attempts."""
+        if step.number not in self._nested:
+            nested = VisitSteps(self._visit, self._recorder, self._is_interrupted, self._find_answer)
+            nested._agent = cast("AgentProgram", tool.program.agent)
+            nested._label = tool.program.node.label
+            place = call_waits.find_place(tool, step)
+            nested._steps = self._visit.nested_steps.setdefault(place, [])
+            nested._root = self._root
+            self._nested[step.number] = nested
+        return self._nested[step.number]
+
+    def collect_calls(self) -> list[ModelCallRecord]:
+        """Return the calls of models by ended steps, and by the agents of tool calls that have not ended."""
+        calls: list[ModelCallRecord] = []
+        for step in self._steps:
+            nested = self._nested.get(step.number)
+            is_open = step.ended_at is None and nested is not None
+            calls += nested.collect_calls() if nested is not None and is_open else step.model_calls
+        return calls
 
     @property
     def recorded(self) -> Sequence[AgentStep]:
-        return tuple(self._visit.steps)
+        return tuple(self._steps)
 
     @property
     def is_interrupted(self) -> bool:
@@ -77,12 +107,11 @@ class VisitSteps(AgentSteps):
     def record(self, step: AgentStep) -> None:
         """Add a step, or its new state, to the next commit; the costs of ended steps are those of the node."""
         step = self._recorder.record_step(step)
-        steps = self._visit.steps
-        if step.number == len(steps):
-            steps.append(step)
+        if step.number == len(self._steps):
+            self._steps.append(step)
         else:
-            steps[step.number] = step
-        self._visit.model_calls = [call for one in steps for call in one.model_calls]
+            self._steps[step.number] = step
+        self._visit.model_calls = self._root.collect_calls()
 
     @property
     def may_expire(self) -> bool:
@@ -90,8 +119,7 @@ class VisitSteps(AgentSteps):
 
     def ask(self, step: AgentStep, approvers: Mapping[str, Json], expires_at: datetime) -> None:
         tool = self._find_tool(step)
-        label = self._visit.program.node.label
-        question = call_approvals.encode_question(step, label, tool.description, approvers)
+        question = call_approvals.encode_question(step, self._label, tool.description, approvers)
         self._recorder.record_tool_wait(
             *(tool.program.node, self.place_of(step)[1], step.started_at),
             values.encode_json(question),
@@ -129,8 +157,7 @@ class VisitSteps(AgentSteps):
         )
 
     def _find_tool(self, step: AgentStep) -> ToolProgram:
-        agent = cast("AgentProgram", self._visit.program.agent)
-        return agent.tools[step.name]
+        return self._agent.tools[step.name]
 
     def place_of(self, step: AgentStep) -> tuple[str, str]:
         return self._find_tool(step).program.node.id, call_approvals.name_iteration(step)
@@ -147,14 +174,23 @@ class VisitSteps(AgentSteps):
 
 def withdraw_waits(visit: NodeVisit, recorder: SpanRecorder) -> None:
     """Record the open waits of the tool calls of an agent as canceled: questions about them, and waits for results."""
-    agent = cast("AgentProgram", visit.program.agent)
-    for step in visit.steps:
-        if step.name not in agent.tools:
+    _withdraw_waits(cast("AgentProgram", visit.program.agent), visit.steps, visit, recorder)
+
+
+def _withdraw_waits(
+    agent: AgentProgram, steps: Sequence[AgentStep], visit: NodeVisit, recorder: SpanRecorder
+) -> None:
+    """Withdraw the waits of an agent with these steps, and of the agents that do its tool calls."""
+    for step in steps:
+        if step.name not in agent.tools or step.ended_at is not None:
             continue
         tool = agent.tools[step.name]
         if step.status is StepStatus.WAITING:
             iteration = call_approvals.name_iteration(step)
             recorder.record_tool_wait_end(tool.program.node, iteration, SpanStatus.CANCELLED, step.started_at)
+        elif tool.program.agent is not None:
+            nested = visit.nested_steps.get(call_waits.find_place(tool, step), ())
+            _withdraw_waits(tool.program.agent, nested, visit, recorder)
         else:
             call_waits.withdraw(recorder, tool, step)
 
@@ -197,10 +233,11 @@ class VisitTools(AgentTools):
             CallableTool(
                 *(tool.name, tool.description, tool.parameters, tool.effect),
                 # To begin such a call again finds the same run or task, whatever `onUnknown` says.
-                is_repeated=tool.is_repeated or tool.is_awaited,
+                is_repeated=tool.is_repeated or tool.is_awaited or tool.program.agent is not None,
                 approval=tool.approval,
-                fingerprint=tool.program.static_hashes.hex(),
+                fingerprint=tool.fingerprint,
                 is_untrusted=tool.is_untrusted,
+                is_agent=tool.program.agent is not None,
             )
             for tool in self._agent.tools.values()
         ]
@@ -217,7 +254,13 @@ class VisitTools(AgentTools):
             "Mapping[str, Json]", self._agent.model_config.render(self._call.scope, self._call.unresolved)
         )
 
-    async def perform(self, step: AgentStep) -> ToolResult | StepWait:
+    def collect_calls(self, step: AgentStep) -> Sequence[ModelCallRecord]:
+        tool = self._agent.tools.get(step.name)
+        if tool is None or tool.program.agent is None:
+            return ()
+        return self._steps.nest(tool, step).collect_calls()
+
+    async def perform(self, step: AgentStep, rest: BudgetRest) -> ToolResult | StepWait | StepPause:
         """Do a recorded call by its node, and return its result as a text for the model; or begin to wait for it.
 
         A failure is repeated by the tool's own policy if it may be. Raises `NodeError`.
@@ -226,6 +269,8 @@ class VisitTools(AgentTools):
         if tool.program.missing is not None:
             raise NodeError(f"The tool needs configuration: {tool.program.missing}", code="missing-config")
         try:
+            if tool.program.agent is not None:
+                return await self._run_agent(tool, tool.program.agent, step, rest)
             if tool.is_awaited:
                 return await self._await_result(tool, step)
             calls = ToolModelCalls()
@@ -233,6 +278,27 @@ class VisitTools(AgentTools):
             return ToolResult(_show_outcome(outcome, tool.max_result_bytes), calls.recorded)
         except Exception as error:
             raise run_records.to_node_error(error) from error
+
+    async def _run_agent(
+        self, tool: ToolProgram, agent: AgentProgram, step: AgentStep, rest: BudgetRest
+    ) -> ToolResult | StepWait | StepPause:
+        """Let another agent do a call, in steps of its own behind those of earlier attempts, within a budget."""
+        steps = self._steps.nest(tool, step)
+        built = self._build_call(tool, step, ToolModelCalls())
+        call = msgspec.structs.replace(
+            built,
+            config=_limit_budget(built.config, rest),
+            node_id=tool.program.node.id,
+            iteration=call_waits.name_iteration(step),
+            steps=steps,
+        )
+        call = msgspec.structs.replace(call, tools=VisitTools(agent, call, steps))
+        outcome = await cast("Coroutine[Any, Any, NodeOutcome]", tool.run(call))
+        if isinstance(outcome, StepWait | StepPause):
+            return outcome
+        answer = cast("Mapping[str, Json]", outcome)
+        shown = answer["data"] if answer.get("data") is not None else answer["response"]
+        return ToolResult(_show_outcome(shown, tool.max_result_bytes), steps.collect_calls())
 
     async def _await_result(self, tool: ToolProgram, step: AgentStep) -> ToolResult | StepWait:
         """Return the result of a call that another process does, or the wait for it, which is begun if it isn't."""
@@ -269,6 +335,20 @@ class VisitTools(AgentTools):
             idempotency_key=step.key,
             model_calls=calls,
         )
+
+
+def _limit_budget(config: Mapping[str, Json], rest: BudgetRest) -> Mapping[str, Json]:
+    """Return the config of an agent with a budget of at most `rest`."""
+    given = config.get("budget")
+    budget: dict[str, Json] = {**given} if isinstance(given, dict) else {}
+    tokens, cost = budget.get("maxTokens"), budget.get("maxCost")
+    if rest.tokens is not None and not (isinstance(tokens, int) and tokens <= rest.tokens):
+        budget["maxTokens"] = rest.tokens
+    if rest.cost is not None and not (
+        isinstance(cost, str) and Decimal(cost) <= Decimal(rest.cost).scaleb(-9)
+    ):
+        budget["maxCost"] = show_cost(rest.cost)
+    return {**config, "budget": budget}
 
 
 async def _call_with_retries(tool: ToolProgram, call: NodeCall) -> NodeOutcome:

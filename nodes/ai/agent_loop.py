@@ -61,6 +61,8 @@ async def run_agent(
                 begun_here |= await _ask_model(call, task, model_ids, action)
             case CallTools():
                 waits = await _perform_tools(call, task, action.steps, begun_here)
+                if any(isinstance(wait, StepPause) for wait in waits):
+                    return StepPause()
                 if len(waits) == len(action.steps):
                     await call.steps.commit()
                     return _join_waits(waits)
@@ -199,8 +201,9 @@ def _earlier_calls(call: NodeCall, number: int) -> Sequence[ModelCallRecord]:
     return recorded[number].model_calls if number < len(recorded) else ()
 
 
-def _join_waits(waits: Sequence[StepWait]) -> StepWait:
+def _join_waits(outcomes: Sequence[StepWait | StepPause]) -> StepWait:
     """Return the wait for the first of several answers."""
+    waits = [each for each in outcomes if isinstance(each, StepWait)]
     times = [wait.until for wait in waits if wait.until is not None]
     return StepWait(
         frozenset().union(*(wait.places for wait in waits)),
@@ -211,10 +214,10 @@ def _join_waits(waits: Sequence[StepWait]) -> StepWait:
 
 async def _perform_tools(
     call: NodeCall, task: AgentTask, steps: Sequence[AgentStep], begun_here: set[int]
-) -> Sequence[StepWait]:
+) -> Sequence[StepWait | StepPause]:
     """Do tool calls at the same time, and record their results; that of a write is committed at once.
 
-    Return the waits of those whose results are not there yet.
+    Return the waits, or the pause, of those whose results are not there yet.
     """
     if len(steps) > 1:
         async with asyncio.TaskGroup() as group:
@@ -233,10 +236,11 @@ async def _perform_tools(
     return ()
 
 
-async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> StepWait | None:
+async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> StepWait | StepPause | None:
     """Do one tool call, and record its result; an error is a result for the model.
 
-    Return the wait for its result if that is not there yet.
+    Return the wait for its result, or the pause, if that is not there yet. Raises a `NodeError` of the agent that does
+    it if another attempt may succeed: that continues its steps.
     A resumed run may have lost a tool, or the permission for it, since the call was recorded.
     """
     if step.name not in task.tools:
@@ -244,15 +248,17 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
         call.steps.record(agent.fail_tool_step(step, error, ERROR_HINT, call.steps.now()))
         return None
     try:
-        result = await call.tools.perform(step)
+        result = await call.tools.perform(step, agent.compute_rest(task, call.steps.recorded))
     except NodeError as error:
+        if error.retryable and task.tools[step.name].is_agent:
+            raise
         is_unknown = error.code in UNKNOWN_OUTCOMES and step.effect == NodeEffect.WRITE
         hint = UNKNOWN_HINT if is_unknown else ERROR_HINT
-        call.steps.record(
-            agent.fail_tool_step(step, f"{error.code}: {error.message}", hint, call.steps.now())
-        )
+        failed = agent.fail_tool_step(step, f"{error.code}: {error.message}", hint, call.steps.now())
+        spent = call.tools.collect_calls(step)
+        call.steps.record(msgspec.structs.replace(failed, model_calls=spent))
         return None
-    if isinstance(result, StepWait):
+    if isinstance(result, StepWait | StepPause):
         return result
     done = msgspec.structs.replace(
         step,

@@ -97,6 +97,7 @@ def _select_tools(call: NodeCall, config: Mapping[str, Json]) -> dict[str, Agent
             ApprovalPolicy(str(tool.approval or config["approval"])),
             tool.fingerprint,
             tool.is_untrusted,
+            tool.is_agent,
         )
         for tool in call.tools.callable_tools
         if tool.effect.value in allowed and (not isinstance(enabled, list) or tool.name in enabled)

@@ -462,3 +462,52 @@ async def test_a_task_that_an_agent_calls_is_created_once_through_kills(
         await check_calls(run_database, key, served, died)
         tasks = await run_database.query("SELECT key FROM task WHERE execution_id = :id", id=key.execution_id)
         assert sorted(task["key"] for task in tasks) == [f"{key.execution_id}:agent:0:{n}" for n in (1, 3)]
+
+
+class NestedTurns:
+    """Script of an agent that asks another one twice, which sends something once for each call."""
+
+    def __init__(self, served: ModelServer) -> None:
+        self._served = served
+        served.on_request = self.choose
+
+    def choose(self) -> None:
+        messages = self._served.requests[-1]["messages"]
+        is_inner = messages[0]["content"] == "Help."
+        turns = [(("send", "Oslo"),)] if is_inner else ASKED_TWICE
+        done = sum(message["role"] == "assistant" for message in messages)
+        calls = turns[done] if done < len(turns) else ()
+        wanted = [{"name": name, "arguments": json.dumps({"city": city})} for name, city in calls]
+        self._served.script = [ScriptedAnswer("" if calls else "Done.", tool_calls=wanted)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kills", PAIRS_OF_KILLS)
+async def test_an_agent_that_another_one_calls_survives_kills(
+    run_database: RunDatabase, migrated_database: MigratedDatabase, tmp_path: Path, kills: list[int]
+) -> None:
+    async with serve_models() as served:
+        NestedTurns(served)
+        inner = {"model": "first", "prompt": "Help.", "effects": ["read", "write"], "approval": "never"}
+        definition = json.loads(build_caller({"node": {"type": "agent", "config": inner}}))
+        tools = json.loads(build_agent(served.url))
+        definition["nodes"] += [node for node in tools["nodes"] if node["id"] == "send"]
+        wire = {"id": "3", "source": "send", "target": "other", "targetPort": "tools"}
+        definition["connections"].append(wire)
+        key = await run_database.accept(await run_database.workflow(), definition=json.dumps(definition))
+        died = await run_killed(run_database, migrated_database, key, served, tmp_path, kills)
+        row = await run_database.row(key.execution_id)
+        assert row["status"] == "completed", row["error"]
+        steps = await run_database.query(
+            "SELECT node_id, status, count(*) AS number FROM execution_step WHERE execution_id = :id"
+            " GROUP BY node_id, status ORDER BY node_id",
+            id=key.execution_id,
+        )
+        assert steps == [
+            {"node_id": "agent", "status": "completed", "number": 5},
+            {"node_id": "other", "status": "completed", "number": 6},
+        ]
+        calls = await read_calls(run_database, key)
+        assert len(calls) == 7, "the answers of the inner agent are part of the cost of the outer one"
+        assert 7 <= len(served.billed) <= 7 + died
+        assert len(served.effects) == 2

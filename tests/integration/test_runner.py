@@ -79,7 +79,7 @@ from tests.integration.run_database import (
     open_run_database,
 )
 from tests.integration.test_child_runs import create_runnable
-from tests.integration.test_model_kills import build_agent
+from tests.integration.test_model_kills import build_agent, build_caller
 from tests.otlp_receiver import run_otlp_receiver
 from tests.preloads import ShiftedClock
 from tests.services import reserve_port
@@ -777,6 +777,57 @@ async def test_an_agent_continues_in_another_pod_behind_its_recorded_steps(pods:
         *[(model_id, "completed", 1), ("look", "completed", 1)],
         *[(model_id, "completed", 1), ("send", "completed", 1), (model_id, "completed", 2)],
     ]
+
+
+async def test_an_agent_in_a_pod_waits_for_the_workflow_of_an_agent_that_is_its_tool(
+    pods: DeployedPods,
+) -> None:
+    child_id = (await create_runnable(pods.run_database, pods.owned_workflow, is_public=True)).workflow_id
+    asks = [
+        ScriptedAnswer("", tool_calls=[{"name": name, "arguments": '{"city": "Oslo"}'}])
+        for name in ("other", "deeper")
+    ]
+    async with serve_models(*asks, ScriptedAnswer(), ScriptedAnswer()) as served:
+        model_id = await create_model(pods, served.url)
+        inner = {"model": "first", "prompt": "Help.", "effects": ["read", "write"], "approval": "never"}
+        definition = json.loads(build_caller({"node": {"type": "agent", "config": inner}}))
+        (tool,) = [node for node in definition["nodes"] if node["id"] == "other"]
+        config = {**tool["config"], "name": "deeper", "target": {"workflowId": child_id}}
+        definition["nodes"].append({"id": "deeper", "type": "tool", "config": config})
+        wire = {"id": "3", "source": "deeper", "target": "other", "targetPort": "tools"}
+        definition["connections"].append(wire)
+        key = await pods.accept(json.dumps(definition).replace('"first"', f'"{model_id}"'))
+        first = await pods.start().ready()
+        await pods.reaches(key, "waiting")
+        (waiting,) = await pods.run_database.query(
+            "SELECT node_id, iteration FROM span WHERE execution_id = :id AND status = 'waiting'",
+            id=key.execution_id,
+        )
+        assert waiting["node_id"] == "deeper"
+        children = await pods.run_database.query(
+            "SELECT workflow_id FROM execution WHERE parent_id = :id", id=key.execution_id
+        )
+        assert children == [{"workflow_id": child_id}]
+        first.started.kill()
+        pods.start()
+        await pods.run_database.database.transaction(
+            lambda connection: node_answers.store_answer(
+                connection,
+                key,
+                "deeper",
+                waiting["iteration"],
+                node_answers.encode_output_answer({"degrees": -3}),
+                kind=AnswerSource.RUN,
+            )
+        )
+        await pods.reaches(key, "completed")
+    assert len(served.requests) == 4
+    rows = await pods.run_database.query(
+        "SELECT node_id, status FROM execution_step WHERE execution_id = :id ORDER BY node_id, number",
+        id=key.execution_id,
+    )
+    assert [row["node_id"] for row in rows] == ["agent"] * 3 + ["other"] * 3
+    assert {row["status"] for row in rows} == {"completed"}
 
 
 async def test_a_callback_ends_the_wait_of_a_node_whose_pod_was_killed_in_its_request(

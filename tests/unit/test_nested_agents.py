@@ -1,0 +1,214 @@
+"""Agents that do the tool calls of other agents: steps of their own, one budget, through every death of a worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from engine.agents import call_approvals
+from engine.findings import FindingType
+from engine.graph import ParsedGraph
+from engine.model_calls import (
+    ChatAnswer,
+    ChatRequest,
+    FinishReason,
+    MessageRole,
+    ModelCallFailed,
+    ModelReply,
+    NodeSpending,
+    RequestedToolCall,
+    TokenUsage,
+)
+from engine.node_api import NodeEffect
+from engine.program import WorkflowProgram
+from engine.run_records import RunOutcome, RunStatus, SpanStatus
+from engine.services import RunCaller
+from engine.validation import validate_graph
+from engine.values import Json
+from nodes.catalog import load_catalog
+from tests.unit.test_agent_runs import AGENT, LOOK, SEND, ScriptedModel, World, turn
+
+pytestmark = pytest.mark.anyio
+
+OUTER = [turn(("helper", "Oslo")), turn(("look", "Rome"), ("helper", "Rome"))]
+INNER = [turn(("look", "Bonn"), ("look", "Kyiv")), turn(("send", "Kyiv"))]
+ANSWERS = (len(OUTER) + 1) + 2 * (len(INNER) + 1)
+USAGE = TokenUsage(100, 20)
+
+
+def build_helper(name: str = "helper", agent: dict[str, Json] | None = None) -> dict[str, Json]:
+    config: dict[str, Json] = {**AGENT, "prompt": "Help with {{ args.city }}.", "model": "first"}
+    config |= agent or {}
+    target: Json = {
+        "node": {
+            "type": "agent",
+            "config": {key: value for key, value in config.items() if value is not None},
+        }
+    }
+    return {"id": name, "type": "tool", "config": {**LOOK, "name": name, "target": target}}
+
+
+def build_graph(
+    outer: dict[str, Json] | None = None,
+    inner: dict[str, Json] | None = None,
+    wires: Sequence[tuple[str, str]] = (),
+    more: Sequence[dict[str, Json]] = (),
+) -> ParsedGraph:
+    """Return an agent with the tools `look` and `helper`, an agent with the tools `look` and `send`."""
+    nodes: list[Json] = [
+        {"id": "start", "type": "manual"},
+        {"id": "agent", "type": "agent", "config": {**AGENT, "model": "first", **(outer or {})}},
+        {"id": "look", "type": "tool", "config": LOOK},
+        {
+            "id": "send",
+            "type": "tool",
+            "config": {**SEND, "approval": (inner or {}).get("approval", "never")},
+        },
+        build_helper(agent=inner),
+        *more,
+    ]
+    tools = [("look", "agent"), ("helper", "agent"), ("look", "helper"), ("send", "helper"), *wires]
+    edges: list[Json] = [{"id": "start", "source": "start", "target": "agent"}]
+    edges += [
+        {"id": f"{source} {target}", "source": source, "target": target, "targetPort": "tools"}
+        for source, target in tools
+    ]
+    return ParsedGraph.from_stored({"nodes": nodes, "connections": edges})
+
+
+@dataclass
+class TwoScripts(ScriptedModel):
+    """Model that follows one script for the outer agent, and another for the inner one."""
+
+    inner: Sequence[Sequence[RequestedToolCall]] = field(default_factory=lambda: INNER)
+    busy: int = 0
+    """Requests of the inner agent that fail."""
+
+    async def complete(
+        self,
+        caller: RunCaller,  # noqa: ARG002 - the protocol's parameters
+        model_id: str,  # noqa: ARG002 - as above
+        request: ChatRequest,
+        *,
+        idempotency_key: str,
+        spending: NodeSpending,  # noqa: ARG002 - as above
+    ) -> ModelReply:
+        self.requests.append(request)
+        is_inner = "Help with" in request.messages[0].content
+        if is_inner and self.busy:
+            self.busy -= 1
+            raise ModelCallFailed("busy", code="model-busy", retryable=True, can_fall_back=False)
+        self.billed.append(idempotency_key)
+        turns = self.inner if is_inner else self.turns
+        done = sum(message.role is MessageRole.ASSISTANT for message in request.messages)
+        calls = turns[done] if done < len(turns) and request.tools else ()
+        reason = FinishReason.TOOL_CALLS if calls else FinishReason.STOP
+        text = "" if calls else "Helped." if is_inner else "Reported."
+        return ModelReply(ChatAnswer(text, reason, USAGE, "first-1", calls), 1_000)
+
+
+def build_world(outer: dict[str, Json] | None = None, inner: dict[str, Json] | None = None) -> World:
+    catalog = load_catalog()
+    program = WorkflowProgram.compile(build_graph(outer, inner), catalog, catalog.implementation)
+    return World(program, TwoScripts(OUTER))
+
+
+async def test_an_agent_works_in_steps_of_its_own_for_another_one() -> None:
+    world = build_world()
+    assert world.program.nodes["agent"].effect is NodeEffect.WRITE
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    output = world.output
+    assert (output["response"], output["toolCalls"]) == ("Reported.", 3)
+    assert output["usage"]["inputTokens"] == 100 * ANSWERS, "the steps of the inner agent count too"
+    assert output["cost"] == f"0.{1_000 * ANSWERS:09d}".rstrip("0")
+    told = [one["content"] for one in output["messages"] if one["role"] == "tool"]
+    assert told[0] == told[2] == "Helped."
+    nested = [step for step in world.steps if step.node_id == "helper"]
+    assert len(nested) == 2 * (len(INNER) + 1 + 3)
+    assert len({step.iteration for step in nested}) == 2
+    assert len({step.key for step in world.steps if step.key}) == 3 + 6
+    assert len(world.outside.effects) == 2
+    (span,) = [span for span in world.spans if span.node_id == "agent"]
+    assert len(json.loads(span.model_calls or b"[]")) == ANSWERS
+    assert "Help with Oslo." in world.model.requests[1].messages[0].content
+
+
+async def test_a_death_at_any_commit_costs_one_answer_and_repeats_no_effect_of_the_inner_agent() -> None:
+    worker = build_world().worker()
+    assert (await worker.work()).status is RunStatus.COMPLETED
+    for last in range(1, worker.notebook.commits + 1):
+        for kill in (-last, last):
+            world = build_world()
+            assert await world.work(kill) is None, kill
+            assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+            assert ANSWERS <= len(world.model.billed) <= ANSWERS + 1, kill
+            assert len(set(world.model.billed)) == len(world.model.billed), kill
+            assert len(world.outside.effects) == 2, kill
+            assert world.output["usage"]["inputTokens"] == 100 * ANSWERS, kill
+
+
+@pytest.mark.parametrize("most", [700, 1_500, 2_500, 3_500])
+async def test_the_budget_of_the_outer_agent_holds_for_the_inner_one(most: int) -> None:
+    world = build_world({"budget": {"maxTokens": most}, "maxTokens": 100}, {"maxTokens": 100})
+    ended = await world.work()
+    assert ended is not None
+    spent = len(world.model.billed) * (USAGE.input_tokens + USAGE.output_tokens)
+    assert spent <= most
+    assert len(world.model.billed) < ANSWERS or most > 120 * ANSWERS
+
+
+async def test_the_cost_of_an_inner_agent_that_fails_counts_too() -> None:
+    world = build_world(inner={"maxIterations": 1, "onLimit": "error"})
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    told = [json.loads(one["content"]) for one in world.output["messages"] if one["role"] == "tool"]
+    assert "agent-limit" in told[0]["error"]
+    assert world.output["usage"]["inputTokens"] == 100 * len(world.model.billed)
+
+
+async def test_the_node_waits_for_a_busy_model_of_the_inner_agent() -> None:
+    world = build_world()
+    assert isinstance(world.model, TwoScripts)
+    world.model.busy = 1
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.FAILED, "one attempt of the node"
+    world.spans = [span for span in world.spans if span.status is SpanStatus.COMPLETED]
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.model.billed) == ANSWERS
+    assert len(world.outside.effects) == 2
+
+
+async def test_a_person_approves_the_calls_of_the_inner_agent() -> None:
+    world = build_world(inner={"approval": "writes"})
+    for _ in range(2):
+        ended = await world.work()
+        assert ended is not None
+        assert ended.status is RunStatus.WAITING
+        (asked,) = [span for span in world.spans if span.status is SpanStatus.WAITING and span.awaits]
+        request: Any = json.loads(asked.awaits or b"")["request"]
+        assert (asked.node_id, request["toolCall"]["agentId"]) == ("send", "helper")
+        answer = {"output": {"choice": call_approvals.APPROVE}, "port": call_approvals.APPROVE}
+        world.answers[asked.node_id, asked.iteration] = json.dumps(answer).encode()
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.outside.effects) == 2
+    assert len(world.model.billed) == ANSWERS
+
+
+def test_validation_follows_agents_inside_agents() -> None:
+    catalog = load_catalog()
+    assert not validate_graph(build_graph(), catalog).errors
+    only_reads = validate_graph(build_graph({"effects": ["read"]}), catalog).errors
+    assert [(one.type, one.node_id) for one in only_reads] == [(FindingType.INVALID_CONFIG, "helper")]
+    without_model = validate_graph(build_graph(inner={"model": None}), catalog).warnings
+    assert (FindingType.MISSING_CONFIG, "helper") in [(one.type, one.node_id) for one in without_model]
+    names = ["second", "third"]
+    deep = build_graph(
+        wires=[("second", "helper"), ("third", "second")], more=[build_helper(name) for name in names]
+    )
+    too_deep = validate_graph(deep, catalog).errors
+    assert [one.node_id for one in too_deep] == ["third"]
+    assert "at most 3 deep" in too_deep[0].message
