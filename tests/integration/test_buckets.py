@@ -45,7 +45,7 @@ async def test_a_bucket_gives_its_burst_to_all_processes_together(brokers: tuple
     assert await take_tokens(other, 6) == TokenGrant(6, 0)
     refused = await take_tokens(one, 1)
     assert (refused.tokens, refused.left) == (0, 0)
-    assert 95 < refused.wait_seconds <= 100
+    assert 40 < refused.wait_seconds <= 100
 
 
 async def test_a_bucket_grants_needed_tokens_if_available_and_a_part_of_the_rest_ahead(
@@ -61,7 +61,8 @@ async def test_a_bucket_grants_needed_tokens_if_available_and_a_part_of_the_rest
 async def test_a_full_bucket_gives_more_than_it_holds_and_is_in_debt(brokers: tuple[Broker, Broker]) -> None:
     assert await take_tokens(brokers[0], 25) == TokenGrant(25, -15)
     refused = await take_tokens(brokers[0], 25)
-    assert (refused.tokens, round(refused.wait_seconds)) == (0, 2500)
+    assert refused.tokens == 0
+    assert 2440 < refused.wait_seconds <= 2500
 
 
 async def test_a_bucket_fills_at_its_rate_and_no_further_than_its_burst(

@@ -543,7 +543,7 @@ async def test_a_deadlock_is_worth_another_attempt(postgresql: SqlTarget) -> Non
     await postgresql.run("CREATE TABLE pairs (id int PRIMARY KEY, n int)")
     await postgresql.write([{"id": 1, "n": 0}, {"id": 2, "n": 0}], table="pairs")
     both = [
-        postgresql.run(f"WITH a AS (UPDATE pairs SET n = 1 WHERE id = {first} RETURNING pg_sleep(0.2)),"
+        postgresql.run(f"WITH a AS (UPDATE pairs SET n = 1 WHERE id = {first} RETURNING pg_sleep(3)),"
                        f" b AS (SELECT count(*) AS n FROM a)"
                        f" UPDATE pairs SET n = b.n FROM b WHERE id = {second}")
         for first, second in ((1, 2), (2, 1))
