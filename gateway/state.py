@@ -33,6 +33,7 @@ from gateway.executions.request_limits import BacklogLimits, RunRateLimiter
 from gateway.executions.signal_schemas import SignalSchemas
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import FailedAttempts, PasswordAttempts
+from gateway.http.key_refusals import KeyRefusals
 from gateway.http.sender import SenderAuthenticator
 from gateway.http.sessions import SessionAuthenticator
 from gateway.ingest.delivery_log import DeliveryLog
@@ -92,6 +93,7 @@ class GatewayState:
     """Node types of organizations."""
     authenticator: KeyAuthenticator
     sender_authenticator: SenderAuthenticator
+    key_refusals: KeyRefusals
     deliveries: DeliveryLog
     samples: RejectedSamples
     capacity: IngestCapacity
@@ -180,6 +182,7 @@ async def assemble_state(
         database, settings.secret, settings.previous_secrets, settings.public_url
     )
     sender_authenticator = SenderAuthenticator(database, authenticator)
+    key_refusals = KeyRefusals(database)
     deliveries = DeliveryLog(database)
     samples = RejectedSamples(database)
     subscribers = SubscriptionCache(database)
@@ -232,6 +235,7 @@ async def assemble_state(
                 catalogs=catalogs,
                 authenticator=authenticator,
                 sender_authenticator=sender_authenticator,
+                key_refusals=key_refusals,
                 deliveries=deliveries,
                 samples=samples,
                 capacity=capacity,
@@ -297,6 +301,7 @@ async def assemble_state(
             deliveries.drain,
             samples.drain,
             subscribers.drain,
+            key_refusals.drain,
             sender_authenticator.close,
             authenticator.close,
         ):

@@ -101,6 +101,10 @@ class ApiKey(SQLModel, table=True):
     expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     last_used_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    last_route: str | None = None
+    """Method and path template of the request of `last_used_at`."""
+    last_address_hash: str | None = None
+    """Keyed hash of the address that it came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,12 @@ def hash_key(key: str, secret: bytes) -> str:
 def _derive_hashing_key(secret: bytes) -> bytes:
     """Return a key of 64 bytes, the most that BLAKE2b accepts, for hashes of API keys alone; cached."""
     return blake2b(secret, digest_size=64, person=b"api keys").digest()
+
+
+def hash_address(address: str, secret: bytes) -> str:
+    """Return a keyed hash of a client's address in 12 hexadecimal digits: equal addresses can be told, none be read."""
+    key = blake2b(secret, digest_size=64, person=b"addresses").digest()
+    return blake2b(address.encode(), key=key, digest_size=6).hexdigest()
 
 
 def visible_prefix(key: str) -> str:

@@ -110,10 +110,24 @@ def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
     return FoundKey(caller, row.hash, row.expires_at, row.revoked_at, row.last_used_at)
 
 
-async def record_use(database: Database, key_id: str, *, now: datetime, every: timedelta) -> None:
-    """Store the time of a key's use, unless a use within `every` is stored; raises `DatabaseUnavailable`."""
-    is_due = or_(col(ApiKey.last_used_at).is_(None), col(ApiKey.last_used_at) < now - every)
-    statement = update(ApiKey).where(col(ApiKey.id) == key_id, is_due).values(last_used_at=now)
+@dataclass(frozen=True, slots=True)
+class KeyUse:
+    """Use of an API key."""
+
+    at: datetime
+    route: str
+    """Method and path template."""
+    address_hash: str
+
+
+async def record_use(database: Database, key_id: str, use: KeyUse, *, every: timedelta) -> None:
+    """Store the use of a key, unless one within `every` before it is stored; raises `DatabaseUnavailable`."""
+    is_due = or_(col(ApiKey.last_used_at).is_(None), col(ApiKey.last_used_at) < use.at - every)
+    statement = (
+        update(ApiKey)
+        .where(col(ApiKey.id) == key_id, is_due)
+        .values(last_used_at=use.at, last_route=use.route, last_address_hash=use.address_hash)
+    )
 
     async def record(connection: AsyncConnection) -> None:
         await connection.execute(statement)

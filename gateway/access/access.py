@@ -16,9 +16,10 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, optional_instant, read_json
-from models import access_store
+from models import access_store, key_refusal
 from models.access import ALL_KEY_SCOPES, SCOPES_OF_ROLES, ApiCaller, ApiKey, KeyScope, User, UserRole
 from models.audit import AuditAction
+from models.key_refusal import RefusedScope
 
 LIFETIME: Final = {"minimum": 1, "maximum": limits.KEY_LIFETIME_SECONDS}
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
@@ -37,7 +38,11 @@ class CreateKey(StrictWire):
     """Request body that creates an API key."""
 
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("id", "prefix", "createdAt", "revokedAt", "lastUsedAt", "key", "warnings"), ""
+        (
+            *("id", "prefix", "createdAt", "revokedAt", "lastUsedAt", "lastRoute", "lastAddressHash"),
+            *("refusals", "key", "warnings"),
+        ),
+        "",
     )
 
     name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
@@ -64,6 +69,16 @@ class CreateUser(StrictWire):
     role: UserRole = UserRole.MEMBER
 
 
+class KeyRefusalShape(WireStruct):
+    """Requests of a key that were refused for want of one scope in the last seven days."""
+
+    scope: KeyScope
+    count: int
+    last_at: Instant
+    last_route: str
+    """Method and path template of the last one."""
+
+
 class KeyShape(WireStruct):
     """API key as the API shows it: without its secret, except in the answer that creates it."""
 
@@ -78,6 +93,14 @@ class KeyShape(WireStruct):
     expires_at: Instant | None
     revoked_at: Instant | None
     last_used_at: Instant | None
+    """Last use, exact to a minute."""
+    last_route: str | None
+    """Method and path template of that request, such as `POST /api/v1/workflows/{id}/execute`."""
+    last_address_hash: str | None
+    """Keyed hash of the address that it came from: equal addresses have equal hashes."""
+    refusals: Sequence[KeyRefusalShape]
+    """Scopes that it lacked in the last seven days, the most frequent first. Requests of browser sessions do not count.
+    """
     key: str | UnsetType = UNSET
     """Secret key text, only in the answer that creates the key."""
 
@@ -161,7 +184,8 @@ async def list_keys(request: GatewayRequest) -> JsonResponse:
             limit=page.limit,
             offset=page.offset,
         )
-    shown = [_key_shape(key) for key in keys]
+        refused = await key_refusal.list_by_key(connection, [key.id for key in keys], request.gateway.clock())
+    shown = [_key_shape(key, refused.get(key.id, ())) for key in keys]
     return JsonResponse(KeyList(count=count, limit=page.limit, offset=page.offset, keys=shown))
 
 
@@ -208,7 +232,7 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
         return made
 
     made = await request.gateway.database.transaction(make)
-    return JsonResponse(_key_shape(made.row, made.key), status=201)
+    return JsonResponse(_key_shape(made.row, key_text=made.key), status=201)
 
 
 async def revoke_key(request: GatewayRequest) -> NoContent:
@@ -301,7 +325,9 @@ def _read_expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> 
     return moment.astimezone(UTC)
 
 
-def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
+def _key_shape(
+    key: ApiKey, refused: Sequence[RefusedScope] = (), *, key_text: str | UnsetType = UNSET
+) -> KeyShape:
     """Return a key as the API shows it, with its secret text only if `key_text` is given."""
     return KeyShape(
         key=key_text,
@@ -315,6 +341,18 @@ def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
         expires_at=optional_instant(key.expires_at),
         revoked_at=optional_instant(key.revoked_at),
         last_used_at=optional_instant(key.last_used_at),
+        last_route=key.last_route,
+        last_address_hash=key.last_address_hash,
+        refusals=[
+            KeyRefusalShape(
+                scope=KeyScope(one.scope),
+                count=one.count,
+                last_at=instant(one.last_at),
+                last_route=one.last_route,
+            )
+            for one in refused
+            if one.scope in ALL_KEY_SCOPES
+        ],
     )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gateway.http.parameters import PageBounds
 
 OPERATOR: Final = "operator"
+_NOT_HASHED: Final = {"hash", "secret_id", "last_used_at", "last_route", "last_address_hash"}
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {"createdAt": col(AuditEntry.created_at)}
 
 
@@ -94,11 +95,11 @@ async def record_change(
 
 
 def hash_content(row: ApiKey | User) -> str:
-    """Return the SHA-256 of a row as hexadecimal text, without its secrets and a key's time of last use.
+    """Return the SHA-256 of a row as hexadecimal text, without its secrets and a key's last use.
 
     The audit trail stores it, so that a change of the row is provable without its content.
     """
-    return fingerprint(msgspec.to_builtins(row.model_dump(exclude={"hash", "secret_id", "last_used_at"})))
+    return fingerprint(msgspec.to_builtins(row.model_dump(exclude=_NOT_HASHED)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,22 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from concurrency.single_flight import SingleFlight
+from concurrency.ttl_cache import TTLCache
 from gateway.http import errors
 from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.sessions import SessionAuthenticator
 from journal.group_commit import GroupCommit
 from models import access_store
-from models.access import hash_key
+from models.access import hash_address, hash_key
+from models.access_store import KeyUse
 from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -71,6 +73,10 @@ class KeyAuthenticator:
         """One query at a time for all waiting keys: even a flood of wrong keys occupies one connection only.
         """
         self._failures = FailedAttempts("Too many requests from this address had no valid key")
+        self._recorded: TTLCache[str, bool] = TTLCache(
+            USE_RECORDED_EVERY.total_seconds(), MAX_REMEMBERED_KEYS
+        )
+        """Ids of keys whose use this process has recorded recently."""
         self._background: set[asyncio.Task[None]] = set()
 
     async def caller(self, scope: Scope) -> ApiCaller:
@@ -92,7 +98,14 @@ class KeyAuthenticator:
         caller = await self._lookups.get(key)
         if caller is None:
             raise self._failures.fail(client_of_scope(scope), errors.unauthorized())
+        self._note_use(caller.key_id, scope)
         return caller
+
+    def recent_caller(self, scope: Scope) -> ApiCaller | None:
+        """Return the caller of the request's API key if this process has just authenticated it; None for a session."""
+        key = _read_key(scope)
+        remembered = None if key is None else self._remembered.get(hash_key(key, self._secret))
+        return None if remembered is None else remembered.caller
 
     async def _caller_of_session(self, scope: Scope) -> ApiCaller | None:
         """Return the caller of the browser session in the request's cookie; None without a valid one."""
@@ -118,8 +131,6 @@ class KeyAuthenticator:
         self._remembered.move_to_end(hashed)
         if len(self._remembered) > MAX_REMEMBERED_KEYS:
             self._remembered.popitem(last=False)
-        if found.last_used_at is None or now - found.last_used_at > USE_RECORDED_EVERY:
-            self._in_background(self._record_use(found.caller.key_id, now))
         if found.hash != hashed:
             self._in_background(self._rehash(key, found))
         return found.caller
@@ -136,10 +147,19 @@ class KeyAuthenticator:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _record_use(self, key_id: str, now: datetime) -> None:
-        """Store the time of the last use of a key, at most once a minute; failures are only logged."""
+    def _note_use(self, key_id: str, scope: Scope) -> None:
+        """Record the use of a key by a request in the background, at most once a minute."""
+        if self._recorded.get(key_id):
+            return
+        self._recorded.put(key_id, value=True)
+        address_hash = hash_address(client_of_scope(scope), self._secret)
+        use = KeyUse(self._database.clock.now(), name_route(scope), address_hash)
+        self._in_background(self._record_use(key_id, use))
+
+    async def _record_use(self, key_id: str, use: KeyUse) -> None:
+        """Store the last use of a key; failures are only logged."""
         try:
-            await access_store.record_use(self._database, key_id, now=now, every=USE_RECORDED_EVERY)
+            await access_store.record_use(self._database, key_id, use, every=USE_RECORDED_EVERY)
         except DatabaseUnavailable as error:
             log.warning("use of key not recorded", key_id=key_id, reason=str(error))
 
@@ -152,6 +172,11 @@ class KeyAuthenticator:
             await access_store.rehash_key(self._database, key, earlier=found.hash, secret=self._secret)
         except DatabaseUnavailable as error:
             log.warning("key not rehashed", key_id=found.caller.key_id, reason=str(error))
+
+
+def name_route(scope: Scope) -> str:
+    """Return method and path template of a request, such as `POST /api/v1/workflows/{id}/execute`."""
+    return f"{scope['method']} {scope['route'].path}"
 
 
 def _read_key(scope: Scope) -> str | None:

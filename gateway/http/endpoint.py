@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.http import errors
+from gateway.http.authentication import name_route
 from gateway.http.errors import ApiError
 from gateway.http.parameters import QueryParameter
 from gateway.http.request import GatewayRequest
@@ -76,7 +77,10 @@ class PathEndpoint:
         try:
             return await self._handled(scope, receive)
         except ApiError as error:
-            scope["app"].state.gateway.samples.note(scope, error)
+            gateway: GatewayState = scope["app"].state.gateway
+            gateway.samples.note(scope, error)
+            if error.lacked_scope is not None:
+                _count_refusal(gateway, scope, error.lacked_scope)
             return error.response(scope["request_id"])
         except (DatabaseUnavailable, BrokerUnavailable) as error:
             return errors.not_ready(f"{error}: try again").response(scope["request_id"])
@@ -132,6 +136,16 @@ def _check_scope(caller: ApiCaller, access: KeyScope | AccessRule) -> None:
         access = KeyScope.USERS_WRITE
     if not isinstance(access, KeyScope) or not caller.has_scope(access):
         raise errors.scope_required(str(access))
+
+
+def _count_refusal(gateway: GatewayState, scope: Scope, lacked_scope: str) -> None:
+    """Count a request whose key lacks a scope.
+
+    Requests of browser sessions are left out: pages ask for parts that their visitor may not see.
+    """
+    caller = gateway.authenticator.recent_caller(scope)
+    if caller is not None:
+        gateway.key_refusals.note(caller.key_id, lacked_scope, name_route(scope))
 
 
 async def answer_unrouted(scope: Scope, receive: Receive, send: Send) -> None:

@@ -47,6 +47,11 @@ class ApiError(Exception):
         """Whether the workflow's owner must correct something before the same request can succeed."""
         return self.code == "trigger-not-ready"
 
+    @property
+    def lacked_scope(self) -> str | None:
+        """Scope that the key lacks; None for another refusal."""
+        return str(self.details[0]["message"]) if self.code == "scope-required" else None
+
     def response(self, request_id: str) -> JsonResponse:
         """Return the error as a JSON answer with its status, code, message, details and headers."""
         error = {"code": self.code, "message": self.message, "details": self.details}

@@ -957,8 +957,8 @@ async def create_keys(
     return keys
 
 
-WRITTEN_LATER = frozenset({"delivery", "intake_sample", "process_presence"})
-CHANGED_LATER = frozenset({"last_used_at", "delivered_at"})
+WRITTEN_LATER = frozenset({"delivery", "intake_sample", "key_refusal", "process_presence"})
+CHANGED_LATER = frozenset({"last_used_at", "last_route", "last_address_hash", "delivered_at"})
 
 
 async def read_all_rows(harness: GatewayHarness) -> dict[str, list[str]]:

@@ -1,13 +1,16 @@
 """Keys, users and organizations: authentication, scopes and expiry."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+import re
+from collections.abc import AsyncIterator, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway.access.bootstrap import bootstrap
@@ -17,7 +20,7 @@ from models.access import ApiKey, KeyScope, UserRole
 from models.database import Database, parse_url
 from models.schema_migration import migrate
 from models.settings import InvalidSettings
-from tests.integration.gateway_harness import SECRET, GatewayHarness, assert_refused
+from tests.integration.gateway_harness import GRAPH, SECRET, GatewayHarness, assert_refused
 from tests.services import PostgresServer
 
 KEYS = "/api/v1/auth/keys"
@@ -195,6 +198,52 @@ async def test_the_last_use_of_a_key_is_noted(harness: GatewayHarness) -> None:
             yield listed[0]["lastUsedAt"] is not None
 
     await wait_until_true(is_noted(), within_seconds=PATIENCE_SECONDS)
+    used = (await people.owner.api.get(KEYS)).json()["keys"][0]
+    assert used["lastRoute"] in {f"GET {WHOAMI}", f"GET {KEYS}"}
+    assert re.fullmatch("[0-9a-f]{12}", used["lastAddressHash"])
+
+
+async def test_a_key_lists_the_scopes_that_it_lacked(harness: GatewayHarness) -> None:
+    people = await harness.people()
+    narrow = await people.owner.api.post(KEYS, json={"name": "narrow", "scopes": ["workflows:read"]})
+    api = await harness.client(narrow.json()["key"])
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    for _ in range(3):
+        assert_refused(await api.post("/api/v1/workflows", json={"name": "x"}), 403, "scope-required")
+    assert_refused(await api.post(f"/api/v1/workflows/{workflow_id}/enqueue", json={}), 403, "scope-required")
+    for path in ("/api/v1/audit", f"/api/v1/workflows/{workflow_id}x"):
+        assert (await api.get(path)).status_code in {403, 404}
+    browser = await harness.browser()
+    await browser.post("/session", json={"key": narrow.json()["key"]})
+    assert (await browser.get(KEYS)).status_code == 403
+
+    async def read() -> Mapping[str, Any]:
+        listed = (await people.owner.api.get(KEYS)).json()["keys"]
+        return next(key for key in listed if key["id"] == narrow.json()["id"])
+
+    async def are_counted() -> AsyncIterator[bool]:
+        while True:
+            yield sum(one["count"] for one in (await read())["refusals"]) == 4
+
+    assert await wait_until_true(are_counted(), within_seconds=PATIENCE_SECONDS)
+    assert [(one["scope"], one["count"], one["lastRoute"]) for one in (await read())["refusals"]] == [
+        ("workflows:write", 3, "POST /api/v1/workflows"),
+        ("workflows:execute", 1, "POST /api/v1/workflows/{id}/enqueue"),
+    ]
+    await forget_days(harness, narrow.json()["id"])
+    assert (await read())["refusals"] == []
+
+
+async def forget_days(harness: GatewayHarness, key_id: str) -> None:
+    """Move the counted refusals of a key eight days back."""
+
+    async def move(connection: AsyncConnection) -> None:
+        await connection.execute(
+            text("UPDATE key_refusal SET day = day - :time WHERE key_id = :key"),
+            {"time": timedelta(days=8) // timedelta(microseconds=1), "key": key_id},
+        )
+
+    await harness.gateway.database.transaction(move)
 
 
 async def test_members_manage_their_own_keys_and_admins_those_of_the_organisation(

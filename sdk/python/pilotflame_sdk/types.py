@@ -117,6 +117,7 @@ __all__ = [
     "Key",
     "KeyList",
     "KeyProvider",
+    "KeyRefusal",
     "KeyScope",
     "LastDecision",
     "LastRun",
@@ -1401,6 +1402,9 @@ class _KeyAlways(TypedDict):
     expiresAt: str | None
     revokedAt: str | None
     lastUsedAt: str | None
+    lastRoute: str | None
+    lastAddressHash: str | None
+    refusals: List[KeyRefusal]
 
 
 class Key(_KeyAlways, total=False):
@@ -1417,6 +1421,15 @@ class KeyList(TypedDict):
     limit: int
     offset: int
     keys: List[Key]
+
+
+class KeyRefusal(TypedDict):
+    """Requests of a key that were refused for want of one scope in the last seven days."""
+
+    scope: KeyScope
+    count: int
+    lastAt: str
+    lastRoute: str
 
 
 class LastDecision(TypedDict):

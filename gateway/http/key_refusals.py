@@ -1,0 +1,117 @@
+"""Counts of requests whose key lacks a scope, so that an owner can give a key what it needs.
+
+Programs repeat refused requests, so they are counted in memory, and a count per key, scope and day is written every few
+seconds. A process that crashes loses the counts of the last seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from models import key_refusal
+from models.errors import DatabaseUnavailable
+from models.key_refusal import KeyRefusal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+log = structlog.get_logger()
+
+WRITE_SECONDS: Final = 3.0
+MAX_WAITING: Final = 10_000
+"""Keys and scopes that are counted between two writes; refusals of others are not counted."""
+
+
+@dataclass(slots=True)
+class _Count:
+    """Refusals of a key for a scope on a day that are not written yet."""
+
+    number: int
+    last_at: datetime
+    last_route: str
+
+
+class KeyRefusals:
+    """Counter of one gateway."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._waiting: dict[tuple[datetime, str, str], _Count] = {}
+        self._writing: asyncio.Task[None] | None = None
+        self._is_urgent = asyncio.Event()
+        self._first_kept: datetime | None = None
+        """Earliest day that this process has kept: earlier ones are deleted once a day."""
+
+    def note(self, key_id: str, scope: str, route: str) -> None:
+        """Count a request to `route`, a method and path template, that was refused because a key lacks a scope."""
+        now = self._database.clock.now()
+        identity = (key_refusal.begin_of_day(now), key_id, scope)
+        found = self._waiting.get(identity)
+        if found is not None:
+            found.number += 1
+            found.last_at, found.last_route = now, route
+        elif len(self._waiting) < MAX_WAITING:
+            self._waiting[identity] = _Count(1, now, route)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+
+    async def drain(self) -> None:
+        """Write the counts that wait for the next write, before the process stops."""
+        self._is_urgent.set()
+        if self._writing is not None:
+            await self._writing
+        self._is_urgent.clear()
+
+    async def _write(self) -> None:
+        """Write the counts every three seconds until none wait; `drain` makes it write at once.
+
+        Counts are lost while the database is away.
+        """
+        try:
+            while self._waiting:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(WRITE_SECONDS):
+                        await self._is_urgent.wait()
+                batch, self._waiting = self._waiting, {}
+                rows = [
+                    KeyRefusal(
+                        day=day,
+                        key_id=key_id,
+                        scope=scope,
+                        count=found.number,
+                        last_at=found.last_at,
+                        last_route=found.last_route,
+                    )
+                    for (day, key_id, scope), found in batch.items()
+                ]
+                await self._write_rows(rows)
+        finally:
+            self._writing = None
+
+    async def _write_rows(self, rows: Sequence[KeyRefusal]) -> None:
+        """Add counts to those in the database, and delete those of past days with the first write of a day."""
+        first = key_refusal.first_day(self._database.clock.now())
+
+        async def write(connection: AsyncConnection) -> None:
+            await key_refusal.add_counts(connection, rows)
+            if first != self._first_kept:
+                await key_refusal.delete_earlier(connection, first)
+
+        try:
+            await self._database.transaction(write)
+        except DatabaseUnavailable as error:
+            log.warning("refusals of keys not counted", count=len(rows), reason=str(error))
+        except Exception:
+            log.exception("refusals of keys not counted", count=len(rows))
+        else:
+            self._first_kept = first
