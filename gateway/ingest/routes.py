@@ -119,6 +119,14 @@ ROUTES: Final[Sequence[Route]] = (
     ),
     Route(
         "POST",
+        "/api/v1/workflows/{id}/schedule/preview",
+        READ,
+        schedule.preview,
+        body=schedule.SchedulePreviewRequest,
+        answer=schedule.SchedulePreview,
+    ),
+    Route(
+        "POST",
         "/api/v1/workflows/{id}/enqueue",
         AccessRule.SENDER,
         enqueue.enqueue,

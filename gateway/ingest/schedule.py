@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 from sqlalchemy import and_, func, select
 from sqlmodel import col
 
 from engine.triggers import SCHEDULE_KIND
+from gateway.http import errors
 from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, WireStruct, instant
+from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
 from gateway.workflows import editing
 from journal import definition_snapshot
 from journal.definition_snapshot import TriggerNode
@@ -122,6 +124,23 @@ class ScheduleList(WireStruct):
     schedules: Sequence[ListedSchedule]
 
 
+class SchedulePreviewRequest(StrictWire):
+    """Times to preview: the fields of the trigger `schedule-trigger` that decide when runs start."""
+
+    cron: Annotated[str, Meta(max_length=schedule_timetable.CRON_CHARACTERS)] | None = None
+    """Minute, hour, day, month and day of week; wins over an interval."""
+    interval_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] | None = None
+    timezone: Annotated[str, Meta(max_length=100)] = "UTC"
+    jitter_seconds: Annotated[int, Meta(ge=0, le=3_600)] = 0
+
+
+class SchedulePreview(WireStruct):
+    """Next instants of times that are not saved."""
+
+    workflow_id: str
+    next_runs: Sequence[UpcomingRun]
+
+
 LISTED: Final = (LIMIT, OFFSET)
 
 
@@ -150,6 +169,25 @@ async def show(request: GatewayRequest) -> JsonResponse:
     trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
     shown = _show_schedule(stored.workflow, trigger, row, status, request.gateway.clock())
     return editing.answer(stored, shown)
+
+
+async def preview(request: GatewayRequest) -> JsonResponse:
+    """Show the next five instants of times for a workflow, as if they were saved now. Nothing is saved.
+
+    Refused for times that no schedule can follow, such as a cron expression that matches no time.
+    """
+    body = await decode_body(request, SchedulePreviewRequest)
+    async with request.gateway.database.read() as connection:
+        workflow = await editing.find_readable_row(connection, request.requested_object)
+    config = {name: value for name, value in msgspec.to_builtins(body).items() if value is not None}
+    try:
+        timetable = schedule_timetable.parse_timetable(config)
+    except InvalidTimetable as error:
+        path = "intervalSeconds" if body.cron is None else "cron"
+        raise errors.invalid([errors.problem(path, "invalid-schedule", str(error))]) from error
+    now = request.gateway.clock()
+    upcoming = _list_upcoming(timetable, workflow.id, now, now.replace(microsecond=0))
+    return JsonResponse(SchedulePreview(workflow_id=workflow.id, next_runs=upcoming))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,16 +294,23 @@ def _show_schedule(
     since, anchor = now, now.replace(microsecond=0)
     if row is not None and row.next_run_at is not None:
         since, anchor = row.next_run_at - _MICROSECOND, row.anchor_at
-    delay = wanted.start_delay(workflow.id)
-    shape.next_runs = [
+    shape.next_runs = _list_upcoming(wanted, workflow.id, since, anchor)
+    return shape
+
+
+def _list_upcoming(
+    timetable: ScheduleTimetable, workflow_id: str, since: datetime, anchor: datetime
+) -> Sequence[UpcomingRun]:
+    """Return the five instants of a timetable after `since`; intervals count from `anchor`."""
+    delay = timetable.start_delay(workflow_id)
+    return [
         UpcomingRun(
             at=instant(at),
-            local_time=at.astimezone(wanted.zone).isoformat(timespec="seconds"),
+            local_time=at.astimezone(timetable.zone).isoformat(timespec="seconds"),
             starts_at=instant(at + delay),
         )
-        for at in schedule_timetable.upcoming_instants(wanted, since, anchor, SHOWN_RUNS)
+        for at in schedule_timetable.upcoming_instants(timetable, since, anchor, SHOWN_RUNS)
     ]
-    return shape
 
 
 def _inactive_reason(workflow: Workflow) -> InactiveReason | None:

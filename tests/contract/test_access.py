@@ -839,6 +839,7 @@ ROWS = [
     write_row("PUT", "/log-level", {"level": "debug"}),
     read_row("GET", "/lifecycle/history"),
     AccessRow("POST", f"{WORKFLOW}/lifecycle/preview", READ, READERS, create_workflow, {"type": "always-on"}),
+    AccessRow("POST", f"{WORKFLOW}/schedule/preview", READ, READERS, create_workflow, {"cron": "0 7 * * *"}),
     AccessRow("POST", "/api/v1/executions/bulk-cancel", EXECUTE, OWN, body=DRY_RUN),
     AccessRow("POST", "/api/v1/executions/bulk-retry", EXECUTE, OWN, body=DRY_RUN),
     AccessRow("POST", "/api/v1/executions/bulk-delete", WRITE, OWN, body=DRY_RUN),

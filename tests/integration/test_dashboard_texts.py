@@ -134,6 +134,7 @@ WITHOUT_OBJECTS = {
     "POST /mail/{id}": "the texts of a mail, as in email-trigger",
     "PUT /api/v1/workflows/{id}/lifecycle": "times and a zone",
     "POST /api/v1/workflows/{id}/lifecycle/preview": "times and a zone",
+    "POST /api/v1/workflows/{id}/schedule/preview": "times and a zone",
     "POST /api/v1/workflows/{id}/share": "an id",
     "POST /api/v1/datasources/{id}/share": "an id",
     "POST /api/v1/executions/{id}/input": "checked against the question",

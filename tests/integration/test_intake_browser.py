@@ -48,6 +48,7 @@ FULL = (
     "/dashboard/workflows/{queue}/trigger",
     "/dashboard/workflows/{event}/trigger",
     "/dashboard/workflows/{schedule}/trigger",
+    "/dashboard/workflows/{schedule}/trigger?cron=30+7+*+*+mon-fri",
     "/dashboard/schedule",
     "/dashboard/schedule?hours=168",
     "/dashboard/keys",
@@ -424,6 +425,27 @@ async def test_an_approval_by_link_takes_one_answer_on_a_phone(visit: IntakeVisi
         await wait_until_ended(visit.people.owner, execution_id)
     span = (await visit.people.owner.api.get(f"/api/v1/executions/{execution_id}/spans/ask")).json()
     assert span["port"] == "yes"
+    assert page.problems == []
+
+
+async def test_the_next_times_of_an_edited_schedule_are_shown_before_it_is_saved(visit: IntakeVisit) -> None:
+    page = visit.page
+    await visit.sign_in(visit.people.admin.key)
+    await visit.show("/dashboard/workflows/{schedule}/trigger")
+    await page.fill("#cron", "15 6 * * *")
+    await page.follow("button[formaction]")
+    await page.wait_for("document.querySelector('#then') !== null")
+    shown = (
+        "[...document.querySelectorAll('section[aria-labelledby=then] li small')].map(one => one.textContent)"
+    )
+    assert ["T06:15:00" in one for one in await page.evaluate(shown)] == [True] * 5
+    config = f"{WORKFLOWS}/{visit.names['schedule']}"
+    nodes = (await visit.people.admin.api.get(config)).json()["nodes"]
+    assert nodes[0]["config"]["cron"] == "0 * * * *"
+    await page.fill("#cron", "15 25 * * *")
+    await page.follow("button[formaction]")
+    await page.wait_for("document.querySelector('form [data-problem]:not([hidden])') !== null")
+    assert "matches no time" in await page.text("form [data-problem]:not([hidden])")
     assert page.problems == []
 
 

@@ -89,6 +89,29 @@ async def test_the_list_has_the_schedules_of_readable_workflows_the_next_run_fir
     assert (await people.colleague.api.get("/api/v1/schedules")).json()["schedules"] == []
 
 
+async def test_a_preview_lists_the_next_times_of_an_edited_schedule_and_saves_nothing(
+    people: OrganizationUsers,
+) -> None:
+    workflow_id = await create_active_workflow(people.owner, HOURLY)
+    before = (await get_schedule(people.owner, workflow_id))["policy"]
+    path = f"/api/v1/workflows/{workflow_id}/schedule/preview"
+    edited = {"cron": "30 7 * * mon-fri", "timezone": "Europe/Berlin"}
+    shown = await people.owner.api.post(path, json=edited)
+    assert shown.status_code == 200, shown.text
+    runs = [datetime.fromisoformat(run["localTime"]) for run in shown.json()["nextRuns"]]
+    assert [(at.hour, at.minute, at.weekday() < 5) for at in runs] == [(7, 30, True)] * 5
+    assert runs == sorted(set(runs))
+    for wrong, field in (
+        ({"cron": "0 25 * * *"}, "cron"),
+        ({"cron": "0 7 * * *", "timezone": "Mars/Olympus"}, "cron"),
+        ({}, "intervalSeconds"),
+    ):
+        refused = await people.owner.api.post(path, json=wrong)
+        assert_refused(refused, 422, "validation-failed")
+        assert refused.json()["error"]["details"][0]["path"] == field
+    assert (await get_schedule(people.owner, workflow_id))["policy"] == before
+
+
 async def get_instants(person: UserClient, workflow_id: str) -> list[datetime]:
     """Return the next five instants."""
     return [

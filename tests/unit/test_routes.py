@@ -38,7 +38,9 @@ def test_changes_require_a_scope() -> None:
     # Read-only questions that are sent by POST.
     # A visitor may always end a session of their own.
     own = {"/api/v1/auth/sessions/{id}"}
-    asks = {"/api/v1/workflows/{id}/validate", "/api/v1/workflows/{id}/lifecycle/preview"}
+    asks = {
+        f"/api/v1/workflows/{{id}}/{path}" for path in ("validate", "lifecycle/preview", "schedule/preview")
+    }
     public = {
         *("/hooks/{id}", "/mail/{id}", "/api/v1/workflows/events"),
         "/api/v1/executions/{id}/callback",

@@ -166,7 +166,8 @@ async function submitPaced(form, button) {
 }
 
 document.addEventListener("submit", (event) => {
-  if (event.target.dataset.request) {
+  // A button with an address of its own shows a preview on the page there.
+  if (event.target.dataset.request && !event.submitter?.hasAttribute("formaction")) {
     event.preventDefault();
     if ("paced" in event.target.dataset) submitPaced(event.target, event.submitter);
     else submit(event.target, event.submitter);

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
 from gateway.dashboard.page import Page, PageData, PageFrame
+from gateway.http.errors import ApiError
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
@@ -61,9 +62,10 @@ REMEDIES: Final = {
 
 async def load(page: PageRequest) -> PageData:
     """Ask the API for a workflow, the addresses of its trigger, eight deliveries and refused requests,
-    sources and schedule.
+    sources, schedule, and the next times of a cron expression in the query.
 
-    Parts that are forbidden or do not apply are None. Raises `ApiError`.
+    Parts that are forbidden or do not apply are None. Raises `ApiError`; that about the expression becomes
+    the text `problem`.
     """
     path = f"/api/v1/workflows/{page.parameters['id']}"
     workflow = await page.get(path)
@@ -80,7 +82,19 @@ async def load(page: PageRequest) -> PageData:
         page.get_if_present("/api/v1/datasources", limit=SOURCES),
         page.get_if_present(f"{path}/schedule"),
     )
-    return {"workflow": workflow, **dict(zip(names, answers, strict=True))}
+    preview, problem = None, ""
+    if node is not None and KINDS[node["nodeId"]] == "schedule" and page.query.get("cron"):
+        try:
+            preview = await page.preview(f"{path}/schedule/preview", **read_times(page.query))
+        except ApiError as error:
+            problem = error.message
+    found = dict(zip(names, answers, strict=True))
+    return {"workflow": workflow, "preview": preview, "problem": problem, **found}
+
+
+def read_times(query: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the times that the form of a schedule asks for: a cron expression, and a time zone unless it is empty."""
+    return {name: query[name] for name in ("cron", "timezone") if query.get(name)}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -130,6 +144,10 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "has_run": any(one["outcome"] == "accepted" for one in deliveries),
         "refusal": describe_refusals(samples, deliveries),
         "schedule": data["schedule"],
+        "preview": data["preview"],
+        "problem": data["problem"],
+        "times": {**config, **read_times(frame.query)} if kind == "schedule" else {},
+        "here": frame.root + here,
         "event_type": _sample_event_type(config.get("event_type")),
         "is_active": workflow["status"] == "active",
         "may_write": frame.may("workflows:write"),

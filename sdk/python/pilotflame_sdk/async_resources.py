@@ -567,6 +567,14 @@ class AsyncQueue(AsyncResource):
         await self._client.request("DELETE", f"/api/v1/dead-letters/groups/{self._quote(group_id)}/mute")
 
 
+class AsyncSchedule(AsyncResource):
+    """Methods of `client.schedule`."""
+
+    async def preview(self, workflow_id: str, *, cron: str | None = None, interval_seconds: int | None = None, timezone: str | None = None, jitter_seconds: int | None = None) -> t.SchedulePreview:
+        """Show the next five instants of times for a workflow, as if they were saved now. Nothing is saved."""
+        return cast("t.SchedulePreview", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/schedule/preview", fields={"cron": cron, "intervalSeconds": interval_seconds, "timezone": timezone, "jitterSeconds": jitter_seconds}))
+
+
 class AsyncSchedules(AsyncResource):
     """Methods of `client.schedules`."""
 
@@ -920,6 +928,7 @@ class AsyncResourceClient(AsyncTransport):
         self.node_types = AsyncNodeTypes(self)
         self.provider_keys = AsyncProviderKeys(self)
         self.queue = AsyncQueue(self)
+        self.schedule = AsyncSchedule(self)
         self.schedules = AsyncSchedules(self)
         self.server = AsyncServer(self)
         self.sessions = AsyncSessions(self)

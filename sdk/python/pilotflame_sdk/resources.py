@@ -567,6 +567,14 @@ class Queue(Resource):
         self._client.request("DELETE", f"/api/v1/dead-letters/groups/{self._quote(group_id)}/mute")
 
 
+class Schedule(Resource):
+    """Methods of `client.schedule`."""
+
+    def preview(self, workflow_id: str, *, cron: str | None = None, interval_seconds: int | None = None, timezone: str | None = None, jitter_seconds: int | None = None) -> t.SchedulePreview:
+        """Show the next five instants of times for a workflow, as if they were saved now. Nothing is saved."""
+        return cast("t.SchedulePreview", self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/schedule/preview", fields={"cron": cron, "intervalSeconds": interval_seconds, "timezone": timezone, "jitterSeconds": jitter_seconds}))
+
+
 class Schedules(Resource):
     """Methods of `client.schedules`."""
 
@@ -920,6 +928,7 @@ class ResourceClient(Transport):
         self.node_types = NodeTypes(self)
         self.provider_keys = ProviderKeys(self)
         self.queue = Queue(self)
+        self.schedule = Schedule(self)
         self.schedules = Schedules(self)
         self.server = Server(self)
         self.sessions = Sessions(self)

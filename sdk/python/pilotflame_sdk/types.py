@@ -217,6 +217,7 @@ __all__ = [
     "Schedule",
     "ScheduleList",
     "SchedulePolicy",
+    "SchedulePreview",
     "ScheduleTick",
     "ScheduleTimeline",
     "SchedulerLead",
@@ -2446,6 +2447,13 @@ class SchedulePolicy(TypedDict):
     misfireLimit: int
     overlap: OverlapPolicy
     jitterSeconds: int
+
+
+class SchedulePreview(TypedDict):
+    """Next instants of times that are not saved."""
+
+    workflowId: str
+    nextRuns: List[UpcomingRun]
 
 
 class ScheduleTick(TypedDict):
