@@ -21,6 +21,7 @@ from gateway.executions import (
     run_graphs,
     run_statistics,
     signals,
+    source_usage,
     span_comparison,
 )
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape, SpanDetailsShape
@@ -42,7 +43,7 @@ from gateway.http.operation_docs import (
     OtherSuccess,
 )
 from gateway.http.refusals import BODY_CODES
-from gateway.http.route import EXECUTE, READ, WRITE, Route
+from gateway.http.route import EXECUTE, READ, READ_SOURCES, WRITE, Route
 
 FOLLOWED: Final = OperationDoc(
     takes=(LAST_EVENT_ID,),
@@ -244,6 +245,13 @@ ROUTES: Final[Sequence[Route]] = (
         executions.events,
         answer=executions.StreamedEvent,
         docs=replace(FOLLOWED, media_type=EVENT_STREAM),
+    ),
+    Route(
+        "GET",
+        "/api/v1/datasources/{id}/usage",
+        READ_SOURCES,
+        source_usage.show,
+        answer=source_usage.DataSourceUsage,
     ),
     Route(
         "GET",

@@ -139,7 +139,7 @@ def _check_scope(caller: ApiCaller, access: KeyScope | AccessRule) -> None:
 
 
 def _count_refusal(gateway: GatewayState, scope: Scope, lacked_scope: str) -> None:
-    """Count a request whose key lacks a scope.
+    """Count a refusal of a key for want of a scope.
 
     Requests of browser sessions are left out: pages ask for parts that their visitor may not see.
     """

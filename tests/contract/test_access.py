@@ -642,6 +642,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/admin/health", USERS, ADMINS),
     AccessRow("GET", "/api/v1/intake-samples", USERS, ADMINS),
     AccessRow("GET", "/api/v1/datasources", READ_SOURCES, OWN),
+    use_row("GET", "/usage"),
     AccessRow("POST", "/api/v1/datasources", WRITE_SOURCES, OWN, body=TOKEN, status=201),
     use_row("GET", ""),
     change_row("PUT", "", {"name": "<address>"}),

@@ -139,6 +139,53 @@ async def test_texts_of_a_run_are_shown_as_text(harness: GatewayHarness, people:
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
 
 
+async def test_a_data_source_shows_its_users_and_the_failures_of_their_nodes(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    token = {"name": "CRM <b>", "type": "http-bearer", "secrets": {"token": "t"}}
+    source_id = (await people.owner.api.post("/api/v1/datasources", json=token)).json()["dataSourceId"]
+    step = {
+        "id": "step",
+        "nodeId": "set",
+        "label": "Ask",
+        "config": {"values": {"deep": [{"by": source_id}]}},
+    }
+    workflow_id = await people.owner.create(
+        name="Customer sync",
+        status="active",
+        nodes=[{"id": "start", "nodeId": "manual"}, step],
+        connections=[],
+    )
+    for reason in ("", "The CRM is <i>away</i>"):
+        started = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+        if reason:
+            await fail_with(harness, started.json()["executionId"], reason)
+    usage = (await people.owner.api.get(f"/api/v1/datasources/{source_id}/usage")).json()
+    nodes = [{"nodeId": "step", "label": "Ask", "type": "set"}]
+    assert usage["workflows"] == [{"workflowId": workflow_id, "name": "Customer sync", "nodes": nodes}]
+    assert (usage["ended"], usage["failed"], usage["lastSuccessAt"]) == (1, 1, None)
+    assert sum(hour["failed"] for hour in usage["hours"]) == 1
+    assert usage["lastFailure"]["executionId"] == started.json()["executionId"]
+    assert usage["lastFailure"]["message"] == "The CRM is <i>away</i>"
+    await people.owner.api.put(f"/api/v1/datasources/{source_id}/visibility", json={"isPublic": True})
+    colleague = {"name": "x", "scopes": ["datasources:read"]}
+    made = (await people.colleague.api.post("/api/v1/auth/keys", json=colleague)).json()
+    seen = (await (await harness.client(made["key"])).get(f"/api/v1/datasources/{source_id}/usage")).json()
+    assert (seen["workflows"], seen["ended"]) == ([], 0)
+    browser = await sign_in(harness, people.owner.key)
+    page = (await browser.get(f"/dashboard/sources?source={source_id}")).text
+    assert "Customer sync" in page
+    assert f"/dashboard/runs/{started.json()['executionId']}?node=step" in page
+    assert "The CRM is &lt;i&gt;away&lt;/i&gt;" in page
+    assert f"DELETE /api/v1/datasources/{source_id}?force=true" in page
+    assert "fail without it: Customer sync." in page
+    of_colleague = (
+        await (await sign_in(harness, people.colleague.key)).get(f"/dashboard/sources?source={source_id}")
+    ).text
+    assert "Customer sync" not in of_colleague
+    assert f"DELETE /api/v1/datasources/{source_id}" not in of_colleague
+
+
 async def fail_with(harness: GatewayHarness, execution_id: str, text: str) -> None:
     """Record that the node `step` of a run has failed, with a text everywhere."""
     now = harness.gateway.clock()

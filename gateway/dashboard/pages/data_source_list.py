@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 from gateway.dashboard.addresses import list_address
+from gateway.dashboard.formats import show_share
+from gateway.dashboard.hour_charts import draw_bars, label_hours
 from gateway.dashboard.page import Page, PageData, PageFrame
 
 if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 50
+SHOWN_LOSSES: Final = 5
 PATH: Final = "/dashboard/sources"
 ADDRESS_FIELDS: Final = ("host", "endpoint", "url", "file", "bucket")
 """Settings of which the first that is there says where a source is."""
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for a page of 50 data sources, by the type and offset of the query; raises `ApiError`."""
+    """Ask the API for a page of 50 data sources, by the type and offset of the query, and for the selected one with
+    its use.
+
+    Both are None for an unknown one. Raises `ApiError`.
+    """
     given = page.query
-    return {
-        "sources": await page.get(
-            "/api/v1/datasources", type=given.get("type"), limit=LIMIT, offset=given.get("offset")
-        )
-    }
+    selected = given.get("source", "")
+    path = f"/api/v1/datasources/{quote(selected, safe='')}"
+    sources, source, usage = await asyncio.gather(
+        page.get("/api/v1/datasources", type=given.get("type"), limit=LIMIT, offset=given.get("offset")),
+        page.get_if_present(path) if selected else no_answer(),
+        page.get_if_present(f"{path}/usage") if selected else no_answer(),
+    )
+    return {"sources": sources, "source": source, "usage": usage}
+
+
+async def no_answer() -> None:
+    """Stand for the answer to a question that is not asked."""
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -32,6 +48,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     sources = data["sources"]
     shown = sources["offset"] + len(sources["dataSources"])
     is_last = shown >= sources["count"]
+    source, usage = data["source"], data["usage"]
+    filters = {name: frame.query.get(name, "") for name in ("type", "offset")}
     return {
         "title": "Data sources",
         "crumbs": (("Data sources", ""),),
@@ -39,10 +57,34 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             {**source, "address": _address_of(source["settings"])} for source in sources["dataSources"]
         ],
         "count": sources["count"],
+        "source": source,
+        "usage": usage,
+        "bars": None
+        if usage is None
+        else draw_bars(
+            [hour["ended"] for hour in usage["hours"]], [hour["failed"] for hour in usage["hours"]]
+        ),
+        "hour_labels": [] if usage is None else label_hours(usage["hours"]),
+        "share": "" if usage is None or not usage["ended"] else show_share(usage["failed"], usage["ended"]),
+        "loses": describe_losses(usage),
+        "may_change": source is not None
+        and frame.visitor is not None
+        and frame.may("datasources:write")
+        and (frame.visitor["role"] == "admin" or frame.visitor["userId"] == source["ownerId"]),
+        "address_of": lambda source_id: list_address(frame, PATH, {**filters, "source": source_id}),
         "user_id": frame.visitor["userId"] if frame.visitor else "",
         "type": frame.query.get("type", ""),
         "next": "" if is_last else list_address(frame, PATH, {"offset": str(shown)}),
     }
+
+
+def describe_losses(usage: Mapping[str, Any] | None) -> str:
+    """Return the names of the workflows and models that fail without a data source, as a sentence; empty for none."""
+    named = [] if usage is None else [one["name"] for one in (*usage["workflows"], *usage["models"])]
+    if not named:
+        return ""
+    others = f" and {len(named) - SHOWN_LOSSES} more" if len(named) > SHOWN_LOSSES else ""
+    return f"These name it, and fail without it: {', '.join(named[:SHOWN_LOSSES])}{others}."
 
 
 def _address_of(settings: Mapping[str, Any]) -> str:

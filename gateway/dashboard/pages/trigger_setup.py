@@ -1,4 +1,4 @@
-"""Set-up of the trigger of one workflow: addresses, steps at each sender, a test, and what arrives meanwhile."""
+"""Set-up of the trigger of one workflow: addresses, steps at each sender, a test, and the requests so far."""
 
 from __future__ import annotations
 

@@ -651,6 +651,14 @@ class AsyncSigningSecret(AsyncResource):
         return cast("t.NewSigningSecret", await self._client.request("POST", "/api/v1/auth/signing-secret"))
 
 
+class AsyncSourceUsage(AsyncResource):
+    """Methods of `client.source_usage`."""
+
+    async def get(self, datasource_id: str) -> t.DataSourceUsage:
+        """Show the workflows and models that name a data source, and the failures and durations of their nodes in 24 hours."""
+        return cast("t.DataSourceUsage", await self._client.request("GET", f"/api/v1/datasources/{self._quote(datasource_id)}/usage"))
+
+
 class AsyncTasks(AsyncResource):
     """Methods of `client.tasks`."""
 
@@ -933,6 +941,7 @@ class AsyncResourceClient(AsyncTransport):
         self.server = AsyncServer(self)
         self.sessions = AsyncSessions(self)
         self.signing_secret = AsyncSigningSecret(self)
+        self.source_usage = AsyncSourceUsage(self)
         self.tasks = AsyncTasks(self)
         self.triggers = AsyncTriggers(self)
         self.users = AsyncUsers(self)

@@ -651,6 +651,14 @@ class SigningSecret(Resource):
         return cast("t.NewSigningSecret", self._client.request("POST", "/api/v1/auth/signing-secret"))
 
 
+class SourceUsage(Resource):
+    """Methods of `client.source_usage`."""
+
+    def get(self, datasource_id: str) -> t.DataSourceUsage:
+        """Show the workflows and models that name a data source, and the failures and durations of their nodes in 24 hours."""
+        return cast("t.DataSourceUsage", self._client.request("GET", f"/api/v1/datasources/{self._quote(datasource_id)}/usage"))
+
+
 class Tasks(Resource):
     """Methods of `client.tasks`."""
 
@@ -933,6 +941,7 @@ class ResourceClient(Transport):
         self.server = Server(self)
         self.sessions = Sessions(self)
         self.signing_secret = SigningSecret(self)
+        self.source_usage = SourceUsage(self)
         self.tasks = Tasks(self)
         self.triggers = Triggers(self)
         self.users = Users(self)

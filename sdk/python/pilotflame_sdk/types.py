@@ -49,6 +49,7 @@ __all__ = [
     "DataSourceShareResult",
     "DataSourceTest",
     "DataSourceType",
+    "DataSourceUsage",
     "DatabaseHealth",
     "DeadLetter",
     "DeadLetterGroup",
@@ -236,6 +237,11 @@ __all__ = [
     "SigningSecret",
     "SkipReason",
     "SkippedInstant",
+    "SourceFailure",
+    "SourceHour",
+    "SourceModel",
+    "SourceNode",
+    "SourceWorkflow",
     "Span",
     "SpanComparison",
     "SpanDetails",
@@ -767,6 +773,22 @@ class DataSourceTest(TypedDict):
     ok: bool
     message: str
     durationMs: int
+
+
+class DataSourceUsage(TypedDict):
+    """Use of a data source by workflows that the caller may read."""
+
+    dataSourceId: str
+    workflows: List[SourceWorkflow]
+    models: List[SourceModel]
+    since: str
+    ended: int
+    failed: int
+    p50Ms: int | None
+    p95Ms: int | None
+    hours: List[SourceHour]
+    lastSuccessAt: str | None
+    lastFailure: SourceFailure | None
 
 
 class DatabaseHealth(TypedDict):
@@ -2632,6 +2654,48 @@ class SkippedInstant(TypedDict):
 
     at: str
     reason: SkipReason
+
+
+class SourceFailure(TypedDict):
+    """Last failure of a node that names the data source."""
+
+    at: str
+    workflowId: str
+    nodeId: str
+    executionId: str | None
+    code: str
+    message: str
+
+
+class SourceHour(TypedDict):
+    """Ends of nodes that name the data source within one hour."""
+
+    startsAt: str
+    ended: int
+    failed: int
+
+
+class SourceModel(TypedDict):
+    """Language model that gets its address and key from the data source."""
+
+    modelId: str
+    name: str
+
+
+class SourceNode(TypedDict):
+    """Node with the data source in its config."""
+
+    nodeId: str
+    label: str
+    type: str
+
+
+class SourceWorkflow(TypedDict):
+    """Workflow with nodes that name the data source."""
+
+    workflowId: str
+    name: str
+    nodes: List[SourceNode]
 
 
 class _SpanAlways(TypedDict):
