@@ -90,6 +90,9 @@ def _organization_lines(explained: Mapping[str, Any]) -> Iterator[str]:
     if not explained["reasons"]:
         yield "No unfinished runs"
     workers = explained["workers"]
-    yield f"Workers: {workers['present']}, with {workers['heldRuns']} of at most {workers['concurrency']} runs"
+    if workers["present"] is None:
+        yield f"Workers: {workers['state']}"
+    else:
+        yield f"Workers: {workers['present']}, with {workers['heldRuns']} of at most {workers['concurrency']} runs"
     for fact in explained["unknown"]:
         yield f"unknown: {fact}"

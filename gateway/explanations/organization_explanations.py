@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from gateway.explanations.run_explanations import is_broker_reachable
 from gateway.http.request import GatewayRequest
@@ -10,6 +12,10 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal.explanations import run_counts, run_explanation
 from journal.explanations.blockers import BLOCKER_RULES, BlockerCode, BlockerKind
+from models import access_store
+
+if TYPE_CHECKING:
+    from models.worker_presence import WorkerPresence
 
 
 class ReasonCount(WireStruct):
@@ -26,13 +32,26 @@ class ReasonCount(WireStruct):
     remedy: str
 
 
+class WorkerState(StrEnum):
+    """State of the workers of the server."""
+
+    ABSENT = "absent"
+    """None has reported within 15 seconds."""
+    FREE = "free"
+    """One of them takes further runs."""
+    FULL = "full"
+    """All hold as many runs as they may."""
+
+
 class WorkerCounts(WireStruct):
     """Workers of the server that have reported within 15 seconds."""
 
-    present: int
-    concurrency: int
+    state: WorkerState
+    present: int | None
+    concurrency: int | None
     """Number of runs that they hold at most."""
-    held_runs: int
+    held_runs: int | None
+    """These numbers add up the work of all organizations: null unless the organization is the operator's."""
     last_seen: Instant | None
     """Last report of any worker."""
 
@@ -57,6 +76,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     is_reachable = await is_broker_reachable(gateway.broker)
     async with gateway.database.read_snapshot() as connection:
         counts = await run_counts.count_runs(connection, request.caller.organization_id)
+        is_operator = await access_store.is_operator_organization(connection, request.caller.organization_id)
     present = run_explanation.present_workers(counts.workers, counts.now)
     reasons = [
         ReasonCount(
@@ -74,11 +94,20 @@ async def show(request: GatewayRequest) -> JsonResponse:
         as_of=instant(counts.now),
         reasons=sorted(reasons, key=lambda reason: (-reason.count, reason.code)),
         workers=WorkerCounts(
-            present=len(present),
-            concurrency=sum(worker.concurrency for worker in present),
-            held_runs=sum(worker.held_runs for worker in present),
+            state=_state_of(present),
+            present=len(present) if is_operator else None,
+            concurrency=sum(worker.concurrency for worker in present) if is_operator else None,
+            held_runs=sum(worker.held_runs for worker in present) if is_operator else None,
             last_seen=optional_instant(max((one.seen_at for one in counts.workers), default=None)),
         ),
         unknown=[] if is_reachable else ["broker: Redis does not answer"],
     )
     return JsonResponse(shape)
+
+
+def _state_of(present: Sequence[WorkerPresence]) -> WorkerState:
+    """Return whether any of the present workers takes further runs."""
+    if not present:
+        return WorkerState.ABSENT
+    is_full = all(worker.held_runs >= worker.concurrency for worker in present)
+    return WorkerState.FULL if is_full else WorkerState.FREE

@@ -103,7 +103,7 @@ def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
             yield no_worker(facts.workers, run.target, since=run.updated_at)
             return
         if all(worker.held_runs >= worker.concurrency for worker in present):
-            yield _explain_queue(facts, f"All {len(present)} workers are full")
+            yield _explain_queue(facts, "All workers are full")
             return
     if run.target in {UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET}:
         yield Blocker(

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy import delete, insert, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
@@ -177,6 +177,35 @@ async def test_counts_cover_every_unfinished_run_of_the_organization_alone(
     assert (await why(people.stranger, ""))["reasons"] == []
 
 
+async def make_operator(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    """Make the organization of these users the oldest, which is the operator's."""
+
+    async def predate(connection: AsyncConnection) -> None:
+        oldest = await connection.scalar(select(func.min(col(Organization.created_at))))
+        assert oldest is not None
+        await connection.execute(
+            update(Organization)
+            .where(col(Organization.id) == people.admin.user.organization_id)
+            .values(created_at=oldest - timedelta(days=1))
+        )
+
+    await harness.gateway.database.transaction(predate)
+
+
+async def test_the_numbers_of_all_workers_are_for_the_organization_of_the_operator(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    await make_operator(harness, people)
+    store = partial(worker_presence.store_presence, owner="worker:why/1", concurrency=5, held_runs=5)
+    await harness.gateway.database.transaction(store)
+    workers = (await why(people.owner, ""))["workers"]
+    assert workers["present"] >= 1
+    assert workers["heldRuns"] <= workers["concurrency"]
+    of_others = (await why(people.stranger, ""))["workers"]
+    assert [of_others[name] for name in ("present", "concurrency", "heldRuns")] == [None] * 3
+    assert of_others["state"] in {"free", "full"}
+
+
 async def test_an_admin_sees_processes_and_sizes_of_the_database(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
@@ -197,18 +226,11 @@ async def test_an_admin_sees_processes_and_sizes_of_the_database(
         await connection.execute(delete(Leadership).where(col(Leadership.name) == "health"))
         await worker_presence.end_presence(connection, owner="dev_health")
 
-    async def make_operator(connection: AsyncConnection) -> None:
-        await connection.execute(
-            update(Organization)
-            .where(col(Organization.id) == people.admin.user.organization_id)
-            .values(created_at=datetime(2000, 1, 1, tzinfo=UTC))
-        )
-
     async def show_worker() -> list[dict[str, Any]]:
         health = (await people.admin.api.get(path)).json()
         return [one for one in health["processes"] if one["name"] == owner]
 
-    await database.transaction(make_operator)
+    await make_operator(harness, people)
     await database.transaction(report)
     await database.transaction(
         partial(process_presence.store_process, owner="gateway:health", role="gateway")

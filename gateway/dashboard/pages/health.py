@@ -14,22 +14,25 @@ if TYPE_CHECKING:
 
 HEALTH_SECONDS: Final = 5.0
 """Age up to which processes and sizes are shown again, while hints of runs update the page."""
+SHOWN_FIXES: Final = 10
 SLOW_LOOP_MS: Final = 1_000
 """Delay of an event loop from which requests visibly wait; the shipped alert has the same bound."""
 NO_HEALTH: Final[Mapping[str, Any]] = {"database": {"tables": ()}}
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for reasons why runs wait and for the workers; also for drift, processes and the database.
+    """Ask the API for reasons why runs wait and for the workers; also for drift, its last ten fixes, processes and the
+    database.
 
     These are None unless the visitor is an admin. Drift is a contradiction between stores. Raises `ApiError`.
     """
-    drift, why, health = await asyncio.gather(
+    drift, why, health, fixes = await asyncio.gather(
         page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS),
         page.get("/api/v1/why"),
         page.get_recent("/api/v1/admin/health", seconds=HEALTH_SECONDS),
+        page.get_if_present("/api/v1/audit", action="drift.fixed", limit=SHOWN_FIXES),
     )
-    return {"drift": drift, "why": why, "health": health}
+    return {"drift": drift, "why": why, "health": health, "fixes": fixes}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -41,6 +44,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "crumbs": (("Health", ""),),
         "drift": drift,
         "health": data["health"],
+        "fixes": [] if data["fixes"] is None else data["fixes"]["entries"],
         "firing_alerts": [one for one in alerts if one["state"] == "firing"],
         "quiet_alerts": sum(one["state"] == "quiet" for one in alerts),
         "unknown_alerts": sum(one["state"] == "unknown" for one in alerts),

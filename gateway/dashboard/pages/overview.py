@@ -101,7 +101,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
     failures = group_failures(data["failed"]["executions"])
     deployments = data["deployments"]["deployments"]
     needs = {
-        "workers": [] if data["why"]["workers"]["present"] else [True],
+        "workers": [True] if data["why"]["workers"]["state"] == "absent" else [],
         "findings": [finding for finding in findings if finding["severity"] == "critical"],
         "failing": [group for group in failures if is_recent(group["last"], frame.now)][:SHOWN_NEEDS],
         "stuck": [one for one in deployments if one["deploymentStatus"] == "failed"][:SHOWN_NEEDS],

@@ -292,6 +292,7 @@ __all__ = [
     "WhoAmI",
     "Window",
     "WorkerCounts",
+    "WorkerState",
     "Workflow",
     "WorkflowActivity",
     "WorkflowActivityList",
@@ -430,6 +431,9 @@ TriggerStatus = Literal['cancelled', 'completed', 'failed', 'pending', 'running'
 
 
 UserRole = Literal['admin', 'member', 'viewer']
+
+
+WorkerState = Literal['absent', 'free', 'full']
 
 
 WorkflowStatus = Literal['active', 'archived', 'draft', 'paused']
@@ -3223,9 +3227,10 @@ class Window(TypedDict):
 class WorkerCounts(TypedDict):
     """Workers of the server that have reported within 15 seconds."""
 
-    present: int
-    concurrency: int
-    heldRuns: int
+    state: WorkerState
+    present: int | None
+    concurrency: int | None
+    heldRuns: int | None
     lastSeen: str | None
 
 
