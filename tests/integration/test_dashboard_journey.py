@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -101,6 +103,83 @@ async def test_a_newcomer_runs_breaks_understands_mends_and_replays_the_example(
         outputs["report"] == (await owner.api.get(f"/api/v1/executions/{good}")).json()["outputs"]["report"]
     )
     assert not visit.take_problems()
+
+
+async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit) -> None:
+    page = visit.page
+    person = await visit.harness.person(await visit.harness.organization())
+    try:
+        await visit.sign_in_as(person.key)
+        await visit.show("/dashboard/overview")
+        await page.follow("section[aria-labelledby=first] a.main")
+        await page.wait_for("document.querySelector('form[data-request$=from-template]') !== null")
+        assert await visit.find_violations() == []
+        await bring_file(visit, "wrong.json", "no JSON")
+        await page.wait_for(
+            "document.querySelector('#toast').textContent.startsWith('wrong.json is no JSON')"
+        )
+        await bring_file(visit, "penguins.json", (EXAMPLES / "penguins.json").read_text())
+        await page.wait_for(f"location.pathname.startsWith('/dashboard/workflows/wf_') && {LOADED}")
+        assert "Penguin report" in await page.text("h1")
+        await visit.show("/dashboard/workflows")
+        assert await page.count("form[data-request$=from-template]") == 0
+        listed = (await person.api.get("/api/v1/workflows")).json()["workflows"]
+        assert [one["name"] for one in listed] == ["Penguin report"]
+        assert (await person.api.delete(f"/api/v1/workflows/{listed[0]['id']}")).status_code == 204
+        await visit.show("/dashboard/workflows")
+        await page.follow("form[data-request$=from-template] button")
+        await page.wait_for(f"location.pathname.startsWith('/dashboard/workflows/wf_') && {LOADED}")
+        assert await page.count(".node") > 2
+        assert not visit.take_problems()
+    finally:
+        await visit.sign_in_as(visit.people.owner.key)
+
+
+async def bring_file(visit: DashboardVisit, name: str, text: str) -> None:
+    """Choose a file with this content in the page's field for imports."""
+    await visit.page.wait_for("document.querySelector('[data-imports]') !== null")
+    await visit.page.evaluate(
+        "(() => { const files = new DataTransfer();"
+        f" files.items.add(new File([{json.dumps(text)}], {json.dumps(name)}));"
+        " const field = document.querySelector('[data-imports]'); field.files = files.files;"
+        " field.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
+
+
+async def test_dragging_over_a_chart_shows_the_runs_of_those_hours(visit: DashboardVisit) -> None:
+    page = visit.page
+    await visit.show("/dashboard/overview")
+    await page.wait_for("document.querySelector('[data-brush]') !== null")
+    first = await page.evaluate("document.querySelector('[data-brush]').dataset.brush")
+
+    box = (
+        "(({x, y, width, height}) => [x, y + height / 2, width / 24])"
+        "(document.querySelector('[data-brush]').getBoundingClientRect())"
+    )
+
+    async def point(kind: str, hour: int, **button: object) -> None:
+        left, middle, width = await page.evaluate(box)
+        await page.call(
+            "Input.dispatchMouseEvent", type=kind, x=left + (hour + 0.5) * width, y=middle, **button
+        )
+
+    await point("mouseMoved", 2)
+    # The pointer loads the module of the gesture.
+    loaded = (
+        "performance.getEntriesByType('resource').map(one => one.name).find(one => one.endsWith('/brush.js'))"
+    )
+    module = await page.wait_for(loaded)
+    assert await page.evaluate(f"import({module!r}).then(() => true)")
+    await point("mousePressed", 2, button="left", clickCount=1)
+    await point("mouseMoved", 4, button="left", buttons=1)
+    await point("mouseReleased", 4, button="left", clickCount=1)
+    await page.wait_for(f"location.pathname === '/dashboard/runs' && {LOADED}")
+    query = parse_qs(await page.evaluate("location.search.slice(1)"))
+    begin = datetime.fromisoformat(first)
+    assert [datetime.fromisoformat(query[name][0]) for name in ("since", "until")] == [
+        begin + timedelta(hours=2),
+        begin + timedelta(hours=5),
+    ]
 
 
 async def run_tree(visit: DashboardVisit, count: int) -> str:

@@ -177,10 +177,15 @@ document.addEventListener("submit", (event) => {
 document.addEventListener("input", (event) => {
   if (event.target.form?.dataset.request) event.target.form.dataset.changed = "";
 });
-// A file fills the text field that `data-fills` names.
+// A file fills the text field that `data-fills` names, or becomes a workflow by `data-imports`.
 document.addEventListener("change", async (event) => {
   const file = event.target.dataset?.fills ? event.target.files[0] : null;
   if (file) document.getElementById(event.target.dataset.fills).value = await file.text();
+  const brought = "imports" in (event.target.dataset ?? {}) ? event.target.files[0] : null;
+  if (brought) (await import("./imports.js")).create(brought, root, say);
+});
+document.addEventListener("pointerover", async (event) => {
+  if (event.target.closest("[data-brush]")) (await import("./brush.js")).watch(root);
 });
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-exports]");

@@ -45,17 +45,18 @@ RUNS: Final = "node-running"
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for reasons, statistics of 24 hours, deployments, dead letters, 100 failed runs, drift, and the
-    next five schedules.
+    """Ask the API for reasons, statistics of 24 hours, deployments, dead letters, 100 failed runs, drift, the
+    number of workflows, and the next five schedules.
 
     Drift is None unless the visitor is an admin. Raises `ApiError`.
     """
     # Whole minutes, so that an unchanged page keeps its tag for a minute.
     since = format_timestamp((page.now - DAY).replace(second=0, microsecond=0))
-    why, drift, dead, statistics, deployments, failed, schedules = await asyncio.gather(
+    why, drift, dead, stats, statistics, deployments, failed, schedules = await asyncio.gather(
         page.get("/api/v1/why"),
         page.get_recent("/api/v1/admin/drift", seconds=RECENT_SECONDS),
         page.get_recent("/api/v1/dead-letters/groups", seconds=RECENT_SECONDS),
+        page.get_recent("/api/v1/workflows/stats", seconds=RECENT_SECONDS),
         page.get("/api/v1/executions/statistics"),
         page.get("/api/v1/deployments"),
         page.get("/api/v1/executions", status="failed", since=since, after="start", limit=GROUPED_FAILURES),
@@ -69,6 +70,7 @@ async def load(page: PageRequest) -> PageData:
         "why": why,
         "drift": drift,
         "dead": dead,
+        "stats": stats,
         "statistics": statistics,
         "deployments": deployments,
         "names": names,
@@ -128,6 +130,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "wake_lines": draw_lines(hours, "wakeP50Ms", "wakeP95Ms"),
         "run_lines": draw_lines(hours, "runP50Ms", "runP95Ms"),
         "hour_labels": label_hours(hours),
+        "first_hour": hours[0]["startsAt"] if hours else "",
+        "hour_count": len(hours),
+        "is_first": data["stats"] is not None and not data["stats"]["total"] and frame.may("workflows:write"),
         "failures": failures,
         "names": data["names"],
         "pods": count_pods(deployments),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gateway.dashboard.page_request import PageRequest
 
 LIMIT: Final = 50
+SHOWN_TEMPLATES: Final = 10
 PATH: Final = "/dashboard/workflows"
 FILTERS: Final = ("status", "tag", "search")
 STATES: Final = (
@@ -35,14 +36,20 @@ BY_HAND: Final = ("manual", "Manual")
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for 50 workflows with their activity, and for their number by status; raises `ApiError`."""
+    """Ask the API for 50 workflows with their activity, and for their number by status; for templates if there are
+    none.
+
+    Raises `ApiError`.
+    """
     given = page.query
     filters = {name: given[name] for name in FILTERS if given.get(name)}
     workflows, stats = await asyncio.gather(
         page.get("/api/v1/workflows/activity", **filters, limit=LIMIT, offset=given.get("offset")),
         page.get("/api/v1/workflows/stats"),
     )
-    return {"workflows": workflows, "stats": stats}
+    is_first = not filters and workflows["count"] == 0
+    templates = await page.get("/api/v1/workflows/templates", limit=SHOWN_TEMPLATES) if is_first else None
+    return {"workflows": workflows, "stats": stats, "templates": templates}
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
@@ -55,6 +62,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "crumbs": (("Workflows", ""),),
         "workflows": [describe_workflow(one) for one in listed["workflows"]],
         "count": listed["count"],
+        "templates": [] if data["templates"] is None else data["templates"]["templates"],
+        "may_write": frame.may("workflows:write"),
         "shown": shown,
         "states": [
             (
