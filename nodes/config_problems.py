@@ -219,7 +219,7 @@ def _collect_problems(error: ValidationError, schema: JsonSchema) -> Iterator[Co
     match keyword:
         case "required":
             yield _missing_names([[*path, facts["property"]]])
-        case "anyOf" if all(_is_missing_only(form) for form in facts["context"]):
+        case "anyOf" | "oneOf" if all(_is_missing_only(form) for form in facts["context"]):
             yield _missing_names([[*path, form[0].kind.as_dict()["property"]] for form in facts["context"]])
         case "additionalProperties":
             known = _field_names(schema, path)
@@ -235,7 +235,8 @@ def _collect_problems(error: ValidationError, schema: JsonSchema) -> Iterator[Co
 
 
 def _is_missing_only(form: Sequence[ValidationError]) -> bool:
-    return all(error.kind.name == "required" for error in form)
+    """Return whether a value fits one alternative of a schema except for missing fields; False if it fits."""
+    return bool(form) and all(error.kind.name == "required" for error in form)
 
 
 def _missing_names(alternatives: Sequence[SchemaPath]) -> ConfigProblem:
@@ -286,6 +287,8 @@ def _describe_violation(error: ValidationError, facts: Mapping[str, Any]) -> str
             return "takes too long to be matched by the pattern"
         case keyword if keyword in LIMIT_MESSAGES:
             return LIMIT_MESSAGES[keyword].format_map(facts)
+        case "oneOf" if not all(facts["context"]):
+            return "fits several forms that exclude each other: keep the fields of one"
         case keyword:
             return f"must satisfy `{keyword}` of the schema"
 

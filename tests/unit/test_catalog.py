@@ -216,6 +216,8 @@ def test_defaults_are_filled_in_at_every_depth_and_nothing_is_changed() -> None:
 
 
 CONDITION: dict[str, Json] = {"left": "{{ item.x }}", "operator": "equals", "right": 1}
+TOOL: dict[str, Json] = {"name": "look", "description": "Looks.", "target": {}}
+BOTH_TARGETS: Json = {"node": {"type": "set"}, "workflowId": "wf_1"}
 SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
 
 
@@ -266,6 +268,8 @@ SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
             "enum",
         ),
         ("template", {"text": "", "items": []}, "each", "each is required", "required"),
+        ("tool", TOOL, "target.node", "target.node or target.workflowId is required", "required"),
+        ("tool", {**TOOL, "target": BOTH_TARGETS}, "target", "keep the fields of one", "oneOf"),
         ("csv-parse", {"text": "", "delimiter": ";;"}, "delimiter", "must match", "pattern"),
         ("filter", {"condition": 1}, "condition", "must be an object, not a number", "type"),
         ("merge", {"mode": "{{ data.mode }}"}, "mode", 'must be one of "all", "any"', "enum"),
