@@ -214,6 +214,9 @@ async def connect_broker(
 
         return await postgresql_broker.connect(url, channel=name)
 
-    from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
+    from messages.client_imports import without_client_metrics  # noqa: PLC0415 - the same
+
+    with without_client_metrics():
+        from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
 
     return await redis_broker.connect(url, channel=name, seal=seal)

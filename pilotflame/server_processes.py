@@ -203,12 +203,15 @@ def _load_processes(settings: ServerSettings) -> None:
     """Load the modules of the processes that every server runs, and what each of them would build from them."""
     import importlib
 
+    from messages.client_imports import without_client_metrics
+
     broker = "redis_broker" if settings.redis_url else "postgresql_broker"
-    for name in (
-        *("gateway.main", "workers.main", "scheduler.main"),
-        *(f"messages.{broker}", "journal.postgresql.postgresql_store", "psutil"),
-    ):
-        importlib.import_module(name)
+    with without_client_metrics():
+        for name in (
+            *("gateway.main", "workers.main", "scheduler.main"),
+            *(f"messages.{broker}", "journal.postgresql.postgresql_store", "psutil"),
+        ):
+            importlib.import_module(name)
     from sqlalchemy.orm import configure_mappers
 
     from nodes import catalog

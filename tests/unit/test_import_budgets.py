@@ -87,6 +87,24 @@ def test_a_start_loads_no_more_modules_than_its_budget(
     assert len(of_libraries) <= most_of_libraries, of_libraries
 
 
+def test_the_redis_client_loads_no_metrics_library_though_one_is_installed() -> None:
+    program = """
+import asyncio, json, sys
+from messages import broker
+try:
+    asyncio.run(broker.connect_broker("redis://127.0.0.1:wrong"))
+except ValueError:
+    pass
+assert "messages.redis_broker" in sys.modules
+print(json.dumps([name for name in sys.modules if name.startswith("opentelemetry")]))
+import opentelemetry.metrics, opentelemetry.sdk.metrics
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [], "the client loads them, and counts nothing with them"
+
+
 def test_a_command_loads_its_own_module_and_no_client_before_it_needs_one() -> None:
     program = """
 import json, sys
