@@ -11,7 +11,7 @@ import pytest
 import redis
 from redis.asyncio import Redis
 
-from messages import redis_broker, redis_consumer
+from messages import postgresql_broker, redis_broker, redis_consumer
 from messages.broker import (
     CHANGED_EXECUTIONS,
     Broker,
@@ -40,6 +40,11 @@ Item = TypeVar("Item")
 @pytest.fixture(autouse=True)
 def _no_consumer_looks_before_its_wakeup_signal_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_consumer, "WAKEUP_SIGNAL_SECONDS", (600.0, 600.0))
+
+
+@pytest.fixture(autouse=True)
+def _a_busy_machine_is_no_failure_of_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgresql_broker, "ANSWER_SECONDS", PATIENCE_SECONDS)
 
 
 @pytest.fixture
