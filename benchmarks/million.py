@@ -83,6 +83,7 @@ READS: Final[Mapping[str, str]] = {
     "sources_page": "/dashboard/sources",
     "keys_page": "/dashboard/keys",
     "deliveries_page": "/dashboard/deliveries",
+    "delivery_page": f"/dashboard/deliveries/dlv_{RUNS // 10:026}",
     "rejected_deliveries_page": "/dashboard/deliveries?outcome=rejected",
     "dead_letters_page": "/dashboard/dead-letters",
     "audit_page": "/dashboard/audit",

@@ -21,6 +21,7 @@ PAGES: Final[Mapping[str, str]] = {
     "/dashboard/runs/{id}": "run",
     "/dashboard/runs/{id}/replay": "run_replay",
     "/dashboard/deliveries": "delivery_list",
+    "/dashboard/deliveries/{id}": "delivery",
     "/dashboard/dead-letters": "dead_letter_list",
     "/dashboard/schedule": "schedule_list",
     "/dashboard/sources": "data_source_list",

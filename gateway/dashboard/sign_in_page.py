@@ -25,6 +25,8 @@ PROBLEMS: Final = {
     "unavailable": "The account provider can't be reached. Try again in a minute, or sign in with a key.",
 }
 """Explanations of failed sign-ins with a provider, by their names in the address."""
+FOUND: Final = {"exec_": "runs", "wf_": "workflows", "dlv_": "deliveries"}
+"""Pages that show an object by its id, by the prefix of the id."""
 
 
 async def show(request: GatewayRequest) -> ASGIApp:
@@ -76,7 +78,7 @@ async def show_start(request: GatewayRequest) -> RedirectResponse:
 
 
 async def search(request: GatewayRequest) -> RedirectResponse:
-    """Redirect to the run or workflow whose id is in the query's `q`, otherwise to the list of workflows that
+    """Redirect to the run, workflow or delivery whose id is in the query's `q`, otherwise to the list of workflows that
     match it.
 
     Without a text, to the runs. A 404 error if the dashboard is off.
@@ -84,10 +86,9 @@ async def search(request: GatewayRequest) -> RedirectResponse:
     if request.gateway.settings.dashboard == "off":
         raise errors.not_found()
     text = build_page_request(request).query.get("q", "").strip()
-    if ids.is_id(text) and text.startswith("exec_"):
-        return RedirectResponse(f"runs/{text}")
-    if ids.is_id(text) and text.startswith("wf_"):
-        return RedirectResponse(f"workflows/{text}")
+    page_of_kind = next((page for prefix, page in FOUND.items() if text.startswith(prefix)), None)
+    if page_of_kind is not None and ids.is_id(text):
+        return RedirectResponse(f"{page_of_kind}/{text}")
     return RedirectResponse(f"workflows?{urlencode({'search': text})}" if text else "runs")
 
 

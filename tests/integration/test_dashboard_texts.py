@@ -309,6 +309,7 @@ async def _make_runs(visit: HostileVisit) -> None:
     stranger = await visit.harness.client()
     await stranger.post(f"/api/v1/workflows/{visit.names['mail']}/email-trigger", json={"subject": HOSTILE})
     await visit.harness.gateway.samples.drain()
+    visit.names["delivery"] = (await api.get("/api/v1/deliveries")).json()["deliveries"][0]["id"]
 
 
 RUN_QUERIES = (
@@ -323,6 +324,7 @@ PATHS = (
     "/dashboard/runs",
     "/dashboard/approvals",
     "/dashboard/deliveries",
+    "/dashboard/deliveries/{delivery}",
     "/dashboard/dead-letters",
     "/dashboard/dead-letters?muted=true",
     "/dashboard/schedule",

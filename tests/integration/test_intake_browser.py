@@ -38,6 +38,7 @@ FULL = (
     "/dashboard/deliveries",
     "/dashboard/deliveries?outcome=rejected",
     "/dashboard/deliveries?outcome=lost",
+    "/dashboard/deliveries/{refused}",
     "/dashboard/dead-letters",
     "/dashboard/workflows/{email}/trigger",
     "/dashboard/workflows/{email}/trigger?sender=mailgun",
@@ -81,7 +82,7 @@ class IntakeVisit:
     url: str
     page: BrowserPage
     names: dict[str, str]
-    """Ids of workflows by their kind of trigger, and the fragment of an invitation."""
+    """Ids of workflows by their kind of trigger, of a refused delivery, and the fragment of an invitation."""
 
     async def show(self, path: str) -> None:
         path = path.format(**self.names)
@@ -127,6 +128,8 @@ async def visit(
         anonymous = await harness.client()
         await anonymous.post(f"{WORKFLOWS}/{names['webhook']}/email-trigger", json={})
         await harness.gateway.samples.drain()
+        listed = await people.admin.api.get("/api/v1/deliveries?outcome=rejected")
+        names["refused"] = listed.json()["deliveries"][0]["id"]
         names["invitation"] = (await invite(people.admin))["url"].partition("#")[2]
         yield IntakeVisit(harness, people, url, page, names)
 

@@ -60,6 +60,57 @@ async def test_deliveries_show_their_reason_and_their_run_as_text(
     assert (wrong.status_code, "outcome must be one of" in wrong.text) == (400, True)
 
 
+async def test_a_delivery_has_a_page_with_its_reason_runs_and_redrive(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**{**QUEUE, "name": HOSTILE, "status": "active"})
+    execution_id = await enqueue(people.owner, workflow_id, {"text": HOSTILE})
+    api, path = people.owner.api, f"{WORKFLOWS}/{workflow_id}"
+    await api.put(f"{path}/status", json={"status": "draft"})
+    await api.post(f"{path}/enqueue", json={"message": 1, "source": HOSTILE})
+    await api.put(f"{path}/status", json={"status": "active"})
+    listed = (await api.get(f"{path}/deliveries")).json()["deliveries"]
+    refused, accepted = (f"/dashboard/deliveries/{one['id']}" for one in listed)
+    browser = await sign_in(harness, people.owner.key)
+    assert refused in (await browser.get("/dashboard/deliveries")).text
+    shown = await browser.get(accepted)
+    assert f"/dashboard/runs/{execution_id}" in shown.text
+    assert "Redrive…" in shown.text
+    assert listed[1]["contentHash"] in shown.text
+    shown = await browser.get(refused)
+    assert "workflow-not-active" in shown.text
+    assert "It has started no run." in shown.text
+    assert "<img" not in shown.text
+    assert "<script>alert" not in shown.text
+    found = await browser.get(f"/dashboard/search?q={listed[0]['id']}")
+    assert found.headers["Location"] == f"deliveries/{listed[0]['id']}"
+    stranger = await sign_in(harness, people.stranger.key)
+    assert (await stranger.get(accepted)).status_code == 404
+
+
+async def test_a_schedule_is_run_paused_and_activated_from_its_list(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    clock = {"id": "clock", "nodeId": "schedule-trigger", "config": {"cron": "0 * * * *"}}
+    edge = {"sourceNodeId": "clock", "targetNodeId": STEP["id"]}
+    workflow_id = await people.owner.create(
+        name="Hourly", status="active", nodes=[clock, STEP], connections=[edge]
+    )
+    browser = await sign_in(harness, people.owner.key)
+    path = f"{WORKFLOWS}/{workflow_id}"
+
+    async def list_actions() -> list[str]:
+        shown = (await browser.get("/dashboard/schedule")).text
+        return [
+            one for one in ("Run now", "Pause", "Activate") if f">{one}</button>" in shown and path in shown
+        ]
+
+    assert await list_actions() == ["Run now", "Pause"]
+    paused = await people.owner.api.put(f"{path}/status", json={"status": "paused"})
+    assert paused.is_success, paused.text
+    assert await list_actions() == ["Activate"]
+
+
 async def test_samples_of_refused_requests_are_for_admins(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

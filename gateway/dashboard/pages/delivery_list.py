@@ -27,6 +27,10 @@ OUTCOMES: Final = (
 )
 REDRIVEN_IN_BULK: Final = frozenset({"rejected", "shed"})
 """Outcomes without a run, whose requests a person may want to run after all."""
+REDRIVEN_ROUTES: Final = frozenset({"enqueue", "email-trigger", "hook"})
+"""Routes with one workflow for each request."""
+INVALID: Final = "validation-failed"
+"""Reason of a request that would be refused again."""
 MEANINGS: Final = {
     "duplicate": "Repeats an earlier request: the answer and the run are the first one's.",
     "deferred": "Its run starts when the workflow may run again.",
@@ -68,6 +72,12 @@ async def _plan_redrive(page: PageRequest, filters: Mapping[str, str]) -> Any:  
     return await page.plan_if_allowed("/api/v1/deliveries/redrive", filter=redrive_filter(filters))
 
 
+def can_redrive(delivery: Mapping[str, Any]) -> bool:
+    """Return whether the kind of a delivery can run again; the API refuses one whose content is not kept."""
+    reason = delivery["reason"]
+    return delivery["route"] in REDRIVEN_ROUTES and not (reason and reason["code"] == INVALID)
+
+
 def redrive_filter(filters: Mapping[str, str]) -> Mapping[str, str]:
     """Return the filter of a redrive that selects the deliveries of a list, with the API's names; other
     filters are left out.
@@ -98,6 +108,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for outcome, label in OUTCOMES
         ],
         "meanings": MEANINGS,
+        "can_redrive": can_redrive,
         "workflow_name": next((one["workflowName"] for one in listed["deliveries"]), ""),
         "redrivable": plan["matched"] if plan else 0,
         "redrive_filter": redrive_filter(filters),

@@ -93,6 +93,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "decisions": timeline["decisions"][:SHOWN_DECISIONS],
         "more_decisions": max(len(timeline["decisions"]) - SHOWN_DECISIONS, 0),
         "reasons": REASONS,
+        "may_run": frame.may("workflows:execute"),
+        "may_write": frame.may("workflows:write"),
         "next": "" if is_last else next_page,
     }
 
