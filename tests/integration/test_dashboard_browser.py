@@ -217,6 +217,72 @@ async def test_a_list_updates_itself_and_holds_new_rows_back(visit: DashboardVis
     assert not visit.page.problems
 
 
+async def test_a_ranked_list_keeps_its_order_until_it_is_asked_to_sort(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    await visit.look(320, "light")  # the button for new rows needs the most space there
+    first = await owner.create(name="Ranked first", status="active", **GRAPH)
+    second = await owner.create(name="Ranked second", status="active", **GRAPH)
+    await visit.show("/dashboard/workflows")
+    await page.wait_for("document.querySelector('.live').dataset.state === 'live'")
+    order = "JSON.stringify([...document.querySelectorAll('tbody tr')].map(one => one.id))"
+    place = f"document.getElementById('{first}').getBoundingClientRect().top"
+    shown, top = json.loads(await page.evaluate(order)), await page.evaluate(place)
+    assert shown.index(second) < shown.index(first), "of two alike, the newer one comes first"
+    await owner.api.put(f"/api/v1/workflows/{first}", json={"name": "Ranked anew"})
+    await owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+    await page.wait_for("document.querySelector('[data-shows-new]')?.textContent === 'Sort again'")
+    assert "Ranked anew" in await page.text(f"#{first}"), "a row changes in its place"
+    assert json.loads(await page.evaluate(order)) == shown
+    assert await page.evaluate(place) == top
+    await page.click("[data-shows-new]")
+    await page.wait_for(f"{order}.indexOf('{first}') < {order}.indexOf('{second}')")
+    await page.wait_for("document.querySelector('[data-shows-new]') === null")
+    await visit.look(1280, "light")
+    assert not visit.take_problems()
+
+
+async def test_a_run_asks_its_question_by_the_form_of_its_schema(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    started = await owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
+    execution_id = started.json()["executionId"]
+    schema = {
+        "type": "object",
+        "required": ["amount"],
+        "properties": {"amount": {"type": "integer", "title": "Amount"}, "note": {"type": "string"}},
+    }
+    question = {"title": "Pay?", "choices": [{"port": "pay", "label": "Pay it"}], "schema": schema}
+    await input_waits.wait_for_input(visit.harness.gateway.database, execution_id, request=question)
+    await visit.show(f"/dashboard/runs/{execution_id}")
+    assert await visit.find_violations() == []
+    await page.fill("main input[name=amount]", "12")
+    await page.click("main button[value=pay]")
+    await page.wait_for("document.querySelector('main input[name=amount]') === null")
+    async with visit.harness.gateway.database.read() as connection:
+        answers = (await connection.execute(select(WaitAnswer))).mappings().all()
+    (answer,) = [one for one in answers if one["execution_id"] == execution_id]
+    assert '"amount":12' in str(answer).replace(": ", ":")
+    assert not visit.take_problems()
+
+
+async def test_the_audit_trail_is_filtered_by_its_columns(visit: DashboardVisit) -> None:
+    page, admin = visit.page, visit.people.admin
+    await visit.show("/dashboard/runs")
+    await visit.sign_in_as(admin.key)
+    await visit.show("/dashboard/audit")
+    assert await visit.find_violations() == []
+    assert "never changed or deleted" in await page.text("main")
+    await page.fill("#action", "workflow.created")
+    await page.fill("#since", "2020-01-01T00:00:00Z")
+    await page.evaluate(f"document.querySelector('#user').value = '{visit.people.owner.user.id}'")
+    await page.follow("main form button[type=submit]")
+    actions = "[...document.querySelectorAll('tbody tr')].map(one => one.cells[0].textContent.trim())"
+    assert set(await page.evaluate(actions)) == {"workflow.created"}
+    assert await page.value("#user") == visit.people.owner.user.id
+    assert await page.value("#since") == "2020-01-01T00:00:00Z"
+    await visit.sign_in_as(visit.people.owner.key)
+    assert not visit.take_problems()
+
+
 async def test_a_question_is_answered_by_its_form(visit: DashboardVisit) -> None:
     started = await visit.people.owner.api.post(f"/api/v1/workflows/{visit.workflow_id}/execute", json={})
     execution_id = started.json()["executionId"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.addresses import list_address
+from gateway.dashboard.form_fields import list_fields
 from gateway.dashboard.formats import look_of_wait, milliseconds_between
 from gateway.dashboard.graph_map import draw_graph
 from gateway.dashboard.page import Page, PageData, PageFrame
@@ -144,7 +145,9 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for row in timeline.rows
             if row.folded
         },
-        "inputs": (data["inputs"] or {}).get("inputs", ()),
+        "inputs": [
+            {**one, "fields": list_fields(one["schema"])} for one in (data["inputs"] or {}).get("inputs", ())
+        ],
         "may_execute": frame.may("workflows:execute"),
         **run_node.view_node(data, frame, row, lambda **changes: _build_address(frame, **changes)),
     }
