@@ -46,7 +46,7 @@ SUBJECTS: Final[Mapping[str, str]] = {
     "Secrets and access": r"secret_key|previous_secret_keys|bootstrap_api_key|dashboard|openid_\w+",
     "Addresses": (
         r"host|port|listen_fd|public_url|cors_origins|trusted_proxies|outbound_allowed_networks|model_hosts|url"
-        r"|api_key"
+        r"|tool_server_hosts|api_key"
     ),
     "Limits of requests": r"max_(body|mail|hook|bodies)_bytes|max_connections|(head|body|stall)_seconds",
     "Rates and backlogs": r"rate_.*|max_backlog_.*",

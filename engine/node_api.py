@@ -32,6 +32,8 @@ DONE = "done"
 """Port of a loop: the results of all items leave by it."""
 TOOL_TYPE = "tool"
 """Type of the tools of agents, which never run alone; their spans are questions whether they may be called."""
+MCP_TOOL_TYPE = "mcp-tool"
+"""Type that calls tools of tool servers."""
 OF_EACH = "[]."
 """Separator in `cases[].port` between a list in a config and a field of each of its items."""
 

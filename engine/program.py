@@ -27,6 +27,7 @@ from engine.graph import GraphSection, RetryPolicy, divide_graph
 from engine.joins import JoinConfig, JoinMode
 from engine.node_api import (
     CONTINUE,
+    MCP_TOOL_TYPE,
     OF_EACH,
     OUTPUT,
     FieldCompilation,
@@ -517,7 +518,7 @@ def _compile_tool(
     if target is None:
         raise LookupError(f"The tool {tool.id!r} has no target")
     target_type = catalog.get(target.type, target.version)
-    is_repeated = config.get("onUnknown") != "fail" and not agent.at_most_once
+    is_repeated = _is_repeated(config, target) and not agent.at_most_once
     is_task = target_type.task is not None
     target = replace(
         target,
@@ -539,6 +540,12 @@ def _compile_tool(
         is_repeated=is_repeated,
         approval=_optional_text(config, "approval"),
     )
+
+
+def _is_repeated(config: Mapping[str, Json], target: GraphNode) -> bool:
+    """Return whether a tool repeats a write with an unknown outcome: tool servers, as a rule, ignore its key."""
+    by_default = "fail" if target.type == MCP_TOOL_TYPE else "retry"
+    return config.get("onUnknown", by_default) != "fail"
 
 
 def _number(config: Mapping[str, Json], name: str, default: float) -> float:

@@ -171,12 +171,33 @@ class MailServerService(Protocol):
         """
 
 
+class ToolCallRequest(msgspec.Struct, frozen=True):
+    """Call of a tool of a tool server."""
+
+    tool: str
+    arguments: Mapping[str, Json]
+    idempotency_key: str
+    """Key by which a server may recognize a repeated call."""
+    hash: str = ""
+    """SHA-256 of the definition that the workflow names, in hexadecimal; empty if it names none."""
+    is_read: bool = False
+    """Whether the workflow says that the call only reads."""
+
+
+class ToolServerService(Protocol):
+    """Tool server of a user."""
+
+    async def call(self, request: ToolCallRequest) -> Json:
+        """Call a tool once, and return its result; raises `NodeError`, also for a tool that nobody has accepted."""
+
+
 class DataSourceService(Protocol):
     """Data sources by id, restricted to those that the caller may use."""
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase: ...  # noqa: A002 - the field's own word
     async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket: ...
     async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService: ...
+    async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerService: ...
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         """Return authorization headers (http-bearer, http-basic, api-key) for `url`; raises `NodeError`
         unless its host matches.

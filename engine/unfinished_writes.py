@@ -25,6 +25,7 @@ PROOFS_OF_NO_EFFECT: Final = frozenset(
             "data-source-unreadable",
             "invalid-data-source",
         ),
+        *("tool-not-accepted", "tool-changed", "tool-server-busy", "tool-server-key-refused"),
         *("sql-error", "statement-refused", "invalid-rows", "duplicate-column"),
         *("login-refused", "tls-failed", "invalid-address", "invalid-header", "mail-too-large"),
         *("too-many-recipients", "too-many-attachments", "invalid-key", "folder-full"),

@@ -15,7 +15,8 @@ from engine.run_errors import NodeError
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
 from models.encryption import VaultError
 from models.errors import DatabaseUnavailable
-from nodes.connections.data_source import ConnectionSource
+from models.tool_server import read_tools
+from nodes.connections.data_source import ConnectionSource, ToolPin
 
 if TYPE_CHECKING:
     from engine.services import RunCaller
@@ -97,4 +98,8 @@ class StoredDataSources:
             revision=row.revision,
             settings=row.settings,
             secrets=secrets,
+            tools={
+                name: ToolPin(tool.hash, tool.effect.value)
+                for name, tool in read_tools(row.tools).accepted.items()
+            },
         )

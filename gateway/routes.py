@@ -55,6 +55,7 @@ TABLE: Sequence[Route] = (
     *data_sources_routes.ROUTES,
     *ai_models_routes.ROUTES,
     *ai_models_routes.PROVIDER_KEYS,
+    *ai_models_routes.TOOL_SERVERS,
     *ai_models_routes.COSTS,
     *ingest_routes.ROUTES,
     *executions_routes.ROUTES,

@@ -73,6 +73,8 @@ class AuditAction(StrEnum):
     DATA_SOURCE_UPDATED = "data-source.updated"
     DATA_SOURCE_VISIBILITY_SET = "data-source.visibility-set"
     DATA_SOURCE_DELETED = "data-source.deleted"
+    TOOLS_REFRESHED = "tools.refreshed"
+    TOOLS_ACCEPTED = "tools.accepted"
     MODEL_CREATED = "model.created"
     MODEL_UPDATED = "model.updated"
     MODEL_DELETED = "model.deleted"

@@ -50,6 +50,8 @@ class DataSource(SQLModel, table=True):
     secret_id: str
     """Id of the server secret that decrypts them."""
     secrets_set_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    tools: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """Tools of a tool server, as `models.tool_server` has them; None for other types, and before they are listed."""
     revision: int = 1
     """Number that increases with every change of the data source or of its visibility."""
     is_public: bool = False

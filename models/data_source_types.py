@@ -72,6 +72,7 @@ class DataSourceType(StrEnum):
     SMTP = "smtp"
     S3 = "s3"
     AI_PROVIDER = "ai-provider"
+    MCP_SERVER = "mcp-server"
     WEBHOOK_SECRET = "webhook-secret"  # noqa: S105 - the name of a type
 
 
@@ -210,27 +211,33 @@ class AiProviderProtocol(StrEnum):
     ANTHROPIC = "anthropic"
 
 
+ServiceUrlField: TypeAlias = Annotated[
+    str,
+    Meta(
+        max_length=300,
+        pattern=rf"^https?://(?:{_NAME}|\[{_IPV6}\])(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9._~-]+)*/?\Z",
+        description="an address such as https://api.openai.com/v1, without a user or query",
+    ),
+]
+KeyHeaderField: TypeAlias = Annotated[
+    str,
+    Meta(max_length=100, pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", description="the name of a header"),
+]
+
+
 class AiProviderSettings(DataSourceFields, kw_only=True):
     provider: AiProviderProtocol = AiProviderProtocol.OPENAI_COMPATIBLE
-    base_url: Annotated[
-        str,
-        Meta(
-            max_length=300,
-            pattern=rf"^https?://(?:{_NAME}|\[{_IPV6}\])(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9._~-]+)*/?\Z",
-            description="an address such as https://api.openai.com/v1, without a user or query",
-        ),
-    ]
+    base_url: ServiceUrlField
     """Address below which the provider has `chat/completions`, or for Anthropic `messages`."""
-    key_header: (
-        Annotated[
-            str,
-            Meta(
-                max_length=100, pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", description="the name of a header"
-            ),
-        ]
-        | None
-    ) = None
+    key_header: KeyHeaderField | None = None
     """Header of the key, such as `api-key` for Azure; None for `Authorization: Bearer`, for Anthropic `x-api-key`."""
+
+
+class McpServerSettings(DataSourceFields, kw_only=True):
+    url: ServiceUrlField
+    """Address to which messages are posted, such as `https://tools.example.com/mcp`."""
+    key_header: KeyHeaderField | None = None
+    """Header of the key; None for `Authorization: Bearer`."""
 
 
 # ── secrets ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -296,6 +303,9 @@ DATA_SOURCE_TYPES: Final[Mapping[DataSourceType, DataSourceTypeFields]] = {
     DataSourceType.S3: DataSourceTypeFields(S3Settings, AccessKeySecret),
     DataSourceType.AI_PROVIDER: DataSourceTypeFields(
         AiProviderSettings, OptionalKeySecret, frozenset({"baseUrl", "keyHeader"})
+    ),
+    DataSourceType.MCP_SERVER: DataSourceTypeFields(
+        McpServerSettings, OptionalKeySecret, frozenset({"url", "keyHeader"})
     ),
     DataSourceType.WEBHOOK_SECRET: DataSourceTypeFields(NoFields, SharedSigningSecret),
 }

@@ -104,6 +104,13 @@ class ServerSettings(TraceSettings):
             " or for all ports: `ollama.internal:11434,10.0.0.5`. Providers with public addresses need no entry."
         ),
     )
+    tool_server_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Hosts of tool servers (MCP) that may have private addresses, separated by commas and each with a port"
+            " or for all ports: `tools.internal:8080,10.0.0.6`. Servers with public addresses need no entry."
+        ),
+    )
     blob_url: str = Field(
         default="",
         description=(
@@ -154,7 +161,9 @@ class ServerSettings(TraceSettings):
         default="info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )
 
-    @field_validator("previous_secret_keys", "outbound_allowed_networks", "model_hosts", mode="before")
+    @field_validator(
+        "previous_secret_keys", "outbound_allowed_networks", "model_hosts", "tool_server_hosts", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         return split_list(value)

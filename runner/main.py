@@ -205,6 +205,7 @@ def _connection_policy(
     own = contact.own_database
     return ConnectionPolicy(
         allowed_networks=settings.outbound_allowed_networks,
+        tool_server_hosts=frozenset(settings.tool_server_hosts),
         own_databases=(ServerDatabase(own.host, own.port, own.database),) if own else (),
         clock=clock,
     )

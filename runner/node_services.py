@@ -89,7 +89,7 @@ class RemoteDataSources:
         except (DatabaseUnavailable, CallRefused) as error:
             message = "The data source could not be looked up just now"
             raise NodeError(message, code="data-source-unavailable", retryable=True) from error
-        return ConnectionSource(**found)
+        return msgspec.convert(found, ConnectionSource)
 
 
 class RemoteModelLedger:

@@ -67,11 +67,18 @@ class RunnerSettings(ExecutionSettings):
             " or for all ports: `ollama.internal:11434,10.0.0.5`. Providers with public addresses need no entry."
         ),
     )
+    tool_server_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Hosts of tool servers (MCP) that may have private addresses, separated by commas and each with a port"
+            " or for all ports: `tools.internal:8080,10.0.0.6`. Servers with public addresses need no entry."
+        ),
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )
 
-    @field_validator("outbound_allowed_networks", "model_hosts", mode="before")
+    @field_validator("outbound_allowed_networks", "model_hosts", "tool_server_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """Split a setting at commas, or decode it as a JSON list; other values are returned unchanged."""

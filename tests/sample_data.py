@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase
+from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase, ToolServerService
 from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy
@@ -44,6 +44,9 @@ class SampleDataSources:
 
     async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService:
         raise AssertionError(f"{caller} asked for the mail server {source_id}")
+
+    async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerService:
+        raise AssertionError(f"{caller} asked for the tool server {source_id}")
 
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         raise AssertionError(f"{caller} asked for what {source_id} sends to {url}")

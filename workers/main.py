@@ -126,6 +126,7 @@ async def run_worker(
         sources,
         ConnectionPolicy(
             allowed_networks=settings.outbound_allowed_networks,
+            tool_server_hosts=frozenset(settings.tool_server_hosts),
             own_databases=(ServerDatabase.from_url(settings.database_url),),
             files=settings.files_dir,
             clock=database.clock,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import MAX_AGENT_DEPTH, PORT_OF_TOOLS, target_of
-from engine.node_api import TOOL_TYPE, NodeEffect
+from engine.node_api import MCP_TOOL_TYPE, TOOL_TYPE, NodeEffect
 
 if TYPE_CHECKING:
     from engine.graph import GraphNode, ParsedGraph
@@ -20,13 +20,24 @@ if TYPE_CHECKING:
 UNTRUSTED_TYPES: Final = frozenset(
     {
         *("email-trigger", "event-trigger", "queue-trigger", "wait-for-event", "webhook"),
-        *("http-request", "email-parse", "attachment-read", "file-source", "s3-source", "sub-workflow"),
+        *(
+            "http-request",
+            MCP_TOOL_TYPE,
+            "email-parse",
+            "attachment-read",
+            "file-source",
+            "s3-source",
+            "sub-workflow",
+        ),
     }
 )
 """Types whose output may hold text of outsiders: mails, webhooks, messages of queues, events, web pages, shared
 documents, and other workflows."""
 PRIVATE_TYPES: Final = frozenset(
-    {"postgresql-source", "mysql-source", "sqlite-source", "s3-source", "file-source", "sub-workflow"}
+    {
+        *("postgresql-source", "mysql-source", "sqlite-source", "s3-source", "file-source", "sub-workflow"),
+        MCP_TOOL_TYPE,
+    }
 )
 """Types whose output is data of the organization."""
 _SENDING_TYPES: Final = frozenset({"email-send", "sub-workflow"})
@@ -66,6 +77,8 @@ def can_send(target: GraphNode, node_type: NodeType, effect: NodeEffect) -> bool
     if target.type == _HTTP_TYPE:
         url = target.config.get("url")
         return effect is NodeEffect.WRITE or (isinstance(url, str) and _FREE_HOST.match(url) is not None)
+    if target.type == MCP_TOOL_TYPE:
+        return effect is NodeEffect.WRITE
     return target.type in _SENDING_TYPES or node_type.task is not None
 
 

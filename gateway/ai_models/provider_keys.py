@@ -5,19 +5,18 @@ They are the data sources of the type `ai-provider`, with fields of their own in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
+from gateway.ai_models import own_fields
 from gateway.data_sources import data_source_editing, data_source_rows, data_source_shapes
 from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
 from gateway.data_sources.data_source_shapes import CreateDataSource, Name, UpdateDataSource
 from gateway.http import errors, limits, read_only
-from gateway.http.errors import ApiError
 from gateway.http.parameters import LIMIT, OFFSET, FlagParameter, sorted_by
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
@@ -186,7 +185,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, CreateProviderKey)
     fields = _build_data_source(body)
-    with _name_own_fields():
+    with own_fields.name_own_fields(FIELDS):
         source = data_source_shapes.build_data_source(
             request.caller, fields, request.gateway.vault, request.gateway.clock()
         )
@@ -209,7 +208,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
         _require_provider(before)
         read_only.require_same(value, UpdateProviderKey, lambda: _as_json(before))
         changes = _build_changes(before, body)
-        with _name_own_fields():
+        with own_fields.name_own_fields(FIELDS):
             return data_source_shapes.apply_changes(before, changes, vault, now)
 
     try:
@@ -239,21 +238,6 @@ def _require_provider(stored: StoredDataSource) -> None:
     """Raise a 404 error for a data source that is no provider of language models."""
     if stored.source.type != DataSourceType.AI_PROVIDER:
         raise errors.not_found("provider key")
-
-
-@contextmanager
-def _name_own_fields() -> Iterator[None]:
-    """Name the fields of a provider key in a refusal of its data source, which the block raises."""
-    try:
-        yield
-    except ApiError as error:
-        raise errors.invalid([_name_own_field(problem) for problem in error.details]) from error
-
-
-def _name_own_field(problem: Mapping[str, Json]) -> Mapping[str, Json]:
-    path = str(problem["path"])
-    own = FIELDS.get(path, path)
-    return {**problem, "path": own, "message": str(problem["message"]).replace(path, own)}
 
 
 def _build_data_source(body: CreateProviderKey) -> CreateDataSource:

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.ai_models import ai_models, model_costs, provider_keys
+from gateway.ai_models import ai_models, model_costs, provider_keys, tool_servers
 from gateway.ai_models.model_shapes import CreateModel, ModelShape, UpdateModel
 from gateway.ai_models.provider_keys import CreateProviderKey, ProviderKeyShape, UpdateProviderKey
+from gateway.ai_models.tool_server_shapes import (
+    AcceptTools,
+    CreateToolServer,
+    ToolServerShape,
+    UpdateToolServer,
+)
 from gateway.data_sources.data_sources import NewDataSource
 from gateway.http.operation_docs import CREATES, EDITS, IF_MATCH, TAGGED, OperationDoc
 from gateway.http.route import READ_SOURCES, WRITE_SOURCES, Route
@@ -123,6 +129,79 @@ PROVIDER_KEYS: Final[Sequence[Route]] = (
         READ_SOURCES,
         provider_keys.test,
         answer=provider_keys.ProviderKeyTest,
+    ),
+)
+
+TOOL_SERVERS: Final[Sequence[Route]] = (
+    Route(
+        "GET",
+        "/api/v1/ai/tool-servers",
+        READ_SOURCES,
+        tool_servers.index,
+        query=tool_servers.LISTED,
+        answer=tool_servers.ToolServerList,
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/tool-servers",
+        WRITE_SOURCES,
+        tool_servers.create,
+        body=CreateToolServer,
+        answer=NewDataSource,
+        status=201,
+        docs=CREATES.refusing("data-source-name-taken", "too-many-data-sources"),
+    ),
+    Route(
+        "GET",
+        "/api/v1/ai/tool-servers/{id}",
+        READ_SOURCES,
+        tool_servers.show,
+        answer=ToolServerShape,
+        docs=TAGGED,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/ai/tool-servers/{id}",
+        WRITE_SOURCES,
+        tool_servers.update,
+        body=UpdateToolServer,
+        answer=ToolServerShape,
+        docs=EDITS.refusing("data-source-name-taken"),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/ai/tool-servers/{id}",
+        WRITE_SOURCES,
+        tool_servers.delete,
+        query=(tool_servers.FORCE,),
+        status=204,
+        docs=OperationDoc(
+            takes=(IF_MATCH,), refusals=("not-owner", "precondition-failed", "data-source-in-use")
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/tool-servers/{id}/test",
+        READ_SOURCES,
+        tool_servers.test,
+        answer=tool_servers.ToolServerTest,
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/tool-servers/{id}/refresh",
+        WRITE_SOURCES,
+        tool_servers.refresh,
+        answer=tool_servers.ToolServerRefresh,
+        docs=replace(EDITS, refusals=("not-owner", "precondition-failed", "edit-conflict")),
+    ),
+    Route(
+        "POST",
+        "/api/v1/ai/tool-servers/{id}/accept",
+        WRITE_SOURCES,
+        tool_servers.accept,
+        body=AcceptTools,
+        answer=ToolServerShape,
+        docs=EDITS,
     ),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from models.data_source import DataSource
     from models.encryption import SecretVault
     from models.settings import ServerSettings
+    from nodes.mcp.tool_definitions import ToolDefinition
 
 log = structlog.get_logger()
 
@@ -47,9 +48,13 @@ class ProbeResult:
 
     is_ok: bool
     message: str
-    duration_milliseconds: int
+    duration_milliseconds: int = 0
     models: Sequence[str] = ()
     """Names that a provider of language models lists."""
+    tools: Sequence[ToolDefinition] = ()
+    """Tools that a tool server lists."""
+    protocol_version: str = ""
+    """Version that a tool server has agreed to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +86,39 @@ class DataSourceProber:
         """
         self.count_test(source.organization_id)
         began = monotonic()
-        is_ok, message, models = await self._attempt(source)
+        found = await self._attempt(source)
         milliseconds = round((monotonic() - began) * 1000)
         log.info(
-            "data source tested", data_source_id=source.id, is_ok=is_ok, duration_milliseconds=milliseconds
+            "data source tested",
+            data_source_id=source.id,
+            is_ok=found.is_ok,
+            duration_milliseconds=milliseconds,
         )
-        return ProbeResult(is_ok, message, milliseconds, models)
+        return replace(found, duration_milliseconds=milliseconds)
 
-    async def _attempt(self, source: DataSource) -> tuple[bool, str, Sequence[str]]:
-        """Connect within ten seconds, and return success, a message without secrets and foreign addresses, and the
-        models of a provider of language models.
+    async def _attempt(self, source: DataSource) -> ProbeResult:
+        """Connect within ten seconds, and return the result, whose message has no secrets and no foreign addresses.
 
         Undecryptable secrets, `NodeError` and the time limit are failures.
         """
         try:
             secrets = decrypt_secrets(self._vault, source)
         except VaultError as error:
-            return False, f"{error}: set its secrets again", ()
+            return ProbeResult(is_ok=False, message=f"{error}: set its secrets again")
         try:
             async with asyncio.timeout(limits.DATA_SOURCE_TEST_SECONDS):
                 if source.type == DataSourceType.AI_PROVIDER:
                     names = await self._list_models(source, secrets)
                     listed = f"The provider lists {len(names):,} models" if names else "The provider answers"
-                    return True, listed, names
-                return True, await self._connect(source, secrets), ()
+                    return ProbeResult(is_ok=True, message=listed, models=names)
+                if source.type == DataSourceType.MCP_SERVER:
+                    return await self._list_tools(source, secrets)
+                return ProbeResult(is_ok=True, message=await self._connect(source, secrets))
         except TimeoutError:
-            return False, f"No answer within {limits.DATA_SOURCE_TEST_SECONDS} seconds", ()
+            message = f"No answer within {limits.DATA_SOURCE_TEST_SECONDS} seconds"
+            return ProbeResult(is_ok=False, message=message)
         except NodeError as error:
-            return False, _redact(error.message, source.settings, secrets), ()
+            return ProbeResult(is_ok=False, message=_redact(error.message, source.settings, secrets))
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
         """Connect to a data source as a node would, and return a message about it; raises `NodeError` if that
@@ -160,6 +170,26 @@ class DataSourceProber:
             return await model_client.ModelClient(outbound).list_models(listing)
         finally:
             await outbound.close()
+
+    async def _list_tools(self, source: DataSource, secrets: Mapping[str, str]) -> ProbeResult:
+        """Return the tools that a tool server lists; raises `NodeError`."""
+        from nodes.mcp import mcp_session  # noqa: PLC0415 - most gateways never need it
+
+        outbound = mcp_session.open_outbound(
+            self._settings.outbound_allowed_networks, self._settings.tool_server_hosts
+        )
+        try:
+            address = mcp_session.build_address(source.settings, secrets)
+            async with mcp_session.open_session(outbound, address) as session:
+                tools = await session.list_tools()
+        finally:
+            await outbound.close()
+        return ProbeResult(
+            is_ok=True,
+            message=f"The tool server lists {len(tools):,} tools",
+            tools=tools,
+            protocol_version=session.version or "",
+        )
 
     def count_test(self, organization_id: str) -> None:
         """Count a test of an organization; raises a 429 error if there were 30 within the last minute.

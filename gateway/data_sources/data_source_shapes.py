@@ -145,6 +145,9 @@ def apply_changes(
         given = {name: value for name, value in merged.items() if value is not None}
         settings = _check_fields(given, definition.settings, "settings", problems)
         changes["settings"] = settings
+        if any(settings.get(name) != source.settings.get(name) for name in definition.destination):
+            # Tools were accepted of another server.
+            changes["tools"] = None
         if body.secrets is None and source.secret_names:
             _require_same_destination(source, settings, definition.destination, problems)
     secrets = None

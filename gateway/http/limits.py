@@ -139,8 +139,11 @@ MODEL_NAME_LENGTH: Final = 200
 MODEL_TOKENS: Final = 100_000_000
 """Tokens of the context or of an answer of a language model."""
 MODEL_COSTS: Final = 1_000
-LISTED_PROVIDER_MODELS: Final = 1_000
 """Rows of the costs of a month."""
+LISTED_PROVIDER_MODELS: Final = 1_000
+"""Models in the test of a provider key."""
+ACCEPTED_TOOLS: Final = 128
+"""Accepted tools of a tool server."""
 MODEL_TEST_SECONDS: Final = 60
 """Seconds of the test of a language model."""
 

@@ -38,6 +38,7 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "provider-keys": PathParameterDoc(
         "Id of the provider key, which is that of its data source.", "ds_provider"
     ),
+    "tool-servers": PathParameterDoc("Id of the tool server, which is that of its data source.", "ds_tools"),
     "workflow-nodes": PathParameterDoc(
         "Node type, or the namespace of a custom one, which its name follows.", "http-request"
     ),

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from engine.values import Json
+
 if TYPE_CHECKING:
     from engine.services import RunCaller
-    from engine.values import Json
 
 
-class ConnectionSource(msgspec.Struct, frozen=True):
+class ToolPin(msgspec.Struct, frozen=True):
+    """Tool of a tool server that people have accepted."""
+
+    hash: str
+    """SHA-256 of the accepted definition, in hexadecimal."""
+    effect: str
+    """`read` or `write`, as they have decided."""
+
+
+class ConnectionSource(msgspec.Struct, frozen=True, omit_defaults=True):
     """Data source with decrypted secrets."""
 
     id: str
@@ -21,6 +32,8 @@ class ConnectionSource(msgspec.Struct, frozen=True):
     """Increases with every change; connections of an earlier revision are not reused."""
     settings: dict[str, Json]
     secrets: dict[str, str]
+    tools: Mapping[str, ToolPin] = {}
+    """Accepted tools of a tool server, by name."""
 
     def __repr__(self) -> str:
         return f"Source({self.id!r}, type={self.type!r}, revision={self.revision})"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nodes.connections.data_source import ConnectionSource, ConnectionSources
     from nodes.connections.database_session import DatabaseSession
     from nodes.connections.smtp_mail_server import SmtpMailServer
+    from nodes.mcp.tool_servers import ToolServerConnection, ToolServers
     from nodes.sandbox.processes import ProcessPool
 
 Outcome = TypeVar("Outcome")
@@ -49,6 +50,7 @@ class DataSourceConnections:
         self._pools: dict[tuple[str, str], tuple[int, SessionPool]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._sqlite_processes: ProcessPool | None = None
+        self._tool_servers: ToolServers | None = None
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         """Return the SQL database of a data source of this type, over pooled connections; it connects at the
@@ -78,6 +80,20 @@ class DataSourceConnections:
         return smtp_mail_server.open_server(
             await self._find(caller, source_id, "smtp"), self._policy, self._resolve
         )
+
+    async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerConnection:
+        """Return the tool server of a data source, without connecting.
+
+        Raises `NodeError` if the caller may not use it.
+        """
+        from nodes.mcp import tool_servers  # noqa: PLC0415 - see the class
+
+        source = await self._find(caller, source_id, "mcp-server")
+        if self._tool_servers is None:
+            self._tool_servers = tool_servers.ToolServers(
+                self._policy.allowed_networks, self._policy.tool_server_hosts
+            )
+        return tool_servers.ToolServerConnection(self._tool_servers, source)
 
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         """Return the secret headers of a data source for a request to `url`: a bearer token, a basic login or
@@ -112,6 +128,8 @@ class DataSourceConnections:
             await asyncio.wait(self._closing)
         if self._sqlite_processes is not None:
             await self._sqlite_processes.close()
+        if self._tool_servers is not None:
+            await self._tool_servers.close()
         self._names.close()
 
     async def _find(self, caller: RunCaller, source_id: str, *types: str) -> ConnectionSource:

@@ -63,6 +63,8 @@ class ConnectionPolicy:
     own_databases: tuple[ServerDatabase, ...] = ()
     files: Path | None = None
     """Parent of the folders of organizations, for SQLite; None disables files in this process."""
+    tool_server_hosts: frozenset[str] = frozenset()
+    """Hosts of tool servers, or hosts with ports as `host:port`, that are allowed whatever their addresses are."""
     idle_seconds: float = 60
     max_connections_per_source: int = 5
     clock: DatabaseClock = field(default_factory=DatabaseClock)

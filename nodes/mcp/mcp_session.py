@@ -73,6 +73,13 @@ class ToolServerAddress(msgspec.Struct, frozen=True):
         return {"Authorization": f"Bearer {self.key}"}
 
 
+def build_address(settings: Mapping[str, Json], secrets: Mapping[str, str]) -> ToolServerAddress:
+    """Return the address of a tool server from settings and secrets of its data source."""
+    return ToolServerAddress(
+        str(settings["url"]), secrets.get("key", ""), str(settings.get("keyHeader") or "")
+    )
+
+
 class _SessionExpired(Exception):
     """Server that doesn't know the session any more, and has not carried out the request."""
 

@@ -493,6 +493,11 @@ async def create_provider_key(cast: AccessCast, is_public: bool) -> str:  # noqa
     return await share_new_source(cast, body, is_public=is_public)
 
 
+async def create_tool_server(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    body = {"name": uuid4().hex, "type": "mcp-server", "settings": {"url": "http://127.0.0.1:9/mcp"}}
+    return await share_new_source(cast, body, is_public=is_public)
+
+
 async def share_new_source(cast: AccessCast, body: Mapping[str, Any], *, is_public: bool) -> str:
     """Create a data source of the owner that is shared with the guest, and return its id."""
     response = await cast.owner.api.post("/api/v1/datasources", json=body)
@@ -552,7 +557,7 @@ MADE: Sequence[Make] = (
         create_session,
         create_data_source,
     ),
-    *(create_ai_model, create_provider_key),
+    *(create_ai_model, create_provider_key, create_tool_server),
     *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
 )
 WORKFLOW = "/api/v1/workflows/{id}"
@@ -563,6 +568,8 @@ NOTHING = sha256(b"").hexdigest()
 MODELS = "/api/v1/ai/models"
 PROVIDER_KEYS = "/api/v1/ai/provider-keys"
 PROVIDER_KEY = {"name": "A key", "provider": "openai", "apiKey": "a-key"}
+TOOL_SERVERS = "/api/v1/ai/tool-servers"
+TOOL_SERVER = {"name": "Tools", "url": "https://tools.example.com/mcp", "apiKey": "a-key"}
 MODEL = {"name": "Small", "vendorModelId": "m", "dataSourceId": "ds_absent"}
 SOURCE = "/api/v1/datasources/{id}"
 TOKEN = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token"}}
@@ -669,6 +676,18 @@ ROWS = [
     ),
     AccessRow("DELETE", f"{PROVIDER_KEYS}/{{id}}", WRITE_SOURCES, WRITERS, create_provider_key, status=204),
     AccessRow("POST", f"{PROVIDER_KEYS}/{{id}}/test", READ_SOURCES, READERS, create_provider_key),
+    AccessRow("GET", TOOL_SERVERS, READ_SOURCES, OWN),
+    AccessRow("POST", TOOL_SERVERS, WRITE_SOURCES, OWN, body=TOOL_SERVER, status=201),
+    AccessRow("GET", f"{TOOL_SERVERS}/{{id}}", READ_SOURCES, READERS, create_tool_server),
+    AccessRow(
+        "PUT", f"{TOOL_SERVERS}/{{id}}", WRITE_SOURCES, WRITERS, create_tool_server, {"keyHeader": None}
+    ),
+    AccessRow("DELETE", f"{TOOL_SERVERS}/{{id}}", WRITE_SOURCES, WRITERS, create_tool_server, status=204),
+    AccessRow("POST", f"{TOOL_SERVERS}/{{id}}/test", READ_SOURCES, READERS, create_tool_server),
+    AccessRow("POST", f"{TOOL_SERVERS}/{{id}}/refresh", WRITE_SOURCES, WRITERS, create_tool_server),
+    AccessRow(
+        "POST", f"{TOOL_SERVERS}/{{id}}/accept", WRITE_SOURCES, WRITERS, create_tool_server, {"tools": []}
+    ),
     AccessRow("GET", "/api/v1/openapi.json", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes", READ, OWN),
     AccessRow("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
@@ -1048,6 +1067,7 @@ async def test_objects_of_other_organizations_are_not_counted(on_sqlite: AccessC
         "/api/v1/datasources": 0,
         MODELS: 0,
         PROVIDER_KEYS: 0,
+        TOOL_SERVERS: 0,
         "/api/v1/workflows": 0,
         "/api/v1/workflows/stats": 0,
         "/api/v1/workflows/activity": 0,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import msgspec
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
@@ -15,9 +16,12 @@ from journal.blobs.blob_storage import BlobOwner
 from journal.waits import callbacks
 from journal.waits.callbacks import CallbackPlace
 from models import ids
+from models.data_source import DataSource
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
 from models.task import Task
+from models.tool_server import ListedTools, to_stored
+from nodes.mcp.tool_definitions import ToolDefinition
 from tests.custom_types import RESIZE
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import answer_for_pods, mark_running
@@ -133,6 +137,7 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
         "wf_tmpl_001": template_id,
         "ds_001": source["dataSourceId"],
         "ds_provider": provider["dataSourceId"],
+        "ds_tools": await _create_tool_server(harness, people, workflow_id),
         "model_001": model["modelId"],
         "wf_queue": queue,
         "wf_mails": mails,
@@ -197,3 +202,23 @@ def replace_example_ids(value: Json, ids: Mapping[str, str]) -> Json:
             placed = _EXAMPLE_ID.sub(lambda found: ids.get(found[0], found[0]), value)
     found: Json = placed
     return found
+
+
+async def _create_tool_server(harness: GatewayHarness, people: OrganizationUsers, workflow_id: str) -> str:
+    """Create a tool server that has listed the tool of the examples; return its id."""
+    body = {"name": f"Tools for {workflow_id}", "url": "http://127.0.0.1:9/mcp"}
+    source_id: str = (await _send(people, "POST", "ai/tool-servers", body))["dataSourceId"]
+    tool = ToolDefinition(
+        "search_notes",
+        "5f2b1c0d9e8a7b6c5d4e3f2a1b0c9d8e7f6a5b4c3d2e1f0a9b8c7d6e5f4a3b2c",
+        input_schema={"type": "object"},
+    )
+    tools = to_stored(ListedTools(offered=[msgspec.to_builtins(tool)]))
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(DataSource).where(col(DataSource.id) == source_id).values(tools=tools)
+        )
+
+    await harness.gateway.database.transaction(work)
+    return source_id

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from engine.run_errors import NodeError
-from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase
+from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase, ToolServerService
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from journal.blobs.blob_store_factory import open_blobs
@@ -79,6 +79,9 @@ class FileStores:
         raise AssertionError(f"{caller} asked for {type} {source_id}")
 
     async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService:
+        raise AssertionError(f"{caller} asked for the mail server {source_id}")
+
+    async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerService:
         raise AssertionError(f"{caller} asked for the mail server {source_id}")
 
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:

@@ -121,6 +121,8 @@ TYPES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("s3", {"bucket": "b-1", "accessKeyId": "AK", "endpoint": "http://[::1]:9000"}, ["secretAccessKey"]),
     ("ai-provider", {"baseUrl": "https://api.example.com/v1"}, ["key"]),
     ("ai-provider", {"baseUrl": "http://[::1]:11434/v1", "keyHeader": "api-key"}, []),
+    ("mcp-server", {"url": "https://tools.example.com/mcp"}, ["key"]),
+    ("mcp-server", {"url": "http://[::1]:8080/mcp", "keyHeader": "X-Key"}, []),
     ("webhook-secret", {}, ["secret"]),
 ]  # fmt: skip
 
@@ -166,6 +168,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
      ["settings.baseUrl"]),
     ({"type": "ai-provider", "settings": {"baseUrl": f"https://h/v1?key={CANARY}"}, "secrets": {}},
      ["settings.baseUrl"]),
+    ({"type": "mcp-server", "settings": {"url": f"https://h/mcp?key={CANARY}"}, "secrets": {}}, ["settings.url"]),
     ({**BUCKET, "settings": {"bucket": "b-1", "accessKeyId": "A", "endpoint": f"https://u:{CANARY}@h"}},
      ["settings.endpoint"]),
 ]  # fmt: skip

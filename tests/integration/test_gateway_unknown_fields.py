@@ -291,6 +291,9 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
     source = f"/api/v1/datasources/{made.json()['dataSourceId']}"
     model = f"{MODELS}/{await create_model(people.admin)}"
     provider_key = f"/api/v1/ai/provider-keys/{(await api.get(model)).json()['dataSourceId']}"
+    tools = {"name": "Tools", "url": "https://tools.example.com/mcp"}
+    made = await api.post("/api/v1/ai/tool-servers", json=tools)
+    tool_server = f"/api/v1/ai/tool-servers/{made.json()['dataSourceId']}"
     for path in (workflow, source):
         share = {"userId": people.colleague.user.id}
         assert (await api.post(f"{path}/share", json=share)).is_success
@@ -316,6 +319,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
             f"{source}/visibility": [data_source],
             model: [(await api.get(model)).json()],
             provider_key: [(await api.get(provider_key)).json()],
+            tool_server: [(await api.get(tool_server)).json()],
         }
 
     before = await shown()
@@ -324,6 +328,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
         source: "/api/v1/datasources/{id}",
         model: f"{MODELS}/{{id}}",
         provider_key: "/api/v1/ai/provider-keys/{id}",
+        tool_server: "/api/v1/ai/tool-servers/{id}",
         "/nodes/step": "/nodes/{sub}",
     }
     named = set(before)

@@ -10,7 +10,14 @@ import pytest
 from aiohttp import web
 
 from engine.run_errors import NodeError
-from engine.services import DataSourceService, MailServerService, ObjectBucket, RunCaller, SqlDatabase
+from engine.services import (
+    DataSourceService,
+    MailServerService,
+    ObjectBucket,
+    RunCaller,
+    SqlDatabase,
+    ToolServerService,
+)
 from engine.values import Json
 from nodes import catalog
 from nodes.outbound_http import OutboundClient, OutboundPolicy
@@ -331,6 +338,9 @@ class HeaderDataSources:
         raise AssertionError((caller, source_id))
 
     async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService:
+        raise AssertionError((caller, source_id))
+
+    async def tool_server(self, caller: RunCaller, source_id: str) -> ToolServerService:
         raise AssertionError((caller, source_id))
 
 

@@ -20,7 +20,7 @@ from engine.agents.agent_steps import AgentStep
 from engine.graph import ParsedGraph
 from engine.program import WorkflowProgram
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
-from engine.services import NodeServices, RunControl, StoredObject
+from engine.services import NodeServices, RunControl, StoredObject, ToolCallRequest
 from engine.values import decode_json
 from engine.workflow_runner import RunStart, run_workflow
 from gateway.executions import test_runs
@@ -176,6 +176,14 @@ class ExampleSubRuns:
         return "exec_2"
 
 
+class ExampleToolServer:
+    """Tool server with notes about cities."""
+
+    async def call(self, request: ToolCallRequest) -> Json:
+        note = f"{request.arguments['text']} is cold."
+        return {"text": f"1 note: {note}", "data": {"notes": [note]}}
+
+
 class ExampleDataSources(SampleDataSources):
     """The sample databases, a bucket, a folder like it, and a mail server."""
 
@@ -186,6 +194,10 @@ class ExampleDataSources(SampleDataSources):
     async def mail_server(self, caller: RunCaller, source_id: str) -> ExampleMailServer:
         await self.find(caller, source_id)
         return ExampleMailServer()
+
+    async def tool_server(self, caller: RunCaller, source_id: str) -> ExampleToolServer:
+        await self.find(caller, source_id)
+        return ExampleToolServer()
 
     async def folder(self, _caller: RunCaller) -> ExampleBucket:
         return ExampleBucket(has_tags=False)

@@ -162,6 +162,7 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
             "runner_drain_seconds": self.runner_drain_seconds,
             "outbound_allowed_networks": ",".join(map(str, self.outbound_allowed_networks)),
             "model_hosts": ",".join(self.model_hosts),
+            "tool_server_hosts": ",".join(self.tool_server_hosts),
             "log_level": self.log_level,
         }
         if self.cluster == "local":

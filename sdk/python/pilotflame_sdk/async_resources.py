@@ -62,11 +62,11 @@ class AsyncApprovals(AsyncResource):
 class AsyncAudit(AsyncResource):
     """Methods of `client.audit`."""
 
-    async def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.muted', 'dead-letters.unmuted', 'dead-letters.replayed', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'model.created', 'model.updated', 'model.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
+    async def list(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.muted', 'dead-letters.unmuted', 'dead-letters.replayed', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'tools.refreshed', 'tools.accepted', 'model.created', 'model.updated', 'model.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, limit: int | None = None, offset: int | None = None, after: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> t.AuditEntryList:
         """List changes of workflows, data sources, keys and users of the organization, with author and time."""
         return cast("t.AuditEntryList", await self._client.request("GET", "/api/v1/audit", query={"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "limit": limit, "offset": offset, "after": after, "sort": sort}))
 
-    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.muted', 'dead-letters.unmuted', 'dead-letters.replayed', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'model.created', 'model.updated', 'model.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> AsyncIterator[Any]:
+    def iterate(self, *, object_id: str | None = None, action: Literal['workflow.created', 'workflow.updated', 'workflow.status-set', 'workflow.lifecycle-set', 'workflow.deployed', 'workflow.undeployed', 'workflow.stopped', 'workflow.started', 'workflow.deleted', 'workflow.duplicated', 'workflow.built', 'workflow.imported', 'workflow.visibility-set', 'workflow.log-level-set', 'workflow.laid-out', 'workflow.scopes-computed', 'node.added', 'node.configured', 'node.removed', 'connection.added', 'connection.removed', 'version.created', 'version.restored', 'share.added', 'share.removed', 'template.saved', 'template.used', 'key.created', 'key.revoked', 'user.created', 'identity.connected', 'invitation.created', 'invitation.accepted', 'invitation.revoked', 'session.created', 'session.ended', 'sign-in.refused', 'event-token.created', 'event-token.revoked', 'trigger-token.set', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.muted', 'dead-letters.unmuted', 'dead-letters.replayed', 'deliveries.redriven', 'trigger-token.revoked', 'signing-secret.set', 'executions.cancelled', 'executions.retried', 'executions.replayed', 'executions.deleted', 'input.answered', 'task.retried', 'task.cancelled', 'data-source.created', 'data-source.updated', 'data-source.visibility-set', 'data-source.deleted', 'tools.refreshed', 'tools.accepted', 'model.created', 'model.updated', 'model.deleted', 'node-type.added', 'node-type.deprecated', 'node-type.deleted', 'drift.fixed'] | None = None, user_id: str | None = None, since: str | None = None, until: str | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc'] | None = None) -> AsyncIterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/audit", "entries", {"objectId": object_id, "action": action, "userId": user_id, "since": since, "until": until, "sort": sort}, has_cursor=True)
 
@@ -74,7 +74,7 @@ class AsyncAudit(AsyncResource):
 class AsyncDatasources(AsyncResource):
     """Methods of `client.datasources`."""
 
-    async def create(self, *, name: str, type: Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret'], settings: Mapping[str, Any] | None = None, secrets: Mapping[str, Any] | None = None, idempotency_key: str | None = None) -> t.NewDataSource:
+    async def create(self, *, name: str, type: Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mcp-server', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret'], settings: Mapping[str, Any] | None = None, secrets: Mapping[str, Any] | None = None, idempotency_key: str | None = None) -> t.NewDataSource:
         """Create a data source."""
         return cast("t.NewDataSource", await self._client.request("POST", "/api/v1/datasources", fields={"name": name, "type": type, "settings": settings, "secrets": secrets}, idempotency_key=idempotency_key, is_keyed=True))
 
@@ -86,11 +86,11 @@ class AsyncDatasources(AsyncResource):
         """Show a data source without its secrets."""
         return cast("t.DataSource", await self._client.request("GET", f"/api/v1/datasources/{self._quote(datasource_id)}"))
 
-    async def list(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'ai-provider', 'webhook-secret'] | None = None, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> t.DataSourceList:
+    async def list(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'ai-provider', 'mcp-server', 'webhook-secret'] | None = None, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> t.DataSourceList:
         """List the data sources that the caller may use."""
         return cast("t.DataSourceList", await self._client.request("GET", "/api/v1/datasources", query={"type": type, "limit": limit, "offset": offset, "sort": sort}))
 
-    def iterate(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'ai-provider', 'webhook-secret'] | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> AsyncIterator[Any]:
+    def iterate(self, *, type: Literal['postgresql', 'mysql', 'sqlite', 'http-bearer', 'http-basic', 'api-key', 'smtp', 's3', 'ai-provider', 'mcp-server', 'webhook-secret'] | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc', 'type', 'type:asc', 'type:desc'] | None = None) -> AsyncIterator[Any]:
         """Yield every item of `list`, page by page."""
         return self._client.iterate("/api/v1/datasources", "dataSources", {"type": type, "sort": sort})
 
@@ -683,6 +683,46 @@ class AsyncTasks(AsyncResource):
         return cast("t.DecidedTask", await self._client.request("POST", f"/api/v1/tasks/{self._quote(task_id)}/retry"))
 
 
+class AsyncToolServers(AsyncResource):
+    """Methods of `client.tool_servers`."""
+
+    async def accept(self, tool_server_id: str, *, tools: Sequence[Any] | None = None, withdrawn: Sequence[str] | None = None) -> t.ToolServer:
+        """Accept tools, which workflows may then call, each by the hash of the definition that you have read."""
+        return cast("t.ToolServer", await self._client.request("POST", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}/accept", fields={"tools": tools, "withdrawn": withdrawn}))
+
+    async def create(self, *, name: str, url: str, api_key: str | None = None, key_header: str | None = None, idempotency_key: str | None = None) -> t.NewDataSource:
+        """Store the address and the key of a tool server, encrypted, without contacting it."""
+        return cast("t.NewDataSource", await self._client.request("POST", "/api/v1/ai/tool-servers", fields={"name": name, "url": url, "apiKey": api_key, "keyHeader": key_header}, idempotency_key=idempotency_key, is_keyed=True))
+
+    async def delete(self, tool_server_id: str, *, force: bool | None = None) -> None:
+        """Delete a tool server; with `force`, even if workflows use it, whose calls then fail."""
+        await self._client.request("DELETE", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}", query={"force": force})
+
+    async def get(self, tool_server_id: str) -> t.ToolServer:
+        """Show a tool server with its tools: as the server listed them last, and as they were accepted."""
+        return cast("t.ToolServer", await self._client.request("GET", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}"))
+
+    async def list(self, *, limit: int | None = None, offset: int | None = None, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> t.ToolServerList:
+        """List the tool servers that the caller may use."""
+        return cast("t.ToolServerList", await self._client.request("GET", "/api/v1/ai/tool-servers", query={"limit": limit, "offset": offset, "sort": sort}))
+
+    def iterate(self, *, sort: Literal['createdAt', 'createdAt:asc', 'createdAt:desc', 'updatedAt', 'updatedAt:asc', 'updatedAt:desc', 'name', 'name:asc', 'name:desc'] | None = None) -> AsyncIterator[Any]:
+        """Yield every item of `list`, page by page."""
+        return self._client.iterate("/api/v1/ai/tool-servers", "toolServers", {"sort": sort})
+
+    async def refresh(self, tool_server_id: str) -> t.ToolServerRefresh:
+        """Refresh the tools of a tool server: ask it for their definitions, and store these."""
+        return cast("t.ToolServerRefresh", await self._client.request("POST", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}/refresh"))
+
+    async def test(self, tool_server_id: str) -> t.ToolServerTest:
+        """Test a tool server: list its tools, and store nothing."""
+        return cast("t.ToolServerTest", await self._client.request("POST", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}/test"))
+
+    async def update(self, tool_server_id: str, *, name: str | None = None, url: str | None = None, api_key: str | None = None, key_header: str | None = None) -> t.ToolServer:
+        """Change a tool server; absent fields do not change."""
+        return cast("t.ToolServer", await self._client.request("PUT", f"/api/v1/ai/tool-servers/{self._quote(tool_server_id)}", fields={"name": name, "url": url, "apiKey": api_key, "keyHeader": key_header}))
+
+
 class AsyncTriggers(AsyncResource):
     """Methods of `client.triggers`."""
 
@@ -943,6 +983,7 @@ class AsyncResourceClient(AsyncTransport):
         self.signing_secret = AsyncSigningSecret(self)
         self.source_usage = AsyncSourceUsage(self)
         self.tasks = AsyncTasks(self)
+        self.tool_servers = AsyncToolServers(self)
         self.triggers = AsyncTriggers(self)
         self.users = AsyncUsers(self)
         self.workers = AsyncWorkers(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Dict, List, Literal, TypedDict, Union
 
 __all__ = [
+    "AcceptedTool",
     "AlertSeverity",
     "AlertState",
     "AppliedChange",
@@ -270,6 +271,15 @@ __all__ = [
     "TimelineDecision",
     "TimelineLane",
     "Timing",
+    "Tool",
+    "ToolDefinition",
+    "ToolEffect",
+    "ToolServer",
+    "ToolServerList",
+    "ToolServerRefresh",
+    "ToolServerSummary",
+    "ToolServerTest",
+    "ToolStatus",
     "Transition",
     "TransitionKind",
     "Trigger",
@@ -325,7 +335,7 @@ AlertState = Literal['firing', 'quiet', 'unknown']
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
 
 
-AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-signal', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -337,7 +347,7 @@ BlockerKind = Literal['change', 'escalate', 'wait']
 ConflictReason = Literal['edited-since-apply', 'not-applied-before', 'other-set']
 
 
-DataSourceType = Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret']
+DataSourceType = Literal['ai-provider', 'api-key', 'http-basic', 'http-bearer', 'mcp-server', 'mysql', 'postgresql', 's3', 'smtp', 'sqlite', 'webhook-secret']
 
 
 DeliveryOutcome = Literal['accepted', 'deferred', 'duplicate', 'rejected', 'shed']
@@ -421,6 +431,12 @@ StoreState = Literal['not-examined', 'ok', 'unreachable']
 TaskState = Literal['cancel_requested', 'cancelled', 'completed', 'delayed', 'failed', 'leased', 'limited', 'ready']
 
 
+ToolEffect = Literal['read', 'write']
+
+
+ToolStatus = Literal['accepted', 'changed', 'new', 'removed', 'unusable']
+
+
 TransitionKind = Literal['start', 'stop']
 
 
@@ -437,6 +453,15 @@ WorkerState = Literal['absent', 'free', 'full']
 
 
 WorkflowStatus = Literal['active', 'archived', 'draft', 'paused']
+
+
+class AcceptedTool(TypedDict):
+    """Accepted tool."""
+
+    definition: ToolDefinition
+    effect: ToolEffect
+    acceptedBy: str
+    acceptedAt: str
 
 
 class _AppliedChangeAlways(TypedDict):
@@ -3047,6 +3072,92 @@ class Timing(TypedDict):
     waking: float
     running: float
     waitingFor: Dict[str, float]
+
+
+class Tool(TypedDict):
+    """Tool of a tool server."""
+
+    name: str
+    status: ToolStatus
+    offered: ToolDefinition | None
+    accepted: AcceptedTool | None
+
+
+class ToolDefinition(TypedDict):
+    """Definition of a tool by its server."""
+
+    hash: str
+    title: str
+    description: str
+    inputSchema: Dict[str, Any]
+    hints: Dict[str, bool]
+    problem: str
+
+
+class ToolServer(TypedDict):
+    """Tool server without its key."""
+
+    id: str
+    name: str
+    url: str
+    keyHeader: str | None
+    hasKey: bool
+    keySetAt: str
+    protocolVersion: str | None
+    listedAt: str | None
+    tools: List[Tool]
+    isPublic: bool
+    organizationId: str
+    ownerId: str
+    createdAt: str
+    updatedAt: str
+
+
+class ToolServerList(TypedDict):
+    """Page of a list of tool servers; `count` is the total."""
+
+    count: int
+    limit: int
+    offset: int
+    toolServers: List[ToolServerSummary]
+
+
+class ToolServerRefresh(TypedDict):
+    """Result of a refresh."""
+
+    ok: bool
+    message: str
+    durationMs: int
+    toolServer: ToolServer
+
+
+class ToolServerSummary(TypedDict):
+    """Tool server in a list, without its tools."""
+
+    id: str
+    name: str
+    url: str
+    keyHeader: str | None
+    hasKey: bool
+    keySetAt: str
+    protocolVersion: str | None
+    listedAt: str | None
+    toolCounts: Dict[str, int]
+    isPublic: bool
+    organizationId: str
+    ownerId: str
+    createdAt: str
+    updatedAt: str
+
+
+class ToolServerTest(TypedDict):
+    """Result of a test with the stored key."""
+
+    ok: bool
+    message: str
+    durationMs: int
+    protocolVersion: str | None
+    tools: List[str]
 
 
 class Transition(TypedDict):
