@@ -38,6 +38,11 @@ def render_explanation(explained: Mapping[str, Any]) -> Iterator[str]:
         yield f"unknown: {fact}"
     if "timing" in explained:
         yield f"time: {_timing_text(explained['timing'])}"
+    usage = explained.get("usage")
+    if usage:
+        cost = "at an unknown cost" if usage["cost"] is None else f"for ${usage['cost']}"
+        tokens = usage["inputTokens"] + usage["outputTokens"]
+        yield f"language models: {usage['calls']} answers with {tokens:,} tokens {cost}"
     if explained.get("criticalPath"):
         steps = (f"{step['nodeLabel']} {step['seconds']:.3f} s" for step in explained["criticalPath"])
         yield f"critical path: {' -> '.join(steps)}"

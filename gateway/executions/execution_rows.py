@@ -272,19 +272,24 @@ async def find_execution(
         .order_by(col(SpanRow.sequence))
     )
     rows = (await connection.execute(outputs)).all()
-    calls = select(col(SpanRow.model_calls)).where(
-        col(SpanRow.execution_id) == execution_id,
-        col(SpanRow.shard) == caller.shard,
-        col(SpanRow.model_calls).is_not(None),
-    )
     return ExecutionRecord(
         execution,
         ExecutionData(**data),
         [(row.node_id, row.output) for row in rows],
         [row.node_id for row in rows if row.output_is_reference],
         (await read_labels(connection, caller, [execution_id])).get(execution_id, ()),
-        [*(await connection.scalars(calls))],
+        await read_model_calls(connection, execution_id, caller.shard),
     )
+
+
+async def read_model_calls(connection: AsyncConnection, execution_id: str, shard: int) -> Sequence[str]:
+    """Return the calls of language models by the nodes of an execution, as JSON texts of their spans."""
+    statement = select(col(SpanRow.model_calls)).where(
+        col(SpanRow.execution_id) == execution_id,
+        col(SpanRow.shard) == shard,
+        col(SpanRow.model_calls).is_not(None),
+    )
+    return [text for text in await connection.scalars(statement) if text is not None]
 
 
 async def read_labels(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from engine.joins import JoinMode
+from gateway.executions import execution_rows, model_usage
+from gateway.executions.model_usage import ModelUsageShape
 from gateway.explanations import explanation_shapes
 from gateway.explanations.explanation_shapes import (
     BlockedIntervalShape,
@@ -65,6 +67,8 @@ class RunExplanation(WireStruct):
     timing: TimingShape
     critical_path: Sequence[PathStepShape]
     """Nodes that determined its end, after its end; empty before."""
+    usage: ModelUsageShape | None
+    """Language models that its nodes have called until now, with their cost; null if they have called none."""
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
@@ -89,7 +93,8 @@ async def show(request: GatewayRequest) -> JsonResponse:
         path: Sequence[PathStep] = ()
         if facts.run.status in TERMINAL_STATUSES:
             path = await run_timing.read_critical_path(connection, facts.run)
-    return JsonResponse(_show_run(facts, explained, path, node_id))
+        calls = await execution_rows.read_model_calls(connection, facts.run.id, caller.shard)
+    return JsonResponse(_show_run(facts, explained, path, node_id, calls))
 
 
 async def _explain_node(
@@ -131,7 +136,11 @@ async def is_broker_reachable(broker: Broker) -> bool:
 
 
 def _show_run(
-    facts: RunFacts, explained: Explanation, path: Sequence[PathStep], node_id: str | None
+    facts: RunFacts,
+    explained: Explanation,
+    path: Sequence[PathStep],
+    node_id: str | None,
+    model_calls: Sequence[str],
 ) -> RunExplanation:
     run = facts.run
     of_run = explained if node_id is None else run_explanation.explain_run(facts)
@@ -152,4 +161,5 @@ def _show_run(
         history=[explanation_shapes.show_interval(one) for one in facts.intervals],
         timing=explanation_shapes.show_timing(spent),
         critical_path=[explanation_shapes.show_step(one) for one in path],
+        usage=model_usage.show_usage(model_calls) if model_calls else None,
     )
