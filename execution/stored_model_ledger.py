@@ -1,4 +1,4 @@
-"""Ledger of calls of language models in the database, with the budgets of nodes and runs."""
+"""Ledger of calls of language models in the database, with the budgets of nodes, runs and months."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from sqlmodel import col
 from concurrency.ttl_cache import TTLCache
 from engine.model_calls import ModelBudget
 from engine.model_prices import show_cost
+from engine.month_budget import month_number
 from engine.run_errors import NodeError
+from execution import organization_budgets
 from execution.deferred_writes import DeferredWrites
 from execution.retry import until_available
 from journal.concurrency_limits import advisory_lock_id
@@ -41,11 +43,13 @@ log = structlog.get_logger()
 MAX_CACHED_BUDGETS: Final = 1_000
 CACHE_SECONDS: Final = 3_600.0
 """A run keeps its settings, so its budget never changes."""
+MONTH_SECONDS: Final = 1.0
+"""Time after which a process notices that an organization has got a budget, or has none any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunBudgets:
-    """Budgets of a run and of the runs above it, whose sub-workflows share them."""
+    """Budgets of a run and of the runs above it, which count the calls of their sub-workflows too."""
 
     root_id: str
     budgets: Mapping[str, ModelBudget]
@@ -69,24 +73,28 @@ class StoredModelLedger:
         self._database = database
         self._deferred = DeferredWrites(self._store_settled) if is_deferring else None
         self._budgets: TTLCache[str, RunBudgets] = TTLCache(CACHE_SECONDS, MAX_CACHED_BUDGETS)
+        self._has_month: TTLCache[str, bool] = TTLCache(MONTH_SECONDS, MAX_CACHED_BUDGETS)
+        """Whether organizations have a budget of the month."""
 
     async def reserve(self, caller: RunCaller, reservation: ModelReservation) -> bool:
         """Reserve the most that a call may cost, in one transaction that counts all charges of the budgets.
 
         Returns whether a budget counts the call; without one, nothing is stored.
-        Calls of one run reserve one after another. Waits while the database is unavailable. Raises `NodeError`
-        `model-budget-exceeded` and `model-price-unknown`.
+        Calls of one run reserve one after another, and so do those of an organization with a budget of the month.
+        Waits while the database is unavailable. Raises `NodeError` `model-budget-exceeded`, `month-budget-exceeded`
+        and `model-price-unknown`.
         """
         run = await until_available(lambda: self._find_run_budgets(caller))
+        has_month = await until_available(lambda: self._has_month_budget(caller.organization_id))
         budgets = [*run.budgets.values(), *([] if reservation.budget is None else [reservation.budget])]
-        if not budgets:
+        if not budgets and not has_month:
             return False
         if reservation.cost is None and any(budget.max_cost is not None for budget in budgets):
             message = f"{reservation.model_id}: a budget with maxCost needs the price of the model"
             raise NodeError(message, code="model-price-unknown")
 
         async def work(connection: AsyncConnection) -> None:
-            if connection.dialect.name == "postgresql":
+            if budgets and connection.dialect.name == "postgresql":
                 # A statement of its own, so that the next one sees the commit of the previous holder.
                 lock = advisory_lock_id(f"model budget {run.root_id}")
                 await connection.execute(select(func.pg_advisory_xact_lock(lock)))
@@ -105,10 +113,15 @@ class StoredModelLedger:
                     charges += (_is_of_run_or_below(execution_id, run.root_id),)
                 await _require_rest(connection, reservation, owner, budget, charges)
             charge = self._build_charge(caller, run, reservation.key, reservation.node)
+            if has_month:
+                # The last lock, since all calls of the organization wait for it until the commit.
+                await organization_budgets.require_rest(
+                    connection, caller.organization_id, reservation, charge["created_at"]
+                )
             charge |= {"tokens": reservation.tokens, "cost": reservation.cost, "is_settled": False}
             await connection.execute(_insert(connection, ModelCharge).values(charge).on_conflict_do_nothing())
 
-        locks = f"model budget {run.root_id}"
+        locks = f"model budget {caller.organization_id if has_month else run.root_id}"
         await until_available(lambda: self._database.transaction(work, locks=locks))
         return True
 
@@ -163,14 +176,27 @@ class StoredModelLedger:
             log.warning("model charge not released", execution_id=caller.execution_id, error=str(error))
 
     def _build_charge(self, caller: RunCaller, run: RunBudgets, key: str, node: str) -> dict[str, Any]:
+        """Return the columns of a charge but its amounts."""
+        now = self._database.clock.now()
         return {
             "execution_id": caller.execution_id,
             "key": key,
             "shard": ids.shard_of(caller.organization_id),
             "root_id": run.root_id,
             "node": node,
-            "created_at": self._database.clock.now(),
+            "organization_id": caller.organization_id,
+            "month": month_number(now),
+            "created_at": now,
         }
+
+    async def _has_month_budget(self, organization_id: str) -> bool:
+        """Return whether an organization has a budget of the month; raises `DatabaseUnavailable`."""
+        found = self._has_month.get(organization_id)
+        if found is None:
+            async with self._database.read() as connection:
+                found = await organization_budgets.find(connection, organization_id) is not None
+            self._has_month.put(organization_id, found)
+        return found
 
     async def _find_run_budgets(self, caller: RunCaller) -> RunBudgets:
         """Return the budgets of a run and of the runs above it, by their pinned settings.
@@ -265,10 +291,12 @@ async def _settle(connection: AsyncConnection, call: _SettledCall) -> None:
             set_=values,
             where=col(ModelCharge.is_settled).is_(False),
         )
-        .returning(col(ModelCharge.key))
+        .returning(col(ModelCharge.created_at))
     )
-    if await connection.scalar(statement) is not None:
-        await _add_to_month(connection, call.caller, settlement, call.charge["created_at"])
+    # The month of the reservation, whose budget has admitted the call.
+    created_at = await connection.scalar(statement)
+    if created_at is not None:
+        await _add_to_month(connection, call.caller, settlement, created_at)
 
 
 def _find_month_row(call: _SettledCall) -> tuple[str, str, str]:
@@ -289,7 +317,7 @@ async def _add_to_month(
     }
     row = {
         "organization_id": caller.organization_id,
-        "month": at.year * 100 + at.month,
+        "month": month_number(at),
         "workflow_id": caller.workflow_id,
         "model_id": settlement.model_id,
         "shard": ids.shard_of(caller.organization_id),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
+from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +17,6 @@ from engine.model_limits import ModelLimits, share_limits
 from engine.model_prices import ModelPrice
 from engine.run_errors import NodeError
 from engine.services import RunCaller
-from execution.stored_model_ledger import StoredModelLedger
 from journal import worker_presence
 from journal.presence_reports import REPORT_SECONDS
 from models.ai_model import AiModel, is_usable_by
@@ -26,6 +26,7 @@ from nodes.ai.model_connection import ModelConnection
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from execution.stored_model_ledger import StoredModelLedger
     from models.database import Database
     from nodes.connections.data_source import ConnectionSource, ConnectionSources
 
@@ -40,9 +41,16 @@ class StoredModels:
         """With `is_deferring`, costs that no budget counts are stored together about once a second."""
         self._database = database
         self._sources = sources
-        self.ledger = StoredModelLedger(database, is_deferring=is_deferring)
+        self._is_deferring = is_deferring
         self._workers = 1
         self._workers_known_until = 0.0
+
+    @cached_property
+    def ledger(self) -> StoredModelLedger:
+        """Ledger of the calls."""
+        from execution.stored_model_ledger import StoredModelLedger  # noqa: PLC0415 - loaded with the first call of a model
+
+        return StoredModelLedger(self._database, is_deferring=self._is_deferring)
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:
         """Return a model that a run may use, with the key of its provider.

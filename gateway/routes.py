@@ -57,6 +57,7 @@ TABLE: Sequence[Route] = (
     *ai_models_routes.PROVIDER_KEYS,
     *ai_models_routes.TOOL_SERVERS,
     *ai_models_routes.COSTS,
+    *ai_models_routes.SETTINGS,
     *ingest_routes.ROUTES,
     *executions_routes.ROUTES,
     *tasks_routes.ROUTES,

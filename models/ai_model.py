@@ -1,4 +1,4 @@
-"""Language models of organizations, and access conditions."""
+"""Language models of organizations with access conditions, and the settings of organizations for them."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ class AiModel(SQLModel, table=True):
     is_shared: bool = False
     """Whether the whole organization may use it."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+
+
+class AiSettings(SQLModel, table=True):
+    """Settings of an organization for language models; without a row, all have their defaults."""
+
+    __tablename__ = "ai_settings"
+
+    organization_id: str = Field(primary_key=True, foreign_key="organization.id")
+    shard: int = Field(sa_type=SmallInteger)
+    month_budget: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
+    """Budget of all calls in a month, as `engine.month_budget.MonthBudget` has it; None without one."""
     updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 

@@ -78,6 +78,7 @@ class AuditAction(StrEnum):
     MODEL_CREATED = "model.created"
     MODEL_UPDATED = "model.updated"
     MODEL_DELETED = "model.deleted"
+    AI_SETTINGS_UPDATED = "ai-settings.updated"
     NODE_TYPE_ADDED = "node-type.added"
     NODE_TYPE_DEPRECATED = "node-type.deprecated"
     NODE_TYPE_DELETED = "node-type.deleted"

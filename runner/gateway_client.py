@@ -171,7 +171,13 @@ class GatewayClient:
         # Headers of `call` have names in lower case; those of `stream` match any case.
         kind = headers.get(NODE_ERROR_HEADER.lower())
         if kind is not None:
-            raise NodeError(error.message, code=error.code, retryable=kind == RETRYABLE)
+            after = headers.get("retry-after")
+            raise NodeError(
+                error.message,
+                code=error.code,
+                retryable=kind == RETRYABLE,
+                retry_after_seconds=None if after is None else float(after),
+            )
         # An unknown token may be a new one that the gateway will know soon. If not, the leases expire, and
         # the runs continue elsewhere.
         if status in {401, 403, 408, 429} or status >= 500:  # noqa: PLR2004 - RFC 9110

@@ -10,6 +10,7 @@ from sqlalchemy import and_, select, true
 from sqlmodel import col
 
 from engine.model_prices import show_cost
+from engine.month_budget import MonthLimitAction, month_number
 from gateway.http import limits
 from gateway.http.errors import invalid_query
 from gateway.http.parameters import TextParameter
@@ -20,6 +21,7 @@ from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.http.request import GatewayRequest
 
@@ -43,6 +45,20 @@ class ModelCostShape(WireStruct):
     """US dollars as a decimal text."""
 
 
+class MonthBudgetUse(WireStruct):
+    """Use of the organization's budget in the present month; costs in US dollars as decimal texts."""
+
+    max_cost: str | None
+    max_tokens: int | None
+    on_limit: MonthLimitAction
+    spent_cost: str
+    """Of all answered calls of the organization with a price, also of workflows that you may not read."""
+    reserved_cost: str
+    """Of calls that are being made, and of those whose answer was lost."""
+    spent_tokens: int
+    reserved_tokens: int
+
+
 class ModelCostList(WireStruct):
     """Costs of a month, the highest first."""
 
@@ -50,6 +66,8 @@ class ModelCostList(WireStruct):
     cost: str
     """Sum of the listed costs in US dollars, as a decimal text."""
     costs: Sequence[ModelCostShape]
+    budget: MonthBudgetUse | None
+    """Null without a budget, and for other months than the present one."""
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -61,14 +79,14 @@ async def index(request: GatewayRequest) -> JsonResponse:
     found = _MONTH.fullmatch(given or f"{now:%Y-%m}")
     if found is None:
         raise invalid_query("month", "invalid-value", "month is a year and a month, such as 2026-11")
-    caller = request.caller
+    caller, month = request.caller, int(found[1] + found[2])
     is_readable = true() if caller.is_admin else and_(col(Workflow.id).is_not(None), is_readable_by(caller))
     statement: Select[*tuple[Any, ...]] = (
         select(ModelCost, col(Workflow.name).label("name"))
         .join(Workflow, col(Workflow.id) == col(ModelCost.workflow_id), isouter=True)
         .where(
             col(ModelCost.organization_id) == caller.organization_id,
-            col(ModelCost.month) == int(found[1] + found[2]),
+            col(ModelCost.month) == month,
             is_readable,
         )
         .order_by(col(ModelCost.cost).desc(), col(ModelCost.workflow_id), col(ModelCost.model_id))
@@ -76,6 +94,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
     )
     async with request.gateway.database.read() as connection:
         rows = (await connection.execute(statement)).all()
+        is_present = month == month_number(now)
+        budget = await _find_budget(connection, caller.organization_id, month) if is_present else None
     return JsonResponse(
         ModelCostList(
             month=found[0],
@@ -93,5 +113,27 @@ async def index(request: GatewayRequest) -> JsonResponse:
                 )
                 for row in rows
             ],
+            budget=budget,
         )
+    )
+
+
+async def _find_budget(
+    connection: AsyncConnection, organization_id: str, month: int
+) -> MonthBudgetUse | None:
+    """Return the budget of an organization with its use by the calls of a month; None without one."""
+    from execution import organization_budgets  # noqa: PLC0415 - loaded with the first request
+
+    budget = await organization_budgets.find(connection, organization_id)
+    if budget is None:
+        return None
+    spending = await organization_budgets.read_spending(connection, organization_id, month)
+    return MonthBudgetUse(
+        max_cost=budget.max_cost,
+        max_tokens=budget.max_tokens,
+        on_limit=budget.on_limit,
+        spent_cost=show_cost(spending.spent_cost) or "0",
+        reserved_cost=show_cost(spending.reserved_cost) or "0",
+        spent_tokens=spending.spent_tokens,
+        reserved_tokens=spending.reserved_tokens,
     )

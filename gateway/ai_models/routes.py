@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from gateway.ai_models import ai_models, model_costs, provider_keys, tool_servers
+from gateway.ai_models import ai_models, ai_settings, model_costs, provider_keys, tool_servers
+from gateway.ai_models.ai_settings import AiSettingsShape, UpdateAiSettings
 from gateway.ai_models.model_shapes import CreateModel, ModelShape, UpdateModel
 from gateway.ai_models.provider_keys import CreateProviderKey, ProviderKeyShape, UpdateProviderKey
 from gateway.ai_models.tool_server_shapes import (
@@ -213,6 +214,18 @@ COSTS: Final[Sequence[Route]] = (
         model_costs.index,
         query=(model_costs.MONTH,),
         answer=model_costs.ModelCostList,
+    ),
+)
+SETTINGS: Final[Sequence[Route]] = (
+    Route("GET", "/api/v1/ai/settings", KeyScope.MODELS_READ, ai_settings.show, answer=AiSettingsShape),
+    Route(
+        "PUT",
+        "/api/v1/ai/settings",
+        KeyScope.MODELS_WRITE,
+        ai_settings.update,
+        body=UpdateAiSettings,
+        answer=AiSettingsShape,
+        docs=OperationDoc(refusals=("admin-required", "validation-failed")),
     ),
 )
 ALIASES: Final[Sequence[Route]] = tuple(

@@ -7,6 +7,7 @@ user.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256 as hash_of
@@ -139,7 +140,7 @@ async def block_model(request: GatewayRequest, holder: LeaseHolder) -> JsonRespo
 
 
 async def reserve_model_call(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Reserve what a call of a model may cost in the budgets of the path's run.
+    """Reserve the most that a call of a model may cost in the budgets of the path's run.
 
     Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
     """
@@ -299,7 +300,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 @asynccontextmanager
 async def _translate_errors() -> AsyncIterator[None]:
-    """Translate a node's error in the block to a 422 error whose header says whether it is retryable.
+    """Translate a node's error in the block to a 422 error whose headers say whether it is retryable, and when.
 
     A block of over 20 seconds becomes a 503 error.
     """
@@ -307,7 +308,11 @@ async def _translate_errors() -> AsyncIterator[None]:
         async with asyncio.timeout(ASK_SECONDS):
             yield
     except NodeError as error:
-        kind = RETRYABLE if error.retryable else FINAL
-        raise ApiError(422, error.code, error.message, headers={NODE_ERROR_HEADER: kind}) from error
+        kind, seconds = RETRYABLE if error.retryable else FINAL, error.retry_after_seconds
+        raise ApiError(
+            *(422, error.code, error.message),
+            retry_after_seconds=None if seconds is None else math.ceil(seconds),
+            headers={NODE_ERROR_HEADER: kind},
+        ) from error
     except TimeoutError as error:
         raise errors.not_ready("The database does not answer: try again") from error

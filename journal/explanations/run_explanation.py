@@ -44,6 +44,12 @@ SWEEP_TIME: Final = timedelta(seconds=2)
 READ_SCOPE: Final = "workflows:read"
 EXECUTE_SCOPE: Final = "workflows:execute"
 WRITE_SCOPE: Final = "workflows:write"
+WAITS_FOR_MODELS: Final = {
+    "model-rate-limited": "waits until the provider of its language model accepts calls again",
+    "model-limit-reached": "waits until the limits of its language model admit the call",
+    "month-budget-exceeded": "waits for the next month: the budget of the organization for language models is spent",
+}
+"""Texts for failures of models after which a node waits, by their codes."""
 _CHECKED: Final = {
     ExecutionStatus.PENDING: ("request", "slot", "deployment", "window", "workers", "queue", "broker"),
     ExecutionStatus.WAITING: ("paused", "window", "deployment", "timer", "retry", "event", "input"),
@@ -306,12 +312,8 @@ def node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
         case BlockerCode.RETRY_AT | BlockerCode.TIMER:
             text = "waits for a time"
             if code is BlockerCode.RETRY_AT:
-                text = "has failed and is tried again"
+                text = WAITS_FOR_MODELS.get(node.error_code or "", "has failed and is tried again")
                 where = {**where, "error": node.error_code}
-            if node.error_code == "model-rate-limited":
-                text = "waits until the provider of its language model accepts calls again"
-            elif node.error_code == "model-limit-reached":
-                text = "waits until the limits of its language model admit the call"
             return Blocker(code, f"{node.label} {text}", node.started_at, until=node.wake_at, details=where)
         case _:
             return _running_blocker(facts, node)

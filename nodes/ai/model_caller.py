@@ -19,6 +19,7 @@ from engine.model_calls import (
     estimate_input_tokens,
 )
 from engine.model_prices import compute_cost
+from engine.run_errors import NodeError
 from nodes.ai.model_client import RATE_LIMITED, ModelClient, open_model_outbound
 from nodes.ai.model_connection import ECHO_MODEL, ECHO_MODEL_ID, ModelConnection, ModelConnections
 from nodes.ai.model_pacing import ModelPacer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from engine.services import RunCaller
+    from nodes.ai.model_ledger import ModelLedger
     from nodes.ai.model_pacing import AdmittedCall
     from nodes.outbound_http import IpNetwork
 
@@ -84,9 +86,9 @@ class ModelCaller:
         reservation: ModelReservation,
         admitted: AdmittedCall,
     ) -> ModelReply:
-        """Ask a model whose limits have admitted the call, between its reservation and its settlement."""
+        """Make an admitted call of a model, between its reservation and its settlement."""
         ledger, charge_key = self._connections.ledger, reservation.key
-        is_reserved = await ledger.reserve(caller, reservation)
+        is_reserved = await _reserve(ledger, caller, reservation)
         try:
             answer = await self._client.complete(model, request, idempotency_key=idempotency_key)
         except ModelCallFailed as failure:
@@ -105,6 +107,22 @@ class ModelCaller:
         """Close the connections to providers, and store the costs that are not stored yet."""
         await self._outbound.close()
         await self._connections.ledger.close()
+
+
+async def _reserve(ledger: ModelLedger, caller: RunCaller, reservation: ModelReservation) -> bool:
+    """Reserve the most that a call may cost; raises `ModelCallFailed` if the run has to wait for the next month."""
+    try:
+        return await ledger.reserve(caller, reservation)
+    except NodeError as error:
+        if error.retry_after_seconds is None:
+            raise
+        raise ModelCallFailed(
+            error.message,
+            code=error.code,
+            retryable=error.retryable,
+            can_fall_back=False,
+            retry_after_seconds=error.retry_after_seconds,
+        ) from error
 
 
 def _require_unblocked(model: ModelConnection) -> None:

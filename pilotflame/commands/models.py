@@ -17,6 +17,7 @@ from pilotflame.commands.server_connection import connect
 
 app = new_noun("Manage the language models that workflows may call.")
 MODELS = "/api/v1/ai/models"
+SETTINGS = "/api/v1/ai/settings"
 COLUMNS = {
     "Id": "id",
     "Name": "name",
@@ -89,7 +90,7 @@ def update_model(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Change a model; what is not given stays."""
+    """Change a model; options that are not given change nothing."""
     body = {
         "name": name,
         "price": None if price is None else read_object(price, "--price"),
@@ -108,7 +109,7 @@ def delete_model(model: ModelArgument, force: ForceOption = False, yes: YesOptio
 
 @app.command("test")
 def call_model(model: ModelArgument, output: FormatOption = OutputFormat.JSON) -> None:
-    """Call a model and store what it can do; exits with 1 unless it answers."""
+    """Call a model and store its abilities; exits with 1 unless it answers."""
     result: dict[str, Any] = connect().request("POST", f"{MODELS}/{find_model(model)}/test")
     show_object(result, output)
     if not result["ok"]:
@@ -124,6 +125,40 @@ def list_costs(
     query = {} if month is None else {"month": month}
     found = connect().request("GET", "/api/v1/ai/costs", query=query)
     show_list(found["costs"], output, COST_COLUMNS, key="workflowId")
+    budget = found["budget"]
+    if budget is not None and output is OutputFormat.TABLE:
+        typer.echo(f"Budget of the month: {_describe_budget(budget)}")
+
+
+@app.command("budget")
+def set_budget(
+    max_cost: Annotated[str | None, Option(help="Dollars in a month, such as 250.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Tokens in a month.")] = None,
+    on_limit: Annotated[str, Option(help="fail, or wait for the next month.")] = "fail",
+    remove: Annotated[bool, Option("--remove", help="Remove the budget.")] = False,
+    output: FormatOption = OutputFormat.JSON,
+) -> None:
+    """Set or print the budget of the organization for all language models in a month."""
+    server = connect()
+    if remove or max_cost is not None or max_tokens is not None:
+        budget = {"maxCost": max_cost, "maxTokens": max_tokens, "onLimit": on_limit}
+        body = {"monthBudget": None if remove else budget}
+        show_object(server.request("PUT", SETTINGS, json=body), output)
+    else:
+        show_object(server.request("GET", SETTINGS), output)
+
+
+def _describe_budget(budget: dict[str, Any]) -> str:
+    """Return a line with the spent and reserved part of each limit of a budget."""
+    parts = []
+    if budget["maxCost"] is not None:
+        parts.append(
+            f"${budget['spentCost']} spent and ${budget['reservedCost']} reserved of ${budget['maxCost']}"
+        )
+    if budget["maxTokens"] is not None:
+        counts = [budget[name] for name in ("spentTokens", "reservedTokens", "maxTokens")]
+        parts.append("{:,} tokens spent and {:,} reserved of {:,}".format(*counts))
+    return "; ".join(parts)
 
 
 def find_model(id_or_name: str) -> str:

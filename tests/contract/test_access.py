@@ -661,6 +661,10 @@ ROWS = [
     change_row("PUT", "/visibility", {"isPublic": True}),
     AccessRow("GET", MODELS, KeyScope.MODELS_READ, OWN),
     AccessRow("GET", "/api/v1/ai/costs", KeyScope.MODELS_READ, OWN),
+    AccessRow("GET", "/api/v1/ai/settings", KeyScope.MODELS_READ, OWN),
+    AccessRow(
+        "PUT", "/api/v1/ai/settings", KeyScope.MODELS_WRITE, ADMINS, body={"monthBudget": {"maxTokens": 9}}
+    ),
     AccessRow("POST", MODELS, KeyScope.MODELS_WRITE, MODEL_MAKERS, body=MODEL),
     AccessRow("GET", f"{MODELS}/{{id}}", KeyScope.MODELS_READ, MODEL_USERS, create_ai_model),
     AccessRow(

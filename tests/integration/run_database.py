@@ -52,6 +52,7 @@ TABLES = (
         "execution_label",
         "model_charge",
         "model_cost",
+        "ai_settings",
         "approval_request",
         "approval_link",
         "approval_vote",

@@ -32,6 +32,7 @@ SOURCE = {
     "secrets": {"password": "p"},
 }
 MODELS = "/api/v1/ai/models"
+AI_SETTINGS = "/api/v1/ai/settings"
 PROVIDER = {"name": "Models", "type": "ai-provider", "settings": {"baseUrl": "https://api.example.com/v1"}}
 MODEL = {"name": "Small", "vendorModelId": "small-1", "price": {"input": "0.25", "output": "2"}}
 SCHEDULE: dict[str, Any] = {
@@ -301,6 +302,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
     pass_through = await api.put(f"{node}/passthrough-values", json={"values": {"b": "b"}})
     lifecycle = await api.put(f"{workflow}/lifecycle", json={"type": "always-on"})
     log_level = await api.put(f"{workflow}/log-level", json={"level": "debug"})
+    await api.put(AI_SETTINGS, json={"monthBudget": {"maxCost": "10", "onLimit": "wait"}})
 
     async def shown() -> dict[str, list[Any]]:
         """Return the objects that answers show for the PUT of each path, as lists of bodies."""
@@ -320,6 +322,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
             model: [(await api.get(model)).json()],
             provider_key: [(await api.get(provider_key)).json()],
             tool_server: [(await api.get(tool_server)).json()],
+            AI_SETTINGS: [(await api.get(AI_SETTINGS)).json()],
         }
 
     before = await shown()

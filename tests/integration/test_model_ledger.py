@@ -158,6 +158,67 @@ async def test_a_node_has_a_budget_of_its_own(
     assert failed.value.code == "model-price-unknown"
 
 
+async def set_month_budget(run_database: RunDatabase, caller: RunCaller, budget: dict[str, Any]) -> None:
+    await run_database.query(
+        "INSERT INTO ai_settings (organization_id, shard, month_budget, updated_at) VALUES (:id, 0, :budget, 0)"
+        " ON CONFLICT (organization_id) DO UPDATE SET month_budget = excluded.month_budget",
+        id=caller.organization_id,
+        budget=json.dumps(budget),
+    )
+
+
+async def test_the_budget_of_a_month_is_shared_by_all_runs_and_processes_and_never_passed(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    ledgers = [StoredModelLedger(run_database.database, is_deferring=True) for _ in range(2)]
+    callers = [await accept_run(run_database, owned_workflow, None) for _ in range(4)]
+    # Spent before the organization has a budget, and without a reservation.
+    await ledgers[0].settle(callers[0], answer("0", 2 * CENT), is_reserved=False)
+    await ledgers[0].close()
+    await set_month_budget(run_database, callers[0], {"maxCost": "0.10"})
+
+    async def ask(number: int) -> None:
+        ledger, caller, key = ledgers[number % 2], callers[number % 4], f"call {number}"
+        assert await ledger.reserve(caller, call(key, 2 * CENT))
+        if number % 3:
+            await ledger.settle(caller, answer(key, 2 * CENT), is_reserved=True)
+
+    results = await asyncio.gather(*(ask(number) for number in range(16)), return_exceptions=True)
+    codes = [getattr(result, "code", None) for result in results]
+    assert (codes.count(None), codes.count("month-budget-exceeded")) == (4, 12)
+    message = next(str(result) for result in results if result is not None)
+    assert message.endswith("the call may cost $0.02, and $0.1 of $0.10 are spent or reserved")
+
+
+async def test_the_budget_of_a_month_is_read_anew_for_each_call_and_may_let_runs_wait(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    ledger = StoredModelLedger(run_database.database)
+    caller = await accept_run(run_database, owned_workflow, None)
+    await set_month_budget(run_database, caller, {"maxTokens": 150, "onLimit": "wait"})
+    await ledger.reserve(caller, call("1", None))
+    with pytest.raises(NodeError) as waiting:
+        await ledger.reserve(caller, call("2", None))
+    assert (waiting.value.code, waiting.value.retryable) == ("month-budget-exceeded", True)
+    assert waiting.value.retry_after_seconds is not None
+    await ledger.release(caller, "1")
+    await ledger.reserve(caller, call("2", None))
+    await set_month_budget(run_database, caller, {"maxTokens": 260, "maxCost": "1"})
+    with pytest.raises(NodeError) as unpriced:
+        await ledger.reserve(caller, call("3", None))
+    assert unpriced.value.code == "model-price-unknown"
+    await ledger.reserve(caller, call("3", CENT))
+    with pytest.raises(NodeError) as refused:
+        await ledger.reserve(caller, call("4", CENT))
+    assert (refused.value.retryable, refused.value.retry_after_seconds) == (False, None)
+    # A reservation of an earlier month counts there, also once its call is answered.
+    await run_database.query("UPDATE model_charge SET month = 200001, created_at = 946684800000000")
+    await ledger.settle(caller, answer("3", CENT), is_reserved=True)
+    await ledger.reserve(caller, call("4", CENT, tokens=260))
+    months = await run_database.query("SELECT month FROM model_cost")
+    assert [row["month"] for row in months] == [200001]
+
+
 async def test_the_costs_of_a_month_count_each_answer_once(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:

@@ -79,6 +79,8 @@ async def test_usage_and_cost_are_shown_and_the_key_is_not(
     assert (ended["status"], ended["outputs"]["ask"]["response"]) == ("completed", "Cold."), ended["error"]
     shown = await people.owner.api.get(f"/api/v1/executions/{execution_id}")
     assert shown.json()["usage"] == USED
+    why = await people.owner.api.get(f"/api/v1/executions/{execution_id}/why")
+    assert why.json()["usage"] == USED
     spans = await people.owner.api.get(f"/api/v1/executions/{execution_id}/spans")
     assert {span["nodeId"]: span.get("usage") for span in spans.json()["spans"]} == {
         "start": None,
@@ -92,7 +94,7 @@ async def test_usage_and_cost_are_shown_and_the_key_is_not(
             (model_id, 1, cost) for cost in costs
         ]
     past = (await people.owner.api.get("/api/v1/ai/costs?month=2020-01")).json()
-    assert past == {"month": "2020-01", "cost": "0", "costs": []}
+    assert past == {"month": "2020-01", "cost": "0", "costs": [], "budget": None}
     assert_refused(await people.owner.api.get("/api/v1/ai/costs?month=2020-13"), 400, "invalid-query")
     assert served.headers[0]["authorization"].endswith(KEY)
     assert KEY not in "".join((shown.text, spans.text, listed.text, *capfd.readouterr()))
@@ -114,6 +116,49 @@ async def test_a_call_that_may_exceed_the_budget_of_its_run_is_not_made(
         await people.owner.api.put(path, json={"settings": {"aiBudget": {"maxCost": "0.003"}}})
         answered = await wait_until_ended(people.owner, await execute_workflow(people.owner, workflow_id))
     assert (answered["status"], len(served.requests)) == ("completed", 1), answered["error"]
+
+
+async def test_the_budget_of_a_month_holds_for_all_runs_and_why_names_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    settings = "/api/v1/ai/settings"
+    budget = {"maxCost": "0.003", "maxTokens": None, "onLimit": "fail"}
+    assert (await people.owner.api.get(settings)).json()["monthBudget"] is None
+    assert_refused(await people.owner.api.put(settings, json={"monthBudget": budget}), 403, "admin-required")
+    for wrong in ({"maxCost": "-1"}, {"maxTokens": 0}, {"onLimit": "ignore"}):
+        refused = await people.admin.api.put(settings, json={"monthBudget": wrong})
+        assert_refused(refused, 422, "validation-failed")
+    stored = await people.admin.api.put(settings, json={"monthBudget": budget})
+    assert (stored.status_code, stored.json()["monthBudget"]) == (200, budget), stored.text
+    assert (await people.owner.api.get(settings)).json() == stored.json()
+    async with serve_models() as served, serve_worker(harness, served.url):
+        provider_id = await create_provider(people.owner, served.url)
+        model_id = await create_model(people.owner, provider_id, price=PRICE)
+        _, answered = await ask_model(people.owner, model_id)
+        assert answered["status"] == "completed", answered["error"]
+        await people.admin.api.put(settings, json={"monthBudget": {"maxCost": "0.002"}})
+        _, failed = await ask_model(people.owner, model_id)
+        assert failed["error"]["cause"]["code"] == "month-budget-exceeded"
+        await people.admin.api.put(settings, json={"monthBudget": {"maxCost": "0.002", "onLimit": "wait"}})
+        execution_id = await execute_workflow(people.owner, await create_question(people.owner, model_id))
+        await wait_until_waiting(people.owner, execution_id)
+        why = (await people.owner.api.get(f"/api/v1/executions/{execution_id}/why")).json()
+        assert len(served.billed) == 1
+        await people.owner.api.post(f"/api/v1/executions/{execution_id}/stop")
+        await wait_until_ended(people.owner, execution_id)
+        await people.admin.api.put(settings, json={"monthBudget": budget})
+        again = await people.owner.api.post(f"/api/v1/executions/{execution_id}/replay", json={})
+        ended = await wait_until_ended(people.owner, again.json()["executionId"])
+    assert (ended["status"], len(served.billed)) == ("completed", 2), ended["error"]
+    (blocker,) = why["blockers"]
+    assert (blocker["code"], blocker["details"]["error"]) == ("retry-at", "month-budget-exceeded")
+    assert "waits for the next month" in blocker["message"]
+    costs = (await people.owner.api.get("/api/v1/ai/costs")).json()
+    used = {"spentCost": "0.00013", "reservedCost": "0", "spentTokens": 240, "reservedTokens": 0}
+    assert costs["budget"] == {**budget, **used}
+    none = await people.admin.api.put(settings, json={"monthBudget": None})
+    assert none.json()["monthBudget"] is None
+    assert (await people.owner.api.get("/api/v1/ai/costs")).json()["budget"] is None
 
 
 async def test_a_run_waits_for_a_rate_limit_and_names_it(

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Literal, TypedDict, Union
 
 __all__ = [
     "AcceptedTool",
+    "AiSettings",
     "AlertSeverity",
     "AlertState",
     "AppliedChange",
@@ -144,6 +145,9 @@ __all__ = [
     "ModelTest",
     "ModelType",
     "ModelUsage",
+    "MonthBudget",
+    "MonthBudgetUse",
+    "MonthLimitAction",
     "Mute",
     "NewDataSource",
     "NewEventToken",
@@ -335,7 +339,7 @@ AlertState = Literal['firing', 'quiet', 'unknown']
 ApplyAction = Literal['archive', 'conflict', 'create', 'delete', 'unchanged', 'update']
 
 
-AuditAction = Literal['connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
+AuditAction = Literal['ai-settings.updated', 'connection.added', 'connection.removed', 'data-source.created', 'data-source.deleted', 'data-source.updated', 'data-source.visibility-set', 'dead-letters.muted', 'dead-letters.purged', 'dead-letters.redriven', 'dead-letters.replayed', 'dead-letters.unmuted', 'deliveries.redriven', 'drift.fixed', 'event-token.created', 'event-token.revoked', 'executions.cancelled', 'executions.deleted', 'executions.replayed', 'executions.retried', 'identity.connected', 'input.answered', 'invitation.accepted', 'invitation.created', 'invitation.revoked', 'key.created', 'key.revoked', 'model.created', 'model.deleted', 'model.updated', 'node-type.added', 'node-type.deleted', 'node-type.deprecated', 'node.added', 'node.configured', 'node.removed', 'session.created', 'session.ended', 'share.added', 'share.removed', 'sign-in.refused', 'signing-secret.set', 'task.cancelled', 'task.retried', 'template.saved', 'template.used', 'tools.accepted', 'tools.refreshed', 'trigger-token.revoked', 'trigger-token.set', 'user.created', 'version.created', 'version.restored', 'workflow.built', 'workflow.created', 'workflow.deleted', 'workflow.deployed', 'workflow.duplicated', 'workflow.imported', 'workflow.laid-out', 'workflow.lifecycle-set', 'workflow.log-level-set', 'workflow.scopes-computed', 'workflow.started', 'workflow.status-set', 'workflow.stopped', 'workflow.undeployed', 'workflow.updated', 'workflow.visibility-set']
 
 
 BlockerCode = Literal['awaiting-callback', 'awaiting-event', 'awaiting-input', 'awaiting-signal', 'awaiting-task', 'branch-not-taken', 'broker-down', 'cancel-requested', 'deployment-failed', 'draining', 'no-worker', 'node-running', 'none', 'parallelism', 'parents', 'queued-behind', 'retry-at', 'stopped-manually', 'timer', 'waiting-for-slot', 'waking', 'window-closed', 'worker-lost', 'workflow-paused']
@@ -401,6 +405,9 @@ MisfirePolicy = Literal['run-all', 'run-once', 'skip']
 ModelType = Literal['self-hosted', 'third-party']
 
 
+MonthLimitAction = Literal['fail', 'wait']
+
+
 NodeEffect = Literal['pure', 'read', 'write']
 
 
@@ -462,6 +469,14 @@ class AcceptedTool(TypedDict):
     effect: ToolEffect
     acceptedBy: str
     acceptedAt: str
+
+
+class AiSettings(TypedDict):
+    """Settings of the organization for language models."""
+
+    organizationId: str
+    monthBudget: MonthBudget | None
+    updatedAt: str | None
 
 
 class _AppliedChangeAlways(TypedDict):
@@ -1658,6 +1673,7 @@ class ModelCostList(TypedDict):
     month: str
     cost: str
     costs: List[ModelCost]
+    budget: MonthBudgetUse | None
 
 
 class ModelList(TypedDict):
@@ -1689,6 +1705,26 @@ class ModelUsage(TypedDict):
     reasoningTokens: int
     isEstimated: bool
     cost: str | None
+
+
+class MonthBudget(TypedDict, total=False):
+    """Limits of the costs of all calls of the organization in a calendar month (UTC); null: no limit."""
+
+    maxCost: str | None
+    maxTokens: int | None
+    onLimit: MonthLimitAction
+
+
+class MonthBudgetUse(TypedDict):
+    """Use of the organization's budget in the present month; costs in US dollars as decimal texts."""
+
+    maxCost: str | None
+    maxTokens: int | None
+    onLimit: MonthLimitAction
+    spentCost: str
+    reservedCost: str
+    spentTokens: int
+    reservedTokens: int
 
 
 class Mute(TypedDict):
@@ -2394,6 +2430,7 @@ class RunExplanation(TypedDict):
     history: List[BlockedInterval]
     timing: Timing
     criticalPath: List[PathStep]
+    usage: ModelUsage | None
 
 
 class RunGraph(TypedDict):

@@ -1,0 +1,147 @@
+"""Endpoints of the settings of an organization for language models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import msgspec
+import structlog
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from engine.month_budget import BudgetTokens, Dollars, MonthLimitAction
+from engine.values import fingerprint
+from gateway.access import audit_log
+from gateway.http import errors, read_only
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, read_json
+from models.ai_model import AiSettings
+from models.audit import AuditAction
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.request import GatewayRequest
+    from models.access import ApiCaller
+
+log = structlog.get_logger()
+
+NEVER: Final = datetime.fromtimestamp(0, UTC)
+
+
+class MonthBudgetShape(StrictWire):
+    """Limits of the costs of all calls of the organization in a calendar month (UTC); null: no limit."""
+
+    max_cost: Dollars | None = None
+    """US dollars as a decimal text such as `250`; models without a price are then refused."""
+    max_tokens: BudgetTokens | None = None
+    """Input and output together."""
+    on_limit: MonthLimitAction = MonthLimitAction.FAIL
+    """`fail`: the node fails with `month-budget-exceeded`. `wait`: the run waits for the next month."""
+
+
+class UpdateAiSettings(StrictWire):
+    """Changes of the settings; absent fields do not change."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(("organizationId", "updatedAt"), "")
+
+    month_budget: MonthBudgetShape | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class AiSettingsShape(WireStruct):
+    """Settings of the organization for language models."""
+
+    organization_id: str
+    month_budget: MonthBudgetShape | None
+    """Null without a budget."""
+    updated_at: Instant | None
+    """Null before the first change."""
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show the settings of the organization for language models."""
+    async with request.gateway.database.read() as connection:
+        return JsonResponse(_show(await _read(connection, request.caller)))
+
+
+async def update(request: GatewayRequest) -> JsonResponse:
+    """Change the settings of the organization for language models; only admins may.
+
+    A budget holds for calls that begin a second after the change, and for all at once that have a budget already.
+    """
+    value = await read_json(request)
+    body = body_of(request, value, UpdateAiSettings)
+    caller, now = request.caller, request.gateway.clock()
+    if not caller.is_admin:
+        raise errors.admin_required()
+
+    async def work(connection: AsyncConnection) -> AiSettings:
+        before = await _read(connection, caller, is_locking=True)
+        read_only.require_same(value, UpdateAiSettings, lambda: msgspec.to_builtins(_show(before)))
+        changes = _build_changes(body)
+        after = AiSettings(**{**before.model_dump(), **changes, "updated_at": now})
+        hashes = [_hash_content(settings) for settings in (before, after)]
+        if hashes[0] == hashes[1]:
+            return before
+        await _save(connection, after, changes)
+        await audit_log.record_change(
+            *(connection, caller, AuditAction.AI_SETTINGS_UPDATED, caller.organization_id),
+            before=hashes[0],
+            after=hashes[1],
+        )
+        return after
+
+    after = await request.gateway.database.transaction(work)
+    log.info(AuditAction.AI_SETTINGS_UPDATED, organization_id=caller.organization_id)
+    return JsonResponse(_show(after))
+
+
+def _build_changes(body: UpdateAiSettings) -> dict[str, Any]:
+    """Return the columns that a body changes."""
+    budget = body.month_budget
+    if budget is msgspec.UNSET:
+        return {}
+    given = {} if budget is None else msgspec.to_builtins(budget)
+    limits = {name: value for name, value in given.items() if value is not None}
+    # Without a limit there is nothing to do at one.
+    return {"month_budget": limits if limits.keys() - {"onLimit"} else None}
+
+
+async def _read(connection: AsyncConnection, caller: ApiCaller, *, is_locking: bool = False) -> AiSettings:
+    """Return the settings of the caller's organization, or the default ones, changed at `NEVER`.
+
+    With `is_locking`, a stored row in PostgreSQL stays locked until the end of the transaction.
+    """
+    statement = select(AiSettings).where(col(AiSettings.organization_id) == caller.organization_id)
+    rows = await connection.execute(statement.with_for_update() if is_locking else statement)
+    row = rows.mappings().first()
+    if row is not None:
+        return AiSettings(**row)
+    return AiSettings(organization_id=caller.organization_id, shard=caller.shard, updated_at=NEVER)
+
+
+async def _save(connection: AsyncConnection, settings: AiSettings, changes: Mapping[str, Any]) -> None:
+    """Insert settings, or apply the changes to those that another request has inserted meanwhile."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = insert(AiSettings).values(settings.model_dump())
+    await connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["organization_id"], set_={**changes, "updated_at": settings.updated_at}
+        )
+    )
+
+
+def _hash_content(settings: AiSettings) -> str:
+    return fingerprint({"monthBudget": settings.month_budget})
+
+
+def _show(settings: AiSettings) -> AiSettingsShape:
+    budget = settings.month_budget
+    return AiSettingsShape(
+        organization_id=settings.organization_id,
+        month_budget=None if budget is None else msgspec.convert(budget, MonthBudgetShape),
+        updated_at=None if settings.updated_at == NEVER else instant(settings.updated_at),
+    )
