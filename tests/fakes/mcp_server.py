@@ -58,6 +58,8 @@ class McpServer:
     endless: bool = False
     """Whether each page of tools names a further one."""
     fault: McpFault | None = None
+    result: dict[str, Any] | None = None
+    """Result of every call; None for the text of its arguments, an image, and the number of calls."""
     url: str = ""
     methods: list[str] = field(default_factory=list)
     """Methods of all requests, in order; `DELETE` for the end of a session."""
@@ -246,6 +248,8 @@ class McpServer:
                 for _ in range(70):
                     value = [value]
                 return {"content": [text], "structuredContent": {"value": value}}
+        if self.result is not None:
+            return self.result
         image = {"type": "image", "mimeType": "image/png", "data": "AAAA"}
         return {"content": [text, image], "structuredContent": {"notes": len(self.effects)}}
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,11 +15,13 @@ from engine.run_errors import NodeError
 from engine.run_records import RunOutcome, RunStatus
 from engine.services import RunCaller, ToolCallRequest
 from engine.values import Json
+from nodes import catalog
 from nodes.connections.data_source import ConnectionSource, ToolPin
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy
 from nodes.mcp.tool_definitions import read_definition
 from tests.fakes.mcp_server import HANDSHAKES, KEY, McpFault, McpServer, build_tool, serve_tools
+from tests.node_calls import call as call_node
 from tests.unit.test_agent_runs import ScriptedModel, World, compile_agent, turn
 
 pytestmark = pytest.mark.anyio
@@ -109,6 +111,20 @@ async def test_a_failure_forgets_the_list_of_a_server() -> None:
         await refuse(connections)
         served.fault, served.tools = None, [build_tool(description=EVIL)]
         assert (await refuse(connections)).code == "tool-changed"
+
+
+async def test_the_example_of_the_catalog_comes_true() -> None:
+    (example,) = catalog.load_catalog().node_types["mcp-tool"].examples
+    config, output = cast("Any", example["config"]), cast("Any", example["output"])
+    result = {"content": [{"type": "text", "text": output["text"]}], "structuredContent": output["data"]}
+    tools = [build_tool(config["tool"])]
+    async with (
+        serve_tools(tools=tools, result=result) as served,
+        connect(served, effect="read") as connections,
+    ):
+        of_server = {**config, "toolServer": "ds_tools"}
+        called = await call_node("mcp-tool", of_server, example["input"], data_sources=connections)
+    assert called.output == output
 
 
 # ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,10 +27,10 @@ EXAMPLES = [
     pytest.param(node_type, example, id=f"{node_type.type}-{number}")
     for node_type in catalog.load_catalog().node_types.values()
     for number, example in enumerate(node_type.examples)
-    # Those of http-request, of files and of mail are run against servers, and those of code by each backend, in the
-    # integration tests.
+    # Those of http-request, of tool servers, of files and of mail are run against servers, and those of code by each
+    # backend, in the integration tests.
     if node_type.runnable
-    and node_type.type not in {"http-request", "code", *FILE_NODES, *MAIL_NODES}
+    and node_type.type not in {"http-request", "mcp-tool", "code", *FILE_NODES, *MAIL_NODES}
     # Those of nodes that the engine completes are run by the engine.
     and node_type.type not in {"loop", "human-input", "sub-workflow", "wait-for-event", "wait-for-signal"}
 ]
