@@ -454,10 +454,13 @@ def _compile_agent(
 ) -> AgentProgram:
     """Compile the providers that are wired to an agent in `graph`; `depth` counts it and the agents above it.
 
-    Raises `LookupError` for an unknown type and for agents that nest too deeply, and `ExpressionError`.
+    Raises `LookupError` for an unknown type, and for agents that nest too deeply or have too many tools; raises
+    `ExpressionError`.
     """
     from engine.agents import agent_exposure  # noqa: PLC0415 - loaded by workflows with agents
 
+    if depth == 1 and agent_wiring.has_too_many_tools(agent, graph):
+        raise LookupError(f"The agents inside {agent.label} have too many tools")
     tools: dict[str, ToolProgram] = {}
     model_config: ValueTemplate | None = None
     for edge in graph.inbound[agent.id]:

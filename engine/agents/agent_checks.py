@@ -9,10 +9,12 @@ from engine.agents import agent_exposure
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import (
     MAX_AGENT_DEPTH,
+    MAX_INNER_TOOLS,
     PORT_OF_MODELS,
     PORT_OF_TOOLS,
     PROVIDER_PORTS,
     TYPES_THAT_WAIT,
+    has_too_many_tools,
     list_agents,
     target_of,
 )
@@ -33,8 +35,14 @@ def find_problems(
 ) -> Iterator[GraphFinding]:
     """Yield the problems of the agents of a graph, and of the nodes at their ports `ai` and `tools`."""
     for agent in list_agents(graph.nodes):
-        if agent.id in types:
-            yield from _check_agent(agent, graph, types, catalog)
+        if agent.id not in types:
+            continue
+        if has_too_many_tools(agent, graph):
+            message = f'The agents inside "{agent.label}" have more than {MAX_INNER_TOOLS} tools in all'
+            suggestion = "Connect fewer tools to them: one of several agents counts for each of them."
+            yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, agent.id)
+            continue
+        yield from _check_agent(agent, graph, types, catalog)
 
 
 def _check_agent(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from engine.agents import tool_kinds
@@ -18,6 +19,8 @@ PORT_OF_TOOLS: Final = "tools"
 PROVIDER_PORTS: Final = frozenset({PORT_OF_MODELS, PORT_OF_TOOLS})
 MAX_AGENT_DEPTH: Final = 3
 """Maximum number of agents one inside another, the outermost among them."""
+MAX_INNER_TOOLS: Final = 256
+"""Maximum number of tools of the agents inside one agent; one tool of several agents counts for each of them."""
 TYPES_THAT_WAIT: Final = frozenset(
     {
         *("human-input", "tool", "wait", "wait-for-event"),
@@ -81,6 +84,27 @@ def target_of(tool: GraphNode) -> GraphNode | None:
     return GraphNode(
         id=tool.id, type=target.type, version=target.version, label=tool.label, config=target.config
     )
+
+
+def has_too_many_tools(agent: GraphNode, graph: ParsedGraph) -> bool:
+    """Return whether the agents inside an agent have more tools than they may; it is decided before any is read.
+
+    Their number grows with each level by the number of connections, and all of them are checked and compiled.
+    """
+    inner = _iterate_inner_tools(agent, graph, 1)
+    return next(islice(inner, MAX_INNER_TOOLS, None), None) is not None
+
+
+def _iterate_inner_tools(agent: GraphNode, graph: ParsedGraph, depth: int) -> Iterator[str]:
+    """Yield the ids of the tools of the agents inside an agent, as often as they are connected."""
+    for edge in graph.inbound[agent.id] if depth < MAX_AGENT_DEPTH else ():
+        if edge.target_port != PORT_OF_TOOLS:
+            continue
+        target = target_of(graph.by_id[edge.source])
+        if target is None or target.type != AGENT_TYPE:
+            continue
+        yield from (each.source for each in graph.inbound[target.id] if each.target_port == PORT_OF_TOOLS)
+        yield from _iterate_inner_tools(target, graph, depth + 1)
 
 
 def name_target_config(tool: GraphNode) -> str:

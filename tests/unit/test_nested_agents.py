@@ -25,6 +25,7 @@ from engine.model_calls import (
 )
 from engine.node_api import NodeEffect
 from engine.program import WorkflowProgram
+from engine.run_errors import InvalidDefinition
 from engine.run_records import RunOutcome, RunStatus, SpanStatus
 from engine.services import RunCaller
 from engine.validation import validate_graph
@@ -212,3 +213,15 @@ def test_validation_follows_agents_inside_agents() -> None:
     too_deep = validate_graph(deep, catalog).errors
     assert [one.node_id for one in too_deep] == ["third"]
     assert "at most 3 deep" in too_deep[0].message
+
+
+def test_agents_with_too_many_tools_are_refused_before_all_their_paths_are_followed() -> None:
+    names = [f"helper-{number}" for number in range(150)]
+    wires = [(source, target) for place, source in enumerate(names) for target in ("agent", *names[:place])]
+    graph = build_graph(wires=wires, more=[build_helper(name) for name in names])
+    catalog = load_catalog()
+    (found,) = validate_graph(graph, catalog).errors
+    assert (found.type, found.node_id) == (FindingType.INVALID_CONFIG, "agent")
+    assert "more than 256 tools" in found.message
+    with pytest.raises(InvalidDefinition, match="too many tools"):
+        WorkflowProgram.compile(graph, catalog, catalog.implementation)
