@@ -425,6 +425,8 @@ class BudgetRest:
     """None without a limit."""
     cost: int | None = None
     """Nano-dollars; None without a limit."""
+    has_next_answer: bool = True
+    """Whether the cost suffices for an answer as dear as the dearest so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.expressions import ExpressionPath
     from engine.frames import SectionFrame
     from engine.model_calls import ModelCallRecord
-    from engine.program import NodeProgram, WorkflowProgram
+    from engine.program import AgentProgram, NodeProgram, WorkflowProgram
     from engine.run_records import NodeSpan
     from engine.services import NodeServices, RunCaller
     from engine.span_recorder import SpanRecorder
@@ -88,7 +88,7 @@ class NodeInputs:
             unresolved=unresolved,
         )
         if program.agent is not None:
-            self._restore_steps(visit)
+            self._restore_steps(visit, program.agent)
         recorded = frame.recorded.get(node_id)
         if recorded is not None:
             _resume_visit(visit, recorded)
@@ -96,14 +96,16 @@ class NodeInputs:
             visit.candidate = frame.candidates.get(node_id)
         return visit
 
-    def _restore_steps(self, visit: NodeVisit) -> None:
+    def _restore_steps(self, visit: NodeVisit, agent: AgentProgram) -> None:
         """Give an agent the steps of earlier attempts, with their costs."""
+        from engine.agents import call_waits  # noqa: PLC0415 - loaded by runs with agents
+
         place = visit.node_id, visit.frame.iteration
         by_place: dict[tuple[str, str], list[AgentStep]] = {}
         for step in self._steps:
             by_place.setdefault((step.node_id, step.iteration), []).append(step)
         visit.steps, visit.nested_steps = by_place.pop(place, []), by_place
-        visit.model_calls = [call for step in visit.steps for call in step.model_calls]
+        visit.model_calls = call_waits.collect_calls(agent, visit.steps, visit.nested_steps)
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
         """Return the visit of a node whose input could not be prepared, to record its failure: without input,

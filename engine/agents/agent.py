@@ -553,14 +553,17 @@ def compute_rest(task: AgentTask, steps: Sequence[AgentStep]) -> BudgetRest:
     """
     limits = task.limits
     tokens = cost = None
+    has_next_answer = True
     if limits.max_tokens is not None:
         request = _build_request(task, build_conversation(task, steps), ())
         last = estimate_input_tokens(request) + request.max_tokens
         tokens = max(limits.max_tokens - count_tokens(steps) - last, 0)
     if limits.max_cost is not None:
         costs = [call.cost or 0 for step in steps for call in step.model_calls]
-        cost = max(limits.max_cost - sum(costs) - max(costs, default=0), 0)
-    return BudgetRest(tokens, cost)
+        dearest = max(costs, default=0)
+        cost = max(limits.max_cost - sum(costs) - dearest, 0)
+        has_next_answer = cost >= dearest
+    return BudgetRest(tokens, cost, has_next_answer=has_next_answer)
 
 
 def count_tokens(steps: Sequence[AgentStep]) -> int:

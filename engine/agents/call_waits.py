@@ -15,10 +15,13 @@ from engine.node_api import AnswerSource, NodeResult, StepWait
 from engine.run_records import SpanStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from engine.agents.agent_steps import AgentStep
     from engine.frames import NodeVisit
+    from engine.model_calls import ModelCallRecord
     from engine.node_api import AnswerWait
-    from engine.program import ToolProgram
+    from engine.program import AgentProgram, ToolProgram
     from engine.span_recorder import SpanRecorder
 
 DIGEST_CHARACTERS: Final = 16
@@ -33,6 +36,26 @@ def name_iteration(step: AgentStep) -> str:
 def find_place(tool: ToolProgram, step: AgentStep) -> tuple[str, str]:
     """Return node id and iteration of the wait of a tool call."""
     return tool.program.node.id, name_iteration(step)
+
+
+def collect_calls(
+    agent: AgentProgram,
+    steps: Sequence[AgentStep],
+    nested_steps: Mapping[tuple[str, str], Sequence[AgentStep]],
+) -> list[ModelCallRecord]:
+    """Return the calls of models by the steps of an agent, and by the agents of its tool calls that have not ended.
+
+    A step has the calls of its agent once it has ended; until then they are found in `nested_steps`, by their places.
+    """
+    calls: list[ModelCallRecord] = []
+    for step in steps:
+        tool = agent.tools.get(step.name) if step.ended_at is None else None
+        if tool is None or tool.program.agent is None:
+            calls += step.model_calls
+        else:
+            nested = nested_steps.get(find_place(tool, step), ())
+            calls += collect_calls(tool.program.agent, nested, nested_steps)
+    return calls
 
 
 def begin(

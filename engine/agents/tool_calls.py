@@ -85,13 +85,8 @@ class VisitSteps(AgentSteps):
         return self._nested[step.number]
 
     def collect_calls(self) -> list[ModelCallRecord]:
-        """Return the calls of models by ended steps, and by the agents of tool calls that have not ended."""
-        calls: list[ModelCallRecord] = []
-        for step in self._steps:
-            nested = self._nested.get(step.number)
-            is_open = step.ended_at is None and nested is not None
-            calls += nested.collect_calls() if nested is not None and is_open else step.model_calls
-        return calls
+        """Return the calls of models by these steps, and by the agents of tool calls that have not ended."""
+        return call_waits.collect_calls(self._agent, self._steps, self._visit.nested_steps)
 
     @property
     def recorded(self) -> Sequence[AgentStep]:

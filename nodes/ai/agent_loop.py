@@ -247,8 +247,14 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
         error = f"There is no tool {step.name!r} any more"
         call.steps.record(agent.fail_tool_step(step, error, ERROR_HINT, call.steps.now()))
         return None
+    rest = agent.compute_rest(task, call.steps.recorded)
+    if task.tools[step.name].is_agent and not rest.has_next_answer:
+        # Its first answer has no price yet by which its own budget could refuse it.
+        error = f"{agent.LIMIT_CODE}: The budget doesn't suffice for the answers of another agent"
+        call.steps.record(agent.fail_tool_step(step, error, "Answer with what you know", call.steps.now()))
+        return None
     try:
-        result = await call.tools.perform(step, agent.compute_rest(task, call.steps.recorded))
+        result = await call.tools.perform(step, rest)
     except NodeError as error:
         if error.retryable and task.tools[step.name].is_agent:
             raise

@@ -167,6 +167,7 @@ class Outside:
     urls: list[str] = field(default_factory=list)
     broken: bool = False
     delay_seconds: float = 0.0
+    on_request: Callable[[], None] = lambda: None
 
     async def request(
         self,
@@ -179,6 +180,7 @@ class Outside:
         follow_redirects: bool = True,  # noqa: ARG002 - as above
     ) -> Answer:
         self.urls.append(url)
+        self.on_request()
         await asyncio.sleep(self.delay_seconds)
         if self.broken:
             return Answer(500)

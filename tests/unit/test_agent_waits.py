@@ -44,12 +44,13 @@ def build_tool(name: str, target: Json, **config: Json) -> dict[str, Json]:
 
 
 def build_graph(**of_look: Json) -> ParsedGraph:
-    """Return an agent with a workflow and a node of task workers as tools."""
+    """Return an agent with a workflow and a node of task workers as tools; `onUnknown` is for both."""
+    of_child = {name: value for name, value in of_look.items() if name == "onUnknown"}
     task: Json = {"node": {"type": "acme/look", "config": {"place": "{{ args.city }}"}}}
     nodes: list[Json] = [
         {"id": "start", "type": "manual"},
         {"id": "agent", "type": "agent", "config": {**AGENT, "model": "first"}},
-        build_tool("child", {"workflowId": "wf_child"}),
+        build_tool("child", {"workflowId": "wf_child"}, **of_child),
         build_tool("look", task, **of_look),
     ]
     edges: list[Json] = [

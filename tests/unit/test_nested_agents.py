@@ -27,7 +27,7 @@ from engine.node_api import NodeEffect
 from engine.program import WorkflowProgram
 from engine.run_errors import InvalidDefinition
 from engine.run_records import RunOutcome, RunStatus, SpanStatus
-from engine.services import RunCaller
+from engine.services import ControlRequest, RunCaller
 from engine.validation import validate_graph
 from engine.values import Json
 from nodes.catalog import load_catalog
@@ -38,6 +38,9 @@ pytestmark = pytest.mark.anyio
 OUTER = [turn(("helper", "Oslo")), turn(("look", "Rome"), ("helper", "Rome"))]
 INNER = [turn(("look", "Bonn"), ("look", "Kyiv")), turn(("send", "Kyiv"))]
 ANSWERS = (len(OUTER) + 1) + 2 * (len(INNER) + 1)
+TOOLS = (("look", "agent"), ("helper", "agent"), ("look", "helper"), ("send", "helper"))
+PRICE = 1_000
+"""Nano-dollars of one answer."""
 USAGE = TokenUsage(100, 20)
 
 
@@ -58,6 +61,7 @@ def build_graph(
     inner: dict[str, Json] | None = None,
     wires: Sequence[tuple[str, str]] = (),
     more: Sequence[dict[str, Json]] = (),
+    tools: Sequence[tuple[str, str]] = TOOLS,
 ) -> ParsedGraph:
     """Return an agent with the tools `look` and `helper`, an agent with the tools `look` and `send`."""
     nodes: list[Json] = [
@@ -72,11 +76,12 @@ def build_graph(
         build_helper(agent=inner),
         *more,
     ]
-    tools = [("look", "agent"), ("helper", "agent"), ("look", "helper"), ("send", "helper"), *wires]
+    connected = {"start", "agent", *(source for source, _ in (*tools, *wires))}
+    nodes = [node for node in nodes if isinstance(node, dict) and node["id"] in connected]
     edges: list[Json] = [{"id": "start", "source": "start", "target": "agent"}]
     edges += [
         {"id": f"{source} {target}", "source": source, "target": target, "targetPort": "tools"}
-        for source, target in tools
+        for source, target in (*tools, *wires)
     ]
     return ParsedGraph.from_stored({"nodes": nodes, "connections": edges})
 
@@ -109,12 +114,17 @@ class TwoScripts(ScriptedModel):
         calls = turns[done] if done < len(turns) and request.tools else ()
         reason = FinishReason.TOOL_CALLS if calls else FinishReason.STOP
         text = "" if calls else "Helped." if is_inner else "Reported."
-        return ModelReply(ChatAnswer(text, reason, USAGE, "first-1", calls), 1_000)
+        return ModelReply(ChatAnswer(text, reason, USAGE, "first-1", calls), PRICE)
 
 
-def build_world(outer: dict[str, Json] | None = None, inner: dict[str, Json] | None = None) -> World:
+def build_world(
+    outer: dict[str, Json] | None = None,
+    inner: dict[str, Json] | None = None,
+    tools: Sequence[tuple[str, str]] = TOOLS,
+) -> World:
     catalog = load_catalog()
-    program = WorkflowProgram.compile(build_graph(outer, inner), catalog, catalog.implementation)
+    graph = build_graph(outer, inner, tools=tools)
+    program = WorkflowProgram.compile(graph, catalog, catalog.implementation)
     return World(program, TwoScripts(OUTER))
 
 
@@ -152,14 +162,46 @@ async def test_a_death_at_any_commit_costs_one_answer_and_repeats_no_effect_of_t
             assert world.output["usage"]["inputTokens"] == 100 * ANSWERS, kill
 
 
-@pytest.mark.parametrize("most", [700, 1_500, 2_500, 3_500])
+@pytest.mark.parametrize("most", range(700, 2_500, 60))
 async def test_the_budget_of_the_outer_agent_holds_for_the_inner_one(most: int) -> None:
     world = build_world({"budget": {"maxTokens": most}, "maxTokens": 100}, {"maxTokens": 100})
     ended = await world.work()
     assert ended is not None
     spent = len(world.model.billed) * (USAGE.input_tokens + USAGE.output_tokens)
     assert spent <= most
+    assert world.output["response"] == "Reported.", "a last answer has room"
     assert len(world.model.billed) < ANSWERS or most > 120 * ANSWERS
+
+
+@pytest.mark.parametrize("most", [2_000, 2_500, 4_000, 6_000, 50_000])
+async def test_many_calls_of_an_inner_agent_cost_no_more_than_the_outer_budget(most: int) -> None:
+    world = build_world({"budget": {"maxCost": f"0.{most:09d}"}})
+    cities = ("Oslo", "Rome", "Bonn", "Kyiv")
+    world.model.turns = [turn(*(("helper", city) for city in cities))]
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    spent = PRICE * len(world.model.billed)
+    assert spent <= most
+    told = [one["content"] for one in world.output["messages"] if one["role"] == "tool"]
+    assert len(told) == len(cities)
+    is_enough = most == 50_000
+    assert ("agent-limit" in told[-1]) is not is_enough
+    assert world.output["response"] == "Reported.", "a last answer has room"
+
+
+async def test_a_run_that_is_cancelled_inside_an_inner_agent_keeps_the_cost_of_a_lost_worker() -> None:
+    world = build_world()
+    assert await world.work(5) is None
+    assert [step.name for step in world.steps if step.node_id == "helper" and not step.ended_at] == [
+        "look",
+        "look",
+    ]
+    worker = world.worker()
+    world.outside.on_request = lambda: worker.control.ask(ControlRequest.CANCEL)
+    world.outside.delay_seconds = 30.0
+    assert (await worker.work()).status is RunStatus.CANCELLED
+    world.keep(worker.notebook)
+    (span,) = [span for span in world.spans if span.node_id == "agent"]
+    assert len(json.loads(span.model_calls or b"[]")) == len(world.model.billed) == 2
 
 
 async def test_the_cost_of_an_inner_agent_that_fails_counts_too() -> None:
@@ -189,6 +231,7 @@ async def test_a_person_approves_the_calls_of_the_inner_agent() -> None:
         ended = await world.work()
         assert ended is not None
         assert ended.status is RunStatus.WAITING
+        assert ended.due_at is not None, "the question expires"
         (asked,) = [span for span in world.spans if span.status is SpanStatus.WAITING and span.awaits]
         request: Any = json.loads(asked.awaits or b"")["request"]
         assert (asked.node_id, request["toolCall"]["agentId"]) == ("send", "helper")
@@ -197,6 +240,81 @@ async def test_a_person_approves_the_calls_of_the_inner_agent() -> None:
     assert await world.work() == RunOutcome(RunStatus.COMPLETED)
     assert len(world.outside.effects) == 2
     assert len(world.model.billed) == ANSWERS
+
+
+async def test_text_of_outsiders_for_the_outer_agent_is_one_for_the_inner_one() -> None:
+    tools = [("helper", "agent"), ("send", "helper"), ("look", "agent")]
+    world = build_world(inner={"approval": "tainted"}, tools=tools)
+    world.model.turns = [turn(("look", "Oslo")), turn(("helper", "Oslo"))]
+    assert isinstance(world.model, TwoScripts)
+    world.model.inner = [turn(("send", "Oslo"))]
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert world.outside.effects == []
+
+
+@pytest.mark.parametrize("has_look", [True, False])
+async def test_text_of_outsiders_for_the_inner_agent_is_one_for_the_outer_one(*, has_look: bool) -> None:
+    tools = [("helper", "agent"), ("send", "agent"), *([("look", "helper")] if has_look else [])]
+    world = build_world(inner={"approval": "tainted"}, tools=tools)
+    world.model.turns = [turn(("helper", "Oslo")), turn(("send", "Oslo"))]
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is (RunStatus.WAITING if has_look else RunStatus.COMPLETED)
+    assert len(world.outside.effects) == (0 if has_look else 1)
+
+
+async def test_an_approval_of_an_inner_agent_does_not_hold_for_it_with_another_tool() -> None:
+    rule: dict[str, Json] = {"approval": "writes"}
+    tools = [("helper", "agent"), ("send", "helper")]
+    world = build_world(rule, tools=tools)
+    for program in (build_world(rule, tools=[*tools, ("look", "helper")]).program, world.program):
+        ended = await world.work()
+        assert ended is not None
+        assert ended.status is RunStatus.WAITING
+        (asked,) = [
+            span
+            for span in world.spans
+            if span.status is SpanStatus.WAITING
+            and span.awaits
+            and (span.node_id, span.iteration) not in world.answers
+        ]
+        assert asked.node_id == "helper"
+        answer = {"output": {"choice": call_approvals.APPROVE}, "port": call_approvals.APPROVE}
+        world.answers[asked.node_id, asked.iteration] = json.dumps(answer).encode()
+        world.program = program
+    assert [step for step in world.steps if step.node_id == "helper"] == []
+
+
+async def test_agents_that_only_read_work_one_after_the_other() -> None:
+    tools = [("helper", "agent"), ("look", "helper")]
+    world = build_world(tools=tools)
+    world.model.turns = [turn(("helper", "Oslo"), ("helper", "Rome"))]
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    inner = sorted((step.sequence, step.iteration) for step in world.steps if step.node_id == "helper")
+    places = [place for _, place in inner]
+    assert places == sorted(places)
+    assert len(set(places)) == 2
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [("look", "agent"), ("notes", "agent"), ("helper", "agent"), ("send", "helper")],
+        [("notes", "agent"), ("send", "agent"), ("helper", "agent"), ("look", "helper")],
+        [("look", "agent"), ("send", "agent"), ("helper", "agent"), ("notes", "helper")],
+    ],
+)
+def test_a_way_out_through_an_agent_inside_another_is_warned_of(tools: list[tuple[str, str]]) -> None:
+    notes: Json = {"node": {"type": "sqlite-source", "config": {"dataSource": "ds_1", "query": "SELECT 1"}}}
+    private: dict[str, Json] = {
+        "id": "notes",
+        "type": "tool",
+        "config": {**LOOK, "name": "notes", "target": notes},
+    }
+    found = validate_graph(build_graph(tools=tools, more=[private]), load_catalog()).warnings
+    assert "agent" in [one.node_id for one in found if one.type is FindingType.AGENT_EXFILTRATION_PATH]
 
 
 def test_validation_follows_agents_inside_agents() -> None:
