@@ -56,7 +56,7 @@ def first_day(now: datetime) -> datetime:
 
 
 async def add_counts(connection: AsyncConnection, rows: Sequence[KeyRefusal]) -> None:
-    """Add counts to those of the same day, key and scope; at least one row."""
+    """Add counts to those of the same day, key and scope, in one statement; at least one row, at most 5,000."""
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     # Same order in every gateway: concurrent writers wait for one another without a deadlock.
     ordered = sorted((row.model_dump() for row in rows), key=lambda row: (row["key_id"], row["scope"]))

@@ -30,6 +30,8 @@ log = structlog.get_logger()
 WRITE_SECONDS: Final = 3.0
 MAX_WAITING: Final = 10_000
 """Keys and scopes that are counted between two writes; refusals of others are not counted."""
+WRITTEN_AT_ONCE: Final = 1_000
+"""Counts of one statement: PostgreSQL takes 32,767 values at most."""
 
 
 @dataclass(slots=True)
@@ -103,7 +105,8 @@ class KeyRefusals:
         first = key_refusal.first_day(self._database.clock.now())
 
         async def write(connection: AsyncConnection) -> None:
-            await key_refusal.add_counts(connection, rows)
+            for start in range(0, len(rows), WRITTEN_AT_ONCE):
+                await key_refusal.add_counts(connection, rows[start : start + WRITTEN_AT_ONCE])
             if first != self._first_kept:
                 await key_refusal.delete_earlier(connection, first)
 

@@ -234,6 +234,19 @@ async def test_a_key_lists_the_scopes_that_it_lacked(harness: GatewayHarness) ->
     assert (await read())["refusals"] == []
 
 
+async def test_refusals_of_thousands_of_keys_are_counted_at_once(harness: GatewayHarness) -> None:
+    refusals = harness.gateway.key_refusals
+    ids = [f"key_many{number}" for number in range(6_000)]
+    for key_id in ids:
+        refusals.note(key_id, "workflows:write", "POST /api/v1/workflows")
+    await refusals.drain()
+    async with harness.gateway.database.read() as connection:
+        counted = await connection.scalar(
+            text("SELECT count(*) FROM key_refusal WHERE key_id LIKE 'key_many%'")
+        )
+    assert counted == len(ids)
+
+
 async def forget_days(harness: GatewayHarness, key_id: str) -> None:
     """Move the counted refusals of a key eight days back."""
 
