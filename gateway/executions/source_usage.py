@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import and_, select
+from sqlalchemy import select
 from sqlmodel import col
 
 from engine.run_records import SpanStatus
@@ -83,6 +83,7 @@ class SourceFailure(WireStruct):
     """Null for a run that the caller may not see."""
     code: str
     message: str
+    """Empty for a run that the caller may not see."""
 
 
 class DataSourceUsage(WireStruct):
@@ -137,7 +138,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
             else []
         )
         found = [await _read_spans(connection, one, stored.source.shard, earliest) for one in workflows]
-        failure = await _find_last_failure(connection, found, caller)
+        failure = await _find_last_failure(connection, found, stored.source.shard, caller)
     shape = DataSourceUsage(
         data_source_id=source_id,
         workflows=workflows,
@@ -187,42 +188,49 @@ def _names_text(value: Any, text: str) -> bool:  # noqa: ANN401 - any JSON value
 async def _read_spans(
     connection: AsyncConnection, workflow: SourceWorkflow, shard: int, earliest: datetime
 ) -> _SpansOfWorkflow:
-    """Return the ended spans of a workflow's nodes that name the data source, in its 100 newest runs since a time."""
-    runs = (
+    """Return the ended spans of a workflow's nodes that name the data source, in its 100 newest runs since a time.
+
+    Their errors are not read: they may be large.
+    """
+    newest = (
         select(col(ExecutionData.execution_id), col(ExecutionData.created_at))
         .where(
             col(ExecutionData.workflow_id) == workflow.workflow_id, col(ExecutionData.created_at) >= earliest
         )
         .order_by(col(ExecutionData.created_at).desc(), col(ExecutionData.execution_id).desc())
         .limit(RUNS)
-        .subquery()
     )
-    of_run = and_(col(SpanRow.execution_id) == runs.c.execution_id, col(SpanRow.shard) == shard)
+    runs = (await connection.execute(newest)).all()
+    started = {row.execution_id: row.created_at for row in runs}
     statement = (
         select(
-            *(col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.status), col(SpanRow.error)),
-            *(col(SpanRow.started_at), col(SpanRow.ended_at), runs.c.created_at),
+            *(col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.status)),
+            *(col(SpanRow.started_at), col(SpanRow.ended_at)),
         )
-        .select_from(runs)
-        .join(SpanRow, of_run)
         .where(
+            col(SpanRow.execution_id).in_(started),
+            col(SpanRow.shard) == shard,
             col(SpanRow.node_id).in_([node.node_id for node in workflow.nodes]),
             col(SpanRow.status).in_((SpanStatus.COMPLETED.value, SpanStatus.FAILED.value)),
             col(SpanRow.reused_from).is_(None),
             col(SpanRow.ended_at) >= earliest,
         )
-        .order_by(runs.c.created_at.desc())
+        .order_by(col(SpanRow.execution_id).desc())
         .limit(SPANS)
     )
     rows = (await connection.execute(statement)).all()
-    is_cut = len(rows) == SPANS or len({row.execution_id for row in rows}) == RUNS
-    return _SpansOfWorkflow(workflow.workflow_id, rows, rows[-1].created_at if is_cut else earliest)
+    since = runs[-1].created_at if len(runs) == RUNS else earliest
+    if len(rows) == SPANS:
+        since = max(since, started[rows[-1].execution_id])
+    return _SpansOfWorkflow(workflow.workflow_id, rows, since)
 
 
 async def _find_last_failure(
-    connection: AsyncConnection, found: Sequence[_SpansOfWorkflow], caller: ApiCaller
+    connection: AsyncConnection, found: Sequence[_SpansOfWorkflow], shard: int, caller: ApiCaller
 ) -> SourceFailure | None:
-    """Return the failure that ended last; its run is named to permitted callers alone. None without a failure."""
+    """Return the failure that ended last; its run and message are shown to permitted callers alone. None without a
+    failure.
+    """
     failures = [
         (row.ended_at, of_workflow.workflow_id, row)
         for of_workflow in found
@@ -232,17 +240,24 @@ async def _find_last_failure(
     if not failures:
         return None
     at, workflow_id, row = max(failures, key=lambda one: one[:2])
+    recorded = select(col(SpanRow.error)).where(
+        col(SpanRow.execution_id) == row.execution_id,
+        col(SpanRow.shard) == shard,
+        col(SpanRow.node_id) == row.node_id,
+        col(SpanRow.iteration) == row.iteration,
+    )
+    error: Mapping[str, Any] = decoding.decode(await connection.scalar(recorded) or "{}")
     visible = select(col(Execution.id)).where(
         col(Execution.id) == row.execution_id, visibility_condition(caller)
     )
-    error: Mapping[str, Any] = decoding.decode(row.error or "{}")
+    execution_id = await connection.scalar(visible)
     return SourceFailure(
         at=instant(at),
         workflow_id=workflow_id,
         node_id=row.node_id,
-        execution_id=await connection.scalar(visible),
+        execution_id=execution_id,
         code=str(error.get("code", "unknown")),
-        message=str(error.get("message", "")),
+        message="" if execution_id is None else str(error.get("message", "")),
     )
 
 

@@ -18,6 +18,7 @@ from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
 from gateway.dashboard.pages import overview
 from gateway.drift import recent_observations
+from gateway.executions import source_usage
 from models import ids
 from models.access import UserRole
 from models.blocked_interval import BlockedInterval
@@ -184,6 +185,74 @@ async def test_a_data_source_shows_its_users_and_the_failures_of_their_nodes(
     ).text
     assert "Customer sync" not in of_colleague
     assert f"DELETE /api/v1/datasources/{source_id}" not in of_colleague
+
+
+async def test_use_of_a_data_source_tells_since_when_it_counts_and_no_message_of_private_runs(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_usage, "RUNS", 2)
+    token = {"name": "CRM", "type": "http-bearer", "secrets": {"token": "t"}}
+    source_id = (await people.owner.api.post("/api/v1/datasources", json=token)).json()["dataSourceId"]
+    step = {"id": "step", "nodeId": "set", "label": "Ask", "config": {"values": {"by": source_id}}}
+    nodes = [{"id": "start", "nodeId": "manual"}, step]
+    workflow_id = await people.owner.create(name="Sync", status="active", nodes=nodes, connections=[])
+    for path in (f"datasources/{source_id}", f"workflows/{workflow_id}"):
+        shown = await people.owner.api.put(f"/api/v1/{path}/visibility", json={"isPublic": True})
+        assert shown.status_code == 200
+    runs = [
+        (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})).json()[
+            "executionId"
+        ]
+        for _ in range(3)
+    ]
+    await fail_with(harness, runs[-1], "The phone number +1 555 0100 is wrong")
+
+    async def hide(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(Execution).where(col(Execution.id) == runs[-1]).values(is_private=True)
+        )
+
+    await harness.gateway.database.transaction(hide)
+    path = f"/api/v1/datasources/{source_id}/usage"
+    usage = (await people.owner.api.get(path)).json()
+    second = (await people.owner.api.get(f"/api/v1/executions/{runs[1]}")).json()
+    assert usage["since"] == second["createdAt"], "older runs are not read, though this one lacks the node"
+    assert (usage["failed"], usage["lastFailure"]["executionId"]) == (1, runs[-1])
+    assert "555 0100" in usage["lastFailure"]["message"]
+    failure = (await people.colleague.api.get(path)).json()["lastFailure"]
+    assert (failure["executionId"], failure["nodeId"], failure["message"]) == (None, "step", "")
+
+
+async def test_a_preview_keeps_the_zone_and_delay_that_the_form_leaves(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    config = {"cron": "0 3 * * *", "timezone": "Asia/Tokyo", "jitterSeconds": 3_600}
+    nodes = [{"id": "start", "nodeId": "schedule-trigger", "config": config}]
+    workflow_id = await people.owner.create(name="Nightly", nodes=nodes, connections=[])
+    # A leap day: no page shows other days because a minute begins meanwhile.
+    cron = "0 3 29 2 *"
+    address = f"/api/v1/workflows/{workflow_id}/schedule/preview"
+    expected = (await people.owner.api.post(address, json={**config, "cron": cron})).json()["nextRuns"]
+    assert expected[0]["at"] != expected[0]["startsAt"]
+    browser = await sign_in(harness, people.owner.key)
+    query = {"cron": cron, "timezone": ""}
+    page = await browser.get(f"/dashboard/workflows/{workflow_id}/trigger", params=query)
+    for run in expected:
+        assert run["startsAt"] in page.text
+        assert run["localTime"] in page.text
+
+
+async def test_audited_data_sources_lead_to_their_page(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    token = {"name": "CRM", "type": "http-bearer", "secrets": {"token": "t"}}
+    source_id = (await people.admin.api.post("/api/v1/datasources", json=token)).json()["dataSourceId"]
+    browser = await sign_in(harness, people.admin.key)
+    page = (await browser.get("/dashboard/audit?userId=user_gone")).text
+    assert '<option value="user_gone" selected>' in page
+    page = (await browser.get(f"/dashboard/audit?objectId={source_id}")).text
+    (address,) = set(re.findall(f'href="([^"]*{source_id})" class="mono" data-row', page))
+    assert 'id="source-title">CRM<' in (await browser.get(address)).text
 
 
 async def fail_with(harness: GatewayHarness, execution_id: str, text: str) -> None:

@@ -118,6 +118,7 @@ async def test_a_newcomer_begins_with_a_file_or_a_template(visit: DashboardVisit
         await page.wait_for(
             "document.querySelector('#toast').textContent.startsWith('wrong.json is no JSON')"
         )
+        await page.wait_for("document.querySelector('[data-imports]')?.files.length === 0")
         await bring_file(visit, "penguins.json", (EXAMPLES / "penguins.json").read_text())
         await page.wait_for(f"location.pathname.startsWith('/dashboard/workflows/wf_') && {LOADED}")
         assert "Penguin report" in await page.text("h1")

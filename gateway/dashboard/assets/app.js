@@ -182,7 +182,10 @@ document.addEventListener("change", async (event) => {
   const file = event.target.dataset?.fills ? event.target.files[0] : null;
   if (file) document.getElementById(event.target.dataset.fills).value = await file.text();
   const brought = "imports" in (event.target.dataset ?? {}) ? event.target.files[0] : null;
-  if (brought) (await import("./imports.js")).create(brought, root, say);
+  if (brought) {
+    event.target.value = ""; // so that the same file, corrected, can be chosen again
+    (await import("./imports.js")).create(brought, root, say);
+  }
 });
 document.addEventListener("pointerover", async (event) => {
   if (event.target.closest("[data-brush]")) (await import("./brush.js")).watch(root);

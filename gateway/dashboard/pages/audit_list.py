@@ -18,8 +18,8 @@ START: Final = "start"
 MAX_USERS: Final = 100
 PATH: Final = "/dashboard/audit"
 FILTERS: Final = ("action", "objectId", "userId", "since", "until")
-OBJECT_PAGES: Final = {"wf_": "workflows", "ds_": "sources"}
-"""Pages of objects, by the prefix of their ids."""
+OBJECT_PAGES: Final = {"wf_": "workflows/", "ds_": "sources?source="}
+"""Beginnings of the addresses of objects, by the prefix of their ids."""
 
 
 async def load(page: PageRequest) -> PageData:
@@ -58,8 +58,8 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 def _page_of(frame: PageFrame, object_id: str) -> str:
     """Return the address of a workflow's or data source's page by the prefix of its id; empty for other objects."""
-    folder = next((page for prefix, page in OBJECT_PAGES.items() if object_id.startswith(prefix)), None)
-    return "" if folder is None else f"{frame.root}/dashboard/{folder}/{object_id}"
+    begin = next((begin for prefix, begin in OBJECT_PAGES.items() if object_id.startswith(prefix)), None)
+    return "" if begin is None else f"{frame.root}/dashboard/{begin}{object_id}"
 
 
 PAGE: Final = Page(PATH, "audit_list.html", load, view, "audit")

@@ -36,7 +36,8 @@ async def load(page: PageRequest) -> PageData:
         page.get_if_present(path) if selected else no_answer(),
         page.get_if_present(f"{path}/usage") if selected else no_answer(),
     )
-    return {"sources": sources, "source": source, "usage": usage}
+    # It may be deleted between the two answers.
+    return {"sources": sources, "source": source, "usage": source and usage}
 
 
 async def no_answer() -> None:

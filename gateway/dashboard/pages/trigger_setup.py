@@ -85,11 +85,17 @@ async def load(page: PageRequest) -> PageData:
     preview, problem = None, ""
     if node is not None and KINDS[node["nodeId"]] == "schedule" and page.query.get("cron"):
         try:
-            preview = await page.preview(f"{path}/schedule/preview", **read_times(page.query))
+            wanted = {**kept_times(node["config"]), **read_times(page.query)}
+            preview = await page.preview(f"{path}/schedule/preview", **wanted)
         except ApiError as error:
             problem = error.message
     found = dict(zip(names, answers, strict=True))
     return {"workflow": workflow, "preview": preview, "problem": problem, **found}
+
+
+def kept_times(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the time zone and the delay of a schedule, which stay as they are unless the form changes them."""
+    return {name: config[name] for name in ("timezone", "jitterSeconds") if config.get(name)}
 
 
 def read_times(query: Mapping[str, str]) -> Mapping[str, str]:
