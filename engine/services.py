@@ -362,6 +362,12 @@ class SignalWaitService(Protocol):
         The timeout counts from when the node was first reached, also in repeated calls.
         """
 
+    async def reply(self, caller: RunCaller, node_id: str, iteration: str, value: bytes) -> None:
+        """Store a reply (JSON) to the signal that a node has received in this iteration or an enclosing one.
+
+        The first reply counts; without such a signal, nothing happens. Raises `NodeError` above the maximum size.
+        """
+
 
 class StateService(Protocol):
     """State of the run of a node, which clients read."""

@@ -356,6 +356,19 @@ class ExpectSignalRequest(msgspec.Struct, frozen=True):
     timeout_seconds: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] | None
 
 
+class ReplyToSignalRequest(msgspec.Struct, frozen=True):
+    """Reply to the signal that a node of a run that this pod holds has received; idempotent."""
+
+    node_id: Annotated[str, msgspec.Meta(max_length=64)]
+    iteration: Annotated[str, msgspec.Meta(max_length=200)]
+    value: bytes
+    """JSON."""
+
+
+class ReplyToSignalResponse(msgspec.Struct, frozen=True):
+    """Confirmation that the reply is stored."""
+
+
 class PublishRequest(msgspec.Struct, frozen=True):
     """Publish a value in the state of a run that this pod holds; idempotent."""
 

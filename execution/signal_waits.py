@@ -1,10 +1,11 @@
-"""Waits of nodes for signals: stored, or answered at once by an unread signal."""
+"""Waits of nodes for signals, stored or answered at once by an unread signal; and replies of nodes to signals."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING
 
+from engine.run_errors import NodeError
 from execution.retry import until_available
 from journal import concurrency_limits
 from journal.waits import signals
@@ -41,3 +42,17 @@ class SignalWaits:
         if answer.is_woken:
             await wakeups.wake_workers(self._broker)
         return expected
+
+    async def reply(self, caller: RunCaller, node_id: str, iteration: str, value: bytes) -> None:
+        """Store a reply (JSON) to the signal that a node has received in this iteration or an enclosing one.
+
+        The first reply counts; without such a signal, nothing happens. Raises `NodeError` above the maximum size;
+        waits while the database is unavailable.
+        """
+        if len(value) > signals.MAX_REPLY_BYTES:
+            message = f"The reply to a signal has at most {signals.MAX_REPLY_BYTES:,} bytes"
+            raise NodeError(message, code="reply-too-large")
+        store = partial(
+            signals.store_reply, caller=caller, node_id=node_id, iteration=iteration, reply=value.decode()
+        )
+        await until_available(lambda: self._database.transaction(store, locks=caller.execution_id))

@@ -41,6 +41,9 @@ class Signal(SQLModel, table=True):
     """Node that has received it; None while it is unread."""
     iteration: str | None = None
     delivered_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    reply: str | None = Field(default=None, sa_column=Column(Text))
+    """JSON text with which a node of the run has replied."""
+    replied_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
 
 class SignalWait(SQLModel, table=True):

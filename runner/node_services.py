@@ -29,6 +29,8 @@ from execution.pod_api import (
     ModelSettleRequest,
     PublishRequest,
     PublishResponse,
+    ReplyToSignalRequest,
+    ReplyToSignalResponse,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -272,6 +274,15 @@ class RemoteSignalWaits:
         call = ExpectSignalRequest(node_id, iteration, wanted.name, wanted.timeout_seconds)
         path = f"/executions/{caller.execution_id}/signal-waits"
         return await until_available(lambda: self._gateway.call(path, call, SignalExpectation))
+
+    async def reply(self, caller: RunCaller, node_id: str, iteration: str, value: bytes) -> None:
+        """Store a reply (JSON) to a signal at the gateway.
+
+        Raises `NodeError`; waits while the gateway is unavailable.
+        """
+        path = f"/executions/{caller.execution_id}/signal-replies"
+        call = ReplyToSignalRequest(node_id, iteration, value)
+        await until_available(lambda: self._gateway.call(path, call, ReplyToSignalResponse))
 
 
 class RemoteState:

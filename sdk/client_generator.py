@@ -395,6 +395,8 @@ def _call_arguments(one: ApiOperation) -> str:
     elif one.in_body is not None:
         fields = ", ".join(f'"{field.wire_name}": {field.name}' for field in one.in_body)
         parts.append(f"fields={{{fields}}}")
+    if any(query.wire_name == "wait" for query in one.in_query):
+        parts.append("wait=wait or 0")  # the answer may take so much longer
     if one.is_keyed:
         parts.append("idempotency_key=idempotency_key, is_keyed=True")
     if one.answer is not None and one.answer.get("type") == "bytes":

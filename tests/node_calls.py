@@ -74,6 +74,9 @@ class NoSignalWaits:
     ) -> SignalExpectation:
         return SignalExpectation()
 
+    async def reply(self, *_: object) -> None:
+        """Store nothing, since no node has received a signal."""
+
 
 class NoEventWaits:
     """Event waits of nodes that never wait."""
@@ -207,6 +210,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
         http=http or NoNetwork(),
         throttle=throttle or OpenThrottle(),
         state=state or RecordedState(),
+        signals=NoSignalWaits(),
         models=LazyModels(NoModels, (), ()),
     )
     services = services if code is None else replace(services, code=code)

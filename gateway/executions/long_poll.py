@@ -8,6 +8,7 @@ suffices while the broker is away.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -78,6 +79,8 @@ class ExecutionPollHub:
         self._broker = broker
         self.polls = 0
         """Number of waiting polls."""
+        self.awaited_replies: Counter[str] = Counter()
+        """Numbers of requests that wait for replies to signals, by execution."""
         self._reads: GroupCommit[ExecutionKey, RunProgressReport | None] = GroupCommit(self._read)
         self._watches: GroupCommit[BrokerWatch, bool] = GroupCommit(self._watch)
         self._watched: TTLCache[str, BrokerWatch] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)

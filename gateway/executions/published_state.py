@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from engine import values
+from gateway.executions import change_polls
 from gateway.http import errors, limits
 from gateway.http.parameters import IntegerParameter
 from gateway.http.request import GatewayRequest
@@ -16,7 +17,6 @@ from journal import run_state
 from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
-    from gateway.executions.long_poll import ExecutionPollHub, ExecutionWaiter
     from journal.run_state import RunState
     from journal.store import ExecutionKey
     from models.database import Database
@@ -52,7 +52,13 @@ async def show(request: GatewayRequest) -> JsonResponse | NotModified:
     gateway = request.gateway
     key = await gateway.access.key(request.path_params["id"], request.caller)
     known = _read_known_tags(request)
-    found = await _read_changed(gateway.database, gateway.waiting, key, known, request.query[WAIT])
+    found = await change_polls.read_until(
+        gateway.waiting,
+        key.execution_id,
+        request.query[WAIT],
+        partial(_read, gateway.database, key),
+        lambda state: state.has_ended or _entity_tag(state) not in known,
+    )
     tag = _entity_tag(found)
     if tag in known:
         return NotModified({"ETag": tag})
@@ -64,53 +70,6 @@ async def show(request: GatewayRequest) -> JsonResponse | NotModified:
         updated_at=optional_instant(max((one.updated_at for one in found.values), default=None)),
     )
     return JsonResponse(shown, headers={"ETag": tag})
-
-
-async def _read_changed(
-    database: Database,
-    waiting: ExecutionPollHub,
-    key: ExecutionKey,
-    known: Collection[str],
-    wait_seconds: int,
-) -> RunState:
-    """Return the state of a run once it has another tag than the known ones or has ended, or when the time is over.
-
-    Raises 404 if the run is gone, and 503 if 10,000 requests wait here.
-    """
-    found = await _read(database, key)
-    if wait_seconds == 0 or found.has_ended or _entity_tag(found) not in known:
-        return found
-    if waiting.polls >= limits.POLLS_WAITING:
-        raise errors.not_ready("Too many requests wait here for executions to change: ask with wait=0")
-    waiting.polls += 1
-    with waiting.waiter(key.execution_id) as waiter:
-        timer = asyncio.get_running_loop().call_later(wait_seconds, waiter.end)
-        try:
-            return await _wait_for_change(database, waiting, key, known, waiter)
-        finally:
-            timer.cancel()
-            waiting.polls -= 1
-
-
-async def _wait_for_change(
-    database: Database,
-    waiting: ExecutionPollHub,
-    key: ExecutionKey,
-    known: Collection[str],
-    waiter: ExecutionWaiter,
-) -> RunState:
-    """Return the state of a run once it differs from the known one, or when the waiter is over.
-
-    The commit that records the publishing node notifies the waiter; a lost notification costs a second.
-    """
-    while True:
-        waiter.changed.clear()
-        if not waiting.is_watched(key.execution_id):
-            await waiting.watch([key.execution_id])
-        found = await _read(database, key)
-        if found.has_ended or waiter.is_over or _entity_tag(found) not in known:
-            return found
-        await waiter.changed.wait()
 
 
 async def _read(database: Database, key: ExecutionKey) -> RunState:

@@ -331,9 +331,11 @@ ROUTES: Final[Sequence[Route]] = (
         body=signals.SignalBody,
         answer=signals.SignalReceipt,
         status=202,
+        query=(signals.WAIT,),
         docs=OperationDoc(
             takes=(IDEMPOTENCY_KEY,),
             sends=(REPLAYED,),
+            also={200: OtherSuccess("With `wait`: the execution has replied.", signals.SignalReceipt)},
             refusals=(
                 "invalid-idempotency-key",
                 "idempotency-mismatch",

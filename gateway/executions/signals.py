@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from concurrency import offload
 from engine import values
-from gateway.executions import answered_runs
+from gateway.executions import answered_runs, signal_replies
 from gateway.http import errors, idempotency, limits
 from gateway.http.errors import ApiError
 from gateway.http.parameters import ChoiceParameter, IntegerParameter
@@ -60,6 +60,13 @@ LIMIT: Final = IntegerParameter(
     maximum=limits.RECORDS_MAX,
 )
 LISTED: Final = (STATE, AFTER, LIMIT)
+WAIT: Final = IntegerParameter(
+    "wait",
+    "Seconds for which the answer waits for the reply of a node `reply-to-signal`, or for the end of the execution.",
+    0,
+    minimum=0,
+    maximum=limits.WAIT_SECONDS,
+)
 
 
 class SignalBody(StrictWire):
@@ -86,6 +93,10 @@ class SignalReceipt(WireStruct):
     """Node that has received it; null while it is unread."""
     iteration: str | None
     """Turn of the loops around this node; empty outside of loops."""
+    reply: Any
+    """Value of the node `reply-to-signal` that has replied first; null before."""
+    replied_at: Instant | None
+    """Time of the reply; null before."""
 
 
 class ShownSignal(SignalReceipt, kw_only=True):
@@ -131,6 +142,7 @@ async def send(request: GatewayRequest) -> JsonResponse:
 
     If none waits, the signal is kept, in order, for the next node that does. It is answered after its commit,
     and delivered once, also if processes die. A repetition with the same `Idempotency-Key` gets the same signal.
+    With `wait`, the answer is 200 with the `reply` of the execution, or 202 if it has not replied by then.
     """
     gateway, caller = request.gateway, request.caller
     key = await gateway.access.key(request.path_params["id"], caller)
@@ -143,9 +155,23 @@ async def send(request: GatewayRequest) -> JsonResponse:
         raise ApiError(413, "payload-too-large", message)
     await gateway.signal_schemas.require_valid(key, caller.organization_id, body.name, body.payload)
     sent = NewSignal(ids.new_id("signal"), body.name, payload, caller.user_id)
-    stored, result = await _store(request, key, sent, idempotency_key)
-    if result is None:
-        return JsonResponse(_receipt(stored), status=202, headers=idempotency.REPLAYED)
+    seconds = request.query[WAIT]
+    with signal_replies.reserve_wait(gateway.waiting, key, seconds):
+        stored, result = await _store(request, key, sent, idempotency_key)
+        if result is not None:
+            await _continue_run(request, key, sent.name, result)
+        stored = await signal_replies.wait_for_reply(gateway.database, gateway.waiting, key, stored, seconds)
+    receipt = SignalReceipt(**await offload.run(_receipt_fields, stored))
+    return JsonResponse(
+        receipt,
+        status=202 if stored.replied_at is None else 200,
+        headers=idempotency.REPLAYED if result is None else None,
+    )
+
+
+async def _continue_run(request: GatewayRequest, key: ExecutionKey, name: str, result: SignalResult) -> None:
+    """Let the run continue if its node has received the stored signal."""
+    gateway = request.gateway
     await answered_runs.continue_run(
         gateway.database,
         gateway.acceptances,
@@ -153,8 +179,7 @@ async def send(request: GatewayRequest) -> JsonResponse:
         result.answer,
         result.target,
     )
-    log.info("signal received", execution_id=key.execution_id, signal=body.name, state=result.verdict.value)
-    return JsonResponse(_receipt(stored), status=202)
+    log.info("signal received", execution_id=key.execution_id, signal=name, state=result.verdict.value)
 
 
 async def _store(
@@ -203,28 +228,26 @@ def _refusal_of(result: SignalResult) -> ApiError:
     return errors.conflict("too-many-signals", message)
 
 
-def _receipt(signal: Signal) -> SignalReceipt:
-    return SignalReceipt(
-        execution_id=signal.execution_id,
-        number=signal.number,
-        name=signal.name,
-        state=SignalState.UNREAD if signal.node_id is None else SignalState.DELIVERED,
-        node_id=signal.node_id,
-        iteration=signal.iteration,
-    )
+def _receipt_fields(signal: Signal) -> dict[str, Any]:
+    """Return the fields of a receipt, with the decoded reply."""
+    return {
+        "execution_id": signal.execution_id,
+        "number": signal.number,
+        "name": signal.name,
+        "state": SignalState.UNREAD if signal.node_id is None else SignalState.DELIVERED,
+        "node_id": signal.node_id,
+        "iteration": signal.iteration,
+        "reply": None if signal.reply is None else _decode(signal.reply),
+        "replied_at": optional_instant(signal.replied_at),
+    }
 
 
 def _show_signals(found: Sequence[Signal]) -> Sequence[ShownSignal]:
-    """Return signals as the list shows them, with their decoded payloads."""
+    """Return signals as the list shows them, with their decoded payloads and replies."""
     return [
         ShownSignal(
-            execution_id=one.execution_id,
-            number=one.number,
-            name=one.name,
-            state=SignalState.UNREAD if one.node_id is None else SignalState.DELIVERED,
-            node_id=one.node_id,
-            iteration=one.iteration,
-            payload=_decode_payload(one),
+            **_receipt_fields(one),
+            payload=_decode(one.payload),
             sent_by=one.user_id,
             sent_at=instant(one.created_at),
             delivered_at=optional_instant(one.delivered_at),
@@ -233,5 +256,5 @@ def _show_signals(found: Sequence[Signal]) -> Sequence[ShownSignal]:
     ]
 
 
-def _decode_payload(signal: Signal) -> Json:
-    return values.restore_json(signal.payload.encode())
+def _decode(text: str) -> Json:
+    return values.restore_json(text.encode())

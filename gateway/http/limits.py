@@ -158,6 +158,10 @@ STATE_BYTES: Final = run_state.MAX_STATE_BYTES
 """Bytes of the keys and values that the nodes of an execution publish, as JSON."""
 SIGNAL_BYTES: Final = 256_000
 """Bytes of the payload of a signal as JSON."""
+REPLIES_AWAITED: Final = 10
+"""Requests that wait at one gateway for replies of an execution to signals."""
+SIGNAL_REPLY_BYTES: Final = signals.MAX_REPLY_BYTES
+"""Bytes of the reply to a signal as JSON."""
 UNREAD_SIGNALS: Final = signals.MAX_UNREAD
 """Signals of an execution that no node has received."""
 

@@ -37,6 +37,8 @@ from execution.pod_api import (
     ModelSettleRequest,
     PublishRequest,
     PublishResponse,
+    ReplyToSignalRequest,
+    ReplyToSignalResponse,
     SignatureRequest,
     SignatureResponse,
     StartRunRequest,
@@ -265,6 +267,19 @@ async def expect_signal(request: GatewayRequest, holder: LeaseHolder) -> JsonRes
             iteration=call.iteration,
         )
     return JsonResponse(expected)
+
+
+async def reply_to_signal(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Store a reply to the signal that a node of the path's run has received.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, ReplyToSignalRequest, max_bytes=MAX_RECORD_BYTES)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    record_checks.require_json(call.value)
+    async with _translate_errors():
+        await request.gateway.pod_services.signals.reply(caller, call.node_id, call.iteration, call.value)
+    return JsonResponse(ReplyToSignalResponse())
 
 
 async def publish(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

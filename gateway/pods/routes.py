@@ -56,6 +56,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),
     PodRoute("POST", "/executions/{id}/event-waits", node_services.expect_event),
     PodRoute("POST", "/executions/{id}/state", node_services.publish),
+    PodRoute("POST", "/executions/{id}/signal-replies", node_services.reply_to_signal),
     PodRoute("POST", "/executions/{id}/signal-waits", node_services.expect_signal),
     PodRoute("POST", "/executions/{id}/approval-links", node_services.create_approval_links),
     PodRoute("POST", "/executions/{id}/callback-url", node_services.create_callback_url),

@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from gateway.tasks.held_polls import HeldPoll
-from gateway.tasks.parked_polls import ParkedPoll
-from gateway.tasks.poll_keys import PollKeyChecker
 from gateway.tasks.worker_presence import WorkerPresence
 from journal import concurrency_limits
 from journal.group_commit import GroupCommit
@@ -27,7 +24,9 @@ from models.execution import SHARED_TARGET
 if TYPE_CHECKING:
     from execution.organization_catalogs import OrganizationCatalogs
     from gateway.executions.acceptance import PodNotifier
+    from gateway.tasks.held_polls import HeldPoll
     from gateway.tasks.parked_polls import PollAnswer
+    from gateway.tasks.poll_keys import PollKeyChecker
     from gateway.tasks.poll_service import ClientWatch, PollService
     from gateway.tasks.worker_presence import WorkerDescription
     from journal.tasks.task_items import ItemResult, WorkerReport
@@ -63,7 +62,6 @@ class TaskHub:
         self.tasks = tasks
         self._pods = pods
         self.presence = WorkerPresence(database)
-        self._keys = PollKeyChecker(database)
         self._reports: GroupCommit[WorkerReport, list[ItemResult]] = GroupCommit(self._report)
         self._periodic: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -78,6 +76,12 @@ class TaskHub:
 
         return PollService(self._broker, self.tasks)
 
+    @cached_property
+    def _keys(self) -> PollKeyChecker:
+        from gateway.tasks.poll_keys import PollKeyChecker  # noqa: PLC0415 - as above
+
+        return PollKeyChecker(self._database)
+
     async def wait(
         self,
         poll: TaskPoll,
@@ -91,6 +95,8 @@ class TaskHub:
 
         Raises a 409 error for a stopped worker, and 503 while 20,000 polls wait or the gateway stops.
         """
+        from gateway.tasks.parked_polls import ParkedPoll  # noqa: PLC0415 - loaded with the first worker
+
         self._keep_active()
         await self.presence.note(worker)
         parked = ParkedPoll(poll, seconds, key_id=worker.key_id)
@@ -107,6 +113,9 @@ class TaskHub:
 
         Raises 503 while 20,000 polls wait or the gateway stops.
         """
+        from gateway.tasks.held_polls import HeldPoll  # noqa: PLC0415 - loaded with the first worker
+        from gateway.tasks.parked_polls import ParkedPoll  # noqa: PLC0415 - as above
+
         self._keep_active()
         await self.presence.note(worker)
         parked = ParkedPoll(poll, seconds, key_id=worker.key_id, has_heartbeats=True)

@@ -19,7 +19,6 @@ from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
-from gateway.tasks.held_polls import LOST_SECONDS, HeldPollResponse
 from gateway.tasks.worker_presence import WorkerDescription
 from journal.tasks.task_items import Completion, Failure, Heartbeat, LogLines, Release, WorkerReport
 from journal.tasks.task_moves import ReportStatus
@@ -31,6 +30,7 @@ from models.task_states import HELD_STATES
 from telemetry import tracing
 
 if TYPE_CHECKING:
+    from gateway.tasks.held_polls import HeldPollResponse
     from gateway.tasks.large_task_inputs import HeldTask
     from gateway.tasks.parked_polls import PollAnswer
     from journal.tasks.task_items import ItemKind, ItemResult
@@ -221,6 +221,8 @@ async def claim(request: GatewayRequest) -> JsonResponse | HeldPollResponse:
     A claimed task has a lease of 10 seconds until a report names it. The same `requestId` gives the same tasks.
     With `wait` over 60, the answer begins after 25 seconds: with status 200, and spaces before its JSON.
     """
+    from gateway.tasks.held_polls import LOST_SECONDS, HeldPollResponse  # noqa: PLC0415 - loaded with the first worker
+
     body = await decode_body(request, ClaimTasks)
     caller = request.caller
     _require_allowed(caller, body.types)

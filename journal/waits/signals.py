@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 MAX_UNREAD: Final = 1_000
 """Maximum number of signals of a run that no node has received."""
+MAX_REPLY_BYTES: Final = 256_000
+"""Maximum size of the reply to a signal, as JSON."""
 PAGE_CHARACTERS: Final = 10_000_000
-"""Characters of the payloads in a page of signals."""
+"""Characters of the payloads and replies in a page of signals."""
 _encode = msgspec.json.Encoder().encode
 NO_ANSWER: Final = AnswerResult(AnswerReception.UNAWAITED)
 
@@ -55,6 +57,15 @@ class SignalVerdict(StrEnum):
     """The run has ended."""
     FULL = "full"
     """The run has the maximum number of unread signals."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignalProgress:
+    """Signal, and whether its run may still reply to it."""
+
+    signal: Signal
+    has_ended: bool
+    """Whether the run has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +203,10 @@ async def list_signals(
         delivered_at = col(Signal.delivered_at)
         conditions.append(delivered_at.is_(None) if is_unread else delivered_at.is_not(None))
     # First their sizes: a thousand payloads of the largest size take a gateway's memory.
-    sizes = select(col(Signal.number), func.length(col(Signal.payload))).where(*conditions)
+    sizes = select(
+        col(Signal.number),
+        func.length(col(Signal.payload)) + func.coalesce(func.length(col(Signal.reply)), 0),
+    ).where(*conditions)
     found = (await connection.execute(sizes.order_by(col(Signal.number)).limit(at_most + 1))).all()
     totals = accumulate(size for _, size in found)
     fitting = sum(total <= PAGE_CHARACTERS for total in totals)
@@ -209,6 +223,59 @@ async def find_signal(connection: AsyncConnection, key: ExecutionKey, signal_id:
     )
     row = (await connection.execute(statement)).mappings().first()
     return None if row is None else Signal(**row)
+
+
+async def store_reply(
+    connection: AsyncConnection, caller: RunCaller, node_id: str, iteration: str, reply: str
+) -> None:
+    """Store the reply (JSON) to the signal that a node has received, in a transaction; the first one counts.
+
+    The signal is that of this iteration of the node, or else of the innermost enclosing one. Nothing happens without
+    one, and for a run of another organization.
+    """
+    owned = select(col(Execution.id)).where(
+        col(Execution.id) == caller.execution_id, col(Execution.organization_id) == caller.organization_id
+    )
+    received = (
+        select(col(Signal.number))
+        .where(
+            col(Signal.execution_id).in_(owned),
+            col(Signal.node_id) == node_id,
+            col(Signal.iteration).in_(_enclosing_iterations(iteration)),
+        )
+        .order_by(func.length(col(Signal.iteration)).desc())
+        .limit(1)
+    )
+    number = await connection.scalar(received)
+    await connection.execute(
+        update(Signal)
+        .where(
+            col(Signal.execution_id) == caller.execution_id,
+            col(Signal.number) == number,
+            col(Signal.replied_at).is_(None),
+        )
+        .values(reply=reply, replied_at=type_coerce(DatabaseTime(), TimestampColumn))
+    )
+
+
+def _enclosing_iterations(iteration: str) -> list[str]:
+    """Return the names of an iteration and of all around it, such as `2.0`, `2` and the empty one outside of loops."""
+    indexes = iteration.split(".")
+    return ["", *(".".join(indexes[: length + 1]) for length in range(len(indexes)))]
+
+
+async def read_progress(connection: AsyncConnection, key: ExecutionKey, number: int) -> SignalProgress | None:
+    """Return a signal of a run by its number, with whether the run has ended; None if the run is gone."""
+    statement: Any = (
+        select(Signal, col(Execution.status).label("run_status"))
+        .join(Execution, col(Execution.id) == col(Signal.execution_id))
+        .where(*_is_run(key), col(Signal.execution_id) == key.execution_id, col(Signal.number) == number)
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        return None
+    fields = {name: value for name, value in row.items() if name != "run_status"}
+    return SignalProgress(Signal(**fields), row["run_status"] in TERMINAL_STATUSES)
 
 
 async def _answer_longest_wait(

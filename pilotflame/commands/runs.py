@@ -211,12 +211,19 @@ def signal_run(
     payload: Annotated[
         str, Option("--payload", help="Any JSON value, @file, or @- for standard input.")
     ] = "null",
+    wait: Annotated[
+        int, Option("--wait", min=0, max=30, help="Seconds to wait for the reply of a node reply-to-signal.")
+    ] = 0,
     idempotency_key: KeyOption = None,
     output: FormatOption = OutputFormat.JSON,
 ) -> None:
     """Send a signal to an execution: a node that waits for its name continues with the payload, now or later."""
     sent = connect().executions.signal(
-        execution, name=name, payload=read_json(payload, "--payload"), idempotency_key=idempotency_key
+        execution,
+        name=name,
+        payload=read_json(payload, "--payload"),
+        wait=wait,
+        idempotency_key=idempotency_key,
     )
     show_object(dict(sent), output, key="number")
 

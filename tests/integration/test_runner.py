@@ -690,6 +690,11 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
         {"id": "paid", "type": "wait-for-event", "config": {"event_type": "order.*", "lookBackSeconds": 60}},
         {"id": "shipped", "type": "wait-for-signal", "config": {"name": "shipped"}},
         {"id": "tell", "type": "publish", "config": {"key": "parcel", "value": "{{ data.payload }}"}},
+        {
+            "id": "thank",
+            "type": "reply-to-signal",
+            "config": {"receivedBy": "shipped", "value": "{{ data.by }}"},
+        },
         send,
     )
     paid = EmittedEvent("event_1", "order.paid", "shop", '{"event_type":"order.paid"}')
@@ -722,6 +727,8 @@ async def test_nodes_in_a_pod_have_the_services_of_a_worker(
     assert await pods.run_database.count("event_wait") == 0
     (told,) = await pods.run_database.query("SELECT key, value FROM published_value")
     assert (told["key"], told["value"]) == ("parcel", '"P-12"')
+    (replied,) = await pods.run_database.query("SELECT reply FROM signal")
+    assert replied["reply"] == json.dumps(pods.owned_workflow.user_id)
     spans = await pods.run_database.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
     assert "large" in {span["node_id"] for span in spans}
     assert await pods.run_database.count("throttle") == 1
@@ -1028,6 +1035,7 @@ class HeldRun:
             "/executions/{id}/event-waits": {"node_id": "greet", "iteration": "", "event_type": "paid"}
             | {"condition": None, "given": "[]", "look_back_seconds": 0, "timeout_seconds": None},
             "/executions/{id}/state": {"key": "phase", "value": "e30="},
+            "/executions/{id}/signal-replies": {"node_id": "greet", "iteration": "", "value": "MQ=="},
             "/executions/{id}/signal-waits": {"node_id": "greet", "iteration": "", "name": "go"}
             | {"timeout_seconds": None},
             "/executions/{id}/reservations": {

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import RunCaller, SignalRequest
 from execution.signal_waits import SignalWaits
@@ -283,3 +284,87 @@ async def test_signals_that_no_node_can_receive_are_refused(
     ended = await send(people.owner, run, "item", {"n": 4})
     assert_refused(ended, 409, "execution-ended")
     assert ended.json()["error"]["details"][0]["status"] == "cancelled"
+
+
+# ── replies ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def replying_graph() -> dict[str, Any]:
+    """Return a graph that waits for two signals, and replies twice to the first one."""
+    first, second = ({"got": "{{ data.payload.n }}"}, "too late")
+    nodes: list[dict[str, Any]] = [
+        START,
+        {"id": "ask", "nodeId": "wait-for-signal", "config": {"name": "order", "schema": SCHEMA}},
+        {"id": "reply", "nodeId": "reply-to-signal", "config": {"receivedBy": "ask", "value": first}},
+        {"id": "again", "nodeId": "reply-to-signal", "config": {"receivedBy": "ask", "value": second}},
+        {"id": "last", "nodeId": "wait-for-signal", "config": {"name": "end"}},
+        {"id": "none", "nodeId": "reply-to-signal", "config": {"receivedBy": "start", "value": 1}},
+    ]
+    edges = [{"source": before["id"], "target": after["id"]} for before, after in pairwise(nodes)]
+    return {"nodes": nodes, "connections": edges}
+
+
+async def ask(person: UserClient, run: str, name: str, payload: Any = None, **more: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+    body = {"name": name, "payload": payload}
+    url = f"{EXECUTIONS}/{run}/signals?wait=30"
+    return await person.api.post(url, json=body, timeout=60, **more)
+
+
+async def test_a_sender_waits_for_the_reply_of_the_run(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    run = await execute_workflow(people.owner, await people.owner.create(**replying_graph()))
+    key = {"Idempotency-Key": "order-1"}
+    async with serve_worker(harness):
+        # It is sent before its node waits, or after.
+        replied = await ask(people.owner, run, "order", {"n": 21}, headers=key)
+        assert (replied.status_code, replied.json()["reply"]) == (200, {"got": 21})
+        repeated = await ask(people.owner, run, "order", {"n": 21}, headers=key)
+        assert (repeated.status_code, repeated.json()["reply"]) == (200, {"got": 21})
+        assert repeated.json()["number"] == replied.json()["number"]
+        # Nothing replies to this one: the end of the run ends the wait.
+        unanswered = await ask(people.owner, run, "end")
+        assert (unanswered.status_code, unanswered.json()["reply"]) == (202, None)
+        assert (await wait_until_ended(people.owner, run))["status"] == "completed"
+    listed = await get_json(people.owner, f"/{run}/signals")
+    assert [one["reply"] for one in listed["signals"]] == [{"got": 21}, None]
+
+
+async def test_replies_in_a_loop_reach_the_signals_of_their_iterations(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    graph = loop_graph(3, 3)
+    value = "{{ data.payload }}"
+    graph["nodes"].append(
+        {"id": "reply", "nodeId": "reply-to-signal", "config": {"receivedBy": "wait", "value": value}}
+    )
+    graph["connections"].append({"source": "wait", "target": "reply"})
+    run = await execute_workflow(people.owner, await people.owner.create(**graph))
+    async with serve_worker(harness):
+        answers = await asyncio.gather(*(ask(people.owner, run, "item", number) for number in range(3)))
+        assert [one.json()["reply"] for one in answers] == [0, 1, 2]
+        assert (await wait_until_ended(people.owner, run))["status"] == "completed"
+
+
+async def test_replies_have_limits(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await execute_workflow(people.owner, await people.owner.create(**replying_graph()))
+    user = people.owner.user
+    waits = SignalWaits(harness.gateway.database, harness.gateway.broker)
+    caller = RunCaller(user.organization_id, user.id, "wf", run, run)
+    with pytest.raises(NodeError, match="256,000 bytes") as refused:
+        await waits.reply(caller, "ask", "", b'"%s"' % (b"x" * 256_000))
+    assert refused.value.code == "reply-too-large"
+    monkeypatch.setattr(limits, "REPLIES_AWAITED", 0)
+    assert_refused(await ask(people.owner, run, "order", {"n": 1}), 409, "too-many-signals")
+    assert (await get_json(people.owner, f"/{run}/signals"))["count"] == 0
+    # A caller of another organization changes nothing.
+    await send_accepted(people.owner, run, "order", {"n": 1})
+    async with serve_worker(harness):
+        await wait_for_wait(people.owner, run)
+    foreign = RunCaller(people.stranger.user.organization_id, user.id, "wf", run, run)
+    await send_accepted(people.owner, run, "end")
+    await waits.reply(foreign, "last", "", b"1")
+    listed = await get_json(people.owner, f"/{run}/signals")
+    assert [one["reply"] for one in listed["signals"]] == [{"got": 1}, None]

@@ -348,7 +348,7 @@ class AsyncExecutions(AsyncResource):
 
     async def progress(self, execution_id: str, *, wait: int | None = None) -> t.Progress:
         """Show the progress of an execution: when it has ended, or after `wait` seconds at the latest."""
-        return cast("t.Progress", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/progress", query={"wait": wait}))
+        return cast("t.Progress", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/progress", query={"wait": wait}, wait=wait or 0))
 
     async def replay(self, execution_id: str, *, from_: Sequence[str] | None = None, definition: Literal['current', 'original'] | int | None = None, input: Mapping[str, Any] | None = None, refresh: Sequence[Literal['read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, plan_hash: str | None = None, again: bool | None = None, idempotency_key: str | None = None) -> t.ReplayResult:
         """Replay an ended execution: start a new one that reuses each result whose node has the same key."""
@@ -358,9 +358,9 @@ class AsyncExecutions(AsyncResource):
         """Resume a failed execution: start a new one from its committed results."""
         return cast("t.ResumeResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/resume", idempotency_key=idempotency_key, is_keyed=True))
 
-    async def signal(self, execution_id: str, *, name: str, payload: Any = None, idempotency_key: str | None = None) -> t.SignalReceipt:
+    async def signal(self, execution_id: str, *, name: str, payload: Any = None, wait: int | None = None, idempotency_key: str | None = None) -> t.SignalReceipt:
         """Send a signal to an execution: the node that has waited longest for its name continues with the payload."""
-        return cast("t.SignalReceipt", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/signals", fields={"name": name, "payload": payload}, idempotency_key=idempotency_key, is_keyed=True))
+        return cast("t.SignalReceipt", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/signals", query={"wait": wait}, fields={"name": name, "payload": payload}, wait=wait or 0, idempotency_key=idempotency_key, is_keyed=True))
 
     async def signals(self, execution_id: str, *, state: Literal['unread', 'delivered'] | None = None, after: int | None = None, limit: int | None = None) -> t.SignalList:
         """List the signals of an execution in order, also after its end: `state=unread` lists those that no node has received."""
@@ -384,7 +384,7 @@ class AsyncExecutions(AsyncResource):
 
     async def state(self, execution_id: str, *, wait: int | None = None) -> t.PublishedState:
         """Show the state of an execution: the values that its nodes have published so far, also after its end."""
-        return cast("t.PublishedState", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/state", query={"wait": wait}))
+        return cast("t.PublishedState", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/state", query={"wait": wait}, wait=wait or 0))
 
     async def statistics(self) -> t.RunStatistics:
         """Count the organization's runs of 24 hours by hour and status, with the median and the 95th percentile of their times."""

@@ -2683,6 +2683,8 @@ class ShownSignal(TypedDict):
     state: SignalState
     nodeId: str | None
     iteration: str | None
+    reply: Any
+    repliedAt: str | None
     payload: Any
     sentBy: str
     sentAt: str
@@ -2706,6 +2708,8 @@ class SignalReceipt(TypedDict):
     state: SignalState
     nodeId: str | None
     iteration: str | None
+    reply: Any
+    repliedAt: str | None
 
 
 class SigningSecret(TypedDict):
