@@ -30,7 +30,11 @@ EXPIRED_CODE: Final = "expired"
 LOST_ATTEMPT_CODE: Final = "lost-attempt"
 NEEDS_CONFIRM_CODE: Final = "write-needs-confirm"
 UNKNOWN_OUTCOMES: Final = frozenset(
-    {TIMEOUT_CODE, "timed-out", "interrupted", "tool-server-failed", "tool-server-invalid-answer"}
+    {
+        *(TIMEOUT_CODE, "timed-out", "interrupted", "tool-server-failed", "tool-server-invalid-answer"),
+        # The server has answered, so that it has probably done what it was asked for.
+        *("response-too-large", "invalid-response", "insecure-redirect", "too-many-redirects"),
+    }
 )
 """Codes of errors that leave the outcome of a write unknown."""
 

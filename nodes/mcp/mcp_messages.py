@@ -32,6 +32,8 @@ CALL_TOOL: Final = "tools/call"
 UNSUPPORTED_VERSION: Final = -32022
 METHOD_NOT_FOUND: Final = -32601
 INTERNAL_ERROR: Final = -32603
+OWN_ERRORS: Final = range(-32099, -31999)
+"""Codes that servers and proxies give meanings of their own, such as -32001 for a request that took too long."""
 KEY_META: Final = "pilotflame/idempotency-key"
 SESSION_HEADER: Final = "mcp-session-id"
 PARAMETER_HEADER: Final = "x-mcp-header"
@@ -41,10 +43,11 @@ MAX_PARAMETER_DEPTH: Final = 8
 
 
 class ServerRefusal(NodeError):
-    """Error of a tool server about a request; after one of its own failures, the request may have been carried out."""
+    """Error of a tool server about a request; unless the protocol says why, the request may have been carried out."""
 
     def __init__(self, message: str, *, number: int, data: Json) -> None:
-        super().__init__(message, code=FAILED if number == INTERNAL_ERROR else REFUSED)
+        is_own = number in OWN_ERRORS and number != UNSUPPORTED_VERSION
+        super().__init__(message, code=FAILED if is_own or number == INTERNAL_ERROR else REFUSED)
         self.number = number
         """Code of JSON-RPC; 0 without one."""
         self.data = data

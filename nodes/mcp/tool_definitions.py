@@ -59,7 +59,11 @@ def read_definition(listed: Mapping[str, Json]) -> ToolDefinition:
     problem = _find_problem(name, schema)
     if problem or not isinstance(schema, dict):
         return msgspec.structs.replace(found, problem=problem, hash="")
-    return msgspec.structs.replace(found, input_schema=_clean_value(schema))
+    cleaned = _clean_value(schema)
+    # Without its hidden characters, the name of a field may be a keyword, such as one that reads other addresses.
+    if cleaned != schema and (problem := _find_problem(name, cleaned)):
+        return msgspec.structs.replace(found, problem=problem, hash="")
+    return msgspec.structs.replace(found, input_schema=cleaned)
 
 
 def _hash_definition(name: str, description: str, schema: Json) -> str:

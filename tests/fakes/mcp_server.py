@@ -28,12 +28,14 @@ class McpFault(Enum):
     CUT = "the connection ends after the effect"
     SERVER_ERROR = "500 with a page"
     INTERNAL_ERROR = "an internal error of the protocol"
+    OWN_ERROR = "an error of a proxy that has waited in vain, after the effect"
     RATE_LIMITED = "429 with Retry-After"
     KEY_REFUSED = "401 that repeats the key"
     REDIRECT = "a redirect to an address inside"
     TOOL_ERROR = "a result that says that the tool has failed"
     REPEATS_KEY = "the key in the result"
     ASKS_CLIENT = "requests of the server before its answer"
+    FLOODS_CLIENT = "many requests of the server before its answer"
     NEEDS_INPUT = "a question to a person in place of a result"
     SESSION_EXPIRED = "404 once, as for an unknown session"
     SESSION_NEVER = "404 always"
@@ -72,6 +74,7 @@ class McpServer:
     """Breaches of the protocol by the client."""
     sessions: dict[str, bool] = field(default_factory=dict)
     """Open sessions, and whether the client has confirmed them."""
+    session_prefix: str = "session-"
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -117,7 +120,7 @@ class McpServer:
         self._require({"protocolVersion", "capabilities", "clientInfo"} <= params.keys(), "initialize")
         self._require("mcp-session-id" not in request.headers, "initialize within a session")
         wanted = params["protocolVersion"]
-        session_id = f"session-{len(self.methods)}"
+        session_id = f"{self.session_prefix}{len(self.methods)}"
         self.sessions[session_id] = False
         result: dict[str, Any] = {
             "protocolVersion": wanted if wanted in offered else offered[0],
@@ -195,6 +198,8 @@ class McpServer:
             request.transport.abort()
             return web.Response()
         before: list[dict[str, Any]] = []
+        if self.fault is McpFault.OWN_ERROR:
+            return _refuse(message, -32001, "Request timed out", None, status=504)
         result = self._build_result(arguments)
         answer: dict[str, Any] = {"jsonrpc": "2.0", "id": message["id"], "result": result}
         if self.fault is McpFault.WRONG_ID:
@@ -205,6 +210,8 @@ class McpServer:
                 {"jsonrpc": "2.0", "id": "a", "method": "ping"},
                 {"jsonrpc": "2.0", "id": "b", "method": "sampling/createMessage", "params": {}},
             ]
+        if self.fault is McpFault.FLOODS_CLIENT:
+            before = [{"jsonrpc": "2.0", "id": number, "method": "ping"} for number in range(1_000, 1_100)]
         return await self._send(request, [*before, answer])
 
     async def _refuse_call(self, request: web.Request, message: dict[str, Any]) -> web.Response | None:

@@ -105,6 +105,7 @@ async def test_a_server_of_unknown_versions_is_refused() -> None:
         (McpFault.CUT, "interrupted", True, 1),
         (McpFault.SERVER_ERROR, "tool-server-failed", True, 0),
         (McpFault.INTERNAL_ERROR, "tool-server-failed", False, 0),
+        (McpFault.OWN_ERROR, "tool-server-failed", False, 1),
         (McpFault.RATE_LIMITED, "tool-server-busy", True, 0),
         (McpFault.KEY_REFUSED, "tool-server-key-refused", False, 0),
         (McpFault.REDIRECT, "tool-server-redirected", False, 0),
@@ -122,7 +123,7 @@ async def test_faults_are_errors_that_say_whether_the_call_may_have_been_done(
         assert (error.code, error.retryable) == (code, retryable)
         assert len(served.effects) == effects, "a call is made once at most"
     is_unknown = error.code in UNKNOWN_OUTCOMES
-    surely_done = {"tool-error", "tool-input-required", "response-too-large"}
+    surely_done = {"tool-error", "tool-input-required"}
     assert is_unknown or not effects or code in surely_done
     assert "internal page" not in str(error), "pages are not quoted"
 
@@ -152,6 +153,26 @@ async def test_requests_of_a_server_are_answered_and_refused(versions: tuple[str
     ping, sampling = served.replies
     assert ping == {"jsonrpc": "2.0", "id": "a", "result": {}}
     assert (sampling["id"], sampling["error"]["code"]) == ("b", -32601)
+
+
+@BOTH_ERAS
+async def test_a_server_with_too_many_requests_of_its_own_is_left(versions: tuple[str, ...]) -> None:
+    async with serve_tools(versions=versions, fault=McpFault.FLOODS_CLIENT) as served:
+        assert (await call_failing(served)).code == "tool-server-invalid-answer"
+    assert len(served.replies) < 50
+
+
+async def test_an_id_of_a_session_that_is_too_long_is_not_sent_back() -> None:
+    async with serve_tools(versions=HANDSHAKES, session_prefix="x" * 2_000) as served:
+        assert (await call_failing(served)).code == "tool-server-invalid-answer"
+    assert not [sent for sent in served.headers if "mcp-session-id" in sent]
+
+
+async def test_an_argument_that_a_schema_marks_with_no_valid_name_is_not_sent() -> None:
+    schema = {"type": "object", "properties": {"text": {"type": "string", "x-mcp-header": "A: b\r\nC"}}}
+    async with serve_tools(tools=[build_tool(inputSchema=schema)]) as served:
+        assert (await call_failing(served)).code == "invalid-request"
+        assert served.effects == []
 
 
 async def test_an_expired_session_is_begun_again_once() -> None:

@@ -33,6 +33,7 @@ from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.services import ControlRequest, NodeServices, RunCaller
 from engine.values import Json
 from nodes.catalog import load_catalog
+from nodes.outbound_http import OutboundRefusalCode, OutboundRefused
 from tests.unit.run_harness import InMemoryJournal, SimulatedWorker, require_error, wait_soon
 
 pytestmark = pytest.mark.anyio
@@ -476,6 +477,19 @@ async def test_a_write_with_an_unknown_outcome_gets_no_further_attempt_if_it_mus
     assert len(world.outside.urls) == 1
     told = json.loads(world.model.requests[-1].messages[-1].content)
     assert told["error"].startswith("timeout: ")
+    assert "may have been done" in told["hint"]
+
+
+async def test_a_write_whose_answer_is_refused_may_have_been_done() -> None:
+    def refuse() -> None:
+        if "b.example" in world.outside.urls[-1]:
+            raise OutboundRefused(OutboundRefusalCode.RESPONSE_TOO_LARGE, "more than 10 MB")
+
+    world = World(model=ScriptedModel([turn(("send", "Oslo"))]))
+    world.outside.on_request = refuse
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    told = json.loads(world.model.requests[-1].messages[-1].content)
+    assert told["error"].startswith("response-too-large: ")
     assert "may have been done" in told["hint"]
 
 

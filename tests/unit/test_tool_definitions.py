@@ -71,6 +71,8 @@ def test_a_long_description_is_cut() -> None:
         ({"inputSchema": {"type": "object", "properties": []}}, "its schema can't be used"),
         ({"inputSchema": {"type": "object", "pattern": "(a)\\1"}}, "its schema can't be used"),
         ({"inputSchema": {"type": "object", "$ref": "http://169.254.169.254/"}}, "its schema can't be used"),
+        ({"inputSchema": {"type": "object", "$\u200bref": "http://10.0.0.1/"}}, "its schema can't be used"),
+        ({"inputSchema": {"type": "object", "patter\u200bn": "(a)\\1"}}, "its schema can't be used"),
         ({"inputSchema": {"type": "object", "title": "x" * 40_000}}, "its schema is too large"),
     ],
 )
