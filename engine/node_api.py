@@ -467,6 +467,10 @@ class AgentTools:
         """Return the calls of models that the agent of a tool call has made so far; none for other tools."""
         return ()
 
+    def count_losses(self, step: AgentStep) -> int:  # noqa: ARG002 - for its subclass
+        """Return the number of answers that the agent of a tool call has lost with workers; 0 for other tools."""
+        return 0
+
 
 NO_STEPS: Final = AgentSteps()
 NO_TOOLS: Final = AgentTools()

@@ -51,7 +51,7 @@ class AgentStep(msgspec.Struct, frozen=True):
     ended_at: datetime | None = None
     attempt: int = 1
     losses: int = 0
-    """Attempts with an unknown outcome, since their worker was lost."""
+    """Attempts with an unknown outcome, since their worker was lost; of a tool call, those of the agent that did it."""
     effect: str | None = None
     """Effect of a tool."""
     call_id: str = ""

@@ -255,6 +255,12 @@ class VisitTools(AgentTools):
             return ()
         return self._steps.nest(tool, step).collect_calls()
 
+    def count_losses(self, step: AgentStep) -> int:
+        tool = self._agent.tools.get(step.name)
+        if tool is None or tool.program.agent is None:
+            return 0
+        return sum(inner.losses for inner in self._steps.nest(tool, step).recorded)
+
     async def perform(self, step: AgentStep, rest: BudgetRest) -> ToolResult | StepWait | StepPause:
         """Do a recorded call by its node, and return its result as a text for the model; or begin to wait for it.
 

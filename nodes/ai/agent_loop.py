@@ -261,8 +261,8 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
         is_unknown = error.code in UNKNOWN_OUTCOMES and step.effect == NodeEffect.WRITE
         hint = UNKNOWN_HINT if is_unknown else ERROR_HINT
         failed = agent.fail_tool_step(step, f"{error.code}: {error.message}", hint, call.steps.now())
-        spent = call.tools.collect_calls(step)
-        call.steps.record(msgspec.structs.replace(failed, model_calls=spent))
+        spent, losses = call.tools.collect_calls(step), call.tools.count_losses(step)
+        call.steps.record(msgspec.structs.replace(failed, model_calls=spent, losses=losses))
         return None
     if isinstance(result, StepWait | StepPause):
         return result
@@ -272,6 +272,8 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
         ended_at=call.steps.now(),
         result=msgspec.json.encode(result.text),
         model_calls=result.model_calls,
+        # They may have been billed, and count in the budget of this agent too.
+        losses=call.tools.count_losses(step),
     )
     call.steps.record(done)
     return None

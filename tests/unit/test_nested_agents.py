@@ -104,6 +104,7 @@ class TwoScripts(ScriptedModel):
         spending: NodeSpending,  # noqa: ARG002 - as above
     ) -> ModelReply:
         self.requests.append(request)
+        self.on_request()
         is_inner = "Help with" in request.messages[0].content
         if is_inner and self.busy:
             self.busy -= 1
@@ -151,6 +152,7 @@ async def test_an_agent_works_in_steps_of_its_own_for_another_one() -> None:
 async def test_a_death_at_any_commit_costs_one_answer_and_repeats_no_effect_of_the_inner_agent() -> None:
     worker = build_world().worker()
     assert (await worker.work()).status is RunStatus.COMPLETED
+    lost_inside = 0
     for last in range(1, worker.notebook.commits + 1):
         for kill in (-last, last):
             world = build_world()
@@ -160,6 +162,10 @@ async def test_a_death_at_any_commit_costs_one_answer_and_repeats_no_effect_of_t
             assert len(set(world.model.billed)) == len(world.model.billed), kill
             assert len(world.outside.effects) == 2, kill
             assert world.output["usage"]["inputTokens"] == 100 * ANSWERS, kill
+            lost = len(world.model.billed) - ANSWERS
+            assert world.output["lostAttempts"] >= lost, kill
+            lost_inside += any(step.losses for step in world.steps if step.node_id == "helper")
+    assert lost_inside
 
 
 @pytest.mark.parametrize("most", range(700, 2_500, 60))
@@ -252,6 +258,24 @@ async def test_text_of_outsiders_for_the_outer_agent_is_one_for_the_inner_one() 
     assert ended is not None
     assert ended.status is RunStatus.WAITING
     assert world.outside.effects == []
+
+
+async def test_a_worker_hands_off_between_two_steps_of_an_inner_agent() -> None:
+    world = build_world()
+    worker = world.worker()
+
+    def hand_off() -> None:
+        if len(world.model.requests) == 2:
+            worker.control.ask(ControlRequest.HAND_OFF)
+
+    world.model.on_request = hand_off
+    assert (await worker.work()).status is RunStatus.RELEASED
+    world.keep(worker.notebook)
+    assert len(world.model.billed) == 2
+    assert all(step.ended_at for step in world.steps if step.kind == "model")
+    assert await world.work() == RunOutcome(RunStatus.COMPLETED)
+    assert len(world.model.billed) == ANSWERS
+    assert len(world.outside.effects) == 2
 
 
 @pytest.mark.parametrize("has_look", [True, False])
