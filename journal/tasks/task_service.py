@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 PRESENT_TIME: Final = timedelta(seconds=100)
-"""Age of the last poll of a worker up to which it counts as present: a poll of up to 54 seconds, and its
-repetition."""
+"""Age of the last poll or heartbeat of a worker up to which it counts as present: a poll of up to 72 seconds without
+heartbeats, and its repetition."""
 MAX_WORKERS: Final = 1_000
 SHOWN_VERSIONS: Final = 3
 
@@ -52,7 +52,7 @@ async def read_workers(connection: AsyncConnection, organization_id: str, now: d
     """Return up to 1,000 task workers of an organization, the last seen first, each with whether it counts as
     present.
 
-    A present one has polled within 100 seconds, and neither stops nor is asked to.
+    A present one has polled, or had an open poll, within 100 seconds, and neither stops nor is asked to.
     """
     statement = (
         select(TaskWorker)

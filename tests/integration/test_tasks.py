@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
+from uuid import uuid4
 
 import httpx2
 import pytest
 from sqlalchemy import text
+from starlette.types import Message, Receive, Scope, Send
 
 from engine import run_progress, workflow_runner
+from gateway.http.byte_budget import ByteBudget, ByteHolding
 from gateway.http.errors import ApiError
-from gateway.tasks import poll_heartbeats, task_protocol
+from gateway.http.protocol import ConnectionBounds, RequestHolding
+from gateway.tasks import poll_heartbeats, poll_service, task_protocol
 from gateway.tasks.held_polls import HeldPoll
 from gateway.tasks.parked_polls import SERVED_TOGETHER, ParkedPoll, PollAnswer
 from gateway.tasks.poll_service import PollService
 from journal.tasks.task_claims import TaskClaims
 from journal.tasks.task_polls import Claim, ClaimedTask, OrganizationNews, TaskPoll
 from journal.tasks.task_store import TaskStore
+from messages.local_broker import LocalBroker
 from models.errors import DatabaseUnavailable
 from tests.command_runs import PATIENCE_SECONDS
 from tests.custom_types import custom_graph, custom_type
@@ -616,7 +621,7 @@ async def _claim_apart(hub: PollService, organization_id: str, number: int) -> S
     poll = TaskPoll(
         organization_id, f"w_{number}", f"r_{number}", 1, {"acme/resize": "1.2.0"}, frozenset({"default"})
     )
-    return (await hub.wait(ParkedPoll(poll, 10))).tasks
+    return (await hub.wait(ParkedPoll(poll, PATIENCE_SECONDS))).tasks
 
 
 async def test_claims_of_two_gateways_at_once_share_the_tasks(
@@ -853,3 +858,105 @@ async def test_the_end_of_a_key_ends_its_polls(
         while (again := await worker.api.post(f"{TASKS}/claim", json=worker.poll(wait=0.1))).is_success:
             pass
     assert_refused(again, 401, "unauthorized")
+
+
+class BreakingConnection:
+    """Connection to a gateway whose client may leave, or get no end of an answer."""
+
+    def __init__(self, harness: GatewayHarness, key: str, *, loses_end: bool = False) -> None:
+        self._harness = harness
+        self._loses_end = loses_end
+        bounds = cast("ConnectionBounds", None)  # of a client that is not counted
+        self._holding = RequestHolding(
+            bounds, "", ByteHolding(ByteBudget(1, share_bytes=1), "", lambda: None)
+        )
+        transport = httpx2.ASGITransport(self._answer)
+        self.api = httpx2.AsyncClient(
+            transport=transport, base_url="http://gateway", headers={"X-API-Key": key}
+        )
+
+    def leave(self) -> None:
+        """Let the client close its connection."""
+        self._holding.disconnect()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_before_end(message: Message) -> None:
+            if self._loses_end and message["type"] == "http.response.body" and not message.get("more_body"):
+                raise ConnectionResetError
+            await send(message)
+
+        await self._harness.app({**scope, "holding": self._holding}, receive, send_before_end)
+
+
+async def test_a_poll_with_heartbeats_ends_with_its_client(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add_type(people)
+    monkeypatch.setattr(poll_service, "MAX_PARKED", 1)
+    heartbeats, connection = HeldPollRecorder(monkeypatch), BreakingConnection(harness, people.owner.key)
+    held = hold_poll(TaskWorkerClient(connection.api))
+    await heartbeats.wait(2)
+    full = await people.owner.api.post(f"{TASKS}/claim", json=TaskWorkerClient(people.owner.api).poll())
+    assert_refused(full, 503, "not-ready")
+    connection.leave()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert (await held).json()["tasks"] == []
+    await start(people)
+    assert len(await TaskWorkerClient(people.owner.api).claim()) == 1
+
+
+async def test_a_repeated_poll_gets_the_tasks_of_an_answer_that_broke_off_after_heartbeats(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add_type(people)
+    monkeypatch.setattr(poll_service, "MAX_PARKED", 1)
+    heartbeats = HeldPollRecorder(monkeypatch)
+    connection = BreakingConnection(harness, people.owner.key, loses_end=True)
+    worker = TaskWorkerClient(people.owner.api)
+    body = worker.poll(wait=300)
+    broken = asyncio.create_task(connection.api.post(f"{TASKS}/claim", json=body, timeout=PATIENCE_SECONDS))
+    await heartbeats.wait(2)
+    await start(people)
+    with pytest.raises(ConnectionResetError):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await broken
+    (task,) = await worker.claim(request_id=body["requestId"])
+    assert await worker.complete(task) == "ok"
+
+
+async def test_a_task_of_a_quiet_organization_is_claimed_before_a_look_and_found_by_it_after_an_error(
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    claim, look = TaskClaims.claim, TaskClaims.look
+
+    async def fail_first(self: TaskClaims, *arguments: Any) -> Claim:  # noqa: ANN401 - those of `claim`
+        calls.append("claim")
+        if len(calls) == 1:
+            raise DatabaseUnavailable
+        return await claim(self, *arguments)
+
+    async def note_look(self: TaskClaims, *arguments: Any) -> OrganizationNews:  # noqa: ANN401 - those of `look`
+        calls.append("look")
+        return await look(self, *arguments)
+
+    await add_type(people)
+    # Nothing else notifies this gateway, so one look has to find the task.
+    broker = LocalBroker(channel=uuid4().hex)
+    hub = PollService(broker, TaskStore(harness.gateway.database))
+    organization_id = people.owner.user.organization_id
+    waiting = asyncio.create_task(_claim_apart(hub, organization_id, 1))
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not (polls := hub._polls.get(organization_id)) or polls._new or not polls.is_quiet:  # noqa: ASYNC110, SLF001 - it sets no event
+            await asyncio.sleep(0.02)
+    polls.likely_queue = "acme/resize@1.2.0#default"
+    monkeypatch.setattr(TaskClaims, "claim", fail_first)
+    monkeypatch.setattr(TaskClaims, "look", note_look)
+    await start(people)
+    await wait_for_tasks(people.owner, 1)
+    hub.serve(organization_id)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert len(await waiting) == 1
+    assert calls[:3] == ["claim", "look", "claim"]
+    await hub.close()
+    await broker.close()
