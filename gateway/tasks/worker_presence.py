@@ -119,7 +119,9 @@ class WorkerPresence:
                 TaskWorker.__table__.update()  # type: ignore[attr-defined]  # SQLModel adds it
                 .where(
                     col(TaskWorker.organization_id).in_({key[0] for key in part}),
-                    col(TaskWorker.id).in_([key[1] for key in part]),
+                    col(TaskWorker.id).in_({key[1] for key in part}),
+                    # Workers choose their ids: those of two organizations may be equal.
+                    (col(TaskWorker.organization_id) + " " + col(TaskWorker.id)).in_(map(" ".join, part)),
                 )
                 .values(last_seen_at=PresentTime())
             )

@@ -20,6 +20,7 @@ from gateway.tasks import poll_heartbeats, poll_service, task_protocol
 from gateway.tasks.held_polls import HeldPoll
 from gateway.tasks.parked_polls import SERVED_TOGETHER, ParkedPoll, PollAnswer
 from gateway.tasks.poll_service import PollService
+from gateway.tasks.worker_presence import WorkerPresence
 from journal.tasks.task_claims import TaskClaims
 from journal.tasks.task_polls import Claim, ClaimedTask, OrganizationNews, TaskPoll
 from journal.tasks.task_store import TaskStore
@@ -960,3 +961,29 @@ async def test_a_task_of_a_quiet_organization_is_claimed_before_a_look_and_found
     assert calls[:3] == ["claim", "look", "claim"]
     await hub.close()
     await broker.close()
+
+
+async def test_an_open_poll_keeps_no_worker_of_another_organization_present(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner, stranger = people.owner, people.stranger
+    for person, worker_id in ((owner, "w_1"), (stranger, "w_1"), (stranger, "w_2")):
+        await TaskWorkerClient(person.api, id=worker_id).claim(wait=0)
+    statement = text(
+        "UPDATE task_worker SET last_seen_at = last_seen_at - :passed WHERE organization_id IN (:one, :other)"
+    )
+    values = {
+        "passed": 3_600 * SECOND,
+        "one": owner.user.organization_id,
+        "other": stranger.user.organization_id,
+    }
+    await harness.gateway.database.transaction(lambda connection: connection.execute(statement, values))
+    presence = WorkerPresence(harness.gateway.database)
+    presence.note_open_poll(owner.user.organization_id, "w_1")
+    presence.note_open_poll(stranger.user.organization_id, "w_2")
+    await presence.flush()
+    shown = [(await person.api.get("/api/v1/workers")).json()["workers"] for person in (owner, stranger)]
+    assert [{one["id"]: one["present"] for one in workers} for workers in shown] == [
+        {"w_1": True},
+        {"w_1": False, "w_2": True},
+    ]
