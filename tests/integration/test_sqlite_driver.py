@@ -15,9 +15,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from models import sqlite_driver
 from models.database import Database, parse_url
 
-LONG = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000000) SELECT count(*) FROM n"
+LATE = "SELECT 1 AS late"
 SOON_SECONDS = 0.05
 LONG_SECONDS = 30.0
 
@@ -66,14 +67,29 @@ async def test_writes_and_their_errors_are_those_of_sqlite(database: Database) -
         assert names.all() == ["c", "c"]
 
 
-async def test_a_canceled_caller_leaves_a_usable_pool(database: Database) -> None:
+async def test_a_canceled_caller_leaves_a_usable_pool(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, is_executing, may_end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    execute: Any = sqlite_driver._execute  # noqa: SLF001 - a statement is held up there
+
+    def execute_late(cursor: sqlite3.Cursor, operation: str, parameters: object) -> object:
+        if operation == LATE:
+            loop.call_soon_threadsafe(is_executing.set)
+            may_end.wait(LONG_SECONDS)
+        return execute(cursor, operation, parameters)
+
     async def read(statement: str) -> object:
         async with database.read() as connection:
             return await connection.scalar(text(statement))
 
-    reading = asyncio.ensure_future(read(LONG))
-    await asyncio.sleep(SOON_SECONDS)
+    monkeypatch.setattr(sqlite_driver, "_execute", execute_late)
+    reading = asyncio.create_task(read(LATE))
+    async with asyncio.timeout(LONG_SECONDS):
+        await is_executing.wait()
     reading.cancel()
+    await asyncio.wait([reading], timeout=SOON_SECONDS)  # it may wait for its statement
+    may_end.set()
     with pytest.raises(asyncio.CancelledError):
         await reading
     for _ in range(3):
