@@ -34,7 +34,14 @@ _SOME_MOMENT: Final = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 class InvalidTimetable(ValueError):
-    """The config of a schedule is unusable; the text says why."""
+    """The config of a schedule is unusable; the text says why.
+
+    `field` is the name of the wrong one.
+    """
+
+    def __init__(self, text: str, field: str = "cron") -> None:
+        super().__init__(text)
+        self.field = field
 
 
 class MisfirePolicy(StrEnum):
@@ -193,9 +200,9 @@ def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
     if parsed.cron is not None and not is_cron_expression(parsed.cron):
         raise InvalidTimetable("The cron expression matches no time")
     if parsed.cron is None and parsed.interval_seconds is None:
-        raise InvalidTimetable("The config has neither `cron` nor `intervalSeconds`")
+        raise InvalidTimetable("The config has neither `cron` nor `intervalSeconds`", "intervalSeconds")
     if parsed.timezone not in weekly_windows.zone_names():
-        raise InvalidTimetable("The time zone is unknown")
+        raise InvalidTimetable("The time zone is unknown", "timezone")
     return ScheduleTimetable(
         cron=parsed.cron,
         interval_seconds=parsed.interval_seconds if parsed.cron is None else None,

@@ -183,8 +183,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
     try:
         timetable = schedule_timetable.parse_timetable(config)
     except InvalidTimetable as error:
-        path = "intervalSeconds" if body.cron is None else "cron"
-        raise errors.invalid([errors.problem(path, "invalid-schedule", str(error))]) from error
+        raise errors.invalid([errors.problem(error.field, "invalid-schedule", str(error))]) from error
     now = request.gateway.clock()
     upcoming = _list_upcoming(timetable, workflow.id, now, now.replace(microsecond=0))
     return JsonResponse(SchedulePreview(workflow_id=workflow.id, next_runs=upcoming))

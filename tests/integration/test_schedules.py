@@ -103,7 +103,7 @@ async def test_a_preview_lists_the_next_times_of_an_edited_schedule_and_saves_no
     assert runs == sorted(set(runs))
     for wrong, field in (
         ({"cron": "0 25 * * *"}, "cron"),
-        ({"cron": "0 7 * * *", "timezone": "Mars/Olympus"}, "cron"),
+        ({"cron": "0 7 * * *", "timezone": "Mars/Olympus"}, "timezone"),
         ({}, "intervalSeconds"),
     ):
         refused = await people.owner.api.post(path, json=wrong)

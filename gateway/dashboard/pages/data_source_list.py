@@ -80,12 +80,15 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
 
 
 def describe_losses(usage: Mapping[str, Any] | None) -> str:
-    """Return the names of the workflows and models that fail without a data source, as a sentence; empty for none."""
+    """Return the names of the workflows and models that fail without a data source, as a sentence; empty for none.
+
+    There may be further ones that the visitor may not see.
+    """
     named = [] if usage is None else [one["name"] for one in (*usage["workflows"], *usage["models"])]
     if not named:
         return ""
     others = f" and {len(named) - SHOWN_LOSSES} more" if len(named) > SHOWN_LOSSES else ""
-    return f"These name it, and fail without it: {', '.join(named[:SHOWN_LOSSES])}{others}."
+    return f"At least these name it, and fail without it: {', '.join(named[:SHOWN_LOSSES])}{others}."
 
 
 def _address_of(settings: Mapping[str, Any]) -> str:
