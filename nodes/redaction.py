@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from engine.run_errors import NodeError
+
+if TYPE_CHECKING:
+    from engine.values import Json
 
 REDACTED: Final = "[hidden]"
 SHORTEST_ANYWHERE: Final = 4
@@ -37,6 +40,36 @@ def redact_text(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
+def redact_excerpt(text: str, secrets: Iterable[str]) -> str:
+    """Return a text that may have been cut, such as a quoted error, without the secrets, nor the beginning of
+    one at its end.
+    """
+    found = list(secrets)
+    text = redact_text(text, found)
+    for secret in _sort_longest_first(found):
+        for length in range(min(len(secret), len(text)), SHORTEST_ANYWHERE - 1, -1):
+            if text.endswith(secret[:length]):
+                return text[:-length] + REDACTED
+    return text
+
+
+def redact_value(value: Json, secrets: Iterable[str]) -> Json:
+    """Return a JSON value with the secrets in its texts and names replaced by `[hidden]`.
+
+    Its texts are searched, not their encoding: a server may escape the same secret in many ways. Raises
+    `RecursionError` for deep nesting.
+    """
+    match value:
+        case str():
+            return redact_text(value, secrets)
+        case list():
+            return [redact_value(each, secrets) for each in value]
+        case dict():
+            return {redact_text(name, secrets): redact_value(each, secrets) for name, each in value.items()}
+        case _:
+            return value
+
+
 @contextmanager
 def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
     """Redact secrets in the message of a `NodeError` that the block raises: a server may repeat secrets that
@@ -45,7 +78,7 @@ def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except NodeError as error:
-        shown = redact_text(error.message, secrets)
+        shown = redact_excerpt(error.message, secrets)
         if shown == error.message:
             raise
         raise NodeError(shown, code=error.code, retryable=error.retryable) from None

@@ -122,10 +122,7 @@ class ModelClient:
             answer = await self._send_adapting(model, sent, body, idempotency_key)
         if sent.forced_tool == ANSWER_TOOL:
             answer = _take_answer_from_tool(answer)
-        text = redaction.redact_text(answer.text, [model.key])
-        if text != answer.text:
-            return msgspec.structs.replace(answer, text=text, provider_content=None)
-        return answer
+        return _redact_answer(answer, model)
 
     async def _send_adapting(
         self, model: ModelConnection, request: ChatRequest, body: dict[str, Any], idempotency_key: str
@@ -191,7 +188,40 @@ def _redact_key(model: ModelConnection) -> Iterator[None]:
     try:
         yield
     except ModelCallFailed as failure:
-        raise failure.with_message(redaction.redact_text(failure.message, [model.key])) from None
+        raise failure.with_message(redaction.redact_excerpt(failure.message, [model.key])) from None
+
+
+def _redact_answer(answer: ChatAnswer, model: ModelConnection) -> ChatAnswer:
+    """Return an answer without the key of its model, which a provider may repeat in texts and arguments.
+
+    The content in the provider's own form is left out if it would repeat the key, or is
+    nested too deep to be searched: it may be signed, so it isn't changed.
+    """
+    secrets = [model.key]
+    calls = tuple(
+        msgspec.structs.replace(
+            call,
+            arguments=None
+            if call.arguments is None
+            else redaction.redact_value(dict(call.arguments), secrets),
+            problem=redaction.redact_excerpt(call.problem, secrets),
+        )
+        for call in answer.tool_calls
+    )
+    content = answer.provider_content
+    if content is not None:
+        try:
+            repeats_key = any(redaction.redact_value(dict(part), secrets) != part for part in content.parts)
+        except RecursionError:
+            repeats_key = True
+        content = None if repeats_key else content
+    return msgspec.structs.replace(
+        answer,
+        text=redaction.redact_text(answer.text, secrets),
+        model=redaction.redact_text(answer.model, secrets),
+        tool_calls=calls,
+        provider_content=content,
+    )
 
 
 def build_headers(model: ModelConnection) -> dict[str, str]:

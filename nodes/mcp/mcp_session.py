@@ -132,7 +132,7 @@ class McpSession:
             listed = page.get("tools")
             if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
                 raise mcp_errors.build_invalid_answer("a list of tools that is none")
-            found += [tool_definitions.read_definition(tool) for tool in listed if isinstance(tool, dict)]
+            found += [self._read_definition(tool) for tool in listed if isinstance(tool, dict)]
             _require_few(found)
             following = page.get("nextCursor")
             if not isinstance(following, str):
@@ -142,6 +142,21 @@ class McpSession:
             cursors.add(following)
             cursor = following
         raise mcp_errors.build_invalid_answer(f"a list of tools of more than {MAX_PAGES} pages")
+
+    def _read_definition(self, listed: Mapping[str, Json]) -> ToolDefinition:
+        """Return the definition of a listed tool, with the key redacted in its texts: they are stored and shown.
+
+        Its hash stays that of the definition as it was sent.
+        """
+        found = tool_definitions.read_definition(listed)
+        secrets = [self._address.key]
+        return msgspec.structs.replace(
+            found,
+            title=redaction.redact_excerpt(found.title, secrets),
+            description=redaction.redact_excerpt(found.description, secrets),
+            input_schema=redaction.redact_value(dict(found.input_schema), secrets),
+            problem=redaction.redact_excerpt(found.problem, secrets),
+        )
 
     async def call_tool(
         self, tool: ToolDefinition, arguments: Mapping[str, Any], *, idempotency_key: str
@@ -342,7 +357,7 @@ def _redact_key(address: ToolServerAddress) -> Iterator[None]:
     try:
         yield
     except NodeError as error:
-        shown = redaction.redact_text(error.message, [address.key])
+        shown = redaction.redact_excerpt(error.message, [address.key])
         if shown == error.message:
             raise
         raise NodeError(

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from engine.run_errors import NodeError
 from engine.services import ToolCallRequest
-from json_text import decoding
 from nodes import redaction
 from nodes.mcp import mcp_errors, mcp_session, tool_results
 
@@ -70,10 +67,10 @@ class ToolServers:
             # Its version or its tools may be other ones now.
             self._listed.pop(key, None)
             raise
-        with redaction.redact_errors(source.secrets.values()):
-            shown = msgspec.json.encode(tool_results.read_result(result))
-        redacted: Json = decoding.decode(redaction.redact_body(shown, source.secrets.values()))
-        return redacted
+        secrets = source.secrets.values()
+        with redaction.redact_errors(secrets):
+            shown = tool_results.read_result(result)
+        return {name: redaction.redact_value(value, secrets) for name, value in shown.items()}
 
     async def close(self) -> None:
         """Close all connections."""

@@ -62,6 +62,7 @@ class McpServer:
     fault: McpFault | None = None
     result: dict[str, Any] | None = None
     """Result of every call; None for the text of its arguments, an image, and the number of calls."""
+    key: str = KEY
     url: str = ""
     methods: list[str] = field(default_factory=list)
     """Methods of all requests, in order; `DELETE` for the end of a session."""
@@ -80,7 +81,7 @@ class McpServer:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Answer a message by POST."""
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
-        if request.headers.get("authorization") != f"Bearer {KEY}":
+        if request.headers.get("authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "a key is missing"}, status=401)
         message = await request.json()
         accepted = request.headers.get("accept", "")
@@ -247,7 +248,7 @@ class McpServer:
             case McpFault.TOOL_ERROR:
                 return {"content": [{"type": "text", "text": "The notebook\nis full"}], "isError": True}
             case McpFault.REPEATS_KEY:
-                text["text"] = f"You sent {KEY}"
+                text["text"] = f"You sent {self.key}"
             case McpFault.NEEDS_INPUT:
                 return {"resultType": "input_required", "inputRequests": {}}
             case McpFault.TOO_DEEP:

@@ -44,3 +44,23 @@ def test_a_body_is_unchanged_around_a_short_secret(body: str, shown: str) -> Non
 def test_a_body_of_json_stays_json(secret: str) -> None:
     body = json.dumps({"a": "a", "b": 1, "c": ["ab", {"d": 'x"y\\'}]}).encode()
     json.loads(redaction.redact_body(body, [secret]))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Wrong key: s3cret-key", "Wrong key: [hidden]"),
+        ("Wrong key: s3cret-k", "Wrong key: [hidden]"),
+        ("Wrong key: s3cr", "Wrong key: [hidden]"),
+        ("Wrong key: s3", "Wrong key: s3"),
+        ("The s3cret answer", "The s3cret answer"),
+    ],
+)
+def test_the_beginning_of_a_secret_is_hidden_at_the_end_of_an_excerpt(text: str, shown: str) -> None:
+    assert redaction.redact_excerpt(text, ["s3cret-key"]) == shown
+
+
+def test_a_secret_is_hidden_in_a_value_however_it_was_escaped() -> None:
+    value = json.loads(r'{"said": ["a \"quoted\" key", 1, null], "\u0061 \"quoted\" key": {"n": true}}')
+    shown = {"said": ["[hidden]", 1, None], "[hidden]": {"n": True}}
+    assert redaction.redact_value(value, ['a "quoted" key']) == shown
