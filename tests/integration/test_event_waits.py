@@ -62,9 +62,11 @@ async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05)
     broker = LocalBroker(channel=uuid4().hex)
-    async with run_worker(settings, gateway.store, broker, gateway.database):
-        yield
-    await broker.close()
+    try:
+        async with run_worker(settings, gateway.store, broker, gateway.database):
+            yield
+    finally:
+        await broker.close()
 
 
 async def start_run(person: UserClient, order: int, **config: Any) -> str:  # noqa: ANN401 - any JSON value

@@ -39,9 +39,11 @@ async def serve_worker(harness: GatewayHarness, url: str) -> AsyncIterator[None]
     host = url.removeprefix("http://").removesuffix("/v1")
     settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05, model_hosts=(host,))
     broker = LocalBroker(channel=uuid4().hex)
-    async with run_worker(settings, gateway.store, broker, gateway.database):
-        yield
-    await broker.close()
+    try:
+        async with run_worker(settings, gateway.store, broker, gateway.database):
+            yield
+    finally:
+        await broker.close()
 
 
 async def ask_model(person: UserClient, model_id: str) -> tuple[str, dict[str, Any]]:

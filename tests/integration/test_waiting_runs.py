@@ -72,9 +72,11 @@ async def serve_worker(
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})
     own = LocalBroker(channel=uuid4().hex)
-    async with run_worker(of_worker, gateway.store, broker or own, gateway.database):
-        yield
-    await own.close()
+    try:
+        async with run_worker(of_worker, gateway.store, broker or own, gateway.database):
+            yield
+    finally:
+        await own.close()
 
 
 async def get_json(person: UserClient, path: str) -> dict[str, Any]:
