@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
+from starlette.routing import Route
 
 from journal.store import AcceptanceVerdict, RunAcceptance
 from models import ids
@@ -540,7 +541,9 @@ async def accept_run(harness: GatewayHarness, person: UserClient, workflow_id: s
 
 
 async def authenticate(harness: GatewayHarness, person: UserClient) -> Any:  # noqa: ANN401 - models.access.ApiCaller
-    scope = {"headers": [(b"x-api-key", person.key.encode())], "client": ("10.0.0.1", 1)}
+    route = Route("/sample", authenticate)
+    headers = [(b"x-api-key", person.key.encode())]
+    scope = {"method": "GET", "route": route, "headers": headers, "client": ("10.0.0.1", 1)}
     return await harness.gateway.authenticator.caller(scope)
 
 
