@@ -41,7 +41,7 @@ from execution.pod_api import (
 from execution.retry import until_available
 from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
 from models.errors import DatabaseUnavailable
-from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source import ConnectionSource, ToolPin
 from runner.gateway_client import CallRefused
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class RemoteDataSources:
         except (DatabaseUnavailable, CallRefused) as error:
             message = "The data source could not be looked up just now"
             raise NodeError(message, code="data-source-unavailable", retryable=True) from error
-        return msgspec.convert(found, ConnectionSource)
+        tools = {name: ToolPin(**pin) for name, pin in found.pop("tools", {}).items()}
+        return ConnectionSource(**found, tools=tools)
 
 
 class RemoteModelLedger:

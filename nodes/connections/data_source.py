@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from engine.values import Json
-
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from engine.services import RunCaller
+    from engine.values import Json
 
 
 class ToolPin(msgspec.Struct, frozen=True):

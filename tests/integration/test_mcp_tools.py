@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from nodes.connections.data_source import ConnectionSource, ToolPin
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy
 from nodes.mcp.tool_definitions import read_definition
+from runner.gateway_client import GatewayClient
+from runner.node_services import RemoteDataSources
 from tests.fakes.mcp_server import HANDSHAKES, KEY, McpFault, McpServer, build_tool, serve_tools
 from tests.node_calls import call as call_node
 from tests.unit.test_agent_runs import ScriptedModel, World, compile_agent, turn
@@ -50,6 +53,16 @@ class AcceptedTools:
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         assert (caller.organization_id, source_id) == ("org_1", "ds_tools")
         return self.source
+
+
+@dataclass
+class SourceAnswers:
+    """Gateway of a pod that answers each request with a data source, as JSON."""
+
+    source: ConnectionSource
+
+    async def call(self, path: str, request: object, answer: object) -> Any:  # noqa: ANN401, ARG002 - the protocol's parameters
+        return msgspec.json.decode(msgspec.json.encode(self.source))
 
 
 @asynccontextmanager
@@ -139,6 +152,22 @@ async def test_the_example_of_the_catalog_comes_true() -> None:
         of_server = {**config, "toolServer": "ds_tools"}
         called = await call_node("mcp-tool", of_server, example["input"], data_sources=connections)
     assert called.output == output
+
+
+async def test_a_pod_knows_the_accepted_tools_of_a_server() -> None:
+    source = ConnectionSource(
+        "ds_tools",
+        "org_1",
+        "mcp-server",
+        1,
+        {"url": "http://x"},
+        {"key": KEY},
+        {"find": ToolPin("0" * 64, "read")},
+    )
+    assert (
+        await RemoteDataSources(cast("GatewayClient", SourceAnswers(source))).find(CALLER, source.id)
+        == source
+    )
 
 
 # ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────
