@@ -92,6 +92,7 @@ class AuditEntry(SQLModel, table=True):
     __table_args__ = (
         Index("ix_audit_entry_organization", "organization_id", "created_at"),
         Index("ix_audit_entry_object", "organization_id", "object_id", "created_at"),
+        Index("ix_audit_entry_action", "organization_id", "action", "created_at"),
         Index("ix_audit_entry_chain", "organization_id", "sequence", unique=True),
         Index(
             "ix_audit_entry_unchained",

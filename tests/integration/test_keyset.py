@@ -227,6 +227,7 @@ INDEXES: Mapping[str, str] = {
     DELIVERIES: "ix_delivery_workflow",
     "/api/v1/events": "ix_event_organization",
     "/api/v1/audit": "ix_audit_entry_organization",
+    "/api/v1/audit?action=drift.fixed": "ix_audit_entry_action",
     "/api/v1/deliveries?limit=3": "ix_delivery_organization",
     "/api/v1/deliveries?outcome=rejected": "ix_delivery_outcome",
     f"/api/v1/deliveries?workflow_id={many_runs.workflow_id(0)}": "ix_delivery_workflow",
