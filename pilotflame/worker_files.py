@@ -91,7 +91,10 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
     # A supervisor ends this command by SIGTERM: the worker must end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     command = [sys.executable, "-m", "pilotflame", "workers", "run", "--register", str(file)]
-    child = subprocess.Popen(command)
+    # Python compares the whole second and the size of a module with those of its compiled file: a second change within
+    # a second would run the code before it.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    child = subprocess.Popen(command, env=environment)
     seen = _read_change_times(file)
     try:
         while True:
@@ -101,7 +104,7 @@ def run_again_after_changes(file: Path, remark: Callable[[str], None]) -> None:
             seen = now
             remark("the code has changed: the worker starts again")
             _end(child)
-            child = subprocess.Popen(command)
+            child = subprocess.Popen(command, env=environment)
     finally:
         _end(child)
 

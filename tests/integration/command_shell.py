@@ -36,10 +36,12 @@ class CommandShell:
         return json.loads(self.output(*arguments))
 
     def file(self, name: str, content: str) -> str:
-        """Write a file and return its name."""
+        """Write a file, in one step for those who watch it, and return its name."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(content)
+        part.replace(path)
         return str(path)
 
     def apply(self, definition: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,11 +210,15 @@ def test_a_changed_file_is_registered_and_served_again(client: Client, shell: Co
     shell.file("changing/answers/values.py", "ANSWER = 1")
     shell.file("changing/environment/pyvenv.cfg", "")
     file = shell.file("changing/changing.py", CHANGING.format(version="1.0.0"))
+    second = int(Path(file).stat().st_mtime)
     log = shell.folder / "dev.log"
     with command_runs.run_command("workers", "dev", file, given=shell.given, log=log) as dev:
         dev.says("acme/answer 1.0.0 is registered")
         assert answer() == {"answer": 1}
-        shell.file("changing/changing.py", CHANGING.format(version="1.1.0"))
+        # Of the same size and within the same second, by which Python tells whether a compiled file is old.
+        changed = shell.file("changed.py", CHANGING.format(version="1.1.0"))
+        os.utime(changed, ns=(0, second * 10**9 + 1))
+        Path(changed).replace(file)
         dev.says("acme/answer 1.1.0 is registered")
         # Also after a change of a module in a package below.
         shell.file("changing/environment/lib/module.py", "")
