@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, Final, Self, TypeAlias
 
 import msgspec
 
 from engine.run_errors import NodeError
+
+JSON_RULES_TOKENS: Final = 150
+"""Most tokens of the rules by which a model calls tools by JSON, besides the tools themselves."""
 
 TokenCount: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
 """Tokens of one call. Counts that a provider makes up, or a pod, must not exceed the columns of databases."""
@@ -45,6 +48,17 @@ class FinishReason(StrEnum):
     REFUSAL = "refusal"
     """The model or its provider has refused to answer."""
     OTHER = "other"
+
+
+class ToolMode(StrEnum):
+    """Way in which a model calls tools."""
+
+    AUTO = "auto"
+    """That which a test of the model has shown; native without a test."""
+    NATIVE = "native"
+    """By the tool calls of its provider's protocol."""
+    JSON = "json"
+    """By an answer with JSON, which is a call or the final answer."""
 
 
 class RequestedToolCall(msgspec.Struct, frozen=True):
@@ -104,6 +118,12 @@ class ChatRequest(msgspec.Struct, frozen=True):
     tools: Sequence[ToolDescription] = ()
     forced_tool: str = ""
     """Tool that the model has to call; empty if it may choose."""
+    tool_mode: ToolMode = ToolMode.AUTO
+    final_schema: Mapping[str, Any] | None = None
+    """JSON Schema of an answer that calls no tool, for models that call tools by JSON; others know it from the prompt.
+
+    None for a text.
+    """
 
 
 class TokenUsage(msgspec.Struct, frozen=True, rename="camel"):
@@ -288,4 +308,6 @@ def estimate_input_tokens(request: ChatRequest) -> int:
         estimate_tokens(message.content) + -(-measure_calls(message) // 3) for message in request.messages
     )
     schemas = [request.output_schema, *(msgspec.to_builtins(tool) for tool in request.tools)]
+    if request.tools and request.tool_mode is ToolMode.JSON:
+        sizes += JSON_RULES_TOKENS
     return sizes + sum(-(-len(msgspec.json.encode(schema)) // 3) for schema in schemas if schema)

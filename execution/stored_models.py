@@ -139,6 +139,7 @@ def build_connection(model: AiModel, source: ConnectionSource) -> ModelConnectio
         key_header=str(settings.get("keyHeader", "")),
         follows_schemas=bool(seen.get("jsonSchema")),
         calls_tools=bool(seen.get("tools")),
+        ignores_tools=seen.get("tools") is False,
         max_output_tokens=model.max_output_tokens,
         price=None if model.price is None else msgspec.convert(model.price, ModelPrice),
     )

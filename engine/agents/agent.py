@@ -26,6 +26,7 @@ from engine.model_calls import (
     ProviderContent,
     RequestedToolCall,
     ToolDescription,
+    ToolMode,
     estimate_input_tokens,
     measure_calls,
 )
@@ -162,6 +163,7 @@ class AgentTask:
     max_answer_tokens: int = 1000
     temperature: float | None = None
     output_schema: Mapping[str, Any] | None = None
+    tool_mode: ToolMode = ToolMode.AUTO
     is_tainted: bool = False
     """Whether text of outsiders may be in the first messages."""
     approvers: Mapping[str, Json] = field(default_factory=dict)
@@ -414,6 +416,8 @@ def _build_request(
         temperature=task.temperature,
         output_schema=None if tools else task.output_schema,
         tools=tools,
+        tool_mode=task.tool_mode,
+        final_schema=task.output_schema if tools else None,
     )
 
 

@@ -20,6 +20,7 @@ from engine.model_calls import (
 )
 from engine.model_prices import compute_cost
 from engine.run_errors import NodeError
+from nodes.ai import json_tools
 from nodes.ai.model_client import RATE_LIMITED, ModelClient, open_model_outbound
 from nodes.ai.model_connection import ECHO_MODEL, ECHO_MODEL_ID, ModelConnection, ModelConnections
 from nodes.ai.model_pacing import ModelPacer
@@ -72,10 +73,15 @@ class ModelCaller:
         if model.max_output_tokens is not None and model.max_output_tokens < request.max_tokens:
             request = msgspec.structs.replace(request, max_tokens=model.max_output_tokens)
         _require_unblocked(model)
+        is_translated = json_tools.is_needed(model, request)
+        sent = json_tools.translate_request(request) if is_translated else request
         # A tool of an agent repeats a call under its key after a kill, and both calls are charged.
-        reservation = _build_reservation(model, request, f"{idempotency_key}#{token_hex(4)}", spending)
+        reservation = _build_reservation(model, sent, f"{idempotency_key}#{token_hex(4)}", spending)
         async with self._pacer.admit(model, reservation.tokens) as admitted:
-            return await self._call(caller, model, request, idempotency_key, reservation, admitted)
+            reply = await self._call(caller, model, sent, idempotency_key, reservation, admitted)
+        if not is_translated:
+            return reply
+        return msgspec.structs.replace(reply, answer=json_tools.translate_answer(reply.answer, request))
 
     async def _call(
         self,

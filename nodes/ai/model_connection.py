@@ -38,6 +38,8 @@ class ModelConnection(msgspec.Struct, frozen=True):
     """Whether a test has shown that the model answers by a JSON Schema."""
     calls_tools: bool = False
     """Whether a test has shown that the model calls tools."""
+    ignores_tools: bool = False
+    """Whether a test has shown that it doesn't, so that it calls tools by answers with JSON."""
     max_output_tokens: int | None = None
     price: ModelPrice | None = None
     limits: ModelLimitShare | None = None

@@ -11,7 +11,7 @@ import msgspec
 from engine.agents import agent
 from engine.agents.agent import AgentLimits, AgentTask, AgentTool, ApprovalPolicy
 from engine.agents.agent_steps import StepKind
-from engine.model_calls import ChatMessage, MessageRole, ToolDescription, sum_cost, sum_usage
+from engine.model_calls import ChatMessage, MessageRole, ToolDescription, ToolMode, sum_cost, sum_usage
 from engine.model_prices import show_cost
 from engine.node_api import NodeEffect
 from engine.run_errors import NodeError
@@ -67,6 +67,7 @@ def _build_task(call: NodeCall, config: Mapping[str, Json], model: Mapping[str, 
         max_answer_tokens=int(config_fields.read_number(config, "maxTokens", minimum=1, maximum=1_000_000)),
         temperature=float(temperature) if isinstance(temperature, int | float) else None,
         output_schema=schema,
+        tool_mode=ToolMode(str(config["toolMode"])),
         is_tainted=call.tools.has_tainted_input,
         approvers=approvers,
         approval_seconds=config_fields.read_number(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from ipaddress import ip_network
 
 from engine.model_calls import ModelProvider
@@ -21,9 +21,16 @@ LOOPBACK = (ip_network("127.0.0.1/32"),)
 class ServedModels:
     """Models by id, each at the address of a server."""
 
-    def __init__(self, urls: Mapping[str, str], price: ModelPrice | None = PRICE) -> None:
+    def __init__(
+        self,
+        urls: Mapping[str, str],
+        price: ModelPrice | None = PRICE,
+        ignoring_tools: Collection[str] = (),
+    ) -> None:
+        """`ignoring_tools` has the ids of models that called no tool in their test."""
         self._urls = urls
         self._price = price
+        self._ignoring_tools = ignoring_tools
         self.ledger = MemoryLedger()
 
     async def find(self, caller: RunCaller, model_id: str) -> ModelConnection:  # noqa: ARG002 - the protocol's parameters
@@ -36,6 +43,7 @@ class ServedModels:
             self._urls[model_id],
             KEY,
             follows_schemas=True,
+            ignores_tools=model_id in self._ignoring_tools,
             price=self._price,
         )
 
@@ -43,6 +51,8 @@ class ServedModels:
         """Remember nothing: each answer of a server is asked for."""
 
 
-def open_served_models(urls: Mapping[str, str], price: ModelPrice | None = PRICE) -> LazyModels:
+def open_served_models(
+    urls: Mapping[str, str], price: ModelPrice | None = PRICE, ignoring_tools: Collection[str] = ()
+) -> LazyModels:
     """Return the service of nodes that calls these models on this machine."""
-    return LazyModels(lambda: ServedModels(urls, price), LOOPBACK, ())
+    return LazyModels(lambda: ServedModels(urls, price, ignoring_tools), LOOPBACK, ())

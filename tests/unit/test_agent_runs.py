@@ -70,13 +70,15 @@ TRIGGER: Json = {"team": "north"}
 def compile_agent(
     edit: Callable[[dict[str, Json]], None] = lambda _: None, /, **agent: Json
 ) -> WorkflowProgram:
+    """Compile an agent with two tools; `edit` changes one, and `fallbackModelIds` is a field of its model."""
+    model = {name: agent.pop(name) for name in ("fallbackModelIds",) if name in agent}
     send = json.loads(json.dumps(SEND))
     edit(send)
     stored: dict[str, Json] = {
         "nodes": [
             {"id": "start", "type": "manual"},
             {"id": "agent", "type": "agent", "config": {**AGENT, **agent}},
-            {"id": "model", "type": "llm", "config": {"model": "first", "system": "Be short."}},
+            {"id": "model", "type": "llm", "config": {"model": "first", "system": "Be short.", **model}},
             {"id": "look", "type": "tool", "config": LOOK},
             {"id": "send", "type": "tool", "config": send},
         ],
