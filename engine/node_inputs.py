@@ -16,6 +16,7 @@ from engine.node_api import NO_MODEL_CALLS, ModelCallLog, NodeCall
 from engine.program import EVERY_NODE
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_records import SpanStatus
+from engine.services import idempotency_key_of
 from json_text import decoding
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class NodeInputs:
             caller=self._caller if visit.key_id is None else self._caller_of(visit),
             node_id=node_id,
             iteration=frame.iteration,
-            idempotency_key=f"{visit.key_id or self._key_prefix}:{node_id}:{frame.iteration or 0}",
+            idempotency_key=idempotency_key_of(visit.key_id or self._key_prefix, node_id, frame.iteration),
             attempt=visit.attempt,
             now=visit.begun_at,
             services=self._services,
@@ -204,8 +205,7 @@ class NodeInputs:
         """Return the fields `caller` and `idempotency_key` of a call, for a visit whose idempotency keys name
         another execution.
         """
-        prefix = visit.key_id or self._key_prefix
-        key = f"{prefix}:{visit.node_id}:{visit.frame.iteration or 0}"
+        key = idempotency_key_of(visit.key_id or self._key_prefix, visit.node_id, visit.frame.iteration)
         return {"caller": self._caller_of(visit), "idempotency_key": key}
 
     def _caller_of(self, visit: NodeVisit) -> RunCaller:

@@ -41,6 +41,11 @@ class RunCaller(msgspec.Struct, frozen=True):
         return self.write_key_id or self.key_id
 
 
+def idempotency_key_of(prefix: str, node_id: str, iteration: str) -> str:
+    """Return the idempotency key of a node: `prefix` is the execution id in it, `iteration` empty outside of loops."""
+    return f"{prefix}:{node_id}:{iteration or 0}"
+
+
 _used_sources: Final[ContextVar[set[tuple[str, int]] | None]] = ContextVar("used_sources", default=None)
 
 

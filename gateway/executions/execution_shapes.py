@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
 
 from engine import node_key
 from engine.agents.agent_steps import StepKind, StepStatus
-from engine.node_api import CONTINUE
+from engine.node_api import CONTINUE, NodeEffect
 from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
 from gateway.executions import model_usage
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.agents.agent_steps import AgentStep
     from gateway.executions.execution_rows import ExecutionRecord, Recorded
     from gateway.executions.large_outputs import ShownOutputs
-    from gateway.executions.span_details import SpanDetails
+    from gateway.executions.span_details import ShownConfig, SpanDetails
     from journal.run_labels import RunLabel
     from journal.store import RunProgressReport
     from models.execution import Execution
@@ -66,6 +66,15 @@ class TriggerShape(WireStruct):
     type: str
     data: Raw | UnsetType = UNSET
     """Output of the trigger. A webhook body over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
+
+
+class LeaseShape(WireStruct):
+    """Lease of the process that executes a run."""
+
+    owner: str
+    """Name of the process, such as that of a pod."""
+    until: Instant
+    """End of the lease unless the process renews it; then another process continues the run."""
 
 
 class FollowUpShape(WireStruct):
@@ -118,6 +127,10 @@ class ExecutionShape(WireStruct):
     """Tokens and cost of the language models that its nodes have called; absent in lists and without a call."""
     follow_up: FollowUpShape | UnsetType | None = UNSET
     """Null without a callback or failure workflow."""
+    attempt: int | UnsetType = UNSET
+    """Number of claims since its last recorded progress: above 1 it has lost a process meanwhile; lists omit it."""
+    lease: LeaseShape | UnsetType | None = UNSET
+    """Null while no process executes it; lists omit it."""
     trace_url: str | UnsetType = UNSET
     """Page of its trace, where the server has `PILOTFLAME_TRACE_URL` and the run is traced; lists omit it."""
 
@@ -201,6 +214,10 @@ class SpanDetailsShape(SpanShape, kw_only=True):
     """Attempts of a node that was tried more than once."""
     logs: Sequence[LogShape]
     """Log lines of the node, the first 1,000."""
+    effect: NodeEffect | None
+    """Effect of the node under its config: `pure`, `read` or `write`; null if its definition is not stored."""
+    idempotency_key: str
+    """Key that every attempt of the node hands to the outside, such as in the header `Idempotency-Key`."""
     previous_duration_ms: int | None
     """Duration of the same node in the last run of the workflow before this one in which it completed."""
     steps: Sequence[StepShape] | UnsetType = UNSET
@@ -278,6 +295,13 @@ def show_summary(execution: Execution, labels: Sequence[RunLabel]) -> ExecutionS
     )
 
 
+def show_lease(execution: Execution) -> LeaseShape | None:
+    """Return the lease of a run as the API shows it; None while no process executes it."""
+    if execution.lease_owner is None or execution.lease_until is None:
+        return None
+    return LeaseShape(owner=execution.lease_owner, until=instant(execution.lease_until))
+
+
 def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionShape:
     """Return an execution as the API shows it, with its data; large outputs are shown as `outputs` decides."""
     shape = show_summary(found.execution, found.labels)
@@ -346,18 +370,18 @@ def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
     )
 
 
-def show_span_details(
-    details: SpanDetails, config: Raw | None, hidden_fields: Sequence[str], outputs: ShownOutputs
-) -> SpanDetailsShape:
-    """Return a span as the API shows it, with config (None if unknown), attempts, log and the previous duration."""
+def show_span_details(details: SpanDetails, config: ShownConfig, outputs: ShownOutputs) -> SpanDetailsShape:
+    """Return a span as the API shows it, with config, attempts, log and the previous duration."""
     span = show_span(details.span, outputs)
     previous = details.previous
     return SpanDetailsShape(
         **structs.asdict(span),
-        config=config,
-        hidden_fields=hidden_fields,
+        config=config.rendered,
+        hidden_fields=config.hidden_fields,
         attempts=[show_span(row, outputs) for row in details.attempts],
         logs=[show_log(row) for row in details.logs],
+        effect=config.effect,
+        idempotency_key=details.idempotency_key,
         previous_duration_ms=None
         if previous is None
         else _count_milliseconds(previous.started_at, previous.ended_at),

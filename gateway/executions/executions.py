@@ -262,7 +262,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     texts += large_outputs.trigger_references(found.data.trigger)
     outputs = await _select_view(request, found.execution.id, owner, texts)
     shown = execution_shapes.show_execution(found, outputs)
-    return JsonResponse(_add_trace(shown, found.execution, request))
+    return JsonResponse(_add_own_fields(shown, found.execution, request))
 
 
 async def _show_summary(connection: AsyncConnection, request: GatewayRequest) -> JsonResponse:
@@ -273,10 +273,12 @@ async def _show_summary(connection: AsyncConnection, request: GatewayRequest) ->
         raise errors.not_found("execution")
     labels = await execution_rows.read_labels(connection, caller, [execution_id])
     shown = execution_shapes.show_summary(execution, labels.get(execution_id, ()))
-    return JsonResponse(_add_trace(shown, execution, request))
+    return JsonResponse(_add_own_fields(shown, execution, request))
 
 
-def _add_trace(shown: ExecutionShape, execution: Execution, request: GatewayRequest) -> ExecutionShape:
+def _add_own_fields(shown: ExecutionShape, execution: Execution, request: GatewayRequest) -> ExecutionShape:
+    """Return a shown execution with the fields that lists omit: its attempt, its lease and the page of its trace."""
+    shown.attempt, shown.lease = execution.attempt, execution_shapes.show_lease(execution)
     template = request.gateway.settings.trace_url
     page = tracing.find_trace_page(template, execution.id, execution.trace_origin)
     if page is not None:
@@ -327,8 +329,8 @@ async def span(request: GatewayRequest) -> JsonResponse:
     texts += [one.output] if one.output_is_reference else []
     owner = await _find_owner(request, key) if texts else None
     outputs = await _select_view(request, key.execution_id, owner, texts)
-    config, hidden = await offload.run(span_details.show_config, found, gateway.catalog)
-    return JsonResponse(execution_shapes.show_span_details(found, config, hidden, outputs))
+    config = await offload.run(span_details.show_config, found, gateway.catalog)
+    return JsonResponse(execution_shapes.show_span_details(found, config, outputs))
 
 
 async def logs(request: GatewayRequest) -> JsonResponse | ASGIApp:

@@ -160,9 +160,9 @@ def _compare(gateway: GatewayState, found: SpanDetails, other: SpanDetails | Non
 
 def _show(gateway: GatewayState, details: SpanDetails) -> SpanDetailsShape:
     """Return a span as the API shows it, with its config, and large outputs explained."""
-    config, hidden = span_details.show_config(details, gateway.catalog)
+    config = span_details.show_config(details, gateway.catalog)
     outputs = gateway.large_outputs.explain(details.span.execution_id)
-    return execution_shapes.show_span_details(details, config, hidden, outputs)
+    return execution_shapes.show_span_details(details, config, outputs)
 
 
 def _compare_part(before: Raw | None, after: Raw | None) -> PartComparison | None:

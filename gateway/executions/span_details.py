@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 from msgspec import Raw
-from sqlalchemy import and_, select
+from sqlalchemy import and_, func, select
 from sqlmodel import col
 
 from engine import inline_secrets
@@ -17,6 +17,7 @@ from engine.agents.agent_steps import AGENT_TYPE
 from engine.graph import GraphNode
 from engine.program import compile_node
 from engine.run_records import SpanStatus
+from engine.services import idempotency_key_of
 from gateway.executions import agent_step_rows, execution_rows
 from json_text import decoding
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.agents.agent_steps import AgentStep
+    from engine.node_api import NodeEffect
     from engine.program import NodeProgram
     from engine.values import Json
     from gateway.executions.execution_rows import Recorded
@@ -60,6 +62,20 @@ class SpanDetails:
     """Start and end of the same node in the run of the workflow before."""
     steps: Sequence[AgentStep] | None
     """Steps of an agent; None for other nodes."""
+    idempotency_key: str
+    """Key of its calls to the outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownConfig:
+    """Config of a span as the API shows it."""
+
+    rendered: Raw | None
+    """Without credentials; None if it is not known."""
+    hidden_fields: Sequence[str]
+    """Places of the credentials."""
+    effect: NodeEffect | None
+    """Effect of the node under this config; None if its definition or type is not stored any more."""
 
 
 async def read_span(
@@ -74,7 +90,7 @@ async def read_span(
     if span is None:
         return None
     own = (col(SpanRow.execution_id) == key.execution_id, col(SpanRow.shard) == key.shard)
-    stored = select(col(SpanRow.rendered_config), col(SpanRow.resolved_config)).where(
+    stored = select(*(col(SpanRow.rendered_config), col(SpanRow.resolved_config), col(SpanRow.key_id))).where(
         *own, col(SpanRow.node_id) == span.node_id, col(SpanRow.iteration) == span.iteration
     )
     configs = (await connection.execute(stored)).first()
@@ -91,6 +107,7 @@ async def read_span(
     run = select(
         *(col(Execution.organization_id), col(Execution.definition_hash)),
         *(col(Execution.workflow_id), col(ExecutionData.created_at)),
+        func.coalesce(col(Execution.write_key_id), col(Execution.key_id)).label("key_id"),
     ).join(ExecutionData, execution_rows.SAME_RUN)
     row = (await connection.execute(run.where(col(Execution.id) == key.execution_id))).first()
     if row is None:
@@ -115,6 +132,7 @@ async def read_span(
         await agent_step_rows.read_steps(connection, key, span.node_id, span.iteration, STEPS)
         if span.type == AGENT_TYPE
         else None,
+        idempotency_key_of((configs and configs.key_id) or row.key_id, span.node_id, span.iteration),
     )
 
 
@@ -168,10 +186,10 @@ def _find_node(definition: str, node_id: str) -> tuple[bytes | None, bytes]:
     return node, _encode(decoded.get(custom_types.PINNED) or {})
 
 
-def show_config(details: SpanDetails, catalog: NodeCatalog) -> tuple[Raw | None, Sequence[str]]:
-    """Return the config of a span as it was rendered, without credentials, and the places of those.
+def show_config(details: SpanDetails, catalog: NodeCatalog) -> ShownConfig:
+    """Return the config of a span as it was rendered, and the effect of its node.
 
-    A config without templates is that of the definition. (None, ()) if it is not known.
+    A config without templates is that of the definition.
     """
     text = details.rendered_config
     defined, program = _compile_node(details, catalog)
@@ -181,7 +199,7 @@ def show_config(details: SpanDetails, catalog: NodeCatalog) -> tuple[Raw | None,
     if isinstance(rendered, dict) and BLOB not in rendered:
         # Fields that the node evaluates itself, such as conditions, are not part of it.
         rendered = {**{name: value for name, value in defined.items() if name not in rendered}, **rendered}
-    return _hide(rendered)
+    return ShownConfig(*_hide(rendered), None if program is None else program.effect)
 
 
 def defined_config(details: SpanDetails) -> Json:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import httpx2
 import msgspec
@@ -115,6 +116,33 @@ async def test_a_page_shows_only_objects_that_its_visitor_may_see(
         assert ("A secret plan" in page.text) is sees
     viewer = await harness.person(await harness.organization(), UserRole.VIEWER)
     assert (await (await sign_in(harness, viewer.key)).get("/dashboard/runs")).status_code == 200
+
+
+async def test_a_run_shows_its_lease_and_the_processes_that_it_has_lost(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    started = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    path = f"/api/v1/executions/{started.json()['executionId']}"
+    pending = (await people.owner.api.get(path)).json()
+    assert (pending["attempt"], pending["lease"]) == (0, None)
+    until = harness.gateway.clock() + timedelta(hours=1)
+    held = {"status": ExecutionStatus.RUNNING, "lease_owner": "worker-of-today", "lease_until": until}
+
+    async def claim(connection: AsyncConnection) -> None:
+        of_run = col(Execution.id) == pending["id"]
+        await connection.execute(update(Execution).where(of_run).values(attempt=2, **held))
+
+    await harness.gateway.database.transaction(claim)
+    for query in ("", "?summary=true"):
+        running = (await people.owner.api.get(path + query)).json()
+        assert running["attempt"] == 2
+        assert running["lease"]["owner"] == "worker-of-today"
+    listed = (await people.owner.api.get("/api/v1/executions?status=running")).json()["executions"]
+    assert all(not {"attempt", "lease"} & set(one) for one in listed)
+    page = await (await sign_in(harness, people.owner.key)).get(f"/dashboard/runs/{pending['id']}")
+    assert "1 process lost" in page.text
+    assert "worker-of-today" in page.text
 
 
 async def test_texts_of_a_run_are_shown_as_text(harness: GatewayHarness, people: OrganizationUsers) -> None:

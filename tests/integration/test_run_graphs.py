@@ -186,10 +186,10 @@ def test_quantiles_are_values_that_were_measured() -> None:
     assert node_statistics.quantile([], 95) is None
 
 
-async def test_a_summary_of_a_run_has_the_fields_of_a_list(people: OrganizationUsers) -> None:
+async def test_a_summary_of_a_run_has_the_fields_of_a_list_and_its_lease(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=NODES, connections=EDGES)
     run = await execute_workflow(people.owner, workflow_id, total=1, lines=[])
     (listed,) = (await get_json(people.owner, f"?workflow_id={workflow_id}"))["executions"]
-    assert await get_json(people.owner, f"/{run}?summary=true") == listed
+    assert await get_json(people.owner, f"/{run}?summary=true") == {**listed, "attempt": 0, "lease": None}
     refused = await people.stranger.api.get(f"/api/v1/executions/{run}?summary=true")
     assert refused.status_code == 404

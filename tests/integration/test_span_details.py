@@ -60,6 +60,8 @@ async def test_a_span_shows_the_config_with_which_its_node_ran(
     assert sent["config"]["body"] == {"order": 7}
     assert sent["hiddenFields"] == ["headers.Authorization"]
     assert SECRET not in str(sent["config"])
+    assert (fixed["effect"], sent["effect"]) == ("pure", "write")
+    assert sent["idempotencyKey"] == f"{run}:send:0"
     assert (await people.stranger.api.get(f"/api/v1/executions/{run}/spans/note")).status_code == 404
     assert (await people.owner.api.get(f"/api/v1/executions/{run}/spans/none")).status_code == 404
 

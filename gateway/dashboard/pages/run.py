@@ -114,6 +114,7 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
         "run": run,
         "graph": graph,
         "name": name,
+        "holder": name_holder(run["lease"]),
         "has_ended": has_ended,
         "api": f"/api/v1/executions/{run['id']}",
         "why": data["why"],
@@ -172,6 +173,16 @@ def _waking_seconds(run: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
         if one["code"] == "waking" and started and one["from"] < started
     ]
     return sum(length or 0 for length in lengths) / 1_000
+
+
+def name_holder(lease: Mapping[str, Any] | None) -> str:
+    """Return the process that holds the lease of a run as words: `pod shop-0`, or the name of a worker; empty
+    without a lease.
+    """
+    if lease is None:
+        return ""
+    kind, _, name = lease["owner"].rpartition(":")
+    return f"pod {name.partition('/')[0]}" if kind.startswith("pod:") else f"worker {name}"
 
 
 def summarize(timeline: RunTimeline) -> str:

@@ -125,6 +125,7 @@ __all__ = [
     "LastDecision",
     "LastRun",
     "LayoutResult",
+    "Lease",
     "Lifecycle",
     "LifecycleAction",
     "LifecycleReason",
@@ -1269,6 +1270,8 @@ class Execution(_ExecutionAlways, total=False):
     outputs: Dict[str, Any]
     usage: ModelUsage
     followUp: FollowUp | None
+    attempt: int
+    lease: Lease | None
     traceUrl: str
 
 
@@ -1522,6 +1525,13 @@ class LayoutResult(TypedDict):
     workflowId: str
     changed: bool
     nodesRepositioned: int
+
+
+class Lease(TypedDict):
+    """Lease of the process that executes a run."""
+
+    owner: str
+    until: str
 
 
 class Lifecycle(TypedDict):
@@ -2838,6 +2848,8 @@ class _SpanDetailsAlways(TypedDict):
     hiddenFields: List[str]
     attempts: List[Span]
     logs: List[Log]
+    effect: NodeEffect | None
+    idempotencyKey: str
     previousDurationMs: int | None
 
 
