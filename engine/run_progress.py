@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from engine.node_inputs import NodeInputs
     from engine.program import WorkflowProgram
     from engine.run_limits import RunLimits
+    from engine.services import RunControl
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
 
@@ -50,6 +51,28 @@ MAX_PROVIDER_WAITS: Final = 20
 """Waits of one node for the time that a provider has named; later failures of this kind are like others."""
 
 
+class RunSignals:
+    """Signals that the agents of a run read while they work: a failure of the run, a request, and wait answers.
+
+    They refer to no other part of the run: parts that refer to each other would keep all its values until a garbage
+    collection.
+    """
+
+    def __init__(self, control: RunControl, wait_answers: NodeAnswers) -> None:
+        self.failure: RunError | None = None
+        """Error of the run."""
+        self.wait_answers = wait_answers
+        self._control = control
+
+    def is_interrupted(self) -> bool:
+        """Return whether agents pause before their next step: the run has failed, or was asked to stop."""
+        return self.failure is not None or self._control.request is not None
+
+    def find_answer(self, place: tuple[str, str]) -> bytes | None:
+        """Return the stored answer to the question at a node and an iteration; None if there is none yet."""
+        return self.wait_answers.get(place)
+
+
 class RunProgress:
     """Apply node outcomes (complete, retry, wait, fail) and schedule successors. Never calls a node."""
 
@@ -57,17 +80,15 @@ class RunProgress:
         self,
         program: WorkflowProgram,
         recorded: Mapping[str, Mapping[str, NodeSpan]],
-        wait_answers: NodeAnswers,
+        signals: RunSignals,
         node_inputs: NodeInputs,
         recorder: SpanRecorder,
         worklist: Worklist,
         limits: RunLimits,
     ) -> None:
-        self.failure: RunError | None = None
-        """Error of the run."""
         self._nodes = program.nodes
         self._settings = program.graph.settings
-        self._wait_answers = wait_answers
+        self._signals = signals
         self._node_inputs = node_inputs
         self._recorder = recorder
         self._worklist = worklist
@@ -78,12 +99,20 @@ class RunProgress:
 
     @property
     def _loops(self) -> LoopScheduler:
-        # Created on demand: the two refer to each other, so only the garbage collector frees them.
+        # Created on demand: most runs have no loops.
         if self._loop_scheduler is None:
             self._loop_scheduler = LoopScheduler(
                 self, self._worklist, self._recorder, self._limits, self._recorded
             )
         return self._loop_scheduler
+
+    def release_loops(self, root: SectionFrame) -> None:
+        """Cut the references by which loops keep the values of a run, after its end, until a garbage collection."""
+        self._loop_scheduler = None
+        for frame in [*root.with_inner_iterations()]:
+            for loop in frame.loops:
+                loop.iterations.clear()
+            frame.loops.clear()
 
     # ── node outcomes ─────────────────────────────────────────────────────────────────────────────
 
@@ -260,7 +289,7 @@ class RunProgress:
             return
         frame.failure = reason
         if frame.loop is None:
-            self.failure = run_records.to_run_error(reason)
+            self._signals.failure = run_records.to_run_error(reason)
         else:
             self._loops.cancel_iteration(frame)
 
@@ -395,13 +424,9 @@ class RunProgress:
         """Let the run keep its worker for a moment: a new task may end soon."""
         self._worklist.held_until = time.monotonic() + MAX_HOLD_SECONDS
 
-    def find_answer_at(self, place: tuple[str, str]) -> bytes | None:
-        """Return the stored answer to the question at a node and an iteration; None if there is none yet."""
-        return self._wait_answers.get(place)
-
     def is_any_answered(self, sleeper: SleepingNode) -> bool:
         """Return whether a question of an agent that sleeps has an answer."""
-        return not sleeper.places.isdisjoint(self._wait_answers)
+        return not sleeper.places.isdisjoint(self._signals.wait_answers)
 
     def apply_early_answer(self, visit: NodeVisit) -> bool:
         """Complete a node that has got its answer before it began to wait, in an attempt that was cut off.
@@ -437,7 +462,7 @@ class RunProgress:
 
     def apply_answers(self, wait_answers: NodeAnswers) -> None:
         """Store the current wait answers by node, and apply those for which nodes sleep."""
-        self._wait_answers, sleeping = wait_answers, self._worklist.sleeping
+        self._signals.wait_answers, sleeping = wait_answers, self._worklist.sleeping
         for visit in [sleeper.visit for sleeper in sleeping.values() if sleeper.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
             # An earlier answer of this loop may have cancelled this node.
@@ -446,7 +471,7 @@ class RunProgress:
 
     def _find_answer(self, visit: NodeVisit) -> bytes | None:
         """Return the stored answer for a node; None if there is none yet."""
-        return self._wait_answers.get((visit.node_id, visit.frame.iteration))
+        return self._signals.find_answer((visit.node_id, visit.frame.iteration))
 
     def _apply_answer(self, visit: NodeVisit, payload: bytes) -> None:
         """Apply the answer to a waiting node: its log lines, and its result or final failure."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from heapq import heappop
@@ -27,7 +28,7 @@ from engine.node_api import NodeCall, NodeOutcome, StepPause
 from engine.node_inputs import NodeInputs
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_limits import RunLimits
-from engine.run_progress import NodeAnswers, RunProgress
+from engine.run_progress import NodeAnswers, RunProgress, RunSignals
 from engine.run_records import (
     CANDIDATE_STATUSES,
     LOST_ATTEMPT_CODE,
@@ -141,10 +142,11 @@ class WorkflowRunner:
             log_level=start.log_level,
         )
         self._worklist = worklist = Worklist()
+        self._signals = signals = RunSignals(control, start.wait_answers)
         self._node_inputs = node_inputs = NodeInputs(
             *(program, start.caller, services, recorder, start.steps),
-            self._is_interrupted,
-            self._find_answer_at,
+            signals.is_interrupted,
+            signals.find_answer,
         )
         recorded = _group_by_iteration(start.recorded)
         self._root = SectionFrame(
@@ -158,9 +160,7 @@ class WorkflowRunner:
         self._root.candidates = {
             span.node_id: span for span in start.recorded if span.status in CANDIDATE_STATUSES
         }
-        self._progress = RunProgress(
-            program, recorded, start.wait_answers, node_inputs, recorder, worklist, limits
-        )
+        self._progress = RunProgress(program, recorded, signals, node_inputs, recorder, worklist, limits)
 
     async def run(self) -> RunOutcome:
         """Run nodes until the run ends, waits, or leaves this process; return the outcome to store.
@@ -168,6 +168,16 @@ class WorkflowRunner:
         Nodes that still run are canceled then. It gives other tasks a turn every five milliseconds. Raises
         `LeaseLost`.
         """
+        try:
+            ended = await self._run_nodes()
+            self._record_cancelled(ended)
+        finally:
+            if not self._worklist.tasks:  # An abandoned node may still end in its loop.
+                self._progress.release_loops(self._root)
+        return ended
+
+    async def _run_nodes(self) -> RunOutcome:
+        """Run nodes until the run ends, waits or has to leave this process, and cancel those that still run."""
         worklist, recorder = self._worklist, self._recorder
         self._progress.schedule_successors(self._root, self._root.start())
         slice_ends = time.monotonic() + SLICE_SECONDS
@@ -188,7 +198,6 @@ class WorkflowRunner:
                     slice_ends = time.monotonic() + SLICE_SECONDS
         finally:
             await self._cancel_tasks()
-        self._record_cancelled(ended)
         return ended
 
     # ── outcome ───────────────────────────────────────────────────────────────────────────────────
@@ -205,8 +214,8 @@ class WorkflowRunner:
             return RunOutcome(RunStatus.CANCELLED)
         if request is ControlRequest.HAND_OFF_NOW:
             return RunOutcome(RunStatus.RELEASED)
-        if self._progress.failure is not None and not worklist.has_write_at_work:
-            return RunOutcome(RunStatus.FAILED, error=self._progress.failure)
+        if self._signals.failure is not None and not worklist.has_write_at_work:
+            return RunOutcome(RunStatus.FAILED, error=self._signals.failure)
         if worklist.tasks:
             return self._timeout_error()
         if request is ControlRequest.STOP:
@@ -263,25 +272,13 @@ class WorkflowRunner:
         for visit in (*self._interrupted, *loops):
             self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
 
-    def _find_answer_at(self, place: tuple[str, str]) -> bytes | None:
-        """Return the stored answer to the question at a node and an iteration; None without one."""
-        return self._progress.find_answer_at(place)
-
-    def _is_interrupted(self) -> bool:
-        """Return whether agents pause before their next step: the run has failed, or was asked to stop."""
-        return self._progress.failure is not None or self._control.request is not None
-
     # ── nodes ─────────────────────────────────────────────────────────────────────────────────────
 
     def _may_start(self) -> bool:
         """Return whether another node may start: the limit of parallel nodes is not reached, and nothing
         stops the run.
         """
-        return (
-            self._progress.failure is None
-            and self._control.request is None
-            and len(self._worklist.tasks) < self._parallelism
-        )
+        return not self._signals.is_interrupted() and len(self._worklist.tasks) < self._parallelism
 
     async def _reach_node(self, frame: SectionFrame, node_id: str) -> None:
         """Prepare the input of a ready node, in a thread if it is large, and begin it unless it continues to
@@ -462,7 +459,12 @@ class WorkflowRunner:
     def _finish_cancelled(
         self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> None:
-        """Finish a node after its task was cancelled before it began: the task itself can't."""
+        """Finish a node after its task was cancelled before it began: the task itself can't.
+
+        The task gives up its cancellation, whose traceback refers to the task and to values of the run.
+        """
+        with suppress(asyncio.CancelledError):
+            task.exception()
         pending.close()
         if task in self._worklist.tasks:
             self._finish_task(task)
@@ -516,6 +518,8 @@ class WorkflowRunner:
                 raise
             raise NodeError("The node cancelled itself") from None
         except Exception as error:
+            if isinstance(error, NodeError) and not limit.expired():
+                raise  # As its own cause, it would keep the values of the run.
             raise (run_records.node_timed_out(node) if limit.expired() else to_node_error(error)) from error
 
     async def _call_node(self, visit: NodeVisit, call: NodeCall) -> NodeOutcome:

@@ -69,7 +69,6 @@ class VisitSteps(AgentSteps):
         self._agent = cast("AgentProgram", visit.program.agent)
         self._label = visit.program.node.label
         self._steps = visit.steps
-        self._root = self
         self._nested: dict[int, VisitSteps] = {}
 
     def nest(self, tool: ToolProgram, step: AgentStep) -> VisitSteps:
@@ -80,7 +79,6 @@ class VisitSteps(AgentSteps):
             nested._label = tool.program.node.label
             place = call_waits.find_place(tool, step)
             nested._steps = self._visit.nested_steps.setdefault(place, [])
-            nested._root = self._root
             self._nested[step.number] = nested
         return self._nested[step.number]
 
@@ -106,7 +104,9 @@ class VisitSteps(AgentSteps):
             self._steps.append(step)
         else:
             self._steps[step.number] = step
-        self._visit.model_calls = self._root.collect_calls()
+        visit = self._visit  # Its agent may have called this one.
+        agent = cast("AgentProgram", visit.program.agent)
+        visit.model_calls = call_waits.collect_calls(agent, visit.steps, visit.nested_steps)
 
     @property
     def may_expire(self) -> bool:
@@ -277,6 +277,8 @@ class VisitTools(AgentTools):
             calls = ToolModelCalls()
             outcome = await _call_with_retries(tool, self._build_call(tool, step, calls))
             return ToolResult(_show_outcome(outcome, tool.max_result_bytes), calls.recorded)
+        except NodeError:
+            raise  # As its own cause, it would keep the values of the run.
         except Exception as error:
             raise run_records.to_node_error(error) from error
 

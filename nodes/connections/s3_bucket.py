@@ -238,7 +238,7 @@ class S3Bucket:
         now = self._clock.now()
         signed = self._signer.headers(method, place.host, path, query, headers or {}, body, now)
         url = f"{place.origin}{aws_signature.encode_path(path)}"
-        with http_errors.name_request_in_errors(method, url):
+        with http_errors.NamedRequest(method, url):
             response = await client.request(
                 method,
                 f"{url}?{aws_signature.encode_query(query)}" if query else url,

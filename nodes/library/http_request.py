@@ -69,7 +69,7 @@ async def run(call: NodeCall) -> Json | AnswerWait:
     if waits:
         callback_requests.require_write(method, is_read=method in READ_METHODS)
     secrets = await _read_secret_headers(call, url)
-    with http_errors.name_request_in_errors(method, url):
+    with http_errors.NamedRequest(method, url):
         response = await _send_request(call, method, url, secrets, waits=waits)
         if (fails_on_error or waits) and response.status >= FIRST_ERROR_STATUS:
             raise _status_error(response, url)
