@@ -456,10 +456,16 @@ class AgentTools:
         """Return the config of the node at the port `ai`; empty without one."""
         return {}
 
-    async def perform(self, step: AgentStep, rest: BudgetRest) -> ToolResult | StepWait | StepPause:  # noqa: ARG002 - for its subclass
+    async def perform(
+        self,
+        step: AgentStep,
+        rest: BudgetRest,  # noqa: ARG002 - for its subclass
+        *,
+        is_tainted: bool,  # noqa: ARG002 - as above
+    ) -> ToolResult | StepWait | StepPause:
         """Do a recorded tool call; return its result, or the wait or pause after which it is done again to get it.
 
-        An agent that does it spends at most `rest`.
+        An agent that does it spends at most `rest`. `is_tainted`: text of outsiders may be in the arguments.
         """
         raise LookupError(step.name)
 

@@ -181,7 +181,7 @@ class NodeInputs:
             values=program.values,
             unresolved=visit.unresolved,
             log=lambda level, message: log(level, message, node_id),
-            caller=self._caller if visit.key_id is None else self._caller_of(visit),
+            caller=self._caller_of(visit),
             node_id=node_id,
             iteration=frame.iteration,
             idempotency_key=idempotency_key_of(visit.key_id or self._key_prefix, node_id, frame.iteration),
@@ -210,9 +210,12 @@ class NodeInputs:
 
     def _caller_of(self, visit: NodeVisit) -> RunCaller:
         """Return the caller of a visit's run, with the execution id of the visit's idempotency keys."""
-        if visit.key_id is None:
-            return self._caller
-        return structs.replace(self._caller, write_key_id=visit.key_id)
+        caller = self._caller
+        if visit.key_id is not None:
+            caller = structs.replace(caller, write_key_id=visit.key_id)
+        if visit.program.has_tainted_input and not caller.is_tainted:
+            caller = structs.replace(caller, is_tainted=True)
+        return caller
 
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
         """Return the digest of the values that a node can read outside `data`, for its key.

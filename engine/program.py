@@ -94,6 +94,8 @@ class NodeProgram:
     is_pinned: bool = False
     agent: AgentProgram | None = None
     """Model and tools of an agent."""
+    has_tainted_input: bool = False
+    """Whether a node before it may give it text of outsiders; of nodes that start a sub-workflow run alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +143,7 @@ class AgentProgram:
     model_config: ValueTemplate | None = None
     """Config of the node at the port `ai`; None without one."""
     has_tainted_input: bool = False
-    """Whether text of outsiders may be in the prompt."""
-
-    def with_tainted_agents(self) -> Self:
-        """Return a copy in which the agents that do tool calls may be asked with text of outsiders, at all depths."""
-        tools = {
-            name: tool
-            if tool.program.agent is None
-            else replace(tool, program=replace(tool.program, agent=tool.program.agent.with_tainted_input()))
-            for name, tool in self.tools.items()
-        }
-        return replace(self, tools=tools)
-
-    def with_tainted_input(self) -> Self:
-        """Return a copy whose prompt may hold text of outsiders."""
-        return replace(self.with_tainted_agents(), has_tainted_input=True)
+    """Whether a node before the agent may give it text of outsiders."""
 
     @property
     def paths(self) -> tuple[ExpressionPath, ...]:
@@ -201,6 +189,7 @@ class WorkflowProgram:
                 if node.id not in graph.pinned:
                     agent = _compile_agent(node, drawn, catalog, implementation)
                     nodes[node.id] = _complete_agent(nodes[node.id], agent)
+            nodes |= _mark_tainted_starts(nodes, drawn)
             run = {
                 node.type
                 for node in graph.nodes
@@ -264,6 +253,20 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
         implementation=digest_part({"pinned": graph.pinned[node.id]}),
         is_pinned=True,
     )
+
+
+def _mark_tainted_starts(nodes: Mapping[str, NodeProgram], drawn: ParsedGraph) -> dict[str, NodeProgram]:
+    """Return the programs of the nodes that start runs of other workflows with text of outsiders in their input."""
+    starts = [program for program in nodes.values() if program.node.type == SUB_WORKFLOW_TYPE]
+    if not starts:
+        return {}
+    from engine.agents import agent_exposure  # noqa: PLC0415 - loaded by workflows with sub-workflows or agents
+
+    return {
+        program.node.id: replace(program, has_tainted_input=True)
+        for program in starts
+        if agent_exposure.has_tainted_input(program.node, drawn)
+    }
 
 
 def _build_pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
@@ -470,7 +473,7 @@ def _compile_agent(
             model_config = compile_template(config)
         elif edge.target_port == agent_wiring.PORT_OF_TOOLS:
             tool = _compile_tool(provider, agent, catalog, implementation)
-            is_untrusted = agent_exposure.is_untrusted(tool.program.node_type)
+            is_untrusted = agent_exposure.gives_outside_text(tool.program.node.type)
             if tool.program.node.type == AGENT_TYPE:
                 if depth >= agent_wiring.MAX_AGENT_DEPTH:
                     raise LookupError(
@@ -480,9 +483,7 @@ def _compile_agent(
                 is_untrusted = any(each.is_untrusted for each in nested.tools.values())
                 tool = replace(tool, program=_complete_agent(tool.program, nested))
             tools[tool.name] = replace(tool, is_untrusted=is_untrusted)
-    program = AgentProgram(tools, model_config, agent_exposure.has_tainted_input(agent, graph))
-    is_tainted = program.has_tainted_input or any(tool.is_untrusted for tool in tools.values())
-    return program.with_tainted_agents() if is_tainted else program
+    return AgentProgram(tools, model_config, agent_exposure.has_tainted_input(agent, graph))
 
 
 def _complete_agent(program: NodeProgram, agent: AgentProgram) -> NodeProgram:

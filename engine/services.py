@@ -35,6 +35,8 @@ class RunCaller(msgspec.Struct, frozen=True):
     """Id of the first of a line of executions; data of a run is stored under it."""
     write_key_id: str = ""
     """Id in idempotency keys; empty: `key_id`. A replay has its own, so that its writes have new keys."""
+    is_tainted: bool = False
+    """Whether text of outsiders may be in the input of the node, so that it is in that of a run that it starts."""
 
     @property
     def key_prefix(self) -> str:

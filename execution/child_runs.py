@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import msgspec
-from sqlalchemy import Text, func, literal, select
+from sqlalchemy import Text, func, literal, or_, select
 from sqlmodel import col
 
 from engine.run_errors import NodeError
@@ -69,6 +69,7 @@ class ParentRun(NamedTuple):
     """The topmost ancestor of the run."""
     depth: int
     is_private: bool
+    is_tainted: bool
     origin_of_child: str | None
     """Request and span of the run that it starts, as in `telemetry.run_origin`."""
 
@@ -172,6 +173,7 @@ class ChildRunStarter:
             "depth": literal(parent.depth + 1),
             "trace_origin": literal(parent.origin_of_child, Text()),
             "completion_action": literal(completion.requested_actions({}, answering=answering), Text()),
+            "is_tainted": or_(col(Execution.is_tainted), literal(caller.is_tainted or parent.is_tainted)),
         }
 
         async def insert(connection: AsyncConnection) -> None:
@@ -249,6 +251,8 @@ class ChildRunStarter:
                 {} if is_last else workflow.settings, answering=answering
             ),
             is_private=parent.is_private,
+            # The error of a failed run may quote what an outsider has sent.
+            is_tainted=is_last or caller.is_tainted or parent.is_tainted,
             trace_origin=parent.origin_of_child,
         )
         async with self._hold_capacity(parent.root_id):
@@ -384,11 +388,14 @@ async def _child_exists(connection: AsyncConnection, caller: RunCaller, child_id
 async def _read_parent(connection: AsyncConnection, caller: RunCaller) -> ParentRun:
     statement = select(
         *(col(Execution.shard), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)),
-        *(col(Execution.token), col(Execution.trace_origin)),
+        *(col(Execution.is_tainted), col(Execution.token), col(Execution.trace_origin)),
     ).where(col(Execution.id) == caller.execution_id)
-    shard, root_id, depth, is_private, token, origin = (await connection.execute(statement)).one()
+    row = (await connection.execute(statement)).one()
+    shard, root_id, depth, is_private, is_tainted, token, origin = row
     own = run_origin.origin_of_child(caller.execution_id, token, origin)
-    return ParentRun(shard, root_id or caller.execution_id, depth, is_private, own)
+    return ParentRun(
+        shard, root_id or caller.execution_id, depth, is_private, is_tainted=is_tainted, origin_of_child=own
+    )
 
 
 async def _read_caller(connection: AsyncConnection, caller: RunCaller, shard: int) -> access.ApiCaller:

@@ -648,6 +648,7 @@ class RunExecutor:
             caller=RunCaller(
                 *(run.organization_id, run.user_id, run.workflow_id, run.execution_id, run.key_id),
                 write_key_id=run.write_key_id,
+                is_tainted=run.is_tainted,
             ),
             trigger=trigger,
             clock=self._store.clock,

@@ -282,6 +282,8 @@ class StartRunRequest(msgspec.Struct, frozen=True):
     awaited: bool
     write_key_id: str = ""
     """Execution in the idempotency keys of the node, if it repeats a request of an earlier run; else empty."""
+    is_tainted: bool = False
+    """Whether text of outsiders may be in `inputs`; the run is tainted too if the run that starts it is."""
 
 
 class StartRunResponse(msgspec.Struct, frozen=True):

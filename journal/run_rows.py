@@ -429,7 +429,9 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
     """Decode a claimed run from a row with the fields of `ClaimedRun` in their order."""
     execution_id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
     has_journal, trigger, started_at, deadline_at, request, channel, user_id, wait_answer_count, *rest = rest
-    concurrency_key, completion_action, write_key_id, trace_origin, may_have_more, claimed_at = rest
+    concurrency_key, completion_action, write_key_id, trace_origin, is_tainted, may_have_more, claimed_at = (
+        rest
+    )
     return ClaimedRun(
         execution_id=execution_id,
         shard=shard,
@@ -453,6 +455,7 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
         claimed_at=from_microseconds(claimed_at),
         write_key_id=write_key_id or "",
         trace_origin=trace_origin,
+        is_tainted=bool(is_tainted),
     )
 
 

@@ -94,6 +94,8 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """Deployment whose pods run it; None: any worker."""
     is_private: bool = False
     """Visible only to its user and to users who may change the workflow."""
+    is_tainted: bool = False
+    """Whether the run that starts it may have put text of outsiders into its input."""
     labels: Sequence[tuple[str, str]] = ()
     """Tags and metadata, as in `journal.run_labels`."""
     trace_origin: str | None = None
@@ -256,6 +258,8 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     """Log level of its workflow, which the gateway tells pods."""
     trace_origin: str | None = None
     """Request and span that started it, as in `telemetry.run_origin`; None without both."""
+    is_tainted: bool = False
+    """Whether the run that started it may have put text of outsiders into its input."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,6 +266,10 @@ class Execution(SQLModel, table=True):
         default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
     )
     """Whether it runs content of its user. Then only this user and writers of the workflow see it."""
+    is_tainted: bool = Field(
+        default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
+    )
+    """Whether the run that started it may have put text of outsiders into its input."""
     has_journal: bool = False
     """Whether spans of an earlier attempt, or of the run that it resumes, must be read before it continues."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

@@ -176,7 +176,9 @@ class RemoteRunStarter:
         unavailable.
         """
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
-        call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited, caller.write_key_id)
+        call = StartRunRequest(
+            workflow_id, inputs, node_id, iteration, awaited, caller.write_key_id, caller.is_tainted
+        )
         path = f"/executions/{caller.execution_id}/runs"
         return (await until_available(lambda: self._gateway.call(path, call, StartRunResponse))).execution_id
 

@@ -284,6 +284,12 @@ def is_conversation_tainted(task: AgentTask, steps: Sequence[AgentStep]) -> bool
     return task.is_tainted or any(name not in task.tools or task.tools[name].is_untrusted for name in names)
 
 
+def is_call_tainted(task: AgentTask, steps: Sequence[AgentStep], call: AgentStep) -> bool:
+    """Return whether text of outsiders may be in the arguments of a recorded call: what its model had read then."""
+    before = [step.number for step in steps if step.kind is StepKind.MODEL and step.number < call.number]
+    return is_conversation_tainted(task, steps[: max(before, default=0)])
+
+
 def require_approval(step: AgentStep, tool: AgentTool, *, is_tainted: bool) -> AgentStep:
     """Return a tool call that waits for an approval if it needs one, and is to be done otherwise."""
     digest = tool.hash_call(step, is_tainted=is_tainted)

@@ -40,6 +40,8 @@ PRIVATE_TYPES: Final = frozenset(
     }
 )
 """Types whose output is data of the organization."""
+NAMESPACE_SEPARATOR: Final = "/"
+"""Part of the names of custom types, whose nodes task workers do; no type of the catalog has it."""
 _SENDING_TYPES: Final = frozenset({"email-send", "sub-workflow"})
 _HTTP_TYPE: Final = "http-request"
 _FREE_HOST: Final = re.compile(r"^[^/?#]*(?://[^/?#]*)?\{\{[^}]*\bargs\b")
@@ -49,17 +51,20 @@ _FREE_HOST: Final = re.compile(r"^[^/?#]*(?://[^/?#]*)?\{\{[^}]*\bargs\b")
 def list_untrusted(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
     """Return the nodes before an agent, and its tools, with outputs that may hold text of outsiders."""
     nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
-    return [node for node in nodes if node.type in UNTRUSTED_TYPES]
+    return [node for node in nodes if gives_outside_text(node.type)]
 
 
-def has_tainted_input(agent: GraphNode, graph: ParsedGraph) -> bool:
-    """Return whether text of outsiders may be in the first request of an agent: a node before it may give some."""
-    return any(node.type in UNTRUSTED_TYPES for node in _list_ancestors(agent, graph))
+def has_tainted_input(node: GraphNode, graph: ParsedGraph) -> bool:
+    """Return whether text of outsiders may reach a node, an agent or another: a node before it may give some.
+
+    That of the trigger of a sub-workflow run is known at the run alone (`RunCaller.is_tainted`).
+    """
+    return any(gives_outside_text(each.type) for each in _list_ancestors(node, graph))
 
 
-def is_untrusted(node_type: NodeType) -> bool:
-    """Return whether the results of a tool may hold text of outsiders, as those of any custom type may."""
-    return node_type.type in UNTRUSTED_TYPES or node_type.task is not None
+def gives_outside_text(type_: str) -> bool:
+    """Return whether the output of a node of this type may hold text of outsiders, as that of any custom type may."""
+    return type_ in UNTRUSTED_TYPES or NAMESPACE_SEPARATOR in type_
 
 
 def list_private(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
@@ -93,17 +98,18 @@ def _list_targets(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> Itera
                     yield from _list_targets(target, graph, depth + 1)
 
 
-def _list_ancestors(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
-    """Return the nodes from which connections lead to an agent, except by its port for tools, the nearest first.
+def _list_ancestors(node: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
+    """Return the nodes from which connections lead to a node, the nearest first; the port of an agent for tools is
+    left out.
 
     The tools of an earlier agent are among them, as the nodes that do their calls: its answer is made of their results.
     """
     found: dict[str, None] = {}
-    waiting = [edge.source for edge in graph.inbound[agent.id] if edge.target_port != PORT_OF_TOOLS]
+    waiting = [edge.source for edge in graph.inbound[node.id] if edge.target_port != PORT_OF_TOOLS]
     while waiting:
         node_id = waiting.pop(0)
-        if node_id not in found and node_id != agent.id:
+        if node_id not in found and node_id != node.id:
             found[node_id] = None
             waiting += [edge.source for edge in graph.inbound[node_id]]
     nodes = (graph.by_id[node_id] for node_id in found)
-    return [(target_of(node) or node) if node.type == TOOL_TYPE else node for node in nodes]
+    return [(target_of(each) or each) if each.type == TOOL_TYPE else each for each in nodes]

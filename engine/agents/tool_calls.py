@@ -239,7 +239,7 @@ class VisitTools(AgentTools):
 
     @property
     def has_tainted_input(self) -> bool:
-        return self._agent.has_tainted_input
+        return self._agent.has_tainted_input or self._call.caller.is_tainted
 
     def render_model_config(self) -> Mapping[str, Json]:
         """Return the config of the node at the port `ai`; empty without one. Raises `ExpressionError`."""
@@ -261,7 +261,9 @@ class VisitTools(AgentTools):
             return 0
         return sum(inner.losses for inner in self._steps.nest(tool, step).recorded)
 
-    async def perform(self, step: AgentStep, rest: BudgetRest) -> ToolResult | StepWait | StepPause:
+    async def perform(
+        self, step: AgentStep, rest: BudgetRest, *, is_tainted: bool
+    ) -> ToolResult | StepWait | StepPause:
         """Do a recorded call by its node, and return its result as a text for the model; or begin to wait for it.
 
         A failure is repeated by the tool's own policy if it may be. Raises `NodeError`.
@@ -271,11 +273,12 @@ class VisitTools(AgentTools):
             raise NodeError(f"The tool needs configuration: {tool.program.missing}", code="missing-config")
         try:
             if tool.program.agent is not None:
-                return await self._run_agent(tool, tool.program.agent, step, rest)
+                return await self._run_agent(tool, tool.program.agent, step, rest, is_tainted=is_tainted)
             if tool.is_awaited:
-                return await self._await_result(tool, step)
+                return await self._await_result(tool, step, is_tainted=is_tainted)
             calls = ToolModelCalls()
-            outcome = await _call_with_retries(tool, self._build_call(tool, step, calls))
+            call = self._build_call(tool, step, calls, is_tainted=is_tainted)
+            outcome = await _call_with_retries(tool, call)
             return ToolResult(_show_outcome(outcome, tool.max_result_bytes), calls.recorded)
         except NodeError:
             raise  # As its own cause, it would keep the values of the run.
@@ -283,11 +286,11 @@ class VisitTools(AgentTools):
             raise run_records.to_node_error(error) from error
 
     async def _run_agent(
-        self, tool: ToolProgram, agent: AgentProgram, step: AgentStep, rest: BudgetRest
+        self, tool: ToolProgram, agent: AgentProgram, step: AgentStep, rest: BudgetRest, *, is_tainted: bool
     ) -> ToolResult | StepWait | StepPause:
         """Let another agent do a call, in steps of its own behind those of earlier attempts, within a budget."""
         steps = self._steps.nest(tool, step)
-        built = self._build_call(tool, step, ToolModelCalls())
+        built = self._build_call(tool, step, ToolModelCalls(), is_tainted=is_tainted)
         call = msgspec.structs.replace(
             built,
             config=_limit_budget(built.config, rest),
@@ -303,7 +306,9 @@ class VisitTools(AgentTools):
         shown = answer["data"] if answer.get("data") is not None else answer["response"]
         return ToolResult(_show_outcome(shown, tool.max_result_bytes), steps.collect_calls())
 
-    async def _await_result(self, tool: ToolProgram, step: AgentStep) -> ToolResult | StepWait:
+    async def _await_result(
+        self, tool: ToolProgram, step: AgentStep, *, is_tainted: bool
+    ) -> ToolResult | StepWait:
         """Return the result of a call that another process does, or the wait for it, which is begun if it isn't."""
         payload = self._steps.find_call_answer(tool, step)
         if payload is not None:
@@ -312,7 +317,7 @@ class VisitTools(AgentTools):
         if (begun := self._steps.find_wait(tool, step)) is not None:
             return begun
         call = msgspec.structs.replace(
-            self._build_call(tool, step, ToolModelCalls()),
+            self._build_call(tool, step, ToolModelCalls(), is_tainted=is_tainted),
             node_id=tool.program.node.id,
             iteration=call_waits.name_iteration(step),
         )
@@ -321,7 +326,9 @@ class VisitTools(AgentTools):
             return self._steps.begin_wait(tool, step, outcome)
         return ToolResult(_show_outcome(outcome, tool.max_result_bytes))
 
-    def _build_call(self, tool: ToolProgram, step: AgentStep, calls: ToolModelCalls) -> NodeCall:
+    def _build_call(
+        self, tool: ToolProgram, step: AgentStep, calls: ToolModelCalls, *, is_tainted: bool
+    ) -> NodeCall:
         """Return the call of a tool's node with its rendered config; raises `ExpressionError`."""
         arguments = decoding.decode(step.arguments or b"{}", dict)
         scope: dict[str, Json] = {**self._call.scope, "args": arguments}
@@ -335,6 +342,7 @@ class VisitTools(AgentTools):
             conditions=tool.program.conditions,
             values=tool.program.values,
             unresolved=unresolved,
+            caller=msgspec.structs.replace(self._call.caller, is_tainted=is_tainted),
             idempotency_key=step.key,
             model_calls=calls,
         )

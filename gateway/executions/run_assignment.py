@@ -278,4 +278,5 @@ def _claimed_run(run: RunAcceptance, started_at: datetime) -> ClaimedRun:
         may_have_more=False,
         claimed_at=started_at,
         trace_origin=run.trace_origin,
+        is_tainted=run.is_tainted,
     )

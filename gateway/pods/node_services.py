@@ -14,6 +14,8 @@ from hashlib import sha256 as hash_of
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
+import msgspec
+
 from engine.run_errors import NodeError
 from engine.services import EventWaitRequest, SignalRequest
 from execution.node_blobs import MAX_BLOB_BYTES
@@ -179,6 +181,7 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
     caller = await lease_checks.read_caller(database, holder, request.path_params["id"])
     node = (call.node_id, call.iteration)
     caller = await lease_checks.take_write_key(database, caller, node, call.write_key_id)
+    caller = msgspec.structs.replace(caller, is_tainted=call.is_tainted)
     async with _translate_errors():
         execution_id = await request.gateway.pod_services.runs.start(
             caller,

@@ -239,13 +239,13 @@ _LEASE = int(DIRECT_LEASE_SECONDS * 1_000_000)
 _RUN_TYPES = (
     *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
     *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
-    *("text", "text", "integer", "text", "integer", "text", "text", "boolean", "text", "text"),
+    *("text", "text", "integer", "text", "integer", "text", "text", "boolean", "boolean", "text", "text"),
 )
 _RUN_COLUMNS = """
         id, shard, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
         timeout, total_nodes, advance, queue_turn, scope, key, fingerprint, lifetime, channel, parent_id, root_id,
         depth, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private,
-        trace_origin, worker"""
+        is_tainted, trace_origin, worker"""
 _DEFINITION_TYPES = ("text", "text", "smallint", "text")
 _LABEL_TYPES = ("text", "text", "text")
 _INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
@@ -302,15 +302,16 @@ def _run_inserts_sql(status: str, target: str, due_at: str, since: str, first_la
     INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type,
         definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
         key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth, wait_answer_count,
-        concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private, due_at,
+        concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private, is_tainted, due_at,
         trace_origin, lease_owner, lease_until, started_at, deadline_at)
     SELECT id, shard, organization_id, workflow_id, user_id,
         CASE WHEN worker IS NULL THEN {status} ELSE 'running' END, {target}, trigger_type,
         definition_hash, {since} - advance, queue_turn, worker IS NULL,
         CASE WHEN worker IS NULL THEN 0 ELSE {DIRECT_TOKEN} END, (worker IS NOT NULL)::integer, timeout, 0, total_nodes,
         id, false, channel, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
-        concurrency_limit, completion_action, assigned_deployment_id, coalesce(is_private, false), {due_at},
-        trace_origin, worker, CASE WHEN worker IS NOT NULL THEN {NOW} + {_LEASE} END,
+        concurrency_limit, completion_action, assigned_deployment_id, coalesce(is_private, false),
+        coalesce(is_tainted, false), {due_at}, trace_origin, worker,
+        CASE WHEN worker IS NOT NULL THEN {NOW} + {_LEASE} END,
         CASE WHEN worker IS NOT NULL THEN {NOW} END, CASE WHEN worker IS NOT NULL THEN {NOW} + timeout END
     FROM winner ON CONFLICT DO NOTHING
     RETURNING id, started_at
@@ -446,6 +447,7 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
         item.completion_action,
         item.assigned_deployment_id,
         item.is_private or None,
+        item.is_tainted or None,
         item.trace_origin,
         item.worker or None,
     )

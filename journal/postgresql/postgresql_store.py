@@ -482,7 +482,7 @@ def _claim_update_sql(also: str = "") -> str:
 SELECT taken.id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
     (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.shard = taken.shard),
     started_at, deadline_at, request, channel, user_id, wait_answer_count, concurrency_key, completion_action,
-    write_key_id, trace_origin, is_share_used_up, updated_at
+    write_key_id, trace_origin, is_tainted, is_share_used_up, updated_at
 FROM taken JOIN chosen ON chosen.id = taken.id ORDER BY place
 """
 

@@ -315,9 +315,10 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
         " definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes,"
         " total_nodes, key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth,"
         " wait_answer_count, concurrency_key, concurrency_limit, completion_action, assigned_deployment_id, is_private,"
+        " is_tainted,"
         " due_at, trace_origin, lease_owner, lease_until, started_at, deadline_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?, ?,"
-        " ?, ?, ?, ?)"
+        " ?, ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING",
         [
             (
@@ -349,6 +350,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
                 item.completion_action,
                 item.assigned_deployment_id,
                 item.is_private,
+                item.is_tainted,
                 _delay_microseconds(item),
                 item.trace_origin,
                 *_direct_times(item, now),

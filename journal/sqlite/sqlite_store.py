@@ -477,7 +477,8 @@ def _take_run(
         " WHERE id = ?4 AND status = 'pending'"
         " RETURNING id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
         " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request,"
-        " channel, user_id, wait_answer_count, concurrency_key, completion_action, write_key_id, trace_origin",
+        " channel, user_id, wait_answer_count, concurrency_key, completion_action, write_key_id, trace_origin,"
+        " is_tainted",
         (
             *(claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
             *((claim.target,) if claim.is_trial else ()),

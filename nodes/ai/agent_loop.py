@@ -142,14 +142,13 @@ def _review_calls(call: NodeCall, task: AgentTask) -> None:
     A resumed run may have another definition, in which the tool does something else or needs an approval now.
     """
     steps = call.steps.recorded
-    answers = [step.number for step in steps if step.kind is StepKind.MODEL]
-    is_tainted = agent.is_conversation_tainted(task, steps[: max(answers, default=0)])
     for step in agent.list_pending_calls(steps):
         tool = task.tools.get(step.name)
         if tool is None:
             if step.status is StepStatus.WAITING:
                 call.steps.record(msgspec.structs.replace(step, status=StepStatus.STARTED))
             continue
+        is_tainted = agent.is_call_tainted(task, steps, step)
         is_same = tool.hash_call(step, is_tainted=is_tainted) == step.request_hash
         reviewed = step if is_same else agent.require_approval(step, tool, is_tainted=is_tainted)
         if not is_same or (step.status is StepStatus.WAITING and call.steps.find_decision(step) is None):
@@ -247,14 +246,16 @@ async def _perform_tool(call: NodeCall, task: AgentTask, step: AgentStep) -> Ste
         error = f"There is no tool {step.name!r} any more"
         call.steps.record(agent.fail_tool_step(step, error, ERROR_HINT, call.steps.now()))
         return None
-    rest = agent.compute_rest(task, call.steps.recorded)
+    recorded = call.steps.recorded
+    rest = agent.compute_rest(task, recorded)
     if task.tools[step.name].is_agent and not rest.has_next_answer:
         # Its first answer has no price yet by which its own budget could refuse it.
         error = f"{agent.LIMIT_CODE}: The budget doesn't suffice for the answers of another agent"
         call.steps.record(agent.fail_tool_step(step, error, "Answer with what you know", call.steps.now()))
         return None
     try:
-        result = await call.tools.perform(step, rest)
+        is_tainted = agent.is_call_tainted(task, recorded, step)
+        result = await call.tools.perform(step, rest, is_tainted=is_tainted)
     except NodeError as error:
         if error.retryable and task.tools[step.name].is_agent:
             raise

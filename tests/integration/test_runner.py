@@ -568,12 +568,14 @@ async def test_a_started_run_of_unknown_end_is_not_started_again_by_a_replay_in_
         "type": "sub-workflow",
         "config": {"workflowId": child_id, "wait": False, "inputs": {}},
     }
-    definition = chain_definition(starts)
+    # The trigger of a webhook, whose text is that of an outsider for the started run too.
+    definition = chain_definition(starts).replace('"manual"', '"webhook"')
     first = await pods.accept(definition)
     pod = await pods.start(lease_seconds=PATIENCE_SECONDS).ready()
     await pods.reaches(first, "completed")
     started = "SELECT id FROM execution WHERE workflow_id = :id"
     (child,) = await pods.run_database.query(started, id=child_id)
+    assert (await pods.run_database.row(child["id"]))["is_tainted"]
     # As if the pod had been lost before it has recorded the end of the node.
     await pods.run_database.query(
         "UPDATE span SET status = 'running', ended_at = NULL, output = NULL, key_id = NULL"

@@ -199,6 +199,30 @@ async def test_a_tainted_conversation_needs_an_approval_of_writes() -> None:
     assert len(world.outside.effects) == 2
 
 
+async def test_a_run_that_was_started_with_text_of_outsiders_asks_about_its_first_write() -> None:
+    world = World(compile_agent(approval="tainted"), ScriptedModel([turn(("send", "Oslo"))]))
+    world.is_tainted = True
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert world.outside.effects == []
+
+
+def test_results_of_task_workers_may_hold_text_of_outsiders() -> None:
+    nodes: list[Json] = [
+        {"id": "start", "type": "manual"},
+        {"id": "fetch", "type": "acme/fetch"},
+        {"id": "agent", "type": "agent", "config": {"prompt": "p"}},
+    ]
+    edges: list[Json] = [
+        {"id": "1", "source": "start", "target": "fetch"},
+        {"id": "2", "source": "fetch", "target": "agent"},
+    ]
+    graph = ParsedGraph.from_stored({"nodes": nodes, "connections": edges})
+    assert agent_exposure.has_tainted_input(graph.by_id["agent"], graph)
+    assert not agent_exposure.has_tainted_input(graph.by_id["fetch"], graph)
+
+
 async def test_the_text_of_a_tool_that_is_gone_stays_in_the_conversation() -> None:
     world = World(compile_agent(), ScriptedModel([turn(("look", "Rome"), ("invented", "Bonn"))]))
     await world.work()

@@ -228,6 +228,8 @@ class World:
     """Answers to the questions about tool calls."""
     services: Mapping[str, Any] = field(default_factory=dict)
     """Further services of nodes, by their names."""
+    is_tainted: bool = False
+    """Whether another run has started this one with text of outsiders."""
     died: int = 0
 
     def worker(self, last: int = 0) -> SimulatedWorker:
@@ -237,6 +239,8 @@ class World:
         )
         worker.notebook = DyingJournal(self.spans, self.steps, last)
         numbers = [0, *(span.sequence for span in self.spans), *(step.sequence for step in self.steps)]
+        caller = msgspec.structs.replace(worker.start.caller, is_tainted=self.is_tainted)
+        worker.start = msgspec.structs.replace(worker.start, caller=caller)
         worker.start = msgspec.structs.replace(
             worker.start, steps=sorted(self.steps, key=lambda step: step.number), sequence=max(numbers)
         )

@@ -71,11 +71,13 @@ class ChildRuns:
     """Starter of runs that begins one for each node and iteration."""
 
     started: dict[tuple[str, str], Json] = field(default_factory=dict)
+    tainted: list[bool] = field(default_factory=list)
+    """Whether text of outsiders may be in the inputs, for each start."""
     is_missing: bool = False
 
     async def start(
         self,
-        caller: RunCaller,  # noqa: ARG002 - the protocol's parameters
+        caller: RunCaller,
         workflow_id: str,
         trigger_inputs: Json,
         *,
@@ -86,6 +88,7 @@ class ChildRuns:
         if self.is_missing:
             raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
         assert (workflow_id, node_id, awaited) == ("wf_child", "child", True)
+        self.tainted.append(caller.is_tainted)
         self.started.setdefault((node_id, iteration), trigger_inputs)
         return f"exec_{iteration}"
 
@@ -181,6 +184,12 @@ async def test_an_agent_waits_for_a_workflow_and_for_tasks_without_a_worker() ->
     tools = [span for span in world.spans if span.type == "tool"]
     assert {span.status for span in tools} == {SpanStatus.COMPLETED}
     assert len(tools) == 4
+
+
+async def test_a_workflow_that_an_agent_calls_knows_if_its_arguments_may_quote_outsiders() -> None:
+    world = build_world()
+    await work_to_the_end(world)
+    assert world.runs.tainted == [False, True], "results of tasks were read before the second call"
 
 
 async def count_commits(of_look: Mapping[str, Json]) -> int:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 
 from engine.graph import ParsedGraph
 from engine.node_api import AnswerSource, AnswerWait, LoopRequest, NodeResult, NodeType
@@ -33,6 +34,8 @@ class RecordedSubRuns:
     """Sub-workflow service that records requests and starts nothing."""
 
     asked: list[tuple[str, Json, str, str, bool]] = field(default_factory=list)
+    tainted: list[bool] = field(default_factory=list)
+    """Whether text of outsiders may be in the inputs, for each start."""
 
     async def start(
         self,
@@ -45,14 +48,17 @@ class RecordedSubRuns:
         awaited: bool,
     ) -> str:
         assert caller.execution_id == "exec_2"
+        self.tainted.append(caller.is_tainted)
         self.asked.append((workflow_id, trigger_inputs, node_id, iteration, awaited))
         return "exec_2"
 
 
-def compile_node(kind: str, config: Mapping[str, Json], *, body: bool = True) -> WorkflowProgram:
+def compile_node(
+    kind: str, config: Mapping[str, Json], *, body: bool = True, trigger: str = "manual"
+) -> WorkflowProgram:
     """Compile a graph with one node. A loop's body passes each item on unchanged."""
     nodes: list[Json] = [
-        {"id": "start", "type": "manual"},
+        {"id": "start", "type": trigger},
         {"id": "node", "type": kind, "config": dict(config)},
         {"id": "body", "type": "merge", "config": {"mode": "any"}},
     ]
@@ -65,7 +71,7 @@ def compile_node(kind: str, config: Mapping[str, Json], *, body: bool = True) ->
 
 
 async def run(
-    program: WorkflowProgram, data: Json, answer: Json = None
+    program: WorkflowProgram, data: Json, answer: Json = None, *, is_tainted: bool = False
 ) -> tuple[RunOutcome, InMemoryJournal, RecordedSubRuns]:
     """Run to the end. Answers to waits arrive as soon as the run waits."""
     runs = RecordedSubRuns()
@@ -73,6 +79,8 @@ async def run(
         NodeServices(http=NoNetwork()), runs=runs, events=NoEventWaits(), signals=NoSignalWaits()
     )
     worker = SimulatedWorker(program, data, services=services)
+    caller = structs.replace(worker.start.caller, is_tainted=is_tainted)
+    worker.start = structs.replace(worker.start, caller=caller)
     ended = await worker.work()
     if ended.status is RunStatus.WAITING:
         rows = list(worker.notebook.rows.values())
@@ -200,6 +208,25 @@ async def test_a_sub_workflow_starts_with_the_data_or_the_configured_inputs() ->
     assert ended.status is RunStatus.COMPLETED
     assert runs.asked == [("wf_2", {"b": 1}, "node", "", False)]
     assert notebook.output("node") == {"executionId": "exec_2"}
+
+
+@pytest.mark.parametrize(
+    ("trigger", "is_tainted", "expected"),
+    [
+        ("manual", False, False),
+        ("webhook", False, True),
+        ("email-trigger", False, True),
+        ("manual", True, True),
+    ],
+)
+async def test_a_sub_workflow_knows_whether_outsiders_may_have_written_its_inputs(
+    trigger: str,
+    is_tainted: bool,  # noqa: FBT001 - pytest passes arguments by name
+    expected: bool,  # noqa: FBT001 - as above
+) -> None:
+    program = compile_node("sub-workflow", {"workflowId": "wf_1", "wait": False}, trigger=trigger)
+    _, _, runs = await run(program, {"text": "Hello"}, is_tainted=is_tainted)
+    assert runs.tainted == [expected]
 
 
 async def test_the_failure_of_a_sub_workflow_fails_the_node() -> None:
