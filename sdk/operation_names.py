@@ -163,6 +163,7 @@ METHODS: Final = {
     "task_listsShow": "tasks.get",
     "task_listsWorkers": "workers.list",
     "triggerStart": "deployments.trigger",
+    "trigger_token_listIndex": "triggers.list_tokens",
     "trigger_tokensReplace": "triggers.replace_token",
     "trigger_tokensRevoke": "triggers.revoke_token",
     "trigger_tokensShow": "triggers.inbound_address",

@@ -42,6 +42,7 @@ from gateway.ingest import (
     organization_dead_letters,
     schedule,
     schedule_timeline,
+    trigger_token_list,
     trigger_tokens,
 )
 
@@ -172,6 +173,14 @@ ROUTES: Final[Sequence[Route]] = (
         status=201,
         query=(TOKEN,),
         docs=TAKES_MAIL,
+    ),
+    Route(
+        "GET",
+        "/api/v1/auth/trigger-tokens",
+        READ,
+        trigger_token_list.index,
+        answer=trigger_token_list.TriggerTokenList,
+        query=trigger_token_list.LISTED,
     ),
     Route(
         "GET",

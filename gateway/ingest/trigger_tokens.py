@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-from sqlalchemy import insert, select, update
+from sqlalchemy import and_, insert, or_, select, update
 from sqlmodel import col
 
 from engine.values import fingerprint
@@ -25,6 +25,7 @@ from models.ingest import SenderToken, SenderTokenKind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.workflows.stored_workflow import StoredWorkflow
@@ -178,17 +179,21 @@ async def revoke(request: GatewayRequest) -> NoContent:
     return NoContent()
 
 
+def is_valid_token(now: datetime) -> ColumnElement[bool]:
+    """Return the SQL condition for tokens of senders that are neither revoked nor expired at `now`."""
+    return and_(
+        col(SenderToken.revoked_at).is_(None),
+        or_(col(SenderToken.expires_at).is_(None), col(SenderToken.expires_at) > now),
+    )
+
+
 async def _list_valid_tokens(
     connection: AsyncConnection, workflow_id: str, now: datetime
 ) -> Sequence[SenderToken]:
     """Return the valid trigger tokens of a workflow at `now`, the newest first."""
     statement = (
         select(SenderToken)
-        .where(
-            col(SenderToken.workflow_id) == workflow_id,
-            col(SenderToken.revoked_at).is_(None),
-            col(SenderToken.expires_at).is_(None) | (col(SenderToken.expires_at) > now),
-        )
+        .where(col(SenderToken.workflow_id) == workflow_id, is_valid_token(now))
         .order_by(col(SenderToken.id).desc())
     )
     return [SenderToken(**row) for row in (await connection.execute(statement)).mappings()]

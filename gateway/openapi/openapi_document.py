@@ -90,7 +90,7 @@ _TAG_OF_MODULE: Final[Mapping[str, str]] = {
         "Events": ("events", "event_tokens"),
         "Queues": ("enqueue", "enqueue_batch"),
         "Mail": ("email_trigger", "mail_addresses"),
-        "Webhooks": ("trigger_tokens", "hooks"),
+        "Webhooks": ("trigger_tokens", "trigger_token_list", "hooks"),
         "Schedule": ("schedule", "schedule_timeline"),
         "Deliveries": (
             "deliveries",

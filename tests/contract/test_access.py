@@ -778,6 +778,7 @@ ROWS = [
     read_row("GET", "/dead-letters"),
     read_row("POST", "/dead-letters/redrive", scope=EXECUTE),
     AccessRow("POST", f"{WORKFLOW}/dead-letters/purge", EXECUTE, WRITERS, create_workflow),
+    AccessRow("GET", "/api/v1/auth/trigger-tokens", READ, OWN),
     AccessRow("GET", "/api/v1/schedules", READ, OWN),
     AccessRow("GET", "/api/v1/schedules/timeline", READ, OWN),
     AccessRow("GET", "/api/v1/deliveries", READ, OWN),

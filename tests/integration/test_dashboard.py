@@ -17,19 +17,21 @@ from sqlmodel import col
 
 from gateway.dashboard import assets, routes
 from gateway.dashboard.page import POLICY
-from gateway.dashboard.pages import overview
+from gateway.dashboard.pages import access, overview
 from gateway.drift import recent_observations
 from gateway.executions import source_usage
 from models import ids
-from models.access import UserRole
+from models.access import ApiKey, UserRole
 from models.blocked_interval import BlockedInterval
 from models.deployment import ObservedState
 from models.execution import Execution, SpanRow
 from models.execution_status import ExecutionStatus
+from models.ingest import SenderToken
 from scheduler.run_hours import RunHourCounter
 from tests.integration import input_waits
 from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.test_gateway_enqueue import QUEUE
 from tests.services import PostgresServer
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -407,6 +409,57 @@ async def test_pages_of_lists_show_their_objects_as_text(
     assert "<img" not in page.text
     assert "<script>" not in page.text
     assert 'aria-current="page"' in page.text
+
+
+async def test_keys_have_their_sessions_below_and_trigger_tokens_their_state(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    owner = people.owner
+    workflow_id = await owner.create(name="Old token", **QUEUE)
+    token = f"/api/v1/workflows/{workflow_id}/trigger-token"
+    await owner.api.post(token, json={})
+    replaced = (await owner.api.post(token, json={"overlapSeconds": 600})).json()
+    made = (await owner.api.post("/api/v1/auth/keys", json={"name": "Nightly"})).json()
+    browser = await sign_in(harness, made["key"])
+
+    async def age(connection: AsyncConnection) -> None:
+        long_ago = harness.gateway.clock() - timedelta(days=91)
+        of_key = update(ApiKey).where(col(ApiKey.id) == made["id"])
+        await connection.execute(of_key.values(created_at=long_ago, last_used_at=long_ago))
+        of_token = update(SenderToken).where(col(SenderToken.id) == replaced["id"])
+        await connection.execute(of_token.values(created_at=long_ago))
+
+    await harness.gateway.database.transaction(age)
+    page = (await browser.get("/dashboard/keys", headers={"user-agent": "x"})).text
+    session_id = re.search(r'<tr id="(session_\w+)" class="under"', page)
+    assert session_id is not None
+    key_row = page.index(f'<tr id="{made["id"]}"')
+    assert key_row < session_id.start()
+    assert "<tr id=" not in page[key_row + 1 : session_id.start()]
+    assert "Unused for 90 days" in page[key_row : session_id.start()]
+    assert "Other sessions" not in page
+    rows = page[page.index("Trigger tokens") :].split("<tr id=")
+    of_token = {row[1 : row.index('"', 1)]: row for row in rows[1:]}
+    assert "Unused for 90 days" in of_token[replaced["id"]]
+    (other,) = [row for name, row in of_token.items() if name.startswith("tok_") and "Replaced" in row]
+    assert "ends" in other
+    assert f"{replaced['id']}-actions" in of_token
+    assert replaced["token"] not in page
+
+    await owner.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
+    colleague = await sign_in(harness, people.colleague.key)
+    seen = (await colleague.get("/dashboard/keys")).text
+    assert replaced["id"] in seen
+    assert f"{replaced['id']}-actions" not in seen
+
+
+def test_browsers_are_named_by_their_user_agent() -> None:
+    chrome = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36"
+    assert access.name_browser(chrome) == "Chrome, Linux"
+    assert access.name_browser(f"{chrome} Edg/140.0.0.0") == "Edge, Linux"
+    phone = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_0 like Mac OS X) Version/18.0 Mobile Safari/604.1"
+    assert access.name_browser(phone) == "Safari, iPhone"
+    assert access.name_browser("curl/8.5.0") == "curl/8.5.0"
 
 
 async def test_a_workflow_page_shows_the_graph_the_last_run_and_actions(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -18,6 +20,7 @@ from tests.integration import input_waits
 from tests.integration.browser import LOADED, needs_chromium
 from tests.integration.dashboard_visit import HOSTILE, DashboardVisit, open_visit
 from tests.integration.gateway_harness import GRAPH, TRIGGER
+from tests.integration.test_gateway_enqueue import QUEUE
 from tests.integration.test_gateway_executions import NOW, claim_run, execute_workflow
 from tests.services import PostgresServer
 
@@ -281,6 +284,43 @@ async def test_the_audit_trail_is_filtered_by_its_columns(visit: DashboardVisit)
     assert await page.value("#since") == "2020-01-01T00:00:00Z"
     await visit.sign_in_as(visit.people.owner.key)
     assert not visit.take_problems()
+
+
+async def test_a_new_key_is_shown_once_with_a_command_that_proves_it(visit: DashboardVisit) -> None:
+    page = visit.page
+    await visit.show("/dashboard/keys")
+    await page.fill("#key-name", "Proven")
+    await page.click("form[data-shows=key] button[type=submit]")
+    await page.wait_for("document.querySelector('#shown').open")
+    key = await page.text("#shown-value")
+    command = shlex.split(await page.text("#shown-command"))
+    assert command[:3] == ["curl", "-sS", "-H"]
+    assert command[3] == f"X-API-Key: {key}"
+    status = (
+        f"fetch('{urlsplit(command[4]).path}', {{headers: {{'X-API-Key': '{key}'}}}}).then(one => one.status)"
+    )
+    assert await page.evaluate(status) == 200
+    await page.click("#shown [data-closes]")
+    await page.wait_for("!document.querySelector('#shown').open")
+    await visit.show("/dashboard/keys")
+    assert key not in await page.evaluate("document.documentElement.outerHTML")
+    assert "Proven" in await page.text("main")
+
+
+async def test_a_trigger_token_is_replaced_with_an_overlap_on_the_page_of_keys(visit: DashboardVisit) -> None:
+    page, owner = visit.page, visit.people.owner
+    workflow_id = await owner.create(name="Rotated", **QUEUE)
+    old = (await owner.api.post(f"/api/v1/workflows/{workflow_id}/trigger-token", json={})).json()
+    await visit.show("/dashboard/keys")
+    await page.click(f"#{old['id']}-actions summary")
+    await page.click(f"#{old['id']}-actions form[data-shows] button")
+    await page.wait_for("document.querySelector('#shown').open")
+    url = await page.text("#shown-value")
+    assert f"/api/v1/workflows/{workflow_id}/enqueue?key=" in url
+    assert old["token"] not in url
+    assert await page.evaluate("document.querySelector('#shown-proof').hidden")
+    assert "Replaced" in await page.text(f"#{old['id']}")
+    await page.click("#shown [data-closes]")
 
 
 async def test_a_question_is_answered_by_its_form(visit: DashboardVisit) -> None:

@@ -279,6 +279,37 @@ async def test_no_more_tokens_are_good_at_once_than_may_be(
     assert [one["hint"] for one in tokens] == hints[:1:-1]
 
 
+async def test_tokens_of_all_workflows_are_listed_for_their_readers_without_secrets(
+    people: OrganizationUsers,
+) -> None:
+    workflow_id = await people.owner.create(**QUEUE, name="Listed tokens")
+    path = f"{WORKFLOWS}/{workflow_id}/trigger-token"
+    old = (await people.owner.api.post(path, json={})).json()
+    new = (await people.owner.api.post(path, json={"overlapSeconds": 600})).json()
+
+    async def list_tokens(user: UserClient) -> list[dict[str, Any]]:
+        answer = await user.api.get("/api/v1/auth/trigger-tokens?limit=100")
+        assert old["token"] not in answer.text
+        assert new["token"] not in answer.text
+        return [one for one in answer.json()["tokens"] if one["workflowId"] == workflow_id]
+
+    newest, replaced = await list_tokens(people.owner)
+    assert (newest["id"], newest["hint"], newest["expiresAt"]) == (new["id"], new["hint"], None)
+    assert (replaced["id"], replaced["hint"]) == (old["id"], old["hint"])
+    assert replaced["expiresAt"]
+    assert (newest["workflowName"], newest["triggerKind"]) == ("Listed tokens", "queue")
+    assert newest["ownerId"] == newest["userId"] == people.owner.user.id
+    assert await list_tokens(people.admin) == [newest, replaced]
+    for user in (people.colleague, people.stranger):
+        assert await list_tokens(user) == []
+    first = (await people.owner.api.get("/api/v1/auth/trigger-tokens?limit=1")).json()
+    assert [one["id"] for one in first["tokens"]] == [new["id"]]
+    assert first["count"] >= 2
+
+    await people.owner.api.delete(path)
+    assert await list_tokens(people.owner) == []
+
+
 async def test_only_writers_of_a_workflow_create_its_token(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**QUEUE)
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/visibility", json={"isPublic": True})

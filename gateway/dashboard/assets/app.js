@@ -145,6 +145,10 @@ async function submit(form, button) {
     if (form.dataset.shows) {
       const shown = form.dataset.shows.split(".").reduce((part, name) => part[name], value);
       document.getElementById("shown-value").textContent = shown;
+      const { proof, proves } = form.dataset;
+      document.querySelector("#shown-proof > p").textContent = proves;
+      document.getElementById("shown-command").textContent = (proof ?? "").replace("{shown}", () => shown);
+      document.getElementById("shown-proof").hidden = !proof;
       document.getElementById("shown").showModal();
     }
   } catch {

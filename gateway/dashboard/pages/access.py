@@ -1,9 +1,10 @@
-"""Keys and users: API keys with their scopes, sessions of browsers, and the users of the organization."""
+"""Keys and users: API keys with their scopes and sessions, trigger tokens, and the users of the organization."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.dashboard.formats import parse_instant
@@ -14,38 +15,72 @@ if TYPE_CHECKING:
 
 LIMIT: Final = 100
 UNUSED_DAYS: Final = 90
+BROWSERS: Final = (
+    *(("Edg/", "Edge"), ("OPR/", "Opera"), ("Firefox/", "Firefox"), ("FxiOS/", "Firefox")),
+    *(("Chrome/", "Chrome"), ("CriOS/", "Chrome"), ("Safari/", "Safari")),
+)
+"""Signs in a header `User-Agent` and the browsers that they stand for; others call themselves Chrome and Safari too."""
+SYSTEMS: Final = (
+    *(("Android", "Android"), ("iPhone", "iPhone"), ("iPad", "iPad"), ("CrOS", "ChromeOS")),
+    *(("Windows", "Windows"), ("Macintosh", "macOS"), ("Linux", "Linux")),
+)
+"""The same for operating systems; Android calls itself Linux too."""
+NEW_ADDRESSES: Final = {"queue": "urls.api", "email": "urls.api", "webhook": "urls.webhook"}
+"""Part of the answer to a new trigger token that a sender of a kind of trigger needs."""
 
 
 async def load(page: PageRequest) -> PageData:
-    """Ask the API for up to 100 keys, and for sessions; for users and invitations if the visitor may see them.
+    """Ask the API for up to 100 keys, trigger tokens, users and invitations each, and for sessions.
 
-    Forbidden parts are None. Raises `ApiError`.
+    Parts that the visitor may not see are None. Raises `ApiError`.
     """
-    keys, sessions, users, invitations = await asyncio.gather(
+    keys, sessions, tokens, users, invitations = await asyncio.gather(
         page.get_if_present("/api/v1/auth/keys", limit=LIMIT),
         page.get("/api/v1/auth/sessions"),
+        page.get_if_present("/api/v1/auth/trigger-tokens", limit=LIMIT),
         page.get_if_present("/api/v1/auth/users", limit=LIMIT),
         page.get_if_present("/api/v1/auth/invitations", limit=LIMIT),
     )
-    return {"keys": keys, "sessions": sessions, "users": users, "invitations": invitations}
+    return {
+        "keys": keys,
+        "sessions": sessions,
+        "tokens": tokens,
+        "users": users,
+        "invitations": invitations,
+    }
 
 
 def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
-    """Return the template values: keys with their state, sessions, users, and open or expired invitations."""
+    """Return the template values: keys with their state and sessions, sessions of unlisted keys, trigger tokens,
+    users, and open or expired invitations.
+    """
     users = data["users"]
     resources = list_resources(data["keys"])
     keys = [] if data["keys"] is None else data["keys"]["keys"]
+    sessions = [
+        {**session, "browser": name_browser(session["userAgent"])} for session in data["sessions"]["sessions"]
+    ]
+    key_ids = {key["id"] for key in keys}
+    scopes = sorted(frame.visitor["scopes"]) if frame.visitor else []
     return {
         "title": "Keys and users",
         "crumbs": (("Keys and users", ""),),
         "resources": resources,
         "keys": [
-            {**key, "state": _state_of(key, frame), "rights": list_rights(key["scopes"], resources)}
+            {
+                **key,
+                "state": _state_of(key, frame),
+                "rights": list_rights(key["scopes"], resources),
+                "sessions": [session for session in sessions if session["keyId"] == key["id"]],
+            }
             for key in keys
         ],
-        "key_names": {key["id"]: key["name"] or f"{key['prefix']}…" for key in keys},
         "may_change_keys": frame.may("keys:write"),
-        "sessions": data["sessions"]["sessions"],
+        "sessions": [session for session in sessions if session["keyId"] not in key_ids],
+        "tokens": None
+        if data["tokens"] is None
+        else [_describe_token(token, frame) for token in data["tokens"]["tokens"]],
+        "token_count": 0 if data["tokens"] is None else data["tokens"]["count"],
         "users": None if users is None else users["users"],
         "names": {}
         if users is None
@@ -55,8 +90,18 @@ def view(data: PageData, frame: PageFrame) -> Mapping[str, Any]:
             for one in (data["invitations"] or {}).get("invitations", ())
             if one["state"] in {"open", "expired"}
         ],
-        "scopes": sorted(frame.visitor["scopes"]) if frame.visitor else [],
+        "scopes": [(kind, list(group)) for kind, group in groupby(scopes, lambda one: one.partition(":")[0])],
+        "proof": f"curl -sS -H 'X-API-Key: {{shown}}' '{frame.base_url}/api/v1/auth/whoami'",
     }
+
+
+def name_browser(user_agent: str) -> str:
+    """Return browser and system of a header `User-Agent`, such as `Firefox, Linux`; the header itself for unknown
+    browsers.
+    """
+    browser = next((name for sign, name in BROWSERS if sign in user_agent), "")
+    system = next((name for sign, name in SYSTEMS if sign in user_agent), "")
+    return ", ".join(part for part in (browser, system) if part) if browser else user_agent
 
 
 def list_resources(listed: Mapping[str, Any] | None) -> Sequence[str]:
@@ -78,9 +123,29 @@ def _state_of(key: Mapping[str, Any], frame: PageFrame) -> str:
     expires_at = parse_instant(key["expiresAt"])
     if expires_at is not None and expires_at <= frame.now:
         return "expired"
-    used_at = parse_instant(key["lastUsedAt"] or key["createdAt"])
-    is_unused = used_at is not None and (frame.now - used_at).days >= UNUSED_DAYS
-    return "unused" if is_unused else "valid"
+    return "unused" if _is_unused(key, frame) else "valid"
+
+
+def _describe_token(token: Mapping[str, Any], frame: PageFrame) -> Mapping[str, Any]:
+    """Return a trigger token with its state, the part of an answer that shows a new address, and whether the
+    visitor may replace it.
+
+    The state is `replaced` until the overlap ends, `unused` for 90 days, or `valid`.
+    """
+    visitor = frame.visitor or {}
+    is_owner = visitor.get("role") == "admin" or visitor.get("userId") == token["ownerId"]
+    return {
+        **token,
+        "state": "replaced" if token["expiresAt"] else "unused" if _is_unused(token, frame) else "valid",
+        "shows": NEW_ADDRESSES.get(token["triggerKind"] or "", "token"),
+        "may_change": is_owner and frame.may("workflows:write"),
+    }
+
+
+def _is_unused(credential: Mapping[str, Any], frame: PageFrame) -> bool:
+    """Return whether a key or token was not used for 90 days, or never since its creation 90 days ago."""
+    used_at = parse_instant(credential["lastUsedAt"] or credential["createdAt"])
+    return used_at is not None and (frame.now - used_at).days >= UNUSED_DAYS
 
 
 PAGE: Final = Page("/dashboard/keys", "access.html", load, view, "keys")

@@ -742,6 +742,14 @@ class AsyncTriggers(AsyncResource):
         """Show a workflow's URLs for senders, with the token masked, and its valid tokens by their last characters."""
         return cast("t.InboundAddress", await self._client.request("GET", f"/api/v1/workflows/{self._quote(workflow_id)}/inbound-address"))
 
+    async def list_tokens(self, *, limit: int | None = None, offset: int | None = None) -> t.TriggerTokenList:
+        """List the valid trigger tokens of all workflows that the caller may see, by their last characters."""
+        return cast("t.TriggerTokenList", await self._client.request("GET", "/api/v1/auth/trigger-tokens", query={"limit": limit, "offset": offset}))
+
+    def iterate_list_tokens(self) -> AsyncIterator[Any]:
+        """Yield every item of `list_tokens`, page by page."""
+        return self._client.iterate("/api/v1/auth/trigger-tokens", "tokens", {})
+
     async def replace_token(self, workflow_id: str, *, overlap_seconds: int | None = None) -> t.NewTriggerToken:
         """Create or replace the trigger token of a workflow."""
         return cast("t.NewTriggerToken", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/trigger-token", fields={"overlapSeconds": overlap_seconds}))

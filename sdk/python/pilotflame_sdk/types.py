@@ -293,6 +293,7 @@ __all__ = [
     "TriggerResult",
     "TriggerStatus",
     "TriggerToken",
+    "TriggerTokenList",
     "UndeployResult",
     "UpcomingRun",
     "Usage",
@@ -326,6 +327,7 @@ __all__ = [
     "WorkflowStatus",
     "WorkflowSummary",
     "WorkflowTemplate",
+    "WorkflowToken",
     "WorkflowVersion",
     "WrongMessage",
 ]
@@ -3268,6 +3270,15 @@ class TriggerToken(TypedDict):
     lastUsedAt: str | None
 
 
+class TriggerTokenList(TypedDict):
+    """Page of the valid tokens, the newest first; `count` is the number of all."""
+
+    count: int
+    limit: int
+    offset: int
+    tokens: List[WorkflowToken]
+
+
 class UndeployResult(TypedDict):
     """State of a deployment after a request to undeploy it."""
 
@@ -3613,6 +3624,21 @@ class WorkflowTemplate(TypedDict):
     nodes: List[ShownNode]
     connections: List[ShownConnection]
     createdAt: str
+
+
+class WorkflowToken(TypedDict):
+    """Trigger token with its workflow, as the API shows it, without its secret."""
+
+    id: str
+    hint: str
+    createdAt: str
+    expiresAt: str | None
+    lastUsedAt: str | None
+    userId: str
+    workflowId: str
+    workflowName: str
+    ownerId: str
+    triggerKind: str | None
 
 
 class WorkflowVersion(TypedDict):
