@@ -19,8 +19,11 @@ from tests.system.ledger import EffectLedger
 from tests.system.wait_conditions import wait_until
 
 RUNS = 10
-SHARED = b"\0\0\0\6shared"
-"""Claims of workers in PostgreSQL's protocol; other statements contain the word in their text."""
+CLAIM = b"\0\7\0\0\0\6shared"
+"""Part of each claim of a worker in PostgreSQL's protocol: seven arguments, and the first of them.
+
+Other statements with that word have another number of arguments, or have it in their text.
+"""
 
 
 @on_many_processes
@@ -94,7 +97,7 @@ async def test_a_claim_with_a_lost_answer_is_released_and_repeated(
         with claiming.paused():
             run = await client.execute(workflow, {"text": "x" * MAX_DIRECT_CHARACTERS})
             assert await deployment.records.status(run) == "pending"
-            way.keep_answers(SHARED)
+            way.keep_answers(CLAIM)
         await wait_until(lambda: _is_running(deployment, run))
         await way.kept_one()
         way.cut()
