@@ -37,6 +37,8 @@ class FindingType(StrEnum):
     INLINE_SECRET = "inline-secret"  # noqa: S105 - the name of a finding
     AGENT_EXFILTRATION_PATH = "agent-exfiltration-path"
     """An agent reads texts of outsiders and private data, and can send without an approval."""
+    TOOL_WITHHELD = "tool-withheld"
+    """A tool calls a workflow that writes, and the agent may only read."""
     NO_WORKER = "no-worker"
     """No worker of the organization performs the tasks of a custom node now."""
 
@@ -47,6 +49,7 @@ WARNING_TYPES: Final = frozenset({
     FindingType.UNRESOLVED_MAPPING,
     FindingType.INLINE_SECRET,
     FindingType.AGENT_EXFILTRATION_PATH,
+    FindingType.TOOL_WITHHELD,
     FindingType.NO_WORKER,
 })  # fmt: skip
 """Types that leave a graph valid."""

@@ -442,9 +442,8 @@ class ToolResult:
 class AgentTools:
     """Providers of an agent; this one, of other nodes, has none."""
 
-    @property
-    def callable_tools(self) -> Sequence[CallableTool]:
-        """Connected tools, in the order of their connections."""
+    async def list_tools(self) -> Sequence[CallableTool]:
+        """Return the connected tools in the order of their connections, with the effects of workflows as they are."""
         return ()
 
     @property

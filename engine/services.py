@@ -37,6 +37,8 @@ class RunCaller(msgspec.Struct, frozen=True):
     """Id in idempotency keys; empty: `key_id`. A replay has its own, so that its writes have new keys."""
     is_tainted: bool = False
     """Whether text of outsiders may be in the input of the node, so that it is in that of a run that it starts."""
+    is_read_only: bool = False
+    """Whether the node may start only runs that write nothing."""
 
     @property
     def key_prefix(self) -> str:
@@ -274,8 +276,12 @@ class SubRunService(Protocol):
     ) -> str:
         """Start a run of another workflow, at most once per node and iteration; return its execution id.
 
-        An `awaited` run answers the node when it ends. Raises `NodeError`.
+        An `awaited` run answers the node when it ends. Raises `NodeError`, also for a workflow that writes if the
+        caller may only read.
         """
+
+    async def may_write(self, caller: RunCaller, workflow_id: str) -> bool:
+        """Return whether a run of another workflow may write, as it is now; true for a missing workflow."""
 
 
 class ThrottleService(Protocol):

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from engine import inline_secrets, mapping_checks, name_suggestions
-from engine.agents import agent_checks
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import PROVIDER_PORTS, list_providers
 from engine.config_places import ExpressionReader, NodeExpressions, ScriptChecker
@@ -28,6 +27,7 @@ from engine.mapping_checks import InspectedGraph
 from engine.node_api import CONTINUE, DONE, ERROR, UnknownNodeType
 
 if TYPE_CHECKING:
+    from engine.agents.workflow_traits import TraitsById
     from engine.expressions import ExpressionError
     from engine.graph import GraphEdge, GraphNode, LoopBodies, ParsedGraph
     from engine.node_api import NodeType
@@ -44,14 +44,16 @@ def validate_graph(
     *,
     is_draft: bool = False,
     samples: OutputSamples = NO_SAMPLES,
+    traits: TraitsById = MappingProxyType({}),
 ) -> ValidationResult:
     """Return errors and warnings of a graph: its structure, configs, paths and inline secrets.
 
-    Paths are also checked against `samples`, the outputs of past runs by node. In a draft, some errors are
+    Paths are also checked against `samples`, the outputs of past runs by node, and agents by `traits` of the workflows
+    that the graph calls. In a draft, some errors are
     warnings. At most 1,000 of each are listed.
     """
     findings = FindingCollector(is_draft=is_draft)
-    drawn = _inspect_graph(graph, catalog, findings)
+    drawn = _inspect_graph(graph, catalog, findings, traits=traits)
     if drawn is not None:
         for finding in (*mapping_checks.check_paths(drawn, samples), *_inline_secret_findings(graph)):
             findings.add(finding)
@@ -72,7 +74,11 @@ def find_errors(
 
 
 def _inspect_graph(
-    graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector, passed: Collection[str] = ()
+    graph: ParsedGraph,
+    catalog: NodeTypeLookup,
+    findings: FindingCollector,
+    passed: Collection[str] = (),
+    traits: TraitsById = MappingProxyType({}),
 ) -> InspectedGraph | None:
     """Add all findings except unresolved paths and secrets; return the parsed parts for these checks.
 
@@ -93,7 +99,7 @@ def _inspect_graph(
         *_cycle_finding(graph, loops),
         *_loop_body_findings(graph, bodies),
         *_find_disconnected_nodes(graph, types),
-        *(agent_checks.find_problems(graph, types, catalog) if AGENT_TYPE in used_types else ()),
+        *(_agent_findings(graph, types, catalog, traits) if traits or AGENT_TYPE in used_types else ()),
     ):
         findings.add(finding)
     reader, scripts = ExpressionReader(), ScriptChecker()
@@ -111,6 +117,16 @@ def _inspect_graph(
         for finding in scripts.findings(node, node_type):
             findings.add(finding)
     return InspectedGraph(graph, bodies, types, readings)
+
+
+def _agent_findings(
+    graph: ParsedGraph, types: Mapping[str, NodeType], catalog: NodeTypeLookup, traits: TraitsById
+) -> Iterator[GraphFinding]:
+    """Yield the findings about agents, and about called workflows with agents."""
+    from engine.agents import agent_checks  # noqa: PLC0415 - loaded with the first graph with agents
+
+    yield from agent_checks.find_problems(graph, types, catalog, traits)
+    yield from agent_checks.find_exposed_starts(graph, traits)
 
 
 def _empty_graph_finding() -> GraphFinding:

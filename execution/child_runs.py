@@ -15,6 +15,7 @@ import msgspec
 from sqlalchemy import Text, func, literal, or_, select
 from sqlmodel import col
 
+from engine.node_api import NodeEffect
 from engine.run_errors import NodeError
 from engine.triggers import trigger_output
 from engine.values import equal_json
@@ -188,6 +189,29 @@ class ChildRunStarter:
         await wakeups.wake_workers(self._broker)
         return True
 
+    async def may_write(self, caller: RunCaller, workflow_id: str) -> bool:
+        """Return whether a run of another workflow may write, as it is now; true for one that can't be read.
+
+        Waits while the database is unavailable.
+        """
+
+        async def read() -> bool:
+            async with self._database.read() as connection:
+                parent = await _read_parent(connection, caller)
+                return await self._may_write(connection, caller, parent.shard, workflow_id)
+
+        return await until_available(read)
+
+    async def _may_write(
+        self, connection: AsyncConnection, caller: RunCaller, shard: int, workflow_id: str
+    ) -> bool:
+        from execution import workflow_traits  # noqa: PLC0415 - loaded with the first workflow that an agent calls
+
+        reader = await _read_caller(connection, caller, shard)
+        catalog = await self._catalogs.read(connection, caller.organization_id)
+        traits = await workflow_traits.read(connection, reader, [workflow_id], catalog)
+        return traits[workflow_id].effect is NodeEffect.WRITE
+
     async def start_about_failure(self, caller: RunCaller, workflow_id: str, inputs: Json) -> None:
         """Start the run of a failure workflow for a failed run, at most once.
 
@@ -214,8 +238,8 @@ class ChildRunStarter:
         tries again.
 
         A run that an earlier call accepted counts as accepted. Raises `NodeError` for depth, number of runs,
-        access, an invalid workflow and a reached concurrency limit (only this may be retried), and
-        `DatabaseUnavailable`.
+        access, an invalid workflow, one that writes for a caller that may only read, and a reached concurrency
+        limit (only this may be retried), and `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             if await _child_exists(connection, caller, child_id):
@@ -223,6 +247,8 @@ class ChildRunStarter:
             parent = await _read_parent(connection, caller)
             _require_depth(parent, self._max_depth)
             workflow = await self._load_workflow(connection, caller, parent.shard, workflow_id)
+            if caller.is_read_only and await self._may_write(connection, caller, parent.shard, workflow_id):
+                raise NodeError(f"The workflow {workflow_id} writes now", code="workflow-writes")
         kind = workflow.trigger_kind or "manual"
         trigger = trigger_output(kind, inputs, self._database.clock.now())
         limit = concurrency_limits.concurrency_limit(workflow.settings, workflow.id, trigger)

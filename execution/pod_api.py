@@ -284,6 +284,20 @@ class StartRunRequest(msgspec.Struct, frozen=True):
     """Execution in the idempotency keys of the node, if it repeats a request of an earlier run; else empty."""
     is_tainted: bool = False
     """Whether text of outsiders may be in `inputs`; the run is tainted too if the run that starts it is."""
+    is_read_only: bool = False
+    """Whether a workflow that writes is refused."""
+
+
+class WorkflowEffectRequest(msgspec.Struct, frozen=True):
+    """Ask whether a run of a workflow may write."""
+
+    workflow_id: Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class WorkflowEffectResponse(msgspec.Struct, frozen=True):
+    """Effect of a workflow as it is now."""
+
+    may_write: bool
 
 
 class StartRunResponse(msgspec.Struct, frozen=True):

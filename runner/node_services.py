@@ -37,6 +37,8 @@ from execution.pod_api import (
     StartRunResponse,
     ThrottleRequest,
     ThrottleResponse,
+    WorkflowEffectRequest,
+    WorkflowEffectResponse,
 )
 from execution.retry import until_available
 from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
@@ -181,6 +183,18 @@ class RemoteRunStarter:
         )
         path = f"/executions/{caller.execution_id}/runs"
         return (await until_available(lambda: self._gateway.call(path, call, StartRunResponse))).execution_id
+
+    async def may_write(self, caller: RunCaller, workflow_id: str) -> bool:
+        """Return whether a run of another workflow may write, as the gateway says; true if it refuses to answer.
+
+        Waits while the gateway is unavailable.
+        """
+        path, call = f"/executions/{caller.execution_id}/workflow-effect", WorkflowEffectRequest(workflow_id)
+        try:
+            answer = await until_available(lambda: self._gateway.call(path, call, WorkflowEffectResponse))
+        except CallRefused:
+            return True  # a gateway of an earlier version
+        return answer.may_write
 
 
 class RemoteApprovalLinks:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from engine.agents import agent_exposure
+from engine.agents import agent_exposure, tool_reach
+from engine.agents.agent_exposure import NO_TRAITS
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import (
     MAX_AGENT_DEPTH,
@@ -18,10 +19,12 @@ from engine.agents.agent_wiring import (
     list_agents,
     target_of,
 )
+from engine.agents.workflow_traits import name_workflow, traits_of
 from engine.findings import FindingType, GraphFinding
 from engine.node_api import TOOL_TYPE, NodeEffect, UnknownNodeType
 
 if TYPE_CHECKING:
+    from engine.agents.workflow_traits import TraitsById
     from engine.graph import GraphEdge, GraphNode, ParsedGraph
     from engine.node_api import NodeType
     from engine.node_lookup import NodeTypeLookup
@@ -31,9 +34,15 @@ EFFECTS_BY_DEFAULT: Final = ("read",)
 
 
 def find_problems(
-    graph: ParsedGraph, types: Mapping[str, NodeType], catalog: NodeTypeLookup
+    graph: ParsedGraph,
+    types: Mapping[str, NodeType],
+    catalog: NodeTypeLookup,
+    traits: TraitsById = NO_TRAITS,
 ) -> Iterator[GraphFinding]:
-    """Yield the problems of the agents of a graph, and of the nodes at their ports `ai` and `tools`."""
+    """Yield the problems of the agents of a graph, and of the nodes at their ports `ai` and `tools`.
+
+    `traits` has those of called workflows, as far as they are known.
+    """
     for agent in list_agents(graph.nodes):
         if agent.id not in types:
             continue
@@ -42,7 +51,7 @@ def find_problems(
             suggestion = "Connect fewer tools to them: one of several agents counts for each of them."
             yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, agent.id)
             continue
-        yield from _check_agent(agent, graph, types, catalog)
+        yield from _check_agent(agent, graph, types, catalog, traits)
 
 
 def _check_agent(
@@ -50,6 +59,7 @@ def _check_agent(
     graph: ParsedGraph,
     types: Mapping[str, NodeType],
     catalog: NodeTypeLookup,
+    traits: TraitsById,
     depth: int = 1,
 ) -> Iterator[GraphFinding]:
     """Yield the problems of an agent, its providers, and the agents that do its calls; `depth` counts those above."""
@@ -64,17 +74,17 @@ def _check_agent(
         yield GraphFinding(
             FindingType.INVALID_CONFIG, message, "Connect one, with fallbackModelIds.", agent.id, extra.id
         )
-    yield from _find_exfiltration_path(agent, graph, catalog)
+    yield from _find_exfiltration_path(agent, graph, catalog, traits)
     names: dict[str, str] = {}
     for edge in edges:
         provider = graph.by_id[edge.source]
         yield from _check_provider(provider, edge, graph)
         if edge.target_port == PORT_OF_TOOLS and provider.type == TOOL_TYPE and provider.id in types:
-            yield from _check_tool(provider, agent, graph, catalog)
+            yield from _check_tool(provider, agent, graph, catalog, traits)
             nested = target_of(provider)
             if nested is not None and nested.type == AGENT_TYPE:
                 if depth < MAX_AGENT_DEPTH:
-                    yield from _check_agent(nested, graph, types, catalog, depth + 1)
+                    yield from _check_agent(nested, graph, types, catalog, traits, depth + 1)
                 else:
                     message = f'Tool "{provider.label}": agents nest at most {MAX_AGENT_DEPTH} deep'
                     suggestion = "Connect its tools to the agent above it."
@@ -88,17 +98,19 @@ def _check_agent(
 
 
 def _find_exfiltration_path(
-    agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup
+    agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, traits: TraitsById
 ) -> Iterator[GraphFinding]:
     """Yield a warning if an agent reads texts of outsiders and private data, and can send without an approval."""
     untrusted, private = (
-        agent_exposure.list_untrusted(agent, graph),
-        agent_exposure.list_private(agent, graph),
+        agent_exposure.list_untrusted(agent, graph, traits),
+        agent_exposure.list_private(agent, graph, traits),
     )
     if not untrusted or not private:
         return
-    tools = _list_tools(agent, graph)
-    exit_ = next((tool for tool in tools if _sends_freely(tool, agent, graph, catalog)), None)
+    tools = tool_reach.list_tools(agent, graph)
+    exit_ = next(
+        (tool for tool in tools if tool_reach.sends_freely(tool, agent, graph, catalog, traits)), None
+    )
     if exit_ is None:
         return
     first, second = _choose_two(untrusted, private)
@@ -116,57 +128,6 @@ def _choose_two(untrusted: Sequence[GraphNode], private: Sequence[GraphNode]) ->
     """Return an untrusted and a private source; two different nodes if there are such."""
     pairs = [(one, other) for one in untrusted for other in private]
     return next((pair for pair in pairs if pair[0].id != pair[1].id), pairs[0])
-
-
-def _list_tools(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
-    """Return the nodes at the port `tools` of an agent."""
-    edges = [edge for edge in graph.inbound[agent.id] if edge.target_port == PORT_OF_TOOLS]
-    return [graph.by_id[edge.source] for edge in edges]
-
-
-def _sends_freely(
-    tool: GraphNode, agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, depth: int = 1
-) -> bool:
-    """Return whether an agent can send data by a tool, or an agent that does its calls, without an approval.
-
-    The rule `tainted` asks in any case here: the agent reads texts of outsiders.
-    """
-    target = target_of(tool)
-    if target is None:
-        return False
-    try:
-        node_type = catalog.get(target.type, target.version)
-        agent_type = catalog.get(agent.type, agent.version)
-    except UnknownNodeType:
-        return False
-    effect = _find_effect(target, node_type, graph, catalog)
-    config = catalog.with_defaults(agent_type, agent.config)
-    allowed = config.get("effects")
-    if effect is NodeEffect.WRITE and isinstance(allowed, list) and effect.value not in allowed:
-        return False
-    rule = tool.config.get("approval") or config.get("approval")
-    is_asked = rule == "always" or (rule in {"writes", "tainted"} and effect is NodeEffect.WRITE)
-    if target.type == AGENT_TYPE and not is_asked and depth < MAX_AGENT_DEPTH:
-        tools = _list_tools(target, graph)
-        return any(_sends_freely(each, target, graph, catalog, depth + 1) for each in tools)
-    return not is_asked and agent_exposure.can_send(target, node_type, effect)
-
-
-def _find_effect(
-    target: GraphNode, node_type: NodeType, graph: ParsedGraph, catalog: NodeTypeLookup, depth: int = 1
-) -> NodeEffect:
-    """Return the effect of the node that does the calls of a tool; an agent writes if one of its tools does."""
-    if target.type != AGENT_TYPE:
-        return node_type.effect.of(catalog.with_defaults(node_type, target.config))
-    nested = [found for tool in _list_tools(target, graph) if (found := target_of(tool)) is not None]
-    for each in nested if depth < MAX_AGENT_DEPTH else ():
-        try:
-            its_type = catalog.get(each.type, each.version)
-        except UnknownNodeType:
-            continue
-        if _find_effect(each, its_type, graph, catalog, depth + 1) is NodeEffect.WRITE:
-            return NodeEffect.WRITE
-    return NodeEffect.READ
 
 
 def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) -> Iterator[GraphFinding]:
@@ -191,7 +152,7 @@ def _check_provider(provider: GraphNode, edge: GraphEdge, graph: ParsedGraph) ->
 
 
 def _check_tool(
-    tool: GraphNode, agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup
+    tool: GraphNode, agent: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup, traits: TraitsById
 ) -> Iterator[GraphFinding]:
     """Yield the problems of a tool's target: its type and config, and an effect that its agent may not have."""
     target = target_of(tool)
@@ -212,12 +173,48 @@ def _check_tool(
         kind = FindingType.MISSING_CONFIG if problem.keyword == "required" else FindingType.INVALID_CONFIG
         message = f'Tool "{tool.label}" ({target.type}): {problem.path}: {problem.message}'
         yield GraphFinding(kind, message, "See the schema of the node type.", tool.id)
+    yield from _check_effect(tool, target, agent, graph, catalog, traits)
+
+
+def _check_effect(
+    tool: GraphNode,
+    target: GraphNode,
+    agent: GraphNode,
+    graph: ParsedGraph,
+    catalog: NodeTypeLookup,
+    traits: TraitsById,
+) -> Iterator[GraphFinding]:
+    """Yield the problem of a tool that writes while its agent may only read.
+
+    It is an error by the graph alone. A workflow that the tool calls may change, so that the tool is withheld then.
+    """
     allowed = agent.config.get("effects", list(EFFECTS_BY_DEFAULT))
-    effect = _find_effect(target, node_type, graph, catalog)
-    if effect is NodeEffect.WRITE and isinstance(allowed, list) and effect.value not in allowed:
+    if not isinstance(allowed, list) or NodeEffect.WRITE.value in allowed:
+        return
+    suggestion = 'Add "write" to effects in the config of the agent, or remove the tool.'
+    reading = NodeEffect.READ
+    if tool_reach.find_effect(target, graph, catalog, of_unknown=reading) is NodeEffect.WRITE:
         message = f'Tool "{tool.label}" writes, and the agent "{agent.label}" may only read'
-        suggestion = 'Add "write" to effects in the config of the agent, or remove the tool.'
         yield GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, tool.id)
+    elif tool_reach.find_effect(target, graph, catalog, traits, of_unknown=reading) is NodeEffect.WRITE:
+        message = (
+            f'Tool "{tool.label}" calls a workflow that writes, and the agent "{agent.label}" may only read: its model'
+            " does not get the tool"
+        )
+        yield GraphFinding(FindingType.TOOL_WITHHELD, message, suggestion, tool.id)
+
+
+def find_exposed_starts(graph: ParsedGraph, traits: TraitsById) -> Iterator[GraphFinding]:
+    """Yield a warning for each node that gives texts of outsiders to a workflow with an exposed agent."""
+    for node in graph.nodes:
+        label = traits_of(node, traits).exposed_agent if name_workflow(node) in traits else ""
+        if label and agent_exposure.has_tainted_input(node, graph):
+            message = (
+                f'Node "{node.label}" ({node.type}) gives texts of outsiders to the agent "{label}", which reads'
+                " private data and sends without an approval"
+            )
+            suggestion = 'Set approval to "tainted" in the config of that agent.'
+            yield GraphFinding(FindingType.AGENT_EXFILTRATION_PATH, message, suggestion, node.id)
 
 
 def _can_be_called(node_type: NodeType) -> bool:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from engine.agents.agent_steps import AGENT_TYPE
 from engine.agents.agent_wiring import MAX_AGENT_DEPTH, PORT_OF_TOOLS, target_of
+from engine.agents.tool_kinds import SUB_WORKFLOW_TYPE
+from engine.agents.workflow_traits import traits_of
 from engine.node_api import MCP_TOOL_TYPE, TOOL_TYPE, NodeEffect
 
 if TYPE_CHECKING:
+    from engine.agents.workflow_traits import TraitsById
     from engine.graph import GraphNode, ParsedGraph
-    from engine.node_api import NodeType
 
 UNTRUSTED_TYPES: Final = frozenset(
     {
@@ -35,23 +38,26 @@ UNTRUSTED_TYPES: Final = frozenset(
 documents, and other workflows."""
 PRIVATE_TYPES: Final = frozenset(
     {
-        *("postgresql-source", "mysql-source", "sqlite-source", "s3-source", "file-source", "sub-workflow"),
+        *("postgresql-source", "mysql-source", "sqlite-source", "s3-source", "file-source"),
         MCP_TOOL_TYPE,
     }
 )
 """Types whose output is data of the organization."""
 NAMESPACE_SEPARATOR: Final = "/"
 """Part of the names of custom types, whose nodes task workers do; no type of the catalog has it."""
-_SENDING_TYPES: Final = frozenset({"email-send", "sub-workflow"})
+_SENDING_TYPES: Final = frozenset({"email-send"})
 _HTTP_TYPE: Final = "http-request"
-_FREE_HOST: Final = re.compile(r"^[^/?#]*(?://[^/?#]*)?\{\{[^}]*\bargs\b")
+ARGUMENT_HOST: Final = re.compile(r"^[^/?#]*(?://[^/?#]*)?\{\{[^}]*\bargs\b")
 """Beginning of a URL whose host comes from the model."""
+EXPRESSION_HOST: Final = re.compile(r"^[^/?#]*(?://[^/?#]*)?\{\{")
+"""Beginning of a URL whose host comes from the data of a run."""
+NO_TRAITS: Final[TraitsById] = MappingProxyType({})
 
 
-def list_untrusted(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
+def list_untrusted(agent: GraphNode, graph: ParsedGraph, traits: TraitsById = NO_TRAITS) -> list[GraphNode]:
     """Return the nodes before an agent, and its tools, with outputs that may hold text of outsiders."""
     nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
-    return [node for node in nodes if gives_outside_text(node.type)]
+    return [node for node in nodes if reads_outside_text(node, traits)]
 
 
 def has_tainted_input(node: GraphNode, graph: ParsedGraph) -> bool:
@@ -67,24 +73,45 @@ def gives_outside_text(type_: str) -> bool:
     return type_ in UNTRUSTED_TYPES or NAMESPACE_SEPARATOR in type_
 
 
-def list_private(agent: GraphNode, graph: ParsedGraph) -> list[GraphNode]:
+def reads_outside_text(node: GraphNode, traits: TraitsById) -> bool:
+    """Return whether the output of a node may hold text of outsiders; of a workflow, by its nodes."""
+    if node.type == SUB_WORKFLOW_TYPE:
+        return traits_of(node, traits).gives_outside_text
+    return gives_outside_text(node.type)
+
+
+def list_private(agent: GraphNode, graph: ParsedGraph, traits: TraitsById = NO_TRAITS) -> list[GraphNode]:
     """Return the nodes before an agent, and its tools, with outputs of private data."""
     nodes = [*_list_ancestors(agent, graph), *_list_targets(agent, graph)]
-    return [
-        node
-        for node in nodes
-        if node.type in PRIVATE_TYPES or (node.type == _HTTP_TYPE and node.config.get("dataSource"))
-    ]
+    return [node for node in nodes if reads_private_data(node, traits)]
 
 
-def can_send(target: GraphNode, node_type: NodeType, effect: NodeEffect) -> bool:
-    """Return whether a tool can send data to somebody outside: by a mail, a write, or an address of the model."""
-    if target.type == _HTTP_TYPE:
-        url = target.config.get("url")
-        return effect is NodeEffect.WRITE or (isinstance(url, str) and _FREE_HOST.match(url) is not None)
-    if target.type == MCP_TOOL_TYPE:
+def reads_private_data(node: GraphNode, traits: TraitsById) -> bool:
+    """Return whether the output of a node may be data of the organization; of a workflow, by its nodes."""
+    if node.type == SUB_WORKFLOW_TYPE:
+        return traits_of(node, traits).gives_private_data
+    return node.type in PRIVATE_TYPES or (node.type == _HTTP_TYPE and bool(node.config.get("dataSource")))
+
+
+def can_send(
+    node: GraphNode,
+    effect: NodeEffect,
+    traits: TraitsById = NO_TRAITS,
+    *,
+    free_host: re.Pattern[str] = ARGUMENT_HOST,
+) -> bool:
+    """Return whether a node can send data to somebody outside: by a mail, a write, a task, or a free address.
+
+    `free_host` matches an address that its author has not fixed; by default one that a model fills in.
+    """
+    if node.type == SUB_WORKFLOW_TYPE:
+        return traits_of(node, traits).can_send
+    if node.type == _HTTP_TYPE:
+        url = node.config.get("url")
+        return effect is NodeEffect.WRITE or (isinstance(url, str) and free_host.match(url) is not None)
+    if node.type == MCP_TOOL_TYPE:
         return effect is NodeEffect.WRITE
-    return target.type in _SENDING_TYPES or node_type.task is not None
+    return node.type in _SENDING_TYPES or NAMESPACE_SEPARATOR in node.type
 
 
 def _list_targets(agent: GraphNode, graph: ParsedGraph, depth: int = 1) -> Iterator[GraphNode]:

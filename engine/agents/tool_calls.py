@@ -13,7 +13,7 @@ import msgspec
 
 from concurrency import offload
 from engine import answer_payloads, run_records, values
-from engine.agents import call_approvals, call_waits
+from engine.agents import call_approvals, call_waits, workflow_traits
 from engine.agents.agent_steps import StepStatus
 from engine.model_prices import show_cost
 from engine.node_api import (
@@ -222,11 +222,11 @@ class VisitTools(AgentTools):
         services = replace(call.services, approvals=RefusedApprovalLinks())
         self._call = msgspec.structs.replace(call, services=services)
 
-    @property
-    def callable_tools(self) -> Sequence[CallableTool]:
+    async def list_tools(self) -> Sequence[CallableTool]:
+        effects = {tool.name: await self._read_effect(tool) for tool in self._agent.tools.values()}
         return [
             CallableTool(
-                *(tool.name, tool.description, tool.parameters, tool.effect),
+                *(tool.name, tool.description, tool.parameters, effects[tool.name]),
                 # To begin such a call again finds the same run or task, whatever `onUnknown` says.
                 is_repeated=tool.is_repeated or tool.is_awaited or tool.program.agent is not None,
                 approval=tool.approval,
@@ -236,6 +236,17 @@ class VisitTools(AgentTools):
             )
             for tool in self._agent.tools.values()
         ]
+
+    async def _read_effect(self, tool: ToolProgram) -> NodeEffect:
+        """Return the effect of a tool: of a workflow as it is now, and of an agent that of its tools."""
+        if tool.program.agent is not None:
+            effects = [await self._read_effect(each) for each in tool.program.agent.tools.values()]
+            return NodeEffect.WRITE if NodeEffect.WRITE in effects else NodeEffect.READ
+        workflow_id = workflow_traits.name_workflow(tool.program.node)
+        if not workflow_id:
+            return tool.effect
+        may_write = await self._call.services.runs.may_write(self._call.caller, workflow_id)
+        return NodeEffect.WRITE if may_write else NodeEffect.READ
 
     @property
     def has_tainted_input(self) -> bool:
@@ -342,7 +353,12 @@ class VisitTools(AgentTools):
             conditions=tool.program.conditions,
             values=tool.program.values,
             unresolved=unresolved,
-            caller=msgspec.structs.replace(self._call.caller, is_tainted=is_tainted),
+            caller=msgspec.structs.replace(
+                self._call.caller,
+                is_tainted=is_tainted,
+                # A workflow may have begun to write since its call was let through as a reading one.
+                is_read_only=self._call.caller.is_read_only or step.effect == NodeEffect.READ,
+            ),
             idempotency_key=step.key,
             model_calls=calls,
         )

@@ -47,6 +47,8 @@ from execution.pod_api import (
     StartRunResponse,
     ThrottleRequest,
     ThrottleResponse,
+    WorkflowEffectRequest,
+    WorkflowEffectResponse,
 )
 from gateway.http import errors
 from gateway.http.downloads import BlobDownload
@@ -181,7 +183,7 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
     caller = await lease_checks.read_caller(database, holder, request.path_params["id"])
     node = (call.node_id, call.iteration)
     caller = await lease_checks.take_write_key(database, caller, node, call.write_key_id)
-    caller = msgspec.structs.replace(caller, is_tainted=call.is_tainted)
+    caller = msgspec.structs.replace(caller, is_tainted=call.is_tainted, is_read_only=call.is_read_only)
     async with _translate_errors():
         execution_id = await request.gateway.pod_services.runs.start(
             caller,
@@ -192,6 +194,17 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
             awaited=call.awaited,
         )
     return JsonResponse(StartRunResponse(execution_id))
+
+
+async def read_workflow_effect(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Answer whether a run of another workflow may write, for the user of the path's run.
+
+    Raises 409 `lease-lost`, and 503 if the database does not answer.
+    """
+    call = await decode_call(request, WorkflowEffectRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    may_write = await request.gateway.pod_services.runs.may_write(caller, call.workflow_id)
+    return JsonResponse(WorkflowEffectResponse(may_write))
 
 
 async def create_approval_links(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

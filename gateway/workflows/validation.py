@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine import config_places
+from engine.agents import workflow_traits
 from engine.findings import MAX_FINDINGS, FindingType, GraphFinding, ValidationResult
 from engine.node_api import UnknownNodeType
 from engine.validation import validate_graph
+from execution.workflow_traits import read as read_traits
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.agents.workflow_traits import TraitsById
+    from engine.graph import ParsedGraph
     from gateway.workflows.output_samples import PastOutput
     from gateway.workflows.stored_workflow import StoredWorkflow
     from nodes.catalog import NodeCatalog
@@ -60,8 +64,11 @@ async def check(request: GatewayRequest) -> JsonResponse:
         past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)
         catalog = await request.gateway.catalogs.read(connection, request.caller.organization_id)
         unserved = await _unserved_nodes(connection, stored, catalog, request.gateway.clock())
+        graph = graph_shapes.graph_of(stored)
+        called = workflow_traits.list_called(graph)
+        traits = await read_traits(connection, request.caller, called, catalog) if called else {}
     # A thread, so that a large graph does not block other requests.
-    validation = await asyncio.to_thread(_check_graph, stored, past, catalog)
+    validation = await asyncio.to_thread(_check_graph, stored, graph, past, catalog, traits)
     warnings = (*validation.warnings, *unserved)[:MAX_FINDINGS]
     return editing.answer(stored, _show_validation(stored, replace(validation, warnings=warnings)))
 
@@ -110,13 +117,15 @@ async def compute_scopes(request: GatewayRequest) -> JsonResponse:
 
 
 def _check_graph(
-    stored: StoredWorkflow, past: Sequence[PastOutput], catalog: NodeCatalog
+    stored: StoredWorkflow,
+    graph: ParsedGraph,
+    past: Sequence[PastOutput],
+    catalog: NodeCatalog,
+    traits: TraitsById,
 ) -> ValidationResult:
-    graph = graph_shapes.graph_of(stored)
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
-    return validate_graph(
-        graph, catalog, is_draft=is_draft, samples=output_samples.output_samples(past, graph, catalog)
-    )
+    samples = output_samples.output_samples(past, graph, catalog)
+    return validate_graph(graph, catalog, is_draft=is_draft, samples=samples, traits=traits)
 
 
 def _show_validation(stored: StoredWorkflow, validation: ValidationResult) -> ValidationShape:

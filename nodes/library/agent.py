@@ -20,7 +20,7 @@ from nodes.ai import agent_loop, structured_answers
 
 if TYPE_CHECKING:
     from engine.agents.agent import Finish
-    from engine.node_api import NodeCall, StepPause, StepWait
+    from engine.node_api import CallableTool, NodeCall, StepPause, StepWait
     from engine.values import Json
 
 NANOS_PER_DOLLAR = 1_000_000_000
@@ -32,7 +32,7 @@ ANSWER_RULE = "When you are done, answer with a JSON value alone that fits this 
 async def run(call: NodeCall) -> Json | StepPause | StepWait:
     config = call.config
     model = call.tools.render_model_config()
-    task = _build_task(call, config, model)
+    task = _build_task(call, config, model, await call.tools.list_tools())
     ended = await agent_loop.run_agent(call, task, _list_models(config, model))
     if not isinstance(ended, agent.Finish):
         return ended
@@ -49,11 +49,16 @@ def _list_models(config: Mapping[str, Json], model: Mapping[str, Json]) -> list[
     return [str(named["model"]), *map(str, fallbacks)]
 
 
-def _build_task(call: NodeCall, config: Mapping[str, Json], model: Mapping[str, Json]) -> AgentTask:
+def _build_task(
+    call: NodeCall,
+    config: Mapping[str, Json],
+    model: Mapping[str, Json],
+    connected: Sequence[CallableTool],
+) -> AgentTask:
     schema = config.get("outputSchema")
     if schema is not None and not isinstance(schema, dict):
         raise NodeError("`outputSchema` has to be a JSON Schema", code="invalid-config")
-    tools = _select_tools(call, config)
+    tools = _select_tools(call, config, connected)
     rules = [str(text) for text in (model.get("system"), config.get("system")) if text]
     if schema is not None and tools:
         rules.append(f"{ANSWER_RULE}\n{msgspec.json.encode(schema).decode()}")
@@ -85,10 +90,15 @@ def _read_answer(text: str, schema: Mapping[str, Any]) -> tuple[Json, Sequence[s
     return found.value, found.problems
 
 
-def _select_tools(call: NodeCall, config: Mapping[str, Json]) -> dict[str, AgentTool]:
+def _select_tools(
+    call: NodeCall, config: Mapping[str, Json], connected: Sequence[CallableTool]
+) -> dict[str, AgentTool]:
     """Return the enabled tools with allowed effects."""
     allowed = {NodeEffect.PURE.value, *map(str, config_fields.read_sequence(config, "effects"))}
     enabled = config.get("enabledTools")
+    for tool in connected if not call.steps.recorded else ():
+        if tool.effect.value not in allowed:
+            call.log("warning", f"The agent may only read, and does not get the tool {tool.name}: it writes")
     return {
         tool.name: AgentTool(
             ToolDescription(tool.name, tool.description, tool.parameters),
@@ -100,7 +110,7 @@ def _select_tools(call: NodeCall, config: Mapping[str, Json]) -> dict[str, Agent
             tool.is_untrusted,
             tool.is_agent,
         )
-        for tool in call.tools.callable_tools
+        for tool in connected
         if tool.effect.value in allowed and (not isinstance(enabled, list) or tool.name in enabled)
     }
 

@@ -178,6 +178,48 @@ async def test_text_of_outsiders_follows_the_runs_that_it_starts(run_database: R
     assert (resumed["resumed_from"], bool(resumed["is_tainted"])) == (child_id, True)
 
 
+async def store_graph(run_database: RunDatabase, workflow: OwnedWorkflow, *nodes: dict[str, Any]) -> None:
+    """Give a workflow a trigger and these nodes, one behind another."""
+    whole = [NODES[0], *nodes]
+    edges = [
+        {"id": f"e{index}", "source": whole[index]["id"], "target": whole[index + 1]["id"]}
+        for index in range(len(nodes))
+    ]
+
+    async def work(connection: AsyncConnection) -> None:
+        of_workflow = col(WorkflowGraph.workflow_id) == workflow.workflow_id
+        await connection.execute(
+            update(WorkflowGraph).where(of_workflow).values(nodes=whole, connections=edges)
+        )
+
+    await run_database.database.transaction(work)
+
+
+async def test_a_workflow_writes_if_one_that_it_calls_does(run_database: RunDatabase) -> None:
+    outer = await create_runnable(run_database, is_public=True)
+    inner = await create_runnable(run_database, outer, is_public=True)
+    await store_graph(
+        run_database,
+        outer,
+        {"id": "sub", "type": "sub-workflow", "config": {"workflowId": inner.workflow_id}},
+    )
+    starter = make_starter(run_database)
+    caller = structs.replace(caller_of(await run_database.claimed(outer), outer), is_read_only=True)
+    assert not await starter.may_write(caller, outer.workflow_id)
+    assert await starter.may_write(caller, "wf_missing")
+    assert await start(starter, caller, outer)
+
+    post = {"url": "https://a.example", "method": "POST"}
+    await store_graph(run_database, inner, {"id": "send", "type": "http-request", "config": post})
+    assert await starter.may_write(caller, outer.workflow_id)
+    assert (await start_refused(starter, caller, outer)).code == "workflow-writes"
+    assert await start(starter, structs.replace(caller, is_read_only=False), outer, node_id="writer")
+
+    back = {"id": "sub", "type": "sub-workflow", "config": {"workflowId": outer.workflow_id}}
+    await store_graph(run_database, inner, back)
+    assert await starter.may_write(caller, outer.workflow_id), "a circle is taken for the worst"
+
+
 async def test_an_unawaited_sub_workflow_starts_once_for_a_line_of_resumed_runs(
     run_database: RunDatabase,
 ) -> None:

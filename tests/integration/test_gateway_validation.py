@@ -129,6 +129,31 @@ async def test_a_node_without_implementation_keeps_a_workflow_from_becoming_acti
     assert (found["valid"], [error["type"] for error in found["errors"]]) == (False, ["not-runnable"])
 
 
+async def test_a_workflow_as_a_tool_is_checked_by_its_nodes(people: OrganizationUsers) -> None:
+    start = {"id": "start", "nodeId": "manual"}
+    send = {"id": "send", "nodeId": "http-request", "config": {"url": "https://a.example"}}
+    called = await people.owner.create(
+        nodes=[start, send], connections=[{"source": "start", "target": "send"}]
+    )
+    tool = {"name": "report", "description": "Reports.", "target": {"workflowId": called}}
+    agent = {"id": "agent", "nodeId": "agent", "config": {"prompt": "Report.", "model": "echo"}}
+    caller = await people.owner.create(
+        nodes=[start, agent, {"id": "report", "nodeId": "tool", "config": tool}],
+        connections=[
+            {"source": "start", "target": "agent"},
+            {"source": "report", "target": "agent", "targetPort": "tools"},
+        ],
+    )
+    assert (await validate_workflow(people.owner, caller))["warnings"] == []
+    path = f"/api/v1/workflows/{called}/nodes/send"
+    changed = await people.owner.api.put(path, json={"config": {"method": "POST"}})
+    assert changed.status_code == 200, changed.text
+    shown = await validate_workflow(people.owner, caller)
+    assert (shown["valid"], [(one["type"], one["nodeId"]) for one in shown["warnings"]]) == (
+        *(True, [("tool-withheld", "report")]),
+    )
+
+
 async def test_readers_of_a_workflow_may_validate_it(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:

@@ -1031,6 +1031,7 @@ class HeldRun:
             "/executions/{id}/models/release": {"key": "k"},
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
+            "/executions/{id}/workflow-effect": {"workflow_id": self.run.workflow_id},
             "/executions/{id}/approval-links": {"places": [["greet", ""]]},
             "/executions/{id}/callback-url": {"node_id": "greet", "iteration": ""},
             "/executions/{id}/signatures": {"message_id": "msg_1", "body": "e30="},

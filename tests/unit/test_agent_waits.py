@@ -11,8 +11,10 @@ import msgspec
 import pytest
 
 from engine.agents.agent_steps import StepStatus
+from engine.agents.workflow_traits import UNKNOWN
 from engine.findings import FindingType
 from engine.graph import ParsedGraph
+from engine.node_api import NodeEffect
 from engine.program import WorkflowProgram
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
@@ -73,6 +75,9 @@ class ChildRuns:
     started: dict[tuple[str, str], Json] = field(default_factory=dict)
     tainted: list[bool] = field(default_factory=list)
     """Whether text of outsiders may be in the inputs, for each start."""
+    read_only: list[bool] = field(default_factory=list)
+    """Whether the workflow may not write, for each start."""
+    writes: bool = True
     is_missing: bool = False
 
     async def start(
@@ -89,8 +94,12 @@ class ChildRuns:
             raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
         assert (workflow_id, node_id, awaited) == ("wf_child", "child", True)
         self.tainted.append(caller.is_tainted)
+        self.read_only.append(caller.is_read_only)
         self.started.setdefault((node_id, iteration), trigger_inputs)
         return f"exec_{iteration}"
+
+    async def may_write(self, caller: RunCaller, workflow_id: str) -> bool:  # noqa: ARG002 - the protocol's parameters
+        return self.writes
 
 
 @dataclass
@@ -268,6 +277,44 @@ def test_validation_knows_the_effects_and_resources_of_workflows_and_tasks() -> 
     (agent,) = [node for node in graph.nodes if node.type == "agent"]
     reader = replace(agent, config={**agent.config, "effects": ["read"]})
     nodes = [reader if node is agent else node for node in graph.nodes]
-    found = validate_graph(replace(graph, nodes=nodes), catalog)
-    assert [(one.type, one.node_id) for one in found.errors] == [(FindingType.INVALID_CONFIG, "child")]
-    assert "may only read" in found.errors[0].message
+    reading = replace(graph, nodes=nodes)
+    assert validate_graph(reading, catalog).is_valid, "the workflow is unknown here"
+    for effect, types in ((NodeEffect.WRITE, [FindingType.TOOL_WITHHELD]), (NodeEffect.READ, [])):
+        traits = {"wf_child": replace(UNKNOWN, effect=effect)}
+        found = validate_graph(reading, catalog, traits=traits)
+        assert [one.type for one in found.warnings if one.node_id == "child"] == types
+
+
+async def test_a_workflow_that_only_reads_is_called_without_an_approval() -> None:
+    world = build_world()
+    world.program = compile_world(approval="writes")
+    ended = await world.work()
+    assert ended is not None
+    assert ended.status is RunStatus.WAITING
+    assert not world.runs.started, "a person is asked about a workflow that writes"
+
+    world = build_world()
+    world.program, world.runs.writes = compile_world(approval="writes", effects=["read"]), False
+    await work_to_the_end(world)
+    assert world.runs.read_only == [True, True]
+    assert {step.effect for step in world.steps if step.kind == "tool"} == {"read"}
+
+
+async def test_a_workflow_that_begins_to_write_is_no_tool_of_a_reader_any_more() -> None:
+    world = build_world()
+    world.program = compile_world(effects=["read"])
+    await work_to_the_end(world)
+    assert not world.runs.started
+    assert [tool.name for tool in world.model.requests[0].tools] == ["look"]
+    assert "There is no tool 'child'" in list_results(world)["child Oslo"]
+
+
+def compile_world(**agent: Json) -> WorkflowProgram:
+    """Compile the agent with another config."""
+    catalog = build_catalog()
+    graph = build_graph()
+    nodes = [
+        replace(node, config={**node.config, **agent}) if node.type == "agent" else node
+        for node in graph.nodes
+    ]
+    return WorkflowProgram.compile(replace(graph, nodes=nodes), catalog, catalog.implementation)

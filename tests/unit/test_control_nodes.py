@@ -52,6 +52,9 @@ class RecordedSubRuns:
         self.asked.append((workflow_id, trigger_inputs, node_id, iteration, awaited))
         return "exec_2"
 
+    async def may_write(self, caller: RunCaller, workflow_id: str) -> bool:
+        raise AssertionError((caller, workflow_id))
+
 
 def compile_node(
     kind: str, config: Mapping[str, Json], *, body: bool = True, trigger: str = "manual"

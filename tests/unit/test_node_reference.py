@@ -175,6 +175,9 @@ class ExampleSubRuns:
     ) -> str:
         return "exec_2"
 
+    async def may_write(self, caller: RunCaller, workflow_id: str) -> bool:
+        raise AssertionError((caller, workflow_id))
+
 
 class ExampleToolServer:
     """Tool server with notes about cities."""
