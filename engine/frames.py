@@ -195,6 +195,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Steps of an agent, of all attempts."""
     nested_steps: dict[tuple[str, str], list[AgentStep]] = {}
     """Steps of the agents that do its tool calls, by node id and iteration."""
+    candidate_steps: Mapping[tuple[str, str], Mapping[int, AgentStep]] = {}
+    """Steps of the replayed run that may be taken over, of the agent and of those inside, by their numbers."""
     has_fresh_answers: bool = False
     """Whether the answers to an agent were read after the time of its wait."""
     call_waits: dict[tuple[str, str], StepWait] = {}

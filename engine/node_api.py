@@ -358,6 +358,11 @@ class AgentSteps:
         return ()
 
     @property
+    def candidates(self) -> Mapping[int, AgentStep]:
+        """Steps of the replayed run that this one has not taken over, by number; empty unless it is a replay."""
+        return {}
+
+    @property
     def is_interrupted(self) -> bool:
         """Whether the node should stop before its next step."""
         return False

@@ -103,8 +103,13 @@ class NodeInputs:
 
         place = visit.node_id, visit.frame.iteration
         by_place: dict[tuple[str, str], list[AgentStep]] = {}
+        candidates: dict[tuple[str, str], dict[int, AgentStep]] = {}
         for step in self._steps:
-            by_place.setdefault((step.node_id, step.iteration), []).append(step)
+            if step.is_candidate:
+                candidates.setdefault((step.node_id, step.iteration), {})[step.number] = step
+            else:
+                by_place.setdefault((step.node_id, step.iteration), []).append(step)
+        visit.candidate_steps = candidates
         visit.steps, visit.nested_steps = by_place.pop(place, []), by_place
         visit.model_calls = call_waits.collect_calls(agent, visit.steps, visit.nested_steps)
 

@@ -16,6 +16,7 @@ from engine.node_api import NodeEffect
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from engine.agents.agent_steps import StepReuse
     from engine.graph import ParsedGraph
     from engine.program import WorkflowProgram
     from engine.run_clock import RunClock
@@ -96,6 +97,10 @@ class NodeReplay:
     confirmed: bool = False
     seconds: float = 0.0
     """Duration of its recorded run."""
+    answers: int = 0
+    """Recorded answers of an agent that are used again, as long as the requests to its model are the same."""
+    answer_reuse: StepReuse | None = None
+    """Use of these answers; None without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +111,21 @@ class ReplayOptions:
     """Nodes that run again in any case; a node in a loop runs again with its loop."""
     refreshes_reads: bool = False
     """Whether nodes of the effect `read` run again."""
+    refreshes_models: bool = False
+    """Whether agents ask their models where a request isn't the recorded one."""
     confirmed: frozenset[str] = frozenset()
     """Writes that may be repeated."""
     failed_only: bool = False
     """Whether loops keep completed iterations although their bodies have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedAnswers:
+    """Number of recorded answers of an agent, in all iterations."""
+
+    total: int
+    unfinished: int
+    """Answers of it where it has no result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +156,8 @@ class ReplayFacts:
     """Nodes whose recorded output is no longer kept."""
     rewired_agents: frozenset[str] = frozenset()
     """Agents whose models or tools are not those of the recorded run."""
+    answers: Mapping[str, RecordedAnswers] = field(default_factory=dict)
+    """Recorded answers of agents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +191,7 @@ class ReplayPlan:
                 (ReplayDecision.ASK if node.confirmed else node.decision).value,
                 [[reason.code.value, *reason.paths] for reason in node.reasons],
                 node.failed_only,
+                *([] if node.answer_reuse is None else [node.answers, node.answer_reuse.value]),
             ]
             for node in self.nodes
         ]

@@ -18,6 +18,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, cast
 
 from engine import approval_links, values
+from engine.agents.agent_steps import StepReuse
 from engine.expressions import ExpressionError
 from engine.frames import SectionFrame
 from engine.node_api import NodeEffect
@@ -128,7 +129,8 @@ class _NodePlanner:
             self._decide_body(loop_id, loop)
         ordered = [node.id for node in self._graph.nodes if node.id in self._decisions]
         removed = [node_id for node_id in self._recorded if node_id not in self._graph.by_id]
-        nodes = tuple(self._apply_confirmation(self._decisions[node_id]) for node_id in ordered)
+        decided = [self._apply_confirmation(self._decisions[node_id]) for node_id in ordered]
+        nodes = tuple(self._reuse_answers(node) for node in decided)
         return ReplayPlan(nodes, tuple(removed))
 
     # ── nodes with known inputs ───────────────────────────────────────────────────────────────────
@@ -539,6 +541,53 @@ class _NodePlanner:
         if node.decision is not ReplayDecision.ASK or node.node_id not in self._options.confirmed:
             return node
         return replace(node, decision=ReplayDecision.RERUN, confirmed=True)
+
+    def _reuse_answers(self, node: NodeReplay) -> NodeReplay:
+        """Return the decision about a node; of an agent that runs, with the use of its recorded answers.
+
+        They are binding where the plan shows no difference. A chosen or refreshed agent begins a new conversation.
+        """
+        recorded = self._facts.answers.get(node.node_id)
+        if recorded is None or node.decision not in {ReplayDecision.RERUN, ReplayDecision.MAYBE}:
+            return node
+        codes = {reason.code for reason in node.reasons}
+        is_refreshed = self._options.refreshes_reads and node.effect is NodeEffect.READ
+        if is_refreshed or codes & {ReplayReasonCode.FORCED, ReplayReasonCode.REFRESHED}:
+            return node
+        around = find_loops_around(self._program, frozenset({node.node_id}))
+        keeps_iterations = any(self._decisions[loop].failed_only for loop in around)
+        answers = recorded.unfinished if keeps_iterations else recorded.total
+        if not answers:
+            return node
+        if node.confirmed:
+            reuse = StepReuse.CANDIDATE
+        elif self._options.refreshes_models or self._may_ask_otherwise(node, around):
+            reuse = StepReuse.GUARDED
+        else:
+            reuse = StepReuse.BINDING
+        return replace(node, answers=answers, answer_reuse=reuse)
+
+    def _may_ask_otherwise(self, node: NodeReplay, around: frozenset[str]) -> bool:
+        """Return whether an agent in the loops `around` may make other requests, as far as the plan knows."""
+        node_id, facts = node.node_id, self._facts
+        failures = {ReplayReasonCode.FAILED, ReplayReasonCode.NO_RESULT}
+        if any(reason.code not in failures for reason in node.reasons):
+            return True
+        before = {edge.source for edge in self._graph.inbound[node_id]} | self._references(node_id)
+        undecided = (self._decisions.get(other) for other in before - self._known)
+        if any(other is not None and other.decision is not ReplayDecision.REUSE for other in undecided):
+            return True
+        if around:
+            loops = (self._program.nodes[loop] for loop in around)
+            changed = (
+                changed_body_nodes(loop, facts.original, self._graph, facts.rewired_agents) for loop in loops
+            )
+            return any(node_id in nodes for nodes in changed)
+        span = self._recorded.get(node_id)
+        key = None if span is None else decode_key(span.hashes)
+        if span is None or key is None:
+            return True
+        return bool(static_changes(facts, node_id, key) or self._dynamic_changes(node_id, span, key))
 
     def _failure(self, span: NodeSpan) -> ReplayReason:
         """Return the reason of an unfinished node: it failed, or has no result."""

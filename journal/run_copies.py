@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
@@ -24,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import SQLColumnExpression
 from sqlmodel import SQLModel, col
 
+from engine.agents.agent_steps import StepKind, StepReuse, StepStatus
 from engine.node_api import ERROR
 from engine.replay_plan import ResultUse
 from engine.run_records import CANDIDATE_STATUSES, NEEDS_CONFIRM_CODE, SpanStatus
@@ -76,6 +77,17 @@ _RESUMED: Final[Mapping[str, SQLColumnExpression[Any]]] = {
     "ended_at": case((_WAS_REFUSED, null()), else_=col(SpanRow.ended_at)),
 }
 """Changed columns of the spans of a resumed run."""
+HAS_SETTLED_AGENT: Final = (
+    select(col(SpanRow.node_id))
+    .where(
+        col(SpanRow.execution_id) == col(AgentStepRow.execution_id),
+        col(SpanRow.node_id) == col(AgentStepRow.node_id),
+        col(SpanRow.iteration) == col(AgentStepRow.iteration),
+        _SETTLED,
+    )
+    .exists()
+)
+"""Condition: the agent of a step has a result."""
 _NOT_YET: Final = (
     *("due_at", "lease_owner", "lease_until", "deadline_at"),
     *("request", "error", "started_at", "ended_at", "completion_due_at", "completion_outcome"),
@@ -101,6 +113,8 @@ class ReplayCopy:
     """Completion actions."""
     spans: Mapping[ResultUse, Sequence[tuple[str, str]]]
     """Spans to begin with, as node ids and iterations, by their use."""
+    steps: Mapping[str, StepReuse] = field(default_factory=dict)
+    """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
 
 
 async def insert_copy(
@@ -111,10 +125,12 @@ async def insert_copy(
     *,
     trigger_type: str,
     also: Mapping[str, SQLColumnExpression[Any]] | None = None,
+    keeps_conversations: bool = True,
 ) -> None:
     """Insert the execution `new_id`, which resumes a failed one with its committed results, labels and attempts.
 
-    It is pending, or unparsed if its mail is. `also` has values of columns that differ from the copy.
+    It is pending, or unparsed if its mail is. `also` has values of columns that differ from the copy. Agents without a
+    result continue their conversations, or begin new ones unless `keeps_conversations`.
     """
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), _KEPT
@@ -145,7 +161,9 @@ async def insert_copy(
         ]
         await connection.execute(_new_span(failed, new_id, _RESUMED), copies)
         await _copy_attempts(connection, failed, new_id)
-    await _copy_steps(connection, failed, new_id)
+    if keeps_conversations:
+        # Steps of agents that have no result, so that they continue.
+        await _copy_steps(connection, failed, new_id, ~HAS_SETTLED_AGENT, {})
 
 
 async def insert_replay(
@@ -189,6 +207,13 @@ async def insert_replay(
         ]
         if copies:
             await connection.execute(_new_span(source, new_id, _span_changes(use, source, key_id)), copies)
+    for reuse in sorted(set(replay.steps.values())):
+        agents = [node_id for node_id, use in replay.steps.items() if use is reuse]
+        is_answered = or_(
+            col(AgentStepRow.kind) == StepKind.TOOL, col(AgentStepRow.status) == StepStatus.COMPLETED
+        )
+        wanted = and_(col(AgentStepRow.node_id).in_(agents), is_answered)
+        await _copy_steps(connection, source, new_id, wanted, {"reuse": literal(reuse.value)})
 
 
 def _span_changes(use: ResultUse, source: ExecutionKey, key_id: str) -> dict[str, SQLColumnExpression[Any]]:
@@ -250,27 +275,23 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     await connection.execute(_copy_rows("attempt_span", changes, condition), copies)
 
 
-async def _copy_steps(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
-    """Copy the steps of agents that have no result, so that they continue; their cost stays with the run that
+async def _copy_steps(
+    connection: AsyncConnection,
+    source: ExecutionKey,
+    new_id: str,
+    wanted: ColumnElement[bool],
+    also: Mapping[str, SQLColumnExpression[Any]],
+) -> None:
+    """Copy steps of agents that satisfy `wanted`, with the changed columns `also`; their cost stays with the run that
     had it.
     """
-    is_settled = (
-        select(col(SpanRow.node_id))
-        .where(
-            col(SpanRow.execution_id) == col(AgentStepRow.execution_id),
-            col(SpanRow.node_id) == col(AgentStepRow.node_id),
-            col(SpanRow.iteration) == col(AgentStepRow.iteration),
-            _SETTLED,
-        )
-        .exists()
-    )
     of_run = and_(
-        col(AgentStepRow.execution_id) == failed.execution_id, col(AgentStepRow.shard) == failed.shard
+        col(AgentStepRow.execution_id) == source.execution_id, col(AgentStepRow.shard) == source.shard
     )
     place = (col(AgentStepRow.node_id), col(AgentStepRow.iteration), col(AgentStepRow.number))
     copies = [
         {"new_id": ids.new_id("step"), "of_node": row[0], "of_iteration": row[1], "of_number": row[2]}
-        for row in await connection.execute(select(*place).where(of_run, ~is_settled))
+        for row in await connection.execute(select(*place).where(of_run, wanted))
     ]
     if not copies:
         return
@@ -285,6 +306,7 @@ async def _copy_steps(connection: AsyncConnection, failed: ExecutionKey, new_id:
         "id": bindparam("new_id", type_=Text()),
         "model_calls": null(),
         "cost": null(),
+        **also,
     }
     await connection.execute(_copy_rows("execution_step", changes, condition), copies)
 

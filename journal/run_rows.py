@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepReuse, StepStatus
 from engine.model_calls import ModelCallRecord, sum_cost
 from engine.run_errors import FailureCause
 from engine.run_records import NodeSpan, RunError, SpanStatus
@@ -85,7 +85,7 @@ ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.start
 STEP_COLUMNS = (
     *("execution_id", "node_id", "iteration", "number", "shard", "id", "sequence", "kind", "name", "status"),
     *("attempt", "losses", "effect", "call_id", "key", "request_hash", "arguments", "result", "model_calls"),
-    *("cost", "started_at", "ended_at"),
+    *("cost", "reuse", "started_at", "ended_at"),
 )
 STEP_KEY = ("execution_id", "node_id", "iteration", "number")
 STEP_CHANGES = ", ".join(
@@ -219,6 +219,7 @@ def step_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
             _to_text(step.result),
             msgspec.json.encode(step.model_calls).decode() if step.model_calls else None,
             sum_cost(step.model_calls) if step.model_calls else None,
+            None if step.reuse is None else step.reuse.value,
             to_microseconds(step.started_at),
             _to_microseconds(step.ended_at),
         )
@@ -229,7 +230,7 @@ def step_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 def decode_step(row: Sequence[Any]) -> AgentStep:
     """Return the step in a row with the columns `STEP_COLUMNS`; times are microseconds since 1970 there."""
     (_, node_id, iteration, number, _, _, sequence, kind, name, status, attempt, losses, *rest) = row
-    effect, call_id, key, request_hash, arguments, result, model_calls, _, started_at, ended_at = rest
+    effect, call_id, key, request_hash, arguments, result, model_calls, _, reuse, started_at, ended_at = rest
     return AgentStep(
         *(node_id, iteration, number, sequence, StepKind(kind), name, StepStatus(status)),
         started_at=from_microseconds(started_at),
@@ -243,6 +244,7 @@ def decode_step(row: Sequence[Any]) -> AgentStep:
         arguments=_to_bytes(arguments),
         result=_to_bytes(result),
         model_calls=decoding.decode(model_calls, tuple[ModelCallRecord, ...]) if model_calls else (),
+        reuse=None if reuse is None else StepReuse(reuse),
     )
 
 

@@ -37,5 +37,7 @@ class AgentStepRow(SQLModel, table=True):
     """JSON list of the calls of language models in the step."""
     cost: int | None = Field(default=None, sa_column=Column(BigInteger))
     """Known cost of the step in nano-dollars; None without calls, and if the cost of one is unknown."""
+    reuse: str | None = None
+    """Use of a step of a replayed run, as `engine.agents.agent_steps.StepReuse`; None for a step of this run."""
     started_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))

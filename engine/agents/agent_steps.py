@@ -34,6 +34,19 @@ class StepStatus(StrEnum):
     """For a model: no answer yet, it is asked again. For a tool: the model gets the error."""
 
 
+class StepReuse(StrEnum):
+    """Use that a replay makes of a step of the run that it replays."""
+
+    CANDIDATE = "candidate"
+    """Not yet part of this run: it is taken over if the request to the model is the same, and else left out."""
+    GUARDED = "guarded"
+    """As a candidate, but the agent fails if a tool behind it may have had an effect."""
+    BINDING = "binding"
+    """As a candidate, but the agent fails at another request."""
+    REUSED = "reused"
+    """Taken over by this run."""
+
+
 class AgentStep(msgspec.Struct, frozen=True):
     """Record of one step of an agent; a later row of the same number replaces an earlier one."""
 
@@ -66,3 +79,10 @@ class AgentStep(msgspec.Struct, frozen=True):
     """JSON: a model's answer as `engine.agents.agent.StoredAnswer`, or the text that the model gets from a tool."""
     model_calls: Sequence[ModelCallRecord] = ()
     """Calls of language models in this step, with their costs."""
+    reuse: StepReuse | None = None
+    """Use of a step of a replayed run; None for a step of this run."""
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether the step belongs to the replayed run, and is not yet part of this one."""
+        return self.reuse is not None and self.reuse is not StepReuse.REUSED

@@ -69,6 +69,7 @@ class VisitSteps(AgentSteps):
         self._agent = cast("AgentProgram", visit.program.agent)
         self._label = visit.program.node.label
         self._steps = visit.steps
+        self._candidates = dict(visit.candidate_steps.get((visit.node_id, visit.frame.iteration), {}))
         self._nested: dict[int, VisitSteps] = {}
 
     def nest(self, tool: ToolProgram, step: AgentStep) -> VisitSteps:
@@ -79,6 +80,7 @@ class VisitSteps(AgentSteps):
             nested._label = tool.program.node.label
             place = call_waits.find_place(tool, step)
             nested._steps = self._visit.nested_steps.setdefault(place, [])
+            nested._candidates = dict(self._visit.candidate_steps.get(place, {}))
             self._nested[step.number] = nested
         return self._nested[step.number]
 
@@ -91,6 +93,10 @@ class VisitSteps(AgentSteps):
         return tuple(self._steps)
 
     @property
+    def candidates(self) -> Mapping[int, AgentStep]:
+        return self._candidates
+
+    @property
     def is_interrupted(self) -> bool:
         return self._is_interrupted() or self._visit.frame.is_broken_off
 
@@ -100,6 +106,7 @@ class VisitSteps(AgentSteps):
     def record(self, step: AgentStep) -> None:
         """Add a step, or its new state, to the next commit; the costs of ended steps are those of the node."""
         step = self._recorder.record_step(step)
+        self._candidates.pop(step.number, None)
         if step.number == len(self._steps):
             self._steps.append(step)
         else:

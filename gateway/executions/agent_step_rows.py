@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import func, literal_column, select
+from sqlalchemy import func, literal_column, or_, select
 from sqlmodel import col
 
+from engine.agents.agent_steps import StepReuse
 from journal.run_rows import STEP_COLUMNS, decode_step
 from models.agent_step import AgentStepRow
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from engine.agents.agent_steps import AgentStep
     from gateway.http.parameters import PageBounds
     from journal.store import ExecutionKey
+
+
+IS_OF_RUN: Final = or_(col(AgentStepRow.reuse).is_(None), col(AgentStepRow.reuse) == StepReuse.REUSED)
+"""Condition: a step belongs to its run, and not only to the run that this one replays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ def select_steps() -> Select[*tuple[Any, ...]]:
 def _build_conditions(key: ExecutionKey, wanted: StepFilter) -> Iterable[ColumnElement[bool]]:
     yield col(AgentStepRow.execution_id) == key.execution_id
     yield col(AgentStepRow.shard) == key.shard
+    yield IS_OF_RUN
     if wanted.node_id is not None:
         yield col(AgentStepRow.node_id) == wanted.node_id
     if wanted.iteration is not None:

@@ -35,7 +35,7 @@ class ReplayOptions(StrictWire, kw_only=True):
     """Choices of a replay of several executions, which hold for each of them."""
 
     definition: Literal["original", "current"] = ORIGINAL
-    refresh: Annotated[list[Literal["read"]], Meta(max_length=1)] = field(default_factory=list)
+    refresh: Annotated[list[Literal["read", "model"]], Meta(max_length=2)] = field(default_factory=list)
     confirm: NodeIds = field(default_factory=list)
     """Writes that may be repeated, with new idempotency keys."""
     failed_only: bool = False
@@ -48,7 +48,8 @@ class ReplayOptions(StrictWire, kw_only=True):
         """Return the choices of the body as the planner takes them, equal for each execution."""
         return ReplayChoice(
             definition=self.definition,
-            refreshes_reads=bool(self.refresh),
+            refreshes_reads="read" in self.refresh,
+            refreshes_models="model" in self.refresh,
             confirmed=frozenset(self.confirm),
             failed_only=self.failed_only,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, Raw, UnsetType, convert, structs
 
 from engine import node_key
-from engine.agents.agent_steps import StepKind, StepStatus
+from engine.agents.agent_steps import StepKind, StepReuse, StepStatus
 from engine.node_api import CONTINUE, NodeEffect
 from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
@@ -251,6 +251,8 @@ class StepShape(WireStruct):
     started_at: Instant
     ended_at: Instant | None
     duration_ms: int | None
+    reused: bool
+    """Whether a replay has taken it over from the replayed execution, which has its cost."""
     usage: ModelUsageShape | UnsetType = UNSET
     """Tokens and cost of the language models that the step has called; absent without a call."""
 
@@ -407,6 +409,7 @@ def show_step(step: AgentStep) -> StepShape:
         started_at=instant(step.started_at),
         ended_at=optional_instant(step.ended_at),
         duration_ms=_count_milliseconds(step.started_at, step.ended_at),
+        reused=step.reuse is StepReuse.REUSED,
         usage=model_usage.sum_records(step.model_calls) if step.model_calls else UNSET,
     )
 

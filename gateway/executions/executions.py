@@ -44,7 +44,7 @@ from gateway.http.parameters import (
 )
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent, location
-from gateway.http.wire import StrictWire, WireStruct, read_json
+from gateway.http.wire import StrictWire, WireStruct, body_of, read_json
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from models import ids
 from models.execution_status import ExecutionStatus
@@ -198,7 +198,10 @@ class EndRequestResult(WireStruct):
 
 
 class ResumeRequest(StrictWire):
-    """Body of a resume: none, or an empty object."""
+    """Body of a resume, which may be absent."""
+
+    fresh: bool = False
+    """Agents without a result begin new conversations, in which their tools may do again what they have done."""
 
 
 class ResumeResult(WireStruct):
@@ -471,11 +474,15 @@ async def resume(request: GatewayRequest) -> JsonResponse:
 
     An execution is resumed once. After that, resume the newest execution of its line, which `details` names. The
     definition is that of the failed execution: to run the mended workflow, or to see a plan first, replay it.
+    Agents continue behind their last steps, or begin new conversations with `fresh`.
     """
-    _refuse_fields(await read_json(request))
+    value = await read_json(request)
+    _refuse_fields_of_replays(value)
+    is_fresh = body_of(request, value, ResumeRequest).fresh
     caller, gateway = request.caller, request.gateway
     failed = await _find_key(request)
-    idempotency_key = request.idempotency_key(None, workflow_id=failed.execution_id)
+    fingerprinted: Json = {"fresh": True} if is_fresh else None
+    idempotency_key = request.idempotency_key(fingerprinted, workflow_id=failed.execution_id)
     new_id, now = ids.new_id("exec"), gateway.clock()
 
     async def insert(connection: AsyncConnection) -> tuple[str, str | None]:
@@ -485,7 +492,10 @@ async def resume(request: GatewayRequest) -> JsonResponse:
             )
             if bound != new_id:
                 return bound, None
-        return new_id, await resume_runs.resume_execution(connection, failed, new_id, caller, now)
+        concurrency_key = await resume_runs.resume_execution(
+            connection, failed, new_id, caller, now, keeps_conversations=not is_fresh
+        )
+        return new_id, concurrency_key
 
     begun_id, concurrency_key = await gateway.database.transaction(insert)
     headers = location(gateway.settings, begun_id)
@@ -498,17 +508,20 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(resumed, status=201, headers=headers)
 
 
-def _refuse_fields(body: Json) -> None:
-    """Raise a 422 error for a body of a resume with any field: those of a replay would otherwise have no effect."""
-    if body is None or body == {}:
+def _refuse_fields_of_replays(body: Json) -> None:
+    """Raise a 422 error that names the replay for fields that a resume doesn't have: those of a replay, mostly."""
+    if body is None or (isinstance(body, dict) and body.keys() <= {"fresh"}):
         return
-    names = list(body)[: limits.FINDINGS] if isinstance(body, dict) else ["body"]
+    names = [name for name in body if name != "fresh"] if isinstance(body, dict) else ["body"]
     hint = (
-        "a resume takes no fields, since it continues the failed run as it was; to choose its definition, its"
+        "a resume takes `fresh` alone, since it continues the failed run as it was; to choose its definition, its"
         " input, or the nodes that run again, send them with POST /api/v1/executions/{id}/replay"
     )
     raise errors.invalid(
-        [errors.problem(name[:64], "unknown-field", f"{name[:64]}: {hint}") for name in names]
+        [
+            errors.problem(name[:64], "unknown-field", f"{name[:64]}: {hint}")
+            for name in names[: limits.FINDINGS]
+        ]
     )
 
 

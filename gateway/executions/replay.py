@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import structlog
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
+from engine.agents.agent_steps import StepReuse
 from engine.node_api import NodeEffect
 from engine.replay_plan import NodeReplay, ReplayDecision, ReplayReasonCode
 from gateway.executions import acceptance, replay_runs
@@ -42,8 +43,11 @@ class ReplayRequest(StrictWire):
     """Definition to run: that of the execution, the workflow as it is now, or the number of a version."""
     input: dict[str, Any] | None = None
     """Inputs of the trigger, like `inputs` of `execute`; null: those of the execution."""
-    refresh: Annotated[list[Literal["read"]], Meta(max_length=1)] = msgspec.field(default_factory=list)
-    """`read`: nodes that read the outside, the clock or chance run again."""
+    refresh: Annotated[list[Literal["read", "model"]], Meta(max_length=2)] = msgspec.field(
+        default_factory=list
+    )
+    """`read`: nodes that read the outside, the clock or chance run again. `model`: agents ask their models from the
+    first request on that isn't the recorded one."""
     confirm: NodeIds = msgspec.field(default_factory=list)
     """Writes that may be repeated, with a new idempotency key."""
     failed_only: bool = False
@@ -61,7 +65,8 @@ class ReplayRequest(StrictWire):
             definition=self.definition,
             input=self.input,
             forced=frozenset(self.from_),
-            refreshes_reads=bool(self.refresh),
+            refreshes_reads="read" in self.refresh,
+            refreshes_models="model" in self.refresh,
             confirmed=frozenset(self.confirm),
             failed_only=self.failed_only,
         )
@@ -75,6 +80,15 @@ class ReplayReasonShape(WireStruct):
     """Places that have changed: in the config, the mappings or the input, or ids of nodes or data sources."""
 
 
+class ReusedAnswers(WireStruct):
+    """Answers of the model of an agent, which are used again with their tool calls while its requests are the same."""
+
+    count: int
+    on_difference: Literal["fail", "ask"]
+    """What the agent does at the first request that isn't the recorded one: fail with `replay-diverged`, or ask its
+    model from there on."""
+
+
 class NodeReplayShape(WireStruct):
     """Decision about one node."""
 
@@ -86,6 +100,8 @@ class NodeReplayShape(WireStruct):
     """Whether a loop runs its failed iterations alone."""
     confirmed: bool
     """Whether `confirm` names this write, which would be asked for otherwise."""
+    answers: ReusedAnswers | UnsetType = UNSET
+    """Recorded answers of an agent that are used again; absent without any."""
 
 
 class ReplayCounts(WireStruct):
@@ -248,4 +264,9 @@ def _show_node(node: NodeReplay) -> NodeReplayShape:
         reasons=[ReplayReasonShape(code=reason.code, paths=reason.paths) for reason in node.reasons],
         failed_only=node.failed_only,
         confirmed=node.confirmed,
+        answers=UNSET
+        if node.answer_reuse is None
+        else ReusedAnswers(
+            count=node.answers, on_difference="fail" if node.answer_reuse is StepReuse.BINDING else "ask"
+        ),
     )

@@ -10,18 +10,26 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from msgspec import structs
-from sqlalchemy import and_, or_, select
+from sqlalchemy import and_, case, func, or_, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from engine import name_suggestions
 from engine.agents import agent_wiring
+from engine.agents.agent_steps import StepKind, StepStatus
 from engine.graph import ParsedGraph, RunSettings
 from engine.node_api import CONTINUE
 from engine.node_key import decode_key
 from engine.program import WorkflowProgram
 from engine.replay_changes import changed_body_nodes
-from engine.replay_plan import ReplayFacts, ReplayOptions, ReplayPlan, ReplayReasonCode, ResultUse
+from engine.replay_plan import (
+    RecordedAnswers,
+    ReplayFacts,
+    ReplayOptions,
+    ReplayPlan,
+    ReplayReasonCode,
+    ResultUse,
+)
 from engine.replay_planner import plan_replay
 from engine.run_errors import InvalidDefinition
 from engine.run_records import NodeSpan, SpanStatus
@@ -32,7 +40,7 @@ from engine.values import encode_canonical, encode_json, fingerprint
 from gateway.executions import resume_runs
 from gateway.http import errors
 from gateway.workflows import graph_shapes, stored_workflow, version_rows
-from journal import concurrency_limits, definition_snapshot
+from journal import concurrency_limits, definition_snapshot, run_copies
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.blobs.large_values import LargeValues, RecordedValueLost
@@ -40,6 +48,7 @@ from journal.run_copies import ReplayCopy
 from journal.run_rows import decode_error
 from journal.waits import completion
 from json_text import decoding
+from models.agent_step import AgentStepRow
 from models.data_source import DataSource
 from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_visibility import visibility_condition
@@ -50,7 +59,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.agents.agent_steps import StepReuse
     from engine.node_api import NodeCall
+    from engine.program import AgentProgram
     from engine.run_clock import RunClock
     from engine.values import Json
     from execution.organization_catalogs import OrganizationCatalogs
@@ -80,6 +91,7 @@ class ReplayChoice:
     """Inputs of the trigger; None: those of the execution."""
     forced: frozenset[str] = frozenset()
     refreshes_reads: bool = False
+    refreshes_models: bool = False
     confirmed: frozenset[str] = frozenset()
     failed_only: bool = False
 
@@ -110,6 +122,7 @@ class RecordedExecution:
     written_in_loops: frozenset[str]
     written_in_failed_iterations: frozenset[str]
     revisions: Mapping[str, int]
+    answers: Mapping[str, RecordedAnswers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +144,8 @@ class PlannedReplay:
     """Changed nodes in the bodies of loops that keep iterations, by loop."""
     bodies: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Nodes in the bodies of these loops."""
+    steps: Mapping[str, StepReuse] = field(default_factory=dict)
+    """Use of the recorded steps of agents, by their node ids and those of the tools that are agents."""
 
 
 class ReplayPlanner:
@@ -161,7 +176,11 @@ class ReplayPlanner:
             recorded = await _read_execution(connection, key, caller)
             chosen = await self._choose_definition(connection, recorded, caller, choice)
         options = ReplayOptions(
-            choice.forced, choice.refreshes_reads, choice.confirmed, failed_only=choice.failed_only
+            forced=choice.forced,
+            refreshes_reads=choice.refreshes_reads,
+            refreshes_models=choice.refreshes_models,
+            confirmed=choice.confirmed,
+            failed_only=choice.failed_only,
         )
         trigger = None
         if choice.input is not None:
@@ -410,6 +429,7 @@ class _Planning:
             revisions=self.recorded.revisions,
             expired=self.expired,
             rewired_agents=self._rewired_agents,
+            answers=self.recorded.answers,
         )
         return plan_replay(facts, self._options)
 
@@ -453,6 +473,7 @@ class _Planning:
             None if self._choice.input is None else fingerprint(dict(self._choice.input)),
             [*sorted(self._choice.forced)],
             self._choice.refreshes_reads,
+            self._choice.refreshes_models,
             self._choice.failed_only,
         ]
         return PlannedReplay(
@@ -473,7 +494,24 @@ class _Planning:
                 for loop_id in kept
             },
             bodies={loop_id: program.nodes[loop_id].body for loop_id in kept},
+            steps=_choose_steps(plan, program),
         )
+
+
+def _choose_steps(plan: ReplayPlan, program: WorkflowProgram) -> dict[str, StepReuse]:
+    """Return the use of recorded steps, by the agents of a plan and the tools in them that are agents."""
+    found: dict[str, StepReuse] = {}
+    for node in plan.nodes:
+        if node.answer_reuse is not None:
+            inner = _list_inner_agents(program.nodes[node.node_id].agent)
+            found |= dict.fromkeys([node.node_id, *inner], node.answer_reuse)
+    return found
+
+
+def _list_inner_agents(agent: AgentProgram | None) -> list[str]:
+    """Return the node ids of the tools of an agent that are agents, at all depths."""
+    tools = [] if agent is None else [tool.program for tool in agent.tools.values() if tool.program.agent]
+    return [node_id for tool in tools for node_id in (tool.node.id, *_list_inner_agents(tool.agent))]
 
 
 def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple[str, str]]]) -> ReplayCopy:
@@ -501,6 +539,7 @@ def replay_copy(planned: PlannedReplay, inner: Mapping[ResultUse, Sequence[tuple
         concurrency_limit=planned.concurrency_limit,
         completion_action=actions,
         spans=spans,
+        steps=planned.steps,
     )
 
 
@@ -596,8 +635,32 @@ async def _read_execution(
         )
         revisions = {row.id: row.revision for row in found_sources}
     return RecordedExecution(
-        key, found, found.body, spans, frozenset(written), frozenset(in_failed), revisions
+        key=key,
+        row=found,
+        definition_text=found.body,
+        spans=spans,
+        written_in_loops=frozenset(written),
+        written_in_failed_iterations=frozenset(in_failed),
+        revisions=revisions,
+        answers=await _count_answers(connection, key),
     )
+
+
+async def _count_answers(connection: AsyncConnection, key: ExecutionKey) -> dict[str, RecordedAnswers]:
+    """Return the number of recorded answers of agents, by their node ids and those of tools that are agents."""
+    is_unfinished = case((run_copies.HAS_SETTLED_AGENT, 0), else_=1)
+    node_id = col(AgentStepRow.node_id)
+    counted = (
+        select(node_id, func.count().label("total"), func.sum(is_unfinished).label("unfinished"))
+        .where(
+            *(col(AgentStepRow.execution_id) == key.execution_id, col(AgentStepRow.shard) == key.shard),
+            col(AgentStepRow.kind) == StepKind.MODEL,
+            col(AgentStepRow.status) == StepStatus.COMPLETED,
+        )
+        .group_by(node_id)
+    )
+    rows = await connection.execute(counted)
+    return {row.node_id: RecordedAnswers(row.total, row.unfinished) for row in rows}
 
 
 async def _find_written_in_loops(connection: AsyncConnection, key: ExecutionKey) -> tuple[set[str], set[str]]:

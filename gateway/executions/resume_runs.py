@@ -45,12 +45,19 @@ IS_TAKEN_UP: Final = or_(
 
 
 async def resume_execution(
-    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller, now: datetime
+    connection: AsyncConnection,
+    failed: ExecutionKey,
+    new_id: str,
+    caller: ApiCaller,
+    now: datetime,
+    *,
+    keeps_conversations: bool,
 ) -> str | None:
     """Insert the execution `new_id` as a copy of a failed one, with its committed results.
 
-    Return its concurrency key, None without one. Nothing is inserted if `new_id` exists. Raises a 404 error,
-    and 409 if it has not failed, was resumed or replayed, or its workflow is closed.
+    Agents without a result begin new conversations unless `keeps_conversations`. Return its concurrency key, None
+    without one. Nothing is inserted if `new_id` exists. Raises a 404 error, and 409 if it has not failed, was resumed
+    or replayed, or its workflow is closed.
     """
     earlier = await lock_ended(connection, failed, caller)
     if earlier.status != ExecutionStatus.FAILED:
@@ -63,7 +70,12 @@ async def resume_execution(
     await require_not_taken_up(connection, failed)
     await settle_dead_letter(connection, earlier, failed, new_id, now)
     await run_copies.insert_copy(
-        connection, failed, new_id, caller.user_id, trigger_type=earlier.trigger_type
+        connection,
+        failed,
+        new_id,
+        caller.user_id,
+        trigger_type=earlier.trigger_type,
+        keeps_conversations=keeps_conversations,
     )
     return concurrency_key
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Boolean, and_, case, func, literal_column, or_, select, text
 from sqlmodel import col
 
-from engine.agents.agent_steps import AGENT_TYPE, StepKind, StepStatus
+from engine.agents.agent_steps import AGENT_TYPE, StepKind, StepReuse, StepStatus
 from engine.node_api import AnswerSource
 from engine.run_records import SpanStatus
 from journal import concurrency_limits, run_rows
@@ -402,6 +402,7 @@ async def _read_open_steps(
             col(AgentStepRow.execution_id) == run.id,
             col(AgentStepRow.shard) == run.shard,
             col(AgentStepRow.status) == StepStatus.STARTED.value,
+            or_(col(AgentStepRow.reuse).is_(None), col(AgentStepRow.reuse) == StepReuse.REUSED.value),
             col(AgentStepRow.ended_at).is_(None),
         )
         .order_by(col(AgentStepRow.node_id), col(AgentStepRow.iteration), col(AgentStepRow.number))

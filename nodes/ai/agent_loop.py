@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.agents import agent
+from engine.agents import agent, answer_reuse
 from engine.agents.agent import AwaitApprovals, CallModel, CallTools, Fail, Finish, StoredAnswer
-from engine.agents.agent_steps import AgentStep, StepKind, StepStatus
+from engine.agents.agent_steps import AgentStep, StepKind, StepReuse, StepStatus
 from engine.node_api import NodeEffect, StepPause, StepWait
 from engine.run_errors import NodeError
 from engine.run_records import UNKNOWN_OUTCOMES
@@ -58,7 +58,7 @@ async def run_agent(
                 await call.steps.commit()
                 return _wait_for_decisions(call, task, action.steps)
             case CallModel():
-                begun_here |= await _ask_model(call, task, model_ids, action)
+                begun_here |= await _answer_request(call, task, model_ids, action)
             case CallTools():
                 waits = await _perform_tools(call, task, action.steps, begun_here)
                 if any(isinstance(wait, StepPause) for wait in waits):
@@ -66,6 +66,38 @@ async def run_agent(
                 if len(waits) == len(action.steps):
                     await call.steps.commit()
                     return _join_waits(waits)
+
+
+async def _answer_request(
+    call: NodeCall, task: AgentTask, model_ids: Sequence[str], action: CallModel
+) -> set[int]:
+    """Take the answer to a request from the replayed run, or ask the models; return the numbers of new tool calls.
+
+    Raises `NodeError` if another request was recorded, and this one must not be made.
+    """
+    candidates = call.steps.candidates
+    if action.number in candidates:
+        digest = action.hash_request(model_ids)
+        if turn := answer_reuse.find_recorded_turn(candidates, action.number, digest):
+            await _reuse_turn(call, task, turn)
+            return set()
+    return await _ask_model(call, task, model_ids, action)
+
+
+async def _reuse_turn(call: NodeCall, task: AgentTask, turn: Sequence[AgentStep]) -> None:
+    """Take over an answer of the replayed run with its tool calls and their results, whose costs stay there.
+
+    Calls without a result are continued under their recorded keys; those that wait for people ask again.
+    """
+    for step in turn:
+        begun_at = call.steps.now() if step.ended_at is None else step.started_at
+        taken = msgspec.structs.replace(
+            step, reuse=StepReuse.REUSED, started_at=begun_at, losses=0, model_calls=()
+        )
+        call.steps.record(taken)
+    _review_calls(call, task)
+    # A long conversation is compared without a pause otherwise.
+    await asyncio.sleep(0)
 
 
 async def _ask_model(
@@ -88,8 +120,9 @@ async def _ask_model(
     call.steps.record(begun)
     await call.steps.commit()
     failures: list[ModelCallRecord] = []
-    # Unique for each attempt, lest a gateway repeat the failure of another one.
-    key = f"{call.idempotency_key}:{number}:{action.attempt}"
+    own_key = f"{call.caller.execution_id}:{call.node_id}:{call.iteration or 0}"
+    # Unique for each attempt and run, lest a gateway repeat a failure, or an answer in another conversation.
+    key = f"{own_key}:{number}:{action.attempt}"
     try:
         answer, record = await conversation.ask_first(
             call, model_ids, action.request, key=key, note_failure=failures.append
@@ -118,8 +151,7 @@ async def _ask_model(
         model_calls=(*begun.model_calls, *failures, record),
     )
     call.steps.record(answered)
-    key = f"{call.caller.execution_id}:{call.node_id}:{call.iteration or 0}"
-    planned = agent.plan_tool_calls(task, stored, before, answered, key)
+    planned = agent.plan_tool_calls(task, stored, before, answered, own_key)
     for step in planned:
         _record_call(call, task, step)
     await call.steps.commit()

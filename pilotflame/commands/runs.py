@@ -271,9 +271,15 @@ def show_state(
 
 
 @app.command("resume")
-def resume_run(execution: ExecutionArgument, idempotency_key: KeyOption = None) -> None:
+def resume_run(
+    execution: ExecutionArgument,
+    is_fresh: Annotated[
+        bool, Option("--fresh", help="Let agents without a result begin new conversations.")
+    ] = False,
+    idempotency_key: KeyOption = None,
+) -> None:
     """Continue a failed execution behind its completed nodes, and print the id of the new one."""
-    resumed = connect().executions.resume(execution, idempotency_key=idempotency_key)
+    resumed = connect().executions.resume(execution, fresh=is_fresh, idempotency_key=idempotency_key)
     typer.echo(resumed["executionId"])
 
 
@@ -298,6 +304,13 @@ def replay(
     failed_only: Annotated[
         bool, Option("--failed-only", help="Keep completed iterations of loops with changed bodies.")
     ] = False,
+    refreshed: Annotated[
+        list[str] | None,
+        Option(
+            "--refresh",
+            help="`read`: nodes that read run again; `model`: agents ask their models where a request differs.",
+        ),
+    ] = None,
     again: Annotated[bool, Option("--again", help="Replay an execution that was taken up before.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan, and start nothing.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
@@ -312,6 +325,7 @@ def replay(
         "definition": "current" if current else "original",
         "input": None if given is None else read_object(given, "--input"),
         "confirm": confirmed or [],
+        "refresh": refreshed or [],
         "failed_only": failed_only,
     }
     plan: Mapping[str, Any] = client.executions.replay(execution, dry_run=True, **chosen)
@@ -335,6 +349,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     rows = []
     for node in plan["nodes"]:
         decision = node["decision"] + (" (failed iterations)" if node["failedOnly"] else "")
+        if answers := node.get("answers"):
+            decision += f" (answers used again: {answers['count']})"
         reasons = "; ".join(_reason_text(reason) for reason in node["reasons"])
         rows.append([node["nodeId"], decision, node["effect"], reasons])
     show_table(rows, ["Node", "Decision", "Effect", "Reasons"])

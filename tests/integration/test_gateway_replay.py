@@ -23,11 +23,13 @@ from models.execution_status import TERMINAL_STATUSES
 from nodes.catalog import load_catalog
 from nodes.outbound_http import OutboundOutageCode, OutboundUnavailable
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
+from tests.unit.test_agent_runs import ScriptedModel, turn
 from workers.settings import WorkerSettings
 
 EXECUTIONS = "/api/v1/executions"
 PATIENCE_SECONDS = 30.0
 LARGE = "x" * 4_000
+AGENT_TURNS = [turn(("look", "Oslo"), ("look", "Rome")), turn(("send", "Oslo")), turn(("look", "Kyiv"))]
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Ledger:
     """Path, idempotency key and body of each write."""
     failing: dict[str, int] = field(default_factory=dict)
     """Status by path; 0: the answer is lost."""
+    reads: list[str] = field(default_factory=list)
+    """Paths of the other requests."""
 
     async def request(
         self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, **_options: object
@@ -56,6 +60,8 @@ class Ledger:
         await asyncio.sleep(0)
         if method not in {"GET", "HEAD"}:
             self.writes.append((path, headers["Idempotency-Key"], body))
+        else:
+            self.reads.append(path)
         status = self.failing.get(path, 200)
         if status == 0:
             raise OutboundUnavailable(OutboundOutageCode.TIMED_OUT, "no answer")
@@ -73,6 +79,7 @@ class ReplayHarness:
     person: UserClient
     ledger: Ledger
     executor: RunExecutor
+    model: ScriptedModel
 
     async def create(self, nodes: list[dict[str, Any]], *edges: str, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
         return await self.person.create(**drawn(nodes, *edges), **fields)
@@ -100,7 +107,7 @@ class ReplayHarness:
 
     async def post(self, execution_id: str, what: str = "replay", **body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
         headers = body.pop("headers", None)
-        given = None if what == "resume" else body
+        given = None if what == "resume" and not body else body
         return await self.person.api.post(f"{EXECUTIONS}/{execution_id}/{what}", json=given, headers=headers)
 
     async def plan(self, execution_id: str, **body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
@@ -148,18 +155,20 @@ def decisions(plan: dict[str, Any]) -> dict[str, str]:
 
 @pytest.fixture
 async def harness_of(harness: GatewayHarness, people: OrganizationUsers) -> AsyncIterator[ReplayHarness]:
-    ledger = Ledger()
-    async with run_executor(harness, ledger) as executor:
-        yield ReplayHarness(people.owner, ledger, executor)
+    ledger, model = Ledger(), ScriptedModel(AGENT_TURNS)
+    async with run_executor(harness, ledger, model) as executor:
+        yield ReplayHarness(people.owner, ledger, executor, model)
 
 
 @asynccontextmanager
-async def run_executor(harness: GatewayHarness, ledger: Ledger) -> AsyncIterator[RunExecutor]:
+async def run_executor(
+    harness: GatewayHarness, ledger: Ledger, model: ScriptedModel | None = None
+) -> AsyncIterator[RunExecutor]:
     executor = RunExecutor(
         harness.gateway.store,
         LocalBroker(channel=uuid4().hex),
         load_catalog(),
-        NodeServices(http=ledger),
+        NodeServices(http=ledger) if model is None else NodeServices(http=ledger, models=model),
         WorkerSettings(
             lease_seconds=3600, sweep_seconds=3600, commit_seconds=0.02, max_row_output_bytes=1_024
         ),
@@ -577,7 +586,7 @@ WRONG_BODIES: list[Any] = [
     {"input": []},
     {"input": "text"},
     {"refresh": ["write"]},
-    {"refresh": ["read", "read"]},
+    {"refresh": ["read", "model", "read"]},
     {"dryRun": "yes"},
     {"planHash": ""},
     {"planHash": 7},
@@ -614,3 +623,126 @@ async def test_bulk_replays_leave_runs_of_other_organizations_alone(
     unknown = await people.stranger.api.post(f"{EXECUTIONS}/{failed}/replay", json={"dryRun": True})
     assert_refused(unknown, 404, "not-found")
     assert_refused(await people.owner.api.post(f"{EXECUTIONS}/exec_0/replay", json={}), 404, "not-found")
+
+
+# ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+WRITING = ["read", "write"]
+
+
+def draw_agent(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return the graph of an agent with the tool `look`, which reads, and if it may write with `send`."""
+    nodes: list[dict[str, Any]] = [
+        {"id": "start", "nodeId": "manual", "config": {}},
+        {
+            "id": "agent",
+            "nodeId": "agent",
+            "config": {"model": "echo", "prompt": "Report.", "approval": "never", **config},
+        },
+    ]
+    edges = [{"sourceNodeId": "start", "targetNodeId": "agent"}]
+    for name, method in (("look", "GET"), ("send", "POST"))[: len(config.get("effects", "1"))]:
+        request = {"method": method, "url": f"http://ledger/{name}"}
+        tool = {
+            "name": name,
+            "description": f"Lets you {name}.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+            "target": {"node": {"type": "http-request", "config": request}},
+        }
+        nodes.append({"id": name, "nodeId": "tool", "config": tool})
+        edges.append({"sourceNodeId": name, "targetNodeId": "agent", "targetPort": "tools"})
+    return {"nodes": nodes, "connections": edges}
+
+
+async def fail_agent(here: ReplayHarness, graph: dict[str, Any], answers: int) -> tuple[str, str]:
+    """Run an agent whose model refuses to answer after so many answers; return the workflow and the run."""
+    here.model.on_request = lambda: setattr(here.model, "refusals", int(len(here.model.billed) >= answers))
+    workflow_id = await here.person.create(**graph)
+    failed = await here.run(workflow_id)
+    assert await find_error(here, failed) == "model-budget-exceeded"
+    here.model.on_request, here.model.refusals = lambda: None, 0
+    return workflow_id, failed
+
+
+async def find_error(here: ReplayHarness, execution_id: str) -> str:
+    """Return the code of the error with which the agent has failed."""
+    return str((await here.spans(execution_id))["agent"]["error"]["code"])
+
+
+async def list_steps(here: ReplayHarness, execution_id: str) -> list[dict[str, Any]]:
+    answer = await here.person.api.get(f"{EXECUTIONS}/{execution_id}/steps")
+    steps: list[dict[str, Any]] = answer.json()["steps"]
+    return steps
+
+
+async def test_an_agent_is_replayed_by_its_recorded_answers(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    _, failed = await fail_agent(here, draw_agent(effects=WRITING), 3)
+    plan = await here.plan(failed)
+    (planned,) = [node for node in plan["nodes"] if node["nodeId"] == "agent"]
+    assert planned["decision"] == "rerun"
+    assert planned["answers"] == {"count": 3, "onDifference": "fail"}
+    reads, billed = list(here.ledger.reads), len(here.model.billed)
+    replayed = await here.replay(failed, planHash=plan["planHash"])
+    assert (await here.show(replayed))["status"] == "completed"
+    assert len(here.model.billed) == billed + 1
+    assert (here.ledger.reads, here.ledger.paths) == (reads, ["/send"]), "no tool is called again"
+    steps = await list_steps(here, replayed)
+    assert [step for step in steps if "usage" in step] == steps[-1:], "the failed run has paid for the others"
+    assert [step["reused"] for step in steps] == [True] * 7 + [False]
+    assert [step["name"] for step in steps[:3]] == ["echo", "look", "look"]
+
+
+async def test_another_request_ends_a_replay_unless_the_model_is_asked_anew(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2]]
+    # The prompt differs in each execution, which no plan can show before.
+    _, failed = await fail_agent(here, draw_agent(prompt="Report as {{ execution.id }}."), 2)
+    diverged = await here.replay(failed)
+    assert await find_error(here, diverged) == "replay-diverged"
+    assert len(here.model.billed) == 2
+    assert await list_steps(here, diverged) == [], "recorded steps that were not taken over are not shown"
+    (planned,) = [n for n in (await here.plan(diverged, refresh=["model"]))["nodes"] if "answers" in n]
+    assert planned["answers"] == {"count": 2, "onDifference": "ask"}
+    live = await here.replay(diverged, refresh=["model"])
+    assert (await here.show(live))["status"] == "completed"
+    assert len(here.model.billed) == 2 + 3
+
+
+async def test_a_higher_limit_continues_the_recorded_conversation(harness_of: ReplayHarness) -> None:
+    here = harness_of
+    here.model.turns = [AGENT_TURNS[0], AGENT_TURNS[2]]
+    graph = draw_agent(maxIterations=1, onLimit="error")
+    workflow_id = await here.person.create(**graph)
+    failed = await here.run(workflow_id)
+    assert await find_error(here, failed) == "agent-limit"
+    changed = await here.person.api.put(f"/api/v1/workflows/{workflow_id}", json=draw_agent(maxIterations=9))
+    assert changed.status_code == 200, changed.text
+    replayed = await here.replay(failed, definition="current")
+    assert (await here.show(replayed))["status"] == "completed"
+    assert len(here.model.billed) == 3
+    assert Counter(here.ledger.reads) == {"/look": 3}
+    begun_anew = await here.replay(failed, **{"from": ["agent"]}, definition="current", again=True)
+    assert (await here.show(begun_anew))["status"] == "completed"
+    assert len(here.model.billed) == 6
+
+
+async def test_a_resumed_agent_continues_its_conversation_or_begins_a_new_one(
+    harness_of: ReplayHarness,
+) -> None:
+    here = harness_of
+    graph = draw_agent(effects=WRITING)
+    for fresh, answers, writes in ((False, 1, 1), (True, 4, 2)):
+        here.model.billed.clear()
+        here.ledger.writes.clear()
+        _, failed = await fail_agent(here, graph, 3)
+        answer = await here.post(failed, "resume", **({"fresh": True} if fresh else {}))
+        assert answer.status_code == 201, answer.text
+        resumed = await here.wait(answer.json()["executionId"])
+        assert (await here.show(resumed))["status"] == "completed"
+        assert len(here.model.billed) == 3 + answers
+        assert len({key for _, key, _ in here.ledger.writes}) == writes
+        assert len(here.ledger.writes) == writes

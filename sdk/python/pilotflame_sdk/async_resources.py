@@ -302,7 +302,7 @@ class AsyncExecutions(AsyncResource):
         """Delete the executions that match a filter, with their spans, logs and blobs, the oldest first."""
         return cast("t.BulkResult", await self._client.request("POST", "/api/v1/executions/bulk-delete", fields={"filter": filter, "dryRun": dry_run, "limit": limit}))
 
-    async def bulk_replay(self, *, filter: Any, definition: Literal['current', 'original'] | None = None, refresh: Sequence[Literal['read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, limit: int | None = None, idempotency_key: str | None = None) -> t.BulkReplayResult:
+    async def bulk_replay(self, *, filter: Any, definition: Literal['current', 'original'] | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, limit: int | None = None, idempotency_key: str | None = None) -> t.BulkReplayResult:
         """Replay the ended executions that match a filter, the oldest first, each as a new execution."""
         return cast("t.BulkReplayResult", await self._client.request("POST", "/api/v1/executions/bulk-replay", fields={"definition": definition, "refresh": refresh, "confirm": confirm, "failedOnly": failed_only, "dryRun": dry_run, "limit": limit, "filter": filter}, idempotency_key=idempotency_key, is_keyed=True))
 
@@ -350,13 +350,13 @@ class AsyncExecutions(AsyncResource):
         """Show the progress of an execution: when it has ended, or after `wait` seconds at the latest."""
         return cast("t.Progress", await self._client.request("GET", f"/api/v1/executions/{self._quote(execution_id)}/progress", query={"wait": wait}, wait=wait or 0))
 
-    async def replay(self, execution_id: str, *, from_: Sequence[str] | None = None, definition: Literal['current', 'original'] | int | None = None, input: Mapping[str, Any] | None = None, refresh: Sequence[Literal['read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, plan_hash: str | None = None, again: bool | None = None, idempotency_key: str | None = None) -> t.ReplayResult:
+    async def replay(self, execution_id: str, *, from_: Sequence[str] | None = None, definition: Literal['current', 'original'] | int | None = None, input: Mapping[str, Any] | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, plan_hash: str | None = None, again: bool | None = None, idempotency_key: str | None = None) -> t.ReplayResult:
         """Replay an ended execution: start a new one that reuses each result whose node has the same key."""
         return cast("t.ReplayResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/replay", fields={"from": from_, "definition": definition, "input": input, "refresh": refresh, "confirm": confirm, "failedOnly": failed_only, "dryRun": dry_run, "planHash": plan_hash, "again": again}, idempotency_key=idempotency_key, is_keyed=True))
 
-    async def resume(self, execution_id: str, *, idempotency_key: str | None = None) -> t.ResumeResult:
+    async def resume(self, execution_id: str, *, fresh: bool | None = None, idempotency_key: str | None = None) -> t.ResumeResult:
         """Resume a failed execution: start a new one from its committed results."""
-        return cast("t.ResumeResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/resume", idempotency_key=idempotency_key, is_keyed=True))
+        return cast("t.ResumeResult", await self._client.request("POST", f"/api/v1/executions/{self._quote(execution_id)}/resume", fields={"fresh": fresh}, idempotency_key=idempotency_key, is_keyed=True))
 
     async def signal(self, execution_id: str, *, name: str, payload: Any = None, wait: int | None = None, idempotency_key: str | None = None) -> t.SignalReceipt:
         """Send a signal to an execution: the node that has waited longest for its name continues with the payload."""
@@ -562,7 +562,7 @@ class AsyncQueue(AsyncResource):
         """Run the current workflow again on the input of its dead letters."""
         return cast("t.DeliveryRedriveResults", await self._client.request("POST", f"/api/v1/workflows/{self._quote(workflow_id)}/dead-letters/redrive", fields={"executionIds": execution_ids, "limit": limit, "dryRun": dry_run}))
 
-    async def replay_all_dead_letters(self, *, filter: Any, definition: Literal['current', 'original'] | None = None, refresh: Sequence[Literal['read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, limit: int | None = None) -> t.BulkReplayResult:
+    async def replay_all_dead_letters(self, *, filter: Any, definition: Literal['current', 'original'] | None = None, refresh: Sequence[Literal['model', 'read']] | None = None, confirm: Sequence[str] | None = None, failed_only: bool | None = None, dry_run: bool | None = None, limit: int | None = None) -> t.BulkReplayResult:
         """Replay the organization's dead letters, the oldest first: results are reused up to the node that failed."""
         return cast("t.BulkReplayResult", await self._client.request("POST", "/api/v1/dead-letters/replay", fields={"definition": definition, "refresh": refresh, "confirm": confirm, "failedOnly": failed_only, "dryRun": dry_run, "limit": limit, "filter": filter}))
 

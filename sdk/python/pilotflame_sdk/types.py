@@ -2900,6 +2900,7 @@ class _StepAlways(TypedDict):
     startedAt: str
     endedAt: str | None
     durationMs: int | None
+    reused: bool
 
 
 class Step(_StepAlways, total=False):
