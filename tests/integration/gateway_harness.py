@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from gateway.settings import GatewaySettings
 from gateway.state import GatewayState
 from models import access_store
 from models.access import ALL_KEY_SCOPES, KeyScope, Organization, User, UserRole
+from models.timestamps import format_timestamp
 from tests import databases
 from tests.services import PostgresServer
 
@@ -158,6 +160,12 @@ async def _make_person(
         connection, user=user, name="test", scopes=scopes, secret=SECRET.encode(), now=now
     )
     return user, made.key
+
+
+async def wait_until_after(moment: str) -> None:
+    """Wait until the times in answers, which are exact to a millisecond, are later than one of them."""
+    while format_timestamp(datetime.now(UTC)) <= moment:  # noqa: ASYNC110 - a clock sends no events
+        await asyncio.sleep(0.001)
 
 
 def assert_refused(response: httpx2.Response, status: int, code: str) -> None:

@@ -25,6 +25,7 @@ from tests.integration.gateway_harness import (
     OrganizationUsers,
     UserClient,
     assert_refused,
+    wait_until_after,
 )
 
 SOURCES = "/api/v1/datasources"
@@ -253,6 +254,7 @@ async def test_a_change_keeps_unnamed_fields_and_secrets(
 ) -> None:
     source_id = await create_source(people.owner)
     before = await get_source(people.owner, source_id)
+    await wait_until_after(before["secretsSetAt"])
     response = await change(
         people.owner, source_id, name="Renamed", settings={"database": "other", "tls": None}
     )

@@ -20,6 +20,7 @@ from tests.integration.gateway_harness import (
     OrganizationUsers,
     UserClient,
     assert_refused,
+    wait_until_after,
 )
 from tests.integration.second_gateway import run_second_gateway
 
@@ -213,6 +214,7 @@ async def test_a_restored_version_is_the_workflow_s_present_state(people: Organi
     fields = {"description": "Old", "settings": {"timeout": 60}, "config": {"appId": "app_1"}, "tags": ["a"]}
     workflow_id = await people.owner.create(name="Before", **fields, **GRAPH)
     before = await people.owner.workflow(workflow_id)
+    await wait_until_after(before["updatedAt"])
     await change(
         people.owner,
         workflow_id,

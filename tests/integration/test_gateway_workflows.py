@@ -28,6 +28,7 @@ from tests.integration.gateway_harness import (
     OrganizationUsers,
     UserClient,
     assert_refused,
+    wait_until_after,
 )
 
 T = TypeVar("T")
@@ -203,6 +204,7 @@ async def test_an_update_changes_only_its_fields(people: OrganizationUsers) -> N
         name="Before", description="Old", tags=["etl"], config={"appId": "app_1"}, **GRAPH
     )
     before = await people.owner.workflow(workflow_id)
+    await wait_until_after(before["updatedAt"])
     response = await people.owner.api.put(
         f"{WORKFLOWS}/{workflow_id}",
         json={"name": "Updated ETL Pipeline", "tags": ["etl", "v2"], "settings": {"timeout": 7200}},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 
 import msgspec.structs
 import pytest
@@ -14,6 +14,7 @@ from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunStatus, SpanStatus
 from engine.services import ControlRequest
 from engine.values import Json
+from models.timestamps import DatabaseClock
 from tests.unit.run_harness import (
     InMemoryJournal,
     SimulatedWorker,
@@ -52,13 +53,27 @@ async def run_through_pauses(worker: SimulatedWorker) -> tuple[SimulatedWorker, 
     seconds.
     """
     pauses: list[float] = []
+    clock = StoppedClock()
+    worker.start = msgspec.structs.replace(worker.start, clock=clock)
     while (await worker.work()).status is RunStatus.WAITING:
         asleep = [
             span.wake_at for span in worker.notebook.rows.values() if span.status is SpanStatus.RETRYING
         ]
-        pauses += [round((at - datetime.now(UTC)).total_seconds()) for at in asleep if at]
+        pauses += [(at - clock.now()).total_seconds() for at in asleep if at]
         worker = SimulatedWorker(worker.program, worker.start.trigger, recorded=expire_waits(worker.notebook))
+        worker.start = msgspec.structs.replace(worker.start, clock=clock)
     return worker, pauses
+
+
+class StoppedClock(DatabaseClock):
+    """Clock that stands still, so that pauses have their exact length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stopped_at = super().now()
+
+    def now(self) -> datetime:
+        return self._stopped_at
 
 
 @pytest.fixture(autouse=True)
