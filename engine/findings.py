@@ -39,6 +39,8 @@ class FindingType(StrEnum):
     """An agent reads texts of outsiders and private data, and can send without an approval."""
     TOOL_WITHHELD = "tool-withheld"
     """A tool calls a workflow that writes, and the agent may only read."""
+    TOOL_NOT_ACCEPTED = "tool-not-accepted"
+    """The tool server of a tool refuses its calls: its definition is not accepted, or has changed."""
     NO_WORKER = "no-worker"
     """No worker of the organization performs the tasks of a custom node now."""
 
@@ -50,6 +52,7 @@ WARNING_TYPES: Final = frozenset({
     FindingType.INLINE_SECRET,
     FindingType.AGENT_EXFILTRATION_PATH,
     FindingType.TOOL_WITHHELD,
+    FindingType.TOOL_NOT_ACCEPTED,
     FindingType.NO_WORKER,
 })  # fmt: skip
 """Types that leave a graph valid."""

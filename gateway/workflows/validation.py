@@ -8,11 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine import config_places
-from engine.agents import workflow_traits
 from engine.findings import MAX_FINDINGS, FindingType, GraphFinding, ValidationResult
 from engine.node_api import UnknownNodeType
 from engine.validation import validate_graph
-from execution.workflow_traits import read as read_traits
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from engine.graph import ParsedGraph
     from gateway.workflows.output_samples import PastOutput
     from gateway.workflows.stored_workflow import StoredWorkflow
+    from models.access import ApiCaller
     from nodes.catalog import NodeCatalog
 
 
@@ -65,11 +64,11 @@ async def check(request: GatewayRequest) -> JsonResponse:
         catalog = await request.gateway.catalogs.read(connection, request.caller.organization_id)
         unserved = await _unserved_nodes(connection, stored, catalog, request.gateway.clock())
         graph = graph_shapes.graph_of(stored)
-        called = workflow_traits.list_called(graph)
-        traits = await read_traits(connection, request.caller, called, catalog) if called else {}
+        traits = await _read_traits(connection, request.caller, graph, catalog)
+        refused = await _refused_tools(connection, request.caller, graph)
     # A thread, so that a large graph does not block other requests.
     validation = await asyncio.to_thread(_check_graph, stored, graph, past, catalog, traits)
-    warnings = (*validation.warnings, *unserved)[:MAX_FINDINGS]
+    warnings = (*validation.warnings, *unserved, *refused)[:MAX_FINDINGS]
     return editing.answer(stored, _show_validation(stored, replace(validation, warnings=warnings)))
 
 
@@ -98,6 +97,29 @@ async def _unserved_nodes(
             suggestion = "Start a worker. Its tasks wait until then."
             found.append(GraphFinding(FindingType.NO_WORKER, message, suggestion, str(use.node["id"])))
     return found
+
+
+async def _read_traits(
+    connection: AsyncConnection, caller: ApiCaller, graph: ParsedGraph, catalog: NodeCatalog
+) -> TraitsById:
+    """Return the traits of the workflows that a graph calls, by their ids."""
+    from engine.agents import workflow_traits  # noqa: PLC0415 - loaded with the first validation
+
+    called = workflow_traits.list_called(graph)
+    if not called:
+        return {}
+    from execution import workflow_traits as stored_traits  # noqa: PLC0415 - loaded with the first called workflow
+
+    return await stored_traits.read(connection, caller, called, catalog)
+
+
+async def _refused_tools(
+    connection: AsyncConnection, caller: ApiCaller, graph: ParsedGraph
+) -> Sequence[GraphFinding]:
+    """Return a warning for each tool of another server whose calls would be refused."""
+    from gateway.workflows import tool_findings  # noqa: PLC0415 - loaded with the first validation
+
+    return await tool_findings.find_refused_tools(connection, caller, graph)
 
 
 async def compute_scopes(request: GatewayRequest) -> JsonResponse:

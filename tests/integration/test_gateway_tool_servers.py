@@ -44,6 +44,28 @@ def accept_offered(shown: dict[str, Any], *names: str, effect: str = "write") ->
     return {"tools": tools}
 
 
+async def validate_agent(person: UserClient, path: str, **config: str) -> dict[str, Any]:
+    """Return the findings about an agent with the tool `find` of a tool server."""
+    given = {"toolServer": path.rsplit("/", maxsplit=1)[-1], "tool": "find", "effect": "read", **config}
+    target = {"node": {"type": "mcp-tool", "config": given}}
+    tool = {"name": "find", "description": "Finds notes.", "target": target}
+    workflow_id = await person.create(
+        nodes=[
+            {"id": "start", "nodeId": "manual"},
+            {"id": "agent", "nodeId": "agent", "config": {"prompt": "Find it.", "model": "echo"}},
+            {"id": "find", "nodeId": "tool", "config": tool},
+        ],
+        connections=[
+            {"source": "start", "target": "agent"},
+            {"source": "find", "target": "agent", "targetPort": "tools"},
+        ],
+    )
+    response = await person.api.post(f"/api/v1/workflows/{workflow_id}/validate")
+    assert response.json()["valid"], response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
 async def test_a_tool_server_is_stored_listed_changed_and_deleted(people: OrganizationUsers) -> None:
     path = await create_tool_server(people.owner)
     shown = await people.owner.api.get(path)
@@ -79,8 +101,13 @@ async def test_tools_are_accepted_by_the_hash_of_their_definition(
         assert (refreshed["ok"], refreshed["message"]) == (True, "The tool server lists 3 tools")
         shown = refreshed["toolServer"]
         assert statuses_of(shown) == {"add": "new", "find": "new", "odd": "unusable"}
+        (finding,) = (await validate_agent(owner, path))["warnings"]
+        assert (finding["type"], finding["nodeId"]) == ("tool-not-accepted", "find")
         accepted = await owner.api.post(f"{path}/accept", json=accept_offered(shown, "find", effect="read"))
         assert statuses_of(accepted.json()) == {"add": "new", "find": "accepted", "odd": "unusable"}
+        assert (await validate_agent(owner, path))["warnings"] == []
+        (finding,) = (await validate_agent(owner, path, hash="0" * 64))["warnings"]
+        assert "another definition" in finding["message"]
         find = next(tool for tool in accepted.json()["tools"] if tool["name"] == "find")
         assert (find["accepted"]["effect"], find["accepted"]["acceptedBy"]) == ("read", owner.user.id)
         assert find["accepted"]["definition"] == find["offered"]
@@ -115,6 +142,9 @@ async def test_a_changed_definition_has_to_be_accepted_again(
         assert statuses_of(kept.json()) == {"add": "changed", "find": "removed"}, "accepted stays accepted"
         now = await owner.api.post(f"{path}/accept", json=accept_offered(shown, "add"))
         assert statuses_of(now.json()) == {"add": "accepted", "find": "removed"}
+        finding = (await validate_agent(owner, path))["warnings"][0]
+        assert (finding["type"], finding["nodeId"]) == ("tool-not-accepted", "find")
+        assert "doesn't list the tool 'find' any more" in finding["message"]
         back = await owner.api.post(f"{path}/accept", json=both)
         assert_refused(back, 422, "validation-failed")
         assert [problem["code"] for problem in back.json()["error"]["details"]] == ["tool-changed"]
